@@ -1,0 +1,79 @@
+"""Prune Hugging Face models: load, prune, measure what it cost and gained, save.
+
+Importing this package is cheap: each public name is loaded when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_MODULES = {
+    "auto": (
+        "AutoPrunedModel",
+        "AutoPrunedModelForAudioClassification",
+        "AutoPrunedModelForCausalLM",
+        "AutoPrunedModelForCTC",
+        "AutoPrunedModelForImageClassification",
+        "AutoPrunedModelForImageTextToText",
+        "AutoPrunedModelForMaskedLM",
+        "AutoPrunedModelForMultipleChoice",
+        "AutoPrunedModelForObjectDetection",
+        "AutoPrunedModelForPreTraining",
+        "AutoPrunedModelForQuestionAnswering",
+        "AutoPrunedModelForSemanticSegmentation",
+        "AutoPrunedModelForSeq2SeqLM",
+        "AutoPrunedModelForSequenceClassification",
+        "AutoPrunedModelForSpeechSeq2Seq",
+        "AutoPrunedModelForTokenClassification",
+    ),
+    "config": ("PruningConfig",),
+    "criteria.base": ("Criterion", "WeightStats"),
+    "errors": (
+        "CalibrationError",
+        "CheckpointError",
+        "ConfigError",
+        "DataError",
+        "HfPruneError",
+        "MaskError",
+        "PlanError",
+        "SweepError",
+        "UnknownNameError",
+    ),
+    "evaluation": (
+        "Comparison",
+        "Evaluation",
+        "classification_batches",
+        "compare",
+        "evaluate_classification",
+        "evaluate_sst2",
+    ),
+    "granularities.base": ("Granularity",),
+    "masking": ("MaskStore",),
+    "mixin": ("PrunedModelMixin", "prunable"),
+    "pipeline": ("prune",),
+    "plan": ("PruningPlan",),
+    "plots": ("plot_layer_sparsity", "plot_tradeoff", "plot_weight_histogram"),
+    "registry": ("CRITERIA", "GRANULARITIES"),
+    "report": ("SparsityReport", "sparsity_report", "weight_histogram"),
+    "sources": ("load_classification", "load_sst2"),
+    "sweep": ("SweepResult", "sweep"),
+    "torch_prune": ("from_torch_prune",),
+}
+_HOME = {name: module for module, names in _MODULES.items() for name in names}
+
+__all__ = sorted(_HOME)  # noqa: PLE0605
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

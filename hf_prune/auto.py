@@ -1,0 +1,81 @@
+"""AutoPrunedModelFor…: transformers' Auto classes, with pruning."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import transformers
+
+from hf_prune.checkpoint import load_pruned
+from hf_prune.mixin import prunable
+
+
+class AutoPrunedModel:
+    """``AutoModel`` whose models can be pruned.
+
+    Like each of its subclasses, one for each task, it is never made, only asked for a model.
+
+    Example:
+        >>> AutoPrunedModelForCausalLM.__doc__
+        '``AutoModelForCausalLM`` whose models can be pruned; see :class:`AutoPrunedModel`.'
+    """
+
+    _auto_class: ClassVar[str] = "AutoModel"
+
+    def __init__(self) -> None:
+        raise TypeError(f"{type(self).__name__} is not made: use from_pretrained() or from_config()")
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load a model, and its masks where the checkpoint has some.
+
+        Args:
+            pretrained_model_name_or_path: Folder or Hub id.
+            *args: As of the Auto class.
+            **kwargs: As of the Auto class.
+
+        Returns:
+            A model of the native class, with the methods of :class:`hf_prune.PrunedModelMixin`.
+
+        Raises:
+            CheckpointError: If the masks are damaged or do not fit the weights.
+        """
+        auto = getattr(transformers, cls._auto_class)
+        loaded = load_pruned(auto.from_pretrained, pretrained_model_name_or_path, *args, **kwargs)
+        prunable(loaded[0] if isinstance(loaded, tuple) else loaded)
+        return loaded
+
+    @classmethod
+    def from_config(cls, config: Any, **kwargs: Any) -> Any:
+        """A model with random weights from a transformers config."""
+        return prunable(getattr(transformers, cls._auto_class).from_config(config, **kwargs))
+
+
+def _for(task: str) -> type[AutoPrunedModel]:
+    auto = f"AutoModelFor{task}"
+    return type(
+        f"AutoPrunedModelFor{task}",
+        (AutoPrunedModel,),
+        {
+            "__module__": __name__,
+            "__doc__": f"``{auto}`` whose models can be pruned; see :class:`AutoPrunedModel`.",
+            "_auto_class": auto,
+        },
+    )
+
+
+AutoPrunedModelForAudioClassification = _for("AudioClassification")
+AutoPrunedModelForCausalLM = _for("CausalLM")
+AutoPrunedModelForCTC = _for("CTC")
+AutoPrunedModelForImageClassification = _for("ImageClassification")
+AutoPrunedModelForImageTextToText = _for("ImageTextToText")
+AutoPrunedModelForMaskedLM = _for("MaskedLM")
+AutoPrunedModelForMultipleChoice = _for("MultipleChoice")
+AutoPrunedModelForObjectDetection = _for("ObjectDetection")
+AutoPrunedModelForPreTraining = _for("PreTraining")
+AutoPrunedModelForQuestionAnswering = _for("QuestionAnswering")
+AutoPrunedModelForSemanticSegmentation = _for("SemanticSegmentation")
+AutoPrunedModelForSeq2SeqLM = _for("Seq2SeqLM")
+AutoPrunedModelForSequenceClassification = _for("SequenceClassification")
+AutoPrunedModelForSpeechSeq2Seq = _for("SpeechSeq2Seq")
+AutoPrunedModelForTokenClassification = _for("TokenClassification")

@@ -1,0 +1,236 @@
+"""Checkpoints: native dense files that any transformers loads, and the masks in a side file.
+
+The weights are saved exactly as the dense model class would save them. Beside them lies
+``pruning_masks.safetensors``: one bit per target weight, and the settings in its header.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from hf_prune.config import PruningConfig
+from hf_prune.errors import CheckpointError, ConfigError
+from hf_prune.files import atomic_path, staged_folder
+from hf_prune.masking import MaskStore
+
+MASK_FILE = "pruning_masks.safetensors"
+MASK_FORMAT = "hf_prune.masks"
+MASK_VERSION = "1"
+_WEIGHTS = ("model*.safetensors",)
+_COMPLETES = ("model*.safetensors.index.json", MASK_FILE)
+_HUB_KEYS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+
+
+def save_masks(store: MaskStore, path: str | os.PathLike[str]) -> None:
+    """Write masks as packed bits, at once or not at all.
+
+    Args:
+        store: The masks and the settings that made them.
+        path: The file.
+    """
+    packed = {name: torch.from_numpy(np.packbits(mask.cpu().numpy())) for name, mask in store.masks.items()}
+    entries = {name: {"shape": list(m.shape), "kept": int(m.count_nonzero())} for name, m in store.masks.items()}
+    header = {"format": MASK_FORMAT, "version": MASK_VERSION, "masks": json.dumps(entries, sort_keys=True)}
+    if store.config is not None:
+        header["config"] = store.config.to_json()
+    with atomic_path(path) as temporary:
+        save_file(packed, temporary, header)
+
+
+def load_masks(path: str | os.PathLike[str]) -> MaskStore:
+    """Read what :func:`save_masks` wrote.
+
+    Raises:
+        CheckpointError: If the file is damaged, of another kind, or of a newer version.
+    """
+    try:
+        with safe_open(path, "np") as file:
+            header = file.metadata() or {}
+            packed = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be read as safetensors: {error}") from error
+    found = (header.get("format"), header.get("version"))
+    if found != (MASK_FORMAT, MASK_VERSION):
+        raise CheckpointError(
+            f"{path} has format and version {found}: expected {(MASK_FORMAT, MASK_VERSION)}; update hf_prune, or "
+            f"delete the file to load the weights without masks"
+        )
+    try:
+        entries = json.loads(header["masks"])
+        config = PruningConfig.from_json(header["config"]) if "config" in header else None
+        masks = {name: _unpack(packed.pop(name), **entry) for name, entry in entries.items()}
+    except (KeyError, TypeError, ValueError, ConfigError) as error:
+        raise CheckpointError(f"{path} is damaged: {error!r}; restore it, or delete it to load without masks") from error
+    if packed:
+        raise CheckpointError(f"{path} is damaged: its header does not know {', '.join(sorted(packed))}")
+    return MaskStore(masks, config=config)
+
+
+def _unpack(bits: np.ndarray, shape: list[int], kept: int) -> Tensor:
+    size = math.prod(shape)
+    if bits.dtype != np.uint8 or bits.shape != ((size + 7) // 8,):
+        raise ValueError(f"{bits.dtype} bits of shape {bits.shape} for a mask of shape {shape}")
+    mask = np.unpackbits(bits, count=size).astype(bool)
+    if int(mask.sum()) != kept:
+        raise ValueError(f"{int(mask.sum())} kept weights where the header says {kept}")
+    return torch.from_numpy(mask).view(shape)
+
+
+def save_pruned(
+    model: nn.Module, dense_class: type, save: Callable[..., Any], folder: str | os.PathLike[str], **kwargs: Any
+) -> None:
+    """Save a model as its dense class would, with the masks beside it.
+
+    Args:
+        model: The pruned model.
+        dense_class: The class that the checkpoint names, so that plain transformers loads it.
+        save: The class's own unbound ``save_pretrained``.
+        folder: Where to; files of other names stay.
+        **kwargs: Passed to ``save``.
+
+    Raises:
+        CheckpointError: If ``folder`` is a file.
+    """
+    if Path(folder).is_file():
+        raise CheckpointError(f"{os.fspath(folder)} is a file: expected a folder to save into")
+    pruned_class = model.__class__
+    model.__class__ = dense_class
+    try:
+        with staged_folder(folder, stale=_WEIGHTS, last=_COMPLETES) as staging:
+            save(model, staging, **kwargs)
+            if (store := MaskStore.of(model)) is not None:
+                save_masks(store, staging / MASK_FILE)
+    finally:
+        model.__class__ = pruned_class
+
+
+def load_pruned(load: Callable[..., Any], source: Any, *args: Any, **kwargs: Any) -> Any:
+    """Load a checkpoint with its masks, wherever they are.
+
+    Masks come from the side file, or from ``weight_orig`` and ``weight_mask`` tensors as a model pruned with
+    ``torch.nn.utils.prune`` saves them (transformers alone leaves such weights random).
+
+    Args:
+        load: A ``from_pretrained``.
+        source: Folder or Hub id, or None where ``load`` is given a state dict.
+        *args: Passed to ``load``.
+        **kwargs: Passed to ``load``.
+
+    Returns:
+        What ``load`` returned, its model with masks attached.
+
+    Raises:
+        CheckpointError: If masks are damaged or do not fit the weights.
+    """
+    if source is None:
+        return load(source, *args, **kwargs)
+    hub = {key: kwargs[key] for key in _HUB_KEYS if kwargs.get(key) is not None}
+    with _without_torch_prune(source, hub) as converted:
+        if converted is None:
+            loaded = load(source, *args, **kwargs)
+            path = _find(source, MASK_FILE, hub)
+            store = load_masks(path) if path is not None else None
+        else:
+            weights, masks = converted
+            kwargs = {key: value for key, value in kwargs.items() if key not in _HUB_KEYS}
+            loaded = load(weights, *args, **kwargs)
+            markers = load(masks, *args, **{**kwargs, "output_loading_info": False})
+            store = MaskStore(_masks_from_markers(markers))
+    if store is not None:
+        _attach(loaded[0] if isinstance(loaded, tuple) else loaded, store, source)
+    return loaded
+
+
+def _attach(model: nn.Module, store: MaskStore, source: Any) -> None:
+    parameters = dict(model.named_parameters())
+    for name, mask in store.masks.items():
+        if name not in parameters or parameters[name].shape != mask.shape:
+            found = "no such parameter" if name not in parameters else f"shape {tuple(parameters[name].shape)}"
+            raise CheckpointError(
+                f"the masks of {source} do not fit the model: {name!r} has a mask of shape {tuple(mask.shape)}, the "
+                f"model has {found}; load the class that was saved, or delete {MASK_FILE} to load without masks"
+            )
+        weight = parameters[name].detach()
+        if not weight.is_meta and bool(weight.masked_select(~mask.to(weight.device)).any()):
+            raise CheckpointError(
+                f"the masks of {source} are not those of its weights: {name!r} has non-zero weights that its mask "
+                f"removes; restore the matching {MASK_FILE}, or delete it to load without masks"
+            )
+    store.attach(model)
+
+
+def _find(source: Any, filename: str, hub: Mapping[str, Any]) -> str | None:
+    """The local path of a checkpoint's file, downloaded if need be; None if the checkpoint has none."""
+    from transformers.utils import cached_file
+
+    return cached_file(source, filename, _raise_exceptions_for_missing_entries=False, **hub)
+
+
+@contextlib.contextmanager
+def _without_torch_prune(source: Any, hub: Mapping[str, Any]) -> Iterator[tuple[Path, Path] | None]:
+    """Two native checkpoints for one with ``*_orig`` and ``*_mask`` tensors: the masked weights, and marks.
+
+    The marks are loaded as if they were weights, so that whatever transformers does to names and layouts of
+    old checkpoints happens to the masks too: 0 removed, 1 kept, 2 never pruned.
+    """
+    files = _weight_files(source, hub)
+    names = [name for file in files for name in _tensor_names(file)]
+    pruned = {n.removesuffix("_orig") for n in names if n.endswith("_orig") and f"{n.removesuffix('_orig')}_mask" in names}
+    if not pruned:
+        yield None
+        return
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        with safe_open(file, "pt") as opened:
+            tensors |= {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    weights = {n: t for n, t in tensors.items() if n.removesuffix("_orig").removesuffix("_mask") not in pruned}
+    marks = {n: torch.full_like(t, 2) if t.is_floating_point() else t for n, t in weights.items()}
+    for name in pruned:
+        keep = tensors[f"{name}_mask"].bool()
+        weights[name] = tensors[f"{name}_orig"].masked_fill(~keep, 0)
+        marks[name] = keep.to(weights[name].dtype)
+    with tempfile.TemporaryDirectory() as folder:
+        results = []
+        for kind, content in (("weights", weights), ("marks", marks)):
+            results.append(Path(folder) / kind)
+            results[-1].mkdir()
+            for extra in ("config.json", "generation_config.json"):
+                if (path := _find(source, extra, hub)) is not None:
+                    shutil.copyfile(path, results[-1] / extra)
+            save_file({n: t.contiguous() for n, t in content.items()}, results[-1] / "model.safetensors", {"format": "pt"})
+        yield results[0], results[1]
+
+
+def _weight_files(source: Any, hub: Mapping[str, Any]) -> list[str]:
+    if (single := _find(source, "model.safetensors", hub)) is not None:
+        return [single]
+    if (index := _find(source, "model.safetensors.index.json", hub)) is None:
+        return []
+    shards = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
+    return [path for shard in shards if (path := _find(source, shard, hub)) is not None]
+
+
+def _tensor_names(file: str) -> list[str]:
+    try:
+        with safe_open(file, "pt") as opened:
+            return list(opened.keys())
+    except SafetensorError as error:
+        raise CheckpointError(f"{file} cannot be read as safetensors: {error}; download or save it again") from error
+
+
+def _masks_from_markers(markers: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach() > 0.5 for name, p in markers.named_parameters() if bool((p.detach() < 1.5).any())}

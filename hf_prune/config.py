@@ -1,0 +1,216 @@
+"""PruningConfig: everything that decides what is removed, validated when it is made."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import numbers
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from hf_prune.errors import ConfigError
+from hf_prune.registry import CRITERIA, parse_granularity, unknown_name
+
+FORMAT_VERSION = 1
+SCOPES = ("row", "layer", "global")
+ALLOCATIONS = ("uniform", "erk")
+DEFAULT_SPARSITY = 0.5
+
+
+@dataclass(frozen=True)
+class PruningConfig:
+    """What to remove from a model, and how it is chosen.
+
+    Args:
+        sparsity: Share of the target weights that is removed, 0 to 1. None means 0.5, or what an N:M
+            granularity fixes (0.5 for 2:4).
+        criterion: Name of the score, larger = keep; ``hf-prune list`` shows them all.
+        granularity: What is removed together: ``"unstructured"``, ``"N:M"`` (at most N non-zeros in
+            every M consecutive inputs) or ``"block:RxC"`` (R outputs by C inputs).
+        scope: Who competes with whom: the weights of one output (``"row"``), of one tensor
+            (``"layer"``) or of all targets (``"global"``). An N:M granularity brings its own pools.
+        allocation: How a sparsity is shared out between tensors in scope row or layer: ``"uniform"``,
+            ``"erk"`` (Erdős–Rényi kernel, Evci et al. 2020, arXiv:1911.11134: larger tensors lose a
+            larger share), or ``{module: sparsity}`` for chosen modules, named like
+            ``target_modules``; modules not named get ``sparsity``.
+        target_modules: ``"all-linear"`` (every Linear and Conv1D but the output embedding), a list of
+            module-name suffixes, or a regular expression for whole module names. Convolutions are
+            pruned when named.
+        exclude_modules: Modules left alone, named in the same way.
+        seed: Seed of what is random.
+
+    Raises:
+        ConfigError: If a value is unknown, out of range, or contradicts another one.
+
+    Example:
+        >>> PruningConfig(sparsity=0.3).criterion
+        'magnitude'
+        >>> PruningConfig(granularity="2:4").sparsity
+        0.5
+        >>> PruningConfig.from_json(PruningConfig(sparsity=0.3).to_json()) == PruningConfig(sparsity=0.3)
+        True
+    """
+
+    sparsity: float | None = None
+    criterion: str = "magnitude"
+    granularity: str = "unstructured"
+    scope: str = "layer"
+    allocation: str | Mapping[str, float] = "uniform"
+    target_modules: str | tuple[str, ...] = "all-linear"
+    exclude_modules: str | tuple[str, ...] = ()
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        criterion = CRITERIA.get(self.criterion)
+        granularity = parse_granularity(self.granularity)
+        self._set("granularity", granularity.spec)
+        if self.scope not in SCOPES:
+            raise unknown_name("scope", self.scope, SCOPES)
+        self._set("sparsity", _resolve_sparsity(self.sparsity, granularity))
+        self._set("allocation", _check_allocation(self.allocation))
+        self._set("target_modules", _check_modules("target_modules", self.target_modules))
+        self._set("exclude_modules", _check_modules("exclude_modules", self.exclude_modules))
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
+            raise ConfigError(f"seed is {self.seed!r}: expected an integer of at least 0")
+        if not self.target_modules:
+            raise ConfigError("target_modules is empty: name at least one module, or use 'all-linear'")
+        if self.scope not in granularity.scopes:
+            raise ConfigError(
+                f"scope={self.scope!r} contradicts granularity={granularity.spec!r}, which brings its own "
+                f"pools: leave scope at {sorted(granularity.scopes)[0]!r}"
+            )
+        if self.scope not in criterion.scopes:
+            raise ConfigError(
+                f"criterion {self.criterion!r} cannot rank in scope {self.scope!r}: "
+                f"expected one of {', '.join(sorted(criterion.scopes))}"
+            )
+        shared_out = self.scope == "global" or granularity.fixed_sparsity is not None
+        if shared_out and self.allocation != "uniform":
+            why = "scope='global'" if self.scope == "global" else f"granularity={granularity.spec!r}"
+            raise ConfigError(
+                f"allocation={self.allocation!r} contradicts {why}, which decides by itself how much each "
+                f"tensor loses: leave allocation at 'uniform'"
+            )
+
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
+
+    def __hash__(self) -> int:
+        return hash(self.to_json())
+
+    def replace(self, **changes: Any) -> PruningConfig:
+        """A copy with some settings changed, validated like a new one."""
+        if "granularity" in changes and "sparsity" not in changes:
+            fixed = parse_granularity(self.granularity).fixed_sparsity is not None
+            changes["sparsity"] = None if fixed else self.sparsity
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON, with the version of the format."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        for name, value in values.items():
+            if isinstance(value, tuple):
+                values[name] = list(value)
+            elif isinstance(value, Mapping):
+                values[name] = dict(value)
+        return {"format_version": FORMAT_VERSION, **values}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> PruningConfig:
+        """The config that :meth:`to_dict` described.
+
+        Raises:
+            ConfigError: If a key is unknown, the version is newer than this library, or a value is bad.
+        """
+        values = dict(values)
+        version = values.pop("format_version", FORMAT_VERSION)
+        if version != FORMAT_VERSION:
+            raise ConfigError(
+                f"format_version is {version!r}: this version of hf_prune reads {FORMAT_VERSION}; update hf_prune"
+            )
+        names = [f.name for f in dataclasses.fields(cls)]
+        for key in values:
+            if key not in names:
+                raise unknown_name("setting", key, names)
+        return cls(**values)
+
+    def to_json(self) -> str:
+        """JSON text, keys sorted."""
+        return json.dumps(self.to_dict(), indent=2, sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> PruningConfig:
+        """The config that :meth:`to_json` wrote.
+
+        Raises:
+            ConfigError: If the text is not a JSON object, or as in :meth:`from_dict`.
+        """
+        try:
+            values = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"not JSON: {error}") from error
+        if not isinstance(values, dict):
+            raise ConfigError(f"found a JSON {type(values).__name__}: expected an object of settings")
+        return cls.from_dict(values)
+
+
+def check_sparsity(name: str, value: object) -> float:
+    """A sparsity as a float.
+
+    Raises:
+        ConfigError: If it is no number from 0 to 1.
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= float(value) <= 1:
+        percent = isinstance(value, numbers.Real) and math.isfinite(float(value)) and 1 < float(value) <= 100
+        hint = f"; did you mean {float(value) / 100:g}?" if percent else ""  # type: ignore[arg-type]
+        raise ConfigError(f"{name} is {value!r}: expected a share from 0 to 1{hint}")
+    return float(value)
+
+
+def _resolve_sparsity(sparsity: object, granularity: Any) -> float:
+    fixed = granularity.fixed_sparsity
+    if sparsity is None:
+        return DEFAULT_SPARSITY if fixed is None else fixed
+    value = check_sparsity("sparsity", sparsity)
+    if fixed is not None and not math.isclose(value, fixed, abs_tol=1e-9):
+        raise ConfigError(
+            f"sparsity={value:g} contradicts granularity={granularity.spec!r}, which fixes it at {fixed:g}: "
+            f"leave sparsity out"
+        )
+    return value if fixed is None else fixed
+
+
+def _check_allocation(allocation: object) -> str | dict[str, float]:
+    if isinstance(allocation, str):
+        if allocation not in ALLOCATIONS:
+            raise unknown_name("allocation", allocation, [*ALLOCATIONS, "{module: sparsity}"])
+        return allocation
+    if not isinstance(allocation, Mapping) or not allocation:
+        raise ConfigError(
+            f"allocation is {allocation!r}: expected {', '.join(map(repr, ALLOCATIONS))} or a non-empty dict of "
+            f"module name to sparsity"
+        )
+    for key in allocation:
+        if not isinstance(key, str) or not key:
+            raise ConfigError(f"allocation names the module {key!r}: expected a non-empty string")
+    return {key: check_sparsity(f"allocation[{key!r}]", value) for key, value in allocation.items()}
+
+
+def _check_modules(name: str, modules: object) -> str | tuple[str, ...]:
+    if modules is None:
+        return ()
+    if isinstance(modules, str):
+        try:
+            re.compile(modules)
+        except re.error as error:
+            raise ConfigError(f"{name}={modules!r} is not a regular expression: {error}") from error
+        return modules
+    names = tuple(modules) if isinstance(modules, Iterable) else (modules,)
+    if not all(isinstance(entry, str) and entry for entry in names):
+        raise ConfigError(
+            f"{name} is {modules!r}: expected 'all-linear', a regular expression, or a list of module-name suffixes"
+        )
+    return names

@@ -1,0 +1,27 @@
+"""Random: the baseline that every other criterion has to beat."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hf_prune.criteria.base import Criterion, WeightStats
+from hf_prune.registry import CRITERIA
+
+
+@CRITERIA.register("random")
+class Random(Criterion):
+    """Score every weight by a seeded random number."""
+
+    name = "random"
+    description = "uniform random scores from the seed: the baseline to beat"
+    paper = "Blalock et al. 2020, arXiv:2003.03033"
+
+    def scores(self, weight: Tensor, stats: WeightStats) -> Tensor:
+        """Uniform in (0, 1], zero for weights that are zero; see :meth:`Criterion.scores`.
+
+        Drawn on the CPU, so that a seed means the same masks on every device.
+        """
+        generator = torch.Generator().manual_seed(stats.seed)
+        noise = 1 - torch.rand(weight.shape, generator=generator)
+        return noise.to(weight.device).mul_(weight != 0)

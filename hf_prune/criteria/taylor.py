@@ -1,0 +1,24 @@
+"""Taylor: how much the loss changes, to first order, when a weight goes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hf_prune.criteria.base import Criterion, WeightStats
+from hf_prune.registry import CRITERIA
+
+
+@CRITERIA.register("taylor")
+class Taylor(Criterion):
+    """Score |w · g|, averaged over calibration batches."""
+
+    name = "taylor"
+    description = "|w · gradient|, averaged over labelled batches: keeps what the loss depends on"
+    paper = "Molchanov et al. 2017, arXiv:1611.06440"
+    needs = frozenset({"absolute_gradient"})
+
+    def scores(self, weight: Tensor, stats: WeightStats) -> Tensor:
+        """|w| · mean |g|, see :meth:`Criterion.scores`."""
+        assert stats.absolute_gradient is not None
+        return torch.mul(weight.float(), stats.absolute_gradient).abs_()

@@ -1,0 +1,90 @@
+"""Files and folders that appear whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary file beside ``path`` that takes its place when the block ends without an error.
+
+    Args:
+        path: The file to write; its folder is made if needed.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _temporary(path)
+    try:
+        yield temporary
+        sync(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> Path:
+    """Write a text file at once."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="\n")
+    return Path(path)
+
+
+def write_json(path: str | os.PathLike[str], values: Any) -> Path:
+    """Write a JSON file at once."""
+    return write_text(path, json.dumps(values, indent=2) + "\n")
+
+
+@contextlib.contextmanager
+def staged_folder(
+    folder: str | os.PathLike[str], stale: Sequence[str] = (), last: Sequence[str] = ()
+) -> Iterator[Path]:
+    """A temporary folder whose files move into ``folder`` when the block ends without an error.
+
+    A new folder appears by one rename. In an existing one, files are replaced one by one, each at once; files
+    that the block did not write stay unless ``stale`` names them. A reader that needs a file of ``last`` to make
+    sense of the others sees the old set, no complete set, or the new set, never a mixture.
+
+    Args:
+        folder: Where the files belong.
+        stale: Glob patterns of files that go if the block did not write them.
+        last: Glob patterns of files that are taken away before anything is replaced, and arrive after it.
+    """
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    staging = _temporary(folder)
+    staging.mkdir()
+    try:
+        yield staging
+        new = sorted(p.relative_to(staging) for p in staging.rglob("*") if p.is_file())
+        for name in new:
+            sync(staging / name)
+        if not folder.exists():
+            staging.rename(folder)
+            return
+        for old in [p for pattern in (*last, *stale) for p in folder.glob(pattern)]:
+            if old.relative_to(folder) not in new or any(old.match(pattern) for pattern in last):
+                old.unlink(missing_ok=True)
+        for name in sorted(new, key=lambda name: any(name.match(pattern) for pattern in last)):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (staging / name).replace(folder / name)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    """Have the operating system write a file to the disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _temporary(path: Path) -> Path:
+    """A name that nobody else uses, in the same folder, so that a rename stays on one file system."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")

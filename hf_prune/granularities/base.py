@@ -1,0 +1,70 @@
+"""The interface of a granularity: units of a regular grid, and who they compete with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import ClassVar
+
+from hf_prune.targets import Target
+from hf_prune.units import Group, grid_groups
+
+ANY_SCOPE = frozenset({"row", "layer", "global"})
+
+
+class Granularity:
+    """A grid of units over a canonical (out, in) matrix.
+
+    An entry sets the class attributes, reads its own spelling in :meth:`parse`, and sets the instance
+    attributes. Everything else follows from them.
+
+    Attributes:
+        name: The registered name.
+        usage: How it is spelled in a config.
+        description: One line for ``hf-prune list``.
+        paper: Where it comes from.
+        scopes: The scopes it can be used with.
+        spec: The canonical spelling of this instance.
+        block: (outputs, inputs) of one unit.
+        pool: How many consecutive units of a row form a pool; None where the scope decides.
+        fixed_sparsity: The sparsity that the spelling fixes, or None.
+    """
+
+    name: ClassVar[str]
+    usage: ClassVar[str]
+    description: ClassVar[str]
+    paper: ClassVar[str]
+    scopes: ClassVar[frozenset[str]] = ANY_SCOPE
+
+    spec: str
+    block: tuple[int, int] = (1, 1)
+    pool: int | None = None
+    fixed_sparsity: float | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Granularity | None:
+        """The instance that ``text`` spells, or None if it is not of this kind.
+
+        Raises:
+            ConfigError: If it is of this kind but its numbers make no sense.
+        """
+        raise NotImplementedError
+
+    def misfit(self, target: Target) -> str | None:
+        """Why a target cannot be divided into these units, or None if it can."""
+        rows, columns = self.block
+        out, inputs = target.matrix_shape
+        if out % rows:
+            return f"its {out} outputs are no multiple of {rows}"
+        if target.inputs % columns:
+            return f"its {target.inputs} inputs are no multiple of {columns}"
+        if self.pool is not None and target.inputs % self.pool:
+            return f"its {target.inputs} inputs are no multiple of {self.pool}"
+        return None
+
+    def units(self, shape: tuple[int, int]) -> tuple[int, int]:
+        """How many units lie along the outputs and the inputs of a matrix of ``shape``."""
+        return shape[0] // self.block[0], shape[1] // self.block[1]
+
+    def groups(self, tensor: str, shape: tuple[int, int]) -> Iterator[Group]:
+        """The units one by one: the definition, for tests and small tensors."""
+        return grid_groups(tensor, shape, self.block, self.pool)

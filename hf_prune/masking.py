@@ -1,0 +1,157 @@
+"""MaskStore: the masks live beside the module tree, the weights stay plain parameters with exact zeros.
+
+State-dict keys therefore never change, and ``save_pretrained``, ``deepcopy``, tied weights,
+``torch.compile`` and wrappers work as on any model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+import torch
+from torch import Tensor, nn
+
+from hf_prune.config import PruningConfig
+from hf_prune.errors import MaskError
+
+_ATTRIBUTE = "_hf_prune_masks"
+_INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+_CHUNK = 1 << 16
+
+
+@dataclass
+class MaskStore:
+    """The masks of one model.
+
+    Args:
+        masks: Bool masks shaped like their parameters, by parameter name; True = keep.
+        dense: The weights as they were before pruning, where they were kept.
+        config: The settings of the last pruning, None if the masks came from elsewhere.
+    """
+
+    masks: dict[str, Tensor] = field(default_factory=dict)
+    dense: dict[str, Tensor] | None = None
+    config: PruningConfig | None = None
+
+    @staticmethod
+    def of(model: nn.Module) -> MaskStore | None:
+        """The store attached to a model, or None."""
+        return model.__dict__.get(_ATTRIBUTE)
+
+    def attach(self, model: nn.Module) -> None:
+        """Hang the store on a model: a plain attribute, invisible to state dicts."""
+        model.__dict__[_ATTRIBUTE] = self
+
+    def update(
+        self,
+        model: nn.Module,
+        masks: Mapping[str, Tensor],
+        weights: Mapping[str, Tensor],
+        config: PruningConfig | None,
+        keep_dense: bool,
+    ) -> None:
+        """Add masks, attach the store, and zero what they remove.
+
+        Args:
+            model: The model.
+            masks: New masks; where one exists already, only what both keep stays.
+            weights: New values of weights that the criterion repaired.
+            config: The settings that made them.
+            keep_dense: Keep a copy of the weights as they are now, so that :meth:`discard` works.
+
+        Raises:
+            MaskError: If ``keep_dense`` is asked for but a weight was pruned before without it.
+        """
+        parameters = dict(model.named_parameters())
+        if keep_dense and self.masks and self.dense is None:
+            raise MaskError(
+                "keep_dense=True, but the model was pruned before without it, so its dense weights are gone: "
+                "reload the model and pass keep_dense=True at the first pruning"
+            )
+        if keep_dense and self.dense is None:
+            self.dense = {}
+        if self.dense is not None:
+            for name in masks:
+                if name not in self.dense:
+                    self.dense[name] = parameters[name].detach().clone()
+        for name, mask in masks.items():
+            old = self.masks.get(name)
+            self.masks[name] = mask if old is None else mask & old.to(mask.device)
+        with torch.no_grad():
+            for name, weight in weights.items():
+                parameters[name].copy_(weight)
+        self.config = config
+        self.attach(model)
+        self.apply(model)
+
+    def apply(self, model: nn.Module) -> None:
+        """Set every removed weight to exact zero; needed after anything that writes weights, such as a training step.
+
+        Raises:
+            MaskError: If a masked parameter is gone or has another shape.
+        """
+        parameters = dict(model.named_parameters())
+        for name, mask in self.masks.items():
+            parameter = parameters.get(name)
+            if parameter is None or parameter.shape != mask.shape:
+                found = "no parameter" if parameter is None else f"shape {tuple(parameter.shape)}"
+                raise MaskError(
+                    f"the mask of {name!r} has shape {tuple(mask.shape)}, but the model has {found} there: the model "
+                    f"was changed after pruning; call discard_masks() or make_permanent() before changing it"
+                )
+        for name, mask in self.masks.items():
+            if mask.device != parameters[name].device:
+                mask = self.masks[name] = mask.to(parameters[name].device)
+            zero_removed_(parameters[name], mask)
+
+    def make_permanent(self, model: nn.Module) -> None:
+        """Drop the masks and leave the zeros."""
+        self.apply(model)
+        model.__dict__.pop(_ATTRIBUTE, None)
+
+    def discard(self, model: nn.Module) -> None:
+        """Drop the masks and give the dense weights back, bit for bit.
+
+        Raises:
+            MaskError: If the dense weights were not kept.
+        """
+        if self.dense is None:
+            raise MaskError(
+                "the dense weights were not kept: pass keep_dense=True to prune(), or reload the model; "
+                "make_permanent() drops the masks and leaves the zeros"
+            )
+        parameters = dict(model.named_parameters())
+        with torch.no_grad():
+            for name, weight in self.dense.items():
+                parameters[name].copy_(weight)
+        model.__dict__.pop(_ATTRIBUTE, None)
+
+    def view(self) -> Mapping[str, Tensor]:
+        """The masks, read-only as a mapping."""
+        return MappingProxyType(self.masks)
+
+
+@torch.no_grad()
+def zero_removed_(weight: Tensor, keep: Tensor) -> None:
+    """Set the weights that are not kept to exact +0.0, in place, whatever they hold.
+
+    On a CPU this ANDs the bits with the mask, ten times as fast as ``masked_fill_`` there; kept weights keep
+    every bit.
+
+    Args:
+        weight: Any shape, floating point.
+        keep: Bool, of the same shape, on the same device.
+    """
+    if weight.device.type != "cpu" or not weight.is_contiguous():
+        weight.masked_fill_(~keep, 0.0)
+        return
+    integer = _INTEGER[weight.element_size()]
+    bits = weight.detach().view(-1).view(integer)
+    for part, kept in _chunks(bits, keep.reshape(-1)):
+        part.bitwise_and_(kept.to(integer).neg_())
+
+
+def _chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    return zip(*(t.split(_CHUNK) for t in tensors), strict=True)

@@ -1,0 +1,195 @@
+"""PrunedModelMixin: pruning as methods of any Hugging Face model. Everything is done elsewhere."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from hf_prune.calibration import Batches
+from hf_prune.checkpoint import load_pruned, save_pruned
+from hf_prune.config import PruningConfig
+from hf_prune.masking import MaskStore
+from hf_prune.pipeline import prune, resolve_config
+from hf_prune.plan import PruningPlan, make_plan
+from hf_prune.report import SparsityReport, sparsity_report
+
+Model = TypeVar("Model", bound=PreTrainedModel)
+Self = TypeVar("Self", bound="PrunedModelMixin")
+
+
+class PrunedModelMixin(nn.Module):
+    """Adds pruning to a ``PreTrainedModel``.
+
+    Three ways to the same methods: ``AutoPrunedModelFor….from_pretrained(id)``, ``prunable(model)`` for one that is
+    loaded, or a class of one's own, with the mixin first.
+
+    Example:
+        >>> from transformers import BertConfig, BertForSequenceClassification
+        >>> class PrunedBert(PrunedModelMixin, BertForSequenceClassification):
+        ...     pass
+        >>> config = BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+        >>> round(PrunedBert(config).prune(0.5).sparsity_report().target_sparsity, 3)
+        0.5
+    """
+
+    def plan(self, config: PruningConfig | float | None = None, **settings: Any) -> PruningPlan:
+        """What :meth:`prune` would do with these settings; nothing is changed.
+
+        Args:
+            config: The settings, or just the sparsity.
+            **settings: Fields of :class:`PruningConfig`.
+
+        Raises:
+            ConfigError: If a setting is invalid.
+            PlanError: If the settings do not fit the model.
+        """
+        return make_plan(self, resolve_config(config, settings))
+
+    def prune(
+        self: Self,
+        config: PruningConfig | float | None = None,
+        *,
+        calibration: Batches | None = None,
+        keep_dense: bool = False,
+        progress: bool = False,
+        **settings: Any,
+    ) -> Self:
+        """Prune the model in place and return it; see :func:`hf_prune.prune`."""
+        return prune(
+            self, config, calibration=calibration, keep_dense=keep_dense, dry_run=False, progress=progress, **settings
+        )
+
+    @property
+    def masks(self) -> Mapping[str, Tensor]:
+        """Masks by parameter name, True = keep; empty before pruning and after :meth:`make_permanent`."""
+        store = MaskStore.of(self)
+        return store.view() if store is not None else MappingProxyType({})
+
+    @property
+    def pruning_config(self) -> PruningConfig | None:
+        """The settings of the last pruning, None without masks or where they came from elsewhere."""
+        store = MaskStore.of(self)
+        return store.config if store is not None else None
+
+    def apply_masks(self: Self) -> Self:
+        """Set every removed weight to zero again, after anything that wrote weights; return the model."""
+        if (store := MaskStore.of(self)) is not None:
+            store.apply(self)
+        return self
+
+    def make_permanent(self: Self) -> Self:
+        """Drop the masks, leave the zeros, and return the model."""
+        if (store := MaskStore.of(self)) is not None:
+            store.make_permanent(self)
+        return self
+
+    def discard_masks(self: Self) -> Self:
+        """Drop the masks, give the dense weights back bit for bit, and return the model.
+
+        Raises:
+            MaskError: If the model was pruned without ``keep_dense=True``.
+        """
+        if (store := MaskStore.of(self)) is not None:
+            store.discard(self)
+        return self
+
+    def sparsity_report(self, config: PruningConfig | None = None) -> SparsityReport:
+        """Count what is zero; see :func:`hf_prune.sparsity_report`."""
+        return sparsity_report(self, config)
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], is_main_process: bool = True, push_to_hub: bool = False, **kwargs: Any
+    ) -> None:
+        """Save as the dense class would, with the masks beside the weights; at once or not at all.
+
+        Args:
+            save_directory: The folder.
+            is_main_process: False on all but one process of a distributed run.
+            push_to_hub: Upload the result as well, to ``repo_id`` or a repository named like the folder.
+            **kwargs: As of ``PreTrainedModel.save_pretrained``.
+
+        Raises:
+            CheckpointError: If ``save_directory`` is a file.
+        """
+        hub = {key: kwargs.pop(key) for key in ("repo_id", "commit_message", "private", "create_pr") if key in kwargs}
+        save = super().save_pretrained.__func__
+        if is_main_process:
+            save_pruned(self, dense_class(type(self)), save, save_directory, **kwargs)
+        else:
+            save(self, save_directory, is_main_process=False, **kwargs)
+        if push_to_hub and is_main_process:
+            self.push_to_hub(hub.pop("repo_id", Path(save_directory).name), token=kwargs.get("token"), **hub)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load a checkpoint, and its masks where it has some.
+
+        Args:
+            pretrained_model_name_or_path: Folder or Hub id.
+            *args: As of ``PreTrainedModel.from_pretrained``.
+            **kwargs: As of ``PreTrainedModel.from_pretrained``.
+
+        Raises:
+            CheckpointError: If the masks are damaged or do not fit the weights.
+        """
+        return load_pruned(super().from_pretrained, pretrained_model_name_or_path, *args, **kwargs)
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """Whether the dense class is custom code: checkpoints are then loaded just as for that class."""
+        return dense_class(cls).is_custom_code()
+
+
+def prunable(model: Model) -> Model:
+    """Give a loaded model the methods of :class:`PrunedModelMixin`, in place.
+
+    The model's class becomes a subclass of the same name, so checkpoints, pickles, ``deepcopy`` and pipelines
+    know it as what it was.
+
+    Args:
+        model: Any ``PreTrainedModel``.
+
+    Returns:
+        The same object.
+
+    Raises:
+        TypeError: If it is no ``PreTrainedModel``; :func:`hf_prune.prune` takes any torch module.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(
+            f"found a {type(model).__name__}: expected a transformers PreTrainedModel; unwrap it first, or call "
+            f"hf_prune.prune(model), which takes any torch module"
+        )
+    model.__class__ = pruned_class(type(model))
+    return model
+
+
+@functools.lru_cache(maxsize=None)
+def pruned_class(base: type) -> type:
+    """The subclass of a model class that has the mixin's methods; the class itself if it has them."""
+    if issubclass(base, PrunedModelMixin):
+        return base
+    names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
+    return type(base.__name__, (PrunedModelMixin, base), {**names, "__reduce_ex__": _reduce_ex})
+
+
+def dense_class(cls: type) -> Any:
+    """The class that a pruned class is a pruned form of: the first in its order that lacks the mixin."""
+    return next(c for c in cls.__mro__ if not issubclass(c, PrunedModelMixin))
+
+
+def _reduce_ex(self: Any, protocol: object) -> tuple[Any, ...]:
+    """Pickle by the dense class, which pickle can find by name."""
+    return _rebuild, (dense_class(type(self)),), self.__dict__
+
+
+def _rebuild(base: type) -> Any:
+    cls = pruned_class(base)
+    return cls.__new__(cls)

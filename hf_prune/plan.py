@@ -1,0 +1,221 @@
+"""PruningPlan: a config resolved on one model, checked and printable before anything is touched."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from hf_prune.allocation import allocate
+from hf_prune.config import PruningConfig
+from hf_prune.criteria.base import Criterion
+from hf_prune.errors import PlanError
+from hf_prune.granularities.base import Granularity
+from hf_prune.masking import MaskStore
+from hf_prune.registry import CRITERIA, parse_granularity
+from hf_prune.tables import format_count, format_table
+from hf_prune.targets import Target, is_finite, resolve_targets
+
+_ROUNDING = 0.005  # the same sparsity in another scope may round to this much less of the weights
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """What a plan means for one weight.
+
+    Args:
+        target: The weight.
+        sparsity: Share of its units that will be removed; None in global scope, where the scores decide.
+        units: How many units it has.
+        pool: How many of them compete with one another; in global scope they also compete with other tensors'.
+        remove: How many units will be removed in all, earlier ones included; None in global scope.
+        already: How many of its weights an earlier pruning removed.
+    """
+
+    target: Target
+    sparsity: float | None
+    units: int
+    pool: int
+    remove: int | None
+    already: int
+
+
+@dataclass(frozen=True)
+class PruningPlan:
+    """Everything that a config means on one model. ``print(plan)`` shows it as a table.
+
+    Args:
+        config: The settings.
+        tensors: The weights that will be pruned, in the order of the model's modules.
+        remove: How many units go in all, over all targets.
+        model_name: The model's class.
+        total_parameters: Parameters of the whole model, tied ones once.
+        total_bytes: Their size in memory.
+        element_size: Bytes of one target weight (of the first target).
+    """
+
+    config: PruningConfig
+    tensors: tuple[PlannedTensor, ...]
+    remove: int
+    model_name: str
+    total_parameters: int
+    total_bytes: int
+    element_size: int
+
+    @property
+    def criterion(self) -> Criterion:
+        """A new instance of the config's criterion."""
+        return CRITERIA.get(self.config.criterion)()
+
+    @property
+    def granularity(self) -> Granularity:
+        """The config's granularity."""
+        return parse_granularity(self.config.granularity)
+
+    @property
+    def target_parameters(self) -> int:
+        """How many weights the targets have."""
+        return sum(t.target.size for t in self.tensors)
+
+    @property
+    def removed_parameters(self) -> int:
+        """How many weights will be removed in all."""
+        rows, columns = self.granularity.block
+        return self.remove * rows * columns
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {
+            "config": self.config.to_dict(),
+            "model": self.model_name,
+            "total_parameters": self.total_parameters,
+            "target_parameters": self.target_parameters,
+            "removed_parameters": self.removed_parameters,
+            "tensors": [
+                {
+                    "name": t.target.name,
+                    "shape": list(t.target.shape),
+                    "units": t.units,
+                    "sparsity": t.sparsity,
+                    "remove": t.remove,
+                    "already_removed": t.already,
+                }
+                for t in self.tensors
+            ],
+        }
+
+    def __str__(self) -> str:
+        rows = [
+            [
+                t.target.name,
+                "x".join(map(str, t.target.shape)),
+                f"{t.target.size:,}",
+                "by score" if t.sparsity is None else f"{100 * t.sparsity:.2f} %",
+                "by score" if t.remove is None else f"{t.remove:,}",
+                f"{t.already:,}",
+            ]
+            for t in self.tensors
+        ]
+        table = format_table(
+            ["weight", "shape", "weights", "sparsity", "units to remove", "removed already"], rows, left=2
+        )
+        config, removed, targets = self.config, self.removed_parameters, self.target_parameters
+        packed = targets // 8 + (targets - removed) * self.element_size
+        return "\n".join(
+            [
+                f"Plan for {self.model_name}: {config.criterion}, {config.granularity}, scope {config.scope}, "
+                f"allocation {config.allocation if isinstance(config.allocation, str) else 'explicit'}",
+                table,
+                f"{removed:,} of {targets:,} target weights go ({_percent(removed, targets)}), "
+                f"{_percent(removed, self.total_parameters)} of the model's {self.total_parameters:,} parameters.",
+                f"Targets: {format_count(targets * self.element_size)}B dense; the same as bit mask and surviving "
+                f"values: {format_count(packed)}B.",
+                f"Multiply-adds per token or position in the targets: {format_count(targets)} dense, "
+                f"{format_count(targets - removed)} with a non-zero weight. Dense kernels compute the zeros too: "
+                f"zeros alone bring no speed-up.",
+            ]
+        )
+
+
+def _percent(part: int, whole: int) -> str:
+    return f"{100 * part / whole:.2f} %"
+
+
+def make_plan(model: nn.Module, config: PruningConfig) -> PruningPlan:
+    """Resolve a config on a model; the model is not changed.
+
+    Args:
+        model: Any torch module.
+        config: The settings.
+
+    Raises:
+        PlanError: If no target matches, a weight cannot be divided into units, a weight has NaN or
+            infinite values, or the model is already sparser than the config asks for.
+    """
+    targets = resolve_targets(model, config)
+    granularity = parse_granularity(config.granularity)
+    misfits = [f"{t.module} {t.shape}: {why}" for t in targets if (why := granularity.misfit(t))]
+    if misfits:
+        raise PlanError(
+            f"granularity {granularity.spec!r} does not divide {len(misfits)} of {len(targets)} targets: "
+            f"{_some(misfits)}. Choose another granularity, or list those modules in exclude_modules"
+        )
+    parameters = dict(model.named_parameters())
+    bad = [t.name for t in targets if not is_finite(parameters[t.name].detach())]
+    if bad:
+        raise PlanError(f"NaN or infinite values in {_some(bad)}: expected finite weights; check how they were made")
+    store = MaskStore.of(model)
+    masks = store.masks if store is not None else {}
+    tensors, remove = _count(targets, config, granularity, masks)
+    _refuse_regrowth(tensors, remove, config, granularity)
+    return PruningPlan(
+        config=config,
+        tensors=tensors,
+        remove=remove,
+        model_name=type(model).__name__,
+        total_parameters=sum(p.numel() for p in parameters.values()),
+        total_bytes=sum(p.numel() * p.element_size() for p in parameters.values()),
+        element_size=parameters[targets[0].name].element_size(),
+    )
+
+
+def _count(
+    targets: list[Target], config: PruningConfig, granularity: Granularity, masks: Mapping[str, Tensor]
+) -> tuple[tuple[PlannedTensor, ...], int]:
+    """Exact counts: k = round(sparsity * n) in every pool."""
+    assert config.sparsity is not None
+    sparsities = allocate(config.allocation, config.sparsity, targets)
+    tensors = []
+    for target in targets:
+        rows, columns = granularity.units(target.matrix_shape)
+        units, sparsity = rows * columns, sparsities[target.name]
+        mask = masks.get(target.name)
+        already = 0 if mask is None else mask.numel() - int(mask.count_nonzero())
+        pool = granularity.pool or (columns if config.scope == "row" else units)
+        remove = None if config.scope == "global" else round(sparsity * pool) * (units // pool)
+        tensors.append(PlannedTensor(target, None if remove is None else sparsity, units, pool, remove, already))
+    if config.scope == "global":
+        return tuple(tensors), round(config.sparsity * sum(t.units for t in tensors))
+    return tuple(tensors), sum(t.remove or 0 for t in tensors)
+
+
+def _refuse_regrowth(
+    tensors: tuple[PlannedTensor, ...], remove: int, config: PruningConfig, granularity: Granularity
+) -> None:
+    """Pruning only ever adds zeros: a config that asks for fewer than there are contradicts the masks."""
+    already = sum(t.already for t in tensors)
+    planned = remove * granularity.block[0] * granularity.block[1]
+    size = sum(t.target.size for t in tensors)
+    if already > planned + _ROUNDING * size:
+        raise PlanError(
+            f"sparsity={config.sparsity:g} is below what earlier pruning already removed from these targets "
+            f"({already:,} of {size:,} weights, {_percent(already, size)}), and pruning only adds zeros: "
+            f"ask for more, or call discard_masks() first"
+        )
+
+
+def _some(items: list[str], most: int = 3) -> str:
+    more = f" and {len(items) - most} more" if len(items) > most else ""
+    return "; ".join(items[:most]) + more

@@ -1,0 +1,131 @@
+"""Pictures: weight histogram before and after, sparsity per layer, trade-off curve."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hf_prune.files import atomic_path
+from hf_prune.report import SparsityReport, WeightHistogram
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from hf_prune.sweep import SweepPoint
+
+# Okabe & Ito's palette, which colour-blind readers can tell apart; after that, line styles differ as well.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+_MARKERS = ("o", "s", "^", "D", "v", "P")
+_GREY = "#8a8a8a"
+
+
+def plot_weight_histogram(before: WeightHistogram, after: WeightHistogram, title: str) -> Figure:
+    """Weights before and after pruning, on a logarithmic scale, the spike at zero as a bar of its own.
+
+    Args:
+        before: Histogram of the dense weights.
+        after: Histogram of the pruned weights, with the same edges.
+        title: What is shown.
+    """
+    figure, axes = _figure(8.0, 4.5)
+    width = before.edges[1] - before.edges[0]
+    total = before.counts.sum() + before.zeros
+    axes.stairs(before.counts, before.edges, fill=True, color=_GREY, alpha=0.45, label="dense")
+    axes.stairs(after.counts, after.edges, color=_COLOURS[0], linewidth=1.6, label="pruned: the weights that remain")
+    axes.bar(
+        0, after.zeros, width=width, color=_COLOURS[1],
+        label=f"pruned: exactly zero ({after.zeros:,}, {100 * after.zeros / total:.1f} %)",
+    )  # fmt: skip
+    axes.set_yscale("log")
+    axes.set(title=title, xlabel="weight (the outermost bins hold everything beyond)", ylabel="weights per bin")
+    axes.set_xlim(before.edges[0], before.edges[-1])
+    axes.set_ylim(bottom=max(1, before.counts[before.counts > 0].min() / 3), top=3 * max(total, 1))
+    axes.legend(frameon=False, loc="upper left")
+    return figure
+
+
+def plot_layer_sparsity(report: SparsityReport, title: str) -> Figure:
+    """Sparsity of every target, one bar each, in the order of the model.
+
+    Args:
+        report: The report.
+        title: What is shown.
+    """
+    targets = report.targets
+    figure, axes = _figure(8.0, max(2.5, 0.19 * len(targets) + 1.2))
+    position = list(range(len(targets)))
+    axes.barh(position, [100 * t.sparsity for t in targets], color=_COLOURS[0], height=0.75)
+    axes.axvline(
+        100 * report.target_sparsity, color=_COLOURS[1], linestyle="--",
+        label=f"all targets: {100 * report.target_sparsity:.1f} %",
+    )  # fmt: skip
+    axes.set_yticks(position, [t.name.removesuffix(".weight") for t in targets], fontsize=7)
+    axes.invert_yaxis()
+    axes.margins(y=0.01)
+    axes.set_xlim(0, 100)
+    axes.set(title=title, xlabel="sparsity (% of the weights)")
+    axes.grid(axis="y", visible=False)
+    figure.legend(frameon=False, loc="outside lower center")
+    return figure
+
+
+def plot_tradeoff(
+    dense_accuracy: float, points: Sequence[SweepPoint], sweet_spot: SweepPoint | None, title: str, subtitle: str
+) -> Figure:
+    """Accuracy against sparsity, one line per criterion, with 95 % intervals and the sweet spot.
+
+    Args:
+        dense_accuracy: Accuracy of the dense model, 0 to 1.
+        points: The measured points.
+        sweet_spot: The point to mark, or None.
+        title: The model.
+        subtitle: Data, n, tolerance.
+    """
+    figure, axes = _figure(8.0, 5.0)
+    axes.axhline(
+        100 * dense_accuracy, color=_GREY, linestyle="--", linewidth=1.2, label=f"dense: {100 * dense_accuracy:.2f} %"
+    )
+    for i, criterion in enumerate(dict.fromkeys(p.criterion for p in points)):
+        line = sorted((p for p in points if p.criterion == criterion), key=lambda p: p.sparsity)
+        low = [p.comparison.drop - p.comparison.interval[0] for p in line]
+        high = [p.comparison.interval[1] - p.comparison.drop for p in line]
+        axes.errorbar(
+            [100 * p.sparsity for p in line],
+            [100 * p.evaluation.accuracy for p in line],
+            yerr=[[max(0.0, v) for v in high], [max(0.0, v) for v in low]],
+            color=_COLOURS[i % len(_COLOURS)], marker=_MARKERS[i % len(_MARKERS)],
+            linestyle=("-", "--", ":")[i // len(_COLOURS) % 3], capsize=3, label=criterion,
+        )  # fmt: skip
+    if sweet_spot is not None:
+        x, y = 100 * sweet_spot.sparsity, 100 * sweet_spot.evaluation.accuracy
+        axes.plot(x, y, marker="*", markersize=20, color="#F0E442", markeredgecolor="black", linestyle="none",
+                  label=f"sweet spot: {x:g} % ({sweet_spot.criterion})", zorder=5)  # fmt: skip
+    axes.set(xlabel="sparsity of the targets (%)", ylabel="accuracy (%)")
+    axes.set_title(f"{title}\n{subtitle}", fontsize=10)
+    axes.legend(frameon=False, loc="lower left")
+    return figure
+
+
+def save_figure(figure: Figure, path: Path) -> Path:
+    """Write a figure as a file, format by suffix; an existing file is replaced at once or not at all.
+
+    Args:
+        figure: What to write.
+        path: Where to, such as ``tradeoff.png``.
+    """
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=150, format=path.suffix.removeprefix("."))
+    return path
+
+
+def _figure(width: float, height: float) -> tuple[Figure, Any]:
+    """A figure of its own, without pyplot's global state, so that plots work in threads and servers."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.3)
+    axes.set_axisbelow(True)
+    return figure, axes

@@ -1,0 +1,303 @@
+"""SparsityReport: what is zero in a model, tensor by tensor and in total, counted from the weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from hf_prune.config import PruningConfig
+from hf_prune.errors import HfPruneError
+from hf_prune.masking import MaskStore
+from hf_prune.tables import format_count, format_table
+from hf_prune.targets import Target, resolve_targets
+
+NM_PATTERNS = ((1, 2), (1, 4), (2, 4), (2, 8), (4, 8), (8, 16))
+
+
+@dataclass(frozen=True)
+class WeightStatistics:
+    """Minimum, maximum, mean and population standard deviation of a tensor, zeros included."""
+
+    min: float
+    max: float
+    mean: float
+    std: float
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> WeightStatistics:
+        """Statistics of a tensor, accumulated in float64."""
+        std, mean = torch.std_mean(tensor.double(), correction=0)
+        return cls(float(tensor.min()), float(tensor.max()), float(mean), float(std))
+
+
+@dataclass(frozen=True)
+class TensorReport:
+    """One parameter.
+
+    Args:
+        name: Its name in the model.
+        shape: Its shape.
+        is_target: Whether pruning covers it.
+        parameters: How many numbers it holds.
+        nonzero: How many of them are not zero.
+        nm_patterns: The N:M patterns that it satisfies along its inputs, such as ``("2:4",)``; targets only.
+        bytes: Its dense size.
+        after: Statistics of its values; targets only.
+        before: The same before pruning, where known.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    is_target: bool
+    parameters: int
+    nonzero: int
+    nm_patterns: tuple[str, ...]
+    bytes: int
+    after: WeightStatistics | None
+    before: WeightStatistics | None = None
+
+    @property
+    def sparsity(self) -> float:
+        """Share of zeros."""
+        return 1 - self.nonzero / self.parameters if self.parameters else 0.0
+
+
+@dataclass(frozen=True)
+class SparsityReport:
+    """What is zero in a model. ``print(report)`` shows it as a table; :meth:`to_dict` has everything.
+
+    Args:
+        model_name: The model's class.
+        tensors: Every parameter once, tied ones under their first name.
+    """
+
+    model_name: str
+    tensors: tuple[TensorReport, ...]
+
+    @property
+    def targets(self) -> tuple[TensorReport, ...]:
+        """The parameters that pruning covers."""
+        return tuple(t for t in self.tensors if t.is_target)
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of the whole model."""
+        return sum(t.parameters for t in self.tensors)
+
+    @property
+    def nonzero(self) -> int:
+        """Parameters of the whole model that are not zero."""
+        return sum(t.nonzero for t in self.tensors)
+
+    @property
+    def target_parameters(self) -> int:
+        """Parameters of the targets."""
+        return sum(t.parameters for t in self.targets)
+
+    @property
+    def removed(self) -> int:
+        """Zeros in the targets."""
+        return sum(t.parameters - t.nonzero for t in self.targets)
+
+    @property
+    def remaining(self) -> int:
+        """Parameters of the whole model less the zeros in the targets.
+
+        A zero elsewhere (a bias as it was initialised, a padding row) was not removed by anybody.
+        """
+        return self.parameters - self.removed
+
+    @property
+    def target_sparsity(self) -> float:
+        """Share of the target weights that are zero."""
+        return self.removed / self.target_parameters if self.target_parameters else 0.0
+
+    @property
+    def model_sparsity(self) -> float:
+        """Zeros in the targets as a share of all parameters of the model."""
+        return self.removed / self.parameters if self.parameters else 0.0
+
+    @property
+    def bytes(self) -> int:
+        """Dense size of the whole model: zeros are stored like any other number."""
+        return sum(t.bytes for t in self.tensors)
+
+    @property
+    def nm_patterns(self) -> tuple[str, ...]:
+        """The N:M patterns that every target satisfies."""
+        common = [set(t.nm_patterns) for t in self.targets]
+        names = [f"{n}:{m}" for n, m in NM_PATTERNS]
+        return tuple(p for p in names if common and p in set.intersection(*common))
+
+    def with_before(self, before: SparsityReport) -> SparsityReport:
+        """This report with the statistics of an earlier one beside its own.
+
+        Args:
+            before: A report of the same model before pruning.
+        """
+        known = {t.name: t.after for t in before.tensors}
+        return dataclasses.replace(
+            self, tensors=tuple(dataclasses.replace(t, before=known.get(t.name)) for t in self.tensors)
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {
+            "format_version": 1,
+            "model": self.model_name,
+            "parameters": self.parameters,
+            "nonzero": self.nonzero,
+            "remaining": self.remaining,
+            "target_parameters": self.target_parameters,
+            "removed": self.removed,
+            "target_sparsity": self.target_sparsity,
+            "model_sparsity": self.model_sparsity,
+            "nm_patterns": list(self.nm_patterns),
+            "bytes": self.bytes,
+            "tensors": [{**dataclasses.asdict(t), "sparsity": t.sparsity} for t in self.tensors],
+        }
+
+    def to_json(self) -> str:
+        """JSON text."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    def __str__(self) -> str:
+        header = ["weight", "shape", "weights", "non-zero", "sparsity", "N:M", "std"]
+        with_before = any(t.before for t in self.targets)
+        header += ["std before"] if with_before else []
+        rows = [
+            [
+                t.name,
+                "x".join(map(str, t.shape)),
+                f"{t.parameters:,}",
+                f"{t.nonzero:,}",
+                f"{100 * t.sparsity:.2f} %",
+                t.nm_patterns[0] if t.nm_patterns else "-",
+                "-" if t.after is None else f"{t.after.std:.4f}",
+                *([] if not with_before else ["-" if t.before is None else f"{t.before.std:.4f}"]),
+            ]
+            for t in self.targets
+        ]
+        lines = [f"Sparsity of {self.model_name}", format_table(header, rows, left=2)]
+        lines.append(
+            f"Targets: {self.removed:,} of {self.target_parameters:,} weights are zero "
+            f"({100 * self.target_sparsity:.2f} %). Whole model: {self.remaining:,} of {self.parameters:,} parameters "
+            f"remain ({100 * self.model_sparsity:.2f} % removed)."
+        )
+        if elsewhere := self.remaining - self.nonzero:
+            lines.append(f"{elsewhere:,} more are zero in tensors that pruning does not cover.")
+        if self.nm_patterns:
+            lines.append(f"N:M: every target satisfies {', '.join(self.nm_patterns)}.")
+        lines.append(f"Size: {format_count(self.bytes)}B dense; zeros are stored like any other number.")
+        return "\n".join(lines)
+
+
+def sparsity_report(model: nn.Module, config: PruningConfig | None = None) -> SparsityReport:
+    """Count what is zero in a model.
+
+    Args:
+        model: Any torch module.
+        config: Which modules are targets; by default those that have masks, else those of the default config.
+            A model without any is reported with no targets.
+
+    Returns:
+        The report. Where the dense weights were kept, it has their statistics as well.
+
+    Raises:
+        PlanError: If ``config`` is given and does not match the model.
+
+    Example:
+        >>> print(sparsity_report(torch.nn.Linear(4, 2)).target_parameters)
+        8
+    """
+    store = MaskStore.of(model)
+    targets = _targets(model, config, store)
+    dense = store.dense if store is not None and store.dense is not None else {}
+    tensors = []
+    for name, parameter in model.named_parameters():
+        weight, target = parameter.detach(), targets.get(name)
+        tensors.append(
+            TensorReport(
+                name=name,
+                shape=tuple(weight.shape),
+                is_target=target is not None,
+                parameters=weight.numel(),
+                nonzero=int(weight.count_nonzero()),
+                nm_patterns=() if target is None else nm_patterns(target, weight),
+                bytes=weight.numel() * weight.element_size(),
+                after=None if target is None else WeightStatistics.of(weight),
+                before=WeightStatistics.of(dense[name]) if name in dense else None,
+            )
+        )
+    return SparsityReport(type(model).__name__, tuple(tensors))
+
+
+def _targets(model: nn.Module, config: PruningConfig | None, store: MaskStore | None) -> dict[str, Target]:
+    if config is None and store is not None:
+        everything = resolve_targets(model, PruningConfig(target_modules=".*"))
+        return {t.name: t for t in everything if t.name in store.masks}
+    try:
+        return {t.name: t for t in resolve_targets(model, config or PruningConfig())}
+    except HfPruneError:
+        if config is not None:
+            raise
+        return {}
+
+
+def nm_patterns(target: Target, weight: Tensor) -> tuple[str, ...]:
+    """The N:M patterns that a weight satisfies.
+
+    Args:
+        target: Which weight it is.
+        weight: Its values, in its own layout.
+    """
+    nonzero = target.matrix(weight != 0)
+    found = []
+    for n, m in NM_PATTERNS:
+        if target.inputs % m == 0 and int(nonzero.reshape(-1, m).sum(1, dtype=torch.uint8).max()) <= n:
+            found.append(f"{n}:{m}")
+    return tuple(found)
+
+
+@dataclass(frozen=True)
+class WeightHistogram:
+    """How the target weights are spread.
+
+    Args:
+        edges: (bins + 1,) bin edges, symmetric about zero.
+        counts: (bins,) non-zero weights in each bin; values beyond the edges are in the outer bins.
+        zeros: How many weights are exactly zero.
+    """
+
+    edges: np.ndarray
+    counts: np.ndarray
+    zeros: int
+
+
+def weight_histogram(model: nn.Module, names: list[str], bins: int = 81, limit: float | None = None) -> WeightHistogram:
+    """Histogram of some parameters of a model.
+
+    Args:
+        model: The model.
+        names: Parameter names.
+        bins: How many bins; an odd number puts one astride zero.
+        limit: Largest absolute value of the edges; by default four standard deviations.
+    """
+    parameters: Mapping[str, Tensor] = dict(model.named_parameters())
+    weights = [parameters[name].detach().float().reshape(-1).cpu() for name in names]
+    if limit is None:
+        limit = 4 * max(float(w.std(correction=0)) for w in weights) or 1.0
+    edges = np.linspace(-limit, limit, bins + 1)
+    counts, zeros = np.zeros(bins, dtype=np.int64), 0
+    for weight in weights:
+        values = weight[weight != 0].clamp(-limit, limit).numpy()
+        counts += np.histogram(values, edges)[0]
+        zeros += weight.numel() - len(values)
+    return WeightHistogram(edges, counts, zeros)

@@ -1,0 +1,389 @@
+"""Sweep: prune from the dense weights at every sparsity, score each, and name the sweet spot.
+
+Results are on disk after every point, so an interrupted sweep continues where it was; results of other
+settings are never mixed in.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import hashlib
+import io
+import json
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from hf_prune.calibration import Batches
+from hf_prune.config import PruningConfig
+from hf_prune.errors import SweepError
+from hf_prune.evaluation import Comparison, Evaluation, compare, evaluate_classification
+from hf_prune.files import write_json, write_text
+from hf_prune.masking import MaskStore
+from hf_prune.pipeline import prune
+from hf_prune.plan import make_plan
+from hf_prune.plots import plot_tradeoff, save_figure
+from hf_prune.report import sparsity_report
+from hf_prune.sources import fingerprint
+from hf_prune.tables import format_table
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+FORMAT_VERSION = 1
+DEFAULT_SPARSITIES = (0.3, 0.5, 0.6, 0.7, 0.8)
+
+
+@dataclass(frozen=True)
+class SweepPoint:
+    """One pruning, scored.
+
+    Args:
+        criterion: Which score.
+        sparsity: The sparsity asked for.
+        target_sparsity: Share of the target weights that is zero.
+        model_sparsity: Zeros in the targets as a share of all parameters.
+        remaining: Parameters of the whole model less those zeros.
+        prune_seconds: How long pruning took, calibration included.
+        evaluation: The score.
+        comparison: The paired comparison with the dense model.
+    """
+
+    criterion: str
+    sparsity: float
+    target_sparsity: float
+    model_sparsity: float
+    remaining: int
+    prune_seconds: float
+    evaluation: Evaluation
+    comparison: Comparison
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {**values, "evaluation": self.evaluation.to_dict(), "comparison": self.comparison.to_dict()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], dense: Evaluation, confidence: float) -> SweepPoint:
+        """The point that :meth:`to_dict` described; the comparison is computed anew from the predictions."""
+        evaluation = Evaluation.from_dict(values["evaluation"])
+        fields = {f.name: values[f.name] for f in dataclasses.fields(cls)}
+        fields |= {"evaluation": evaluation, "comparison": compare(dense, evaluation, confidence=confidence)}
+        return cls(**fields)
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """What a sweep measured. ``print(result)`` shows the table and the sweet spot.
+
+    Args:
+        settings: Everything that results must agree on to stand in one table.
+        parameters: Parameters of the whole model.
+        dense: The score of the dense model.
+        points: One per criterion and sparsity.
+        tolerance: Largest accepted drop, in points of accuracy.
+        confidence: Confidence of the intervals and of the sweet spot.
+    """
+
+    settings: Mapping[str, Any]
+    parameters: int
+    dense: Evaluation
+    points: tuple[SweepPoint, ...]
+    tolerance: float
+    confidence: float
+
+    @property
+    def sweet_spot(self) -> SweepPoint | None:
+        """The largest sparsity whose drop is, with the stated confidence, at most the tolerance; or None.
+
+        Decided by the one-sided upper bound of the paired drop; between criteria, by the smaller drop.
+        """
+        within = [p for p in self.points if p.sparsity > 0 and p.comparison.upper_bound <= self.tolerance]
+        return max(within, key=lambda p: (p.model_sparsity, -p.comparison.drop), default=None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        best = self.sweet_spot
+        return {
+            "format_version": FORMAT_VERSION,
+            "settings": dict(self.settings),
+            "parameters": self.parameters,
+            "tolerance": self.tolerance,
+            "confidence": self.confidence,
+            "sweet_spot": None if best is None else {"criterion": best.criterion, "sparsity": best.sparsity},
+            "dense": self.dense.to_dict(),
+            "points": [p.to_dict() for p in self.points],
+        }
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The table as flat rows, the dense model first; accuracies and drops in percent and points."""
+        dense = {
+            "criterion": "dense", "sparsity": 0.0, "model_sparsity": 0.0, "remaining": self.parameters,
+            "accuracy": 100 * self.dense.accuracy, "standard_error": 100 * self.dense.standard_error,
+            "n": self.dense.n, "drop": 0.0, "drop_standard_error": 0.0, "drop_low": 0.0, "drop_high": 0.0,
+            "p_value": 1.0, "prune_seconds": 0.0,
+        }  # fmt: skip
+        return [dense] + [
+            {
+                "criterion": p.criterion, "sparsity": p.sparsity, "model_sparsity": p.model_sparsity,
+                "remaining": p.remaining, "accuracy": 100 * p.evaluation.accuracy,
+                "standard_error": 100 * p.evaluation.standard_error, "n": p.evaluation.n,
+                "drop": p.comparison.drop, "drop_standard_error": p.comparison.drop_standard_error,
+                "drop_low": p.comparison.interval[0], "drop_high": p.comparison.interval[1],
+                "p_value": p.comparison.p_value, "prune_seconds": p.prune_seconds,
+            }
+            for p in self.points
+        ]  # fmt: skip
+
+    def to_csv(self) -> str:
+        """:meth:`rows` as CSV."""
+        rows, text = self.rows(), io.StringIO()
+        writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        return text.getvalue()
+
+    def __str__(self) -> str:
+        cells = [
+            [
+                row["criterion"],
+                f"{100 * row['sparsity']:g} %",
+                f"{100 * row['model_sparsity']:.2f} %",
+                f"{row['remaining']:,}",
+                f"{row['accuracy']:.2f} %",
+                "-" if row["criterion"] == "dense" else f"{row['drop']:.2f} ± {row['drop_standard_error']:.2f}",
+                "-" if row["criterion"] == "dense" else f"{row['drop_low']:.2f} to {row['drop_high']:.2f}",
+                "-" if row["criterion"] == "dense" else f"{row['p_value']:.2g}",
+            ]
+            for row in self.rows()
+        ]
+        percent = f"{100 * self.confidence:g} %"
+        header = ["criterion", "target", "of all weights", "remaining", "accuracy", "drop ± s.e.", percent, "p"]
+        where = " ".join(filter(None, [self.dense.source, self.dense.split]))
+        note = (
+            f"n = {self.dense.n} ({where}); drop in points against the dense model on the same examples, its standard "
+            f"error and {percent} interval paired, p by McNemar's exact test."
+        )
+        return "\n".join([format_table(header, cells), note, self.verdict()])
+
+    def verdict(self) -> str:
+        """One sentence that names the sweet spot, or says why there is none."""
+        best, percent = self.sweet_spot, f"{100 * self.confidence:g} %"
+        if best is not None:
+            return (
+                f"Sweet spot: {100 * best.sparsity:g} % with {best.criterion}: it loses {best.comparison.drop:.2f} "
+                f"points, and with {percent} confidence at most {best.comparison.upper_bound:.2f} "
+                f"(tolerance {self.tolerance:g})."
+            )
+        if not self.points:
+            return "Sweet spot: none, since nothing was pruned."
+        lowest = min(self.points, key=lambda p: p.comparison.upper_bound)
+        return (
+            f"Sweet spot: none of these. The best bound is at {100 * lowest.sparsity:g} % with {lowest.criterion}: at "
+            f"most {lowest.comparison.upper_bound:.2f} points with {percent} confidence, above the tolerance of "
+            f"{self.tolerance:g}. Try smaller sparsities, more data, or a larger tolerance."
+        )
+
+    def write(self, folder: Path) -> list[Path]:
+        """Write ``results.json``, ``results.csv`` and ``tradeoff.png``, each at once.
+
+        Args:
+            folder: Where to.
+
+        Returns:
+            The files.
+        """
+        files = [write_json(folder / "results.json", self.to_dict())]
+        files.append(write_text(folder / "results.csv", self.to_csv()))
+        where = " ".join(filter(None, [self.dense.source, self.dense.split]))
+        subtitle = f"{where}, n = {self.dense.n}; bars: {100 * self.confidence:g} % interval of the paired drop"
+        figure = plot_tradeoff(
+            self.dense.accuracy, self.points, self.sweet_spot, str(self.settings["model"]), subtitle
+        )
+        files.append(save_figure(figure, folder / "tradeoff.png"))
+        return files
+
+
+def sweep(
+    model: nn.Module,
+    tokenizer: Any,
+    dataset: Dataset,
+    *,
+    sparsities: Iterable[float] = DEFAULT_SPARSITIES,
+    criteria: Iterable[str] = ("magnitude",),
+    config: PruningConfig | None = None,
+    calibration: Sequence[Mapping[str, Any]] | None = None,
+    tolerance: float = 1.0,
+    confidence: float = 0.95,
+    out: Path | None = None,
+    restart: bool = False,
+    name: str = "",
+    source: str = "",
+    split: str = "",
+    progress: bool = False,
+    **evaluation: Any,
+) -> SweepResult:
+    """Prune a model at several sparsities, from its dense weights each time, and score every result.
+
+    Args:
+        model: A dense sequence classifier; it is dense again afterwards.
+        tokenizer: Its tokenizer.
+        dataset: Labelled sentences, as for :func:`hf_prune.evaluate_classification`.
+        sparsities: Shares to remove, 0 to 1; 0 is the dense model, which is always measured.
+        criteria: Names of criteria.
+        config: All other settings.
+        calibration: Batches for criteria that need them.
+        tolerance: Largest accepted drop, in points of accuracy.
+        confidence: Of intervals and sweet spot.
+        out: Folder for ``results.json``, ``results.csv`` and ``tradeoff.png``; points that it already has are
+            not measured again.
+        restart: Ignore what ``out`` has.
+        name: What to call the model in results.
+        source: Where the data is from, for results.
+        split: Which split it is, for results.
+        progress: Show progress bars.
+        **evaluation: Passed to :func:`hf_prune.evaluate_classification`.
+
+    Returns:
+        The result.
+
+    Raises:
+        SweepError: If the model is pruned already, or ``out`` holds results of other settings.
+        HfPruneError: As :func:`hf_prune.prune` does, for any of the points and before the first is measured.
+    """
+    if MaskStore.of(model) is not None:
+        raise SweepError("the model has masks: a sweep starts from dense weights; load a dense model")
+    base = config or PruningConfig()
+    sparsities, criteria = list(dict.fromkeys(sparsities)), list(dict.fromkeys(criteria))
+    configs = [base.replace(criterion=c, sparsity=float(s)) for c in criteria for s in sparsities if s != 0]
+    plans = [make_plan(model, c) for c in configs]
+    parameters = sum(p.numel() for p in model.parameters())
+    score: dict[str, Any] = {"source": source, "split": split, "progress": progress, **evaluation}
+    settings = _settings(model, dataset, base, calibration, name, score)
+    results = None if out is None else out / "results.json"
+    found = None if results is None or restart else _read(results, settings)
+    if found is not None:
+        settings = {**settings, "calibration": settings["calibration"] or found["settings"]["calibration"]}
+        dense = Evaluation.from_dict(found["dense"])
+        points = [SweepPoint.from_dict(p, dense, confidence) for p in found["points"]]
+    else:
+        dense, points = evaluate_classification(model, tokenizer, dataset, **score), []
+
+    def result() -> SweepResult:
+        order = {(p.config.criterion, p.config.sparsity): i for i, p in enumerate(plans)}
+        ranked = sorted(points, key=lambda p: order.get((p.criterion, p.sparsity), len(order)))
+        return SweepResult(settings, parameters, dense, tuple(ranked), tolerance, confidence)
+
+    done = {(p.criterion, p.sparsity) for p in points}
+    if results is not None:
+        write_json(results, result().to_dict())
+    for point_config in configs:
+        if (point_config.criterion, point_config.sparsity) in done:
+            continue
+        points.append(_measure(model, tokenizer, dataset, point_config, calibration, dense, confidence, score))
+        if results is not None:
+            write_json(results, result().to_dict())
+    if out is not None:
+        result().write(out)
+    return result()
+
+
+def _measure(
+    model: nn.Module,
+    tokenizer: Any,
+    dataset: Dataset,
+    config: PruningConfig,
+    calibration: Batches | None,
+    dense: Evaluation,
+    confidence: float,
+    score: Mapping[str, Any],
+) -> SweepPoint:
+    assert config.sparsity is not None
+    start = time.perf_counter()
+    prune(model, config, calibration=calibration, keep_dense=True, progress=score["progress"])
+    seconds = time.perf_counter() - start
+    store = MaskStore.of(model)
+    assert store is not None
+    try:
+        report = sparsity_report(model)
+        evaluation = evaluate_classification(model, tokenizer, dataset, **score)
+    finally:
+        store.discard(model)
+    return SweepPoint(
+        criterion=config.criterion,
+        sparsity=config.sparsity,
+        target_sparsity=report.target_sparsity,
+        model_sparsity=report.model_sparsity,
+        remaining=report.remaining,
+        prune_seconds=round(seconds, 3),
+        evaluation=evaluation,
+        comparison=compare(dense, evaluation, confidence=confidence),
+    )
+
+
+def _settings(
+    model: nn.Module,
+    dataset: Dataset,
+    config: PruningConfig,
+    calibration: Sequence[Mapping[str, Any]] | None,
+    name: str,
+    score: Mapping[str, Any],
+) -> dict[str, Any]:
+    """What two results must share to stand in one table."""
+    import transformers
+
+    from hf_prune import __version__
+
+    shared = config.to_dict()
+    for varied in ("sparsity", "criterion"):
+        shared.pop(varied)
+    columns = [*score.get("text_columns", ("sentence",)), score.get("label_column", "label")]
+    return {
+        "model": name or type(model).__name__,
+        "weights": weights_digest(model.named_parameters()),
+        "data": fingerprint(dataset, columns),
+        "n": len(dataset),
+        "config": shared,
+        "calibration": None if calibration is None else weights_digest(
+            (f"{i}.{key}", value) for i, batch in enumerate(calibration) for key, value in sorted(batch.items())
+        ),
+        "evaluation": {k: v for k, v in sorted(score.items()) if k not in ("progress", "source", "split")},
+        "versions": {"hf_prune": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
+    }  # fmt: skip
+
+
+def weights_digest(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """A short SHA-256 over names, dtypes, shapes and bytes of tensors."""
+    digest = hashlib.sha256()
+    for name, tensor in tensors:
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+def _read(path: Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Earlier results that belong to the same settings."""
+    if not path.exists():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        version, theirs, _, _ = found["format_version"], dict(found["settings"]), found["dense"], found["points"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise SweepError(f"{path} is no sweep result: {error!r}; choose another folder, or restart") from error
+    ours = json.loads(json.dumps(dict(settings)))
+    if None in (theirs.get("calibration"), ours["calibration"]):  # one side had no criterion that needs it
+        theirs["calibration"] = ours["calibration"] = theirs.get("calibration") or ours["calibration"]
+    differing = [key for key in ours if key != "model" and theirs.get(key) != ours[key]]
+    if version != FORMAT_VERSION or differing:
+        details = "; ".join(f"{key} was {theirs.get(key)!r}, now {ours[key]!r}" for key in differing)
+        raise SweepError(
+            f"{path} holds results of other settings ({details or f'format {version}'}), which cannot stand in one "
+            f"table: choose another folder, or restart to measure everything anew"
+        )
+    return dict(found)

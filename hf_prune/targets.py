@@ -1,0 +1,178 @@
+"""Which weights are pruned, and the one canonical (out_features, in_features) view of them.
+
+Layouts differ: ``nn.Linear`` stores (out, in), the ``Conv1D`` of GPT-2 (in, out), convolutions
+(out, in / groups, *kernel). Everything past this module sees a matrix with outputs as rows and inputs
+as columns; of a convolution, the columns run over kernel positions and, fastest, over input channels,
+so that M consecutive columns are M consecutive inputs.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from hf_prune.config import PruningConfig
+from hf_prune.errors import PlanError
+from hf_prune.registry import unknown_name
+
+ALL_LINEAR = "all-linear"
+
+
+@dataclass(frozen=True)
+class Target:
+    """One weight that is to be pruned.
+
+    Args:
+        name: The parameter's name in ``model.named_parameters()``.
+        module: The name of the module that it belongs to.
+        layout: ``"linear"`` (out, in), ``"conv1d"`` (in, out) or ``"conv"`` (out, in, *kernel).
+        shape: The parameter's own shape.
+    """
+
+    name: str
+    module: str
+    layout: str
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """How many weights."""
+        return math.prod(self.shape)
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """(out, in) of the canonical matrix."""
+        if self.layout == "conv1d":
+            return self.shape[1], self.shape[0]
+        return self.shape[0], self.size // self.shape[0]
+
+    @property
+    def inputs(self) -> int:
+        """Input features or channels: the run of columns that are neighbours as inputs."""
+        return self.shape[0] if self.layout == "conv1d" else self.shape[1]
+
+    def matrix(self, tensor: Tensor) -> Tensor:
+        """The canonical (out, in) matrix of a tensor shaped like the weight; a view where possible."""
+        if self.layout == "conv1d":
+            return tensor.t()
+        if self.layout == "conv":
+            return tensor.movedim(1, -1).reshape(self.matrix_shape)  # (out, *kernel, in) -> (out, kernel * in)
+        return tensor
+
+    def native(self, matrix: Tensor) -> Tensor:
+        """The inverse of :meth:`matrix`: a contiguous tensor in the weight's own layout."""
+        if self.layout == "conv1d":
+            return matrix.t().contiguous()
+        if self.layout == "conv":
+            channels_last = matrix.reshape(self.shape[0], *self.shape[2:], self.shape[1])
+            return channels_last.movedim(-1, 1).contiguous()
+        return matrix.contiguous()
+
+
+def resolve_targets(model: nn.Module, config: PruningConfig) -> list[Target]:
+    """The weights that a config means on a model, in the order of its modules.
+
+    Tied weights and shared modules appear once, under the name that ``named_parameters()`` gives them.
+
+    Args:
+        model: Any torch module.
+        config: Its ``target_modules`` and ``exclude_modules``.
+
+    Raises:
+        PlanError: If a name matches no module, if nothing is left to prune, or if a weight is on the meta
+            device or not of a floating-point type.
+    """
+    prunable = dict(_prunable_modules(model))
+    every_name = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
+    for setting in ("target_modules", "exclude_modules"):
+        _check_matches(setting, getattr(config, setting), every_name, prunable)
+    default_out = _output_embedding(model) if config.target_modules == ALL_LINEAR else None
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    targets: dict[int, Target] = {}
+    for module_name, (module, layout) in prunable.items():
+        chosen = (
+            layout != "conv" and module is not default_out
+            if config.target_modules == ALL_LINEAR
+            else module_matches(module_name, config.target_modules)
+        )
+        if not chosen or module_matches(module_name, config.exclude_modules):
+            continue
+        weight = module.weight
+        if id(weight) not in targets:
+            _check_weight(module_name, weight)
+            targets[id(weight)] = Target(names[id(weight)], module_name, layout, tuple(weight.shape))
+    if not targets:
+        raise PlanError(
+            f"no target matched target_modules={config.target_modules!r} with exclude_modules="
+            f"{config.exclude_modules!r}: {type(model).__name__} has {_available(prunable)}"
+        )
+    return list(targets.values())
+
+
+def module_matches(name: str, pattern: str | Collection[str]) -> bool:
+    """Whether a module is meant: a regular expression for the whole name, or a list of suffixes."""
+    if isinstance(pattern, str):
+        return re.fullmatch(pattern, name) is not None
+    return any(name == suffix or name.endswith(f".{suffix}") for suffix in pattern)
+
+
+def _prunable_modules(model: nn.Module) -> Iterator[tuple[str, tuple[nn.Module, str]]]:
+    from transformers.pytorch_utils import Conv1D
+
+    for name, module in model.named_modules():
+        if not isinstance(getattr(module, "_parameters", {}).get("weight"), nn.Parameter):
+            continue
+        if isinstance(module, nn.Linear):
+            yield name, (module, "linear")
+        elif isinstance(module, Conv1D):
+            yield name, (module, "conv1d")
+        elif isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            yield name, (module, "conv")
+
+
+def _output_embedding(model: nn.Module) -> nn.Module | None:
+    get = getattr(model, "get_output_embeddings", None)
+    return get() if get is not None else None
+
+
+def _check_matches(setting: str, pattern: str | tuple[str, ...], names: list[str], prunable: Collection[str]) -> None:
+    """A name that matches nothing is a typing error, and would silently protect or prune nothing."""
+    if pattern == ALL_LINEAR or not pattern:
+        return
+    for part in [pattern] if isinstance(pattern, str) else [(suffix,) for suffix in pattern]:
+        if not any(module_matches(name, part) for name in names):
+            known = sorted({name.rsplit(".", 1)[-1] for name in prunable})
+            raise PlanError(f"{setting}: {unknown_name('module', part if isinstance(part, str) else part[0], known)}")
+
+
+def _check_weight(module_name: str, weight: Tensor) -> None:
+    if weight.is_meta:
+        raise PlanError(
+            f"{module_name}.weight is on the meta device (offloaded or not loaded): load the model without "
+            f"offloading before pruning it"
+        )
+    if not weight.is_floating_point() or weight.element_size() < 2:
+        raise PlanError(
+            f"{module_name}.weight is {weight.dtype}: expected float32, float64, float16 or bfloat16; "
+            f"prune before quantizing"
+        )
+
+
+def _available(prunable: dict[str, tuple[nn.Module, str]]) -> str:
+    if not prunable:
+        return "no Linear, Conv1D or convolution at all"
+    kinds: dict[str, set[str]] = {}
+    for name, (module, _) in prunable.items():
+        kinds.setdefault(type(module).__name__, set()).add(name.rsplit(".", 1)[-1])
+    return "; ".join(f"{kind} named {', '.join(sorted(names))}" for kind, names in sorted(kinds.items()))
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether a tensor is free of NaN and infinity: one fast sum, and a close look only if that overflows."""
+    total = tensor.sum(dtype=torch.float32 if tensor.element_size() < 4 else None)
+    return bool(torch.isfinite(total)) or bool(torch.isfinite(tensor).all())

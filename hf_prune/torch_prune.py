@@ -1,0 +1,65 @@
+"""Interoperability with ``torch.nn.utils.prune``: adopt a model that was pruned with it."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+from torch import Tensor, nn
+from torch.nn.utils import prune as torch_prune
+
+from hf_prune.errors import MaskError
+from hf_prune.masking import MaskStore
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def from_torch_prune(model: Model, *, keep_dense: bool = False) -> Model:
+    """Turn ``weight_orig`` and ``weight_mask`` into plain weights and a mask store, in place.
+
+    Afterwards the model has its usual parameters and state-dict keys, computes the same, and can be pruned
+    further, saved and loaded like any other. Masks of biases are adopted too.
+
+    Args:
+        model: A model pruned with ``torch.nn.utils.prune``, by any of its methods.
+        keep_dense: Keep the original weights, so that ``discard_masks`` can give them back.
+
+    Returns:
+        The model.
+
+    Raises:
+        MaskError: If nothing in the model was pruned that way, or the model has masks of hf_prune already.
+
+    Example:
+        >>> layer = torch_prune.l1_unstructured(nn.Linear(4, 2), "weight", amount=0.5)
+        >>> sorted(name for name, _ in from_torch_prune(layer).named_parameters())
+        ['bias', 'weight']
+    """
+    if MaskStore.of(model) is not None:
+        raise MaskError("the model has masks of hf_prune already: call make_permanent() or discard_masks() first")
+    pruned = [
+        (module, key.removesuffix("_orig"))
+        for module in model.modules()
+        for key in list(module._parameters)
+        if key.endswith("_orig") and f"{key.removesuffix('_orig')}_mask" in module._buffers
+    ]
+    if not pruned:
+        raise MaskError(
+            f"no parameter of {type(model).__name__} was pruned with torch.nn.utils.prune: expected *_orig parameters "
+            f"with *_mask buffers; after prune.remove() only zeros are left, and there is nothing to adopt"
+        )
+    found: dict[int, tuple[Tensor, Tensor]] = {}
+    for module, key in pruned:
+        mask, original = module._buffers[f"{key}_mask"], module._parameters[f"{key}_orig"]
+        assert mask is not None
+        assert original is not None
+        keep, dense = mask.bool(), original.detach().clone()
+        torch_prune.remove(module, key)
+        found[id(module._parameters[key])] = (keep, dense)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    store = MaskStore(
+        masks={names[key]: keep for key, (keep, _) in found.items()},
+        dense={names[key]: dense for key, (_, dense) in found.items()} if keep_dense else None,
+    )
+    store.attach(model)
+    store.apply(model)
+    return model
