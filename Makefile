@@ -31,6 +31,7 @@ test: $(STAMP)  ## the tests, in parallel
 
 lint: $(STAMP)  ## ruff
 	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
 
 types: $(STAMP)  ## mypy
 	$(PY) -m mypy
@@ -62,8 +63,8 @@ $(STAMP): pyproject.toml constraints.txt
 	         "name another one: make PYTHON=python3.11" >&2; exit 1; }
 	@test -x $(PY) || "$(PYTHON)" -m venv "$(VENV)" || { rm -rf "$(VENV)"; \
 	    echo "'$(PYTHON)' cannot make virtual environments (Debian, Ubuntu: apt install python3-venv)" >&2; exit 1; }
-	@echo "[1/2] torch into $(VENV) (200 MB for the CPU build, 3 GB for the CUDA build; some minutes, only once)"
+	@echo "[1/2] torch into $(VENV) (the CPU build is 200 MB, the CUDA build several GB; only once)"
 	@$(PIP) torch
-	@echo "[2/2] hf_prune with its demo and its tools, versions from constraints.txt (400 MB, a minute or two)"
+	@echo "[2/2] hf_prune with its demo and its tools, versions from constraints.txt (300 MB, about a minute)"
 	@$(PIP) --editable ".[demo,dev]"
 	@echo "$(CURDIR)" > "$(STAMP)"

@@ -59,12 +59,12 @@ _MODULES = {
     "registry": ("CRITERIA", "GRANULARITIES"),
     "report": ("SparsityReport", "sparsity_report", "weight_histogram"),
     "sources": ("load_classification", "load_sst2"),
-    "sweep": ("SweepResult", "sweep"),
+    "sweep": ("SweepPoint", "SweepResult", "run_sweep"),
     "torch_prune": ("from_torch_prune",),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 
-__all__ = sorted(_HOME)  # noqa: PLE0605
+__all__ = sorted(_HOME)
 
 
 def __getattr__(name: str) -> Any:

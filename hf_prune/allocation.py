@@ -9,9 +9,7 @@ from hf_prune.registry import unknown_name
 from hf_prune.targets import Target, module_matches
 
 
-def allocate(
-    allocation: str | Mapping[str, float], sparsity: float, targets: Sequence[Target]
-) -> dict[str, float]:
+def allocate(allocation: str | Mapping[str, float], sparsity: float, targets: Sequence[Target]) -> dict[str, float]:
     """The sparsity of every target.
 
     Args:

@@ -32,6 +32,23 @@ MASK_FORMAT = "hf_prune.masks"
 MASK_VERSION = "1"
 _WEIGHTS = ("model*.safetensors",)
 _COMPLETES = ("model*.safetensors.index.json", MASK_FILE)
+# What a checkpoint has besides weights and config: tokenizers and processors.
+_COMPANIONS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "chat_template.jinja",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+)
 _HUB_KEYS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
 
@@ -60,7 +77,7 @@ def load_masks(path: str | os.PathLike[str]) -> MaskStore:
     try:
         with safe_open(path, "np") as file:
             header = file.metadata() or {}
-            packed = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            packed = {name: file.get_tensor(name) for name in file.keys()}
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be read as safetensors: {error}") from error
     found = (header.get("format"), header.get("version"))
@@ -74,7 +91,9 @@ def load_masks(path: str | os.PathLike[str]) -> MaskStore:
         config = PruningConfig.from_json(header["config"]) if "config" in header else None
         masks = {name: _unpack(packed.pop(name), **entry) for name, entry in entries.items()}
     except (KeyError, TypeError, ValueError, ConfigError) as error:
-        raise CheckpointError(f"{path} is damaged: {error!r}; restore it, or delete it to load without masks") from error
+        raise CheckpointError(
+            f"{path} is damaged: {error!r}; restore it, or delete it to load without masks"
+        ) from error
     if packed:
         raise CheckpointError(f"{path} is damaged: its header does not know {', '.join(sorted(packed))}")
     return MaskStore(masks, config=config)
@@ -88,6 +107,23 @@ def _unpack(bits: np.ndarray, shape: list[int], kept: int) -> Tensor:
     if int(mask.sum()) != kept:
         raise ValueError(f"{int(mask.sum())} kept weights where the header says {kept}")
     return torch.from_numpy(mask).view(shape)
+
+
+def staged_checkpoint(folder: str | os.PathLike[str]) -> contextlib.AbstractContextManager[Path]:
+    """A temporary folder that becomes, or replaces the weights of, a checkpoint; see ``files.staged_folder``."""
+    return staged_folder(folder, stale=_WEIGHTS, last=_COMPLETES)
+
+
+def copy_companions(source: str, folder: Path) -> None:
+    """Copy a checkpoint's tokenizer and processor files, whichever it has.
+
+    Args:
+        source: Folder or Hub id.
+        folder: Where to.
+    """
+    for name in _COMPANIONS:
+        if (path := _find(source, name, {})) is not None:
+            shutil.copyfile(path, folder / name)
 
 
 def save_pruned(
@@ -110,7 +146,7 @@ def save_pruned(
     pruned_class = model.__class__
     model.__class__ = dense_class
     try:
-        with staged_folder(folder, stale=_WEIGHTS, last=_COMPLETES) as staging:
+        with staged_checkpoint(folder) as staging:
             save(model, staging, **kwargs)
             if (store := MaskStore.of(model)) is not None:
                 save_masks(store, staging / MASK_FILE)
@@ -189,14 +225,15 @@ def _without_torch_prune(source: Any, hub: Mapping[str, Any]) -> Iterator[tuple[
     """
     files = _weight_files(source, hub)
     names = [name for file in files for name in _tensor_names(file)]
-    pruned = {n.removesuffix("_orig") for n in names if n.endswith("_orig") and f"{n.removesuffix('_orig')}_mask" in names}
+    originals = {name.removesuffix("_orig") for name in names if name.endswith("_orig")}
+    pruned = {name for name in originals if f"{name}_mask" in names}
     if not pruned:
         yield None
         return
     tensors: dict[str, Tensor] = {}
     for file in files:
         with safe_open(file, "pt") as opened:
-            tensors |= {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+            tensors |= {name: opened.get_tensor(name) for name in opened.keys()}
     weights = {n: t for n, t in tensors.items() if n.removesuffix("_orig").removesuffix("_mask") not in pruned}
     marks = {n: torch.full_like(t, 2) if t.is_floating_point() else t for n, t in weights.items()}
     for name in pruned:
@@ -211,7 +248,8 @@ def _without_torch_prune(source: Any, hub: Mapping[str, Any]) -> Iterator[tuple[
             for extra in ("config.json", "generation_config.json"):
                 if (path := _find(source, extra, hub)) is not None:
                     shutil.copyfile(path, results[-1] / extra)
-            save_file({n: t.contiguous() for n, t in content.items()}, results[-1] / "model.safetensors", {"format": "pt"})
+            contiguous = {name: tensor.contiguous() for name, tensor in content.items()}
+            save_file(contiguous, results[-1] / "model.safetensors", {"format": "pt"})
         yield results[0], results[1]
 
 

@@ -105,7 +105,11 @@ class PrunedModelMixin(nn.Module):
         return sparsity_report(self, config)
 
     def save_pretrained(
-        self, save_directory: str | os.PathLike[str], is_main_process: bool = True, push_to_hub: bool = False, **kwargs: Any
+        self,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        push_to_hub: bool = False,
+        **kwargs: Any,
     ) -> None:
         """Save as the dense class would, with the masks beside the weights; at once or not at all.
 
@@ -119,13 +123,14 @@ class PrunedModelMixin(nn.Module):
             CheckpointError: If ``save_directory`` is a file.
         """
         hub = {key: kwargs.pop(key) for key in ("repo_id", "commit_message", "private", "create_pr") if key in kwargs}
-        save = super().save_pretrained.__func__
+        save = super().save_pretrained.__func__  # type: ignore[misc]
         if is_main_process:
             save_pruned(self, dense_class(type(self)), save, save_directory, **kwargs)
         else:
             save(self, save_directory, is_main_process=False, **kwargs)
         if push_to_hub and is_main_process:
-            self.push_to_hub(hub.pop("repo_id", Path(save_directory).name), token=kwargs.get("token"), **hub)
+            push: Any = self.push_to_hub
+            push(hub.pop("repo_id", Path(save_directory).name), token=kwargs.get("token"), **hub)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -139,7 +144,8 @@ class PrunedModelMixin(nn.Module):
         Raises:
             CheckpointError: If the masks are damaged or do not fit the weights.
         """
-        return load_pruned(super().from_pretrained, pretrained_model_name_or_path, *args, **kwargs)
+        load = super().from_pretrained  # type: ignore[misc]
+        return load_pruned(load, pretrained_model_name_or_path, *args, **kwargs)
 
     @classmethod
     def is_custom_code(cls) -> bool:
@@ -167,11 +173,11 @@ def prunable(model: Model) -> Model:
             f"found a {type(model).__name__}: expected a transformers PreTrainedModel; unwrap it first, or call "
             f"hf_prune.prune(model), which takes any torch module"
         )
-    model.__class__ = pruned_class(type(model))
+    model.__class__ = pruned_class(type(model))  # type: ignore[arg-type]
     return model
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def pruned_class(base: type) -> type:
     """The subclass of a model class that has the mixin's methods; the class itself if it has them."""
     if issubclass(base, PrunedModelMixin):
@@ -191,5 +197,5 @@ def _reduce_ex(self: Any, protocol: object) -> tuple[Any, ...]:
 
 
 def _rebuild(base: type) -> Any:
-    cls = pruned_class(base)
+    cls: Any = pruned_class(base)
     return cls.__new__(cls)

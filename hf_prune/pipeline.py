@@ -23,16 +23,28 @@ Model = TypeVar("Model", bound=nn.Module)
 
 @overload
 def prune(
-    model: nn.Module, config: PruningConfig | float | None = ..., *, calibration: Batches | None = ...,
-    keep_dense: bool = ..., dry_run: Literal[True], progress: bool = ..., **settings: Any,
-) -> PruningPlan: ...  # fmt: skip
+    model: nn.Module,
+    config: PruningConfig | float | None = ...,
+    *,
+    calibration: Batches | None = ...,
+    keep_dense: bool = ...,
+    dry_run: Literal[True],
+    progress: bool = ...,
+    **settings: Any,
+) -> PruningPlan: ...
 
 
 @overload
 def prune(
-    model: Model, config: PruningConfig | float | None = ..., *, calibration: Batches | None = ...,
-    keep_dense: bool = ..., dry_run: Literal[False] = ..., progress: bool = ..., **settings: Any,
-) -> Model: ...  # fmt: skip
+    model: Model,
+    config: PruningConfig | float | None = ...,
+    *,
+    calibration: Batches | None = ...,
+    keep_dense: bool = ...,
+    dry_run: Literal[False] = ...,
+    progress: bool = ...,
+    **settings: Any,
+) -> Model: ...
 
 
 def prune(

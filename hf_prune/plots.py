@@ -34,9 +34,12 @@ def plot_weight_histogram(before: WeightHistogram, after: WeightHistogram, title
     axes.stairs(before.counts, before.edges, fill=True, color=_GREY, alpha=0.45, label="dense")
     axes.stairs(after.counts, after.edges, color=_COLOURS[0], linewidth=1.6, label="pruned: the weights that remain")
     axes.bar(
-        0, after.zeros, width=width, color=_COLOURS[1],
+        0,
+        after.zeros,
+        width=width,
+        color=_COLOURS[1],
         label=f"pruned: exactly zero ({after.zeros:,}, {100 * after.zeros / total:.1f} %)",
-    )  # fmt: skip
+    )
     axes.set_yscale("log")
     axes.set(title=title, xlabel="weight (the outermost bins hold everything beyond)", ylabel="weights per bin")
     axes.set_xlim(before.edges[0], before.edges[-1])
@@ -57,9 +60,11 @@ def plot_layer_sparsity(report: SparsityReport, title: str) -> Figure:
     position = list(range(len(targets)))
     axes.barh(position, [100 * t.sparsity for t in targets], color=_COLOURS[0], height=0.75)
     axes.axvline(
-        100 * report.target_sparsity, color=_COLOURS[1], linestyle="--",
+        100 * report.target_sparsity,
+        color=_COLOURS[1],
+        linestyle="--",
         label=f"all targets: {100 * report.target_sparsity:.1f} %",
-    )  # fmt: skip
+    )
     axes.set_yticks(position, [t.name.removesuffix(".weight") for t in targets], fontsize=7)
     axes.invert_yaxis()
     axes.margins(y=0.01)
@@ -94,13 +99,25 @@ def plot_tradeoff(
             [100 * p.sparsity for p in line],
             [100 * p.evaluation.accuracy for p in line],
             yerr=[[max(0.0, v) for v in high], [max(0.0, v) for v in low]],
-            color=_COLOURS[i % len(_COLOURS)], marker=_MARKERS[i % len(_MARKERS)],
-            linestyle=("-", "--", ":")[i // len(_COLOURS) % 3], capsize=3, label=criterion,
-        )  # fmt: skip
+            color=_COLOURS[i % len(_COLOURS)],
+            marker=_MARKERS[i % len(_MARKERS)],
+            linestyle=("-", "--", ":")[i // len(_COLOURS) % 3],
+            capsize=3,
+            label=criterion,
+        )
     if sweet_spot is not None:
         x, y = 100 * sweet_spot.sparsity, 100 * sweet_spot.evaluation.accuracy
-        axes.plot(x, y, marker="*", markersize=20, color="#F0E442", markeredgecolor="black", linestyle="none",
-                  label=f"sweet spot: {x:g} % ({sweet_spot.criterion})", zorder=5)  # fmt: skip
+        axes.plot(
+            x,
+            y,
+            marker="*",
+            markersize=20,
+            color="#F0E442",
+            markeredgecolor="black",
+            linestyle="none",
+            label=f"sweet spot: {x:g} % ({sweet_spot.criterion})",
+            zorder=5,
+        )
     axes.set(xlabel="sparsity of the targets (%)", ylabel="accuracy (%)")
     axes.set_title(f"{title}\n{subtitle}", fontsize=10)
     axes.legend(frameon=False, loc="lower left")

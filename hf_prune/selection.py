@@ -121,9 +121,7 @@ def _bracket(sample: list[tuple[np.ndarray, int]], k: int, total: int) -> tuple[
     )
 
 
-def _threshold(
-    parts: Sequence[Callable[[], Tensor]], k: int, low: float, high: float
-) -> tuple[float, int]:
+def _threshold(parts: Sequence[Callable[[], Tensor]], k: int, low: float, high: float) -> tuple[float, int]:
     """The k-th lowest score, and how many of those equal to it are kept.
 
     One pass counts what is at or below the ends of the bracket and collects what lies strictly

@@ -194,7 +194,7 @@ def fingerprint(dataset: Dataset, columns: Sequence[str]) -> str:
     Example:
         >>> from datasets import Dataset
         >>> fingerprint(Dataset.from_dict({"sentence": ["good"], "label": [1]}), ["sentence", "label"])
-        '9b1fb7d7bb5c0d4e'
+        '5bcd2f530b2e5b49'
     """
     check_columns(dataset, columns, "the data set")
     digest = hashlib.sha256()

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from hf_prune.calibration import Batches
 from hf_prune.config import PruningConfig
@@ -35,6 +34,7 @@ from hf_prune.tables import format_table
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from transformers import PreTrainedModel
 
 FORMAT_VERSION = 1
 DEFAULT_SPARSITIES = (0.3, 0.5, 0.6, 0.7, 0.8)
@@ -124,22 +124,38 @@ class SweepResult:
     def rows(self) -> list[dict[str, Any]]:
         """The table as flat rows, the dense model first; accuracies and drops in percent and points."""
         dense = {
-            "criterion": "dense", "sparsity": 0.0, "model_sparsity": 0.0, "remaining": self.parameters,
-            "accuracy": 100 * self.dense.accuracy, "standard_error": 100 * self.dense.standard_error,
-            "n": self.dense.n, "drop": 0.0, "drop_standard_error": 0.0, "drop_low": 0.0, "drop_high": 0.0,
-            "p_value": 1.0, "prune_seconds": 0.0,
-        }  # fmt: skip
+            "criterion": "dense",
+            "sparsity": 0.0,
+            "model_sparsity": 0.0,
+            "remaining": self.parameters,
+            "accuracy": 100 * self.dense.accuracy,
+            "standard_error": 100 * self.dense.standard_error,
+            "n": self.dense.n,
+            "drop": 0.0,
+            "drop_standard_error": 0.0,
+            "drop_low": 0.0,
+            "drop_high": 0.0,
+            "p_value": 1.0,
+            "prune_seconds": 0.0,
+        }
         return [dense] + [
             {
-                "criterion": p.criterion, "sparsity": p.sparsity, "model_sparsity": p.model_sparsity,
-                "remaining": p.remaining, "accuracy": 100 * p.evaluation.accuracy,
-                "standard_error": 100 * p.evaluation.standard_error, "n": p.evaluation.n,
-                "drop": p.comparison.drop, "drop_standard_error": p.comparison.drop_standard_error,
-                "drop_low": p.comparison.interval[0], "drop_high": p.comparison.interval[1],
-                "p_value": p.comparison.p_value, "prune_seconds": p.prune_seconds,
+                "criterion": p.criterion,
+                "sparsity": p.sparsity,
+                "model_sparsity": p.model_sparsity,
+                "remaining": p.remaining,
+                "accuracy": 100 * p.evaluation.accuracy,
+                "standard_error": 100 * p.evaluation.standard_error,
+                "n": p.evaluation.n,
+                "drop": p.comparison.drop,
+                "drop_standard_error": p.comparison.drop_standard_error,
+                "drop_low": p.comparison.interval[0],
+                "drop_high": p.comparison.interval[1],
+                "p_value": p.comparison.p_value,
+                "prune_seconds": p.prune_seconds,
             }
             for p in self.points
-        ]  # fmt: skip
+        ]
 
     def to_csv(self) -> str:
         """:meth:`rows` as CSV."""
@@ -203,15 +219,13 @@ class SweepResult:
         files.append(write_text(folder / "results.csv", self.to_csv()))
         where = " ".join(filter(None, [self.dense.source, self.dense.split]))
         subtitle = f"{where}, n = {self.dense.n}; bars: {100 * self.confidence:g} % interval of the paired drop"
-        figure = plot_tradeoff(
-            self.dense.accuracy, self.points, self.sweet_spot, str(self.settings["model"]), subtitle
-        )
+        figure = plot_tradeoff(self.dense.accuracy, self.points, self.sweet_spot, str(self.settings["model"]), subtitle)
         files.append(save_figure(figure, folder / "tradeoff.png"))
         return files
 
 
-def sweep(
-    model: nn.Module,
+def run_sweep(
+    model: PreTrainedModel,
     tokenizer: Any,
     dataset: Dataset,
     *,
@@ -219,7 +233,7 @@ def sweep(
     criteria: Iterable[str] = ("magnitude",),
     config: PruningConfig | None = None,
     calibration: Sequence[Mapping[str, Any]] | None = None,
-    tolerance: float = 1.0,
+    tolerance: float = 2.0,
     confidence: float = 0.95,
     out: Path | None = None,
     restart: bool = False,
@@ -295,7 +309,7 @@ def sweep(
 
 
 def _measure(
-    model: nn.Module,
+    model: PreTrainedModel,
     tokenizer: Any,
     dataset: Dataset,
     config: PruningConfig,
@@ -328,7 +342,7 @@ def _measure(
 
 
 def _settings(
-    model: nn.Module,
+    model: PreTrainedModel,
     dataset: Dataset,
     config: PruningConfig,
     calibration: Sequence[Mapping[str, Any]] | None,
@@ -350,12 +364,14 @@ def _settings(
         "data": fingerprint(dataset, columns),
         "n": len(dataset),
         "config": shared,
-        "calibration": None if calibration is None else weights_digest(
+        "calibration": None
+        if calibration is None
+        else weights_digest(
             (f"{i}.{key}", value) for i, batch in enumerate(calibration) for key, value in sorted(batch.items())
         ),
         "evaluation": {k: v for k, v in sorted(score.items()) if k not in ("progress", "source", "split")},
         "versions": {"hf_prune": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
-    }  # fmt: skip
+    }
 
 
 def weights_digest(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
@@ -363,7 +379,7 @@ def weights_digest(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
     digest = hashlib.sha256()
     for name, tensor in tensors:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
 
 
@@ -379,11 +395,20 @@ def _read(path: Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:
     ours = json.loads(json.dumps(dict(settings)))
     if None in (theirs.get("calibration"), ours["calibration"]):  # one side had no criterion that needs it
         theirs["calibration"] = ours["calibration"] = theirs.get("calibration") or ours["calibration"]
-    differing = [key for key in ours if key != "model" and theirs.get(key) != ours[key]]
+    flat_theirs, flat_ours = _flatten(theirs), _flatten(ours)
+    differing = [key for key in flat_ours if key != "model" and flat_theirs.get(key) != flat_ours[key]]
     if version != FORMAT_VERSION or differing:
-        details = "; ".join(f"{key} was {theirs.get(key)!r}, now {ours[key]!r}" for key in differing)
+        details = "; ".join(f"{key} was {flat_theirs.get(key)!r}, now {flat_ours[key]!r}" for key in differing)
         raise SweepError(
             f"{path} holds results of other settings ({details or f'format {version}'}), which cannot stand in one "
             f"table: choose another folder, or restart to measure everything anew"
         )
     return dict(found)
+
+
+def _flatten(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """One level less of nesting, so that a message names just what differs."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        flat |= {f"{key}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {key: value}
+    return flat

@@ -14,8 +14,10 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int
         left: How many leading columns are aligned left; the others are numbers, aligned right.
     """
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    lines = [[cell.ljust(w) if i < left else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))]
-             for row in [header, *rows]]  # fmt: skip
+    lines = [
+        [cell.ljust(w) if i < left else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))]
+        for row in [header, *rows]
+    ]
     lines.insert(1, ["-" * w for w in widths])
     return "\n".join("  ".join(line).rstrip() for line in lines)
 

@@ -102,7 +102,8 @@ def resolve_targets(model: nn.Module, config: PruningConfig) -> list[Target]:
         )
         if not chosen or module_matches(module_name, config.exclude_modules):
             continue
-        weight = module.weight
+        weight = module._parameters["weight"]
+        assert weight is not None
         if id(weight) not in targets:
             _check_weight(module_name, weight)
             targets[id(weight)] = Target(names[id(weight)], module_name, layout, tuple(weight.shape))

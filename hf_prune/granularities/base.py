@@ -52,7 +52,7 @@ class Granularity:
     def misfit(self, target: Target) -> str | None:
         """Why a target cannot be divided into these units, or None if it can."""
         rows, columns = self.block
-        out, inputs = target.matrix_shape
+        out = target.matrix_shape[0]
         if out % rows:
             return f"its {out} outputs are no multiple of {rows}"
         if target.inputs % columns:

@@ -1,0 +1,489 @@
+"""hf-prune: the command line. It reads settings, calls the library, and prints."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Optional
+
+import typer
+
+from hf_prune.config import ALLOCATIONS, SCOPES, PruningConfig
+from hf_prune.errors import ConfigError, DataError, HfPruneError
+from hf_prune.registry import CRITERIA, GRANULARITIES
+from hf_prune.tables import format_table
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from hf_prune.report import SparsityReport, WeightHistogram
+    from hf_prune.sweep import SweepResult
+
+app = typer.Typer(
+    name="hf-prune",
+    help="Prune Hugging Face models, see what it costs and what it brings, and save the result.",
+    epilog="Start with: hf-prune demo",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+Model = Annotated[str, typer.Argument(help="A folder with a checkpoint, or a Hub id.", show_default=False)]
+Data = Annotated[str, typer.Option(help="A folder with train/dev files (TSV, CSV, JSONL, parquet), or a Hub data set.")]
+Split = Annotated[str, typer.Option(help="The split to score.")]
+Text = Annotated[str, typer.Option(help="Text column, or two separated by a comma.")]
+Label = Annotated[str, typer.Option(help="Label column.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Sentences scored at once.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of text.")]
+Config = Annotated[Optional[Path], typer.Option(help="JSON file with a PruningConfig; other options override it.")]  # noqa: UP045
+Granularity = Annotated[Optional[str], typer.Option(help="unstructured, N:M (2:4) or block:RxC (block:16x1).")]  # noqa: UP045
+Scope = Annotated[Optional[str], typer.Option(help=f"{', '.join(SCOPES)}: which weights compete.")]  # noqa: UP045
+Allocation = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(help=f"{', '.join(ALLOCATIONS)}, or module=sparsity pairs: query=0.8,key=0.8."),
+]
+Targets = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(help="all-linear, module names separated by commas, or re:REGEX for whole module names."),
+]
+Exclude = Annotated[Optional[str], typer.Option(help="Modules to leave alone, in the same form.")]  # noqa: UP045
+Seed = Annotated[Optional[int], typer.Option(help="Seed of what is random.")]  # noqa: UP045
+CalibrationSplit = Annotated[str, typer.Option(help="Split that calibrated criteria learn from; never the scored one.")]
+CalibrationSamples = Annotated[int, typer.Option(min=1, help="How many labelled sentences they see.")]
+
+
+@app.command(epilog="Example: hf-prune demo --out my-first-pruning")
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for results, plots and the pruned checkpoint.")] = Path(
+        "hf-prune-demo"
+    ),
+) -> None:
+    """Prune a small sentiment classifier from start to end; needs no Hub and no data of yours."""
+    from hf_prune.demo import prepare_demo
+
+    start = time.perf_counter()
+    assets = prepare_demo(echo=typer.echo)
+    arguments = ["hf-prune", "sweep", str(assets.model_dir), "--data", str(assets.data_dir), "--out", str(out)]
+    typer.echo(f"\nScoring it at several sparsities. The same by hand:\n  {' '.join(arguments)}\n")
+    result = _sweep(
+        str(assets.model_dir),
+        str(assets.data_dir),
+        out,
+        name="demo model (MiniLM, Rotten Tomatoes)",
+        source="held-out Rotten Tomatoes sentences",
+        restart=False,
+    )
+    typer.echo(f"{result}\nTable and plot: {out / 'results.csv'}, {out / 'tradeoff.png'}")
+    best = result.sweet_spot
+    sparsity = best.sparsity if best is not None else min(p.sparsity for p in result.points)
+    chosen = "the sweet spot" if best is not None else "the smallest of them, since there is no sweet spot"
+    pruned = out / "pruned"
+    typer.echo(f"\nPruning at {100 * sparsity:g} %, {chosen}. The same by hand:")
+    typer.echo(f"  hf-prune prune {assets.model_dir} --sparsity {sparsity:g} --out {pruned} --plots\n")
+    report = _prune(str(assets.model_dir), PruningConfig(sparsity=sparsity), pruned, plots=True)
+    typer.echo(_totals(report))
+    typer.echo(
+        f"\nSaved, with its report and two plots, in {pruned}. Plain transformers loads it:\n"
+        f"  AutoModelForSequenceClassification.from_pretrained({str(pruned)!r})\n"
+        f"Done in {time.perf_counter() - start:.0f} s."
+    )
+
+
+@app.command(
+    epilog="Examples: hf-prune prune MODEL --sparsity 0.5 --out pruned  |  hf-prune prune MODEL --granularity 2:4 "
+    "--criterion taylor --data glue/sst2 --out pruned  |  hf-prune prune MODEL --sparsity 0.5 --dry-run"
+)
+def prune(
+    model: Model,
+    out: Annotated[Optional[Path], typer.Option(help="Folder for the pruned checkpoint.", show_default=False)] = None,  # noqa: UP045
+    sparsity: Annotated[Optional[float], typer.Option(help="Share to remove, 0 to 1. [default: 0.5]")] = None,  # noqa: UP045
+    criterion: Annotated[Optional[str], typer.Option(help="See: hf-prune list. [default: magnitude]")] = None,  # noqa: UP045
+    granularity: Granularity = None,
+    scope: Scope = None,
+    allocation: Allocation = None,
+    target_modules: Targets = None,
+    exclude_modules: Exclude = None,
+    seed: Seed = None,
+    config: Config = None,
+    data: Annotated[str, typer.Option(help="Labelled data for criteria that need it.")] = "glue/sst2",
+    text_column: Text = "sentence",
+    label_column: Label = "label",
+    calibration_split: CalibrationSplit = "train",
+    calibration_samples: CalibrationSamples = 128,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and change nothing.")] = False,
+    plots: Annotated[bool, typer.Option("--plots", help="Also write weights.png and layers.png.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Prune a checkpoint and save it as one that plain transformers loads."""
+    settings = _config(
+        config,
+        sparsity=sparsity,
+        criterion=criterion,
+        granularity=granularity,
+        scope=scope,
+        allocation=allocation,
+        target_modules=target_modules,
+        exclude_modules=exclude_modules,
+        seed=seed,
+    )
+    if dry_run:
+        from hf_prune.auto import load_native
+
+        plan = load_native(model).plan(settings)
+        typer.echo(json.dumps(plan.to_dict(), indent=2) if as_json else str(plan))
+        return
+    if out is None:
+        raise ConfigError("no --out: name the folder for the pruned checkpoint, or pass --dry-run to see the plan")
+    columns = text_column.split(",")
+    calibration = (data, calibration_split, calibration_samples, columns, label_column)
+    report = _prune(model, settings, out, plots=plots, calibration=calibration)
+    typer.echo(report.to_json() if as_json else f"{report}\nSaved in {out}.")
+
+
+@app.command(epilog="Example: hf-prune evaluate pruned --data glue/sst2 --against MODEL")
+def evaluate(
+    model: Model,
+    data: Data = "glue/sst2",
+    split: Split = "validation",
+    against: Annotated[Optional[str], typer.Option(help="A dense checkpoint to compare with, paired.")] = None,  # noqa: UP045
+    text_column: Text = "sentence",
+    label_column: Label = "label",
+    batch_size: BatchSize = 32,
+    as_json: AsJson = False,
+) -> None:
+    """Score a sequence classifier, alone or against another one on the same sentences."""
+    from hf_prune.evaluation import compare, evaluate_classification
+
+    columns = text_column.split(",")
+    scores = []
+    for checkpoint in [model, *([against] if against else [])]:
+        classifier, tokenizer = _load_classifier(checkpoint)
+        dataset = _load_data(data, split, columns, label_column)
+        scores.append(
+            evaluate_classification(
+                classifier,
+                tokenizer,
+                dataset,
+                text_columns=columns,
+                label_column=label_column,
+                batch_size=batch_size,
+                source=data,
+                split=split,
+                progress=True,
+            )
+        )
+    comparison = compare(scores[1], scores[0]) if against else None
+    if as_json:
+        values: dict[str, Any] = {"model": model, "evaluation": scores[0].to_dict()}
+        if comparison is not None:
+            values |= {"against": against, "dense": scores[1].to_dict(), "comparison": comparison.to_dict()}
+        typer.echo(json.dumps(values, indent=2))
+        return
+    for name, score in zip([model, against], scores, strict=False):
+        typer.echo(f"{name}: {score}")
+    if comparison is not None:
+        typer.echo(str(comparison))
+
+
+@app.command(
+    epilog="Example: hf-prune sweep distilbert/distilbert-base-uncased-finetuned-sst-2-english "
+    "--sparsity 0,0.3,0.5,0.6,0.8 --criterion magnitude --data glue/sst2"
+)
+def sweep(
+    model: Model,
+    sparsity: Annotated[str, typer.Option(help="Shares to remove, separated by commas.")] = "0,0.3,0.5,0.6,0.7,0.8",
+    criterion: Annotated[str, typer.Option(help="Criteria, separated by commas; see: hf-prune list.")] = "magnitude",
+    data: Data = "glue/sst2",
+    split: Split = "validation",
+    out: Annotated[Path, typer.Option(help="Folder for results.json, results.csv and tradeoff.png.")] = Path(
+        "hf-prune-sweep"
+    ),
+    tolerance: Annotated[float, typer.Option(min=0, help="Largest accepted drop, in points of accuracy.")] = 2.0,
+    granularity: Granularity = None,
+    scope: Scope = None,
+    allocation: Allocation = None,
+    target_modules: Targets = None,
+    exclude_modules: Exclude = None,
+    seed: Seed = None,
+    config: Config = None,
+    text_column: Text = "sentence",
+    label_column: Label = "label",
+    batch_size: BatchSize = 32,
+    calibration_split: CalibrationSplit = "train",
+    calibration_samples: CalibrationSamples = 128,
+    restart: Annotated[bool, typer.Option("--restart", help="Measure everything anew instead of resuming.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Prune at several sparsities, score each, and name the sweet spot; resumes where it was interrupted."""
+    settings = _config(
+        config,
+        granularity=granularity,
+        scope=scope,
+        allocation=allocation,
+        target_modules=target_modules,
+        exclude_modules=exclude_modules,
+        seed=seed,
+    )
+    result = _sweep(
+        model,
+        data,
+        out,
+        config=settings,
+        sparsities=_numbers("--sparsity", sparsity),
+        criteria=criterion.split(","),
+        split=split,
+        tolerance=tolerance,
+        columns=text_column.split(","),
+        label_column=label_column,
+        batch_size=batch_size,
+        calibration_split=calibration_split,
+        calibration_samples=calibration_samples,
+        restart=restart,
+    )
+    files = ", ".join(str(out / name) for name in ("results.json", "results.csv", "tradeoff.png"))
+    typer.echo(json.dumps(result.to_dict(), indent=2) if as_json else f"{result}\nSaved: {files}")
+
+
+@app.command(epilog="Example: hf-prune report pruned --dense MODEL --plots plots")
+def report(
+    model: Model,
+    dense: Annotated[Optional[str], typer.Option(help="The dense checkpoint, for statistics before pruning.")] = None,  # noqa: UP045
+    plots: Annotated[Optional[Path], typer.Option(help="Folder for weights.png (with --dense) and layers.png.")] = None,  # noqa: UP045
+    as_json: AsJson = False,
+) -> None:
+    """Count what is zero in a checkpoint, tensor by tensor and in total."""
+    from hf_prune.auto import load_native
+    from hf_prune.report import sparsity_report, weight_histogram
+
+    pruned = load_native(model)
+    result = sparsity_report(pruned)
+    names = [t.name for t in result.targets]
+    before = None
+    if dense is not None:
+        original = load_native(dense)
+        result = result.with_before(sparsity_report(original))
+        before = weight_histogram(original, names)
+    if plots is not None:
+        after = weight_histogram(pruned, names, limit=None if before is None else float(before.edges[-1]))
+        _plots(plots, result, before, after, _label(model))
+    typer.echo(result.to_json() if as_json else str(result))
+
+
+@app.command(name="list", epilog="Example: hf-prune list --json")
+def list_(as_json: AsJson = False) -> None:
+    """List criteria and granularities, with a description and the paper."""
+    criteria = [CRITERIA.get(name) for name in CRITERIA.names()]
+    granularities = [GRANULARITIES.get(name) for name in GRANULARITIES.names()]
+    if as_json:
+        values = {
+            "criteria": [
+                {
+                    "name": c.name,
+                    "description": c.description,
+                    "paper": c.paper,
+                    "needs": sorted(c.needs),
+                    "scopes": sorted(c.scopes),
+                }
+                for c in criteria
+            ],
+            "granularities": [
+                {
+                    "name": g.name,
+                    "usage": g.usage,
+                    "description": g.description,
+                    "paper": g.paper,
+                    "scopes": sorted(g.scopes),
+                }
+                for g in granularities
+            ],
+        }
+        typer.echo(json.dumps(values, indent=2))
+        return
+    rows = [[c.name, "labelled data" if c.needs else "no data", c.description, c.paper] for c in criteria]
+    typer.echo(format_table(["criterion", "needs", "what it keeps", "paper"], rows, left=4) + "\n")
+    rows = [[g.usage, ", ".join(sorted(g.scopes)), g.description, g.paper] for g in granularities]
+    typer.echo(format_table(["granularity", "scopes", "what goes together", "paper"], rows, left=4))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; errors that a user can mend are one line on stderr and exit code 1."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        app(arguments)
+    except (HfPruneError, OSError) as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(1)
+
+
+def _config(path: Path | None, **settings: Any) -> PruningConfig:
+    """The settings of a file, if there is one, and of the options that were given."""
+    values = {key: value for key, value in settings.items() if value is not None}
+    for key in ("target_modules", "exclude_modules"):
+        if key in values:
+            values[key] = _modules(values[key])
+    if "=" in values.get("allocation", ""):
+        pairs = [pair.partition("=") for pair in values["allocation"].split(",")]
+        values["allocation"] = {name: _numbers("--allocation", value)[0] for name, _, value in pairs}
+    if path is None:
+        return PruningConfig.from_dict(values)
+    return PruningConfig.from_json(path.read_text(encoding="utf-8")).replace(**values)
+
+
+def _modules(text: str) -> str | tuple[str, ...]:
+    if text.startswith("re:"):
+        return text.removeprefix("re:")
+    return text if text == "all-linear" else tuple(name.strip() for name in text.split(","))
+
+
+def _numbers(option: str, text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"{option} is {text!r}: expected numbers separated by commas, such as 0.3,0.5") from None
+
+
+def _load_classifier(source: str) -> tuple[Any, Any]:
+    from transformers import AutoTokenizer
+
+    from hf_prune.auto import load_native
+
+    model = load_native(source)
+    if not type(model).__name__.endswith("ForSequenceClassification"):
+        raise DataError(f"{source!r} is a {type(model).__name__}: expected a …ForSequenceClassification to score")
+    return model, AutoTokenizer.from_pretrained(source)
+
+
+def _load_data(source: str, split: str, columns: list[str], label_column: str) -> Dataset:
+    from hf_prune.sources import load_classification
+
+    return load_classification(source, split, text_columns=columns, label_column=label_column)
+
+
+def _calibration(
+    criteria: Sequence[str],
+    model: Any,
+    tokenizer: Any,
+    data: str,
+    split: str,
+    samples: int,
+    columns: list[str],
+    label: str,
+) -> list[dict[str, Any]] | None:
+    """Labelled batches, if one of the criteria needs them."""
+    from hf_prune.evaluation import classification_batches
+
+    if not any(CRITERIA.get(name).needs for name in criteria):
+        return None
+    dataset = _load_data(data, split, columns, label)
+    return classification_batches(
+        dataset, tokenizer, n=samples, text_columns=columns, label_column=label, label2id=model.config.label2id
+    )
+
+
+def _sweep(
+    model: str,
+    data: str,
+    out: Path,
+    *,
+    restart: bool,
+    config: PruningConfig | None = None,
+    sparsities: Sequence[float] | None = None,
+    criteria: Sequence[str] = ("magnitude",),
+    split: str = "validation",
+    tolerance: float = 2.0,
+    columns: Sequence[str] = ("sentence",),
+    label_column: str = "label",
+    batch_size: int = 32,
+    calibration_split: str = "train",
+    calibration_samples: int = 128,
+    name: str = "",
+    source: str = "",
+) -> SweepResult:
+    from hf_prune.sweep import DEFAULT_SPARSITIES, run_sweep
+
+    classifier, tokenizer = _load_classifier(model)
+    dataset = _load_data(data, split, list(columns), label_column)
+    calibration = _calibration(
+        criteria, classifier, tokenizer, data, calibration_split, calibration_samples, list(columns), label_column
+    )
+    return run_sweep(
+        classifier,
+        tokenizer,
+        dataset,
+        sparsities=sparsities or DEFAULT_SPARSITIES,
+        criteria=criteria,
+        config=config,
+        calibration=calibration,
+        tolerance=tolerance,
+        out=out,
+        restart=restart,
+        name=name or _label(model),
+        source=source or _label(data),
+        split=split,
+        progress=True,
+        text_columns=tuple(columns),
+        label_column=label_column,
+        batch_size=batch_size,
+    )
+
+
+def _prune(
+    source: str,
+    config: PruningConfig,
+    out: Path,
+    *,
+    plots: bool,
+    calibration: tuple[str, str, int, list[str], str] | None = None,
+) -> SparsityReport:
+    """Prune a checkpoint into a folder: weights, masks, tokenizer, report and, if asked for, plots."""
+    from hf_prune.auto import load_native
+    from hf_prune.checkpoint import copy_companions, staged_checkpoint
+    from hf_prune.files import write_text
+    from hf_prune.report import sparsity_report, weight_histogram
+
+    batches = None
+    if CRITERIA.get(config.criterion).needs and calibration is not None:
+        model, tokenizer = _load_classifier(source)
+        batches = _calibration([config.criterion], model, tokenizer, *calibration)
+    else:
+        model = load_native(source)
+    names = [t.target.name for t in model.plan(config).tensors]
+    dense, before = sparsity_report(model, config), weight_histogram(model, names)
+    model.prune(config, calibration=batches, progress=True)
+    report = sparsity_report(model).with_before(dense)
+    with staged_checkpoint(out) as staging:
+        model.save_pretrained(staging)
+        copy_companions(source, staging)
+        write_text(staging / "sparsity_report.json", report.to_json())
+        if plots:
+            after = weight_histogram(model, names, limit=float(before.edges[-1]))
+            _plots(staging, report, before, after, _label(source))
+    return report
+
+
+def _plots(
+    folder: Path, report: SparsityReport, before: WeightHistogram | None, after: WeightHistogram, name: str
+) -> None:
+    from hf_prune.plots import plot_layer_sparsity, plot_weight_histogram, save_figure
+
+    save_figure(plot_layer_sparsity(report, f"Sparsity per layer: {name}"), folder / "layers.png")
+    if before is not None:
+        save_figure(plot_weight_histogram(before, after, f"Weights of the targets: {name}"), folder / "weights.png")
+
+
+def _label(source: str) -> str:
+    """What to call a model or data set in tables and plots: a folder's name, or the Hub id."""
+    return Path(source).resolve().name if Path(source).exists() else source
+
+
+def _totals(report: SparsityReport) -> str:
+    """The report without its table."""
+    lines = str(report).splitlines()
+    return "\n".join(line for line in lines if line.startswith(("Targets", "Size", "N:M")) or "more are zero" in line)
