@@ -29,6 +29,7 @@ _MODULES = {
         "AutoPrunedModelForSpeechSeq2Seq",
         "AutoPrunedModelForTokenClassification",
     ),
+    "comparison": ("Comparison", "compare"),
     "config": ("PruningConfig",),
     "criteria.base": ("Criterion", "WeightStats"),
     "errors": (
@@ -43,10 +44,8 @@ _MODULES = {
         "UnknownNameError",
     ),
     "evaluation": (
-        "Comparison",
         "Evaluation",
         "classification_batches",
-        "compare",
         "evaluate_classification",
         "evaluate_sst2",
     ),

@@ -13,7 +13,7 @@ def allocate(allocation: str | Mapping[str, float], sparsity: float, targets: Se
     """The sparsity of every target.
 
     Args:
-        allocation: ``"uniform"``, ``"erk"``, or sparsities by module name or suffix.
+        allocation: ``"uniform"``, ``"erk"``, or sparsities by module name or suffix; the longest name counts.
         sparsity: The overall sparsity; with a mapping, that of modules not named in it.
         targets: What is pruned.
 
@@ -57,7 +57,7 @@ def erdos_renyi_kernel(sparsity: float, targets: Sequence[Target]) -> dict[str, 
 
 def _explicit(allocation: Mapping[str, float], sparsity: float, targets: Sequence[Target]) -> dict[str, float]:
     result = {target.name: sparsity for target in targets}
-    for module, value in allocation.items():
+    for module, value in sorted(allocation.items(), key=lambda item: len(item[0])):  # the more specific comes last
         matched = [target.name for target in targets if module_matches(target.module, (module,))]
         if not matched:
             raise PlanError(f"allocation: {unknown_name('target module', module, [t.module for t in targets])}")

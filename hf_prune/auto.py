@@ -83,23 +83,22 @@ AutoPrunedModelForSpeechSeq2Seq = _for("SpeechSeq2Seq")
 AutoPrunedModelForTokenClassification = _for("TokenClassification")
 
 
-def load_native(source: str, **kwargs: Any) -> Any:
+def load_native(source: str) -> Any:
     """Load a checkpoint as the class that its config names, with its masks, ready to prune.
 
     Args:
         source: Folder or Hub id.
-        **kwargs: As of ``from_pretrained``.
 
     Raises:
         DataError: If the source cannot be found, or its config names no class of transformers.
         CheckpointError: If the masks are damaged or do not fit the weights.
     """
-    check_model_source(source)
-    architectures = transformers.AutoConfig.from_pretrained(source).architectures or []
+    offline = check_model_source(source)
+    architectures = transformers.AutoConfig.from_pretrained(source, local_files_only=offline).architectures or []
     native = getattr(transformers, architectures[0], None) if architectures else None
     if native is None:
         raise DataError(
             f"the config of {source!r} names the class {architectures or 'of no model'}: expected one of transformers, "
             f"such as BertForSequenceClassification; load it with an AutoPrunedModelFor… class instead"
         )
-    return prunable(load_pruned(native.from_pretrained, source, **kwargs))
+    return prunable(load_pruned(native.from_pretrained, source, local_files_only=offline))

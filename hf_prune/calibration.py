@@ -79,7 +79,7 @@ def _gradients(
                 if "gradient" in sums:
                     sums["gradient"][name].add_(gradient, alpha=size)
                 if "absolute_gradient" in sums:
-                    sums["absolute_gradient"][name].add_(gradient.abs_(), alpha=size)
+                    sums["absolute_gradient"][name].add_(gradient.abs(), alpha=size)
     finally:
         for module, training in modes.items():
             module.training = training

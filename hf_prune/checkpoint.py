@@ -10,8 +10,10 @@ import contextlib
 import json
 import math
 import os
+import pickle
 import shutil
 import tempfile
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,11 +21,11 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from hf_prune.config import PruningConfig
-from hf_prune.errors import CheckpointError, ConfigError
+from hf_prune.errors import CheckpointError
 from hf_prune.files import atomic_path, staged_folder
 from hf_prune.masking import MaskStore
 
@@ -31,7 +33,8 @@ MASK_FILE = "pruning_masks.safetensors"
 MASK_FORMAT = "hf_prune.masks"
 MASK_VERSION = "1"
 _WEIGHTS = ("model*.safetensors",)
-_COMPLETES = ("model*.safetensors.index.json", MASK_FILE)
+# Without its config.json nobody loads a checkpoint, so a half-replaced one is an error and never a mixture.
+_COMPLETES = ("model*.safetensors.index.json", MASK_FILE, "config.json")
 # What a checkpoint has besides weights and config: tokenizers and processors.
 _COMPANIONS = (
     "tokenizer.json",
@@ -90,7 +93,7 @@ def load_masks(path: str | os.PathLike[str]) -> MaskStore:
         entries = json.loads(header["masks"])
         config = PruningConfig.from_json(header["config"]) if "config" in header else None
         masks = {name: _unpack(packed.pop(name), **entry) for name, entry in entries.items()}
-    except (KeyError, TypeError, ValueError, ConfigError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{path} is damaged: {error!r}; restore it, or delete it to load without masks"
         ) from error
@@ -110,19 +113,26 @@ def _unpack(bits: np.ndarray, shape: list[int], kept: int) -> Tensor:
 
 
 def staged_checkpoint(folder: str | os.PathLike[str]) -> contextlib.AbstractContextManager[Path]:
-    """A temporary folder that becomes, or replaces the weights of, a checkpoint; see ``files.staged_folder``."""
+    """A temporary folder that becomes, or replaces the weights of, a checkpoint; see ``files.staged_folder``.
+
+    Raises:
+        CheckpointError: If ``folder`` is a file.
+    """
+    if Path(folder).is_file():
+        raise CheckpointError(f"{os.fspath(folder)} is a file: expected a folder to save into")
     return staged_folder(folder, stale=_WEIGHTS, last=_COMPLETES)
 
 
-def copy_companions(source: str, folder: Path) -> None:
+def copy_companions(source: str, folder: Path, *, local_files_only: bool = False) -> None:
     """Copy a checkpoint's tokenizer and processor files, whichever it has.
 
     Args:
         source: Folder or Hub id.
         folder: Where to.
+        local_files_only: Look in the cache only, not on the Hub.
     """
     for name in _COMPANIONS:
-        if (path := _find(source, name, {})) is not None:
+        if (path := _find(source, name, {"local_files_only": local_files_only})) is not None:
             shutil.copyfile(path, folder / name)
 
 
@@ -141,8 +151,6 @@ def save_pruned(
     Raises:
         CheckpointError: If ``folder`` is a file.
     """
-    if Path(folder).is_file():
-        raise CheckpointError(f"{os.fspath(folder)} is a file: expected a folder to save into")
     pruned_class = model.__class__
     model.__class__ = dense_class
     try:
@@ -184,8 +192,8 @@ def load_pruned(load: Callable[..., Any], source: Any, *args: Any, **kwargs: Any
             weights, masks = converted
             kwargs = {key: value for key, value in kwargs.items() if key not in _HUB_KEYS}
             loaded = load(weights, *args, **kwargs)
-            markers = load(masks, *args, **{**kwargs, "output_loading_info": False})
-            store = MaskStore(_masks_from_markers(markers))
+            markers, info = load(masks, *args, **{**kwargs, "output_loading_info": True})
+            store = MaskStore(_masks_from_markers(markers, info))
     if store is not None:
         _attach(loaded[0] if isinstance(loaded, tuple) else loaded, store, source)
     return loaded
@@ -232,8 +240,7 @@ def _without_torch_prune(source: Any, hub: Mapping[str, Any]) -> Iterator[tuple[
         return
     tensors: dict[str, Tensor] = {}
     for file in files:
-        with safe_open(file, "pt") as opened:
-            tensors |= {name: opened.get_tensor(name) for name in opened.keys()}
+        tensors |= _read_tensors(file)
     weights = {n: t for n, t in tensors.items() if n.removesuffix("_orig").removesuffix("_mask") not in pruned}
     marks = {n: torch.full_like(t, 2) if t.is_floating_point() else t for n, t in weights.items()}
     for name in pruned:
@@ -254,15 +261,18 @@ def _without_torch_prune(source: Any, hub: Mapping[str, Any]) -> Iterator[tuple[
 
 
 def _weight_files(source: Any, hub: Mapping[str, Any]) -> list[str]:
-    if (single := _find(source, "model.safetensors", hub)) is not None:
-        return [single]
-    if (index := _find(source, "model.safetensors.index.json", hub)) is None:
-        return []
-    shards = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
-    return [path for shard in shards if (path := _find(source, shard, hub)) is not None]
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (single := _find(source, name, hub)) is not None:
+            return [single]
+        if (index := _find(source, f"{name}.index.json", hub)) is not None:
+            shards = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
+            return [path for shard in shards if (path := _find(source, shard, hub)) is not None]
+    return []
 
 
 def _tensor_names(file: str) -> list[str]:
+    if not file.endswith(".safetensors"):
+        return list(_read_tensors(file))
     try:
         with safe_open(file, "pt") as opened:
             return list(opened.keys())
@@ -270,5 +280,18 @@ def _tensor_names(file: str) -> list[str]:
         raise CheckpointError(f"{file} cannot be read as safetensors: {error}; download or save it again") from error
 
 
-def _masks_from_markers(markers: nn.Module) -> dict[str, Tensor]:
-    return {name: p.detach() > 0.5 for name, p in markers.named_parameters() if bool((p.detach() < 1.5).any())}
+def _read_tensors(file: str) -> dict[str, Tensor]:
+    if file.endswith(".safetensors"):
+        return load_file(file)
+    try:
+        values = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except (EOFError, RuntimeError, pickle.UnpicklingError) as error:
+        raise CheckpointError(f"{file} cannot be read as weights: {error}; download or save it again") from error
+    return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+
+
+def _masks_from_markers(markers: nn.Module, info: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Masks of the parameters that were in the checkpoint; a new head is random and has none."""
+    new = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}
+    found = {name: p.detach() for name, p in markers.named_parameters() if name not in new}
+    return {name: values > 0.5 for name, values in found.items() if bool((values < 1.5).any())}

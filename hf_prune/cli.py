@@ -138,7 +138,7 @@ def prune(
         return
     if out is None:
         raise ConfigError("no --out: name the folder for the pruned checkpoint, or pass --dry-run to see the plan")
-    columns = text_column.split(",")
+    columns = _names(text_column)
     calibration = (data, calibration_split, calibration_samples, columns, label_column)
     report = _prune(model, settings, out, plots=plots, calibration=calibration)
     typer.echo(report.to_json() if as_json else f"{report}\nSaved in {out}.")
@@ -156,9 +156,10 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Score a sequence classifier, alone or against another one on the same sentences."""
-    from hf_prune.evaluation import compare, evaluate_classification
+    from hf_prune.comparison import compare
+    from hf_prune.evaluation import evaluate_classification
 
-    columns = text_column.split(",")
+    columns = _names(text_column)
     scores = []
     for checkpoint in [model, *([against] if against else [])]:
         classifier, tokenizer = _load_classifier(checkpoint)
@@ -234,10 +235,10 @@ def sweep(
         out,
         config=settings,
         sparsities=_numbers("--sparsity", sparsity),
-        criteria=criterion.split(","),
+        criteria=_names(criterion),
         split=split,
         tolerance=tolerance,
-        columns=text_column.split(","),
+        columns=_names(text_column),
         label_column=label_column,
         batch_size=batch_size,
         calibration_split=calibration_split,
@@ -265,6 +266,11 @@ def report(
     before = None
     if dense is not None:
         original = load_native(dense)
+        if missing := set(names) - {name for name, _ in original.named_parameters()}:
+            raise DataError(
+                f"{dense!r} is a {type(original).__name__} without {min(missing)}: expected the dense checkpoint that "
+                f"{model!r} was pruned from"
+            )
         result = result.with_before(sparsity_report(original))
         before = weight_histogram(original, names)
     if plots is not None:
@@ -339,7 +345,11 @@ def _config(path: Path | None, **settings: Any) -> PruningConfig:
 def _modules(text: str) -> str | tuple[str, ...]:
     if text.startswith("re:"):
         return text.removeprefix("re:")
-    return text if text == "all-linear" else tuple(name.strip() for name in text.split(","))
+    return text if text == "all-linear" else tuple(_names(text))
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",")]
 
 
 def _numbers(option: str, text: str) -> list[float]:
@@ -353,11 +363,12 @@ def _load_classifier(source: str) -> tuple[Any, Any]:
     from transformers import AutoTokenizer
 
     from hf_prune.auto import load_native
+    from hf_prune.sources import check_model_source
 
     model = load_native(source)
     if not type(model).__name__.endswith("ForSequenceClassification"):
         raise DataError(f"{source!r} is a {type(model).__name__}: expected a …ForSequenceClassification to score")
-    return model, AutoTokenizer.from_pretrained(source)
+    return model, AutoTokenizer.from_pretrained(source, local_files_only=check_model_source(source))
 
 
 def _load_data(source: str, split: str, columns: list[str], label_column: str) -> Dataset:
@@ -447,6 +458,7 @@ def _prune(
     from hf_prune.checkpoint import copy_companions, staged_checkpoint
     from hf_prune.files import write_text
     from hf_prune.report import sparsity_report, weight_histogram
+    from hf_prune.sources import check_model_source
 
     batches = None
     if CRITERIA.get(config.criterion).needs and calibration is not None:
@@ -460,7 +472,7 @@ def _prune(
     report = sparsity_report(model).with_before(dense)
     with staged_checkpoint(out) as staging:
         model.save_pretrained(staging)
-        copy_companions(source, staging)
+        copy_companions(source, staging, local_files_only=check_model_source(source))
         write_text(staging / "sparsity_report.json", report.to_json())
         if plots:
             after = weight_histogram(model, names, limit=float(before.edges[-1]))

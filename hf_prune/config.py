@@ -34,8 +34,8 @@ class PruningConfig:
             (``"layer"``) or of all targets (``"global"``). An N:M granularity brings its own pools.
         allocation: How a sparsity is shared out between tensors in scope row or layer: ``"uniform"``,
             ``"erk"`` (Erdős–Rényi kernel, Evci et al. 2020, arXiv:1911.11134: larger tensors lose a
-            larger share), or ``{module: sparsity}`` for chosen modules, named like
-            ``target_modules``; modules not named get ``sparsity``.
+            larger share), or ``{module: sparsity}`` for chosen modules, named by suffix, of which the
+            longest counts; modules not named get ``sparsity``.
         target_modules: ``"all-linear"`` (every Linear and Conv1D but the output embedding), a list of
             module-name suffixes, or a regular expression for whole module names. Convolutions are
             pruned when named.
@@ -106,7 +106,7 @@ class PruningConfig:
         if "granularity" in changes and "sparsity" not in changes:
             fixed = parse_granularity(self.granularity).fixed_sparsity is not None
             changes["sparsity"] = None if fixed else self.sparsity
-        return dataclasses.replace(self, **changes)
+        return self.from_dict({**self.to_dict(), **changes})
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON, with the version of the format."""

@@ -8,8 +8,8 @@
 
 :func:`prepare_demo` fine-tunes the encoder once into a two-label sentiment classifier and keeps it in a cache.
 
-SST-2 was drawn from the same sentences, with other splits. So the demo model must never be scored on SST-2: it was
-trained on sentences that SST-2 uses for validation and testing. Its only fair test set is the ``dev.tsv`` written here.
+SST-2 was drawn from the same sentences and splits them in another way. So the demo model must never be scored on
+SST-2, whose validation and test sentences it may have been trained on: score it on the ``dev.tsv`` written here.
 """
 
 from __future__ import annotations

@@ -1,20 +1,13 @@
-"""How accurate a model is, and whether a pruned one is worse than its dense parent.
-
-Two models are compared on the same examples, so the comparison is paired: what counts are the
-examples that only one of them gets right, and the error of the difference is usually much smaller
-than the errors of the two accuracies suggest.
-"""
+"""How accurate a sequence classifier is."""
 
 from __future__ import annotations
 
 import functools
-import inspect
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
-from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -416,12 +409,11 @@ def _predict(
     order = sorted(range(len(examples)), key=lambda i: -len(examples[i]["input_ids"]))
     side = "left" if model.config.model_type in _PADDED_LEFT else "right"
     device = next(model.parameters()).device
-    unwanted = _unwanted_inputs(model)
     parts: list[Tensor] = []
     with _eval_mode(model), torch.inference_mode():
         for start in tqdm(range(0, len(order), batch_size), desc="evaluating", unit="batch", disable=not progress):
             batch = _pad(tokenizer, [examples[i] for i in order[start : start + batch_size]], side)
-            inputs = {name: tensor.to(device) for name, tensor in batch.items() if name not in unwanted}
+            inputs = {name: tensor.to(device) for name, tensor in batch.items()}
             logits = _check_logits(getattr(model(**inputs), "logits", None), model)
             # (batch, num_labels) -> (batch,); -1 marks NaN, found without waiting for the device at every batch
             parts.append(logits.argmax(dim=-1).masked_fill(logits.isnan().any(dim=-1), -1))
@@ -445,13 +437,6 @@ def _pad(tokenizer: PreTrainedTokenizerBase, examples: list[dict[str, list[int]]
     return dict(padded)
 
 
-def _unwanted_inputs(model: PreTrainedModel) -> set[str]:
-    """Inputs that a generic tokenizer makes and this model does not take (DistilBERT has no token types)."""
-    base = getattr(model, "get_base_model", lambda: model)()  # what PEFT wraps
-    parameters = inspect.signature(base.forward).parameters
-    return {"token_type_ids"} if "input_ids" in parameters and "token_type_ids" not in parameters else set()
-
-
 def _check_logits(logits: Any, model: PreTrainedModel) -> Tensor:
     if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[1] != model.config.num_labels:
         found = f"logits of shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else "no logits"
@@ -472,130 +457,3 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, flag in training:
             module.training = flag
-
-
-# --- comparison ------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """A pruned model against its dense parent on the same examples.
-
-    Attributes:
-        dense_accuracy: 0 to 1.
-        pruned_accuracy: 0 to 1.
-        drop: Percentage points lost, ``100 (dense - pruned)``; positive if the pruned model is worse.
-        drop_standard_error: Of the drop, paired, in points.
-        interval: Two-sided confidence interval of the drop, in points.
-        upper_bound: One-sided upper confidence bound of the drop, in points: the pruned model is not
-            worse by more than this.
-        only_dense_right: Examples that only the dense model gets right.
-        only_pruned_right: Examples that only the pruned model gets right.
-        p_value: Of McNemar's exact two-sided test that both are equally accurate.
-        n: Number of examples.
-        confidence: Of the interval and of the bound, 0 to 1.
-    """
-
-    dense_accuracy: float
-    pruned_accuracy: float
-    drop: float
-    drop_standard_error: float
-    interval: tuple[float, float]
-    upper_bound: float
-    only_dense_right: int
-    only_pruned_right: int
-    p_value: float
-    n: int
-    confidence: float
-
-    def __str__(self) -> str:
-        """One line: both accuracies, the drop with interval and bound, the test, and n."""
-        low, high = self.interval
-        level = f"{100 * self.confidence:g} %"
-        return (
-            f"accuracy {100 * self.dense_accuracy:.2f} % -> {100 * self.pruned_accuracy:.2f} %: drop {self.drop:.2f} "
-            f"points ({level} interval {low:.2f} to {high:.2f}, one-sided upper bound {self.upper_bound:.2f}; "
-            f"{self.only_dense_right} only dense right, {self.only_pruned_right} only pruned right, "
-            f"McNemar p = {self.p_value:.3g}, n = {self.n})"
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        """All fields, ready for JSON."""
-        return {**asdict(self), "interval": list(self.interval)}
-
-
-def compare(dense: Evaluation, pruned: Evaluation, *, confidence: float = 0.95) -> Comparison:
-    """Compare two models on the same examples: the drop in accuracy, and how sure it is.
-
-    The interval and the bound are Wald's after adding 0.5 to each cell of the 2 x 2 table of right and
-    wrong (Agresti & Min, "Simple improved confidence intervals for comparing matched proportions",
-    Statistics in Medicine 24, 2005), which keeps their coverage close to nominal in small samples. The
-    p-value is the exact binomial form of the test of McNemar ("Note on the sampling error of the
-    difference between correlated proportions or percentages", Psychometrika 12, 1947).
-
-    Args:
-        dense: Result of the dense model.
-        pruned: Result of the pruned model on the same data.
-        confidence: Of the two-sided interval and of the one-sided bound, between 0 and 1.
-
-    Returns:
-        The drop in percentage points, its interval and bound, and the test.
-
-    Raises:
-        ConfigError: If ``confidence`` is not between 0 and 1.
-        DataError: If the two are not on the same examples.
-
-    Example:
-        >>> print(compare(dense, pruned))  # doctest: +SKIP
-        accuracy 90.48 % -> 89.91 %: drop 0.57 points (95 % interval -0.52 to 1.66, ...
-    """
-    if not 0 < confidence < 1:
-        raise ConfigError(f"confidence is {confidence!r}: expected a number between 0 and 1, such as 0.95")
-    _check_paired(dense, pruned)
-    n = dense.n
-    pairs = [(a == y, b == y) for a, b, y in zip(dense.predictions, pruned.predictions, dense.labels, strict=True)]
-    lost, won = pairs.count((True, False)), pairs.count((False, True))
-    _, standard_error = _paired_drop(lost, won, n)
-    adjusted, adjusted_error = _paired_drop(lost + 0.5, won + 0.5, n + 2)
-    two_sided = NormalDist().inv_cdf((1 + confidence) / 2) * adjusted_error
-    one_sided = NormalDist().inv_cdf(confidence) * adjusted_error
-    return Comparison(
-        dense_accuracy=dense.accuracy,
-        pruned_accuracy=pruned.accuracy,
-        drop=100 * (lost - won) / n,
-        drop_standard_error=100 * standard_error,
-        interval=(100 * max(-1.0, adjusted - two_sided), 100 * min(1.0, adjusted + two_sided)),
-        upper_bound=100 * min(1.0, adjusted + one_sided),
-        only_dense_right=lost,
-        only_pruned_right=won,
-        p_value=_mcnemar(lost, won),
-        n=n,
-        confidence=confidence,
-    )
-
-
-def _check_paired(dense: Evaluation, pruned: Evaluation) -> None:
-    if dense.n != pruned.n:
-        raise DataError(f"the dense result has {dense.n} examples, the pruned one {pruned.n}: use the same data")
-    if dense.data_fingerprint != pruned.data_fingerprint:
-        raise DataError(
-            f"the results are on different data (fingerprints {dense.data_fingerprint} and "
-            f"{pruned.data_fingerprint}): evaluate both models on the same examples in the same order"
-        )
-    if dense.labels != pruned.labels:
-        raise DataError("the results have different labels: give both models the same label2id and evaluate again")
-
-
-def _paired_drop(lost: float, won: float, n: float) -> tuple[float, float]:
-    """Difference of two paired proportions and its standard error, from the discordant counts."""
-    return (lost - won) / n, math.sqrt((lost + won) - (lost - won) ** 2 / n) / n
-
-
-def _mcnemar(lost: int, won: int) -> float:
-    """P-value of the exact two-sided test: ``min(lost, won)`` heads or fewer in fair tosses, doubled."""
-    tosses = lost + won
-    term = tail = 1  # binomial coefficients, as exact integers
-    for heads in range(min(lost, won)):
-        term = term * (tosses - heads) // (heads + 1)
-        tail += term
-    return min(1.0, 2 * tail / 2**tosses)

@@ -55,7 +55,8 @@ def staged_folder(
     Args:
         folder: Where the files belong.
         stale: Glob patterns of files that go if the block did not write them.
-        last: Glob patterns of files that are taken away before anything is replaced, and arrive after it.
+        last: Glob patterns of files that are taken away before anything is replaced, and arrive after it, in this
+            order; what arrives last goes first.
     """
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -69,10 +70,12 @@ def staged_folder(
         if not folder.exists():
             staging.rename(folder)
             return
-        for old in [p for pattern in (*last, *stale) for p in folder.glob(pattern)]:
-            if old.relative_to(folder) not in new or any(old.match(pattern) for pattern in last):
-                old.unlink(missing_ok=True)
-        for name in sorted(new, key=lambda name: any(name.match(pattern) for pattern in last)):
+        for pattern in (*reversed(last), *stale):
+            for old in list(folder.glob(pattern)):
+                if pattern in last or old.relative_to(folder) not in new:
+                    old.unlink(missing_ok=True)
+        rank = {name: i for i, pattern in enumerate(last, start=1) for name in new if name.match(pattern)}
+        for name in sorted(new, key=lambda name: rank.get(name, 0)):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (staging / name).replace(folder / name)
     finally:

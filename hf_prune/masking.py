@@ -86,8 +86,8 @@ class MaskStore:
         self.attach(model)
         self.apply(model)
 
-    def apply(self, model: nn.Module) -> None:
-        """Set every removed weight to exact zero; needed after anything that writes weights, such as a training step.
+    def check(self, model: nn.Module) -> None:
+        """Make sure that the masks fit the model.
 
         Raises:
             MaskError: If a masked parameter is gone or has another shape.
@@ -101,6 +101,15 @@ class MaskStore:
                     f"the mask of {name!r} has shape {tuple(mask.shape)}, but the model has {found} there: the model "
                     f"was changed after pruning; call discard_masks() or make_permanent() before changing it"
                 )
+
+    def apply(self, model: nn.Module) -> None:
+        """Set every removed weight to exact zero; needed after anything that writes weights, such as a training step.
+
+        Raises:
+            MaskError: If a masked parameter is gone or has another shape.
+        """
+        self.check(model)
+        parameters = dict(model.named_parameters())
         for name, mask in self.masks.items():
             if mask.device != parameters[name].device:
                 mask = self.masks[name] = mask.to(parameters[name].device)
@@ -115,13 +124,14 @@ class MaskStore:
         """Drop the masks and give the dense weights back, bit for bit.
 
         Raises:
-            MaskError: If the dense weights were not kept.
+            MaskError: If the dense weights were not kept, or the masks no longer fit the model.
         """
         if self.dense is None:
             raise MaskError(
                 "the dense weights were not kept: pass keep_dense=True to prune(), or reload the model; "
                 "make_permanent() drops the masks and leaves the zeros"
             )
+        self.check(model)
         parameters = dict(model.named_parameters())
         with torch.no_grad():
             for name, weight in self.dense.items():

@@ -11,6 +11,10 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
 
 from hf_prune.calibration import Batches
 from hf_prune.checkpoint import load_pruned, save_pruned
@@ -38,6 +42,16 @@ class PrunedModelMixin(nn.Module):
         >>> round(PrunedBert(config).prune(0.5).sparsity_report().target_sparsity, 3)
         0.5
     """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Have transformers rename the weights of old checkpoints as it does for the dense class.
+
+        Some of its renamings go by the name of the class, which a class of one's own does not share.
+        """
+        super().__init_subclass__(**kwargs)
+        conversions = get_checkpoint_conversion_mapping(dense_class(cls).__name__)
+        if conversions is not None and cls.__name__ != dense_class(cls).__name__:
+            register_checkpoint_conversion_mapping(cls.__name__, conversions, overwrite=True)
 
     def plan(self, config: PruningConfig | float | None = None, **settings: Any) -> PruningPlan:
         """What :meth:`prune` would do with these settings; nothing is changed.

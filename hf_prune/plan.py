@@ -153,6 +153,7 @@ def make_plan(model: nn.Module, config: PruningConfig) -> PruningPlan:
     Raises:
         PlanError: If no target matches, a weight cannot be divided into units, a weight has NaN or
             infinite values, or the model is already sparser than the config asks for.
+        MaskError: If the masks of an earlier pruning no longer fit the model.
     """
     targets = resolve_targets(model, config)
     granularity = parse_granularity(config.granularity)
@@ -167,7 +168,10 @@ def make_plan(model: nn.Module, config: PruningConfig) -> PruningPlan:
     if bad:
         raise PlanError(f"NaN or infinite values in {_some(bad)}: expected finite weights; check how they were made")
     store = MaskStore.of(model)
-    masks = store.masks if store is not None else {}
+    masks = {}
+    if store is not None:
+        store.check(model)
+        masks = store.masks
     tensors, remove = _count(targets, config, granularity, masks)
     _refuse_regrowth(tensors, remove, config, granularity)
     return PruningPlan(

@@ -288,12 +288,13 @@ def weight_histogram(model: nn.Module, names: list[str], bins: int = 81, limit: 
         model: The model.
         names: Parameter names.
         bins: How many bins; an odd number puts one astride zero.
-        limit: Largest absolute value of the edges; by default four standard deviations.
+        limit: Largest absolute value of the edges; by default four standard deviations of the widest.
     """
     parameters: Mapping[str, Tensor] = dict(model.named_parameters())
     weights = [parameters[name].detach().float().reshape(-1).cpu() for name in names]
     if limit is None:
-        limit = 4 * max(float(w.std(correction=0)) for w in weights) or 1.0
+        limit = 4 * max((float(w.std(correction=0)) for w in weights), default=0.0) or 1.0
+    limit = float(np.float32(limit))  # so that a clamped weight is no further out than the last edge
     edges = np.linspace(-limit, limit, bins + 1)
     counts, zeros = np.zeros(bins, dtype=np.int64), 0
     for weight in weights:

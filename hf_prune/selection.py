@@ -5,45 +5,50 @@ first), so the result is that of a stable ascending sort. Sorting tens of millio
 makes pruning slow and hungry for memory, so nothing here sorts a pool: a random sample brackets the
 k-th score, one pass counts what lies below the bracket and collects what lies inside, and only that
 small rest is partitioned. The sample decides the speed, never the result.
+
+Scores come in chunks that are made anew for each pass, small enough to stay in a core's cache, so that
+not even one tensor of scores is held.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-_CHUNK = 1 << 16  # scores looked at together: 256 KiB in float32, which stays in a core's cache
-_SAMPLE = 1 << 14  # scores that bracket the k-th one
+CHUNK = 1 << 16  # scores looked at together: 256 KiB in float32, which stays in a core's cache
+_SAMPLE = 1 << 14  # scores that bracket the k-th one, at least
+_SAMPLE_SHARE = 1 / 128  # or this share of all, if that is more: what lies inside the bracket stays small
 _SIGMAS = 4.0  # half-width of the bracket in standard errors of the sampled rank
 _SMALL_POOL = 32  # pools up to this size (N:M groups) are ranked by comparing all pairs
 
+Chunks = Callable[[], Iterable[Tensor]]
 
-def keep_highest(parts: Sequence[Callable[[], Tensor]], k: int) -> list[Tensor]:
+
+def keep_highest(parts: Sequence[Chunks], sizes: Sequence[int], k: int) -> list[Tensor]:
     """Remove the ``k`` lowest scores of one pool that may span several tensors.
 
     Args:
-        parts: One function per tensor that returns its scores, any shape, float32, without NaN.
-            Each is called up to three times, so that a pool over a whole model never holds more
-            than one tensor of scores; it must return the same scores every time.
-        k: How many scores are removed from the whole pool, ``0 <= k <= total``.
+        parts: One function per tensor that returns its scores in order, in chunks of any shape, float32,
+            without NaN. Each is called three or four times and must return the same scores every time.
+        sizes: How many scores each part has.
+        k: How many scores are removed from the whole pool, ``0 <= k <= sum(sizes)``.
 
     Returns:
-        One bool tensor per part, shaped like its scores, True where the unit is kept.
+        One (size,) bool tensor per part, True where the unit is kept, on the device of the scores.
     """
-    if len(parts) == 1:
-        scores = parts[0]()
-        parts = [lambda: scores]
-    sample = [_sample(part(), len(parts)) for part in parts]
-    total = sum(size for _, size in sample)
+    total = sum(sizes)
     if k == 0 or k >= total:
-        return [torch.full_like(part(), k == 0, dtype=torch.bool) for part in parts]
-    threshold, ties_kept = _threshold(parts, k, *_bracket(sample, k, total))
-    masks = [_above(part(), threshold) for part in parts]
-    _keep_last_ties(masks, parts, threshold, ties_kept)
+        device = next(iter(parts[0]())).device
+        return [torch.full((size,), k == 0, dtype=torch.bool, device=device) for size in sizes]
+    threshold, ties_kept = _threshold(parts, k, *_bracket(_sample(parts, total), k, total))
+    masks = [_above(part(), size, threshold) for part, size in zip(parts, sizes, strict=True)]
+    if ties_kept:
+        _keep_last_ties(masks, parts, threshold, ties_kept)
     return masks
 
 
@@ -57,18 +62,15 @@ def keep_highest_per_row(scores: Tensor, k: int) -> Tensor:
     Returns:
         (pools, units) bool, True where the unit is kept.
     """
-    pools, units = scores.shape
+    units = scores.shape[1]
     if k == 0 or k >= units:
         return torch.full_like(scores, k == 0, dtype=torch.bool)
-    keep = torch.empty_like(scores, dtype=torch.bool)
-    per_chunk = max(1, _CHUNK // units)
+    per_chunk = max(1, CHUNK // units)
     rank_rows = _rank_rows if units <= _SMALL_POOL else _split_rows
-    for start in range(0, pools, per_chunk):
-        rank_rows(scores[start : start + per_chunk], k, keep[start : start + per_chunk])
-    return keep
+    return torch.cat([rank_rows(rows, k) for rows in scores.split(per_chunk)])
 
 
-def _rank_rows(scores: Tensor, k: int, keep: Tensor) -> None:
+def _rank_rows(scores: Tensor, k: int) -> Tensor:
     """Rank short rows by comparing all pairs of columns, which vectorises over the rows."""
     columns = scores.t().contiguous()  # (units, pools)
     rank = torch.zeros_like(columns, dtype=torch.uint8)
@@ -77,51 +79,48 @@ def _rank_rows(scores: Tensor, k: int, keep: Tensor) -> None:
             earlier_first = columns[i] <= columns[j]
             rank[j] += earlier_first
             rank[i] += ~earlier_first
-    keep.copy_((rank >= k).t())
+    return (rank >= k).t()
 
 
-def _split_rows(scores: Tensor, k: int, keep: Tensor) -> None:
+def _split_rows(scores: Tensor, k: int) -> Tensor:
     threshold = torch.kthvalue(scores, k, dim=1, keepdim=True).values
-    torch.gt(scores, threshold, out=keep)
     tied = scores == threshold
-    surplus = (k - (scores < threshold).sum(1, keepdim=True)).clamp_(min=0)  # ties that go
-    keep |= tied & (tied.cumsum(1) > surplus)
+    surplus = k - (scores < threshold).sum(1, keepdim=True)  # ties that go
+    return (scores > threshold) | (tied & (tied.cumsum(1) > surplus))
 
 
-def _arrays(scores: Tensor) -> tuple[Any, Any]:
-    """Flat scores for the fastest library on their device: NumPy on a CPU, torch elsewhere."""
-    flat = scores.reshape(-1)
-    return (np, flat.numpy()) if flat.device.type == "cpu" else (torch, flat)
+def _arrays(chunks: Iterable[Tensor]) -> Iterator[tuple[Any, Any]]:
+    """Flat chunks for the fastest library on their device: NumPy on a CPU, torch elsewhere."""
+    for chunk in chunks:
+        for flat in chunk.reshape(-1).split(CHUNK):
+            yield (np, flat.numpy()) if flat.device.type == "cpu" else (torch, flat)
 
 
-def _sample(scores: Tensor, parts: int) -> tuple[np.ndarray, int]:
-    """Random scores of one part and the part's size; the whole part where it is small."""
-    flat = scores.reshape(-1)
-    count = max(_SAMPLE // parts, 256)
-    if flat.numel() > count:
-        generator = torch.Generator().manual_seed(flat.numel())
-        index = torch.randint(flat.numel(), (count,), generator=generator)
-        return flat[index.to(flat.device)].cpu().numpy(), scores.numel()
-    return flat.cpu().numpy(), scores.numel()
+def _sample(parts: Sequence[Chunks], total: int) -> np.ndarray:
+    """The same share of every chunk's scores at random places, sorted; all of them where they are few."""
+    share = max(_SAMPLE / total, _SAMPLE_SHARE)
+    generator = np.random.default_rng(total)
+    found = []
+    for part in parts:
+        for _, flat in _arrays(part()):
+            if share < 1:
+                flat = flat[generator.integers(len(flat), size=math.ceil(share * len(flat)))]
+            found.append(flat if isinstance(flat, np.ndarray) else flat.cpu().numpy())
+    return np.sort(np.concatenate(found))
 
 
-def _bracket(sample: list[tuple[np.ndarray, int]], k: int, total: int) -> tuple[float, float]:
+def _bracket(sample: np.ndarray, k: int, total: int) -> tuple[float, float]:
     """Two scores between which the k-th lowest very probably lies."""
-    values = np.concatenate([scores for scores, _ in sample])
-    weights = np.concatenate([np.full(len(s), size / max(len(s), 1)) for s, size in sample])
-    order = np.argsort(values)
-    values, rank = values[order], np.cumsum(weights[order])
     share = k / total
-    margin = _SIGMAS * total * (share * (1 - share) / len(values)) ** 0.5 + weights.max()
-    low = np.searchsorted(rank, k - margin)
-    high = np.searchsorted(rank, k + margin)
+    margin = _SIGMAS * math.sqrt(share * (1 - share) * len(sample)) + 1
+    low, high = math.floor(share * len(sample) - margin), math.ceil(share * len(sample) + margin)
     return (
-        float(values[low - 1]) if low > 0 else float("-inf"),
-        float(values[high]) if high < len(values) else float("inf"),
+        float(sample[low]) if low >= 0 else float("-inf"),
+        float(sample[high]) if high < len(sample) else float("inf"),
     )
 
 
-def _threshold(parts: Sequence[Callable[[], Tensor]], k: int, low: float, high: float) -> tuple[float, int]:
+def _threshold(parts: Sequence[Chunks], k: int, low: float, high: float) -> tuple[float, int]:
     """The k-th lowest score, and how many of those equal to it are kept.
 
     One pass counts what is at or below the ends of the bracket and collects what lies strictly
@@ -130,9 +129,7 @@ def _threshold(parts: Sequence[Callable[[], Tensor]], k: int, low: float, high: 
     under_low = upto_low = upto_high = 0
     collected = []
     for part in parts:
-        xp, flat = _arrays(part())
-        for start in range(0, len(flat), _CHUNK):
-            chunk = flat[start : start + _CHUNK]
+        for xp, chunk in _arrays(part()):
             upto = chunk <= low
             under_low += int(xp.count_nonzero(chunk < low))
             upto_low += int(xp.count_nonzero(upto))
@@ -153,17 +150,28 @@ def _threshold(parts: Sequence[Callable[[], Tensor]], k: int, low: float, high: 
     return threshold, int(xp.count_nonzero(between <= threshold)) - rank
 
 
-def _above(scores: Tensor, threshold: float) -> Tensor:
-    xp, flat = _arrays(scores)
-    keep = flat > threshold
-    return (torch.from_numpy(keep) if xp is np else keep).view(scores.shape)
+def _above(chunks: Iterable[Tensor], size: int, threshold: float) -> Tensor:
+    mask, start = None, 0
+    for xp, chunk in _arrays(chunks):
+        if mask is None:
+            mask = torch.empty(size, dtype=torch.bool, device=None if xp is np else chunk.device)
+        part = mask[start : start + len(chunk)]
+        xp.greater(chunk, threshold, out=part.numpy() if xp is np else part)
+        start += len(chunk)
+    assert mask is not None
+    assert start == size
+    return mask
 
 
-def _keep_last_ties(masks: list[Tensor], parts: Sequence[Callable[[], Tensor]], threshold: float, kept: int) -> None:
+def _keep_last_ties(masks: Sequence[Tensor], parts: Sequence[Chunks], threshold: float, kept: int) -> None:
     """Give the last ``kept`` units whose score equals the threshold back to the masks."""
     for mask, part in zip(reversed(masks), reversed(parts), strict=True):
+        tied, start = [], 0
+        for chunk in part():
+            tied.append((chunk.reshape(-1) == threshold).nonzero().squeeze(1) + start)
+            start += chunk.numel()
+        last = torch.cat(tied)[-kept:]
+        mask[last] = True
+        kept -= len(last)
         if kept == 0:
             return
-        tied = (part().reshape(-1) == threshold).nonzero().squeeze(1)[-kept:]
-        mask.view(-1)[tied] = True
-        kept -= len(tied)

@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import io
 import json
+import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,10 +20,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hf_prune.calibration import Batches
+from hf_prune.calibration import Batches, collect_stats
+from hf_prune.comparison import Comparison, compare
 from hf_prune.config import PruningConfig
-from hf_prune.errors import SweepError
-from hf_prune.evaluation import Comparison, Evaluation, compare, evaluate_classification
+from hf_prune.errors import ConfigError, SweepError
+from hf_prune.evaluation import Evaluation, evaluate_classification
 from hf_prune.files import write_json, write_text
 from hf_prune.masking import MaskStore
 from hf_prune.pipeline import prune
@@ -235,7 +237,7 @@ def run_sweep(
     calibration: Sequence[Mapping[str, Any]] | None = None,
     tolerance: float = 2.0,
     confidence: float = 0.95,
-    out: Path | None = None,
+    out: str | os.PathLike[str] | None = None,
     restart: bool = False,
     name: str = "",
     source: str = "",
@@ -277,15 +279,19 @@ def run_sweep(
     sparsities, criteria = list(dict.fromkeys(sparsities)), list(dict.fromkeys(criteria))
     configs = [base.replace(criterion=c, sparsity=float(s)) for c in criteria for s in sparsities if s != 0]
     plans = [make_plan(model, c) for c in configs]
+    for plan in plans if calibration is None else []:
+        collect_stats(model, plan)  # refuses a criterion that needs calibration
+    if not 0 < confidence < 1:
+        raise ConfigError(f"confidence is {confidence!r}: expected a number between 0 and 1, such as 0.95")
     parameters = sum(p.numel() for p in model.parameters())
     score: dict[str, Any] = {"source": source, "split": split, "progress": progress, **evaluation}
     settings = _settings(model, dataset, base, calibration, name, score)
-    results = None if out is None else out / "results.json"
-    found = None if results is None or restart else _read(results, settings)
+    folder = None if out is None else Path(out)
+    results = None if folder is None else folder / "results.json"
+    found = None if results is None or restart else _read(results, settings, confidence)
     if found is not None:
-        settings = {**settings, "calibration": settings["calibration"] or found["settings"]["calibration"]}
-        dense = Evaluation.from_dict(found["dense"])
-        points = [SweepPoint.from_dict(p, dense, confidence) for p in found["points"]]
+        dense, points, calibrated = found
+        settings = {**settings, "calibration": settings["calibration"] or calibrated}
     else:
         dense, points = evaluate_classification(model, tokenizer, dataset, **score), []
 
@@ -303,8 +309,8 @@ def run_sweep(
         points.append(_measure(model, tokenizer, dataset, point_config, calibration, dense, confidence, score))
         if results is not None:
             write_json(results, result().to_dict())
-    if out is not None:
-        result().write(out)
+    if folder is not None:
+        result().write(folder)
     return result()
 
 
@@ -320,15 +326,14 @@ def _measure(
 ) -> SweepPoint:
     assert config.sparsity is not None
     start = time.perf_counter()
-    prune(model, config, calibration=calibration, keep_dense=True, progress=score["progress"])
-    seconds = time.perf_counter() - start
-    store = MaskStore.of(model)
-    assert store is not None
     try:
+        prune(model, config, calibration=calibration, keep_dense=True, progress=score["progress"])
+        seconds = time.perf_counter() - start
         report = sparsity_report(model)
         evaluation = evaluate_classification(model, tokenizer, dataset, **score)
     finally:
-        store.discard(model)
+        if (store := MaskStore.of(model)) is not None:
+            store.discard(model)
     return SweepPoint(
         criterion=config.criterion,
         sparsity=config.sparsity,
@@ -383,15 +388,23 @@ def weights_digest(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _read(path: Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Earlier results that belong to the same settings."""
+def _read(
+    path: Path, settings: Mapping[str, Any], confidence: float
+) -> tuple[Evaluation, list[SweepPoint], str | None] | None:
+    """Earlier results that belong to the same settings: dense score, points, and digest of their calibration."""
     if not path.exists():
         return None
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        version, theirs, _, _ = found["format_version"], dict(found["settings"]), found["dense"], found["points"]
-    except (ValueError, KeyError, TypeError) as error:
+        _check_same_settings(path, found["format_version"], dict(found["settings"]), settings)
+        dense = Evaluation.from_dict(found["dense"])
+        points = [SweepPoint.from_dict(p, dense, confidence) for p in found["points"]]
+        return dense, points, found["settings"].get("calibration")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise SweepError(f"{path} is no sweep result: {error!r}; choose another folder, or restart") from error
+
+
+def _check_same_settings(path: Path, version: object, theirs: dict[str, Any], settings: Mapping[str, Any]) -> None:
     ours = json.loads(json.dumps(dict(settings)))
     if None in (theirs.get("calibration"), ours["calibration"]):  # one side had no criterion that needs it
         theirs["calibration"] = ours["calibration"] = theirs.get("calibration") or ours["calibration"]
@@ -403,7 +416,6 @@ def _read(path: Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:
             f"{path} holds results of other settings ({details or f'format {version}'}), which cannot stand in one "
             f"table: choose another folder, or restart to measure everything anew"
         )
-    return dict(found)
 
 
 def _flatten(settings: Mapping[str, Any]) -> dict[str, Any]:

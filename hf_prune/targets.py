@@ -88,19 +88,23 @@ def resolve_targets(model: nn.Module, config: PruningConfig) -> list[Target]:
             device or not of a floating-point type.
     """
     prunable = dict(_prunable_modules(model))
-    every_name = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
+    every_name = [name for name, _ in model.named_modules(remove_duplicate=False)]
     for setting in ("target_modules", "exclude_modules"):
         _check_matches(setting, getattr(config, setting), every_name, prunable)
-    default_out = _output_embedding(model) if config.target_modules == ALL_LINEAR else None
+    default_out = _output_embedding(model)
+    aliases: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        aliases.setdefault(id(module), []).append(name)
+
+    def means(pattern: str | tuple[str, ...], module: nn.Module, layout: str) -> bool:
+        if pattern == ALL_LINEAR:
+            return layout != "conv" and module is not default_out
+        return any(module_matches(name, pattern) for name in aliases[id(module)])
+
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     targets: dict[int, Target] = {}
     for module_name, (module, layout) in prunable.items():
-        chosen = (
-            layout != "conv" and module is not default_out
-            if config.target_modules == ALL_LINEAR
-            else module_matches(module_name, config.target_modules)
-        )
-        if not chosen or module_matches(module_name, config.exclude_modules):
+        if means(config.exclude_modules, module, layout) or not means(config.target_modules, module, layout):
             continue
         weight = module._parameters["weight"]
         assert weight is not None

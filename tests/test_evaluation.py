@@ -31,12 +31,12 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
+from hf_prune.comparison import compare
 from hf_prune.errors import ConfigError, DataError
 from hf_prune.evaluation import (
     Evaluation,
     accuracy_metric,
     classification_batches,
-    compare,
     evaluate_classification,
     evaluate_sst2,
 )

@@ -163,7 +163,7 @@ def test_other_failures_are_named(online):
 @pytest.mark.usefixtures("answering_server")
 def test_any_http_answer_counts():
     assert check_hub_reachable("x") is None
-    assert check_model_source("owner/not-cached-anywhere") is None
+    assert check_model_source("owner/not-cached-anywhere") is False
 
 
 @pytest.mark.parametrize("name", ["HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"])
@@ -190,8 +190,8 @@ def test_bad_timeout(online, value):
 
 def test_model_folder(tmp_path):
     (tmp_path / "config.json").write_text("{}")
-    assert check_model_source(str(tmp_path)) is None
-    assert check_model_source(tmp_path) is None
+    assert check_model_source(str(tmp_path)) is False
+    assert check_model_source(tmp_path) is False
 
 
 def test_model_folder_without_config(tmp_path):
@@ -238,7 +238,7 @@ def test_cached_model_needs_no_hub(tmp_path):
     (repo / "refs" / "main").write_text("abc")
     (repo / "snapshots" / "abc").mkdir(parents=True)
     (repo / "snapshots" / "abc" / "config.json").write_text("{}")
-    assert check_model_source("owner/name", cache_dir=tmp_path) is None
+    assert check_model_source("owner/name", cache_dir=tmp_path) is True
     fails_fast(lambda: check_model_source("owner/name", revision="v2", cache_dir=tmp_path), "connection was refused")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
@@ -30,6 +31,11 @@ class WeightStats:
     gradient: Tensor | None = None
     absolute_gradient: Tensor | None = None
 
+    def rows(self, rows: slice) -> WeightStats:
+        """The statistics of some outputs only."""
+        parts = {name: value[rows] for name in STATISTICS if (value := getattr(self, name)) is not None}
+        return dataclasses.replace(self, **parts)
+
 
 class Criterion:
     """A score for every weight, larger = keep.
@@ -44,6 +50,9 @@ class Criterion:
         paper: Where it comes from.
         needs: The :class:`WeightStats` fields that it needs from calibration.
         scopes: The scopes in which its scores can be compared.
+        rowwise: Whether the scores of an output depend on that output's weights and statistics alone, so that a
+            few outputs can be scored at a time.
+        repairs: Whether :meth:`prune_weight` changes weights that are kept; then it is called with whole matrices.
     """
 
     name: ClassVar[str]
@@ -51,6 +60,8 @@ class Criterion:
     paper: ClassVar[str]
     needs: ClassVar[frozenset[str]] = frozenset()
     scopes: ClassVar[frozenset[str]] = ANY_SCOPE
+    rowwise: ClassVar[bool] = True
+    repairs: ClassVar[bool] = False
 
     def scores(self, weight: Tensor, stats: WeightStats) -> Tensor:
         """Score a weight.

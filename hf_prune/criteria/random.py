@@ -16,6 +16,7 @@ class Random(Criterion):
     name = "random"
     description = "uniform random scores from the seed: the baseline to beat"
     paper = "Blalock et al. 2020, arXiv:2003.03033"
+    rowwise = False  # one stream of numbers for the whole weight
 
     def scores(self, weight: Tensor, stats: WeightStats) -> Tensor:
         """Uniform in (0, 1], zero for weights that are zero; see :meth:`Criterion.scores`.

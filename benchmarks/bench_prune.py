@@ -1,0 +1,178 @@
+"""Time and memory of pruning a DistilBERT-shaped model at 50 %, beside torch.nn.utils.prune and a floor.
+
+The floor is the least that any magnitude pruning does: one ``abs`` pass and one ``masked_fill_`` pass over the
+same weights. All methods take turns in one process on one thread; before each, the same dense weights are put
+back (not timed). Peak memory is measured for each method in a process of its own.
+
+    python benchmarks/bench_prune.py --rounds 7
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn.utils import prune as torch_prune
+from transformers import DistilBertConfig, DistilBertForSequenceClassification
+
+from hf_prune import MaskStore, prune
+from hf_prune.tables import format_table
+
+SPARSITY = 0.5
+
+
+def build() -> nn.Module:
+    """DistilBERT with random weights: 66,955,010 parameters, 43,058,688 of them in 38 Linears."""
+    torch.manual_seed(0)
+    return DistilBertForSequenceClassification(DistilBertConfig())
+
+
+def linears(model: nn.Module) -> list[nn.Linear]:
+    return [module for module in model.modules() if isinstance(module, nn.Linear)]
+
+
+def ours_layer(model: nn.Module) -> None:
+    prune(model, SPARSITY)
+
+
+def ours_global(model: nn.Module) -> None:
+    prune(model, SPARSITY, scope="global")
+
+
+def torch_layer(model: nn.Module) -> None:
+    for module in linears(model):
+        torch_prune.l1_unstructured(module, "weight", SPARSITY)
+        torch_prune.remove(module, "weight")
+
+
+def torch_global(model: nn.Module) -> None:
+    pairs = [(module, "weight") for module in linears(model)]
+    torch_prune.global_unstructured(pairs, torch_prune.L1Unstructured, amount=SPARSITY)
+    for module, name in pairs:
+        torch_prune.remove(module, name)
+
+
+def floor(model: nn.Module, masks: dict[str, torch.Tensor]) -> None:
+    for name, parameter in model.named_parameters():
+        if name in masks:
+            parameter.detach().abs()
+            parameter.data.masked_fill_(masks[name], 0)
+
+
+METHODS: dict[str, Callable[[nn.Module], None]] = {
+    "hf_prune layer": ours_layer,
+    "torch.nn.utils.prune layer": torch_layer,
+    "hf_prune global": ours_global,
+    "torch.nn.utils.prune global": torch_global,
+}
+
+
+def zeros(model: nn.Module) -> torch.Tensor:
+    return torch.cat([(module.weight == 0).flatten() for module in linears(model)])
+
+
+def peak_memory(name: str, queue: multiprocessing.Queue[int]) -> None:
+    """Put the growth of this process's resident memory at its peak, in bytes, into a queue."""
+    torch.set_num_threads(1)
+    model = build()
+    METHODS[name](nn.Sequential(nn.Linear(8, 8)))  # load what is loaded once
+    status = Path("/proc/self/status")
+    Path("/proc/self/clear_refs").write_text("5")  # let the peak start from here
+
+    def kib(field: str) -> int:
+        return int(next(line for line in status.read_text().splitlines() if line.startswith(field)).split()[1])
+
+    before = kib("VmRSS")
+    METHODS[name](model)
+    queue.put(1024 * (kib("VmHWM") - before))
+
+
+def measure(rounds: int) -> dict[str, list[float]]:
+    """CPU seconds of every method in every round, taking turns; the masks of peers are compared."""
+    model = build()
+    dense = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+    def reset() -> None:
+        for name, parameter in model.named_parameters():
+            parameter.data = dense[name].clone()
+        model.__dict__.pop("_hf_prune_masks", None)
+
+    prune(model, SPARSITY)
+    store = MaskStore.of(model)
+    assert store is not None
+    masks = {name: ~mask for name, mask in store.masks.items()}
+    methods = {"floor (abs + masked_fill_)": lambda model: floor(model, masks), **METHODS}
+    seconds: dict[str, list[float]] = {name: [] for name in methods}
+    for turn in range(rounds + 1):
+        found = {}
+        for name, method in methods.items():
+            reset()
+            start = time.process_time()
+            method(model)
+            if turn > 0:  # the first round warms up
+                seconds[name].append(time.process_time() - start)
+            if turn == 0:
+                found[name] = zeros(model)
+        for scope in ("layer", "global") if turn == 0 else ():
+            same = torch.equal(found[f"hf_prune {scope}"], found[f"torch.nn.utils.prune {scope}"])
+            print(f"masks of scope {scope}: {'equal' if same else 'DIFFERENT'}")
+    return seconds
+
+
+def main() -> None:
+    """Measure and print, goals included, reached or not."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5)
+    rounds = parser.parse_args().rounds
+    torch.set_num_threads(1)
+    print(f"torch {torch.__version__}, {platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, 1 thread")
+    seconds = measure(rounds)
+
+    def ratio(slow: str, fast: str) -> float:
+        return statistics.median(a / b for a, b in zip(seconds[slow], seconds[fast], strict=True))
+
+    base = "floor (abs + masked_fill_)"
+    rows = [
+        [name, f"{statistics.median(s):.3f}", f"{min(s):.3f} to {max(s):.3f}", f"{ratio(name, base):.2f}"]
+        for name, s in seconds.items()
+    ]
+    print(format_table(["method", "CPU s (median)", "range", "times the floor"], rows))
+    for scope, goal in (("layer", 8), ("global", 14)):
+        faster = ratio(f"torch.nn.utils.prune {scope}", f"hf_prune {scope}")
+        over = ratio(f"hf_prune {scope}", base)
+        print(
+            f"scope {scope}: {faster:.1f} times as fast as torch.nn.utils.prune "
+            f"(goal {goal}: {verdict(faster >= goal)}), {over:.2f} times the floor (goal 1.40: {verdict(over <= 1.4)})"
+        )
+
+    if not Path("/proc/self/clear_refs").exists():
+        print("peak memory: not measured, this system has no /proc/self/clear_refs")
+        return
+    model = build()
+    weights = [module.weight for module in linears(model)]
+    largest = max(w.numel() * w.element_size() for w in weights)
+    allowed = 1.25 * largest + sum(w.numel() for w in weights)
+    context = multiprocessing.get_context("spawn")
+    for name in METHODS:
+        queue: multiprocessing.Queue[int] = context.Queue()
+        process = context.Process(target=peak_memory, args=(name, queue))
+        process.start()
+        peak = queue.get()
+        process.join()
+        goal = f" (goal {allowed / 1e6:.1f} MB: {verdict(peak <= allowed)})" if name.startswith("hf_prune") else ""
+        print(f"peak extra memory, {name}: {peak / 1e6:.1f} MB{goal}")
+
+
+def verdict(reached: bool) -> str:
+    return "reached" if reached else "MISSED"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Slow brute-force twins, used by the tests."""
