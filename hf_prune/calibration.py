@@ -69,7 +69,8 @@ def _gradients(
         model.eval()
         for name, parameter in parameters.items():
             parameter.requires_grad_(name in sums[next(iter(needs))])
-        for batch in tqdm(calibration, desc="Calibrating", unit="batch", disable=not progress):
+        hidden = None if progress else True  # None: shown on a terminal
+        for batch in tqdm(calibration, desc="Calibrating", unit="batch", leave=False, disable=hidden):
             size, loss = _loss(model, batch)
             batch_gradients = torch.autograd.grad(loss, [parameters[name] for name in wanted], allow_unused=True)
             examples += size
@@ -111,5 +112,10 @@ def _loss(model: nn.Module, batch: Mapping[str, Any]) -> tuple[int, Tensor]:
         )
     if not torch.isfinite(loss):
         raise CalibrationError(f"the loss of a calibration batch is {loss.item()}: expected a finite number")
+    if not loss.requires_grad:
+        raise CalibrationError(
+            "the loss of a calibration batch depends on none of the weights to be pruned: check target_modules, and "
+            "that the model computes with gradients"
+        )
     first = next(value for value in inputs.values() if isinstance(value, Tensor))
     return len(first), loss

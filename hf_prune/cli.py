@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -39,19 +39,19 @@ Text = Annotated[str, typer.Option(help="Text column, or two separated by a comm
 Label = Annotated[str, typer.Option(help="Label column.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Sentences scored at once.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of text.")]
-Config = Annotated[Optional[Path], typer.Option(help="JSON file with a PruningConfig; other options override it.")]  # noqa: UP045
-Granularity = Annotated[Optional[str], typer.Option(help="unstructured, N:M (2:4) or block:RxC (block:16x1).")]  # noqa: UP045
-Scope = Annotated[Optional[str], typer.Option(help=f"{', '.join(SCOPES)}: which weights compete.")]  # noqa: UP045
+Config = Annotated[Path | None, typer.Option(help="JSON file with a PruningConfig; other options override it.")]
+Granularity = Annotated[str | None, typer.Option(help="unstructured, N:M (2:4) or block:RxC (block:16x1).")]
+Scope = Annotated[str | None, typer.Option(help=f"{', '.join(SCOPES)}: which weights compete.")]
 Allocation = Annotated[
-    Optional[str],  # noqa: UP045
+    str | None,
     typer.Option(help=f"{', '.join(ALLOCATIONS)}, or module=sparsity pairs: query=0.8,key=0.8."),
 ]
 Targets = Annotated[
-    Optional[str],  # noqa: UP045
+    str | None,
     typer.Option(help="all-linear, module names separated by commas, or re:REGEX for whole module names."),
 ]
-Exclude = Annotated[Optional[str], typer.Option(help="Modules to leave alone, in the same form.")]  # noqa: UP045
-Seed = Annotated[Optional[int], typer.Option(help="Seed of what is random.")]  # noqa: UP045
+Exclude = Annotated[str | None, typer.Option(help="Modules to leave alone, in the same form.")]
+Seed = Annotated[int | None, typer.Option(help="Seed of what is random.")]
 CalibrationSplit = Annotated[str, typer.Option(help="Split that calibrated criteria learn from; never the scored one.")]
 CalibrationSamples = Annotated[int, typer.Option(min=1, help="How many labelled sentences they see.")]
 
@@ -73,18 +73,18 @@ def demo(
         str(assets.model_dir),
         str(assets.data_dir),
         out,
-        name="demo model (MiniLM, Rotten Tomatoes)",
-        source="held-out Rotten Tomatoes sentences",
+        name="demo model",
+        source="Rotten Tomatoes",
         restart=False,
     )
-    typer.echo(f"{result}\nTable and plot: {out / 'results.csv'}, {out / 'tradeoff.png'}")
+    typer.echo(f"{result}\n{_sweep_files(out)}")
     best = result.sweet_spot
     sparsity = best.sparsity if best is not None else min(p.sparsity for p in result.points)
     chosen = "the sweet spot" if best is not None else "the smallest of them, since there is no sweet spot"
     pruned = out / "pruned"
     typer.echo(f"\nPruning at {100 * sparsity:g} %, {chosen}. The same by hand:")
     typer.echo(f"  hf-prune prune {assets.model_dir} --sparsity {sparsity:g} --out {pruned} --plots\n")
-    report = _prune(str(assets.model_dir), PruningConfig(sparsity=sparsity), pruned, plots=True)
+    report = _prune(str(assets.model_dir), PruningConfig(sparsity=sparsity), pruned, plots=True, name="demo model")
     typer.echo(_totals(report))
     typer.echo(
         f"\nSaved, with its report and two plots, in {pruned}. Plain transformers loads it:\n"
@@ -99,9 +99,9 @@ def demo(
 )
 def prune(
     model: Model,
-    out: Annotated[Optional[Path], typer.Option(help="Folder for the pruned checkpoint.", show_default=False)] = None,  # noqa: UP045
-    sparsity: Annotated[Optional[float], typer.Option(help="Share to remove, 0 to 1. [default: 0.5]")] = None,  # noqa: UP045
-    criterion: Annotated[Optional[str], typer.Option(help="See: hf-prune list. [default: magnitude]")] = None,  # noqa: UP045
+    out: Annotated[Path | None, typer.Option(help="Folder for the pruned checkpoint.", show_default=False)] = None,
+    sparsity: Annotated[float | None, typer.Option(help="Share to remove, 0 to 1. [default: 0.5]")] = None,
+    criterion: Annotated[str | None, typer.Option(help="See: hf-prune list. [default: magnitude]")] = None,
     granularity: Granularity = None,
     scope: Scope = None,
     allocation: Allocation = None,
@@ -149,7 +149,7 @@ def evaluate(
     model: Model,
     data: Data = "glue/sst2",
     split: Split = "validation",
-    against: Annotated[Optional[str], typer.Option(help="A dense checkpoint to compare with, paired.")] = None,  # noqa: UP045
+    against: Annotated[str | None, typer.Option(help="A dense checkpoint to compare with, paired.")] = None,
     text_column: Text = "sentence",
     label_column: Label = "label",
     batch_size: BatchSize = 32,
@@ -245,15 +245,14 @@ def sweep(
         calibration_samples=calibration_samples,
         restart=restart,
     )
-    files = ", ".join(str(out / name) for name in ("results.json", "results.csv", "tradeoff.png"))
-    typer.echo(json.dumps(result.to_dict(), indent=2) if as_json else f"{result}\nSaved: {files}")
+    typer.echo(json.dumps(result.to_dict(), indent=2) if as_json else f"{result}\n{_sweep_files(out)}")
 
 
 @app.command(epilog="Example: hf-prune report pruned --dense MODEL --plots plots")
 def report(
     model: Model,
-    dense: Annotated[Optional[str], typer.Option(help="The dense checkpoint, for statistics before pruning.")] = None,  # noqa: UP045
-    plots: Annotated[Optional[Path], typer.Option(help="Folder for weights.png (with --dense) and layers.png.")] = None,  # noqa: UP045
+    dense: Annotated[str | None, typer.Option(help="The dense checkpoint, for statistics before pruning.")] = None,
+    plots: Annotated[Path | None, typer.Option(help="Folder for weights.png (with --dense) and layers.png.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Count what is zero in a checkpoint, tensor by tensor and in total."""
@@ -419,6 +418,8 @@ def _sweep(
 ) -> SweepResult:
     from hf_prune.sweep import DEFAULT_SPARSITIES, run_sweep
 
+    if (out / "results.json").exists() and not restart:
+        typer.echo(f"Continuing with what {out} has; --restart measures everything anew.", err=True)
     classifier, tokenizer = _load_classifier(model)
     dataset = _load_data(data, split, list(columns), label_column)
     calibration = _calibration(
@@ -451,6 +452,7 @@ def _prune(
     out: Path,
     *,
     plots: bool,
+    name: str = "",
     calibration: tuple[str, str, int, list[str], str] | None = None,
 ) -> SparsityReport:
     """Prune a checkpoint into a folder: weights, masks, tokenizer, report and, if asked for, plots."""
@@ -476,7 +478,7 @@ def _prune(
         write_text(staging / "sparsity_report.json", report.to_json())
         if plots:
             after = weight_histogram(model, names, limit=float(before.edges[-1]))
-            _plots(staging, report, before, after, _label(source))
+            _plots(staging, report, before, after, name or _label(source))
     return report
 
 
@@ -488,6 +490,10 @@ def _plots(
     save_figure(plot_layer_sparsity(report, f"Sparsity per layer: {name}"), folder / "layers.png")
     if before is not None:
         save_figure(plot_weight_histogram(before, after, f"Weights of the targets: {name}"), folder / "weights.png")
+
+
+def _sweep_files(out: Path) -> str:
+    return "Saved: " + ", ".join(str(out / name) for name in ("results.json", "results.csv", "tradeoff.png"))
 
 
 def _label(source: str) -> str:

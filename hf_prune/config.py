@@ -200,7 +200,7 @@ def _check_allocation(allocation: object) -> str | dict[str, float]:
 
 
 def _check_modules(name: str, modules: object) -> str | tuple[str, ...]:
-    if modules is None:
+    if modules is None or (isinstance(modules, str) and not modules):
         return ()
     if isinstance(modules, str):
         try:

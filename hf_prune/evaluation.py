@@ -189,7 +189,7 @@ def evaluate_classification(
     max_length: int | None = None,
     source: str = "",
     split: str = "",
-    progress: bool = False,
+    progress: bool | str = False,
 ) -> Evaluation:
     """Measure the accuracy of a sequence classifier, on the device and in the dtype it has.
 
@@ -207,7 +207,7 @@ def evaluate_classification(
             allow, at most 512.
         source: Where the data came from, for the record.
         split: Its split, for the record.
-        progress: Show a progress bar.
+        progress: Show a progress bar on a terminal; a string is its title.
 
     Returns:
         Accuracy, predictions and how they were made.
@@ -401,7 +401,7 @@ def _predict(
     tokenizer: PreTrainedTokenizerBase,
     examples: list[dict[str, list[int]]],
     batch_size: int,
-    progress: bool,
+    progress: bool | str,
 ) -> list[int]:
     """Predicted class of each example, in the order of ``examples``."""
     from tqdm.auto import tqdm
@@ -410,8 +410,9 @@ def _predict(
     side = "left" if model.config.model_type in _PADDED_LEFT else "right"
     device = next(model.parameters()).device
     parts: list[Tensor] = []
+    starts, title = range(0, len(order), batch_size), progress if isinstance(progress, str) else "Scoring"
     with _eval_mode(model), torch.inference_mode():
-        for start in tqdm(range(0, len(order), batch_size), desc="evaluating", unit="batch", disable=not progress):
+        for start in tqdm(starts, desc=title, unit="batch", leave=False, disable=None if progress else True):
             batch = _pad(tokenizer, [examples[i] for i in order[start : start + batch_size]], side)
             inputs = {name: tensor.to(device) for name, tensor in batch.items()}
             logits = _check_logits(getattr(model(**inputs), "logits", None), model)

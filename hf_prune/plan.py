@@ -132,9 +132,9 @@ class PruningPlan:
                 f"{_percent(removed, self.total_parameters)} of the model's {self.total_parameters:,} parameters.",
                 f"Targets: {format_count(targets * self.element_size)}B dense; the same as bit mask and surviving "
                 f"values: {format_count(packed)}B.",
-                f"Multiply-adds per token or position in the targets: {format_count(targets)} dense, "
-                f"{format_count(targets - removed)} with a non-zero weight. Dense kernels compute the zeros too: "
-                f"zeros alone bring no speed-up.",
+                f"Multiply-adds per token or position in the targets: {format_count(targets).strip()} dense, "
+                f"{format_count(targets - removed).strip()} with a non-zero weight. "
+                f"Dense kernels compute the zeros too: zeros alone bring no speed-up.",
             ]
         )
 

@@ -30,7 +30,7 @@ def plot_weight_histogram(before: WeightHistogram, after: WeightHistogram, title
     """
     figure, axes = _figure(8.0, 4.5)
     width = before.edges[1] - before.edges[0]
-    total = before.counts.sum() + before.zeros
+    total = max(1, before.counts.sum() + before.zeros)
     axes.stairs(before.counts, before.edges, fill=True, color=_GREY, alpha=0.45, label="dense")
     axes.stairs(after.counts, after.edges, color=_COLOURS[0], linewidth=1.6, label="pruned: the weights that remain")
     axes.bar(
@@ -40,10 +40,11 @@ def plot_weight_histogram(before: WeightHistogram, after: WeightHistogram, title
         color=_COLOURS[1],
         label=f"pruned: exactly zero ({after.zeros:,}, {100 * after.zeros / total:.1f} %)",
     )
-    axes.set_yscale("log")
     axes.set(title=title, xlabel="weight (the outermost bins hold everything beyond)", ylabel="weights per bin")
     axes.set_xlim(before.edges[0], before.edges[-1])
-    axes.set_ylim(bottom=max(1, before.counts[before.counts > 0].min() / 3), top=3 * max(total, 1))
+    lowest = before.counts[before.counts > 0].min(initial=total)
+    axes.set_ylim(bottom=max(0.5, lowest / 3), top=3 * total)  # a bin of one weight is visible
+    axes.set_yscale("log")
     axes.legend(frameon=False, loc="upper left")
     return figure
 
@@ -120,7 +121,7 @@ def plot_tradeoff(
         )
     axes.set(xlabel="sparsity of the targets (%)", ylabel="accuracy (%)")
     axes.set_title(f"{title}\n{subtitle}", fontsize=10)
-    axes.legend(frameon=False, loc="lower left")
+    axes.legend(frameon=False, loc="best")
     return figure
 
 

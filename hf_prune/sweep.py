@@ -195,9 +195,9 @@ class SweepResult:
         best, percent = self.sweet_spot, f"{100 * self.confidence:g} %"
         if best is not None:
             return (
-                f"Sweet spot: {100 * best.sparsity:g} % with {best.criterion}: it loses {best.comparison.drop:.2f} "
-                f"points, and with {percent} confidence at most {best.comparison.upper_bound:.2f} "
-                f"(tolerance {self.tolerance:g})."
+                f"Sweet spot: {100 * best.sparsity:g} % with {best.criterion}: its measured drop is "
+                f"{best.comparison.drop:.2f} points, and with {percent} confidence at most "
+                f"{best.comparison.upper_bound:.2f} (tolerance {self.tolerance:g})."
             )
         if not self.points:
             return "Sweet spot: none, since nothing was pruned."
@@ -284,7 +284,7 @@ def run_sweep(
     if not 0 < confidence < 1:
         raise ConfigError(f"confidence is {confidence!r}: expected a number between 0 and 1, such as 0.95")
     parameters = sum(p.numel() for p in model.parameters())
-    score: dict[str, Any] = {"source": source, "split": split, "progress": progress, **evaluation}
+    score: dict[str, Any] = {"source": source, "split": split, **evaluation}
     settings = _settings(model, dataset, base, calibration, name, score)
     folder = None if out is None else Path(out)
     results = None if folder is None else folder / "results.json"
@@ -293,7 +293,8 @@ def run_sweep(
         dense, points, calibrated = found
         settings = {**settings, "calibration": settings["calibration"] or calibrated}
     else:
-        dense, points = evaluate_classification(model, tokenizer, dataset, **score), []
+        points = []
+        dense = evaluate_classification(model, tokenizer, dataset, **score, progress=progress and "dense")
 
     def result() -> SweepResult:
         order = {(p.config.criterion, p.config.sparsity): i for i, p in enumerate(plans)}
@@ -306,7 +307,9 @@ def run_sweep(
     for point_config in configs:
         if (point_config.criterion, point_config.sparsity) in done:
             continue
-        points.append(_measure(model, tokenizer, dataset, point_config, calibration, dense, confidence, score))
+        points.append(
+            _measure(model, tokenizer, dataset, point_config, calibration, dense, confidence, score, progress)
+        )
         if results is not None:
             write_json(results, result().to_dict())
     if folder is not None:
@@ -323,14 +326,16 @@ def _measure(
     dense: Evaluation,
     confidence: float,
     score: Mapping[str, Any],
+    progress: bool,
 ) -> SweepPoint:
     assert config.sparsity is not None
     start = time.perf_counter()
     try:
-        prune(model, config, calibration=calibration, keep_dense=True, progress=score["progress"])
+        prune(model, config, calibration=calibration, keep_dense=True, progress=progress)
         seconds = time.perf_counter() - start
         report = sparsity_report(model)
-        evaluation = evaluate_classification(model, tokenizer, dataset, **score)
+        title = f"{config.criterion} {100 * config.sparsity:g} %"
+        evaluation = evaluate_classification(model, tokenizer, dataset, **score, progress=progress and title)
     finally:
         if (store := MaskStore.of(model)) is not None:
             store.discard(model)
@@ -374,7 +379,7 @@ def _settings(
         else weights_digest(
             (f"{i}.{key}", value) for i, batch in enumerate(calibration) for key, value in sorted(batch.items())
         ),
-        "evaluation": {k: v for k, v in sorted(score.items()) if k not in ("progress", "source", "split")},
+        "evaluation": {k: v for k, v in sorted(score.items()) if k not in ("source", "split")},
         "versions": {"hf_prune": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
     }
 
@@ -409,9 +414,10 @@ def _check_same_settings(path: Path, version: object, theirs: dict[str, Any], se
     if None in (theirs.get("calibration"), ours["calibration"]):  # one side had no criterion that needs it
         theirs["calibration"] = ours["calibration"] = theirs.get("calibration") or ours["calibration"]
     flat_theirs, flat_ours = _flatten(theirs), _flatten(ours)
-    differing = [key for key in flat_ours if key != "model" and flat_theirs.get(key) != flat_ours[key]]
+    every = [key for key in {**flat_ours, **flat_theirs} if key != "model"]
+    differing = [key for key in every if flat_theirs.get(key) != flat_ours.get(key)]
     if version != FORMAT_VERSION or differing:
-        details = "; ".join(f"{key} was {flat_theirs.get(key)!r}, now {flat_ours[key]!r}" for key in differing)
+        details = "; ".join(f"{key} was {flat_theirs.get(key)!r}, now {flat_ours.get(key)!r}" for key in differing)
         raise SweepError(
             f"{path} holds results of other settings ({details or f'format {version}'}), which cannot stand in one "
             f"table: choose another folder, or restart to measure everything anew"

@@ -84,9 +84,15 @@ def resolve_targets(model: nn.Module, config: PruningConfig) -> list[Target]:
         config: Its ``target_modules`` and ``exclude_modules``.
 
     Raises:
-        PlanError: If a name matches no module, if nothing is left to prune, or if a weight is on the meta
-            device or not of a floating-point type.
+        PlanError: If a name matches no module, if nothing is left to prune, if a weight is on the meta
+            device or not of a floating-point type, or if torch.nn.utils.prune holds masks of its own.
     """
+    for name, module in model.named_modules():
+        if "weight_orig" in module._parameters and "weight_mask" in module._buffers:
+            raise PlanError(
+                f"{name or type(module).__name__} was pruned with torch.nn.utils.prune: call "
+                f"hf_prune.from_torch_prune(model) first, which adopts its masks"
+            )
     prunable = dict(_prunable_modules(model))
     every_name = [name for name, _ in model.named_modules(remove_duplicate=False)]
     for setting in ("target_modules", "exclude_modules"):

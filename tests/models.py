@@ -253,12 +253,10 @@ def tiny_vit(seed: int = 0, **settings: Any) -> ViTForImageClassification:
 
 
 def tiny_classifier(seed: int = 0, **settings: Any) -> BertForSequenceClassification:
-    """A :func:`tiny_bert` with weights so large that its predictions differ from sentence to sentence."""
-    model = tiny_bert(seed, **settings)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(10)
-    return model
+    """A BERT with weights so large that its predictions differ from sentence to sentence; biases are zero."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return BertForSequenceClassification(_bert_config(initializer_range=0.5, **settings)).eval()
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:

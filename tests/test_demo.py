@@ -8,6 +8,7 @@ import json
 import os
 import random
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -18,8 +19,9 @@ from typing import Any
 import pytest
 import torch
 
-from hf_prune import demo
-from hf_prune.demo import Example, clean_examples, default_cache_dir, prepare_demo, split_examples
+from hf_prune import demo, demo_training
+from hf_prune.demo import default_cache_dir, prepare_demo
+from hf_prune.demo_data import Example, clean_examples, read_sentences, sentence_key, split_examples, write_tsv
 from hf_prune.errors import DataError
 
 INSTALLED = all(importlib.util.find_spec(source.package) for source in demo._SOURCES.values())
@@ -74,7 +76,9 @@ def test_split_is_balanced_complete_and_disjoint() -> None:
     examples = make_examples(50)
     train, heldout = split_examples(examples, heldout_per_label=12, seed=3)
     assert [sum(example.label == label for example in heldout) for label in (0, 1)] == [12, 12]
-    assert not {demo._key(example.sentence) for example in train} & {demo._key(example.sentence) for example in heldout}
+    assert not {sentence_key(example.sentence) for example in train} & {
+        sentence_key(example.sentence) for example in heldout
+    }
     assert sorted(train + heldout) == sorted(examples)
 
 
@@ -97,7 +101,7 @@ def test_split_needs_sentences_to_train_on() -> None:
 
 
 def test_tsv_is_unquoted(tmp_path: Path) -> None:
-    demo._write_tsv(tmp_path / "dev.tsv", [Example('" the lord " is long', 0), Example("touché !", 1)])
+    write_tsv(tmp_path / "dev.tsv", [Example('" the lord " is long', 0), Example("touché !", 1)])
     text = (tmp_path / "dev.tsv").read_bytes().decode("utf-8")
     assert text == 'sentence\tlabel\n" the lord " is long\t0\ntouché !\t1\n'
 
@@ -105,7 +109,7 @@ def test_tsv_is_unquoted(tmp_path: Path) -> None:
 def test_only_rotten_tomatoes_rows_are_read(tmp_path: Path) -> None:
     path = tmp_path / "reviews.csv"
     path.write_text('text,label,source\n"a ""b"",\nc",1,rotten_tomatoes\nlong,0,imdb\n', encoding="utf-8")
-    assert demo._read_sentences(path) == [Example('a "b",\nc', 1)]
+    assert read_sentences(path) == [Example('a "b",\nc', 1)]
 
 
 # Training parts
@@ -113,15 +117,15 @@ def test_only_rotten_tomatoes_rows_are_read(tmp_path: Path) -> None:
 
 def test_batches_hold_every_index_once_and_similar_lengths() -> None:
     lengths = [random.Random(index).randint(3, 60) for index in range(500)]
-    batches = demo._batches(lengths, 8, random.Random(1))
+    batches = demo_training._batches(lengths, 8, random.Random(1))
     assert sorted(index for batch in batches for index in batch) == list(range(500))
     padded = sum(len(batch) * max(lengths[index] for index in batch) for batch in batches)
     assert padded < 1.1 * sum(lengths)
-    assert batches == demo._batches(lengths, 8, random.Random(1))
+    assert batches == demo_training._batches(lengths, 8, random.Random(1))
 
 
 def test_pad_marks_the_padding() -> None:
-    inputs, mask = demo._pad([[5, 6, 7], [8]], pad_token_id=0)
+    inputs, mask = demo_training._pad([[5, 6, 7], [8]], pad_token_id=0)
     assert inputs.tolist() == [[5, 6, 7], [8, 0, 0]]
     assert mask.tolist() == [[1, 1, 1], [1, 0, 0]]
 
@@ -141,7 +145,7 @@ def fitted(progress: bool = False) -> torch.nn.Module:
     model = tiny_bert()
     token_ids = [[2, 5 + index % 2, *[7] * (index % 5), 3] for index in range(128)]
     recipe = replace(demo._RECIPE, epochs=4, batch_size=8, learning_rate=5e-3, freeze_embeddings=False)
-    demo._fit(model, token_ids, [index % 2 for index in range(128)], recipe, False, progress)
+    demo_training._fit(model, token_ids, [index % 2 for index in range(128)], recipe, False, progress)
     return model
 
 
@@ -154,7 +158,11 @@ def test_fit_learns_and_is_repeatable() -> None:
     assert logits.argmax(-1).tolist() == [0, 1]
 
 
-def test_progress_bar_is_shown_only_when_asked(capfd: pytest.CaptureFixture[str]) -> None:
+def test_progress_bar_is_shown_only_when_asked_and_on_a_terminal(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fitted(progress=True)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     fitted(progress=False)
     assert capfd.readouterr() == ("", "")
     fitted(progress=True)
@@ -167,7 +175,7 @@ def test_bf16_is_chosen_where_it_is_faster(
 ) -> None:
     ticks = itertools.accumulate(itertools.chain([0], [bf16_ms, 0] * 8, [fp32_ms, 0] * 8))
     monkeypatch.setattr(demo.time, "perf_counter", lambda: next(ticks))
-    assert demo._bf16_is_faster() is chosen
+    assert demo_training.bf16_is_faster() is chosen
 
 
 def tiny_tokenizer() -> Any:
@@ -184,10 +192,10 @@ def test_training_saves_fp32_freezes_embeddings_and_keeps_random_state(
 ) -> None:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    monkeypatch.setattr(demo, "_load_encoder", lambda sources: (tiny_bert(), tiny_tokenizer()))
+    monkeypatch.setattr(demo_training, "_load_encoder", lambda sources: (tiny_bert(), tiny_tokenizer()))
     before = torch.get_rng_state()
     train = [Example("good film", 1), Example("bad film , bad cast", 0)] * 4
-    demo._train_model({}, train, tmp_path, replace(demo._RECIPE, batch_size=4), True, False)
+    demo_training.train_model({}, train, tmp_path, replace(demo._RECIPE, batch_size=4), True, False)
     assert torch.equal(torch.get_rng_state(), before)
     assert capfd.readouterr() == ("", "")
     start = tiny_bert().state_dict()
@@ -240,15 +248,17 @@ def test_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 @needs_packages
 def test_real_packages_give_the_documented_split() -> None:
     sources = demo._check_sources()
-    examples = clean_examples(demo._read_sentences(sources["sentences"]))
+    examples = clean_examples(read_sentences(sources["sentences"]))
     train, heldout = split_examples(examples, demo._RECIPE.heldout_per_label, demo._RECIPE.split_seed)
     assert (len(train), len(heldout)) == (7328, 1200)
-    assert not {demo._key(example.sentence) for example in train} & {demo._key(example.sentence) for example in heldout}
+    assert not {sentence_key(example.sentence) for example in train} & {
+        sentence_key(example.sentence) for example in heldout
+    }
 
 
 @needs_packages
 def test_encoder_loads_silently_with_a_new_head(capfd: pytest.CaptureFixture[str]) -> None:
-    model, tokenizer = demo._load_encoder(demo._check_sources())
+    model, tokenizer = demo_training._load_encoder(demo._check_sources())
     assert model.config.id2label == {0: "NEGATIVE", 1: "POSITIVE"}
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     ids = tokenizer(["a fine film", "word " * 200])["input_ids"]
@@ -260,7 +270,7 @@ def test_encoder_loads_silently_with_a_new_head(capfd: pytest.CaptureFixture[str
 
 
 class FakeTraining:
-    """Stands in for ``_train_model``: writes small files, and does what a test asks in between."""
+    """Stands in for ``train_model``: writes small files, and does what a test asks in between."""
 
     def __init__(self) -> None:
         self.calls = 0
@@ -278,8 +288,8 @@ class FakeTraining:
 def training(monkeypatch: pytest.MonkeyPatch) -> FakeTraining:
     fake = FakeTraining()
     monkeypatch.setattr(demo, "_check_sources", lambda: {"sentences": Path("unused")})
-    monkeypatch.setattr(demo, "_read_sentences", lambda path: make_examples(700))
-    monkeypatch.setattr(demo, "_train_model", fake)
+    monkeypatch.setattr(demo, "read_sentences", lambda path: make_examples(700))
+    monkeypatch.setattr(demo, "train_model", fake)
     return fake
 
 

@@ -1,0 +1,450 @@
+"""The command line, from end to end on tiny models and data."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    pipeline,
+)
+from typer.testing import CliRunner
+
+from hf_prune import AutoPrunedModelForSequenceClassification, PruningConfig, prune, sparsity_report
+from hf_prune.cli import app, main
+from hf_prune.registry import CRITERIA, GRANULARITIES
+from tests import models
+
+COMMANDS = ("demo", "prune", "evaluate", "sweep", "report", "list")
+PNG = b"\x89PNG"
+
+
+class Done(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, str]:
+    """A classifier with its tokenizer, labelled data, a language model and an image classifier."""
+    root = tmp_path_factory.mktemp("cli")
+    models.tiny_classifier(seed=4).save_pretrained(root / "text")
+    models.tiny_tokenizer().save_pretrained(root / "text")
+    models.tiny_gpt2().save_pretrained(root / "gpt2")
+    models.tiny_tokenizer().save_pretrained(root / "gpt2")
+    models.tiny_vit().save_pretrained(root / "vit")
+    (root / "data").mkdir()
+    for split, n, seed in (("train", 32, 1), ("dev", 48, 0)):
+        rows = models.tiny_sentences(n, seed)
+        lines = [f"{text}\t{label}" for text, label in zip(rows["sentence"], rows["label"], strict=True)]
+        (root / "data" / f"{split}.tsv").write_text("\n".join(["sentence\tlabel", *lines]) + "\n")
+    return {name: str(root / name) for name in ("text", "gpt2", "vit", "data")}
+
+
+@pytest.fixture
+def hf_prune(capsys) -> Callable[..., Done]:
+    """Run a command as the console script does, in this process."""
+
+    def run(*arguments: object) -> Done:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit_:
+            main([str(a) for a in arguments])
+        code = exit_.value.code
+        return Done(int(code or 0), *capsys.readouterr())
+
+    return run
+
+
+def in_process(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", "from hf_prune.cli import main; main()", *map(str, arguments)]
+    root = str(Path(__file__).parent.parent)
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=120, env={**os.environ, "PYTHONPATH": root}, **options
+    )
+
+
+def error_of(done: Done) -> str:
+    """The one line on stderr."""
+    assert (done.code, done.out) == (1, "")
+    assert done.err.startswith("error: ")
+    assert done.err.count("\n") == 1
+    return done.err.removeprefix("error: ").strip()
+
+
+def masks_of(folder: Any) -> dict[str, torch.Tensor]:
+    return dict(AutoPrunedModelForSequenceClassification.from_pretrained(folder).masks)
+
+
+def assert_pruned_like(folder: Any, config: PruningConfig) -> None:
+    expected = prune(models.tiny_classifier(seed=4), config).state_dict()
+    found = AutoModelForSequenceClassification.from_pretrained(folder).state_dict()
+    assert [name for name, tensor in expected.items() if not torch.equal(tensor, found[name])] == []
+
+
+# --- help and usage --------------------------------------------------------------------------------
+
+
+def test_help_lists_the_commands():
+    for arguments in ([], ["--help"]):
+        result = CliRunner().invoke(app, arguments)
+        assert result.exit_code == (0 if arguments else 2)
+        assert all(f"  {command} " in result.output for command in COMMANDS)
+        assert "Start with: hf-prune demo" in result.output
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_a_command_has_an_example(command):
+    result = CliRunner().invoke(app, [command, "--help"])
+    assert result.exit_code == 0
+    assert f"hf-prune {command}" in result.output.split("Example")[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["prun"], "No such command 'prun'"),
+        (["prune"], "Missing argument"),
+        (["prune", "m", "--sparsty", "0.5"], "No such option"),
+        (["prune", "m", "--sparsity", "half"], "'--sparsity'"),
+        (["evaluate", "m", "--batch-size", "0"], "'--batch-size'"),
+        (["sweep", "m", "--tolerance", "-1"], "'--tolerance'"),
+        (["prune", "m", "--calibration-samples", "0"], "'--calibration-samples'"),
+    ],
+)
+def test_wrong_usage_is_exit_code_2(hf_prune, arguments, message):
+    done = hf_prune(*arguments)
+    assert (done.code, done.out) == (2, "")
+    assert message in " ".join(done.err.split())
+    assert "Traceback" not in done.err
+
+
+# --- list ------------------------------------------------------------------------------------------
+
+
+def test_list_shows_every_entry_with_its_paper(hf_prune):
+    done = hf_prune("list")
+    assert (done.code, done.err) == (0, "")
+    values = json.loads(hf_prune("list", "--json").out)
+    assert [c["name"] for c in values["criteria"]] == list(CRITERIA.names())
+    assert [g["name"] for g in values["granularities"]] == list(GRANULARITIES.names())
+    for entry in values["criteria"] + values["granularities"]:
+        assert entry["description"] in done.out
+        assert entry["paper"] in done.out
+        assert entry["scopes"]
+
+
+# --- prune -----------------------------------------------------------------------------------------
+
+
+def test_prune_end_to_end(hf_prune, folders, tmp_path):
+    out = tmp_path / "out"
+    done = hf_prune("prune", folders["text"], "--sparsity", 0.5, "--out", out, "--plots")
+    assert done.code == 0
+    assert "Traceback" not in done.err
+    assert done.out.endswith(f"Saved in {out}.\n")
+    assert_pruned_like(out, PruningConfig(sparsity=0.5))
+    written = {p.name for p in out.iterdir()}
+    assert written == {
+        "config.json",
+        "model.safetensors",
+        "pruning_masks.safetensors",
+        "sparsity_report.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "weights.png",
+        "layers.png",
+    }
+    assert all((out / name).read_bytes().startswith(PNG) for name in written if name.endswith(".png"))
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    report = json.loads((out / "sparsity_report.json").read_text())
+    assert report["target_sparsity"] == pytest.approx(0.5, abs=0.01)
+    assert all(t["before"] for t in report["tensors"] if t["is_target"])
+    assert f"{report['remaining']:,} of {report['parameters']:,} parameters remain" in done.out
+    result = pipeline("text-classification", model=str(out), device="cpu")("w1 w2 w3")  # its tokenizer came along
+    assert result[0]["label"] in ("LABEL_0", "LABEL_1")
+    assert AutoTokenizer.from_pretrained(out)("w1").input_ids == [2, 5, 3]
+
+
+def test_prune_json_is_the_report_and_nothing_else(hf_prune, folders, tmp_path):
+    done = hf_prune("prune", folders["text"], "--sparsity", 0.3, "--out", tmp_path / "out", "--json")
+    assert done.code == 0
+    assert json.loads(done.out) == json.loads((tmp_path / "out" / "sparsity_report.json").read_text())
+
+
+def test_options_become_the_config(hf_prune, folders, tmp_path):
+    options = {
+        "--criterion": "random",
+        "--sparsity": "0.25",
+        "--scope": "row",
+        "--seed": "7",
+        "--target-modules": "query, key",
+        "--exclude-modules": "re:.*layer.0.*",
+    }
+    arguments = [part for pair in options.items() for part in pair]
+    assert hf_prune("prune", folders["text"], *arguments, "--out", tmp_path).code == 0
+    config = AutoPrunedModelForSequenceClassification.from_pretrained(tmp_path).pruning_config
+    assert config == PruningConfig(
+        sparsity=0.25,
+        criterion="random",
+        scope="row",
+        seed=7,
+        target_modules=["query", "key"],
+        exclude_modules=".*layer.0.*",
+    )
+    assert set(masks_of(tmp_path)) == {f"bert.encoder.layer.1.attention.self.{n}.weight" for n in ("query", "key")}
+
+
+def test_regular_expression_and_allocation_pairs(hf_prune, folders, tmp_path):
+    pairs = "query=0.8,key=0.25"
+    done = hf_prune(
+        "prune", folders["text"], "--target-modules", "re:.*attention.self.*", "--allocation", pairs, "--out", tmp_path
+    )
+    assert done.code == 0
+    shares = {name.split(".")[-2]: 1 - float(mask.float().mean()) for name, mask in masks_of(tmp_path).items()}
+    assert shares == pytest.approx({"query": 0.8, "key": 0.25, "value": 0.5}, abs=0.01)
+
+
+def test_granularity(hf_prune, folders, tmp_path):
+    done = hf_prune("prune", folders["text"], "--granularity", "2:4", "--out", tmp_path)
+    assert done.code == 0
+    assert "N:M: every target satisfies 2:4, 4:8, 8:16." in done.out
+
+
+def test_config_file_and_options_that_override_it(hf_prune, folders, tmp_path):
+    config = PruningConfig(sparsity=0.3, exclude_modules=["classifier"], scope="global")
+    (tmp_path / "config.json").write_text(config.to_json())
+    arguments = ["--config", tmp_path / "config.json", "--sparsity", 0.6, "--out", tmp_path / "out"]
+    assert hf_prune("prune", folders["text"], *arguments).code == 0
+    assert_pruned_like(tmp_path / "out", config.replace(sparsity=0.6))
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(hf_prune, folders, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = hf_prune("prune", folders["text"], "--sparsity", 0.4, "--dry-run")
+    assert done.code == 0
+    assert done.out.startswith("Plan for BertForSequenceClassification: magnitude, unstructured, scope layer")
+    done = hf_prune("prune", folders["text"], "--sparsity", 0.4, "--dry-run", "--json", "--out", tmp_path / "out")
+    plan = json.loads(done.out)
+    assert plan["config"]["sparsity"] == 0.4
+    assert len(plan["tensors"]) == 14
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_taylor_learns_from_the_calibration_split(hf_prune, folders, tmp_path):
+    arguments = ["prune", folders["text"], "--criterion", "taylor", "--data", folders["data"]]
+    assert hf_prune(*arguments, "--out", tmp_path / "train", "--calibration-samples", 16).code == 0
+    assert hf_prune(*arguments, "--out", tmp_path / "dev", "--calibration-split", "validation").code == 0
+    assert hf_prune("prune", folders["text"], "--out", tmp_path / "magnitude").code == 0
+    results = [masks_of(tmp_path / name) for name in ("train", "dev", "magnitude")]
+    assert all(float(mask.float().mean()) == pytest.approx(0.5, abs=0.02) for r in results for mask in r.values())
+    name = "bert.encoder.layer.0.intermediate.dense.weight"
+    for one, other in ((0, 1), (0, 2), (1, 2)):
+        assert not torch.equal(results[one][name], results[other][name])
+    assert (tmp_path / "train" / "tokenizer.json").exists()
+
+
+def test_out_may_be_the_model_itself(hf_prune, folders, tmp_path):
+    models.tiny_classifier(seed=4).save_pretrained(tmp_path)
+    models.tiny_tokenizer().save_pretrained(tmp_path)
+    assert hf_prune("prune", tmp_path, "--sparsity", 0.3, "--out", tmp_path).code == 0
+    assert hf_prune("prune", tmp_path, "--sparsity", 0.6, "--out", tmp_path).code == 0
+    assert_pruned_like(tmp_path, PruningConfig(sparsity=0.6))
+    assert AutoTokenizer.from_pretrained(tmp_path)("w1").input_ids == [2, 5, 3]
+    assert "below what earlier pruning already removed" in error_of(
+        hf_prune("prune", tmp_path, "--sparsity", 0.2, "--out", tmp_path)
+    )
+    assert_pruned_like(tmp_path, PruningConfig(sparsity=0.6))
+
+
+@pytest.mark.parametrize(("kind", "auto"), [("vit", AutoModelForImageClassification), ("gpt2", AutoModelForCausalLM)])
+def test_models_of_other_kinds(hf_prune, folders, tmp_path, kind, auto):
+    assert hf_prune("prune", folders[kind], "--sparsity", 0.5, "--out", tmp_path).code == 0
+    model, info = auto.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert sparsity_report(model).target_sparsity == pytest.approx(0.5, abs=0.01)
+
+
+# --- evaluate --------------------------------------------------------------------------------------
+
+
+def test_evaluate_alone_and_against(hf_prune, folders, tmp_path):
+    assert hf_prune("prune", folders["text"], "--sparsity", 0.8, "--out", tmp_path).code == 0
+    done = hf_prune("evaluate", tmp_path, "--data", folders["data"], "--against", folders["text"], "--json")
+    assert done.code == 0
+    values = json.loads(done.out)
+    assert values["model"] == str(tmp_path)
+    assert values["evaluation"]["n"] == values["dense"]["n"] == 48
+    assert values["comparison"]["dense_accuracy"] == values["dense"]["accuracy"]
+    assert values["comparison"]["pruned_accuracy"] == values["evaluation"]["accuracy"]
+    text = hf_prune("evaluate", tmp_path, "--data", folders["data"], "--against", folders["text"]).out.splitlines()
+    assert len(text) == 3
+    assert text[0].startswith(f"{tmp_path}: accuracy {100 * values['evaluation']['accuracy']:.2f} %")
+    assert text[1].startswith(f"{folders['text']}: accuracy {100 * values['dense']['accuracy']:.2f} %")
+    alone = hf_prune("evaluate", tmp_path, "--data", folders["data"], "--split", "train", "--batch-size", 5, "--json")
+    alone = json.loads(alone.out)
+    assert alone.keys() == {"model", "evaluation"}
+    assert (alone["evaluation"]["n"], alone["evaluation"]["batch_size"]) == (32, 5)
+
+
+def test_other_columns(hf_prune, folders, tmp_path):
+    text = (Path(folders["data"]) / "dev.tsv").read_text().replace("sentence\tlabel", "text\tstars")
+    (tmp_path / "dev.tsv").write_text(text)
+    arguments = ["evaluate", folders["text"], "--data", tmp_path, "--json"]
+    done = hf_prune(*arguments, "--text-column", "text", "--label-column", "stars")
+    assert json.loads(done.out)["evaluation"]["n"] == 48
+    assert "has no column 'label' (found: text, stars)" in error_of(hf_prune(*arguments))
+
+
+# --- sweep -----------------------------------------------------------------------------------------
+
+
+def test_sweep_end_to_end_and_resume(hf_prune, folders, tmp_path):
+    arguments = [
+        "sweep",
+        folders["text"],
+        "--data",
+        folders["data"],
+        "--out",
+        tmp_path,
+        "--criterion",
+        "magnitude, taylor",
+    ]
+    done = hf_prune(*arguments, "--sparsity", "0,0.3,0.6")
+    assert done.code == 0
+    assert {p.name for p in tmp_path.iterdir()} == {"results.json", "results.csv", "tradeoff.png"}
+    assert "Sweet spot: " in done.out
+    assert "± s.e." in done.out
+    first = json.loads((tmp_path / "results.json").read_text())
+    assert [(p["criterion"], p["sparsity"]) for p in first["points"]] == [
+        (criterion, sparsity) for criterion in ("magnitude", "taylor") for sparsity in (0.3, 0.6)
+    ]
+    done = hf_prune(*arguments, "--sparsity", "0.3,0.6,0.9", "--json")
+    second = json.loads(done.out)
+    assert second == json.loads((tmp_path / "results.json").read_text())
+    kept = [p for p in second["points"] if p["sparsity"] != 0.9]
+    assert kept == first["points"]  # their times too: nothing was measured again
+    assert len(list(csv.DictReader((tmp_path / "results.csv").read_text().splitlines()))) == 1 + 6
+
+    before = (tmp_path / "results.json").read_bytes()
+    done = hf_prune(*arguments, "--scope", "global")
+    assert (done.code, done.out) == (1, "")
+    assert "config.scope was 'layer', now 'global'" in done.err.splitlines()[-1]
+    assert (tmp_path / "results.json").read_bytes() == before
+    assert hf_prune(*arguments, "--scope", "global", "--sparsity", "0.5", "--restart").code == 0
+    assert len(json.loads((tmp_path / "results.json").read_text())["points"]) == 2
+
+
+# --- report ----------------------------------------------------------------------------------------
+
+
+def test_report(hf_prune, folders, tmp_path):
+    assert hf_prune("prune", folders["text"], "--sparsity", 0.7, "--out", tmp_path / "out").code == 0
+    done = hf_prune("report", tmp_path / "out", "--dense", folders["text"], "--plots", tmp_path / "plots")
+    assert done.code == 0
+    assert "std before" in done.out
+    assert {p.name for p in (tmp_path / "plots").iterdir()} == {"weights.png", "layers.png"}
+    values = json.loads(hf_prune("report", tmp_path / "out", "--json", "--dense", folders["text"]).out)
+    assert values == json.loads((tmp_path / "out" / "sparsity_report.json").read_text())
+    alone = hf_prune("report", tmp_path / "out", "--plots", tmp_path / "more")
+    assert "std before" not in alone.out
+    assert [p.name for p in (tmp_path / "more").iterdir()] == ["layers.png"]
+    dense = json.loads(hf_prune("report", folders["text"], "--json").out)
+    assert dense["removed"] == 0
+
+
+# --- errors ----------------------------------------------------------------------------------------
+
+USER_ERRORS: dict[str, tuple[list[str], str]] = {
+    "no out": (["prune", "{text}"], "no --out: name the folder for the pruned checkpoint, or pass --dry-run"),
+    "sparsity": (
+        ["prune", "{text}", "--sparsity", "50", "--out", "x"],
+        "expected a share from 0 to 1; did you mean 0.5?",
+    ),
+    "criterion": (["prune", "{text}", "--criterion", "magnitud", "--dry-run"], "Did you mean 'magnitude'?"),
+    "granularity": (["prune", "{text}", "--granularity", "4:2", "--dry-run"], "granularity '4:2'"),
+    "scope": (["prune", "{text}", "--scope", "world", "--dry-run"], "unknown scope 'world'"),
+    "allocation": (
+        ["prune", "{text}", "--allocation", "query=x", "--dry-run"],
+        "--allocation is 'x': expected numbers",
+    ),
+    "targets": (["prune", "{text}", "--target-modules", "qery", "--dry-run"], "unknown module 'qery'"),
+    "regex": (["prune", "{text}", "--target-modules", "re:(", "--dry-run"], "is not a regular expression"),
+    "no config": (["prune", "{text}", "--config", "none.json", "--dry-run"], "none.json"),
+    "bad config": (["prune", "{text}", "--config", "{data}/dev.tsv", "--dry-run"], "not JSON"),
+    "no model": (["prune", "./nothing", "--dry-run"], "no such folder: './nothing'"),
+    "empty model": (["report", "{data}"], "config.json"),
+    "out is a file": (["prune", "{text}", "--out", "{data}/dev.tsv"], "dev.tsv is a file: expected a folder"),
+    "scoring": (
+        ["evaluate", "{gpt2}", "--data", "{data}"],
+        "is a GPT2LMHeadModel: expected a …ForSequenceClassification",
+    ),
+    "sweeping": (["sweep", "{gpt2}", "--data", "{data}", "--out", "x"], "is a GPT2LMHeadModel"),
+    "taylor of a LM": (
+        ["prune", "{gpt2}", "--criterion", "taylor", "--data", "{data}", "--out", "x"],
+        "GPT2LMHeadModel",
+    ),
+    "no data": (["evaluate", "{text}", "--data", "./nothing"], "no such folder: './nothing'"),
+    "no split": (["evaluate", "{text}", "--data", "{data}", "--split", "test"], "no split 'test'"),
+    "numbers": (["sweep", "{text}", "--sparsity", "0.3;0.5"], "--sparsity is '0.3;0.5': expected numbers separated by"),
+    "2:4 sweep": (
+        ["sweep", "{text}", "--data", "{data}", "--granularity", "2:4", "--out", "x"],
+        "contradicts granularity='2:4', which fixes it at 0.5",
+    ),
+    "other dense": (["report", "{text}", "--dense", "{vit}"], "is a ViTForImageClassification without bert."),
+}
+
+
+@pytest.mark.parametrize("what", USER_ERRORS)
+def test_user_errors_are_one_line_and_exit_code_1(hf_prune, folders, tmp_path, monkeypatch, what):
+    monkeypatch.chdir(tmp_path)
+    arguments, message = USER_ERRORS[what]
+    assert message in error_of(hf_prune(*(a.format(**folders) for a in arguments)))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_exit_codes_of_the_process(folders, tmp_path):
+    done = in_process("prune", folders["text"], "--sparsity", 7, "--dry-run")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "error: sparsity is 7.0: expected a share from 0 to 1; did you mean 0.07?\n"
+    done = in_process("report", folders["text"], "--json")
+    assert done.returncode == 0
+    assert json.loads(done.stdout)["model"] == "BertForSequenceClassification"
+    assert "Traceback" not in done.stderr
+
+
+def test_ctrl_c_is_exit_code_130_and_the_sweep_resumes(hf_prune, folders, tmp_path):
+    arguments = ["sweep", folders["text"], "--data", folders["data"], "--out", str(tmp_path), "--batch-size", "1"]
+    many = ",".join(f"{i / 400:g}" for i in range(1, 400))
+    command = [sys.executable, "-c", "from hf_prune.cli import main; main()", *arguments, "--sparsity", many]
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+    results, deadline = tmp_path / "results.json", time.monotonic() + 90
+    while time.monotonic() < deadline and process.poll() is None:
+        if results.exists() and json.loads(results.read_text())["points"]:
+            break
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert out == ""
+    assert "Traceback" not in err
+    assert [p.name for p in tmp_path.iterdir()] == ["results.json"]
+    points = json.loads(results.read_text())["points"]
+    assert 0 < len(points) < 399
+    done = hf_prune(*arguments, "--sparsity", f"{points[0]['sparsity']}", "--json")
+    assert json.loads(done.out)["points"] == points

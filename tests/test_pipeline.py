@@ -1,0 +1,348 @@
+"""The whole story: reference values, torch's own pruning, and pruning again and again."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import prune as torch_prune
+from transformers import DistilBertConfig, DistilBertForSequenceClassification
+from transformers.pytorch_utils import Conv1D
+
+from hf_prune.config import PruningConfig
+from hf_prune.errors import ConfigError, PlanError
+from hf_prune.masking import MaskStore
+from hf_prune.pipeline import prune, resolve_config
+from hf_prune.plan import PruningPlan
+from tests import models
+from tests.models import assert_unchanged, mlp, snapshot
+
+
+def masks(model: nn.Module) -> dict[str, torch.Tensor]:
+    return MaskStore.of(model).masks
+
+
+def zeros(model: nn.Module) -> int:
+    return sum(p.numel() - int(p.count_nonzero()) for p in model.parameters())
+
+
+@pytest.fixture(scope="module")
+def distilbert() -> nn.Module:
+    """The full-size classifier, pruned once by the default config at 0.3; what starts as zero is filled first."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = DistilBertForSequenceClassification(DistilBertConfig())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.masked_fill_(parameter == 0, 0.01)
+    assert zeros(model) == 0
+    return prune(model, 0.3)
+
+
+def test_distilbert_reference_values(distilbert):
+    total = sum(p.numel() for p in distilbert.parameters())
+    nonzero = sum(int(p.count_nonzero()) for p in distilbert.parameters())
+    assert (total, nonzero) == (66_955_010, 54_037_406)
+    assert round(100 * (1 - nonzero / total), 2) == 19.29
+
+
+def test_every_distilbert_layer_loses_its_share(distilbert):
+    removed = {name: (mask.numel(), int((~mask).sum())) for name, mask in masks(distilbert).items()}
+    assert len(removed) == 6 * 6 + 2
+    assert set(removed.values()) == {(589_824, 176_947), (2_359_296, 707_789), (1_536, 461)}
+
+
+def test_large_layers_equal_torch(distilbert):
+    """Far above the sampling threshold."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        again = DistilBertForSequenceClassification(DistilBertConfig())
+    for name in ("distilbert.transformer.layer.0.ffn.lin1", "distilbert.transformer.layer.5.attention.q_lin"):
+        layer = again.get_submodule(name)
+        torch_prune.l1_unstructured(layer, "weight", amount=0.3)
+        assert len(layer.weight_orig.abs().unique()) > 1000
+        cut = layer.weight_orig.abs()[layer.weight_mask == 0].max()
+        same = (layer.weight_orig.abs() == cut).sum() == 1  # else torch may choose differently among the tied
+        found = masks(distilbert)[f"{name}.weight"]
+        differing = found != layer.weight_mask.bool()
+        assert not differing.any() if same else bool((layer.weight_orig[differing].abs() == cut).all())
+
+
+def without_ties(model: nn.Module) -> nn.Module:
+    """All weights of the model differ in size."""
+    sizes = torch.randperm(sum(p.numel() for p in model.parameters()), generator=torch.Generator().manual_seed(3)) + 1
+    start = 0
+    with torch.no_grad():
+        for parameter in model.parameters():
+            part = sizes[start : start + parameter.numel()].view(parameter.shape).float() / len(sizes)
+            parameter.copy_(part * parameter.sign())
+            start += parameter.numel()
+    return model
+
+
+TORCH = ["bert", "gpt2", "albert", "llama", "t5", "distilbert"]
+
+
+@pytest.mark.parametrize("kind", TORCH)
+@pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.77, 1.0])
+def test_scope_layer_equals_l1_unstructured(kind, sparsity):
+    model = without_ties(models.TRANSFORMERS[kind]())
+    expected = {}
+    prune(model, sparsity)
+    for name in masks(model):
+        layer = without_ties(models.TRANSFORMERS[kind]()).get_submodule(name.removesuffix(".weight"))
+        torch_prune.l1_unstructured(layer, "weight", amount=sparsity)
+        expected[name] = layer.weight_mask.bool()
+    assert len(expected) >= 6
+    assert all(torch.equal(masks(model)[name], mask) for name, mask in expected.items())
+
+
+@pytest.mark.parametrize("kind", TORCH)
+@pytest.mark.parametrize("sparsity", [0.1, 0.5, 0.9])
+def test_scope_global_equals_global_unstructured(kind, sparsity):
+    model, other = (without_ties(models.TRANSFORMERS[kind]()) for _ in range(2))
+    prune(model, sparsity, scope="global")
+    layers = [(other.get_submodule(name.removesuffix(".weight")), "weight") for name in masks(model)]
+    torch_prune.global_unstructured(layers, pruning_method=torch_prune.L1Unstructured, amount=sparsity)
+    for (layer, _), mask in zip(layers, masks(model).values(), strict=True):
+        assert torch.equal(mask, layer.weight_mask.bool())
+
+
+def test_ties_go_by_position():
+    model = nn.Linear(4, 3, bias=False)
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[1.0, -1, 2, 1], [1, 1, -1, 1], [0.5, 1, 1, 1]]))
+    prune(model, 0.5)
+    assert masks(model)["weight"].int().tolist() == [[0, 0, 1, 0], [0, 0, 1, 1], [0, 1, 1, 1]]
+    assert model.weight.tolist() == [[0, 0, 2, 0], [0, 0, -1, 1], [0, 1, 1, 1]]
+
+
+def test_ties_across_tensors_go_by_position():
+    model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(-1.0)
+    prune(model, 5 / 8, scope="global")
+    assert [m.int().tolist() for m in masks(model).values()] == [[[0, 0], [0, 0]], [[0, 1], [1, 1]]]
+
+
+def test_a_kept_zero_stays_in_the_mask():
+    """Masks are not read off the weights: what is zero by chance may still learn."""
+    model = nn.Linear(4, 1, bias=False)
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[0.0, 0, 0, 1]]))
+    prune(model, 0.5)
+    assert masks(model)["weight"].tolist() == [[False, False, True, True]]
+    prune(model, 0.75)
+    assert masks(model)["weight"].tolist() == [[False, False, False, True]]
+
+
+def test_removed_weights_go_first_even_if_training_moved_them():
+    model = nn.Linear(4, 1, bias=False)
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[4.0, 1, 2, 3]]))
+        prune(model, 0.5)
+        model.weight.copy_(torch.tensor([[4.0, 100, 100, 3]]))  # a step that nobody masked
+    prune(model, 0.75)
+    assert model.weight.tolist() == [[4, 0, 0, 0]]
+
+
+def test_a_block_whose_half_was_removed_counts_only_what_is_left():
+    model = nn.Linear(4, 1, bias=False)
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[1.0, 4, 3, 3]]))
+        prune(model, 0.25)
+        model.weight.copy_(torch.tensor([[100.0, 4, 3, 3]]))
+    prune(model, 0.5, granularity="block:1x2")
+    assert model.weight.tolist() == [[0, 0, 3, 3]]
+
+
+@pytest.mark.parametrize("first", [0.3, 0.5])
+def test_unstructured_then_n_m(first):
+    """Valid 2:4, more zeros and no fewer; where a pool had two zeros already, it loses no third."""
+    model = prune(mlp(hidden=16), first)
+    early = {name: mask.clone() for name, mask in masks(model).items()}
+    prune(model, granularity="2:4")
+    for name, mask in masks(model).items():
+        assert not (mask & ~early[name]).any()
+        left = mask.view(-1, 4).sum(1)
+        assert torch.equal(left, early[name].view(-1, 4).sum(1).clamp(max=2))
+        assert torch.equal(mask, model.get_parameter(name) != 0)
+
+
+def test_n_m_then_more():
+    model = prune(mlp(hidden=16), granularity="2:4")
+    early = {name: mask.clone() for name, mask in masks(model).items()}
+    prune(model, 0.5)
+    assert all(torch.equal(mask, early[name]) for name, mask in masks(model).items())
+    prune(model, 0.75)
+    assert not any((mask & ~early[name]).any() for name, mask in masks(model).items())
+    assert [int(mask.sum()) for mask in masks(model).values()] == [32, 12]
+
+
+def test_pruning_other_modules_later_keeps_earlier_masks():
+    model = prune(mlp(), 0.5, target_modules=["fc1"])
+    early = masks(model)["fc1.weight"].clone()
+    prune(model, 0.3, target_modules=["fc2"])
+    assert torch.equal(masks(model)["fc1.weight"], early)
+    assert int((~masks(model)["fc2.weight"]).sum()) == 11
+    assert zeros(model) == 48 + 11
+
+
+def test_conv1d_is_pruned_like_the_transposed_linear(gpt2):
+    for settings in ({"scope": "row"}, {"scope": "layer"}, {"granularity": "2:4"}, {"granularity": "block:4x1"}):
+        conv1d, linear = Conv1D(8, 12), nn.Linear(12, 8)
+        with torch.no_grad():
+            conv1d.weight.copy_(torch.randint(1, 5, (12, 8)))  # ties, so the order of positions matters
+            linear.weight.copy_(conv1d.weight.t())
+        prune(conv1d, **settings)
+        prune(linear, **settings)
+        assert torch.equal(conv1d.weight, linear.weight.t())
+    prune(gpt2, 0.5, scope="row")
+    weight = gpt2.transformer.h[0].attn.c_attn.weight  # (in 16, out 48)
+    assert (weight == 0).sum(0).tolist() == [8] * 48
+
+
+def test_the_shared_block_of_albert_is_pruned_once():
+    model = models.tiny_albert()
+    prune(model, 0.5)
+    names = [name for name in masks(model) if "albert_layers" in name]
+    assert len(names) == 6
+    assert all(int((~masks(model)[name]).sum()) * 2 == masks(model)[name].numel() for name in names)
+    assert zeros(model) == sum(m.numel() for m in masks(model).values()) // 2
+
+
+def test_tied_weights_are_pruned_once(gpt2):
+    model = prune(models.tied_linears(), 0.5)
+    assert model.first.weight is model.second.weight
+    assert zeros(model) == 32 + 8
+    prune(gpt2, 0.5, target_modules=["lm_head"])
+    assert list(masks(gpt2)) == ["transformer.wte.weight"]
+    assert gpt2.lm_head.weight is gpt2.transformer.wte.weight
+    assert float((gpt2.lm_head.weight == 0).float().mean()) == 0.5
+
+
+def test_the_output_embedding_is_left_alone(any_transformer):
+    head = any_transformer.get_output_embeddings()
+    before = None if head is None else head.weight.clone()
+    prune(any_transformer, 0.9)
+    assert zeros(any_transformer) == sum(int((~mask).sum()) for mask in masks(any_transformer).values()) > 0
+    if head is not None:
+        assert torch.equal(head.weight, before)
+
+
+def test_explicit_allocation():
+    model = prune(mlp(), 0.5, allocation={"fc2": 0.25})
+    assert [int((~mask).sum()) for mask in masks(model).values()] == [48, 9]
+    model = prune(mlp(), 0.5, allocation={"fc1": 0.0, "fc2": 1.0})
+    assert [int((~mask).sum()) for mask in masks(model).values()] == [0, 36]
+
+
+def test_erk_prunes_what_it_says():
+    model = mlp()  # raw densities (12 + 8) / 96 and (3 + 12) / 36
+    prune(model, 0.5, allocation="erk")
+    scale = 66 / (20 + 15)
+    expected = [round((1 - 20 / 96 * scale) * 96), round((1 - 15 / 36 * scale) * 36)]
+    assert [int((~mask).sum()) for mask in masks(model).values()] == expected
+    assert sum(expected) == 66
+
+
+@pytest.mark.parametrize("sparsity", [0, 0.0])
+def test_nothing_to_remove(sparsity):
+    model = mlp()
+    before = snapshot(model)
+    prune(model, sparsity)
+    assert_unchanged(model, before)
+    assert all(bool(mask.all()) for mask in masks(model).values())
+
+
+def test_everything_can_go():
+    model = prune(mlp(), 1.0)
+    assert zeros(model) == 132
+
+
+@pytest.mark.parametrize("scope", ["row", "layer", "global"])
+def test_weights_that_are_not_contiguous(scope):
+    model, plain = mlp(), mlp()
+    model.fc1.weight = nn.Parameter(model.fc1.weight.detach().t().contiguous().t())
+    assert not model.fc1.weight.is_contiguous()
+    prune(model, 0.5, scope=scope)
+    prune(plain, 0.5, scope=scope)
+    assert_unchanged(model, snapshot(plain))
+
+
+def test_forward_still_runs_and_trains(any_transformer):
+    prune(any_transformer, 0.5)
+    for batch in models.tiny_batches(any_transformer):
+        any_transformer(**batch).loss.backward()
+
+
+def test_dry_run_returns_the_plan_and_changes_nothing():
+    model = mlp()
+    before = snapshot(model)
+    plan = prune(model, 0.3, dry_run=True)
+    assert isinstance(plan, PruningPlan)
+    assert plan.remove == 40
+    assert_unchanged(model, before)
+    assert MaskStore.of(model) is None
+    assert prune(model, 0.3, criterion="taylor", dry_run=True).config.criterion == "taylor"  # without data
+
+
+def test_it_returns_the_model_and_remembers_the_config():
+    model = mlp()
+    config = PruningConfig(0.3)
+    assert prune(model, config) is model
+    assert MaskStore.of(model).config == config
+
+
+@pytest.mark.parametrize(
+    ("config", "settings", "expected"),
+    [
+        (None, {}, PruningConfig()),
+        (0.3, {}, PruningConfig(0.3)),
+        (None, {"sparsity": 0.3}, PruningConfig(0.3)),
+        (0.3, {"scope": "row"}, PruningConfig(0.3, scope="row")),
+        (PruningConfig(0.3), {}, PruningConfig(0.3)),
+        (PruningConfig(0.3), {"sparsity": 0.4, "seed": 2}, PruningConfig(0.4, seed=2)),
+    ],
+)
+def test_resolve_config(config, settings, expected):
+    assert resolve_config(config, settings) == expected
+
+
+@pytest.mark.parametrize(
+    ("config", "settings", "message"),
+    [
+        (0.3, {"sparsity": 0.4}, r"sparsity is given twice: 0\.3 and 0\.4"),
+        (0.3, {"criterium": "taylor"}, r"unknown setting 'criterium': .*Did you mean 'criterion'\?"),
+        (PruningConfig(), {"criterium": "taylor"}, r"unknown setting 'criterium': .*Did you mean 'criterion'\?"),
+        ("magnitude", {}, r"sparsity is 'magnitude': expected a share from 0 to 1"),
+        (50, {}, r"sparsity is 50: expected a share from 0 to 1; did you mean 0\.5\?"),
+    ],
+)
+def test_bad_settings_are_refused_before_any_change(config, settings, message):
+    model = mlp()
+    before = snapshot(model)
+    with pytest.raises(ConfigError, match=message):
+        prune(model, config, **settings)
+    assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"target_modules": ["qeury"]}, "unknown module 'qeury'"),
+        ({"exclude_modules": ["clasifier"]}, "unknown module 'clasifier'"),
+        ({"allocation": {"qeury": 0.3}}, "allocation: unknown target module 'qeury'"),
+        ({"granularity": "block:5x1"}, "does not divide 14 of 14 targets"),
+        ({"sparsity": 0.1}, "is below what earlier pruning already removed"),
+    ],
+)
+def test_refused_plans_change_nothing(bert, settings, message):
+    prune(bert, 0.3)
+    before, store = snapshot(bert), MaskStore.of(bert)
+    early = {name: (id(mask), mask.clone()) for name, mask in store.masks.items()}
+    with pytest.raises(PlanError, match=message):
+        prune(bert, **settings)
+    assert_unchanged(bert, before)
+    assert MaskStore.of(bert) is store
+    assert all(id(mask) == early[name][0] and torch.equal(mask, early[name][1]) for name, mask in store.masks.items())
+    assert store.config == PruningConfig(0.3)
