@@ -117,5 +117,14 @@ def _loss(model: nn.Module, batch: Mapping[str, Any]) -> tuple[int, Tensor]:
             "the loss of a calibration batch depends on none of the weights to be pruned: check target_modules, and "
             "that the model computes with gradients"
         )
-    first = next(value for value in inputs.values() if isinstance(value, Tensor))
-    return len(first), loss
+    return len(_batched(inputs)), loss
+
+
+def _batched(inputs: Mapping[str, Any]) -> Tensor:
+    """An input whose first dimension counts the examples: the labels, or else the first tensor."""
+    tensors = {key: value for key, value in inputs.items() if isinstance(value, Tensor) and value.dim() > 0}
+    if not tensors:
+        raise CalibrationError(
+            f"a calibration batch holds no tensors (found: {', '.join(inputs)}): expected model inputs"
+        )
+    return tensors.get("labels", next(iter(tensors.values())))

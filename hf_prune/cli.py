@@ -32,7 +32,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Model = Annotated[str, typer.Argument(help="A folder with a checkpoint, or a Hub id.", show_default=False)]
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A folder with a checkpoint, or a Hub id.", show_default=False)
+]
 Data = Annotated[str, typer.Option(help="A folder with train/dev files (TSV, CSV, JSONL, parquet), or a Hub data set.")]
 Split = Annotated[str, typer.Option(help="The split to score.")]
 Text = Annotated[str, typer.Option(help="Text column, or two separated by a comma.")]

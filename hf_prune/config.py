@@ -102,10 +102,14 @@ class PruningConfig:
         return hash(self.to_json())
 
     def replace(self, **changes: Any) -> PruningConfig:
-        """A copy with some settings changed, validated like a new one."""
+        """A copy with some settings changed, validated like a new one.
+
+        A new granularity that fixes the sparsity, or takes the place of one that did, brings its own.
+        """
         if "granularity" in changes and "sparsity" not in changes:
-            fixed = parse_granularity(self.granularity).fixed_sparsity is not None
-            changes["sparsity"] = None if fixed else self.sparsity
+            either = (parse_granularity(self.granularity), parse_granularity(changes["granularity"]))
+            if any(granularity.fixed_sparsity is not None for granularity in either):
+                changes["sparsity"] = None
         return self.from_dict({**self.to_dict(), **changes})
 
     def to_dict(self) -> dict[str, Any]:

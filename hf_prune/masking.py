@@ -65,13 +65,9 @@ class MaskStore:
             MaskError: If ``keep_dense`` is asked for but a weight was pruned before without it.
         """
         parameters = dict(model.named_parameters())
-        if keep_dense and self.masks and self.dense is None:
-            raise MaskError(
-                "keep_dense=True, but the model was pruned before without it, so its dense weights are gone: "
-                "reload the model and pass keep_dense=True at the first pruning"
-            )
-        if keep_dense and self.dense is None:
-            self.dense = {}
+        if keep_dense:
+            self.check_dense()
+            self.dense = self.dense or {}
         if self.dense is not None:
             for name in masks:
                 if name not in self.dense:
@@ -85,6 +81,18 @@ class MaskStore:
         self.config = config
         self.attach(model)
         self.apply(model)
+
+    def check_dense(self) -> None:
+        """Make sure that dense weights can still be kept.
+
+        Raises:
+            MaskError: If a weight was pruned without keeping its dense values.
+        """
+        if self.masks and self.dense is None:
+            raise MaskError(
+                "keep_dense=True, but the model was pruned before without it, so its dense weights are gone: "
+                "reload the model and pass keep_dense=True at the first pruning"
+            )
 
     def check(self, model: nn.Module) -> None:
         """Make sure that the masks fit the model.

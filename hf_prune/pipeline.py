@@ -77,6 +77,7 @@ def prune(
             longer fit the model.
 
     Example:
+        >>> import torch
         >>> model = prune(torch.nn.Linear(4, 4), 0.5)
         >>> int((model.weight == 0).sum())
         8
@@ -85,8 +86,10 @@ def prune(
     plan = make_plan(model, config)
     if dry_run:
         return plan
-    stats = collect_stats(model, plan, calibration, progress)
     store = MaskStore.of(model) or MaskStore()
+    if keep_dense:
+        store.check_dense()
+    stats = collect_stats(model, plan, calibration, progress)
     masks, weights = compute_masks(model, plan, stats, store.masks)
     store.update(model, masks, weights, config, keep_dense)
     return model

@@ -81,9 +81,11 @@ class PruningPlan:
 
     @property
     def removed_parameters(self) -> int:
-        """How many weights will be removed in all."""
-        rows, columns = self.granularity.block
-        return self.remove * rows * columns
+        """How many weights will be removed in all, those of earlier prunings included."""
+        size = self.granularity.block[0] * self.granularity.block[1]
+        if any(t.remove is None for t in self.tensors):
+            return max(self.remove * size, sum(t.already for t in self.tensors))
+        return sum(max((t.remove or 0) * size, t.already) for t in self.tensors)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""

@@ -167,6 +167,11 @@ def _check_weight(module_name: str, weight: Tensor) -> None:
             f"{module_name}.weight is on the meta device (offloaded or not loaded): load the model without "
             f"offloading before pruning it"
         )
+    if weight.numel() == 0:
+        raise PlanError(
+            f"{module_name}.weight has no elements (shape {tuple(weight.shape)}): gather partitioned weights before "
+            f"pruning, or list the module in exclude_modules"
+        )
     if not weight.is_floating_point() or weight.element_size() < 2:
         raise PlanError(
             f"{module_name}.weight is {weight.dtype}: expected float32, float64, float16 or bfloat16; "

@@ -52,8 +52,8 @@ def from_torch_prune(model: Model, *, keep_dense: bool = False) -> Model:
         mask, original = module._buffers[f"{key}_mask"], module._parameters[f"{key}_orig"]
         assert mask is not None
         assert original is not None
-        keep, dense = mask.bool(), original.detach().clone()
-        torch_prune.remove(module, key)
+        keep, dense = mask.bool(), original.detach()
+        torch_prune.remove(module, key)  # gives the parameter a new storage; dense keeps the old one
         found[id(module._parameters[key])] = (keep, dense)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     store = MaskStore(

@@ -310,3 +310,43 @@ def test_statistics_are_float32_for_every_weight_dtype(dtype):
     assert found.dtype == torch.float32
     expected = by_hand(mlp(), tiny_batches(model), absolute=False)["fc1.weight"]
     torch.testing.assert_close(found, expected, rtol=0.1, atol=2e-3)
+
+
+def test_examples_are_counted_by_the_labels():
+    """Inputs may be packed: their first dimension need not count the examples."""
+
+    class Packed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(3, 1, bias=False)
+
+        def forward(self, packed, labels):
+            return SimpleNamespace(loss=((self.linear(packed[0]) - labels[:, None]) ** 2).mean())
+
+    torch.manual_seed(0)
+    model, batches = Packed(), []
+    for size in (1, 3):
+        batches.append({"packed": torch.randn(1, size, 3), "labels": torch.randn(size)})
+    plan = make_plan(model, PruningConfig(criterion="snip"))
+    found = collect_stats(model, plan, batches)["linear.weight"].gradient
+    whole = {
+        "packed": torch.cat([b["packed"] for b in batches], 1),
+        "labels": torch.cat([b["labels"] for b in batches]),
+    }
+    (expected,) = torch.autograd.grad(model(**whole).loss, [model.linear.weight])
+    torch.testing.assert_close(found, expected)
+
+
+def test_batch_without_tensors_is_refused():
+    class Constant(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(2, 2)
+
+        def forward(self, flag):
+            return SimpleNamespace(loss=self.linear.weight.sum())
+
+    model = Constant()
+    plan = make_plan(model, PruningConfig(criterion="snip"))
+    with pytest.raises(CalibrationError, match=r"holds no tensors \(found: flag\)"):
+        collect_stats(model, plan, [{"flag": True}])

@@ -112,6 +112,7 @@ def test_help_of_a_command_has_an_example(command):
     result = CliRunner().invoke(app, [command, "--help"])
     assert result.exit_code == 0
     assert f"hf-prune {command}" in result.output.split("Example")[1]
+    assert ("MODEL" in result.output.splitlines()[0]) == (command not in ("demo", "list"))
 
 
 @pytest.mark.parametrize(

@@ -145,8 +145,9 @@ def test_replace_forgets_a_sparsity_that_the_old_granularity_fixed():
     assert PruningConfig(granularity="1:4").replace(granularity="unstructured").sparsity == 0.5
     assert PruningConfig(granularity="1:4").replace(granularity="unstructured", sparsity=0.1).sparsity == 0.1
     assert PruningConfig(0.3).replace(granularity="block:2x2").sparsity == 0.3
+    assert PruningConfig(0.3).replace(granularity="1:4").sparsity == 0.75
     with pytest.raises(ConfigError, match=r"sparsity=0\.3 contradicts granularity='2:4'"):
-        PruningConfig(0.3).replace(granularity="2:4")
+        PruningConfig(0.3).replace(granularity="2:4", sparsity=0.3)
 
 
 def test_equal_configs_have_equal_hashes():

@@ -8,7 +8,7 @@ from transformers import DistilBertConfig, DistilBertForSequenceClassification
 from transformers.pytorch_utils import Conv1D
 
 from hf_prune.config import PruningConfig
-from hf_prune.errors import ConfigError, PlanError
+from hf_prune.errors import ConfigError, MaskError, PlanError
 from hf_prune.masking import MaskStore
 from hf_prune.pipeline import prune, resolve_config
 from hf_prune.plan import PruningPlan
@@ -346,3 +346,26 @@ def test_refused_plans_change_nothing(bert, settings, message):
     assert MaskStore.of(bert) is store
     assert all(id(mask) == early[name][0] and torch.equal(mask, early[name][1]) for name, mask in store.masks.items())
     assert store.config == PruningConfig(0.3)
+
+
+def test_keep_dense_too_late_is_refused_before_calibration():
+    model = prune(mlp(), 0.3)
+
+    def batches():
+        raise AssertionError("calibration was read")
+        yield
+
+    before = snapshot(model)
+    with pytest.raises(MaskError, match="was pruned before without it"):
+        prune(model, 0.5, criterion="taylor", calibration=batches(), keep_dense=True)
+    assert_unchanged(model, before)
+
+
+def test_plan_counts_what_is_gone_already():
+    model = prune(mlp(), 0.5, scope="global")
+    removed = sum(int((~mask).sum()) for mask in MaskStore.of(model).masks.values())
+    plan = prune(model, 0.5, dry_run=True)
+    prune(model, 0.5)
+    after = sum(int((~mask).sum()) for mask in MaskStore.of(model).masks.values())
+    assert after >= removed
+    assert plan.removed_parameters == sum(max(t.remove, t.already) for t in plan.tensors) <= after

@@ -236,3 +236,8 @@ def test_is_finite_finds_a_single_bad_value(dtype, bad):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
 def test_is_finite_when_only_the_sum_overflows(dtype):
     assert is_finite(torch.full((100,), torch.finfo(dtype).max, dtype=dtype))
+
+
+def test_empty_weight_is_refused():
+    with pytest.raises(PlanError, match=r"0\.weight has no elements \(shape \(0, 4\)\): gather partitioned weights"):
+        resolve_targets(nn.Sequential(nn.Linear(4, 0)), PruningConfig())
