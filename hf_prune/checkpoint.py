@@ -10,10 +10,8 @@ import contextlib
 import json
 import math
 import os
-import pickle
 import shutil
 import tempfile
-import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -31,7 +29,8 @@ from hf_prune.masking import MaskStore
 
 MASK_FILE = "pruning_masks.safetensors"
 MASK_FORMAT = "hf_prune.masks"
-MASK_VERSION = "1"
+MASK_VERSION = 1
+_HEADER = "hf_prune"
 _WEIGHTS = ("model*.safetensors",)
 # Without its config.json nobody loads a checkpoint, so a half-replaced one is an error and never a mixture.
 _COMPLETES = ("model*.safetensors.index.json", MASK_FILE, "config.json")
@@ -64,11 +63,12 @@ def save_masks(store: MaskStore, path: str | os.PathLike[str]) -> None:
     """
     packed = {name: torch.from_numpy(np.packbits(mask.cpu().numpy())) for name, mask in store.masks.items()}
     entries = {name: {"shape": list(m.shape), "kept": int(m.count_nonzero())} for name, m in store.masks.items()}
-    header = {"format": MASK_FORMAT, "version": MASK_VERSION, "masks": json.dumps(entries, sort_keys=True)}
+    header = {"format": MASK_FORMAT, "version": MASK_VERSION, "masks": entries}
     if store.config is not None:
-        header["config"] = store.config.to_json()
+        header["config"] = store.config.to_dict()
     with atomic_path(path) as temporary:
-        save_file(packed, temporary, header)
+        # one key, since safetensors writes several in an order of its own
+        save_file(packed, temporary, {_HEADER: json.dumps(header, sort_keys=True)})
 
 
 def load_masks(path: str | os.PathLike[str]) -> MaskStore:
@@ -79,20 +79,23 @@ def load_masks(path: str | os.PathLike[str]) -> MaskStore:
     """
     try:
         with safe_open(path, "np") as file:
-            header = file.metadata() or {}
+            text = (file.metadata() or {}).get(_HEADER, "{}")
             packed = {name: file.get_tensor(name) for name in file.keys()}
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be read as safetensors: {error}") from error
-    found = (header.get("format"), header.get("version"))
+    try:
+        header = json.loads(text)
+        found = (header.get("format"), header.get("version"))
+    except (AttributeError, ValueError) as error:
+        raise CheckpointError(f"{path} is damaged: its header is no JSON object: {error}") from error
     if found != (MASK_FORMAT, MASK_VERSION):
         raise CheckpointError(
             f"{path} has format and version {found}: expected {(MASK_FORMAT, MASK_VERSION)}; update hf_prune, or "
             f"delete the file to load the weights without masks"
         )
     try:
-        entries = json.loads(header["masks"])
-        config = PruningConfig.from_json(header["config"]) if "config" in header else None
-        masks = {name: _unpack(packed.pop(name), **entry) for name, entry in entries.items()}
+        config = PruningConfig.from_dict(header["config"]) if "config" in header else None
+        masks = {name: _unpack(packed.pop(name), **entry) for name, entry in header["masks"].items()}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{path} is damaged: {error!r}; restore it, or delete it to load without masks"
@@ -199,8 +202,11 @@ def load_pruned(load: Callable[..., Any], source: Any, *args: Any, **kwargs: Any
     return loaded
 
 
-def _attach(model: nn.Module, store: MaskStore, source: Any) -> None:
+def _attach(model: Any, store: MaskStore, source: Any) -> None:
     parameters = dict(model.named_parameters())
+    saved = model.config.architectures or []
+    if saved and not any(cls.__name__ in saved for cls in type(model).__mro__):
+        store.masks = _masks_of_base_model(model, store.masks, parameters) or store.masks
     for name, mask in store.masks.items():
         if name not in parameters or parameters[name].shape != mask.shape:
             found = "no such parameter" if name not in parameters else f"shape {tuple(parameters[name].shape)}"
@@ -215,6 +221,16 @@ def _attach(model: nn.Module, store: MaskStore, source: Any) -> None:
                 f"removes; restore the matching {MASK_FILE}, or delete it to load without masks"
             )
     store.attach(model)
+
+
+def _masks_of_base_model(
+    model: Any, masks: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter]
+) -> dict[str, Tensor]:
+    """The masks that a model of another class shares with the one saved: those of the encoder, not of the head."""
+    prefix = f"{model.base_model_prefix}."
+    names = {name: (name.removeprefix(prefix), prefix + name.removeprefix(prefix)) for name in masks}
+    in_base = {name for name, parameter in parameters.items() if model.base_model is model or name.startswith(prefix)}
+    return {name: masks[old] for old, both in names.items() for name in both if name in in_base}
 
 
 def _find(source: Any, filename: str, hub: Mapping[str, Any]) -> str | None:
@@ -240,7 +256,7 @@ def _without_torch_prune(source: Any, hub: Mapping[str, Any]) -> Iterator[tuple[
         return
     tensors: dict[str, Tensor] = {}
     for file in files:
-        tensors |= _read_tensors(file)
+        tensors |= load_file(file)
     weights = {n: t for n, t in tensors.items() if n.removesuffix("_orig").removesuffix("_mask") not in pruned}
     marks = {n: torch.full_like(t, 2) if t.is_floating_point() else t for n, t in weights.items()}
     for name in pruned:
@@ -261,33 +277,32 @@ def _without_torch_prune(source: Any, hub: Mapping[str, Any]) -> Iterator[tuple[
 
 
 def _weight_files(source: Any, hub: Mapping[str, Any]) -> list[str]:
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        if (single := _find(source, name, hub)) is not None:
-            return [single]
-        if (index := _find(source, f"{name}.index.json", hub)) is not None:
-            shards = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
-            return [path for shard in shards if (path := _find(source, shard, hub)) is not None]
+    """The safetensors files of a checkpoint; none for formats of other kinds.
+
+    Raises:
+        CheckpointError: If all it has is a pickle.
+    """
+    if (single := _find(source, "model.safetensors", hub)) is not None:
+        return [single]
+    if (index := _find(source, "model.safetensors.index.json", hub)) is not None:
+        shards = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
+        return [path for shard in shards if (path := _find(source, shard, hub)) is not None]
+    for name in ("pytorch_model.bin", "pytorch_model.bin.index.json"):
+        if _find(source, name, hub) is not None:
+            raise CheckpointError(
+                f"{source} has its weights in {name}, a pickle, which can run code when it is opened: expected "
+                f"model.safetensors; if you trust it, convert it once with transformers' "
+                f"from_pretrained(...).save_pretrained(...)"
+            )
     return []
 
 
 def _tensor_names(file: str) -> list[str]:
-    if not file.endswith(".safetensors"):
-        return list(_read_tensors(file))
     try:
         with safe_open(file, "pt") as opened:
             return list(opened.keys())
     except SafetensorError as error:
         raise CheckpointError(f"{file} cannot be read as safetensors: {error}; download or save it again") from error
-
-
-def _read_tensors(file: str) -> dict[str, Tensor]:
-    if file.endswith(".safetensors"):
-        return load_file(file)
-    try:
-        values = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except (EOFError, RuntimeError, pickle.UnpicklingError) as error:
-        raise CheckpointError(f"{file} cannot be read as weights: {error}; download or save it again") from error
-    return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
 
 def _masks_from_markers(markers: nn.Module, info: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -75,11 +75,11 @@ class MaskStore:
         for name, mask in masks.items():
             old = self.masks.get(name)
             self.masks[name] = mask if old is None else mask & old.to(mask.device)
+        self.config = config
+        self.attach(model)  # before any weight is written, so that an interruption can be undone
         with torch.no_grad():
             for name, weight in weights.items():
                 parameters[name].copy_(weight)
-        self.config = config
-        self.attach(model)
         self.apply(model)
 
     def check_dense(self) -> None:

@@ -223,16 +223,17 @@ def sparsity_report(model: nn.Module, config: PruningConfig | None = None) -> Sp
     tensors = []
     for name, parameter in model.named_parameters():
         weight, target = parameter.detach(), targets.get(name)
+        is_target = name in (targets if store is None or config is not None else store.masks)
         tensors.append(
             TensorReport(
                 name=name,
                 shape=tuple(weight.shape),
-                is_target=target is not None,
+                is_target=is_target,
                 parameters=weight.numel(),
                 nonzero=int(weight.count_nonzero()),
                 nm_patterns=() if target is None else nm_patterns(target, weight),
                 bytes=weight.numel() * weight.element_size(),
-                after=None if target is None else WeightStatistics.of(weight),
+                after=WeightStatistics.of(weight) if is_target else None,
                 before=WeightStatistics.of(dense[name]) if name in dense else None,
             )
         )

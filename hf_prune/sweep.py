@@ -39,6 +39,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 FORMAT_VERSION = 1
+_TOKENIZED = 64  # sentences by whose tokens tokenizers are told apart
+# of a model's config: where it came from, and what a forward pass with labels fills in
+_NOT_SETTINGS = ("_name_or_path", "transformers_version", "architectures", "problem_type")
 DEFAULT_SPARSITIES = (0.3, 0.5, 0.6, 0.7, 0.8)
 
 
@@ -285,7 +288,7 @@ def run_sweep(
         raise ConfigError(f"confidence is {confidence!r}: expected a number between 0 and 1, such as 0.95")
     parameters = sum(p.numel() for p in model.parameters())
     score: dict[str, Any] = {"source": source, "split": split, **evaluation}
-    settings = _settings(model, dataset, base, calibration, name, score)
+    settings = _settings(model, dataset, base, calibration, tokenizer, name, score)
     folder = None if out is None else Path(out)
     results = None if folder is None else folder / "results.json"
     found = None if results is None or restart else _read(results, settings, confidence)
@@ -356,6 +359,7 @@ def _settings(
     dataset: Dataset,
     config: PruningConfig,
     calibration: Sequence[Mapping[str, Any]] | None,
+    tokenizer: Any,
     name: str,
     score: Mapping[str, Any],
 ) -> dict[str, Any]:
@@ -367,10 +371,15 @@ def _settings(
     shared = config.to_dict()
     for varied in ("sparsity", "criterion"):
         shared.pop(varied)
-    columns = [*score.get("text_columns", ("sentence",)), score.get("label_column", "label")]
+    texts = list(score.get("text_columns", ("sentence",)))
+    columns = [*texts, score.get("label_column", "label")]
+    tokens = tokenizer(*(list(dataset[name])[:_TOKENIZED] for name in texts))["input_ids"]
+    model_config = {k: v for k, v in model.config.to_dict().items() if k not in _NOT_SETTINGS}
     return {
         "model": name or type(model).__name__,
         "weights": weights_digest(model.named_parameters()),
+        "model_config": _text_digest(model_config),
+        "tokenizer": _text_digest(tokens),
         "data": fingerprint(dataset, columns),
         "n": len(dataset),
         "config": shared,
@@ -382,6 +391,10 @@ def _settings(
         "evaluation": {k: v for k, v in sorted(score.items()) if k not in ("source", "split")},
         "versions": {"hf_prune": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
     }
+
+
+def _text_digest(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def weights_digest(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:

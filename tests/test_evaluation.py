@@ -6,6 +6,7 @@ import math
 import os
 import random
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -282,11 +283,15 @@ def test_positions_that_start_after_the_padding(tokenizer):
     assert evaluate_classification(RobertaForSequenceClassification(config), tokenizer, long).max_length == 33
 
 
-def test_progress_bar_is_off_unless_asked_for(bert, tokenizer, capfd):
-    evaluate_classification(bert, tokenizer, make_data(4))
-    assert "evaluating" not in capfd.readouterr().err
+def test_progress_bar_is_shown_only_when_asked_and_on_a_terminal(bert, tokenizer, capfd, monkeypatch):
     evaluate_classification(bert, tokenizer, make_data(4), progress=True)
-    assert "evaluating: 100%" in capfd.readouterr().err
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    evaluate_classification(bert, tokenizer, make_data(4))
+    assert capfd.readouterr().err == ""
+    evaluate_classification(bert, tokenizer, make_data(4), progress=True)
+    assert "Scoring:   0%" in capfd.readouterr().err
+    evaluate_classification(bert, tokenizer, make_data(4), progress="magnitude 30 %")
+    assert "magnitude 30 %:   0%" in capfd.readouterr().err
 
 
 # --- evaluation: errors ----------------------------------------------------------------------------

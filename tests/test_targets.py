@@ -239,5 +239,7 @@ def test_is_finite_when_only_the_sum_overflows(dtype):
 
 
 def test_empty_weight_is_refused():
+    model = nn.Sequential(nn.Linear(4, 1))
+    model[0].weight = nn.Parameter(torch.empty(0, 4))
     with pytest.raises(PlanError, match=r"0\.weight has no elements \(shape \(0, 4\)\): gather partitioned weights"):
-        resolve_targets(nn.Sequential(nn.Linear(4, 0)), PruningConfig())
+        resolve_targets(model, PruningConfig())
