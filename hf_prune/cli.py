@@ -17,10 +17,7 @@ from hf_prune.registry import CRITERIA, GRANULARITIES
 from hf_prune.tables import format_table
 
 if TYPE_CHECKING:
-    from datasets import Dataset
-
-    from hf_prune.report import SparsityReport, WeightHistogram
-    from hf_prune.sweep import SweepResult
+    from hf_prune.report import SparsityReport
 
 app = typer.Typer(
     name="hf-prune",
@@ -41,6 +38,7 @@ Text = Annotated[str, typer.Option(help="Text column, or two separated by a comm
 Label = Annotated[str, typer.Option(help="Label column.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Sentences scored at once.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of text.")]
+Restart = Annotated[bool, typer.Option("--restart", help="Measure everything anew instead of resuming.")]
 Config = Annotated[Path | None, typer.Option(help="JSON file with a PruningConfig; other options override it.")]
 Granularity = Annotated[str | None, typer.Option(help="unstructured, N:M (2:4) or block:RxC (block:16x1).")]
 Scope = Annotated[str | None, typer.Option(help=f"{', '.join(SCOPES)}: which weights compete.")]
@@ -63,22 +61,19 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder for results, plots and the pruned checkpoint.")] = Path(
         "hf-prune-demo"
     ),
+    restart: Restart = False,
 ) -> None:
     """Prune a small sentiment classifier from start to end; needs no Hub and no data of yours."""
     from hf_prune.demo import prepare_demo
+    from hf_prune.workflows import LabelledData, prune_checkpoint, sweep_checkpoint
 
     start = time.perf_counter()
     assets = prepare_demo(echo=typer.echo)
     arguments = ["hf-prune", "sweep", str(assets.model_dir), "--data", str(assets.data_dir), "--out", str(out)]
     typer.echo(f"\nScoring it at several sparsities. The same by hand:\n  {' '.join(arguments)}\n")
-    result = _sweep(
-        str(assets.model_dir),
-        str(assets.data_dir),
-        out,
-        name="demo model",
-        source="Rotten Tomatoes",
-        restart=False,
-    )
+    _say_if_continuing(out, restart)
+    model, data = str(assets.model_dir), LabelledData(str(assets.data_dir))
+    result = sweep_checkpoint(model, data, out, restart=restart, name="demo model", data_name="Rotten Tomatoes")
     typer.echo(f"{result}\n{_sweep_files(out)}")
     best = result.sweet_spot
     sparsity = best.sparsity if best is not None else min(p.sparsity for p in result.points)
@@ -86,7 +81,7 @@ def demo(
     pruned = out / "pruned"
     typer.echo(f"\nPruning at {100 * sparsity:g} %, {chosen}. The same by hand:")
     typer.echo(f"  hf-prune prune {assets.model_dir} --sparsity {sparsity:g} --out {pruned} --plots\n")
-    report = _prune(str(assets.model_dir), PruningConfig(sparsity=sparsity), pruned, plots=True, name="demo model")
+    report = prune_checkpoint(model, PruningConfig(sparsity=sparsity), pruned, plots=True, name="demo model")
     typer.echo(_totals(report))
     typer.echo(
         f"\nSaved, with its report and two plots, in {pruned}. Plain transformers loads it:\n"
@@ -140,9 +135,10 @@ def prune(
         return
     if out is None:
         raise ConfigError("no --out: name the folder for the pruned checkpoint, or pass --dry-run to see the plan")
-    columns = _names(text_column)
-    calibration = (data, calibration_split, calibration_samples, columns, label_column)
-    report = _prune(model, settings, out, plots=plots, calibration=calibration)
+    from hf_prune.workflows import LabelledData, prune_checkpoint
+
+    labelled = LabelledData(data, _names(text_column), label_column, calibration_split, calibration_samples)
+    report = prune_checkpoint(model, settings, out, data=labelled, plots=plots)
     typer.echo(report.to_json() if as_json else f"{report}\nSaved in {out}.")
 
 
@@ -159,26 +155,11 @@ def evaluate(
 ) -> None:
     """Score a sequence classifier, alone or against another one on the same sentences."""
     from hf_prune.comparison import compare
-    from hf_prune.evaluation import evaluate_classification
+    from hf_prune.workflows import LabelledData, evaluate_checkpoint
 
-    columns = _names(text_column)
-    scores = []
-    for checkpoint in [model, *([against] if against else [])]:
-        classifier, tokenizer = _load_classifier(checkpoint)
-        dataset = _load_data(data, split, columns, label_column)
-        scores.append(
-            evaluate_classification(
-                classifier,
-                tokenizer,
-                dataset,
-                text_columns=columns,
-                label_column=label_column,
-                batch_size=batch_size,
-                source=data,
-                split=split,
-                progress=True,
-            )
-        )
+    labelled = LabelledData(data, _names(text_column), label_column)
+    checkpoints = [model, *([against] if against else [])]
+    scores = [evaluate_checkpoint(name, labelled, split, batch_size=batch_size) for name in checkpoints]
     comparison = compare(scores[1], scores[0]) if against else None
     if as_json:
         values: dict[str, Any] = {"model": model, "evaluation": scores[0].to_dict()}
@@ -186,7 +167,7 @@ def evaluate(
             values |= {"against": against, "dense": scores[1].to_dict(), "comparison": comparison.to_dict()}
         typer.echo(json.dumps(values, indent=2))
         return
-    for name, score in zip([model, against], scores, strict=False):
+    for name, score in zip(checkpoints, scores, strict=True):
         typer.echo(f"{name}: {score}")
     if comparison is not None:
         typer.echo(str(comparison))
@@ -198,7 +179,10 @@ def evaluate(
 )
 def sweep(
     model: Model,
-    sparsity: Annotated[str, typer.Option(help="Shares to remove, separated by commas.")] = "0,0.3,0.5,0.6,0.7,0.8",
+    sparsity: Annotated[
+        str | None,
+        typer.Option(help="Shares to remove, separated by commas. [default: 0.3,0.5,0.6,0.7,0.8, or what N:M fixes]"),
+    ] = None,
     criterion: Annotated[str, typer.Option(help="Criteria, separated by commas; see: hf-prune list.")] = "magnitude",
     data: Data = "glue/sst2",
     split: Split = "validation",
@@ -218,7 +202,7 @@ def sweep(
     batch_size: BatchSize = 32,
     calibration_split: CalibrationSplit = "train",
     calibration_samples: CalibrationSamples = 128,
-    restart: Annotated[bool, typer.Option("--restart", help="Measure everything anew instead of resuming.")] = False,
+    restart: Restart = False,
     as_json: AsJson = False,
 ) -> None:
     """Prune at several sparsities, score each, and name the sweet spot; resumes where it was interrupted."""
@@ -231,20 +215,19 @@ def sweep(
         exclude_modules=exclude_modules,
         seed=seed,
     )
-    result = _sweep(
+    from hf_prune.workflows import LabelledData, sweep_checkpoint
+
+    _say_if_continuing(out, restart)
+    result = sweep_checkpoint(
         model,
-        data,
+        LabelledData(data, _names(text_column), label_column, calibration_split, calibration_samples),
         out,
-        config=settings,
-        sparsities=_numbers("--sparsity", sparsity),
+        sparsities=None if sparsity is None else _numbers("--sparsity", sparsity),
         criteria=_names(criterion),
+        config=settings,
         split=split,
         tolerance=tolerance,
-        columns=_names(text_column),
-        label_column=label_column,
         batch_size=batch_size,
-        calibration_split=calibration_split,
-        calibration_samples=calibration_samples,
         restart=restart,
     )
     typer.echo(json.dumps(result.to_dict(), indent=2) if as_json else f"{result}\n{_sweep_files(out)}")
@@ -260,6 +243,7 @@ def report(
     """Count what is zero in a checkpoint, tensor by tensor and in total."""
     from hf_prune.auto import load_native
     from hf_prune.report import sparsity_report, weight_histogram
+    from hf_prune.workflows import label, write_plots
 
     pruned = load_native(model)
     result = sparsity_report(pruned)
@@ -276,7 +260,7 @@ def report(
         before = weight_histogram(original, names)
     if plots is not None:
         after = weight_histogram(pruned, names, limit=None if before is None else float(before.edges[-1]))
-        _plots(plots, result, before, after, _label(model))
+        write_plots(plots, result, before, after, label(model))
     typer.echo(result.to_json() if as_json else str(result))
 
 
@@ -346,11 +330,11 @@ def _config(path: Path | None, **settings: Any) -> PruningConfig:
 def _modules(text: str) -> str | tuple[str, ...]:
     if text.startswith("re:"):
         return text.removeprefix("re:")
-    return text if text == "all-linear" else tuple(_names(text))
+    return text if text == "all-linear" else _names(text)
 
 
-def _names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",")]
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(","))
 
 
 def _numbers(option: str, text: str) -> list[float]:
@@ -360,147 +344,13 @@ def _numbers(option: str, text: str) -> list[float]:
         raise ConfigError(f"{option} is {text!r}: expected numbers separated by commas, such as 0.3,0.5") from None
 
 
-def _load_classifier(source: str) -> tuple[Any, Any]:
-    from transformers import AutoTokenizer
-
-    from hf_prune.auto import load_native
-    from hf_prune.sources import check_model_source
-
-    model = load_native(source)
-    if not type(model).__name__.endswith("ForSequenceClassification"):
-        raise DataError(f"{source!r} is a {type(model).__name__}: expected a …ForSequenceClassification to score")
-    return model, AutoTokenizer.from_pretrained(source, local_files_only=check_model_source(source))
-
-
-def _load_data(source: str, split: str, columns: list[str], label_column: str) -> Dataset:
-    from hf_prune.sources import load_classification
-
-    return load_classification(source, split, text_columns=columns, label_column=label_column)
-
-
-def _calibration(
-    criteria: Sequence[str],
-    model: Any,
-    tokenizer: Any,
-    data: str,
-    split: str,
-    samples: int,
-    columns: list[str],
-    label: str,
-) -> list[dict[str, Any]] | None:
-    """Labelled batches, if one of the criteria needs them."""
-    from hf_prune.evaluation import classification_batches
-
-    if not any(CRITERIA.get(name).needs for name in criteria):
-        return None
-    dataset = _load_data(data, split, columns, label)
-    return classification_batches(
-        dataset, tokenizer, n=samples, text_columns=columns, label_column=label, label2id=model.config.label2id
-    )
-
-
-def _sweep(
-    model: str,
-    data: str,
-    out: Path,
-    *,
-    restart: bool,
-    config: PruningConfig | None = None,
-    sparsities: Sequence[float] | None = None,
-    criteria: Sequence[str] = ("magnitude",),
-    split: str = "validation",
-    tolerance: float = 2.0,
-    columns: Sequence[str] = ("sentence",),
-    label_column: str = "label",
-    batch_size: int = 32,
-    calibration_split: str = "train",
-    calibration_samples: int = 128,
-    name: str = "",
-    source: str = "",
-) -> SweepResult:
-    from hf_prune.sweep import DEFAULT_SPARSITIES, run_sweep
-
+def _say_if_continuing(out: Path, restart: bool) -> None:
     if (out / "results.json").exists() and not restart:
         typer.echo(f"Continuing with what {out} has; --restart measures everything anew.", err=True)
-    classifier, tokenizer = _load_classifier(model)
-    dataset = _load_data(data, split, list(columns), label_column)
-    calibration = _calibration(
-        criteria, classifier, tokenizer, data, calibration_split, calibration_samples, list(columns), label_column
-    )
-    return run_sweep(
-        classifier,
-        tokenizer,
-        dataset,
-        sparsities=sparsities or DEFAULT_SPARSITIES,
-        criteria=criteria,
-        config=config,
-        calibration=calibration,
-        tolerance=tolerance,
-        out=out,
-        restart=restart,
-        name=name or _label(model),
-        source=source or _label(data),
-        split=split,
-        progress=True,
-        text_columns=tuple(columns),
-        label_column=label_column,
-        batch_size=batch_size,
-    )
-
-
-def _prune(
-    source: str,
-    config: PruningConfig,
-    out: Path,
-    *,
-    plots: bool,
-    name: str = "",
-    calibration: tuple[str, str, int, list[str], str] | None = None,
-) -> SparsityReport:
-    """Prune a checkpoint into a folder: weights, masks, tokenizer, report and, if asked for, plots."""
-    from hf_prune.auto import load_native
-    from hf_prune.checkpoint import copy_companions, staged_checkpoint
-    from hf_prune.files import write_text
-    from hf_prune.report import sparsity_report, weight_histogram
-    from hf_prune.sources import check_model_source
-
-    batches = None
-    if CRITERIA.get(config.criterion).needs and calibration is not None:
-        model, tokenizer = _load_classifier(source)
-        batches = _calibration([config.criterion], model, tokenizer, *calibration)
-    else:
-        model = load_native(source)
-    names = [t.target.name for t in model.plan(config).tensors]
-    dense, before = sparsity_report(model, config), weight_histogram(model, names)
-    model.prune(config, calibration=batches, progress=True)
-    report = sparsity_report(model).with_before(dense)
-    with staged_checkpoint(out) as staging:
-        model.save_pretrained(staging)
-        copy_companions(source, staging, local_files_only=check_model_source(source))
-        write_text(staging / "sparsity_report.json", report.to_json())
-        if plots:
-            after = weight_histogram(model, names, limit=float(before.edges[-1]))
-            _plots(staging, report, before, after, name or _label(source))
-    return report
-
-
-def _plots(
-    folder: Path, report: SparsityReport, before: WeightHistogram | None, after: WeightHistogram, name: str
-) -> None:
-    from hf_prune.plots import plot_layer_sparsity, plot_weight_histogram, save_figure
-
-    save_figure(plot_layer_sparsity(report, f"Sparsity per layer: {name}"), folder / "layers.png")
-    if before is not None:
-        save_figure(plot_weight_histogram(before, after, f"Weights of the targets: {name}"), folder / "weights.png")
 
 
 def _sweep_files(out: Path) -> str:
     return "Saved: " + ", ".join(str(out / name) for name in ("results.json", "results.csv", "tradeoff.png"))
-
-
-def _label(source: str) -> str:
-    """What to call a model or data set in tables and plots: a folder's name, or the Hub id."""
-    return Path(source).resolve().name if Path(source).exists() else source
 
 
 def _totals(report: SparsityReport) -> str:

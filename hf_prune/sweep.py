@@ -30,6 +30,7 @@ from hf_prune.masking import MaskStore
 from hf_prune.pipeline import prune
 from hf_prune.plan import make_plan
 from hf_prune.plots import plot_tradeoff, save_figure
+from hf_prune.registry import parse_granularity
 from hf_prune.report import sparsity_report
 from hf_prune.sources import fingerprint
 from hf_prune.tables import format_table
@@ -234,7 +235,7 @@ def run_sweep(
     tokenizer: Any,
     dataset: Dataset,
     *,
-    sparsities: Iterable[float] = DEFAULT_SPARSITIES,
+    sparsities: Iterable[float] | None = None,
     criteria: Iterable[str] = ("magnitude",),
     config: PruningConfig | None = None,
     calibration: Sequence[Mapping[str, Any]] | None = None,
@@ -254,7 +255,8 @@ def run_sweep(
         model: A dense sequence classifier; it is dense again afterwards.
         tokenizer: Its tokenizer.
         dataset: Labelled sentences, as for :func:`hf_prune.evaluate_classification`.
-        sparsities: Shares to remove, 0 to 1; 0 is the dense model, which is always measured.
+        sparsities: Shares to remove, 0 to 1; 0 is the dense model, which is always measured. By default what an N:M
+            granularity fixes, or else 0.3, 0.5, 0.6, 0.7 and 0.8.
         criteria: Names of criteria.
         config: All other settings.
         calibration: Batches for criteria that need them.
@@ -279,6 +281,9 @@ def run_sweep(
     if MaskStore.of(model) is not None:
         raise SweepError("the model has masks: a sweep starts from dense weights; load a dense model")
     base = config or PruningConfig()
+    if sparsities is None:
+        fixed = parse_granularity(base.granularity).fixed_sparsity
+        sparsities = DEFAULT_SPARSITIES if fixed is None else (fixed,)
     sparsities, criteria = list(dict.fromkeys(sparsities)), list(dict.fromkeys(criteria))
     configs = [base.replace(criterion=c, sparsity=float(s)) for c in criteria for s in sparsities if s != 0]
     plans = [make_plan(model, c) for c in configs]

@@ -23,7 +23,7 @@ LAYERS = (
     ("pipeline",),
     ("report", "sources", "comparison", "evaluation", "latency", "torch_prune", "checkpoint"),
     ("mixin", "auto", "trainer", "plots", "sweep"),
-    ("demo_data", "demo_training", "demo", "cards"),
+    ("demo_data", "demo_training", "demo", "workflows", "cards"),
     ("hub",),
     ("cli",),
 )

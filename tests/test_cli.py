@@ -403,7 +403,7 @@ USER_ERRORS: dict[str, tuple[list[str], str]] = {
     "no split": (["evaluate", "{text}", "--data", "{data}", "--split", "test"], "no split 'test'"),
     "numbers": (["sweep", "{text}", "--sparsity", "0.3;0.5"], "--sparsity is '0.3;0.5': expected numbers separated by"),
     "2:4 sweep": (
-        ["sweep", "{text}", "--data", "{data}", "--granularity", "2:4", "--out", "x"],
+        ["sweep", "{text}", "--data", "{data}", "--granularity", "2:4", "--sparsity", "0.3", "--out", "x"],
         "contradicts granularity='2:4', which fixes it at 0.5",
     ),
     "other dense": (["report", "{text}", "--dense", "{vit}"], "is a ViTForImageClassification without bert."),
@@ -449,3 +449,10 @@ def test_ctrl_c_is_exit_code_130_and_the_sweep_resumes(hf_prune, folders, tmp_pa
     assert 0 < len(points) < 399
     done = hf_prune(*arguments, "--sparsity", f"{points[0]['sparsity']}", "--json")
     assert json.loads(done.out)["points"] == points
+
+
+def test_sweep_takes_the_sparsity_that_the_granularity_fixes(hf_prune, folders, tmp_path):
+    options = ["--data", folders["data"], "--granularity", "2:4", "--out", tmp_path / "out", "--json"]
+    done = hf_prune("sweep", folders["text"], *map(str, options))
+    assert done.code == 0
+    assert [point["sparsity"] for point in json.loads(done.out)["points"]] == [0.5]

@@ -1,0 +1,216 @@
+"""From checkpoint to files: what the commands do, callable from Python."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import AutoTokenizer
+
+from hf_prune.auto import load_native
+from hf_prune.checkpoint import copy_companions, staged_checkpoint
+from hf_prune.config import PruningConfig
+from hf_prune.errors import DataError
+from hf_prune.evaluation import Evaluation, classification_batches, evaluate_classification
+from hf_prune.files import write_text
+from hf_prune.plots import plot_layer_sparsity, plot_weight_histogram, save_figure
+from hf_prune.registry import CRITERIA
+from hf_prune.report import SparsityReport, WeightHistogram, sparsity_report, weight_histogram
+from hf_prune.sources import check_model_source, load_classification
+from hf_prune.sweep import SweepResult, run_sweep
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+@dataclass(frozen=True)
+class LabelledData:
+    """Where labelled texts are, and which of them calibration may see.
+
+    Args:
+        source: A folder or a Hub data set, as for :func:`hf_prune.load_classification`.
+        text_columns: One text column, or two for pairs.
+        label_column: The label column.
+        calibration_split: What calibrated criteria learn from.
+        calibration_samples: How many examples they see.
+    """
+
+    source: str = "glue/sst2"
+    text_columns: tuple[str, ...] = ("sentence",)
+    label_column: str = "label"
+    calibration_split: str = "train"
+    calibration_samples: int = 128
+
+    def load(self, split: str) -> Dataset:
+        """One split."""
+        return load_classification(self.source, split, text_columns=self.text_columns, label_column=self.label_column)
+
+    def calibration(self, criteria: Sequence[str], model: Any, tokenizer: Any) -> list[dict[str, Any]] | None:
+        """Labelled batches, if one of the criteria needs them."""
+        if not any(CRITERIA.get(name).needs for name in criteria):
+            return None
+        return classification_batches(
+            self.load(self.calibration_split),
+            tokenizer,
+            n=self.calibration_samples,
+            text_columns=self.text_columns,
+            label_column=self.label_column,
+            label2id=model.config.label2id,
+        )
+
+
+def load_classifier(source: str) -> tuple[Any, Any]:
+    """A sequence classifier and its tokenizer.
+
+    Args:
+        source: Folder or Hub id.
+
+    Raises:
+        DataError: If it cannot be found or is of another kind.
+    """
+    model = load_native(source)
+    if not type(model).__name__.endswith("ForSequenceClassification"):
+        raise DataError(f"{source!r} is a {type(model).__name__}: expected a …ForSequenceClassification to score")
+    return model, AutoTokenizer.from_pretrained(source, local_files_only=check_model_source(source))
+
+
+def evaluate_checkpoint(source: str, data: LabelledData, split: str, *, batch_size: int = 32) -> Evaluation:
+    """Score a sequence classifier; see :func:`hf_prune.evaluate_classification`.
+
+    Args:
+        source: Folder or Hub id.
+        data: What to score it on.
+        split: Which split.
+        batch_size: Examples scored at once.
+    """
+    model, tokenizer = load_classifier(source)
+    return evaluate_classification(
+        model,
+        tokenizer,
+        data.load(split),
+        text_columns=data.text_columns,
+        label_column=data.label_column,
+        batch_size=batch_size,
+        source=data.source,
+        split=split,
+        progress=label(source),
+    )
+
+
+def prune_checkpoint(
+    source: str,
+    config: PruningConfig,
+    out: Path,
+    *,
+    data: LabelledData | None = None,
+    plots: bool = False,
+    name: str = "",
+) -> SparsityReport:
+    """Prune a checkpoint into a folder: weights, masks, tokenizer, report and, if asked for, plots.
+
+    Args:
+        source: Folder or Hub id.
+        config: The settings.
+        out: The folder, which may be the source itself.
+        data: Labelled texts, for criteria that need them.
+        plots: Also write ``weights.png`` and ``layers.png``.
+        name: What to call the model in plots.
+
+    Returns:
+        The report, which lies in the folder as ``sparsity_report.json``.
+    """
+    batches = None
+    if CRITERIA.get(config.criterion).needs and data is not None:
+        model, tokenizer = load_classifier(source)
+        batches = data.calibration([config.criterion], model, tokenizer)
+    else:
+        model = load_native(source)
+    names = [tensor.target.name for tensor in model.plan(config).tensors]
+    dense, before = sparsity_report(model, config), weight_histogram(model, names)
+    model.prune(config, calibration=batches, progress=True)
+    report = sparsity_report(model).with_before(dense)
+    with staged_checkpoint(out) as staging:
+        model.save_pretrained(staging)
+        copy_companions(source, staging, local_files_only=check_model_source(source))
+        write_text(staging / "sparsity_report.json", report.to_json())
+        if plots:
+            after = weight_histogram(model, names, limit=float(before.edges[-1]))
+            write_plots(staging, report, before, after, name or label(source))
+    return report
+
+
+def sweep_checkpoint(
+    source: str,
+    data: LabelledData,
+    out: Path,
+    *,
+    sparsities: Sequence[float] | None = None,
+    criteria: Sequence[str] = ("magnitude",),
+    config: PruningConfig | None = None,
+    split: str = "validation",
+    tolerance: float = 2.0,
+    batch_size: int = 32,
+    restart: bool = False,
+    name: str = "",
+    data_name: str = "",
+) -> SweepResult:
+    """Sweep over a checkpoint; see :func:`hf_prune.run_sweep`.
+
+    Args:
+        source: Folder or Hub id of a dense sequence classifier.
+        data: What to score and calibrate on.
+        out: Folder for the results.
+        sparsities: Shares to remove; see :func:`hf_prune.run_sweep` for the default.
+        criteria: Names of criteria.
+        config: All other settings.
+        split: The split to score.
+        tolerance: Largest accepted drop, in points.
+        batch_size: Examples scored at once.
+        restart: Measure everything anew.
+        name: What to call the model in tables and plots.
+        data_name: What to call the data there.
+    """
+    model, tokenizer = load_classifier(source)
+    return run_sweep(
+        model,
+        tokenizer,
+        data.load(split),
+        sparsities=sparsities,
+        criteria=criteria,
+        config=config,
+        calibration=data.calibration(criteria, model, tokenizer),
+        tolerance=tolerance,
+        out=out,
+        restart=restart,
+        name=name or label(source),
+        source=data_name or label(data.source),
+        split=split,
+        progress=True,
+        text_columns=data.text_columns,
+        label_column=data.label_column,
+        batch_size=batch_size,
+    )
+
+
+def write_plots(
+    folder: Path, report: SparsityReport, before: WeightHistogram | None, after: WeightHistogram, name: str
+) -> None:
+    """Write ``layers.png`` and, where the dense weights are known, ``weights.png``.
+
+    Args:
+        folder: Where to.
+        report: Sparsity per layer.
+        before: Histogram of the dense weights, or None.
+        after: Histogram of the pruned weights, with the same edges.
+        name: What to call the model.
+    """
+    save_figure(plot_layer_sparsity(report, f"Sparsity per layer: {name}"), folder / "layers.png")
+    if before is not None:
+        save_figure(plot_weight_histogram(before, after, f"Weights of the targets: {name}"), folder / "weights.png")
+
+
+def label(source: str) -> str:
+    """What to call a model or data set in tables and plots: a folder's name, or the Hub id."""
+    return Path(source).resolve().name if Path(source).exists() else source
