@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -69,7 +70,8 @@ def demo(
 
     start = time.perf_counter()
     assets = prepare_demo(echo=typer.echo)
-    arguments = ["hf-prune", "sweep", str(assets.model_dir), "--data", str(assets.data_dir), "--out", str(out)]
+    program = "hf-prune" if shutil.which("hf-prune") else sys.argv[0]
+    arguments = [program, "sweep", str(assets.model_dir), "--data", str(assets.data_dir), "--out", str(out)]
     typer.echo(f"\nScoring it at several sparsities. The same by hand:\n  {' '.join(arguments)}\n")
     _say_if_continuing(out, restart)
     model, data = str(assets.model_dir), LabelledData(str(assets.data_dir))
@@ -80,7 +82,7 @@ def demo(
     chosen = "the sweet spot" if best is not None else "the smallest of them, since there is no sweet spot"
     pruned = out / "pruned"
     typer.echo(f"\nPruning at {100 * sparsity:g} %, {chosen}. The same by hand:")
-    typer.echo(f"  hf-prune prune {assets.model_dir} --sparsity {sparsity:g} --out {pruned} --plots\n")
+    typer.echo(f"  {program} prune {assets.model_dir} --sparsity {sparsity:g} --out {pruned} --plots\n")
     report = prune_checkpoint(model, PruningConfig(sparsity=sparsity), pruned, plots=True, name="demo model")
     typer.echo(_totals(report))
     typer.echo(
