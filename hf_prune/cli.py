@@ -69,6 +69,7 @@ def demo(
     from hf_prune.workflows import LabelledData, prune_checkpoint, sweep_checkpoint
 
     start = time.perf_counter()
+    _start([])
     assets = prepare_demo(echo=typer.echo)
     program = "hf-prune" if shutil.which("hf-prune") else sys.argv[0]
     arguments = [program, "sweep", str(assets.model_dir), "--data", str(assets.data_dir), "--out", str(out)]
@@ -129,14 +130,15 @@ def prune(
         exclude_modules=exclude_modules,
         seed=seed,
     )
-    if dry_run:
+    if out is None and not dry_run:
+        raise ConfigError("no --out: name the folder for the pruned checkpoint, or pass --dry-run to see the plan")
+    _start([model], data if CRITERIA.get(settings.criterion).needs and not dry_run else None)
+    if out is None or dry_run:
         from hf_prune.auto import load_native
 
         plan = load_native(model).plan(settings)
         typer.echo(json.dumps(plan.to_dict(), indent=2) if as_json else str(plan))
         return
-    if out is None:
-        raise ConfigError("no --out: name the folder for the pruned checkpoint, or pass --dry-run to see the plan")
     from hf_prune.workflows import LabelledData, prune_checkpoint
 
     labelled = LabelledData(data, _names(text_column), label_column, calibration_split, calibration_samples)
@@ -156,6 +158,7 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Score a sequence classifier, alone or against another one on the same sentences."""
+    _start([model, *([against] if against else [])], data)
     from hf_prune.comparison import compare
     from hf_prune.workflows import LabelledData, evaluate_checkpoint
 
@@ -217,6 +220,8 @@ def sweep(
         exclude_modules=exclude_modules,
         seed=seed,
     )
+    sparsities = None if sparsity is None else _numbers("--sparsity", sparsity)
+    _start([model], data)
     from hf_prune.workflows import LabelledData, sweep_checkpoint
 
     _say_if_continuing(out, restart)
@@ -224,7 +229,7 @@ def sweep(
         model,
         LabelledData(data, _names(text_column), label_column, calibration_split, calibration_samples),
         out,
-        sparsities=None if sparsity is None else _numbers("--sparsity", sparsity),
+        sparsities=sparsities,
         criteria=_names(criterion),
         config=settings,
         split=split,
@@ -243,6 +248,7 @@ def report(
     as_json: AsJson = False,
 ) -> None:
     """Count what is zero in a checkpoint, tensor by tensor and in total."""
+    _start([model, *([dense] if dense else [])])
     from hf_prune.auto import load_native
     from hf_prune.report import sparsity_report, weight_histogram
     from hf_prune.workflows import label, write_plots
@@ -304,15 +310,25 @@ def list_(as_json: AsJson = False) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; errors that a user can mend are one line on stderr and exit code 1."""
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
     try:
         app(arguments)
     except (HfPruneError, OSError) as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(1)
+
+
+def _start(models: Sequence[str], data: str | None = None) -> None:
+    """Look for what is asked for, before the seconds that loading the libraries takes; then silence their chatter."""
+    from hf_prune.sources import check_data_source, check_model_source
+
+    for model in models:
+        check_model_source(model)
+    if data is not None:
+        check_data_source(data)
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
 
 
 def _config(path: Path | None, **settings: Any) -> PruningConfig:

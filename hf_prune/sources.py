@@ -74,6 +74,26 @@ def check_model_source(
     return False
 
 
+def check_data_source(source: str | os.PathLike[str]) -> None:
+    """Make sure that a data set can be loaded from where it is said to be, before any long work.
+
+    Args:
+        source: As for :func:`load_classification`.
+
+    Raises:
+        DataError: If the folder does not exist, if the id is malformed, or if the data set is not cached and
+            the Hub does not answer.
+
+    Example:
+        >>> check_data_source("./no-such-data")
+        Traceback (most recent call last):
+        hf_prune.errors.DataError: no such folder: './no-such-data'. Pass a folder ...
+    """
+    source = os.fspath(source)
+    if _local_folder(source, "data") is None and _from_cache(*_repository(source)) is None:
+        check_hub_reachable(f"data set {source!r}")
+
+
 def check_hub_reachable(what: str) -> None:
     """Ask the Hugging Face Hub for a sign of life, and fail at once if there is none.
 
@@ -291,15 +311,21 @@ def _check_repo_id(source: str, what: str) -> None:
 
 
 def _load_hub(source: str, split: str) -> Dataset:
+    repo_id, config = _repository(source)
+    splits = _from_cache(repo_id, config)
+    if splits is None:
+        check_hub_reachable(f"data set {source!r}")
+        splits = _download(repo_id, config)
+    return splits[_resolve_split(split, list(splits), repr(source))]
+
+
+def _repository(source: str) -> tuple[str, str | None]:
+    """Repository and configuration of a Hub id."""
     if source.startswith("glue/"):
         source = source.replace("glue/", "nyu-mll/glue:", 1)
     repo_id, _, config = source.partition(":")
     _check_repo_id(repo_id, "data")
-    splits = _from_cache(repo_id, config or None)
-    if splits is None:
-        check_hub_reachable(f"data set {source!r}")
-        splits = _download(repo_id, config or None)
-    return splits[_resolve_split(split, list(splits), repr(source))]
+    return repo_id, config or None
 
 
 def _from_cache(repo_id: str, config: str | None) -> Mapping[str, Dataset] | None:

@@ -456,3 +456,18 @@ def test_sweep_takes_the_sparsity_that_the_granularity_fixes(hf_prune, folders, 
     done = hf_prune("sweep", folders["text"], *map(str, options))
     assert done.code == 0
     assert [point["sparsity"] for point in json.loads(done.out)["points"]] == [0.5]
+
+
+@pytest.mark.parametrize("arguments", [["report", "owner/name"], ["sweep", "owner/name"], ["evaluate", "owner/name"]])
+def test_offline_errors_come_before_the_libraries(arguments, tmp_path):
+    """Loading torch and transformers takes seconds; nobody waits for them to hear that there is no network."""
+    code = (
+        "import sys; from hf_prune.cli import main\n"
+        "try:\n    main()\n"
+        "finally:\n    print(sorted({'torch', 'transformers', 'matplotlib'} & set(sys.modules)))"
+    )
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=environment)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: cannot get model 'owner/name'")
+    assert done.stdout == "[]\n"

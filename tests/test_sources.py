@@ -15,7 +15,14 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 
 from hf_prune.errors import DataError
-from hf_prune.sources import check_hub_reachable, check_model_source, fingerprint, load_classification, load_sst2
+from hf_prune.sources import (
+    check_data_source,
+    check_hub_reachable,
+    check_model_source,
+    fingerprint,
+    load_classification,
+    load_sst2,
+)
 
 ROWS = [("a charming film", 1), ('he said " no', 0), ("dull", 0)]
 BOUND = 1.5  # seconds: the promise is one, the rest is for a busy machine
@@ -347,7 +354,8 @@ def test_cached_sst2_needs_no_hub(tmp_path, monkeypatch):
     cache_sst2(cache, tmp_path)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", cache)
     assert rows_of(load_sst2("dev")) == ROWS
-    with pytest.raises(DataError, match="no split 'train' in 'nyu-mll/glue:sst2': it has validation"):
+    check_data_source("glue/sst2")  # nothing is raised: it is cached
+    with pytest.raises(DataError, match="no split 'train' in 'glue/sst2': it has validation"):
         load_sst2("train")
     with pytest.raises(DataError, match="cannot get data set 'nyu-mll/glue:mrpc'"):
         load_classification("glue/mrpc", "train")
@@ -366,12 +374,13 @@ def test_damaged_cache_is_reported(tmp_path, monkeypatch):
 
 @pytest.mark.usefixtures("closed_port", "empty_cache")
 def test_unreachable_data_fails_fast():
-    fails_fast(load_sst2, "cannot get data set 'nyu-mll/glue:sst2' .* the connection was refused")
+    fails_fast(lambda: check_data_source("glue/sst2"), "cannot get data set 'glue/sst2' .* the connection was refused")
+    fails_fast(load_sst2, "cannot get data set 'glue/sst2' .* the connection was refused")
 
 
 @pytest.mark.usefixtures("silent_server", "empty_cache")
 def test_silent_hub_fails_fast_for_data():
-    fails_fast(load_sst2, "cannot get data set 'nyu-mll/glue:sst2' .* no answer within")
+    fails_fast(load_sst2, "cannot get data set 'glue/sst2' .* no answer within")
 
 
 @pytest.mark.parametrize("answering_server", [404], indirect=True)
