@@ -15,6 +15,7 @@ import typer
 from hf_prune.config import ALLOCATIONS, SCOPES, PruningConfig
 from hf_prune.errors import ConfigError, DataError, HfPruneError
 from hf_prune.registry import CRITERIA, GRANULARITIES
+from hf_prune.sources import check_data_source, check_model_source
 from hf_prune.tables import format_table
 
 if TYPE_CHECKING:
@@ -119,6 +120,9 @@ def prune(
     as_json: AsJson = False,
 ) -> None:
     """Prune a checkpoint and save it as one that plain transformers loads."""
+    if out is None and not dry_run:
+        raise ConfigError("no --out: name the folder for the pruned checkpoint, or pass --dry-run to see the plan")
+    _start([model])
     settings = _config(
         config,
         sparsity=sparsity,
@@ -130,9 +134,8 @@ def prune(
         exclude_modules=exclude_modules,
         seed=seed,
     )
-    if out is None and not dry_run:
-        raise ConfigError("no --out: name the folder for the pruned checkpoint, or pass --dry-run to see the plan")
-    _start([model], data if CRITERIA.get(settings.criterion).needs and not dry_run else None)
+    if CRITERIA.get(settings.criterion).needs and not dry_run:
+        check_data_source(data)
     if out is None or dry_run:
         from hf_prune.auto import load_native
 
@@ -211,6 +214,8 @@ def sweep(
     as_json: AsJson = False,
 ) -> None:
     """Prune at several sparsities, score each, and name the sweet spot; resumes where it was interrupted."""
+    sparsities = None if sparsity is None else _numbers("--sparsity", sparsity)
+    _start([model], data)
     settings = _config(
         config,
         granularity=granularity,
@@ -220,8 +225,6 @@ def sweep(
         exclude_modules=exclude_modules,
         seed=seed,
     )
-    sparsities = None if sparsity is None else _numbers("--sparsity", sparsity)
-    _start([model], data)
     from hf_prune.workflows import LabelledData, sweep_checkpoint
 
     _say_if_continuing(out, restart)
@@ -319,8 +322,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _start(models: Sequence[str], data: str | None = None) -> None:
     """Look for what is asked for, before the seconds that loading the libraries takes; then silence their chatter."""
-    from hf_prune.sources import check_data_source, check_model_source
-
     for model in models:
         check_model_source(model)
     if data is not None:

@@ -357,7 +357,7 @@ def test_cached_sst2_needs_no_hub(tmp_path, monkeypatch):
     check_data_source("glue/sst2")  # nothing is raised: it is cached
     with pytest.raises(DataError, match="no split 'train' in 'glue/sst2': it has validation"):
         load_sst2("train")
-    with pytest.raises(DataError, match="cannot get data set 'nyu-mll/glue:mrpc'"):
+    with pytest.raises(DataError, match="cannot get data set 'glue/mrpc'"):
         load_classification("glue/mrpc", "train")
 
 
