@@ -88,9 +88,9 @@ def test_a_transposed_weight_scores_the_same(criterion):
     assert torch.equal(criterion.scores(weight.t().contiguous().t(), statistics(criterion, transposed)), expected)
 
 
-def test_rowwise_scores_can_be_made_a_few_rows_at_a_time(criterion):
-    if not criterion.rowwise:
-        pytest.skip(f"{criterion.name} scores whole weights")
+@pytest.mark.parametrize("name", [name for name in CRITERIA.names() if CRITERIA.get(name).rowwise])
+def test_rowwise_scores_can_be_made_a_few_rows_at_a_time(name):
+    criterion = CRITERIA.get(name)()
     weight, values = example()
     stats = statistics(criterion, values)
     whole = criterion.scores(weight, stats)
@@ -155,12 +155,13 @@ def test_the_same_call_gives_the_same_masks(name, scope):
     assert_unchanged(model, found[0])
 
 
-@pytest.mark.parametrize("granularity", ["unstructured", "block:3x2", "2:4"])
-@pytest.mark.parametrize(("name", "scope"), ALL)
+@pytest.mark.parametrize(
+    ("name", "scope", "granularity"),
+    [(*pair, spec) for pair in ALL for spec in ("unstructured", "block:3x2")]
+    + [(name, scope, "2:4") for name, scope in ALL if scope == "layer"],  # N:M brings its own pools
+)
 def test_in_two_steps_equals_at_once(name, scope, granularity):
     """0.3 and then 0.5 removes 0.5 in all, and the second step only adds zeros."""
-    if granularity == "2:4" and scope != "layer":
-        pytest.skip("an N:M granularity brings its own pools")
     first = "3:4" if granularity == "2:4" else granularity
     config = PruningConfig(None if granularity == "2:4" else 0.5, name, granularity, scope)
     model, once = mlp(hidden=24), mlp(hidden=24)
