@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
@@ -37,7 +38,7 @@ class WeightStats:
         return dataclasses.replace(self, **parts)
 
 
-class Criterion:
+class Criterion(ABC):
     """A score for every weight, larger = keep.
 
     An entry sets the class attributes and implements :meth:`scores`. It must be pure: the same inputs
@@ -63,6 +64,7 @@ class Criterion:
     rowwise: ClassVar[bool] = True
     repairs: ClassVar[bool] = False
 
+    @abstractmethod
     def scores(self, weight: Tensor, stats: WeightStats) -> Tensor:
         """Score a weight.
 
@@ -73,7 +75,6 @@ class Criterion:
         Returns:
             (out, in) float32, on the weight's device.
         """
-        raise NotImplementedError
 
     def prune_weight(self, weight: Tensor, stats: WeightStats, select: Select) -> tuple[Tensor, Tensor]:
         """Choose the mask of one weight, and repair what is kept where the criterion can.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import ClassVar
 
@@ -11,7 +12,7 @@ from hf_prune.units import Group, grid_groups
 ANY_SCOPE = frozenset({"row", "layer", "global"})
 
 
-class Granularity:
+class Granularity(ABC):
     """A grid of units over a canonical (out, in) matrix.
 
     An entry sets the class attributes, reads its own spelling in :meth:`parse`, and sets the instance
@@ -41,13 +42,13 @@ class Granularity:
     fixed_sparsity: float | None = None
 
     @classmethod
+    @abstractmethod
     def parse(cls, text: str) -> Granularity | None:
         """The instance that ``text`` spells, or None if it is not of this kind.
 
         Raises:
             ConfigError: If it is of this kind but its numbers make no sense.
         """
-        raise NotImplementedError
 
     def misfit(self, target: Target) -> str | None:
         """Why a target cannot be divided into these units, or None if it can."""
