@@ -45,6 +45,7 @@ _MODULES = {
     ),
     "evaluation": (
         "Evaluation",
+        "accuracy_metric",
         "classification_batches",
         "evaluate_classification",
         "evaluate_sst2",

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import transformers
 
 from hf_prune.checkpoint import load_pruned
-from hf_prune.errors import DataError
+from hf_prune.errors import CheckpointError, DataError
 from hf_prune.mixin import prunable
 from hf_prune.sources import check_model_source
 
@@ -94,11 +94,25 @@ def load_native(source: str) -> Any:
         CheckpointError: If the masks are damaged or do not fit the weights.
     """
     offline = check_model_source(source)
-    architectures = transformers.AutoConfig.from_pretrained(source, local_files_only=offline).architectures or []
+    try:
+        architectures = transformers.AutoConfig.from_pretrained(source, local_files_only=offline).architectures or []
+    except (KeyError, ValueError) as error:
+        raise DataError(
+            f"the config of {source!r} is of no model that transformers knows: {_first_line(error)}"
+        ) from error
     native = getattr(transformers, architectures[0], None) if architectures else None
     if native is None:
         raise DataError(
             f"the config of {source!r} names the class {architectures or 'of no model'}: expected one of transformers, "
             f"such as BertForSequenceClassification; load it with an AutoPrunedModelFor… class instead"
         )
-    return prunable(load_pruned(native.from_pretrained, source, local_files_only=offline))
+    try:
+        return prunable(load_pruned(native.from_pretrained, source, local_files_only=offline))
+    except RuntimeError as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"the weights of {source!r} do not fit its config: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), repr(error))

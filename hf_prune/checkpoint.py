@@ -26,6 +26,7 @@ from hf_prune.config import PruningConfig
 from hf_prune.errors import CheckpointError
 from hf_prune.files import atomic_path, staged_folder
 from hf_prune.masking import MaskStore
+from hf_prune.sources import check_model_source
 
 MASK_FILE = "pruning_masks.safetensors"
 MASK_FORMAT = "hf_prune.masks"
@@ -50,6 +51,14 @@ _COMPANIONS = (
     "preprocessor_config.json",
     "processor_config.json",
     "video_preprocessor_config.json",
+)
+_VOCABULARIES = (
+    "tokenizer.json",
+    "vocab.txt",
+    "vocab.json",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
 )
 _HUB_KEYS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
@@ -126,6 +135,16 @@ def staged_checkpoint(folder: str | os.PathLike[str]) -> contextlib.AbstractCont
     return staged_folder(folder, stale=_WEIGHTS, last=_COMPLETES)
 
 
+def has_tokenizer(source: str, *, local_files_only: bool = False) -> bool:
+    """Whether a checkpoint brings a vocabulary; without one transformers makes up a tokenizer of special tokens.
+
+    Args:
+        source: Folder or Hub id.
+        local_files_only: Look in the cache only, not on the Hub.
+    """
+    return any(_find(source, name, {"local_files_only": local_files_only}) for name in _VOCABULARIES)
+
+
 def copy_companions(source: str, folder: Path, *, local_files_only: bool = False) -> None:
     """Copy a checkpoint's tokenizer and processor files, whichever it has.
 
@@ -155,14 +174,26 @@ def save_pruned(
         CheckpointError: If ``folder`` is a file.
     """
     pruned_class = model.__class__
+    store = MaskStore.of(model)
+    if store is not None:
+        store.apply(model)  # training steps may have moved what the masks remove
+        if kwargs.get("state_dict") is not None:
+            kwargs["state_dict"] = _masked(kwargs["state_dict"], store.masks)
     model.__class__ = dense_class
     try:
         with staged_checkpoint(folder) as staging:
             save(model, staging, **kwargs)
-            if (store := MaskStore.of(model)) is not None:
+            if store is not None:
                 save_masks(store, staging / MASK_FILE)
     finally:
         model.__class__ = pruned_class
+
+
+def _masked(state: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {
+        name: tensor.masked_fill(~masks[name].to(tensor.device), 0) if name in masks else tensor
+        for name, tensor in state.items()
+    }
 
 
 def load_pruned(load: Callable[..., Any], source: Any, *args: Any, **kwargs: Any) -> Any:
@@ -182,9 +213,13 @@ def load_pruned(load: Callable[..., Any], source: Any, *args: Any, **kwargs: Any
 
     Raises:
         CheckpointError: If masks are damaged or do not fit the weights.
+        DataError: If the source cannot be found, at once also where there is no network.
     """
     if source is None:
         return load(source, *args, **kwargs)
+    if not os.path.isdir(source) and not kwargs.get("local_files_only"):
+        place = {key: kwargs[key] for key in ("revision", "cache_dir") if key in kwargs}
+        kwargs["local_files_only"] = check_model_source(source, **place)
     hub = {key: kwargs[key] for key in _HUB_KEYS if kwargs.get(key) is not None}
     with _without_torch_prune(source, hub) as converted:
         if converted is None:
@@ -198,7 +233,11 @@ def load_pruned(load: Callable[..., Any], source: Any, *args: Any, **kwargs: Any
             markers, info = load(masks, *args, **{**kwargs, "output_loading_info": True})
             store = MaskStore(_masks_from_markers(markers, info))
     if store is not None:
-        _attach(loaded[0] if isinstance(loaded, tuple) else loaded, store, source)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if kwargs.get("ignore_mismatched_sizes"):  # those weights are new, and have no mask
+            shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+            store.masks = {name: m for name, m in store.masks.items() if shapes.get(name, m.shape) == m.shape}
+        _attach(model, store, source)
     return loaded
 
 

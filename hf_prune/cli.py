@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
+from hf_prune import __version__
 from hf_prune.config import ALLOCATIONS, SCOPES, PruningConfig
 from hf_prune.errors import ConfigError, DataError, HfPruneError
 from hf_prune.registry import CRITERIA, GRANULARITIES
 from hf_prune.sources import check_data_source, check_model_source
 from hf_prune.tables import format_table
-
-if TYPE_CHECKING:
-    from hf_prune.report import SparsityReport
 
 app = typer.Typer(
     name="hf-prune",
@@ -30,6 +29,20 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it.")] = False,
+) -> None:
+    """Prune Hugging Face models, see what it costs and what it brings, and save the result."""
+
 
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="A folder with a checkpoint, or a Hub id.", show_default=False)
@@ -77,7 +90,8 @@ def demo(
     typer.echo(f"\nScoring it at several sparsities. The same by hand:\n  {' '.join(arguments)}\n")
     _say_if_continuing(out, restart)
     model, data = str(assets.model_dir), LabelledData(str(assets.data_dir))
-    result = sweep_checkpoint(model, data, out, restart=restart, name="demo model", data_name="Rotten Tomatoes")
+    with _resumable():
+        result = sweep_checkpoint(model, data, out, restart=restart, name="demo model", data_name="Rotten Tomatoes")
     typer.echo(f"{result}\n{_sweep_files(out)}")
     best = result.sweet_spot
     sparsity = best.sparsity if best is not None else min(p.sparsity for p in result.points)
@@ -86,7 +100,7 @@ def demo(
     typer.echo(f"\nPruning at {100 * sparsity:g} %, {chosen}. The same by hand:")
     typer.echo(f"  {program} prune {assets.model_dir} --sparsity {sparsity:g} --out {pruned} --plots\n")
     report = prune_checkpoint(model, PruningConfig(sparsity=sparsity), pruned, plots=True, name="demo model")
-    typer.echo(_totals(report))
+    typer.echo(report.summary())
     typer.echo(
         f"\nSaved, with its report and two plots, in {pruned}. Plain transformers loads it:\n"
         f"  AutoModelForSequenceClassification.from_pretrained({str(pruned)!r})\n"
@@ -228,18 +242,19 @@ def sweep(
     from hf_prune.workflows import LabelledData, sweep_checkpoint
 
     _say_if_continuing(out, restart)
-    result = sweep_checkpoint(
-        model,
-        LabelledData(data, _names(text_column), label_column, calibration_split, calibration_samples),
-        out,
-        sparsities=sparsities,
-        criteria=_names(criterion),
-        config=settings,
-        split=split,
-        tolerance=tolerance,
-        batch_size=batch_size,
-        restart=restart,
-    )
+    with _resumable():
+        result = sweep_checkpoint(
+            model,
+            LabelledData(data, _names(text_column), label_column, calibration_split, calibration_samples),
+            out,
+            sparsities=sparsities,
+            criteria=_names(criterion),
+            config=settings,
+            split=split,
+            tolerance=tolerance,
+            batch_size=batch_size,
+            restart=restart,
+        )
     typer.echo(json.dumps(result.to_dict(), indent=2) if as_json else f"{result}\n{_sweep_files(out)}")
 
 
@@ -320,6 +335,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(1)
 
 
+@contextlib.contextmanager
+def _resumable() -> Iterator[None]:
+    """What is measured is on disk: say so when the user interrupts."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        typer.echo("\nInterrupted. The same command continues where it was.", err=True)
+        raise typer.Exit(130) from None
+
+
 def _start(models: Sequence[str], data: str | None = None) -> None:
     """Look for what is asked for, before the seconds that loading the libraries takes; then silence their chatter."""
     for model in models:
@@ -339,11 +364,15 @@ def _config(path: Path | None, **settings: Any) -> PruningConfig:
         if key in values:
             values[key] = _modules(values[key])
     if "=" in values.get("allocation", ""):
-        pairs = [pair.partition("=") for pair in values["allocation"].split(",")]
-        values["allocation"] = {name: _numbers("--allocation", value)[0] for name, _, value in pairs}
+        pairs = [pair.partition("=") for pair in _names(values["allocation"])]
+        values["allocation"] = {name: _numbers(f"--allocation {name}", value)[0] for name, _, value in pairs}
     if path is None:
         return PruningConfig.from_dict(values)
-    return PruningConfig.from_json(path.read_text(encoding="utf-8")).replace(**values)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"--config {path} is no text file: {error}") from error
+    return PruningConfig.from_json(text).replace(**values)
 
 
 def _modules(text: str) -> str | tuple[str, ...]:
@@ -370,9 +399,3 @@ def _say_if_continuing(out: Path, restart: bool) -> None:
 
 def _sweep_files(out: Path) -> str:
     return "Saved: " + ", ".join(str(out / name) for name in ("results.json", "results.csv", "tradeoff.png"))
-
-
-def _totals(report: SparsityReport) -> str:
-    """The report without its table."""
-    lines = str(report).splitlines()
-    return "\n".join(line for line in lines if line.startswith(("Targets", "Size", "N:M")) or "more are zero" in line)

@@ -168,7 +168,7 @@ def check_sparsity(name: str, value: object) -> float:
         ConfigError: If it is no number from 0 to 1.
     """
     if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= float(value) <= 1:
-        percent = isinstance(value, numbers.Real) and math.isfinite(float(value)) and 1 < float(value) <= 100
+        percent = isinstance(value, numbers.Real) and math.isfinite(float(value)) and 2 <= float(value) <= 100
         hint = f"; did you mean {float(value) / 100:g}?" if percent else ""  # type: ignore[arg-type]
         raise ConfigError(f"{name} is {value!r}: expected a share from 0 to 1{hint}")
     return float(value)

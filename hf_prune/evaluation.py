@@ -42,7 +42,7 @@ def accuracy_metric() -> evaluate.Metric:
         >>> accuracy_metric().compute(predictions=[0, 1, 1, 0], references=[0, 1, 0, 0])
         {'accuracy': 0.75, 'n': 4, 'standard_error': 0.21650635094610965}
     """
-    return _accuracy_class()()
+    return _accuracy_class()(keep_in_memory=True)
 
 
 @functools.cache
@@ -65,19 +65,15 @@ def _accuracy_class() -> type[evaluate.Metric]:
             )
 
         def _compute(self, *, predictions: Sequence[int], references: Sequence[int]) -> dict[str, float | int]:
-            accuracy, standard_error = _accuracy(predictions, references)
-            return {"accuracy": accuracy, "n": len(references), "standard_error": standard_error}
+            n = len(references)
+            if n == 0:
+                raise DataError(
+                    "the accuracy of no examples is not defined: pass at least one prediction and its reference"
+                )
+            p = sum(a == b for a, b in zip(predictions, references, strict=True)) / n
+            return {"accuracy": p, "n": n, "standard_error": math.sqrt(p * (1 - p) / n)}
 
     return Accuracy
-
-
-def _accuracy(predictions: Sequence[int], labels: Sequence[int]) -> tuple[float, float]:
-    """Accuracy and its standard error."""
-    n = len(labels)
-    if n == 0:
-        raise DataError("the accuracy of no examples is not defined: pass at least one prediction and its reference")
-    p = sum(a == b for a, b in zip(predictions, labels, strict=True)) / n
-    return p, math.sqrt(p * (1 - p) / n)
 
 
 # --- evaluation ------------------------------------------------------------------------------------
@@ -232,11 +228,11 @@ def evaluate_classification(
     labels = _label_ids(dataset, label_column, _label2id(model), num_labels)
     predictions = _predict(model, tokenizer, examples, batch_size, progress)
     seconds = time.perf_counter() - start
-    accuracy, standard_error = _accuracy(predictions, labels)
+    score = accuracy_metric().compute(predictions=predictions, references=labels)
     return Evaluation(
-        accuracy=accuracy,
-        n=len(labels),
-        standard_error=standard_error,
+        accuracy=score["accuracy"],
+        n=score["n"],
+        standard_error=score["standard_error"],
         predictions=tuple(predictions),
         labels=tuple(labels),
         split=split,

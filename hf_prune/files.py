@@ -19,7 +19,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     Args:
         path: The file to write; its folder is made if needed.
     """
-    path = Path(path)
+    path = Path(path).resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(path)
     try:
@@ -58,7 +58,7 @@ def staged_folder(
         last: Glob patterns of files that are taken away before anything is replaced, and arrive after it, in this
             order; what arrives last goes first.
     """
-    folder = Path(folder)
+    folder = Path(folder).resolve()
     folder.parent.mkdir(parents=True, exist_ok=True)
     staging = _temporary(folder)
     staging.mkdir()

@@ -122,6 +122,7 @@ class PrunedModelMixin(nn.Module):
         self,
         save_directory: str | os.PathLike[str],
         is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
         push_to_hub: bool = False,
         **kwargs: Any,
     ) -> None:
@@ -130,6 +131,7 @@ class PrunedModelMixin(nn.Module):
         Args:
             save_directory: The folder.
             is_main_process: False on all but one process of a distributed run.
+            state_dict: What to save in place of the model's own; the masks apply to it as well.
             push_to_hub: Upload the result as well, to ``repo_id`` or a repository named like the folder.
             **kwargs: As of ``PreTrainedModel.save_pretrained``.
 
@@ -139,9 +141,9 @@ class PrunedModelMixin(nn.Module):
         hub = {key: kwargs.pop(key) for key in ("repo_id", "commit_message", "private", "create_pr") if key in kwargs}
         save = super().save_pretrained.__func__  # type: ignore[misc]
         if is_main_process:
-            save_pruned(self, dense_class(type(self)), save, save_directory, **kwargs)
+            save_pruned(self, dense_class(type(self)), save, save_directory, state_dict=state_dict, **kwargs)
         else:
-            save(self, save_directory, is_main_process=False, **kwargs)
+            save(self, save_directory, is_main_process=False, state_dict=state_dict, **kwargs)
         if push_to_hub and is_main_process:
             push: Any = self.push_to_hub
             push(hub.pop("repo_id", Path(save_directory).name), token=kwargs.get("token"), **hub)

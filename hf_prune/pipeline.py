@@ -83,6 +83,7 @@ def prune(
         8
     """
     config = resolve_config(config, settings)
+    wrapper, model = model, getattr(model, "_orig_mod", model)  # torch.compile wraps the model
     plan = make_plan(model, config)
     if dry_run:
         return plan
@@ -92,7 +93,7 @@ def prune(
     stats = collect_stats(model, plan, calibration, progress)
     masks, weights = compute_masks(model, plan, stats, store.masks)
     store.update(model, masks, weights, config, keep_dense)
-    return model
+    return wrapper
 
 
 def resolve_config(config: PruningConfig | float | None, settings: Mapping[str, Any]) -> PruningConfig:

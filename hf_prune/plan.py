@@ -16,7 +16,7 @@ from hf_prune.granularities.base import Granularity
 from hf_prune.masking import MaskStore
 from hf_prune.registry import CRITERIA, parse_granularity
 from hf_prune.tables import format_count, format_table
-from hf_prune.targets import Target, is_finite, resolve_targets
+from hf_prune.targets import Target, is_finite, resolve_targets, uncovered_matrices
 
 _ROUNDING = 0.005  # the same sparsity in another scope may round to this much less of the weights
 
@@ -54,6 +54,7 @@ class PruningPlan:
         total_parameters: Parameters of the whole model, tied ones once.
         total_bytes: Their size in memory.
         element_size: Bytes of one target weight (of the first target).
+        uncovered: Sizes of matrices that no config can target (see ``targets.uncovered_matrices``), by name.
     """
 
     config: PruningConfig
@@ -63,6 +64,7 @@ class PruningPlan:
     total_parameters: int
     total_bytes: int
     element_size: int
+    uncovered: Mapping[str, int]
 
     @property
     def criterion(self) -> Criterion:
@@ -81,11 +83,19 @@ class PruningPlan:
 
     @property
     def removed_parameters(self) -> int:
-        """How many weights will be removed in all, those of earlier prunings included."""
+        """How many weights will be removed in all, those of earlier prunings included.
+
+        A lower bound if there are such: what they removed and what this plan removes need not coincide.
+        """
         size = self.granularity.block[0] * self.granularity.block[1]
         if any(t.remove is None for t in self.tensors):
             return max(self.remove * size, sum(t.already for t in self.tensors))
         return sum(max((t.remove or 0) * size, t.already) for t in self.tensors)
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether :attr:`removed_parameters` is the exact number: nothing was pruned before."""
+        return not any(t.already for t in self.tensors)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -95,6 +105,8 @@ class PruningPlan:
             "total_parameters": self.total_parameters,
             "target_parameters": self.target_parameters,
             "removed_parameters": self.removed_parameters,
+            "removed_parameters_is_exact": self.is_exact,
+            "uncovered_parameters": sum(self.uncovered.values()),
             "tensors": [
                 {
                     "name": t.target.name,
@@ -124,21 +136,27 @@ class PruningPlan:
             ["weight", "shape", "weights", "sparsity", "units to remove", "removed already"], rows, left=2
         )
         config, removed, targets = self.config, self.removed_parameters, self.target_parameters
+        at_least = "" if self.is_exact else "At least "
         packed = targets // 8 + (targets - removed) * self.element_size
-        return "\n".join(
-            [
-                f"Plan for {self.model_name}: {config.criterion}, {config.granularity}, scope {config.scope}, "
-                f"allocation {config.allocation if isinstance(config.allocation, str) else 'explicit'}",
-                table,
-                f"{removed:,} of {targets:,} target weights go ({_percent(removed, targets)}), "
-                f"{_percent(removed, self.total_parameters)} of the model's {self.total_parameters:,} parameters.",
-                f"Targets: {format_count(targets * self.element_size)}B dense; the same as bit mask and surviving "
-                f"values: {format_count(packed)}B.",
-                f"Multiply-adds per token or position in the targets: {format_count(targets).strip()} dense, "
-                f"{format_count(targets - removed).strip()} with a non-zero weight. "
-                f"Dense kernels compute the zeros too: zeros alone bring no speed-up.",
-            ]
-        )
+        lines = [
+            f"Plan for {self.model_name}: {config.criterion}, {config.granularity}, scope {config.scope}, "
+            f"allocation {config.allocation if isinstance(config.allocation, str) else 'explicit'}",
+            table,
+            f"{at_least}{removed:,} of {targets:,} target weights go ({_percent(removed, targets)}), "
+            f"{_percent(removed, self.total_parameters)} of the model's {self.total_parameters:,} parameters.",
+            f"Targets: {format_count(targets * self.element_size)}B dense; the same as bit mask and surviving "
+            f"values: {format_count(packed)}B.",
+            f"Multiply-adds per token or position in the targets: {format_count(targets).strip()} dense, "
+            f"{format_count(targets - removed).strip()} with a non-zero weight. "
+            f"Dense kernels compute the zeros too: zeros alone bring no speed-up.",
+        ]
+        if self.uncovered:
+            count, first = sum(self.uncovered.values()), next(iter(self.uncovered))
+            lines.append(
+                f"Not covered: {count:,} parameters in {len(self.uncovered)} matrices outside Linear, Conv1D and "
+                f"convolutions, such as {first}."
+            )
+        return "\n".join(lines)
 
 
 def _percent(part: int, whole: int) -> str:
@@ -184,6 +202,7 @@ def make_plan(model: nn.Module, config: PruningConfig) -> PruningPlan:
         total_parameters=sum(p.numel() for p in parameters.values()),
         total_bytes=sum(p.numel() * p.element_size() for p in parameters.values()),
         element_size=parameters[targets[0].name].element_size(),
+        uncovered=uncovered_matrices(model),
     )
 
 

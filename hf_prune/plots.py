@@ -79,7 +79,7 @@ def plot_layer_sparsity(report: SparsityReport, title: str) -> Figure:
 def plot_tradeoff(
     dense_accuracy: float, points: Sequence[SweepPoint], sweet_spot: SweepPoint | None, title: str, subtitle: str
 ) -> Figure:
-    """Accuracy against sparsity, one line per criterion, with 95 % intervals and the sweet spot.
+    """Accuracy against sparsity, one line per criterion, with the intervals of the paired drop and the sweet spot.
 
     Args:
         dense_accuracy: Accuracy of the dense model, 0 to 1.

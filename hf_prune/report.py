@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -132,9 +132,9 @@ class SparsityReport:
     @property
     def nm_patterns(self) -> tuple[str, ...]:
         """The N:M patterns that every target satisfies."""
-        common = [set(t.nm_patterns) for t in self.targets]
-        names = [f"{n}:{m}" for n, m in NM_PATTERNS]
-        return tuple(p for p in names if common and p in set.intersection(*common))
+        if not self.targets:
+            return ()
+        return tuple(p for p in self.targets[0].nm_patterns if all(p in t.nm_patterns for t in self.targets))
 
     def with_before(self, before: SparsityReport) -> SparsityReport:
         """This report with the statistics of an earlier one beside its own.
@@ -168,10 +168,20 @@ class SparsityReport:
         """JSON text."""
         return json.dumps(self.to_dict(), indent=2)
 
+    def _values(self) -> str:
+        """Table of the statistics of the targets' values, now and before pruning."""
+        moments = ("min", "max", "mean", "std")
+        before = [m for m in moments if any(t.before for t in self.targets)]
+        rows = [
+            [t.name]
+            + ["-" if t.after is None else f"{getattr(t.after, m):.4f}" for m in moments]
+            + ["-" if t.before is None else f"{getattr(t.before, m):.4f}" for m in before]
+            for t in self.targets
+        ]
+        return format_table(["values, zeros included", *moments, *(f"{m} before" for m in before)], rows)
+
     def __str__(self) -> str:
-        header = ["weight", "shape", "weights", "non-zero", "sparsity", "N:M", "std"]
-        with_before = any(t.before for t in self.targets)
-        header += ["std before"] if with_before else []
+        header = ["weight", "shape", "weights", "non-zero", "sparsity", "N:M", "bytes"]
         rows = [
             [
                 t.name,
@@ -180,17 +190,22 @@ class SparsityReport:
                 f"{t.nonzero:,}",
                 f"{100 * t.sparsity:.2f} %",
                 t.nm_patterns[0] if t.nm_patterns else "-",
-                "-" if t.after is None else f"{t.after.std:.4f}",
-                *([] if not with_before else ["-" if t.before is None else f"{t.before.std:.4f}"]),
+                f"{t.bytes:,}",
             ]
             for t in self.targets
         ]
-        lines = [f"Sparsity of {self.model_name}", format_table(header, rows, left=2)]
-        lines.append(
+        table = format_table(header, rows, left=2)
+        return "\n".join([f"Sparsity of {self.model_name}", table, "", self._values(), "", self.summary()])
+
+    def summary(self) -> str:
+        """The totals, without the tables."""
+        lines = [
             f"Targets: {self.removed:,} of {self.target_parameters:,} weights are zero "
             f"({100 * self.target_sparsity:.2f} %). Whole model: {self.remaining:,} of {self.parameters:,} parameters "
             f"remain ({100 * self.model_sparsity:.2f} % removed)."
-        )
+        ]
+        if empty := [t.name for t in self.targets if t.parameters and not t.nonzero]:
+            lines.append(f"Nothing is left of {', '.join(empty)}.")
         if elsewhere := self.remaining - self.nonzero:
             lines.append(f"{elsewhere:,} more are zero in tensors that pruning does not cover.")
         if self.nm_patterns:
@@ -219,6 +234,7 @@ def sparsity_report(model: nn.Module, config: PruningConfig | None = None) -> Sp
     """
     store = MaskStore.of(model)
     targets = _targets(model, config, store)
+    patterns = _patterns(config, store)
     dense = store.dense if store is not None and store.dense is not None else {}
     tensors = []
     for name, parameter in model.named_parameters():
@@ -231,7 +247,7 @@ def sparsity_report(model: nn.Module, config: PruningConfig | None = None) -> Sp
                 is_target=is_target,
                 parameters=weight.numel(),
                 nonzero=int(weight.count_nonzero()),
-                nm_patterns=() if target is None else nm_patterns(target, weight),
+                nm_patterns=() if target is None else nm_patterns(target, weight, patterns),
                 bytes=weight.numel() * weight.element_size(),
                 after=WeightStatistics.of(weight) if is_target else None,
                 before=WeightStatistics.of(dense[name]) if name in dense else None,
@@ -252,17 +268,26 @@ def _targets(model: nn.Module, config: PruningConfig | None, store: MaskStore | 
         return {}
 
 
-def nm_patterns(target: Target, weight: Tensor) -> tuple[str, ...]:
+def _patterns(config: PruningConfig | None, store: MaskStore | None) -> list[tuple[int, int]]:
+    """The N:M patterns to look for: the one that was asked for, and common ones."""
+    asked = config or (store.config if store is not None else None)
+    own = [] if asked is None or ":" not in asked.granularity else asked.granularity.split(":")
+    pattern = [(int(own[0]), int(own[1]))] if own and own[0].isdigit() else []
+    return list(dict.fromkeys([*pattern, *NM_PATTERNS]))
+
+
+def nm_patterns(target: Target, weight: Tensor, patterns: Sequence[tuple[int, int]] = NM_PATTERNS) -> tuple[str, ...]:
     """The N:M patterns that a weight satisfies.
 
     Args:
         target: Which weight it is.
         weight: Its values, in its own layout.
+        patterns: The (N, M) to look for.
     """
     nonzero = target.matrix(weight != 0)
     found = []
-    for n, m in NM_PATTERNS:
-        if target.inputs % m == 0 and int(nonzero.reshape(-1, m).sum(1, dtype=torch.uint8).max()) <= n:
+    for n, m in patterns:
+        if target.inputs % m == 0 and int(nonzero.reshape(-1, m).sum(1, dtype=torch.int32).max()) <= n:
             found.append(f"{n}:{m}")
     return tuple(found)
 

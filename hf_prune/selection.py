@@ -134,8 +134,9 @@ def _threshold(parts: Sequence[Chunks], k: int, low: float, high: float) -> tupl
             under_low += int(xp.count_nonzero(chunk < low))
             upto_low += int(xp.count_nonzero(upto))
             upto_high += int(xp.count_nonzero(chunk <= high))
-            collected.append(chunk[(chunk < high) & ~upto])
-    between = xp.concatenate(collected)
+            inside = chunk[(chunk < high) & ~upto]
+            collected.append(inside if xp is np else inside.cpu().numpy())  # parts may lie on several devices
+    between = np.concatenate(collected)
     if not under_low < k <= upto_high:  # an unlucky sample: bracket everything
         return _threshold(parts, k, float("-inf"), float("inf"))
     if k <= upto_low:
@@ -143,11 +144,8 @@ def _threshold(parts: Sequence[Chunks], k: int, low: float, high: float) -> tupl
     if k > upto_low + len(between):
         return high, upto_high - k
     rank = k - upto_low
-    if xp is np:
-        threshold = float(np.partition(between, rank - 1)[rank - 1])
-    else:
-        threshold = float(torch.kthvalue(between, rank).values)
-    return threshold, int(xp.count_nonzero(between <= threshold)) - rank
+    threshold = float(np.partition(between, rank - 1)[rank - 1])
+    return threshold, int(np.count_nonzero(between <= threshold)) - rank
 
 
 def _above(chunks: Iterable[Tensor], size: int, threshold: float) -> Tensor:

@@ -410,6 +410,11 @@ def _one_set(paths: list[Path], split: str) -> list[Path]:
     return paths
 
 
+def same_split(one: str, other: str) -> bool:
+    """Whether two names mean the same split."""
+    return one == other or {one, other} <= set(_SPLIT_ALIASES)
+
+
 def _resolve_split(split: str, available: Sequence[str], where: str) -> str:
     if split in available:
         return split

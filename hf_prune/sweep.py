@@ -280,6 +280,8 @@ def run_sweep(
     """
     if MaskStore.of(model) is not None:
         raise SweepError("the model has masks: a sweep starts from dense weights; load a dense model")
+    if out is not None and Path(out).exists() and not Path(out).is_dir():
+        raise SweepError(f"{out} is a file: expected a folder for the results")
     base = config or PruningConfig()
     if sparsities is None:
         fixed = parse_granularity(base.granularity).fixed_sparsity

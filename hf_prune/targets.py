@@ -155,10 +155,18 @@ def _check_matches(setting: str, pattern: str | tuple[str, ...], names: list[str
     """A name that matches nothing is a typing error, and would silently protect or prune nothing."""
     if pattern == ALL_LINEAR or not pattern:
         return
-    for part in [pattern] if isinstance(pattern, str) else [(suffix,) for suffix in pattern]:
-        if not any(module_matches(name, part) for name in names):
-            known = sorted({name.rsplit(".", 1)[-1] for name in prunable})
-            raise PlanError(f"{setting}: {unknown_name('module', part if isinstance(part, str) else part[0], known)}")
+    known = sorted({name.rsplit(".", 1)[-1] for name in prunable})
+    if isinstance(pattern, str):
+        if not any(module_matches(name, pattern) for name in names):
+            raise PlanError(
+                f"{setting}={pattern!r} is a regular expression for whole module names, and none matches: expected "
+                f"one such as '.*{known[0] if known else 'dense'}', or a list of last names, such as [{pattern!r}]; "
+                f"there are {', '.join(known)}"
+            )
+        return
+    for suffix in pattern:
+        if not any(module_matches(name, (suffix,)) for name in names):
+            raise PlanError(f"{setting}: {unknown_name('module', suffix, known)}")
 
 
 def _check_weight(module_name: str, weight: Tensor) -> None:
@@ -186,6 +194,20 @@ def _available(prunable: dict[str, tuple[nn.Module, str]]) -> str:
     for name, (module, _) in prunable.items():
         kinds.setdefault(type(module).__name__, set()).add(name.rsplit(".", 1)[-1])
     return "; ".join(f"{kind} named {', '.join(sorted(names))}" for kind, names in sorted(kinds.items()))
+
+
+def uncovered_matrices(model: nn.Module) -> dict[str, int]:
+    """Matrices that no config can target, such as fused experts: sizes by parameter name.
+
+    Embeddings are looked up, not multiplied with, and are left out.
+
+    Args:
+        model: Any torch module.
+    """
+    covered = {id(p) for _, (module, _) in _prunable_modules(model) for p in module.parameters(recurse=False)}
+    covered |= {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    matrices = {name: p for name, p in model.named_parameters() if id(p) not in covered}
+    return {name: p.numel() for name, p in matrices.items() if sum(size > 1 for size in p.shape) > 1}
 
 
 def is_finite(tensor: Tensor) -> bool:

@@ -17,7 +17,8 @@ def from_torch_prune(model: Model, *, keep_dense: bool = False) -> Model:
     """Turn ``weight_orig`` and ``weight_mask`` into plain weights and a mask store, in place.
 
     Afterwards the model has its usual parameters and state-dict keys, computes the same, and can be pruned
-    further, saved and loaded like any other. Masks of biases are adopted too.
+    further, saved and loaded like any other. Masks of biases are adopted too. Where a pruned weight is tied to
+    another module's, one mask now holds for both, which torch.nn.utils.prune kept apart.
 
     Args:
         model: A model pruned with ``torch.nn.utils.prune``, by any of its methods.

@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any
 from transformers import AutoTokenizer
 
 from hf_prune.auto import load_native
-from hf_prune.checkpoint import copy_companions, staged_checkpoint
+from hf_prune.checkpoint import copy_companions, has_tokenizer, staged_checkpoint
 from hf_prune.config import PruningConfig
-from hf_prune.errors import DataError
+from hf_prune.errors import ConfigError, DataError
 from hf_prune.evaluation import Evaluation, classification_batches, evaluate_classification
 from hf_prune.files import write_text
 from hf_prune.plots import plot_layer_sparsity, plot_weight_histogram, save_figure
 from hf_prune.registry import CRITERIA
 from hf_prune.report import SparsityReport, WeightHistogram, sparsity_report, weight_histogram
-from hf_prune.sources import check_model_source, load_classification
+from hf_prune.sources import check_model_source, load_classification, same_split
 from hf_prune.sweep import SweepResult, run_sweep
 
 if TYPE_CHECKING:
@@ -70,10 +70,15 @@ def load_classifier(source: str) -> tuple[Any, Any]:
     Raises:
         DataError: If it cannot be found or is of another kind.
     """
+    offline = check_model_source(source)
+    if not has_tokenizer(source, local_files_only=offline):
+        raise DataError(
+            f"{source!r} has no tokenizer: save it beside the model with tokenizer.save_pretrained({source!r})"
+        )
     model = load_native(source)
     if not type(model).__name__.endswith("ForSequenceClassification"):
         raise DataError(f"{source!r} is a {type(model).__name__}: expected a …ForSequenceClassification to score")
-    return model, AutoTokenizer.from_pretrained(source, local_files_only=check_model_source(source))
+    return model, AutoTokenizer.from_pretrained(source, local_files_only=offline)
 
 
 def evaluate_checkpoint(source: str, data: LabelledData, split: str, *, batch_size: int = 32) -> Evaluation:
@@ -172,6 +177,11 @@ def sweep_checkpoint(
         name: What to call the model in tables and plots.
         data_name: What to call the data there.
     """
+    if any(CRITERIA.get(name).needs for name in criteria) and same_split(split, data.calibration_split):
+        raise ConfigError(
+            f"the split {split!r} is scored and calibrated on: expected two; a criterion that has seen the labels that "
+            "it is scored on looks better than it is"
+        )
     model, tokenizer = load_classifier(source)
     return run_sweep(
         model,

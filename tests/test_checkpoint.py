@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from hf_prune import (
     prunable,
 )
 from hf_prune.checkpoint import MASK_FILE, copy_companions, load_masks, save_masks, staged_checkpoint
-from hf_prune.errors import CheckpointError
+from hf_prune.errors import CheckpointError, DataError
 from tests import models
 from tests.models import assert_unchanged, same_bits, snapshot
 
@@ -593,9 +593,46 @@ def test_companions_are_copied(tmp_path):
     assert files(out).items() <= files(source).items()
 
 
-def test_missing_checkpoint_is_the_error_of_transformers(tmp_path):
-    shutil.rmtree(tmp_path / "nothing", ignore_errors=True)
-    with pytest.raises(OSError, match="nothing"):
+def test_missing_checkpoint_is_refused(tmp_path):
+    with pytest.raises(DataError, match=r"no such folder: .*nothing"):
         load(tmp_path / "nothing")
     with pytest.raises(ValueError, match="Unrecognized model"):
         load(tmp_path)
+
+
+def test_training_steps_do_not_survive_in_the_checkpoint(tmp_path):
+    """An optimizer moves removed weights; what is saved has them at zero all the same, and loads."""
+    model = prunable(models.tiny_bert()).prune(0.5)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    model(input_ids=torch.tensor([[1, 2, 3]]), labels=torch.tensor([1])).loss.backward()
+    optimizer.step()
+    name, mask = next(iter(model.masks.items()))
+    assert model.get_parameter(name).detach()[~mask].any()
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    model.save_pretrained(tmp_path / "own")
+    model.save_pretrained(tmp_path / "given", state_dict=state)
+    for folder in ("own", "given"):
+        loaded = load(tmp_path / folder)
+        assert dict(loaded.masks).keys() == dict(model.masks).keys()
+        assert_unchanged(loaded, snapshot(model))
+    assert state[name][~mask].any()  # the caller's own tensors are left as they were
+
+
+def test_new_head_of_another_size(pruned, saved):
+    loaded = load(saved, num_labels=5, ignore_mismatched_sizes=True)
+    assert dict(loaded.masks).keys() == {name for name in pruned.masks if name != "classifier.weight"}
+
+
+def test_unreachable_hub_is_an_error_at_once(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    start = time.perf_counter()
+    with pytest.raises(DataError, match="cannot get model 'nope/nope'"):
+        load("nope/nope")
+    assert time.perf_counter() - start < 5  # seconds of retries would be half a minute
+
+
+def test_folder_may_be_the_current_one(pruned, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pruned.save_pretrained(".")
+    assert dict(load(".").masks).keys() == dict(pruned.masks).keys()
+    assert not [path.name for path in tmp_path.parent.iterdir() if path.name.endswith(".tmp")]

@@ -381,7 +381,7 @@ USER_ERRORS: dict[str, tuple[list[str], str]] = {
     "scope": (["prune", "{text}", "--scope", "world", "--dry-run"], "unknown scope 'world'"),
     "allocation": (
         ["prune", "{text}", "--allocation", "query=x", "--dry-run"],
-        "--allocation is 'x': expected numbers",
+        "--allocation query is 'x': expected numbers",
     ),
     "targets": (["prune", "{text}", "--target-modules", "qery", "--dry-run"], "unknown module 'qery'"),
     "regex": (["prune", "{text}", "--target-modules", "re:(", "--dry-run"], "is not a regular expression"),
@@ -471,3 +471,45 @@ def test_offline_errors_come_before_the_libraries(arguments, tmp_path):
     assert done.returncode == 1
     assert done.stderr.startswith("error: cannot get model 'owner/name'")
     assert done.stdout == "[]\n"
+
+
+def test_more_user_errors(hf_prune, folders, tmp_path):
+    text, data = folders["text"], folders["data"]
+    without = tmp_path / "no-tokenizer"
+    models.tiny_classifier(seed=4).save_pretrained(without)
+    assert "has no tokenizer: save it beside the model" in error_of(hf_prune("evaluate", without, "--data", data))
+    same = [
+        "sweep",
+        text,
+        "--data",
+        data,
+        "--criterion",
+        "taylor",
+        "--calibration-split",
+        "dev",
+        "--out",
+        tmp_path / "s",
+    ]
+    assert "'validation' is scored and calibrated on" in error_of(hf_prune(*same))
+    binary = tmp_path / "binary.json"
+    binary.write_bytes(b"\xff\xfe\x00")
+    assert "is no text file" in error_of(hf_prune("prune", text, "--config", binary, "--out", tmp_path / "x"))
+    unknown = tmp_path / "unknown"
+    unknown.mkdir()
+    (unknown / "config.json").write_text('{"model_type": "nosuch", "architectures": ["X"]}')
+    assert "is of no model that transformers knows" in error_of(hf_prune("report", unknown))
+    wrong = tmp_path / "wrong"
+    models.tiny_classifier(seed=4).save_pretrained(wrong)
+    config = json.loads((wrong / "config.json").read_text())
+    (wrong / "config.json").write_text(json.dumps({**config, "intermediate_size": 7}))
+    assert "do not fit its config" in error_of(hf_prune("report", wrong)).replace("\n", " ")
+    (tmp_path / "file").write_text("x")
+    sweep = ["sweep", text, "--data", data, "--out", tmp_path / "file"]
+    assert "is a file: expected a folder for the results" in error_of(hf_prune(*sweep))
+
+
+def test_version(hf_prune):
+    import hf_prune as package
+
+    done = hf_prune("--version")
+    assert (done.code, done.out) == (0, f"{package.__version__}\n")

@@ -48,7 +48,7 @@ def test_sparsity_outside_0_to_1_is_refused(value):
     with pytest.raises(ConfigError, match=r"^sparsity is .*: expected a share from 0 to 1") as caught:
         PruningConfig(value)
     assert repr(value) in str(caught.value)
-    assert ("did you mean" in str(caught.value)) == (value == 1.0001)
+    assert "did you mean" not in str(caught.value)
 
 
 def test_a_percentage_is_recognised():
@@ -89,7 +89,7 @@ def test_a_misspelt_name_lists_the_valid_ones(setting, value, message):
         ({"exclude_modules": [""]}, r"exclude_modules is \[''\]: expected .* a list of module-name suffixes"),
         ({"allocation": {}}, r"allocation is \{\}: expected 'uniform', 'erk' or a non-empty dict"),
         ({"allocation": None}, r"allocation is None: expected"),
-        ({"allocation": {"fc": 1.5}}, r"allocation\['fc'\] is 1\.5: expected a share from 0 to 1; did you mean 0\.015"),
+        ({"allocation": {"fc": 1.5}}, r"allocation\['fc'\] is 1\.5: expected a share from 0 to 1$"),
         ({"allocation": {3: 0.5}}, r"allocation names the module 3: expected a non-empty string"),
         ({"allocation": {"": 0.5}}, r"allocation names the module '': expected a non-empty string"),
         (

@@ -576,3 +576,14 @@ def test_batches_of_unusable_data(tokenizer):
         classification_batches(Dataset.from_dict({"sentence": ["a"], "label": [-1]}), tokenizer)
     with pytest.raises(DataError, match="the data set is empty"):
         classification_batches(Dataset.from_dict({"sentence": [], "label": []}), tokenizer)
+
+
+def test_evaluation_scores_with_the_metric(bert, tokenizer, monkeypatch):
+    from hf_prune import evaluation
+
+    class Fixed:
+        def compute(self, *, predictions, references):
+            return {"accuracy": 0.125, "n": len(references), "standard_error": 0.5}
+
+    monkeypatch.setattr(evaluation, "accuracy_metric", Fixed)
+    assert evaluate_classification(bert, tokenizer, make_data(4)).accuracy == 0.125

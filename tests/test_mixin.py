@@ -595,3 +595,8 @@ def test_load_native_of_an_unknown_class(tmp_path, architectures):
 def test_load_native_of_nothing(tmp_path):
     with pytest.raises(DataError, match="nothing"):
         load_native(str(tmp_path / "nothing"))
+
+
+def test_save_pretrained_takes_its_arguments_in_the_order_of_transformers():
+    ours = list(inspect.signature(PrunedModelMixin.save_pretrained).parameters)[:5]
+    assert ours == list(inspect.signature(PreTrainedModel.save_pretrained).parameters)[:5]

@@ -369,3 +369,11 @@ def test_plan_counts_what_is_gone_already():
     after = sum(int((~mask).sum()) for mask in MaskStore.of(model).masks.values())
     assert after >= removed
     assert plan.removed_parameters == sum(max(t.remove, t.already) for t in plan.tensors) <= after
+
+
+def test_compiled_model_is_pruned_itself():
+    model = mlp()
+    compiled = torch.compile(model, backend="eager")
+    assert prune(compiled, 0.5) is compiled
+    assert MaskStore.of(model) is not None
+    assert MaskStore.of(compiled) is None

@@ -203,3 +203,26 @@ def test_masks_that_no_longer_fit_are_refused_before_any_change():
         prune(model, 0.5, target_modules=["fc1"])
     assert list(MaskStore.of(model).masks) == ["fc2.weight"]
     assert torch.equal(model.fc1.weight, before["fc1.weight"])
+
+
+def test_what_earlier_prunings_removed_makes_the_count_a_lower_bound():
+    model = prune(mlp(hidden=24), 0.3)
+    plan = prune(model, 0.5, granularity="block:3x2", dry_run=True)
+    assert not plan.is_exact
+    assert f"At least {plan.removed_parameters:,} of" in str(plan)
+    prune(model, 0.5, granularity="block:3x2")
+    assert sparsity_report(model).removed >= plan.removed_parameters
+    fresh = prune(mlp(hidden=24), 0.5, dry_run=True)
+    assert fresh.is_exact
+    assert "At least" not in str(fresh)
+
+
+def test_matrices_that_no_config_can_target_are_named():
+    """Fused experts and packed projections are neither Linear nor convolution: the plan says so."""
+    attention = nn.MultiheadAttention(8, 2)
+    model = nn.Sequential(nn.Embedding(10, 8), attention, nn.Linear(8, 4))
+    plan = prune(model, 0.5, dry_run=True)
+    assert dict(plan.uncovered) == {"1.in_proj_weight": 24 * 8}
+    assert "Not covered: 192 parameters in 1 matrices outside Linear, Conv1D and convolutions, such as" in str(plan)
+    assert plan.to_dict()["uncovered_parameters"] == 192
+    assert "Not covered" not in str(prune(mlp(), 0.5, dry_run=True))

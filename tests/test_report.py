@@ -79,10 +79,16 @@ def test_statistics_of_low_precision_are_accumulated_in_float64():
 def test_text(report):
     assert str(report).splitlines() == [
         "Sparsity of Hand",
-        "weight    shape  weights  non-zero  sparsity  N:M     std",
-        "--------  -----  -------  --------  --------  ---  ------",
-        "a.weight  2x4          8         3   62.50 %  2:4  1.2990",
-        "b.weight  3x2          6         5   16.67 %    -  1.7078",
+        "weight    shape  weights  non-zero  sparsity  N:M  bytes",
+        "--------  -----  -------  --------  --------  ---  -----",
+        "a.weight  2x4          8         3   62.50 %  2:4     32",
+        "b.weight  3x2          6         5   16.67 %    -     24",
+        "",
+        "values, zeros included      min     max    mean     std",
+        "----------------------  -------  ------  ------  ------",
+        "a.weight                -2.0000  3.0000  0.2500  1.2990",
+        "b.weight                 0.0000  5.0000  2.5000  1.7078",
+        "",
         "Targets: 6 of 14 weights are zero (42.86 %). Whole model: 14 of 20 parameters remain (30.00 % removed).",
         "4 more are zero in tensors that pruning does not cover.",
         "Size: 80 B dense; zeros are stored like any other number.",
@@ -321,3 +327,19 @@ def test_histogram_of_zeros_and_of_nothing():
     assert (found.zeros, found.counts.sum(), found.edges[-1]) == (6, 0, 1)
     found = weight_histogram(layer, [])
     assert (found.zeros, found.counts.sum()) == (0, 0)
+
+
+@pytest.mark.parametrize("pattern", ["3:4", "1:8", "5:16"])
+def test_the_pattern_that_was_asked_for_is_named_first(pattern):
+    report = sparsity_report(prune(nn.Linear(32, 4), granularity=pattern))
+    assert report.targets[0].nm_patterns[0] == pattern
+    assert report.nm_patterns[0] == pattern
+    assert f"every target satisfies {pattern}" in str(report)
+
+
+def test_what_is_gone_altogether_is_named():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[0].weight.data *= 1e-3
+    report = sparsity_report(prune(model, 0.5, scope="global"))
+    assert "Nothing is left of 0.weight." in report.summary()
+    assert "Nothing is left" not in sparsity_report(prune(nn.Linear(4, 4), 0.5)).summary()

@@ -118,7 +118,10 @@ def test_a_string_is_a_regular_expression_for_the_whole_name(bert):
     ]
     assert names(bert, "classifier") == ["classifier"]
     assert [module_matches("a.bc", pattern) for pattern in ("a.b", "bc", "a.bc", "a.b.*")] == [False, False, True, True]
-    with pytest.raises(PlanError, match=r"target_modules: unknown module 'query': expected one of"):
+    with pytest.raises(
+        PlanError,
+        match=r"target_modules='query' is a regular expression for whole.*a list of last names, such as \['query'\]",
+    ):
         names(bert, "query")  # a part of the name is not the name
 
 
@@ -132,14 +135,14 @@ def test_excluded_wins(bert):
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        (["qeury"], r"unknown module 'qeury': expected one of .*value\. Did you mean 'query'\?"),
-        (["query", "clasifier"], r"unknown module 'clasifier': .*Did you mean 'classifier'\?"),
-        (r".*\.7\..*", r"unknown module '\.\*\\\\\.7\\\\\.\.\*'"),
-        (["uery"], r"unknown module 'uery'"),
+        (["qeury"], r": unknown module 'qeury': expected one of .*value\. Did you mean 'query'\?"),
+        (["query", "clasifier"], r": unknown module 'clasifier': .*Did you mean 'classifier'\?"),
+        (r".*\.7\..*", r"='.*7.*' is a regular expression for whole module names, and none matches: .*there are class"),
+        (["uery"], r": unknown module 'uery'"),
     ],
 )
 def test_a_name_that_matches_nothing_is_refused(bert, setting, value, message):
-    with pytest.raises(PlanError, match=f"^{setting}: {message}"):
+    with pytest.raises(PlanError, match=f"^{setting}{message}"):
         resolve_targets(bert, PruningConfig(**{setting: value}))
 
 
