@@ -11,8 +11,9 @@ from hf_prune.errors import MaskError, PlanError
 from hf_prune.masking import MaskStore
 from hf_prune.pipeline import prune
 from hf_prune.plan import make_plan
+from hf_prune.report import sparsity_report
 from tests import models
-from tests.models import assert_unchanged, snapshot
+from tests.models import assert_unchanged, mlp, snapshot
 
 
 def removes(model: nn.Module, **settings) -> list[int | None]:
