@@ -139,7 +139,8 @@ class Selector:
         first, last = start // self.width, stop // self.width
         alive = left.sum((1, 2))  # (lines,)
         extra = (per_pool - (left[0].numel() - alive)).clamp_min(0)  # still to go, beyond what earlier prunings removed
-        shares = [extra * left[:, :, :end].sum((1, 2)) // alive.clamp_min(1) for end in (first, last)]
+        before = [left[:, :, :end].sum((1, 2)) for end in (first, last)]
+        shares = [(2 * extra * n + alive) // (2 * alive).clamp_min(1) for n in before]  # rounded, and exact at the end
         here = left[:, :, first:last]
         count = shares[1] - shares[0] + here[0].numel() - here.sum((1, 2))
         flat = units.reshape(lines, -1)

@@ -43,7 +43,8 @@ class ALPS(Criterion):
         gram = damped(stats.input_gram.to(torch.promote_types(weight.dtype, torch.float32)))
         dense = weight.to(gram.dtype)
         size = gram.diagonal().sqrt()
-        keep = _support(dense * size, gram / torch.outer(size, size), select)
+        seen = dense.masked_fill(stats.input_gram.diagonal() == 0, 0)  # weights without an input go first
+        keep = _support(seen * size, gram / torch.outer(size, size), select)
         return keep, least_squares(dense, keep, gram).to(weight.dtype)
 
 
