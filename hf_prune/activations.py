@@ -87,6 +87,7 @@ class _Sum:
     def __init__(self, needs: Iterable[str]) -> None:
         self.gram = "input_gram" in needs
         self.total: Tensor | None = None
+        self.mean: Tensor | None = None
         self.tokens = 0
 
     @torch.no_grad()
@@ -107,7 +108,8 @@ class _Sum:
         if self.total is None or self.tokens == 0:
             mean = torch.eye(inputs, device=device) if self.gram else torch.ones(inputs, device=device)
         else:
-            mean = self.total / self.tokens
+            mean = self.total / self.tokens if self.mean is None else self.mean
+            self.mean = mean  # targets with the same inputs share it
         square = mean.diagonal() if self.gram else mean
         values = {"input_gram": mean, "input_norm": square.sqrt()}
         return {need: values[need] for need in needs}
@@ -303,6 +305,7 @@ class InputReader:
             sums[name] = _Sum(needs)
             watched += [(module, sums[name], t.target.layout) for module in self.holders[name]]
         stop_after = None
+        # A run may stop early only if no further call is to come, as far as the first batch shows.
         if watched and all(id(module) in self.once for module, _, _ in watched):
             stop_after = {id(module) for module, _, _ in watched}
         advancing = []

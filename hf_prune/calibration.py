@@ -33,6 +33,7 @@ def text_batches(
 
     Returns:
         Batches on the CPU with what the tokenizer makes: ``input_ids`` and ``attention_mask`` (batch, seq), int64.
+        Short texts come first, so that texts of about the same length share a batch and little of it is padding.
 
     Raises:
         ConfigError: If ``batch_size`` or ``max_length`` is below 1.
@@ -45,8 +46,8 @@ def text_batches(
     for name, value in (("batch_size", batch_size), ("max_length", max_length)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ConfigError(f"{name} is {value!r}: expected an integer of at least 1")
-    found = [texts] if isinstance(texts, str) else list(texts)
-    if not found or isinstance(texts, str):
+    found = [] if isinstance(texts, str) else list(texts)
+    if not found:
         raise DataError(f"texts is {texts!r}: expected a list of texts, at least one")
     for i, text in enumerate(found):
         if not isinstance(text, str):
@@ -55,6 +56,7 @@ def text_batches(
         raise DataError(
             "the tokenizer has no padding token: set one, for instance tokenizer.pad_token = tokenizer.eos_token"
         )
+    found.sort(key=len)
     length = min(max_length, tokenizer.model_max_length)
 
     def encode(part: Sequence[str]) -> dict[str, Tensor]:

@@ -348,8 +348,11 @@ def test_a_generator_that_fails_changes_nothing():
 def test_text_batches():
     tokenizer = models.tiny_tokenizer()
     batches = text_batches(["w1 w2 w3", "w4", "w5 w6"], tokenizer, batch_size=2, max_length=4)
-    assert [b["input_ids"].tolist() for b in batches] == [[[2, 5, 6, 3], [2, 8, 3, 0]], [[2, 9, 10, 3]]]
-    assert batches[0]["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 1, 0]]
+    assert [b["input_ids"].tolist() for b in batches] == [
+        [[2, 8, 3, 0], [2, 9, 10, 3]],
+        [[2, 5, 6, 3]],
+    ]  # shortest first
+    assert batches[0]["attention_mask"].tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
     model = models.tiny_bert()
     prune(model, 0.5, criterion="sparsegpt", calibration=batches)
     assert MaskStore.of(model)
