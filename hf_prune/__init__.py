@@ -29,6 +29,7 @@ _MODULES = {
         "AutoPrunedModelForSpeechSeq2Seq",
         "AutoPrunedModelForTokenClassification",
     ),
+    "calibration": ("text_batches",),
     "comparison": ("Comparison", "compare"),
     "config": ("PruningConfig",),
     "criteria.base": ("Criterion", "WeightStats"),

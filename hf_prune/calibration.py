@@ -1,33 +1,83 @@
-"""Calibration: labelled batches through the model, gradients of its targets out."""
+"""Calibration: batches through the dense model, statistics of its targets out."""
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from hf_prune.criteria.base import WeightStats
-from hf_prune.errors import CalibrationError
+from hf_prune.activations import NO_BATCHES, Batches, InputReader, eval_mode, on_device
+from hf_prune.criteria.base import GRADIENTS, INPUTS, WeightStats
+from hf_prune.errors import CalibrationError, ConfigError, DataError
 from hf_prune.plan import PruningPlan
 from hf_prune.targets import is_finite
 
-Batches = Iterable[Mapping[str, Any]]
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def text_batches(
+    texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, *, batch_size: int = 32, max_length: int = 128
+) -> list[dict[str, Tensor]]:
+    """Unlabelled texts as padded batches, for criteria and repairs that learn from the inputs of each layer.
+
+    Args:
+        texts: A list of texts, or a column of a data set.
+        tokenizer: A tokenizer with a padding token.
+        batch_size: Texts per batch; the last batch may be smaller.
+        max_length: Longer texts are cut to this many tokens, or to what the tokenizer allows if that is less.
+
+    Returns:
+        Batches on the CPU with what the tokenizer makes: ``input_ids`` and ``attention_mask`` (batch, seq), int64.
+        Short texts come first, so that texts of about the same length share a batch and little of it is padding.
+
+    Raises:
+        ConfigError: If ``batch_size`` or ``max_length`` is below 1.
+        DataError: If there are no texts, one is no string, or the tokenizer has no padding token.
+
+    Example:
+        >>> batches = text_batches(["a good film", "a bad one"], tokenizer)  # doctest: +SKIP
+        >>> hf_prune.prune(model, 0.5, criterion="sparsegpt", calibration=batches)  # doctest: +SKIP
+    """
+    for name, value in (("batch_size", batch_size), ("max_length", max_length)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ConfigError(f"{name} is {value!r}: expected an integer of at least 1")
+    found = [] if isinstance(texts, str) else list(texts)
+    if not found:
+        raise DataError(f"texts is {texts!r}: expected a list of texts, at least one")
+    for i, text in enumerate(found):
+        if not isinstance(text, str):
+            raise DataError(f"text {i} is {text!r}: expected a string")
+    if tokenizer.pad_token is None:
+        raise DataError(
+            "the tokenizer has no padding token: set one, for instance tokenizer.pad_token = tokenizer.eos_token"
+        )
+    found.sort(key=len)
+    length = min(max_length, tokenizer.model_max_length)
+
+    def encode(part: Sequence[str]) -> dict[str, Tensor]:
+        return dict(tokenizer(part, padding=True, truncation=True, max_length=length, return_tensors="pt"))
+
+    return [encode(found[start : start + batch_size]) for start in range(0, len(found), batch_size)]
 
 
 def collect_stats(
     model: nn.Module, plan: PruningPlan, calibration: Batches | None = None, progress: bool = False
 ) -> dict[str, WeightStats]:
-    """Gather what the plan's criterion needs to know of every target.
+    """Gather what the plan needs to know of every target, on the model as it is.
+
+    Statistics of the inputs are gathered for all targets at once, whatever the plan's ``calibration_order``; see
+    :func:`hf_prune.sequential.prune_in_order` for the other one.
 
     Args:
         model: The model; its weights, gradients and modes are as before afterwards.
         plan: Which targets and which criterion.
-        calibration: Batches with labels: mappings of tensors that the model takes as keyword arguments, as a
-            DataLoader yields them. Only read if the criterion needs it.
+        calibration: Mappings of tensors that the model takes as keyword arguments, as a DataLoader yields them;
+            with labels where gradients are needed. Only read if the plan needs them.
         progress: Show a progress bar.
 
     Returns:
@@ -37,22 +87,46 @@ def collect_stats(
         CalibrationError: If batches are needed and missing, empty, without labels, or give a loss or
             gradients that are not finite.
     """
-    needs = plan.criterion.needs
-    gradients: dict[str, dict[str, Tensor]] = {}
+    needs = plan.needs
+    found: dict[str, dict[str, Tensor]] = {t.target.name: {} for t in plan.tensors}
     if needs:
-        if calibration is None:
-            raise CalibrationError(
-                f"criterion {plan.config.criterion!r} needs calibration data, and got none: pass calibration=batches, "
-                f"an iterable of dicts with the model's inputs and labels"
-            )
-        gradients = _gradients(model, plan, calibration, needs, progress)
-    return {
-        t.target.name: WeightStats(
-            seed=zlib.crc32(f"{plan.config.seed}:{t.target.name}".encode()),
-            **{need: t.target.matrix(gradients[need][t.target.name]) for need in needs},
+        batches = require_batches(plan, calibration)
+        if needs & GRADIENTS and needs & INPUTS:
+            batches = list(batches)  # read twice
+        if gradients := needs & GRADIENTS:
+            with eval_mode(model):
+                sums = _gradients(model, plan, batches, gradients, progress)
+            for t in plan.tensors:
+                for need, tensors in sums.items():
+                    found[t.target.name][need] = t.target.matrix(tensors[t.target.name])
+        if inputs := needs & INPUTS:
+            with InputReader(model, plan, batches) as reader:
+                reader.order()
+                for name, tensors in reader.gather(plan.tensors, inputs, progress=progress).items():
+                    found[name].update(tensors)
+    return {name: WeightStats(seed=weight_seed(plan, name), **values) for name, values in found.items()}
+
+
+def weight_seed(plan: PruningPlan, name: str) -> int:
+    """A weight's own seed, from the config's seed and the parameter's name."""
+    return zlib.crc32(f"{plan.config.seed}:{name}".encode())
+
+
+def require_batches(plan: PruningPlan, calibration: Batches | None) -> Batches:
+    """The batches, if there are any.
+
+    Raises:
+        CalibrationError: If there are none.
+    """
+    if calibration is None:
+        config = plan.config
+        who = f"criterion {config.criterion!r}" if plan.criterion.needs else f"repair={config.repair!r}"
+        labels = " and labels" if plan.needs & GRADIENTS else ""
+        raise CalibrationError(
+            f"{who} needs calibration data, and got none: pass calibration=batches, "
+            f"an iterable of dicts with the model's inputs{labels}"
         )
-        for t in plan.tensors
-    }
+    return calibration
 
 
 def _gradients(
@@ -63,10 +137,8 @@ def _gradients(
     wanted = [t.target.name for t in plan.tensors]
     sums = {n: {name: torch.zeros_like(parameters[name], dtype=torch.float32) for name in wanted} for n in needs}
     examples = 0
-    modes = {module: module.training for module in model.modules()}
     required = {name: parameter.requires_grad for name, parameter in parameters.items()}
     try:
-        model.eval()
         for name, parameter in parameters.items():
             parameter.requires_grad_(name in sums[next(iter(needs))])
         hidden = None if progress else True  # None: shown on a terminal
@@ -82,12 +154,10 @@ def _gradients(
                 if "absolute_gradient" in sums:
                     sums["absolute_gradient"][name].add_(gradient.abs(), alpha=size)
     finally:
-        for module, training in modes.items():
-            module.training = training
         for name, parameter in parameters.items():
             parameter.requires_grad_(required[name])
     if examples == 0:
-        raise CalibrationError("calibration has no batches: expected at least one; a used-up generator yields none")
+        raise CalibrationError(NO_BATCHES)
     for tensors in sums.values():
         for name, tensor in tensors.items():
             if not is_finite(tensor.div_(examples)):
@@ -99,10 +169,7 @@ def _gradients(
 
 
 def _loss(model: nn.Module, batch: Mapping[str, Any]) -> tuple[int, Tensor]:
-    if not isinstance(batch, Mapping):
-        raise CalibrationError(f"a calibration batch is a {type(batch).__name__}: expected a dict of model inputs")
-    device = next(model.parameters()).device
-    inputs = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+    inputs = on_device(model, batch)
     with torch.enable_grad():
         loss = getattr(model(**inputs), "loss", None)
     if loss is None:

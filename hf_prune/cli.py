@@ -9,16 +9,19 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from hf_prune import __version__
-from hf_prune.config import ALLOCATIONS, SCOPES, PruningConfig
+from hf_prune.config import ALLOCATIONS, REPAIRS, SCOPES, PruningConfig
 from hf_prune.errors import ConfigError, DataError, HfPruneError
 from hf_prune.registry import CRITERIA, GRANULARITIES
 from hf_prune.sources import check_data_source, check_model_source
 from hf_prune.tables import format_table
+
+if TYPE_CHECKING:
+    from hf_prune.criteria.base import Criterion
 
 app = typer.Typer(
     name="hf-prune",
@@ -66,6 +69,7 @@ Targets = Annotated[
     typer.Option(help="all-linear, module names separated by commas, or re:REGEX for whole module names."),
 ]
 Exclude = Annotated[str | None, typer.Option(help="Modules to leave alone, in the same form.")]
+Repair = Annotated[str | None, typer.Option(help=f"{', '.join(REPAIRS)}: solve anew for the weights that stay.")]
 Seed = Annotated[int | None, typer.Option(help="Seed of what is random.")]
 CalibrationSplit = Annotated[str, typer.Option(help="Split that calibrated criteria learn from; never the scored one.")]
 CalibrationSamples = Annotated[int, typer.Option(min=1, help="How many labelled sentences they see.")]
@@ -122,6 +126,7 @@ def prune(
     allocation: Allocation = None,
     target_modules: Targets = None,
     exclude_modules: Exclude = None,
+    repair: Repair = None,
     seed: Seed = None,
     config: Config = None,
     data: Annotated[str, typer.Option(help="Labelled data for criteria that need it.")] = "glue/sst2",
@@ -146,9 +151,10 @@ def prune(
         allocation=allocation,
         target_modules=target_modules,
         exclude_modules=exclude_modules,
+        repair=repair,
         seed=seed,
     )
-    if CRITERIA.get(settings.criterion).needs and not dry_run:
+    if settings.needs and not dry_run:
         check_data_source(data)
     if out is None or dry_run:
         from hf_prune.auto import load_native
@@ -217,6 +223,7 @@ def sweep(
     allocation: Allocation = None,
     target_modules: Targets = None,
     exclude_modules: Exclude = None,
+    repair: Repair = None,
     seed: Seed = None,
     config: Config = None,
     text_column: Text = "sentence",
@@ -237,6 +244,7 @@ def sweep(
         allocation=allocation,
         target_modules=target_modules,
         exclude_modules=exclude_modules,
+        repair=repair,
         seed=seed,
     )
     from hf_prune.workflows import LabelledData, sweep_checkpoint
@@ -320,7 +328,7 @@ def list_(as_json: AsJson = False) -> None:
         }
         typer.echo(json.dumps(values, indent=2))
         return
-    rows = [[c.name, "labelled data" if c.needs else "no data", c.description, c.paper] for c in criteria]
+    rows = [[c.name, _needs(c), c.description, c.paper] for c in criteria]
     typer.echo(format_table(["criterion", "needs", "what it keeps", "paper"], rows, left=4) + "\n")
     rows = [[g.usage, ", ".join(sorted(g.scopes)), g.description, g.paper] for g in granularities]
     typer.echo(format_table(["granularity", "scopes", "what goes together", "paper"], rows, left=4))
@@ -373,6 +381,14 @@ def _config(path: Path | None, **settings: Any) -> PruningConfig:
     except UnicodeDecodeError as error:
         raise ConfigError(f"--config {path} is no text file: {error}") from error
     return PruningConfig.from_json(text).replace(**values)
+
+
+def _needs(criterion: type[Criterion]) -> str:
+    from hf_prune.criteria.base import GRADIENTS
+
+    if criterion.needs & GRADIENTS:
+        return "labelled data"
+    return "texts" if criterion.needs else "no data"
 
 
 def _modules(text: str) -> str | tuple[str, ...]:

@@ -17,6 +17,8 @@ from hf_prune.registry import CRITERIA, parse_granularity, unknown_name
 FORMAT_VERSION = 1
 SCOPES = ("row", "layer", "global")
 ALLOCATIONS = ("uniform", "erk")
+CALIBRATION_ORDERS = ("sequential", "one_pass")
+REPAIRS = ("least_squares",)
 DEFAULT_SPARSITY = 0.5
 
 
@@ -41,6 +43,12 @@ class PruningConfig:
             pruned when named.
         exclude_modules: Modules left alone, named in the same way.
         seed: Seed of what is random.
+        calibration_order: Where a criterion or a repair learns from what flows into a weight: ``"sequential"``
+            prunes layer by layer, so that each layer sees what the pruned layers before it put out;
+            ``"one_pass"`` looks at the dense model once, which is faster and less accurate. Gradients are
+            always taken on the dense model.
+        repair: ``"least_squares"`` gives the weights that stay new values after any criterion, so that each layer's
+            outputs on the calibration inputs change least; None leaves them as they are.
 
     Raises:
         ConfigError: If a value is unknown, out of range, or contradicts another one.
@@ -62,6 +70,8 @@ class PruningConfig:
     target_modules: str | tuple[str, ...] = "all-linear"
     exclude_modules: str | tuple[str, ...] = ()
     seed: int = 0
+    calibration_order: str = "sequential"
+    repair: str | None = None
 
     def __post_init__(self) -> None:
         criterion = CRITERIA.get(self.criterion)
@@ -87,6 +97,15 @@ class PruningConfig:
                 f"criterion {self.criterion!r} cannot rank in scope {self.scope!r}: "
                 f"expected one of {', '.join(sorted(criterion.scopes))}"
             )
+        if self.calibration_order not in CALIBRATION_ORDERS:
+            raise unknown_name("calibration_order", self.calibration_order, CALIBRATION_ORDERS)
+        if self.repair is not None and self.repair not in REPAIRS:
+            raise unknown_name("repair", self.repair, REPAIRS)
+        if self.repair is not None and self.scope == "global":
+            raise ConfigError(
+                f"repair={self.repair!r} contradicts scope='global': layers are repaired one after the other, and a "
+                f"global scope knows no mask before it has seen all of them; use scope 'layer' or 'row'"
+            )
         shared_out = self.scope == "global" or granularity.fixed_sparsity is not None
         if shared_out and self.allocation != "uniform":
             why = "scope='global'" if self.scope == "global" else f"granularity={granularity.spec!r}"
@@ -97,6 +116,11 @@ class PruningConfig:
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The statistics that the criterion and the repair need from calibration."""
+        return CRITERIA.get(self.criterion).needs | ({"input_gram"} if self.repair is not None else set())
 
     def __hash__(self) -> int:
         return hash(self.to_json())

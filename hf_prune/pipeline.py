@@ -9,10 +9,12 @@ from torch import nn
 
 from hf_prune.calibration import Batches, collect_stats
 from hf_prune.config import PruningConfig
+from hf_prune.criteria.base import INPUTS
 from hf_prune.errors import ConfigError
 from hf_prune.masking import MaskStore
 from hf_prune.plan import PruningPlan, make_plan
 from hf_prune.scoring import compute_masks
+from hf_prune.sequential import prune_in_order
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -60,7 +62,8 @@ def prune(
     Args:
         model: Any torch module; its weights become zero where they are removed.
         config: The settings, or just the sparsity.
-        calibration: Labelled batches, for criteria that need them.
+        calibration: Batches, for criteria and repairs that need them; with labels where gradients are needed.
+            See :func:`hf_prune.text_batches` for unlabelled texts.
         keep_dense: Keep a copy of the dense weights, so that ``discard_masks`` can give them back.
         dry_run: Change nothing and return the plan.
         progress: Show a progress bar while calibrating.
@@ -90,8 +93,11 @@ def prune(
     store = MaskStore.of(model) or MaskStore()
     if keep_dense:
         store.check_dense()
-    stats = collect_stats(model, plan, calibration, progress)
-    masks, weights = compute_masks(model, plan, stats, store.masks)
+    if plan.needs & INPUTS and config.calibration_order == "sequential":
+        masks, weights = prune_in_order(model, plan, calibration, store.masks, progress)
+    else:
+        stats = collect_stats(model, plan, calibration, progress)
+        masks, weights = compute_masks(model, plan, stats, store.masks)
     store.update(model, masks, weights, config, keep_dense)
     return wrapper
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hf_prune.allocation import allocate
 from hf_prune.config import PruningConfig
-from hf_prune.criteria.base import Criterion
+from hf_prune.criteria.base import INPUTS, Criterion
 from hf_prune.errors import PlanError
 from hf_prune.granularities.base import Granularity
 from hf_prune.masking import MaskStore
@@ -70,6 +70,11 @@ class PruningPlan:
     def criterion(self) -> Criterion:
         """A new instance of the config's criterion."""
         return CRITERIA.get(self.config.criterion)()
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The statistics that the criterion and the repair need from calibration."""
+        return self.config.needs
 
     @property
     def granularity(self) -> Granularity:
@@ -140,7 +145,9 @@ class PruningPlan:
         packed = targets // 8 + (targets - removed) * self.element_size
         lines = [
             f"Plan for {self.model_name}: {config.criterion}, {config.granularity}, scope {config.scope}, "
-            f"allocation {config.allocation if isinstance(config.allocation, str) else 'explicit'}",
+            f"allocation {config.allocation if isinstance(config.allocation, str) else 'explicit'}"
+            f"{'' if config.repair is None else ', repair ' + config.repair}"
+            f"{', ' + config.calibration_order + ' calibration' if self.needs & INPUTS else ''}",
             table,
             f"{at_least}{removed:,} of {targets:,} target weights go ({_percent(removed, targets)}), "
             f"{_percent(removed, self.total_parameters)} of the model's {self.total_parameters:,} parameters.",
@@ -187,6 +194,7 @@ def make_plan(model: nn.Module, config: PruningConfig) -> PruningPlan:
     bad = [t.name for t in targets if not is_finite(parameters[t.name].detach())]
     if bad:
         raise PlanError(f"NaN or infinite values in {_some(bad)}: expected finite weights; check how they were made")
+    _refuse_inputs(model, targets, config)
     store = MaskStore.of(model)
     masks = {}
     if store is not None:
@@ -204,6 +212,20 @@ def make_plan(model: nn.Module, config: PruningConfig) -> PruningPlan:
         element_size=parameters[targets[0].name].element_size(),
         uncovered=uncovered_matrices(model),
     )
+
+
+def _refuse_inputs(model: nn.Module, targets: list[Target], config: PruningConfig) -> None:
+    """What flows into a weight is one matrix of inputs, which a grouped convolution does not have."""
+    if config.repair is None and not CRITERIA.get(config.criterion).needs & INPUTS:
+        return
+    modules = dict(model.named_modules())
+    grouped = [t.module for t in targets if t.layout == "conv" and t.inputs != modules[t.module].in_channels]
+    if grouped:
+        who = f"criterion {config.criterion!r}" if config.repair is None else f"repair={config.repair!r}"
+        raise PlanError(
+            f"{who} cannot handle grouped convolutions, whose outputs see different inputs, and found "
+            f"{_some(grouped)}: list those modules in exclude_modules"
+        )
 
 
 def _count(

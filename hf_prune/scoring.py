@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from hf_prune.criteria.base import WeightStats
 from hf_prune.errors import CalibrationError
+from hf_prune.granularities.base import Granularity
 from hf_prune.plan import PlannedTensor, PruningPlan
+from hf_prune.repair import damped, least_squares
 from hf_prune.selection import CHUNK, Chunks, keep_highest, keep_highest_per_row
 from hf_prune.targets import Target, is_finite
 from hf_prune.units import block_sums, spread_blocks
@@ -43,11 +46,7 @@ def compute_masks(
         return None if old is None else target.matrix(old)
 
     def units(target: Target, scores: Tensor, old: Tensor | None) -> Tensor:
-        if not is_finite(scores):
-            raise CalibrationError(
-                f"criterion {criterion.name!r} gave scores that are not finite for {target.name}: "
-                f"check the calibration data"
-            )
+        _check_scores(scores, criterion.name, target.name)
         return unit_scores(scores, block, old)
 
     def chunks(target: Target) -> Iterator[Tensor]:
@@ -72,17 +71,104 @@ def compute_masks(
         return masks, weights
     for tensor in plan.tensors:
         target = tensor.target
+        name, repaired = target.name, None
         if criterion.repairs:
-
-            def choose(scores: Tensor, tensor: PlannedTensor = tensor) -> Tensor:
-                whole = units(tensor.target, scores, old_matrix(tensor.target))
-                return spread(tensor.target, _select(tensor, lambda: [whole]))
-
-            keep, weight = criterion.prune_weight(matrix(target), stats[target.name], choose)
-            masks[target.name], weights[target.name] = target.native(keep), target.native(weight)
+            select = Selector(criterion.name, tensor, granularity, old_matrix(target))
+            keep, repaired = criterion.prune_weight(matrix(target), stats[name], select)
         else:
-            masks[target.name] = target.native(spread(target, _select(tensor, sources[target.name])))
+            keep = spread(target, _select(tensor, sources[name]))
+        if plan.config.repair is not None:
+            gram, old = stats[name].input_gram, old_matrix(target)
+            assert gram is not None
+            support = keep if old is None else keep & old
+            gram = damped(gram.to(torch.promote_types(matrix(target).dtype, torch.float32)))
+            repaired = least_squares(matrix(target), support, gram, start=repaired)
+        masks[name] = target.native(keep)
+        if repaired is not None:
+            if not is_finite(repaired):
+                raise CalibrationError(
+                    f"the repaired weights of {name} are not finite: calibrate in float32 or bfloat16, and check the "
+                    f"batches"
+                )
+            weights[name] = target.native(repaired.to(matrix(target).dtype))
     return masks, weights
+
+
+@dataclass(frozen=True)
+class Selector:
+    """The :class:`~hf_prune.criteria.base.Select` of one weight.
+
+    Args:
+        criterion: The criterion's name, for messages.
+        tensor: What the plan says of the weight.
+        granularity: What is removed together.
+        old: (out, in) bool mask of earlier prunings, or None.
+    """
+
+    criterion: str
+    tensor: PlannedTensor
+    granularity: Granularity
+    old: Tensor | None = None
+
+    @property
+    def width(self) -> int:
+        """How many neighbouring columns are decided together."""
+        return self.granularity.pool or self.granularity.block[1]
+
+    @property
+    def pools(self) -> bool:
+        """Whether every ``width`` columns have a count of their own."""
+        return self.granularity.pool is not None
+
+    def __call__(self, scores: Tensor) -> Tensor:
+        """(out, in) scores -> (out, in) bool, True = keep."""
+        units = self._units(scores, self.old)
+        return self._spread(_select(self.tensor, lambda: [units]).view(units.shape))
+
+    def columns(self, scores: Tensor, start: int) -> Tensor:
+        """(out, columns) scores of columns ``start`` and following -> (out, columns) bool."""
+        stop = start + scores.shape[1]
+        units = self._units(scores, None if self.old is None else self.old[:, start:stop])
+        assert self.tensor.remove is not None
+        pools = self.tensor.units // self.tensor.pool
+        per_pool = self.tensor.remove // pools
+        if self.pools:
+            return self._spread(keep_highest_per_row(units.reshape(-1, self.width), per_pool).view(units.shape))
+        lines = 1 if pools == 1 else len(units)  # a pool is the whole matrix, or a row of it
+        left = self._left(units.device).view(lines, -1, self.tensor.units // len(units))
+        first, last = start // self.width, stop // self.width
+        alive = left.sum((1, 2))  # (lines,)
+        extra = (per_pool - (left[0].numel() - alive)).clamp_min(0)  # still to go, beyond what earlier prunings removed
+        before = [left[:, :, :end].sum((1, 2)) for end in (first, last)]
+        shares = [(2 * extra * n + alive) // (2 * alive).clamp_min(1) for n in before]  # rounded, and exact at the end
+        here = left[:, :, first:last]
+        count = shares[1] - shares[0] + here[0].numel() - here.sum((1, 2))
+        flat = units.reshape(lines, -1)
+        if lines == 1:
+            return self._spread(keep_highest([lambda: [flat]], [flat.numel()], int(count))[0].view(units.shape))
+        rank = flat.argsort(dim=1, stable=True).argsort(dim=1)
+        return self._spread((rank >= count[:, None]).view(units.shape))
+
+    def _left(self, device: torch.device) -> Tensor:
+        """Bool, one per unit: whether earlier prunings left anything of it."""
+        shape = self.granularity.units(self.tensor.target.matrix_shape)
+        if self.old is None:
+            return torch.ones(shape, dtype=torch.bool, device=device)
+        return block_sums(self.old.to(device).float(), self.granularity.block) > 0
+
+    def _units(self, scores: Tensor, old: Tensor | None) -> Tensor:
+        _check_scores(scores, self.criterion, self.tensor.target.name)
+        return unit_scores(scores, self.granularity.block, old)
+
+    def _spread(self, keep: Tensor) -> Tensor:
+        return spread_blocks(keep, self.granularity.block)
+
+
+def _check_scores(scores: Tensor, criterion: str, name: str) -> None:
+    if not is_finite(scores):
+        raise CalibrationError(
+            f"criterion {criterion!r} gave scores that are not finite for {name}: check the calibration data"
+        )
 
 
 def _select(tensor: PlannedTensor, scores: Chunks) -> Tensor:

@@ -16,7 +16,6 @@ from hf_prune.errors import ConfigError, DataError
 from hf_prune.evaluation import Evaluation, classification_batches, evaluate_classification
 from hf_prune.files import write_text
 from hf_prune.plots import plot_layer_sparsity, plot_weight_histogram, save_figure
-from hf_prune.registry import CRITERIA
 from hf_prune.report import SparsityReport, WeightHistogram, sparsity_report, weight_histogram
 from hf_prune.sources import check_model_source, load_classification, same_split
 from hf_prune.sweep import SweepResult, run_sweep
@@ -47,9 +46,9 @@ class LabelledData:
         """One split."""
         return load_classification(self.source, split, text_columns=self.text_columns, label_column=self.label_column)
 
-    def calibration(self, criteria: Sequence[str], model: Any, tokenizer: Any) -> list[dict[str, Any]] | None:
-        """Labelled batches, if one of the criteria needs them."""
-        if not any(CRITERIA.get(name).needs for name in criteria):
+    def calibration(self, configs: Sequence[PruningConfig], model: Any, tokenizer: Any) -> list[dict[str, Any]] | None:
+        """Labelled batches, if one of the configs needs them."""
+        if not any(config.needs for config in configs):
             return None
         return classification_batches(
             self.load(self.calibration_split),
@@ -127,9 +126,9 @@ def prune_checkpoint(
         The report, which lies in the folder as ``sparsity_report.json``.
     """
     batches = None
-    if CRITERIA.get(config.criterion).needs and data is not None:
+    if config.needs and data is not None:
         model, tokenizer = load_classifier(source)
-        batches = data.calibration([config.criterion], model, tokenizer)
+        batches = data.calibration([config], model, tokenizer)
     else:
         model = load_native(source)
     names = [tensor.target.name for tensor in model.plan(config).tensors]
@@ -177,7 +176,8 @@ def sweep_checkpoint(
         name: What to call the model in tables and plots.
         data_name: What to call the data there.
     """
-    if any(CRITERIA.get(name).needs for name in criteria) and same_split(split, data.calibration_split):
+    configs = [(config or PruningConfig()).replace(criterion=name) for name in criteria]
+    if any(each.needs for each in configs) and same_split(split, data.calibration_split):
         raise ConfigError(
             f"the split {split!r} is scored and calibrated on: expected two; a criterion that has seen the labels that "
             "it is scored on looks better than it is"
@@ -190,7 +190,7 @@ def sweep_checkpoint(
         sparsities=sparsities,
         criteria=criteria,
         config=config,
-        calibration=data.calibration(criteria, model, tokenizer),
+        calibration=data.calibration(configs, model, tokenizer),
         tolerance=tolerance,
         out=out,
         restart=restart,

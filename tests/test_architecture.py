@@ -15,11 +15,11 @@ ROOT = Path(__file__).resolve().parents[1] / "hf_prune"
 # A name stands for its submodules too: "criteria" is every module in hf_prune/criteria/.
 LAYERS = (
     ("errors", "files", "tables"),
-    ("registry", "selection", "units"),
+    ("registry", "repair", "selection", "units"),
     ("config",),
     ("targets", "architectures"),
     ("criteria", "granularities", "schedules", "allocation"),
-    ("calibration", "masking", "plan", "scoring", "shrinking"),
+    ("activations", "calibration", "masking", "plan", "scoring", "sequential", "shrinking"),
     ("pipeline",),
     ("report", "sources", "comparison", "evaluation", "latency", "torch_prune", "checkpoint"),
     ("mixin", "auto", "trainer", "plots", "sweep"),

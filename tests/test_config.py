@@ -7,7 +7,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from hf_prune.config import ALLOCATIONS, SCOPES, PruningConfig
@@ -28,6 +28,8 @@ def test_defaults():
         "target_modules": "all-linear",
         "exclude_modules": [],
         "seed": 0,
+        "calibration_order": "sequential",
+        "repair": None,
     }
 
 
@@ -183,6 +185,7 @@ shares = st.floats(0, 1)
 def test_json_round_trip(sparsity, criterion, granularity, scope, allocation, targets, excluded, seed):
     if scope == "global":
         allocation = "uniform"
+    assume(scope in CRITERIA.get(criterion).scopes)
     config = PruningConfig(sparsity, criterion, granularity, scope, allocation, targets, excluded, seed)
     again = PruningConfig.from_json(config.to_json())
     assert again == config

@@ -25,7 +25,22 @@ def example(dtype: torch.dtype = torch.float32, shape: tuple[int, int] = (6, 8),
         return torch.randn(shape, generator=generator)
 
     gradient = draw()
-    return draw().to(dtype), {"gradient": gradient, "absolute_gradient": gradient.abs() + draw().abs()}
+    values = {"gradient": gradient, "absolute_gradient": gradient.abs() + draw().abs()}
+    inputs = torch.randn(40, shape[1], generator=generator)
+    gram = inputs.t() @ inputs / len(inputs)
+    return draw().to(dtype), {**values, "input_gram": gram, "input_norm": gram.diagonal().sqrt()}
+
+
+class Half:
+    """Keeps the upper half of each group of columns that is decided together."""
+
+    width, pools = 1, False
+
+    def __call__(self, scores: Tensor) -> Tensor:
+        return scores > scores.median()
+
+    def columns(self, scores: Tensor, start: int) -> Tensor:
+        return self(scores)
 
 
 def statistics(criterion: Criterion, values: dict, seed: int = 7) -> WeightStats:
@@ -102,7 +117,7 @@ def test_it_repairs_only_if_it_says_so(criterion):
     assert not (criterion.repairs and "global" in criterion.scopes)  # a repair needs the mask of its own weight
     weight, values = example()
     before = weight.clone()
-    keep, after = criterion.prune_weight(weight, statistics(criterion, values), lambda scores: scores > scores.median())
+    keep, after = criterion.prune_weight(weight, statistics(criterion, values), Half())
     assert (keep.dtype, keep.shape, after.shape, after.dtype) == (torch.bool, weight.shape, weight.shape, weight.dtype)
     assert torch.equal(weight, before)
     if not criterion.repairs:

@@ -4,18 +4,50 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 from torch import Tensor
 
 ANY_SCOPE = frozenset({"row", "layer", "global"})
 
-#: What calibration can gather: the gradient of the mean loss, and the mean absolute gradient of the batches.
-STATISTICS = frozenset({"gradient", "absolute_gradient"})
+#: What calibration can gather from labelled batches, one number for each weight.
+GRADIENTS = frozenset({"gradient", "absolute_gradient"})
+#: What calibration can gather from what flows into a weight: labels are not needed.
+INPUTS = frozenset({"input_gram", "input_norm"})
+STATISTICS = GRADIENTS | INPUTS
 
-Select = Callable[[Tensor], Tensor]
+
+class Select(Protocol):
+    """Turns scores into masks with the exact count that the plan asks for; earlier masks are respected.
+
+    Attributes:
+        width: How many neighbouring columns are decided together at least: M of N:M, C of RxC blocks, else 1.
+        pools: Whether every ``width`` columns have a count of their own, as in N:M.
+    """
+
+    @property
+    def width(self) -> int:
+        """Neighbouring columns in a decision."""
+
+    @property
+    def pools(self) -> bool:
+        """Counts for every ``width`` columns."""
+
+    def __call__(self, scores: Tensor) -> Tensor:
+        """(out, in) scores -> (out, in) bool, True = keep."""
+
+    def columns(self, scores: Tensor, start: int) -> Tensor:
+        """Decide some columns, a multiple of ``width``, before the scores of the rest are known.
+
+        Args:
+            scores: (out, columns) scores of columns ``start`` and following.
+            start: The first of them.
+
+        Returns:
+            (out, columns) bool. They lose their share of what the matrix loses; all columns together lose exactly
+            what the plan asks for.
+        """
 
 
 @dataclass(frozen=True)
@@ -26,15 +58,20 @@ class WeightStats:
         seed: A seed of this weight's own, from the config's seed and the parameter's name.
         gradient: (out, in) gradient of the loss, averaged over all calibration examples, float32.
         absolute_gradient: (out, in) absolute gradient of each batch's loss, averaged over the examples, float32.
+        input_gram: (in, in) mean of xxᵀ over the calibration tokens x that flow into the weight, padding left
+            out, float32.
+        input_norm: (in,) root mean square of each input over the same tokens, float32.
     """
 
     seed: int
     gradient: Tensor | None = None
     absolute_gradient: Tensor | None = None
+    input_gram: Tensor | None = None
+    input_norm: Tensor | None = None
 
     def rows(self, rows: slice) -> WeightStats:
-        """The statistics of some outputs only."""
-        parts = {name: value[rows] for name in STATISTICS if (value := getattr(self, name)) is not None}
+        """The statistics of some outputs only; those of the inputs serve every output."""
+        parts = {name: value[rows] for name in GRADIENTS if (value := getattr(self, name)) is not None}
         return dataclasses.replace(self, **parts)
 
 
@@ -82,7 +119,7 @@ class Criterion(ABC):
         Args:
             weight: (out, in).
             stats: What calibration gathered for it.
-            select: Turns (out, in) scores into an (out, in) bool mask, True = keep, with the exact count.
+            select: Turns scores into masks, see :class:`Select`.
 
         Returns:
             The mask and the weight, both (out, in). The default scores, selects, and repairs nothing.

@@ -1,0 +1,465 @@
+"""What flows into each target while calibration batches run through the model; padding is left out.
+
+The model is always run as its author wrote it, with hooks on the targets, and stopped once the targets of interest
+have been called. That is right for every architecture, and slow for the last layers of a deep one. So the blocks
+of a stack (the elements of a ModuleList) that are finished, because all targets in them are pruned, are not computed
+again: all of them return what the last of them put out. This holds where each block is called once and later modules
+see nothing of the blocks before but the output of the last one. It is checked on the first batch each time another
+block is finished: if the inputs of the next targets differ from those of an honest run, every block is computed from
+then on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+from warnings import warn
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+from tqdm.auto import tqdm
+
+from hf_prune.errors import CalibrationError
+from hf_prune.plan import PlannedTensor, PruningPlan
+from hf_prune.targets import is_finite
+
+Batches = Iterable[Mapping[str, Any]]
+NO_BATCHES = "calibration has no batches: expected at least one; a used-up generator yields none"
+
+Statistics = dict[str, dict[str, Tensor]]
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside, and every module's own flag back afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def on_device(model: nn.Module, batch: object) -> dict[str, Any]:
+    """A batch as keyword arguments, on the model's device.
+
+    Raises:
+        CalibrationError: If it is no mapping.
+    """
+    if not isinstance(batch, Mapping):
+        raise CalibrationError(f"a calibration batch is a {type(batch).__name__}: expected a dict of model inputs")
+    device = next(model.parameters()).device
+    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+
+
+@dataclass
+class _Stack:
+    """Blocks that run one after the other.
+
+    Args:
+        blocks: In the order of their calls.
+        targets: Names of the parameters in each block that have yet to be pruned.
+        replayed: How many blocks are not computed any more.
+        outputs: What the last of them put out, for each batch.
+        recorded: Batches for which a run in progress has replaced it.
+    """
+
+    blocks: list[nn.Module]
+    targets: list[set[str]]
+    replayed: int = 0
+    outputs: dict[int, Any] = field(default_factory=dict)
+    recorded: set[int] = field(default_factory=set)
+
+    @property
+    def finished(self) -> int:
+        """How many blocks have no target left before the first one that has."""
+        return next((i for i, names in enumerate(self.targets) if names), len(self.blocks))
+
+
+class _Sum:
+    """Products of inputs, added up."""
+
+    def __init__(self, needs: Iterable[str]) -> None:
+        self.gram = "input_gram" in needs
+        self.total: Tensor | None = None
+        self.mean: Tensor | None = None
+        self.tokens = 0
+
+    @torch.no_grad()
+    def add(self, x: Tensor) -> None:
+        """(tokens, in)."""
+        x = x.float()
+        if self.total is None:
+            size = (x.shape[1], x.shape[1]) if self.gram else (x.shape[1],)
+            self.total = torch.zeros(size, dtype=torch.float32, device=x.device)
+        if self.gram:
+            self.total.addmm_(x.t(), x)
+        else:
+            self.total.add_((x * x).sum(0))
+        self.tokens += len(x)
+
+    def statistics(self, needs: Iterable[str], inputs: int, device: torch.device) -> dict[str, Tensor]:
+        """The mean; as if inputs were independent and alike where none was ever seen."""
+        if self.total is None or self.tokens == 0:
+            mean = torch.eye(inputs, device=device) if self.gram else torch.ones(inputs, device=device)
+        else:
+            mean = self.total / self.tokens if self.mean is None else self.mean
+            self.mean = mean  # targets with the same inputs share it
+        square = mean.diagonal() if self.gram else mean
+        values = {"input_gram": mean, "input_norm": square.sqrt()}
+        return {need: values[need] for need in needs}
+
+
+class InputReader:
+    """Runs calibration batches and gathers statistics of what flows into targets; a context manager.
+
+    Args:
+        model: The model: in eval mode inside the context, and otherwise not changed.
+        plan: Its targets.
+        batches: Mappings of model inputs. Tokens where ``attention_mask`` is 0 do not count; of a decoder that has an
+            encoder, those where ``decoder_attention_mask`` is 0.
+        reuse: Whether finished blocks may return what they put out before.
+
+    Raises:
+        CalibrationError: If there are no batches, or one is no mapping.
+    """
+
+    def __init__(self, model: nn.Module, plan: PruningPlan, batches: Batches, reuse: bool = True) -> None:
+        self.model = model
+        self.batches = list(batches)
+        if not self.batches:
+            raise CalibrationError(NO_BATCHES)
+        for batch in self.batches:
+            on_device(model, batch)
+        wanted = {t.target.name for t in plan.tensors}
+        names = {id(parameter): name for name, parameter in model.named_parameters() if name in wanted}
+        self.holders: dict[str, list[nn.Module]] = {name: [] for name in wanted}
+        for module in model.modules():
+            name = names.get(id(module._parameters.get("weight")))
+            if name is not None:
+                self.holders[name].append(module)
+        self.tensors = plan.tensors
+        self.reuse = reuse
+        self.stacks: list[_Stack] = []
+        self.signatures: dict[str, tuple[int, ...]] = {}
+        self.once: set[int] = set()
+        self.decoder = _decoder_modules(model)
+        self._encoder_output: Tensor | None = None
+        self._mask: Tensor | None = None
+        self._decoder_mask: Tensor | None = None
+        self._unchecked = False
+        self._context = ExitStack()
+
+    def __enter__(self) -> InputReader:
+        self._context.enter_context(eval_mode(self.model))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._context.close()
+
+    # --- the order ----------------------------------------------------------------------------------
+
+    def order(self) -> list[list[PlannedTensor]]:
+        """The targets in the order of their calls; neighbours that get the same input tensor come together.
+
+        Targets that no batch reaches come last, with a warning: their inputs are taken to be alike.
+        """
+        by_module = {id(module): t for t in self.tensors for module in self.holders[t.target.name]}
+        steps: list[list[PlannedTensor]] = []
+        seen: set[str] = set()
+        last: list[Tensor] = []  # the last input: kept alive, so that no other tensor can take its place
+        tokens = [0]
+        signatures: dict[str, list[int]] = {}
+
+        def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x, tensor = _input(args, kwargs), by_module[id(module)]
+            same = bool(last) and last[0] is x
+            tokens[0] += not same
+            last[:] = [x]
+            name = tensor.target.name
+            signatures.setdefault(name, []).append(tokens[0])
+            if name not in seen:
+                seen.add(name)
+                if same and steps:
+                    steps[-1].append(tensor)
+                else:
+                    steps.append([tensor])
+
+        targets = [module for modules in self.holders.values() for module in modules]
+        lists = _outer_lists(self.model, {id(module) for module in targets})
+        blocks = {id(block) for blocks in lists for block in blocks}
+        calls: dict[int, int] = {}
+
+        def count(module: nn.Module, _: Any) -> None:
+            calls[id(module)] = calls.get(id(module), 0) + 1
+
+        order: list[int] = []
+        for index, batch in enumerate(self.batches):
+            with ExitStack() as hooks:
+                for module in targets:
+                    hooks.callback(module.register_forward_pre_hook(note, with_kwargs=True).remove)
+                if index == 0:
+                    for module in self.model.modules():
+                        if id(module) in blocks or id(module) in by_module:
+                            hooks.callback(module.register_forward_pre_hook(count).remove)
+                self._forward(batch)
+            if index == 0:
+                self.signatures = {name: tuple(tokens) for name, tokens in signatures.items()}
+                order = list(calls)
+            if len(seen) == len(self.tensors):
+                break
+        self.once = {key for key, number in calls.items() if number == 1}
+        if missing := [t for t in self.tensors if t.target.name not in seen]:
+            names = ", ".join(t.target.name for t in missing[:3]) + (", …" if len(missing) > 3 else "")
+            warn(
+                f"no calibration batch reached {len(missing)} of {len(self.tensors)} targets ({names}): they are "
+                f"pruned as if all their inputs were alike",
+                stacklevel=2,
+            )
+            steps += [[t] for t in missing]
+        if self.reuse:
+            for blocks_of_list in lists:
+                if all(calls.get(id(block)) == 1 for block in blocks_of_list):
+                    ordered = sorted(blocks_of_list, key=lambda block: order.index(id(block)))
+                    self.stacks.append(_Stack(ordered, [self._targets_in(block) for block in ordered]))
+        return steps
+
+    def _targets_in(self, block: nn.Module) -> set[str]:
+        inside = {id(module) for module in block.modules()}
+        return {name for name, modules in self.holders.items() if any(id(module) in inside for module in modules)}
+
+    def finish(self, tensors: Iterable[PlannedTensor]) -> None:
+        """Say that these targets have their final weights, so that blocks without others need not run again."""
+        names = {t.target.name for t in tensors}
+        for stack in self.stacks:
+            for left in stack.targets:
+                left -= names
+
+    # --- statistics ---------------------------------------------------------------------------------
+
+    def gather(self, tensors: Sequence[PlannedTensor], needs: frozenset[str], progress: bool = False) -> Statistics:
+        """Statistics of the inputs of some targets, on the weights as they are.
+
+        Args:
+            tensors: The targets.
+            needs: ``"input_gram"``, ``"input_norm"`` or both.
+            progress: Show a progress bar.
+
+        Raises:
+            CalibrationError: If an input is not finite.
+        """
+        if self._unchecked:
+            self._check(tensors, needs)
+        sums = self._run(tensors, needs, range(len(self.batches)), replay=True, progress=progress)
+        found = {}
+        for t in tensors:
+            name = t.target.name
+            parameter = self.holders[name][0]._parameters["weight"]
+            assert parameter is not None
+            found[name] = sums[name].statistics(needs, t.target.matrix_shape[1], parameter.device)
+            if not all(is_finite(value) for value in found[name].values()):
+                raise CalibrationError(
+                    f"the inputs of {name} are not finite: expected finite values; calibrate in float32 or bfloat16, "
+                    f"and check the batches"
+                )
+        return found
+
+    def _check(self, tensors: Sequence[PlannedTensor], needs: frozenset[str]) -> None:
+        """Compare what the first batch gives with and without replayed blocks, and give them up if it differs."""
+        self._unchecked = False
+        replayed, honest = (self._run(tensors, needs, range(1), replay=replay) for replay in (True, False))
+        for name, expected in honest.items():
+            if (a := expected.total) is None or (b := replayed[name].total) is None:
+                alike = expected.total is replayed[name].total
+            else:
+                alike = bool((a - b).abs().max() <= 1e-3 * a.abs().max())
+            if not alike:
+                self.stacks = []
+
+    def _run(
+        self,
+        tensors: Sequence[PlannedTensor],
+        needs: frozenset[str],
+        batches: Sequence[int],
+        replay: bool,
+        progress: bool = False,
+    ) -> dict[str, _Sum]:
+        sums: dict[str, _Sum] = {}
+        by_signature: dict[tuple[int, ...], str] = {}
+        watched: list[tuple[nn.Module, _Sum, str]] = []
+        for t in tensors:
+            name = t.target.name
+            signature = self.signatures.get(name)
+            if signature is not None and signature in by_signature:  # the same inputs: gathered once
+                sums[name] = sums[by_signature[signature]]
+                continue
+            if signature is not None:
+                by_signature[signature] = name
+            sums[name] = _Sum(needs)
+            watched += [(module, sums[name], t.target.layout) for module in self.holders[name]]
+        stop_after = None
+        # A run may stop early only if no further call is to come, as far as the first batch shows.
+        if watched and all(id(module) in self.once for module, _, _ in watched):
+            stop_after = {id(module) for module, _, _ in watched}
+        advancing = []
+        with ExitStack() as hooks:
+            left: set[int] = set()
+            for module, total, layout in watched:
+                hook = self._reader(total, layout, left if stop_after is not None else None)
+                hooks.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+            current = [0]
+            for stack in self.stacks if replay else []:
+                for block in stack.blocks[: stack.replayed]:
+                    hooks.enter_context(_replaced_forward(block, _replay(stack, current)))
+                if len(batches) == len(self.batches) and stack.finished > stack.replayed:
+                    advancing.append(stack)
+                    last = stack.blocks[stack.finished - 1]
+                    hooks.callback(last.register_forward_hook(_recorder(stack, current)).remove)
+            hidden = None if progress else True  # None: shown on a terminal
+            for index in tqdm(batches, desc="Calibrating", unit="batch", leave=False, disable=hidden):
+                current[0] = index
+                left |= stop_after or set()
+                try:
+                    self._forward(self.batches[index])
+                except _Stop:
+                    pass
+        for stack in advancing:
+            if len(stack.recorded) == len(self.batches):
+                stack.replayed, self._unchecked = stack.finished, True
+            elif stack.recorded:  # not every batch calls it
+                self.stacks.remove(stack)
+            stack.recorded.clear()
+        return sums
+
+    def _reader(self, total: _Sum, layout: str, left: set[int] | None) -> Callable[..., None]:
+        def read(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = _input(args, kwargs)
+            total.add(_columns(module, x) if layout == "conv" else self._rows(module, x))
+            if left is not None:
+                left.discard(id(module))
+                if not left:
+                    raise _Stop
+
+        return read
+
+    @torch.no_grad()
+    def _forward(self, batch: Mapping[str, Any]) -> None:
+        inputs = on_device(self.model, batch)
+        self._mask = _mask(inputs.get("attention_mask"))
+        self._decoder_mask = _mask(inputs.get("decoder_attention_mask"))
+        self._encoder_output = None
+
+        def keep_output(_: nn.Module, __: Any, output: Any) -> None:
+            first = output if isinstance(output, Tensor) else output[0]
+            self._encoder_output = first if isinstance(first, Tensor) else None
+
+        with ExitStack() as hooks:
+            if self.decoder is not None:
+                hooks.callback(self.decoder[0].register_forward_hook(keep_output).remove)
+            self.model(**inputs)
+
+    def _rows(self, module: nn.Module, x: Tensor) -> Tensor:
+        """(tokens, in): the inputs of a Linear without those of padding."""
+        mask = self._mask
+        if self.decoder is not None and id(module) in self.decoder[1]:
+            encoded = self._encoder_output
+            if encoded is None or x.data_ptr() != encoded.data_ptr() or x.shape != encoded.shape:
+                mask = self._decoder_mask
+        if mask is not None:
+            if x.dim() == 3 and x.shape[:2] == mask.shape:
+                return x[mask]
+            if x.dim() == 2 and len(x) == mask.numel():
+                return x[mask.reshape(-1)]
+        return x.reshape(-1, x.shape[-1])
+
+
+class _Stop(Exception):
+    """Everything of interest was seen; never leaves this module."""
+
+
+def _input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    return args[0] if args else next(iter(kwargs.values()))
+
+
+def _mask(mask: Any) -> Tensor | None:
+    """(batch, seq) bool, True for tokens, if it is such a mask."""
+    return mask != 0 if isinstance(mask, Tensor) and mask.dim() == 2 else None
+
+
+def _columns(module: nn.Module, x: Tensor) -> Tensor:
+    """(positions, kernel * in): what a convolution multiplies, its columns ordered like a target's matrix.
+
+    Args:
+        module: A convolution of one, two or three dimensions, with one group.
+        x: (batch, in, *size), or without the batch.
+    """
+    assert isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+    dims = len(module.kernel_size)
+    x = x if x.dim() == dims + 2 else x.unsqueeze(0)
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    x = nn.functional.pad(x, module._reversed_padding_repeated_twice, mode=mode)
+    for dim, (size, step, gap) in enumerate(zip(module.kernel_size, module.stride, module.dilation, strict=True)):
+        x = x.unfold(dim + 2, (size - 1) * gap + 1, step)[..., ::gap]
+    # (batch, in, *positions, *kernel) -> (batch, *positions, *kernel, in)
+    return x.movedim(1, -1).reshape(-1, module.in_channels * x.shape[-dims:].numel())
+
+
+def _outer_lists(model: nn.Module, targets: set[int]) -> list[list[nn.Module]]:
+    """The elements of every ModuleList that holds targets and lies in no other such list."""
+    found: list[list[nn.Module]] = []
+    inside: set[int] = set()
+    for module in model.modules():  # parents come first
+        if isinstance(module, nn.ModuleList) and id(module) not in inside:
+            below = {id(part) for part in module.modules()}
+            if below & targets:
+                found.append(list(module))
+                inside |= below
+    return found
+
+
+def _decoder_modules(model: nn.Module) -> tuple[nn.Module, set[int]] | None:
+    """The encoder, and the ids of all modules of the decoder, where a model has both."""
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return None
+    encoder, decoder = (getattr(model, f"get_{part}", lambda: None)() for part in ("encoder", "decoder"))
+    if encoder is None or decoder is None:
+        return None
+    return encoder, {id(module) for module in decoder.modules()}
+
+
+@contextmanager
+def _replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Call another forward inside, and leave the module as it was."""
+    own = module.__dict__.get("forward")
+    module.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.__dict__["forward"]
+        else:
+            module.__dict__["forward"] = own
+
+
+def _copy(output: Any) -> Any:
+    """An output that no later operation in place can reach."""
+    return tree_map(lambda value: value.clone() if isinstance(value, Tensor) else value, output)
+
+
+def _replay(stack: _Stack, current: Sequence[int]) -> Callable[..., Any]:
+    return lambda *args, **kwargs: _copy(stack.outputs[current[0]])
+
+
+def _recorder(stack: _Stack, current: Sequence[int]) -> Callable[..., None]:
+    def record(module: nn.Module, args: Any, output: Any) -> None:
+        stack.outputs[current[0]] = _copy(output)
+        stack.recorded.add(current[0])
+
+    return record

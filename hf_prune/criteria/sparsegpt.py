@@ -1,0 +1,72 @@
+"""SparseGPT: remove column by column, and let the columns that follow make up for it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hf_prune.criteria.base import Criterion, Select, WeightStats
+from hf_prune.registry import CRITERIA
+from hf_prune.repair import damped
+
+_BLOCK = 128  # columns whose mask is chosen together, as in the paper
+_NO_INPUT = 1e-12
+
+
+@CRITERIA.register("sparsegpt")
+class SparseGPT(Criterion):
+    """Optimal-brain-surgeon updates along the columns, with masks that follow them.
+
+    With U the upper Cholesky factor of the inverse Gram matrix, removing weight j of an output costs ``w²/U_jj²``
+    once the columns before j are settled. Masks are chosen for 128 columns at a time, for N:M every M columns, each
+    time with the weights as the earlier columns left them.
+    """
+
+    name = "sparsegpt"
+    description = "second-order updates of what stays, column by column: calibrated, without gradients"
+    paper = "Frantar and Alistarh 2023, arXiv:2301.00774"
+    needs = frozenset({"input_gram"})
+    scopes = frozenset({"row", "layer"})
+    repairs = True
+
+    def scores(self, weight: Tensor, stats: WeightStats) -> Tensor:
+        """The cost of each weight before any column is settled; see :meth:`Criterion.scores`."""
+        assert stats.input_gram is not None
+        return (weight.float() ** 2 * _worth(stats.input_gram, _factor(stats.input_gram))).float()
+
+    def prune_weight(self, weight: Tensor, stats: WeightStats, select: Select) -> tuple[Tensor, Tensor]:
+        """See :meth:`Criterion.prune_weight`."""
+        assert stats.input_gram is not None
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        upper = _factor(stats.input_gram)
+        worth = _worth(stats.input_gram, upper).to(dtype)
+        upper = upper.to(dtype)
+        # A column of weights is a row here, which is contiguous.
+        columns = weight.t().to(dtype, memory_format=torch.contiguous_format, copy=True)  # (in, out)
+        keep = torch.ones_like(columns, dtype=torch.bool)
+        width = select.width * max(1, _BLOCK // select.width)
+        pool = select.width if select.pools else width
+        for start in range(0, len(columns), width):
+            block = columns[start : start + width]  # (width, out), a view
+            factor = upper[start : start + width, start : start + width]
+            errors = torch.zeros_like(block)
+            for j in range(len(block)):
+                if j % pool == 0:
+                    scores = (block[j : j + pool] ** 2 * worth[start + j : start + j + pool, None]).t().float()
+                    keep[start + j : start + j + pool] = select.columns(scores, start + j).t()
+                errors[j] = block[j].masked_fill(keep[start + j], 0) / factor[j, j]
+                block[j:].addr_(factor[j, j:], errors[j], alpha=-1)
+            block.masked_fill_(~keep[start : start + width], 0)
+            columns[start + width :].addmm_(upper[start : start + width, start + width :].t(), errors, alpha=-1)
+        return keep.t(), columns.t().to(weight.dtype)
+
+
+def _factor(gram: Tensor) -> Tensor:
+    """(in, in) upper Cholesky factor of the inverse of the damped Gram matrix, float64."""
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(gram.double())))
+    return torch.linalg.cholesky(inverse, upper=True)
+
+
+def _worth(gram: Tensor, upper: Tensor) -> Tensor:
+    """(in,) 1/U_jj²; inputs that are always zero cost next to nothing."""
+    return upper.diagonal() ** -2 * torch.where(gram.diagonal() > 0, 1.0, _NO_INPUT)

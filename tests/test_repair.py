@@ -1,0 +1,135 @@
+"""Least squares on a support: equal to an exact solver, never worse than where it starts."""
+
+import pytest
+import torch
+
+from hf_prune.config import PruningConfig
+from hf_prune.errors import ConfigError
+from hf_prune.masking import MaskStore
+from hf_prune.pipeline import prune
+from hf_prune.repair import damped, layer_error, least_squares
+from tests import models
+from tests.models import same_bits, snapshot, tiny_batches
+from tests.reference.reconstruction import reference_error, reference_least_squares
+
+
+def problem(rows: int = 5, columns: int = 8, tokens: int = 60, seed: int = 0, dtype: torch.dtype = torch.float64):
+    """A weight, correlated inputs and their mean outer product."""
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(columns, columns, generator=generator, dtype=dtype)
+    inputs = torch.randn(tokens, columns, generator=generator, dtype=dtype) @ mix
+    weight = torch.randn(rows, columns, generator=generator, dtype=dtype)
+    return weight, inputs, inputs.t() @ inputs / tokens
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_it_equals_an_exact_solver(seed):
+    weight, inputs, gram = problem(seed=seed)
+    keep = torch.rand(weight.shape) < 0.5
+    found = least_squares(weight, keep, gram, iterations=200)
+    torch.testing.assert_close(found, reference_least_squares(weight, keep, inputs), rtol=1e-5, atol=1e-6)
+    assert not found[~keep].any()
+
+
+def test_by_hand():
+    """Two equal inputs: what stays takes over what goes."""
+    gram = torch.tensor([[1.0, 1.0], [1.0, 1.0]]) + 1e-6 * torch.eye(2)
+    found = least_squares(torch.tensor([[2.0, 3.0]]), torch.tensor([[True, False]]), gram)
+    torch.testing.assert_close(found, torch.tensor([[5.0, 0.0]]), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("iterations", [0, 1, 2, 5, 30])
+def test_more_iterations_are_never_worse(iterations):
+    weight, _, gram = problem(rows=20, columns=24, dtype=torch.float32)
+    keep = torch.rand(weight.shape) < 0.3
+    errors = [float(layer_error(weight, least_squares(weight, keep, gram, iterations=i), gram)) for i in range(32)]
+    assert errors[iterations + 1] <= errors[iterations] * (1 + 1e-4)
+    assert errors[0] == pytest.approx(float(layer_error(weight, weight * keep, gram)))
+
+
+def test_a_start_that_is_solved_stays():
+    weight, _, gram = problem()
+    keep = torch.rand(weight.shape) < 0.5
+    best = least_squares(weight, keep, gram, iterations=200)
+    torch.testing.assert_close(least_squares(weight, keep, gram, start=best), best)
+
+
+def test_nothing_removed_changes_nothing():
+    weight, _, gram = problem()
+    assert same_bits(least_squares(weight, torch.ones_like(weight, dtype=torch.bool), gram), weight)
+    assert not least_squares(weight, torch.zeros_like(weight, dtype=torch.bool), gram).any()
+
+
+def test_the_layer_error_is_that_of_the_outputs():
+    weight, inputs, gram = problem()
+    new = torch.randn_like(weight)
+    assert float(layer_error(weight, new, gram)) == pytest.approx(reference_error(weight, new, inputs))
+
+
+def test_damping_makes_a_singular_matrix_invertible():
+    assert torch.equal(damped(torch.zeros(2, 2)), torch.eye(2))
+    gram = torch.tensor([[4.0, 0.0], [0.0, 0.0]])
+    torch.testing.assert_close(damped(gram), torch.tensor([[4.02, 0.0], [0.0, 0.02]]))
+    assert gram[1, 1] == 0
+
+
+@pytest.mark.parametrize("criterion", ["magnitude", "random", "wanda", "taylor", "sparsegpt"])
+@pytest.mark.parametrize("granularity", ["unstructured", "2:4", "block:2x2"])
+def test_it_wraps_any_criterion_and_lowers_the_error_of_a_layer(criterion, granularity):
+    settings = {"criterion": criterion, "granularity": granularity, "target_modules": ["fc1"]}
+    batches = tiny_batches(models.mlp(), sizes=(16, 16))
+    gram = sum(batch["x"].t() @ batch["x"] for batch in batches) / 32
+    dense = models.mlp().fc1.weight.detach()
+    plain = prune(models.mlp(), **settings, calibration=batches)
+    repaired = prune(models.mlp(), **settings, calibration=batches, repair="least_squares")
+    mask = MaskStore.of(plain).masks["fc1.weight"]
+    assert torch.equal(mask, MaskStore.of(repaired).masks["fc1.weight"])
+    assert not repaired.fc1.weight[~mask].any()
+    errors = [float(layer_error(dense, m.fc1.weight.detach(), gram)) for m in (plain, repaired)]
+    assert errors[1] < errors[0] * (1 + 1e-3 if criterion == "sparsegpt" else 0.999)
+
+
+@pytest.mark.parametrize("kind", ["bert", "gpt2", "llama", "t5", "albert", "resnet"])
+def test_only_targets_change_and_the_dense_weights_come_back(kind):
+    model = models.TRANSFORMERS[kind]()
+    before = snapshot(model)
+    prune(model, 0.5, calibration=tiny_batches(model), repair="least_squares", keep_dense=True)
+    masks = MaskStore.of(model).masks
+    for name, parameter in model.named_parameters():
+        if name in masks:
+            assert not parameter[~masks[name]].any()
+        else:
+            assert same_bits(parameter, before[name])
+    assert any(not torch.equal(p[masks[n]], before[n][masks[n]]) for n, p in model.named_parameters() if n in masks)
+    MaskStore.of(model).discard(model)
+    models.assert_unchanged(model, before)
+
+
+def test_an_earlier_mask_stays():
+    model = prune(models.mlp(), 0.3, criterion="random")
+    early = {name: mask.clone() for name, mask in MaskStore.of(model).masks.items()}
+    prune(model, 0.6, calibration=tiny_batches(model), repair="least_squares")
+    for name, mask in early.items():
+        assert not model.get_parameter(name)[~mask].any()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"repair": "least_square"}, r"unknown repair 'least_square': .*Did you mean 'least_squares'"),
+        ({"repair": "least_squares", "scope": "global"}, r"repair='least_squares' contradicts scope='global': layers"),
+        ({"calibration_order": "backwards"}, r"unknown calibration_order 'backwards': expected one of"),
+        ({"criterion": "sparsegpt", "scope": "global"}, r"criterion 'sparsegpt' cannot rank in scope 'global'"),
+    ],
+)
+def test_settings_that_make_no_sense(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        PruningConfig(**settings)
+
+
+def test_configs_of_before_still_load():
+    values = PruningConfig(0.3).to_dict()
+    del values["repair"], values["calibration_order"]
+    assert PruningConfig.from_dict(values) == PruningConfig(0.3)
+    config = PruningConfig(0.3, repair="least_squares", calibration_order="one_pass")
+    assert PruningConfig.from_json(config.to_json()) == config
