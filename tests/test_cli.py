@@ -513,3 +513,35 @@ def test_version(hf_prune):
 
     done = hf_prune("--version")
     assert (done.code, done.out) == (0, f"{package.__version__}\n")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["--criterion", "wanda"], ["--criterion", "sparsegpt"], ["--repair", "least_squares"]],
+    ids=lambda o: o[1],
+)
+def test_calibration_on_texts_and_repair(hf_prune, folders, tmp_path, options):
+    out = tmp_path / "out"
+    fixed = ["--sparsity", "0.5", "--data", folders["data"], "--exclude-modules", "classifier", "--out", str(out)]
+    done = hf_prune("prune", folders["text"], *options, *fixed)
+    assert done.code == 0, done.err
+    saved = AutoModelForSequenceClassification.from_pretrained(out).state_dict()
+    dense = AutoModelForSequenceClassification.from_pretrained(folders["text"]).state_dict()
+    name = "bert.encoder.layer.0.intermediate.dense.weight"
+    kept = saved[name] != 0
+    assert int(kept.sum()) == kept.numel() // 2
+    assert torch.equal(saved[name][kept], dense[name][kept]) == (options[1] == "wanda")  # the others give new values
+
+
+def test_sweep_with_repair_calibrates(hf_prune, folders, tmp_path):
+    options = ["--data", folders["data"], "--sparsity", "0.5", "--repair", "least_squares", "--out", str(tmp_path)]
+    done = hf_prune("sweep", folders["text"], *options, "--json")
+    assert done.code == 0, done.err
+    assert json.loads(done.out)["settings"]["calibration"]
+
+
+def test_list_says_what_a_criterion_needs(hf_prune):
+    lines = {line.split()[0]: line for line in hf_prune("list").out.splitlines() if line}
+    assert "no data" in lines["magnitude"]
+    assert " texts " in lines["wanda"]
+    assert "labelled data" in lines["taylor"]
