@@ -5,14 +5,14 @@ from __future__ import annotations
 import functools
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from hf_prune.activations import eval_mode
 from hf_prune.errors import ConfigError, DataError
 from hf_prune.sources import check_columns, column, fingerprint, load_sst2
 
@@ -407,7 +407,7 @@ def _predict(
     device = next(model.parameters()).device
     parts: list[Tensor] = []
     starts, title = range(0, len(order), batch_size), progress if isinstance(progress, str) else "Scoring"
-    with _eval_mode(model), torch.inference_mode():
+    with eval_mode(model), torch.inference_mode():
         for start in tqdm(starts, desc=title, unit="batch", leave=False, disable=None if progress else True):
             batch = _pad(tokenizer, [examples[i] for i in order[start : start + batch_size]], side)
             inputs = {name: tensor.to(device) for name, tensor in batch.items()}
@@ -442,15 +442,3 @@ def _check_logits(logits: Any, model: PreTrainedModel) -> Tensor:
             "AutoModelForSequenceClassification"
         )
     return logits
-
-
-@contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside, and every module's own flag back afterwards."""
-    training = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, flag in training:
-            module.training = flag
