@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from hf_prune.activations import NO_BATCHES, Batches, InputReader, eval_mode, on_device
+from hf_prune.config import check_positive
 from hf_prune.criteria.base import GRADIENTS, INPUTS, WeightStats
-from hf_prune.errors import CalibrationError, ConfigError, DataError
+from hf_prune.errors import CalibrationError, DataError
 from hf_prune.plan import PruningPlan
 from hf_prune.targets import is_finite
 
@@ -44,8 +45,7 @@ def text_batches(
         >>> hf_prune.prune(model, 0.5, criterion="sparsegpt", calibration=batches)  # doctest: +SKIP
     """
     for name, value in (("batch_size", batch_size), ("max_length", max_length)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ConfigError(f"{name} is {value!r}: expected an integer of at least 1")
+        check_positive(name, value)
     found = [] if isinstance(texts, str) else list(texts)
     if not found:
         raise DataError(f"texts is {texts!r}: expected a list of texts, at least one")

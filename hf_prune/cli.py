@@ -181,12 +181,12 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Score a sequence classifier, alone or against another one on the same sentences."""
-    _start([model, *([against] if against else [])], data)
+    checkpoints = [model, *([against] if against else [])]
+    _start(checkpoints, data)
     from hf_prune.comparison import compare
     from hf_prune.workflows import LabelledData, evaluate_checkpoint
 
     labelled = LabelledData(data, _names(text_column), label_column)
-    checkpoints = [model, *([against] if against else [])]
     scores = [evaluate_checkpoint(name, labelled, split, batch_size=batch_size) for name in checkpoints]
     comparison = compare(scores[1], scores[0]) if against else None
     if as_json:

@@ -185,6 +185,16 @@ class PruningConfig:
         return cls.from_dict(values)
 
 
+def check_positive(name: str, value: object) -> None:
+    """Make sure that a setting is a whole number of at least 1.
+
+    Raises:
+        ConfigError: If it is not.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigError(f"{name} is {value!r}: expected an integer of at least 1")
+
+
 def check_sparsity(name: str, value: object) -> float:
     """A sparsity as a float.
 

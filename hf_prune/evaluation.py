@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_prune.activations import eval_mode
+from hf_prune.config import check_positive
 from hf_prune.errors import ConfigError, DataError
 from hf_prune.sources import check_columns, column, fingerprint, load_sst2
 
@@ -167,7 +168,7 @@ def evaluate_sst2(
         accuracy 90.48 % ± 0.99 (n = 872, data/sst2 validation)
     """
     if limit is not None:
-        _check_positive("limit", limit)
+        check_positive("limit", limit)
     dataset = load_sst2(split, source)
     if limit is not None:
         dataset = dataset.select(range(min(limit, len(dataset))))
@@ -219,7 +220,7 @@ def evaluate_classification(
         >>> evaluate_classification(model, tokenizer, data).n  # doctest: +SKIP
         2
     """
-    _check_positive("batch_size", batch_size)
+    check_positive("batch_size", batch_size)
     num_labels = _num_labels(model)
     _check_padding(tokenizer, model)
     max_length = _max_length(tokenizer, model, max_length)
@@ -284,7 +285,7 @@ def classification_batches(
         >>> loss = model(**batches[0]).loss  # doctest: +SKIP
     """
     for name, value in (("n", n), ("batch_size", batch_size), ("max_length", max_length)):
-        _check_positive(name, value)
+        check_positive(name, value)
     _check_padding(tokenizer)
     generator = torch.Generator().manual_seed(seed)
     chosen = dataset.select(torch.randperm(len(dataset), generator=generator)[:n].tolist())
@@ -298,11 +299,6 @@ def classification_batches(
 
 
 # --- steps of an evaluation ------------------------------------------------------------------------
-
-
-def _check_positive(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigError(f"{name} is {value!r}: expected an integer of at least 1")
 
 
 def _num_labels(model: PreTrainedModel) -> int:
@@ -341,7 +337,7 @@ def _max_length(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, aske
     positions = _positions(model)
     if asked is None:
         return min(limit for limit in (tokenizer.model_max_length, positions, _LONGEST) if limit is not None)
-    _check_positive("max_length", asked)
+    check_positive("max_length", asked)
     if positions is not None and asked > positions:
         raise ConfigError(f"max_length is {asked}: {type(model).__name__} has only {positions} positions")
     return asked

@@ -45,10 +45,6 @@ def compute_masks(
         old = old_masks.get(target.name)
         return None if old is None else target.matrix(old)
 
-    def units(target: Target, scores: Tensor, old: Tensor | None) -> Tensor:
-        _check_scores(scores, criterion.name, target.name)
-        return unit_scores(scores, block, old)
-
     def chunks(target: Target) -> Iterator[Tensor]:
         weight, old = matrix(target), old_matrix(target)
         step = len(weight)
@@ -57,7 +53,7 @@ def compute_masks(
         for start in range(0, len(weight), step):
             rows = slice(start, start + step)
             scores = criterion.scores(weight[rows], stats[target.name].rows(rows))
-            yield units(target, scores, None if old is None else old[rows])
+            yield _checked_units(scores, block, None if old is None else old[rows], criterion.name, target.name)
 
     def spread(target: Target, keep: Tensor) -> Tensor:
         return spread_blocks(keep.view(granularity.units(target.matrix_shape)), block)
@@ -154,21 +150,22 @@ class Selector:
         shape = self.granularity.units(self.tensor.target.matrix_shape)
         if self.old is None:
             return torch.ones(shape, dtype=torch.bool, device=device)
-        return block_sums(self.old.to(device).float(), self.granularity.block) > 0
+        return _alive(self.old.to(device), self.granularity.block)
 
     def _units(self, scores: Tensor, old: Tensor | None) -> Tensor:
-        _check_scores(scores, self.criterion, self.tensor.target.name)
-        return unit_scores(scores, self.granularity.block, old)
+        return _checked_units(scores, self.granularity.block, old, self.criterion, self.tensor.target.name)
 
     def _spread(self, keep: Tensor) -> Tensor:
         return spread_blocks(keep, self.granularity.block)
 
 
-def _check_scores(scores: Tensor, criterion: str, name: str) -> None:
+def _checked_units(scores: Tensor, block: tuple[int, int], old: Tensor | None, criterion: str, name: str) -> Tensor:
+    """:func:`unit_scores` of scores that are finite."""
     if not is_finite(scores):
         raise CalibrationError(
             f"criterion {criterion!r} gave scores that are not finite for {name}: check the calibration data"
         )
+    return unit_scores(scores, block, old)
 
 
 def _select(tensor: PlannedTensor, scores: Chunks) -> Tensor:
@@ -195,5 +192,10 @@ def unit_scores(scores: Tensor, block: tuple[int, int], old: Tensor | None) -> T
     if old is None:
         return block_sums(scores, block).contiguous()
     left = old.to(scores.device)
-    gone = block_sums(left.float(), block) == 0
-    return block_sums(scores.masked_fill(~left, 0), block).masked_fill(gone, float("-inf")).contiguous()
+    sums = block_sums(scores.masked_fill(~left, 0), block)
+    return sums.masked_fill(~_alive(left, block), float("-inf")).contiguous()
+
+
+def _alive(old: Tensor, block: tuple[int, int]) -> Tensor:
+    """Bool, one per unit: whether a mask of earlier prunings left anything of it."""
+    return block_sums(old.float(), block) > 0
