@@ -11,6 +11,7 @@ then on.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from tqdm.auto import tqdm
 
+from hf_prune.distributed import add_up, all_or_none, share
 from hf_prune.errors import CalibrationError
 from hf_prune.plan import PlannedTensor, PruningPlan
 from hf_prune.targets import is_finite
@@ -31,6 +33,8 @@ Batches = Iterable[Mapping[str, Any]]
 NO_BATCHES = "calibration has no batches: expected at least one; a used-up generator yields none"
 
 Statistics = dict[str, dict[str, Tensor]]
+_NUMBER = re.compile(r"\d+")
+_ROWS = 256  # of a Gram matrix that are added at a time
 
 
 @contextmanager
@@ -55,6 +59,14 @@ def on_device(model: nn.Module, batch: object) -> dict[str, Any]:
         raise CalibrationError(f"a calibration batch is a {type(batch).__name__}: expected a dict of model inputs")
     device = next(model.parameters()).device
     return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+
+
+def sum_dtype(device: torch.device) -> torch.dtype:
+    """In what to add up what each batch gives in float32: float64, which keeps nearly always every bit of the sum.
+
+    So the order of the batches does not matter, nor how they are shared between processes.
+    """
+    return torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
 
 
 @dataclass
@@ -82,10 +94,14 @@ class _Stack:
 
 
 class _Sum:
-    """Products of inputs, added up."""
+    """Products of inputs, added up.
 
-    def __init__(self, needs: Iterable[str]) -> None:
+    Those of a batch are computed in float32; see :func:`sum_dtype` for the rest.
+    """
+
+    def __init__(self, needs: Iterable[str], inputs: int) -> None:
         self.gram = "input_gram" in needs
+        self.inputs = inputs
         self.total: Tensor | None = None
         self.mean: Tensor | None = None
         self.tokens = 0
@@ -94,22 +110,35 @@ class _Sum:
     def add(self, x: Tensor) -> None:
         """(tokens, in)."""
         x = x.float()
-        if self.total is None:
-            size = (x.shape[1], x.shape[1]) if self.gram else (x.shape[1],)
-            self.total = torch.zeros(size, dtype=torch.float32, device=x.device)
+        total = self._start(x.device)
         if self.gram:
-            self.total.addmm_(x.t(), x)
+            for rows in range(0, self.inputs, _ROWS):  # so that the products of a batch take little memory
+                total[rows : rows + _ROWS].add_(x[:, rows : rows + _ROWS].t() @ x)
         else:
-            self.total.add_((x * x).sum(0))
+            total.add_((x * x).sum(0))
         self.tokens += len(x)
 
-    def statistics(self, needs: Iterable[str], inputs: int, device: torch.device) -> dict[str, Tensor]:
+    def _start(self, device: torch.device) -> Tensor:
+        if self.total is None:
+            size = (self.inputs, self.inputs) if self.gram else (self.inputs,)
+            self.total = torch.zeros(size, dtype=sum_dtype(device), device=device)
+        return self.total
+
+    def add_others(self, device: torch.device) -> None:
+        """Add what the other processes have seen."""
+        self.tokens = int(add_up(torch.tensor(self.tokens)))
+        if self.tokens:
+            self.total = add_up(self._start(device))
+
+    def statistics(self, needs: Iterable[str], device: torch.device) -> dict[str, Tensor]:
         """The mean; as if inputs were independent and alike where none was ever seen."""
-        if self.total is None or self.tokens == 0:
-            mean = torch.eye(inputs, device=device) if self.gram else torch.ones(inputs, device=device)
+        if self.tokens == 0:
+            mean = torch.eye(self.inputs, device=device) if self.gram else torch.ones(self.inputs, device=device)
         else:
-            mean = self.total / self.tokens if self.mean is None else self.mean
-            self.mean = mean  # targets with the same inputs share it
+            if self.mean is None:  # targets with the same inputs share it
+                assert self.total is not None
+                self.mean, self.total = self.total.div_(self.tokens).float(), None
+            mean = self.mean
         square = mean.diagonal() if self.gram else mean
         values = {"input_gram": mean, "input_norm": square.sqrt()}
         return {need: values[need] for need in needs}
@@ -121,8 +150,9 @@ class InputReader:
     Args:
         model: The model: in eval mode inside the context, and otherwise not changed.
         plan: Its targets.
-        batches: Mappings of model inputs. Tokens where ``attention_mask`` is 0 do not count; of a decoder that has an
-            encoder, those where ``decoder_attention_mask`` is 0.
+        batches: Mappings of model inputs, the same in every process; each runs its share. Tokens where
+            ``attention_mask`` is 0 do not count; of a decoder that has an encoder, those where
+            ``decoder_attention_mask`` is 0.
         reuse: Whether finished blocks may return what they put out before.
 
     Raises:
@@ -153,6 +183,7 @@ class InputReader:
         self._mask: Tensor | None = None
         self._decoder_mask: Tensor | None = None
         self._unchecked = False
+        self.tokens: dict[str, int] = {}
         self._context = ExitStack()
 
     def __enter__(self) -> InputReader:
@@ -163,6 +194,31 @@ class InputReader:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._context.close()
+        if kind is None:
+            self._warn_of_few_tokens()
+
+    def _warn_of_few_tokens(self) -> None:
+        """Name experts that saw fewer tokens than they have inputs.
+
+        An expert is known by a target of the same shape, and the same name but for its numbers, that saw more: without
+        such a one, all of the model saw few tokens, or it is a head that sees one per text: the caller's choice.
+        """
+        kinds = {t.target.name: (_NUMBER.sub("#", t.target.name), t.target.matrix_shape) for t in self.tensors}
+        most: dict[tuple[str, tuple[int, int]], int] = {}
+        for name, tokens in self.tokens.items():
+            most[kinds[name]] = max(tokens, most.get(kinds[name], 0))
+        few = [
+            f"{name}: {tokens} for {kinds[name][1][1]} inputs"
+            for name, tokens in self.tokens.items()
+            if 0 < tokens < min(kinds[name][1][1], most[kinds[name]])
+        ]
+        if few:
+            warn(
+                f"{len(few)} of {len(self.tensors)} targets saw fewer calibration tokens than they have inputs, and "
+                f"fewer than others of their kind ({'; '.join(few[:3])}{'; …' if len(few) > 3 else ''}): their "
+                f"statistics are damped and uncertain; calibrate on more texts, or name them in exclude_modules",
+                stacklevel=3,
+            )
 
     # --- the order ----------------------------------------------------------------------------------
 
@@ -263,7 +319,8 @@ class InputReader:
             name = t.target.name
             parameter = self.holders[name][0]._parameters["weight"]
             assert parameter is not None
-            found[name] = sums[name].statistics(needs, t.target.matrix_shape[1], parameter.device)
+            found[name] = sums[name].statistics(needs, parameter.device)
+            self.tokens[name] = sums[name].tokens
             if not all(is_finite(value) for value in found[name].values()):
                 raise CalibrationError(
                     f"the inputs of {name} are not finite: expected finite values; calibrate in float32 or bfloat16, "
@@ -302,7 +359,7 @@ class InputReader:
                 continue
             if signature is not None:
                 by_signature[signature] = name
-            sums[name] = _Sum(needs)
+            sums[name] = _Sum(needs, t.target.matrix_shape[1])
             watched += [(module, sums[name], t.target.layout) for module in self.holders[name]]
         stop_after = None
         # A run may stop early only if no further call is to come, as far as the first batch shows.
@@ -323,17 +380,22 @@ class InputReader:
                     last = stack.blocks[stack.finished - 1]
                     hooks.callback(last.register_forward_hook(_recorder(stack, current)).remove)
             hidden = None if progress else True  # None: shown on a terminal
-            for index in tqdm(batches, desc="Calibrating", unit="batch", leave=False, disable=hidden):
-                current[0] = index
-                left |= stop_after or set()
-                try:
-                    self._forward(self.batches[index])
-                except _Stop:
-                    pass
+            with all_or_none():
+                for index in tqdm(share(batches), desc="Calibrating", unit="batch", leave=False, disable=hidden):
+                    current[0] = index
+                    left |= stop_after or set()
+                    try:
+                        self._forward(self.batches[index])
+                    except _Stop:
+                        pass
+        device = next(self.model.parameters()).device
+        for total in {id(total): total for total in sums.values()}.values():
+            total.add_others(device)
         for stack in advancing:
-            if len(stack.recorded) == len(self.batches):
+            recorded = int(add_up(torch.tensor(len(stack.recorded))))
+            if recorded == len(self.batches):
                 stack.replayed, self._unchecked = stack.finished, True
-            elif stack.recorded:  # not every batch calls it
+            elif recorded:  # not every batch calls it
                 self.stacks.remove(stack)
             stack.recorded.clear()
         return sums

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from hf_prune.activations import NO_BATCHES, Batches, InputReader, eval_mode, on_device
+from hf_prune.activations import NO_BATCHES, Batches, InputReader, eval_mode, on_device, sum_dtype
 from hf_prune.config import check_positive
 from hf_prune.criteria.base import GRADIENTS, INPUTS, WeightStats
+from hf_prune.distributed import add_up, all_or_none, check_same_batches, processes, share
 from hf_prune.errors import CalibrationError, DataError
 from hf_prune.plan import PruningPlan
 from hf_prune.targets import is_finite
@@ -113,11 +114,18 @@ def weight_seed(plan: PruningPlan, name: str) -> int:
 
 
 def require_batches(plan: PruningPlan, calibration: Batches | None) -> Batches:
-    """The batches, if there are any.
+    """The batches, if there are any; the same ones in every process.
 
     Raises:
-        CalibrationError: If there are none.
+        CalibrationError: If there are none, or the processes have different ones.
     """
+    with all_or_none():
+        found = _require_batches(plan, calibration)
+    check_same_batches(found)
+    return found
+
+
+def _require_batches(plan: PruningPlan, calibration: Batches | None) -> Batches:
     if calibration is None:
         config = plan.config
         who = f"criterion {config.criterion!r}" if plan.criterion.needs else f"repair={config.repair!r}"
@@ -126,7 +134,7 @@ def require_batches(plan: PruningPlan, calibration: Batches | None) -> Batches:
             f"{who} needs calibration data, and got none: pass calibration=batches, "
             f"an iterable of dicts with the model's inputs{labels}"
         )
-    return calibration
+    return calibration if processes()[1] == 1 else list(calibration)
 
 
 def _gradients(
@@ -135,32 +143,36 @@ def _gradients(
     """Mean gradients and mean absolute gradients of the targets, weighted by the examples in each batch."""
     parameters = dict(model.named_parameters())
     wanted = [t.target.name for t in plan.tensors]
-    sums = {n: {name: torch.zeros_like(parameters[name], dtype=torch.float32) for name in wanted} for n in needs}
+    dtype = sum_dtype(parameters[wanted[0]].device)
+    sums = {n: {name: torch.zeros_like(parameters[name], dtype=dtype) for name in wanted} for n in needs}
     examples = 0
     required = {name: parameter.requires_grad for name, parameter in parameters.items()}
     try:
         for name, parameter in parameters.items():
             parameter.requires_grad_(name in sums[next(iter(needs))])
         hidden = None if progress else True  # None: shown on a terminal
-        for batch in tqdm(calibration, desc="Calibrating", unit="batch", leave=False, disable=hidden):
-            size, loss = _loss(model, batch)
-            batch_gradients = torch.autograd.grad(loss, [parameters[name] for name in wanted], allow_unused=True)
-            examples += size
-            for name, gradient in zip(wanted, batch_gradients, strict=True):
-                if gradient is None:
-                    continue
-                if "gradient" in sums:
-                    sums["gradient"][name].add_(gradient, alpha=size)
-                if "absolute_gradient" in sums:
-                    sums["absolute_gradient"][name].add_(gradient.abs(), alpha=size)
+        with all_or_none():
+            for batch in tqdm(share(calibration), desc="Calibrating", unit="batch", leave=False, disable=hidden):
+                size, loss = _loss(model, batch)
+                batch_gradients = torch.autograd.grad(loss, [parameters[name] for name in wanted], allow_unused=True)
+                examples += size
+                for name, gradient in zip(wanted, batch_gradients, strict=True):
+                    if gradient is None:
+                        continue
+                    if "gradient" in sums:
+                        sums["gradient"][name].add_(gradient, alpha=size)
+                    if "absolute_gradient" in sums:
+                        sums["absolute_gradient"][name].add_(gradient.abs(), alpha=size)
     finally:
         for name, parameter in parameters.items():
             parameter.requires_grad_(required[name])
+    examples = int(add_up(torch.tensor(examples)))
     if examples == 0:
         raise CalibrationError(NO_BATCHES)
     for tensors in sums.values():
         for name, tensor in tensors.items():
-            if not is_finite(tensor.div_(examples)):
+            tensors[name] = add_up(tensor).div_(examples).float()
+            if not is_finite(tensors[name]):
                 raise CalibrationError(
                     f"the gradient of {name} is not finite: expected finite values; calibrate in float32 or bfloat16, "
                     f"and check the batches"

@@ -10,10 +10,11 @@ from torch import nn
 from hf_prune.calibration import Batches, collect_stats
 from hf_prune.config import PruningConfig
 from hf_prune.criteria.base import INPUTS
+from hf_prune.distributed import is_first
 from hf_prune.errors import ConfigError
 from hf_prune.masking import MaskStore
 from hf_prune.plan import PruningPlan, make_plan
-from hf_prune.scoring import compute_masks
+from hf_prune.scoring import agreed_masks
 from hf_prune.sequential import prune_in_order
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -59,6 +60,10 @@ def prune(
 
     Pruning again only ever adds zeros: 0.3 and then 0.5 removes 0.5 in all.
 
+    Where ``torch.distributed`` is initialised, as by ``accelerate.PartialState()``, calibration is shared: every
+    process calls this with the same model and the same batches, runs its share of them, and gets the masks that one
+    process would have found. An error in one is an error in all.
+
     Args:
         model: Any torch module; its weights become zero where they are removed.
         config: The settings, or just the sparsity.
@@ -90,6 +95,7 @@ def prune(
     plan = make_plan(model, config)
     if dry_run:
         return plan
+    progress = progress and is_first()
     store = MaskStore.of(model) or MaskStore()
     if keep_dense:
         store.check_dense()
@@ -97,7 +103,7 @@ def prune(
         masks, weights = prune_in_order(model, plan, calibration, store.masks, progress)
     else:
         stats = collect_stats(model, plan, calibration, progress)
-        masks, weights = compute_masks(model, plan, stats, store.masks)
+        masks, weights = agreed_masks(model, plan, stats, store.masks)
     store.update(model, masks, weights, config, keep_dense)
     return wrapper
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_prune.criteria.base import WeightStats
+from hf_prune.distributed import all_or_none, from_first
 from hf_prune.errors import CalibrationError
 from hf_prune.granularities.base import Granularity
 from hf_prune.plan import PlannedTensor, PruningPlan
@@ -17,6 +18,22 @@ from hf_prune.repair import damped, least_squares
 from hf_prune.selection import CHUNK, Chunks, keep_highest, keep_highest_per_row
 from hf_prune.targets import Target, is_finite
 from hf_prune.units import block_sums, spread_blocks
+
+
+def agreed_masks(
+    model: nn.Module, plan: PruningPlan, stats: Mapping[str, WeightStats], old_masks: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """:func:`compute_masks`, and of several processes that calibrate together each gets what the first one computed.
+
+    The statistics are the same in all of them, but nothing promises that two machines round an eigenvalue alike; masks
+    that differ would never be noticed. Without calibration processes need not wait for one another.
+    """
+    if not plan.needs:
+        return compute_masks(model, plan, stats, old_masks)
+    with all_or_none():
+        found = compute_masks(model, plan, stats, old_masks)
+    masks, weights = ({name: from_first(tensor) for name, tensor in tensors.items()} for tensors in found)
+    return masks, weights
 
 
 @torch.no_grad()

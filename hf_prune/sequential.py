@@ -14,7 +14,7 @@ from hf_prune.calibration import collect_stats, require_batches, weight_seed
 from hf_prune.criteria.base import GRADIENTS, INPUTS, WeightStats
 from hf_prune.masking import zero_removed_
 from hf_prune.plan import PruningPlan
-from hf_prune.scoring import compute_masks
+from hf_prune.scoring import agreed_masks
 
 
 @torch.no_grad()
@@ -69,7 +69,7 @@ def prune_in_order(
                             stats, input_gram=found.get("input_gram"), input_norm=found.get("input_norm")
                         )
                         part = dataclasses.replace(plan, tensors=(tensor,))
-                        mask, weight = compute_masks(model, part, {name: stats}, old_masks)
+                        mask, weight = agreed_masks(model, part, {name: stats}, old_masks)
                         masks |= mask
                         dense[name] = parameters[name].detach().clone()
                         if name in weight:

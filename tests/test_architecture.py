@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1] / "hf_prune"
 # A name stands for its submodules too: "criteria" is every module in hf_prune/criteria/.
 LAYERS = (
     ("errors", "files", "tables"),
-    ("registry", "repair", "selection", "units"),
+    ("distributed", "registry", "repair", "selection", "units"),
     ("config",),
     ("targets", "architectures"),
     ("criteria", "granularities", "schedules", "allocation"),
