@@ -200,23 +200,23 @@ class InputReader:
     def _warn_of_few_tokens(self) -> None:
         """Name experts that saw fewer tokens than they have inputs.
 
-        An expert is known by a target of the same shape, and the same name but for its numbers, that saw more: without
-        such a one, all of the model saw few tokens, or it is a head that sees one per text: the caller's choice.
+        An expert is known by targets of the same shape, and the same name but for its numbers, that saw another number
+        of tokens. All others see every token, or heads one per text: how many is the caller's choice.
         """
         kinds = {t.target.name: (_NUMBER.sub("#", t.target.name), t.target.matrix_shape) for t in self.tensors}
-        most: dict[tuple[str, tuple[int, int]], int] = {}
+        counts: dict[tuple[str, tuple[int, int]], set[int]] = {}
         for name, tokens in self.tokens.items():
-            most[kinds[name]] = max(tokens, most.get(kinds[name], 0))
+            counts.setdefault(kinds[name], set()).add(tokens)
         few = [
             f"{name}: {tokens} for {kinds[name][1][1]} inputs"
             for name, tokens in self.tokens.items()
-            if 0 < tokens < min(kinds[name][1][1], most[kinds[name]])
+            if 0 < tokens < kinds[name][1][1] and len(counts[kinds[name]]) > 1
         ]
         if few:
             warn(
-                f"{len(few)} of {len(self.tensors)} targets saw fewer calibration tokens than they have inputs, and "
-                f"fewer than others of their kind ({'; '.join(few[:3])}{'; …' if len(few) > 3 else ''}): their "
-                f"statistics are damped and uncertain; calibrate on more texts, or name them in exclude_modules",
+                f"{len(few)} of {len(self.tensors)} targets are experts that saw fewer calibration tokens than they have "
+                f"inputs ({'; '.join(few[:3])}{'; …' if len(few) > 3 else ''}): their statistics are uncertain, and only "
+                f"damping makes up for it; calibrate on more texts, or name them in exclude_modules",
                 stacklevel=3,
             )
 

@@ -32,6 +32,8 @@ from transformers import (
     PreTrainedTokenizerFast,
     ResNetConfig,
     ResNetForImageClassification,
+    SwitchTransformersConfig,
+    SwitchTransformersForConditionalGeneration,
     T5Config,
     T5ForConditionalGeneration,
     ViTConfig,
@@ -275,3 +277,11 @@ def tiny_sentences(n: int = 40, seed: int = 0) -> dict[str, list]:
     rng = random.Random(seed)
     sentences = [" ".join(f"w{rng.randrange(VOCAB - 4)}" for _ in range(rng.randint(1, 12))) for _ in range(n)]
     return {"sentence": sentences, "label": [rng.randrange(2) for _ in range(n)]}
+
+
+def tiny_moe(seed: int = 0, **settings: Any) -> SwitchTransformersForConditionalGeneration:
+    """Encoder and decoder whose second and only other block has four experts, each a module of Linears."""
+    values = {"vocab_size": VOCAB, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_decoder_layers": 2}
+    values |= {"num_heads": 2, "num_experts": 4, "expert_capacity": 64, "router_jitter_noise": 0.0}
+    values |= {"num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1, "decoder_start_token_id": 0, **settings}
+    return _build(lambda: SwitchTransformersForConditionalGeneration(SwitchTransformersConfig(**values)), seed)

@@ -299,6 +299,48 @@ def test_sequential_differs_from_one_pass_after_the_first_layer():
     assert not all(same.values())
 
 
+@pytest.mark.parametrize("order", ["sequential", "one_pass"])
+def test_experts_that_see_few_tokens_are_named(order):
+    model = models.tiny_moe()
+    seen: dict[str, int] = {}
+    for name, module in model.named_modules():
+        if "expert_" in name and isinstance(module, nn.Linear):
+            module.register_forward_pre_hook(
+                lambda _, args, name=name: seen.__setitem__(name, seen.get(name, 0) + args[0].shape[:-1].numel())
+            )
+    batches = tiny_batches(model, sizes=(4, 3, 3))
+    with torch.no_grad():
+        for batch in batches:
+            model(**batch)
+    for module in model.modules():
+        module._forward_pre_hooks.clear()
+    few = {name for name, tokens in seen.items() if tokens < model.get_submodule(name).in_features}
+    assert 0 < len(few) < len(seen)
+    dense = copy.deepcopy(model)
+    with pytest.warns(UserWarning, match="fewer calibration tokens than they have inputs") as caught:
+        prune(model, 0.5, criterion="alps", calibration=batches, calibration_order=order)
+    (text,) = [str(w.message) for w in caught]
+    first = next(name for name in seen if name in few)
+    if order == "one_pass":  # on the pruned prefix, tokens take other ways
+        assert text.startswith(f"{len(few)} of 46 targets")
+        assert (
+            f"than they have inputs ({first}.weight: {seen[first]} for {dense.get_submodule(first).in_features} inputs; "
+            in text
+        )
+    assert text.count(" inputs; ") == 3
+    assert "exclude_modules" in text
+    for name in few:
+        weight = model.get_submodule(name).weight
+        assert int((weight == 0).sum()) == weight.numel() // 2
+        assert weight.norm() < 1.5 * dense.get_submodule(name).weight.norm()
+
+
+def test_few_tokens_for_all_are_the_callers_choice(recwarn):
+    model = models.tiny_moe(num_experts=1)
+    prune(model, 0.5, criterion="wanda", calibration=tiny_batches(model, sizes=(2,), length=4))
+    assert [str(w.message) for w in recwarn] == []
+
+
 class Unreached(models.MLP):
     def __init__(self) -> None:
         super().__init__()
