@@ -29,11 +29,13 @@ _MODULES = {
         "AutoPrunedModelForSpeechSeq2Seq",
         "AutoPrunedModelForTokenClassification",
     ),
+    "budget": ("SparsitySearch", "find_sparsity"),
     "calibration": ("text_batches",),
     "comparison": ("Comparison", "compare"),
     "config": ("PruningConfig",),
     "criteria.base": ("Criterion", "WeightStats"),
     "errors": (
+        "BudgetError",
         "CalibrationError",
         "CheckpointError",
         "ConfigError",

@@ -214,9 +214,9 @@ class InputReader:
         ]
         if few:
             warn(
-                f"{len(few)} of {len(self.tensors)} targets are experts that saw fewer calibration tokens than they have "
-                f"inputs ({'; '.join(few[:3])}{'; …' if len(few) > 3 else ''}): their statistics are uncertain, and only "
-                f"damping makes up for it; calibrate on more texts, or name them in exclude_modules",
+                f"{len(few)} of {len(self.tensors)} targets are experts that saw fewer calibration tokens than they "
+                f"have inputs ({'; '.join(few[:3])}{'; …' if len(few) > 3 else ''}): their statistics are uncertain, "
+                f"and only damping makes up for it; calibrate on more texts, or name them in exclude_modules",
                 stacklevel=3,
             )
 

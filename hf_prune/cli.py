@@ -114,12 +114,22 @@ def demo(
 
 @app.command(
     epilog="Examples: hf-prune prune MODEL --sparsity 0.5 --out pruned  |  hf-prune prune MODEL --granularity 2:4 "
-    "--criterion taylor --data glue/sst2 --out pruned  |  hf-prune prune MODEL --sparsity 0.5 --dry-run"
+    "--criterion taylor --data glue/sst2 --out pruned  |  hf-prune prune MODEL --sparsity 0.5 --dry-run  |  "
+    "hf-prune prune MODEL --max-drop 1.0 --criterion alps --data glue/sst2 --out pruned"
 )
 def prune(
     model: Model,
     out: Annotated[Path | None, typer.Option(help="Folder for the pruned checkpoint.", show_default=False)] = None,
     sparsity: Annotated[float | None, typer.Option(help="Share to remove, 0 to 1. [default: 0.5]")] = None,
+    max_drop: Annotated[
+        float | None,
+        typer.Option(
+            help="Instead: the largest share whose drop in accuracy is, with 95 % confidence, at most so many points, "
+            "measured on held-out sentences of the calibration split."
+        ),
+    ] = None,
+    held_out: Annotated[int, typer.Option(min=1, help="With --max-drop: how many sentences that is.")] = 2000,
+    split: Annotated[str, typer.Option(help="With --max-drop: a split whose score is only reported.")] = "validation",
     criterion: Annotated[str | None, typer.Option(help="See: hf-prune list. [default: magnitude]")] = None,
     granularity: Granularity = None,
     scope: Scope = None,
@@ -129,11 +139,12 @@ def prune(
     repair: Repair = None,
     seed: Seed = None,
     config: Config = None,
-    data: Annotated[str, typer.Option(help="Labelled data for criteria that need it.")] = "glue/sst2",
+    data: Annotated[str, typer.Option(help="Labelled data for criteria that need it, and --max-drop.")] = "glue/sst2",
     text_column: Text = "sentence",
     label_column: Label = "label",
     calibration_split: CalibrationSplit = "train",
     calibration_samples: CalibrationSamples = 128,
+    batch_size: BatchSize = 32,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and change nothing.")] = False,
     plots: Annotated[bool, typer.Option("--plots", help="Also write weights.png and layers.png.")] = False,
     as_json: AsJson = False,
@@ -141,6 +152,9 @@ def prune(
     """Prune a checkpoint and save it as one that plain transformers loads."""
     if out is None and not dry_run:
         raise ConfigError("no --out: name the folder for the pruned checkpoint, or pass --dry-run to see the plan")
+    for option, given in (("--sparsity", sparsity is not None), ("--dry-run", dry_run)):
+        if max_drop is not None and given:
+            raise ConfigError(f"--max-drop finds the sparsity by measuring, which contradicts {option}: leave one out")
     _start([model])
     settings = _config(
         config,
@@ -154,7 +168,7 @@ def prune(
         repair=repair,
         seed=seed,
     )
-    if settings.needs and not dry_run:
+    if (settings.needs or max_drop is not None) and not dry_run:
         check_data_source(data)
     if out is None or dry_run:
         from hf_prune.auto import load_native
@@ -162,11 +176,33 @@ def prune(
         plan = load_native(model).plan(settings)
         typer.echo(json.dumps(plan.to_dict(), indent=2) if as_json else str(plan))
         return
-    from hf_prune.workflows import LabelledData, prune_checkpoint
+    from hf_prune.distributed import is_first
+    from hf_prune.workflows import LabelledData, prune_checkpoint, prune_to_budget
 
     labelled = LabelledData(data, _names(text_column), label_column, calibration_split, calibration_samples)
-    report = prune_checkpoint(model, settings, out, data=labelled, plots=plots)
-    typer.echo(report.to_json() if as_json else f"{report}\nSaved in {out}.")
+    if max_drop is None:
+        report = prune_checkpoint(model, settings, out, data=labelled, plots=plots)
+        text, values = str(report), report.to_dict()
+    else:
+        search, reported, report = prune_to_budget(
+            model,
+            settings,
+            out,
+            labelled,
+            max_drop=max_drop,
+            held_out=held_out,
+            split=split,
+            batch_size=batch_size,
+            plots=plots,
+        )
+        text = f"{search}\nOn {split}, which had no say: {reported}\n\n{report}"
+        values = {
+            "search": search.to_dict(),
+            "reported": {"split": split, **reported.to_dict()},
+            "report": report.to_dict(),
+        }
+    if is_first():  # of the processes that accelerate launch started
+        typer.echo(json.dumps(values, indent=2) if as_json else f"{text}\nSaved in {out}.")
 
 
 @app.command(epilog="Example: hf-prune evaluate pruned --data glue/sst2 --against MODEL")

@@ -74,7 +74,7 @@ def all_or_none() -> Iterator[None]:
         raise
     if others := int(add_up(torch.tensor(failed))):
         raise CalibrationError(
-            f"calibration failed in {others} of {processes()[1]} processes: nothing was changed; see what they said"
+            f"{others} of {processes()[1]} processes failed, and so all stop: nothing was changed; see what they said"
         )
 
 

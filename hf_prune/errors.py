@@ -9,6 +9,7 @@
     ├── CalibrationError  (ValueError)    calibration data is missing or unusable
     ├── MaskError         (RuntimeError)  the masks do not allow what was asked
     ├── CheckpointError   (RuntimeError)  files on disk are damaged, foreign, or do not fit the model
+    ├── BudgetError       (RuntimeError)  no sparsity keeps the accuracy that was asked for
     ├── DataError         (ValueError)    a model or data set cannot be found or read
     └── SweepError        (RuntimeError)  results of different settings would be mixed
 
@@ -45,6 +46,10 @@ class MaskError(HfPruneError, RuntimeError):
 
 class CheckpointError(HfPruneError, RuntimeError):
     """Files on disk are damaged, foreign, or do not fit the model."""
+
+
+class BudgetError(HfPruneError, RuntimeError):
+    """No sparsity keeps the accuracy that was asked for, or too little data to show it."""
 
 
 class DataError(HfPruneError, ValueError):

@@ -287,8 +287,7 @@ def classification_batches(
     for name, value in (("n", n), ("batch_size", batch_size), ("max_length", max_length)):
         check_positive(name, value)
     _check_padding(tokenizer)
-    generator = torch.Generator().manual_seed(seed)
-    chosen = dataset.select(torch.randperm(len(dataset), generator=generator)[:n].tolist())
+    chosen = dataset.select(drawn(len(dataset), seed)[:n])
     examples = _tokenize(tokenizer, chosen, text_columns, max_length)
     labels = torch.tensor(_label_ids(chosen, label_column, label2id or {}, None))
     batches = []
@@ -296,6 +295,11 @@ def classification_batches(
         rows = slice(start, start + batch_size)
         batches.append({**_pad(tokenizer, examples[rows], tokenizer.padding_side), "labels": labels[rows]})
     return batches
+
+
+def drawn(n: int, seed: int = 0) -> list[int]:
+    """The rows of a data set in the random order in which they are drawn for calibration."""
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()
 
 
 # --- steps of an evaluation ------------------------------------------------------------------------

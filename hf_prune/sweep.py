@@ -28,7 +28,7 @@ from hf_prune.evaluation import Evaluation, evaluate_classification
 from hf_prune.files import write_json, write_text
 from hf_prune.masking import MaskStore
 from hf_prune.pipeline import prune
-from hf_prune.plan import make_plan
+from hf_prune.plan import PruningPlan, make_plan
 from hf_prune.plots import plot_tradeoff, save_figure
 from hf_prune.registry import parse_granularity
 from hf_prune.report import sparsity_report
@@ -278,8 +278,6 @@ def run_sweep(
         SweepError: If the model is pruned already, or ``out`` holds results of other settings.
         HfPruneError: As :func:`hf_prune.prune` does, for any of the points and before the first is measured.
     """
-    if MaskStore.of(model) is not None:
-        raise SweepError("the model has masks: a sweep starts from dense weights; load a dense model")
     if out is not None and Path(out).exists() and not Path(out).is_dir():
         raise SweepError(f"{out} is a file: expected a folder for the results")
     base = config or PruningConfig()
@@ -288,9 +286,7 @@ def run_sweep(
         sparsities = DEFAULT_SPARSITIES if fixed is None else (fixed,)
     sparsities, criteria = list(dict.fromkeys(sparsities)), list(dict.fromkeys(criteria))
     configs = [base.replace(criterion=c, sparsity=float(s)) for c in criteria for s in sparsities if s != 0]
-    plans = [make_plan(model, c) for c in configs]
-    for plan in plans if calibration is None else []:
-        collect_stats(model, plan)  # refuses a criterion that needs calibration
+    plans = check_points(model, configs, calibration)
     if not 0 < confidence < 1:
         raise ConfigError(f"confidence is {confidence!r}: expected a number between 0 and 1, such as 0.95")
     parameters = sum(p.numel() for p in model.parameters())
@@ -318,7 +314,7 @@ def run_sweep(
         if (point_config.criterion, point_config.sparsity) in done:
             continue
         points.append(
-            _measure(model, tokenizer, dataset, point_config, calibration, dense, confidence, score, progress)
+            measure_point(model, tokenizer, dataset, point_config, calibration, dense, confidence, score, progress)
         )
         if results is not None:
             write_json(results, result().to_dict())
@@ -327,7 +323,24 @@ def run_sweep(
     return result()
 
 
-def _measure(
+def check_points(
+    model: PreTrainedModel, configs: Iterable[PruningConfig], calibration: Sequence[Mapping[str, Any]] | None
+) -> list[PruningPlan]:
+    """The plans of all points, before any is measured.
+
+    Raises:
+        SweepError: If the model is pruned already.
+        HfPruneError: As :func:`hf_prune.prune` does.
+    """
+    if MaskStore.of(model) is not None:
+        raise SweepError("the model has masks: every point is pruned from dense weights; load a dense model")
+    plans = [make_plan(model, config) for config in configs]
+    for plan in plans if calibration is None else []:
+        collect_stats(model, plan)  # refuses a criterion that needs calibration
+    return plans
+
+
+def measure_point(
     model: PreTrainedModel,
     tokenizer: Any,
     dataset: Dataset,
@@ -338,6 +351,19 @@ def _measure(
     score: Mapping[str, Any],
     progress: bool,
 ) -> SweepPoint:
+    """Prune from the dense weights, score, and give the dense weights back.
+
+    Args:
+        model: A dense model.
+        tokenizer: Its tokenizer.
+        dataset: What to score.
+        config: How to prune.
+        calibration: Batches, if the config needs them.
+        dense: The score of the dense model on the same data.
+        confidence: Of the comparison with it.
+        score: Options of :func:`hf_prune.evaluate_classification`.
+        progress: Show progress bars.
+    """
     assert config.sparsity is not None
     start = time.perf_counter()
     try:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,14 +12,17 @@ from typing import TYPE_CHECKING, Any
 from transformers import AutoTokenizer
 
 from hf_prune.auto import load_native
+from hf_prune.budget import SparsitySearch, check_budget, find_sparsity
 from hf_prune.checkpoint import copy_companions, has_tokenizer, staged_checkpoint
+from hf_prune.comparison import Comparison, compare
 from hf_prune.config import PruningConfig
+from hf_prune.distributed import all_or_none, is_first, processes
 from hf_prune.errors import ConfigError, DataError
-from hf_prune.evaluation import Evaluation, classification_batches, evaluate_classification
-from hf_prune.files import write_text
+from hf_prune.evaluation import Evaluation, classification_batches, drawn, evaluate_classification
+from hf_prune.files import write_json, write_text
 from hf_prune.plots import plot_layer_sparsity, plot_weight_histogram, save_figure
 from hf_prune.report import SparsityReport, WeightHistogram, sparsity_report, weight_histogram
-from hf_prune.sources import check_model_source, load_classification, same_split
+from hf_prune.sources import check_columns, check_model_source, column, load_classification, same_split
 from hf_prune.sweep import SweepResult, run_sweep
 
 if TYPE_CHECKING:
@@ -45,6 +50,27 @@ class LabelledData:
     def load(self, split: str) -> Dataset:
         """One split."""
         return load_classification(self.source, split, text_columns=self.text_columns, label_column=self.label_column)
+
+    def held_out(self, n: int) -> Dataset:
+        """Examples of the calibration split that calibration does not see, nor any with the same text.
+
+        Args:
+            n: How many; all that are left if there are fewer.
+
+        Raises:
+            DataError: If none is left.
+        """
+        data = self.load(self.calibration_split)
+        texts = list(zip(*(column(data, name) for name in self.text_columns), strict=True))
+        order = drawn(len(data))
+        seen = {texts[i] for i in order[: self.calibration_samples]}
+        rows = [i for i in order[self.calibration_samples :] if texts[i] not in seen][:n]
+        if not rows:
+            raise DataError(
+                f"the split {self.calibration_split!r} of {self.source!r} has {len(data):,} examples, and calibration "
+                f"may see {self.calibration_samples:,}: none is left to score; calibrate on fewer, or pass more data"
+            )
+        return data.select(rows)
 
     def calibration(self, configs: Sequence[PruningConfig], model: Any, tokenizer: Any) -> list[dict[str, Any]] | None:
         """Labelled batches, if one of the configs needs them."""
@@ -125,24 +151,127 @@ def prune_checkpoint(
     Returns:
         The report, which lies in the folder as ``sparsity_report.json``.
     """
+    join_processes()
     batches = None
     if config.needs and data is not None:
         model, tokenizer = load_classifier(source)
         batches = data.calibration([config], model, tokenizer)
     else:
         model = load_native(source)
+    with _pruned_into(model, source, config, out, batches, plots, name) as (report, _):
+        return report
+
+
+def prune_to_budget(
+    source: str,
+    config: PruningConfig,
+    out: Path,
+    data: LabelledData,
+    *,
+    max_drop: float,
+    held_out: int = 2000,
+    split: str = "validation",
+    batch_size: int = 32,
+    plots: bool = False,
+    name: str = "",
+) -> tuple[SparsitySearch, Comparison, SparsityReport]:
+    """Prune a checkpoint as far as a drop in accuracy allows, and save it as :func:`prune_checkpoint` does.
+
+    The sparsity is found on sentences of the calibration split that calibration does not see; see
+    :func:`hf_prune.find_sparsity`. The other split has no say: its score is only reported.
+
+    Args:
+        source: Folder or Hub id of a dense sequence classifier.
+        config: All settings but the sparsity.
+        out: The folder, which may be the source itself.
+        data: Labelled texts.
+        max_drop: Largest accepted drop, in points of accuracy.
+        held_out: How many sentences the search scores.
+        split: The split whose score is reported.
+        batch_size: Examples scored at once.
+        plots: Also write ``weights.png`` and ``layers.png``.
+        name: What to call the model in plots.
+
+    Returns:
+        The search and the comparison on ``split``, which lie in the folder as ``sparsity_search.json``, and the report.
+
+    Raises:
+        BudgetError: If no sparsity is within the budget; then nothing is written.
+    """
+    check_budget(config, max_drop)
+    if same_split(split, data.calibration_split):
+        raise ConfigError(
+            f"the split {split!r} is searched and reported on: expected two; a model looks better than it is on the "
+            f"sentences that its sparsity was chosen on"
+        )
+    join_processes()
+    model, tokenizer = load_classifier(source)
+    columns: dict[str, Any] = {"text_columns": data.text_columns, "label_column": data.label_column}
+    options: dict[str, Any] = {"source": label(data.source), "batch_size": batch_size, **columns}
+    reported = data.load(split)
+    check_columns(reported, [*data.text_columns, data.label_column], f"the split {split!r}")
+    batches = data.calibration([config], model, tokenizer)
+    search = find_sparsity(
+        model,
+        tokenizer,
+        data.held_out(held_out),
+        max_drop=max_drop,
+        config=config,
+        calibration=batches,
+        progress=is_first(),
+        split=data.calibration_split,
+        **options,
+    )
+
+    def score(title: str) -> Evaluation:
+        return evaluate_classification(
+            model, tokenizer, reported, split=split, progress=is_first() and title, **options
+        )
+
+    dense = score(f"dense, {split}")
+    with _pruned_into(model, source, search.config, out, batches, plots, name) as (report, staging):
+        comparison = compare(dense, score(f"pruned, {split}"))
+        if staging is not None:
+            values = {**search.to_dict(), "reported": {"split": split, **comparison.to_dict()}}
+            write_json(staging / "sparsity_search.json", values)
+    return search, comparison, report
+
+
+def join_processes() -> None:
+    """Under ``accelerate launch`` or ``torchrun``, meet the other processes, so that they calibrate together."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and processes()[1] == 1:
+        from accelerate import PartialState
+
+        PartialState(cpu=True)  # where the commands load models
+
+
+@contextlib.contextmanager
+def _pruned_into(
+    model: Any,
+    source: str,
+    config: PruningConfig,
+    out: Path,
+    batches: list[dict[str, Any]] | None,
+    plots: bool,
+    name: str,
+) -> Iterator[tuple[SparsityReport, Path | None]]:
+    """Prune and save; the block may add files to the folder, which then appears at once.
+
+    Of several processes only the first one writes: the others get no folder, and wait.
+    """
     names = [tensor.target.name for tensor in model.plan(config).tensors]
     dense, before = sparsity_report(model, config), weight_histogram(model, names)
     model.prune(config, calibration=batches, progress=True)
     report = sparsity_report(model).with_before(dense)
-    with staged_checkpoint(out) as staging:
-        model.save_pretrained(staging)
-        copy_companions(source, staging, local_files_only=check_model_source(source))
-        write_text(staging / "sparsity_report.json", report.to_json())
-        if plots:
-            after = weight_histogram(model, names, limit=float(before.edges[-1]))
-            write_plots(staging, report, before, after, name or label(source))
-    return report
+    with all_or_none(), staged_checkpoint(out) if is_first() else contextlib.nullcontext() as staging:
+        if staging is not None:
+            model.save_pretrained(staging)
+            copy_companions(source, staging, local_files_only=check_model_source(source))
+            write_text(staging / "sparsity_report.json", report.to_json())
+            if plots:
+                after = weight_histogram(model, names, limit=float(before.edges[-1]))
+                write_plots(staging, report, before, after, name or label(source))
+        yield report, staging
 
 
 def sweep_checkpoint(

@@ -22,10 +22,11 @@ LAYERS = (
     ("activations", "calibration", "masking", "plan", "scoring", "sequential", "shrinking"),
     ("pipeline",),
     ("report", "sources", "comparison", "evaluation", "latency", "torch_prune", "checkpoint"),
-    ("mixin", "auto", "trainer", "plots", "sweep"),
+    ("mixin", "auto", "trainer", "plots", "sweep", "budget"),
     ("demo_data", "demo_training", "demo", "workflows", "cards"),
     ("hub",),
     ("cli",),
+    ("__main__",),
 )
 LAYER_OF = {name: number for number, names in enumerate(LAYERS) for name in names}
 FAMILIES = ("criteria", "granularities")  # registries: one entry, one file, no file knows another

@@ -204,7 +204,9 @@ def test_a_pattern_works_at_its_own_sparsity(model):
 
 def test_pruned_model_is_refused(model, scored):
     before = snapshot(prune(model, 0.3))
-    with pytest.raises(SweepError, match="the model has masks: a sweep starts from dense weights; load a dense model"):
+    with pytest.raises(
+        SweepError, match="the model has masks: every point is pruned from dense weights; load a dense model"
+    ):
         sweep(model)
     assert scored == []
     assert_unchanged(model, before)
