@@ -5,28 +5,30 @@ have been called. That is right for every architecture, and slow for the last la
 of a stack (the elements of a ModuleList) that are finished, because all targets in them are pruned, are not computed
 again: all of them return what the last of them put out. This holds where each block is called once and later modules
 see nothing of the blocks before but the output of the last one. It is checked on the first batch each time another
-block is finished: if the inputs of the next targets differ from those of an honest run, every block is computed from
-then on.
+block is finished: if the inputs of the next targets differ from those of a run in which that block is still computed,
+every block is computed from then on.
 """
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from types import TracebackType
 from typing import Any
 from warnings import warn
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 from tqdm.auto import tqdm
 
-from hf_prune.distributed import add_up, all_or_none, share
+from hf_prune.distributed import add_up, all_or_none, processes, share
 from hf_prune.errors import CalibrationError
 from hf_prune.plan import PlannedTensor, PruningPlan
+from hf_prune.spill import Shelf
 from hf_prune.targets import is_finite
 
 Batches = Iterable[Mapping[str, Any]]
@@ -35,6 +37,8 @@ NO_BATCHES = "calibration has no batches: expected at least one; a used-up gener
 Statistics = dict[str, dict[str, Tensor]]
 _NUMBER = re.compile(r"\d+")
 _ROWS = 256  # of a Gram matrix that are added at a time
+
+CACHE_BYTES = 256 * 2**20  # of what finished blocks put out, in memory; what is beyond it goes to a temporary folder
 
 
 @contextmanager
@@ -57,7 +61,7 @@ def on_device(model: nn.Module, batch: object) -> dict[str, Any]:
     """
     if not isinstance(batch, Mapping):
         raise CalibrationError(f"a calibration batch is a {type(batch).__name__}: expected a dict of model inputs")
-    device = next(model.parameters()).device
+    device = _device(model)
     return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
 
 
@@ -69,6 +73,11 @@ def sum_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
 
 
+def _device(model: nn.Module) -> torch.device:
+    """Where a model computes; weights that are not loaded lie on no device."""
+    return next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
+
+
 @dataclass
 class _Stack:
     """Blocks that run one after the other.
@@ -76,21 +85,27 @@ class _Stack:
     Args:
         blocks: In the order of their calls.
         targets: Names of the parameters in each block that have yet to be pruned.
+        outputs: What the last of the blocks that are not computed any more put out, for each batch.
         replayed: How many blocks are not computed any more.
-        outputs: What the last of them put out, for each batch.
         recorded: Batches for which a run in progress has replaced it.
+        before: What ``replayed`` and the first of ``outputs`` were before they last changed.
     """
 
     blocks: list[nn.Module]
     targets: list[set[str]]
+    outputs: Shelf
     replayed: int = 0
-    outputs: dict[int, Any] = field(default_factory=dict)
     recorded: set[int] = field(default_factory=set)
+    before: tuple[int, Any] = (0, None)
 
     @property
     def finished(self) -> int:
         """How many blocks have no target left before the first one that has."""
         return next((i for i, names in enumerate(self.targets) if names), len(self.blocks))
+
+    def state(self, batch: int) -> tuple[int, Any]:
+        """How many blocks are replayed, and what they put out for a batch, if this process has it."""
+        return self.replayed, self.outputs.get(batch) if batch in self.outputs else None
 
 
 class _Sum:
@@ -154,13 +169,24 @@ class InputReader:
             ``attention_mask`` is 0 do not count; of a decoder that has an encoder, those where
             ``decoder_attention_mask`` is 0.
         reuse: Whether finished blocks may return what they put out before.
+        cache_bytes: How much of that is kept in memory; the rest goes to a temporary folder.
+        folder: Where that folder is made; None for the system's.
 
     Raises:
         CalibrationError: If there are no batches, or one is no mapping.
     """
 
-    def __init__(self, model: nn.Module, plan: PruningPlan, batches: Batches, reuse: bool = True) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        plan: PruningPlan,
+        batches: Batches,
+        reuse: bool = True,
+        cache_bytes: int = CACHE_BYTES,
+        folder: str | os.PathLike[str] | None = None,
+    ) -> None:
         self.model = model
+        self._shelf = partial(Shelf, cache_bytes, folder)
         self.batches = list(batches)
         if not self.batches:
             raise CalibrationError(NO_BATCHES)
@@ -182,12 +208,14 @@ class InputReader:
         self._encoder_output: Tensor | None = None
         self._mask: Tensor | None = None
         self._decoder_mask: Tensor | None = None
+        self._first = processes()[0]  # the first batch of this process
         self._unchecked = False
         self.tokens: dict[str, int] = {}
         self._context = ExitStack()
 
     def __enter__(self) -> InputReader:
         self._context.enter_context(eval_mode(self.model))
+        self._context.callback(self._close_stacks)
         return self
 
     def __exit__(
@@ -284,7 +312,8 @@ class InputReader:
             for blocks_of_list in lists:
                 if all(calls.get(id(block)) == 1 for block in blocks_of_list):
                     ordered = sorted(blocks_of_list, key=lambda block: order.index(id(block)))
-                    self.stacks.append(_Stack(ordered, [self._targets_in(block) for block in ordered]))
+                    targets_of = [self._targets_in(block) for block in ordered]
+                    self.stacks.append(_Stack(ordered, targets_of, self._shelf()))
         return steps
 
     def _targets_in(self, block: nn.Module) -> set[str]:
@@ -297,6 +326,14 @@ class InputReader:
         for stack in self.stacks:
             for left in stack.targets:
                 left -= names
+
+    def advance(self) -> None:
+        """Have the finished blocks put out what later runs replay, without computing anything after them.
+
+        :meth:`gather` does so on the way; done apart, the weights of one block suffice at a time.
+        """
+        if any(stack.finished > stack.replayed for stack in self.stacks):
+            self._run([], frozenset(), range(len(self.batches)))
 
     # --- statistics ---------------------------------------------------------------------------------
 
@@ -313,13 +350,11 @@ class InputReader:
         """
         if self._unchecked:
             self._check(tensors, needs)
-        sums = self._run(tensors, needs, range(len(self.batches)), replay=True, progress=progress)
+        sums = self._run(tensors, needs, range(len(self.batches)), progress=progress)
         found = {}
         for t in tensors:
             name = t.target.name
-            parameter = self.holders[name][0]._parameters["weight"]
-            assert parameter is not None
-            found[name] = sums[name].statistics(needs, parameter.device)
+            found[name] = sums[name].statistics(needs, _device(self.holders[name][0]))
             self.tokens[name] = sums[name].tokens
             if not all(is_finite(value) for value in found[name].values()):
                 raise CalibrationError(
@@ -329,24 +364,45 @@ class InputReader:
         return found
 
     def _check(self, tensors: Sequence[PlannedTensor], needs: frozenset[str]) -> None:
-        """Compare what the first batch gives with and without replayed blocks, and give them up if it differs."""
+        """Compare what the first batch gives with and without the blocks replayed last, and give up if it differs."""
         self._unchecked = False
-        replayed, honest = (self._run(tensors, needs, range(1), replay=replay) for replay in (True, False))
-        for name, expected in honest.items():
-            if (a := expected.total) is None or (b := replayed[name].total) is None:
-                alike = expected.total is replayed[name].total
+        firsts = range(min(processes()[1], len(self.batches)))  # the first of each process
+        now = self._run(tensors, needs, firsts, record=False)
+        after = [stack.state(self._first) for stack in self.stacks]
+        self._set_replayed([stack.before for stack in self.stacks])
+        before = self._run(tensors, needs, firsts, record=False)
+        self._set_replayed(after)
+        for name, expected in before.items():
+            if (a := expected.total) is None or (b := now[name].total) is None:
+                alike = expected.total is now[name].total
             else:
                 alike = bool((a - b).abs().max() <= 1e-3 * a.abs().max())
             if not alike:
-                self.stacks = []
+                self._give_up(self.stacks)
+                return
+
+    def _set_replayed(self, states: Iterable[tuple[int, Any]]) -> None:
+        for stack, (replayed, output) in zip(self.stacks, states, strict=True):
+            stack.replayed = replayed
+            if output is not None:
+                stack.outputs.put(self._first, output)
+
+    def _close_stacks(self) -> None:
+        for stack in self.stacks:
+            stack.outputs.close()
+
+    def _give_up(self, stacks: Iterable[_Stack]) -> None:
+        for stack in list(stacks):
+            stack.outputs.close()
+            self.stacks.remove(stack)
 
     def _run(
         self,
         tensors: Sequence[PlannedTensor],
         needs: frozenset[str],
         batches: Sequence[int],
-        replay: bool,
         progress: bool = False,
+        record: bool = True,
     ) -> dict[str, _Sum]:
         sums: dict[str, _Sum] = {}
         by_signature: dict[tuple[int, ...], str] = {}
@@ -361,7 +417,7 @@ class InputReader:
                 by_signature[signature] = name
             sums[name] = _Sum(needs, t.target.matrix_shape[1])
             watched += [(module, sums[name], t.target.layout) for module in self.holders[name]]
-        stop_after = None
+        stop_after: set[int] | None = None
         # A run may stop early only if no further call is to come, as far as the first batch shows.
         if watched and all(id(module) in self.once for module, _, _ in watched):
             stop_after = {id(module) for module, _, _ in watched}
@@ -372,13 +428,17 @@ class InputReader:
                 hook = self._reader(total, layout, left if stop_after is not None else None)
                 hooks.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
             current = [0]
-            for stack in self.stacks if replay else []:
+            for stack in self.stacks:
                 for block in stack.blocks[: stack.replayed]:
                     hooks.enter_context(_replaced_forward(block, _replay(stack, current)))
-                if len(batches) == len(self.batches) and stack.finished > stack.replayed:
+                if record and stack.finished > stack.replayed:
                     advancing.append(stack)
+                    stack.before = stack.state(self._first)
                     last = stack.blocks[stack.finished - 1]
-                    hooks.callback(last.register_forward_hook(_recorder(stack, current)).remove)
+                    hook = _recorder(stack, current, None if watched else left)
+                    hooks.callback(last.register_forward_hook(hook).remove)
+            if not watched:
+                stop_after = {id(stack.blocks[stack.finished - 1]) for stack in advancing}
             hidden = None if progress else True  # None: shown on a terminal
             with all_or_none():
                 for index in tqdm(share(batches), desc="Calibrating", unit="batch", leave=False, disable=hidden):
@@ -388,7 +448,7 @@ class InputReader:
                         self._forward(self.batches[index])
                     except _Stop:
                         pass
-        device = next(self.model.parameters()).device
+        device = _device(self.model)
         for total in {id(total): total for total in sums.values()}.values():
             total.add_others(device)
         for stack in advancing:
@@ -396,7 +456,7 @@ class InputReader:
             if recorded == len(self.batches):
                 stack.replayed, self._unchecked = stack.finished, True
             elif recorded:  # not every batch calls it
-                self.stacks.remove(stack)
+                self._give_up([stack])
             stack.recorded.clear()
         return sums
 
@@ -404,10 +464,7 @@ class InputReader:
         def read(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = _input(args, kwargs)
             total.add(_columns(module, x) if layout == "conv" else self._rows(module, x))
-            if left is not None:
-                left.discard(id(module))
-                if not left:
-                    raise _Stop
+            _done(left, module)
 
         return read
 
@@ -510,18 +567,22 @@ def _replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterato
             module.__dict__["forward"] = own
 
 
-def _copy(output: Any) -> Any:
-    """An output that no later operation in place can reach."""
-    return tree_map(lambda value: value.clone() if isinstance(value, Tensor) else value, output)
-
-
 def _replay(stack: _Stack, current: Sequence[int]) -> Callable[..., Any]:
-    return lambda *args, **kwargs: _copy(stack.outputs[current[0]])
+    return lambda *args, **kwargs: stack.outputs.get(current[0])
 
 
-def _recorder(stack: _Stack, current: Sequence[int]) -> Callable[..., None]:
+def _recorder(stack: _Stack, current: Sequence[int], left: set[int] | None) -> Callable[..., None]:
     def record(module: nn.Module, args: Any, output: Any) -> None:
-        stack.outputs[current[0]] = _copy(output)
+        stack.outputs.put(current[0], output)
         stack.recorded.add(current[0])
+        _done(left, module)
 
     return record
+
+
+def _done(left: set[int] | None, module: nn.Module) -> None:
+    """Stop the run once every module that it is for has been called."""
+    if left is not None:
+        left.discard(id(module))
+        if not left:
+            raise _Stop

@@ -128,7 +128,7 @@ class PruningConfig:
             )
 
     def _check_loss_objective(self) -> None:
-        if not self.needs & INPUTS:
+        if not any(need.startswith("input_") for need in self.needs):
             raise ConfigError(
                 f"objective='loss' contradicts criterion {self.criterion!r} without a repair, which does not look at "
                 f"the inputs of layers: add repair='least_squares', or leave objective at 'layer'"

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from hf_prune.config import PruningConfig
 from hf_prune.errors import MaskError
+from hf_prune.spill import Shelf
 
 _ATTRIBUTE = "_hf_prune_masks"
 _INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -51,6 +52,7 @@ class MaskStore:
         weights: Mapping[str, Tensor],
         config: PruningConfig | None,
         keep_dense: bool,
+        dense: Mapping[str, Tensor] = MappingProxyType({}),
     ) -> None:
         """Add masks, attach the store, and zero what they remove.
 
@@ -59,7 +61,8 @@ class MaskStore:
             masks: New masks; where one exists already, only what both keep stays.
             weights: New values of weights that the criterion repaired.
             config: The settings that made them.
-            keep_dense: Keep a copy of the weights as they are now, so that :meth:`discard` works.
+            keep_dense: Keep a copy of the dense weights, so that :meth:`discard` works.
+            dense: Those that the model does not hold any more.
 
         Raises:
             MaskError: If ``keep_dense`` is asked for but a weight was pruned before without it.
@@ -71,7 +74,7 @@ class MaskStore:
         if self.dense is not None:
             for name in masks:
                 if name not in self.dense:
-                    self.dense[name] = parameters[name].detach().clone()
+                    self.dense[name] = dense[name] if name in dense else parameters[name].detach().clone()
         for name, mask in masks.items():
             old = self.masks.get(name)
             self.masks[name] = mask if old is None else mask & old.to(mask.device)
@@ -149,6 +152,44 @@ class MaskStore:
     def view(self) -> Mapping[str, Tensor]:
         """The masks, read-only as a mapping."""
         return MappingProxyType(self.masks)
+
+
+class Undo:
+    """Weights as they were before an operation; a context that gives them back, bit for bit, if it ends in an error.
+
+    Args:
+        model: The model.
+        in_memory: Keep the copies in memory, as :attr:`dense`. Otherwise they go to a temporary folder on the disk,
+            which is gone afterwards.
+    """
+
+    def __init__(self, model: nn.Module, in_memory: bool = False) -> None:
+        self.dense: dict[str, Tensor] = {}
+        self._model = model
+        self._in_memory = in_memory
+        self._files = Shelf(0)
+        self._names: list[str] = []
+
+    def save(self, name: str, weight: Tensor) -> None:
+        """Put a copy of a weight aside, before it changes."""
+        if self._in_memory:
+            self.dense[name] = weight.detach().clone()
+        else:
+            self._files.put(name, weight.detach())
+        self._names.append(name)
+
+    def __enter__(self) -> Undo:
+        return self
+
+    @torch.no_grad()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is not None:
+                parameters = dict(self._model.named_parameters())
+                for name in self._names:
+                    parameters[name].copy_(self.dense[name] if self._in_memory else self._files.get(name))
+        finally:
+            self._files.close()
 
 
 @torch.no_grad()

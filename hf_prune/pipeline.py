@@ -7,12 +7,13 @@ from typing import Any, Literal, TypeVar, overload
 
 from torch import nn
 
-from hf_prune.calibration import Batches, collect_stats
+from hf_prune.activations import CACHE_BYTES, Batches
+from hf_prune.calibration import collect_stats
 from hf_prune.config import PruningConfig
 from hf_prune.criteria.base import INPUTS
 from hf_prune.distributed import is_first
 from hf_prune.errors import ConfigError
-from hf_prune.masking import MaskStore
+from hf_prune.masking import MaskStore, Undo
 from hf_prune.plan import PruningPlan, make_plan
 from hf_prune.scoring import agreed_masks
 from hf_prune.sequential import prune_in_order
@@ -29,6 +30,7 @@ def prune(
     keep_dense: bool = ...,
     dry_run: Literal[True],
     progress: bool = ...,
+    cache_bytes: int = ...,
     **settings: Any,
 ) -> PruningPlan: ...
 
@@ -42,6 +44,7 @@ def prune(
     keep_dense: bool = ...,
     dry_run: Literal[False] = ...,
     progress: bool = ...,
+    cache_bytes: int = ...,
     **settings: Any,
 ) -> Model: ...
 
@@ -54,6 +57,7 @@ def prune(
     keep_dense: bool = False,
     dry_run: bool = False,
     progress: bool = False,
+    cache_bytes: int = CACHE_BYTES,
     **settings: Any,
 ) -> Model | PruningPlan:
     """Prune a model in place.
@@ -72,6 +76,8 @@ def prune(
         keep_dense: Keep a copy of the dense weights, so that ``discard_masks`` can give them back.
         dry_run: Change nothing and return the plan.
         progress: Show a progress bar while calibrating.
+        cache_bytes: How much of what finished layers put out is kept in memory while layers are pruned in order; the
+            rest goes to a temporary folder (``TMPDIR`` says where), as do the weights that an error would give back.
         **settings: Fields of :class:`PruningConfig`, in place of, or on top of, ``config``.
 
     Returns:
@@ -100,11 +106,13 @@ def prune(
     if keep_dense:
         store.check_dense()
     if plan.needs & INPUTS and config.calibration_order == "sequential":
-        masks, weights = prune_in_order(model, plan, calibration, store.masks, progress)
+        with Undo(model, in_memory=keep_dense or store.dense is not None) as undo:
+            masks = prune_in_order(model, plan, calibration, store.masks, undo, progress, cache_bytes)
+            store.update(model, masks, {}, config, keep_dense, undo.dense)
     else:
         stats = collect_stats(model, plan, calibration, progress)
         masks, weights = agreed_masks(model, plan, stats, store.masks)
-    store.update(model, masks, weights, config, keep_dense)
+        store.update(model, masks, weights, config, keep_dense)
     return wrapper
 
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from hf_prune.activations import Batches, InputReader
+from hf_prune.activations import CACHE_BYTES, Batches, InputReader
 from hf_prune.calibration import collect_stats, require_batches, weight_seed
 from hf_prune.criteria.base import GRADIENTS, INPUTS, WeightStats
-from hf_prune.masking import zero_removed_
-from hf_prune.plan import PruningPlan
+from hf_prune.masking import Undo, zero_removed_
+from hf_prune.plan import PlannedTensor, PruningPlan
 from hf_prune.scoring import agreed_masks
 
 
@@ -23,23 +24,26 @@ def prune_in_order(
     plan: PruningPlan,
     calibration: Batches | None,
     old_masks: Mapping[str, Tensor],
+    undo: Undo,
     progress: bool = False,
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The masks that a plan leads to if each target sees the inputs that the pruned model gives it.
+    cache_bytes: int = CACHE_BYTES,
+) -> dict[str, Tensor]:
+    """Prune a model, in place, so that each target sees the inputs that the pruned model gives it.
 
-    Targets that get the same input (query, key and value) are pruned together. While this runs, the model holds
-    pruned weights; whatever happens, it has its own again afterwards. Only one step's statistics are held at a time.
+    Targets that get the same input (query, key and value) are pruned together. Only one step's statistics are held
+    at a time, and no second copy of the weights.
 
     Args:
-        model: The model.
+        model: The model; its weights are those after pruning when this returns.
         plan: Its plan, of scope row or layer.
         calibration: Batches; read into a list.
         old_masks: Masks of earlier prunings, by parameter name.
+        undo: Gets every weight before it changes.
         progress: Show a progress bar.
+        cache_bytes: How much of what finished layers put out is kept in memory; the rest goes to a temporary folder.
 
     Returns:
-        Bool masks, and the weights that the criterion or the repair changed, as of
-        :func:`~hf_prune.scoring.compute_masks`.
+        Bool masks by parameter name.
 
     Raises:
         CalibrationError: If batches are missing or unusable.
@@ -52,36 +56,47 @@ def prune_in_order(
         assert gradients <= plan.criterion.needs
     parameters = dict(model.named_parameters())
     masks: dict[str, Tensor] = {}
-    weights: dict[str, Tensor] = {}
-    dense: dict[str, Tensor] = {}
     hidden = None if progress else True  # None: shown on a terminal
-    try:
-        with InputReader(model, plan, batches) as reader:
-            steps = reader.order()
-            with tqdm(total=len(plan.tensors), desc="Pruning", unit="weight", leave=False, disable=hidden) as bar:
-                for step in steps:
-                    gathered = reader.gather(step, plan.needs & INPUTS)
-                    for tensor in step:
-                        name = tensor.target.name
-                        stats = known.get(name, WeightStats(seed=weight_seed(plan, name)))
-                        found = gathered.pop(name)
-                        stats = dataclasses.replace(
-                            stats, input_gram=found.get("input_gram"), input_norm=found.get("input_norm")
-                        )
-                        part = dataclasses.replace(plan, tensors=(tensor,))
-                        mask, weight = agreed_masks(model, part, {name: stats}, old_masks)
-                        masks |= mask
-                        dense[name] = parameters[name].detach().clone()
-                        if name in weight:
-                            parameters[name].copy_(weight[name])
-                        zero_removed_(parameters[name], masks[name])
-                        if name in old_masks:
-                            zero_removed_(parameters[name], old_masks[name].to(parameters[name].device))
-                        if name in weight:
-                            weights[name] = parameters[name].detach().clone()
-                        bar.update()
-                    reader.finish(step)
-    finally:
-        for name, weight_before in dense.items():
-            parameters[name].copy_(weight_before)
-    return masks, weights
+    with InputReader(model, plan, batches, cache_bytes=cache_bytes) as reader:
+        steps = reader.order()
+        with tqdm(total=len(plan.tensors), desc="Pruning", unit="weight", leave=False, disable=hidden) as bar:
+            for step in steps:
+                gathered = reader.gather(step, plan.needs & INPUTS)
+                for tensor in step:
+                    name = tensor.target.name
+                    mask, weight = prune_one(model, plan, tensor, gathered.pop(name), old_masks, known.get(name))
+                    undo.save(name, parameters[name])
+                    masks[name] = mask
+                    if weight is not None:
+                        parameters[name].copy_(weight)
+                    zero_removed_(parameters[name], mask)
+                    if name in old_masks:
+                        zero_removed_(parameters[name], old_masks[name].to(parameters[name].device))
+                    bar.update()
+                reader.finish(step)
+    return masks
+
+
+def prune_one(
+    model: nn.Module,
+    plan: PruningPlan,
+    tensor: PlannedTensor,
+    gathered: Mapping[str, Any],
+    old_masks: Mapping[str, Tensor],
+    known: WeightStats | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """The mask of one target, and its weights if the criterion or the repair changes those that stay.
+
+    Args:
+        model: The model, which is not changed.
+        plan: Its plan.
+        tensor: What the plan says of the target.
+        gathered: Statistics of what flows into it.
+        old_masks: Masks of earlier prunings, by parameter name.
+        known: Its other statistics.
+    """
+    name = tensor.target.name
+    stats = dataclasses.replace(known or WeightStats(seed=weight_seed(plan, name)), **gathered)
+    part = dataclasses.replace(plan, tensors=(tensor,))
+    masks, weights = agreed_masks(model, part, {name: stats}, old_masks)
+    return masks[name], weights.get(name)

@@ -11,7 +11,7 @@ from hf_prune.calibration import collect_stats, text_batches
 from hf_prune.config import PruningConfig
 from hf_prune.criteria.base import INPUTS
 from hf_prune.errors import CalibrationError, ConfigError, DataError
-from hf_prune.masking import MaskStore
+from hf_prune.masking import MaskStore, Undo
 from hf_prune.pipeline import prune
 from hf_prune.plan import make_plan
 from hf_prune.sequential import prune_in_order
@@ -278,12 +278,21 @@ def test_an_exception_midway_leaves_the_model_bit_for_bit(settings, error, monke
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
-def test_the_search_itself_leaves_the_model_as_it_was():
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_undo_gives_weights_back_bit_for_bit(in_memory):
     model = unusual(models.tiny_bert())
     before, was = snapshot(model), state(model)
     plan = make_plan(model, PruningConfig(criterion="alps"))
-    masks, weights = prune_in_order(model, plan, tiny_batches(model), {})
-    assert masks.keys() == weights.keys() == {t.target.name for t in plan.tensors}
+    def interrupted() -> None:
+        with Undo(model, in_memory) as undo:
+            masks = prune_in_order(model, plan, tiny_batches(model), {}, undo)
+            assert masks.keys() == {t.target.name for t in plan.tensors}
+            assert (undo.dense.keys() == masks.keys()) == in_memory
+            assert not any(same_bits(model.get_parameter(name), before[name]) for name in masks)
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        interrupted()
     assert_unchanged(model, before)
     assert state(model) == was
 
