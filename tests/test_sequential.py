@@ -283,6 +283,7 @@ def test_undo_gives_weights_back_bit_for_bit(in_memory):
     model = unusual(models.tiny_bert())
     before, was = snapshot(model), state(model)
     plan = make_plan(model, PruningConfig(criterion="alps"))
+
     def interrupted() -> None:
         with Undo(model, in_memory) as undo:
             masks = prune_in_order(model, plan, tiny_batches(model), {}, undo)
