@@ -30,6 +30,7 @@ def test_defaults():
         "seed": 0,
         "calibration_order": "sequential",
         "repair": None,
+        "objective": "layer",
     }
 
 
