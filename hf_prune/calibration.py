@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from hf_prune.activations import NO_BATCHES, Batches, InputReader, eval_mode, on_device, sum_dtype
+from hf_prune.activations import NO_BATCHES, Batches, InputReader, eval_mode, on_device
 from hf_prune.config import check_positive
 from hf_prune.criteria.base import GRADIENTS, INPUTS, WeightStats
 from hf_prune.distributed import add_up, all_or_none, check_same_batches, processes, share
 from hf_prune.errors import CalibrationError, DataError
 from hf_prune.plan import PruningPlan
+from hf_prune.sums import sum_dtype
 from hf_prune.targets import is_finite
 
 if TYPE_CHECKING:

@@ -146,7 +146,7 @@ class PruningConfig:
     @property
     def needs(self) -> frozenset[str]:
         """The statistics that the criterion and the repair need from calibration."""
-        return CRITERIA.get(self.criterion).needs | ({"input_gram"} if self.repair is not None else set())
+        return CRITERIA.get(self.criterion).needs | ({"input_gram", "input_mean"} if self.repair is not None else set())
 
     @property
     def needs_data(self) -> bool:

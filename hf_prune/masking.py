@@ -72,7 +72,7 @@ class MaskStore:
             self.check_dense()
             self.dense = self.dense or {}
         if self.dense is not None:
-            for name in masks:
+            for name in dict.fromkeys([*masks, *weights, *dense]):
                 if name not in self.dense:
                     self.dense[name] = dense[name] if name in dense else parameters[name].detach().clone()
         for name, mask in masks.items():

@@ -84,3 +84,63 @@ def least_squares(
         previous, size = size, (residual * scaled).sum(1, keepdim=True)
         direction.mul_(torch.where(running, size / previous.masked_fill(~running, 1), 0)).add_(scaled)
     return found
+
+
+def corrected(weight: Tensor, gram: Tensor, changes: Tensor, share: float = 0.1) -> Tensor:
+    """Weights that add to a layer's outputs what these lack, as far as the inputs can tell it.
+
+    Ridge regression: what the inputs tell only faintly is left as it is.
+
+    Args:
+        weight: (out, in).
+        gram: (in, in) mean of xxᵀ over the tokens.
+        changes: (out, in) mean of dxᵀ over the tokens, with d (out,) what the outputs for x lack.
+        share: Penalty on what is added, in units of the mean diagonal.
+
+    Returns:
+        (out, in) of the Gram matrix's dtype.
+    """
+    factor = torch.linalg.cholesky(damped(gram.double(), share))
+    return weight.to(gram.dtype) + torch.cholesky_solve(changes.double().t(), factor).t().to(gram.dtype)
+
+
+def refit(
+    weight: Tensor,
+    keep: Tensor,
+    gram: Tensor,
+    mean: Tensor | None = None,
+    bias: Tensor | None = None,
+    change: Tensor | None = None,
+    products: Tensor | None = None,
+    start: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """:func:`least_squares`, together with the bias where there is one.
+
+    Args:
+        weight: (out, in) dense weights.
+        keep: (out, in) bool, True where a weight may differ from zero.
+        gram: (in, in) mean of xxᵀ over the tokens; it need not be positive definite.
+        mean: (in,) mean of x, needed with a bias.
+        bias: (out,), or None.
+        change: (out,) mean of what the outputs are to gain, None for nothing.
+        products: (out, in) mean of that times x.
+        start: (out, in) where to begin.
+
+    Returns:
+        The weights, of the Gram matrix's dtype or the weight's if that is wider, and the bias, None if there is none.
+    """
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    gram, goal = gram.to(dtype), weight.to(dtype)
+    if bias is not None:  # the bias takes care of the means, so that the weights need only do so for the rest
+        assert mean is not None
+        mean = mean.to(dtype)
+        gram = gram - torch.outer(mean, mean)
+        if products is not None and change is not None:
+            products = products - torch.outer(change, mean)
+    if products is not None:
+        goal = corrected(goal, gram, products)
+    found = least_squares(goal, keep, damped(gram), start=start)
+    if bias is None or mean is None:
+        return found, None
+    shift = (weight.to(dtype) - found) @ mean
+    return found, bias + (shift if change is None else shift + change.to(dtype))

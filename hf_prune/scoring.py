@@ -9,15 +9,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from hf_prune.criteria.base import WeightStats
+from hf_prune.criteria.base import INPUTS, WeightStats
 from hf_prune.distributed import all_or_none, from_first
 from hf_prune.errors import CalibrationError
 from hf_prune.granularities.base import Granularity
 from hf_prune.plan import PlannedTensor, PruningPlan
-from hf_prune.repair import damped, least_squares
+from hf_prune.repair import corrected, refit
 from hf_prune.selection import CHUNK, Chunks, keep_highest, keep_highest_per_row
-from hf_prune.targets import Target, is_finite
+from hf_prune.targets import Target, bias_names, is_finite
 from hf_prune.units import block_sums, spread_blocks
+
+_LEAST_SHARE = 1e-6  # of the mean weight of outputs that the predictions hardly depend on
 
 
 def agreed_masks(
@@ -49,11 +51,13 @@ def compute_masks(
         old_masks: Masks of earlier prunings, by parameter name.
 
     Returns:
-        Bool masks, and the weights that the criterion repaired, both in the parameters' own layouts, by name.
+        Bool masks, and the weights and biases that the criterion or the repair gave new values, both in the
+        parameters' own layouts, by name.
     """
     parameters = dict(model.named_parameters())
     criterion, granularity = plan.criterion, plan.granularity
     block = granularity.block
+    biases = bias_names(model, [t.target for t in plan.tensors]) if plan.config.repair is not None else {}
 
     def matrix(target: Target) -> Tensor:
         return target.matrix(parameters[target.name].detach())
@@ -62,8 +66,8 @@ def compute_masks(
         old = old_masks.get(target.name)
         return None if old is None else target.matrix(old)
 
-    def chunks(target: Target) -> Iterator[Tensor]:
-        weight, old = matrix(target), old_matrix(target)
+    def chunks(target: Target, weight: Tensor) -> Iterator[Tensor]:
+        old = old_matrix(target)
         step = len(weight)
         if criterion.rowwise:
             step = max(1, CHUNK // (weight.shape[1] * block[0])) * block[0]
@@ -75,27 +79,42 @@ def compute_masks(
     def spread(target: Target, keep: Tensor) -> Tensor:
         return spread_blocks(keep.view(granularity.units(target.matrix_shape)), block)
 
-    sources = {tensor.target.name: functools.partial(chunks, tensor.target) for tensor in plan.tensors}
+    def source(target: Target, weight: Tensor) -> Chunks:
+        return functools.partial(chunks, target, weight)
+
     masks: dict[str, Tensor] = {}
     weights: dict[str, Tensor] = {}
     if plan.config.scope == "global":
-        kept = keep_highest(list(sources.values()), [tensor.units for tensor in plan.tensors], plan.remove)
+        sources = [source(tensor.target, matrix(tensor.target)) for tensor in plan.tensors]
+        kept = keep_highest(sources, [tensor.units for tensor in plan.tensors], plan.remove)
         masks = {t.target.name: t.target.native(spread(t.target, k)) for t, k in zip(plan.tensors, kept, strict=True)}
         return masks, weights
     for tensor in plan.tensors:
         target = tensor.target
         name, repaired = target.name, None
+        stat, dense, old = stats[name], matrix(target), old_matrix(target)
+        weight, scale = _goal(dense, stat) if criterion.needs & INPUTS else (dense, None)
         if criterion.repairs:
-            select = Selector(criterion.name, tensor, granularity, old_matrix(target))
-            keep, repaired = criterion.prune_weight(matrix(target), stats[name], select)
+            select = Selector(criterion.name, tensor, granularity, old)
+            keep, repaired = criterion.prune_weight(weight, stat, select)
+            repaired = repaired if scale is None else repaired / scale
         else:
-            keep = spread(target, _select(tensor, sources[name]))
+            keep = spread(target, _select(tensor, source(target, weight)))
         if plan.config.repair is not None:
-            gram, old = stats[name].input_gram, old_matrix(target)
-            assert gram is not None
-            support = keep if old is None else keep & old
-            gram = damped(gram.to(torch.promote_types(matrix(target).dtype, torch.float32)))
-            repaired = least_squares(matrix(target), support, gram, start=repaired)
+            assert stat.input_gram is not None
+            bias = biases.get(name)
+            repaired, new_bias = refit(
+                dense,
+                keep if old is None else keep & old,
+                stat.input_gram,
+                stat.input_mean,
+                None if bias is None else parameters[bias].detach(),
+                stat.output_change,
+                stat.change_products,
+                start=repaired,
+            )
+            if bias is not None and new_bias is not None:
+                weights[bias] = new_bias.to(parameters[bias].dtype)
         masks[name] = target.native(keep)
         if repaired is not None:
             if not is_finite(repaired):
@@ -105,6 +124,32 @@ def compute_masks(
                 )
             weights[name] = target.native(repaired.to(matrix(target).dtype))
     return masks, weights
+
+
+def _goal(weight: Tensor, stats: WeightStats) -> tuple[Tensor, Tensor | None]:
+    """The weights that a criterion gets in place of the dense ones, for the objective "loss".
+
+    They make up for what the outputs lack, and each output is scaled by the root of how much the predictions depend on
+    it, so that errors in all of them are alike.
+
+    Args:
+        weight: (out, in) dense.
+        stats: Its statistics.
+
+    Returns:
+        (out, in) weights, and the (out, 1) scale; the dense weights and None for the objective "layer".
+    """
+    if stats.output_weight is None:
+        return weight, None
+    if stats.change_products is not None:
+        assert stats.input_gram is not None
+        weight = corrected(
+            weight.to(torch.promote_types(weight.dtype, torch.float32)), stats.input_gram, stats.change_products
+        )
+    mean = stats.output_weight.mean()
+    share = (stats.output_weight / mean).clamp_min(_LEAST_SHARE) if mean > 0 else torch.ones_like(stats.output_weight)
+    scale = share.sqrt()[:, None].to(weight.device)
+    return weight * scale, scale
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -14,8 +15,10 @@ from hf_prune.activations import CACHE_BYTES, Batches, InputReader
 from hf_prune.calibration import collect_stats, require_batches, weight_seed
 from hf_prune.criteria.base import GRADIENTS, INPUTS, WeightStats
 from hf_prune.masking import Undo, zero_removed_
+from hf_prune.matching import DenseGoals
 from hf_prune.plan import PlannedTensor, PruningPlan
 from hf_prune.scoring import agreed_masks
+from hf_prune.sensitivity import Sensitivity, measure_sensitivity
 
 
 @torch.no_grad()
@@ -27,6 +30,7 @@ def prune_in_order(
     undo: Undo,
     progress: bool = False,
     cache_bytes: int = CACHE_BYTES,
+    sensitivity: Sensitivity | None = None,
 ) -> dict[str, Tensor]:
     """Prune a model, in place, so that each target sees the inputs that the pruned model gives it.
 
@@ -41,6 +45,7 @@ def prune_in_order(
         undo: Gets every weight before it changes.
         progress: Show a progress bar.
         cache_bytes: How much of what finished layers put out is kept in memory; the rest goes to a temporary folder.
+        sensitivity: For the objective "loss", if it was measured already; it is closed here.
 
     Returns:
         Bool masks by parameter name.
@@ -51,28 +56,44 @@ def prune_in_order(
     batches = list(require_batches(plan, calibration))
     known: Mapping[str, WeightStats] = {}
     if gradients := plan.needs & GRADIENTS:  # taken on the dense model
-        dense_config = plan.config.replace(repair=None)
+        dense_config = plan.config.replace(repair=None, objective="layer")
         known = collect_stats(model, dataclasses.replace(plan, config=dense_config), batches, progress)
         assert gradients <= plan.criterion.needs
     parameters = dict(model.named_parameters())
     masks: dict[str, Tensor] = {}
     hidden = None if progress else True  # None: shown on a terminal
-    with InputReader(model, plan, batches, cache_bytes=cache_bytes) as reader:
+
+    def prune_step(step: list[PlannedTensor], gathered: dict[str, dict[str, Tensor]], bar: Any) -> None:
+        for tensor in step:
+            name = tensor.target.name
+            mask, weights = prune_one(model, plan, tensor, gathered.pop(name), old_masks, known.get(name))
+            for changed in {name, *weights}:
+                undo.save(changed, parameters[changed])
+            masks[name] = mask
+            for changed, values in weights.items():
+                parameters[changed].copy_(values)
+            zero_removed_(parameters[name], mask)
+            if name in old_masks:
+                zero_removed_(parameters[name], old_masks[name].to(parameters[name].device))
+            bar.update()
+
+    with ExitStack() as context:
+        reader = context.enter_context(InputReader(model, plan, batches, cache_bytes=cache_bytes))
+        bar = context.enter_context(
+            tqdm(total=len(plan.tensors), desc="Pruning", unit="weight", leave=False, disable=hidden)
+        )
         steps = reader.order()
-        with tqdm(total=len(plan.tensors), desc="Pruning", unit="weight", leave=False, disable=hidden) as bar:
+        if plan.config.objective == "layer":
             for step in steps:
-                gathered = reader.gather(step, plan.needs & INPUTS)
-                for tensor in step:
-                    name = tensor.target.name
-                    mask, weight = prune_one(model, plan, tensor, gathered.pop(name), old_masks, known.get(name))
-                    undo.save(name, parameters[name])
-                    masks[name] = mask
-                    if weight is not None:
-                        parameters[name].copy_(weight)
-                    zero_removed_(parameters[name], mask)
-                    if name in old_masks:
-                        zero_removed_(parameters[name], old_masks[name].to(parameters[name].device))
-                    bar.update()
+                prune_step(step, reader.gather(step, plan.needs & INPUTS), bar)
+                reader.finish(step)
+            return masks
+        sensitivity = sensitivity or measure_sensitivity(reader, plan.config.seed, progress, cache_bytes)
+        context.callback(sensitivity.close)
+        goals = context.enter_context(DenseGoals(model, plan, batches, sensitivity, cache_bytes))
+        for segment in goals.segments(steps):
+            for step in segment:
+                prune_step(step, goals.gather(reader, step), bar)
                 reader.finish(step)
     return masks
 
@@ -84,8 +105,8 @@ def prune_one(
     gathered: Mapping[str, Any],
     old_masks: Mapping[str, Tensor],
     known: WeightStats | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """The mask of one target, and its weights if the criterion or the repair changes those that stay.
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The mask of one target, and by name its weight and bias where these get new values.
 
     Args:
         model: The model, which is not changed.
@@ -99,4 +120,4 @@ def prune_one(
     stats = dataclasses.replace(known or WeightStats(seed=weight_seed(plan, name)), **gathered)
     part = dataclasses.replace(plan, tensors=(tensor,))
     masks, weights = agreed_masks(model, part, {name: stats}, old_masks)
-    return masks[name], weights.get(name)
+    return masks[name], weights

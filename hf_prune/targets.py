@@ -214,3 +214,39 @@ def is_finite(tensor: Tensor) -> bool:
     """Whether a tensor is free of NaN and infinity: one fast sum, and a close look only if that overflows."""
     total = tensor.sum(dtype=torch.float32 if tensor.element_size() < 4 else None)
     return bool(torch.isfinite(total)) or bool(torch.isfinite(tensor).all())
+
+
+def output_rows(output: Tensor, layout: str) -> Tensor:
+    """(tokens, out): what a module puts out, a row for each row of its inputs.
+
+    Args:
+        output: (..., out), or (batch, out, *size) of a convolution.
+        layout: As in :class:`Target`.
+    """
+    if layout == "conv":
+        output = output.movedim(1, -1)  # (batch, *positions, out)
+    return output.reshape(-1, output.shape[-1])
+
+
+def bias_names(model: nn.Module, targets: Collection[Target]) -> dict[str, str]:
+    """Names of the biases that belong to targets alone: by the target's name.
+
+    A weight that several modules share has no bias of its own, nor has one whose bias another module shares.
+
+    Args:
+        model: Any torch module.
+        targets: Weights of it.
+    """
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    wanted = {t.name for t in targets}
+    found: dict[str, list[Tensor | None]] = {}
+    users: dict[int, int] = {}
+    for module in model.modules():
+        bias = module._parameters.get("bias")
+        if bias is not None:
+            users[id(bias)] = users.get(id(bias), 0) + 1
+        if (name := names.get(id(module._parameters.get("weight")))) in wanted:
+            assert name is not None
+            found.setdefault(name, []).append(bias)
+    single = {name: biases[0] for name, biases in found.items() if len(biases) == 1}
+    return {name: names[id(b)] for name, b in single.items() if b is not None and users[id(b)] == 1}

@@ -15,11 +15,11 @@ ROOT = Path(__file__).resolve().parents[1] / "hf_prune"
 # A name stands for its submodules too: "criteria" is every module in hf_prune/criteria/.
 LAYERS = (
     ("errors", "files", "spill", "tables"),
-    ("distributed", "registry", "repair", "selection", "units"),
+    ("distributed", "registry", "repair", "selection", "sums", "units"),
     ("config",),
     ("targets", "architectures"),
     ("criteria", "granularities", "schedules", "allocation"),
-    ("activations", "calibration", "masking", "plan", "scoring", "sequential", "shrinking"),
+    ("activations", "calibration", "masking", "matching", "plan", "scoring", "sensitivity", "sequential", "shrinking"),
     ("pipeline",),
     ("report", "sources", "comparison", "evaluation", "latency", "torch_prune", "checkpoint"),
     ("mixin", "auto", "trainer", "plots", "sweep", "budget"),

@@ -14,7 +14,7 @@ ANY_SCOPE = frozenset({"row", "layer", "global"})
 #: What calibration can gather from labelled batches, one number for each weight.
 GRADIENTS = frozenset({"gradient", "absolute_gradient"})
 #: What calibration can gather from what flows into a weight: labels are not needed.
-INPUTS = frozenset({"input_gram", "input_norm"})
+INPUTS = frozenset({"input_gram", "input_norm", "input_mean"})
 STATISTICS = GRADIENTS | INPUTS
 
 
@@ -61,6 +61,12 @@ class WeightStats:
         input_gram: (in, in) mean of xxᵀ over the calibration tokens x that flow into the weight, padding left
             out, float32.
         input_norm: (in,) root mean square of each input over the same tokens, float32.
+        input_mean: (in,) mean of each input over the same tokens, float32.
+        output_change: (out,) mean of what the outputs lack of those of the dense model, d, float32. This and the
+            following are known for the objective "loss" only; tokens then count as much as the predictions depend on
+            them, in all means.
+        change_products: (out, in) mean of dxᵀ, float32.
+        output_weight: (out,) mean squared gradient of the predictions with respect to each output, float32.
     """
 
     seed: int
@@ -68,6 +74,10 @@ class WeightStats:
     absolute_gradient: Tensor | None = None
     input_gram: Tensor | None = None
     input_norm: Tensor | None = None
+    input_mean: Tensor | None = None
+    output_change: Tensor | None = None
+    change_products: Tensor | None = None
+    output_weight: Tensor | None = None
 
     def rows(self, rows: slice) -> WeightStats:
         """The statistics of some outputs only; those of the inputs serve every output."""
