@@ -151,12 +151,12 @@ class PruningConfig:
     @property
     def needs_data(self) -> bool:
         """Whether anything in it learns from calibration data."""
-        return bool(self.needs) or self.allocation in CALIBRATED_ALLOCATIONS
+        return bool(self.needs) or self.learns_allocation
 
     @property
-    def needs_sensitivity(self) -> bool:
-        """Whether it asks how much the predictions depend on what each target puts out."""
-        return self.objective == "loss" or self.allocation == "fisher"
+    def learns_allocation(self) -> bool:
+        """Whether how much each tensor loses is learned from calibration data."""
+        return isinstance(self.allocation, str) and self.allocation in CALIBRATED_ALLOCATIONS
 
     def __hash__(self) -> int:
         return hash(self.to_json())

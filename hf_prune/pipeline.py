@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from typing import Any, Literal, TypeVar, overload
 
 from torch import nn
 
 from hf_prune.activations import CACHE_BYTES, Batches
-from hf_prune.calibration import collect_stats
+from hf_prune.calibration import collect_stats, require_batches
 from hf_prune.config import PruningConfig
 from hf_prune.criteria.base import INPUTS
 from hf_prune.distributed import is_first
 from hf_prune.errors import ConfigError
+from hf_prune.layer_budgets import learn_sparsities
 from hf_prune.masking import MaskStore, Undo
 from hf_prune.plan import PruningPlan, make_plan
 from hf_prune.scoring import agreed_masks
@@ -74,7 +76,8 @@ def prune(
         calibration: Batches, for criteria and repairs that need them; with labels where gradients are needed.
             See :func:`hf_prune.text_batches` for unlabelled texts.
         keep_dense: Keep a copy of the dense weights, so that ``discard_masks`` can give them back.
-        dry_run: Change nothing and return the plan.
+        dry_run: Change nothing and return the plan. Sparsities that are learned from data are in it only if
+            ``calibration`` is given.
         progress: Show a progress bar while calibrating.
         cache_bytes: How much of what finished layers put out is kept in memory while layers are pruned in order; the
             rest goes to a temporary folder (``TMPDIR`` says where), as do the weights that an error would give back.
@@ -99,20 +102,30 @@ def prune(
     config = resolve_config(config, settings)
     wrapper, model = model, getattr(model, "_orig_mod", model)  # torch.compile wraps the model
     plan = make_plan(model, config)
-    if dry_run:
+    if dry_run and (calibration is None or not config.learns_allocation):
         return plan
     progress = progress and is_first()
     store = MaskStore.of(model) or MaskStore()
     if keep_dense:
         store.check_dense()
-    if plan.needs & INPUTS and config.calibration_order == "sequential":
-        with Undo(model, in_memory=keep_dense or store.dense is not None) as undo:
-            masks = prune_in_order(model, plan, calibration, store.masks, undo, progress, cache_bytes)
+    with ExitStack() as context:
+        sensitivity = None
+        if config.learns_allocation:
+            calibration = list(require_batches(plan, calibration))
+            learned, sensitivity = learn_sparsities(model, plan, calibration, store.masks, progress, cache_bytes)
+            if sensitivity is not None:
+                context.callback(sensitivity.close)
+            plan = make_plan(model, config, learned)
+        if dry_run:
+            return plan
+        if plan.needs & INPUTS and config.calibration_order == "sequential":
+            undo = context.enter_context(Undo(model, in_memory=keep_dense or store.dense is not None))
+            masks = prune_in_order(model, plan, calibration, store.masks, undo, progress, cache_bytes, sensitivity)
             store.update(model, masks, {}, config, keep_dense, undo.dense)
-    else:
-        stats = collect_stats(model, plan, calibration, progress)
-        masks, weights = agreed_masks(model, plan, stats, store.masks)
-        store.update(model, masks, weights, config, keep_dense)
+        else:
+            stats = collect_stats(model, plan, calibration, progress)
+            masks, weights = agreed_masks(model, plan, stats, store.masks)
+            store.update(model, masks, weights, config, keep_dense)
     return wrapper
 
 

@@ -27,10 +27,11 @@ class PlannedTensor:
 
     Args:
         target: The weight.
-        sparsity: Share of its units that will be removed; None in global scope, where the scores decide.
+        sparsity: Share of its units that will be removed; None in global scope, where the scores decide, and for an
+            allocation that has yet to be learned from data.
         units: How many units it has.
         pool: How many of them compete with one another; in global scope they also compete with other tensors'.
-        remove: How many units will be removed in all, earlier ones included; None in global scope.
+        remove: How many units will be removed in all, earlier ones included; None where the sparsity is.
         already: How many of its weights an earlier pruning removed.
     """
 
@@ -126,13 +127,14 @@ class PruningPlan:
         }
 
     def __str__(self) -> str:
+        unknown = "by score" if self.config.scope == "global" else "by data"
         rows = [
             [
                 t.target.name,
                 "x".join(map(str, t.target.shape)),
                 f"{t.target.size:,}",
-                "by score" if t.sparsity is None else f"{100 * t.sparsity:.2f} %",
-                "by score" if t.remove is None else f"{t.remove:,}",
+                unknown if t.sparsity is None else f"{100 * t.sparsity:.2f} %",
+                unknown if t.remove is None else f"{t.remove:,}",
                 f"{t.already:,}",
             ]
             for t in self.tensors
@@ -147,6 +149,7 @@ class PruningPlan:
             f"Plan for {self.model_name}: {config.criterion}, {config.granularity}, scope {config.scope}, "
             f"allocation {config.allocation if isinstance(config.allocation, str) else 'explicit'}"
             f"{'' if config.repair is None else ', repair ' + config.repair}"
+            f"{'' if config.objective == 'layer' else ', objective ' + config.objective}"
             f"{', ' + config.calibration_order + ' calibration' if self.needs & INPUTS else ''}",
             table,
             f"{at_least}{removed:,} of {targets:,} target weights go ({_percent(removed, targets)}), "
@@ -170,12 +173,13 @@ def _percent(part: int, whole: int) -> str:
     return f"{100 * part / whole:.2f} %"
 
 
-def make_plan(model: nn.Module, config: PruningConfig) -> PruningPlan:
+def make_plan(model: nn.Module, config: PruningConfig, learned: Mapping[str, float] | None = None) -> PruningPlan:
     """Resolve a config on a model; the model is not changed.
 
     Args:
         model: Any torch module.
         config: The settings.
+        learned: The sparsity of every target, for an allocation that is learned from data.
 
     Raises:
         PlanError: If no target matches, a weight cannot be divided into units, a weight has NaN or
@@ -200,7 +204,7 @@ def make_plan(model: nn.Module, config: PruningConfig) -> PruningPlan:
     if store is not None:
         store.check(model)
         masks = store.masks
-    tensors, remove = _count(targets, config, granularity, masks)
+    tensors, remove = _count(targets, config, granularity, masks, learned)
     _refuse_regrowth(tensors, remove, config, granularity)
     return PruningPlan(
         config=config,
@@ -229,11 +233,16 @@ def _refuse_inputs(model: nn.Module, targets: list[Target], config: PruningConfi
 
 
 def _count(
-    targets: list[Target], config: PruningConfig, granularity: Granularity, masks: Mapping[str, Tensor]
+    targets: list[Target],
+    config: PruningConfig,
+    granularity: Granularity,
+    masks: Mapping[str, Tensor],
+    learned: Mapping[str, float] | None,
 ) -> tuple[tuple[PlannedTensor, ...], int]:
     """Exact counts: k = round(sparsity * n) in every pool."""
     assert config.sparsity is not None
-    sparsities = allocate(config.allocation, config.sparsity, targets)
+    unknown = config.scope == "global" or (config.learns_allocation and learned is None)
+    sparsities = learned or allocate(config.allocation, config.sparsity, targets)
     tensors = []
     for target in targets:
         rows, columns = granularity.units(target.matrix_shape)
@@ -241,9 +250,9 @@ def _count(
         mask = masks.get(target.name)
         already = 0 if mask is None else mask.numel() - int(mask.count_nonzero())
         pool = granularity.pool or (columns if config.scope == "row" else units)
-        remove = None if config.scope == "global" else round(sparsity * pool) * (units // pool)
+        remove = None if unknown else round(sparsity * pool) * (units // pool)
         tensors.append(PlannedTensor(target, None if remove is None else sparsity, units, pool, remove, already))
-    if config.scope == "global":
+    if unknown:
         return tuple(tensors), round(config.sparsity * sum(t.units for t in tensors))
     return tuple(tensors), sum(t.remove or 0 for t in tensors)
 

@@ -27,16 +27,24 @@ def damped(gram: Tensor, share: float = DAMPING) -> Tensor:
     return gram + torch.eye(len(gram), dtype=gram.dtype, device=gram.device) * torch.where(mean > 0, share * mean, 1.0)
 
 
-def layer_error(weight: Tensor, new: Tensor, gram: Tensor) -> Tensor:
-    """Mean squared change of a layer's outputs, summed over the outputs.
+def layer_errors(weight: Tensor, new: Tensor, gram: Tensor) -> Tensor:
+    """Mean squared change of each of a layer's outputs.
 
     Args:
         weight: (out, in) before.
         new: (out, in) after.
         gram: (in, in) mean of xxᵀ over the tokens.
+
+    Returns:
+        (out,).
     """
     change = (new - weight).to(gram.dtype)
-    return ((change @ gram) * change).sum()
+    return ((change @ gram) * change).sum(1)
+
+
+def layer_error(weight: Tensor, new: Tensor, gram: Tensor) -> Tensor:
+    """Mean squared change of a layer's outputs, summed over the outputs: see :func:`layer_errors`."""
+    return layer_errors(weight, new, gram).sum()
 
 
 def least_squares(

@@ -45,7 +45,7 @@ def prune_in_order(
         undo: Gets every weight before it changes.
         progress: Show a progress bar.
         cache_bytes: How much of what finished layers put out is kept in memory; the rest goes to a temporary folder.
-        sensitivity: For the objective "loss", if it was measured already; it is closed here.
+        sensitivity: For the objective "loss", if it was measured already.
 
     Returns:
         Bool masks by parameter name.
@@ -88,8 +88,9 @@ def prune_in_order(
                 prune_step(step, reader.gather(step, plan.needs & INPUTS), bar)
                 reader.finish(step)
             return masks
-        sensitivity = sensitivity or measure_sensitivity(reader, plan.config.seed, progress, cache_bytes)
-        context.callback(sensitivity.close)
+        if sensitivity is None:
+            sensitivity = measure_sensitivity(reader, plan.config.seed, progress, cache_bytes)
+            context.callback(sensitivity.close)
         goals = context.enter_context(DenseGoals(model, plan, batches, sensitivity, cache_bytes))
         for segment in goals.segments(steps):
             for step in segment:
