@@ -37,7 +37,7 @@ TOKEN_SHARE = (
 
 @dataclass(frozen=True)
 class _Anchor:
-    """Where the goal of a target is measured: a module's output, or its input."""
+    """Where the goal of a target is measured, if not at its own output: a module's input or output."""
 
     module: nn.Module
     output: bool
@@ -72,7 +72,7 @@ class DenseGoals:
         self._dense.order(warned=False)
         self._cache_bytes = cache_bytes
         self._goals = Shelf(cache_bytes)
-        self._anchors: dict[str, _Anchor] = {}
+        self._anchors: dict[str, _Anchor | None] = {}
 
     def __enter__(self) -> DenseGoals:
         self._dense.__enter__()
@@ -142,13 +142,13 @@ class DenseGoals:
             x = first_input(args, kwargs)
             mask = None if layout == "conv" else reader.mask(module, x)
             rows = reader.rows(module, x, layout)
-            if anchor.module is module:
+            if anchor is None:
                 hand_on(rows, mask, output)
             else:
                 pending.append((rows, mask))
 
         watchers = [Watcher(module, see, after=True) for module in reader.holders[name]]
-        if all(anchor.module is not watcher.module for watcher in watchers):
+        if anchor is not None:
             watchers.append(anchor.watcher(lambda z: hand_on(*pending.pop(), z)))
         return watchers
 
@@ -207,7 +207,7 @@ class DenseGoals:
 
     # --- where to compare ---------------------------------------------------------------------------
 
-    def _anchor(self, tensor: PlannedTensor) -> _Anchor:
+    def _anchor(self, tensor: PlannedTensor) -> _Anchor | None:
         """The first norm's input or the block's output that is the target's output plus something, if there is one.
 
         Found by trying: on the first batch, what is added to the output must arrive there unchanged.
@@ -215,7 +215,7 @@ class DenseGoals:
         name = tensor.target.name
         own, block = self._dense.holders[name][0], self._dense.block_of(name)
         if block is None or len(self._dense.holders[name]) > 1 or id(own) not in self._dense.once:
-            return _Anchor(own, True)
+            return None
         norms = [module for module in block.modules() if "norm" in type(module).__name__.lower()]
         anchors = [_Anchor(module, False) for module in norms if id(module) in self._dense.once] + [
             _Anchor(block, True)
@@ -238,7 +238,7 @@ class DenseGoals:
                     chosen = i
                     break
         chosen = int(from_first(torch.tensor(chosen)))  # all processes compare in the same place
-        return _Anchor(own, True) if chosen < 0 else anchors[chosen]
+        return None if chosen < 0 else anchors[chosen]
 
     def _seen(
         self, own: nn.Module, anchors: Sequence[_Anchor], push: Callable[[Tensor], Tensor] | None

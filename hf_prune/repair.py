@@ -11,6 +11,7 @@ from torch import Tensor
 
 DAMPING = 0.01  # of the mean diagonal
 ITERATIONS = 30
+_ROUNDING = 1e-5  # of the mean diagonal: what a difference of two float32 matrices may be off by
 
 
 def damped(gram: Tensor, share: float = DAMPING) -> Tensor:
@@ -142,7 +143,8 @@ def refit(
     if bias is not None:  # the bias takes care of the means, so that the weights need only do so for the rest
         assert mean is not None
         mean = mean.to(dtype)
-        gram = gram - torch.outer(mean, mean)
+        rounding = _ROUNDING * gram.diagonal().mean() * torch.eye(len(gram), dtype=dtype, device=gram.device)
+        gram = gram - torch.outer(mean, mean) + rounding
         if products is not None and change is not None:
             products = products - torch.outer(change, mean)
     if products is not None:

@@ -72,7 +72,8 @@ def measure_sensitivity(
     found = Sensitivity(cache_bytes)
     dtype = sum_dtype(next(reader.model.parameters()).device)
     sums: dict[str, Tensor] = {}
-    totals = torch.zeros(len(reader.tensors), 2, dtype=torch.float64)  # sum over the tokens, how many
+    # Sum over the tokens, how many, and how many calls got tokens that a router chose.
+    totals = torch.zeros(len(reader.tensors), 3, dtype=torch.float64)
     calls: dict[str, list[Tensor]] = {}
     number = {t.target.name: i for i, t in enumerate(reader.tensors)}
 
@@ -81,7 +82,7 @@ def measure_sensitivity(
             x = first_input(args, kwargs)
             mask = None if layout == "conv" else reader.mask(module, x)
             if not reader.in_place(x, layout):
-                found.misplaced.add(name)
+                totals[number[name], 2] += 1
             position, seen = len(calls.setdefault(name, [])), calls[name]
             tokens = output_rows(output, layout)
             seen.append(torch.zeros(int(mask.sum()) if mask is not None else len(tokens)))
@@ -121,11 +122,13 @@ def measure_sensitivity(
                 value.backward()
             for name, values in calls.items():
                 found._tokens.put((name, index), values)
-                totals[number[name]] += torch.tensor([sum(float(v.sum()) for v in values), sum(map(len, values))])
+                totals[number[name], :2] += torch.tensor([sum(float(v.sum()) for v in values), sum(map(len, values))])
     totals = add_up(totals)
     for t in reader.tensors:
         name = t.target.name
-        total, tokens = totals[number[name]].tolist()
+        total, tokens, routed = totals[number[name]].tolist()
+        if routed:
+            found.misplaced.add(name)
         zeros = torch.zeros(t.target.matrix_shape[0], dtype=dtype, device=next(reader.model.parameters()).device)
         mean = add_up(sums.get(name, zeros)) / max(1, tokens)
         if not is_finite(mean):
@@ -146,9 +149,10 @@ def prediction(outputs: Any, batch: Mapping[str, Any], generator: torch.Generato
         batch: What it was given.
         generator: Draws labels and directions, on the CPU.
     """
-    named = [value for key, value in outputs.items() if key.endswith("logits")] if hasattr(outputs, "items") else []
+    known = outputs if isinstance(outputs, Mapping) else {} if isinstance(outputs, Tensor | tuple) else vars(outputs)
+    named = [value for key, value in known.items() if key.endswith("logits")]
     total: Tensor = torch.zeros(())
-    for values in named or [first_tensor(outputs)]:
+    for values in named or [first_tensor(outputs if not known else next(iter(known.values())))]:
         y = values.float()
         mask = batch.get("decoder_attention_mask", batch.get("attention_mask"))
         if named and y.dim() == 3 and y.shape[-1] > 1:  # (batch, seq, classes)

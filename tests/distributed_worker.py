@@ -67,6 +67,11 @@ SAME: dict[str, tuple[str, tuple[int, ...], dict[str, Any]]] = {
         ("moe", SIZES, {"criterion": "sparsegpt"}),
         ("moe", (2,), {"criterion": "alps", "calibration_order": "one_pass"}),
         ("skips", SIZES, {"criterion": "alps"}),
+        ("bert", SIZES, {"criterion": "alps", "objective": "loss", "allocation": "fisher"}),
+        ("gpt2", SIZES, {"criterion": "sparsegpt", "objective": "loss", "repair": "least_squares"}),
+        ("llama", (3,), {"criterion": "wanda", "objective": "loss", "allocation": "owl"}),
+        ("moe", SIZES, {"criterion": "sparsegpt", "objective": "loss"}),
+        ("skips", SIZES, {"criterion": "alps", "objective": "loss"}),
     ]
 }
 

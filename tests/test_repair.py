@@ -7,7 +7,8 @@ from hf_prune.config import PruningConfig
 from hf_prune.errors import ConfigError
 from hf_prune.masking import MaskStore
 from hf_prune.pipeline import prune
-from hf_prune.repair import damped, layer_error, least_squares
+from hf_prune.repair import corrected, damped, layer_error, layer_errors, least_squares, refit
+from hf_prune.targets import bias_names, resolve_targets
 from tests import models
 from tests.models import same_bits, snapshot, tiny_batches
 from tests.reference.reconstruction import reference_error, reference_least_squares
@@ -66,6 +67,47 @@ def test_the_layer_error_is_that_of_the_outputs():
     assert float(layer_error(weight, new, gram)) == pytest.approx(reference_error(weight, new, inputs))
 
 
+def test_the_error_of_each_output():
+    weight, inputs, gram = problem()
+    new = torch.randn_like(weight)
+    expected = ((inputs @ (new - weight).t()) ** 2).mean(0)
+    torch.testing.assert_close(layer_errors(weight, new, gram), expected)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_weights_and_bias_are_solved_together(seed):
+    """As by least squares with one more input that is always one and never removed."""
+    weight, inputs, _ = problem(seed=seed)
+    inputs = inputs + torch.randn(inputs.shape[1])
+    bias, lacks = torch.randn(len(weight)).double(), torch.randn(len(inputs), len(weight)).double() / 10
+    keep = torch.rand(weight.shape) < 0.6
+    goal = inputs @ weight.t() + bias + lacks
+    ones = torch.cat([inputs, torch.ones(len(inputs), 1).double()], 1)
+    gram, mean = inputs.t() @ inputs / len(inputs), inputs.mean(0)
+    change, products = lacks.mean(0), lacks.t() @ inputs / len(inputs)
+    found, new_bias = refit(weight, keep, gram, mean, bias, change, products)
+    assert not found[~keep].any()
+    error = ((inputs @ found.t() + new_bias - goal) ** 2).mean(0)
+    for i in range(len(weight)):
+        support = torch.cat([keep[i], torch.tensor([True])]).nonzero().squeeze(1)
+        best = torch.linalg.lstsq(ones[:, support], goal[:, i : i + 1]).solution
+        least = float(((ones[:, support] @ best - goal[:, i : i + 1]) ** 2).mean())
+        assert least <= float(error[i]) <= 1.1 * least + 1e-3 * float(goal[:, i].var())
+    plain, none = refit(weight, keep, gram, products=products)
+    assert none is None
+    assert ((inputs @ plain.t() + bias - goal) ** 2).mean() > error.mean()
+
+
+def test_corrections_make_up_for_what_the_outputs_lack():
+    weight, inputs, gram = problem(tokens=400)
+    wanted = torch.randn_like(weight)
+    lacks = inputs @ (wanted - weight).t()
+    found = corrected(weight, gram, lacks.t() @ inputs / len(inputs), share=1e-9)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    half = corrected(weight, gram, lacks.t() @ inputs / len(inputs))
+    assert 0 < float((half - weight).norm()) < float((wanted - weight).norm())
+
+
 def test_damping_makes_a_singular_matrix_invertible():
     assert torch.equal(damped(torch.zeros(2, 2)), torch.eye(2))
     gram = torch.tensor([[4.0, 0.0], [0.0, 0.0]])
@@ -95,11 +137,12 @@ def test_only_targets_change_and_the_dense_weights_come_back(kind):
     before = snapshot(model)
     prune(model, 0.5, calibration=tiny_batches(model), repair="least_squares", keep_dense=True)
     masks = MaskStore.of(model).masks
+    biases = set(bias_names(model, resolve_targets(model, PruningConfig())).values())
     for name, parameter in model.named_parameters():
         if name in masks:
             assert not parameter[~masks[name]].any()
         else:
-            assert same_bits(parameter, before[name])
+            assert same_bits(parameter, before[name]) != (name in biases)
     assert any(not torch.equal(p[masks[n]], before[n][masks[n]]) for n, p in model.named_parameters() if n in masks)
     MaskStore.of(model).discard(model)
     models.assert_unchanged(model, before)

@@ -15,7 +15,9 @@ ANY_SCOPE = frozenset({"row", "layer", "global"})
 GRADIENTS = frozenset({"gradient", "absolute_gradient"})
 #: What calibration can gather from what flows into a weight: labels are not needed.
 INPUTS = frozenset({"input_gram", "input_norm", "input_mean"})
-STATISTICS = GRADIENTS | INPUTS
+#: What is known besides where the objective is "loss"; criteria do not ask for it.
+DIFFERENCES = frozenset({"output_change", "change_products", "output_weight"})
+STATISTICS = GRADIENTS | INPUTS | DIFFERENCES
 
 
 class Select(Protocol):
