@@ -21,7 +21,7 @@ from hf_prune.units import spread_blocks
 
 _SHARES = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98)  # at which the error of a target is foretold
 _ITERATIONS = 3  # of least squares: enough to see what a repair will bring
-_OUTLIER = 5.0  # times the mean
+_OUTLIER = 5.0  # times the mean of a block
 
 
 def learn_sparsities(
@@ -148,18 +148,20 @@ def _owl(reader: InputReader, steps: list[list[PlannedTensor]], plan: PruningPla
     """Sparsities that spare blocks with many outliers among |w| times the norm of its input (Yin et al. 2024)."""
     parameters = dict(reader.model.named_parameters())
     sizes = {t.target.name: t.target.size for t in plan.tensors}
+    blocks: dict[object, list[PlannedTensor]] = {}
+    for tensor in (t for step in steps for t in step):
+        blocks.setdefault(reader.block_of(tensor.target.name) or tensor.target.name, []).append(tensor)
     outliers: dict[str, float] = {}
-    blocks: dict[object, list[str]] = {}
-    for step in steps:
-        for name in (t.target.name for t in step):
-            blocks.setdefault(reader.block_of(name) or name, []).append(name)
-        for name, found in reader.gather(step, frozenset({"input_norm"})).items():
-            target = next(t.target for t in step if t.target.name == name)
-            product = target.matrix(parameters[name].detach()).float().abs() * found["input_norm"]
-            outliers[name] = float((product > _OUTLIER * product.mean()).sum()) / product.numel()
-        reader.finish(step)
-    for names in blocks.values():
-        mean = sum(outliers[name] * sizes[name] for name in names) / sum(sizes[name] for name in names)
-        outliers |= dict.fromkeys(names, mean)
+    for tensors in blocks.values():
+        found = reader.gather(tensors, frozenset({"input_norm"}))
+        products = {}
+        for t in tensors:
+            weight = t.target.matrix(parameters[t.target.name].detach()).float()
+            products[t.target.name] = weight.abs() * found[t.target.name]["input_norm"]
+        size = sum(sizes[name] for name in products)
+        limit = _OUTLIER * sum(float(product.sum()) for product in products.values()) / size
+        share = sum(int((product > limit).sum()) for product in products.values()) / size
+        outliers |= dict.fromkeys(products, share)
+        reader.finish(tensors)
     assert plan.config.sparsity is not None
     return outlier_sparsities(outliers, sizes, plan.config.sparsity)
