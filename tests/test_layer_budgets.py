@@ -41,8 +41,10 @@ def test_the_whole_loses_exactly_what_was_asked_for(kind, granularity):
 def test_owl_keeps_the_mean_and_spares_all_of_a_block():
     model = models.tiny_llama()
     with torch.no_grad():
-        for norm in (model.model.layers[1].input_layernorm, model.model.layers[1].post_attention_layernorm):
-            norm.weight[0] *= 30  # an outlier among the inputs
+        for i, layer in enumerate(model.model.layers):
+            for norm in (layer.input_layernorm, layer.post_attention_layernorm):
+                norm.weight.fill_(1)
+                norm.weight[0] = 1 + 30 * i  # an outlier among the inputs of the second block
     plan = planned(model, sparsity=0.6, allocation="owl", criterion="wanda", scope="row")
     blocks = {}
     for t in plan.tensors:
