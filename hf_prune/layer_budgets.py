@@ -45,6 +45,7 @@ def learn_sparsities(
     Returns:
         Sparsities by parameter name, and how much the predictions depend on what where that was measured; to be closed.
     """
+    cache_bytes //= 2  # for what blocks put out, and for sensitivities
     with InputReader(model, plan, batches, cache_bytes=cache_bytes) as reader:
         steps = reader.order()
         if plan.config.allocation == "owl":

@@ -20,6 +20,8 @@ from hf_prune.plan import PlannedTensor, PruningPlan
 from hf_prune.scoring import agreed_masks
 from hf_prune.sensitivity import Sensitivity, measure_sensitivity
 
+_SHELVES = 4  # that share the memory: outputs of blocks, pruned and dense, goals, sensitivities
+
 
 @torch.no_grad()
 def prune_in_order(
@@ -44,7 +46,8 @@ def prune_in_order(
         old_masks: Masks of earlier prunings, by parameter name.
         undo: Gets every weight before it changes.
         progress: Show a progress bar.
-        cache_bytes: How much of what finished layers put out is kept in memory; the rest goes to a temporary folder.
+        cache_bytes: How much of what finished layers put out, and of what the dense model put out, is kept in memory;
+            the rest goes to a temporary folder.
         sensitivity: For the objective "loss", if it was measured already.
 
     Returns:
@@ -62,6 +65,8 @@ def prune_in_order(
     parameters = dict(model.named_parameters())
     masks: dict[str, Tensor] = {}
     hidden = None if progress else True  # None: shown on a terminal
+    if plan.config.objective == "loss":
+        cache_bytes //= _SHELVES
 
     def prune_step(step: list[PlannedTensor], gathered: dict[str, dict[str, Tensor]], bar: Any) -> None:
         for tensor in step:
