@@ -21,7 +21,7 @@ LAYERS = (
     ("criteria", "granularities", "schedules", "allocation"),
     ("activations", "calibration", "masking", "plan", "scoring", "sequential", "shrinking"),
     ("pipeline",),
-    ("report", "sources", "comparison", "evaluation", "latency", "torch_prune", "checkpoint"),
+    ("report", "sources", "comparison", "evaluation", "perplexity", "latency", "torch_prune", "checkpoint"),
     ("mixin", "auto", "trainer", "plots", "sweep", "budget"),
     ("demo_data", "demo_training", "demo", "workflows", "cards"),
     ("hub",),
