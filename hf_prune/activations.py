@@ -11,6 +11,7 @@ every block is computed from then on.
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -210,6 +211,7 @@ class InputReader:
         self._decoder_mask: Tensor | None = None
         self._first = processes()[0]  # the first batch of this process
         self._unchecked = False
+        self._options = _lean_options(model, wanted)
         self.tokens: dict[str, int] = {}
         self._context = ExitStack()
 
@@ -429,8 +431,10 @@ class InputReader:
                 hooks.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
             current = [0]
             for stack in self.stacks:
-                for block in stack.blocks[: stack.replayed]:
-                    hooks.enter_context(_replaced_forward(block, _replay(stack, current)))
+                replay, replay_last = _replays(stack, current)
+                for i, block in enumerate(stack.blocks[: stack.replayed], start=1):
+                    forward = replay_last if i == stack.replayed else replay
+                    hooks.enter_context(_replaced_forward(block, forward))
                 if record and stack.finished > stack.replayed:
                     advancing.append(stack)
                     stack.before = stack.state(self._first)
@@ -482,7 +486,8 @@ class InputReader:
         with ExitStack() as hooks:
             if self.decoder is not None:
                 hooks.callback(self.decoder[0].register_forward_hook(keep_output).remove)
-            self.model(**inputs)
+            options = {k: v for k, v in self._options.items() if k != "logits_to_keep" or "labels" not in inputs}
+            self.model(**{**options, **inputs})
 
     def _rows(self, module: nn.Module, x: Tensor) -> Tensor:
         """(tokens, in): the inputs of a Linear without those of padding."""
@@ -543,6 +548,18 @@ def _outer_lists(model: nn.Module, targets: set[int]) -> list[list[nn.Module]]:
     return found
 
 
+def _lean_options(model: nn.Module, targets: set[str]) -> dict[str, Any]:
+    """Arguments with which a language model computes no cache and no more logits than it must: nobody looks at them."""
+    known = inspect.signature(model.forward).parameters
+    options: dict[str, Any] = {"use_cache": False} if "use_cache" in known else {}
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    if "logits_to_keep" in known and head is not None:
+        names = {name for name, parameter in model.named_parameters() if any(parameter is p for p in head.parameters())}
+        if not names & targets:
+            options["logits_to_keep"] = 1
+    return options
+
+
 def _decoder_modules(model: nn.Module) -> tuple[nn.Module, set[int]] | None:
     """The encoder, and the ids of all modules of the decoder, where a model has both."""
     if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
@@ -567,8 +584,20 @@ def _replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterato
             module.__dict__["forward"] = own
 
 
-def _replay(stack: _Stack, current: Sequence[int]) -> Callable[..., Any]:
-    return lambda *args, **kwargs: stack.outputs.get(current[0])
+def _replays(stack: _Stack, current: Sequence[int]) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """What blocks that are not computed any more do instead: all but the last of them, and the last.
+
+    What the others put out is never looked at, so they share one copy, which a block between them may have changed:
+    a deep model reads what it replays twice for each batch, not once for each block.
+    """
+    shared: list[tuple[int, Any]] = [(-1, None)]
+
+    def replay(*args: Any, **kwargs: Any) -> Any:
+        if shared[0][0] != current[0]:
+            shared[0] = current[0], stack.outputs.get(current[0])
+        return shared[0][1]
+
+    return replay, lambda *args, **kwargs: stack.outputs.get(current[0])
 
 
 def _recorder(stack: _Stack, current: Sequence[int], left: set[int] | None) -> Callable[..., None]:
