@@ -146,7 +146,10 @@ def load_classifier(source: str) -> tuple[Any, Any]:
     """
     model, tokenizer = _load(source)
     if not type(model).__name__.endswith("ForSequenceClassification"):
-        raise DataError(f"{source!r} is a {type(model).__name__}: expected a …ForSequenceClassification to score")
+        raise DataError(
+            f"{source!r} is a {type(model).__name__}: expected a …ForSequenceClassification to score by accuracy, or a "
+            f"…ForCausalLM by perplexity"
+        )
     return model, tokenizer
 
 
