@@ -11,6 +11,7 @@ every block is computed from then on.
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -153,6 +154,7 @@ class InputReader:
         self._first = processes()[0]  # the first batch of this process
         self.current = 0  # the number of the batch that is running
         self._unchecked = False
+        self._options = _lean_options(model, wanted)
         self.tokens: dict[str, int] = {}
         self._context = ExitStack()
 
@@ -399,8 +401,10 @@ class InputReader:
             for watcher in watchers:
                 watcher.install(hooks, left if stop_after is not None else None)
             for stack in self.stacks:
-                for block in stack.blocks[: stack.replayed]:
-                    hooks.enter_context(_replaced_forward(block, self._replay(stack)))
+                replay, replay_last = self._replays(stack)
+                for i, block in enumerate(stack.blocks[: stack.replayed], start=1):
+                    forward = replay_last if i == stack.replayed else replay
+                    hooks.enter_context(_replaced_forward(block, forward))
                 if record and stack.finished > stack.replayed:
                     advancing.append(stack)
                     stack.before = stack.state(self._first)
@@ -434,8 +438,20 @@ class InputReader:
 
         return read
 
-    def _replay(self, stack: _Stack) -> Callable[..., Any]:
-        return lambda *args, **kwargs: stack.outputs.get(self.current)
+    def _replays(self, stack: _Stack) -> tuple[Callable[..., Any], Callable[..., Any]]:
+        """What blocks that are not computed any more do instead: all but the last of them, and the last.
+
+        What the others put out is never looked at, so they share one copy, which a block between them may have changed:
+        a deep model reads what it replays twice for each batch, not once for each block.
+        """
+        shared: list[tuple[int, Any]] = [(-1, None)]
+
+        def replay(*args: Any, **kwargs: Any) -> Any:
+            if shared[0][0] != self.current:
+                shared[0] = self.current, stack.outputs.get(self.current)
+            return shared[0][1]
+
+        return replay, lambda *args, **kwargs: stack.outputs.get(self.current)
 
     def _record_in(self, stack: _Stack) -> Callable[..., None]:
         def record(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -446,10 +462,15 @@ class InputReader:
 
     @torch.no_grad()
     def _forward(self, batch: Mapping[str, Any]) -> None:
-        self.forward(batch)
+        self.forward(batch, {k: v for k, v in self._options.items() if k != "logits_to_keep" or "labels" not in batch})
 
-    def forward(self, batch: Mapping[str, Any]) -> Any:
-        """What the model puts out for a batch, whose padding :meth:`rows` then knows."""
+    def forward(self, batch: Mapping[str, Any], options: Mapping[str, Any] | None = None) -> Any:
+        """What the model puts out for a batch, whose padding :meth:`rows` then knows.
+
+        Args:
+            batch: The batch.
+            options: Other arguments of the model.
+        """
         inputs = on_device(self.model, batch)
         self._size = next((len(value) for value in inputs.values() if isinstance(value, Tensor) and value.dim()), 0)
         self._mask = _mask(inputs.get("attention_mask"))
@@ -463,7 +484,7 @@ class InputReader:
         with ExitStack() as hooks:
             if self.decoder is not None:
                 hooks.callback(self.decoder[0].register_forward_hook(keep_output).remove)
-            return self.model(**inputs)
+            return self.model(**{**(options or {}), **inputs})
 
     def rows(self, module: nn.Module, x: Tensor, layout: str = "linear") -> Tensor:
         """(tokens, in): what a module multiplies, without padding."""
@@ -601,6 +622,18 @@ def _outer_lists(model: nn.Module, targets: set[int]) -> list[list[nn.Module]]:
                 found.append(list(module))
                 inside |= below
     return found
+
+
+def _lean_options(model: nn.Module, targets: set[str]) -> dict[str, Any]:
+    """Arguments with which a language model computes no cache and no more logits than it must: nobody looks at them."""
+    known = inspect.signature(model.forward).parameters
+    options: dict[str, Any] = {"use_cache": False} if "use_cache" in known else {}
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    if "logits_to_keep" in known and head is not None:
+        names = {name for name, parameter in model.named_parameters() if any(parameter is p for p in head.parameters())}
+        if not names & targets:
+            options["logits_to_keep"] = 1
+    return options
 
 
 def _decoder_modules(model: nn.Module) -> tuple[nn.Module, set[int]] | None:

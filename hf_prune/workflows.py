@@ -13,16 +13,27 @@ from transformers import AutoTokenizer
 
 from hf_prune.auto import load_native
 from hf_prune.budget import SparsitySearch, check_budget, find_sparsity
+from hf_prune.calibration import token_windows
 from hf_prune.checkpoint import copy_companions, has_tokenizer, staged_checkpoint
 from hf_prune.comparison import Comparison, compare
 from hf_prune.config import PruningConfig
+from hf_prune.criteria.base import GRADIENTS
 from hf_prune.distributed import all_or_none, is_first, processes
 from hf_prune.errors import ConfigError, DataError
-from hf_prune.evaluation import Evaluation, classification_batches, drawn, evaluate_classification
+from hf_prune.evaluation import Evaluation, classification_batches, context_length, drawn, evaluate_classification
 from hf_prune.files import write_json, write_text
+from hf_prune.perplexity import Perplexity, evaluate_perplexity
 from hf_prune.plots import plot_layer_sparsity, plot_weight_histogram, save_figure
 from hf_prune.report import SparsityReport, WeightHistogram, sparsity_report, weight_histogram
-from hf_prune.sources import check_columns, check_model_source, column, load_classification, same_split
+from hf_prune.sources import (
+    check_columns,
+    check_model_source,
+    column,
+    is_language_model,
+    load_classification,
+    load_texts,
+    same_split,
+)
 from hf_prune.sweep import SweepResult, run_sweep
 
 if TYPE_CHECKING:
@@ -73,16 +84,54 @@ class LabelledData:
         return data.select(rows)
 
     def calibration(self, configs: Sequence[PruningConfig], model: Any, tokenizer: Any) -> list[dict[str, Any]] | None:
-        """Labelled batches, if one of the configs needs them."""
+        """Batches, if one of the configs needs them; with labels if it needs gradients."""
         if not any(config.needs for config in configs):
             return None
+        label_column = self.label_column if any(config.needs & GRADIENTS for config in configs) else None
         return classification_batches(
-            self.load(self.calibration_split),
+            load_classification(
+                self.source, self.calibration_split, text_columns=self.text_columns, label_column=label_column
+            ),
             tokenizer,
             n=self.calibration_samples,
             text_columns=self.text_columns,
-            label_column=self.label_column,
+            label_column=label_column,
             label2id=model.config.label2id,
+        )
+
+
+@dataclass(frozen=True)
+class TextData:
+    """Where texts for a language model are, and which of them calibration may see.
+
+    Args:
+        source: A file, a folder or a Hub data set, as for :func:`hf_prune.load_texts`.
+        text_column: The text column, where there are columns.
+        calibration_split: What calibrated criteria learn from, where there are splits.
+        calibration_samples: How many windows they see.
+        window: Tokens of such a window; what the model has positions for if that is less.
+    """
+
+    source: str = "Salesforce/wikitext:wikitext-2-raw-v1"
+    text_column: str = "text"
+    calibration_split: str = "train"
+    calibration_samples: int = 128
+    window: int = 512
+
+    def load(self, split: str) -> list[str]:
+        """The texts of one split."""
+        return load_texts(self.source, split, text_column=self.text_column)
+
+    def calibration(self, configs: Sequence[PruningConfig], model: Any, tokenizer: Any) -> list[dict[str, Any]] | None:
+        """Windows of tokens, if one of the configs needs them; with labels if it needs gradients."""
+        if not any(config.needs for config in configs):
+            return None
+        return token_windows(
+            self.load(self.calibration_split),
+            tokenizer,
+            n=self.calibration_samples,
+            length=min(self.window, context_length(model) or self.window),
+            labels=any(config.needs & GRADIENTS for config in configs),
         )
 
 
@@ -95,15 +144,37 @@ def load_classifier(source: str) -> tuple[Any, Any]:
     Raises:
         DataError: If it cannot be found or is of another kind.
     """
+    model, tokenizer = _load(source)
+    if not type(model).__name__.endswith("ForSequenceClassification"):
+        raise DataError(
+            f"{source!r} is a {type(model).__name__}: expected a …ForSequenceClassification to score by accuracy, or a "
+            f"…ForCausalLM by perplexity"
+        )
+    return model, tokenizer
+
+
+def load_language_model(source: str) -> tuple[Any, Any]:
+    """A causal language model and its tokenizer.
+
+    Args:
+        source: Folder or Hub id.
+
+    Raises:
+        DataError: If it cannot be found or is of another kind.
+    """
+    model, tokenizer = _load(source)
+    if not is_language_model(type(model).__name__):
+        raise DataError(f"{source!r} is a {type(model).__name__}: expected a …ForCausalLM")
+    return model, tokenizer
+
+
+def _load(source: str) -> tuple[Any, Any]:
     offline = check_model_source(source)
     if not has_tokenizer(source, local_files_only=offline):
         raise DataError(
             f"{source!r} has no tokenizer: save it beside the model with tokenizer.save_pretrained({source!r})"
         )
-    model = load_native(source)
-    if not type(model).__name__.endswith("ForSequenceClassification"):
-        raise DataError(f"{source!r} is a {type(model).__name__}: expected a …ForSequenceClassification to score")
-    return model, AutoTokenizer.from_pretrained(source, local_files_only=offline)
+    return load_native(source), AutoTokenizer.from_pretrained(source, local_files_only=offline)
 
 
 def evaluate_checkpoint(source: str, data: LabelledData, split: str, *, batch_size: int = 32) -> Evaluation:
@@ -129,12 +200,45 @@ def evaluate_checkpoint(source: str, data: LabelledData, split: str, *, batch_si
     )
 
 
+def evaluate_language_model(
+    source: str,
+    data: TextData,
+    split: str,
+    *,
+    window: int | None = None,
+    limit: int | None = None,
+    batch_size: int = 1,
+) -> Perplexity:
+    """Score a causal language model; see :func:`hf_prune.evaluate_perplexity`.
+
+    Args:
+        source: Folder or Hub id.
+        data: What to score it on.
+        split: Which split, where there are some.
+        window: Tokens that the model sees at once; None for its context, at most 2048.
+        limit: Use only the first so many windows.
+        batch_size: Windows scored at once.
+    """
+    model, tokenizer = load_language_model(source)
+    return evaluate_perplexity(
+        model,
+        tokenizer,
+        data.load(split),
+        window=window,
+        limit=limit,
+        batch_size=batch_size,
+        source=label(data.source),
+        split="" if Path(data.source).is_file() else split,
+        progress=label(source),
+    )
+
+
 def prune_checkpoint(
     source: str,
     config: PruningConfig,
     out: Path,
     *,
-    data: LabelledData | None = None,
+    data: LabelledData | TextData | None = None,
     plots: bool = False,
     name: str = "",
 ) -> SparsityReport:
@@ -144,7 +248,7 @@ def prune_checkpoint(
         source: Folder or Hub id.
         config: The settings.
         out: The folder, which may be the source itself.
-        data: Labelled texts, for criteria that need them.
+        data: Labelled texts, or texts for a language model, for criteria that need them.
         plots: Also write ``weights.png`` and ``layers.png``.
         name: What to call the model in plots.
 
@@ -154,7 +258,8 @@ def prune_checkpoint(
     join_processes()
     batches = None
     if config.needs and data is not None:
-        model, tokenizer = load_classifier(source)
+        load = load_language_model if isinstance(data, TextData) else load_classifier
+        model, tokenizer = load(source)
         batches = data.calibration([config], model, tokenizer)
     else:
         model = load_native(source)

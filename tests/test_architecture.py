@@ -32,7 +32,7 @@ LAYERS = (
         "shrinking",
     ),
     ("pipeline",),
-    ("report", "sources", "comparison", "evaluation", "latency", "torch_prune", "checkpoint"),
+    ("report", "sources", "comparison", "evaluation", "perplexity", "latency", "torch_prune", "checkpoint"),
     ("mixin", "auto", "trainer", "plots", "sweep", "budget"),
     ("demo_data", "demo_training", "demo", "workflows", "cards"),
     ("hub",),
