@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hf_prune import __version__
-from hf_prune.config import ALLOCATIONS, REPAIRS, SCOPES, PruningConfig
+from hf_prune.config import ALLOCATIONS, OBJECTIVES, REPAIRS, SCOPES, PruningConfig
 from hf_prune.errors import ConfigError, DataError, HfPruneError
 from hf_prune.registry import CRITERIA, GRANULARITIES
 from hf_prune.sources import check_data_source, check_model_source, check_text_source, is_language_model, model_class
@@ -81,6 +81,10 @@ Targets = Annotated[
 ]
 Exclude = Annotated[str | None, typer.Option(help="Modules to leave alone, in the same form.")]
 Repair = Annotated[str | None, typer.Option(help=f"{', '.join(REPAIRS)}: solve anew for the weights that stay.")]
+Objective = Annotated[
+    str | None,
+    typer.Option(help=f"{', '.join(OBJECTIVES)}: what calibrated criteria and repairs minimise. [default: layer]"),
+]
 Seed = Annotated[int | None, typer.Option(help="Seed of what is random.")]
 CalibrationSplit = Annotated[str, typer.Option(help="Split that calibrated criteria learn from; never the scored one.")]
 CalibrationSamples = Annotated[int, typer.Option(min=1, help="How many sentences, or windows of tokens, they see.")]
@@ -151,6 +155,7 @@ def prune(
     target_modules: Targets = None,
     exclude_modules: Exclude = None,
     repair: Repair = None,
+    objective: Objective = None,
     seed: Seed = None,
     config: Config = None,
     data: AnyData = None,
@@ -183,25 +188,24 @@ def prune(
         target_modules=target_modules,
         exclude_modules=exclude_modules,
         repair=repair,
+        objective=objective,
         seed=seed,
     )
     of_language = max_drop is None and is_language_model(model_class(model))
     source = data or (_WIKITEXT if of_language else _SST2)
-    if (settings.needs or max_drop is not None) and not dry_run:
+    if (settings.learns_allocation if dry_run else settings.needs_data) or max_drop is not None:
         (check_text_source if of_language else check_data_source)(source)
-    if out is None or dry_run:
-        from hf_prune.auto import load_native
-
-        plan = load_native(model).plan(settings)
-        typer.echo(json.dumps(plan.to_dict(), indent=2) if as_json else str(plan))
-        return
     from hf_prune.distributed import is_first
-    from hf_prune.workflows import LabelledData, TextData, prune_checkpoint, prune_to_budget
+    from hf_prune.workflows import LabelledData, TextData, plan_checkpoint, prune_checkpoint, prune_to_budget
 
     columns = _names(text_column or "sentence")
     labelled = LabelledData(source, columns, label_column, calibration_split, calibration_samples)
+    texts = TextData(source, text_column or "text", calibration_split, calibration_samples, window)
+    if out is None or dry_run:
+        plan = plan_checkpoint(model, settings, data=texts if of_language else labelled)
+        typer.echo(json.dumps(plan.to_dict(), indent=2) if as_json else str(plan))
+        return
     if max_drop is None:
-        texts = TextData(source, text_column or "text", calibration_split, calibration_samples, window)
         report = prune_checkpoint(model, settings, out, data=texts if of_language else labelled, plots=plots)
         text, values = str(report), report.to_dict()
     else:
@@ -316,6 +320,7 @@ def sweep(
     target_modules: Targets = None,
     exclude_modules: Exclude = None,
     repair: Repair = None,
+    objective: Objective = None,
     seed: Seed = None,
     config: Config = None,
     text_column: Text = "sentence",
@@ -337,6 +342,7 @@ def sweep(
         target_modules=target_modules,
         exclude_modules=exclude_modules,
         repair=repair,
+        objective=objective,
         seed=seed,
     )
     from hf_prune.workflows import LabelledData, sweep_checkpoint

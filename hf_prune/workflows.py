@@ -23,6 +23,7 @@ from hf_prune.errors import ConfigError, DataError
 from hf_prune.evaluation import Evaluation, classification_batches, context_length, drawn, evaluate_classification
 from hf_prune.files import write_json, write_text
 from hf_prune.perplexity import Perplexity, evaluate_perplexity
+from hf_prune.plan import PruningPlan
 from hf_prune.plots import plot_layer_sparsity, plot_weight_histogram, save_figure
 from hf_prune.report import SparsityReport, WeightHistogram, sparsity_report, weight_histogram
 from hf_prune.sources import (
@@ -85,7 +86,7 @@ class LabelledData:
 
     def calibration(self, configs: Sequence[PruningConfig], model: Any, tokenizer: Any) -> list[dict[str, Any]] | None:
         """Batches, if one of the configs needs them; with labels if it needs gradients."""
-        if not any(config.needs for config in configs):
+        if not any(config.needs_data for config in configs):
             return None
         label_column = self.label_column if any(config.needs & GRADIENTS for config in configs) else None
         return classification_batches(
@@ -124,7 +125,7 @@ class TextData:
 
     def calibration(self, configs: Sequence[PruningConfig], model: Any, tokenizer: Any) -> list[dict[str, Any]] | None:
         """Windows of tokens, if one of the configs needs them; with labels if it needs gradients."""
-        if not any(config.needs for config in configs):
+        if not any(config.needs_data for config in configs):
             return None
         return token_windows(
             self.load(self.calibration_split),
@@ -256,15 +257,32 @@ def prune_checkpoint(
         The report, which lies in the folder as ``sparsity_report.json``.
     """
     join_processes()
-    batches = None
-    if config.needs and data is not None:
-        load = load_language_model if isinstance(data, TextData) else load_classifier
-        model, tokenizer = load(source)
-        batches = data.calibration([config], model, tokenizer)
-    else:
-        model = load_native(source)
+    model, batches = _with_calibration(source, data if config.needs_data else None, config)
     with _pruned_into(model, source, config, out, batches, plots, name) as (report, _):
         return report
+
+
+def plan_checkpoint(source: str, config: PruningConfig, *, data: LabelledData | TextData | None = None) -> PruningPlan:
+    """The plan for a checkpoint; see :meth:`hf_prune.PrunedModelMixin.plan`.
+
+    Args:
+        source: Folder or Hub id.
+        config: The settings.
+        data: Texts, for allocations that are learned from data.
+    """
+    model, batches = _with_calibration(source, data if config.learns_allocation else None, config)
+    plan: PruningPlan = model.plan(config, calibration=batches)
+    return plan
+
+
+def _with_calibration(
+    source: str, data: LabelledData | TextData | None, config: PruningConfig
+) -> tuple[Any, list[dict[str, Any]] | None]:
+    """A model, and its calibration batches if there is data for them."""
+    if data is None:
+        return load_native(source), None
+    model, tokenizer = (load_language_model if isinstance(data, TextData) else load_classifier)(source)
+    return model, data.calibration([config], model, tokenizer)
 
 
 def prune_to_budget(
@@ -411,7 +429,7 @@ def sweep_checkpoint(
         data_name: What to call the data there.
     """
     configs = [(config or PruningConfig()).replace(criterion=name) for name in criteria]
-    if any(each.needs for each in configs) and same_split(split, data.calibration_split):
+    if any(each.needs_data for each in configs) and same_split(split, data.calibration_split):
         raise ConfigError(
             f"the split {split!r} is scored and calibrated on: expected two; a criterion that has seen the labels that "
             "it is scored on looks better than it is"
