@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -70,18 +70,13 @@ def compute_masks(
         for start in range(0, len(weight), step):
             rows = slice(start, start + step)
             scores = criterion.scores(weight[rows], stats[target.name].rows(rows))
-            yield _checked_units(scores, block, None if old is None else old[rows], criterion.name, target.name)
-
-    def spread(target: Target, keep: Tensor) -> Tensor:
-        return spread_blocks(keep.view(granularity.units(target.matrix_shape)), block)
+            yield checked_units(scores, block, None if old is None else old[rows], criterion.name, target.name)
 
     sources = {tensor.target.name: functools.partial(chunks, tensor.target) for tensor in plan.tensors}
     masks: dict[str, Tensor] = {}
     weights: dict[str, Tensor] = {}
     if plan.config.scope == "global":
-        kept = keep_highest(list(sources.values()), [tensor.units for tensor in plan.tensors], plan.remove)
-        masks = {t.target.name: t.target.native(spread(t.target, k)) for t, k in zip(plan.tensors, kept, strict=True)}
-        return masks, weights
+        return {t.target.name: t.target.native(keep) for t, keep in keep_units(plan, plan.tensors, sources)}, weights
     for tensor in plan.tensors:
         target = tensor.target
         name, repaired = target.name, None
@@ -89,7 +84,7 @@ def compute_masks(
             select = Selector(criterion.name, tensor, granularity, old_matrix(target))
             keep, repaired = criterion.prune_weight(matrix(target), stats[name], select)
         else:
-            keep = spread(target, _select(tensor, sources[name]))
+            ((_, keep),) = keep_units(plan, [tensor], sources)
         if plan.config.repair is not None:
             gram, old = stats[name].input_gram, old_matrix(target)
             assert gram is not None
@@ -105,6 +100,29 @@ def compute_masks(
                 )
             weights[name] = target.native(repaired.to(matrix(target).dtype))
     return masks, weights
+
+
+def keep_units(
+    plan: PruningPlan, tensors: Sequence[PlannedTensor], sources: Mapping[str, Chunks]
+) -> Iterator[tuple[PlannedTensor, Tensor]]:
+    """What stays of some tensors, given the scores of their units: exactly what the plan asks for.
+
+    Args:
+        plan: The plan.
+        tensors: Those of the plan that are decided: in global scope, all of them.
+        sources: Scores of units by parameter name, see :data:`~hf_prune.selection.Chunks`.
+
+    Yields:
+        Each tensor with its (out, in) bool matrix, True = keep.
+    """
+    if plan.config.scope == "global":
+        parts = [sources[tensor.target.name] for tensor in tensors]
+        kept = iter(keep_highest(parts, [tensor.units for tensor in tensors], plan.remove))
+    else:
+        kept = (_select(tensor, sources[tensor.target.name]) for tensor in tensors)
+    for tensor, units in zip(tensors, kept, strict=True):
+        shape = plan.granularity.units(tensor.target.matrix_shape)
+        yield tensor, spread_blocks(units.view(shape), plan.granularity.block)
 
 
 @dataclass(frozen=True)
@@ -170,13 +188,13 @@ class Selector:
         return _alive(self.old.to(device), self.granularity.block)
 
     def _units(self, scores: Tensor, old: Tensor | None) -> Tensor:
-        return _checked_units(scores, self.granularity.block, old, self.criterion, self.tensor.target.name)
+        return checked_units(scores, self.granularity.block, old, self.criterion, self.tensor.target.name)
 
     def _spread(self, keep: Tensor) -> Tensor:
         return spread_blocks(keep, self.granularity.block)
 
 
-def _checked_units(scores: Tensor, block: tuple[int, int], old: Tensor | None, criterion: str, name: str) -> Tensor:
+def checked_units(scores: Tensor, block: tuple[int, int], old: Tensor | None, criterion: str, name: str) -> Tensor:
     """:func:`unit_scores` of scores that are finite."""
     if not is_finite(scores):
         raise CalibrationError(

@@ -19,7 +19,7 @@ LAYERS = (
     ("config",),
     ("targets", "architectures"),
     ("criteria", "granularities", "schedules", "allocation"),
-    ("activations", "calibration", "masking", "plan", "scoring", "sequential", "shrinking"),
+    ("activations", "calibration", "fisher", "masking", "plan", "scoring", "sequential", "shrinking", "stepwise"),
     ("pipeline",),
     ("report", "sources", "comparison", "evaluation", "latency", "torch_prune", "checkpoint"),
     ("mixin", "auto", "trainer", "plots", "sweep", "budget"),
