@@ -156,8 +156,8 @@ class PruningConfig:
             return
         if self.steps > 1:
             raise ConfigError(
-                f"steps={self.steps} contradicts repair={self.repair!r}, which aims at the outputs of dense layers: leave "
-                f"one of them out"
+                f"steps={self.steps} contradicts repair={self.repair!r}, which aims at the outputs of dense layers: "
+                f"leave one of them out"
             )
         if "fisher" in self.needs:
             raise ConfigError(

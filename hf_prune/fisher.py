@@ -100,13 +100,14 @@ def runs(plan: PruningPlan, budget: int = FISHER_BYTES) -> list[list[Piece]]:
         start = 0
         while start < out:
             outputs = min(out - start, left // cost * height)
-            if outputs == 0 and found[-1]:
+            if outputs == 0 and found[-1]:  # full
                 found.append([])
                 left = budget
                 continue
-            found[-1].append(Piece(tensor, start, start + max(outputs, height), size))
-            start = found[-1][-1].stop
-            left -= (start - found[-1][-1].start) // height * cost
+            outputs = max(outputs, height)
+            found[-1].append(Piece(tensor, start, start + outputs, size))
+            start += outputs
+            left = max(0, left - outputs // height * cost)
     return found
 
 

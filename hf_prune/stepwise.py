@@ -45,18 +45,17 @@ def step_plans(plan: PruningPlan) -> Iterator[PruningPlan]:
     size = plan.target_parameters
     end = plan.removed_parameters / size
     start = min(sum(tensor.already for tensor in plan.tensors) / size, end)
-    before = -1
-    for sparsity in shares(plan.config.steps, start, end):
-        part = _scaled(plan, sparsity / end if end else 1.0)
-        if part.remove > before:
+    before = 0
+    for sparsity in shares(plan.config.steps, start, end)[:-1]:
+        part = _scaled(plan, sparsity / end if end else 0.0)
+        if before < part.remove < plan.remove:
             yield part
         before = part.remove
+    yield plan
 
 
 def _scaled(plan: PruningPlan, share: float) -> PruningPlan:
     """A plan that removes a share of what the whole plan does, rounded in every pool."""
-    if share == 1.0:
-        return plan
     tensors = []
     for tensor in plan.tensors:
         pools = tensor.units // tensor.pool
