@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +13,7 @@ from tqdm.auto import tqdm
 
 from hf_prune.activations import NO_BATCHES, Batches, InputReader, eval_mode, on_device
 from hf_prune.config import check_positive
-from hf_prune.criteria.base import GRADIENTS, INPUTS, WeightStats
+from hf_prune.criteria.base import GRADIENTS, INPUTS, LABELLED, WeightStats
 from hf_prune.distributed import add_up, all_or_none, check_same_batches, processes, share
 from hf_prune.errors import CalibrationError, DataError
 from hf_prune.plan import PruningPlan
@@ -153,13 +154,14 @@ def collect_stats(
     """Gather what the plan needs to know of every target, on the model as it is.
 
     Statistics of the inputs are gathered for all targets at once, whatever the plan's ``calibration_order``; see
-    :func:`hf_prune.sequential.prune_in_order` for the other one.
+    :func:`hf_prune.sequential.prune_in_order` for the other one. Blocks of the Fisher matrix are not gathered here, but
+    a few weights at a time by :func:`hf_prune.fisher.prune_by_fisher`.
 
     Args:
         model: The model; its weights, gradients and modes are as before afterwards.
         plan: Which targets and which criterion.
         calibration: Mappings of tensors that the model takes as keyword arguments, as a DataLoader yields them;
-            with labels where gradients are needed. Only read if the plan needs them.
+            with labels where the gradients of whole batches are needed. Only read if the plan needs them.
         progress: Show a progress bar.
 
     Returns:
@@ -170,17 +172,20 @@ def collect_stats(
             gradients that are not finite.
     """
     needs = plan.needs
-    found: dict[str, dict[str, Tensor]] = {t.target.name: {} for t in plan.tensors}
+    found: dict[str, dict[str, Any]] = {t.target.name: {} for t in plan.tensors}
     if needs:
         batches = require_batches(plan, calibration)
         if needs & GRADIENTS and needs & INPUTS:
             batches = list(batches)  # read twice
-        if gradients := needs & GRADIENTS:
-            with eval_mode(model):
-                sums = _gradients(model, plan, batches, gradients, progress)
-            for t in plan.tensors:
-                for need, tensors in sums.items():
-                    found[t.target.name][need] = t.target.matrix(tensors[t.target.name])
+        sums: dict[str, dict[str, Tensor]] = {}
+        if gradients := needs & LABELLED:
+            sums = _gradients(model, plan, batches, gradients, progress)
+        if "squared_gradient" in needs:
+            names = [t.target.name for t in plan.tensors]
+            sums["squared_gradient"] = squared_gradients(model, names, batches, plan.config.seed, progress)
+        for t in plan.tensors:
+            for need, tensors in sums.items():
+                found[t.target.name][need] = t.target.matrix(tensors[t.target.name])
         if inputs := needs & INPUTS:
             with InputReader(model, plan, batches) as reader:
                 reader.order()
@@ -211,7 +216,7 @@ def _require_batches(plan: PruningPlan, calibration: Batches | None) -> Batches:
         config = plan.config
         who = f"criterion {config.criterion!r}" if plan.criterion.needs else f"repair={config.repair!r}"
         who = who if plan.needs else f"allocation={config.allocation!r}"
-        labels = " and labels" if plan.needs & GRADIENTS else ""
+        labels = " and labels" if plan.needs & LABELLED else ""
         raise CalibrationError(
             f"{who} needs calibration data, and got none: pass calibration=batches, "
             f"an iterable of dicts with the model's inputs{labels}"
@@ -228,38 +233,215 @@ def _gradients(
     dtype = sum_dtype(parameters[wanted[0]].device)
     sums = {n: {name: torch.zeros_like(parameters[name], dtype=dtype) for name in wanted} for n in needs}
     examples = 0
-    required = {name: parameter.requires_grad for name, parameter in parameters.items()}
+    hidden = None if progress else True  # None: shown on a terminal
+    with differentiable(model, wanted), all_or_none():
+        for batch in tqdm(share(calibration), desc="Calibrating", unit="batch", leave=False, disable=hidden):
+            size, loss = _loss(model, batch)
+            batch_gradients = torch.autograd.grad(loss, [parameters[name] for name in wanted], allow_unused=True)
+            examples += size
+            for name, gradient in zip(wanted, batch_gradients, strict=True):
+                if gradient is None:
+                    continue
+                if "gradient" in sums:
+                    sums["gradient"][name].add_(gradient, alpha=size)
+                if "absolute_gradient" in sums:
+                    sums["absolute_gradient"][name].add_(gradient.abs(), alpha=size)
+    return {need: mean_over_examples(tensors, examples) for need, tensors in sums.items()}
+
+
+@contextmanager
+def differentiable(model: nn.Module, names: Collection[str]) -> Iterator[None]:
+    """Eval mode inside, and gradients for the named parameters alone; everything as it was afterwards."""
+    required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
-        for name, parameter in parameters.items():
-            parameter.requires_grad_(name in sums[next(iter(needs))])
-        hidden = None if progress else True  # None: shown on a terminal
-        with all_or_none():
-            for batch in tqdm(share(calibration), desc="Calibrating", unit="batch", leave=False, disable=hidden):
-                size, loss = _loss(model, batch)
-                batch_gradients = torch.autograd.grad(loss, [parameters[name] for name in wanted], allow_unused=True)
-                examples += size
-                for name, gradient in zip(wanted, batch_gradients, strict=True):
-                    if gradient is None:
-                        continue
-                    if "gradient" in sums:
-                        sums["gradient"][name].add_(gradient, alpha=size)
-                    if "absolute_gradient" in sums:
-                        sums["absolute_gradient"][name].add_(gradient.abs(), alpha=size)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in names)
+        with eval_mode(model):
+            yield
     finally:
-        for name, parameter in parameters.items():
-            parameter.requires_grad_(required[name])
-    examples = int(add_up(torch.tensor(examples)))
-    if examples == 0:
+        for parameter, flag in required:
+            parameter.requires_grad_(flag)
+
+
+def mean_over_examples(sums: Mapping[str, Tensor], examples: int) -> dict[str, Tensor]:
+    """Sums of what gradients give, over all processes and divided by the number of examples, float32.
+
+    Args:
+        sums: By parameter name; they may be changed.
+        examples: How many this process has seen.
+
+    Raises:
+        CalibrationError: If there were none, or a sum is not finite.
+    """
+    every = int(add_up(torch.tensor(examples)))
+    if every == 0:
         raise CalibrationError(NO_BATCHES)
-    for tensors in sums.values():
-        for name, tensor in tensors.items():
-            tensors[name] = add_up(tensor).div_(examples).float()
-            if not is_finite(tensors[name]):
-                raise CalibrationError(
-                    f"the gradient of {name} is not finite: expected finite values; calibrate in float32 or bfloat16, "
-                    f"and check the batches"
-                )
-    return sums
+    means = {}
+    for name, total in sums.items():
+        means[name] = add_up(total).div_(every).float()
+        if not is_finite(means[name]):
+            raise CalibrationError(
+                f"the gradient of {name} is not finite: expected finite values; calibrate in float32 or bfloat16, "
+                f"and check the batches"
+            )
+    return means
+
+
+def squared_gradients(
+    model: nn.Module, names: Sequence[str], batches: Batches, seed: int = 0, progress: bool = False
+) -> dict[str, Tensor]:
+    """The diagonal of the empirical Fisher matrix: squared gradients of each example's loss, averaged.
+
+    Args:
+        model: The model; its weights, gradients and modes are as before afterwards.
+        names: Parameters.
+        batches: See :func:`example_gradients`.
+        seed: Seed of the labels that are drawn where batches have none.
+        progress: Show a progress bar.
+
+    Returns:
+        Tensors like the parameters, float32, by name.
+
+    Raises:
+        CalibrationError: As :func:`example_gradients`, or if there are no batches.
+    """
+    parameters = dict(model.named_parameters())
+    dtype = sum_dtype(parameters[names[0]].device)
+    sums = {name: torch.zeros_like(parameters[name], dtype=dtype) for name in names}
+    examples = 0
+    with differentiable(model, names), all_or_none():
+        for _, gradients in example_gradients(model, names, batches, seed, progress):
+            examples += 1
+            for name, gradient in zip(names, gradients, strict=True):
+                if gradient is not None:
+                    sums[name].add_(gradient.float() ** 2)
+    return mean_over_examples(sums, examples)
+
+
+def example_gradients(
+    model: nn.Module, names: Sequence[str], batches: Batches, seed: int = 0, progress: bool = False
+) -> Iterator[tuple[int, tuple[Tensor | None, ...]]]:
+    """The gradient of each example's loss, this process's share of the batches, one example after the other.
+
+    The loss is the model's own where a batch brings labels, and :func:`own_loss` where it does not. A weight that the
+    model uses several times has one gradient, the sum over its uses.
+
+    Args:
+        model: The model, in eval mode, whose named parameters require gradients.
+        names: Parameters.
+        batches: Mappings of tensors that the model takes as keyword arguments; those with several examples are split
+            along the first dimension of every tensor.
+        seed: With the number of the batch and of the example in it, the seed of the labels that are drawn.
+        progress: Show a progress bar.
+
+    Yields:
+        The number of the batch, and the gradients in the order of ``names``, None where the loss depends on none.
+
+    Raises:
+        CalibrationError: If a batch cannot be split, or gives no loss, or one that is not finite.
+    """
+    parameters = dict(model.named_parameters())
+    wanted = [parameters[name] for name in names]
+    hidden = None if progress else True  # None: shown on a terminal
+    numbered = share(enumerate(batches))
+    for number, batch in tqdm(numbered, desc="Calibrating", unit="batch", leave=False, disable=hidden):
+        for i, example in enumerate(_examples(on_device(model, batch))):
+            generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{number}:{i}".encode()))
+            loss = _example_loss(model, example, generator)
+            yield number, torch.autograd.grad(loss, wanted, allow_unused=True)
+
+
+def _examples(batch: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """A batch as batches of one example each."""
+    size = len(_batched(batch))
+    for key, value in batch.items():
+        if size > 1 and isinstance(value, Tensor) and value.dim() > 0 and len(value) != size:
+            raise CalibrationError(
+                f"a calibration batch of {size} examples holds {key!r} of shape {tuple(value.shape)}, and gradients "
+                f"are needed of each example: expected {size} as the first dimension of every tensor; pass batches of "
+                f"one example"
+            )
+    for i in range(size):
+        split = slice(i, i + 1) if size > 1 else slice(None)
+        yield {k: v[split] if isinstance(v, Tensor) and v.dim() > 0 else v for k, v in batch.items()}
+
+
+def _example_loss(model: nn.Module, inputs: Mapping[str, Any], generator: torch.Generator) -> Tensor:
+    with torch.enable_grad():
+        outputs = model(**inputs)
+        loss = getattr(outputs, "loss", None)
+        if loss is None:
+            loss = _drawn_loss(model, outputs, inputs, generator)
+    return _checked(loss)
+
+
+def own_loss(model: nn.Module, batch: Mapping[str, Any], generator: torch.Generator) -> Tensor:
+    """The loss of a model against labels drawn from its own predictions: no labels are needed.
+
+    Its squared gradients are, in expectation, the diagonal of the Fisher matrix, which says how much the predictions
+    change with each weight. Classes and tokens are drawn from the softmax, several labels at once each from its
+    sigmoid, and numbers from a normal distribution of unit variance around the prediction. The loss is the mean over
+    the examples, and within one over its tokens without padding: a causal language model draws the token after each.
+
+    Args:
+        model: A model with a head, whose outputs have ``logits``, or ``start_logits`` and ``end_logits``.
+        batch: Model inputs; labels among them are left out.
+        generator: A CPU generator that draws.
+
+    Returns:
+        A scalar with a graph.
+
+    Raises:
+        CalibrationError: If there are no logits, or none to draw from, or they are not finite.
+
+    Example:
+        >>> own_loss(model, {"input_ids": ids}, torch.Generator().manual_seed(0)).backward()  # doctest: +SKIP
+    """
+    inputs = on_device(model, batch)
+    inputs.pop("labels", None)
+    with torch.enable_grad():
+        return _checked(_drawn_loss(model, model(**inputs), inputs, generator))
+
+
+def _drawn_loss(model: nn.Module, outputs: Any, inputs: Mapping[str, Any], generator: torch.Generator) -> Tensor:
+    """See :func:`own_loss`."""
+    found = [getattr(outputs, name, None) for name in ("logits", "start_logits", "end_logits")]
+    every = [logits for logits in found if isinstance(logits, Tensor)]
+    if not every:
+        raise CalibrationError(
+            f"{type(model).__name__} returned neither a loss nor logits for a batch with {', '.join(sorted(inputs))}: "
+            f"expected labels in the batches, or a model with a head, whose predictions stand in for them"
+        )
+    config = getattr(model, "config", None)
+    side = "decoder_" if getattr(config, "is_encoder_decoder", False) else ""
+    mask = inputs.get(f"{side}attention_mask")
+    kind = getattr(config, "problem_type", None)
+    return torch.stack([_drawn(logits.float(), kind, mask, generator) for logits in every]).mean()
+
+
+def _drawn(logits: Tensor, kind: str | None, mask: Any, generator: torch.Generator) -> Tensor:
+    if not bool(torch.isfinite(logits.detach()).all()):
+        raise CalibrationError("the logits of a calibration batch are not finite: check the model and the batches")
+    if logits.dim() not in (2, 3):
+        raise CalibrationError(
+            f"a model without labels returned logits of shape {tuple(logits.shape)}: expected (batch, classes) or "
+            f"(batch, tokens, classes) to draw labels from; pass labels in the batches"
+        )
+    seen = logits.detach().cpu()  # drawn there, so that a seed means the same labels on every device
+    if kind == "regression" or logits.shape[-1] == 1:
+        drawn = (seen + torch.randn(seen.shape, generator=generator)).to(logits.device)
+        return 0.5 * (logits - drawn).square().mean()
+    if kind == "multi_label_classification":
+        drawn = torch.bernoulli(seen.sigmoid(), generator=generator).to(logits.device)
+        return nn.functional.binary_cross_entropy_with_logits(logits, drawn)
+    drawn = torch.multinomial(seen.flatten(0, -2).softmax(-1), 1, generator=generator)  # (batch * tokens, 1)
+    losses = nn.functional.cross_entropy(
+        logits.flatten(0, -2), drawn.squeeze(1).to(logits.device), reduction="none"
+    ).view(logits.shape[:-1])  # (batch) or (batch, tokens)
+    if losses.dim() == 2 and isinstance(mask, Tensor) and mask.shape == losses.shape:
+        seen_by = (mask != 0).to(losses.dtype)
+        losses = (losses * seen_by).sum(1) / seen_by.sum(1).clamp_min(1)
+    return losses.mean()
 
 
 def _loss(model: nn.Module, batch: Mapping[str, Any]) -> tuple[int, Tensor]:
@@ -271,6 +453,10 @@ def _loss(model: nn.Module, batch: Mapping[str, Any]) -> tuple[int, Tensor]:
             f"the model returned no loss for a batch with {', '.join(sorted(inputs))}: "
             f"expected the labels among them, usually under 'labels'"
         )
+    return len(_batched(inputs)), _checked(loss)
+
+
+def _checked(loss: Tensor) -> Tensor:
     if not torch.isfinite(loss):
         raise CalibrationError(f"the loss of a calibration batch is {loss.item()}: expected a finite number")
     if not loss.requires_grad:
@@ -278,7 +464,7 @@ def _loss(model: nn.Module, batch: Mapping[str, Any]) -> tuple[int, Tensor]:
             "the loss of a calibration batch depends on none of the weights to be pruned: check target_modules, and "
             "that the model computes with gradients"
         )
-    return len(_batched(inputs)), loss
+    return loss
 
 
 def _batched(inputs: Mapping[str, Any]) -> Tensor:

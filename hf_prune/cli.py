@@ -85,6 +85,9 @@ Objective = Annotated[
     str | None,
     typer.Option(help=f"{', '.join(OBJECTIVES)}: what calibrated criteria and repairs minimise. [default: layer]"),
 ]
+Steps = Annotated[
+    int | None, typer.Option(min=1, help="Prune in so many steps, with new gradients before each. [default: 1]")
+]
 Seed = Annotated[int | None, typer.Option(help="Seed of what is random.")]
 CalibrationSplit = Annotated[str, typer.Option(help="Split that calibrated criteria learn from; never the scored one.")]
 CalibrationSamples = Annotated[int, typer.Option(min=1, help="How many sentences, or windows of tokens, they see.")]
@@ -156,6 +159,7 @@ def prune(
     exclude_modules: Exclude = None,
     repair: Repair = None,
     objective: Objective = None,
+    steps: Steps = None,
     seed: Seed = None,
     config: Config = None,
     data: AnyData = None,
@@ -189,6 +193,7 @@ def prune(
         exclude_modules=exclude_modules,
         repair=repair,
         objective=objective,
+        steps=steps,
         seed=seed,
     )
     of_language = max_drop is None and is_language_model(model_class(model))
@@ -321,6 +326,7 @@ def sweep(
     exclude_modules: Exclude = None,
     repair: Repair = None,
     objective: Objective = None,
+    steps: Steps = None,
     seed: Seed = None,
     config: Config = None,
     text_column: Text = "sentence",
@@ -343,6 +349,7 @@ def sweep(
         exclude_modules=exclude_modules,
         repair=repair,
         objective=objective,
+        steps=steps,
         seed=seed,
     )
     from hf_prune.workflows import LabelledData, sweep_checkpoint

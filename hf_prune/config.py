@@ -57,6 +57,8 @@ class PruningConfig:
             layer's outputs on the inputs that it gets, as the papers do. ``"loss"``: the distance to the outputs of
             the dense model, where tokens and outputs count as much as the model's predictions depend on them. Needs
             no labels; more accurate, and slower by about half.
+        steps: In how many steps a criterion that learns from gradients prunes: each removes the same share of what is
+            left, and the gradients are taken anew on the partly pruned model. Slower in proportion.
 
     Raises:
         ConfigError: If a value is unknown, out of range, or contradicts another one.
@@ -81,6 +83,7 @@ class PruningConfig:
     calibration_order: str = "sequential"
     repair: str | None = None
     objective: str = "layer"
+    steps: int = 1
 
     def __post_init__(self) -> None:
         criterion = CRITERIA.get(self.criterion)
@@ -119,6 +122,7 @@ class PruningConfig:
             raise unknown_name("objective", self.objective, OBJECTIVES)
         if self.objective == "loss":
             self._check_loss_objective()
+        self._check_steps()
         shared_out = self.scope == "global" or granularity.fixed_sparsity is not None
         if shared_out and self.allocation != "uniform":
             why = "scope='global'" if self.scope == "global" else f"granularity={granularity.spec!r}"
@@ -138,6 +142,27 @@ class PruningConfig:
             raise ConfigError(
                 f"objective='loss' contradicts {why}: it compares layers that are pruned one after the other with "
                 f"those of the dense model; leave objective at 'layer'"
+            )
+
+    def _check_steps(self) -> None:
+        check_positive("steps", self.steps)
+        learns = any(need == "fisher" or need.endswith("gradient") for need in CRITERIA.get(self.criterion).needs)
+        if self.steps > 1 and not learns:
+            raise ConfigError(
+                f"steps={self.steps} contradicts criterion {self.criterion!r}, which learns nothing from gradients: "
+                f"choose another criterion, or leave steps at 1"
+            )
+        if self.repair is None:
+            return
+        if self.steps > 1:
+            raise ConfigError(
+                f"steps={self.steps} contradicts repair={self.repair!r}, which aims at the outputs of dense layers: "
+                f"leave one of them out"
+            )
+        if "fisher" in self.needs:
+            raise ConfigError(
+                f"repair={self.repair!r} contradicts criterion {self.criterion!r}, which gives the weights that stay "
+                f"values of its own: leave repair at None, or use criterion 'fisher_diagonal'"
             )
 
     def _set(self, name: str, value: object) -> None:

@@ -171,7 +171,9 @@ class Undo:
         self._names: list[str] = []
 
     def save(self, name: str, weight: Tensor) -> None:
-        """Put a copy of a weight aside, before it changes."""
+        """Put a copy of a weight aside, before it changes; later changes leave that copy."""
+        if name in self._names:
+            return
         if self._in_memory:
             self.dense[name] = weight.detach().clone()
         else:

@@ -11,7 +11,7 @@ from torch import nn
 from hf_prune.activations import CACHE_BYTES, Batches
 from hf_prune.calibration import collect_stats, require_batches
 from hf_prune.config import PruningConfig
-from hf_prune.criteria.base import INPUTS
+from hf_prune.criteria.base import CURVATURE, INPUTS
 from hf_prune.distributed import is_first
 from hf_prune.errors import ConfigError
 from hf_prune.layer_budgets import learn_sparsities
@@ -19,6 +19,7 @@ from hf_prune.masking import MaskStore, Undo
 from hf_prune.plan import PruningPlan, make_plan
 from hf_prune.scoring import agreed_masks
 from hf_prune.sequential import prune_in_order
+from hf_prune.stepwise import prune_in_steps
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -73,7 +74,7 @@ def prune(
     Args:
         model: Any torch module; its weights become zero where they are removed.
         config: The settings, or just the sparsity.
-        calibration: Batches, for criteria and repairs that need them; with labels where gradients are needed.
+        calibration: Batches, for criteria and repairs that need them; with labels for ``taylor`` and ``snip``.
             See :func:`hf_prune.text_batches` for unlabelled texts.
         keep_dense: Keep a copy of the dense weights, so that ``discard_masks`` can give them back.
         dry_run: Change nothing and return the plan. Sparsities that are learned from data are in it only if
@@ -121,6 +122,10 @@ def prune(
         if plan.needs & INPUTS and config.calibration_order == "sequential":
             undo = context.enter_context(Undo(model, in_memory=keep_dense or store.dense is not None))
             masks = prune_in_order(model, plan, calibration, store.masks, undo, progress, cache_bytes, sensitivity)
+            store.update(model, masks, {}, config, keep_dense, undo.dense)
+        elif plan.needs & CURVATURE or config.steps > 1:
+            undo = context.enter_context(Undo(model, in_memory=keep_dense or store.dense is not None))
+            masks = prune_in_steps(model, plan, calibration, store.masks, undo, progress, cache_bytes)
             store.update(model, masks, {}, config, keep_dense, undo.dense)
         else:
             stats = collect_stats(model, plan, calibration, progress)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hf_prune.allocation import allocate
 from hf_prune.config import PruningConfig
-from hf_prune.criteria.base import INPUTS, Criterion
+from hf_prune.criteria.base import CURVATURE, INPUTS, WIDEST_FISHER_BLOCK, Criterion
 from hf_prune.errors import PlanError
 from hf_prune.granularities.base import Granularity
 from hf_prune.masking import MaskStore
@@ -150,7 +150,8 @@ class PruningPlan:
             f"allocation {config.allocation if isinstance(config.allocation, str) else 'explicit'}"
             f"{'' if config.repair is None else ', repair ' + config.repair}"
             f"{'' if config.objective == 'layer' else ', objective ' + config.objective}"
-            f"{', ' + config.calibration_order + ' calibration' if self.needs & INPUTS else ''}",
+            f"{', ' + config.calibration_order + ' calibration' if self.needs & INPUTS else ''}"
+            f"{f', in {config.steps} steps' if config.steps > 1 else ''}",
             table,
             f"{at_least}{removed:,} of {targets:,} target weights go ({_percent(removed, targets)}), "
             f"{_percent(removed, self.total_parameters)} of the model's {self.total_parameters:,} parameters.",
@@ -199,6 +200,7 @@ def make_plan(model: nn.Module, config: PruningConfig, learned: Mapping[str, flo
     if bad:
         raise PlanError(f"NaN or infinite values in {_some(bad)}: expected finite weights; check how they were made")
     _refuse_inputs(model, targets, config)
+    _refuse_wide_units(granularity, config)
     store = MaskStore.of(model)
     masks = {}
     if store is not None:
@@ -229,6 +231,17 @@ def _refuse_inputs(model: nn.Module, targets: list[Target], config: PruningConfi
         raise PlanError(
             f"{who} cannot handle grouped convolutions, whose outputs see different inputs, and found "
             f"{_some(grouped)}: list those modules in exclude_modules"
+        )
+
+
+def _refuse_wide_units(granularity: Granularity, config: PruningConfig) -> None:
+    """Neighbours that are removed together share a block of the Fisher matrix, whose size is squared."""
+    width = granularity.pool or granularity.block[1]
+    if config.needs & CURVATURE and width > WIDEST_FISHER_BLOCK:
+        raise PlanError(
+            f"criterion {config.criterion!r} inverts blocks of neighbouring inputs, and granularity "
+            f"{granularity.spec!r} decides on {width} of them at once: expected at most {WIDEST_FISHER_BLOCK}; choose "
+            f"another granularity, or criterion 'fisher_diagonal'"
         )
 
 

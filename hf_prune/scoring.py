@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -74,10 +74,7 @@ def compute_masks(
         for start in range(0, len(weight), step):
             rows = slice(start, start + step)
             scores = criterion.scores(weight[rows], stats[target.name].rows(rows))
-            yield _checked_units(scores, block, None if old is None else old[rows], criterion.name, target.name)
-
-    def spread(target: Target, keep: Tensor) -> Tensor:
-        return spread_blocks(keep.view(granularity.units(target.matrix_shape)), block)
+            yield checked_units(scores, block, None if old is None else old[rows], criterion.name, target.name)
 
     def source(target: Target, weight: Tensor) -> Chunks:
         return functools.partial(chunks, target, weight)
@@ -85,10 +82,8 @@ def compute_masks(
     masks: dict[str, Tensor] = {}
     weights: dict[str, Tensor] = {}
     if plan.config.scope == "global":
-        sources = [source(tensor.target, matrix(tensor.target)) for tensor in plan.tensors]
-        kept = keep_highest(sources, [tensor.units for tensor in plan.tensors], plan.remove)
-        masks = {t.target.name: t.target.native(spread(t.target, k)) for t, k in zip(plan.tensors, kept, strict=True)}
-        return masks, weights
+        sources = {t.target.name: source(t.target, matrix(t.target)) for t in plan.tensors}
+        return {t.target.name: t.target.native(keep) for t, keep in keep_units(plan, plan.tensors, sources)}, weights
     for tensor in plan.tensors:
         target = tensor.target
         name, repaired = target.name, None
@@ -99,7 +94,7 @@ def compute_masks(
             keep, repaired = criterion.prune_weight(weight, stat, select)
             repaired = repaired if scale is None else repaired / scale
         else:
-            keep = spread(target, _select(tensor, source(target, weight)))
+            ((_, keep),) = keep_units(plan, [tensor], {name: source(target, weight)})
         if plan.config.repair is not None:
             assert stat.input_gram is not None
             bias = biases.get(name)
@@ -150,6 +145,29 @@ def _goal(weight: Tensor, stats: WeightStats) -> tuple[Tensor, Tensor | None]:
     share = (stats.output_weight / mean).clamp_min(_LEAST_SHARE) if mean > 0 else torch.ones_like(stats.output_weight)
     scale = share.sqrt()[:, None].to(weight.device)
     return weight * scale, scale
+
+
+def keep_units(
+    plan: PruningPlan, tensors: Sequence[PlannedTensor], sources: Mapping[str, Chunks]
+) -> Iterator[tuple[PlannedTensor, Tensor]]:
+    """What stays of some tensors, given the scores of their units: exactly what the plan asks for.
+
+    Args:
+        plan: The plan.
+        tensors: Those of the plan that are decided: in global scope, all of them.
+        sources: Scores of units by parameter name, see :data:`~hf_prune.selection.Chunks`.
+
+    Yields:
+        Each tensor with its (out, in) bool matrix, True = keep.
+    """
+    if plan.config.scope == "global":
+        parts = [sources[tensor.target.name] for tensor in tensors]
+        kept = iter(keep_highest(parts, [tensor.units for tensor in tensors], plan.remove))
+    else:
+        kept = (_select(tensor, sources[tensor.target.name]) for tensor in tensors)
+    for tensor, units in zip(tensors, kept, strict=True):
+        shape = plan.granularity.units(tensor.target.matrix_shape)
+        yield tensor, spread_blocks(units.view(shape), plan.granularity.block)
 
 
 @dataclass(frozen=True)
@@ -215,13 +233,13 @@ class Selector:
         return _alive(self.old.to(device), self.granularity.block)
 
     def _units(self, scores: Tensor, old: Tensor | None) -> Tensor:
-        return _checked_units(scores, self.granularity.block, old, self.criterion, self.tensor.target.name)
+        return checked_units(scores, self.granularity.block, old, self.criterion, self.tensor.target.name)
 
     def _spread(self, keep: Tensor) -> Tensor:
         return spread_blocks(keep, self.granularity.block)
 
 
-def _checked_units(scores: Tensor, block: tuple[int, int], old: Tensor | None, criterion: str, name: str) -> Tensor:
+def checked_units(scores: Tensor, block: tuple[int, int], old: Tensor | None, criterion: str, name: str) -> Tensor:
     """:func:`unit_scores` of scores that are finite."""
     if not is_finite(scores):
         raise CalibrationError(

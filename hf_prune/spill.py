@@ -71,6 +71,13 @@ class Shelf:
             leaves = [_read(file, leaf) if isinstance(leaf, _Stored) else leaf for leaf in stored]
         return tree_unflatten(leaves, spec)
 
+    def pop(self, key: Hashable) -> Any:
+        """A value, as it was put, which is forgotten here."""
+        value = self.get(key)
+        self._values.pop(key, None)
+        self._drop_file(key)
+        return value
+
     def close(self) -> None:
         """Forget everything, and remove the folder."""
         self._values.clear()

@@ -22,6 +22,7 @@ LAYERS = (
     (
         "activations",
         "calibration",
+        "fisher",
         "layer_budgets",
         "masking",
         "matching",
@@ -30,6 +31,7 @@ LAYERS = (
         "sensitivity",
         "sequential",
         "shrinking",
+        "stepwise",
     ),
     ("pipeline",),
     ("report", "sources", "comparison", "evaluation", "perplexity", "latency", "torch_prune", "checkpoint"),

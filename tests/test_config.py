@@ -31,6 +31,7 @@ def test_defaults():
         "calibration_order": "sequential",
         "repair": None,
         "objective": "layer",
+        "steps": 1,
     }
 
 

@@ -12,12 +12,18 @@ from torch import Tensor
 ANY_SCOPE = frozenset({"row", "layer", "global"})
 
 #: What calibration can gather from labelled batches, one number for each weight.
-GRADIENTS = frozenset({"gradient", "absolute_gradient"})
+LABELLED = frozenset({"gradient", "absolute_gradient"})
+#: The same, and what it can gather from one example at a time; without labels, from the model's own predictions.
+GRADIENTS = LABELLED | {"squared_gradient"}
+#: What it gathers in the same way of neighbouring weights, too large to hold for all of them: see fisher.py.
+CURVATURE = frozenset({"fisher"})
 #: What calibration can gather from what flows into a weight: labels are not needed.
 INPUTS = frozenset({"input_gram", "input_norm", "input_mean"})
 #: What is known besides where the objective is "loss"; criteria do not ask for it.
 DIFFERENCES = frozenset({"output_change", "change_products", "output_weight"})
-STATISTICS = GRADIENTS | INPUTS | DIFFERENCES
+#: How many neighbouring weights share a block of ``fisher``, as in the paper, and where wider units become too large.
+FISHER_BLOCK, WIDEST_FISHER_BLOCK = 50, 128
+STATISTICS = GRADIENTS | CURVATURE | INPUTS | DIFFERENCES
 
 
 class Select(Protocol):
@@ -60,6 +66,12 @@ class WeightStats:
         seed: A seed of this weight's own, from the config's seed and the parameter's name.
         gradient: (out, in) gradient of the loss, averaged over all calibration examples, float32.
         absolute_gradient: (out, in) absolute gradient of each batch's loss, averaged over the examples, float32.
+        squared_gradient: (out, in) squared gradient of each example's loss, averaged over the examples: the diagonal
+            of the empirical Fisher matrix, float32.
+        fisher: (out, blocks, size, size) blocks of that matrix on its diagonal: mean of ggᵀ over the examples, with
+            g the gradients of ``size`` neighbouring inputs of an output. The last block of each row is padded with
+            zeros, float32.
+        columns: How many neighbouring inputs are removed together: C of RxC blocks.
         input_gram: (in, in) mean of xxᵀ over the calibration tokens x that flow into the weight, padding left
             out, float32.
         input_norm: (in,) root mean square of each input over the same tokens, float32.
@@ -74,16 +86,19 @@ class WeightStats:
     seed: int
     gradient: Tensor | None = None
     absolute_gradient: Tensor | None = None
+    squared_gradient: Tensor | None = None
+    fisher: Tensor | None = None
     input_gram: Tensor | None = None
     input_norm: Tensor | None = None
     input_mean: Tensor | None = None
     output_change: Tensor | None = None
     change_products: Tensor | None = None
     output_weight: Tensor | None = None
+    columns: int = 1
 
     def rows(self, rows: slice) -> WeightStats:
         """The statistics of some outputs only; those of the inputs serve every output."""
-        parts = {name: value[rows] for name in GRADIENTS if (value := getattr(self, name)) is not None}
+        parts = {name: value[rows] for name in GRADIENTS | CURVATURE if (value := getattr(self, name)) is not None}
         return dataclasses.replace(self, **parts)
 
 
@@ -103,6 +118,7 @@ class Criterion(ABC):
         rowwise: Whether the scores of an output depend on that output's weights and statistics alone, so that a
             few outputs can be scored at a time.
         repairs: Whether :meth:`prune_weight` changes weights that are kept; then it is called with whole matrices.
+            In global scope, which knows no mask before it has seen every score, it overrides :meth:`update`.
     """
 
     name: ClassVar[str]
@@ -134,6 +150,20 @@ class Criterion(ABC):
             select: Turns scores into masks, see :class:`Select`.
 
         Returns:
-            The mask and the weight, both (out, in). The default scores, selects, and repairs nothing.
+            The mask and the weight, both (out, in). The default scores, selects, and calls :meth:`update`.
         """
-        return select(self.scores(weight, stats)), weight
+        keep = select(self.scores(weight, stats))
+        return keep, self.update(weight, keep, stats)
+
+    def update(self, weight: Tensor, keep: Tensor, stats: WeightStats) -> Tensor:
+        """New values for the weights that stay, whoever chose them.
+
+        Args:
+            weight: (out, in), or some of its outputs if the criterion is ``rowwise``.
+            keep: Bool of the same shape.
+            stats: What calibration gathered for it.
+
+        Returns:
+            A tensor like the weight. The default changes nothing.
+        """
+        return weight
