@@ -225,7 +225,7 @@ class InputReader:
                     steps.append([tensor])
 
         targets = [module for modules in self.holders.values() for module in modules]
-        lists = _outer_lists(self.model, {id(module) for module in targets})
+        lists = outer_lists(self.model, {id(module) for module in targets})
         calls: dict[int, int] = {}
 
         def count(module: nn.Module, _: Any) -> None:
@@ -611,7 +611,7 @@ def _columns(module: nn.Module, x: Tensor) -> Tensor:
     return x.movedim(1, -1).reshape(-1, module.in_channels * x.shape[-dims:].numel())
 
 
-def _outer_lists(model: nn.Module, targets: set[int]) -> list[list[nn.Module]]:
+def outer_lists(model: nn.Module, targets: set[int]) -> list[list[nn.Module]]:
     """The elements of every ModuleList that holds targets and lies in no other such list."""
     found: list[list[nn.Module]] = []
     inside: set[int] = set()

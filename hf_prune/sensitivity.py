@@ -149,10 +149,10 @@ def prediction(outputs: Any, batch: Mapping[str, Any], generator: torch.Generato
         batch: What it was given.
         generator: Draws labels and directions, on the CPU.
     """
-    known = outputs if isinstance(outputs, Mapping) else {} if isinstance(outputs, Tensor | tuple) else vars(outputs)
-    named = [value for key, value in known.items() if key.endswith("logits")]
+    known = _by_name(outputs)
+    named = any(key.endswith("logits") for key in known)
     total: Tensor = torch.zeros(())
-    for values in named or [first_tensor(outputs if not known else next(iter(known.values())))]:
+    for values in named_logits(outputs):
         y = values.float()
         mask = batch.get("decoder_attention_mask", batch.get("attention_mask"))
         if named and y.dim() == 3 and y.shape[-1] > 1:  # (batch, seq, classes)
@@ -170,6 +170,19 @@ def prediction(outputs: Any, batch: Mapping[str, Any], generator: torch.Generato
             direction = direction * mask.to(y.device)[..., None]
         total = total.to(y.device) + (y * direction).sum()
     return total
+
+
+def named_logits(outputs: Any) -> list[Tensor]:
+    """All logits that a model returned, or else its first output."""
+    known = _by_name(outputs)
+    logits = [value for key, value in known.items() if key.endswith("logits") and isinstance(value, Tensor)]
+    return logits or [first_tensor(next(iter(known.values())) if known else outputs)]
+
+
+def _by_name(outputs: Any) -> Mapping[str, Any]:
+    if isinstance(outputs, Mapping):
+        return outputs
+    return {} if isinstance(outputs, Tensor | tuple) else vars(outputs)
 
 
 @contextmanager
