@@ -215,7 +215,7 @@ def _require_batches(plan: PruningPlan, calibration: Batches | None) -> Batches:
     if calibration is None:
         config = plan.config
         who = f"criterion {config.criterion!r}" if plan.criterion.needs else f"repair={config.repair!r}"
-        who = who if plan.needs else f"allocation={config.allocation!r}"
+        who = who if plan.needs else f"allocation={config.allocation!r}" if config.learns_allocation else "polish"
         labels = " and labels" if plan.needs & LABELLED else ""
         raise CalibrationError(
             f"{who} needs calibration data, and got none: pass calibration=batches, "

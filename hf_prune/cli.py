@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hf_prune import __version__
-from hf_prune.config import ALLOCATIONS, OBJECTIVES, REPAIRS, SCOPES, PruningConfig
+from hf_prune.config import ALLOCATIONS, OBJECTIVES, POLISHES, REPAIRS, SCOPES, PruningConfig
 from hf_prune.errors import ConfigError, DataError, HfPruneError
 from hf_prune.registry import CRITERIA, GRANULARITIES
 from hf_prune.sources import check_data_source, check_model_source, check_text_source, is_language_model, model_class
@@ -88,6 +88,12 @@ Objective = Annotated[
 Steps = Annotated[
     int | None, typer.Option(min=1, help="Prune in so many steps, with new gradients before each. [default: 1]")
 ]
+Polish = Annotated[
+    str | None,
+    typer.Option(
+        help=f"{', '.join(POLISHES)}: afterwards, train for a short while to put out what the dense model did."
+    ),
+]
 Seed = Annotated[int | None, typer.Option(help="Seed of what is random.")]
 CalibrationSplit = Annotated[str, typer.Option(help="Split that calibrated criteria learn from; never the scored one.")]
 CalibrationSamples = Annotated[int, typer.Option(min=1, help="How many sentences, or windows of tokens, they see.")]
@@ -160,6 +166,7 @@ def prune(
     repair: Repair = None,
     objective: Objective = None,
     steps: Steps = None,
+    polish: Polish = None,
     seed: Seed = None,
     config: Config = None,
     data: AnyData = None,
@@ -194,6 +201,7 @@ def prune(
         repair=repair,
         objective=objective,
         steps=steps,
+        polish=polish,
         seed=seed,
     )
     of_language = max_drop is None and is_language_model(model_class(model))
@@ -327,6 +335,7 @@ def sweep(
     repair: Repair = None,
     objective: Objective = None,
     steps: Steps = None,
+    polish: Polish = None,
     seed: Seed = None,
     config: Config = None,
     text_column: Text = "sentence",
@@ -350,6 +359,7 @@ def sweep(
         repair=repair,
         objective=objective,
         steps=steps,
+        polish=polish,
         seed=seed,
     )
     from hf_prune.workflows import LabelledData, sweep_checkpoint

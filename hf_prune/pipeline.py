@@ -17,6 +17,7 @@ from hf_prune.errors import ConfigError
 from hf_prune.layer_budgets import learn_sparsities
 from hf_prune.masking import MaskStore, Undo
 from hf_prune.plan import PruningPlan, make_plan
+from hf_prune.polish import DenseOutputs, polish
 from hf_prune.scoring import agreed_masks
 from hf_prune.sequential import prune_in_order
 from hf_prune.stepwise import prune_in_steps
@@ -34,6 +35,7 @@ def prune(
     dry_run: Literal[True],
     progress: bool = ...,
     cache_bytes: int = ...,
+    polish_data: Batches | None = ...,
     **settings: Any,
 ) -> PruningPlan: ...
 
@@ -48,6 +50,7 @@ def prune(
     dry_run: Literal[False] = ...,
     progress: bool = ...,
     cache_bytes: int = ...,
+    polish_data: Batches | None = ...,
     **settings: Any,
 ) -> Model: ...
 
@@ -61,6 +64,7 @@ def prune(
     dry_run: bool = False,
     progress: bool = False,
     cache_bytes: int = CACHE_BYTES,
+    polish_data: Batches | None = None,
     **settings: Any,
 ) -> Model | PruningPlan:
     """Prune a model in place.
@@ -82,6 +86,7 @@ def prune(
         progress: Show a progress bar while calibrating.
         cache_bytes: How much of what finished layers put out is kept in memory while layers are pruned in order; the
             rest goes to a temporary folder (``TMPDIR`` says where), as do the weights that an error would give back.
+        polish_data: Batches for a polish, if more or others than ``calibration``; no labels are used.
         **settings: Fields of :class:`PruningConfig`, in place of, or on top of, ``config``.
 
     Returns:
@@ -119,18 +124,30 @@ def prune(
             plan = make_plan(model, config, learned)
         if dry_run:
             return plan
+        dense = None
+        if config.polish is not None:  # recorded before anything changes
+            batches = polish_data
+            if batches is None:
+                batches = calibration = list(require_batches(plan, calibration))
+            dense = context.enter_context(DenseOutputs(model, plan, batches, cache_bytes, progress))
+        undo = context.enter_context(Undo(model, in_memory=keep_dense or store.dense is not None))
         if plan.needs & INPUTS and config.calibration_order == "sequential":
-            undo = context.enter_context(Undo(model, in_memory=keep_dense or store.dense is not None))
             masks = prune_in_order(model, plan, calibration, store.masks, undo, progress, cache_bytes, sensitivity)
-            store.update(model, masks, {}, config, keep_dense, undo.dense)
         elif plan.needs & CURVATURE or config.steps > 1:
-            undo = context.enter_context(Undo(model, in_memory=keep_dense or store.dense is not None))
             masks = prune_in_steps(model, plan, calibration, store.masks, undo, progress, cache_bytes)
-            store.update(model, masks, {}, config, keep_dense, undo.dense)
         else:
             stats = collect_stats(model, plan, calibration, progress)
             masks, weights = agreed_masks(model, plan, stats, store.masks)
-            store.update(model, masks, weights, config, keep_dense)
+            if dense is None:
+                store.update(model, masks, weights, config, keep_dense)
+                return wrapper
+            undo.write(masks, weights)
+        record = None
+        if dense is not None:
+            kept = {name: mask & store.masks.get(name, mask).to(mask.device) for name, mask in masks.items()}
+            record = polish(model, {**store.masks, **kept}, dense, undo, config, progress)
+        store.update(model, masks, {}, config, keep_dense, undo.dense)
+        store.polished = record
     return wrapper
 
 

@@ -151,7 +151,8 @@ class PruningPlan:
             f"{'' if config.repair is None else ', repair ' + config.repair}"
             f"{'' if config.objective == 'layer' else ', objective ' + config.objective}"
             f"{', ' + config.calibration_order + ' calibration' if self.needs & INPUTS else ''}"
-            f"{f', in {config.steps} steps' if config.steps > 1 else ''}",
+            f"{f', in {config.steps} steps' if config.steps > 1 else ''}"
+            f"{f', then trained (polish {config.polish})' if config.polish is not None else ''}",
             table,
             f"{at_least}{removed:,} of {targets:,} target weights go ({_percent(removed, targets)}), "
             f"{_percent(removed, self.total_parameters)} of the model's {self.total_parameters:,} parameters.",

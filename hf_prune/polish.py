@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from hf_prune.activations import CACHE_BYTES, Batches, InputReader, Watcher, first_input, first_tensor, outer_lists
+from hf_prune.config import PruningConfig
 from hf_prune.distributed import add_up, all_or_none, processes
 from hf_prune.errors import CalibrationError
 from hf_prune.masking import Undo, zero_removed_
@@ -173,10 +174,7 @@ def polish(
     masks: Mapping[str, Tensor],
     dense: DenseOutputs,
     undo: Undo,
-    *,
-    epochs: int,
-    learning_rate: float,
-    seed: int = 0,
+    config: PruningConfig,
     progress: bool = False,
 ) -> PolishRecord:
     """Train a pruned model, in place, to put out what the dense one did; removed weights stay zero.
@@ -190,9 +188,7 @@ def polish(
         masks: Bool masks by parameter name, True = keep.
         dense: What the dense model put out.
         undo: Gets every parameter before it changes.
-        epochs: Passes over the batches.
-        learning_rate: The largest.
-        seed: Of the order of the batches.
+        config: Its ``polish`` says for how many epochs and with which learning rate, its ``seed`` in which order.
         progress: Show a progress bar.
 
     Returns:
@@ -201,6 +197,8 @@ def polish(
     Raises:
         CalibrationError: If the distance becomes infinite or NaN.
     """
+    assert isinstance(config.polish, Mapping)
+    epochs, rate = int(config.polish["epochs"]), config.polish["learning_rate"]
     fixed = [module for module in model.modules() if isinstance(module, nn.Embedding)]
     frozen = {
         id(p) for module in [*fixed, *([dense.head] if dense.head is not None else [])] for p in module.parameters()
@@ -216,7 +214,7 @@ def polish(
             pruned.put(name, parameter.detach())
         with dense.running(), _training(model, trained):
             before = _distance(dense, held)
-            steps = _train(trained, masks, dense, used, epochs, learning_rate, seed, progress)
+            steps = _train(trained, masks, dense, used, epochs, rate, config.seed, progress)
             after = _distance(dense, held)
         kept = after < before
         if not kept:

@@ -76,10 +76,12 @@ class SparsityReport:
     Args:
         model_name: The model's class.
         tensors: Every parameter once, tied ones under their first name.
+        polish: What a training after pruning did, in one sentence; empty if there was none.
     """
 
     model_name: str
     tensors: tuple[TensorReport, ...]
+    polish: str = ""
 
     @property
     def targets(self) -> tuple[TensorReport, ...]:
@@ -161,6 +163,7 @@ class SparsityReport:
             "model_sparsity": self.model_sparsity,
             "nm_patterns": list(self.nm_patterns),
             "bytes": self.bytes,
+            "polish": self.polish,
             "tensors": [{**dataclasses.asdict(t), "sparsity": t.sparsity} for t in self.tensors],
         }
 
@@ -210,6 +213,8 @@ class SparsityReport:
             lines.append(f"{elsewhere:,} more are zero in tensors that pruning does not cover.")
         if self.nm_patterns:
             lines.append(f"N:M: every target satisfies {', '.join(self.nm_patterns)}.")
+        if self.polish:
+            lines.append(self.polish)
         lines.append(f"Size: {format_count(self.bytes)}B dense; zeros are stored like any other number.")
         return "\n".join(lines)
 
@@ -253,7 +258,13 @@ def sparsity_report(model: nn.Module, config: PruningConfig | None = None) -> Sp
                 before=WeightStatistics.of(dense[name]) if name in dense else None,
             )
         )
-    return SparsityReport(type(model).__name__, tuple(tensors))
+    return SparsityReport(type(model).__name__, tuple(tensors), _polish(store))
+
+
+def _polish(store: MaskStore | None) -> str:
+    if store is None or store.config is None or store.config.polish is None:
+        return ""
+    return str(store.polished or f"The weights were trained after pruning: polish {store.config.polish}.")
 
 
 def _targets(model: nn.Module, config: PruningConfig | None, store: MaskStore | None) -> dict[str, Target]:

@@ -27,6 +27,7 @@ LAYERS = (
         "masking",
         "matching",
         "plan",
+        "polish",
         "scoring",
         "sensitivity",
         "sequential",

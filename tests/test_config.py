@@ -32,6 +32,7 @@ def test_defaults():
         "repair": None,
         "objective": "layer",
         "steps": 1,
+        "polish": None,
     }
 
 
