@@ -53,7 +53,6 @@ def compute_masks(
     """
     parameters = dict(model.named_parameters())
     criterion, granularity = plan.criterion, plan.granularity
-    block = granularity.block
 
     def matrix(target: Target) -> Tensor:
         return target.matrix(parameters[target.name].detach())
@@ -63,17 +62,10 @@ def compute_masks(
         return None if old is None else target.matrix(old)
 
     def chunks(target: Target) -> Iterator[Tensor]:
-        weight, old = matrix(target), old_matrix(target)
-        step = len(weight)
-        if criterion.rowwise:
-            step = max(1, CHUNK // (weight.shape[1] * block[0])) * block[0]
-        for start in range(0, len(weight), step):
-            rows = slice(start, start + step)
-            scores = criterion.scores(weight[rows], stats[target.name].rows(rows))
-            yield _checked_units(scores, block, None if old is None else old[rows], criterion.name, target.name)
+        return unit_chunks(plan, target, matrix(target), stats[target.name], old_matrix(target))
 
     def spread(target: Target, keep: Tensor) -> Tensor:
-        return spread_blocks(keep.view(granularity.units(target.matrix_shape)), block)
+        return spread_units(plan, target, keep)
 
     sources = {tensor.target.name: functools.partial(chunks, tensor.target) for tensor in plan.tensors}
     masks: dict[str, Tensor] = {}
@@ -105,6 +97,34 @@ def compute_masks(
                 )
             weights[name] = target.native(repaired.to(matrix(target).dtype))
     return masks, weights
+
+
+def unit_chunks(
+    plan: PruningPlan, target: Target, weight: Tensor, stats: WeightStats, old: Tensor | None
+) -> Iterator[Tensor]:
+    """Scores of one weight's units, in order, a few rows at a time where the criterion allows it.
+
+    Args:
+        plan: Its plan.
+        target: Which weight it is.
+        weight: (out, in).
+        stats: What is known of it.
+        old: (out, in) bool mask of earlier prunings, or None.
+    """
+    criterion, block = plan.criterion, plan.granularity.block
+    step = len(weight)
+    if criterion.rowwise:
+        step = max(1, CHUNK // (weight.shape[1] * block[0])) * block[0]
+    for start in range(0, len(weight), step):
+        rows = slice(start, start + step)
+        scores = criterion.scores(weight[rows], stats.rows(rows))
+        yield _checked_units(scores, block, None if old is None else old[rows], criterion.name, target.name)
+
+
+def spread_units(plan: PruningPlan, target: Target, keep: Tensor) -> Tensor:
+    """(units,) bool -> (out, in) bool."""
+    granularity = plan.granularity
+    return spread_blocks(keep.view(granularity.units(target.matrix_shape)), granularity.block)
 
 
 @dataclass(frozen=True)
