@@ -430,7 +430,7 @@ class InputReader:
             current = [0]
             for stack in self.stacks:
                 for block in stack.blocks[: stack.replayed]:
-                    hooks.enter_context(_replaced_forward(block, _replay(stack, current)))
+                    hooks.enter_context(replaced_forward(block, _replay(stack, current)))
                 if record and stack.finished > stack.replayed:
                     advancing.append(stack)
                     stack.before = stack.state(self._first)
@@ -554,7 +554,7 @@ def _decoder_modules(model: nn.Module) -> tuple[nn.Module, set[int]] | None:
 
 
 @contextmanager
-def _replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """Call another forward inside, and leave the module as it was."""
     own = module.__dict__.get("forward")
     module.__dict__["forward"] = forward

@@ -12,7 +12,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -182,9 +182,9 @@ def staged_checkpoint(folder: str | os.PathLike[str]) -> contextlib.AbstractCont
     return staged_folder(folder, stale=_WEIGHTS, last=_COMPLETES)
 
 
-def place_checkpoint(staging: Path, folder: Path) -> None:
+def place_checkpoint(staging: Path, folder: Path, arrived: Collection[Path] = ()) -> None:
     """Have a folder become, or replace the weights of, a checkpoint; see ``files.move_into``."""
-    move_into(staging, folder, stale=_WEIGHTS, last=_COMPLETES)
+    move_into(staging, folder, _WEIGHTS, _COMPLETES, arrived)
 
 
 def refuse_file(folder: str | os.PathLike[str]) -> None:
