@@ -115,7 +115,8 @@ def demo(
 @app.command(
     epilog="Examples: hf-prune prune MODEL --sparsity 0.5 --out pruned  |  hf-prune prune MODEL --granularity 2:4 "
     "--criterion taylor --data glue/sst2 --out pruned  |  hf-prune prune MODEL --sparsity 0.5 --dry-run  |  "
-    "hf-prune prune MODEL --max-drop 1.0 --criterion alps --data glue/sst2 --out pruned"
+    "hf-prune prune MODEL --max-drop 1.0 --criterion alps --data glue/sst2 --out pruned  |  "
+    "hf-prune prune MODEL --stream --criterion wanda --scope row --data my-texts --text-column text --out pruned"
 )
 def prune(
     model: Model,
@@ -147,6 +148,15 @@ def prune(
     batch_size: BatchSize = 32,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and change nothing.")] = False,
     plots: Annotated[bool, typer.Option("--plots", help="Also write weights.png and layers.png.")] = False,
+    stream: Annotated[
+        bool,
+        typer.Option(
+            "--stream",
+            help="Never hold the model: weight by weight, or block by block on the texts of the calibration split; "
+            "resumes where it was interrupted.",
+        ),
+    ] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="With --stream: begin anew instead of resuming.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Prune a checkpoint and save it as one that plain transformers loads."""
@@ -155,6 +165,11 @@ def prune(
     for option, given in (("--sparsity", sparsity is not None), ("--dry-run", dry_run)):
         if max_drop is not None and given:
             raise ConfigError(f"--max-drop finds the sparsity by measuring, which contradicts {option}: leave one out")
+    for option, given in (("--max-drop", max_drop is not None), ("--plots", plots)):
+        if stream and given:
+            raise ConfigError(f"--stream never holds the model, which {option} needs: leave one out")
+    if restart and not stream:
+        raise ConfigError("--restart begins a streaming run anew: add --stream, or leave it out")
     _start([model])
     settings = _config(
         config,
@@ -172,15 +187,20 @@ def prune(
         check_data_source(data)
     if out is None or dry_run:
         from hf_prune.auto import load_native
+        from hf_prune.stream import plan_stream
 
-        plan = load_native(model).plan(settings)
+        plan = plan_stream(model, settings) if stream else load_native(model).plan(settings)
         typer.echo(json.dumps(plan.to_dict(), indent=2) if as_json else str(plan))
         return
     from hf_prune.distributed import is_first
-    from hf_prune.workflows import LabelledData, prune_checkpoint, prune_to_budget
+    from hf_prune.workflows import LabelledData, prune_checkpoint, prune_to_budget, stream_checkpoint
 
     labelled = LabelledData(data, _names(text_column), label_column, calibration_split, calibration_samples)
-    if max_drop is None:
+    if stream:
+        with _resumable():
+            report = stream_checkpoint(model, settings, out, data=labelled, restart=restart)
+        text, values = str(report), report.to_dict()
+    elif max_drop is None:
         report = prune_checkpoint(model, settings, out, data=labelled, plots=plots)
         text, values = str(report), report.to_dict()
     else:

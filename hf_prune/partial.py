@@ -46,7 +46,10 @@ class Partial:
             lines = (self.folder / _JOURNAL).read_text(encoding="utf-8").split("\n")
         except FileNotFoundError:
             return {}, []
-        values = [json.loads(line) for line in lines[:-1]]  # what follows the last line break was cut off
+        try:
+            values = [json.loads(line) for line in lines[:-1]]  # what follows the last line break was cut off
+        except ValueError:
+            return {}, []
         if not values or values[0].pop("format", None) != _FORMAT:
             return {}, []
         return values[0], values[1:]

@@ -47,7 +47,7 @@ def keep_highest(parts: Sequence[Chunks], sizes: Sequence[int], k: int) -> list[
         device = next(iter(parts[0]())).device
         return [torch.full((size,), k == 0, dtype=torch.bool, device=device) for size in sizes]
     threshold, ties = find_threshold(parts, sizes, k)
-    return [keep_above(*each, threshold, kept) for *each, kept in zip(parts, sizes, ties, strict=True)]
+    return [keep_above(part, size, threshold, kept) for part, size, kept in zip(parts, sizes, ties, strict=True)]
 
 
 def find_threshold(parts: Sequence[Chunks], sizes: Sequence[int], k: int) -> tuple[float, list[int]]:

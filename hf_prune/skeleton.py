@@ -89,12 +89,24 @@ def load_skeleton(source: str) -> Skeleton:
     if config.dtype is None:  # as from_pretrained does
         floating = (entry.torch_dtype for entry in shards.entries.values() if entry.dtype.endswith(("F16", "F32")))
         config.dtype = next(floating, None)
-    with init_empty_weights(include_buffers=False):
+    with init_empty_weights(include_buffers=False), _EmptyOnMeta():
         model = native._from_config(config)
+    if any(buffer.is_meta for buffer in model.buffers()):
+        with init_empty_weights(include_buffers=False):
+            model = native._from_config(config)
     model.tie_weights()
     model.eval()
     keys, buffers = _match(model, shards, source)
     return Skeleton(model, shards, keys, buffers, _dtypes(model))
+
+
+class _EmptyOnMeta(TorchFunctionMode):
+    """Weights begin as ``torch.empty``, and take no memory here, not even for a moment; buffers begin as values."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.empty:
+            kwargs = {**(kwargs or {}), "device": "meta"}
+        return func(*args, **(kwargs or {}))
 
 
 def _match(model: Any, shards: Shards, source: str) -> tuple[dict[str, tuple[str, ...]], dict[str, str]]:
@@ -155,7 +167,7 @@ def _dtypes(model: Any) -> dict[str, torch.dtype]:
         pattern, patterns, _ = build_glob_alternation(list(exceptions))
         for name in dtypes:
             if (match := pattern.search(name)) is not None:
-                dtypes[name] = exceptions[patterns[match.lastgroup]]
+                dtypes[name] = exceptions[patterns[str(match.lastgroup)]]
     return dtypes
 
 
@@ -163,19 +175,11 @@ def _some(names: Sequence[str], most: int = 3) -> str:
     return ", ".join(names[:most]) + (", …" if len(names) > most else "") or "none"
 
 
-def block_of(model: nn.Module, name: str) -> str:
-    """The name of the outermost block that a parameter is in: an element of a ModuleList, or else its own module."""
-    parts = name.split(".")
-    for end in range(1, len(parts) - 1):
-        if isinstance(model.get_submodule(".".join(parts[:end])), nn.ModuleList):
-            return ".".join(parts[: end + 1])
-    return ".".join(parts[:-1])
-
-
 class LazyWeights:
     """The weights of a model on the meta device, there while they are needed; a context in which the model runs.
 
-    A module's own weights are read when it is called. They are forgotten afterwards, unless they are pinned. Of an
+    A module's own weights are read when it is called and forgotten afterwards, so that a batch needs the memory of one
+    module; the operating system's cache makes reading them again for the next batch cheap. Of an
     embedding only the rows that are looked up are read. An output embedding that nobody prunes is not read at all: it
     puts out a tensor on the meta device.
 
@@ -211,7 +215,6 @@ class LazyWeights:
         spare = isinstance(head, nn.Linear) and not set(self._of.get(head, ())) & set(targets)
         self._head = head if skip_head and spare else None
         self._loaded: set[str] = set()
-        self._pinned: set[str] = set()
         self._users: dict[str, int] = {}
         self._context = ExitStack()
 
@@ -231,15 +234,9 @@ class LazyWeights:
         self._context.close()
         self.release()
 
-    def pin(self, blocks: Iterable[str]) -> None:
-        """Keep the weights of some blocks, once they are read, until :meth:`release`."""
-        starts = tuple(f"{block}." for block in blocks)
-        self._pinned |= {name for name in self._empty if name.startswith(starts)}
-
     def release(self) -> None:
-        """Forget all weights, and what is pinned."""
+        """Forget all weights."""
         self.hold(())
-        self._pinned.clear()
         self._users.clear()
 
     def hold(self, names: Iterable[str]) -> None:
@@ -275,7 +272,7 @@ class LazyWeights:
     def _after(self, module: nn.Module, args: Any, output: Any) -> None:
         for name in self._of[module]:
             self._users[name] -= 1
-            if self._users[name] == 0 and name not in self._pinned and name in self._loaded:
+            if self._users[name] == 0 and name in self._loaded:
                 self._put(name, self._empty[name])
                 self._loaded.discard(name)
 

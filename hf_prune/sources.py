@@ -205,6 +205,29 @@ def load_classification(
     return dataset.remove_columns(label_column).add_column(label_column, checked)
 
 
+def load_texts(source: str | os.PathLike[str], split: str, text_column: str) -> list[str]:
+    """Load texts from where :func:`load_classification` does, without labels.
+
+    Args:
+        source: Path of a folder, or a Hub id.
+        split: Name of the split.
+        text_column: The column that holds text.
+
+    Raises:
+        DataError: If the data cannot be found or read, the column is missing, or a row has no text.
+    """
+    source = os.fspath(source)
+    folder = _local_folder(source, "data")
+    dataset = _load_hub(source, split) if folder is None else _load_folder(folder, split)
+    where = f"split {split!r} of {source!r}"
+    check_columns(dataset, [text_column], where)
+    texts = column(dataset, text_column)
+    if not texts:
+        raise DataError(f"{where} has no rows: expected at least one")
+    _check_texts(texts, text_column, where)
+    return texts
+
+
 def fingerprint(dataset: Dataset, columns: Sequence[str]) -> str:
     """Tell whether two results are on the same data: a hash of the contents, not of names or files.
 

@@ -55,8 +55,8 @@ def prune_stream(
     batches through one block at a time, as :func:`hf_prune.prune` does in ``calibration_order="sequential"``; the
     memory that takes is that of the largest block, of the statistics of one input, and of ``cache_bytes``.
 
-    Nothing appears at ``out`` before it is complete. An interrupted run leaves a hidden folder beside it, with which the
-    same call continues: nothing is pruned twice, and the result has the same bits.
+    Nothing appears at ``out`` before it is complete. An interrupted run leaves a hidden folder beside it, with which
+    the same call continues: nothing is pruned twice, and the result has the same bits.
 
     Args:
         source: Folder or Hub id of a checkpoint in safetensors files. Masks of an earlier pruning are respected.
@@ -105,6 +105,9 @@ def prune_stream(
     partial = Partial(out)
     partial.begin({**key, "weights": skeleton.shards.fingerprint()}, restart)
     output = Output(skeleton, plan, old_masks, partial)
+    if not output.is_sound():  # someone else changed what an interrupted run left
+        partial.begin(partial.key, restart=True)
+        output = Output(skeleton, plan, old_masks, partial)
     output.copy_rest()
     if config.needs & INPUTS:
         prune_blocks(output, plan, batches, cache_bytes, partial.scratch, progress)

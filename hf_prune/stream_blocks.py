@@ -14,7 +14,7 @@ from hf_prune.criteria.base import INPUTS
 from hf_prune.errors import HfPruneError
 from hf_prune.plan import PlannedTensor, PruningPlan
 from hf_prune.sequential import prune_one
-from hf_prune.skeleton import LazyWeights, block_of, explained
+from hf_prune.skeleton import LazyWeights, explained
 from hf_prune.stream_output import Output
 
 
@@ -58,7 +58,7 @@ def prune_blocks(
         with reader, lazy, tqdm(total=len(plan.tensors), desc="Pruning", unit="weight", disable=hidden) as bar:
             for step in reader.order():
                 lazy.release()
-                _advance(reader, lazy)
+                reader.advance()
                 left = [tensor for tensor in step if not output.done(tensor.target.name)]
                 bar.update(len(step) - len(left))
                 for tensor in _prune_step(output, plan, reader, lazy, left):
@@ -71,22 +71,11 @@ def prune_blocks(
         raise explained(model, error) from error
 
 
-def _advance(reader: InputReader, lazy: LazyWeights) -> None:
-    """Compute what finished blocks put out, one block at a time."""
-    names = {id(module): name for name, module in reader.model.named_modules()}
-    ready = [block for stack in reader.stacks for block in stack.blocks[stack.replayed : stack.finished]]
-    if ready:
-        lazy.pin(names[id(block)] for block in ready)
-        reader.advance()
-        lazy.release()
-
-
 def _prune_step(
     output: Output, plan: PruningPlan, reader: InputReader, lazy: LazyWeights, step: Sequence[PlannedTensor]
 ) -> list[PlannedTensor]:
     if not step:
         return []
-    lazy.pin({block_of(reader.model, tensor.target.name) for tensor in step})
     gathered = reader.gather(step, plan.needs & INPUTS)
     for tensor in step:
         name = tensor.target.name

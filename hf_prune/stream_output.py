@@ -36,6 +36,7 @@ from hf_prune.targets import Target, resolve_targets
 REPORT_FILE = "sparsity_report.json"
 _BITS = "masks.bits"
 _CONFIGS = ("config.json", "generation_config.json")
+_SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 
 
@@ -66,18 +67,23 @@ class Output:
             self.reports |= record.get("tensors", {})
             self.kept |= record.get("kept", {})
             self._copied |= set(record.get("copied", ()))
-        names = sorted({*self.targets, *old_masks})
-        shapes = {name: tuple(self._parameters[name].shape) for name in names}
-        sizes = {name: (shape.numel() + 7) // 8 for name, shape in ((n, torch.Size(s)) for n, s in shapes.items())}
-        starts = [0]
-        for name in names:
-            starts.append(starts[-1] + sizes[name])
-        self._shapes = shapes
-        self._bits = dict(zip(names, zip(starts, starts[1:], strict=False), strict=False))
+        self._bits: dict[str, tuple[int, int]] = {}  # where each mask begins and ends in the file of bits
+        end = 0
+        for name in sorted({*self.targets, *old_masks}):
+            start, end = end, end + (self._parameters[name].numel() + 7) // 8
+            self._bits[name] = start, end
+        self._bits_size = end
 
     def done(self, name: str) -> bool:
         """Whether a target has its final weights on the disk."""
         return name in self.kept
+
+    def is_sound(self) -> bool:
+        """Whether the files that the journal speaks of are there, with the size that they must have."""
+        sizes = {self.partial.staging / name: self.skeleton.shards.shards[name].size for name in self._copied}
+        if sizes:
+            sizes[self.partial.folder / _BITS] = self._bits_size
+        return all(path.is_file() and path.stat().st_size == size for path, size in sizes.items())
 
     # --- reading ------------------------------------------------------------------------------------
 
@@ -118,9 +124,8 @@ class Output:
         names = {key: name for name, keys in self.skeleton.keys.items() for key in keys}
         masked = {t.name: t for t in _masked_targets(self.skeleton.model, self.old_masks) if t.name not in self.targets}
         bits = self.partial.folder / _BITS
-        if not bits.exists():
-            bits.touch()
-            os.truncate(bits, max((end for _, end in self._bits.values()), default=0))
+        bits.touch()
+        os.truncate(bits, self._bits_size)
         for shard in self.skeleton.shards.shards.values():
             if shard.name in self._copied:
                 continue
@@ -215,7 +220,7 @@ class Output:
         """Add the other files, and put the checkpoint where it belongs."""
         staging = self.partial.staging
         hub = {"local_files_only": check_model_source(source)}
-        for name in (*_CONFIGS, *((_INDEX,) if len(self.skeleton.shards.shards) > 1 else ())):
+        for name in (*_CONFIGS, *(() if _SINGLE in self.skeleton.shards.shards else (_INDEX,))):
             if (path := find_file(source, name, hub)) is not None:
                 shutil.copyfile(path, staging / name)
         copy_companions(source, staging, **hub)
@@ -227,7 +232,8 @@ class Output:
 
     def _join_masks(self, path: Path) -> None:
         tensors = {name: ("U8", (end - start,), end - start) for name, (start, end) in self._bits.items()}
-        entries = {name: {"shape": list(self._shapes[name]), "kept": self.kept[name]} for name in self._bits}
+        shapes = {name: list(self._parameters[name].shape) for name in self._bits}
+        entries = {name: {"shape": shape, "kept": self.kept[name]} for name, shape in shapes.items()}
         with path.open("wb", buffering=0) as file, (self.partial.folder / _BITS).open("rb") as bits:
             write_all(file, header_bytes(tensors, mask_metadata(entries, self.plan.config)))
             shutil.copyfileobj(bits, file)

@@ -21,6 +21,7 @@ from hf_prune.errors import PlanError
 from hf_prune.registry import unknown_name
 
 ALL_LINEAR = "all-linear"
+_CHUNK = 1 << 18  # weights looked at together
 
 
 @dataclass(frozen=True)
@@ -213,5 +214,8 @@ def uncovered_matrices(model: nn.Module) -> dict[str, int]:
 
 def is_finite(tensor: Tensor) -> bool:
     """Whether a tensor is free of NaN and infinity: one fast sum, and a close look only if that overflows."""
+    if tensor.device.type == "cpu" and tensor.dim() > 1 and tensor.numel() > _CHUNK and tensor.element_size() < 4:
+        rows = max(1, _CHUNK * len(tensor) // tensor.numel())
+        return all(is_finite(part) for part in tensor.split(rows))  # the sum makes a copy in float32
     total = tensor.sum(dtype=torch.float32 if tensor.element_size() < 4 else None)
     return bool(torch.isfinite(total)) or bool(torch.isfinite(tensor).all())

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 
 from hf_prune.auto import load_native
 from hf_prune.budget import SparsitySearch, check_budget, find_sparsity
+from hf_prune.calibration import text_batches
 from hf_prune.checkpoint import copy_companions, has_tokenizer, staged_checkpoint
 from hf_prune.comparison import Comparison, compare
 from hf_prune.config import PruningConfig
@@ -22,7 +23,8 @@ from hf_prune.evaluation import Evaluation, classification_batches, drawn, evalu
 from hf_prune.files import write_json, write_text
 from hf_prune.plots import plot_layer_sparsity, plot_weight_histogram, save_figure
 from hf_prune.report import SparsityReport, WeightHistogram, sparsity_report, weight_histogram
-from hf_prune.sources import check_columns, check_model_source, column, load_classification, same_split
+from hf_prune.sources import check_columns, check_model_source, column, load_classification, load_texts, same_split
+from hf_prune.stream import check_streamable, prune_stream
 from hf_prune.sweep import SweepResult, run_sweep
 
 if TYPE_CHECKING:
@@ -235,6 +237,34 @@ def prune_to_budget(
             values = {**search.to_dict(), "reported": {"split": split, **comparison.to_dict()}}
             write_json(staging / "sparsity_search.json", values)
     return search, comparison, report
+
+
+def stream_checkpoint(
+    source: str, config: PruningConfig, out: Path, *, data: LabelledData | None = None, restart: bool = False
+) -> SparsityReport:
+    """Prune a checkpoint into a folder without holding its model; see :func:`hf_prune.prune_stream`.
+
+    Args:
+        source: Folder or Hub id.
+        config: The settings.
+        out: The folder, which may be the source itself.
+        data: Texts, for criteria that learn from inputs; their labels are not looked at.
+        restart: Begin anew, whatever an interrupted run left.
+    """
+    check_streamable(config)
+    batches = None
+    if config.needs and data is not None:
+        offline = check_model_source(source)
+        if len(data.text_columns) != 1:
+            raise ConfigError(f"found {len(data.text_columns)} text columns: expected one, since streaming reads texts")
+        if not has_tokenizer(source, local_files_only=offline):
+            raise DataError(f"{source!r} has no tokenizer, which calibration on texts needs: save it beside the model")
+        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=offline)
+        if tokenizer.pad_token is None:  # any will do: what is padded does not count
+            tokenizer.pad_token = tokenizer.eos_token
+        texts = load_texts(data.source, data.calibration_split, data.text_columns[0])
+        batches = text_batches([texts[i] for i in drawn(len(texts))[: data.calibration_samples]], tokenizer)
+    return prune_stream(source, config, out, calibration=batches, progress=True, restart=restart)
 
 
 def join_processes() -> None:
