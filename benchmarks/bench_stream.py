@@ -10,7 +10,7 @@ less what it was before. Files are read, not mapped, so nothing of the checkpoin
 
 "statistics" is what the criterion keeps of the widest input of a block: for wanda its mean squares; for sparsegpt its
 Gram matrix in float32 (4 bytes) and the factor of its inverse, computed in float64 (8) and used in float32 (4). The
-bound is the largest block and its statistics plus 10 %. Hidden states of finished blocks go to the disk (cache_bytes=0).
+bound is the largest block and its statistics plus 10 %. Finished blocks put their outputs on the disk.
 """
 
 from __future__ import annotations
@@ -153,7 +153,8 @@ def main() -> None:
                 )
             else:
                 last = next((x for x in reversed(done.stderr.splitlines()) if x.strip()), f"signal {-done.returncode}")
-                rows.append([run, "", "", "", "", f"fails: {last[:60]}", "", ""])
+                why = "can't allocate memory" if "allocate memory" in done.stderr else last[:60]
+                rows.append([run, "", "", "", "", f"fails: {why}", "", ""])
             print(rows[-1], file=sys.stderr)
             subprocess.run(["rm", "-rf", str(out)], check=True)
         heads = ["run", "block MB", "statistics MB", "bound MB", "peak MB", "", "sparsity", "seconds"]

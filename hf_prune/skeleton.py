@@ -223,7 +223,7 @@ class LazyWeights:
             if module is self._head:
                 self._context.enter_context(replaced_forward(module, partial(_shape_only, module.out_features)))
             elif not isinstance(module, nn.Embedding):
-                self._context.callback(module.register_forward_pre_hook(self._before).remove)
+                self._context.callback(module.register_forward_pre_hook(self._before, with_kwargs=True).remove)
                 self._context.callback(module.register_forward_hook(self._after).remove)
         self._context.enter_context(_Rows(self))
         return self
@@ -264,7 +264,9 @@ class LazyWeights:
         for module, attribute in self._places[name]:
             module._parameters[attribute] = parameter
 
-    def _before(self, module: nn.Module, args: Any) -> None:
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        if any(isinstance(x, Tensor) and x.is_meta for x in (*args, *kwargs.values())):
+            raise NotImplementedError(f"the input of a {type(module).__name__} is on the meta device")
         for name in self._of[module]:
             self._users[name] = self._users.get(name, 0) + 1
             self._load(name)

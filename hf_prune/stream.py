@@ -15,13 +15,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hf_prune import __version__
-from hf_prune.activations import CACHE_BYTES, Batches
+from hf_prune.activations import CACHE_BYTES, NO_BATCHES, Batches
 from hf_prune.calibration import require_batches, weight_seed
 from hf_prune.checkpoint import MASK_FILE, StoredMasks, find_file, refuse_file
 from hf_prune.config import ALLOCATIONS, CALIBRATED_ALLOCATIONS, PruningConfig
 from hf_prune.criteria.base import GRADIENTS, INPUTS, WeightStats
 from hf_prune.distributed import processes
-from hf_prune.errors import CheckpointError, ConfigError
+from hf_prune.errors import CalibrationError, CheckpointError, ConfigError
 from hf_prune.masking import MaskStore
 from hf_prune.partial import Partial
 from hf_prune.pipeline import resolve_config
@@ -162,7 +162,10 @@ def check_streamable(config: PruningConfig) -> None:
 
 def _batches(config: PruningConfig, calibration: Batches | None) -> list[Mapping[str, Any]]:
     empty = PruningPlan(config, (), 0, "", 0, 0, 0, {})
-    return list(require_batches(empty, calibration))
+    batches = list(require_batches(empty, calibration))
+    if not batches:
+        raise CalibrationError(NO_BATCHES)
+    return batches
 
 
 def _prepare(source: str, config: PruningConfig) -> tuple[Skeleton, PruningPlan, Mapping[str, Tensor]]:
