@@ -6,7 +6,9 @@
 It makes a sharded Llama with random weights in bfloat16 in a temporary folder, and prunes it in child processes. Each
 child imports everything, prunes a tiny checkpoint to have every library loaded, notes its memory, limits what it may
 add (RLIMIT_DATA: private memory, whether used or not), and starts. The peak is that of the resident memory (VmHWM)
-less what it was before. Files are read, not mapped, so nothing of the checkpoint hides in the page cache.
+less what it was before. Files are read, not mapped, so nothing of the checkpoint hides in the page cache. glibc keeps
+freed memory of up to twice the largest tensor for later; MALLOC_MMAP_THRESHOLD_ has it given back, so that the numbers
+are of what is held.
 
 "statistics" is what the criterion keeps of the widest input of a block: for wanda its mean squares; for sparsegpt its
 Gram matrix in float32 (4 bytes) and the factor of its inverse, computed in float64 (8) and used in float32 (4). The
@@ -17,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -141,7 +144,8 @@ def main() -> None:
             out = Path(folder) / "out"
             given = [x for x in sys.argv[1:] if x]
             command = [sys.executable, __file__, *given, "--child", run, str(source), str(out)]
-            done = subprocess.run(command, capture_output=True, text=True)
+            environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**20)}
+            done = subprocess.run(command, capture_output=True, text=True, env=environment)
             extra = statistics.get(run.split(",")[0], 0)
             bound = 1.1 * (block + extra)
             row = [run, f"{block / MB:,.0f}", f"{extra / MB:,.0f}", f"{bound / MB:,.0f}"]

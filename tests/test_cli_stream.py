@@ -121,7 +121,7 @@ def test_no_tokenizer(texts, tmp_path, capsys):
 def test_texts_need_no_labels(texts, tmp_path):
     assert load_texts(tmp_path / "data", "train", "line") == texts
     (tmp_path / "data" / "dev.jsonl").write_text('{"line": 5}\n')
-    with pytest.raises(DataError, match="row 1 of split 'dev' of .*: 'line' is 5, expected text"):
+    with pytest.raises(DataError, match=r"row 1 of split 'dev' of .*: 'line' is 5, expected text"):
         load_texts(tmp_path / "data", "dev", "line")
 
 

@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -559,7 +559,7 @@ def test_weights_that_are_merged_at_loading_are_refused(tmp_path):
 def test_infinite_weights_are_refused(tmp_path):
     source = saved(models.tiny_bert(), tmp_path / "source", "1GB")
     change(source, lambda tensors: tensors["classifier.weight"].fill_(float("nan")))
-    with pytest.raises(PlanError, match="NaN or infinite values in classifier.weight"):
+    with pytest.raises(PlanError, match=r"NaN or infinite values in classifier.weight"):
         prune_stream(source, 0.5, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -568,7 +568,7 @@ def test_masks_of_other_weights_are_refused(tmp_path):
     source = saved(models.tiny_bert(), tmp_path / "source", "1GB")
     prune_stream(source, 0.5, tmp_path / "once")
     shutil.copy(tmp_path / "once" / checkpoints.MASK_FILE, source)
-    with pytest.raises(CheckpointError, match="'bert.encoder.*' has non-zero weights that its mask removes"):
+    with pytest.raises(CheckpointError, match=r"'bert.encoder.*' has non-zero weights that its mask removes"):
         prune_stream(source, 0.6, tmp_path / "out")
     config_json(source, architectures=["BertModel"])
     with pytest.raises(CheckpointError, match="has a mask, and the model has no such parameter"):
@@ -628,13 +628,13 @@ class Peak(TorchDispatchMode):
 
 
 @pytest.fixture(scope="module")
-def large(tmp_path_factory) -> Iterator[tuple[Path, int]]:
+def large(tmp_path_factory) -> tuple[Path, int]:
     """A checkpoint of 12 blocks, and the bytes of a block."""
     model = models.tiny_llama(
         hidden_size=256, intermediate_size=688, num_hidden_layers=12, num_attention_heads=4, num_key_value_heads=4
     )
     folder = saved(model, tmp_path_factory.mktemp("large"), "10MB")
-    yield folder, sum(p.numel() * 4 for p in model.model.layers[0].parameters())
+    return folder, sum(p.numel() * 4 for p in model.model.layers[0].parameters())
 
 
 def test_the_meter_sees_a_model(large):
