@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from hf_prune import (
     AutoPrunedModelForSequenceClassification,
@@ -33,12 +33,15 @@ from hf_prune import (
     stream,
     stream_blocks,
     stream_output,
+    text_batches,
 )
 from hf_prune import checkpoint as checkpoints
 from hf_prune.auto import load_native
 from hf_prune.partial import Partial
+from hf_prune.sources import load_texts
 from tests import models
 
+SHARED = os.environ.get("HF_PRUNE_SHARED")
 BUILDERS = {**models.TRANSFORMERS, "vit": models.tiny_vit, "moe": models.tiny_moe}
 DATA_FREE = {
     "layer": {"sparsity": 0.5},
@@ -675,3 +678,14 @@ def test_the_driver_is_used_for_what_learns_from_inputs(tmp_path, monkeypatch):
     prune_stream(source, 0.5, tmp_path / "out", criterion="wanda", calibration=models.tiny_batches(model))
     assert len(pruned) == 14
     assert [name.split(".")[2] for name in pruned] == ["0"] * 7 + ["1"] * 7
+
+
+@pytest.mark.skipif(not SHARED, reason="HF_PRUNE_SHARED names no folder with models/minilm-sst2 and data/sst2")
+@pytest.mark.parametrize("settings", [{"criterion": "sparsegpt"}, {"scope": "global"}], ids=["sparsegpt", "global"])
+def test_a_trained_model_is_pruned_bit_for_bit_as_in_memory(settings, tmp_path):
+    source, config = Path(SHARED) / "models" / "minilm-sst2", PruningConfig(0.6, **settings)
+    texts = load_texts(Path(SHARED) / "data" / "sst2", "train", "sentence")[:32]
+    batches = text_batches(texts, AutoTokenizer.from_pretrained(source)) if config.needs else None
+    expected, report = pruned_in_memory(source, config, tmp_path / "expected", batches)
+    assert prune_stream(source, config, tmp_path / "out", calibration=batches) == report
+    models.assert_unchanged(load_native(str(tmp_path / "out")), models.snapshot(expected))
