@@ -199,12 +199,21 @@ def test_a_tied_weight_that_was_saved_twice_is_pruned_twice(tmp_path):
     assert int((pruned["lm_head.weight"] == 0).sum()) == 48 * 16 // 2
 
 
-@pytest.mark.parametrize("settings", [{"scope": "global"}, {"criterion": "sparsegpt"}, {"criterion": "wanda"}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"sparsity": 0.6, "scope": "global"},
+        {"sparsity": 0.6, "criterion": "sparsegpt"},
+        {"sparsity": 0.6, "criterion": "wanda"},
+        {"granularity": "2:4"},  # some groups had lost more than two
+    ],
+    ids=["global", "sparsegpt", "wanda", "2:4"],
+)
 def test_earlier_masks_are_respected(settings, tmp_path):
     model = models.tiny_bert()
     source, batches = saved(model, tmp_path / "source"), models.tiny_batches(model)
     prune_stream(source, 0.3, tmp_path / "once", target_modules=["query", "dense", "classifier"])
-    config = PruningConfig(0.6, exclude_modules=["classifier"], **settings)
+    config = PruningConfig(exclude_modules=["classifier"], **settings)
     expected, _ = pruned_in_memory(tmp_path / "once", config, tmp_path / "expected", batches)
     report = prune_stream(tmp_path / "once", config, tmp_path / "out", calibration=batches)
     found = load_native(str(tmp_path / "out"))
