@@ -63,6 +63,7 @@ _MODULES = {
     "registry": ("CRITERIA", "GRANULARITIES"),
     "report": ("SparsityReport", "sparsity_report", "weight_histogram"),
     "sources": ("load_classification", "load_sst2", "load_texts"),
+    "stream": ("plan_stream", "prune_stream"),
     "sweep": ("SweepPoint", "SweepResult", "run_sweep"),
     "torch_prune": ("from_torch_prune",),
 }

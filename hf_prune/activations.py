@@ -404,7 +404,7 @@ class InputReader:
                 replay, replay_last = self._replays(stack)
                 for i, block in enumerate(stack.blocks[: stack.replayed], start=1):
                     forward = replay_last if i == stack.replayed else replay
-                    hooks.enter_context(_replaced_forward(block, forward))
+                    hooks.enter_context(replaced_forward(block, forward))
                 if record and stack.finished > stack.replayed:
                     advancing.append(stack)
                     stack.before = stack.state(self._first)
@@ -647,7 +647,7 @@ def _decoder_modules(model: nn.Module) -> tuple[nn.Module, set[int]] | None:
 
 
 @contextmanager
-def _replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """Call another forward inside, and leave the module as it was."""
     own = module.__dict__.get("forward")
     module.__dict__["forward"] = forward

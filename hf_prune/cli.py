@@ -142,7 +142,8 @@ def demo(
 @app.command(
     epilog="Examples: hf-prune prune MODEL --sparsity 0.5 --out pruned  |  hf-prune prune MODEL --granularity 2:4 "
     "--criterion taylor --data glue/sst2 --out pruned  |  hf-prune prune MODEL --sparsity 0.5 --dry-run  |  "
-    "hf-prune prune MODEL --max-drop 1.0 --criterion alps --data glue/sst2 --out pruned"
+    "hf-prune prune MODEL --max-drop 1.0 --criterion alps --data glue/sst2 --out pruned  |  "
+    "hf-prune prune MODEL --stream --criterion wanda --scope row --data my-texts --text-column text --out pruned"
 )
 def prune(
     model: Model,
@@ -180,6 +181,15 @@ def prune(
     batch_size: BatchSize = 32,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and change nothing.")] = False,
     plots: Annotated[bool, typer.Option("--plots", help="Also write weights.png and layers.png.")] = False,
+    stream: Annotated[
+        bool,
+        typer.Option(
+            "--stream",
+            help="Never hold the model: weight by weight, or block by block on the texts of the calibration split; "
+            "resumes where it was interrupted.",
+        ),
+    ] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="With --stream: begin anew instead of resuming.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Prune a checkpoint and save it as one that plain transformers loads."""
@@ -188,6 +198,11 @@ def prune(
     for option, given in (("--sparsity", sparsity is not None), ("--dry-run", dry_run)):
         if max_drop is not None and given:
             raise ConfigError(f"--max-drop finds the sparsity by measuring, which contradicts {option}: leave one out")
+    for option, given in (("--max-drop", max_drop is not None), ("--plots", plots)):
+        if stream and given:
+            raise ConfigError(f"--stream never holds the model, which {option} needs: leave one out")
+    if restart and not stream:
+        raise ConfigError("--restart begins a streaming run anew: add --stream, or leave it out")
     _start([model])
     settings = _config(
         config,
@@ -204,21 +219,40 @@ def prune(
         polish=polish,
         seed=seed,
     )
+    if stream:
+        from hf_prune.stream import check_streamable
+
+        check_streamable(settings)
     of_language = max_drop is None and is_language_model(model_class(model))
     source = data or (_WIKITEXT if of_language else _SST2)
     if (settings.learns_allocation if dry_run else settings.needs_data) or max_drop is not None:
         (check_text_source if of_language else check_data_source)(source)
     from hf_prune.distributed import is_first
-    from hf_prune.workflows import LabelledData, TextData, plan_checkpoint, prune_checkpoint, prune_to_budget
+    from hf_prune.stream import plan_stream
+    from hf_prune.workflows import (
+        LabelledData,
+        TextData,
+        plan_checkpoint,
+        prune_checkpoint,
+        prune_to_budget,
+        stream_checkpoint,
+    )
 
     columns = _names(text_column or "sentence")
     labelled = LabelledData(source, columns, label_column, calibration_split, calibration_samples)
     texts = TextData(source, text_column or "text", calibration_split, calibration_samples, window)
     if out is None or dry_run:
-        plan = plan_checkpoint(model, settings, data=texts if of_language else labelled)
+        if stream:
+            plan = plan_stream(model, settings)
+        else:
+            plan = plan_checkpoint(model, settings, data=texts if of_language else labelled)
         typer.echo(json.dumps(plan.to_dict(), indent=2) if as_json else str(plan))
         return
-    if max_drop is None:
+    if stream:
+        with _resumable():
+            report = stream_checkpoint(model, settings, out, data=texts if of_language else labelled, restart=restart)
+        text, values = str(report), report.to_dict()
+    elif max_drop is None:
         report = prune_checkpoint(model, settings, out, data=texts if of_language else labelled, plots=plots)
         text, values = str(report), report.to_dict()
     else:

@@ -82,13 +82,21 @@ class PrunedModelMixin(nn.Module):
         config: PruningConfig | float | None = None,
         *,
         calibration: Batches | None = None,
+        polish_data: Batches | None = None,
         keep_dense: bool = False,
         progress: bool = False,
         **settings: Any,
     ) -> Self:
         """Prune the model in place and return it; see :func:`hf_prune.prune`."""
         return prune(
-            self, config, calibration=calibration, keep_dense=keep_dense, dry_run=False, progress=progress, **settings
+            self,
+            config,
+            calibration=calibration,
+            polish_data=polish_data,
+            keep_dense=keep_dense,
+            dry_run=False,
+            progress=progress,
+            **settings,
         )
 
     @property

@@ -175,20 +175,24 @@ def _percent(part: int, whole: int) -> str:
     return f"{100 * part / whole:.2f} %"
 
 
-def make_plan(model: nn.Module, config: PruningConfig, learned: Mapping[str, float] | None = None) -> PruningPlan:
+def make_plan(
+    model: nn.Module, config: PruningConfig, learned: Mapping[str, float] | None = None, *, loaded: bool = True
+) -> PruningPlan:
     """Resolve a config on a model; the model is not changed.
 
     Args:
         model: Any torch module.
         config: The settings.
         learned: The sparsity of every target, for an allocation that is learned from data.
+        loaded: Whether its weights are there. False for a model on the meta device; nobody has then seen whether
+            they are finite.
 
     Raises:
         PlanError: If no target matches, a weight cannot be divided into units, a weight has NaN or
             infinite values, or the model is already sparser than the config asks for.
         MaskError: If the masks of an earlier pruning no longer fit the model.
     """
-    targets = resolve_targets(model, config)
+    targets = resolve_targets(model, config, loaded=loaded)
     granularity = parse_granularity(config.granularity)
     misfits = [f"{t.module} {t.shape}: {why}" for t in targets if (why := granularity.misfit(t))]
     if misfits:
@@ -197,9 +201,8 @@ def make_plan(model: nn.Module, config: PruningConfig, learned: Mapping[str, flo
             f"{_some(misfits)}. Choose another granularity, or list those modules in exclude_modules"
         )
     parameters = dict(model.named_parameters())
-    bad = [t.name for t in targets if not is_finite(parameters[t.name].detach())]
-    if bad:
-        raise PlanError(f"NaN or infinite values in {_some(bad)}: expected finite weights; check how they were made")
+    if loaded:
+        refuse_infinite({t.name: parameters[t.name].detach() for t in targets})
     _refuse_inputs(model, targets, config)
     _refuse_wide_units(granularity, config)
     store = MaskStore.of(model)
@@ -219,6 +222,17 @@ def make_plan(model: nn.Module, config: PruningConfig, learned: Mapping[str, flo
         element_size=parameters[targets[0].name].element_size(),
         uncovered=uncovered_matrices(model),
     )
+
+
+def refuse_infinite(weights: Mapping[str, Tensor]) -> None:
+    """Make sure that weights are finite.
+
+    Raises:
+        PlanError: If one is not.
+    """
+    bad = [name for name, weight in weights.items() if not is_finite(weight)]
+    if bad:
+        raise PlanError(f"NaN or infinite values in {_some(bad)}: expected finite weights; check how they were made")
 
 
 def _refuse_inputs(model: nn.Module, targets: list[Target], config: PruningConfig) -> None:

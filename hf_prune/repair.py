@@ -12,20 +12,61 @@ from torch import Tensor
 DAMPING = 0.01  # of the mean diagonal
 ITERATIONS = 30
 _ROUNDING = 1e-5  # of the mean diagonal: what a difference of two float32 matrices may be off by
+_BLOCK = 256  # rows and columns that are factored together
 
 
-def damped(gram: Tensor, share: float = DAMPING) -> Tensor:
+def damped(gram: Tensor, share: float = DAMPING, dtype: torch.dtype | None = None) -> Tensor:
     """A Gram matrix with part of its mean diagonal added to the diagonal, so that it can be inverted.
 
     Args:
         gram: (in, in), of which the mean diagonal may be zero.
         share: How much of the mean diagonal is added.
+        dtype: Of the result; that of the matrix, if None.
 
     Returns:
         (in, in), a new tensor.
     """
-    mean = gram.diagonal().mean()
-    return gram + torch.eye(len(gram), dtype=gram.dtype, device=gram.device) * torch.where(mean > 0, share * mean, 1.0)
+    found = gram.to(dtype or gram.dtype, copy=True)
+    mean = found.diagonal().mean()
+    found.diagonal().add_(torch.where(mean > 0, share * mean, 1.0))
+    return found
+
+
+def inverse_factor_(gram: Tensor) -> Tensor:
+    """The upper Cholesky factor U of the inverse, ``inverse(gram) = UᵀU``, in the place of the matrix itself.
+
+    The inverse is not formed: ``gram = RRᵀ`` with R upper triangular, by a Cholesky decomposition that begins with the
+    last columns, and U is the inverse of R. Both overwrite the matrix block by block, so that no second one is needed.
+
+    Args:
+        gram: (in, in), positive definite; overwritten.
+
+    Returns:
+        (in, in), the same tensor, zero below the diagonal.
+
+    Example:
+        >>> inverse_factor_(torch.tensor([[4.0, 0.0], [0.0, 0.25]]))
+        tensor([[0.5000, 0.0000],
+                [0.0000, 2.0000]])
+    """
+    starts = range(0, len(gram), _BLOCK)
+    for start in reversed(starts):
+        block = slice(start, start + _BLOCK)
+        corner = torch.linalg.cholesky(gram[block, block].flip(0, 1)).flip(0, 1)  # upper, R of the block
+        gram[block, block] = corner
+        panel = torch.linalg.solve_triangular(corner.t(), gram[:start, block], upper=False, left=False)
+        gram[:start, block] = panel
+        for left in range(0, start, _BLOCK):  # the upper half of what is left
+            stop = min(left + _BLOCK, start)
+            gram[:stop, left:stop].addmm_(panel[:stop], panel[left:stop].t(), alpha=-1)
+    gram.triu_()
+    for start in starts:
+        block = slice(start, start + _BLOCK)
+        one = torch.eye(len(gram[block]), dtype=gram.dtype, device=gram.device)
+        corner = torch.linalg.solve_triangular(gram[block, block], one, upper=True)
+        gram[:start, block] = -(gram[:start, :start] @ gram[:start, block] @ corner)
+        gram[block, block] = corner
+    return gram
 
 
 def layer_errors(weight: Tensor, new: Tensor, gram: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -56,7 +55,6 @@ def compute_masks(
     """
     parameters = dict(model.named_parameters())
     criterion, granularity = plan.criterion, plan.granularity
-    block = granularity.block
     biases = bias_names(model, [t.target for t in plan.tensors]) if plan.config.repair is not None else {}
 
     def matrix(target: Target) -> Tensor:
@@ -66,18 +64,8 @@ def compute_masks(
         old = old_masks.get(target.name)
         return None if old is None else target.matrix(old)
 
-    def chunks(target: Target, weight: Tensor) -> Iterator[Tensor]:
-        old = old_matrix(target)
-        step = len(weight)
-        if criterion.rowwise:
-            step = max(1, CHUNK // (weight.shape[1] * block[0])) * block[0]
-        for start in range(0, len(weight), step):
-            rows = slice(start, start + step)
-            scores = criterion.scores(weight[rows], stats[target.name].rows(rows))
-            yield checked_units(scores, block, None if old is None else old[rows], criterion.name, target.name)
-
     def source(target: Target, weight: Tensor) -> Chunks:
-        return functools.partial(chunks, target, weight)
+        return lambda: unit_chunks(plan, target, weight, stats[target.name], old_matrix(target))
 
     masks: dict[str, Tensor] = {}
     weights: dict[str, Tensor] = {}
@@ -166,8 +154,35 @@ def keep_units(
     else:
         kept = (_select(tensor, sources[tensor.target.name]) for tensor in tensors)
     for tensor, units in zip(tensors, kept, strict=True):
-        shape = plan.granularity.units(tensor.target.matrix_shape)
-        yield tensor, spread_blocks(units.view(shape), plan.granularity.block)
+        yield tensor, spread_units(plan, tensor.target, units)
+
+
+def unit_chunks(
+    plan: PruningPlan, target: Target, weight: Tensor, stats: WeightStats, old: Tensor | None
+) -> Iterator[Tensor]:
+    """Scores of one weight's units, in order, a few rows at a time where the criterion allows it.
+
+    Args:
+        plan: Its plan.
+        target: Which weight it is.
+        weight: (out, in).
+        stats: What is known of it.
+        old: (out, in) bool mask of earlier prunings, or None.
+    """
+    criterion, block = plan.criterion, plan.granularity.block
+    step = len(weight)
+    if criterion.rowwise:
+        step = max(1, CHUNK // (weight.shape[1] * block[0])) * block[0]
+    for start in range(0, len(weight), step):
+        rows = slice(start, start + step)
+        scores = criterion.scores(weight[rows], stats.rows(rows))
+        yield checked_units(scores, block, None if old is None else old[rows], criterion.name, target.name)
+
+
+def spread_units(plan: PruningPlan, target: Target, keep: Tensor) -> Tensor:
+    """(units,) bool -> (out, in) bool."""
+    granularity = plan.granularity
+    return spread_blocks(keep.view(granularity.units(target.matrix_shape)), granularity.block)
 
 
 @dataclass(frozen=True)

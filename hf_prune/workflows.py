@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from hf_prune.auto import load_native
 from hf_prune.budget import SparsitySearch, check_budget, find_sparsity
-from hf_prune.calibration import token_windows
+from hf_prune.calibration import text_batches, token_windows
 from hf_prune.checkpoint import copy_companions, has_tokenizer, staged_checkpoint
 from hf_prune.comparison import Comparison, compare
 from hf_prune.config import PruningConfig
@@ -35,6 +35,7 @@ from hf_prune.sources import (
     load_texts,
     same_split,
 )
+from hf_prune.stream import check_streamable, prune_stream
 from hf_prune.sweep import SweepResult, run_sweep
 
 if TYPE_CHECKING:
@@ -358,6 +359,41 @@ def prune_to_budget(
             values = {**search.to_dict(), "reported": {"split": split, **comparison.to_dict()}}
             write_json(staging / "sparsity_search.json", values)
     return search, comparison, report
+
+
+def stream_checkpoint(
+    source: str, config: PruningConfig, out: Path, *, data: LabelledData | TextData | None = None, restart: bool = False
+) -> SparsityReport:
+    """Prune a checkpoint into a folder without holding its model; see :func:`hf_prune.prune_stream`.
+
+    Args:
+        source: Folder or Hub id.
+        config: The settings.
+        out: The folder, which may be the source itself.
+        data: Texts, for criteria that learn from inputs; their labels are not looked at.
+        restart: Begin anew, whatever an interrupted run left.
+    """
+    check_streamable(config)
+    batches = _streamed_batches(source, data) if config.needs and data is not None else None
+    return prune_stream(source, config, out, calibration=batches, progress=True, restart=restart)
+
+
+def _streamed_batches(source: str, data: LabelledData | TextData) -> list[dict[str, Any]]:
+    """Calibration batches for a model that is not there."""
+    offline = check_model_source(source)
+    if not has_tokenizer(source, local_files_only=offline):
+        raise DataError(f"{source!r} has no tokenizer, which calibration on texts needs: save it beside the model")
+    tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=offline)
+    if isinstance(data, TextData):
+        text = AutoConfig.from_pretrained(source, local_files_only=offline).get_text_config()
+        length = min(data.window, getattr(text, "max_position_embeddings", None) or data.window)
+        return token_windows(data.load(data.calibration_split), tokenizer, n=data.calibration_samples, length=length)
+    if len(data.text_columns) != 1:
+        raise ConfigError(f"found {len(data.text_columns)} text columns: expected one, since streaming reads texts")
+    if tokenizer.pad_token is None:  # any will do: what is padded does not count
+        tokenizer.pad_token = tokenizer.eos_token
+    texts = load_texts(data.source, data.calibration_split, text_column=data.text_columns[0])
+    return text_batches([texts[i] for i in drawn(len(texts))[: data.calibration_samples]], tokenizer)
 
 
 def join_processes() -> None:

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1] / "hf_prune"
 # A name stands for its submodules too: "criteria" is every module in hf_prune/criteria/.
 LAYERS = (
     ("errors", "files", "spill", "tables"),
-    ("distributed", "registry", "repair", "selection", "sums", "units"),
+    ("distributed", "partial", "registry", "repair", "selection", "shards", "sums", "units"),
     ("config",),
     ("targets", "architectures"),
     ("criteria", "granularities", "schedules", "allocation"),
@@ -36,7 +36,7 @@ LAYERS = (
     ),
     ("pipeline",),
     ("report", "sources", "comparison", "evaluation", "perplexity", "latency", "torch_prune", "checkpoint"),
-    ("mixin", "auto", "trainer", "plots", "sweep", "budget"),
+    ("mixin", "auto", "trainer", "plots", "sweep", "budget", "skeleton", "stream", "stream_blocks", "stream_output"),
     ("demo_data", "demo_training", "demo", "workflows", "cards"),
     ("hub",),
     ("cli",),

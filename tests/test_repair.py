@@ -7,7 +7,7 @@ from hf_prune.config import PruningConfig
 from hf_prune.errors import ConfigError
 from hf_prune.masking import MaskStore
 from hf_prune.pipeline import prune
-from hf_prune.repair import corrected, damped, layer_error, layer_errors, least_squares, refit
+from hf_prune.repair import corrected, damped, inverse_factor_, layer_error, layer_errors, least_squares, refit
 from hf_prune.targets import bias_names, resolve_targets
 from tests import models
 from tests.models import same_bits, snapshot, tiny_batches
@@ -176,3 +176,27 @@ def test_configs_of_before_still_load():
     assert PruningConfig.from_dict(values) == PruningConfig(0.3)
     config = PruningConfig(0.3, repair="least_squares", calibration_order="one_pass")
     assert PruningConfig.from_json(config.to_json()) == config
+
+
+@pytest.mark.parametrize("size", [1, 2, 255, 256, 257, 600])
+def test_the_factor_of_the_inverse(size):
+    generator = torch.Generator().manual_seed(size)
+    inputs = torch.randn(size + 20, size, generator=generator, dtype=torch.float64)
+    gram = damped(inputs.t() @ inputs / len(inputs))
+    work = gram.clone()
+    factor = inverse_factor_(work)
+    assert factor is work  # in its place
+    assert not factor.tril(-1).any()
+    assert bool((factor.diagonal() > 0).all())
+    torch.testing.assert_close(factor.t() @ factor @ gram, torch.eye(size, dtype=torch.float64), rtol=0, atol=1e-9)
+
+
+def test_what_has_no_inverse_has_no_factor():
+    with pytest.raises(torch.linalg.LinAlgError):
+        inverse_factor_(-torch.eye(3))
+
+
+def test_damping_in_another_dtype_leaves_the_matrix_alone():
+    gram = torch.eye(3)
+    assert damped(gram, dtype=torch.float64).dtype == torch.float64
+    assert torch.equal(gram, torch.eye(3))
