@@ -158,6 +158,14 @@ def main(rank: int, size: int, folder: str) -> None:
     with mock.patch.object(dist, "is_initialized", return_value=False):
         expected = prune(models.tiny_bert(), criterion="wanda", calibration=batches)
     found["another opinion"] = differing(snapshot(expected), snapshot(model))
+    model = prune(
+        models.tiny_bert(), criterion="wanda", calibration=batches, polish={"epochs": 2, "learning_rate": 1e-3}
+    )
+    store = MaskStore.of(model)
+    assert store is not None
+    assert store.polished is not None
+    found["polish"] = [float(p.detach().double().abs().sum()) for p in model.parameters()]
+    found["polished"] = [store.polished.before, store.polished.after, store.polished.steps]
     if rank == 1:  # without calibration, nobody waits
         found["magnitude"] = int((prune(models.tiny_bert(), 0.5).classifier.weight == 0).sum())
     Path(folder, f"{rank}.json").write_text(json.dumps(found))
