@@ -23,7 +23,7 @@ CALIBRATION_ORDERS = ("sequential", "one_pass")
 REPAIRS = ("least_squares",)
 OBJECTIVES = ("layer", "loss")
 POLISHES = ("distill",)
-POLISH_DEFAULTS: Mapping[str, float] = MappingProxyType({"epochs": 2, "learning_rate": 2e-4})
+POLISH_DEFAULTS: Mapping[str, float] = MappingProxyType({"epochs": 2, "learning_rate": 1e-4})
 DEFAULT_SPARSITY = 0.5
 
 
@@ -63,7 +63,7 @@ class PruningConfig:
         steps: In how many steps a criterion that learns from gradients prunes: each removes the same share of what is
             left, and the gradients are taken anew on the partly pruned model. Slower in proportion.
         polish: ``"distill"`` trains the pruned model for a short while to put out what the dense one did, on unlabelled
-            batches and with fixed masks; ``{"epochs": 2, "learning_rate": 2e-4}`` are its settings, either of which may
+            batches and with fixed masks; ``{"epochs": 2, "learning_rate": 1e-4}`` are its settings, either of which may
             be left out. None, the default, trains nothing.
 
     Raises:
@@ -324,7 +324,7 @@ def _check_polish(polish: object) -> dict[str, float] | None:
     check_positive("polish['epochs']", found["epochs"])
     rate = found["learning_rate"]
     if isinstance(rate, bool) or not isinstance(rate, numbers.Real) or not 0 < float(rate) < 1:
-        raise ConfigError(f"polish['learning_rate'] is {rate!r}: expected a number between 0 and 1, such as 2e-4")
+        raise ConfigError(f"polish['learning_rate'] is {rate!r}: expected a number between 0 and 1, such as 1e-4")
     return {"epochs": found["epochs"], "learning_rate": float(rate)}
 
 
