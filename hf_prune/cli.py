@@ -178,6 +178,10 @@ def prune(
     window: Annotated[
         int, typer.Option(min=1, help="Language models: tokens of a window that they see while calibrating.")
     ] = 512,
+    polish_samples: Annotated[
+        int | None,
+        typer.Option(min=1, help="How many a polish trains on. [default: those that calibration sees]"),
+    ] = None,
     batch_size: BatchSize = 32,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and change nothing.")] = False,
     plots: Annotated[bool, typer.Option("--plots", help="Also write weights.png and layers.png.")] = False,
@@ -201,6 +205,9 @@ def prune(
     for option, given in (("--max-drop", max_drop is not None), ("--plots", plots)):
         if stream and given:
             raise ConfigError(f"--stream never holds the model, which {option} needs: leave one out")
+    for option, given in (("--max-drop", max_drop is not None), ("--stream", stream), ("--dry-run", dry_run)):
+        if polish_samples is not None and given:
+            raise ConfigError(f"--polish-samples has no meaning with {option}: leave one out")
     if restart and not stream:
         raise ConfigError("--restart begins a streaming run anew: add --stream, or leave it out")
     _start([model])
@@ -253,7 +260,14 @@ def prune(
             report = stream_checkpoint(model, settings, out, data=texts if of_language else labelled, restart=restart)
         text, values = str(report), report.to_dict()
     elif max_drop is None:
-        report = prune_checkpoint(model, settings, out, data=texts if of_language else labelled, plots=plots)
+        report = prune_checkpoint(
+            model,
+            settings,
+            out,
+            data=texts if of_language else labelled,
+            polish_samples=polish_samples,
+            plots=plots,
+        )
         text, values = str(report), report.to_dict()
     else:
         search, reported, report = prune_to_budget(

@@ -120,11 +120,6 @@ class PruningConfig:
             raise unknown_name("calibration_order", self.calibration_order, CALIBRATION_ORDERS)
         if self.repair is not None and self.repair not in REPAIRS:
             raise unknown_name("repair", self.repair, REPAIRS)
-        if self.repair is not None and self.scope == "global":
-            raise ConfigError(
-                f"repair={self.repair!r} contradicts scope='global': layers are repaired one after the other, and a "
-                f"global scope knows no mask before it has seen all of them; use scope 'layer' or 'row'"
-            )
         if self.objective not in OBJECTIVES:
             raise unknown_name("objective", self.objective, OBJECTIVES)
         if self.objective == "loss":
@@ -160,17 +155,10 @@ class PruningConfig:
                 f"steps={self.steps} contradicts criterion {self.criterion!r}, which learns nothing from gradients: "
                 f"choose another criterion, or leave steps at 1"
             )
-        if self.repair is None:
-            return
-        if self.steps > 1:
+        if self.steps > 1 and self.repair is not None:
             raise ConfigError(
                 f"steps={self.steps} contradicts repair={self.repair!r}, which aims at the outputs of dense layers: "
                 f"leave one of them out"
-            )
-        if "fisher" in self.needs:
-            raise ConfigError(
-                f"repair={self.repair!r} contradicts criterion {self.criterion!r}, which gives the weights that stay "
-                f"values of its own: leave repair at None, or use criterion 'fisher_diagonal'"
             )
 
     def _set(self, name: str, value: object) -> None:

@@ -20,7 +20,7 @@ from hf_prune.plan import PruningPlan, make_plan
 from hf_prune.polish import DenseOutputs, polish
 from hf_prune.scoring import agreed_masks
 from hf_prune.sequential import prune_in_order
-from hf_prune.stepwise import prune_in_steps
+from hf_prune.stepwise import masks_before_repair, prune_in_steps
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -130,14 +130,20 @@ def prune(
             if batches is None:
                 batches = calibration = list(require_batches(plan, calibration))
             dense = context.enter_context(DenseOutputs(model, plan, batches, cache_bytes, progress))
+        given = None
+        if config.repair is not None and (config.scope == "global" or plan.needs & CURVATURE):
+            calibration = list(require_batches(plan, calibration))
+            given = masks_before_repair(model, plan, calibration, store.masks, progress, cache_bytes)
         undo = context.enter_context(Undo(model, in_memory=keep_dense or store.dense is not None))
         if plan.needs & INPUTS and config.calibration_order == "sequential":
-            masks = prune_in_order(model, plan, calibration, store.masks, undo, progress, cache_bytes, sensitivity)
-        elif plan.needs & CURVATURE or config.steps > 1:
+            masks = prune_in_order(
+                model, plan, calibration, store.masks, undo, progress, cache_bytes, sensitivity, given
+            )
+        elif given is None and (plan.needs & CURVATURE or config.steps > 1):
             masks = prune_in_steps(model, plan, calibration, store.masks, undo, progress, cache_bytes)
         else:
             stats = collect_stats(model, plan, calibration, progress)
-            masks, weights = agreed_masks(model, plan, stats, store.masks)
+            masks, weights = agreed_masks(model, plan, stats, store.masks, given)
             if dense is None:
                 store.update(model, masks, weights, config, keep_dense)
                 return wrapper

@@ -22,7 +22,11 @@ _LEAST_SHARE = 1e-6  # of the mean weight of outputs that the predictions hardly
 
 
 def agreed_masks(
-    model: nn.Module, plan: PruningPlan, stats: Mapping[str, WeightStats], old_masks: Mapping[str, Tensor]
+    model: nn.Module,
+    plan: PruningPlan,
+    stats: Mapping[str, WeightStats],
+    old_masks: Mapping[str, Tensor],
+    given: Mapping[str, Tensor] | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """:func:`compute_masks`, and of several processes that calibrate together each gets what the first one computed.
 
@@ -30,16 +34,20 @@ def agreed_masks(
     that differ would never be noticed. Without calibration processes need not wait for one another.
     """
     if not plan.needs:
-        return compute_masks(model, plan, stats, old_masks)
+        return compute_masks(model, plan, stats, old_masks, given)
     with all_or_none():
-        found = compute_masks(model, plan, stats, old_masks)
+        found = compute_masks(model, plan, stats, old_masks, given)
     masks, weights = ({name: from_first(tensor) for name, tensor in tensors.items()} for tensors in found)
     return masks, weights
 
 
 @torch.no_grad()
 def compute_masks(
-    model: nn.Module, plan: PruningPlan, stats: Mapping[str, WeightStats], old_masks: Mapping[str, Tensor]
+    model: nn.Module,
+    plan: PruningPlan,
+    stats: Mapping[str, WeightStats],
+    old_masks: Mapping[str, Tensor],
+    given: Mapping[str, Tensor] | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The masks that a plan leads to, without touching the model.
 
@@ -48,6 +56,7 @@ def compute_masks(
         plan: Its plan.
         stats: What calibration gathered.
         old_masks: Masks of earlier prunings, by parameter name.
+        given: Masks that are known already, of which only the repair is left.
 
     Returns:
         Bool masks, and the weights and biases that the criterion or the repair gave new values, both in the
@@ -69,7 +78,7 @@ def compute_masks(
 
     masks: dict[str, Tensor] = {}
     weights: dict[str, Tensor] = {}
-    if plan.config.scope == "global":
+    if plan.config.scope == "global" and given is None:
         sources = {t.target.name: source(t.target, matrix(t.target)) for t in plan.tensors}
         return {t.target.name: t.target.native(keep) for t, keep in keep_units(plan, plan.tensors, sources)}, weights
     for tensor in plan.tensors:
@@ -77,7 +86,9 @@ def compute_masks(
         name, repaired = target.name, None
         stat, dense, old = stats[name], matrix(target), old_matrix(target)
         weight, scale = _goal(dense, stat) if criterion.needs & INPUTS else (dense, None)
-        if criterion.repairs:
+        if given is not None:
+            keep = target.matrix(given[name])
+        elif criterion.repairs:
             select = Selector(criterion.name, tensor, granularity, old)
             keep, repaired = criterion.prune_weight(weight, stat, select)
             repaired = repaired if scale is None else repaired / scale

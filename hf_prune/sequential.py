@@ -33,6 +33,7 @@ def prune_in_order(
     progress: bool = False,
     cache_bytes: int = CACHE_BYTES,
     sensitivity: Sensitivity | None = None,
+    given: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """Prune a model, in place, so that each target sees the inputs that the pruned model gives it.
 
@@ -49,6 +50,7 @@ def prune_in_order(
         cache_bytes: How much of what finished layers put out, and of what the dense model put out, is kept in memory;
             the rest goes to a temporary folder.
         sensitivity: For the objective "loss", if it was measured already.
+        given: Masks that are known already, of which only the repair is left.
 
     Returns:
         Bool masks by parameter name.
@@ -58,7 +60,7 @@ def prune_in_order(
     """
     batches = list(require_batches(plan, calibration))
     known: Mapping[str, WeightStats] = {}
-    if gradients := plan.needs & GRADIENTS:  # taken on the dense model
+    if given is None and (gradients := plan.needs & GRADIENTS):  # taken on the dense model
         dense_config = plan.config.replace(repair=None, objective="layer")
         known = collect_stats(model, dataclasses.replace(plan, config=dense_config), batches, progress)
         assert gradients <= plan.criterion.needs
@@ -71,7 +73,7 @@ def prune_in_order(
     def prune_step(step: list[PlannedTensor], gathered: dict[str, dict[str, Tensor]], bar: Any) -> None:
         for tensor in step:
             name = tensor.target.name
-            mask, weights = prune_one(model, plan, tensor, gathered.pop(name), old_masks, known.get(name))
+            mask, weights = prune_one(model, plan, tensor, gathered.pop(name), old_masks, known.get(name), given)
             for changed in {name, *weights}:
                 undo.save(changed, parameters[changed])
             masks[name] = mask
@@ -111,6 +113,7 @@ def prune_one(
     gathered: Mapping[str, Any],
     old_masks: Mapping[str, Tensor],
     known: WeightStats | None = None,
+    given: Mapping[str, Tensor] | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The mask of one target, and by name its weight and bias where these get new values.
 
@@ -121,9 +124,10 @@ def prune_one(
         gathered: Statistics of what flows into it.
         old_masks: Masks of earlier prunings, by parameter name.
         known: Its other statistics.
+        given: Masks that are known already.
     """
     name = tensor.target.name
     stats = dataclasses.replace(known or WeightStats(seed=weight_seed(plan, name)), **gathered)
     part = dataclasses.replace(plan, tensors=(tensor,))
-    masks, weights = agreed_masks(model, part, {name: stats}, old_masks)
+    masks, weights = agreed_masks(model, part, {name: stats}, old_masks, given)
     return masks[name], weights

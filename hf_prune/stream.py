@@ -145,6 +145,11 @@ def check_streamable(config: PruningConfig) -> None:
         raise ConfigError(
             f"{who} needs gradients, which need the whole model in memory: leave it out, or prune without streaming"
         )
+    if config.repair is not None and config.scope == "global":
+        raise ConfigError(
+            f"repair={config.repair!r} with scope='global' needs all masks before the first repair: use scope 'layer' "
+            f"or 'row', or prune without streaming"
+        )
     if config.learns_allocation:
         able = [name for name in ALLOCATIONS if name not in CALIBRATED_ALLOCATIONS]
         raise ConfigError(

@@ -85,8 +85,17 @@ class LabelledData:
             )
         return data.select(rows)
 
-    def calibration(self, configs: Sequence[PruningConfig], model: Any, tokenizer: Any) -> list[dict[str, Any]] | None:
-        """Batches, if one of the configs needs them; with labels if it needs gradients."""
+    def calibration(
+        self, configs: Sequence[PruningConfig], model: Any, tokenizer: Any, n: int | None = None
+    ) -> list[dict[str, Any]] | None:
+        """Batches, if one of the configs needs them; with labels if it needs gradients.
+
+        Args:
+            configs: The configs.
+            model: The model.
+            tokenizer: Its tokenizer.
+            n: How many examples, if not ``calibration_samples``; these are among them.
+        """
         if not any(config.needs_data for config in configs):
             return None
         label_column = self.label_column if any(config.needs & GRADIENTS for config in configs) else None
@@ -95,7 +104,7 @@ class LabelledData:
                 self.source, self.calibration_split, text_columns=self.text_columns, label_column=label_column
             ),
             tokenizer,
-            n=self.calibration_samples,
+            n=n or self.calibration_samples,
             text_columns=self.text_columns,
             label_column=label_column,
             label2id=model.config.label2id,
@@ -124,14 +133,23 @@ class TextData:
         """The texts of one split."""
         return load_texts(self.source, split, text_column=self.text_column)
 
-    def calibration(self, configs: Sequence[PruningConfig], model: Any, tokenizer: Any) -> list[dict[str, Any]] | None:
-        """Windows of tokens, if one of the configs needs them; with labels if it needs gradients."""
+    def calibration(
+        self, configs: Sequence[PruningConfig], model: Any, tokenizer: Any, n: int | None = None
+    ) -> list[dict[str, Any]] | None:
+        """Windows of tokens, if one of the configs needs them; with labels if it needs gradients.
+
+        Args:
+            configs: The configs.
+            model: The model.
+            tokenizer: Its tokenizer.
+            n: How many windows, if not ``calibration_samples``.
+        """
         if not any(config.needs_data for config in configs):
             return None
         return token_windows(
             self.load(self.calibration_split),
             tokenizer,
-            n=self.calibration_samples,
+            n=n or self.calibration_samples,
             length=min(self.window, context_length(model) or self.window),
             labels=any(config.needs & GRADIENTS for config in configs),
         )
@@ -241,6 +259,7 @@ def prune_checkpoint(
     out: Path,
     *,
     data: LabelledData | TextData | None = None,
+    polish_samples: int | None = None,
     plots: bool = False,
     name: str = "",
 ) -> SparsityReport:
@@ -251,6 +270,7 @@ def prune_checkpoint(
         config: The settings.
         out: The folder, which may be the source itself.
         data: Labelled texts, or texts for a language model, for criteria that need them.
+        polish_samples: How many of them a polish trains on; by default those that calibration sees.
         plots: Also write ``weights.png`` and ``layers.png``.
         name: What to call the model in plots.
 
@@ -258,8 +278,10 @@ def prune_checkpoint(
         The report, which lies in the folder as ``sparsity_report.json``.
     """
     join_processes()
-    model, batches = _with_calibration(source, data if config.needs_data else None, config)
-    with _pruned_into(model, source, config, out, batches, plots, name) as (report, _):
+    if polish_samples is not None and config.polish is None:
+        raise ConfigError(f"polish_samples is {polish_samples}, but there is no polish: set polish, or leave it out")
+    model, batches, *more = _with_calibration(source, data if config.needs_data else None, config, polish_samples)
+    with _pruned_into(model, source, config, out, batches, plots, name, *more) as (report, _):
         return report
 
 
@@ -271,19 +293,20 @@ def plan_checkpoint(source: str, config: PruningConfig, *, data: LabelledData | 
         config: The settings.
         data: Texts, for allocations that are learned from data.
     """
-    model, batches = _with_calibration(source, data if config.learns_allocation else None, config)
+    model, batches, _ = _with_calibration(source, data if config.learns_allocation else None, config)
     plan: PruningPlan = model.plan(config, calibration=batches)
     return plan
 
 
 def _with_calibration(
-    source: str, data: LabelledData | TextData | None, config: PruningConfig
-) -> tuple[Any, list[dict[str, Any]] | None]:
-    """A model, and its calibration batches if there is data for them."""
+    source: str, data: LabelledData | TextData | None, config: PruningConfig, polish_samples: int | None = None
+) -> tuple[Any, list[dict[str, Any]] | None, list[dict[str, Any]] | None]:
+    """A model, and its batches for calibration and for a polish if there is data for them."""
     if data is None:
-        return load_native(source), None
+        return load_native(source), None, None
     model, tokenizer = (load_language_model if isinstance(data, TextData) else load_classifier)(source)
-    return model, data.calibration([config], model, tokenizer)
+    more = None if polish_samples is None else data.calibration([config], model, tokenizer, polish_samples)
+    return model, data.calibration([config], model, tokenizer), more
 
 
 def prune_to_budget(
@@ -413,6 +436,7 @@ def _pruned_into(
     batches: list[dict[str, Any]] | None,
     plots: bool,
     name: str,
+    polish_data: list[dict[str, Any]] | None = None,
 ) -> Iterator[tuple[SparsityReport, Path | None]]:
     """Prune and save; the block may add files to the folder, which then appears at once.
 
@@ -420,7 +444,7 @@ def _pruned_into(
     """
     names = [tensor.target.name for tensor in model.plan(config).tensors]
     dense, before = sparsity_report(model, config), weight_histogram(model, names)
-    model.prune(config, calibration=batches, progress=True)
+    model.prune(config, calibration=batches, polish_data=polish_data, progress=True)
     report = sparsity_report(model).with_before(dense)
     with all_or_none(), staged_checkpoint(out) if is_first() else contextlib.nullcontext() as staging:
         if staging is not None:

@@ -148,6 +148,33 @@ def test_only_targets_change_and_the_dense_weights_come_back(kind):
     models.assert_unchanged(model, before)
 
 
+@pytest.mark.parametrize("order", ["sequential", "one_pass"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"scope": "global"},
+        {"scope": "global", "criterion": "taylor"},
+        {"criterion": "fisher"},
+        {"criterion": "fisher", "scope": "global"},
+        {"criterion": "fisher_diagonal", "scope": "row"},
+    ],
+)
+def test_it_repairs_masks_that_are_made_before(settings, order):
+    """The masks are those without a repair; what stays is solved anew for the dense outputs."""
+    batches = tiny_batches(models.tiny_bert(), sizes=(4, 4))
+    plain = prune(models.tiny_bert(), 0.5, calibration=batches, **settings)
+    repair = {"repair": "least_squares", "calibration_order": order}
+    repaired = prune(models.tiny_bert(), 0.5, calibration=batches, **repair, **settings)
+    masks = MaskStore.of(plain).masks
+    name = "bert.encoder.layer.0.intermediate.dense.weight"
+    assert all(torch.equal(mask, MaskStore.of(repaired).masks[n]) for n, mask in masks.items())
+    assert all(not repaired.get_parameter(n)[~mask].any() for n, mask in masks.items())
+    assert not torch.equal(plain.get_parameter(name), repaired.get_parameter(name))
+    if "fisher" not in settings.get("criterion", ""):
+        dense = models.tiny_bert().get_parameter(name)
+        assert torch.equal(plain.get_parameter(name), dense * masks[name])
+
+
 def test_an_earlier_mask_stays():
     model = prune(models.mlp(), 0.3, criterion="random")
     early = {name: mask.clone() for name, mask in MaskStore.of(model).masks.items()}
@@ -160,7 +187,10 @@ def test_an_earlier_mask_stays():
     ("settings", "message"),
     [
         ({"repair": "least_square"}, r"unknown repair 'least_square': .*Did you mean 'least_squares'"),
-        ({"repair": "least_squares", "scope": "global"}, r"repair='least_squares' contradicts scope='global': layers"),
+        (
+            {"repair": "least_squares", "criterion": "taylor", "steps": 2},
+            r"steps=2 contradicts repair='least_squares', which aims at the outputs of dense layers",
+        ),
         ({"calibration_order": "backwards"}, r"unknown calibration_order 'backwards': expected one of"),
         ({"criterion": "sparsegpt", "scope": "global"}, r"criterion 'sparsegpt' cannot rank in scope 'global'"),
     ],
