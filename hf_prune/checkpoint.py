@@ -12,7 +12,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from hf_prune.config import PruningConfig
 from hf_prune.errors import CheckpointError
 from hf_prune.files import atomic_path, move_into, staged_folder
 from hf_prune.masking import MaskStore
+from hf_prune.polish import PolishRecord
 from hf_prune.sources import check_model_source
 
 MASK_FILE = "pruning_masks.safetensors"
@@ -73,7 +74,7 @@ def save_masks(store: MaskStore, path: str | os.PathLike[str]) -> None:
     packed = {name: torch.from_numpy(pack(mask)) for name, mask in store.masks.items()}
     entries = {name: {"shape": list(m.shape), "kept": int(m.count_nonzero())} for name, m in store.masks.items()}
     with atomic_path(path) as temporary:
-        save_file(packed, temporary, mask_metadata(entries, store.config))
+        save_file(packed, temporary, mask_metadata(entries, store.config, store.polishes))
 
 
 def pack(mask: Tensor) -> np.ndarray:
@@ -81,16 +82,21 @@ def pack(mask: Tensor) -> np.ndarray:
     return np.packbits(mask.cpu().numpy())
 
 
-def mask_metadata(entries: Mapping[str, Mapping[str, Any]], config: PruningConfig | None) -> dict[str, str]:
+def mask_metadata(
+    entries: Mapping[str, Mapping[str, Any]], config: PruningConfig | None, polishes: Iterable[PolishRecord] = ()
+) -> dict[str, str]:
     """What a file of masks says of them.
 
     Args:
         entries: ``shape`` and ``kept``, the number of weights that stay, by parameter name.
         config: The settings that made them, if they are known.
+        polishes: What each training after a pruning did.
     """
     header: dict[str, Any] = {"format": MASK_FORMAT, "version": MASK_VERSION, "masks": entries}
     if config is not None:
         header["config"] = config.to_dict()
+    if trained := [record.to_dict() for record in polishes]:
+        header["polishes"] = trained
     # one key, since safetensors writes several in an order of its own
     return {_HEADER: json.dumps(header, sort_keys=True)}
 
@@ -102,7 +108,7 @@ def load_masks(path: str | os.PathLike[str]) -> MaskStore:
         CheckpointError: If the file is damaged, of another kind, or of a newer version.
     """
     stored = StoredMasks(path)
-    return MaskStore(dict(stored), config=stored.config)
+    return MaskStore(dict(stored), config=stored.config, polishes=stored.polishes)
 
 
 class StoredMasks(Mapping[str, Tensor]):
@@ -135,6 +141,7 @@ class StoredMasks(Mapping[str, Tensor]):
             )
         try:
             self.config = PruningConfig.from_dict(header["config"]) if "config" in header else None
+            self.polishes = tuple(PolishRecord(**record) for record in header.get("polishes", ()))
             self._entries = {name: dict(entry) for name, entry in header["masks"].items()}
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise self._damaged(error) from error

@@ -62,9 +62,10 @@ class PruningConfig:
             no labels; more accurate, and slower by about half.
         steps: In how many steps a criterion that learns from gradients prunes: each removes the same share of what is
             left, and the gradients are taken anew on the partly pruned model. Slower in proportion.
-        polish: ``"distill"`` trains the pruned model for a short while to put out what the dense one did, on unlabelled
-            batches and with fixed masks; ``{"epochs": 2, "learning_rate": 1e-4}`` are its settings, either of which may
-            be left out. None, the default, trains nothing.
+        polish: ``"distill"`` trains what is left of the targets, their biases and the norms beside them, for a short
+            while and with fixed masks, to put out what the dense model did on unlabelled batches;
+            ``{"epochs": 2, "learning_rate": 1e-4}`` are its settings, either of which may be left out. None, the
+            default, trains nothing.
 
     Raises:
         ConfigError: If a value is unknown, out of range, or contradicts another one.

@@ -34,13 +34,13 @@ class MaskStore:
         masks: Bool masks shaped like their parameters, by parameter name; True = keep.
         dense: The weights as they were before pruning, where they were kept.
         config: The settings of the last pruning, None if the masks came from elsewhere.
-        polished: What a training after the last pruning did, None if there was none or it is not known.
+        polishes: What each training after a pruning did, the first one first.
     """
 
     masks: dict[str, Tensor] = field(default_factory=dict)
     dense: dict[str, Tensor] | None = None
     config: PruningConfig | None = None
-    polished: PolishRecord | None = None
+    polishes: tuple[PolishRecord, ...] = ()
 
     @staticmethod
     def of(model: nn.Module) -> MaskStore | None:
@@ -84,7 +84,7 @@ class MaskStore:
         for name, mask in masks.items():
             old = self.masks.get(name)
             self.masks[name] = mask if old is None else mask & old.to(mask.device)
-        self.config, self.polished = config, None
+        self.config = config
         self.attach(model)  # before any weight is written, so that an interruption can be undone
         with torch.no_grad():
             for name, weight in weights.items():

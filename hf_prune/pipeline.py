@@ -12,12 +12,13 @@ from hf_prune.activations import CACHE_BYTES, Batches
 from hf_prune.calibration import collect_stats, require_batches
 from hf_prune.config import PruningConfig
 from hf_prune.criteria.base import CURVATURE, INPUTS
+from hf_prune.dense_outputs import DenseOutputs
 from hf_prune.distributed import is_first
 from hf_prune.errors import ConfigError
 from hf_prune.layer_budgets import learn_sparsities
 from hf_prune.masking import MaskStore, Undo
 from hf_prune.plan import PruningPlan, make_plan
-from hf_prune.polish import DenseOutputs, polish
+from hf_prune.polish import polish
 from hf_prune.scoring import agreed_masks
 from hf_prune.sequential import prune_in_order
 from hf_prune.stepwise import masks_before_repair, prune_in_steps
@@ -86,7 +87,7 @@ def prune(
         progress: Show a progress bar while calibrating.
         cache_bytes: How much of what finished layers put out is kept in memory while layers are pruned in order; the
             rest goes to a temporary folder (``TMPDIR`` says where), as do the weights that an error would give back.
-        polish_data: Batches for a polish, if more or others than ``calibration``; no labels are used.
+        polish_data: Batches for a polish, if more or others than ``calibration``; labels in them are not looked at.
         **settings: Fields of :class:`PruningConfig`, in place of, or on top of, ``config``.
 
     Returns:
@@ -107,6 +108,8 @@ def prune(
     """
     config = resolve_config(config, settings)
     wrapper, model = model, getattr(model, "_orig_mod", model)  # torch.compile wraps the model
+    if polish_data is not None and config.polish is None:
+        raise ConfigError("polish_data is given, but there is no polish: set polish='distill', or leave it out")
     plan = make_plan(model, config)
     if dry_run and (calibration is None or not config.learns_allocation):
         return plan
@@ -126,9 +129,10 @@ def prune(
             return plan
         dense = None
         if config.polish is not None:  # recorded before anything changes
-            batches = polish_data
-            if batches is None:
-                batches = calibration = list(require_batches(plan, calibration))
+            if polish_data is None or plan.needs:
+                calibration = list(require_batches(plan, calibration))
+            batches = calibration if polish_data is None else list(require_batches(plan, polish_data))
+            assert batches is not None
             dense = context.enter_context(DenseOutputs(model, plan, batches, cache_bytes, progress))
         given = None
         if config.repair is not None and (config.scope == "global" or plan.needs & CURVATURE):
@@ -153,7 +157,8 @@ def prune(
             kept = {name: mask & store.masks.get(name, mask).to(mask.device) for name, mask in masks.items()}
             record = polish(model, {**store.masks, **kept}, dense, undo, config, progress)
         store.update(model, masks, {}, config, keep_dense, undo.dense)
-        store.polished = record
+        if record is not None:
+            store.polishes = (*store.polishes, record)
     return wrapper
 
 

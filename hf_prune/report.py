@@ -84,7 +84,7 @@ class SparsityReport:
     Args:
         model_name: The model's class.
         tensors: Every parameter once, tied ones under their first name.
-        polish: What a training after pruning did, in one sentence; empty if there was none.
+        polish: What each training after a pruning did, in one sentence; empty if there was none.
     """
 
     model_name: str
@@ -266,13 +266,9 @@ def sparsity_report(model: nn.Module, config: PruningConfig | None = None) -> Sp
                 before=WeightStatistics.of(dense[name]) if name in dense else None,
             )
         )
-    return SparsityReport(type(model).__name__, tuple(tensors), _polish(store))
-
-
-def _polish(store: MaskStore | None) -> str:
-    if store is None or store.config is None or store.config.polish is None:
-        return ""
-    return str(store.polished or f"The weights were trained after pruning: polish {store.config.polish}.")
+    return SparsityReport(
+        type(model).__name__, tuple(tensors), " ".join(map(str, store.polishes)) if store is not None else ""
+    )
 
 
 def _targets(model: nn.Module, config: PruningConfig | None, store: MaskStore | None) -> dict[str, Target]:

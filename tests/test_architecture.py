@@ -22,6 +22,7 @@ LAYERS = (
     (
         "activations",
         "calibration",
+        "dense_outputs",
         "fisher",
         "layer_budgets",
         "masking",
