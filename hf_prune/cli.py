@@ -70,6 +70,7 @@ Targets = Annotated[
 ]
 Exclude = Annotated[str | None, typer.Option(help="Modules to leave alone, in the same form.")]
 Repair = Annotated[str | None, typer.Option(help=f"{', '.join(REPAIRS)}: solve anew for the weights that stay.")]
+Steps = Annotated[int | None, typer.Option(help="Steps of a criterion that learns from gradients. [default: 1]")]
 Seed = Annotated[int | None, typer.Option(help="Seed of what is random.")]
 CalibrationSplit = Annotated[str, typer.Option(help="Split that calibrated criteria learn from; never the scored one.")]
 CalibrationSamples = Annotated[int, typer.Option(min=1, help="How many labelled sentences they see.")]
@@ -137,6 +138,7 @@ def prune(
     target_modules: Targets = None,
     exclude_modules: Exclude = None,
     repair: Repair = None,
+    steps: Steps = None,
     seed: Seed = None,
     config: Config = None,
     data: Annotated[str, typer.Option(help="Labelled data for criteria that need it, and --max-drop.")] = "glue/sst2",
@@ -166,6 +168,7 @@ def prune(
         target_modules=target_modules,
         exclude_modules=exclude_modules,
         repair=repair,
+        steps=steps,
         seed=seed,
     )
     if (settings.needs or max_drop is not None) and not dry_run:
@@ -260,6 +263,7 @@ def sweep(
     target_modules: Targets = None,
     exclude_modules: Exclude = None,
     repair: Repair = None,
+    steps: Steps = None,
     seed: Seed = None,
     config: Config = None,
     text_column: Text = "sentence",
@@ -281,6 +285,7 @@ def sweep(
         target_modules=target_modules,
         exclude_modules=exclude_modules,
         repair=repair,
+        steps=steps,
         seed=seed,
     )
     from hf_prune.workflows import LabelledData, sweep_checkpoint
@@ -420,9 +425,9 @@ def _config(path: Path | None, **settings: Any) -> PruningConfig:
 
 
 def _needs(criterion: type[Criterion]) -> str:
-    from hf_prune.criteria.base import GRADIENTS
+    from hf_prune.criteria.base import LABELLED
 
-    if criterion.needs & GRADIENTS:
+    if criterion.needs & LABELLED:
         return "labelled data"
     return "texts" if criterion.needs else "no data"
 

@@ -30,6 +30,8 @@ def test_defaults():
         "seed": 0,
         "calibration_order": "sequential",
         "repair": None,
+        "objective": "layer",
+        "steps": 1,
     }
 
 
