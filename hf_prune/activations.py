@@ -11,6 +11,7 @@ every block is computed from then on.
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -29,6 +30,7 @@ from hf_prune.distributed import add_up, all_or_none, processes, share
 from hf_prune.errors import CalibrationError
 from hf_prune.plan import PlannedTensor, PruningPlan
 from hf_prune.spill import Shelf
+from hf_prune.sums import InputSum
 from hf_prune.targets import is_finite
 
 Batches = Iterable[Mapping[str, Any]]
@@ -36,7 +38,6 @@ NO_BATCHES = "calibration has no batches: expected at least one; a used-up gener
 
 Statistics = dict[str, dict[str, Tensor]]
 _NUMBER = re.compile(r"\d+")
-_ROWS = 256  # of a Gram matrix that are added at a time
 
 CACHE_BYTES = 256 * 2**20  # of what finished blocks put out, in memory; what is beyond it goes to a temporary folder
 
@@ -63,14 +64,6 @@ def on_device(model: nn.Module, batch: object) -> dict[str, Any]:
         raise CalibrationError(f"a calibration batch is a {type(batch).__name__}: expected a dict of model inputs")
     device = _device(model)
     return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
-
-
-def sum_dtype(device: torch.device) -> torch.dtype:
-    """In what to add up what each batch gives in float32: float64, which keeps nearly always every bit of the sum.
-
-    So the order of the batches does not matter, nor how they are shared between processes.
-    """
-    return torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
 
 
 def _device(model: nn.Module) -> torch.device:
@@ -106,57 +99,6 @@ class _Stack:
     def state(self, batch: int) -> tuple[int, Any]:
         """How many blocks are replayed, and what they put out for a batch, if this process has it."""
         return self.replayed, self.outputs.get(batch) if batch in self.outputs else None
-
-
-class _Sum:
-    """Products of inputs, added up.
-
-    Those of a batch are computed in float32; see :func:`sum_dtype` for the rest.
-    """
-
-    def __init__(self, needs: Iterable[str], inputs: int) -> None:
-        self.gram = "input_gram" in needs
-        self.inputs = inputs
-        self.total: Tensor | None = None
-        self.mean: Tensor | None = None
-        self.tokens = 0
-
-    @torch.no_grad()
-    def add(self, x: Tensor) -> None:
-        """(tokens, in)."""
-        x = x.float()
-        total = self._start(x.device)
-        if self.gram:
-            for rows in range(0, self.inputs, _ROWS):  # so that the products of a batch take little memory
-                total[rows : rows + _ROWS].add_(x[:, rows : rows + _ROWS].t() @ x)
-        else:
-            total.add_((x * x).sum(0))
-        self.tokens += len(x)
-
-    def _start(self, device: torch.device) -> Tensor:
-        if self.total is None:
-            size = (self.inputs, self.inputs) if self.gram else (self.inputs,)
-            self.total = torch.zeros(size, dtype=sum_dtype(device), device=device)
-        return self.total
-
-    def add_others(self, device: torch.device) -> None:
-        """Add what the other processes have seen."""
-        self.tokens = int(add_up(torch.tensor(self.tokens)))
-        if self.tokens:
-            self.total = add_up(self._start(device))
-
-    def statistics(self, needs: Iterable[str], device: torch.device) -> dict[str, Tensor]:
-        """The mean; as if inputs were independent and alike where none was ever seen."""
-        if self.tokens == 0:
-            mean = torch.eye(self.inputs, device=device) if self.gram else torch.ones(self.inputs, device=device)
-        else:
-            if self.mean is None:  # targets with the same inputs share it
-                assert self.total is not None
-                self.mean, self.total = self.total.div_(self.tokens).float(), None
-            mean = self.mean
-        square = mean.diagonal() if self.gram else mean
-        values = {"input_gram": mean, "input_norm": square.sqrt()}
-        return {need: values[need] for need in needs}
 
 
 class InputReader:
@@ -207,9 +149,12 @@ class InputReader:
         self.decoder = _decoder_modules(model)
         self._encoder_output: Tensor | None = None
         self._mask: Tensor | None = None
+        self._size = 0  # examples in the batch that is running
         self._decoder_mask: Tensor | None = None
         self._first = processes()[0]  # the first batch of this process
+        self.current = 0  # the number of the batch that is running
         self._unchecked = False
+        self._options = _lean_options(model, wanted)
         self.tokens: dict[str, int] = {}
         self._context = ExitStack()
 
@@ -250,10 +195,13 @@ class InputReader:
 
     # --- the order ----------------------------------------------------------------------------------
 
-    def order(self) -> list[list[PlannedTensor]]:
+    def order(self, warned: bool = True) -> list[list[PlannedTensor]]:
         """The targets in the order of their calls; neighbours that get the same input tensor come together.
 
         Targets that no batch reaches come last, with a warning: their inputs are taken to be alike.
+
+        Args:
+            warned: Whether to warn of them.
         """
         by_module = {id(module): t for t in self.tensors for module in self.holders[t.target.name]}
         steps: list[list[PlannedTensor]] = []
@@ -263,7 +211,7 @@ class InputReader:
         signatures: dict[str, list[int]] = {}
 
         def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x, tensor = _input(args, kwargs), by_module[id(module)]
+            x, tensor = first_input(args, kwargs), by_module[id(module)]
             same = bool(last) and last[0] is x
             tokens[0] += not same
             last[:] = [x]
@@ -277,8 +225,7 @@ class InputReader:
                     steps.append([tensor])
 
         targets = [module for modules in self.holders.values() for module in modules]
-        lists = _outer_lists(self.model, {id(module) for module in targets})
-        blocks = {id(block) for blocks in lists for block in blocks}
+        lists = outer_lists(self.model, {id(module) for module in targets})
         calls: dict[int, int] = {}
 
         def count(module: nn.Module, _: Any) -> None:
@@ -291,8 +238,7 @@ class InputReader:
                     hooks.callback(module.register_forward_pre_hook(note, with_kwargs=True).remove)
                 if index == 0:
                     for module in self.model.modules():
-                        if id(module) in blocks or id(module) in by_module:
-                            hooks.callback(module.register_forward_pre_hook(count).remove)
+                        hooks.callback(module.register_forward_pre_hook(count).remove)
                 self._forward(batch)
             if index == 0:
                 self.signatures = {name: tuple(tokens) for name, tokens in signatures.items()}
@@ -300,14 +246,15 @@ class InputReader:
             if len(seen) == len(self.tensors):
                 break
         self.once = {key for key, number in calls.items() if number == 1}
-        if missing := [t for t in self.tensors if t.target.name not in seen]:
+        missing = [t for t in self.tensors if t.target.name not in seen]
+        if missing and warned:
             names = ", ".join(t.target.name for t in missing[:3]) + (", …" if len(missing) > 3 else "")
             warn(
                 f"no calibration batch reached {len(missing)} of {len(self.tensors)} targets ({names}): they are "
                 f"pruned as if all their inputs were alike",
                 stacklevel=2,
             )
-            steps += [[t] for t in missing]
+        steps += [[t] for t in missing]
         if self.reuse:
             for blocks_of_list in lists:
                 if all(calls.get(id(block)) == 1 for block in blocks_of_list):
@@ -319,6 +266,20 @@ class InputReader:
     def _targets_in(self, block: nn.Module) -> set[str]:
         inside = {id(module) for module in block.modules()}
         return {name for name, modules in self.holders.items() if any(id(module) in inside for module in modules)}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+        return _device(self.model)
+
+    def block_of(self, name: str) -> nn.Module | None:
+        """The block that holds a target in all its uses, where what runs before it need not be computed again."""
+        for stack in self.stacks:
+            for block in stack.blocks:
+                inside = {id(module) for module in block.modules()}
+                if all(id(module) in inside for module in self.holders[name]):
+                    return block
+        return None
 
     def finish(self, tensors: Iterable[PlannedTensor]) -> None:
         """Say that these targets have their final weights, so that blocks without others need not run again."""
@@ -356,11 +317,7 @@ class InputReader:
             name = t.target.name
             found[name] = sums[name].statistics(needs, _device(self.holders[name][0]))
             self.tokens[name] = sums[name].tokens
-            if not all(is_finite(value) for value in found[name].values()):
-                raise CalibrationError(
-                    f"the inputs of {name} are not finite: expected finite values; calibrate in float32 or bfloat16, "
-                    f"and check the batches"
-                )
+            check_finite(name, found[name])
         return found
 
     def _check(self, tensors: Sequence[PlannedTensor], needs: frozenset[str]) -> None:
@@ -372,14 +329,8 @@ class InputReader:
         self._set_replayed([stack.before for stack in self.stacks])
         before = self._run(tensors, needs, firsts, record=False)
         self._set_replayed(after)
-        for name, expected in before.items():
-            if (a := expected.total) is None or (b := now[name].total) is None:
-                alike = expected.total is now[name].total
-            else:
-                alike = bool((a - b).abs().max() <= 1e-3 * a.abs().max())
-            if not alike:
-                self._give_up(self.stacks)
-                return
+        if not all(_alike(expected.sums, now[name].sums) for name, expected in before.items()):
+            self._give_up(self.stacks)
 
     def _set_replayed(self, states: Iterable[tuple[int, Any]]) -> None:
         for stack, (replayed, output) in zip(self.stacks, states, strict=True):
@@ -403,10 +354,10 @@ class InputReader:
         batches: Sequence[int],
         progress: bool = False,
         record: bool = True,
-    ) -> dict[str, _Sum]:
-        sums: dict[str, _Sum] = {}
+    ) -> dict[str, InputSum]:
+        sums: dict[str, InputSum] = {}
         by_signature: dict[tuple[int, ...], str] = {}
-        watched: list[tuple[nn.Module, _Sum, str]] = []
+        watchers: list[Watcher] = []
         for t in tensors:
             name = t.target.name
             signature = self.signatures.get(name)
@@ -415,42 +366,64 @@ class InputReader:
                 continue
             if signature is not None:
                 by_signature[signature] = name
-            sums[name] = _Sum(needs, t.target.matrix_shape[1])
-            watched += [(module, sums[name], t.target.layout) for module in self.holders[name]]
-        stop_after: set[int] | None = None
+            sums[name] = InputSum(needs, t.target.matrix_shape[1])
+            watchers += [Watcher(module, self._reader(sums[name], t.target.layout)) for module in self.holders[name]]
+        self.run(watchers, batches, progress, record)
+        device = _device(self.model)
+        for total in {id(total): total for total in sums.values()}.values():
+            total.add_others(device)
+        return sums
+
+    def run(
+        self,
+        watchers: Sequence[Watcher],
+        batches: Sequence[int],
+        progress: bool = False,
+        record: bool = True,
+        after_batch: Callable[[], None] | None = None,
+    ) -> None:
+        """Run batches with hooks on some modules, and stop each as soon as those that it waits for were called.
+
+        Args:
+            watchers: What to call when; without any, blocks put out what later runs replay.
+            batches: Numbers of the batches; each process runs its share.
+            progress: Show a progress bar.
+            record: Have blocks that are finished put out what later runs replay.
+            after_batch: Called after each batch.
+        """
+        stop_after: set[object] | None = None
         # A run may stop early only if no further call is to come, as far as the first batch shows.
-        if watched and all(id(module) in self.once for module, _, _ in watched):
-            stop_after = {id(module) for module, _, _ in watched}
+        if all(id(watcher.module) in self.once for watcher in watchers):
+            stop_after = {watcher for watcher in watchers if watcher.waits}
         advancing = []
         with ExitStack() as hooks:
-            left: set[int] = set()
-            for module, total, layout in watched:
-                hook = self._reader(total, layout, left if stop_after is not None else None)
-                hooks.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
-            current = [0]
+            left: set[object] = set()
+            for watcher in watchers:
+                watcher.install(hooks, left if stop_after is not None else None)
             for stack in self.stacks:
-                for block in stack.blocks[: stack.replayed]:
-                    hooks.enter_context(_replaced_forward(block, _replay(stack, current)))
+                replay, replay_last = self._replays(stack)
+                for i, block in enumerate(stack.blocks[: stack.replayed], start=1):
+                    forward = replay_last if i == stack.replayed else replay
+                    hooks.enter_context(replaced_forward(block, forward))
                 if record and stack.finished > stack.replayed:
                     advancing.append(stack)
                     stack.before = stack.state(self._first)
                     last = stack.blocks[stack.finished - 1]
-                    hook = _recorder(stack, current, None if watched else left)
-                    hooks.callback(last.register_forward_hook(hook).remove)
-            if not watched:
-                stop_after = {id(stack.blocks[stack.finished - 1]) for stack in advancing}
+                    recorder = Watcher(last, self._record_in(stack), after=True)
+                    recorder.install(hooks, left if stop_after is not None else None)
+                    if stop_after is not None:
+                        stop_after.add(recorder)
             hidden = None if progress else True  # None: shown on a terminal
             with all_or_none():
                 for index in tqdm(share(batches), desc="Calibrating", unit="batch", leave=False, disable=hidden):
-                    current[0] = index
+                    self.current = index
                     left |= stop_after or set()
                     try:
                         self._forward(self.batches[index])
                     except _Stop:
                         pass
-        device = _device(self.model)
-        for total in {id(total): total for total in sums.values()}.values():
-            total.add_others(device)
+                    if after_batch is not None:
+                        after_batch()
         for stack in advancing:
             recorded = int(add_up(torch.tensor(len(stack.recorded))))
             if recorded == len(self.batches):
@@ -458,53 +431,161 @@ class InputReader:
             elif recorded:  # not every batch calls it
                 self._give_up([stack])
             stack.recorded.clear()
-        return sums
 
-    def _reader(self, total: _Sum, layout: str, left: set[int] | None) -> Callable[..., None]:
-        def read(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = _input(args, kwargs)
-            total.add(_columns(module, x) if layout == "conv" else self._rows(module, x))
-            _done(left, module)
+    def _reader(self, total: InputSum, layout: str) -> Callable[..., None]:
+        def read(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _: Any) -> None:
+            total.add(self.rows(module, first_input(args, kwargs), layout))
 
         return read
 
+    def _replays(self, stack: _Stack) -> tuple[Callable[..., Any], Callable[..., Any]]:
+        """What blocks that are not computed any more do instead: all but the last of them, and the last.
+
+        What the others put out is never looked at, so they share one copy, which a block between them may have changed:
+        a deep model reads what it replays twice for each batch, not once for each block.
+        """
+        shared: list[tuple[int, Any]] = [(-1, None)]
+
+        def replay(*args: Any, **kwargs: Any) -> Any:
+            if shared[0][0] != self.current:
+                shared[0] = self.current, stack.outputs.get(self.current)
+            return shared[0][1]
+
+        return replay, lambda *args, **kwargs: stack.outputs.get(self.current)
+
+    def _record_in(self, stack: _Stack) -> Callable[..., None]:
+        def record(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            stack.outputs.put(self.current, output)
+            stack.recorded.add(self.current)
+
+        return record
+
     @torch.no_grad()
     def _forward(self, batch: Mapping[str, Any]) -> None:
+        self.forward(batch, {k: v for k, v in self._options.items() if k != "logits_to_keep" or "labels" not in batch})
+
+    def forward(self, batch: Mapping[str, Any], options: Mapping[str, Any] | None = None) -> Any:
+        """What the model puts out for a batch, whose padding :meth:`rows` then knows.
+
+        Args:
+            batch: The batch.
+            options: Other arguments of the model.
+        """
         inputs = on_device(self.model, batch)
+        self._size = next((len(value) for value in inputs.values() if isinstance(value, Tensor) and value.dim()), 0)
         self._mask = _mask(inputs.get("attention_mask"))
         self._decoder_mask = _mask(inputs.get("decoder_attention_mask"))
         self._encoder_output = None
 
         def keep_output(_: nn.Module, __: Any, output: Any) -> None:
-            first = output if isinstance(output, Tensor) else output[0]
+            first = first_tensor(output)
             self._encoder_output = first if isinstance(first, Tensor) else None
 
         with ExitStack() as hooks:
             if self.decoder is not None:
                 hooks.callback(self.decoder[0].register_forward_hook(keep_output).remove)
-            self.model(**inputs)
+            return self.model(**{**(options or {}), **inputs})
 
-    def _rows(self, module: nn.Module, x: Tensor) -> Tensor:
-        """(tokens, in): the inputs of a Linear without those of padding."""
+    def rows(self, module: nn.Module, x: Tensor, layout: str = "linear") -> Tensor:
+        """(tokens, in): what a module multiplies, without padding."""
+        if layout == "conv":
+            return _columns(module, x)
+        mask = self.mask(module, x)
+        rows = x.reshape(-1, x.shape[-1])
+        return rows if mask is None else rows[mask]
+
+    def in_place(self, x: Tensor, layout: str = "linear") -> bool:
+        """Whether a row of a module's inputs is the same token in every run: not so where a router chooses the rows."""
+        masks = [mask.numel() for mask in (self._mask, self._decoder_mask) if mask is not None]
+        return layout == "conv" or x.dim() > 2 or len(x) in (self._size, *masks)
+
+    def mask(self, module: nn.Module, x: Tensor) -> Tensor | None:
+        """(tokens,) bool: which of a module's inputs are no padding; None if all are.
+
+        Args:
+            module: A module of the model, while that runs.
+            x: (batch, seq, in) or (batch * seq, in) what flows into it.
+        """
         mask = self._mask
         if self.decoder is not None and id(module) in self.decoder[1]:
             encoded = self._encoder_output
             if encoded is None or x.data_ptr() != encoded.data_ptr() or x.shape != encoded.shape:
                 mask = self._decoder_mask
-        if mask is not None:
-            if x.dim() == 3 and x.shape[:2] == mask.shape:
-                return x[mask]
-            if x.dim() == 2 and len(x) == mask.numel():
-                return x[mask.reshape(-1)]
-        return x.reshape(-1, x.shape[-1])
+        if mask is None:
+            return None
+        fits = x.shape[:2] == mask.shape if x.dim() == 3 else x.dim() == 2 and len(x) == mask.numel()
+        return mask.reshape(-1) if fits else None
+
+
+@dataclass(frozen=True, eq=False)
+class Watcher:
+    """A module of interest in a run.
+
+    Args:
+        module: The module.
+        call: Gets the module, its arguments, its keyword arguments and its output; what it returns, if anything, takes
+            the output's place.
+        after: Call it after the module's forward; before it there is no output yet, and None in its place.
+        waits: Whether the run goes on until the module was called.
+    """
+
+    module: nn.Module
+    call: Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], Any]
+    after: bool = False
+    waits: bool = True
+
+    def install(self, hooks: ExitStack, left: set[object] | None) -> None:
+        """Hook it up.
+
+        Args:
+            hooks: Removes the hook at its end.
+            left: What the run still waits for; None if it does not stop early.
+        """
+
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any = None) -> Any:
+            found = self.call(module, args, kwargs, output)
+            if left is not None and self.waits:
+                left.discard(self)
+                if not left:
+                    raise _Stop
+            return found
+
+        if self.after:
+            hooks.callback(self.module.register_forward_hook(hook, with_kwargs=True).remove)
+        else:
+            hooks.callback(self.module.register_forward_pre_hook(hook, with_kwargs=True).remove)
 
 
 class _Stop(Exception):
     """Everything of interest was seen; never leaves this module."""
 
 
-def _input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+def check_finite(name: str, statistics: Mapping[str, Tensor]) -> None:
+    """Make sure that what was gathered for a target is finite.
+
+    Raises:
+        CalibrationError: If it is not.
+    """
+    if not all(is_finite(value) for value in statistics.values()):
+        raise CalibrationError(
+            f"the inputs of {name} are not finite: expected finite values; calibrate in float32 or bfloat16, "
+            f"and check the batches"
+        )
+
+
+def _alike(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
+    """Whether sums are the same but for rounding."""
+    return a.keys() == b.keys() and all(bool((a[k] - b[k]).abs().max() <= 1e-3 * a[k].abs().max()) for k in a)
+
+
+def first_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """What a module multiplies: its first argument."""
     return args[0] if args else next(iter(kwargs.values()))
+
+
+def first_tensor(output: Any) -> Any:
+    """What a module hands on: its output, or the first part of it."""
+    return output if isinstance(output, Tensor) else output[0]
 
 
 def _mask(mask: Any) -> Tensor | None:
@@ -530,7 +611,7 @@ def _columns(module: nn.Module, x: Tensor) -> Tensor:
     return x.movedim(1, -1).reshape(-1, module.in_channels * x.shape[-dims:].numel())
 
 
-def _outer_lists(model: nn.Module, targets: set[int]) -> list[list[nn.Module]]:
+def outer_lists(model: nn.Module, targets: set[int]) -> list[list[nn.Module]]:
     """The elements of every ModuleList that holds targets and lies in no other such list."""
     found: list[list[nn.Module]] = []
     inside: set[int] = set()
@@ -541,6 +622,18 @@ def _outer_lists(model: nn.Module, targets: set[int]) -> list[list[nn.Module]]:
                 found.append(list(module))
                 inside |= below
     return found
+
+
+def _lean_options(model: nn.Module, targets: set[str]) -> dict[str, Any]:
+    """Arguments with which a language model computes no cache and no more logits than it must: nobody looks at them."""
+    known = inspect.signature(model.forward).parameters
+    options: dict[str, Any] = {"use_cache": False} if "use_cache" in known else {}
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    if "logits_to_keep" in known and head is not None:
+        names = {name for name, parameter in model.named_parameters() if any(parameter is p for p in head.parameters())}
+        if not names & targets:
+            options["logits_to_keep"] = 1
+    return options
 
 
 def _decoder_modules(model: nn.Module) -> tuple[nn.Module, set[int]] | None:
@@ -554,7 +647,7 @@ def _decoder_modules(model: nn.Module) -> tuple[nn.Module, set[int]] | None:
 
 
 @contextmanager
-def _replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """Call another forward inside, and leave the module as it was."""
     own = module.__dict__.get("forward")
     module.__dict__["forward"] = forward
@@ -565,24 +658,3 @@ def _replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterato
             del module.__dict__["forward"]
         else:
             module.__dict__["forward"] = own
-
-
-def _replay(stack: _Stack, current: Sequence[int]) -> Callable[..., Any]:
-    return lambda *args, **kwargs: stack.outputs.get(current[0])
-
-
-def _recorder(stack: _Stack, current: Sequence[int], left: set[int] | None) -> Callable[..., None]:
-    def record(module: nn.Module, args: Any, output: Any) -> None:
-        stack.outputs.put(current[0], output)
-        stack.recorded.add(current[0])
-        _done(left, module)
-
-    return record
-
-
-def _done(left: set[int] | None, module: nn.Module) -> None:
-    """Stop the run once every module that it is for has been called."""
-    if left is not None:
-        left.discard(id(module))
-        if not left:
-            raise _Stop

@@ -93,6 +93,24 @@ def load_native(source: str) -> Any:
         DataError: If the source cannot be found, or its config names no class of transformers.
         CheckpointError: If the masks are damaged or do not fit the weights.
     """
+    native = native_class(source)
+    try:
+        return prunable(load_pruned(native.from_pretrained, source, local_files_only=check_model_source(source)))
+    except RuntimeError as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"the weights of {source!r} do not fit its config: {_first_line(error)}") from error
+
+
+def native_class(source: str) -> Any:
+    """The class of transformers that a checkpoint's config names.
+
+    Args:
+        source: Folder or Hub id.
+
+    Raises:
+        DataError: If the source cannot be found, or its config names no class of transformers.
+    """
     offline = check_model_source(source)
     try:
         architectures = transformers.AutoConfig.from_pretrained(source, local_files_only=offline).architectures or []
@@ -106,12 +124,7 @@ def load_native(source: str) -> Any:
             f"the config of {source!r} names the class {architectures or 'of no model'}: expected one of transformers, "
             f"such as BertForSequenceClassification; load it with an AutoPrunedModelFor… class instead"
         )
-    try:
-        return prunable(load_pruned(native.from_pretrained, source, local_files_only=offline))
-    except RuntimeError as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"the weights of {source!r} do not fit its config: {_first_line(error)}") from error
+    return native
 
 
 def _first_line(error: Exception) -> str:

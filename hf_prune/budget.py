@@ -173,7 +173,7 @@ def find_sparsity(
         )
         points.append(point)
         fits = point.comparison.upper_bound <= max_drop
-        if base.needs:  # the next pruning is one of all processes: they must agree on which
+        if base.needs_data:  # the next pruning is one of all processes: they must agree on which
             fits = bool(from_first(torch.tensor(fits)))
         within, beyond = (step, beyond) if fits else (within, step)
     points.sort(key=lambda p: p.sparsity)

@@ -12,7 +12,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from hf_prune.config import PruningConfig
 from hf_prune.errors import CheckpointError
-from hf_prune.files import atomic_path, staged_folder
+from hf_prune.files import atomic_path, move_into, staged_folder
 from hf_prune.masking import MaskStore
 from hf_prune.sources import check_model_source
 
@@ -70,14 +70,29 @@ def save_masks(store: MaskStore, path: str | os.PathLike[str]) -> None:
         store: The masks and the settings that made them.
         path: The file.
     """
-    packed = {name: torch.from_numpy(np.packbits(mask.cpu().numpy())) for name, mask in store.masks.items()}
+    packed = {name: torch.from_numpy(pack(mask)) for name, mask in store.masks.items()}
     entries = {name: {"shape": list(m.shape), "kept": int(m.count_nonzero())} for name, m in store.masks.items()}
-    header = {"format": MASK_FORMAT, "version": MASK_VERSION, "masks": entries}
-    if store.config is not None:
-        header["config"] = store.config.to_dict()
     with atomic_path(path) as temporary:
-        # one key, since safetensors writes several in an order of its own
-        save_file(packed, temporary, {_HEADER: json.dumps(header, sort_keys=True)})
+        save_file(packed, temporary, mask_metadata(entries, store.config))
+
+
+def pack(mask: Tensor) -> np.ndarray:
+    """A mask as bits, eight in a byte."""
+    return np.packbits(mask.cpu().numpy())
+
+
+def mask_metadata(entries: Mapping[str, Mapping[str, Any]], config: PruningConfig | None) -> dict[str, str]:
+    """What a file of masks says of them.
+
+    Args:
+        entries: ``shape`` and ``kept``, the number of weights that stay, by parameter name.
+        config: The settings that made them, if they are known.
+    """
+    header: dict[str, Any] = {"format": MASK_FORMAT, "version": MASK_VERSION, "masks": entries}
+    if config is not None:
+        header["config"] = config.to_dict()
+    # one key, since safetensors writes several in an order of its own
+    return {_HEADER: json.dumps(header, sort_keys=True)}
 
 
 def load_masks(path: str | os.PathLike[str]) -> MaskStore:
@@ -86,32 +101,65 @@ def load_masks(path: str | os.PathLike[str]) -> MaskStore:
     Raises:
         CheckpointError: If the file is damaged, of another kind, or of a newer version.
     """
-    try:
-        with safe_open(path, "np") as file:
-            text = (file.metadata() or {}).get(_HEADER, "{}")
-            packed = {name: file.get_tensor(name) for name in file.keys()}
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be read as safetensors: {error}") from error
-    try:
-        header = json.loads(text)
-        found = (header.get("format"), header.get("version"))
-    except (AttributeError, ValueError) as error:
-        raise CheckpointError(f"{path} is damaged: its header is no JSON object: {error}") from error
-    if found != (MASK_FORMAT, MASK_VERSION):
-        raise CheckpointError(
-            f"{path} has format and version {found}: expected {(MASK_FORMAT, MASK_VERSION)}; update hf_prune, or "
-            f"delete the file to load the weights without masks"
-        )
-    try:
-        config = PruningConfig.from_dict(header["config"]) if "config" in header else None
-        masks = {name: _unpack(packed.pop(name), **entry) for name, entry in header["masks"].items()}
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"{path} is damaged: {error!r}; restore it, or delete it to load without masks"
-        ) from error
-    if packed:
-        raise CheckpointError(f"{path} is damaged: its header does not know {', '.join(sorted(packed))}")
-    return MaskStore(masks, config=config)
+    stored = StoredMasks(path)
+    return MaskStore(dict(stored), config=stored.config)
+
+
+class StoredMasks(Mapping[str, Tensor]):
+    """The masks in a file, each read when it is asked for.
+
+    Args:
+        path: What :func:`save_masks` wrote.
+
+    Raises:
+        CheckpointError: If the file is damaged, of another kind, or of a newer version.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = path
+        try:
+            with safe_open(path, "np") as file:
+                text = (file.metadata() or {}).get(_HEADER, "{}")
+                names = set(file.keys())
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{path} cannot be read as safetensors: {error}") from error
+        try:
+            header = json.loads(text)
+            found = (header.get("format"), header.get("version"))
+        except (AttributeError, ValueError) as error:
+            raise CheckpointError(f"{path} is damaged: its header is no JSON object: {error}") from error
+        if found != (MASK_FORMAT, MASK_VERSION):
+            raise CheckpointError(
+                f"{path} has format and version {found}: expected {(MASK_FORMAT, MASK_VERSION)}; update hf_prune, or "
+                f"delete the file to load the weights without masks"
+            )
+        try:
+            self.config = PruningConfig.from_dict(header["config"]) if "config" in header else None
+            self._entries = {name: dict(entry) for name, entry in header["masks"].items()}
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise self._damaged(error) from error
+        if unknown := names - set(self._entries):
+            raise CheckpointError(f"{path} is damaged: its header does not know {', '.join(sorted(unknown))}")
+        if missing := sorted(set(self._entries) - names):
+            raise self._damaged(KeyError(missing[0]))
+
+    def _damaged(self, error: Exception) -> CheckpointError:
+        return CheckpointError(f"{self.path} is damaged: {error!r}; restore it, or delete it to load without masks")
+
+    def __getitem__(self, name: str) -> Tensor:
+        entry = self._entries[name]
+        with safe_open(self.path, "np") as file:
+            bits = file.get_tensor(name)
+        try:
+            return _unpack(bits, **entry)
+        except (TypeError, ValueError) as error:
+            raise self._damaged(error) from error
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
 
 
 def _unpack(bits: np.ndarray, shape: list[int], kept: int) -> Tensor:
@@ -130,9 +178,23 @@ def staged_checkpoint(folder: str | os.PathLike[str]) -> contextlib.AbstractCont
     Raises:
         CheckpointError: If ``folder`` is a file.
     """
+    refuse_file(folder)
+    return staged_folder(folder, stale=_WEIGHTS, last=_COMPLETES)
+
+
+def place_checkpoint(staging: Path, folder: Path, arrived: Collection[Path] = ()) -> None:
+    """Have a folder become, or replace the weights of, a checkpoint; see ``files.move_into``."""
+    move_into(staging, folder, _WEIGHTS, _COMPLETES, arrived)
+
+
+def refuse_file(folder: str | os.PathLike[str]) -> None:
+    """Make sure that a checkpoint can be saved there.
+
+    Raises:
+        CheckpointError: If it is a file.
+    """
     if Path(folder).is_file():
         raise CheckpointError(f"{os.fspath(folder)} is a file: expected a folder to save into")
-    return staged_folder(folder, stale=_WEIGHTS, last=_COMPLETES)
 
 
 def has_tokenizer(source: str, *, local_files_only: bool = False) -> bool:
@@ -142,7 +204,7 @@ def has_tokenizer(source: str, *, local_files_only: bool = False) -> bool:
         source: Folder or Hub id.
         local_files_only: Look in the cache only, not on the Hub.
     """
-    return any(_find(source, name, {"local_files_only": local_files_only}) for name in _VOCABULARIES)
+    return any(find_file(source, name, {"local_files_only": local_files_only}) for name in _VOCABULARIES)
 
 
 def copy_companions(source: str, folder: Path, *, local_files_only: bool = False) -> None:
@@ -154,7 +216,7 @@ def copy_companions(source: str, folder: Path, *, local_files_only: bool = False
         local_files_only: Look in the cache only, not on the Hub.
     """
     for name in _COMPANIONS:
-        if (path := _find(source, name, {"local_files_only": local_files_only})) is not None:
+        if (path := find_file(source, name, {"local_files_only": local_files_only})) is not None:
             shutil.copyfile(path, folder / name)
 
 
@@ -224,7 +286,7 @@ def load_pruned(load: Callable[..., Any], source: Any, *args: Any, **kwargs: Any
     with _without_torch_prune(source, hub) as converted:
         if converted is None:
             loaded = load(source, *args, **kwargs)
-            path = _find(source, MASK_FILE, hub)
+            path = find_file(source, MASK_FILE, hub)
             store = load_masks(path) if path is not None else None
         else:
             weights, masks = converted
@@ -272,7 +334,7 @@ def _masks_of_base_model(
     return {name: masks[old] for old, both in names.items() for name in both if name in in_base}
 
 
-def _find(source: Any, filename: str, hub: Mapping[str, Any]) -> str | None:
+def find_file(source: Any, filename: str, hub: Mapping[str, Any]) -> str | None:
     """The local path of a checkpoint's file, downloaded if need be; None if the checkpoint has none."""
     from transformers.utils import cached_file
 
@@ -286,7 +348,7 @@ def _without_torch_prune(source: Any, hub: Mapping[str, Any]) -> Iterator[tuple[
     The marks are loaded as if they were weights, so that whatever transformers does to names and layouts of
     old checkpoints happens to the masks too: 0 removed, 1 kept, 2 never pruned.
     """
-    files = _weight_files(source, hub)
+    files = weight_files(source, hub)
     names = [name for file in files for name in _tensor_names(file)]
     originals = {name.removesuffix("_orig") for name in names if name.endswith("_orig")}
     pruned = {name for name in originals if f"{name}_mask" in names}
@@ -308,26 +370,26 @@ def _without_torch_prune(source: Any, hub: Mapping[str, Any]) -> Iterator[tuple[
             results.append(Path(folder) / kind)
             results[-1].mkdir()
             for extra in ("config.json", "generation_config.json"):
-                if (path := _find(source, extra, hub)) is not None:
+                if (path := find_file(source, extra, hub)) is not None:
                     shutil.copyfile(path, results[-1] / extra)
             contiguous = {name: tensor.contiguous() for name, tensor in content.items()}
             save_file(contiguous, results[-1] / "model.safetensors", {"format": "pt"})
         yield results[0], results[1]
 
 
-def _weight_files(source: Any, hub: Mapping[str, Any]) -> list[str]:
+def weight_files(source: Any, hub: Mapping[str, Any]) -> list[str]:
     """The safetensors files of a checkpoint; none for formats of other kinds.
 
     Raises:
         CheckpointError: If all it has is a pickle.
     """
-    if (single := _find(source, "model.safetensors", hub)) is not None:
+    if (single := find_file(source, "model.safetensors", hub)) is not None:
         return [single]
-    if (index := _find(source, "model.safetensors.index.json", hub)) is not None:
+    if (index := find_file(source, "model.safetensors.index.json", hub)) is not None:
         shards = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
-        return [path for shard in shards if (path := _find(source, shard, hub)) is not None]
+        return [path for shard in shards if (path := find_file(source, shard, hub)) is not None]
     for name in ("pytorch_model.bin", "pytorch_model.bin.index.json"):
-        if _find(source, name, hub) is not None:
+        if find_file(source, name, hub) is not None:
             raise CheckpointError(
                 f"{source} has its weights in {name}, a pickle, which can run code when it is opened: expected "
                 f"model.safetensors; if you trust it, convert it once with transformers' "

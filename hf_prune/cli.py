@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hf_prune import __version__
-from hf_prune.config import ALLOCATIONS, REPAIRS, SCOPES, PruningConfig
+from hf_prune.config import ALLOCATIONS, OBJECTIVES, POLISHES, REPAIRS, SCOPES, PruningConfig
 from hf_prune.errors import ConfigError, DataError, HfPruneError
 from hf_prune.registry import CRITERIA, GRANULARITIES
-from hf_prune.sources import check_data_source, check_model_source
+from hf_prune.sources import check_data_source, check_model_source, check_text_source, is_language_model, model_class
 from hf_prune.tables import format_table
 
 if TYPE_CHECKING:
@@ -51,6 +51,17 @@ Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="A folder with a checkpoint, or a Hub id.", show_default=False)
 ]
 Data = Annotated[str, typer.Option(help="A folder with train/dev files (TSV, CSV, JSONL, parquet), or a Hub data set.")]
+AnyData = Annotated[
+    str | None,
+    typer.Option(
+        help="A folder with train/dev files, or a Hub data set; for language models also a text file. "
+        "[default: glue/sst2, or WikiText-2 for language models]"
+    ),
+]
+AnyText = Annotated[
+    str | None,
+    typer.Option(help="Text column, or two separated by a comma. [default: sentence, or text for language models]"),
+]
 Split = Annotated[str, typer.Option(help="The split to score.")]
 Text = Annotated[str, typer.Option(help="Text column, or two separated by a comma.")]
 Label = Annotated[str, typer.Option(help="Label column.")]
@@ -70,10 +81,25 @@ Targets = Annotated[
 ]
 Exclude = Annotated[str | None, typer.Option(help="Modules to leave alone, in the same form.")]
 Repair = Annotated[str | None, typer.Option(help=f"{', '.join(REPAIRS)}: solve anew for the weights that stay.")]
-Steps = Annotated[int | None, typer.Option(help="Steps of a criterion that learns from gradients. [default: 1]")]
+Objective = Annotated[
+    str | None,
+    typer.Option(help=f"{', '.join(OBJECTIVES)}: what calibrated criteria and repairs minimise. [default: layer]"),
+]
+Steps = Annotated[
+    int | None, typer.Option(min=1, help="Prune in so many steps, with new gradients before each. [default: 1]")
+]
+Polish = Annotated[
+    str | None,
+    typer.Option(
+        help=f"{', '.join(POLISHES)}: afterwards, train for a short while to put out what the dense model did."
+    ),
+]
 Seed = Annotated[int | None, typer.Option(help="Seed of what is random.")]
 CalibrationSplit = Annotated[str, typer.Option(help="Split that calibrated criteria learn from; never the scored one.")]
-CalibrationSamples = Annotated[int, typer.Option(min=1, help="How many labelled sentences they see.")]
+CalibrationSamples = Annotated[int, typer.Option(min=1, help="How many sentences, or windows of tokens, they see.")]
+
+_SST2 = "glue/sst2"
+_WIKITEXT = "Salesforce/wikitext:wikitext-2-raw-v1"
 
 
 @app.command(epilog="Example: hf-prune demo --out my-first-pruning")
@@ -116,7 +142,8 @@ def demo(
 @app.command(
     epilog="Examples: hf-prune prune MODEL --sparsity 0.5 --out pruned  |  hf-prune prune MODEL --granularity 2:4 "
     "--criterion taylor --data glue/sst2 --out pruned  |  hf-prune prune MODEL --sparsity 0.5 --dry-run  |  "
-    "hf-prune prune MODEL --max-drop 1.0 --criterion alps --data glue/sst2 --out pruned"
+    "hf-prune prune MODEL --max-drop 1.0 --criterion alps --data glue/sst2 --out pruned  |  "
+    "hf-prune prune MODEL --stream --criterion wanda --scope row --data my-texts --text-column text --out pruned"
 )
 def prune(
     model: Model,
@@ -138,17 +165,35 @@ def prune(
     target_modules: Targets = None,
     exclude_modules: Exclude = None,
     repair: Repair = None,
+    objective: Objective = None,
     steps: Steps = None,
+    polish: Polish = None,
     seed: Seed = None,
     config: Config = None,
-    data: Annotated[str, typer.Option(help="Labelled data for criteria that need it, and --max-drop.")] = "glue/sst2",
-    text_column: Text = "sentence",
+    data: AnyData = None,
+    text_column: AnyText = None,
     label_column: Label = "label",
     calibration_split: CalibrationSplit = "train",
     calibration_samples: CalibrationSamples = 128,
+    window: Annotated[
+        int, typer.Option(min=1, help="Language models: tokens of a window that they see while calibrating.")
+    ] = 512,
+    polish_samples: Annotated[
+        int | None,
+        typer.Option(min=1, help="How many a polish trains on. [default: those that calibration sees]"),
+    ] = None,
     batch_size: BatchSize = 32,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and change nothing.")] = False,
     plots: Annotated[bool, typer.Option("--plots", help="Also write weights.png and layers.png.")] = False,
+    stream: Annotated[
+        bool,
+        typer.Option(
+            "--stream",
+            help="Never hold the model: weight by weight, or block by block on the texts of the calibration split; "
+            "resumes where it was interrupted.",
+        ),
+    ] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="With --stream: begin anew instead of resuming.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Prune a checkpoint and save it as one that plain transformers loads."""
@@ -157,6 +202,14 @@ def prune(
     for option, given in (("--sparsity", sparsity is not None), ("--dry-run", dry_run)):
         if max_drop is not None and given:
             raise ConfigError(f"--max-drop finds the sparsity by measuring, which contradicts {option}: leave one out")
+    for option, given in (("--max-drop", max_drop is not None), ("--plots", plots)):
+        if stream and given:
+            raise ConfigError(f"--stream never holds the model, which {option} needs: leave one out")
+    for option, given in (("--max-drop", max_drop is not None), ("--stream", stream), ("--dry-run", dry_run)):
+        if polish_samples is not None and given:
+            raise ConfigError(f"--polish-samples has no meaning with {option}: leave one out")
+    if restart and not stream:
+        raise ConfigError("--restart begins a streaming run anew: add --stream, or leave it out")
     _start([model])
     settings = _config(
         config,
@@ -168,23 +221,53 @@ def prune(
         target_modules=target_modules,
         exclude_modules=exclude_modules,
         repair=repair,
+        objective=objective,
         steps=steps,
+        polish=polish,
         seed=seed,
     )
-    if (settings.needs or max_drop is not None) and not dry_run:
-        check_data_source(data)
-    if out is None or dry_run:
-        from hf_prune.auto import load_native
+    if stream:
+        from hf_prune.stream import check_streamable
 
-        plan = load_native(model).plan(settings)
+        check_streamable(settings)
+    of_language = max_drop is None and is_language_model(model_class(model))
+    source = data or (_WIKITEXT if of_language else _SST2)
+    if (settings.learns_allocation if dry_run else settings.needs_data) or max_drop is not None:
+        (check_text_source if of_language else check_data_source)(source)
+    from hf_prune.distributed import is_first
+    from hf_prune.stream import plan_stream
+    from hf_prune.workflows import (
+        LabelledData,
+        TextData,
+        plan_checkpoint,
+        prune_checkpoint,
+        prune_to_budget,
+        stream_checkpoint,
+    )
+
+    columns = _names(text_column or "sentence")
+    labelled = LabelledData(source, columns, label_column, calibration_split, calibration_samples)
+    texts = TextData(source, text_column or "text", calibration_split, calibration_samples, window)
+    if out is None or dry_run:
+        if stream:
+            plan = plan_stream(model, settings)
+        else:
+            plan = plan_checkpoint(model, settings, data=texts if of_language else labelled)
         typer.echo(json.dumps(plan.to_dict(), indent=2) if as_json else str(plan))
         return
-    from hf_prune.distributed import is_first
-    from hf_prune.workflows import LabelledData, prune_checkpoint, prune_to_budget
-
-    labelled = LabelledData(data, _names(text_column), label_column, calibration_split, calibration_samples)
-    if max_drop is None:
-        report = prune_checkpoint(model, settings, out, data=labelled, plots=plots)
+    if stream:
+        with _resumable():
+            report = stream_checkpoint(model, settings, out, data=texts if of_language else labelled, restart=restart)
+        text, values = str(report), report.to_dict()
+    elif max_drop is None:
+        report = prune_checkpoint(
+            model,
+            settings,
+            out,
+            data=texts if of_language else labelled,
+            polish_samples=polish_samples,
+            plots=plots,
+        )
         text, values = str(report), report.to_dict()
     else:
         search, reported, report = prune_to_budget(
@@ -208,26 +291,61 @@ def prune(
         typer.echo(json.dumps(values, indent=2) if as_json else f"{text}\nSaved in {out}.")
 
 
-@app.command(epilog="Example: hf-prune evaluate pruned --data glue/sst2 --against MODEL")
+@app.command(
+    epilog="Examples: hf-prune evaluate pruned --data glue/sst2 --against MODEL  |  "
+    "hf-prune evaluate LANGUAGE_MODEL --data wiki.test.raw --window 512"
+)
 def evaluate(
     model: Model,
-    data: Data = "glue/sst2",
-    split: Split = "validation",
+    data: AnyData = None,
+    split: Annotated[
+        str | None, typer.Option(help="The split to score. [default: validation, or test for language models]")
+    ] = None,
     against: Annotated[str | None, typer.Option(help="A dense checkpoint to compare with, paired.")] = None,
-    text_column: Text = "sentence",
+    text_column: AnyText = None,
     label_column: Label = "label",
-    batch_size: BatchSize = 32,
+    window: Annotated[
+        int | None,
+        typer.Option(
+            min=2,
+            help="Language models: tokens seen at once. [default: what the model has positions for, at most 2048]",
+        ),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Language models: score only so many windows.")] = None,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Sentences or windows scored at once. [default: 32, or 1 for language models]"),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Score a sequence classifier, alone or against another one on the same sentences."""
+    """Score a sequence classifier by accuracy or a causal language model by perplexity, alone or against another."""
     checkpoints = [model, *([against] if against else [])]
-    _start(checkpoints, data)
+    classes = [model_class(name) for name in checkpoints]
+    of_language = is_language_model(classes[0])
+    if is_language_model(classes[-1]) != of_language:
+        raise DataError(f"{model!r} is a {classes[0]}, {against!r} a {classes[1]}: expected two of a kind")
+    if not of_language and (window or limit):
+        raise ConfigError(
+            f"--window and --limit are for language models, and {model!r} is a {classes[0]}: leave them out"
+        )
+    source = data or (_WIKITEXT if of_language else _SST2)
+    (check_text_source if of_language else check_data_source)(source)
+    _start([])
     from hf_prune.comparison import compare
-    from hf_prune.workflows import LabelledData, evaluate_checkpoint
+    from hf_prune.perplexity import compare_perplexity
+    from hf_prune.workflows import LabelledData, TextData, evaluate_checkpoint, evaluate_language_model
 
-    labelled = LabelledData(data, _names(text_column), label_column)
-    scores = [evaluate_checkpoint(name, labelled, split, batch_size=batch_size) for name in checkpoints]
-    comparison = compare(scores[1], scores[0]) if against else None
+    scores: list[Any]
+    comparison: Any = None
+    if of_language:
+        texts = TextData(source, text_column or "text")
+        options: dict[str, Any] = {"window": window, "limit": limit, "batch_size": batch_size or 1}
+        scores = [evaluate_language_model(name, texts, split or "test", **options) for name in checkpoints]
+        comparison = compare_perplexity(scores[1], scores[0]) if against else None
+    else:
+        labelled, split = LabelledData(source, _names(text_column or "sentence"), label_column), split or "validation"
+        scores = [evaluate_checkpoint(name, labelled, split, batch_size=batch_size or 32) for name in checkpoints]
+        comparison = compare(scores[1], scores[0]) if against else None
     if as_json:
         values: dict[str, Any] = {"model": model, "evaluation": scores[0].to_dict()}
         if comparison is not None:
@@ -263,7 +381,9 @@ def sweep(
     target_modules: Targets = None,
     exclude_modules: Exclude = None,
     repair: Repair = None,
+    objective: Objective = None,
     steps: Steps = None,
+    polish: Polish = None,
     seed: Seed = None,
     config: Config = None,
     text_column: Text = "sentence",
@@ -285,7 +405,9 @@ def sweep(
         target_modules=target_modules,
         exclude_modules=exclude_modules,
         repair=repair,
+        objective=objective,
         steps=steps,
+        polish=polish,
         seed=seed,
     )
     from hf_prune.workflows import LabelledData, sweep_checkpoint

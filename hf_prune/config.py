@@ -9,6 +9,7 @@ import numbers
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from hf_prune.errors import ConfigError
@@ -21,6 +22,8 @@ CALIBRATED_ALLOCATIONS = ("owl", "fisher")
 CALIBRATION_ORDERS = ("sequential", "one_pass")
 REPAIRS = ("least_squares",)
 OBJECTIVES = ("layer", "loss")
+POLISHES = ("distill",)
+POLISH_DEFAULTS: Mapping[str, float] = MappingProxyType({"epochs": 2, "learning_rate": 1e-4})
 DEFAULT_SPARSITY = 0.5
 
 
@@ -59,6 +62,9 @@ class PruningConfig:
             no labels; more accurate, and slower by about half.
         steps: In how many steps a criterion that learns from gradients prunes: each removes the same share of what is
             left, and the gradients are taken anew on the partly pruned model. Slower in proportion.
+        polish: ``"distill"`` trains the pruned model for a short while to put out what the dense one did, on unlabelled
+            batches and with fixed masks; ``{"epochs": 2, "learning_rate": 1e-4}`` are its settings, either of which may
+            be left out. None, the default, trains nothing.
 
     Raises:
         ConfigError: If a value is unknown, out of range, or contradicts another one.
@@ -84,6 +90,7 @@ class PruningConfig:
     repair: str | None = None
     objective: str = "layer"
     steps: int = 1
+    polish: str | Mapping[str, float] | None = None
 
     def __post_init__(self) -> None:
         criterion = CRITERIA.get(self.criterion)
@@ -113,16 +120,12 @@ class PruningConfig:
             raise unknown_name("calibration_order", self.calibration_order, CALIBRATION_ORDERS)
         if self.repair is not None and self.repair not in REPAIRS:
             raise unknown_name("repair", self.repair, REPAIRS)
-        if self.repair is not None and self.scope == "global":
-            raise ConfigError(
-                f"repair={self.repair!r} contradicts scope='global': layers are repaired one after the other, and a "
-                f"global scope knows no mask before it has seen all of them; use scope 'layer' or 'row'"
-            )
         if self.objective not in OBJECTIVES:
             raise unknown_name("objective", self.objective, OBJECTIVES)
         if self.objective == "loss":
             self._check_loss_objective()
         self._check_steps()
+        self._set("polish", _check_polish(self.polish))
         shared_out = self.scope == "global" or granularity.fixed_sparsity is not None
         if shared_out and self.allocation != "uniform":
             why = "scope='global'" if self.scope == "global" else f"granularity={granularity.spec!r}"
@@ -152,17 +155,10 @@ class PruningConfig:
                 f"steps={self.steps} contradicts criterion {self.criterion!r}, which learns nothing from gradients: "
                 f"choose another criterion, or leave steps at 1"
             )
-        if self.repair is None:
-            return
-        if self.steps > 1:
+        if self.steps > 1 and self.repair is not None:
             raise ConfigError(
                 f"steps={self.steps} contradicts repair={self.repair!r}, which aims at the outputs of dense layers: "
                 f"leave one of them out"
-            )
-        if "fisher" in self.needs:
-            raise ConfigError(
-                f"repair={self.repair!r} contradicts criterion {self.criterion!r}, which gives the weights that stay "
-                f"values of its own: leave repair at None, or use criterion 'fisher_diagonal'"
             )
 
     def _set(self, name: str, value: object) -> None:
@@ -171,17 +167,17 @@ class PruningConfig:
     @property
     def needs(self) -> frozenset[str]:
         """The statistics that the criterion and the repair need from calibration."""
-        return CRITERIA.get(self.criterion).needs | ({"input_gram"} if self.repair is not None else set())
+        return CRITERIA.get(self.criterion).needs | ({"input_gram", "input_mean"} if self.repair is not None else set())
 
     @property
     def needs_data(self) -> bool:
         """Whether anything in it learns from calibration data."""
-        return bool(self.needs) or self.allocation in CALIBRATED_ALLOCATIONS
+        return bool(self.needs) or self.learns_allocation or self.polish is not None
 
     @property
-    def needs_sensitivity(self) -> bool:
-        """Whether it asks how much the predictions depend on what each target puts out."""
-        return self.objective == "loss" or self.allocation == "fisher"
+    def learns_allocation(self) -> bool:
+        """Whether how much each tensor loses is learned from calibration data."""
+        return isinstance(self.allocation, str) and self.allocation in CALIBRATED_ALLOCATIONS
 
     def __hash__(self) -> int:
         return hash(self.to_json())
@@ -296,6 +292,28 @@ def _check_allocation(allocation: object) -> str | dict[str, float]:
         if not isinstance(key, str) or not key:
             raise ConfigError(f"allocation names the module {key!r}: expected a non-empty string")
     return {key: check_sparsity(f"allocation[{key!r}]", value) for key, value in allocation.items()}
+
+
+def _check_polish(polish: object) -> dict[str, float] | None:
+    if polish is None:
+        return None
+    if isinstance(polish, str):
+        if polish not in POLISHES:
+            raise unknown_name("polish", polish, POLISHES)
+        return dict(POLISH_DEFAULTS)
+    if not isinstance(polish, Mapping):
+        raise ConfigError(
+            f"polish is {polish!r}: expected None, 'distill', or settings such as {dict(POLISH_DEFAULTS)}"
+        )
+    for key in polish:
+        if key not in POLISH_DEFAULTS:
+            raise unknown_name("setting of polish", key, POLISH_DEFAULTS)
+    found = {**POLISH_DEFAULTS, **polish}
+    check_positive("polish['epochs']", found["epochs"])
+    rate = found["learning_rate"]
+    if isinstance(rate, bool) or not isinstance(rate, numbers.Real) or not 0 < float(rate) < 1:
+        raise ConfigError(f"polish['learning_rate'] is {rate!r}: expected a number between 0 and 1, such as 1e-4")
+    return {"epochs": found["epochs"], "learning_rate": float(rate)}
 
 
 def _check_modules(name: str, modules: object) -> str | tuple[str, ...]:

@@ -254,7 +254,7 @@ def classification_batches(
     batch_size: int = 16,
     seed: int = 0,
     text_columns: Sequence[str] = ("sentence",),
-    label_column: str = "label",
+    label_column: str | None = "label",
     max_length: int = 128,
     label2id: Mapping[str, int] | None = None,
 ) -> list[dict[str, Tensor]]:
@@ -267,7 +267,7 @@ def classification_batches(
         batch_size: Examples per batch; the last batch may be smaller.
         seed: The same seed draws the same examples in the same order.
         text_columns: One text column, or two for pairs.
-        label_column: The column of the labels.
+        label_column: The column of the labels; None for batches without labels.
         max_length: Longer inputs are cut to this many tokens.
         label2id: Class numbers of string labels: ``model.config.label2id``.
 
@@ -289,11 +289,14 @@ def classification_batches(
     _check_padding(tokenizer)
     chosen = dataset.select(drawn(len(dataset), seed)[:n])
     examples = _tokenize(tokenizer, chosen, text_columns, max_length)
-    labels = torch.tensor(_label_ids(chosen, label_column, label2id or {}, None))
-    batches = []
-    for start in range(0, len(examples), batch_size):
-        rows = slice(start, start + batch_size)
-        batches.append({**_pad(tokenizer, examples[rows], tokenizer.padding_side), "labels": labels[rows]})
+    batches = [
+        _pad(tokenizer, examples[start : start + batch_size], tokenizer.padding_side)
+        for start in range(0, len(examples), batch_size)
+    ]
+    if label_column is not None:
+        labels = torch.tensor(_label_ids(chosen, label_column, label2id or {}, None))
+        for batch, part in zip(batches, labels.split(batch_size), strict=True):
+            batch["labels"] = part
     return batches
 
 
@@ -338,7 +341,7 @@ def _check_padding(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel | 
 
 def _max_length(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, asked: int | None) -> int:
     """The length asked for if the model can take it, else the longest sensible one."""
-    positions = _positions(model)
+    positions = context_length(model)
     if asked is None:
         return min(limit for limit in (tokenizer.model_max_length, positions, _LONGEST) if limit is not None)
     check_positive("max_length", asked)
@@ -347,9 +350,9 @@ def _max_length(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, aske
     return asked
 
 
-def _positions(model: PreTrainedModel) -> int | None:
+def context_length(model: PreTrainedModel) -> int | None:
     """How many tokens the model has positions for; None if it does not say."""
-    positions = getattr(model.config, "max_position_embeddings", None)
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if not isinstance(positions, int) or positions < 1:
         return None
     for name, module in model.named_modules():

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,22 +64,42 @@ def staged_folder(
     staging.mkdir()
     try:
         yield staging
-        new = sorted(p.relative_to(staging) for p in staging.rglob("*") if p.is_file())
-        for name in new:
-            sync(staging / name)
-        if not folder.exists():
-            staging.rename(folder)
-            return
-        for pattern in (*reversed(last), *stale):
-            for old in list(folder.glob(pattern)):
-                if pattern in last or old.relative_to(folder) not in new:
-                    old.unlink(missing_ok=True)
-        rank = {name: i for i, pattern in enumerate(last, start=1) for name in new if name.match(pattern)}
-        for name in sorted(new, key=lambda name: rank.get(name, 0)):
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            (staging / name).replace(folder / name)
+        move_into(staging, folder, stale, last)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def move_into(
+    staging: Path,
+    folder: Path,
+    stale: Sequence[str] = (),
+    last: Sequence[str] = (),
+    arrived: Collection[Path] = (),
+) -> None:
+    """Move a folder's files into another folder, as :func:`staged_folder` says.
+
+    Args:
+        staging: What is moved, on the same file system.
+        folder: Where to; made by one rename if it does not exist.
+        stale: As for :func:`staged_folder`.
+        last: As for :func:`staged_folder`.
+        arrived: Files that an earlier call has moved, before it was interrupted.
+    """
+    new = sorted(p.relative_to(staging) for p in staging.rglob("*") if p.is_file())
+    for name in new:
+        sync(staging / name)
+    if not folder.exists():
+        staging.rename(folder)
+        return
+    for pattern in (*reversed(last), *stale):
+        for old in list(folder.glob(pattern)):
+            name = old.relative_to(folder)
+            if name not in arrived and (pattern in last or name not in new):
+                old.unlink(missing_ok=True)
+    rank = {name: i for i, pattern in enumerate(last, start=1) for name in new if name.match(pattern)}
+    for name in sorted(new, key=lambda name: rank.get(name, 0)):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (staging / name).replace(folder / name)
 
 
 def sync(path: Path) -> None:

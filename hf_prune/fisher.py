@@ -15,7 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from hf_prune.activations import CACHE_BYTES, Batches, sum_dtype
+from hf_prune.activations import CACHE_BYTES, Batches
 from hf_prune.calibration import differentiable, example_gradients, mean_over_examples, weight_seed
 from hf_prune.criteria.base import FISHER_BLOCK, WeightStats
 from hf_prune.distributed import all_or_none, from_first
@@ -23,6 +23,7 @@ from hf_prune.errors import CalibrationError
 from hf_prune.plan import PlannedTensor, PruningPlan
 from hf_prune.scoring import checked_units, keep_units
 from hf_prune.spill import Shelf
+from hf_prune.sums import sum_dtype
 from hf_prune.targets import is_finite
 
 FISHER_BYTES = 2**30  # of sums that are gathered in one run of the batches
@@ -116,7 +117,7 @@ def gather_blocks(
 ) -> Iterator[Tensor]:
     """Blocks of the empirical Fisher matrix of some outputs, from one run of the batches.
 
-    Products of up to 16 examples of a batch are computed in float32; see :func:`hf_prune.activations.sum_dtype` for
+    Products of up to 16 examples of a batch are computed in float32; see :func:`hf_prune.sums.sum_dtype` for
     the rest.
 
     Args:

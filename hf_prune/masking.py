@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,9 @@ from torch import Tensor, nn
 from hf_prune.config import PruningConfig
 from hf_prune.errors import MaskError
 from hf_prune.spill import Shelf
+
+if TYPE_CHECKING:
+    from hf_prune.polish import PolishRecord
 
 _ATTRIBUTE = "_hf_prune_masks"
 _INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -30,11 +34,13 @@ class MaskStore:
         masks: Bool masks shaped like their parameters, by parameter name; True = keep.
         dense: The weights as they were before pruning, where they were kept.
         config: The settings of the last pruning, None if the masks came from elsewhere.
+        polished: What a training after the last pruning did, None if there was none or it is not known.
     """
 
     masks: dict[str, Tensor] = field(default_factory=dict)
     dense: dict[str, Tensor] | None = None
     config: PruningConfig | None = None
+    polished: PolishRecord | None = None
 
     @staticmethod
     def of(model: nn.Module) -> MaskStore | None:
@@ -72,13 +78,13 @@ class MaskStore:
             self.check_dense()
             self.dense = self.dense or {}
         if self.dense is not None:
-            for name in masks:
+            for name in dict.fromkeys([*masks, *weights, *dense]):
                 if name not in self.dense:
                     self.dense[name] = dense[name] if name in dense else parameters[name].detach().clone()
         for name, mask in masks.items():
             old = self.masks.get(name)
             self.masks[name] = mask if old is None else mask & old.to(mask.device)
-        self.config = config
+        self.config, self.polished = config, None
         self.attach(model)  # before any weight is written, so that an interruption can be undone
         with torch.no_grad():
             for name, weight in weights.items():
@@ -179,6 +185,22 @@ class Undo:
         else:
             self._files.put(name, weight.detach())
         self._names.append(name)
+
+    @torch.no_grad()
+    def write(self, masks: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
+        """Give weights new values and set those that are not kept to zero.
+
+        Args:
+            masks: Bool masks by parameter name, True = keep.
+            weights: New values by parameter name.
+        """
+        parameters = dict(self._model.named_parameters())
+        for name in dict.fromkeys([*masks, *weights]):
+            self.save(name, parameters[name])
+            if name in weights:
+                parameters[name].copy_(weights[name])
+            if name in masks:
+                zero_removed_(parameters[name], masks[name])
 
     def __enter__(self) -> Undo:
         return self

@@ -20,8 +20,8 @@ from hf_prune.calibration import Batches
 from hf_prune.checkpoint import load_pruned, save_pruned
 from hf_prune.config import PruningConfig
 from hf_prune.masking import MaskStore
-from hf_prune.pipeline import prune, resolve_config
-from hf_prune.plan import PruningPlan, make_plan
+from hf_prune.pipeline import prune
+from hf_prune.plan import PruningPlan
 from hf_prune.report import SparsityReport, sparsity_report
 
 Model = TypeVar("Model", bound=PreTrainedModel)
@@ -53,31 +53,50 @@ class PrunedModelMixin(nn.Module):
         if conversions is not None and cls.__name__ != dense_class(cls).__name__:
             register_checkpoint_conversion_mapping(cls.__name__, conversions, overwrite=True)
 
-    def plan(self, config: PruningConfig | float | None = None, **settings: Any) -> PruningPlan:
+    def plan(
+        self,
+        config: PruningConfig | float | None = None,
+        *,
+        calibration: Batches | None = None,
+        progress: bool = False,
+        **settings: Any,
+    ) -> PruningPlan:
         """What :meth:`prune` would do with these settings; nothing is changed.
 
         Args:
             config: The settings, or just the sparsity.
+            calibration: Batches, for allocations that are learned from data; without them the plan leaves open how
+                much each weight loses.
+            progress: Show a progress bar while calibrating.
             **settings: Fields of :class:`PruningConfig`.
 
         Raises:
             ConfigError: If a setting is invalid.
             PlanError: If the settings do not fit the model.
+            CalibrationError: If the batches are unusable.
         """
-        return make_plan(self, resolve_config(config, settings))
+        return prune(self, config, calibration=calibration, dry_run=True, progress=progress, **settings)
 
     def prune(
         self: Self,
         config: PruningConfig | float | None = None,
         *,
         calibration: Batches | None = None,
+        polish_data: Batches | None = None,
         keep_dense: bool = False,
         progress: bool = False,
         **settings: Any,
     ) -> Self:
         """Prune the model in place and return it; see :func:`hf_prune.prune`."""
         return prune(
-            self, config, calibration=calibration, keep_dense=keep_dense, dry_run=False, progress=progress, **settings
+            self,
+            config,
+            calibration=calibration,
+            polish_data=polish_data,
+            keep_dense=keep_dense,
+            dry_run=False,
+            progress=progress,
+            **settings,
         )
 
     @property

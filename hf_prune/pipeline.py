@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from typing import Any, Literal, TypeVar, overload
 
 from torch import nn
 
 from hf_prune.activations import CACHE_BYTES, Batches
-from hf_prune.calibration import collect_stats
+from hf_prune.calibration import collect_stats, require_batches
 from hf_prune.config import PruningConfig
 from hf_prune.criteria.base import CURVATURE, INPUTS
 from hf_prune.distributed import is_first
 from hf_prune.errors import ConfigError
+from hf_prune.layer_budgets import learn_sparsities
 from hf_prune.masking import MaskStore, Undo
 from hf_prune.plan import PruningPlan, make_plan
+from hf_prune.polish import DenseOutputs, polish
 from hf_prune.scoring import agreed_masks
 from hf_prune.sequential import prune_in_order
-from hf_prune.stepwise import prune_in_steps
+from hf_prune.stepwise import masks_before_repair, prune_in_steps
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -32,6 +35,7 @@ def prune(
     dry_run: Literal[True],
     progress: bool = ...,
     cache_bytes: int = ...,
+    polish_data: Batches | None = ...,
     **settings: Any,
 ) -> PruningPlan: ...
 
@@ -46,6 +50,7 @@ def prune(
     dry_run: Literal[False] = ...,
     progress: bool = ...,
     cache_bytes: int = ...,
+    polish_data: Batches | None = ...,
     **settings: Any,
 ) -> Model: ...
 
@@ -59,6 +64,7 @@ def prune(
     dry_run: bool = False,
     progress: bool = False,
     cache_bytes: int = CACHE_BYTES,
+    polish_data: Batches | None = None,
     **settings: Any,
 ) -> Model | PruningPlan:
     """Prune a model in place.
@@ -75,10 +81,12 @@ def prune(
         calibration: Batches, for criteria and repairs that need them; with labels for ``taylor`` and ``snip``.
             See :func:`hf_prune.text_batches` for unlabelled texts.
         keep_dense: Keep a copy of the dense weights, so that ``discard_masks`` can give them back.
-        dry_run: Change nothing and return the plan.
+        dry_run: Change nothing and return the plan. Sparsities that are learned from data are in it only if
+            ``calibration`` is given.
         progress: Show a progress bar while calibrating.
         cache_bytes: How much of what finished layers put out is kept in memory while layers are pruned in order; the
             rest goes to a temporary folder (``TMPDIR`` says where), as do the weights that an error would give back.
+        polish_data: Batches for a polish, if more or others than ``calibration``; no labels are used.
         **settings: Fields of :class:`PruningConfig`, in place of, or on top of, ``config``.
 
     Returns:
@@ -100,24 +108,52 @@ def prune(
     config = resolve_config(config, settings)
     wrapper, model = model, getattr(model, "_orig_mod", model)  # torch.compile wraps the model
     plan = make_plan(model, config)
-    if dry_run:
+    if dry_run and (calibration is None or not config.learns_allocation):
         return plan
     progress = progress and is_first()
     store = MaskStore.of(model) or MaskStore()
     if keep_dense:
         store.check_dense()
-    if plan.needs & INPUTS and config.calibration_order == "sequential":
-        with Undo(model, in_memory=keep_dense or store.dense is not None) as undo:
-            masks = prune_in_order(model, plan, calibration, store.masks, undo, progress, cache_bytes)
-            store.update(model, masks, {}, config, keep_dense, undo.dense)
-    elif plan.needs & CURVATURE or config.steps > 1:
-        with Undo(model, in_memory=keep_dense or store.dense is not None) as undo:
+    with ExitStack() as context:
+        sensitivity = None
+        if config.learns_allocation:
+            calibration = list(require_batches(plan, calibration))
+            learned, sensitivity = learn_sparsities(model, plan, calibration, store.masks, progress, cache_bytes)
+            if sensitivity is not None:
+                context.callback(sensitivity.close)
+            plan = make_plan(model, config, learned)
+        if dry_run:
+            return plan
+        dense = None
+        if config.polish is not None:  # recorded before anything changes
+            batches = polish_data
+            if batches is None:
+                batches = calibration = list(require_batches(plan, calibration))
+            dense = context.enter_context(DenseOutputs(model, plan, batches, cache_bytes, progress))
+        given = None
+        if config.repair is not None and (config.scope == "global" or plan.needs & CURVATURE):
+            calibration = list(require_batches(plan, calibration))
+            given = masks_before_repair(model, plan, calibration, store.masks, progress, cache_bytes)
+        undo = context.enter_context(Undo(model, in_memory=keep_dense or store.dense is not None))
+        if plan.needs & INPUTS and config.calibration_order == "sequential":
+            masks = prune_in_order(
+                model, plan, calibration, store.masks, undo, progress, cache_bytes, sensitivity, given
+            )
+        elif given is None and (plan.needs & CURVATURE or config.steps > 1):
             masks = prune_in_steps(model, plan, calibration, store.masks, undo, progress, cache_bytes)
-            store.update(model, masks, {}, config, keep_dense, undo.dense)
-    else:
-        stats = collect_stats(model, plan, calibration, progress)
-        masks, weights = agreed_masks(model, plan, stats, store.masks)
-        store.update(model, masks, weights, config, keep_dense)
+        else:
+            stats = collect_stats(model, plan, calibration, progress)
+            masks, weights = agreed_masks(model, plan, stats, store.masks, given)
+            if dense is None:
+                store.update(model, masks, weights, config, keep_dense)
+                return wrapper
+            undo.write(masks, weights)
+        record = None
+        if dense is not None:
+            kept = {name: mask & store.masks.get(name, mask).to(mask.device) for name, mask in masks.items()}
+            record = polish(model, {**store.masks, **kept}, dense, undo, config, progress)
+        store.update(model, masks, {}, config, keep_dense, undo.dense)
+        store.polished = record
     return wrapper
 
 

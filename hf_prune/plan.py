@@ -27,10 +27,11 @@ class PlannedTensor:
 
     Args:
         target: The weight.
-        sparsity: Share of its units that will be removed; None in global scope, where the scores decide.
+        sparsity: Share of its units that will be removed; None in global scope, where the scores decide, and for an
+            allocation that has yet to be learned from data.
         units: How many units it has.
         pool: How many of them compete with one another; in global scope they also compete with other tensors'.
-        remove: How many units will be removed in all, earlier ones included; None in global scope.
+        remove: How many units will be removed in all, earlier ones included; None where the sparsity is.
         already: How many of its weights an earlier pruning removed.
     """
 
@@ -126,13 +127,14 @@ class PruningPlan:
         }
 
     def __str__(self) -> str:
+        unknown = "by score" if self.config.scope == "global" else "by data"
         rows = [
             [
                 t.target.name,
                 "x".join(map(str, t.target.shape)),
                 f"{t.target.size:,}",
-                "by score" if t.sparsity is None else f"{100 * t.sparsity:.2f} %",
-                "by score" if t.remove is None else f"{t.remove:,}",
+                unknown if t.sparsity is None else f"{100 * t.sparsity:.2f} %",
+                unknown if t.remove is None else f"{t.remove:,}",
                 f"{t.already:,}",
             ]
             for t in self.tensors
@@ -147,8 +149,10 @@ class PruningPlan:
             f"Plan for {self.model_name}: {config.criterion}, {config.granularity}, scope {config.scope}, "
             f"allocation {config.allocation if isinstance(config.allocation, str) else 'explicit'}"
             f"{'' if config.repair is None else ', repair ' + config.repair}"
+            f"{'' if config.objective == 'layer' else ', objective ' + config.objective}"
             f"{', ' + config.calibration_order + ' calibration' if self.needs & INPUTS else ''}"
-            f"{f', in {config.steps} steps' if config.steps > 1 else ''}",
+            f"{f', in {config.steps} steps' if config.steps > 1 else ''}"
+            f"{f', then trained (polish {config.polish})' if config.polish is not None else ''}",
             table,
             f"{at_least}{removed:,} of {targets:,} target weights go ({_percent(removed, targets)}), "
             f"{_percent(removed, self.total_parameters)} of the model's {self.total_parameters:,} parameters.",
@@ -171,19 +175,24 @@ def _percent(part: int, whole: int) -> str:
     return f"{100 * part / whole:.2f} %"
 
 
-def make_plan(model: nn.Module, config: PruningConfig) -> PruningPlan:
+def make_plan(
+    model: nn.Module, config: PruningConfig, learned: Mapping[str, float] | None = None, *, loaded: bool = True
+) -> PruningPlan:
     """Resolve a config on a model; the model is not changed.
 
     Args:
         model: Any torch module.
         config: The settings.
+        learned: The sparsity of every target, for an allocation that is learned from data.
+        loaded: Whether its weights are there. False for a model on the meta device; nobody has then seen whether
+            they are finite.
 
     Raises:
         PlanError: If no target matches, a weight cannot be divided into units, a weight has NaN or
             infinite values, or the model is already sparser than the config asks for.
         MaskError: If the masks of an earlier pruning no longer fit the model.
     """
-    targets = resolve_targets(model, config)
+    targets = resolve_targets(model, config, loaded=loaded)
     granularity = parse_granularity(config.granularity)
     misfits = [f"{t.module} {t.shape}: {why}" for t in targets if (why := granularity.misfit(t))]
     if misfits:
@@ -192,9 +201,8 @@ def make_plan(model: nn.Module, config: PruningConfig) -> PruningPlan:
             f"{_some(misfits)}. Choose another granularity, or list those modules in exclude_modules"
         )
     parameters = dict(model.named_parameters())
-    bad = [t.name for t in targets if not is_finite(parameters[t.name].detach())]
-    if bad:
-        raise PlanError(f"NaN or infinite values in {_some(bad)}: expected finite weights; check how they were made")
+    if loaded:
+        refuse_infinite({t.name: parameters[t.name].detach() for t in targets})
     _refuse_inputs(model, targets, config)
     _refuse_wide_units(granularity, config)
     store = MaskStore.of(model)
@@ -202,7 +210,7 @@ def make_plan(model: nn.Module, config: PruningConfig) -> PruningPlan:
     if store is not None:
         store.check(model)
         masks = store.masks
-    tensors, remove = _count(targets, config, granularity, masks)
+    tensors, remove = _count(targets, config, granularity, masks, learned)
     _refuse_regrowth(tensors, remove, config, granularity)
     return PruningPlan(
         config=config,
@@ -214,6 +222,17 @@ def make_plan(model: nn.Module, config: PruningConfig) -> PruningPlan:
         element_size=parameters[targets[0].name].element_size(),
         uncovered=uncovered_matrices(model),
     )
+
+
+def refuse_infinite(weights: Mapping[str, Tensor]) -> None:
+    """Make sure that weights are finite.
+
+    Raises:
+        PlanError: If one is not.
+    """
+    bad = [name for name, weight in weights.items() if not is_finite(weight)]
+    if bad:
+        raise PlanError(f"NaN or infinite values in {_some(bad)}: expected finite weights; check how they were made")
 
 
 def _refuse_inputs(model: nn.Module, targets: list[Target], config: PruningConfig) -> None:
@@ -242,11 +261,16 @@ def _refuse_wide_units(granularity: Granularity, config: PruningConfig) -> None:
 
 
 def _count(
-    targets: list[Target], config: PruningConfig, granularity: Granularity, masks: Mapping[str, Tensor]
+    targets: list[Target],
+    config: PruningConfig,
+    granularity: Granularity,
+    masks: Mapping[str, Tensor],
+    learned: Mapping[str, float] | None,
 ) -> tuple[tuple[PlannedTensor, ...], int]:
     """Exact counts: k = round(sparsity * n) in every pool."""
     assert config.sparsity is not None
-    sparsities = allocate(config.allocation, config.sparsity, targets)
+    unknown = config.scope == "global" or (config.learns_allocation and learned is None)
+    sparsities = learned or allocate(config.allocation, config.sparsity, targets)
     tensors = []
     for target in targets:
         rows, columns = granularity.units(target.matrix_shape)
@@ -254,9 +278,9 @@ def _count(
         mask = masks.get(target.name)
         already = 0 if mask is None else mask.numel() - int(mask.count_nonzero())
         pool = granularity.pool or (columns if config.scope == "row" else units)
-        remove = None if config.scope == "global" else round(sparsity * pool) * (units // pool)
+        remove = None if unknown else round(sparsity * pool) * (units // pool)
         tensors.append(PlannedTensor(target, None if remove is None else sparsity, units, pool, remove, already))
-    if config.scope == "global":
+    if unknown:
         return tuple(tensors), round(config.sparsity * sum(t.units for t in tensors))
     return tuple(tensors), sum(t.remove or 0 for t in tensors)
 

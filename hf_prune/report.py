@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ from hf_prune.masking import MaskStore
 from hf_prune.tables import format_count, format_table
 from hf_prune.targets import Target, resolve_targets
 
+_CHUNK = 1 << 18  # numbers looked at together
 NM_PATTERNS = ((1, 2), (1, 4), (2, 4), (2, 8), (4, 8), (8, 16))
 
 
@@ -33,8 +35,14 @@ class WeightStatistics:
     @classmethod
     def of(cls, tensor: Tensor) -> WeightStatistics:
         """Statistics of a tensor, accumulated in float64."""
-        std, mean = torch.std_mean(tensor.double(), correction=0)
-        return cls(float(tensor.min()), float(tensor.max()), float(mean), float(std))
+        seen, mean, spread = 0, 0.0, 0.0
+        for part in tensor.reshape(-1).split(_CHUNK):  # a copy in float64 would be up to four times the tensor
+            variance, center = (float(x) for x in torch.var_mean(part.double(), correction=0))
+            share = len(part) / (seen + len(part))
+            spread += len(part) * (variance + (center - mean) ** 2 * (1 - share))
+            mean += (center - mean) * share
+            seen += len(part)
+        return cls(float(tensor.min()), float(tensor.max()), mean, math.sqrt(spread / seen))
 
 
 @dataclass(frozen=True)
@@ -76,10 +84,12 @@ class SparsityReport:
     Args:
         model_name: The model's class.
         tensors: Every parameter once, tied ones under their first name.
+        polish: What a training after pruning did, in one sentence; empty if there was none.
     """
 
     model_name: str
     tensors: tuple[TensorReport, ...]
+    polish: str = ""
 
     @property
     def targets(self) -> tuple[TensorReport, ...]:
@@ -161,6 +171,7 @@ class SparsityReport:
             "model_sparsity": self.model_sparsity,
             "nm_patterns": list(self.nm_patterns),
             "bytes": self.bytes,
+            "polish": self.polish,
             "tensors": [{**dataclasses.asdict(t), "sparsity": t.sparsity} for t in self.tensors],
         }
 
@@ -210,6 +221,8 @@ class SparsityReport:
             lines.append(f"{elsewhere:,} more are zero in tensors that pruning does not cover.")
         if self.nm_patterns:
             lines.append(f"N:M: every target satisfies {', '.join(self.nm_patterns)}.")
+        if self.polish:
+            lines.append(self.polish)
         lines.append(f"Size: {format_count(self.bytes)}B dense; zeros are stored like any other number.")
         return "\n".join(lines)
 
@@ -253,7 +266,13 @@ def sparsity_report(model: nn.Module, config: PruningConfig | None = None) -> Sp
                 before=WeightStatistics.of(dense[name]) if name in dense else None,
             )
         )
-    return SparsityReport(type(model).__name__, tuple(tensors))
+    return SparsityReport(type(model).__name__, tuple(tensors), _polish(store))
+
+
+def _polish(store: MaskStore | None) -> str:
+    if store is None or store.config is None or store.config.polish is None:
+        return ""
+    return str(store.polished or f"The weights were trained after pruning: polish {store.config.polish}.")
 
 
 def _targets(model: nn.Module, config: PruningConfig | None, store: MaskStore | None) -> dict[str, Target]:
@@ -270,7 +289,11 @@ def _targets(model: nn.Module, config: PruningConfig | None, store: MaskStore | 
 
 def _patterns(config: PruningConfig | None, store: MaskStore | None) -> list[tuple[int, int]]:
     """The N:M patterns to look for: the one that was asked for, and common ones."""
-    asked = config or (store.config if store is not None else None)
+    return patterns_of(config or (store.config if store is not None else None))
+
+
+def patterns_of(asked: PruningConfig | None) -> list[tuple[int, int]]:
+    """The N:M patterns that a report on such a pruning looks for: common ones, and the one that was asked for."""
     own = [] if asked is None or ":" not in asked.granularity else asked.granularity.split(":")
     pattern = [(int(own[0]), int(own[1]))] if own and own[0].isdigit() else []
     return list(dict.fromkeys([*pattern, *NM_PATTERNS]))
@@ -284,12 +307,12 @@ def nm_patterns(target: Target, weight: Tensor, patterns: Sequence[tuple[int, in
         weight: Its values, in its own layout.
         patterns: The (N, M) to look for.
     """
-    nonzero = target.matrix(weight != 0)
-    found = []
-    for n, m in patterns:
-        if target.inputs % m == 0 and int(nonzero.reshape(-1, m).sum(1, dtype=torch.int32).max()) <= n:
-            found.append(f"{n}:{m}")
-    return tuple(found)
+    matrix = target.matrix(weight)
+    found = [(n, m) for n, m in patterns if target.inputs % m == 0]
+    for rows in matrix.split(max(1, _CHUNK // matrix.shape[1])):
+        nonzero = rows != 0
+        found = [(n, m) for n, m in found if int(nonzero.reshape(-1, m).sum(1, dtype=torch.int32).max()) <= n]
+    return tuple(f"{n}:{m}" for n, m in found)
 
 
 @dataclass(frozen=True)

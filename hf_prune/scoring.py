@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from hf_prune.criteria.base import WeightStats
+from hf_prune.criteria.base import INPUTS, WeightStats
 from hf_prune.distributed import all_or_none, from_first
 from hf_prune.errors import CalibrationError
 from hf_prune.granularities.base import Granularity
 from hf_prune.plan import PlannedTensor, PruningPlan
-from hf_prune.repair import damped, least_squares
+from hf_prune.repair import corrected, refit
 from hf_prune.selection import CHUNK, Chunks, keep_highest, keep_highest_per_row
-from hf_prune.targets import Target, is_finite
+from hf_prune.targets import Target, bias_names, is_finite
 from hf_prune.units import block_sums, spread_blocks
+
+_LEAST_SHARE = 1e-6  # of the mean weight of outputs that the predictions hardly depend on
 
 
 def agreed_masks(
-    model: nn.Module, plan: PruningPlan, stats: Mapping[str, WeightStats], old_masks: Mapping[str, Tensor]
+    model: nn.Module,
+    plan: PruningPlan,
+    stats: Mapping[str, WeightStats],
+    old_masks: Mapping[str, Tensor],
+    given: Mapping[str, Tensor] | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """:func:`compute_masks`, and of several processes that calibrate together each gets what the first one computed.
 
@@ -29,16 +34,20 @@ def agreed_masks(
     that differ would never be noticed. Without calibration processes need not wait for one another.
     """
     if not plan.needs:
-        return compute_masks(model, plan, stats, old_masks)
+        return compute_masks(model, plan, stats, old_masks, given)
     with all_or_none():
-        found = compute_masks(model, plan, stats, old_masks)
+        found = compute_masks(model, plan, stats, old_masks, given)
     masks, weights = ({name: from_first(tensor) for name, tensor in tensors.items()} for tensors in found)
     return masks, weights
 
 
 @torch.no_grad()
 def compute_masks(
-    model: nn.Module, plan: PruningPlan, stats: Mapping[str, WeightStats], old_masks: Mapping[str, Tensor]
+    model: nn.Module,
+    plan: PruningPlan,
+    stats: Mapping[str, WeightStats],
+    old_masks: Mapping[str, Tensor],
+    given: Mapping[str, Tensor] | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The masks that a plan leads to, without touching the model.
 
@@ -47,13 +56,15 @@ def compute_masks(
         plan: Its plan.
         stats: What calibration gathered.
         old_masks: Masks of earlier prunings, by parameter name.
+        given: Masks that are known already, of which only the repair is left.
 
     Returns:
-        Bool masks, and the weights that the criterion repaired, both in the parameters' own layouts, by name.
+        Bool masks, and the weights and biases that the criterion or the repair gave new values, both in the
+        parameters' own layouts, by name.
     """
     parameters = dict(model.named_parameters())
     criterion, granularity = plan.criterion, plan.granularity
-    block = granularity.block
+    biases = bias_names(model, [t.target for t in plan.tensors]) if plan.config.repair is not None else {}
 
     def matrix(target: Target) -> Tensor:
         return target.matrix(parameters[target.name].detach())
@@ -62,35 +73,42 @@ def compute_masks(
         old = old_masks.get(target.name)
         return None if old is None else target.matrix(old)
 
-    def chunks(target: Target) -> Iterator[Tensor]:
-        weight, old = matrix(target), old_matrix(target)
-        step = len(weight)
-        if criterion.rowwise:
-            step = max(1, CHUNK // (weight.shape[1] * block[0])) * block[0]
-        for start in range(0, len(weight), step):
-            rows = slice(start, start + step)
-            scores = criterion.scores(weight[rows], stats[target.name].rows(rows))
-            yield checked_units(scores, block, None if old is None else old[rows], criterion.name, target.name)
+    def source(target: Target, weight: Tensor) -> Chunks:
+        return lambda: unit_chunks(plan, target, weight, stats[target.name], old_matrix(target))
 
-    sources = {tensor.target.name: functools.partial(chunks, tensor.target) for tensor in plan.tensors}
     masks: dict[str, Tensor] = {}
     weights: dict[str, Tensor] = {}
-    if plan.config.scope == "global":
+    if plan.config.scope == "global" and given is None:
+        sources = {t.target.name: source(t.target, matrix(t.target)) for t in plan.tensors}
         return {t.target.name: t.target.native(keep) for t, keep in keep_units(plan, plan.tensors, sources)}, weights
     for tensor in plan.tensors:
         target = tensor.target
         name, repaired = target.name, None
-        if criterion.repairs:
-            select = Selector(criterion.name, tensor, granularity, old_matrix(target))
-            keep, repaired = criterion.prune_weight(matrix(target), stats[name], select)
+        stat, dense, old = stats[name], matrix(target), old_matrix(target)
+        weight, scale = _goal(dense, stat) if criterion.needs & INPUTS else (dense, None)
+        if given is not None:
+            keep = target.matrix(given[name])
+        elif criterion.repairs:
+            select = Selector(criterion.name, tensor, granularity, old)
+            keep, repaired = criterion.prune_weight(weight, stat, select)
+            repaired = repaired if scale is None else repaired / scale
         else:
-            ((_, keep),) = keep_units(plan, [tensor], sources)
+            ((_, keep),) = keep_units(plan, [tensor], {name: source(target, weight)})
         if plan.config.repair is not None:
-            gram, old = stats[name].input_gram, old_matrix(target)
-            assert gram is not None
-            support = keep if old is None else keep & old
-            gram = damped(gram.to(torch.promote_types(matrix(target).dtype, torch.float32)))
-            repaired = least_squares(matrix(target), support, gram, start=repaired)
+            assert stat.input_gram is not None
+            bias = biases.get(name)
+            repaired, new_bias = refit(
+                dense,
+                keep if old is None else keep & old,
+                stat.input_gram,
+                stat.input_mean,
+                None if bias is None else parameters[bias].detach(),
+                stat.output_change,
+                stat.change_products,
+                start=repaired,
+            )
+            if bias is not None and new_bias is not None:
+                weights[bias] = new_bias.to(parameters[bias].dtype)
         masks[name] = target.native(keep)
         if repaired is not None:
             if not is_finite(repaired):
@@ -100,6 +118,32 @@ def compute_masks(
                 )
             weights[name] = target.native(repaired.to(matrix(target).dtype))
     return masks, weights
+
+
+def _goal(weight: Tensor, stats: WeightStats) -> tuple[Tensor, Tensor | None]:
+    """The weights that a criterion gets in place of the dense ones, for the objective "loss".
+
+    They make up for what the outputs lack, and each output is scaled by the root of how much the predictions depend on
+    it, so that errors in all of them are alike.
+
+    Args:
+        weight: (out, in) dense.
+        stats: Its statistics.
+
+    Returns:
+        (out, in) weights, and the (out, 1) scale; the dense weights and None for the objective "layer".
+    """
+    if stats.output_weight is None:
+        return weight, None
+    if stats.change_products is not None:
+        assert stats.input_gram is not None
+        weight = corrected(
+            weight.to(torch.promote_types(weight.dtype, torch.float32)), stats.input_gram, stats.change_products
+        )
+    mean = stats.output_weight.mean()
+    share = (stats.output_weight / mean).clamp_min(_LEAST_SHARE) if mean > 0 else torch.ones_like(stats.output_weight)
+    scale = share.sqrt()[:, None].to(weight.device)
+    return weight * scale, scale
 
 
 def keep_units(
@@ -121,8 +165,35 @@ def keep_units(
     else:
         kept = (_select(tensor, sources[tensor.target.name]) for tensor in tensors)
     for tensor, units in zip(tensors, kept, strict=True):
-        shape = plan.granularity.units(tensor.target.matrix_shape)
-        yield tensor, spread_blocks(units.view(shape), plan.granularity.block)
+        yield tensor, spread_units(plan, tensor.target, units)
+
+
+def unit_chunks(
+    plan: PruningPlan, target: Target, weight: Tensor, stats: WeightStats, old: Tensor | None
+) -> Iterator[Tensor]:
+    """Scores of one weight's units, in order, a few rows at a time where the criterion allows it.
+
+    Args:
+        plan: Its plan.
+        target: Which weight it is.
+        weight: (out, in).
+        stats: What is known of it.
+        old: (out, in) bool mask of earlier prunings, or None.
+    """
+    criterion, block = plan.criterion, plan.granularity.block
+    step = len(weight)
+    if criterion.rowwise:
+        step = max(1, CHUNK // (weight.shape[1] * block[0])) * block[0]
+    for start in range(0, len(weight), step):
+        rows = slice(start, start + step)
+        scores = criterion.scores(weight[rows], stats.rows(rows))
+        yield checked_units(scores, block, None if old is None else old[rows], criterion.name, target.name)
+
+
+def spread_units(plan: PruningPlan, target: Target, keep: Tensor) -> Tensor:
+    """(units,) bool -> (out, in) bool."""
+    granularity = plan.granularity
+    return spread_blocks(keep.view(granularity.units(target.matrix_shape)), granularity.block)
 
 
 @dataclass(frozen=True)

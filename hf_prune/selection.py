@@ -23,6 +23,7 @@ from torch import Tensor
 CHUNK = 1 << 16  # scores looked at together: 256 KiB in float32, which stays in a core's cache
 _SAMPLE = 1 << 14  # scores that bracket the k-th one, at least
 _SAMPLE_SHARE = 1 / 128  # or this share of all, if that is more: what lies inside the bracket stays small
+_LARGEST_SAMPLE = 1 << 21  # but no more than this: 8 MiB
 _SIGMAS = 4.0  # half-width of the bracket in standard errors of the sampled rank
 _SMALL_POOL = 32  # pools up to this size (N:M groups) are ranked by comparing all pairs
 
@@ -34,7 +35,7 @@ def keep_highest(parts: Sequence[Chunks], sizes: Sequence[int], k: int) -> list[
 
     Args:
         parts: One function per tensor that returns its scores in order, in chunks of any shape, float32,
-            without NaN. Each is called three or four times and must return the same scores every time.
+            without NaN. Each is called three to five times and must return the same scores every time.
         sizes: How many scores each part has.
         k: How many scores are removed from the whole pool, ``0 <= k <= sum(sizes)``.
 
@@ -45,11 +46,59 @@ def keep_highest(parts: Sequence[Chunks], sizes: Sequence[int], k: int) -> list[
     if k == 0 or k >= total:
         device = next(iter(parts[0]())).device
         return [torch.full((size,), k == 0, dtype=torch.bool, device=device) for size in sizes]
-    threshold, ties_kept = _threshold(parts, k, *_bracket(_sample(parts, total), k, total))
-    masks = [_above(part(), size, threshold) for part, size in zip(parts, sizes, strict=True)]
-    if ties_kept:
-        _keep_last_ties(masks, parts, threshold, ties_kept)
-    return masks
+    threshold, ties = find_threshold(parts, sizes, k)
+    return [keep_above(part, size, threshold, kept) for part, size, kept in zip(parts, sizes, ties, strict=True)]
+
+
+def find_threshold(parts: Sequence[Chunks], sizes: Sequence[int], k: int) -> tuple[float, list[int]]:
+    """Where :func:`keep_highest` cuts, for pools of which not even the masks fit into memory at once.
+
+    Args:
+        parts: As for :func:`keep_highest`.
+        sizes: How many scores each part has.
+        k: How many scores are removed from the whole pool.
+
+    Returns:
+        A score, and for each part how many of its units with just that score are kept: the last ones. Units with
+        higher scores are kept as well; :func:`keep_above` makes the masks.
+    """
+    total = sum(sizes)
+    if k == 0:
+        return float("-inf"), list(sizes)
+    if k >= total:
+        return float("inf"), [0] * len(sizes)
+    threshold, left = _threshold(parts, k, *_bracket(_sample(parts, total), k, total))
+    ties = [0] * len(parts)
+    for i in reversed(range(len(parts))):
+        if left == 0:
+            break
+        tied = left if i == 0 else sum(int((chunk == threshold).sum()) for chunk in parts[i]())
+        ties[i] = min(tied, left)
+        left -= ties[i]
+    return threshold, ties
+
+
+def keep_above(part: Chunks, size: int, threshold: float, ties: int) -> Tensor:
+    """The mask of one part of a pool that was cut at a threshold.
+
+    Args:
+        part: Its scores, as for :func:`keep_highest`; called once, or twice where ties are kept.
+        size: How many scores it has.
+        threshold: Units with higher scores are kept.
+        ties: How many of the units with just that score are kept: the last ones.
+
+    Returns:
+        (size,) bool, True where the unit is kept.
+    """
+    mask, tied = _above(part(), size, threshold, bool(ties))
+    gone, start = tied - ties, 0  # of the units at the threshold the first ones go
+    for chunk in part() if ties else ():
+        for flat in chunk.reshape(-1).split(CHUNK):
+            equal = flat == threshold
+            mask[start : start + len(flat)] |= equal & (equal.cumsum(0) > gone)
+            gone = max(0, gone - int(equal.sum()))
+            start += len(flat)
+    return mask
 
 
 def keep_highest_per_row(scores: Tensor, k: int) -> Tensor:
@@ -98,7 +147,7 @@ def _arrays(chunks: Iterable[Tensor]) -> Iterator[tuple[Any, Any]]:
 
 def _sample(parts: Sequence[Chunks], total: int) -> np.ndarray:
     """The same share of every chunk's scores at random places, sorted; all of them where they are few."""
-    share = max(_SAMPLE / total, _SAMPLE_SHARE)
+    share = min(max(_SAMPLE / total, _SAMPLE_SHARE), _LARGEST_SAMPLE / total)
     generator = np.random.default_rng(total)
     found = []
     for part in parts:
@@ -148,28 +197,17 @@ def _threshold(parts: Sequence[Chunks], k: int, low: float, high: float) -> tupl
     return threshold, int(np.count_nonzero(between <= threshold)) - rank
 
 
-def _above(chunks: Iterable[Tensor], size: int, threshold: float) -> Tensor:
-    mask, start = None, 0
+def _above(chunks: Iterable[Tensor], size: int, threshold: float, count: bool) -> tuple[Tensor, int]:
+    """Which scores are above a threshold and, if asked for, how many are just there."""
+    mask, start, tied = None, 0, 0
     for xp, chunk in _arrays(chunks):
         if mask is None:
             mask = torch.empty(size, dtype=torch.bool, device=None if xp is np else chunk.device)
         part = mask[start : start + len(chunk)]
         xp.greater(chunk, threshold, out=part.numpy() if xp is np else part)
         start += len(chunk)
+        if count:
+            tied += int(xp.count_nonzero(chunk == threshold))
     assert mask is not None
     assert start == size
-    return mask
-
-
-def _keep_last_ties(masks: Sequence[Tensor], parts: Sequence[Chunks], threshold: float, kept: int) -> None:
-    """Give the last ``kept`` units whose score equals the threshold back to the masks."""
-    for mask, part in zip(reversed(masks), reversed(parts), strict=True):
-        tied, start = [], 0
-        for chunk in part():
-            tied.append((chunk.reshape(-1) == threshold).nonzero().squeeze(1) + start)
-            start += chunk.numel()
-        last = torch.cat(tied)[-kept:]
-        mask[last] = True
-        kept -= len(last)
-        if kept == 0:
-            return
+    return mask, tied

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -14,8 +15,12 @@ from hf_prune.activations import CACHE_BYTES, Batches, InputReader
 from hf_prune.calibration import collect_stats, require_batches, weight_seed
 from hf_prune.criteria.base import GRADIENTS, INPUTS, WeightStats
 from hf_prune.masking import Undo, zero_removed_
+from hf_prune.matching import DenseGoals
 from hf_prune.plan import PlannedTensor, PruningPlan
 from hf_prune.scoring import agreed_masks
+from hf_prune.sensitivity import Sensitivity, measure_sensitivity
+
+_SHELVES = 4  # that share the memory: outputs of blocks, pruned and dense, goals, sensitivities
 
 
 @torch.no_grad()
@@ -27,6 +32,8 @@ def prune_in_order(
     undo: Undo,
     progress: bool = False,
     cache_bytes: int = CACHE_BYTES,
+    sensitivity: Sensitivity | None = None,
+    given: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """Prune a model, in place, so that each target sees the inputs that the pruned model gives it.
 
@@ -40,7 +47,10 @@ def prune_in_order(
         old_masks: Masks of earlier prunings, by parameter name.
         undo: Gets every weight before it changes.
         progress: Show a progress bar.
-        cache_bytes: How much of what finished layers put out is kept in memory; the rest goes to a temporary folder.
+        cache_bytes: How much of what finished layers put out, and of what the dense model put out, is kept in memory;
+            the rest goes to a temporary folder.
+        sensitivity: For the objective "loss", if it was measured already.
+        given: Masks that are known already, of which only the repair is left.
 
     Returns:
         Bool masks by parameter name.
@@ -50,29 +60,48 @@ def prune_in_order(
     """
     batches = list(require_batches(plan, calibration))
     known: Mapping[str, WeightStats] = {}
-    if gradients := plan.needs & GRADIENTS:  # taken on the dense model
-        dense_config = plan.config.replace(repair=None)
+    if given is None and (gradients := plan.needs & GRADIENTS):  # taken on the dense model
+        dense_config = plan.config.replace(repair=None, objective="layer")
         known = collect_stats(model, dataclasses.replace(plan, config=dense_config), batches, progress)
         assert gradients <= plan.criterion.needs
     parameters = dict(model.named_parameters())
     masks: dict[str, Tensor] = {}
     hidden = None if progress else True  # None: shown on a terminal
-    with InputReader(model, plan, batches, cache_bytes=cache_bytes) as reader:
+    if plan.config.objective == "loss":
+        cache_bytes //= _SHELVES
+
+    def prune_step(step: list[PlannedTensor], gathered: dict[str, dict[str, Tensor]], bar: Any) -> None:
+        for tensor in step:
+            name = tensor.target.name
+            mask, weights = prune_one(model, plan, tensor, gathered.pop(name), old_masks, known.get(name), given)
+            for changed in {name, *weights}:
+                undo.save(changed, parameters[changed])
+            masks[name] = mask
+            for changed, values in weights.items():
+                parameters[changed].copy_(values)
+            zero_removed_(parameters[name], mask)
+            if name in old_masks:
+                zero_removed_(parameters[name], old_masks[name].to(parameters[name].device))
+            bar.update()
+
+    with ExitStack() as context:
+        reader = context.enter_context(InputReader(model, plan, batches, cache_bytes=cache_bytes))
+        bar = context.enter_context(
+            tqdm(total=len(plan.tensors), desc="Pruning", unit="weight", leave=False, disable=hidden)
+        )
         steps = reader.order()
-        with tqdm(total=len(plan.tensors), desc="Pruning", unit="weight", leave=False, disable=hidden) as bar:
+        if plan.config.objective == "layer":
             for step in steps:
-                gathered = reader.gather(step, plan.needs & INPUTS)
-                for tensor in step:
-                    name = tensor.target.name
-                    mask, weight = prune_one(model, plan, tensor, gathered.pop(name), old_masks, known.get(name))
-                    undo.save(name, parameters[name])
-                    masks[name] = mask
-                    if weight is not None:
-                        parameters[name].copy_(weight)
-                    zero_removed_(parameters[name], mask)
-                    if name in old_masks:
-                        zero_removed_(parameters[name], old_masks[name].to(parameters[name].device))
-                    bar.update()
+                prune_step(step, reader.gather(step, plan.needs & INPUTS), bar)
+                reader.finish(step)
+            return masks
+        if sensitivity is None:
+            sensitivity = measure_sensitivity(reader, plan.config.seed, progress, cache_bytes)
+            context.callback(sensitivity.close)
+        goals = context.enter_context(DenseGoals(model, plan, batches, sensitivity, cache_bytes))
+        for segment in goals.segments(steps):
+            for step in segment:
+                prune_step(step, goals.gather(reader, step), bar)
                 reader.finish(step)
     return masks
 
@@ -84,8 +113,9 @@ def prune_one(
     gathered: Mapping[str, Any],
     old_masks: Mapping[str, Tensor],
     known: WeightStats | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """The mask of one target, and its weights if the criterion or the repair changes those that stay.
+    given: Mapping[str, Tensor] | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The mask of one target, and by name its weight and bias where these get new values.
 
     Args:
         model: The model, which is not changed.
@@ -94,9 +124,10 @@ def prune_one(
         gathered: Statistics of what flows into it.
         old_masks: Masks of earlier prunings, by parameter name.
         known: Its other statistics.
+        given: Masks that are known already.
     """
     name = tensor.target.name
     stats = dataclasses.replace(known or WeightStats(seed=weight_seed(plan, name)), **gathered)
     part = dataclasses.replace(plan, tensors=(tensor,))
-    masks, weights = agreed_masks(model, part, {name: stats}, old_masks)
-    return masks[name], weights.get(name)
+    masks, weights = agreed_masks(model, part, {name: stats}, old_masks, given)
+    return masks[name], weights

@@ -25,8 +25,11 @@ if TYPE_CHECKING:
 HUB_TIMEOUT = 0.8  # seconds; a call stays under one second, plus importing huggingface_hub the first time
 _OFFLINE_VARIABLES = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
 _SUBFOLDERS = ("", "data", "SST-2", "sst2")
-_SPLIT_ALIASES = ("validation", "dev", "val")
+_TABLES = (".tsv", ".csv", ".jsonl", ".parquet")
+_SPLIT_ALIASES = ("validation", "dev", "val", "valid")
 _DATA_FILE = re.compile(r"(?P<split>\w+?)(-\d{5}-of-(?P<shards>\d{5}))?\.(?P<format>tsv|csv|jsonl|parquet)")
+_TEXT_FILE = re.compile(r"(wiki\.)?(?P<split>\w+)\.(txt|raw|tokens)")
+_WIKITEXT_FILE = re.compile(r"wiki\..*\.(raw|tokens)")
 
 
 def check_model_source(
@@ -94,6 +97,70 @@ def check_data_source(source: str | os.PathLike[str]) -> None:
         check_hub_reachable(f"data set {source!r}")
 
 
+def check_text_source(source: str | os.PathLike[str]) -> None:
+    """Make sure that texts can be loaded from where they are said to be, before any long work.
+
+    Args:
+        source: As for :func:`load_texts`.
+
+    Raises:
+        DataError: As :func:`check_data_source`; a file is fine.
+
+    Example:
+        >>> check_text_source("./no-such-file.txt")
+        Traceback (most recent call last):
+        hf_prune.errors.DataError: no such file or folder: './no-such-file.txt'. Pass a text file, ...
+    """
+    if not os.path.isfile(source):
+        if os.fspath(source).endswith((".txt", ".raw", ".tokens", *_TABLES)):
+            raise DataError(
+                f"no such file or folder: {os.fspath(source)!r}. Pass a text file, a folder that holds data, or a Hub "
+                f"id (owner/name)"
+            )
+        check_data_source(source)
+
+
+def model_class(source: str | os.PathLike[str]) -> str:
+    """The class that a checkpoint's config names, without loading weights or libraries.
+
+    Args:
+        source: Folder or Hub id.
+
+    Returns:
+        Such as ``"LlamaForCausalLM"``; empty if the config names none.
+
+    Raises:
+        DataError: If the checkpoint cannot be found, or its config is no JSON object.
+
+    Example:
+        >>> model_class("./model")  # doctest: +SKIP
+        'LlamaForCausalLM'
+    """
+    offline = check_model_source(source)
+    path = os.path.join(source, "config.json")
+    if not os.path.isdir(source):
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import HfHubHTTPError
+
+        try:
+            path = hf_hub_download(os.fspath(source), "config.json", local_files_only=offline)
+        except HfHubHTTPError as error:
+            raise DataError(
+                f"model {os.fspath(source)!r} cannot be loaded from the Hugging Face Hub: {error}"
+            ) from error
+    try:
+        config = json.loads(Path(path).read_text(encoding="utf-8"))
+        names = config.get("architectures") or [""]
+    except (ValueError, AttributeError) as error:
+        raise DataError(f"the config.json of {os.fspath(source)!r} is no JSON object: {error}") from error
+    return str(names[0])
+
+
+def is_language_model(class_name: str) -> bool:
+    """Whether a class of transformers is a causal language model, by its name."""
+    return class_name.endswith(("ForCausalLM", "LMHeadModel"))
+
+
 def check_hub_reachable(what: str) -> None:
     """Ask the Hugging Face Hub for a sign of life, and fail at once if there is none.
 
@@ -157,7 +224,7 @@ def load_classification(
     split: str,
     *,
     text_columns: Sequence[str] = ("sentence",),
-    label_column: str = "label",
+    label_column: str | None = "label",
 ) -> Dataset:
     """Load labelled texts from a local folder, the cache of ``datasets``, or the Hub, and check every row.
 
@@ -170,7 +237,7 @@ def load_classification(
             configurations. ``glue/task`` is short for ``nyu-mll/glue:task``. A folder wins over a Hub id.
         split: Name of the split; ``validation``, ``dev`` and ``val`` mean the same.
         text_columns: The columns that hold text.
-        label_column: The column that holds the class: integers from 0, or strings.
+        label_column: The column that holds the class: integers from 0, or strings. None for texts without labels.
 
     Returns:
         A data set with the text columns and the label column only. Labels written as digits become
@@ -187,22 +254,74 @@ def load_classification(
     folder = _local_folder(source, "data")
     dataset = _load_hub(source, split) if folder is None else _load_folder(folder, split)
     where = f"split {split!r} of {source!r}"
-    if label_column not in dataset.column_names:
+    if label_column is not None and label_column not in dataset.column_names:
         raise DataError(
             f"{where} has no column {label_column!r} (found: {', '.join(dataset.column_names)}), and without labels it "
             "cannot be scored: name the label column, or use a labelled split (train, validation)"
         )
     check_columns(dataset, text_columns, where)
-    dataset = dataset.select_columns([*text_columns, label_column])
+    dataset = dataset.select_columns([*text_columns, *([] if label_column is None else [label_column])])
     if len(dataset) == 0:
         raise DataError(f"{where} has no rows: expected at least one")
     for name in text_columns:
         _check_texts(column(dataset, name), name, where)
+    if label_column is None:
+        return dataset
     labels = column(dataset, label_column)
     checked = _check_labels(labels, label_column, where)
     if checked == labels:
         return dataset
     return dataset.remove_columns(label_column).add_column(label_column, checked)
+
+
+def load_texts(source: str | os.PathLike[str], split: str = "train", *, text_column: str = "text") -> list[str]:
+    r"""Load plain text, for language models, from a file, a local folder, the cache of ``datasets``, or the Hub.
+
+    A text file is one text. The files of WikiText (Merity et al. 2016, arXiv:1609.07843), ``wiki.*.raw`` and
+    ``wiki.*.tokens``, give a text for each line, empty where the line is blank and else with its line end, as the data
+    set on the Hub does: so a file and the Hub lead to the same perplexity. TSV, CSV, JSONL and parquet files give a
+    text for each row.
+
+    Args:
+        source: A file; or a folder or Hub id as for :func:`load_classification`, where a folder may also hold text
+            files, such as ``test.txt`` or ``wiki.test.raw``.
+        split: Name of the split; a file is one by itself, whatever its name.
+        text_column: The column that holds text, where there are columns.
+
+    Returns:
+        The texts, in the order of the data.
+
+    Raises:
+        DataError: If the data cannot be found or read, the column is missing, or a row is no text.
+
+    Example:
+        >>> load_texts("wiki.test.raw")[1]  # doctest: +SKIP
+        ' = Robert Boulter = \n'
+        >>> texts = load_texts("Salesforce/wikitext:wikitext-2-raw-v1", "test")  # doctest: +SKIP
+    """
+    source = os.fspath(source)
+    where = f"split {split!r} of {source!r}"
+    if os.path.isfile(source):
+        where = repr(source)
+        path = Path(source)
+        if path.suffix not in _TABLES:
+            return _read_text(path)
+        dataset = _read([path])
+    elif (folder := _local_folder(source, "data")) is None:
+        dataset = _load_hub(source, split)
+    elif (files := _text_files(folder)) and not _data_files(folder):
+        return _read_text(files[_resolve_split(split, list(files), repr(source))])
+    else:
+        dataset = _load_folder(folder, split)
+    if text_column not in dataset.column_names:
+        raise DataError(
+            f"{where} has no column {text_column!r} (found: {', '.join(dataset.column_names)}): name the text column"
+        )
+    texts = column(dataset, text_column)
+    if not texts:
+        raise DataError(f"{where} has no rows: expected at least one")
+    _check_texts(texts, text_column, where)
+    return texts
 
 
 def fingerprint(dataset: Dataset, columns: Sequence[str]) -> str:
@@ -397,6 +516,26 @@ def _data_files(folder: Path) -> dict[str, list[Path]]:
     return {}
 
 
+def _text_files(folder: Path) -> dict[str, Path]:
+    """The text files by split, of the first subfolder that has any.
+
+    Raises:
+        DataError: If two files are the same split.
+    """
+    for subfolder in _SUBFOLDERS[:2]:
+        files: dict[str, Path] = {}
+        for path in sorted((folder / subfolder).glob("*")):
+            if (match := _TEXT_FILE.fullmatch(path.name)) and path.is_file():
+                if (other := files.setdefault(match["split"], path)) != path:
+                    raise DataError(
+                        f"split {match['split']!r} is in {path.parent} more than once ({other.name}, {path.name}): "
+                        f"pass one of the files, or keep one of them"
+                    )
+        if files:
+            return files
+    return {}
+
+
 def _one_set(paths: list[Path], split: str) -> list[Path]:
     """Check that the files of a split are one file, or all shards of one set."""
     matches = [match for path in paths if (match := _DATA_FILE.fullmatch(path.name))]
@@ -443,6 +582,17 @@ def _read(paths: list[Path]) -> Dataset:
         return Dataset.from_dict(columns)
     except (ValueError, TypeError) as error:  # ArrowInvalid and ArrowTypeError: JSON values of mixed types
         raise DataError(f"{paths[0]}: a column mixes types ({error}): write text and labels as strings") from error
+
+
+def _read_text(path: Path) -> list[str]:
+    """A text file as one text; a file of WikiText line by line."""
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            if _WIKITEXT_FILE.fullmatch(path.name):
+                return [line if line.strip() else "" for line in file]
+            return [file.read()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read as UTF-8 text: {error}") from error
 
 
 def _read_parquet(paths: list[Path]) -> Dataset:

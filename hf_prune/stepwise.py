@@ -113,3 +113,33 @@ def prune_in_steps(
         finally:
             weights.close()
     return {tensor.target.name: masks[tensor.target.name] for tensor in plan.tensors}
+
+
+@torch.no_grad()
+def masks_before_repair(
+    model: nn.Module,
+    plan: PruningPlan,
+    batches: Batches,
+    old_masks: Mapping[str, Tensor],
+    progress: bool = False,
+    cache_bytes: int = CACHE_BYTES,
+) -> dict[str, Tensor]:
+    """The masks of a plan whose repair can only begin once all of them are known; the model is not changed.
+
+    Args:
+        model: The model.
+        plan: Its plan, of a criterion that does not learn from the inputs of pruned layers.
+        batches: Calibration batches.
+        old_masks: Masks of earlier prunings, by parameter name.
+        progress: Show progress bars.
+        cache_bytes: See :func:`hf_prune.fisher.prune_by_fisher`.
+    """
+    config = plan.config.replace(repair=None, objective="layer", calibration_order="one_pass")
+    plan = dataclasses.replace(plan, config=config)
+    if plan.needs & CURVATURE:
+        weights = Shelf(0)
+        try:
+            return prune_by_fisher(model, plan, batches, old_masks, weights, progress, cache_bytes)
+        finally:
+            weights.close()
+    return agreed_masks(model, plan, collect_stats(model, plan, batches, progress), old_masks)[0]

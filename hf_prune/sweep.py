@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hf_prune.calibration import Batches, collect_stats
+from hf_prune.calibration import Batches, require_batches
 from hf_prune.comparison import Comparison, compare
 from hf_prune.config import PruningConfig
 from hf_prune.errors import ConfigError, SweepError
@@ -336,7 +336,8 @@ def check_points(
         raise SweepError("the model has masks: every point is pruned from dense weights; load a dense model")
     plans = [make_plan(model, config) for config in configs]
     for plan in plans if calibration is None else []:
-        collect_stats(model, plan)  # refuses a criterion that needs calibration
+        if plan.config.needs_data:
+            require_batches(plan, calibration)  # refuses
     return plans
 
 

@@ -21,6 +21,7 @@ from hf_prune.errors import PlanError
 from hf_prune.registry import unknown_name
 
 ALL_LINEAR = "all-linear"
+_CHUNK = 1 << 18  # weights looked at together
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class Target:
         return matrix.contiguous()
 
 
-def resolve_targets(model: nn.Module, config: PruningConfig) -> list[Target]:
+def resolve_targets(model: nn.Module, config: PruningConfig, *, loaded: bool = True) -> list[Target]:
     """The weights that a config means on a model, in the order of its modules.
 
     Tied weights and shared modules appear once, under the name that ``named_parameters()`` gives them.
@@ -82,10 +83,11 @@ def resolve_targets(model: nn.Module, config: PruningConfig) -> list[Target]:
     Args:
         model: Any torch module.
         config: Its ``target_modules`` and ``exclude_modules``.
+        loaded: Whether its weights have to be there. False for a model on the meta device, whose weights come later.
 
     Raises:
-        PlanError: If a name matches no module, if nothing is left to prune, if a weight is on the meta
-            device or not of a floating-point type, or if torch.nn.utils.prune holds masks of its own.
+        PlanError: If a name matches no module, if nothing is left to prune, if a weight is not loaded
+            or not of a floating-point type, or if torch.nn.utils.prune holds masks of its own.
     """
     for name, module in model.named_modules():
         if "weight_orig" in module._parameters and "weight_mask" in module._buffers:
@@ -115,7 +117,7 @@ def resolve_targets(model: nn.Module, config: PruningConfig) -> list[Target]:
         weight = module._parameters["weight"]
         assert weight is not None
         if id(weight) not in targets:
-            _check_weight(module_name, weight)
+            _check_weight(module_name, weight, loaded)
             targets[id(weight)] = Target(names[id(weight)], module_name, layout, tuple(weight.shape))
     if not targets:
         raise PlanError(
@@ -169,8 +171,8 @@ def _check_matches(setting: str, pattern: str | tuple[str, ...], names: list[str
             raise PlanError(f"{setting}: {unknown_name('module', suffix, known)}")
 
 
-def _check_weight(module_name: str, weight: Tensor) -> None:
-    if weight.is_meta:
+def _check_weight(module_name: str, weight: Tensor, loaded: bool) -> None:
+    if weight.is_meta and loaded:
         raise PlanError(
             f"{module_name}.weight is on the meta device (offloaded or not loaded): load the model without "
             f"offloading before pruning it"
@@ -212,5 +214,44 @@ def uncovered_matrices(model: nn.Module) -> dict[str, int]:
 
 def is_finite(tensor: Tensor) -> bool:
     """Whether a tensor is free of NaN and infinity: one fast sum, and a close look only if that overflows."""
+    if tensor.device.type == "cpu" and tensor.dim() > 1 and tensor.numel() > _CHUNK and tensor.element_size() < 4:
+        rows = max(1, _CHUNK * len(tensor) // tensor.numel())
+        return all(is_finite(part) for part in tensor.split(rows))  # the sum makes a copy in float32
     total = tensor.sum(dtype=torch.float32 if tensor.element_size() < 4 else None)
     return bool(torch.isfinite(total)) or bool(torch.isfinite(tensor).all())
+
+
+def output_rows(output: Tensor, layout: str) -> Tensor:
+    """(tokens, out): what a module puts out, a row for each row of its inputs.
+
+    Args:
+        output: (..., out), or (batch, out, *size) of a convolution.
+        layout: As in :class:`Target`.
+    """
+    if layout == "conv":
+        output = output.movedim(1, -1)  # (batch, *positions, out)
+    return output.reshape(-1, output.shape[-1])
+
+
+def bias_names(model: nn.Module, targets: Collection[Target]) -> dict[str, str]:
+    """Names of the biases that belong to targets alone: by the target's name.
+
+    A weight that several modules share has no bias of its own, nor has one whose bias another module shares.
+
+    Args:
+        model: Any torch module.
+        targets: Weights of it.
+    """
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    wanted = {t.name for t in targets}
+    found: dict[str, list[Tensor | None]] = {}
+    users: dict[int, int] = {}
+    for module in model.modules():
+        bias = module._parameters.get("bias")
+        if bias is not None:
+            users[id(bias)] = users.get(id(bias), 0) + 1
+        if (name := names.get(id(module._parameters.get("weight")))) in wanted:
+            assert name is not None
+            found.setdefault(name, []).append(bias)
+    single = {name: biases[0] for name, biases in found.items() if len(biases) == 1}
+    return {name: names[id(b)] for name, b in single.items() if b is not None and users[id(b)] == 1}

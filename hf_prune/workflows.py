@@ -9,20 +9,33 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from hf_prune.auto import load_native
 from hf_prune.budget import SparsitySearch, check_budget, find_sparsity
+from hf_prune.calibration import text_batches, token_windows
 from hf_prune.checkpoint import copy_companions, has_tokenizer, staged_checkpoint
 from hf_prune.comparison import Comparison, compare
 from hf_prune.config import PruningConfig
+from hf_prune.criteria.base import LABELLED
 from hf_prune.distributed import all_or_none, is_first, processes
 from hf_prune.errors import ConfigError, DataError
-from hf_prune.evaluation import Evaluation, classification_batches, drawn, evaluate_classification
+from hf_prune.evaluation import Evaluation, classification_batches, context_length, drawn, evaluate_classification
 from hf_prune.files import write_json, write_text
+from hf_prune.perplexity import Perplexity, evaluate_perplexity
+from hf_prune.plan import PruningPlan
 from hf_prune.plots import plot_layer_sparsity, plot_weight_histogram, save_figure
 from hf_prune.report import SparsityReport, WeightHistogram, sparsity_report, weight_histogram
-from hf_prune.sources import check_columns, check_model_source, column, load_classification, same_split
+from hf_prune.sources import (
+    check_columns,
+    check_model_source,
+    column,
+    is_language_model,
+    load_classification,
+    load_texts,
+    same_split,
+)
+from hf_prune.stream import check_streamable, prune_stream
 from hf_prune.sweep import SweepResult, run_sweep
 
 if TYPE_CHECKING:
@@ -72,17 +85,73 @@ class LabelledData:
             )
         return data.select(rows)
 
-    def calibration(self, configs: Sequence[PruningConfig], model: Any, tokenizer: Any) -> list[dict[str, Any]] | None:
-        """Labelled batches, if one of the configs needs them."""
-        if not any(config.needs for config in configs):
+    def calibration(
+        self, configs: Sequence[PruningConfig], model: Any, tokenizer: Any, n: int | None = None
+    ) -> list[dict[str, Any]] | None:
+        """Batches, if one of the configs needs them; with labels if a criterion needs them.
+
+        Args:
+            configs: The configs.
+            model: The model.
+            tokenizer: Its tokenizer.
+            n: How many examples, if not ``calibration_samples``; these are among them.
+        """
+        if not any(config.needs_data for config in configs):
             return None
+        label_column = self.label_column if any(config.needs & LABELLED for config in configs) else None
         return classification_batches(
+            load_classification(
+                self.source, self.calibration_split, text_columns=self.text_columns, label_column=label_column
+            ),
+            tokenizer,
+            n=n or self.calibration_samples,
+            text_columns=self.text_columns,
+            label_column=label_column,
+            label2id=model.config.label2id,
+        )
+
+
+@dataclass(frozen=True)
+class TextData:
+    """Where texts for a language model are, and which of them calibration may see.
+
+    Args:
+        source: A file, a folder or a Hub data set, as for :func:`hf_prune.load_texts`.
+        text_column: The text column, where there are columns.
+        calibration_split: What calibrated criteria learn from, where there are splits.
+        calibration_samples: How many windows they see.
+        window: Tokens of such a window; what the model has positions for if that is less.
+    """
+
+    source: str = "Salesforce/wikitext:wikitext-2-raw-v1"
+    text_column: str = "text"
+    calibration_split: str = "train"
+    calibration_samples: int = 128
+    window: int = 512
+
+    def load(self, split: str) -> list[str]:
+        """The texts of one split."""
+        return load_texts(self.source, split, text_column=self.text_column)
+
+    def calibration(
+        self, configs: Sequence[PruningConfig], model: Any, tokenizer: Any, n: int | None = None
+    ) -> list[dict[str, Any]] | None:
+        """Windows of tokens, if one of the configs needs them; with labels if a criterion needs them.
+
+        Args:
+            configs: The configs.
+            model: The model.
+            tokenizer: Its tokenizer.
+            n: How many windows, if not ``calibration_samples``.
+        """
+        if not any(config.needs_data for config in configs):
+            return None
+        return token_windows(
             self.load(self.calibration_split),
             tokenizer,
-            n=self.calibration_samples,
-            text_columns=self.text_columns,
-            label_column=self.label_column,
-            label2id=model.config.label2id,
+            n=n or self.calibration_samples,
+            length=min(self.window, context_length(model) or self.window),
+            labels=any(config.needs & LABELLED for config in configs),
         )
 
 
@@ -95,15 +164,37 @@ def load_classifier(source: str) -> tuple[Any, Any]:
     Raises:
         DataError: If it cannot be found or is of another kind.
     """
+    model, tokenizer = _load(source)
+    if not type(model).__name__.endswith("ForSequenceClassification"):
+        raise DataError(
+            f"{source!r} is a {type(model).__name__}: expected a …ForSequenceClassification to score by accuracy, or a "
+            f"…ForCausalLM by perplexity"
+        )
+    return model, tokenizer
+
+
+def load_language_model(source: str) -> tuple[Any, Any]:
+    """A causal language model and its tokenizer.
+
+    Args:
+        source: Folder or Hub id.
+
+    Raises:
+        DataError: If it cannot be found or is of another kind.
+    """
+    model, tokenizer = _load(source)
+    if not is_language_model(type(model).__name__):
+        raise DataError(f"{source!r} is a {type(model).__name__}: expected a …ForCausalLM")
+    return model, tokenizer
+
+
+def _load(source: str) -> tuple[Any, Any]:
     offline = check_model_source(source)
     if not has_tokenizer(source, local_files_only=offline):
         raise DataError(
             f"{source!r} has no tokenizer: save it beside the model with tokenizer.save_pretrained({source!r})"
         )
-    model = load_native(source)
-    if not type(model).__name__.endswith("ForSequenceClassification"):
-        raise DataError(f"{source!r} is a {type(model).__name__}: expected a …ForSequenceClassification to score")
-    return model, AutoTokenizer.from_pretrained(source, local_files_only=offline)
+    return load_native(source), AutoTokenizer.from_pretrained(source, local_files_only=offline)
 
 
 def evaluate_checkpoint(source: str, data: LabelledData, split: str, *, batch_size: int = 32) -> Evaluation:
@@ -129,12 +220,46 @@ def evaluate_checkpoint(source: str, data: LabelledData, split: str, *, batch_si
     )
 
 
+def evaluate_language_model(
+    source: str,
+    data: TextData,
+    split: str,
+    *,
+    window: int | None = None,
+    limit: int | None = None,
+    batch_size: int = 1,
+) -> Perplexity:
+    """Score a causal language model; see :func:`hf_prune.evaluate_perplexity`.
+
+    Args:
+        source: Folder or Hub id.
+        data: What to score it on.
+        split: Which split, where there are some.
+        window: Tokens that the model sees at once; None for its context, at most 2048.
+        limit: Use only the first so many windows.
+        batch_size: Windows scored at once.
+    """
+    model, tokenizer = load_language_model(source)
+    return evaluate_perplexity(
+        model,
+        tokenizer,
+        data.load(split),
+        window=window,
+        limit=limit,
+        batch_size=batch_size,
+        source=label(data.source),
+        split="" if Path(data.source).is_file() else split,
+        progress=label(source),
+    )
+
+
 def prune_checkpoint(
     source: str,
     config: PruningConfig,
     out: Path,
     *,
-    data: LabelledData | None = None,
+    data: LabelledData | TextData | None = None,
+    polish_samples: int | None = None,
     plots: bool = False,
     name: str = "",
 ) -> SparsityReport:
@@ -144,7 +269,8 @@ def prune_checkpoint(
         source: Folder or Hub id.
         config: The settings.
         out: The folder, which may be the source itself.
-        data: Labelled texts, for criteria that need them.
+        data: Labelled texts, or texts for a language model, for criteria that need them.
+        polish_samples: How many of them a polish trains on; by default those that calibration sees.
         plots: Also write ``weights.png`` and ``layers.png``.
         name: What to call the model in plots.
 
@@ -152,14 +278,35 @@ def prune_checkpoint(
         The report, which lies in the folder as ``sparsity_report.json``.
     """
     join_processes()
-    batches = None
-    if config.needs and data is not None:
-        model, tokenizer = load_classifier(source)
-        batches = data.calibration([config], model, tokenizer)
-    else:
-        model = load_native(source)
-    with _pruned_into(model, source, config, out, batches, plots, name) as (report, _):
+    if polish_samples is not None and config.polish is None:
+        raise ConfigError(f"polish_samples is {polish_samples}, but there is no polish: set polish, or leave it out")
+    model, batches, *more = _with_calibration(source, data if config.needs_data else None, config, polish_samples)
+    with _pruned_into(model, source, config, out, batches, plots, name, *more) as (report, _):
         return report
+
+
+def plan_checkpoint(source: str, config: PruningConfig, *, data: LabelledData | TextData | None = None) -> PruningPlan:
+    """The plan for a checkpoint; see :meth:`hf_prune.PrunedModelMixin.plan`.
+
+    Args:
+        source: Folder or Hub id.
+        config: The settings.
+        data: Texts, for allocations that are learned from data.
+    """
+    model, batches, _ = _with_calibration(source, data if config.learns_allocation else None, config)
+    plan: PruningPlan = model.plan(config, calibration=batches)
+    return plan
+
+
+def _with_calibration(
+    source: str, data: LabelledData | TextData | None, config: PruningConfig, polish_samples: int | None = None
+) -> tuple[Any, list[dict[str, Any]] | None, list[dict[str, Any]] | None]:
+    """A model, and its batches for calibration and for a polish if there is data for them."""
+    if data is None:
+        return load_native(source), None, None
+    model, tokenizer = (load_language_model if isinstance(data, TextData) else load_classifier)(source)
+    more = None if polish_samples is None else data.calibration([config], model, tokenizer, polish_samples)
+    return model, data.calibration([config], model, tokenizer), more
 
 
 def prune_to_budget(
@@ -237,6 +384,41 @@ def prune_to_budget(
     return search, comparison, report
 
 
+def stream_checkpoint(
+    source: str, config: PruningConfig, out: Path, *, data: LabelledData | TextData | None = None, restart: bool = False
+) -> SparsityReport:
+    """Prune a checkpoint into a folder without holding its model; see :func:`hf_prune.prune_stream`.
+
+    Args:
+        source: Folder or Hub id.
+        config: The settings.
+        out: The folder, which may be the source itself.
+        data: Texts, for criteria that learn from inputs; their labels are not looked at.
+        restart: Begin anew, whatever an interrupted run left.
+    """
+    check_streamable(config)
+    batches = _streamed_batches(source, data) if config.needs and data is not None else None
+    return prune_stream(source, config, out, calibration=batches, progress=True, restart=restart)
+
+
+def _streamed_batches(source: str, data: LabelledData | TextData) -> list[dict[str, Any]]:
+    """Calibration batches for a model that is not there."""
+    offline = check_model_source(source)
+    if not has_tokenizer(source, local_files_only=offline):
+        raise DataError(f"{source!r} has no tokenizer, which calibration on texts needs: save it beside the model")
+    tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=offline)
+    if isinstance(data, TextData):
+        text = AutoConfig.from_pretrained(source, local_files_only=offline).get_text_config()
+        length = min(data.window, getattr(text, "max_position_embeddings", None) or data.window)
+        return token_windows(data.load(data.calibration_split), tokenizer, n=data.calibration_samples, length=length)
+    if len(data.text_columns) != 1:
+        raise ConfigError(f"found {len(data.text_columns)} text columns: expected one, since streaming reads texts")
+    if tokenizer.pad_token is None:  # any will do: what is padded does not count
+        tokenizer.pad_token = tokenizer.eos_token
+    texts = load_texts(data.source, data.calibration_split, text_column=data.text_columns[0])
+    return text_batches([texts[i] for i in drawn(len(texts))[: data.calibration_samples]], tokenizer)
+
+
 def join_processes() -> None:
     """Under ``accelerate launch`` or ``torchrun``, meet the other processes, so that they calibrate together."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and processes()[1] == 1:
@@ -254,6 +436,7 @@ def _pruned_into(
     batches: list[dict[str, Any]] | None,
     plots: bool,
     name: str,
+    polish_data: list[dict[str, Any]] | None = None,
 ) -> Iterator[tuple[SparsityReport, Path | None]]:
     """Prune and save; the block may add files to the folder, which then appears at once.
 
@@ -261,7 +444,7 @@ def _pruned_into(
     """
     names = [tensor.target.name for tensor in model.plan(config).tensors]
     dense, before = sparsity_report(model, config), weight_histogram(model, names)
-    model.prune(config, calibration=batches, progress=True)
+    model.prune(config, calibration=batches, polish_data=polish_data, progress=True)
     report = sparsity_report(model).with_before(dense)
     with all_or_none(), staged_checkpoint(out) if is_first() else contextlib.nullcontext() as staging:
         if staging is not None:
@@ -306,7 +489,7 @@ def sweep_checkpoint(
         data_name: What to call the data there.
     """
     configs = [(config or PruningConfig()).replace(criterion=name) for name in criteria]
-    if any(each.needs for each in configs) and same_split(split, data.calibration_split):
+    if any(each.needs_data for each in configs) and same_split(split, data.calibration_split):
         raise ConfigError(
             f"the split {split!r} is scored and calibrated on: expected two; a criterion that has seen the labels that "
             "it is scored on looks better than it is"

@@ -72,6 +72,11 @@ SAME: dict[str, tuple[str, tuple[int, ...], dict[str, Any]]] = {
         ("bert", SIZES, {"criterion": "fisher", "scope": "global", "steps": 3, "labels": False}),
         ("gpt2", (3,), {"criterion": "fisher", "granularity": "block:2x2", "scope": "row", "labels": False}),
         ("bert", SIZES, {"criterion": "fisher_diagonal", "steps": 2}),
+        ("bert", SIZES, {"criterion": "alps", "objective": "loss", "allocation": "fisher"}),
+        ("gpt2", SIZES, {"criterion": "sparsegpt", "objective": "loss", "repair": "least_squares"}),
+        ("llama", (3,), {"criterion": "wanda", "objective": "loss", "allocation": "owl"}),
+        ("moe", SIZES, {"criterion": "sparsegpt", "objective": "loss"}),
+        ("skips", SIZES, {"criterion": "alps", "objective": "loss"}),
     ]
 }
 
@@ -165,6 +170,14 @@ def main(rank: int, size: int, folder: str) -> None:
     with mock.patch.object(dist, "is_initialized", return_value=False):
         expected = prune(models.tiny_bert(), criterion="wanda", calibration=batches)
     found["another opinion"] = differing(snapshot(expected), snapshot(model))
+    model = prune(
+        models.tiny_bert(), criterion="wanda", calibration=batches, polish={"epochs": 2, "learning_rate": 1e-3}
+    )
+    store = MaskStore.of(model)
+    assert store is not None
+    assert store.polished is not None
+    found["polish"] = [float(p.detach().double().abs().sum()) for p in model.parameters()]
+    found["polished"] = [store.polished.before, store.polished.after, store.polished.steps]
     if rank == 1:  # without calibration, nobody waits
         found["magnitude"] = int((prune(models.tiny_bert(), 0.5).classifier.weight == 0).sum())
     Path(folder, f"{rank}.json").write_text(json.dumps(found))

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_prune.allocation import allocate, erdos_renyi_kernel
+from hf_prune.allocation import allocate, erdos_renyi_kernel, least_total, outlier_sparsities
 from hf_prune.errors import PlanError
 from hf_prune.targets import Target
 from tests.reference.pruning import reference_erk
@@ -92,3 +92,66 @@ def test_erk_equals_bisection_and_keeps_the_mean(sparsity, shapes):
 def test_all_or_nothing(allocation):
     assert set(allocate(allocation, 1.0, TARGETS).values()) == {1.0}
     assert list(allocate(allocation, 0.0, TARGETS).values()) == pytest.approx([0.0] * 3)
+
+
+# --- least total error ------------------------------------------------------------------------------
+
+
+def curve(scale: float) -> list[tuple[float, float]]:
+    return [(0.0, 0.0), *((s, scale * s**4) for s in (0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98))]
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 400), st.floats(1e-6, 1e6)), min_size=1, max_size=6),
+    st.floats(0, 1),
+)
+def test_counts_add_up_and_keep_their_bounds(tensors, sparsity):
+    units = {str(i): size for i, (size, _) in enumerate(tensors)}
+    remove = round(sparsity * sum(units.values()))
+    gone = {name: size // 10 for name, size in units.items()}
+    least = gone if sum(gone.values()) <= remove else {}
+    found = least_total({str(i): curve(scale) for i, (_, scale) in enumerate(tensors)}, units, remove, least)
+    assert sum(found.values()) == remove
+    assert all(least.get(name, 0) <= found[name] <= size for name, size in units.items())
+    if remove <= 0.9 * sum(units.values()):
+        assert all(found[name] <= 0.98 * size + 1 for name, size in units.items() if not least)
+
+
+def test_the_sum_of_errors_is_smallest():
+    """Against every other way, two per cent at a time."""
+    units = {"a": 100, "b": 300}
+    errors = {"a": curve(3.0), "b": curve(1.0)}
+    found = least_total(errors, units, 240)
+
+    def total(a: int) -> float:
+        return 3.0 * (a / 100) ** 4 + ((240 - a) / 300) ** 4
+
+    best = min(range(0, 99, 2), key=total)
+    assert total(found["a"]) <= 1.02 * total(best)
+    assert abs(found["a"] - best) <= 3
+
+
+def test_a_tensor_that_costs_nothing_goes_up_to_the_cap():
+    errors = {"free": curve(0.0), "dear": curve(1.0)}
+    assert least_total(errors, {"free": 1000, "dear": 1000}, 980) == {"free": 980, "dear": 0}
+    assert least_total(errors, {"free": 1000, "dear": 1000}, 1980) == {"free": 990, "dear": 990}
+
+
+def test_a_curve_that_falls_is_made_convex():
+    """A bump between two points must not stop what pays off behind it."""
+    bump = [(0.0, 0.0), (0.3, 1.0), (0.5, 0.2), (0.9, 1.1), (0.98, 1.2)]
+    steep = [(0.0, 0.0), (0.3, 0.9), (0.5, 2.0), (0.9, 9.0), (0.98, 20.0)]
+    found = least_total({"bump": bump, "steep": steep}, {"bump": 100, "steep": 100}, 100)
+    assert found["bump"] > 75
+
+
+def test_outliers_spare_their_block_by_hand():
+    """Shares 0.1 and 0.3, equal sizes: 0.7 ± 0.08; three to one: the mean stays."""
+    found = outlier_sparsities({"a": 0.1, "b": 0.3}, {"a": 10, "b": 10}, 0.7)
+    assert found == pytest.approx({"a": 0.78, "b": 0.62})
+    found = outlier_sparsities({"a": 0.1, "b": 0.3}, {"a": 30, "b": 10}, 0.7)
+    assert found == pytest.approx({"a": 0.74, "b": 0.58})
+    assert (30 * found["a"] + 10 * found["b"]) / 40 == pytest.approx(0.7)
+    assert outlier_sparsities({"a": 0.2, "b": 0.2}, {"a": 1, "b": 1}, 0.5) == {"a": 0.5, "b": 0.5}
+    close = outlier_sparsities({"a": 0.0, "b": 1.0}, {"a": 1, "b": 1}, 0.99)
+    assert close == pytest.approx({"a": 0.995, "b": 0.985})

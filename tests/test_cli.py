@@ -47,13 +47,20 @@ def folders(tmp_path_factory) -> dict[str, str]:
     models.tiny_tokenizer().save_pretrained(root / "text")
     models.tiny_gpt2().save_pretrained(root / "gpt2")
     models.tiny_tokenizer().save_pretrained(root / "gpt2")
+    models.tiny_llama().save_pretrained(root / "llama")
+    models.tiny_tokenizer().save_pretrained(root / "llama")
+    models.tiny_bert_mlm().save_pretrained(root / "mlm")
+    models.tiny_tokenizer().save_pretrained(root / "mlm")
     models.tiny_vit().save_pretrained(root / "vit")
+    (root / "texts").mkdir()
+    for split, n, seed in (("train", 60, 1), ("test", 40, 0)):
+        (root / "texts" / f"{split}.txt").write_text("\n".join(models.tiny_sentences(n, seed)["sentence"]))
     (root / "data").mkdir()
     for split, n, seed in (("train", 32, 1), ("dev", 48, 0)):
         rows = models.tiny_sentences(n, seed)
         lines = [f"{text}\t{label}" for text, label in zip(rows["sentence"], rows["label"], strict=True)]
         (root / "data" / f"{split}.tsv").write_text("\n".join(["sentence\tlabel", *lines]) + "\n")
-    return {name: str(root / name) for name in ("text", "gpt2", "vit", "data")}
+    return {name: str(root / name) for name in ("text", "gpt2", "llama", "mlm", "vit", "data", "texts")}
 
 
 @pytest.fixture
@@ -405,13 +412,32 @@ USER_ERRORS: dict[str, tuple[list[str], str]] = {
     "empty model": (["report", "{data}"], "config.json"),
     "out is a file": (["prune", "{text}", "--out", "{data}/dev.tsv"], "dev.tsv is a file: expected a folder"),
     "scoring": (
-        ["evaluate", "{gpt2}", "--data", "{data}"],
-        "is a GPT2LMHeadModel: expected a …ForSequenceClassification",
+        ["evaluate", "{mlm}", "--data", "{data}"],
+        "is a BertForMaskedLM: expected a …ForSequenceClassification to score by accuracy, or a …ForCausalLM by perpl",
     ),
     "sweeping": (["sweep", "{gpt2}", "--data", "{data}", "--out", "x"], "is a GPT2LMHeadModel"),
-    "taylor of a LM": (
-        ["prune", "{gpt2}", "--criterion", "taylor", "--data", "{data}", "--out", "x"],
-        "GPT2LMHeadModel",
+    "taylor of a masked LM": (
+        ["prune", "{mlm}", "--criterion", "taylor", "--data", "{data}", "--out", "x"],
+        "is a BertForMaskedLM: expected a …ForSequenceClassification",
+    ),
+    "column of a LM": (
+        ["prune", "{gpt2}", "--criterion", "wanda", "--data", "{data}", "--out", "x"],
+        "has no column 'text' (found: sentence, label): name the text column",
+    ),
+    "window of a LM": (["evaluate", "{gpt2}", "--data", "{texts}", "--window", "25"], "has only 24 positions"),
+    "window of a classifier": (
+        ["evaluate", "{text}", "--data", "{data}", "--window", "9"],
+        "--window and --limit are for language models, and",
+    ),
+    "against another kind": (
+        ["evaluate", "{gpt2}", "--data", "{texts}", "--against", "{text}"],
+        "a BertForSequenceClassification: expected two of a kind",
+    ),
+    "no text file": (["evaluate", "{gpt2}", "--data", "none.txt"], "no such file or folder: 'none.txt'"),
+    "no test split": (["evaluate", "{gpt2}", "--data", "{texts}", "--split", "dev"], "it has test, train"),
+    "budget of a LM": (
+        ["prune", "{gpt2}", "--max-drop", "1", "--data", "{data}", "--out", "x"],
+        "is a GPT2LMHeadModel: expected a …ForSequenceClassification",
     ),
     "no data": (["evaluate", "{text}", "--data", "./nothing"], "no such folder: './nothing'"),
     "no split": (["evaluate", "{text}", "--data", "{data}", "--split", "test"], "no split 'test'"),
@@ -561,3 +587,88 @@ def test_list_says_what_a_criterion_needs(hf_prune):
     assert "labelled data" in lines["taylor"]
     assert " texts " in lines["fisher"]
     assert " texts " in lines["fisher_diagonal"]
+
+
+# --- language models -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+@pytest.mark.parametrize(
+    "options",
+    [["--criterion", "sparsegpt"], ["--criterion", "taylor"], ["--repair", "least_squares"]],
+    ids=lambda o: o[1],
+)
+def test_a_language_model_is_calibrated_on_windows_of_text(hf_prune, folders, tmp_path, kind, options):
+    from hf_prune.calibration import token_windows
+    from hf_prune.sources import load_texts
+
+    done = hf_prune("prune", folders[kind], *options, "--data", folders["texts"], "--out", tmp_path, "--window", 16)
+    assert done.code == 0, done.err
+    saved, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert sparsity_report(saved).target_sparsity == pytest.approx(0.5, abs=0.01)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    texts = load_texts(folders["texts"], "train")
+    batches = token_windows(texts, tokenizer, n=128, length=16, labels="taylor" in options)
+    settings = {options[0].removeprefix("--"): options[1]}
+    expected = prune(models.TRANSFORMERS[kind](), 0.5, calibration=batches, **settings).state_dict()
+    found = saved.state_dict()
+    assert [name for name, tensor in expected.items() if not torch.equal(tensor, found[name])] == []
+
+
+def test_calibration_of_a_language_model_has_settings(hf_prune, folders, tmp_path):
+    arguments = ["prune", folders["llama"], "--criterion", "wanda", "--data", folders["texts"]]
+    found = []
+    for options in ([], ["--window", 8], ["--calibration-samples", 2], ["--calibration-split", "test"]):
+        assert hf_prune(*arguments, *options, "--out", tmp_path / str(len(found))).code == 0
+        weights = AutoModelForCausalLM.from_pretrained(tmp_path / str(len(found))).state_dict()
+        found.append(torch.cat([(w == 0).flatten() for name, w in weights.items() if "proj" in name]))
+    assert all(not torch.equal(found[0], other) for other in found[1:])
+
+
+def test_a_language_model_is_scored_by_perplexity(hf_prune, folders, tmp_path):
+    assert hf_prune("prune", folders["llama"], "--sparsity", 0.8, "--out", tmp_path).code == 0
+    arguments = ["evaluate", tmp_path, "--data", folders["texts"], "--window", 12, "--batch-size", 3]
+    values = json.loads(hf_prune(*arguments, "--against", folders["llama"], "--json").out)
+    assert values.keys() == {"model", "evaluation", "against", "dense", "comparison"}
+    pruned, dense = values["evaluation"], values["dense"]
+    assert (pruned["window"], pruned["batch_size"], pruned["split"], pruned["source"]) == (12, 3, "test", "texts")
+    assert pruned["n"] == dense["n"] > 10
+    assert values["comparison"]["ratio"] == pytest.approx(pruned["perplexity"] / dense["perplexity"])
+    text = hf_prune(*arguments, "--against", folders["llama"]).out.splitlines()
+    assert len(text) == 3
+    assert text[0].startswith(f"{tmp_path}: perplexity {pruned['perplexity']:.2f} ± ")
+    assert f"(n = {dense['n']} windows of 12 tokens, texts test)" in text[1]
+    assert "times the dense one (95 % interval" in text[2]
+    file = Path(folders["texts"]) / "test.txt"
+    alone = json.loads(hf_prune("evaluate", folders["llama"], "--data", file, "--limit", 4, "--json").out)["evaluation"]
+    assert (alone["n"], alone["window"], alone["source"], alone["split"]) == (4, 24, "test.txt", "")
+    (tmp_path / "short.txt").write_text("w1 w2")
+    assert "the texts have 4 tokens, too few for one window of 24: pass more text" in error_of(
+        hf_prune("evaluate", folders["llama"], "--data", tmp_path / "short.txt")
+    )
+    column = ["--data", folders["data"], "--text-column", "sentence", "--split", "dev", "--json"]
+    assert json.loads(hf_prune("evaluate", folders["gpt2"], *column).out)["evaluation"]["n"] > 5
+
+
+def test_language_models_default_to_wikitext(hf_prune, folders, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
+    for arguments in (["evaluate", folders["gpt2"]], ["prune", folders["gpt2"], "--criterion", "alps", "--out", "x"]):
+        assert "cannot get data set 'Salesforce/wikitext:wikitext-2-raw-v1'" in error_of(hf_prune(*arguments))
+
+
+def test_a_classifier_needs_labels_for_gradients_only(hf_prune, folders, tmp_path):
+    rows = models.tiny_sentences(32, 1)["sentence"]
+    (tmp_path / "train.tsv").write_text("\n".join(["sentence", *rows]) + "\n")
+    arguments = ["prune", folders["text"], "--data", tmp_path, "--criterion"]
+    assert hf_prune(*arguments, "wanda", "--out", tmp_path / "out").code == 0
+    other = hf_prune(
+        "prune", folders["text"], "--data", folders["data"], "--criterion", "wanda", "--out", tmp_path / "o"
+    )
+    assert other.code == 0
+    found, expected = masks_of(tmp_path / "out"), masks_of(tmp_path / "o")
+    assert all(torch.equal(mask, expected[name]) for name, mask in found.items())  # labels have no say
+    assert "has no column 'label' (found: sentence)" in error_of(
+        hf_prune(*arguments, "taylor", "--out", tmp_path / "t")
+    )

@@ -32,6 +32,7 @@ def test_defaults():
         "repair": None,
         "objective": "layer",
         "steps": 1,
+        "polish": None,
     }
 
 
@@ -68,7 +69,7 @@ def test_a_percentage_is_recognised():
         ("granularity", "unstructered", r"unknown granularity .*Did you mean 'unstructured'\?"),
         ("scope", "tensor", r"unknown scope 'tensor': expected one of row, layer, global\.$"),
         ("scope", None, r"unknown scope None"),
-        ("allocation", "uniforn", r"unknown allocation 'uniforn': .*uniform, erk, \{module: sparsity\}\. Did you mean"),
+        ("allocation", "uniforn", r"unknown allocation 'uniforn': .*uniform, erk, owl, fisher, .* Did you mean"),
     ],
 )
 def test_a_misspelt_name_lists_the_valid_ones(setting, value, message):
@@ -91,7 +92,7 @@ def test_a_misspelt_name_lists_the_valid_ones(setting, value, message):
         ({"target_modules": 3}, r"target_modules is 3: expected 'all-linear', a regular expression, or a list"),
         ({"target_modules": ["query", 3]}, r"target_modules is \['query', 3\]: expected"),
         ({"exclude_modules": [""]}, r"exclude_modules is \[''\]: expected .* a list of module-name suffixes"),
-        ({"allocation": {}}, r"allocation is \{\}: expected 'uniform', 'erk' or a non-empty dict"),
+        ({"allocation": {}}, r"allocation is \{\}: expected 'uniform', 'erk', 'owl', 'fisher' or a non-empty dict"),
         ({"allocation": None}, r"allocation is None: expected"),
         ({"allocation": {"fc": 1.5}}, r"allocation\['fc'\] is 1\.5: expected a share from 0 to 1$"),
         ({"allocation": {3: 0.5}}, r"allocation names the module 3: expected a non-empty string"),

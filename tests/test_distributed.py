@@ -76,6 +76,13 @@ def test_different_batches_are_refused(said):
     assert all(one["empty"].startswith("calibration has no batches") for one in said)
 
 
+def test_a_polish_is_the_same_in_all(said):
+    """Each process trains on its share, a batch a step; the weights are those of all of them."""
+    assert said[0]["polish"] == said[1]["polish"]
+    assert said[0]["polished"] == said[1]["polished"]
+    assert said[0]["polished"][2] == 2 * 3
+
+
 def test_without_calibration_nobody_waits(said):
     assert said[1]["magnitude"] == 16
 

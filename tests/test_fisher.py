@@ -12,7 +12,7 @@ from hf_prune.calibration import collect_stats
 from hf_prune.config import PruningConfig
 from hf_prune.criteria import fisher as criterion_module
 from hf_prune.criteria.base import WeightStats
-from hf_prune.errors import CalibrationError, ConfigError, PlanError
+from hf_prune.errors import CalibrationError, PlanError
 from hf_prune.fisher import Piece, block_size, gather_blocks, runs
 from hf_prune.masking import MaskStore
 from hf_prune.pipeline import prune
@@ -393,14 +393,6 @@ def test_units_wider_than_a_block_may_be_are_refused():
         make_plan(model, PruningConfig(criterion="fisher", granularity="block:1x256"))
     make_plan(model, PruningConfig(criterion="fisher", granularity="block:1x128"))
     make_plan(model, PruningConfig(criterion="fisher_diagonal", granularity="block:1x256"))
-
-
-def test_a_repair_of_its_own_is_enough():
-    with pytest.raises(
-        ConfigError, match=r"repair='least_squares' contradicts criterion 'fisher', which gives the wei"
-    ):
-        PruningConfig(criterion="fisher", repair="least_squares")
-    PruningConfig(criterion="fisher_diagonal", repair="least_squares")
 
 
 @pytest.mark.parametrize("criterion", ["fisher", "fisher_diagonal"])

@@ -7,7 +7,8 @@ from hf_prune.config import PruningConfig
 from hf_prune.errors import ConfigError
 from hf_prune.masking import MaskStore
 from hf_prune.pipeline import prune
-from hf_prune.repair import damped, layer_error, least_squares
+from hf_prune.repair import corrected, damped, inverse_factor_, layer_error, layer_errors, least_squares, refit
+from hf_prune.targets import bias_names, resolve_targets
 from tests import models
 from tests.models import same_bits, snapshot, tiny_batches
 from tests.reference.reconstruction import reference_error, reference_least_squares
@@ -66,6 +67,47 @@ def test_the_layer_error_is_that_of_the_outputs():
     assert float(layer_error(weight, new, gram)) == pytest.approx(reference_error(weight, new, inputs))
 
 
+def test_the_error_of_each_output():
+    weight, inputs, gram = problem()
+    new = torch.randn_like(weight)
+    expected = ((inputs @ (new - weight).t()) ** 2).mean(0)
+    torch.testing.assert_close(layer_errors(weight, new, gram), expected)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_weights_and_bias_are_solved_together(seed):
+    """As by least squares with one more input that is always one and never removed."""
+    weight, inputs, _ = problem(seed=seed)
+    inputs = inputs + torch.randn(inputs.shape[1])
+    bias, lacks = torch.randn(len(weight)).double(), torch.randn(len(inputs), len(weight)).double() / 10
+    keep = torch.rand(weight.shape) < 0.6
+    goal = inputs @ weight.t() + bias + lacks
+    ones = torch.cat([inputs, torch.ones(len(inputs), 1).double()], 1)
+    gram, mean = inputs.t() @ inputs / len(inputs), inputs.mean(0)
+    change, products = lacks.mean(0), lacks.t() @ inputs / len(inputs)
+    found, new_bias = refit(weight, keep, gram, mean, bias, change, products)
+    assert not found[~keep].any()
+    error = ((inputs @ found.t() + new_bias - goal) ** 2).mean(0)
+    for i in range(len(weight)):
+        support = torch.cat([keep[i], torch.tensor([True])]).nonzero().squeeze(1)
+        best = torch.linalg.lstsq(ones[:, support], goal[:, i : i + 1]).solution
+        least = float(((ones[:, support] @ best - goal[:, i : i + 1]) ** 2).mean())
+        assert least <= float(error[i]) <= 1.1 * least + 1e-3 * float(goal[:, i].var())
+    plain, none = refit(weight, keep, gram, products=products)
+    assert none is None
+    assert ((inputs @ plain.t() + bias - goal) ** 2).mean() > error.mean()
+
+
+def test_corrections_make_up_for_what_the_outputs_lack():
+    weight, inputs, gram = problem(tokens=400)
+    wanted = torch.randn_like(weight)
+    lacks = inputs @ (wanted - weight).t()
+    found = corrected(weight, gram, lacks.t() @ inputs / len(inputs), share=1e-9)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    half = corrected(weight, gram, lacks.t() @ inputs / len(inputs))
+    assert 0 < float((half - weight).norm()) < float((wanted - weight).norm())
+
+
 def test_damping_makes_a_singular_matrix_invertible():
     assert torch.equal(damped(torch.zeros(2, 2)), torch.eye(2))
     gram = torch.tensor([[4.0, 0.0], [0.0, 0.0]])
@@ -95,14 +137,42 @@ def test_only_targets_change_and_the_dense_weights_come_back(kind):
     before = snapshot(model)
     prune(model, 0.5, calibration=tiny_batches(model), repair="least_squares", keep_dense=True)
     masks = MaskStore.of(model).masks
+    biases = set(bias_names(model, resolve_targets(model, PruningConfig())).values())
     for name, parameter in model.named_parameters():
         if name in masks:
             assert not parameter[~masks[name]].any()
         else:
-            assert same_bits(parameter, before[name])
+            assert same_bits(parameter, before[name]) != (name in biases)
     assert any(not torch.equal(p[masks[n]], before[n][masks[n]]) for n, p in model.named_parameters() if n in masks)
     MaskStore.of(model).discard(model)
     models.assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize("order", ["sequential", "one_pass"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"scope": "global"},
+        {"scope": "global", "criterion": "taylor"},
+        {"criterion": "fisher"},
+        {"criterion": "fisher", "scope": "global"},
+        {"criterion": "fisher_diagonal", "scope": "row"},
+    ],
+)
+def test_it_repairs_masks_that_are_made_before(settings, order):
+    """The masks are those without a repair; what stays is solved anew for the dense outputs."""
+    batches = tiny_batches(models.tiny_bert(), sizes=(4, 4))
+    plain = prune(models.tiny_bert(), 0.5, calibration=batches, **settings)
+    repair = {"repair": "least_squares", "calibration_order": order}
+    repaired = prune(models.tiny_bert(), 0.5, calibration=batches, **repair, **settings)
+    masks = MaskStore.of(plain).masks
+    name = "bert.encoder.layer.0.intermediate.dense.weight"
+    assert all(torch.equal(mask, MaskStore.of(repaired).masks[n]) for n, mask in masks.items())
+    assert all(not repaired.get_parameter(n)[~mask].any() for n, mask in masks.items())
+    assert not torch.equal(plain.get_parameter(name), repaired.get_parameter(name))
+    if "fisher" not in settings.get("criterion", ""):
+        dense = models.tiny_bert().get_parameter(name)
+        assert torch.equal(plain.get_parameter(name), dense * masks[name])
 
 
 def test_an_earlier_mask_stays():
@@ -117,7 +187,10 @@ def test_an_earlier_mask_stays():
     ("settings", "message"),
     [
         ({"repair": "least_square"}, r"unknown repair 'least_square': .*Did you mean 'least_squares'"),
-        ({"repair": "least_squares", "scope": "global"}, r"repair='least_squares' contradicts scope='global': layers"),
+        (
+            {"repair": "least_squares", "criterion": "taylor", "steps": 2},
+            r"steps=2 contradicts repair='least_squares', which aims at the outputs of dense layers",
+        ),
         ({"calibration_order": "backwards"}, r"unknown calibration_order 'backwards': expected one of"),
         ({"criterion": "sparsegpt", "scope": "global"}, r"criterion 'sparsegpt' cannot rank in scope 'global'"),
     ],
@@ -133,3 +206,27 @@ def test_configs_of_before_still_load():
     assert PruningConfig.from_dict(values) == PruningConfig(0.3)
     config = PruningConfig(0.3, repair="least_squares", calibration_order="one_pass")
     assert PruningConfig.from_json(config.to_json()) == config
+
+
+@pytest.mark.parametrize("size", [1, 2, 255, 256, 257, 600])
+def test_the_factor_of_the_inverse(size):
+    generator = torch.Generator().manual_seed(size)
+    inputs = torch.randn(size + 20, size, generator=generator, dtype=torch.float64)
+    gram = damped(inputs.t() @ inputs / len(inputs))
+    work = gram.clone()
+    factor = inverse_factor_(work)
+    assert factor is work  # in its place
+    assert not factor.tril(-1).any()
+    assert bool((factor.diagonal() > 0).all())
+    torch.testing.assert_close(factor.t() @ factor @ gram, torch.eye(size, dtype=torch.float64), rtol=0, atol=1e-9)
+
+
+def test_what_has_no_inverse_has_no_factor():
+    with pytest.raises(torch.linalg.LinAlgError):
+        inverse_factor_(-torch.eye(3))
+
+
+def test_damping_in_another_dtype_leaves_the_matrix_alone():
+    gram = torch.eye(3)
+    assert damped(gram, dtype=torch.float64).dtype == torch.float64
+    assert torch.equal(gram, torch.eye(3))

@@ -111,6 +111,7 @@ def test_dict_and_json_agree_and_hold_everything(report):
         "model_sparsity": 0.3,
         "nm_patterns": [],
         "bytes": 80,
+        "polish": "",
     }
     assert [t["name"] for t in tensors] == [t.name for t in report.tensors]
     assert tensors[0] == {
@@ -343,3 +344,14 @@ def test_what_is_gone_altogether_is_named():
     report = sparsity_report(prune(model, 0.5, scope="global"))
     assert "Nothing is left of 0.weight." in report.summary()
     assert "Nothing is left" not in sparsity_report(prune(nn.Linear(4, 4), 0.5)).summary()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_statistics_in_parts_are_those_of_the_whole(dtype, monkeypatch):
+    monkeypatch.setattr("hf_prune.report._CHUNK", 7)
+    values = torch.randn(9, 11, dtype=torch.float64).mul_(3).add_(100).to(dtype)
+    std, mean = torch.std_mean(values.double(), correction=0)
+    found = WeightStatistics.of(values)
+    assert (found.min, found.max) == (float(values.min()), float(values.max()))
+    assert found.mean == pytest.approx(float(mean), rel=1e-14)
+    assert found.std == pytest.approx(float(std), rel=1e-12)

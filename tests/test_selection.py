@@ -206,3 +206,22 @@ def test_rows_in_several_chunks(units):
     keep = keep_highest_per_row(scores, units // 2)
     order = torch.sort(scores, dim=1, stable=True).indices[:, : units // 2]
     assert torch.equal(keep, torch.ones_like(keep).scatter_(1, order, False))
+
+
+@pytest.mark.parametrize("kind", ["normal", "ties", "constant", "gone", "zeros"])
+@pytest.mark.parametrize("share", [0, 0.3, 0.5, 0.9, 1])
+def test_a_threshold_and_its_ties_give_the_same_masks_part_by_part(kind, share):
+    parts = [distribution(kind, size, seed) for seed, size in enumerate((5_000, 1, 70_000, 300))]
+    functions = [lambda p=p: p.split(999) for p in parts]
+    sizes = [len(p) for p in parts]
+    k = round(share * sum(sizes))
+    threshold, ties = selection.find_threshold(functions, sizes, k)
+    masks = [selection.keep_above(*each, threshold, kept) for *each, kept in zip(functions, sizes, ties, strict=True)]
+    assert torch.equal(torch.cat(masks), by_sort(torch.cat(parts), k))
+
+
+def test_the_largest_sample_bounds_what_is_drawn(monkeypatch):
+    monkeypatch.setattr(selection, "_LARGEST_SAMPLE", 100)
+    scores = distribution("normal", 200_000)
+    assert len(selection._sample([lambda: scores.split(5_000)], 200_000)) <= 100 + 40
+    check([scores], 77_777, 5_000)

@@ -19,9 +19,13 @@ from hf_prune.sources import (
     check_data_source,
     check_hub_reachable,
     check_model_source,
+    check_text_source,
     fingerprint,
+    is_language_model,
     load_classification,
     load_sst2,
+    load_texts,
+    model_class,
 )
 
 ROWS = [("a charming film", 1), ('he said " no', 0), ("dull", 0)]
@@ -253,7 +257,7 @@ def test_cached_model_needs_no_hub(tmp_path):
 
 
 @pytest.mark.parametrize("folder", ["", "data", "SST-2", "sst2"])
-@pytest.mark.parametrize("split", ["validation", "dev", "val"])
+@pytest.mark.parametrize("split", ["validation", "dev", "val", "valid"])
 def test_sst2_tsv_folder(tmp_path, folder, split):
     write_tsv(tmp_path / folder / "dev.tsv")
     dataset = load_sst2(split, tmp_path)
@@ -521,3 +525,105 @@ def test_import_is_cheap():
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == []
+
+
+# --- plain texts -----------------------------------------------------------------------------------
+
+WIKI = " \n = A title = \n \n Some words .\u2028 And more . \n\n"
+
+
+def test_a_text_file_is_one_text(tmp_path):
+    (tmp_path / "book.md").write_text(WIKI, encoding="utf-8-sig")
+    assert load_texts(tmp_path / "book.md") == [WIKI]
+
+
+@pytest.mark.parametrize("name", ["wiki.test.raw", "wiki.train.first1M.raw", "wiki.valid.tokens"])
+def test_files_of_wikitext_are_read_as_the_hub_has_them(tmp_path, name):
+    (tmp_path / name).write_text(WIKI, encoding="utf-8")
+    assert load_texts(str(tmp_path / name)) == ["", " = A title = \n", "", " Some words .\u2028 And more . \n", ""]
+
+
+def test_folders_of_text_files(tmp_path):
+    for name in ("train.txt", "wiki.test.raw", "wiki.valid.raw", "notes.md"):
+        (tmp_path / name).write_text(f"{name}\n")
+    assert load_texts(tmp_path) == ["train.txt\n"]
+    assert load_texts(tmp_path, "test") == ["wiki.test.raw\n"]
+    assert load_texts(tmp_path, "validation") == ["wiki.valid.raw\n"]
+    with pytest.raises(DataError, match=r"no split 'dev2' in .*: it has test, train, valid"):
+        load_texts(tmp_path, "dev2")
+    (tmp_path / "test.txt").write_text("x")
+    with pytest.raises(DataError, match=r"'test' is in .* more than once \(test.txt, wiki.test.raw\): pass one of the"):
+        load_texts(tmp_path, "test")
+    (tmp_path / "deep" / "data").mkdir(parents=True)
+    (tmp_path / "deep" / "data" / "train.txt").write_text("below")
+    assert load_texts(tmp_path / "deep") == ["below"]
+
+
+def test_columns_of_text(tmp_path):
+    write_parquet(tmp_path / "a" / "train-00000-of-00001.parquet")
+    sentences = [row[0] for row in ROWS]
+    (tmp_path / "a" / "readme.txt").write_text("not a split where there are tables")
+    assert load_texts(tmp_path / "a", "train", text_column="sentence") == sentences
+    assert load_texts(tmp_path / "a" / "train-00000-of-00001.parquet", text_column="sentence") == sentences
+    assert load_texts(write_tsv(tmp_path / "any.tsv"), text_column="sentence") == sentences
+    with pytest.raises(
+        DataError, match=r"split 'train' of .* has no column 'text' \(found: sentence, label\): name the"
+    ):
+        load_texts(tmp_path / "a")
+    with pytest.raises(DataError, match=r"any.tsv' has no column 'text' \(found: sentence, label\): name the text col"):
+        load_texts(tmp_path / "any.tsv")
+    with pytest.raises(DataError, match=r"row 1 of .*'label' is 1, expected text"):
+        load_texts(tmp_path / "a", text_column="label")
+    with pytest.raises(DataError, match=r"none.tsv' has no rows: expected at least one"):
+        load_texts(write_tsv(tmp_path / "none.tsv", []), text_column="sentence")
+
+
+def test_texts_that_cannot_be_read(tmp_path):
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(DataError, match=r"binary.txt cannot be read as UTF-8 text: .*0xff"):
+        load_texts(tmp_path / "binary.txt")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=r"no data files in .*empty"):
+        load_texts(tmp_path / "empty")
+    with pytest.raises(DataError, match=r"no such folder: './nothing'"):
+        load_texts("./nothing")
+
+
+def test_texts_without_labels(tmp_path):
+    write_tsv(tmp_path / "train.tsv", [(row[0],) for row in ROWS], header=("sentence",))
+    data = load_classification(tmp_path, "train", label_column=None)
+    assert data.column_names == ["sentence"]
+    assert list(data["sentence"]) == [row[0] for row in ROWS]
+
+
+def test_text_sources_are_checked_before_any_work(tmp_path, empty_cache, closed_port):
+    (tmp_path / "book").write_text("x")
+    for source in (tmp_path, str(tmp_path / "book")):
+        assert check_text_source(source) is None
+    for source in ("none.txt", "a/wiki.test.raw", tmp_path / "none.parquet"):
+        with pytest.raises(
+            DataError, match=r"no such file or folder: '.*(none|wiki).*'. Pass a text file, a folder that"
+        ):
+            check_text_source(source)
+    fails_fast(lambda: check_text_source("owner/data"), "cannot get data set 'owner/data'")
+
+
+def test_model_class_is_read_from_the_config(tmp_path, closed_port):
+    def of(text: str) -> str:
+        (tmp_path / "config.json").write_text(text)
+        return model_class(tmp_path)
+
+    assert of('{"architectures": ["LlamaForCausalLM"]}') == "LlamaForCausalLM"
+    assert of('{"architectures": null}') == of("{}") == ""
+    for text in ("[]", "no"):
+        with pytest.raises(DataError, match=r"the config.json of .* is no JSON object"):
+            of(text)
+    with pytest.raises(DataError, match=r"no such folder: '\./nothing'"):
+        model_class("./nothing")
+    fails_fast(lambda: model_class("owner/name"), "cannot get model 'owner/name'")
+
+
+def test_language_models_are_known_by_their_class():
+    assert is_language_model("LlamaForCausalLM")
+    assert is_language_model("GPT2LMHeadModel")
+    assert not any(map(is_language_model, ("BertForMaskedLM", "T5ForConditionalGeneration", "GPT2Model", "")))

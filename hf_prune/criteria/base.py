@@ -18,10 +18,12 @@ GRADIENTS = LABELLED | {"squared_gradient"}
 #: What it gathers in the same way of neighbouring weights, too large to hold for all of them: see fisher.py.
 CURVATURE = frozenset({"fisher"})
 #: What calibration can gather from what flows into a weight: labels are not needed.
-INPUTS = frozenset({"input_gram", "input_norm"})
+INPUTS = frozenset({"input_gram", "input_norm", "input_mean"})
+#: What is known besides where the objective is "loss"; criteria do not ask for it.
+DIFFERENCES = frozenset({"output_change", "change_products", "output_weight"})
 #: How many neighbouring weights share a block of ``fisher``, as in the paper, and where wider units become too large.
 FISHER_BLOCK, WIDEST_FISHER_BLOCK = 50, 128
-STATISTICS = GRADIENTS | CURVATURE | INPUTS
+STATISTICS = GRADIENTS | CURVATURE | INPUTS | DIFFERENCES
 
 
 class Select(Protocol):
@@ -73,6 +75,12 @@ class WeightStats:
         input_gram: (in, in) mean of xxᵀ over the calibration tokens x that flow into the weight, padding left
             out, float32.
         input_norm: (in,) root mean square of each input over the same tokens, float32.
+        input_mean: (in,) mean of each input over the same tokens, float32.
+        output_change: (out,) mean of what the outputs lack of those of the dense model, d, float32. This and the
+            following are known for the objective "loss" only; tokens then count as much as the predictions depend on
+            them, in all means.
+        change_products: (out, in) mean of dxᵀ, float32.
+        output_weight: (out,) mean squared gradient of the predictions with respect to each output, float32.
     """
 
     seed: int
@@ -82,6 +90,10 @@ class WeightStats:
     fisher: Tensor | None = None
     input_gram: Tensor | None = None
     input_norm: Tensor | None = None
+    input_mean: Tensor | None = None
+    output_change: Tensor | None = None
+    change_products: Tensor | None = None
+    output_weight: Tensor | None = None
     columns: int = 1
 
     def rows(self, rows: slice) -> WeightStats:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from hf_prune.criteria.base import Criterion, Select, WeightStats
 from hf_prune.registry import CRITERIA
-from hf_prune.repair import damped
+from hf_prune.repair import damped, inverse_factor_
 
 _BLOCK = 128  # columns whose mask is chosen together, as in the paper
 _NO_INPUT = 1e-12
@@ -63,8 +63,7 @@ class SparseGPT(Criterion):
 
 def _factor(gram: Tensor) -> Tensor:
     """(in, in) upper Cholesky factor of the inverse of the damped Gram matrix, float64."""
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(gram.double())))
-    return torch.linalg.cholesky(inverse, upper=True)
+    return inverse_factor_(damped(gram, dtype=torch.float64))
 
 
 def _worth(gram: Tensor, upper: Tensor) -> Tensor:

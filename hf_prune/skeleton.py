@@ -1,0 +1,309 @@
+"""A model without its weights: what there is to prune, where each weight lies on the disk, and how to run it anyway.
+
+The model is built on the meta device from its config alone. Its weights are then read from the checkpoint's files when
+a module is called, and forgotten afterwards, so that it runs as its author wrote it in the memory of a few modules.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from types import TracebackType
+from typing import Any
+from warnings import warn
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from transformers import AutoConfig
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    build_glob_alternation,
+    dot_natural_key,
+    rename_source_key,
+)
+
+from hf_prune.activations import replaced_forward
+from hf_prune.auto import native_class
+from hf_prune.checkpoint import find_file, weight_files
+from hf_prune.errors import CheckpointError, PlanError
+from hf_prune.shards import Shards, read_tensor
+from hf_prune.sources import check_model_source
+
+_INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """A model on the meta device, and the files with its weights.
+
+    Args:
+        model: In eval mode; buffers that no file has are as its class computes them.
+        shards: The files.
+        keys: The names in the files of each parameter, by its name in the model; several if tied ones were all saved.
+        buffers: The names in the files of buffers.
+        dtypes: What each parameter has in a loaded model.
+    """
+
+    model: Any
+    shards: Shards
+    keys: Mapping[str, tuple[str, ...]]
+    buffers: Mapping[str, str]
+    dtypes: Mapping[str, torch.dtype]
+
+    def load_buffers(self) -> None:
+        """Read the buffers that the files have, such as the running statistics of a batch norm."""
+        for name, buffer in self.model.named_buffers():
+            if name in self.buffers:
+                buffer.copy_(read_tensor(self.shards.folder, self.shards.entries[self.buffers[name]]))
+
+
+def load_skeleton(source: str) -> Skeleton:
+    """Build a checkpoint's model without reading its weights.
+
+    Args:
+        source: Folder or Hub id, with weights in safetensors files.
+
+    Raises:
+        DataError: If the source cannot be found, or its config names no class of transformers.
+        CheckpointError: If a file is missing or damaged, or what it holds cannot be matched with the model.
+    """
+    native = native_class(source)
+    hub = {"local_files_only": check_model_source(source)}
+    config = AutoConfig.from_pretrained(source, **hub)
+    if getattr(config, "quantization_config", None) is not None:
+        raise CheckpointError(f"{source!r} is quantized: expected plain weights; prune before quantizing")
+    files = weight_files(source, hub)
+    if not files:
+        raise CheckpointError(
+            f"{source!r} has no weights: expected model.safetensors, or {_INDEX} and the files that it names"
+        )
+    sharded = find_file(source, "model.safetensors", hub) is None
+    shards = Shards(files, find_file(source, _INDEX, hub) if sharded else None)
+    if config.dtype is None:  # as from_pretrained does
+        floating = (entry.torch_dtype for entry in shards.entries.values() if entry.dtype.endswith(("F16", "F32")))
+        config.dtype = next(floating, None)
+    with init_empty_weights(include_buffers=False), _EmptyOnMeta():
+        model = native._from_config(config)
+    if any(buffer.is_meta for buffer in model.buffers()):
+        with init_empty_weights(include_buffers=False):
+            model = native._from_config(config)
+    model.tie_weights()
+    model.eval()
+    keys, buffers = _match(model, shards, source)
+    return Skeleton(model, shards, keys, buffers, _dtypes(model))
+
+
+class _EmptyOnMeta(TorchFunctionMode):
+    """Weights begin as ``torch.empty``, and take no memory here, not even for a moment; buffers begin as values."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.empty:
+            kwargs = {**(kwargs or {}), "device": "meta"}
+        return func(*args, **(kwargs or {}))
+
+
+def _match(model: Any, shards: Shards, source: str) -> tuple[dict[str, tuple[str, ...]], dict[str, str]]:
+    """Which tensor in the files is which in the model, as transformers itself tells it."""
+    transforms = get_model_conversion_mapping(model)
+    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+    converters = [t for t in transforms if isinstance(t, WeightConverter)]
+    prefix = model.base_model_prefix
+    state = model.state_dict(keep_vars=True)
+    first = {id(parameter): name for name, parameter in model.named_parameters()}
+    keys: dict[str, list[str]] = {name: [] for name in first.values()}
+    buffers: dict[str, str] = {}
+    unknown = []
+    for key in sorted(shards.entries, key=dot_natural_key):
+        name, merged = rename_source_key(key, renamings, converters, prefix, state)
+        if name not in state and key in state:
+            name, merged = rename_source_key(key, [], [], prefix, state)
+        if merged is not None:
+            raise CheckpointError(
+                f"{key} of {source!r} is part of a weight that transformers puts together when it loads the model "
+                f"({name}), so it cannot be pruned where it lies: prune without streaming"
+            )
+        if name not in state:
+            unknown.append(key)
+            continue
+        shape = shards.entries[key].shape
+        if shape != tuple(state[name].shape):
+            raise CheckpointError(
+                f"{key} of {source!r} has shape {shape}, and the model that its config describes has "
+                f"{tuple(state[name].shape)} there: the weights do not fit the config"
+            )
+        if isinstance(state[name], nn.Parameter):
+            keys[first[id(state[name])]].append(key)
+        else:
+            buffers[name] = key
+    if missing := [name for name, found in keys.items() if not found]:
+        pruned = any(f"{name}_orig" in shards.entries for name in missing)
+        hint = "it was pruned with torch.nn.utils.prune: load it once without streaming" if pruned else "found others"
+        raise CheckpointError(
+            f"{source!r} has no weights for {len(missing)} of {len(keys)} parameters of {type(model).__name__} "
+            f"({_some(missing)}), and has {len(unknown)} that it does not know ({_some(unknown)}): {hint}; the config "
+            f"must name the class that was saved"
+        )
+    ignored = model._keys_to_ignore_on_load_unexpected or ()
+    if strange := [key for key in unknown if not any(re.search(pattern, key) for pattern in ignored)]:
+        warn(
+            f"{len(strange)} tensors of {source!r} are not of {type(model).__name__}, and are copied as they are: "
+            f"{_some(strange)}",
+            stacklevel=4,
+        )
+    return {name: tuple(found) for name, found in keys.items()}, buffers
+
+
+def _dtypes(model: Any) -> dict[str, torch.dtype]:
+    """The dtypes that a loaded model has: a few classes keep some weights in float32."""
+    dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    if exceptions := model._get_dtype_plan(model.config.dtype):
+        pattern, patterns, _ = build_glob_alternation(list(exceptions))
+        for name in dtypes:
+            if (match := pattern.search(name)) is not None:
+                dtypes[name] = exceptions[patterns[str(match.lastgroup)]]
+    return dtypes
+
+
+def _some(names: Sequence[str], most: int = 3) -> str:
+    return ", ".join(names[:most]) + (", …" if len(names) > most else "") or "none"
+
+
+class LazyWeights:
+    """The weights of a model on the meta device, there while they are needed; a context in which the model runs.
+
+    A module's own weights are read when it is called and forgotten afterwards, so that a batch needs the memory of one
+    module; the operating system's cache makes reading them again for the next batch cheap. Of an
+    embedding only the rows that are looked up are read. An output embedding that nobody prunes is not read at all: it
+    puts out a tensor on the meta device.
+
+    Args:
+        skeleton: The model.
+        read: Reads a parameter by its name in the model.
+        read_rows: Reads some rows of one.
+        targets: Names of the parameters that are pruned.
+        skip_head: Whether the output embedding may be left out.
+    """
+
+    def __init__(
+        self,
+        skeleton: Skeleton,
+        read: Callable[[str], Tensor],
+        read_rows: Callable[[str, Sequence[int]], Tensor],
+        targets: Iterable[str] = (),
+        skip_head: bool = False,
+    ) -> None:
+        self.model = skeleton.model
+        self._read = read
+        self.read_rows = read_rows
+        self._empty = dict(self.model.named_parameters())
+        self.names = {id(parameter): name for name, parameter in self._empty.items()}
+        self._places: dict[str, list[tuple[nn.Module, str]]] = {name: [] for name in self._empty}
+        self._of: dict[nn.Module, list[str]] = {}
+        for module in self.model.modules():
+            for attribute, parameter in module._parameters.items():
+                if parameter is not None:
+                    self._places[self.names[id(parameter)]].append((module, attribute))
+                    self._of.setdefault(module, []).append(self.names[id(parameter)])
+        head = self.model.get_output_embeddings() if hasattr(self.model, "get_output_embeddings") else None
+        spare = isinstance(head, nn.Linear) and not set(self._of.get(head, ())) & set(targets)
+        self._head = head if skip_head and spare else None
+        self._loaded: set[str] = set()
+        self._users: dict[str, int] = {}
+        self._context = ExitStack()
+
+    def __enter__(self) -> LazyWeights:
+        for module in self._of:
+            if module is self._head:
+                self._context.enter_context(replaced_forward(module, partial(_shape_only, module.out_features)))
+            elif not isinstance(module, nn.Embedding):
+                self._context.callback(module.register_forward_pre_hook(self._before, with_kwargs=True).remove)
+                self._context.callback(module.register_forward_hook(self._after).remove)
+        self._context.enter_context(_Rows(self))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._context.close()
+        self.release()
+
+    def release(self) -> None:
+        """Forget all weights."""
+        self.hold(())
+        self._users.clear()
+
+    def hold(self, names: Iterable[str]) -> None:
+        """Have these weights in the model, and no others."""
+        names = set(names)
+        for name in self._loaded - names:
+            self._put(name, self._empty[name])
+        self._loaded &= names
+        for name in names:
+            self._load(name)
+
+    def __getitem__(self, name: str) -> Tensor:
+        """A weight that is there."""
+        module, attribute = self._places[name][0]
+        parameter = module._parameters[attribute]
+        assert parameter is not None
+        return parameter.detach()
+
+    def _load(self, name: str) -> None:
+        if name not in self._loaded:
+            self._put(name, nn.Parameter(self._read(name), requires_grad=False))
+            self._loaded.add(name)
+
+    def _put(self, name: str, parameter: nn.Parameter) -> None:
+        for module, attribute in self._places[name]:
+            module._parameters[attribute] = parameter
+
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        if any(isinstance(x, Tensor) and x.is_meta for x in (*args, *kwargs.values())):
+            raise NotImplementedError(f"the input of a {type(module).__name__} is on the meta device")
+        for name in self._of[module]:
+            self._users[name] = self._users.get(name, 0) + 1
+            self._load(name)
+
+    def _after(self, module: nn.Module, args: Any, output: Any) -> None:
+        for name in self._of[module]:
+            self._users[name] -= 1
+            if self._users[name] == 0 and name in self._loaded:
+                self._put(name, self._empty[name])
+                self._loaded.discard(name)
+
+
+def _shape_only(outputs: int, x: Tensor) -> Tensor:
+    return x.new_empty((*x.shape[:-1], outputs), device="meta")
+
+
+class _Rows(TorchFunctionMode):
+    """Look-ups in an embedding whose weights are not there read just the rows."""
+
+    def __init__(self, lazy: LazyWeights) -> None:
+        super().__init__()
+        self._lazy = lazy
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is nn.functional.embedding and len(args) > 1 and id(args[1]) in self._lazy.names and args[1].is_meta:
+            ids, weight = args[:2]
+            rows, where = ids.unique(return_inverse=True)
+            return self._lazy.read_rows(self._lazy.names[id(weight)], rows.tolist())[where]
+        return func(*args, **(kwargs or {}))
+
+
+def explained(model: nn.Module, error: Exception) -> Exception:
+    """The error to raise for one that running a model without its weights has brought up."""
+    if "meta" not in str(error):
+        return error
+    line = next((line for line in str(error).splitlines() if line.strip()), repr(error))
+    return PlanError(
+        f"{type(model).__name__} uses weights outside of the modules that hold them, so they cannot be read when they "
+        f"are needed ({line}): prune it without streaming"
+    )

@@ -1,0 +1,252 @@
+"""prune_stream(): a checkpoint larger than the memory, pruned tensor by tensor or block by block."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from hf_prune import __version__
+from hf_prune.activations import CACHE_BYTES, NO_BATCHES, Batches
+from hf_prune.calibration import require_batches, weight_seed
+from hf_prune.checkpoint import MASK_FILE, StoredMasks, find_file, refuse_file
+from hf_prune.config import ALLOCATIONS, CALIBRATED_ALLOCATIONS, PruningConfig
+from hf_prune.criteria.base import CURVATURE, GRADIENTS, INPUTS, WeightStats
+from hf_prune.distributed import processes
+from hf_prune.errors import CalibrationError, CheckpointError, ConfigError
+from hf_prune.masking import MaskStore
+from hf_prune.partial import Partial
+from hf_prune.pipeline import resolve_config
+from hf_prune.plan import PlannedTensor, PruningPlan, make_plan
+from hf_prune.registry import CRITERIA
+from hf_prune.report import SparsityReport
+from hf_prune.scoring import spread_units, unit_chunks
+from hf_prune.selection import find_threshold, keep_above
+from hf_prune.sequential import prune_one
+from hf_prune.skeleton import LazyWeights, Skeleton, load_skeleton
+from hf_prune.sources import check_model_source
+from hf_prune.stream_blocks import prune_blocks
+from hf_prune.stream_output import Output, digest_of, finish_placing
+
+
+def prune_stream(
+    source: str | os.PathLike[str],
+    config: PruningConfig | float | None,
+    out: str | os.PathLike[str],
+    *,
+    calibration: Batches | None = None,
+    progress: bool = False,
+    cache_bytes: int = CACHE_BYTES,
+    restart: bool = False,
+    **settings: Any,
+) -> SparsityReport:
+    """Prune a checkpoint into a folder without ever holding its model.
+
+    The result is that of loading the model, pruning and saving it: the same masks, in safetensors files like those of
+    the source, one for one. Criteria without data read one weight at a time. Those that learn from inputs run the
+    batches through one block at a time, as :func:`hf_prune.prune` does in ``calibration_order="sequential"``; the
+    memory that takes is that of the largest block, of the statistics of one input, and of ``cache_bytes``.
+
+    Nothing appears at ``out`` before it is complete. An interrupted run leaves a hidden folder beside it, with which
+    the same call continues: nothing is pruned twice, and the result has the same bits.
+
+    Args:
+        source: Folder or Hub id of a checkpoint in safetensors files. Masks of an earlier pruning are respected.
+        config: The settings, or just the sparsity.
+        out: The folder, which may be the source itself.
+        calibration: Batches, for criteria and repairs that learn from inputs; see :func:`hf_prune.text_batches`.
+            Labels are not needed.
+        progress: Show a progress bar.
+        cache_bytes: How much of what finished blocks put out is kept in memory; the rest goes to the hidden folder.
+        restart: Begin anew, whatever an interrupted run left.
+        **settings: Fields of :class:`PruningConfig`, in place of, or on top of, ``config``.
+
+    Returns:
+        What is zero in the pruned checkpoint, counted while it was written. It lies in the folder as
+        ``sparsity_report.json``.
+
+    Raises:
+        ConfigError: If a setting is invalid, or needs the whole model at once.
+        PlanError: If the settings do not fit the model, or it cannot be run block by block.
+        CalibrationError: If calibration data is missing or unusable.
+        CheckpointError: If the source is damaged, does not fit its config or is no safetensors checkpoint, or if an
+            interrupted run of other settings is in the way.
+        DataError: If the source cannot be found.
+
+    Example:
+        >>> prune_stream("large-model", 0.5, "pruned", criterion="magnitude")  # doctest: +SKIP
+    """
+    config = resolve_config(config, settings)
+    source, out = os.fspath(source), Path(out)
+    check_streamable(config)
+    refuse_file(out)
+    batches: list[Mapping[str, Any]] = []
+    if config.needs & INPUTS:
+        batches = _batches(config, calibration)
+    key = {
+        "path": os.path.abspath(source) if os.path.isdir(source) else source,
+        "settings": digest_of(config.to_dict()),
+        "calibration data": _checksum(batches),
+        "version": __version__,
+    }
+    if (placed := finish_placing(out)) is not None and not restart:
+        of, report = placed
+        if all(of.get(name) == value for name, value in key.items()):
+            return report
+    skeleton, plan, old_masks = _prepare(source, config)
+    partial = Partial(out)
+    partial.begin({**key, "weights": skeleton.shards.fingerprint()}, restart)
+    output = Output(skeleton, plan, old_masks, partial)
+    if not output.is_sound():  # someone else changed what an interrupted run left
+        partial.begin(partial.key, restart=True)
+        output = Output(skeleton, plan, old_masks, partial)
+    output.copy_rest()
+    if config.needs & INPUTS:
+        prune_blocks(output, plan, batches, cache_bytes, partial.scratch, progress)
+    else:
+        _prune_tensors(output, plan, progress)
+    return output.finish(source, out)
+
+
+def plan_stream(source: str | os.PathLike[str], config: PruningConfig) -> PruningPlan:
+    """What :func:`prune_stream` would do; no weight is read.
+
+    Raises:
+        ConfigError: If a setting needs the whole model at once.
+        PlanError: If the settings do not fit the model.
+        CheckpointError: If the source is damaged, or does not fit its config.
+    """
+    check_streamable(config)
+    return _prepare(os.fspath(source), config)[1]
+
+
+def check_streamable(config: PruningConfig) -> None:
+    """Make sure that settings can be used without holding the model.
+
+    Raises:
+        ConfigError: If they cannot.
+    """
+    if config.needs & GRADIENTS:
+        able = [name for name in CRITERIA.names() if not CRITERIA.get(name).needs & (GRADIENTS | CURVATURE)]
+        raise ConfigError(
+            f"criterion {config.criterion!r} needs gradients, which need the whole model in memory: expected one of "
+            f"{', '.join(able)}; or prune without streaming"
+        )
+    if config.needs & CURVATURE or config.polish is not None:
+        who = f"criterion {config.criterion!r}" if config.needs & CURVATURE else "polish"
+        raise ConfigError(
+            f"{who} needs gradients, which need the whole model in memory: leave it out, or prune without streaming"
+        )
+    if config.repair is not None and config.scope == "global":
+        raise ConfigError(
+            f"repair={config.repair!r} with scope='global' needs all masks before the first repair: use scope 'layer' "
+            f"or 'row', or prune without streaming"
+        )
+    if config.learns_allocation:
+        able = [name for name in ALLOCATIONS if name not in CALIBRATED_ALLOCATIONS]
+        raise ConfigError(
+            f"allocation={config.allocation!r} needs the whole model in memory: expected one of {', '.join(able)}, or "
+            f"a sparsity for each module; or prune without streaming"
+        )
+    if config.objective != "layer":
+        raise ConfigError(
+            f"objective={config.objective!r} needs gradients, which need the whole model in memory: expected 'layer'; "
+            f"or prune without streaming"
+        )
+    if config.needs & INPUTS and config.calibration_order != "sequential":
+        raise ConfigError(
+            f"calibration_order={config.calibration_order!r} needs the statistics of all weights at once: expected "
+            f"'sequential'; or prune without streaming"
+        )
+    if (count := processes()[1]) > 1:
+        raise ConfigError(f"found {count} processes: expected one, since streaming writes one output")
+
+
+def _batches(config: PruningConfig, calibration: Batches | None) -> list[Mapping[str, Any]]:
+    empty = PruningPlan(config, (), 0, "", 0, 0, 0, {})
+    batches = list(require_batches(empty, calibration))
+    if not batches:
+        raise CalibrationError(NO_BATCHES)
+    return batches
+
+
+def _prepare(source: str, config: PruningConfig) -> tuple[Skeleton, PruningPlan, Mapping[str, Tensor]]:
+    skeleton = load_skeleton(source)
+    path = find_file(source, MASK_FILE, {"local_files_only": check_model_source(source)})
+    masks: Mapping[str, Tensor] = MappingProxyType({}) if path is None else StoredMasks(path)
+    parameters = dict(skeleton.model.named_parameters())
+    for name in masks:
+        if name not in parameters:
+            raise CheckpointError(
+                f"the masks of {source} do not fit the model: {name!r} has a mask, and the model has no such "
+                f"parameter; delete {MASK_FILE} to prune without masks"
+            )
+    if masks:
+        MaskStore(cast("dict[str, Tensor]", masks)).attach(skeleton.model)
+    return skeleton, make_plan(skeleton.model, config, loaded=False), masks
+
+
+# --- without data ----------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def _prune_tensors(output: Output, plan: PruningPlan, progress: bool) -> None:
+    """One weight at a time; in global scope all are read a few times more, to find the score to cut at."""
+    lazy = LazyWeights(output.skeleton, output.read, output.read_rows)
+    cut = _cut(output, plan) if plan.config.scope == "global" else None
+    hidden = None if progress else True  # None: shown on a terminal
+    for i, tensor in enumerate(tqdm(plan.tensors, desc="Pruning", unit="weight", leave=False, disable=hidden)):
+        target = tensor.target
+        if output.done(target.name):
+            continue
+        lazy.hold([target.name])
+        if cut is None:
+            mask, _ = prune_one(output.skeleton.model, plan, tensor, {}, output.old_masks)
+        else:
+            part = functools.partial(_chunks, output, plan, tensor)
+            keep = keep_above(part, tensor.units, cut[0], cut[1][i])
+            mask = target.native(spread_units(plan, target, keep))
+        output.write(tensor, lazy[target.name], mask)
+    lazy.release()
+
+
+def _cut(output: Output, plan: PruningPlan) -> tuple[float, list[int]]:
+    """The score that all weights are cut at, and how many of those that are just there stay in each."""
+    for record in output.partial.records:
+        if "cut" in record:
+            return record["cut"], record["ties"]
+    parts = [functools.partial(_chunks, output, plan, tensor) for tensor in plan.tensors]
+    cut, ties = find_threshold(parts, [tensor.units for tensor in plan.tensors], plan.remove)
+    output.partial.add({"cut": cut, "ties": ties})
+    return cut, ties
+
+
+def _chunks(output: Output, plan: PruningPlan, tensor: PlannedTensor) -> Iterator[Tensor]:
+    """The scores of one weight, which is read anew."""
+    target = tensor.target
+    old = output.old_masks.get(target.name)
+    weight = target.matrix(output.read(target.name))
+    stats = WeightStats(seed=weight_seed(plan, target.name))
+    return unit_chunks(plan, target, weight, stats, None if old is None else target.matrix(old))
+
+
+def _checksum(batches: Iterable[Any]) -> str:
+    """A hash of calibration batches: names, types, shapes and values."""
+    digest = hashlib.sha256()
+    for batch in batches:
+        for name, value in sorted(batch.items()) if isinstance(batch, Mapping) else [("", batch)]:
+            if isinstance(value, Tensor):
+                digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+                digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            else:
+                digest.update(f"{name} {type(value).__name__} {value!r}".encode())
+        digest.update(b"\n")
+    return digest.hexdigest()

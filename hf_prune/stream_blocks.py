@@ -1,0 +1,93 @@
+"""Pruning that learns from inputs, on a model whose weights are read block by block."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from hf_prune.activations import InputReader
+from hf_prune.criteria.base import INPUTS
+from hf_prune.errors import HfPruneError
+from hf_prune.plan import PlannedTensor, PruningPlan
+from hf_prune.sequential import prune_one
+from hf_prune.skeleton import LazyWeights, explained
+from hf_prune.stream_output import Output
+
+
+@torch.no_grad()
+def prune_blocks(
+    output: Output,
+    plan: PruningPlan,
+    batches: Sequence[Mapping[str, Any]],
+    cache_bytes: int,
+    scratch: Path,
+    progress: bool = False,
+) -> None:
+    """Prune in the order of the calls, each target on what the pruned ones before it put out.
+
+    The same steps as :func:`hf_prune.sequential.prune_in_order`, with the weights of one block in memory while
+    statistics are gathered, and those of one target while it is pruned. What is on the disk already is not pruned
+    again: only the outputs of those blocks are computed.
+
+    Args:
+        output: Where the weights come from and go to.
+        plan: The plan, of scope row or layer.
+        batches: Mappings of model inputs.
+        cache_bytes: How much of what finished blocks put out is kept in memory.
+        scratch: A folder for the rest of it.
+        progress: Show a progress bar.
+
+    Raises:
+        CalibrationError: If the batches are unusable.
+        PlanError: If the model cannot be run in this way.
+    """
+    model = output.skeleton.model
+    # The labels of a decoder with an encoder are its inputs; other models only compute a loss from them.
+    whole = bool(getattr(model.config, "is_encoder_decoder", False))
+    if not whole:
+        batches = [_without_labels(batch) for batch in batches]
+    output.skeleton.load_buffers()
+    reader = InputReader(model, plan, batches, cache_bytes=cache_bytes, folder=scratch)
+    lazy = LazyWeights(output.skeleton, output.read, output.read_rows, output.targets, skip_head=not whole)
+    hidden = None if progress else True  # None: shown on a terminal
+    try:
+        with reader, lazy, tqdm(total=len(plan.tensors), desc="Pruning", unit="weight", disable=hidden) as bar:
+            for step in reader.order():
+                lazy.release()
+                reader.advance()
+                left = [tensor for tensor in step if not output.done(tensor.target.name)]
+                bar.update(len(step) - len(left))
+                for tensor in _prune_step(output, plan, reader, lazy, left):
+                    bar.set_postfix_str(tensor.target.module, refresh=False)
+                    bar.update()
+                reader.finish(step)
+    except (RuntimeError, NotImplementedError) as error:
+        if isinstance(error, HfPruneError):
+            raise
+        raise explained(model, error) from error
+
+
+def _prune_step(
+    output: Output, plan: PruningPlan, reader: InputReader, lazy: LazyWeights, step: Sequence[PlannedTensor]
+) -> list[PlannedTensor]:
+    if not step:
+        return []
+    gathered = reader.gather(step, plan.needs & INPUTS)
+    for tensor in step:
+        name = tensor.target.name
+        bias = output.biases.get(name)
+        lazy.hold([name] if bias is None else [name, bias])
+        mask, new = prune_one(reader.model, plan, tensor, gathered.pop(name), output.old_masks)
+        output.write(tensor, lazy[name], mask, new)
+    lazy.release()
+    return list(step)
+
+
+def _without_labels(batch: Mapping[str, Any]) -> Mapping[str, Any]:
+    if not isinstance(batch, Mapping) or "labels" not in batch:
+        return batch
+    return {name: value for name, value in batch.items() if name != "labels"}
