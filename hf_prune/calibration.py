@@ -17,6 +17,7 @@ from hf_prune.criteria.base import GRADIENTS, INPUTS, LABELLED, WeightStats
 from hf_prune.distributed import add_up, all_or_none, check_same_batches, processes, share
 from hf_prune.errors import CalibrationError, DataError
 from hf_prune.plan import PruningPlan
+from hf_prune.sensitivity import prediction
 from hf_prune.sums import sum_dtype
 from hf_prune.targets import is_finite
 
@@ -296,7 +297,7 @@ def squared_gradients(
         model: The model; its weights, gradients and modes are as before afterwards.
         names: Parameters.
         batches: See :func:`example_gradients`.
-        seed: Seed of the labels that are drawn where batches have none.
+        seed: Seed of what is drawn where batches have no labels.
         progress: Show a progress bar.
 
     Returns:
@@ -323,15 +324,16 @@ def example_gradients(
 ) -> Iterator[tuple[int, tuple[Tensor | None, ...]]]:
     """The gradient of each example's loss, this process's share of the batches, one example after the other.
 
-    The loss is the model's own where a batch brings labels, and :func:`own_loss` where it does not. A weight that the
-    model uses several times has one gradient, the sum over its uses.
+    The loss is the model's own where a batch brings labels; where it does not, the model's own predictions stand in for
+    them, see :func:`hf_prune.sensitivity.prediction`: tokens drawn from a language model, and of a classifier its
+    logits along random directions. A weight that the model uses several times has one gradient, the sum over its uses.
 
     Args:
         model: The model, in eval mode, whose named parameters require gradients.
         names: Parameters.
         batches: Mappings of tensors that the model takes as keyword arguments; those with several examples are split
             along the first dimension of every tensor.
-        seed: With the number of the batch and of the example in it, the seed of the labels that are drawn.
+        seed: With the number of the batch and of the example in it, the seed of what is drawn.
         progress: Show a progress bar.
 
     Yields:
@@ -370,78 +372,7 @@ def _example_loss(model: nn.Module, inputs: Mapping[str, Any], generator: torch.
     with torch.enable_grad():
         outputs = model(**inputs)
         loss = getattr(outputs, "loss", None)
-        if loss is None:
-            loss = _drawn_loss(model, outputs, inputs, generator)
-    return _checked(loss)
-
-
-def own_loss(model: nn.Module, batch: Mapping[str, Any], generator: torch.Generator) -> Tensor:
-    """The loss of a model against labels drawn from its own predictions: no labels are needed.
-
-    Its squared gradients are, in expectation, the diagonal of the Fisher matrix, which says how much the predictions
-    change with each weight. Classes and tokens are drawn from the softmax, several labels at once each from its
-    sigmoid, and numbers from a normal distribution of unit variance around the prediction. The loss is the mean over
-    the examples, and within one over its tokens without padding: a causal language model draws the token after each.
-
-    Args:
-        model: A model with a head, whose outputs have ``logits``, or ``start_logits`` and ``end_logits``.
-        batch: Model inputs; labels among them are left out.
-        generator: A CPU generator that draws.
-
-    Returns:
-        A scalar with a graph.
-
-    Raises:
-        CalibrationError: If there are no logits, or none to draw from, or they are not finite.
-
-    Example:
-        >>> own_loss(model, {"input_ids": ids}, torch.Generator().manual_seed(0)).backward()  # doctest: +SKIP
-    """
-    inputs = on_device(model, batch)
-    inputs.pop("labels", None)
-    with torch.enable_grad():
-        return _checked(_drawn_loss(model, model(**inputs), inputs, generator))
-
-
-def _drawn_loss(model: nn.Module, outputs: Any, inputs: Mapping[str, Any], generator: torch.Generator) -> Tensor:
-    """See :func:`own_loss`."""
-    found = [getattr(outputs, name, None) for name in ("logits", "start_logits", "end_logits")]
-    every = [logits for logits in found if isinstance(logits, Tensor)]
-    if not every:
-        raise CalibrationError(
-            f"{type(model).__name__} returned neither a loss nor logits for a batch with {', '.join(sorted(inputs))}: "
-            f"expected labels in the batches, or a model with a head, whose predictions stand in for them"
-        )
-    config = getattr(model, "config", None)
-    side = "decoder_" if getattr(config, "is_encoder_decoder", False) else ""
-    mask = inputs.get(f"{side}attention_mask")
-    kind = getattr(config, "problem_type", None)
-    return torch.stack([_drawn(logits.float(), kind, mask, generator) for logits in every]).mean()
-
-
-def _drawn(logits: Tensor, kind: str | None, mask: Any, generator: torch.Generator) -> Tensor:
-    if not bool(torch.isfinite(logits.detach()).all()):
-        raise CalibrationError("the logits of a calibration batch are not finite: check the model and the batches")
-    if logits.dim() not in (2, 3):
-        raise CalibrationError(
-            f"a model without labels returned logits of shape {tuple(logits.shape)}: expected (batch, classes) or "
-            f"(batch, tokens, classes) to draw labels from; pass labels in the batches"
-        )
-    seen = logits.detach().cpu()  # drawn there, so that a seed means the same labels on every device
-    if kind == "regression" or logits.shape[-1] == 1:
-        drawn = (seen + torch.randn(seen.shape, generator=generator)).to(logits.device)
-        return 0.5 * (logits - drawn).square().mean()
-    if kind == "multi_label_classification":
-        drawn = torch.bernoulli(seen.sigmoid(), generator=generator).to(logits.device)
-        return nn.functional.binary_cross_entropy_with_logits(logits, drawn)
-    drawn = torch.multinomial(seen.flatten(0, -2).softmax(-1), 1, generator=generator)  # (batch * tokens, 1)
-    losses = nn.functional.cross_entropy(
-        logits.flatten(0, -2), drawn.squeeze(1).to(logits.device), reduction="none"
-    ).view(logits.shape[:-1])  # (batch) or (batch, tokens)
-    if losses.dim() == 2 and isinstance(mask, Tensor) and mask.shape == losses.shape:
-        seen_by = (mask != 0).to(losses.dtype)
-        losses = (losses * seen_by).sum(1) / seen_by.sum(1).clamp_min(1)
-    return losses.mean()
+        return _checked(prediction(outputs, inputs, generator) if loss is None else loss)
 
 
 def _loss(model: nn.Module, batch: Mapping[str, Any]) -> tuple[int, Tensor]:

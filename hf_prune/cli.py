@@ -547,9 +547,9 @@ def _config(path: Path | None, **settings: Any) -> PruningConfig:
 
 
 def _needs(criterion: type[Criterion]) -> str:
-    from hf_prune.criteria.base import GRADIENTS
+    from hf_prune.criteria.base import LABELLED
 
-    if criterion.needs & GRADIENTS:
+    if criterion.needs & LABELLED:
         return "labelled data"
     return "texts" if criterion.needs else "no data"
 

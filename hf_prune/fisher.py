@@ -124,7 +124,7 @@ def gather_blocks(
         model: The model; its weights, gradients and modes are as before afterwards.
         pieces: Which outputs.
         batches: See :func:`hf_prune.calibration.example_gradients`.
-        seed: Seed of the labels that are drawn where batches have none.
+        seed: Seed of what is drawn where batches have no labels.
         progress: Show a progress bar.
 
     Yields:

@@ -148,12 +148,20 @@ def prediction(outputs: Any, batch: Mapping[str, Any], generator: torch.Generato
         outputs: What a model returned.
         batch: What it was given.
         generator: Draws labels and directions, on the CPU.
+
+    Raises:
+        CalibrationError: If there is nothing finite to draw labels from.
     """
     known = _by_name(outputs)
     named = any(key.endswith("logits") for key in known)
     total: Tensor = torch.zeros(())
     for values in named_logits(outputs):
         y = values.float()
+        if not bool(torch.isfinite(y.detach()).all()):
+            raise CalibrationError(
+                "what the model puts out for a calibration batch is not finite: calibrate in float32 or bfloat16, and "
+                "check the batches"
+            )
         mask = batch.get("decoder_attention_mask", batch.get("attention_mask"))
         if named and y.dim() == 3 and y.shape[-1] > 1:  # (batch, seq, classes)
             logs = y.log_softmax(-1)

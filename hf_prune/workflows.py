@@ -17,7 +17,7 @@ from hf_prune.calibration import text_batches, token_windows
 from hf_prune.checkpoint import copy_companions, has_tokenizer, staged_checkpoint
 from hf_prune.comparison import Comparison, compare
 from hf_prune.config import PruningConfig
-from hf_prune.criteria.base import GRADIENTS
+from hf_prune.criteria.base import LABELLED
 from hf_prune.distributed import all_or_none, is_first, processes
 from hf_prune.errors import ConfigError, DataError
 from hf_prune.evaluation import Evaluation, classification_batches, context_length, drawn, evaluate_classification
@@ -88,7 +88,7 @@ class LabelledData:
     def calibration(
         self, configs: Sequence[PruningConfig], model: Any, tokenizer: Any, n: int | None = None
     ) -> list[dict[str, Any]] | None:
-        """Batches, if one of the configs needs them; with labels if it needs gradients.
+        """Batches, if one of the configs needs them; with labels if a criterion needs them.
 
         Args:
             configs: The configs.
@@ -98,7 +98,7 @@ class LabelledData:
         """
         if not any(config.needs_data for config in configs):
             return None
-        label_column = self.label_column if any(config.needs & GRADIENTS for config in configs) else None
+        label_column = self.label_column if any(config.needs & LABELLED for config in configs) else None
         return classification_batches(
             load_classification(
                 self.source, self.calibration_split, text_columns=self.text_columns, label_column=label_column
@@ -136,7 +136,7 @@ class TextData:
     def calibration(
         self, configs: Sequence[PruningConfig], model: Any, tokenizer: Any, n: int | None = None
     ) -> list[dict[str, Any]] | None:
-        """Windows of tokens, if one of the configs needs them; with labels if it needs gradients.
+        """Windows of tokens, if one of the configs needs them; with labels if a criterion needs them.
 
         Args:
             configs: The configs.
@@ -151,7 +151,7 @@ class TextData:
             tokenizer,
             n=n or self.calibration_samples,
             length=min(self.window, context_length(model) or self.window),
-            labels=any(config.needs & GRADIENTS for config in configs),
+            labels=any(config.needs & LABELLED for config in configs),
         )
 
 

@@ -20,6 +20,7 @@ from torch import distributed as dist
 from torch import nn
 
 from hf_prune import activations, calibration, prune, scoring
+from hf_prune.criteria.fisher import Fisher
 from hf_prune.errors import CalibrationError
 from hf_prune.masking import MaskStore
 from tests import models
@@ -68,6 +69,10 @@ SAME: dict[str, tuple[str, tuple[int, ...], dict[str, Any]]] = {
         ("moe", SIZES, {"criterion": "sparsegpt"}),
         ("moe", (2,), {"criterion": "alps", "calibration_order": "one_pass"}),
         ("skips", SIZES, {"criterion": "alps"}),
+        ("bert", SIZES, {"criterion": "fisher"}),
+        ("bert", SIZES, {"criterion": "fisher", "scope": "global", "steps": 3, "labels": False}),
+        ("gpt2", (3,), {"criterion": "fisher", "granularity": "block:2x2", "scope": "row", "labels": False}),
+        ("bert", SIZES, {"criterion": "fisher_diagonal", "steps": 2}),
         ("bert", SIZES, {"criterion": "alps", "objective": "loss", "allocation": "fisher"}),
         ("gpt2", SIZES, {"criterion": "sparsegpt", "objective": "loss", "repair": "least_squares"}),
         ("llama", (3,), {"criterion": "wanda", "objective": "loss", "allocation": "owl"}),
@@ -78,11 +83,14 @@ SAME: dict[str, tuple[str, tuple[int, ...], dict[str, Any]]] = {
 
 
 def pruned(kind: str, sizes: tuple[int, ...], settings: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """Weights and masks by name."""
-    model = MODELS[kind]()
+    """Weights and masks by name; without ``labels`` the model's own predictions stand in for them."""
+    model, batches = MODELS[kind](), tiny_batches(MODELS[kind](), sizes=sizes)
+    if not settings.get("labels", True):
+        batches = [{key: value for key, value in batch.items() if key != "labels"} for batch in batches]
+    settings = {key: value for key, value in settings.items() if key != "labels"}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*calibration")  # experts that see few tokens, or none
-        prune(model, calibration=tiny_batches(model, sizes=sizes), **settings)
+        prune(model, calibration=batches, **settings)
     store = MaskStore.of(model)
     assert store is not None
     return {**snapshot(model), **{f"mask of {name}": mask for name, mask in store.masks.items()}}
@@ -132,6 +140,10 @@ def main(rank: int, size: int, folder: str) -> None:
         found["in a batch"] = message(lambda m: prune(m, criterion="alps", calibration=batches))
     with failing(rank, calibration, "_loss", 1):
         found["in a gradient"] = message(lambda m: prune(m, criterion="taylor", calibration=batches))
+    with failing(rank, calibration, "_example_loss", 2):
+        found["in an example"] = message(lambda m: prune(m, criterion="fisher", calibration=batches))
+    with failing(rank, Fisher, "update", 3):
+        found["in an update"] = message(lambda m: prune(m, criterion="fisher", calibration=batches))
     with failing(rank, scoring, "compute_masks", 3):
         found["in a layer"] = message(lambda m: prune(m, criterion="wanda", calibration=batches))
     mine = batches if rank == 0 else batches[:3]

@@ -266,6 +266,20 @@ def test_taylor_learns_from_the_calibration_split(hf_prune, folders, tmp_path):
     assert (tmp_path / "train" / "tokenizer.json").exists()
 
 
+def test_fisher_in_steps(hf_prune, folders, tmp_path):
+    arguments = ["prune", folders["text"], "--criterion", "fisher", "--scope", "global", "--data", folders["data"]]
+    arguments += ["--sparsity", 0.6, "--calibration-samples", 16]
+    assert hf_prune(*arguments, "--out", tmp_path / "one").code == 0
+    done = hf_prune(*arguments, "--steps", 3, "--out", tmp_path / "three")
+    assert done.code == 0, done.err
+    results = [masks_of(tmp_path / name) for name in ("one", "three")]
+    removed = [sum(int((~mask).sum()) for mask in result.values()) for result in results]
+    assert removed[0] == removed[1] == round(0.6 * sum(mask.numel() for mask in results[0].values()))
+    assert any(not torch.equal(mask, results[1][name]) for name, mask in results[0].items())
+    error = error_of(hf_prune("prune", folders["text"], "--steps", 2, "--out", tmp_path / "none"))
+    assert "steps=2 contradicts criterion 'magnitude'" in error
+
+
 def test_out_may_be_the_model_itself(hf_prune, folders, tmp_path):
     models.tiny_classifier(seed=4).save_pretrained(tmp_path)
     models.tiny_tokenizer().save_pretrained(tmp_path)
@@ -571,6 +585,8 @@ def test_list_says_what_a_criterion_needs(hf_prune):
     assert "no data" in lines["magnitude"]
     assert " texts " in lines["wanda"]
     assert "labelled data" in lines["taylor"]
+    assert " texts " in lines["fisher"]
+    assert " texts " in lines["fisher_diagonal"]
 
 
 # --- language models -------------------------------------------------------------------------------

@@ -406,7 +406,7 @@ def test_units_wider_than_a_block_may_be_are_refused():
             [{"x": torch.full((1, 8), float("nan")), "labels": torch.tensor([0])}],
             r"the loss of a calibration batch is nan",
         ),
-        ([{"x": torch.full((1, 8), float("nan"))}], r"the logits of a calibration batch are not finite"),
+        ([{"x": torch.full((1, 8), float("nan"))}], r"what the model puts out for a calibration batch is not"),
         (
             [{"x": torch.ones(3, 8), "labels": torch.zeros(2, dtype=torch.long)}],
             r"a calibration batch of 2 examples holds 'x' of shape \(3, 8\), .*: expected 2 as the first dimension",
