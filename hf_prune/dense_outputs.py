@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -68,7 +68,7 @@ class DenseOutputs:
         self._head: nn.Module | None = (
             None if head is None or any(p is q for p in head.parameters() for q in self.trained.values()) else head
         )
-        self._last = model.get_decoder() if self._reader.decoder is not None else model
+        self._last: Any = cast("Any", model).get_decoder() if self._reader.decoder is not None else model
         config = getattr(model, "config", None)
         self._shift = getattr(config, "problem_type", None) != "multi_label_classification"
         self._shelf = Shelf(cache_bytes)
