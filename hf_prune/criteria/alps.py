@@ -7,13 +7,15 @@ from torch import Tensor
 
 from hf_prune.criteria.base import Criterion, Select, WeightStats
 from hf_prune.registry import CRITERIA
-from hf_prune.repair import damped, least_squares
+from hf_prune.repair import damped, layer_error, least_squares
 
 _ITERATIONS = 300
 _EVERY = 3  # iterations between two looks at the support
 _PENALTY = 0.1
 _LEAST_PENALTY = 1e-5
 _SETTLED = (30, 3e-4)  # enough, once that many iterations change less than that share of the support
+_SOLVE = 10  # iterations of conjugate gradients: they begin close to the solution
+_CLOSE = 1.5  # times the error: magnitude within that is solved to the end
 _NO_INPUT = 1e-12
 
 
@@ -22,7 +24,9 @@ class ALPS(Criterion):
     """Minimise the change of the layer's outputs subject to the number of non-zeros.
 
     ADMM alternates between a ridge regression without the constraint and the projection onto it, under a penalty
-    that grows until the support stands still; conjugate gradients then solve for the weights on that support.
+    that grows until the support stands still; conjugate gradients then solve for the weights on that support. Small
+    layers with few good masks can lead it astray: if the largest weights with least squares change the outputs less,
+    they are taken instead.
     """
 
     name = "alps"
@@ -44,12 +48,36 @@ class ALPS(Criterion):
         dense = weight.to(gram.dtype)
         size = gram.diagonal().sqrt()
         seen = dense.masked_fill(stats.input_gram.diagonal() == 0, 0)  # weights without an input go first
-        keep = _support(seen * size, gram / torch.outer(size, size), select)
-        return keep, least_squares(dense, keep, gram).to(weight.dtype)
+        keep, free = _support(seen * size, gram / torch.outer(size, size), select)
+        new = least_squares(dense, keep, gram, start=free / size, iterations=_SOLVE)
+        keep, new = _or_magnitude(dense, keep, new, gram, stats.input_gram.to(gram.dtype), select)
+        return keep, new.to(weight.dtype)
 
 
-def _support(dense: Tensor, gram: Tensor, select: Select) -> Tensor:
-    """The support that ADMM settles on.
+def _or_magnitude(
+    dense: Tensor, keep: Tensor, new: Tensor, gram: Tensor, plain: Tensor, select: Select
+) -> tuple[Tensor, Tensor]:
+    """A mask and its weights, or those of magnitude and least squares if their layer error is smaller.
+
+    Args:
+        dense: (out, in) dense weights.
+        keep: (out, in) bool.
+        new: (out, in) weights on it.
+        gram: (in, in) damped Gram matrix.
+        plain: (in, in) Gram matrix without damping, which the error is measured by.
+        select: Chooses the largest.
+    """
+    largest = select(dense.float().abs())
+    error = layer_error(dense, new, plain)
+    solved = least_squares(dense, largest, gram, iterations=_SOLVE)
+    if layer_error(dense, solved, plain) > _CLOSE * error:
+        return keep, new
+    solved = least_squares(dense, largest, gram)
+    return (largest, solved) if layer_error(dense, solved, plain) < error else (keep, new)
+
+
+def _support(dense: Tensor, gram: Tensor, select: Select) -> tuple[Tensor, Tensor]:
+    """The support that ADMM settles on, and its last weights before the projection onto it.
 
     Args:
         dense: (out, in) weights in units of their inputs.
@@ -87,7 +115,7 @@ def _support(dense: Tensor, gram: Tensor, select: Select) -> Tensor:
             if changed:
                 seen = keep = select(dense.float() ** 2)
                 sparse, dual = dense * keep, torch.zeros_like(dense)
-    return keep
+    return keep, free
 
 
 def _ridge(target: Tensor, values: Tensor, vectors: Tensor, penalty: float) -> Tensor:

@@ -79,3 +79,29 @@ def reference_sparsegpt(
                     weight[i, j:stop] -= errors[i, j - start] * upper[j, j:stop]
         weight[:, stop:] -= errors @ upper[start:stop, stop:]
     return keep, weight * keep
+
+
+def reference_obs(row: Tensor, gram: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Optimal brain surgeon (Hassibi and Stork 1992) on one output: ``k`` weights go one after the other.
+
+    Each time the weight goes whose removal costs least, ``w_j² / [H⁻¹]_jj``, and the others make up for it; the inverse
+    is that of the Gram matrix of what is left, computed anew.
+
+    Args:
+        row: (in,).
+        gram: (in, in), positive definite.
+        k: How many weights go.
+
+    Returns:
+        The mask, True = keep, and the weights.
+    """
+    row, left = row.double().clone(), list(range(len(row)))
+    for _ in range(k):
+        inverse = torch.linalg.inv(gram.double()[left][:, left])
+        costs = [float(row[j] ** 2 / inverse[i, i]) for i, j in enumerate(left)]
+        i = costs.index(min(costs))
+        row[left] -= row[left[i]] / inverse[i, i] * inverse[:, i]
+        row[left.pop(i)] = 0
+    keep = torch.zeros(len(row), dtype=torch.bool)
+    keep[left] = True
+    return keep, row * keep
