@@ -1,4 +1,4 @@
-"""Accuracy of pruning in one shot: methods by sparsities, on unlabelled sentences, without training.
+"""Accuracy of pruning in one shot: methods by sparsities, calibrated on unlabelled training sentences, no training.
 
 The Linears of the encoder are pruned (pooler and classifier are left alone), and the dev split is scored. A drop is
 the mean over the seeds, which choose the calibration sentences among the training rows with at least so many words
@@ -61,7 +61,6 @@ def settings_for(method: str, amount: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure what is missing, then print the tables and draw the picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="folder of a classifier")
     parser.add_argument("data", help="folder with train and dev splits, columns sentence and label")
