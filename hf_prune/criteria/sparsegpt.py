@@ -9,7 +9,7 @@ from hf_prune.criteria.base import Criterion, Select, WeightStats
 from hf_prune.registry import CRITERIA
 from hf_prune.repair import damped
 
-_BLOCK = 128  # columns whose mask is chosen together, as in the paper
+_BLOCK = 128  # columns whose mask is chosen together, as in the paper; smaller matrices are inverted in one piece
 _NO_INPUT = 1e-12
 
 
@@ -38,9 +38,8 @@ class SparseGPT(Criterion):
         """See :meth:`Criterion.prune_weight`."""
         assert stats.input_gram is not None
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        upper = _factor(stats.input_gram)
-        worth = _worth(stats.input_gram, upper).to(dtype)
-        upper = upper.to(dtype)
+        upper = _factor(stats.input_gram, dtype)
+        worth = _worth(stats.input_gram, upper)
         # A column of weights is a row here, which is contiguous.
         columns = weight.t().to(dtype, memory_format=torch.contiguous_format, copy=True)  # (in, out)
         keep = torch.ones_like(columns, dtype=torch.bool)
@@ -61,10 +60,26 @@ class SparseGPT(Criterion):
         return keep.t(), columns.t().to(weight.dtype)
 
 
-def _factor(gram: Tensor) -> Tensor:
-    """(in, in) upper Cholesky factor of the inverse of the damped Gram matrix, float64."""
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(gram.double())))
-    return torch.linalg.cholesky(inverse, upper=True)
+def _factor(gram: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """(in, in) upper Cholesky factor U of the inverse of the damped Gram matrix H, so that UᵀU = H⁻¹.
+
+    With the order of the inputs reversed, the Cholesky factor of H gives H = RRᵀ with R upper triangular; U is R⁻¹.
+    The inverse of H itself, and the error that it would bring, are not needed.
+    """
+    lower = torch.linalg.cholesky(damped(gram.double()).flip(0, 1))
+    return _inverse(lower.flip(0, 1).to(dtype))
+
+
+def _inverse(upper: Tensor) -> Tensor:
+    """Inverse of an upper triangular matrix: of two blocks on the diagonal, and what follows beside them."""
+    if len(upper) <= _BLOCK:
+        return torch.linalg.solve_triangular(upper, torch.eye(len(upper)).to(upper), upper=True)
+    half = len(upper) // 2
+    result = torch.zeros_like(upper)
+    result[:half, :half] = _inverse(upper[:half, :half])
+    result[half:, half:] = _inverse(upper[half:, half:])
+    result[:half, half:] = -(result[:half, :half] @ upper[:half, half:]) @ result[half:, half:]
+    return result
 
 
 def _worth(gram: Tensor, upper: Tensor) -> Tensor:
