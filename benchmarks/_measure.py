@@ -134,7 +134,9 @@ def random_model(kind: str, layers: int) -> nn.Module:
     torch.manual_seed(0)
     if kind == "distilbert":
         return DistilBertForSequenceClassification(DistilBertConfig(vocab_size=VOCABULARY, n_layers=layers))
-    config = BertConfig(VOCABULARY, 384, layers, 12, 1536)
+    config = BertConfig(
+        vocab_size=VOCABULARY, hidden_size=384, num_hidden_layers=layers, num_attention_heads=12, intermediate_size=1536
+    )
     return BertForSequenceClassification(config)
 
 
