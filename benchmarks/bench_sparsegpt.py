@@ -68,25 +68,18 @@ def real_layers(model_folder: str, data_folder: str) -> Iterator[tuple[str, Tens
             yield f"{block} block", model.get_parameter(name).detach(), gram
 
 
-def ours(weight: Tensor, gram: Tensor, amount: str) -> Tensor:
-    """What prune() does with one layer."""
+def methods(weight: Tensor, gram: Tensor, amount: str) -> dict[str, Callable[[], Tensor]]:
+    """What prune() does with one layer once it has the plan, and the transcription."""
     settings = {"granularity": amount} if amount in POOLS else {"sparsity": float(amount)}
     plan = make_plan(nn.Linear(*reversed(weight.shape), bias=False), PruningConfig(criterion="sparsegpt", **settings))
     select = Selector("sparsegpt", plan.tensors[0], plan.granularity)
-    return CRITERIA.get("sparsegpt")().prune_weight(weight, WeightStats(0, input_gram=gram), select)[1]
-
-
-def published(weight: Tensor, gram: Tensor, amount: str) -> Tensor:
-    """The transcription."""
-    pool = POOLS.get(amount)
-    return published_sparsegpt(weight, gram, 0.5 if pool else float(amount), pool=pool)[1]
-
-
-def clocked(method: Callable[[Tensor, Tensor, str], Tensor], *layer: Tensor, amount: str) -> tuple[float, float]:
-    """CPU seconds and layer error."""
-    start = time.process_time()
-    new = method(*layer, amount)
-    return time.process_time() - start, float(layer_error(layer[0], new, layer[1]))
+    criterion, stats = CRITERIA.get("sparsegpt")(), WeightStats(0, input_gram=gram)
+    pool, sparsity = POOLS.get(amount), plan.config.sparsity
+    assert sparsity is not None
+    return {
+        "ours": lambda: criterion.prune_weight(weight, stats, select)[1],
+        "published": lambda: published_sparsegpt(weight, gram, sparsity, pool=pool)[1],
+    }
 
 
 @torch.no_grad()
@@ -104,14 +97,16 @@ def main() -> None:
     rows = []
     for kind, weight, gram in layers:
         for amount in args.amounts:
-            seconds: dict[str, list[float]] = {"ours": [], "published": []}
+            pair = methods(weight, gram, amount)
+            seconds: dict[str, list[float]] = {name: [] for name in pair}
             errors = {}
             for turn in range(args.rounds + 1):
-                methods = [("ours", ours), ("published", published)]
-                for name, method in methods[:: 1 if turn % 2 else -1]:
-                    spent, errors[name] = clocked(method, weight, gram, amount=amount)
+                for name in list(pair)[:: 1 if turn % 2 else -1]:
+                    start = time.process_time()
+                    new = pair[name]()
                     if turn:  # the first round warms up
-                        seconds[name].append(spent)
+                        seconds[name].append(time.process_time() - start)
+                    errors[name] = float(layer_error(weight, new, gram))
             ratios = [a / b for a, b in zip(seconds["ours"], seconds["published"], strict=True)]
             times = [f"{statistics.median(seconds[name]):.3f}" for name in ("ours", "published")]
             spread = f"{min(ratios):.2f} to {max(ratios):.2f}"

@@ -26,6 +26,7 @@ _SAMPLE_SHARE = 1 / 128  # or this share of all, if that is more: what lies insi
 _LARGEST_SAMPLE = 1 << 21  # but no more than this: 8 MiB
 _SIGMAS = 4.0  # half-width of the bracket in standard errors of the sampled rank
 _SMALL_POOL = 32  # pools up to this size (N:M groups) are ranked by comparing all pairs
+_FEW_SCORES = 1 << 12  # up to so many in all, sorting every pool is the fastest
 
 Chunks = Callable[[], Iterable[Tensor]]
 
@@ -114,6 +115,9 @@ def keep_highest_per_row(scores: Tensor, k: int) -> Tensor:
     units = scores.shape[1]
     if k == 0 or k >= units:
         return torch.full_like(scores, k == 0, dtype=torch.bool)
+    if scores.numel() <= _FEW_SCORES:
+        gone = scores.argsort(dim=1, stable=True)[:, :k]
+        return torch.ones_like(scores, dtype=torch.bool).scatter_(1, gone, False)
     per_chunk = max(1, CHUNK // units)
     rank_rows = _rank_rows if units <= _SMALL_POOL else _split_rows
     return torch.cat([rank_rows(rows, k) for rows in scores.split(per_chunk)])

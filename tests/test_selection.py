@@ -193,9 +193,13 @@ def test_rows_are_pools(pools, units, levels, seed, data):
     scores = torch.randint(0, levels, (pools, units), generator=generator).float()
     scores = scores.masked_fill(torch.rand(scores.shape, generator=generator) < 0.2, -INF)
     before = scores.clone()
-    keep = keep_highest_per_row(scores, k)
-    assert keep.dtype == torch.bool
-    assert torch.equal(keep, torch.stack([by_sort(row, k) for row in scores]))
+    expected = torch.stack([by_sort(row, k) for row in scores])
+    for few in (selection._FEW_SCORES, 0):  # by sorting, and as if there were many
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(selection, "_FEW_SCORES", few)
+            keep = keep_highest_per_row(scores, k)
+        assert keep.dtype == torch.bool
+        assert torch.equal(keep, expected)
     assert torch.equal(scores, before)
 
 
