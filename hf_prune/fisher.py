@@ -26,7 +26,7 @@ from hf_prune.spill import Shelf
 from hf_prune.sums import sum_dtype
 from hf_prune.targets import is_finite
 
-FISHER_BYTES = 2**30  # of sums that are gathered in one run of the batches
+FISHER_BYTES = 2**29  # of sums that are gathered in one run of the batches
 _TOGETHER = 16  # examples whose gradients are multiplied at a time
 _PRODUCTS = 256  # blocks that are multiplied at a time
 
@@ -191,7 +191,7 @@ def prune_by_fisher(
         weights: Gets the new values of the weights, by parameter name.
         progress: Show a progress bar.
         cache_bytes: How much of the blocks is kept in memory while they wait; the rest goes to a temporary folder. A
-            run gathers as much, or 1 GiB if that is more.
+            run gathers as much, or 512 MiB if that is more.
 
     Returns:
         Bool masks by parameter name.

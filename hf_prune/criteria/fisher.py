@@ -10,7 +10,7 @@ from torch import Tensor
 from hf_prune.criteria.base import Criterion, WeightStats
 from hf_prune.registry import CRITERIA
 
-_DAMPING = 0.01
+_DAMPING = 0.01  # of the mean diagonal of each block
 _LEAST_DAMPING = 1e-24
 _CHUNK = 1 << 21  # elements of the blocks that are inverted together, 16 MiB in float64
 
@@ -23,6 +23,9 @@ class Fisher(Criterion):
     that removing the weights Q can cost is ``w_Qᵀ ([H⁻¹]_QQ)⁻¹ w_Q / 2``: the score of a unit, where units of several
     outputs add up. Once the mask is known, the weights that stay take the values that minimise the growth for all
     that goes from the block at once. For N:M the units are single weights.
+
+    The matrix is that of single examples, with labels where batches have them. A classifier that is sure of its
+    training sentences has next to no gradients there: batches without labels, for which its logits stand in, do better.
     """
 
     name = "fisher"
