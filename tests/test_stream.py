@@ -693,7 +693,7 @@ def test_the_driver_is_used_for_what_learns_from_inputs(tmp_path, monkeypatch):
 @pytest.mark.parametrize("settings", [{"criterion": "sparsegpt"}, {"scope": "global"}], ids=["sparsegpt", "global"])
 def test_a_trained_model_is_pruned_bit_for_bit_as_in_memory(settings, tmp_path):
     source, config = Path(SHARED) / "models" / "minilm-sst2", PruningConfig(0.6, **settings)
-    texts = load_texts(Path(SHARED) / "data" / "sst2", "train", "sentence")[:32]
+    texts = load_texts(Path(SHARED) / "data" / "sst2", "train", text_column="sentence")[:32]
     batches = text_batches(texts, AutoTokenizer.from_pretrained(source)) if config.needs else None
     expected, report = pruned_in_memory(source, config, tmp_path / "expected", batches)
     assert prune_stream(source, config, tmp_path / "out", calibration=batches) == report
