@@ -68,8 +68,8 @@ def main() -> None:
     parser.add_argument("--amounts", nargs="+", default=list(AMOUNTS))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--sentences", type=int, default=512, help="for calibration")
-    parser.add_argument("--min-words", type=int, default=12, help="of a calibration sentence")
-    parser.add_argument("--polish-sentences", type=int, default=8192)
+    parser.add_argument("--min-words", type=int, default=15, help="of a calibration sentence")
+    parser.add_argument("--polish-sentences", type=int, default=4096)
     parser.add_argument("--held-out", type=int, default=2000, help="training sentences that nothing is calibrated on")
     parser.add_argument("--out", type=Path, default=Path("accuracy"), help="folder for the results")
     parser.add_argument("--image", type=Path, help="where to draw the table")
@@ -154,14 +154,16 @@ def measure(args: argparse.Namespace, job: dict[str, Any]) -> dict[str, Any]:
 
 
 def split(args: argparse.Namespace, sentences: Sequence[str]) -> tuple[list[int], list[int]]:
-    """Training rows that are held out, and those that calibration draws from; no text is in both."""
+    """Training rows that are held out, and those that calibration draws from: they share no five words in a row."""
     import torch
+
+    from hf_prune.overlap import overlapping
 
     long = [i for i, text in enumerate(sentences) if len(text.split()) >= args.min_words]
     order = [long[i] for i in torch.randperm(len(long), generator=torch.Generator().manual_seed(2**31))]
-    held_out = order[: args.held_out]
-    texts = {sentences[i].strip() for i in held_out}
-    return held_out, [i for i in order[args.held_out :] if sentences[i].strip() not in texts]
+    held_out, rest = order[: args.held_out], order[args.held_out :]
+    known = overlapping([sentences[i] for i in rest], [sentences[i] for i in held_out])
+    return held_out, [i for i, shared in zip(rest, known, strict=True) if not shared]
 
 
 def torch_l1(model: Any, config: Any) -> None:

@@ -146,7 +146,7 @@ class InputReader:
         self.stacks: list[_Stack] = []
         self.signatures: dict[str, tuple[int, ...]] = {}
         self.once: set[int] = set()
-        self.decoder = _decoder_modules(model)
+        self.encoder = _encoder_modules(model)
         self._encoder_output: Tensor | None = None
         self._mask: Tensor | None = None
         self._size = 0  # examples in the batch that is running
@@ -482,9 +482,10 @@ class InputReader:
             self._encoder_output = first if isinstance(first, Tensor) else None
 
         with ExitStack() as hooks:
-            if self.decoder is not None:
-                hooks.callback(self.decoder[0].register_forward_hook(keep_output).remove)
-            return self.model(**{**(options or {}), **inputs})
+            if self.encoder is not None:
+                hooks.callback(self.encoder[0].register_forward_hook(keep_output).remove)
+            lean = {name: value for name, value in self._options.items() if name == "use_cache"}
+            return self.model(**{**lean, **(options or {}), **inputs})
 
     def rows(self, module: nn.Module, x: Tensor, layout: str = "linear") -> Tensor:
         """(tokens, in): what a module multiplies, without padding."""
@@ -507,7 +508,7 @@ class InputReader:
             x: (batch, seq, in) or (batch * seq, in) what flows into it.
         """
         mask = self._mask
-        if self.decoder is not None and id(module) in self.decoder[1]:
+        if self.encoder is not None and id(module) not in self.encoder[1]:
             encoded = self._encoder_output
             if encoded is None or x.data_ptr() != encoded.data_ptr() or x.shape != encoded.shape:
                 mask = self._decoder_mask
@@ -636,14 +637,14 @@ def _lean_options(model: nn.Module, targets: set[str]) -> dict[str, Any]:
     return options
 
 
-def _decoder_modules(model: nn.Module) -> tuple[nn.Module, set[int]] | None:
-    """The encoder, and the ids of all modules of the decoder, where a model has both."""
+def _encoder_modules(model: nn.Module) -> tuple[nn.Module, set[int]] | None:
+    """The encoder, and the ids of all its modules, where a model has a decoder as well: the rest sees its tokens."""
     if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         return None
     encoder, decoder = (getattr(model, f"get_{part}", lambda: None)() for part in ("encoder", "decoder"))
     if encoder is None or decoder is None:
         return None
-    return encoder, {id(module) for module in decoder.modules()}
+    return encoder, {id(module) for module in encoder.modules()}
 
 
 @contextmanager

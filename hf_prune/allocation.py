@@ -76,6 +76,7 @@ def least_total(
     remove: int,
     at_least: Mapping[str, int] | None = None,
     cap: float = CAP,
+    pools: Mapping[str, int] | None = None,
 ) -> dict[str, int]:
     """How many units each tensor loses, so that the sum of their errors is smallest.
 
@@ -88,17 +89,20 @@ def least_total(
         remove: How many go in all.
         at_least: How many of each are gone already.
         cap: The largest share that one tensor loses, unless all together have to lose more.
+        pools: In how many pools the units of each tensor are, each of which loses the same number; 1 unless given.
 
     Returns:
-        Units to remove by tensor; their sum is ``remove``.
+        Units to remove by tensor; their sum is ``remove``, or less than one unit of each pool of one tensor away.
     """
     total = sum(units.values())
     cap = max(cap, remove / total)
-    least = dict.fromkeys(units, 0) | dict(at_least or {})
-    most = {name: max(least[name], math.floor(cap * size)) for name, size in units.items()}
+    grain = dict.fromkeys(units, 1) | dict(pools or {})
+    least = {name: grain[name] * -(-(at_least or {}).get(name, 0) // grain[name]) for name in units}
+    most = {name: max(least[name], _floor(cap * size, grain[name])) for name, size in units.items()}
     steps: list[tuple[float, int, str, int]] = []
     for number, (name, size) in enumerate(units.items()):
-        cuts = np.unique(np.append(np.arange(0, most[name], max(1, size // 100)), most[name]))
+        stride = max(1, size // 100 // grain[name]) * grain[name]
+        cuts = np.unique(np.append(np.arange(0, most[name], stride), most[name]))
         cuts = cuts[cuts >= least[name]]
         cost = _convex(cuts / size, _interpolated(cuts / size, errors[name]))
         slopes = np.diff(cost) / np.diff(cuts) if len(cuts) > 1 else np.array([])
@@ -108,14 +112,19 @@ def least_total(
     for _, _, name, n in sorted(steps):
         if left <= 0:
             break
-        n = min(n, left)
+        n = min(n, _floor(left, grain[name]))
         found[name] += n
         left -= n
     for name in found:  # rounding of the caps
-        extra = max(0, min(left, units[name] - found[name]))
+        extra = max(0, _floor(min(left, units[name] - found[name]), grain[name]))
         found[name] += extra
         left -= extra
     return found
+
+
+def _floor(number: float, grain: int) -> int:
+    """The largest multiple that is no larger."""
+    return math.floor(number / grain) * grain
 
 
 def _interpolated(shares: np.ndarray, points: Sequence[tuple[float, float]]) -> np.ndarray:

@@ -17,7 +17,7 @@ from hf_prune.criteria.base import GRADIENTS, INPUTS, LABELLED, WeightStats
 from hf_prune.distributed import add_up, all_or_none, check_same_batches, processes, share
 from hf_prune.errors import CalibrationError, DataError
 from hf_prune.plan import PruningPlan
-from hf_prune.sensitivity import prediction
+from hf_prune.sensitivity import prediction, token_mask
 from hf_prune.sums import sum_dtype
 from hf_prune.targets import is_finite
 
@@ -372,7 +372,7 @@ def _example_loss(model: nn.Module, inputs: Mapping[str, Any], generator: torch.
     with torch.enable_grad():
         outputs = model(**inputs)
         loss = getattr(outputs, "loss", None)
-        return _checked(prediction(outputs, inputs, generator) if loss is None else loss)
+        return _checked(prediction(outputs, token_mask(model, inputs), generator) if loss is None else loss)
 
 
 def _loss(model: nn.Module, batch: Mapping[str, Any]) -> tuple[int, Tensor]:

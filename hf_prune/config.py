@@ -58,12 +58,12 @@ class PruningConfig:
             outputs on the calibration inputs change least; None leaves them as they are.
         objective: What a criterion or a repair that learns from inputs minimises. ``"layer"``: the change of each
             layer's outputs on the inputs that it gets, as the papers do. ``"loss"``: the distance to the outputs of
-            the dense model, where tokens and outputs count as much as the model's predictions depend on them. Needs
-            no labels; more accurate, and slower by about half.
+            the model before this pruning, where tokens and outputs count as much as the model's predictions depend on
+            them. Needs no labels; more accurate, and slower by about half.
         steps: In how many steps a criterion that learns from gradients prunes: each removes the same share of what is
             left, and the gradients are taken anew on the partly pruned model. Slower in proportion.
         polish: ``"distill"`` trains what is left of the targets, their biases and the norms beside them, for a short
-            while and with fixed masks, to put out what the dense model did on unlabelled batches;
+            while and with fixed masks, to put out what the model did before this pruning, on unlabelled batches;
             ``{"epochs": 2, "learning_rate": 1e-4}`` are its settings, either of which may be left out. None, the
             default, trains nothing.
 

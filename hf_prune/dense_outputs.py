@@ -15,7 +15,16 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from hf_prune.activations import CACHE_BYTES, Batches, InputReader, Watcher, first_input, first_tensor, outer_lists
+from hf_prune.activations import (
+    CACHE_BYTES,
+    Batches,
+    InputReader,
+    Watcher,
+    first_input,
+    first_tensor,
+    outer_lists,
+    replaced_forward,
+)
 from hf_prune.distributed import add_up, all_or_none, processes
 from hf_prune.errors import CalibrationError, PlanError
 from hf_prune.plan import PruningPlan
@@ -68,7 +77,7 @@ class DenseOutputs:
         self._head: nn.Module | None = (
             None if head is None or any(p is q for p in head.parameters() for q in self.trained.values()) else head
         )
-        self._last: Any = cast("Any", model).get_decoder() if self._reader.decoder is not None else model
+        self._last: Any = cast("Any", model).get_decoder() if self._reader.encoder is not None else model
         config = getattr(model, "config", None)
         self._shift = getattr(config, "problem_type", None) != "multi_label_classification"
         self._shelf = Shelf(cache_bytes)
@@ -128,19 +137,21 @@ class DenseOutputs:
         def see(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             state = first_tensor(output)
             if isinstance(state, Tensor) and state.is_floating_point():
-                states[id(module)] = self._reader.rows(module, state)
+                states[id(module)] = self._reader.rows(module, state).clone()  # the next block may change it in place
 
         def keep(module: nn.Module, args: Any, kwargs: Any, _: Any) -> None:
-            last.append(self._reader.rows(module, first_input(args, kwargs)))
+            last.append(self._reader.rows(module, first_input(args, kwargs)).clone())
 
         batch = self.batches[index]
-        if self._reader.decoder is None:
+        if self._reader.encoder is None:
             batch = {name: value for name, value in batch.items() if name != "labels"}
         with ExitStack() as hooks:
             for block in self._blocks:
                 Watcher(block, see, after=True).install(hooks, None)
             if self._head is not None:
                 Watcher(self._head, keep).install(hooks, None)
+                if "labels" not in batch:  # then nobody looks at the logits, which are large
+                    hooks.enter_context(replaced_forward(self._head, lambda x: x[..., :1]))
             outputs = self._reader.forward(batch)
         if not last:
             last = self._predictions(outputs, batch)

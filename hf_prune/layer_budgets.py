@@ -45,7 +45,7 @@ def learn_sparsities(
     Returns:
         Sparsities by parameter name, and how much the predictions depend on what where that was measured; to be closed.
     """
-    cache_bytes //= 2  # for what blocks put out, and for sensitivities
+    cache_bytes //= 4  # the sensitivities stay for the pruning, as one of the four shelves that it keeps
     with InputReader(model, plan, batches, cache_bytes=cache_bytes) as reader:
         steps = reader.order()
         if plan.config.allocation == "owl":
@@ -86,7 +86,8 @@ def _fisher(
     units = {t.target.name: t.units for t in plan.tensors}
     size = plan.granularity.block[0] * plan.granularity.block[1]
     gone = {t.target.name: t.already // size for t in plan.tensors}
-    counts = least_total(errors, units, plan.remove, gone)
+    pools = {t.target.name: t.units // t.pool for t in plan.tensors}
+    counts = least_total(errors, units, plan.remove, gone, pools=pools)
     agreed = from_first(torch.tensor(list(counts.values()))).tolist()
     return {name: count / units[name] for name, count in zip(counts, agreed, strict=True)}
 

@@ -96,14 +96,13 @@ class DenseGoals:
 
         groups: list[tuple[int, list[list[PlannedTensor]]]] = []
         for key, found in itertools.groupby(steps, block):
-            if groups and groups[-1][0] == id(None):  # what runs before a block is still dense when that is recorded
-                groups[-1] = key, [*groups[-1][1], *found]
-            else:
-                groups.append((key, list(found)))
-        keys = [key for key, _ in groups if key != id(None)]
+            groups.append((key, list(found)))
+        keys = [key for key, _ in groups]
         holders = [module for modules in self._dense.holders.values() for module in modules]
         shared = len(holders) != len(self._dense.holders)  # a weight with two users changes in both when it is pruned
-        if not self._dense.stacks or len(set(keys)) != len(keys) or shared:
+        # A target outside of the blocks is computed in every run: those before a block must be dense as long.
+        early = id(None) in keys[:-1]
+        if not self._dense.stacks or len(set(keys)) != len(keys) or shared or early:
             groups = [(id(None), list(steps))]
         for _, group in groups:
             self._record([t for step in group for t in step])
@@ -117,7 +116,9 @@ class DenseGoals:
             self._anchors[t.target.name] = self._anchor(t)
         rows: dict[str, list[Tensor]] = {}
         self._dense.finish(tensors)
-        watchers = [w for t in known for w in self._watchers(t, lambda name, _, z: rows.setdefault(name, []).append(z))]
+        watchers = [
+            w for t in known for w in self._watchers(t, lambda name, _, z: rows.setdefault(name, []).append(z.clone()))
+        ]
 
         def keep(*_: Any) -> None:
             for name in list(rows):
@@ -145,7 +146,7 @@ class DenseGoals:
             if anchor is None:
                 hand_on(rows, mask, output)
             else:
-                pending.append((rows, mask))
+                pending.append((rows.clone(), mask))  # what comes in between may change it in place
 
         watchers = [Watcher(module, see, after=True) for module in reader.holders[name]]
         if anchor is not None:

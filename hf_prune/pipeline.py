@@ -85,9 +85,10 @@ def prune(
         dry_run: Change nothing and return the plan. Sparsities that are learned from data are in it only if
             ``calibration`` is given.
         progress: Show a progress bar while calibrating.
-        cache_bytes: How much of what finished layers put out is kept in memory while layers are pruned in order; the
-            rest goes to a temporary folder (``TMPDIR`` says where), as do the weights that an error would give back.
+        cache_bytes: How much of what finished layers and the dense model put out is kept in memory in all; the rest
+            goes to a temporary folder (``TMPDIR`` says where), as do the weights that an error would give back.
         polish_data: Batches for a polish, if more or others than ``calibration``; labels in them are not looked at.
+            What it aims at is the model before this call: of one that was pruned before, the pruned one.
         **settings: Fields of :class:`PruningConfig`, in place of, or on top of, ``config``.
 
     Returns:
@@ -133,6 +134,7 @@ def prune(
                 calibration = list(require_batches(plan, calibration))
             batches = calibration if polish_data is None else list(require_batches(plan, polish_data))
             assert batches is not None
+            cache_bytes //= 2  # one half for the polish, one for the pruning
             dense = context.enter_context(DenseOutputs(model, plan, batches, cache_bytes, progress))
         given = None
         if config.repair is not None and (config.scope == "global" or plan.needs & CURVATURE):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -70,7 +70,8 @@ class PolishRecord:
         tokens = f" ({self.tokens:,} tokens)" if self.tokens else ""
         what = (
             f"{self.trained:,} parameters were trained for {self.steps:,} steps and {self.seconds:.0f} s to put out "
-            f"what the dense model does, on {self.examples:,} unlabelled examples{tokens}, {self.epochs} times"
+            f"what the model did before this pruning, on {self.examples:,} unlabelled examples{tokens}, "
+            f"{self.epochs} times"
         )
         if not self.kept:
             return f"Polish given up: {what}, and the distance on held-out batches did not fall; nothing was kept."
@@ -184,7 +185,7 @@ def _train(
         with all_or_none():
             for index in together:
                 if index in dense.mine:
-                    with torch.enable_grad(), fast(dense.device):
+                    with torch.enable_grad(), fast(dense.device, trained.values()):
                         loss = dense.distance(index) * (len(dense.batches) / len(together))
                     if not torch.isfinite(loss):
                         raise CalibrationError(
@@ -260,9 +261,10 @@ def _training(model: nn.Module, trained: Mapping[str, nn.Parameter]) -> Iterator
             parameter.grad = gradient
 
 
-def fast(device: torch.device) -> Any:
-    """Products in bfloat16 inside, where the processor has instructions for them."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=has_bf16(device))
+def fast(device: torch.device, parameters: Iterable[Tensor]) -> Any:
+    """Products of a float32 model in bfloat16 inside, where the processor has instructions for them."""
+    single = all(parameter.dtype == torch.float32 for parameter in parameters)
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=single and has_bf16(device))
 
 
 def has_bf16(device: torch.device) -> bool:

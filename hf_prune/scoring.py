@@ -99,7 +99,7 @@ def compute_masks(
             bias = biases.get(name)
             repaired, new_bias = refit(
                 dense,
-                keep if old is None else keep & old,
+                keep if old is None else keep & old.to(keep.device),
                 stat.input_gram,
                 stat.input_mean,
                 None if bias is None else parameters[bias].detach(),
@@ -225,7 +225,7 @@ class Selector:
     def __call__(self, scores: Tensor) -> Tensor:
         """(out, in) scores -> (out, in) bool, True = keep."""
         units = self._units(scores, self.old)
-        return self._spread(_select(self.tensor, lambda: [units]).view(units.shape))
+        return self._spread(_select(self.tensor, lambda: [units]).view(units.shape), 0)
 
     def columns(self, scores: Tensor, start: int) -> Tensor:
         """(out, columns) scores of columns ``start`` and following -> (out, columns) bool."""
@@ -235,7 +235,7 @@ class Selector:
         pools = self.tensor.units // self.tensor.pool
         per_pool = self.tensor.remove // pools
         if self.pools:
-            return self._spread(keep_highest_per_row(units.reshape(-1, self.width), per_pool).view(units.shape))
+            return self._spread(keep_highest_per_row(units.reshape(-1, self.width), per_pool).view(units.shape), start)
         lines = 1 if pools == 1 else len(units)  # a pool is the whole matrix, or a row of it
         left = self._left(units.device).view(lines, -1, self.tensor.units // len(units))
         first, last = start // self.width, stop // self.width
@@ -247,9 +247,9 @@ class Selector:
         count = shares[1] - shares[0] + here[0].numel() - here.sum((1, 2))
         flat = units.reshape(lines, -1)
         if lines == 1:
-            return self._spread(keep_highest([lambda: [flat]], [flat.numel()], int(count))[0].view(units.shape))
+            return self._spread(keep_highest([lambda: [flat]], [flat.numel()], int(count))[0].view(units.shape), start)
         rank = flat.argsort(dim=1, stable=True).argsort(dim=1)
-        return self._spread((rank >= count[:, None]).view(units.shape))
+        return self._spread((rank >= count[:, None]).view(units.shape), start)
 
     def _left(self, device: torch.device) -> Tensor:
         """Bool, one per unit: whether earlier prunings left anything of it."""
@@ -261,8 +261,12 @@ class Selector:
     def _units(self, scores: Tensor, old: Tensor | None) -> Tensor:
         return checked_units(scores, self.granularity.block, old, self.criterion, self.tensor.target.name)
 
-    def _spread(self, keep: Tensor) -> Tensor:
-        return spread_blocks(keep, self.granularity.block)
+    def _spread(self, keep: Tensor, start: int) -> Tensor:
+        """One decision per unit -> one per weight, of columns ``start`` and following; what is gone stays gone."""
+        mask = spread_blocks(keep, self.granularity.block)
+        if self.old is None:
+            return mask
+        return mask & self.old[:, start : start + mask.shape[1]].to(mask.device)
 
 
 def checked_units(scores: Tensor, block: tuple[int, int], old: Tensor | None, criterion: str, name: str) -> Tensor:

@@ -113,7 +113,8 @@ def measure_sensitivity(
             batch = reader.batches[index]
             generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{index}".encode()))
             with torch.enable_grad():
-                value = prediction(reader.forward(batch), batch, generator)
+                outputs = reader.forward(batch)
+                value = prediction(outputs, token_mask(reader.model, batch), generator)
                 if not value.requires_grad:
                     raise CalibrationError(
                         "what the model puts out for a calibration batch depends on none of the weights to be pruned: "
@@ -141,12 +142,12 @@ def measure_sensitivity(
     return found
 
 
-def prediction(outputs: Any, batch: Mapping[str, Any], generator: torch.Generator) -> Tensor:
+def prediction(outputs: Any, mask: Tensor | None, generator: torch.Generator) -> Tensor:
     """A scalar whose squared gradients have the mean that :class:`Sensitivity` is after.
 
     Args:
         outputs: What a model returned.
-        batch: What it was given.
+        mask: (batch, seq), 0 for the tokens whose predictions do not count; None if all do.
         generator: Draws labels and directions, on the CPU.
 
     Raises:
@@ -162,7 +163,6 @@ def prediction(outputs: Any, batch: Mapping[str, Any], generator: torch.Generato
                 "what the model puts out for a calibration batch is not finite: calibrate in float32 or bfloat16, and "
                 "check the batches"
             )
-        mask = batch.get("decoder_attention_mask", batch.get("attention_mask"))
         if named and y.dim() == 3 and y.shape[-1] > 1:  # (batch, seq, classes)
             logs = y.log_softmax(-1)
             flat = logs.detach().exp().reshape(-1, y.shape[-1]).cpu()
@@ -174,10 +174,17 @@ def prediction(outputs: Any, batch: Mapping[str, Any], generator: torch.Generato
             if named and y.dim() == 2 and y.shape[-1] > 1:  # (batch, classes): what all classes gain changes nothing
                 direction = direction - direction.mean(-1, keepdim=True)
             direction = direction / direction.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-        if isinstance(mask, Tensor) and y.dim() == 3 and mask.shape == y.shape[:2]:
+        if mask is not None and y.dim() == 3 and mask.shape == y.shape[:2]:
             direction = direction * mask.to(y.device)[..., None]
         total = total.to(y.device) + (y * direction).sum()
     return total
+
+
+def token_mask(model: nn.Module, batch: Mapping[str, Any]) -> Tensor | None:
+    """Which of the tokens that a model makes predictions for are no padding: (batch, seq), None if it is not said."""
+    side = "decoder_" if getattr(getattr(model, "config", None), "is_encoder_decoder", False) else ""
+    mask = batch.get(f"{side}attention_mask")
+    return mask if isinstance(mask, Tensor) else None
 
 
 def named_logits(outputs: Any) -> list[Tensor]:
@@ -190,7 +197,7 @@ def named_logits(outputs: Any) -> list[Tensor]:
 def _by_name(outputs: Any) -> Mapping[str, Any]:
     if isinstance(outputs, Mapping):
         return outputs
-    return {} if isinstance(outputs, Tensor | tuple) else vars(outputs)
+    return {} if isinstance(outputs, Tensor | tuple | list) else getattr(outputs, "__dict__", {})
 
 
 @contextmanager

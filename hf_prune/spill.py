@@ -31,6 +31,7 @@ class Shelf:
         self._values: dict[Hashable, Any] = {}
         self._files: dict[Hashable, tuple[Path, list[Any], TreeSpec]] = {}
         self._made = 0
+        self._bytes = 0
 
     def __contains__(self, key: Hashable) -> bool:
         return key in self._values or key in self._files
@@ -38,7 +39,7 @@ class Shelf:
     @property
     def in_memory(self) -> int:
         """Bytes of tensors in memory."""
-        return sum(_size(value) for value in self._values.values())
+        return self._bytes
 
     def put(self, key: Hashable, value: Any) -> None:
         """Keep a copy of a value.
@@ -47,9 +48,11 @@ class Shelf:
             key: Its name.
             value: A tensor, or a structure of tuples, lists, dicts and model outputs with tensors in it.
         """
-        self._values.pop(key, None)
-        if self.in_memory + _size(value) <= self._budget:
+        self._forget(key)
+        size = _size(value)
+        if self._bytes + size <= self._budget:
             self._values[key] = copy_of(value)
+            self._bytes += size
             self._drop_file(key)
             return
         leaves, spec = tree_flatten(value)
@@ -74,17 +77,22 @@ class Shelf:
     def pop(self, key: Hashable) -> Any:
         """A value, as it was put, which is forgotten here."""
         value = self.get(key)
-        self._values.pop(key, None)
+        self._forget(key)
         self._drop_file(key)
         return value
 
     def close(self) -> None:
         """Forget everything, and remove the folder."""
         self._values.clear()
+        self._bytes = 0
         self._files.clear()
         if self._folder is not None:
             self._folder.cleanup()
             self._folder = None
+
+    def _forget(self, key: Hashable) -> None:
+        if key in self._values:
+            self._bytes -= _size(self._values.pop(key))
 
     def _drop_file(self, key: Hashable) -> None:
         if key in self._files:

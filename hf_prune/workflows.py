@@ -22,6 +22,7 @@ from hf_prune.distributed import all_or_none, is_first, processes
 from hf_prune.errors import ConfigError, DataError
 from hf_prune.evaluation import Evaluation, classification_batches, context_length, drawn, evaluate_classification
 from hf_prune.files import write_json, write_text
+from hf_prune.overlap import overlapping
 from hf_prune.perplexity import Perplexity, evaluate_perplexity
 from hf_prune.plan import PruningPlan
 from hf_prune.plots import plot_layer_sparsity, plot_weight_histogram, save_figure
@@ -65,7 +66,9 @@ class LabelledData:
         return load_classification(self.source, split, text_columns=self.text_columns, label_column=self.label_column)
 
     def held_out(self, n: int) -> Dataset:
-        """Examples of the calibration split that calibration does not see, nor any with the same text.
+        """Examples of the calibration split that share no five words in a row with what calibration sees.
+
+        Data sets hold texts more than once, and parts of texts: those of SST-2 are cut from longer ones.
 
         Args:
             n: How many; all that are left if there are fewer.
@@ -74,10 +77,12 @@ class LabelledData:
             DataError: If none is left.
         """
         data = self.load(self.calibration_split)
-        texts = list(zip(*(column(data, name) for name in self.text_columns), strict=True))
+        columns = [column(data, name) for name in self.text_columns]
+        texts = [" ".join(map(str, parts)) for parts in zip(*columns, strict=True)]
         order = drawn(len(data))
-        seen = {texts[i] for i in order[: self.calibration_samples]}
-        rows = [i for i in order[self.calibration_samples :] if texts[i] not in seen][:n]
+        left = order[self.calibration_samples :]
+        seen = overlapping([texts[i] for i in left], [texts[i] for i in order[: self.calibration_samples]])
+        rows = [i for i, known in zip(left, seen, strict=True) if not known][:n]
         if not rows:
             raise DataError(
                 f"the split {self.calibration_split!r} of {self.source!r} has {len(data):,} examples, and calibration "

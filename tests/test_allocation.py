@@ -117,6 +117,19 @@ def test_counts_add_up_and_keep_their_bounds(tensors, sparsity):
         assert all(found[name] <= 0.98 * size + 1 for name, size in units.items() if not least)
 
 
+@given(
+    st.lists(st.tuples(st.integers(1, 40), st.integers(1, 30), st.floats(1e-6, 1e6)), min_size=1, max_size=6),
+    st.floats(0, 1),
+)
+def test_each_pool_loses_the_same(tensors, sparsity):
+    pools = {str(i): rows for i, (rows, _, _) in enumerate(tensors)}
+    units = {str(i): rows * columns for i, (rows, columns, _) in enumerate(tensors)}
+    remove = round(sparsity * sum(units.values()))
+    found = least_total({str(i): curve(s) for i, (_, _, s) in enumerate(tensors)}, units, remove, pools=pools)
+    assert all(count % pools[name] == 0 and 0 <= count <= units[name] for name, count in found.items())
+    assert remove - max(pools.values()) < sum(found.values()) <= remove
+
+
 def test_the_sum_of_errors_is_smallest():
     """Against every other way, two per cent at a time."""
     units = {"a": 100, "b": 300}

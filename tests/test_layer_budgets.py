@@ -38,6 +38,17 @@ def test_the_whole_loses_exactly_what_was_asked_for(kind, granularity):
         assert int((~masks[t.target.name]).sum()) == t.remove * (t.target.size // t.units)
 
 
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+def test_rows_lose_alike_within_the_cap(kind):
+    model = models.TRANSFORMERS[kind]()
+    plan = planned(model, sparsity=0.7, allocation="fisher", criterion="wanda", scope="row")
+    total = sum(t.units for t in plan.tensors)
+    removed = sum(t.remove for t in plan.tensors)
+    assert 0.7 * total - max(t.units // t.pool for t in plan.tensors) - 1 <= removed <= round(0.7 * total)
+    assert all(t.remove <= 0.98 * t.units for t in plan.tensors)
+    assert len({t.sparsity for t in plan.tensors}) > 2
+
+
 def test_owl_keeps_the_mean_and_spares_all_of_a_block():
     model = models.tiny_llama()
     with torch.no_grad():

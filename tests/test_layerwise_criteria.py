@@ -190,3 +190,17 @@ def test_the_plan_says_what_will_happen():
     plan = make_plan(models.mlp(), PruningConfig(repair="least_squares"))
     assert "repair least_squares, sequential calibration" in str(plan)
     assert "calibration" not in str(make_plan(models.mlp(), PruningConfig()))
+
+
+@pytest.mark.parametrize("scope", ["layer", "row"])
+def test_what_is_gone_of_a_block_stays_gone(scope):
+    """A block of which an earlier pruning removed a part is kept as what is left of it."""
+    weight, _, _ = problem(rows=4, columns=16, tokens=200)
+    old = torch.ones(4, 16, dtype=torch.bool)
+    old[:, ::4] = False
+    plan = make_plan(nn.Linear(16, 4), PruningConfig(0.5, "sparsegpt", granularity="block:1x2", scope=scope))
+    select = Selector("sparsegpt", plan.tensors[0], plan.granularity, old)
+    scores = weight.square() * old
+    for keep, there in ((select(scores), old), (select.columns(scores[:, 4:12], 4), old[:, 4:12])):
+        assert (keep & there).any()
+        assert not (keep & ~there).any()

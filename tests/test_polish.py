@@ -143,6 +143,39 @@ def test_padding_does_not_count(build):
     torch.testing.assert_close(second, first, rtol=1e-2, atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_a_language_model_computes_no_logits_and_no_cache(kind):
+    model = large(kind)
+    batches = tiny_batches(model, sizes=(4,) * 3)
+    seen = []
+    with DenseOutputs(model, make_plan(model, PruningConfig()), batches) as dense, dense.running():
+        handle = model.register_forward_hook(lambda _, args, out: seen.append(out))
+        dense.distance(0)
+        handle.remove()
+        assert dense.sizes[0] > 0
+    assert seen[0].logits.shape[-1] == 1
+    assert seen[0].past_key_values is None
+    assert model(**batches[0]).logits.shape[-1] == model.config.vocab_size
+
+
+def test_the_tokens_of_a_decoder_are_not_padded_where_the_encoder_is():
+    """What an encoder-decoder puts out has the decoder's tokens, and the encoder's mask may have the same shape."""
+    model = models.tiny_t5()
+    batch = next(iter(tiny_batches(model, sizes=(4,), length=5)))
+    batch["labels"] = batch["input_ids"].clone()
+    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    batch["attention_mask"][:, 3:] = 0
+    sizes = []
+    plan = make_plan(model, PruningConfig(polish="distill"))
+    for decoder in (None, 2):
+        if decoder is not None:
+            batch["decoder_attention_mask"] = torch.ones_like(batch["labels"])
+            batch["decoder_attention_mask"][:, decoder:] = 0
+        with DenseOutputs(model, plan, [batch, batch]) as dense:
+            sizes.append(len(dense._run(0)[0]) / len(batch["labels"]) / model.config.d_model)
+    assert sizes == [5, 2]
+
+
 def test_the_distance_by_hand():
     """Of a model without blocks: the squared change of centred logits, relative to all of the dense ones."""
     model = models.mlp()
@@ -271,15 +304,15 @@ def test_each_process_has_a_batch_of_its_own_in_each_step():
 
 
 def test_nothing_removed_is_nothing_to_do():
-    """The distance to itself is next to nothing and cannot fall: the weights stay, and the report says so."""
+    """The distance to itself is next to nothing, and the weights stay about where they are."""
     model = models.tiny_bert()
     before = snapshot(model)
     prune(model, 0.0, calibration=tiny_batches(model, sizes=(4,) * 4), polish=QUICK)
     record = MaskStore.of(model).polishes[-1]
     assert record.before < 1e-3
-    if not record.kept:
-        assert_unchanged(model, before)
-        assert "Polish given up" in sparsity_report(model).summary()
+    assert record.after <= record.before or not record.kept
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.detach(), before[name], rtol=0, atol=0.05, msg=name)
 
 
 def test_a_polish_that_makes_it_worse_is_given_up():
@@ -298,9 +331,9 @@ def test_a_polish_that_makes_it_worse_is_given_up():
 def test_dense_weights_come_back(settings):
     model = large("bert")
     before = snapshot(model)
-    prune(model, 0.5, calibration=tiny_batches(model), polish=QUICK, keep_dense=True, **settings)
-    changed = any(not same_bits(p, before[n]) for n, p in model.named_parameters() if "LayerNorm" in n)
-    assert changed == MaskStore.of(model).polishes[-1].kept
+    prune(model, 0.5, calibration=tiny_batches(model, sizes=(8,) * 20), polish=QUICK, keep_dense=True, **settings)
+    assert MaskStore.of(model).polishes[-1].kept
+    assert any(not same_bits(p, before[n]) for n, p in model.named_parameters() if "LayerNorm" in n)
     MaskStore.of(model).discard(model)
     assert_unchanged(model, before)
 
@@ -322,7 +355,7 @@ def test_the_same_call_gives_the_same_weights():
     assert_unchanged(found[0], snapshot(found[1]))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_dtypes_stay(dtype):
     model = large("bert").to(dtype)
     prune(model, 0.5, calibration=tiny_batches(model, sizes=(4,) * 6), polish=QUICK)
