@@ -180,7 +180,9 @@ def prune(
     ] = 512,
     polish_samples: Annotated[
         int | None,
-        typer.Option(min=1, help="How many a polish trains on. [default: those that calibration sees]"),
+        typer.Option(
+            min=1, help="How many a polish trains on. [default: 4096 labelled texts, or the windows of calibration]"
+        ),
     ] = None,
     batch_size: BatchSize = 32,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and change nothing.")] = False,

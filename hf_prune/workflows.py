@@ -42,6 +42,8 @@ from hf_prune.sweep import SweepResult, run_sweep
 if TYPE_CHECKING:
     from datasets import Dataset
 
+POLISH_SAMPLES = 4096  # labelled texts that a polish trains on; fewer teach it little
+
 
 @dataclass(frozen=True)
 class LabelledData:
@@ -275,7 +277,8 @@ def prune_checkpoint(
         config: The settings.
         out: The folder, which may be the source itself.
         data: Labelled texts, or texts for a language model, for criteria that need them.
-        polish_samples: How many of them a polish trains on; by default those that calibration sees.
+        polish_samples: How many of them a polish trains on; by default 4,096 labelled texts (without their labels), or
+            the windows that calibration sees. Those of calibration are among them.
         plots: Also write ``weights.png`` and ``layers.png``.
         name: What to call the model in plots.
 
@@ -285,6 +288,8 @@ def prune_checkpoint(
     join_processes()
     if polish_samples is not None and config.polish is None:
         raise ConfigError(f"polish_samples is {polish_samples}, but there is no polish: set polish, or leave it out")
+    if config.polish is not None and polish_samples is None and isinstance(data, LabelledData):
+        polish_samples = max(POLISH_SAMPLES, data.calibration_samples)
     model, batches, *more = _with_calibration(source, data if config.needs_data else None, config, polish_samples)
     with _pruned_into(model, source, config, out, batches, plots, name, *more) as (report, _):
         return report

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from transformers import (
 )
 from typer.testing import CliRunner
 
-from hf_prune import AutoPrunedModelForSequenceClassification, PruningConfig, prune, sparsity_report
+from hf_prune import AutoPrunedModelForSequenceClassification, PruningConfig, prune, sparsity_report, workflows
 from hf_prune.cli import app, main
 from hf_prune.registry import CRITERIA, GRANULARITIES
 from tests import models
@@ -278,6 +279,19 @@ def test_fisher_in_steps(hf_prune, folders, tmp_path):
     assert any(not torch.equal(mask, results[1][name]) for name, mask in results[0].items())
     error = error_of(hf_prune("prune", folders["text"], "--steps", 2, "--out", tmp_path / "none"))
     assert "steps=2 contradicts criterion 'magnitude'" in error
+
+
+def test_a_polish_sees_more_than_calibration(hf_prune, folders, tmp_path, monkeypatch):
+    monkeypatch.setattr(workflows, "POLISH_SAMPLES", 40)
+    arguments = ["prune", folders["text"], "--polish", "distill", "--data", folders["data"], "--calibration-samples", 8]
+    done = hf_prune(*arguments, "--out", tmp_path / "many")
+    assert done.code == 0, done.err
+    report = json.loads((tmp_path / "many" / "sparsity_report.json").read_text())
+    assert "unlabelled examples" in report["polish"]
+    trained = int(re.search(r"on ([\d,]+) unlabelled", report["polish"])[1])
+    assert 8 < trained <= 40
+    error = error_of(hf_prune(*arguments, "--polish-samples", 8, "--out", tmp_path / "few"))
+    assert "a polish got 1 batch" in error
 
 
 def test_out_may_be_the_model_itself(hf_prune, folders, tmp_path):
