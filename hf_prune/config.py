@@ -23,7 +23,7 @@ CALIBRATION_ORDERS = ("sequential", "one_pass")
 REPAIRS = ("least_squares",)
 OBJECTIVES = ("layer", "loss")
 POLISHES = ("distill",)
-POLISH_DEFAULTS: Mapping[str, float] = MappingProxyType({"epochs": 2, "learning_rate": 1e-4})
+POLISH_DEFAULTS: Mapping[str, float] = MappingProxyType({"epochs": 2, "learning_rate": 2e-4})
 DEFAULT_SPARSITY = 0.5
 
 
@@ -64,7 +64,7 @@ class PruningConfig:
             left, and the gradients are taken anew on the partly pruned model. Slower in proportion.
         polish: ``"distill"`` trains what is left of the targets, their biases and the norms beside them, for a short
             while and with fixed masks, to put out what the model did before this pruning, on unlabelled batches;
-            ``{"epochs": 2, "learning_rate": 1e-4}`` are its settings, either of which may be left out. None, the
+            ``{"epochs": 2, "learning_rate": 2e-4}`` are its settings, either of which may be left out. None, the
             default, trains nothing.
 
     Raises:
