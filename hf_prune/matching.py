@@ -94,9 +94,7 @@ class DenseGoals:
             blocks = {id(self._dense.block_of(t.target.name)) for t in step}
             return blocks.pop() if len(blocks) == 1 else id(None)
 
-        groups: list[tuple[int, list[list[PlannedTensor]]]] = []
-        for key, found in itertools.groupby(steps, block):
-            groups.append((key, list(found)))
+        groups = [(key, list(found)) for key, found in itertools.groupby(steps, block)]
         keys = [key for key, _ in groups]
         holders = [module for modules in self._dense.holders.values() for module in modules]
         shared = len(holders) != len(self._dense.holders)  # a weight with two users changes in both when it is pruned
