@@ -8,9 +8,12 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from hf_prune import loading_hook
+
 __version__ = "0.1.0"
 
 _MODULES = {
+    "architectures": ("Heads", "Neurons", "Stack", "list_architectures", "register_architecture"),
     "auto": (
         "AutoPrunedModel",
         "AutoPrunedModelForAudioClassification",
@@ -35,6 +38,7 @@ _MODULES = {
     "config": ("PruningConfig",),
     "criteria.base": ("Criterion", "WeightStats"),
     "errors": (
+        "ArchitectureError",
         "BudgetError",
         "CalibrationError",
         "CheckpointError",
@@ -55,7 +59,7 @@ _MODULES = {
     ),
     "granularities.base": ("Granularity",),
     "masking": ("MaskStore",),
-    "mixin": ("PrunedModelMixin", "prunable"),
+    "mixin": ("PrunedModelMixin", "prunable", "shrink"),
     "perplexity": ("Perplexity", "PerplexityComparison", "compare_perplexity", "evaluate_perplexity"),
     "pipeline": ("prune",),
     "plan": ("PruningPlan",),
@@ -70,6 +74,8 @@ _MODULES = {
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = sorted(_HOME)
+
+loading_hook.install()
 
 
 def __getattr__(name: str) -> Any:

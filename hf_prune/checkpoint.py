@@ -7,6 +7,7 @@ The weights are saved exactly as the dense model class would save them. Beside t
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import math
 import os
@@ -22,12 +23,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from hf_prune.bypass import bypassed_layers
 from hf_prune.config import PruningConfig
 from hf_prune.errors import CheckpointError
 from hf_prune.files import atomic_path, move_into, staged_folder
 from hf_prune.masking import MaskStore
 from hf_prune.polish import PolishRecord
+from hf_prune.shrinking import RECORD, structure_of
 from hf_prune.sources import check_model_source
+from hf_prune.structure import structure_config
 
 MASK_FILE = "pruning_masks.safetensors"
 MASK_FORMAT = "hf_prune.masks"
@@ -240,9 +244,14 @@ def save_pruned(
         **kwargs: Passed to ``save``.
 
     Raises:
-        CheckpointError: If ``folder`` is a file.
+        CheckpointError: If ``folder`` is a file, or a layer is switched off and not taken out.
     """
     pruned_class = model.__class__
+    if bypassed := bypassed_layers(model):
+        raise CheckpointError(
+            f"layers are switched off, which a checkpoint cannot say: {', '.join(bypassed)}; call shrink() first, "
+            f"which takes them out"
+        )
     store = MaskStore.of(model)
     if store is not None:
         store.apply(model)  # training steps may have moved what the masks remove
@@ -252,10 +261,24 @@ def save_pruned(
     try:
         with staged_checkpoint(folder) as staging:
             save(model, staging, **kwargs)
+            _describe_structure(model, dense_class, staging)
             if store is not None:
                 save_masks(store, staging / MASK_FILE)
     finally:
         model.__class__ = pruned_class
+
+
+def _describe_structure(model: Any, dense_class: Any, folder: Path) -> None:
+    """Write into a saved config what it alone does not tell; nothing if it does."""
+    if getattr(getattr(model, "config", None), RECORD, None) is None:
+        return
+    structure = structure_of(model, lambda: dense_class(copy.deepcopy(model.config)))
+    if not structure:
+        return
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["quantization_config"] = structure_config(structure)
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _masked(state: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> dict[str, Tensor]:

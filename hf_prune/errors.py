@@ -6,6 +6,7 @@
     ├── ConfigError       (ValueError)    a setting is unknown, out of range, or contradicts another
     │   └── UnknownNameError              a name that no registry entry has
     ├── PlanError         (ValueError)    the settings do not fit this model
+    ├── ArchitectureError (ValueError)    nobody has said where this model's heads, neurons and layers are
     ├── CalibrationError  (ValueError)    calibration data is missing or unusable
     ├── MaskError         (RuntimeError)  the masks do not allow what was asked
     ├── CheckpointError   (RuntimeError)  files on disk are damaged, foreign, or do not fit the model
@@ -34,6 +35,10 @@ class UnknownNameError(ConfigError):
 
 class PlanError(HfPruneError, ValueError):
     """The settings do not fit this model; nothing was changed."""
+
+
+class ArchitectureError(HfPruneError, ValueError):
+    """Where a model's heads, neurons and layers are is not known, or its modules cannot be resized."""
 
 
 class CalibrationError(HfPruneError, ValueError):

@@ -23,6 +23,7 @@ from hf_prune.masking import MaskStore
 from hf_prune.pipeline import prune
 from hf_prune.plan import PruningPlan
 from hf_prune.report import SparsityReport, sparsity_report
+from hf_prune.shrinking import shrink_modules
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 Self = TypeVar("Self", bound="PrunedModelMixin")
@@ -133,6 +134,10 @@ class PrunedModelMixin(nn.Module):
             store.discard(self)
         return self
 
+    def shrink(self: Self) -> Self:
+        """Take out every head, neuron and layer that is pruned as a whole, and return the model; see :func:`shrink`."""
+        return shrink_modules(self)
+
     def sparsity_report(self, config: PruningConfig | None = None) -> SparsityReport:
         """Count what is zero; see :func:`hf_prune.sparsity_report`."""
         return sparsity_report(self, config)
@@ -210,6 +215,33 @@ def prunable(model: Model) -> Model:
         )
     model.__class__ = pruned_class(type(model))  # type: ignore[arg-type]
     return model
+
+
+def shrink(model: Model) -> Model:
+    """Take out of a model, in place, every head, neuron and layer that is pruned as a whole.
+
+    Its tensors become smaller, its outputs stay the same. It gets the methods of :class:`PrunedModelMixin` as well, so
+    that ``save_pretrained`` describes what its config alone does not tell.
+
+    Args:
+        model: A ``PreTrainedModel`` of an architecture in the table; see ``hf_prune.register_architecture``.
+
+    Returns:
+        The same object; ``model.config.pruned_structure`` says what was taken out.
+
+    Raises:
+        TypeError: If it is no ``PreTrainedModel``.
+        ArchitectureError: If its architecture is not registered, or a module cannot be resized.
+
+    Example:
+        >>> from transformers import BertConfig, BertForSequenceClassification
+        >>> config = BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+        >>> model = BertForSequenceClassification(config)
+        >>> _ = model.bert.encoder.layer[0].output.dense.weight.data[:, :4].zero_()  # nothing reads four neurons
+        >>> shrink(model).config.intermediate_size
+        12
+    """
+    return shrink_modules(prunable(model))
 
 
 @functools.cache

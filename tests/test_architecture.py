@@ -14,13 +14,14 @@ ROOT = Path(__file__).resolve().parents[1] / "hf_prune"
 # A module imports from its own layer and from earlier ones, never from a later one.
 # A name stands for its submodules too: "criteria" is every module in hf_prune/criteria/.
 LAYERS = (
-    ("errors", "files", "overlap", "spill", "tables"),
+    ("errors", "files", "loading_hook", "overlap", "spill", "structure", "tables"),
     ("distributed", "partial", "registry", "repair", "selection", "shards", "sums", "units"),
     ("config",),
-    ("targets", "architectures"),
+    ("targets", "architectures", "sites"),
     ("criteria", "granularities", "schedules", "allocation"),
     (
         "activations",
+        "bypass",
         "calibration",
         "dense_outputs",
         "fisher",
@@ -37,7 +38,19 @@ LAYERS = (
     ),
     ("pipeline",),
     ("report", "sources", "comparison", "evaluation", "perplexity", "latency", "torch_prune", "checkpoint"),
-    ("mixin", "auto", "trainer", "plots", "sweep", "budget", "skeleton", "stream", "stream_blocks", "stream_output"),
+    (
+        "mixin",
+        "quantizer",
+        "auto",
+        "trainer",
+        "plots",
+        "sweep",
+        "budget",
+        "skeleton",
+        "stream",
+        "stream_blocks",
+        "stream_output",
+    ),
     ("demo_data", "demo_training", "demo", "workflows", "cards"),
     ("hub",),
     ("cli",),

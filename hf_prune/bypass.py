@@ -1,0 +1,39 @@
+"""Layers that are switched off: they hand on the hidden states that they get, until ``shrink()`` takes them out.
+
+Zero weights would not do that: where a norm follows the sum, as in BERT, a layer of zeros still changes what it gets.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+
+def bypass(layer: nn.Module) -> None:
+    """Have a layer return its input; the mark stays with it in copies and pickles."""
+    if not is_bypassed(layer):
+        layer.register_forward_hook(_hand_on, with_kwargs=True)
+
+
+def is_bypassed(layer: nn.Module) -> bool:
+    """Whether a layer is switched off."""
+    return any(hook is _hand_on for hook in layer._forward_hooks.values())
+
+
+def restore(layer: nn.Module) -> None:
+    """Have a layer do its work again."""
+    for key, hook in list(layer._forward_hooks.items()):
+        if hook is _hand_on:
+            del layer._forward_hooks[key]
+            layer._forward_hooks_with_kwargs.pop(key, None)
+
+
+def bypassed_layers(model: nn.Module) -> list[str]:
+    """Names of the modules of a model that are switched off."""
+    return [name for name, module in model.named_modules() if is_bypassed(module)]
+
+
+def _hand_on(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    hidden = args[0] if args else kwargs["hidden_states"]
+    return hidden if isinstance(output, Tensor) else (hidden, *output[1:])

@@ -1,0 +1,321 @@
+"""shrink(): take out of a model what has been pruned, so that its tensors become smaller and it computes less.
+
+A unit is taken out if that changes nothing: if nothing reads what it computes, since all weights that consume it are
+zero, or if it only ever computes zero. So it does not matter how the zeros came about, and a unit that is zero in part
+stays. A layer goes if it is bypassed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from hf_prune.bypass import is_bypassed
+from hf_prune.errors import ArchitectureError
+from hf_prune.masking import MaskStore
+from hf_prune.sites import LayerList, Site, base_prefix, find_sites, layer_lists
+
+Model = TypeVar("Model", bound=nn.Module)
+
+# Where configs of transformers name the function between the two matrices of a feed-forward network.
+_ACTIVATIONS = ("hidden_act", "activation_function", "activation", "dense_act_fn", "hidden_activation")
+RECORD = "pruned_structure"  # the attribute of the config that says what was done
+
+
+@torch.no_grad()
+def shrink_modules(model: Model) -> Model:
+    """Remove from a model, in place, every head, neuron and layer that has been pruned as a whole.
+
+    Weights that are zero elsewhere stay, and so do their masks. ``num_parameters()`` falls; the outputs are the same.
+    Dense weights that ``keep_dense`` kept are given up, since they no longer fit.
+
+    Args:
+        model: A transformers model of an architecture in the table; see ``hf_prune.register_architecture``.
+
+    Returns:
+        The same model; ``model.config.pruned_structure`` says what was taken out since it was dense.
+
+    Raises:
+        ArchitectureError: If its architecture is not registered, or a module cannot be resized, such as one whose
+            weight another module uses as well; the model is as before.
+    """
+    lists = layer_lists(model)
+    gone = {f"{layers.name}.{i}" for layers in lists for i, layer in enumerate(layers.layers) if is_bypassed(layer)}
+    _check_layers(model, lists, gone)
+    sites = [site for site in find_sites(model) if not all(f"{name}.{i}" in gone for name, i in site.layers)]
+    before = sum(p.numel() for p in model.parameters())
+    units = {site.name: site.units for site in sites}
+    kept = {site.name: index for site in sites if (index := _living(model, site)) is not None}
+    changes = _resized(model, sites, kept)
+    _commit(model, sites, kept, changes)
+    renamed = _remove_layers(model, lists, gone)
+    _update_store(model, sites, kept, gone, renamed)
+    _record(model, before, units, kept, lists, gone, renamed)
+    simplify_config(model)
+    return model
+
+
+def resize(model: nn.Module, units: Mapping[str, int]) -> None:
+    """Give sites of a model that has yet to get its weights other sizes, in place.
+
+    Args:
+        model: The model, on the meta device or with weights that do not matter.
+        units: Numbers of units by site, as :func:`structure_of` gives them.
+
+    Raises:
+        ArchitectureError: If a site is unknown, or has fewer units.
+    """
+    sites = {site.name: site for site in find_sites(model)}
+    for name, number in units.items():
+        if name not in sites or not 0 <= number <= sites[name].units:
+            found = f"{sites[name].units} units" if name in sites else "no such site"
+            raise ArchitectureError(
+                f"the checkpoint has {number} units at {name}, and {type(model).__name__} has {found} there: its "
+                f"config and its structure do not belong together"
+            )
+    kept = {name: torch.arange(number) for name, number in units.items()}
+    _commit(model, list(sites.values()), kept, _resized(model, list(sites.values()), kept))
+
+
+# --- which units go ---------------------------------------------------------------------------------------
+
+
+def _living(model: nn.Module, site: Site) -> Tensor | None:
+    """The units of a site that stay, None if all do."""
+
+    def is_zero(parts: tuple[Any, ...]) -> Tensor:
+        units = [p.by_unit(model.get_parameter(p.name).detach(), site.units) for p in parts]
+        return torch.stack([(part == 0).all(1) for part in units]).all(0)
+
+    if site.units == 0:
+        return None
+    dead = is_zero(site.consumers)
+    if site.kind == "head":
+        dead |= is_zero(site.values)
+    elif activation_is_zero_at_zero(model):
+        weights = [p for p in site.producers if p.name.endswith(".weight")]
+        for weight in weights:  # of a gated network either factor will do
+            bias = [p for p in site.producers if p.name == weight.name.removesuffix("weight") + "bias"]
+            dead |= is_zero((weight, *bias))
+    alive = (~dead).nonzero().reshape(-1)
+    if len(alive) < site.minimum:
+        alive = torch.arange(site.minimum, device=alive.device)  # their weights are zero: they change nothing
+    return None if len(alive) == site.units else alive
+
+
+def activation_is_zero_at_zero(model: nn.Module) -> bool:
+    """Whether the function of a model's feed-forward networks maps zero to zero; False if it cannot be told."""
+    from transformers.activations import ACT2FN
+
+    names = [name for key in _ACTIVATIONS if isinstance(name := getattr(model.config, key, None), str)]
+    if not names or names[0] not in ACT2FN:
+        return False
+    return float(ACT2FN[names[0]](torch.zeros(1))) == 0
+
+
+# --- resizing -----------------------------------------------------------------------------------------------
+
+
+def _resized(model: nn.Module, sites: list[Site], kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The parameters that become smaller, by name; the model is not touched."""
+    holders: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                holders.setdefault(id(parameter), []).append(f"{name}.{key}".removeprefix("."))
+    changes: dict[str, Tensor] = {}
+    for part_name, dim, index in _cuts(sites, kept):
+        parameter = model.get_parameter(part_name)
+        if len(users := holders[id(parameter)]) > 1:
+            raise ArchitectureError(
+                f"{part_name} cannot be made smaller: it is shared by {', '.join(users)}; give each a weight of "
+                f"its own first"
+            )
+        weight = changes.get(part_name, parameter.detach())
+        changes[part_name] = weight.index_select(dim, index.to(weight.device))
+    return changes
+
+
+def _cuts(sites: list[Site], kept: Mapping[str, Tensor]) -> list[tuple[str, int, Tensor]]:
+    """(parameter, dimension, positions that stay) of everything that becomes smaller."""
+    return [
+        (part.name, part.dim, part.index(kept[site.name])) for site in sites if site.name in kept for part in site.parts
+    ]
+
+
+def _commit(model: nn.Module, sites: list[Site], kept: Mapping[str, Tensor], changes: Mapping[str, Tensor]) -> None:
+    for name, tensor in changes.items():
+        holder, _, key = name.rpartition(".")
+        module = model.get_submodule(holder)
+        old = module._parameters[key]
+        assert old is not None
+        module._parameters[key] = nn.Parameter(tensor.contiguous(), requires_grad=old.requires_grad)
+        if key == "weight":
+            _set_features(module, tensor)
+    for site in sites:
+        if site.name in kept:
+            for holder, attribute in site.counts:
+                module = model.get_submodule(holder)
+                setattr(module, attribute, getattr(module, attribute) * len(kept[site.name]) // site.units)
+
+
+def _set_features(module: nn.Module, weight: Tensor) -> None:
+    """What a module says of its own shape."""
+    first, second = weight.shape
+    if isinstance(module, nn.Linear):
+        module.out_features, module.in_features = first, second
+    elif isinstance(module, nn.Embedding):
+        module.num_embeddings, module.embedding_dim = first, second
+    else:  # Conv1D
+        setattr(module, "nx", first)  # noqa: B010
+        setattr(module, "nf", second)  # noqa: B010
+
+
+# --- layers -------------------------------------------------------------------------------------------------
+
+
+def _check_layers(model: nn.Module, lists: list[LayerList], gone: set[str]) -> None:
+    left = {each.name: [i for i in range(len(each.layers)) if f"{each.name}.{i}" not in gone] for each in lists}
+    for each in lists:
+        stay = left[each.name]
+        if stay[: each.stack.fixed] != list(range(each.stack.fixed)) or not stay:
+            first = next(i for i in range(len(each.layers)) if i not in stay)
+            raise ArchitectureError(
+                f"{each.name}.{first} cannot be removed: other layers of {type(model).__name__} need it; undo it with "
+                f"discard_masks(), or reload the model"
+            )
+        other = base_prefix(model) + (each.stack.not_below or "")
+        if each.stack.not_below and len(stay) < len(each.layers) and len(stay) < len(left.get(other, ())):
+            raise ArchitectureError(
+                f"{each.name} would be left with {len(stay)} layers and {other} with {len(left[other])}: transformers "
+                f"cannot generate with such a {type(model).__name__}; remove as many layers of {other}"
+            )
+
+
+def _remove_layers(model: nn.Module, lists: list[LayerList], gone: set[str]) -> dict[str, str]:
+    """Take bypassed layers out of their lists; the new names of the layers that stay, by the old ones."""
+    renamed: dict[str, str] = {}
+    for layers in lists:
+        total = len(layers.layers)
+        stay = [i for i in range(total) if f"{layers.name}.{i}" not in gone]
+        renamed |= {f"{layers.name}.{old}": f"{layers.name}.{new}" for new, old in enumerate(stay)}
+        if len(stay) == total:
+            continue
+        holder, _, attribute = layers.name.rpartition(".")
+        parent = model.get_submodule(holder)
+        setattr(parent, attribute, nn.ModuleList([layers.layers[i] for i in stay]))
+        for number, index in enumerate(stay):
+            for module in layers.layers[index].modules():
+                if isinstance(getattr(module, "layer_idx", None), int):
+                    setattr(module, "layer_idx", number)  # noqa: B010
+        configs = {id(c): c for c in (model.config, getattr(parent, "config", None)) if c is not None}
+        for config in configs.values():
+            for key in layers.stack.per_layer:
+                if isinstance(values := getattr(config, key, None), list) and len(values) == total:
+                    setattr(config, key, [values[i] for i in stay])
+        setattr(model.config, layers.stack.config, len(stay))
+        for holder_of_count in (parent, *(c for c in configs.values() if c is not model.config)):
+            for key in ("num_layers", "num_hidden_layers", "n_layers"):
+                if getattr(holder_of_count, key, None) == total:
+                    setattr(holder_of_count, key, len(stay))
+    return renamed
+
+
+# --- what is said of it ---------------------------------------------------------------------------------------
+
+
+def _update_store(
+    model: nn.Module, sites: list[Site], kept: Mapping[str, Tensor], gone: set[str], renamed: Mapping[str, str]
+) -> None:
+    """Have the masks follow their weights."""
+    store = MaskStore.of(model)
+    if store is None:
+        return
+    masks = dict(store.masks)
+    for name, dim, index in _cuts(sites, kept):
+        if name in masks:
+            masks[name] = masks[name].index_select(dim, index.to(masks[name].device))
+    masks = {_new_name(name, renamed): mask for name, mask in masks.items() if not _inside(name, gone)}
+    store.dense = None
+    store.masks = {name: mask for name, mask in masks.items() if not bool(mask.all())}
+    if not store.masks:
+        store.make_permanent(model)
+
+
+def _inside(name: str, layers: set[str]) -> bool:
+    return any(name.startswith(f"{layer}.") for layer in layers)
+
+
+def _new_name(name: str, renamed: Mapping[str, str]) -> str:
+    for old, new in renamed.items():
+        if name.startswith(f"{old}."):
+            return new + name.removeprefix(old)
+    return name
+
+
+def _record(
+    model: nn.Module,
+    before: int,
+    units: Mapping[str, int],
+    kept: Mapping[str, Tensor],
+    lists: list[LayerList],
+    gone: set[str],
+    renamed: Mapping[str, str],
+) -> None:
+    """Write into the config what was taken out; what earlier calls wrote stays, under the names of now."""
+    if not kept and not gone:
+        return
+    prefix = base_prefix(model)
+    old = getattr(model.config, RECORD, None) or {"format_version": 1, "parameters_before": before}
+    without = {name.removeprefix(prefix) for name in gone}
+    short = {a.removeprefix(prefix): b.removeprefix(prefix) for a, b in renamed.items()}
+    known = {_new_name(n, short): dict(u) for n, u in old.get("units", {}).items() if not _inside(n, without)}
+    for name, index in kept.items():
+        entry = known.setdefault(_new_name(name, short), {"before": units[name]})
+        entry["kept"] = len(index)
+    layers: dict[str, Any] = {name: dict(entry) for name, entry in old.get("layers", {}).items()}
+    for each in lists:
+        stay = [i for i in range(len(each.layers)) if f"{each.name}.{i}" not in gone]
+        if len(stay) < len(each.layers):
+            entry = layers.setdefault(
+                each.name.removeprefix(prefix), {"before": len(each.layers), "kept": list(range(len(each.layers)))}
+            )
+            entry["kept"] = [entry["kept"][i] for i in stay]
+    setattr(model.config, RECORD, {**old, "units": known, "layers": layers})
+
+
+def simplify_config(model: nn.Module) -> None:
+    """Have the config tell the sizes of heads and neurons wherever it can: where all that it speaks of are alike."""
+    by_config: dict[tuple[str, ...], list[Site]] = {}
+    for site in find_sites(model):
+        if site.config:
+            by_config.setdefault(site.config, []).append(site)
+    for names, sites in by_config.items():
+        alike = len({(s.units, s.per_unit, s.size) for s in sites}) == 1
+        first = sites[0]
+        if not alike or not first.units:
+            continue
+        if first.kind == "head" and first.size is None:
+            continue
+        for name, each in zip(names, first.per_unit, strict=True):
+            setattr(model.config, name, first.units * each)
+        if first.size is not None:
+            setattr(model.config, first.size[1], first.size[0])
+
+
+def structure_of(model: nn.Module, dense: Callable[[], nn.Module]) -> dict[str, int]:
+    """The numbers of units that the config does not tell.
+
+    Args:
+        model: The model.
+        dense: Makes a model of the same class from the config alone; called on the meta device.
+
+    Returns:
+        Units by site, of those sites that differ.
+    """
+    with torch.device("meta"):
+        told = {site.name: site.units for site in find_sites(dense())}
+    return {site.name: site.units for site in find_sites(model) if site.units != told.get(site.name)}

@@ -1,0 +1,18 @@
+"""How ``config.json`` says that a checkpoint's modules have other sizes than the config alone makes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+METHOD = "hf_prune"  # by which transformers finds our quantizer, see quantizer.py
+VERSION = 1
+
+
+def structure_config(structure: Mapping[str, int]) -> dict[str, Any]:
+    """The ``quantization_config`` of a shrunk checkpoint.
+
+    Args:
+        structure: Numbers of units by site, see :func:`hf_prune.shrinking.structure_of`.
+    """
+    return {"quant_method": METHOD, "format_version": VERSION, "structure": dict(structure)}
