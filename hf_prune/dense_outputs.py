@@ -15,19 +15,12 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from hf_prune.activations import (
-    CACHE_BYTES,
-    Batches,
-    InputReader,
-    Watcher,
-    first_input,
-    first_tensor,
-    outer_lists,
-    replaced_forward,
-)
+from hf_prune.activations import CACHE_BYTES, Batches, InputReader, Watcher, first_input
 from hf_prune.distributed import add_up, all_or_none, processes
 from hf_prune.errors import CalibrationError, PlanError
+from hf_prune.padding import first_tensor
 from hf_prune.plan import PruningPlan
+from hf_prune.replay import outer_lists, replaced_forward
 from hf_prune.sensitivity import named_logits
 from hf_prune.spill import Shelf
 
@@ -77,7 +70,7 @@ class DenseOutputs:
         self._head: nn.Module | None = (
             None if head is None or any(p is q for p in head.parameters() for q in self.trained.values()) else head
         )
-        self._last: Any = cast("Any", model).get_decoder() if self._reader.encoder is not None else model
+        self._last: Any = cast("Any", model).get_decoder() if self._reader.padding.encoder is not None else model
         config = getattr(model, "config", None)
         self._shift = getattr(config, "problem_type", None) != "multi_label_classification"
         self._shelf = Shelf(cache_bytes)
@@ -137,13 +130,13 @@ class DenseOutputs:
         def see(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             state = first_tensor(output)
             if isinstance(state, Tensor) and state.is_floating_point():
-                states[id(module)] = self._reader.rows(module, state).clone()  # the next block may change it in place
+                states[id(module)] = self._own_rows(module, state)
 
         def keep(module: nn.Module, args: Any, kwargs: Any, _: Any) -> None:
-            last.append(self._reader.rows(module, first_input(args, kwargs)).clone())
+            last.append(self._own_rows(module, first_input(args, kwargs)))
 
         batch = self.batches[index]
-        if self._reader.encoder is None:
+        if self._reader.padding.encoder is None:
             batch = {name: value for name, value in batch.items() if name != "labels"}
         with ExitStack() as hooks:
             for block in self._blocks:
@@ -158,6 +151,12 @@ class DenseOutputs:
         empty = last[0].new_zeros(0)
         return [torch.cat([x.reshape(-1) for x in last]), *(states.get(id(block), empty) for block in self._blocks)]
 
+    def _own_rows(self, module: nn.Module, x: Tensor) -> Tensor:
+        """(tokens, in): a copy without padding, since what runs next may change ``x`` in place."""
+        rows = self._reader.padding.rows(module, x)
+        is_view = rows.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
+        return rows.clone() if is_view else rows
+
     def _predictions(self, outputs: Any, batch: Mapping[str, Any]) -> list[Tensor]:
         """Logits, or else the first output, in float32 and without padding; what all classes gain changes nothing."""
         found = [values.float() for values in named_logits(outputs)]
@@ -168,7 +167,7 @@ class DenseOutputs:
         centred = [
             x - x.mean(-1, keepdim=True) if self._shift and x.dim() == 2 and x.shape[1] > 1 else x for x in found
         ]
-        return [self._reader.rows(self._last, x) if x.dim() == 3 else x for x in centred]
+        return [self._reader.padding.rows(self._last, x) if x.dim() == 3 else x for x in centred]
 
     def distance(self, index: int) -> Tensor:
         """How far the model's outputs for a batch are from the dense ones.

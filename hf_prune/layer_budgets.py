@@ -103,7 +103,7 @@ def _grams(
         def read(module: nn.Module, args: Any, kwargs: Any, _: Any) -> None:
             key = (name, reader.current)
             call = calls[key] = calls.get(key, -1) + 1
-            rows = reader.rows(module, first_input(args, kwargs), layout)
+            rows = reader.padding.rows(module, first_input(args, kwargs), layout)
             known = name not in sensitivity.misplaced
             sums[name].add(rows, sensitivity.weights(*key, call).to(rows.device) if known else None)
 

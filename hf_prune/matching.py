@@ -21,9 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_prune.activations import Batches, InputReader, Statistics, Watcher, check_finite, first_input, first_tensor
+from hf_prune.activations import Batches, InputReader, Statistics, Watcher, check_finite, first_input
 from hf_prune.distributed import from_first, processes
 from hf_prune.errors import CalibrationError
+from hf_prune.padding import first_tensor
 from hf_prune.plan import PlannedTensor, PruningPlan
 from hf_prune.sensitivity import Sensitivity
 from hf_prune.spill import Shelf
@@ -100,7 +101,7 @@ class DenseGoals:
         shared = len(holders) != len(self._dense.holders)  # a weight with two users changes in both when it is pruned
         # A target outside of the blocks is computed in every run: those before a block must be dense as long.
         early = id(None) in keys[:-1]
-        if not self._dense.stacks or len(set(keys)) != len(keys) or shared or early:
+        if not self._dense.replay.stacks or len(set(keys)) != len(keys) or shared or early:
             groups = [(id(None), list(steps))]
         for _, group in groups:
             self._record([t for step in group for t in step])
@@ -139,8 +140,8 @@ class DenseGoals:
 
         def see(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             x = first_input(args, kwargs)
-            mask = None if layout == "conv" else reader.mask(module, x)
-            rows = reader.rows(module, x, layout)
+            mask = None if layout == "conv" else reader.padding.mask(module, x)
+            rows = reader.padding.rows(module, x, layout)
             if anchor is None:
                 hand_on(rows, mask, output)
             else:
@@ -268,9 +269,9 @@ def _replays(model: nn.Module, plan: PruningPlan, batches: Batches) -> bool:
     firsts = list(itertools.islice(batches, processes()[1]))
     with InputReader(model, plan, firsts) as reader:
         steps = reader.order(warned=False)
-        before = len(reader.stacks)
+        before = len(reader.replay.stacks)
         for step in steps:
             reader.gather(step, frozenset({"input_norm"}))
             reader.finish(step)
         reader.tokens.clear()
-        return before > 0 and len(reader.stacks) == before
+        return before > 0 and len(reader.replay.stacks) == before

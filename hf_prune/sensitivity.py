@@ -23,9 +23,10 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from hf_prune.activations import CACHE_BYTES, InputReader, Watcher, first_input, first_tensor
+from hf_prune.activations import CACHE_BYTES, InputReader, Watcher, first_input
 from hf_prune.distributed import add_up, all_or_none, share
 from hf_prune.errors import CalibrationError
+from hf_prune.padding import first_tensor
 from hf_prune.spill import Shelf
 from hf_prune.sums import sum_dtype
 from hf_prune.targets import is_finite, output_rows
@@ -80,8 +81,8 @@ def measure_sensitivity(
     def watch(name: str, layout: str) -> Callable[..., Tensor]:
         def put(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Tensor:
             x = first_input(args, kwargs)
-            mask = None if layout == "conv" else reader.mask(module, x)
-            if not reader.in_place(x, layout):
+            mask = None if layout == "conv" else reader.padding.mask(module, x)
+            if not reader.padding.in_place(x, layout):
                 totals[number[name], 2] += 1
             position, seen = len(calls.setdefault(name, [])), calls[name]
             tokens = output_rows(output, layout)

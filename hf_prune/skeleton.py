@@ -29,10 +29,10 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from hf_prune.activations import replaced_forward
 from hf_prune.auto import native_class
 from hf_prune.checkpoint import find_file, weight_files
 from hf_prune.errors import CheckpointError, PlanError
+from hf_prune.replay import replaced_forward
 from hf_prune.shards import Shards, read_tensor
 from hf_prune.sources import check_model_source
 

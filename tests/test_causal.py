@@ -114,8 +114,8 @@ def test_what_finished_blocks_put_out_is_read_twice_a_batch_not_once_a_block(mon
     monkeypatch.setattr(Shelf, "get", lambda shelf, key: reads.append(key) or read(shelf, key))
     with InputReader(model, make_plan(model, PruningConfig(criterion="alps")), batches) as reader:
         for step in reader.order():
-            (stack,) = reader.stacks or [None]
-            reader._unchecked = False  # the comparison of the first batch reads too
+            (stack,) = reader.replay.stacks or [None]
+            reader.replay.unchecked = False  # the comparison of the first batch reads too
             reads.clear()
             reader.gather(step, INPUTS)
             assert len(reads) <= 2 * len(batches) + 1  # and once to be able to compare

@@ -6,12 +6,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hf_prune.activations import InputReader, _columns
+from hf_prune.activations import InputReader
 from hf_prune.calibration import collect_stats, text_batches
 from hf_prune.config import PruningConfig
 from hf_prune.criteria.base import INPUTS
 from hf_prune.errors import CalibrationError, ConfigError, DataError
 from hf_prune.masking import MaskStore, Undo
+from hf_prune.padding import _columns
 from hf_prune.pipeline import prune
 from hf_prune.plan import make_plan
 from hf_prune.sequential import prune_in_order
@@ -81,7 +82,7 @@ def test_sequential_statistics_are_those_of_the_pruned_prefix(kind, reuse):
                 with torch.no_grad():  # far from the dense weights, so that a stale input would show
                     model.get_parameter(tensor.target.name).mul_(-1.5)
             reader.finish(step)
-        replayed = [stack.replayed for stack in reader.stacks]
+        replayed = [stack.replayed for stack in reader.replay.stacks]
     if kind != "albert":
         assert (sum(replayed) > 0) == reuse
     assert all("forward" not in module.__dict__ for module in model.modules())
@@ -248,7 +249,7 @@ def test_blocks_that_cannot_be_replayed_are_noticed():
                 with torch.no_grad():
                     clone.get_parameter(step[0].target.name).mul_(0.5)
                 reader.finish(step)
-            assert reader.stacks == []
+            assert reader.replay.stacks == []
         found.append(grams)
     for name, values in found[0].items():
         assert torch.equal(values["input_gram"], found[1][name]["input_gram"])

@@ -1,0 +1,115 @@
+"""Which rows of what flows into a module are tokens, and which are padding."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+
+class Padding:
+    """Knows the padding of the batch that a model is running.
+
+    Args:
+        model: The model.
+
+    Attributes:
+        encoder: Of a model that has a decoder as well, the encoder and the ids of all its modules: the rest sees the
+            decoder's tokens.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.encoder = _encoder_modules(model)
+        self._encoder_output: Tensor | None = None
+        self._mask: Tensor | None = None
+        self._decoder_mask: Tensor | None = None
+        self._size = 0  # examples in the batch
+
+    @contextmanager
+    def of(self, inputs: Mapping[str, Any]) -> Iterator[None]:
+        """The model runs this batch inside; what it is asked for afterwards is still of that batch."""
+        self._size = next((len(value) for value in inputs.values() if isinstance(value, Tensor) and value.dim()), 0)
+        self._mask = _mask(inputs.get("attention_mask"))
+        self._decoder_mask = _mask(inputs.get("decoder_attention_mask"))
+        self._encoder_output = None
+
+        def keep_output(_: nn.Module, __: Any, output: Any) -> None:
+            first = first_tensor(output)
+            self._encoder_output = first if isinstance(first, Tensor) else None
+
+        hook = None if self.encoder is None else self.encoder[0].register_forward_hook(keep_output)
+        try:
+            yield
+        finally:
+            if hook is not None:
+                hook.remove()
+
+    def rows(self, module: nn.Module, x: Tensor, layout: str = "linear") -> Tensor:
+        """(tokens, in): what a module multiplies, without padding."""
+        if layout == "conv":
+            return _columns(module, x)
+        mask = self.mask(module, x)
+        rows = x.reshape(-1, x.shape[-1])
+        return rows if mask is None else rows[mask]
+
+    def in_place(self, x: Tensor, layout: str = "linear") -> bool:
+        """Whether a row of a module's inputs is the same token in every run: not so where a router chooses the rows."""
+        masks = [mask.numel() for mask in (self._mask, self._decoder_mask) if mask is not None]
+        return layout == "conv" or x.dim() > 2 or len(x) in (self._size, *masks)
+
+    def mask(self, module: nn.Module, x: Tensor) -> Tensor | None:
+        """(tokens,) bool: which of a module's inputs are no padding; None if all are.
+
+        Args:
+            module: A module of the model, while that runs.
+            x: (batch, seq, in) or (batch * seq, in) what flows into it.
+        """
+        mask = self._mask
+        if self.encoder is not None and id(module) not in self.encoder[1]:
+            encoded = self._encoder_output
+            if encoded is None or x.data_ptr() != encoded.data_ptr() or x.shape != encoded.shape:
+                mask = self._decoder_mask
+        if mask is None:
+            return None
+        fits = x.shape[:2] == mask.shape if x.dim() == 3 else x.dim() == 2 and len(x) == mask.numel()
+        return mask.reshape(-1) if fits else None
+
+
+def first_tensor(output: Any) -> Any:
+    """What a module hands on: its output, or the first part of it."""
+    return output if isinstance(output, Tensor) else output[0]
+
+
+def _mask(mask: Any) -> Tensor | None:
+    """(batch, seq) bool, True for tokens, if it is such a mask."""
+    return mask != 0 if isinstance(mask, Tensor) and mask.dim() == 2 else None
+
+
+def _columns(module: nn.Module, x: Tensor) -> Tensor:
+    """(positions, kernel * in): what a convolution multiplies, its columns ordered like a target's matrix.
+
+    Args:
+        module: A convolution of one, two or three dimensions, with one group.
+        x: (batch, in, *size), or without the batch.
+    """
+    assert isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+    dims = len(module.kernel_size)
+    x = x if x.dim() == dims + 2 else x.unsqueeze(0)
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    x = nn.functional.pad(x, module._reversed_padding_repeated_twice, mode=mode)
+    for dim, (size, step, gap) in enumerate(zip(module.kernel_size, module.stride, module.dilation, strict=True)):
+        x = x.unfold(dim + 2, (size - 1) * gap + 1, step)[..., ::gap]
+    # (batch, in, *positions, *kernel) -> (batch, *positions, *kernel, in)
+    return x.movedim(1, -1).reshape(-1, module.in_channels * x.shape[-dims:].numel())
+
+
+def _encoder_modules(model: nn.Module) -> tuple[nn.Module, set[int]] | None:
+    """The encoder, and the ids of all its modules, where a model has a decoder as well: the rest sees its tokens."""
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return None
+    encoder, decoder = (getattr(model, f"get_{part}", lambda: None)() for part in ("encoder", "decoder"))
+    if encoder is None or decoder is None:
+        return None
+    return encoder, {id(module) for module in encoder.modules()}
