@@ -37,6 +37,7 @@ _MODULES = {
     "comparison": ("Comparison", "compare"),
     "config": ("PruningConfig",),
     "criteria.base": ("Criterion", "WeightStats"),
+    "data_loading": ("load_classification", "load_sst2", "load_texts"),
     "errors": (
         "ArchitectureError",
         "BudgetError",
@@ -66,7 +67,6 @@ _MODULES = {
     "plots": ("plot_layer_sparsity", "plot_tradeoff", "plot_weight_histogram"),
     "registry": ("CRITERIA", "GRANULARITIES"),
     "report": ("SparsityReport", "sparsity_report", "weight_histogram"),
-    "sources": ("load_classification", "load_sst2", "load_texts"),
     "stream": ("plan_stream", "prune_stream"),
     "sweep": ("SweepPoint", "SweepResult", "run_sweep"),
     "torch_prune": ("from_torch_prune",),

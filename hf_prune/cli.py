@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hf_prune import __version__
+from hf_prune.calibration_data import POLISH_SAMPLES, LabelledData, TextData
 from hf_prune.config import ALLOCATIONS, OBJECTIVES, POLISHES, REPAIRS, SCOPES, PruningConfig
 from hf_prune.errors import ConfigError, DataError, HfPruneError
 from hf_prune.registry import CRITERIA, GRANULARITIES
@@ -111,7 +112,7 @@ def demo(
 ) -> None:
     """Prune a small sentiment classifier from start to end; needs no Hub and no data of yours."""
     from hf_prune.demo import prepare_demo
-    from hf_prune.workflows import LabelledData, prune_checkpoint, sweep_checkpoint
+    from hf_prune.workflows import prune_checkpoint, sweep_checkpoint
 
     start = time.perf_counter()
     _start([])
@@ -181,7 +182,9 @@ def prune(
     polish_samples: Annotated[
         int | None,
         typer.Option(
-            min=1, help="How many a polish trains on. [default: 4096 labelled texts, or the windows of calibration]"
+            min=1,
+            help=f"How many a polish trains on. [default: {POLISH_SAMPLES} labelled texts, or the windows of "
+            "calibration]",
         ),
     ] = None,
     batch_size: BatchSize = 32,
@@ -238,14 +241,7 @@ def prune(
         (check_text_source if of_language else check_data_source)(source)
     from hf_prune.distributed import is_first
     from hf_prune.stream import plan_stream
-    from hf_prune.workflows import (
-        LabelledData,
-        TextData,
-        plan_checkpoint,
-        prune_checkpoint,
-        prune_to_budget,
-        stream_checkpoint,
-    )
+    from hf_prune.workflows import plan_checkpoint, prune_checkpoint, prune_to_budget, stream_checkpoint
 
     columns = _names(text_column or "sentence")
     labelled = LabelledData(source, columns, label_column, calibration_split, calibration_samples)
@@ -335,7 +331,7 @@ def evaluate(
     _start([])
     from hf_prune.comparison import compare
     from hf_prune.perplexity import compare_perplexity
-    from hf_prune.workflows import LabelledData, TextData, evaluate_checkpoint, evaluate_language_model
+    from hf_prune.workflows import evaluate_checkpoint, evaluate_language_model
 
     scores: list[Any]
     comparison: Any = None
@@ -412,7 +408,7 @@ def sweep(
         polish=polish,
         seed=seed,
     )
-    from hf_prune.workflows import LabelledData, sweep_checkpoint
+    from hf_prune.workflows import sweep_checkpoint
 
     _say_if_continuing(out, restart)
     with _resumable():

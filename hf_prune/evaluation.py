@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from hf_prune.activations import eval_mode
 from hf_prune.config import check_positive
+from hf_prune.data_loading import check_columns, column, fingerprint, load_sst2
 from hf_prune.errors import ConfigError, DataError
-from hf_prune.sources import check_columns, column, fingerprint, load_sst2
 
 if TYPE_CHECKING:
     import evaluate
@@ -92,7 +92,7 @@ class Evaluation:
         labels: True class of each example, in the order of the data.
         split: Name of the split.
         source: Where the data came from.
-        data_fingerprint: Hash of texts and labels, see ``sources.fingerprint``.
+        data_fingerprint: Hash of texts and labels, see ``data_loading.fingerprint``.
         seconds: Wall time of tokenising and predicting.
         dtype: Of the weights, such as ``float32``.
         max_length: Longer inputs were cut to this many tokens.

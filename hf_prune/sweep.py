@@ -23,6 +23,7 @@ import torch
 from hf_prune.calibration import Batches, require_batches
 from hf_prune.comparison import Comparison, compare
 from hf_prune.config import PruningConfig
+from hf_prune.data_loading import fingerprint
 from hf_prune.errors import ConfigError, SweepError
 from hf_prune.evaluation import Evaluation, evaluate_classification
 from hf_prune.files import write_json, write_text
@@ -32,7 +33,6 @@ from hf_prune.plan import PruningPlan, make_plan
 from hf_prune.plots import plot_tradeoff, save_figure
 from hf_prune.registry import parse_granularity
 from hf_prune.report import sparsity_report
-from hf_prune.sources import fingerprint
 from hf_prune.tables import format_table
 
 if TYPE_CHECKING:

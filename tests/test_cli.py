@@ -614,7 +614,7 @@ def test_list_says_what_a_criterion_needs(hf_prune):
 )
 def test_a_language_model_is_calibrated_on_windows_of_text(hf_prune, folders, tmp_path, kind, options):
     from hf_prune.calibration import token_windows
-    from hf_prune.sources import load_texts
+    from hf_prune.data_loading import load_texts
 
     done = hf_prune("prune", folders[kind], *options, "--data", folders["texts"], "--out", tmp_path, "--window", 16)
     assert done.code == 0, done.err

@@ -9,9 +9,9 @@ import torch
 from hf_prune import PruningConfig, prune_stream, text_batches, token_windows
 from hf_prune.auto import load_native
 from hf_prune.cli import main
+from hf_prune.data_loading import load_texts
 from hf_prune.errors import DataError
 from hf_prune.evaluation import drawn
-from hf_prune.sources import load_texts
 from tests import models
 from tests.test_stream import contents, saved
 

@@ -3,10 +3,10 @@
 import pytest
 from datasets import Dataset
 
-from hf_prune import workflows
+from hf_prune import calibration_data
+from hf_prune.calibration_data import LabelledData
 from hf_prune.evaluation import drawn
 from hf_prune.overlap import overlapping
-from hf_prune.workflows import LabelledData
 
 
 @pytest.mark.parametrize(
@@ -29,7 +29,7 @@ def test_held_out_examples_are_no_parts_of_those_that_calibration_sees(monkeypat
     long = [f"the number {i} of many {i} long sentences in {i} a row" for i in range(40)]
     texts = [text for i, text in enumerate(long) for text in (text, f"of many {i} long sentences", f"short {i}")]
     data = Dataset.from_dict({"sentence": texts, "label": [0] * len(texts)})
-    monkeypatch.setattr(workflows, "load_classification", lambda *_, **__: data)
+    monkeypatch.setattr(calibration_data, "load_classification", lambda *_, **__: data)
     given = LabelledData(calibration_samples=30)
     seen = {texts[i] for i in drawn(len(texts))[:30]}
     found = list(given.held_out(1000)["sentence"])

@@ -14,17 +14,14 @@ from pathlib import Path
 import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 
+from hf_prune.data_loading import fingerprint, load_classification, load_sst2, load_texts
 from hf_prune.errors import DataError
 from hf_prune.sources import (
     check_data_source,
     check_hub_reachable,
     check_model_source,
     check_text_source,
-    fingerprint,
     is_language_model,
-    load_classification,
-    load_sst2,
-    load_texts,
     model_class,
 )
 
@@ -391,7 +388,7 @@ def test_silent_hub_fails_fast_for_data():
 @pytest.mark.usefixtures("answering_server")
 def test_data_that_the_hub_does_not_have(tmp_path):
     # The Hub's address is read at import: only another process can be sent to the local server.
-    code = "from hf_prune.sources import load_classification; load_classification('owner/none:part', 'train')"
+    code = "from hf_prune.data_loading import load_classification; load_classification('owner/none:part', 'train')"
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=Path(__file__).resolve().parents[1],
@@ -518,7 +515,7 @@ def test_fingerprint_keeps_values_apart():
 
 def test_import_is_cheap():
     code = (
-        "import sys, hf_prune.evaluation, hf_prune.sources\n"
+        "import sys, hf_prune.evaluation, hf_prune.data_loading\n"
         "print(*[m for m in ('datasets', 'evaluate', 'transformers', 'huggingface_hub') if m in sys.modules])"
     )
     root = Path(__file__).resolve().parents[1]

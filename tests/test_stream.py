@@ -37,8 +37,8 @@ from hf_prune import (
 )
 from hf_prune import checkpoint as checkpoints
 from hf_prune.auto import load_native
+from hf_prune.data_loading import load_texts
 from hf_prune.partial import Partial
-from hf_prune.sources import load_texts
 from tests import models
 
 SHARED = os.environ.get("HF_PRUNE_SHARED")

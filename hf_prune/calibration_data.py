@@ -1,0 +1,143 @@
+"""Where texts are, and which of them calibration may see; describing them loads none of the large libraries."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from hf_prune.config import PruningConfig
+from hf_prune.data_loading import column, load_classification, load_texts
+from hf_prune.errors import DataError
+from hf_prune.overlap import overlapping
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+POLISH_SAMPLES = 4096  # labelled texts that a polish trains on; fewer teach it little
+
+
+@dataclass(frozen=True)
+class LabelledData:
+    """Where labelled texts are, and which of them calibration may see.
+
+    Args:
+        source: A folder or a Hub data set, as for :func:`hf_prune.load_classification`.
+        text_columns: One text column, or two for pairs.
+        label_column: The label column.
+        calibration_split: What calibrated criteria learn from.
+        calibration_samples: How many examples they see.
+    """
+
+    source: str = "glue/sst2"
+    text_columns: tuple[str, ...] = ("sentence",)
+    label_column: str = "label"
+    calibration_split: str = "train"
+    calibration_samples: int = 128
+
+    def load(self, split: str) -> Dataset:
+        """One split."""
+        return load_classification(self.source, split, text_columns=self.text_columns, label_column=self.label_column)
+
+    def held_out(self, n: int) -> Dataset:
+        """Examples of the calibration split that share no five words in a row with what calibration sees.
+
+        Data sets hold texts more than once, and parts of texts: those of SST-2 are cut from longer ones.
+
+        Args:
+            n: How many; all that are left if there are fewer.
+
+        Raises:
+            DataError: If none is left.
+        """
+        from hf_prune.evaluation import drawn
+
+        data = self.load(self.calibration_split)
+        columns = [column(data, name) for name in self.text_columns]
+        texts = [" ".join(map(str, parts)) for parts in zip(*columns, strict=True)]
+        order = drawn(len(data))
+        left = order[self.calibration_samples :]
+        seen = overlapping([texts[i] for i in left], [texts[i] for i in order[: self.calibration_samples]])
+        rows = [i for i, known in zip(left, seen, strict=True) if not known][:n]
+        if not rows:
+            raise DataError(
+                f"the split {self.calibration_split!r} of {self.source!r} has {len(data):,} examples, and calibration "
+                f"may see {self.calibration_samples:,}: none is left to score; calibrate on fewer, or pass more data"
+            )
+        return data.select(rows)
+
+    def calibration(
+        self, configs: Sequence[PruningConfig], model: Any, tokenizer: Any, n: int | None = None
+    ) -> list[dict[str, Any]] | None:
+        """Batches, if one of the configs needs them; with labels if a criterion needs them.
+
+        Args:
+            configs: The configs.
+            model: The model.
+            tokenizer: Its tokenizer.
+            n: How many examples, if not ``calibration_samples``; these are among them.
+        """
+        if not any(config.needs_data for config in configs):
+            return None
+        from hf_prune.criteria.base import LABELLED
+        from hf_prune.evaluation import classification_batches
+
+        label_column = self.label_column if any(config.needs & LABELLED for config in configs) else None
+        return classification_batches(
+            load_classification(
+                self.source, self.calibration_split, text_columns=self.text_columns, label_column=label_column
+            ),
+            tokenizer,
+            n=n or self.calibration_samples,
+            text_columns=self.text_columns,
+            label_column=label_column,
+            label2id=model.config.label2id,
+        )
+
+
+@dataclass(frozen=True)
+class TextData:
+    """Where texts for a language model are, and which of them calibration may see.
+
+    Args:
+        source: A file, a folder or a Hub data set, as for :func:`hf_prune.load_texts`.
+        text_column: The text column, where there are columns.
+        calibration_split: What calibrated criteria learn from, where there are splits.
+        calibration_samples: How many windows they see.
+        window: Tokens of such a window; what the model has positions for if that is less.
+    """
+
+    source: str = "Salesforce/wikitext:wikitext-2-raw-v1"
+    text_column: str = "text"
+    calibration_split: str = "train"
+    calibration_samples: int = 128
+    window: int = 512
+
+    def load(self, split: str) -> list[str]:
+        """The texts of one split."""
+        return load_texts(self.source, split, text_column=self.text_column)
+
+    def calibration(
+        self, configs: Sequence[PruningConfig], model: Any, tokenizer: Any, n: int | None = None
+    ) -> list[dict[str, Any]] | None:
+        """Windows of tokens, if one of the configs needs them; with labels if a criterion needs them.
+
+        Args:
+            configs: The configs.
+            model: The model.
+            tokenizer: Its tokenizer.
+            n: How many windows, if not ``calibration_samples``.
+        """
+        if not any(config.needs_data for config in configs):
+            return None
+        from hf_prune.calibration import token_windows
+        from hf_prune.criteria.base import LABELLED
+        from hf_prune.evaluation import context_length
+
+        return token_windows(
+            self.load(self.calibration_split),
+            tokenizer,
+            n=n or self.calibration_samples,
+            length=min(self.window, context_length(model) or self.window),
+            labels=any(config.needs & LABELLED for config in configs),
+        )
