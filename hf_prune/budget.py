@@ -118,6 +118,7 @@ def find_sparsity(
     max_drop: float,
     config: PruningConfig | None = None,
     calibration: Sequence[Mapping[str, Any]] | None = None,
+    polish_data: Sequence[Mapping[str, Any]] | None = None,
     confidence: float = 0.95,
     progress: bool = False,
     **evaluation: Any,
@@ -139,12 +140,14 @@ def find_sparsity(
         max_drop: Largest accepted drop, in points of accuracy.
         config: All other settings; its sparsity does not matter.
         calibration: Batches for criteria that need them.
+        polish_data: Batches for a polish, if more or others than ``calibration``; none of them in ``dataset`` either.
         confidence: Of the bound, between 0 and 1.
         progress: Show progress bars.
         **evaluation: Passed to :func:`hf_prune.evaluate_classification`.
 
     Returns:
-        The search; ``model.prune(search.config, calibration=calibration)`` prunes as it found best.
+        The search; ``model.prune(search.config, calibration=calibration)`` prunes as it found best, with the same
+        ``polish_data`` if there was any.
 
     Raises:
         BudgetError: If no sparsity is within the budget, or none could be shown to be with so few sentences.
@@ -160,7 +163,7 @@ def find_sparsity(
     check_budget(base, max_drop)
     if not 0 < confidence < 1:
         raise ConfigError(f"confidence is {confidence!r}: expected a number between 0 and 1, such as 0.95")
-    check_points(model, [base.replace(sparsity=1 / STEPS)], calibration)
+    check_points(model, [base.replace(sparsity=1 / STEPS)], calibration, polish_data)
     _check_size(len(dataset), max_drop, confidence)
     dense = evaluate_classification(model, tokenizer, dataset, **evaluation, progress=progress and "dense")
     points: list[SweepPoint] = []
@@ -169,7 +172,16 @@ def find_sparsity(
         step = (within + beyond) // 2
         point_config = base.replace(sparsity=step / STEPS)
         point = measure_point(
-            model, tokenizer, dataset, point_config, calibration, dense, confidence, evaluation, progress
+            model,
+            tokenizer,
+            dataset,
+            point_config,
+            calibration,
+            dense,
+            confidence,
+            evaluation,
+            progress,
+            polish_data=polish_data,
         )
         points.append(point)
         fits = point.comparison.upper_bound <= max_drop

@@ -39,13 +39,14 @@ class LabelledData:
         """One split."""
         return load_classification(self.source, split, text_columns=self.text_columns, label_column=self.label_column)
 
-    def held_out(self, n: int) -> Dataset:
-        """Examples of the calibration split that share no five words in a row with what calibration sees.
+    def held_out(self, n: int, seen: int | None = None) -> Dataset:
+        """Examples of the calibration split that share no five words in a row with those that were seen.
 
         Data sets hold texts more than once, and parts of texts: those of SST-2 are cut from longer ones.
 
         Args:
             n: How many; all that are left if there are fewer.
+            seen: How many examples calibration and a polish see; by default ``calibration_samples``.
 
         Raises:
             DataError: If none is left.
@@ -56,13 +57,14 @@ class LabelledData:
         columns = [column(data, name) for name in self.text_columns]
         texts = [" ".join(map(str, parts)) for parts in zip(*columns, strict=True)]
         order = drawn(len(data))
-        left = order[self.calibration_samples :]
-        seen = overlapping([texts[i] for i in left], [texts[i] for i in order[: self.calibration_samples]])
-        rows = [i for i, known in zip(left, seen, strict=True) if not known][:n]
+        seen = seen or self.calibration_samples
+        left = order[seen:]
+        overlaps = overlapping([texts[i] for i in left], [texts[i] for i in order[:seen]])
+        rows = [i for i, known in zip(left, overlaps, strict=True) if not known][:n]
         if not rows:
             raise DataError(
                 f"the split {self.calibration_split!r} of {self.source!r} has {len(data):,} examples, and calibration "
-                f"may see {self.calibration_samples:,}: none is left to score; calibrate on fewer, or pass more data"
+                f"may see {seen:,}: none is left to score; calibrate on fewer, or pass more data"
             )
         return data.select(rows)
 
@@ -93,6 +95,33 @@ class LabelledData:
             label_column=label_column,
             label2id=model.config.label2id,
         )
+
+    def for_polish(
+        self, configs: Sequence[PruningConfig], model: Any, tokenizer: Any, n: int | None = None
+    ) -> list[dict[str, Any]] | None:
+        """Batches for a polish, if one of the configs has one; those of :meth:`calibration` are among them.
+
+        Args:
+            configs: The configs.
+            model: The model.
+            tokenizer: Its tokenizer.
+            n: How many examples, if not 4,096 or ``calibration_samples``, whichever is more.
+        """
+        if all(config.polish is None for config in configs):
+            return None
+        return self.calibration(configs, model, tokenizer, n or max(POLISH_SAMPLES, self.calibration_samples))
+
+    def seen(self, config: PruningConfig, spare: int) -> int:
+        """How many examples calibration and a polish may see where others are to be held out.
+
+        Args:
+            config: The config.
+            spare: How many are to be held out, if there are so many; the polish makes do with the rest.
+        """
+        if config.polish is None:
+            return self.calibration_samples
+        rest = len(self.load(self.calibration_split)) - spare
+        return max(self.calibration_samples, min(POLISH_SAMPLES, rest))
 
 
 @dataclass(frozen=True)
@@ -141,3 +170,18 @@ class TextData:
             length=min(self.window, context_length(model) or self.window),
             labels=any(config.needs & LABELLED for config in configs),
         )
+
+    def for_polish(
+        self, configs: Sequence[PruningConfig], model: Any, tokenizer: Any, n: int | None = None
+    ) -> list[dict[str, Any]] | None:
+        """Windows for a polish, if one of the configs has one and is to see others than :meth:`calibration` gives.
+
+        Args:
+            configs: The configs.
+            model: The model.
+            tokenizer: Its tokenizer.
+            n: How many windows; None for those of calibration.
+        """
+        if n is None or all(config.polish is None for config in configs):
+            return None
+        return self.calibration(configs, model, tokenizer, n)

@@ -29,7 +29,7 @@ from hf_prune.evaluation import Evaluation, evaluate_classification
 from hf_prune.files import write_json, write_text
 from hf_prune.masking import MaskStore
 from hf_prune.pipeline import prune
-from hf_prune.plan import PruningPlan, make_plan
+from hf_prune.plan import PruningPlan
 from hf_prune.plots import plot_tradeoff, save_figure
 from hf_prune.registry import parse_granularity
 from hf_prune.report import sparsity_report
@@ -239,6 +239,7 @@ def run_sweep(
     criteria: Iterable[str] = ("magnitude",),
     config: PruningConfig | None = None,
     calibration: Sequence[Mapping[str, Any]] | None = None,
+    polish_data: Sequence[Mapping[str, Any]] | None = None,
     tolerance: float = 2.0,
     confidence: float = 0.95,
     out: str | os.PathLike[str] | None = None,
@@ -260,6 +261,7 @@ def run_sweep(
         criteria: Names of criteria.
         config: All other settings.
         calibration: Batches for criteria that need them.
+        polish_data: Batches for a polish, if more or others than ``calibration``.
         tolerance: Largest accepted drop, in points of accuracy.
         confidence: Of intervals and sweet spot.
         out: Folder for ``results.json``, ``results.csv`` and ``tradeoff.png``; points that it already has are
@@ -286,12 +288,12 @@ def run_sweep(
         sparsities = DEFAULT_SPARSITIES if fixed is None else (fixed,)
     sparsities, criteria = list(dict.fromkeys(sparsities)), list(dict.fromkeys(criteria))
     configs = [base.replace(criterion=c, sparsity=float(s)) for c in criteria for s in sparsities if s != 0]
-    plans = check_points(model, configs, calibration)
+    plans = check_points(model, configs, calibration, polish_data)
     if not 0 < confidence < 1:
         raise ConfigError(f"confidence is {confidence!r}: expected a number between 0 and 1, such as 0.95")
     parameters = sum(p.numel() for p in model.parameters())
     score: dict[str, Any] = {"source": source, "split": split, **evaluation}
-    settings = _settings(model, dataset, base, calibration, tokenizer, name, score)
+    settings = _settings(model, dataset, base, calibration, polish_data, tokenizer, name, score)
     folder = None if out is None else Path(out)
     results = None if folder is None else folder / "results.json"
     found = None if results is None or restart else _read(results, settings, confidence)
@@ -314,7 +316,18 @@ def run_sweep(
         if (point_config.criterion, point_config.sparsity) in done:
             continue
         points.append(
-            measure_point(model, tokenizer, dataset, point_config, calibration, dense, confidence, score, progress)
+            measure_point(
+                model,
+                tokenizer,
+                dataset,
+                point_config,
+                calibration,
+                dense,
+                confidence,
+                score,
+                progress,
+                polish_data=polish_data,
+            )
         )
         if results is not None:
             write_json(results, result().to_dict())
@@ -324,7 +337,10 @@ def run_sweep(
 
 
 def check_points(
-    model: PreTrainedModel, configs: Iterable[PruningConfig], calibration: Sequence[Mapping[str, Any]] | None
+    model: PreTrainedModel,
+    configs: Iterable[PruningConfig],
+    calibration: Batches | None,
+    polish_data: Batches | None = None,
 ) -> list[PruningPlan]:
     """The plans of all points, before any is measured.
 
@@ -334,9 +350,10 @@ def check_points(
     """
     if MaskStore.of(model) is not None:
         raise SweepError("the model has masks: every point is pruned from dense weights; load a dense model")
-    plans = [make_plan(model, config) for config in configs]
+    plans = [prune(model, config, dry_run=True, polish_data=polish_data) for config in configs]
     for plan in plans if calibration is None else []:
-        if plan.config.needs_data:
+        polished = plan.config.polish is not None and polish_data is None
+        if plan.needs or plan.config.learns_allocation or polished:
             require_batches(plan, calibration)  # refuses
     return plans
 
@@ -351,6 +368,7 @@ def measure_point(
     confidence: float,
     score: Mapping[str, Any],
     progress: bool,
+    polish_data: Batches | None = None,
 ) -> SweepPoint:
     """Prune from the dense weights, score, and give the dense weights back.
 
@@ -364,11 +382,12 @@ def measure_point(
         confidence: Of the comparison with it.
         score: Options of :func:`hf_prune.evaluate_classification`.
         progress: Show progress bars.
+        polish_data: Batches for a polish, if others than ``calibration``.
     """
     assert config.sparsity is not None
     start = time.perf_counter()
     try:
-        prune(model, config, calibration=calibration, keep_dense=True, progress=progress)
+        prune(model, config, calibration=calibration, polish_data=polish_data, keep_dense=True, progress=progress)
         seconds = time.perf_counter() - start
         report = sparsity_report(model)
         title = f"{config.criterion} {100 * config.sparsity:g} %"
@@ -392,7 +411,8 @@ def _settings(
     model: PreTrainedModel,
     dataset: Dataset,
     config: PruningConfig,
-    calibration: Sequence[Mapping[str, Any]] | None,
+    calibration: Batches | None,
+    polish_data: Batches | None,
     tokenizer: Any,
     name: str,
     score: Mapping[str, Any],
@@ -417,11 +437,8 @@ def _settings(
         "data": fingerprint(dataset, columns),
         "n": len(dataset),
         "config": shared,
-        "calibration": None
-        if calibration is None
-        else weights_digest(
-            (f"{i}.{key}", value) for i, batch in enumerate(calibration) for key, value in sorted(batch.items())
-        ),
+        "calibration": _batches_digest(calibration),
+        "polish_data": _batches_digest(polish_data),
         "evaluation": {k: v for k, v in sorted(score.items()) if k not in ("source", "split")},
         "versions": {"hf_prune": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
     }
@@ -429,6 +446,12 @@ def _settings(
 
 def _text_digest(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _batches_digest(batches: Batches | None) -> str | None:
+    if batches is None:
+        return None
+    return weights_digest((f"{i}.{key}", x) for i, batch in enumerate(batches) for key, x in sorted(batch.items()))
 
 
 def weights_digest(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:

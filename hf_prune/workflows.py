@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoTokenizer
 from hf_prune.auto import load_native
 from hf_prune.budget import SparsitySearch, check_budget, find_sparsity
 from hf_prune.calibration import text_batches, token_windows
-from hf_prune.calibration_data import POLISH_SAMPLES, LabelledData, TextData
+from hf_prune.calibration_data import LabelledData, TextData
 from hf_prune.checkpoint import copy_companions, has_tokenizer, staged_checkpoint
 from hf_prune.comparison import Comparison, compare
 from hf_prune.config import PruningConfig
@@ -158,10 +158,10 @@ def prune_checkpoint(
     join_processes()
     if polish_samples is not None and config.polish is None:
         raise ConfigError(f"polish_samples is {polish_samples}, but there is no polish: set polish, or leave it out")
-    if config.polish is not None and polish_samples is None and isinstance(data, LabelledData):
-        polish_samples = max(POLISH_SAMPLES, data.calibration_samples)
-    model, batches, *more = _with_calibration(source, data if config.needs_data else None, config, polish_samples)
-    with _pruned_into(model, source, config, out, batches, plots, name, *more) as (report, _):
+    data = data if config.needs_data else None
+    model, tokenizer, batches = _with_calibration(source, data, config)
+    more = None if data is None else data.for_polish([config], model, tokenizer, polish_samples)
+    with _pruned_into(model, source, config, out, batches, plots, name, more) as (report, _):
         return report
 
 
@@ -173,20 +173,19 @@ def plan_checkpoint(source: str, config: PruningConfig, *, data: LabelledData | 
         config: The settings.
         data: Texts, for allocations that are learned from data.
     """
-    model, batches, _ = _with_calibration(source, data if config.learns_allocation else None, config)
+    model, _, batches = _with_calibration(source, data if config.learns_allocation else None, config)
     plan: PruningPlan = model.plan(config, calibration=batches)
     return plan
 
 
 def _with_calibration(
-    source: str, data: LabelledData | TextData | None, config: PruningConfig, polish_samples: int | None = None
-) -> tuple[Any, list[dict[str, Any]] | None, list[dict[str, Any]] | None]:
-    """A model, and its batches for calibration and for a polish if there is data for them."""
+    source: str, data: LabelledData | TextData | None, config: PruningConfig
+) -> tuple[Any, Any, list[dict[str, Any]] | None]:
+    """A model, and where there is data its tokenizer and its calibration batches."""
     if data is None:
         return load_native(source), None, None
     model, tokenizer = (load_language_model if isinstance(data, TextData) else load_classifier)(source)
-    more = None if polish_samples is None else data.calibration([config], model, tokenizer, polish_samples)
-    return model, data.calibration([config], model, tokenizer), more
+    return model, tokenizer, data.calibration([config], model, tokenizer)
 
 
 def prune_to_budget(
@@ -204,8 +203,9 @@ def prune_to_budget(
 ) -> tuple[SparsitySearch, Comparison, SparsityReport]:
     """Prune a checkpoint as far as a drop in accuracy allows, and save it as :func:`prune_checkpoint` does.
 
-    The sparsity is found on sentences of the calibration split that calibration does not see; see
-    :func:`hf_prune.find_sparsity`. The other split has no say: its score is only reported.
+    The sparsity is found on sentences of the calibration split that neither calibration nor a polish sees; see
+    :func:`hf_prune.find_sparsity`. A polish trains on up to 4,096 others, without their labels. The other split has no
+    say: its score is only reported.
 
     Args:
         source: Folder or Hub id of a dense sequence classifier.
@@ -237,14 +237,17 @@ def prune_to_budget(
     options: dict[str, Any] = {"source": label(data.source), "batch_size": batch_size, **columns}
     reported = data.load(split)
     check_columns(reported, [*data.text_columns, data.label_column], f"the split {split!r}")
+    seen = data.seen(config, held_out)
     batches = data.calibration([config], model, tokenizer)
+    more = data.for_polish([config], model, tokenizer, seen)
     search = find_sparsity(
         model,
         tokenizer,
-        data.held_out(held_out),
+        data.held_out(held_out, seen),
         max_drop=max_drop,
         config=config,
         calibration=batches,
+        polish_data=more,
         progress=is_first(),
         split=data.calibration_split,
         **options,
@@ -256,7 +259,7 @@ def prune_to_budget(
         )
 
     dense = score(f"dense, {split}")
-    with _pruned_into(model, source, search.config, out, batches, plots, name) as (report, staging):
+    with _pruned_into(model, source, search.config, out, batches, plots, name, more) as (report, staging):
         comparison = compare(dense, score(f"pruned, {split}"))
         if staging is not None:
             values = {**search.to_dict(), "reported": {"split": split, **comparison.to_dict()}}
@@ -383,6 +386,7 @@ def sweep_checkpoint(
         criteria=criteria,
         config=config,
         calibration=data.calibration(configs, model, tokenizer),
+        polish_data=data.for_polish(configs, model, tokenizer),
         tolerance=tolerance,
         out=out,
         restart=restart,

@@ -25,7 +25,16 @@ from transformers import (
 )
 from typer.testing import CliRunner
 
-from hf_prune import AutoPrunedModelForSequenceClassification, PruningConfig, prune, sparsity_report, workflows
+from hf_prune import (
+    AutoPrunedModelForSequenceClassification,
+    PruningConfig,
+    calibration_data,
+    find_sparsity,
+    prune,
+    run_sweep,
+    sparsity_report,
+    workflows,
+)
 from hf_prune.cli import app, main
 from hf_prune.registry import CRITERIA, GRANULARITIES
 from tests import models
@@ -282,7 +291,7 @@ def test_fisher_in_steps(hf_prune, folders, tmp_path):
 
 
 def test_a_polish_sees_more_than_calibration(hf_prune, folders, tmp_path, monkeypatch):
-    monkeypatch.setattr(workflows, "POLISH_SAMPLES", 40)
+    monkeypatch.setattr(calibration_data, "POLISH_SAMPLES", 40)
     arguments = ["prune", folders["text"], "--polish", "distill", "--data", folders["data"], "--calibration-samples", 8]
     done = hf_prune(*arguments, "--out", tmp_path / "many")
     assert done.code == 0, done.err
@@ -292,6 +301,42 @@ def test_a_polish_sees_more_than_calibration(hf_prune, folders, tmp_path, monkey
     assert 8 < trained <= 40
     error = error_of(hf_prune(*arguments, "--polish-samples", 8, "--out", tmp_path / "few"))
     assert "a polish got 1 batch" in error
+
+
+def test_a_polish_of_a_sweep_sees_more_than_calibration(hf_prune, folders, tmp_path, monkeypatch):
+    monkeypatch.setattr(calibration_data, "POLISH_SAMPLES", 40)
+    seen = []
+    monkeypatch.setattr(workflows, "run_sweep", lambda *_, **given: seen.append(given) or run_sweep(*_, **given))
+    arguments = ["sweep", folders["text"], "--data", folders["data"], "--calibration-samples", 8, "--sparsity", 0.5]
+    done = hf_prune(*arguments, "--polish", "distill", "--out", tmp_path / "with")
+    assert done.code == 0, done.err
+    assert [sum(len(b["input_ids"]) for b in seen[0][key]) for key in ("calibration", "polish_data")] == [8, 32]
+    assert hf_prune(*arguments, "--out", tmp_path / "without").code == 0
+    assert seen[1]["polish_data"] is None
+
+
+@pytest.mark.parametrize(("most", "held_out", "polished"), [(22, 8, 22), (4096, 8, 24), (4096, 2000, 20)])
+def test_a_polish_within_a_budget_sees_no_held_out_sentence(
+    hf_prune, folders, tmp_path, monkeypatch, most, held_out, polished
+):
+    monkeypatch.setattr(calibration_data, "POLISH_SAMPLES", most)
+    seen = []
+
+    def spy(model, tokenizer, dataset, **given):
+        seen.append((dataset, given["polish_data"]))
+        return find_sparsity(model, tokenizer, dataset, **given)
+
+    monkeypatch.setattr(workflows, "find_sparsity", spy)
+    arguments = ["prune", folders["text"], "--data", folders["data"], "--calibration-samples", 20, "--max-drop", 99]
+    arguments += ["--polish", "distill", "--criterion", "wanda", "--scope", "row", "--held-out", held_out]
+    done = hf_prune(*arguments, "--out", tmp_path)
+    ((dataset, batches),) = seen
+    assert sum(len(batch["input_ids"]) for batch in batches) == polished
+    tokenizer = models.tiny_tokenizer()
+    trained = {tokenizer.decode(ids, skip_special_tokens=True) for batch in batches for ids in batch["input_ids"]}
+    assert not trained & set(dataset["sentence"])
+    assert done.code == 0, done.err
+    assert "unlabelled examples" in json.loads((tmp_path / "sparsity_report.json").read_text())["polish"]
 
 
 def test_out_may_be_the_model_itself(hf_prune, folders, tmp_path):

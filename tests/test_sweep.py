@@ -95,6 +95,19 @@ def test_calibrated_criteria(model):
     assert result.points[1].evaluation.predictions == evaluate_classification(fresh, TOKENIZER, DATA).predictions
 
 
+def test_a_polish_sees_data_of_its_own(model, tmp_path, monkeypatch):
+    config = PruningConfig(polish={"epochs": 1, "learning_rate": 0.001})
+    more, seen = batches(model, seed=1), []
+    monkeypatch.setattr(
+        hf_prune.sweep, "prune", lambda *args, **given: seen.append(given.get("polish_data")) or prune(*args, **given)
+    )
+    assert len(sweep(model, tmp_path, config=config, polish_data=more).points) == 2
+    assert len(seen) == 4  # the plans, and the prunings
+    assert all(given is more for given in seen)
+    with pytest.raises(SweepError, match=r"polish_data was '.*', now None"):
+        sweep(model, tmp_path, config=config, calibration=batches(model))
+
+
 def test_other_settings_come_from_the_config(model):
     config = PruningConfig(scope="global", exclude_modules=["classifier"])
     (point,) = sweep(model, config=config, sparsities=[0.5]).points
@@ -184,6 +197,8 @@ def test_model_is_dense_again_after_an_interruption(model, monkeypatch, tmp_path
             r"sparsity is 30: expected a share from 0 to 1; did you mean 0.3\?|is 30",
         ),
         ({"criteria": ["magnitude", "taylor"]}, CalibrationError, "'taylor' needs calibration data, and got none"),
+        ({"config": PruningConfig(polish="distill")}, CalibrationError, "polish needs calibration data, and got none"),
+        ({"polish_data": [{}]}, ConfigError, "polish_data is given, but there is no polish: set polish='distill'"),
         ({"confidence": 95}, ConfigError, "confidence is 95: expected a number between 0 and 1"),
         ({"config": PruningConfig(target_modules=["qery"])}, PlanError, "unknown module 'qery'"),
         ({"config": PruningConfig(granularity="2:4")}, ConfigError, r"sparsity=0.3 contradicts granularity='2:4'.*0.5"),

@@ -1,0 +1,52 @@
+"""The search for a sparsity within a drop in accuracy."""
+
+from typing import Any
+
+import pytest
+from datasets import Dataset
+
+import hf_prune.sweep
+from hf_prune import PruningConfig, classification_batches, find_sparsity, prune
+from hf_prune.errors import ConfigError
+from tests import models
+from tests.models import assert_unchanged, snapshot
+
+TOKENIZER = models.tiny_tokenizer()
+DATA = Dataset.from_dict(models.tiny_sentences(60))
+QUICK = {"epochs": 1, "learning_rate": 0.001}
+
+
+def batches(n: int) -> list[dict[str, Any]]:
+    return classification_batches(DATA, TOKENIZER, n=n, batch_size=8, label_column=None)
+
+
+def search(model: Any, **options: Any) -> Any:
+    return find_sparsity(model, TOKENIZER, DATA, max_drop=99.0, **options)
+
+
+def test_a_polish_sees_data_of_its_own_at_every_sparsity(monkeypatch):
+    seen: list[tuple[Any, Any]] = []
+
+    def spy(*args: Any, **settings: Any) -> Any:
+        if not settings.get("dry_run"):
+            seen.append((settings["calibration"], settings["polish_data"]))
+        return prune(*args, **settings)
+
+    monkeypatch.setattr(hf_prune.sweep, "prune", spy)
+    model, calibration, more = models.tiny_classifier(), batches(16), batches(40)
+    before = snapshot(model)
+    config = PruningConfig(criterion="wanda", scope="row", polish=QUICK)
+    found = search(model, config=config, calibration=calibration, polish_data=more)
+    assert len(seen) == len(found.points) > 1
+    assert all(given[0] is calibration and given[1] is more for given in seen)
+    assert_unchanged(model, before)
+
+
+def test_a_polish_with_data_of_its_own_needs_no_calibration():
+    assert search(models.tiny_classifier(), config=PruningConfig(polish=QUICK), polish_data=batches(24)).points
+
+
+def test_polish_data_without_a_polish_is_refused(monkeypatch):
+    monkeypatch.setattr("hf_prune.budget.evaluate_classification", lambda *_, **__: pytest.fail("measured"))
+    with pytest.raises(ConfigError, match="polish_data is given, but there is no polish: set polish='distill'"):
+        search(models.tiny_classifier(), polish_data=batches(16))
