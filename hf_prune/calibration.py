@@ -24,6 +24,8 @@ from hf_prune.targets import is_finite
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_IGNORED = -100  # a label that is padding
+
 
 def text_batches(
     texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, *, batch_size: int = 32, max_length: int = 128
@@ -291,13 +293,13 @@ def mean_over_examples(sums: Mapping[str, Tensor], examples: int) -> dict[str, T
 def squared_gradients(
     model: nn.Module, names: Sequence[str], batches: Batches, seed: int = 0, progress: bool = False
 ) -> dict[str, Tensor]:
-    """The diagonal of the empirical Fisher matrix: squared gradients of each example's loss, averaged.
+    """The diagonal of the Fisher matrix: squared gradients of each example's predictions, averaged.
 
     Args:
         model: The model; its weights, gradients and modes are as before afterwards.
         names: Parameters.
         batches: See :func:`example_gradients`.
-        seed: Seed of what is drawn where batches have no labels.
+        seed: Seed of what is drawn.
         progress: Show a progress bar.
 
     Returns:
@@ -322,11 +324,12 @@ def squared_gradients(
 def example_gradients(
     model: nn.Module, names: Sequence[str], batches: Batches, seed: int = 0, progress: bool = False
 ) -> Iterator[tuple[int, tuple[Tensor | None, ...]]]:
-    """The gradient of each example's loss, this process's share of the batches, one example after the other.
+    """The gradient of each example's predictions, this process's share of the batches, one example after the other.
 
-    The loss is the model's own where a batch brings labels; where it does not, the model's own predictions stand in for
-    them, see :func:`hf_prune.sensitivity.prediction`: tokens drawn from a language model, and of a classifier its
-    logits along random directions. A weight that the model uses several times has one gradient, the sum over its uses.
+    The predictions are the model's own, see :func:`hf_prune.sensitivity.prediction`: tokens drawn from a language
+    model, and of a classifier its logits along random directions. Labels have no say: where a model was fine-tuned on
+    them, next to no gradient of their loss is left. A weight that the model uses several times has one gradient, the
+    sum over its uses.
 
     Args:
         model: The model, in eval mode, whose named parameters require gradients.
@@ -340,7 +343,7 @@ def example_gradients(
         The number of the batch, and the gradients in the order of ``names``, None where the loss depends on none.
 
     Raises:
-        CalibrationError: If a batch cannot be split, or gives no loss, or one that is not finite.
+        CalibrationError: If a batch cannot be split, or what the model puts out is not finite or depends on no weight.
     """
     parameters = dict(model.named_parameters())
     wanted = [parameters[name] for name in names]
@@ -369,10 +372,25 @@ def _examples(batch: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _example_loss(model: nn.Module, inputs: Mapping[str, Any], generator: torch.Generator) -> Tensor:
+    inputs = _without_labels(model, inputs)
     with torch.enable_grad():
-        outputs = model(**inputs)
-        loss = getattr(outputs, "loss", None)
-        return _checked(prediction(outputs, token_mask(model, inputs), generator) if loss is None else loss)
+        return _checked(prediction(model(**inputs), token_mask(model, inputs), generator))
+
+
+def _without_labels(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """What a model needs for its predictions; the inputs of a decoder beside an encoder are the labels, shifted."""
+    found = {name: value for name, value in inputs.items() if name != "labels"}
+    labels = inputs.get("labels")
+    decodes = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+    if labels is None or not decodes or {"decoder_input_ids", "decoder_inputs_embeds"} & found.keys():
+        return found
+    shift: Any = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    if shift is None:  # the model shifts them itself, or reads something else: its predictions are as they are
+        return dict(inputs)
+    found["decoder_input_ids"] = shift(labels=labels)
+    if "decoder_attention_mask" not in found and bool((labels == _IGNORED).any()):
+        found["decoder_attention_mask"] = (labels != _IGNORED).long()
+    return found
 
 
 def _loss(model: nn.Module, batch: Mapping[str, Any]) -> tuple[int, Tensor]:

@@ -1,4 +1,4 @@
-"""Blocks of the empirical Fisher matrix: gathered some outputs at a time, and what is pruned by them.
+"""Blocks of the Fisher matrix: gathered some outputs at a time, and what is pruned by them.
 
 Blocks of B neighbouring weights take B numbers for each weight: all of them together would take many times the memory
 of the model. So the batches run through it several times, each time for as many outputs as a budget allows, and what
@@ -115,7 +115,7 @@ def runs(plan: PruningPlan, budget: int = FISHER_BYTES) -> list[list[Piece]]:
 def gather_blocks(
     model: nn.Module, pieces: Sequence[Piece], batches: Batches, seed: int = 0, progress: bool = False
 ) -> Iterator[Tensor]:
-    """Blocks of the empirical Fisher matrix of some outputs, from one run of the batches.
+    """Blocks of the Fisher matrix of some outputs, from one run of the batches.
 
     Products of up to 16 examples of a batch are computed in float32; see :func:`hf_prune.sums.sum_dtype` for
     the rest.
@@ -124,14 +124,14 @@ def gather_blocks(
         model: The model; its weights, gradients and modes are as before afterwards.
         pieces: Which outputs.
         batches: See :func:`hf_prune.calibration.example_gradients`.
-        seed: Seed of what is drawn where batches have no labels.
+        seed: Seed of what is drawn.
         progress: Show a progress bar.
 
     Yields:
         For each piece (outputs, blocks, size, size), float32, of the gradients' mean ggᵀ.
 
     Raises:
-        CalibrationError: If there are no batches, or a loss or a gradient is not finite.
+        CalibrationError: If there are no batches, or a prediction or a gradient is not finite.
     """
     parameters = dict(model.named_parameters())
     names = list(dict.fromkeys(piece.tensor.target.name for piece in pieces))

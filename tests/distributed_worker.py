@@ -70,8 +70,8 @@ SAME: dict[str, tuple[str, tuple[int, ...], dict[str, Any]]] = {
         ("moe", (2,), {"criterion": "alps", "calibration_order": "one_pass"}),
         ("skips", SIZES, {"criterion": "alps"}),
         ("bert", SIZES, {"criterion": "fisher"}),
-        ("bert", SIZES, {"criterion": "fisher", "scope": "global", "steps": 3, "labels": False}),
-        ("gpt2", (3,), {"criterion": "fisher", "granularity": "block:2x2", "scope": "row", "labels": False}),
+        ("bert", SIZES, {"criterion": "fisher", "scope": "global", "steps": 3}),
+        ("gpt2", (3,), {"criterion": "fisher", "granularity": "block:2x2", "scope": "row"}),
         ("bert", SIZES, {"criterion": "fisher_diagonal", "steps": 2}),
         ("bert", SIZES, {"criterion": "alps", "objective": "loss", "allocation": "fisher"}),
         ("gpt2", SIZES, {"criterion": "sparsegpt", "objective": "loss", "repair": "least_squares"}),
@@ -83,11 +83,8 @@ SAME: dict[str, tuple[str, tuple[int, ...], dict[str, Any]]] = {
 
 
 def pruned(kind: str, sizes: tuple[int, ...], settings: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """Weights and masks by name; without ``labels`` the model's own predictions stand in for them."""
+    """Weights and masks by name."""
     model, batches = MODELS[kind](), tiny_batches(MODELS[kind](), sizes=sizes)
-    if not settings.get("labels", True):
-        batches = [{key: value for key, value in batch.items() if key != "labels"} for batch in batches]
-    settings = {key: value for key, value in settings.items() if key != "labels"}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*calibration")  # experts that see few tokens, or none
         prune(model, calibration=batches, **settings)

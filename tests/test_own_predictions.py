@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
-from transformers import BertModel
+from transformers import BertModel, T5ForConditionalGeneration
 
 from hf_prune.calibration import squared_gradients
 from hf_prune.errors import CalibrationError
@@ -56,12 +56,44 @@ def test_a_language_model_gives_its_fisher_matrix():
     torch.testing.assert_close(both[:, 0], 2 * p * (1 - p), rtol=0.1, atol=0)  # of two tokens
 
 
-def test_labels_have_a_say():
-    model = models.tiny_bert()
+@pytest.mark.parametrize("kind", ["bert", "bert_mlm", "gpt2", "resnet"])
+def test_labels_change_nothing(kind):
+    model = models.TRANSFORMERS[kind]()
     batches = tiny_batches(model, sizes=(3,))
-    name = "classifier.weight"
+    name = next(name for name, p in model.named_parameters() if p.dim() > 1)
     found = [squared_gradients(model, [name], b)[name] for b in (batches, unlabelled(batches))]
-    assert not torch.allclose(*found)
+    assert same_bits(*found)
+    assert bool(found[0].any())
+
+
+class ShiftsInside(T5ForConditionalGeneration):
+    """Tells nobody how it makes its decoder's inputs of labels."""
+
+    prepare_decoder_input_ids_from_labels = None
+
+
+@pytest.mark.parametrize("build", [T5ForConditionalGeneration, ShiftsInside])
+def test_the_labels_of_a_decoder_are_its_inputs_and_no_more(build):
+    model = models.fill(build(models.tiny_t5().config))
+    name = "decoder.block.0.layer.1.EncDecAttention.q.weight"
+    (batch,) = tiny_batches(model, sizes=(3,))
+    shifted = torch.cat([torch.zeros(3, 1, dtype=torch.long), batch["labels"][:, :-1]], dim=1)
+    (inputs,) = unlabelled([batch])
+    expected = squared_gradients(model, [name], [{**inputs, "decoder_input_ids": shifted}])[name]
+    assert bool(expected.any())
+    assert same_bits(squared_gradients(model, [name], [batch])[name], expected)
+    other = {**batch, "decoder_input_ids": shifted, "labels": batch["labels"].flip(0)}
+    assert same_bits(squared_gradients(model, [name], [other])[name], expected)
+
+
+def test_padding_of_the_labels_of_a_decoder_does_not_count():
+    model = models.tiny_t5()
+    name = "decoder.block.0.layer.1.EncDecAttention.q.weight"
+    (batch,) = tiny_batches(model, sizes=(1,))
+    short = {**batch, "labels": batch["labels"][:, :4]}
+    padded = {**batch, "labels": torch.cat([short["labels"], torch.full((1, 2), -100)], dim=1)}
+    found = [squared_gradients(model, [name], [b])[name] for b in (short, padded)]
+    torch.testing.assert_close(*found, rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("kind", ["bert", "bert_mlm", "gpt2", "llama", "albert", "resnet", "t5"])

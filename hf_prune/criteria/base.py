@@ -13,7 +13,7 @@ ANY_SCOPE = frozenset({"row", "layer", "global"})
 
 #: What calibration can gather from labelled batches, one number for each weight.
 LABELLED = frozenset({"gradient", "absolute_gradient"})
-#: The same, and what it can gather from one example at a time; without labels, from the model's own predictions.
+#: The same, and what it can gather from one example at a time, of the model's own predictions: labels have no say.
 GRADIENTS = LABELLED | {"squared_gradient"}
 #: What it gathers in the same way of neighbouring weights, too large to hold for all of them: see fisher.py.
 CURVATURE = frozenset({"fisher"})
@@ -66,8 +66,8 @@ class WeightStats:
         seed: A seed of this weight's own, from the config's seed and the parameter's name.
         gradient: (out, in) gradient of the loss, averaged over all calibration examples, float32.
         absolute_gradient: (out, in) absolute gradient of each batch's loss, averaged over the examples, float32.
-        squared_gradient: (out, in) squared gradient of each example's loss, averaged over the examples: the diagonal
-            of the empirical Fisher matrix, float32.
+        squared_gradient: (out, in) squared gradient of each example's predictions, averaged over the examples: the
+            diagonal of the Fisher matrix, float32.
         fisher: (out, blocks, size, size) blocks of that matrix on its diagonal: mean of ggᵀ over the examples, with
             g the gradients of ``size`` neighbouring inputs of an output. The last block of each row is padded with
             zeros, float32.

@@ -1,4 +1,4 @@
-"""Block Fisher: optimal brain surgeon with the empirical Fisher matrix of neighbouring weights."""
+"""Block Fisher: optimal brain surgeon with the Fisher matrix of neighbouring weights."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ class Fisher(Criterion):
     outputs add up. Once the mask is known, the weights that stay take the values that minimise the growth for all
     that goes from the block at once. For N:M the units are single weights.
 
-    The matrix is that of single examples, with labels where batches have them. A classifier that is sure of its
-    training sentences has next to no gradients there: batches without labels, for which its logits stand in, do better.
+    The matrix is that of the model's own predictions for single examples; labels in the batches change nothing. On the
+    labels of sentences that it was fine-tuned on, a classifier has next to no gradients left to tell weights apart by.
     """
 
     name = "fisher"
-    description = "optimal brain surgeon on blocks of the Fisher matrix, updates what stays: labels or own predictions"
+    description = "optimal brain surgeon on blocks of the Fisher matrix, updates what stays: no labels needed"
     paper = "Kurtic et al. 2022, arXiv:2203.07259"
     needs = frozenset({"fisher"})
     repairs = True

@@ -12,10 +12,13 @@ _NO_GRADIENT = 1e-24  # weights that the loss never depends on rank below the ot
 
 @CRITERIA.register("fisher_diagonal")
 class FisherDiagonal(Criterion):
-    """Score w² F / 2 with F the mean squared gradient: optimal brain damage with the empirical Fisher matrix."""
+    """Score w² F / 2 with F the mean squared gradient: optimal brain damage with the Fisher matrix.
+
+    The gradients are those of the model's own predictions for single examples; labels in the batches change nothing.
+    """
 
     name = "fisher_diagonal"
-    description = "w² · mean squared gradient of single examples: labels, or else the model's own predictions"
+    description = "w² · mean squared gradient of the model's own predictions, one example at a time: no labels needed"
     paper = "LeCun et al. 1990, Theis et al. 2018, arXiv:1801.05787"
     needs = frozenset({"squared_gradient"})
 

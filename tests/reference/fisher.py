@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import T5ForConditionalGeneration
 
+from hf_prune.sensitivity import prediction
 from hf_prune.targets import Target
 from tests.reference.pruning import reference_matrix
 
 
 def reference_example_gradients(model: nn.Module, target: Target, batches: Sequence[Mapping[str, Any]]) -> list[Tensor]:
-    """(out, in) gradient of the loss of every example, by ``backward()`` on a batch of it alone."""
+    """(out, in) gradient of what the model predicts for every example, by ``backward()`` on a batch of it alone."""
     found = []
-    for batch in batches:
+    for number, batch in enumerate(batches):
         for i in range(len(batch["labels"])):
+            example = {key: value[i : i + 1] for key, value in batch.items()}
+            labels = example.pop("labels")
+            if isinstance(model, T5ForConditionalGeneration):
+                start = torch.full((1, 1), model.config.decoder_start_token_id)
+                example["decoder_input_ids"] = torch.cat([start, labels[:, :-1]], dim=1)
+            generator = torch.Generator().manual_seed(zlib.crc32(f"0:{number}:{i}".encode()))
             model.zero_grad()
-            model(**{key: value[i : i + 1] for key, value in batch.items()}).loss.backward()
+            prediction(model(**example), None, generator).backward()
             gradient = model.get_parameter(target.name).grad
             found.append(reference_matrix(target, torch.zeros(target.shape) if gradient is None else gradient))
     model.zero_grad()
