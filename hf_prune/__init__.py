@@ -33,7 +33,6 @@ _MODULES = {
         "AutoPrunedModelForTokenClassification",
     ),
     "budget": ("SparsitySearch", "find_sparsity"),
-    "calibration": ("text_batches", "token_windows"),
     "comparison": ("Comparison", "compare"),
     "config": ("PruningConfig",),
     "criteria.base": ("Criterion", "WeightStats"),
@@ -69,6 +68,7 @@ _MODULES = {
     "report": ("SparsityReport", "sparsity_report", "weight_histogram"),
     "stream": ("plan_stream", "prune_stream"),
     "sweep": ("SweepPoint", "SweepResult", "run_sweep"),
+    "texts": ("text_batches", "token_windows"),
     "torch_prune": ("from_torch_prune",),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}

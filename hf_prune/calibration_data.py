@@ -159,9 +159,9 @@ class TextData:
         """
         if not any(config.needs_data for config in configs):
             return None
-        from hf_prune.calibration import token_windows
         from hf_prune.criteria.base import LABELLED
         from hf_prune.evaluation import context_length
+        from hf_prune.texts import token_windows
 
         return token_windows(
             self.load(self.calibration_split),

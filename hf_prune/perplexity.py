@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from hf_prune.activations import eval_mode, on_device
-from hf_prune.calibration import joined_tokens
 from hf_prune.config import check_positive
 from hf_prune.errors import ConfigError, DataError
 from hf_prune.evaluation import context_length
 from hf_prune.sums import sum_dtype
+from hf_prune.texts import joined_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

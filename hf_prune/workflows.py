@@ -12,7 +12,6 @@ from transformers import AutoConfig, AutoTokenizer
 
 from hf_prune.auto import load_native
 from hf_prune.budget import SparsitySearch, check_budget, find_sparsity
-from hf_prune.calibration import text_batches, token_windows
 from hf_prune.calibration_data import LabelledData, TextData
 from hf_prune.checkpoint import copy_companions, has_tokenizer, staged_checkpoint
 from hf_prune.comparison import Comparison, compare
@@ -30,6 +29,7 @@ from hf_prune.report import SparsityReport, WeightHistogram, sparsity_report, we
 from hf_prune.sources import check_model_source, is_language_model
 from hf_prune.stream import check_streamable, prune_stream
 from hf_prune.sweep import SweepResult, run_sweep
+from hf_prune.texts import text_batches, token_windows
 
 
 def load_classifier(source: str) -> tuple[Any, Any]:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from hf_prune.activations import InputReader
-from hf_prune.calibration import collect_stats, token_windows
+from hf_prune.calibration import collect_stats
 from hf_prune.config import PruningConfig
 from hf_prune.criteria.base import INPUTS
 from hf_prune.masking import MaskStore
@@ -20,6 +20,7 @@ from hf_prune.perplexity import Perplexity, compare_perplexity, evaluate_perplex
 from hf_prune.pipeline import prune
 from hf_prune.plan import make_plan
 from hf_prune.spill import Shelf
+from hf_prune.texts import token_windows
 from tests import models
 from tests.models import same_bits
 from tests.test_perplexity import sharp, words

@@ -658,8 +658,8 @@ def test_list_says_what_a_criterion_needs(hf_prune):
     ids=lambda o: o[1],
 )
 def test_a_language_model_is_calibrated_on_windows_of_text(hf_prune, folders, tmp_path, kind, options):
-    from hf_prune.calibration import token_windows
     from hf_prune.data_loading import load_texts
+    from hf_prune.texts import token_windows
 
     done = hf_prune("prune", folders[kind], *options, "--data", folders["texts"], "--out", tmp_path, "--window", 16)
     assert done.code == 0, done.err

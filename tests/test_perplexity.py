@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import BertForMaskedLM, BertForTokenClassification, LlamaModel
 
-from hf_prune.calibration import joined_tokens, token_windows
 from hf_prune.errors import ConfigError, DataError
 from hf_prune.perplexity import Perplexity, compare_perplexity, evaluate_perplexity, student_t
+from hf_prune.texts import joined_tokens, token_windows
 from tests import models
 from tests.models import VOCAB, assert_unchanged, snapshot
 from tests.reference.perplexity import reference_nlls, reference_perplexity

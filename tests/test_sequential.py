@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_prune.activations import InputReader
-from hf_prune.calibration import collect_stats, text_batches
+from hf_prune.calibration import collect_stats
 from hf_prune.config import PruningConfig
 from hf_prune.criteria.base import INPUTS
 from hf_prune.errors import CalibrationError, ConfigError, DataError
@@ -16,6 +16,7 @@ from hf_prune.padding import _columns
 from hf_prune.pipeline import prune
 from hf_prune.plan import make_plan
 from hf_prune.sequential import prune_in_order
+from hf_prune.texts import text_batches
 from tests import models
 from tests.models import assert_unchanged, same_bits, snapshot, tiny_batches
 from tests.test_calibration import Interrupted, failing, state, unusual
