@@ -6,11 +6,10 @@ have been called. That is right for every architecture; see :mod:`hf_prune.repla
 
 from __future__ import annotations
 
-import inspect
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
@@ -26,6 +25,7 @@ from hf_prune.errors import CalibrationError
 from hf_prune.padding import Padding
 from hf_prune.plan import PlannedTensor, PruningPlan
 from hf_prune.replay import Replay, Stack, outer_lists
+from hf_prune.running import device_of, eval_mode, no_cache, no_logits, on_device
 from hf_prune.spill import Shelf
 from hf_prune.sums import InputSum
 from hf_prune.targets import is_finite
@@ -37,35 +37,6 @@ Statistics = dict[str, dict[str, Tensor]]
 _NUMBER = re.compile(r"\d+")
 
 CACHE_BYTES = 256 * 2**20  # of what finished blocks put out, in memory; what is beyond it goes to a temporary folder
-
-
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside, and every module's own flag back afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-def on_device(model: nn.Module, batch: object) -> dict[str, Any]:
-    """A batch as keyword arguments, on the model's device.
-
-    Raises:
-        CalibrationError: If it is no mapping.
-    """
-    if not isinstance(batch, Mapping):
-        raise CalibrationError(f"a calibration batch is a {type(batch).__name__}: expected a dict of model inputs")
-    device = _device(model)
-    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
-
-
-def _device(model: nn.Module) -> torch.device:
-    """Where a model computes; weights that are not loaded lie on no device."""
-    return next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
 
 
 class InputReader:
@@ -115,8 +86,8 @@ class InputReader:
         self.signatures: dict[str, tuple[int, ...]] = {}
         self.once: set[int] = set()
         self.current = 0  # the number of the batch that is running
-        self._options = _no_cache(model)
-        self._without_logits = {**self._options, **_no_logits(model, wanted)}
+        self._options = no_cache(model)
+        self._without_logits = {**self._options, **no_logits(model, wanted)}
         self.tokens: dict[str, int] = {}
         self._context = ExitStack()
 
@@ -232,7 +203,7 @@ class InputReader:
     @property
     def device(self) -> torch.device:
         """Where the model computes."""
-        return _device(self.model)
+        return device_of(self.model)
 
     def block_of(self, name: str) -> nn.Module | None:
         """The block that holds a target in all its uses, where what runs before it need not be computed again."""
@@ -270,7 +241,7 @@ class InputReader:
         found = {}
         for t in tensors:
             name = t.target.name
-            found[name] = sums[name].statistics(needs, _device(self.holders[name][0]))
+            found[name] = sums[name].statistics(needs, device_of(self.holders[name][0]))
             self.tokens[name] = sums[name].tokens
             check_finite(name, found[name])
         return found
@@ -297,7 +268,7 @@ class InputReader:
             sums[name] = InputSum(needs, t.target.matrix_shape[1])
             watchers += [Watcher(module, self._reader(sums[name], t.target.layout)) for module in self.holders[name]]
         self.run(watchers, batches, progress, record)
-        device = _device(self.model)
+        device = device_of(self.model)
         for total in {id(total): total for total in sums.values()}.values():
             total.add_others(device)
         return sums
@@ -330,7 +301,7 @@ class InputReader:
                 watcher.install(hooks, left if stop_after is not None else None)
             self.replay.install(hooks, lambda: self.current)
             for stack in advancing:
-                recorder = Watcher(self.replay.start_recording(stack), self._record_in(stack), after=True)
+                recorder = Watcher(*self.replay.start_recording(stack, lambda: self.current), after=True)
                 recorder.install(hooks, left if stop_after is not None else None)
                 if stop_after is not None:
                     stop_after.add(recorder)
@@ -353,12 +324,6 @@ class InputReader:
             total.add(self.padding.rows(module, first_input(args, kwargs), layout))
 
         return read
-
-    def _record_in(self, stack: Stack) -> Callable[..., None]:
-        def record(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            stack.record(self.current, output)
-
-        return record
 
     @torch.no_grad()
     def _forward(self, batch: Mapping[str, Any]) -> None:
@@ -434,17 +399,3 @@ def check_finite(name: str, statistics: Mapping[str, Tensor]) -> None:
 def first_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
     """What a module multiplies: its first argument."""
     return args[0] if args else next(iter(kwargs.values()))
-
-
-def _no_cache(model: nn.Module) -> dict[str, Any]:
-    """Arguments with which a language model keeps nothing for tokens that are not to come."""
-    return {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
-
-
-def _no_logits(model: nn.Module, targets: set[str]) -> dict[str, Any]:
-    """Arguments with which a language model computes few logits, unless what computes them is a target."""
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    if "logits_to_keep" not in inspect.signature(model.forward).parameters or head is None:
-        return {}
-    names = {name for name, parameter in model.named_parameters() if any(parameter is p for p in head.parameters())}
-    return {} if names & targets else {"logits_to_keep": 1}

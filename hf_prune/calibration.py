@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from hf_prune.activations import NO_BATCHES, Batches, InputReader, eval_mode, on_device
+from hf_prune.activations import NO_BATCHES, Batches, InputReader
 from hf_prune.criteria.base import GRADIENTS, INPUTS, LABELLED, WeightStats
 from hf_prune.distributed import add_up, all_or_none, check_same_batches, processes, share
 from hf_prune.errors import CalibrationError
 from hf_prune.plan import PruningPlan
+from hf_prune.running import eval_mode, on_device
 from hf_prune.sensitivity import prediction, token_mask
 from hf_prune.sums import sum_dtype
 from hf_prune.targets import is_finite

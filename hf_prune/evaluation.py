@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from hf_prune.activations import eval_mode
 from hf_prune.config import check_positive
 from hf_prune.data_loading import check_columns, column, fingerprint, load_sst2
 from hf_prune.errors import ConfigError, DataError
+from hf_prune.running import eval_mode
 
 if TYPE_CHECKING:
     import evaluate

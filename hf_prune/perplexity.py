@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from hf_prune.activations import eval_mode, on_device
 from hf_prune.config import check_positive
 from hf_prune.errors import ConfigError, DataError
 from hf_prune.evaluation import context_length
+from hf_prune.running import eval_mode, on_device
 from hf_prune.sums import sum_dtype
 from hf_prune.texts import joined_tokens
 

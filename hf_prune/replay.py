@@ -70,11 +70,6 @@ class Stack:
 
         return replay, lambda *args, **kwargs: self.outputs.get(current())
 
-    def record(self, batch: int, output: Any) -> None:
-        """Keep what the last finished block put out for a batch."""
-        self.outputs.put(batch, output)
-        self.recorded.add(batch)
-
 
 class Replay:
     """The stacks of a model whose finished blocks return what they put out before.
@@ -121,10 +116,20 @@ class Replay:
                 forward = replay_last if i == stack.replayed else replay
                 hooks.enter_context(replaced_forward(block, forward))
 
-    def start_recording(self, stack: Stack) -> nn.Module:
-        """The block whose output :meth:`Stack.record` is to get, for every batch of a run."""
+    def start_recording(self, stack: Stack, current: Callable[[], int]) -> tuple[nn.Module, Callable[..., None]]:
+        """The last finished block, and the hook that keeps what it puts out in a run of all batches.
+
+        Args:
+            stack: A stack.
+            current: Tells the number of the batch that is running.
+        """
         stack.before = stack.state(self._first)
-        return stack.blocks[stack.finished - 1]
+
+        def record(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            stack.outputs.put(current(), output)
+            stack.recorded.add(current())
+
+        return stack.blocks[stack.finished - 1], record
 
     def stop_recording(self, stack: Stack, batches: int) -> None:
         """Replay what was recorded, if all batches called the block.

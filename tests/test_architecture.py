@@ -44,6 +44,7 @@ LAYERS = (
         "plan",
         "polish",
         "replay",
+        "running",
         "scoring",
         "sensitivity",
         "sequential",
