@@ -25,6 +25,11 @@ OBJECTIVES = ("layer", "loss")
 POLISHES = ("distill",)
 POLISH_DEFAULTS: Mapping[str, float] = MappingProxyType({"epochs": 2, "learning_rate": 2e-4})
 DEFAULT_SPARSITY = 0.5
+UNIT_KINDS = ("head", "neuron", "layer")
+UNIT_CRITERIA = ("fisher", "magnitude", "random", "reconstruction", "taylor")
+UNIT_SCOPES = ("layer", "global")
+BUDGETS = ("target_params", "target_flops", "target_speedup")
+WORKLOAD_DEFAULTS: Mapping[str, int] = MappingProxyType({"batch_size": 1, "length": 128})
 
 
 @dataclass(frozen=True)
@@ -33,12 +38,16 @@ class PruningConfig:
 
     Args:
         sparsity: Share of the target weights that is removed, 0 to 1. None means 0.5, or what an N:M
-            granularity fixes (0.5 for 2:4).
+            granularity fixes (0.5 for 2:4). Of heads, neurons and layers: of the parameters of all those that may go.
         criterion: Name of the score, larger = keep; ``hf-prune list`` shows them all.
         granularity: What is removed together: ``"unstructured"``, ``"N:M"`` (at most N non-zeros in
-            every M consecutive inputs) or ``"block:RxC"`` (R outputs by C inputs).
+            every M consecutive inputs) or ``"block:RxC"`` (R outputs by C inputs); or what ``shrink()`` can take out,
+            one or several of ``"head"`` (of grouped queries: the whole group), ``"neuron"`` (of feed-forward networks)
+            and ``"layer"``, such as ``("head", "neuron")``.
         scope: Who competes with whom: the weights of one output (``"row"``), of one tensor
-            (``"layer"``) or of all targets (``"global"``). An N:M granularity brings its own pools.
+            (``"layer"``) or of all targets (``"global"``). An N:M granularity brings its own pools. Heads and neurons
+            compete with all others (``"global"``), or every layer loses the same share (``"layer"``). None means
+            ``"layer"``, and ``"global"`` for heads, neurons and layers under a ``target_…``.
         allocation: How a sparsity is shared out between tensors in scope row or layer: ``"uniform"``,
             ``"erk"`` (Erdős–Rényi kernel, Evci et al. 2020, arXiv:1911.11134: larger tensors lose a
             larger share), or ``{module: sparsity}`` for chosen modules, named by suffix, of which the
@@ -59,13 +68,22 @@ class PruningConfig:
         objective: What a criterion or a repair that learns from inputs minimises. ``"layer"``: the change of each
             layer's outputs on the inputs that it gets, as the papers do. ``"loss"``: the distance to the outputs of
             the model before this pruning, where tokens and outputs count as much as the model's predictions depend on
-            them. Needs no labels; more accurate, and slower by about half.
+            them. Needs no labels; more accurate, and slower by about half. None means ``"layer"``, and ``"loss"`` for a
+            repair after heads or neurons have gone, unless whole layers may go as well.
         steps: In how many steps a criterion that learns from gradients prunes: each removes the same share of what is
             left, and the gradients are taken anew on the partly pruned model. Slower in proportion.
         polish: ``"distill"`` trains what is left of the targets, their biases and the norms beside them, for a short
             while and with fixed masks, to put out what the model did before this pruning, on unlabelled batches;
             ``{"epochs": 2, "learning_rate": 2e-4}`` are its settings, either of which may be left out. None, the
             default, trains nothing.
+        target_params: In place of ``sparsity``, for heads, neurons and layers: the share of the model's parameters that
+            is left.
+        target_flops: The same for the operations of one forward pass on the ``workload``.
+        target_speedup: How many times as fast the model shall be on the ``workload``, on this machine: times of a
+            handful of sizes are measured, and what is left is the best that is as fast.
+        workload: ``{"batch_size": 1, "length": 128}``, what ``target_flops`` and ``target_speedup`` mean; either may be
+            left out. ``"length"`` is in tokens. Device, dtype and the number of threads are those of the moment.
+        round_to: Numbers of heads and neurons that are left are multiples of this, for kernels that like it.
 
     Raises:
         ConfigError: If a value is unknown, out of range, or contradicts another one.
@@ -81,32 +99,38 @@ class PruningConfig:
 
     sparsity: float | None = None
     criterion: str = "magnitude"
-    granularity: str = "unstructured"
-    scope: str = "layer"
+    granularity: str | tuple[str, ...] = "unstructured"
+    scope: str | None = None
     allocation: str | Mapping[str, float] = "uniform"
     target_modules: str | tuple[str, ...] = "all-linear"
     exclude_modules: str | tuple[str, ...] = ()
     seed: int = 0
     calibration_order: str = "sequential"
     repair: str | None = None
-    objective: str = "layer"
+    objective: str | None = None
     steps: int = 1
     polish: str | Mapping[str, float] | None = None
+    target_params: float | None = None
+    target_flops: float | None = None
+    target_speedup: float | None = None
+    workload: Mapping[str, int] | None = None
+    round_to: int = 1
 
     def __post_init__(self) -> None:
+        if kinds := _unit_kinds(self.granularity):
+            self._set("granularity", kinds)
+            self._check_units()
+            return
+        self._check_no_budget()
         criterion = CRITERIA.get(self.criterion)
         granularity = parse_granularity(self.granularity)
         self._set("granularity", granularity.spec)
+        self._set("scope", "layer" if self.scope is None else self.scope)
         if self.scope not in SCOPES:
             raise unknown_name("scope", self.scope, SCOPES)
         self._set("sparsity", _resolve_sparsity(self.sparsity, granularity))
         self._set("allocation", _check_allocation(self.allocation))
-        self._set("target_modules", _check_modules("target_modules", self.target_modules))
-        self._set("exclude_modules", _check_modules("exclude_modules", self.exclude_modules))
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
-            raise ConfigError(f"seed is {self.seed!r}: expected an integer of at least 0")
-        if not self.target_modules:
-            raise ConfigError("target_modules is empty: name at least one module, or use 'all-linear'")
+        self._check_modules()
         if self.scope not in granularity.scopes:
             raise ConfigError(
                 f"scope={self.scope!r} contradicts granularity={granularity.spec!r}, which brings its own "
@@ -117,16 +141,10 @@ class PruningConfig:
                 f"criterion {self.criterion!r} cannot rank in scope {self.scope!r}: "
                 f"expected one of {', '.join(sorted(criterion.scopes))}"
             )
-        if self.calibration_order not in CALIBRATION_ORDERS:
-            raise unknown_name("calibration_order", self.calibration_order, CALIBRATION_ORDERS)
-        if self.repair is not None and self.repair not in REPAIRS:
-            raise unknown_name("repair", self.repair, REPAIRS)
-        if self.objective not in OBJECTIVES:
-            raise unknown_name("objective", self.objective, OBJECTIVES)
+        self._check_calibration()
         if self.objective == "loss":
             self._check_loss_objective()
         self._check_steps()
-        self._set("polish", _check_polish(self.polish))
         shared_out = self.scope == "global" or granularity.fixed_sparsity is not None
         if shared_out and self.allocation != "uniform":
             why = "scope='global'" if self.scope == "global" else f"granularity={granularity.spec!r}"
@@ -135,14 +153,89 @@ class PruningConfig:
                 f"tensor loses: leave allocation at 'uniform'"
             )
 
+    def _check_modules(self) -> None:
+        self._set("target_modules", _check_modules("target_modules", self.target_modules))
+        self._set("exclude_modules", _check_modules("exclude_modules", self.exclude_modules))
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
+            raise ConfigError(f"seed is {self.seed!r}: expected an integer of at least 0")
+        if not self.target_modules:
+            raise ConfigError("target_modules is empty: name at least one module, or use 'all-linear'")
+
+    def _check_calibration(self) -> None:
+        if self.objective is None:
+            repaired = self.removes_units and self.repair is not None and self.calibration_order == "sequential"
+            self._set("objective", "loss" if repaired and "layer" not in self.granularity else "layer")
+        if self.calibration_order not in CALIBRATION_ORDERS:
+            raise unknown_name("calibration_order", self.calibration_order, CALIBRATION_ORDERS)
+        if self.repair is not None and self.repair not in REPAIRS:
+            raise unknown_name("repair", self.repair, REPAIRS)
+        if self.objective not in OBJECTIVES:
+            raise unknown_name("objective", self.objective, OBJECTIVES)
+        self._set("polish", _check_polish(self.polish))
+
+    def _check_units(self) -> None:
+        """The settings of heads, neurons and layers."""
+        budgets = [name for name in BUDGETS if getattr(self, name) is not None]
+        if len(budgets) + (self.sparsity is not None) > 1:
+            given = ", ".join([*(["sparsity"] if self.sparsity is not None else []), *budgets])
+            raise ConfigError(f"{given} are all given, and each says how much goes: expected one of them")
+        if not budgets:
+            self._set(
+                "sparsity", check_sparsity("sparsity", DEFAULT_SPARSITY if self.sparsity is None else self.sparsity)
+            )
+        for name in budgets:
+            self._set(name, _check_budget(name, getattr(self, name)))
+        self._set("workload", _check_workload(self.workload))
+        check_positive("round_to", self.round_to)
+        self._set("scope", ("global" if budgets else "layer") if self.scope is None else self.scope)
+        if self.scope not in UNIT_SCOPES:
+            raise unknown_name("scope of heads, neurons and layers", self.scope, UNIT_SCOPES)
+        if self.criterion not in UNIT_CRITERIA:
+            raise unknown_name("criterion of heads, neurons and layers", self.criterion, UNIT_CRITERIA)
+        if "layer" in self.granularity and self.scope != "global":
+            raise ConfigError(
+                f"granularity {self.granularity} contradicts scope='layer', in which every layer loses the same share: "
+                f"use scope='global'"
+            )
+        self._check_modules()
+        self._check_calibration()
+        if self.target_modules != "all-linear":
+            raise ConfigError(
+                f"target_modules={self.target_modules!r} contradicts granularity {self.granularity}, which is found by "
+                f"the table of architectures: leave target_modules out, or name layers to spare in exclude_modules"
+            )
+        for name, plain in (("allocation", "uniform"), ("steps", 1)):
+            if getattr(self, name) != plain:
+                raise ConfigError(
+                    f"{name}={getattr(self, name)!r} contradicts granularity {self.granularity}: leave it at {plain!r}"
+                )
+        if self.objective == "loss":
+            self._check_loss_objective()
+        if self.objective == "loss" and "layer" in self.granularity:
+            raise ConfigError(
+                "objective='loss' contradicts granularity 'layer': it compares layers with those of the dense model, "
+                "which are not there any more; leave objective at 'layer'"
+            )
+
+    def _check_no_budget(self) -> None:
+        for name in (*BUDGETS, "workload"):
+            if getattr(self, name) is not None:
+                raise ConfigError(
+                    f"{name}={getattr(self, name)!r} contradicts granularity={self.granularity!r}, which makes no "
+                    f"tensor smaller: choose one or several of {', '.join(map(repr, UNIT_KINDS))}, or give a sparsity"
+                )
+        if self.round_to != 1:
+            raise ConfigError(f"round_to={self.round_to!r} is for heads and neurons, not for {self.granularity!r}")
+
     def _check_loss_objective(self) -> None:
         if not any(need.startswith("input_") for need in self.needs):
             raise ConfigError(
                 f"objective='loss' contradicts criterion {self.criterion!r} without a repair, which does not look at "
                 f"the inputs of layers: add repair='least_squares', or leave objective at 'layer'"
             )
-        if self.scope == "global" or self.calibration_order != "sequential":
-            why = "scope='global'" if self.scope == "global" else f"calibration_order={self.calibration_order!r}"
+        if (self.scope == "global" and not self.removes_units) or self.calibration_order != "sequential":
+            by_scope = self.scope == "global" and not self.removes_units
+            why = "scope='global'" if by_scope else f"calibration_order={self.calibration_order!r}"
             raise ConfigError(
                 f"objective='loss' contradicts {why}: it compares layers that are pruned one after the other with "
                 f"those of the dense model; leave objective at 'layer'"
@@ -168,12 +261,24 @@ class PruningConfig:
     @property
     def needs(self) -> frozenset[str]:
         """The statistics that the criterion and the repair need from calibration."""
+        if self.removes_units:
+            return frozenset({"input_gram", "input_mean"} if self.repair is not None else ())
         return CRITERIA.get(self.criterion).needs | ({"input_gram", "input_mean"} if self.repair is not None else set())
 
     @property
     def needs_data(self) -> bool:
         """Whether anything in it learns from calibration data."""
-        return bool(self.needs) or self.learns_allocation or self.polish is not None
+        return bool(self.needs) or self.learns_allocation or self.learns_units or self.polish is not None
+
+    @property
+    def removes_units(self) -> bool:
+        """Whether heads, neurons or layers are removed, which ``shrink()`` takes out."""
+        return isinstance(self.granularity, tuple)
+
+    @property
+    def learns_units(self) -> bool:
+        """Whether calibration data tells which heads, neurons and layers go."""
+        return self.removes_units and self.criterion not in ("magnitude", "random")
 
     @property
     def learns_allocation(self) -> bool:
@@ -188,7 +293,12 @@ class PruningConfig:
 
         A new granularity that fixes the sparsity, or takes the place of one that did, brings its own.
         """
-        if "granularity" in changes and "sparsity" not in changes:
+        units = isinstance(self.granularity, tuple) or bool(_unit_kinds(changes.get("granularity")))
+        if units and "granularity" in changes:
+            changes = {**dict.fromkeys(("scope", "objective", "workload")), "round_to": 1, **changes}
+        if units and {"granularity", "sparsity", *BUDGETS} & set(changes):
+            changes = {**dict.fromkeys(("sparsity", *BUDGETS)), **changes}
+        elif "granularity" in changes and "sparsity" not in changes:
             either = (parse_granularity(self.granularity), parse_granularity(changes["granularity"]))
             if any(granularity.fixed_sparsity is not None for granularity in either):
                 changes["sparsity"] = None
@@ -241,6 +351,42 @@ class PruningConfig:
         if not isinstance(values, dict):
             raise ConfigError(f"found a JSON {type(values).__name__}: expected an object of settings")
         return cls.from_dict(values)
+
+
+def _unit_kinds(granularity: object) -> tuple[str, ...]:
+    """The kinds of units that a granularity names, in the order of :data:`UNIT_KINDS`; none if of another sort."""
+    names = (granularity,) if isinstance(granularity, str) else granularity
+    if not isinstance(names, list | tuple) or not any(name in UNIT_KINDS for name in names):
+        return ()
+    for name in names:
+        if name not in UNIT_KINDS:
+            raise unknown_name("kind of unit in granularity", name, UNIT_KINDS)
+    return tuple(kind for kind in UNIT_KINDS if kind in names)
+
+
+def _check_budget(name: str, value: object) -> float:
+    if name == "target_speedup":
+        if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 1 <= float(value) < math.inf:
+            raise ConfigError(
+                f"target_speedup is {value!r}: expected a number of at least 1, such as 2 for twice as fast"
+            )
+        return float(value)
+    share = check_sparsity(name, value)
+    if share == 0:
+        raise ConfigError(f"{name} is {value!r}: expected the share that is left, above 0")
+    return share
+
+
+def _check_workload(workload: object) -> dict[str, int]:
+    if workload is None:
+        return dict(WORKLOAD_DEFAULTS)
+    if not isinstance(workload, Mapping):
+        raise ConfigError(f"workload is {workload!r}: expected a dict such as {dict(WORKLOAD_DEFAULTS)}")
+    for key, value in workload.items():
+        if key not in WORKLOAD_DEFAULTS:
+            raise unknown_name("key of workload", key, list(WORKLOAD_DEFAULTS))
+        check_positive(f"workload[{key!r}]", value)
+    return {**WORKLOAD_DEFAULTS, **workload}
 
 
 def check_positive(name: str, value: object) -> None:

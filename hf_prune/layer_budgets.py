@@ -75,7 +75,7 @@ def _fisher(
     parameters = dict(reader.model.named_parameters())
     errors: dict[str, list[tuple[float, float]]] = {}
     for step in steps:
-        for tensor, gram in _grams(reader, step, sensitivity):
+        for tensor, gram in weighted_grams(reader, step, sensitivity):
             name = tensor.target.name
             weight = tensor.target.matrix(parameters[name].detach()).to(gram.dtype)
             old = None if name not in masks else tensor.target.matrix(masks[name]).to(gram.device)
@@ -92,7 +92,7 @@ def _fisher(
     return {name: count / units[name] for name, count in zip(counts, agreed, strict=True)}
 
 
-def _grams(
+def weighted_grams(
     reader: InputReader, step: list[PlannedTensor], sensitivity: Sensitivity
 ) -> Iterator[tuple[PlannedTensor, Tensor]]:
     """The Gram matrix of what flows into each target, tokens weighed by how much the predictions depend on them."""

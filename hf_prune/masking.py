@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from hf_prune.bypass import bypassed_layers, restore
 from hf_prune.config import PruningConfig
 from hf_prune.errors import MaskError
 from hf_prune.spill import Shelf
 
 if TYPE_CHECKING:
     from hf_prune.polish import PolishRecord
+    from hf_prune.speed import SpeedRecord
 
 _ATTRIBUTE = "_hf_prune_masks"
 _INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -35,12 +37,14 @@ class MaskStore:
         dense: The weights as they were before pruning, where they were kept.
         config: The settings of the last pruning, None if the masks came from elsewhere.
         polishes: What each training after a pruning did, the first one first.
+        speed: The speed-up that the last pruning was to bring, and what was measured.
     """
 
     masks: dict[str, Tensor] = field(default_factory=dict)
     dense: dict[str, Tensor] | None = None
     config: PruningConfig | None = None
     polishes: tuple[PolishRecord, ...] = ()
+    speed: SpeedRecord | None = None
 
     @staticmethod
     def of(model: nn.Module) -> MaskStore | None:
@@ -153,6 +157,8 @@ class MaskStore:
         with torch.no_grad():
             for name, weight in self.dense.items():
                 parameters[name].copy_(weight)
+        for layer in bypassed_layers(model):
+            restore(model.get_submodule(layer))
         model.__dict__.pop(_ATTRIBUTE, None)
 
     def view(self) -> Mapping[str, Tensor]:

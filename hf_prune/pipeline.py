@@ -22,6 +22,8 @@ from hf_prune.polish import polish
 from hf_prune.scoring import agreed_masks
 from hf_prune.sequential import prune_in_order
 from hf_prune.stepwise import masks_before_repair, prune_in_steps
+from hf_prune.structured import prune_units
+from hf_prune.unit_plan import UnitPlan, make_unit_plan
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -67,7 +69,7 @@ def prune(
     cache_bytes: int = CACHE_BYTES,
     polish_data: Batches | None = None,
     **settings: Any,
-) -> Model | PruningPlan:
+) -> Model | PruningPlan | UnitPlan:
     """Prune a model in place.
 
     Pruning again only ever adds zeros: 0.3 and then 0.5 removes 0.5 in all.
@@ -108,6 +110,10 @@ def prune(
         8
     """
     config = resolve_config(config, settings)
+    if config.removes_units:
+        return _prune_units(
+            model, config, calibration, keep_dense, dry_run, progress and is_first(), cache_bytes, polish_data
+        )
     wrapper, model = model, getattr(model, "_orig_mod", model)  # torch.compile wraps the model
     if polish_data is not None and config.polish is None:
         raise ConfigError("polish_data is given, but there is no polish: set polish='distill', or leave it out")
@@ -162,6 +168,34 @@ def prune(
         if record is not None:
             store.polishes = (*store.polishes, record)
     return wrapper
+
+
+def _prune_units(
+    model: Model,
+    config: PruningConfig,
+    calibration: Batches | None,
+    keep_dense: bool,
+    dry_run: bool,
+    progress: bool,
+    cache_bytes: int,
+    polish_data: Batches | None,
+) -> Model | UnitPlan:
+    """:func:`prune` for heads, neurons and layers."""
+    inner = getattr(model, "_orig_mod", model)  # torch.compile wraps the model
+    if polish_data is not None and config.polish is None:
+        raise ConfigError("polish_data is given, but there is no polish: set polish='distill', or leave it out")
+    if dry_run:
+        return make_unit_plan(inner, config, calibration, progress, cache_bytes)
+    prune_units(
+        inner,
+        config,
+        calibration=calibration,
+        keep_dense=keep_dense,
+        progress=progress,
+        cache_bytes=cache_bytes,
+        polish_data=polish_data,
+    )
+    return model
 
 
 def resolve_config(config: PruningConfig | float | None, settings: Mapping[str, Any]) -> PruningConfig:

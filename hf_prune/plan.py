@@ -149,7 +149,7 @@ class PruningPlan:
             f"Plan for {self.model_name}: {config.criterion}, {config.granularity}, scope {config.scope}, "
             f"allocation {config.allocation if isinstance(config.allocation, str) else 'explicit'}"
             f"{'' if config.repair is None else ', repair ' + config.repair}"
-            f"{'' if config.objective == 'layer' else ', objective ' + config.objective}"
+            f"{'' if config.objective == 'layer' else f', objective {config.objective}'}"
             f"{', ' + config.calibration_order + ' calibration' if self.needs & INPUTS else ''}"
             f"{f', in {config.steps} steps' if config.steps > 1 else ''}"
             f"{f', then trained (polish {config.polish})' if config.polish is not None else ''}",

@@ -290,7 +290,8 @@ def _patterns(config: PruningConfig | None, store: MaskStore | None) -> list[tup
 
 def patterns_of(asked: PruningConfig | None) -> list[tuple[int, int]]:
     """The N:M patterns that a report on such a pruning looks for: common ones, and the one that was asked for."""
-    own = [] if asked is None or ":" not in asked.granularity else asked.granularity.split(":")
+    granularity = "" if asked is None or isinstance(asked.granularity, tuple) else asked.granularity
+    own = granularity.split(":") if ":" in granularity else []
     pattern = [(int(own[0]), int(own[1]))] if own and own[0].isdigit() else []
     return list(dict.fromkeys([*pattern, *NM_PATTERNS]))
 

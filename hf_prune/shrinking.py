@@ -80,6 +80,13 @@ def resize(model: nn.Module, units: Mapping[str, int]) -> None:
     _commit(model, list(sites.values()), kept, _resized(model, list(sites.values()), kept))
 
 
+def take_out_layers(model: nn.Module) -> None:
+    """Take the bypassed layers out of a model whose masks do not matter, in place; nothing else."""
+    lists = layer_lists(model)
+    gone = {f"{layers.name}.{i}" for layers in lists for i, layer in enumerate(layers.layers) if is_bypassed(layer)}
+    _remove_layers(model, lists, gone)
+
+
 # --- which units go ---------------------------------------------------------------------------------------
 
 

@@ -33,6 +33,11 @@ def test_defaults():
         "objective": "layer",
         "steps": 1,
         "polish": None,
+        "target_params": None,
+        "target_flops": None,
+        "target_speedup": None,
+        "workload": None,
+        "round_to": 1,
     }
 
 
@@ -68,7 +73,7 @@ def test_a_percentage_is_recognised():
         ("criterion", None, r"unknown criterion None"),
         ("granularity", "unstructered", r"unknown granularity .*Did you mean 'unstructured'\?"),
         ("scope", "tensor", r"unknown scope 'tensor': expected one of row, layer, global\.$"),
-        ("scope", None, r"unknown scope None"),
+        ("scope", 3, r"unknown scope 3"),
         ("allocation", "uniforn", r"unknown allocation 'uniforn': .*uniform, erk, owl, fisher, .* Did you mean"),
     ],
 )

@@ -1,0 +1,334 @@
+"""UnitPlan: which heads, neurons and layers of one model go, chosen before anything is touched, and printable."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_prune.activations import CACHE_BYTES, Batches
+from hf_prune.config import PruningConfig
+from hf_prune.distributed import from_first
+from hf_prune.errors import CalibrationError, PlanError
+from hf_prune.plan import refuse_infinite
+from hf_prune.sites import LayerList, Site, find_sites, layer_lists
+from hf_prune.speed import SpeedRecord, latency_costs, measured_speedup, workload_inputs
+from hf_prune.tables import format_table
+from hf_prune.targets import module_matches
+from hf_prune.unit_budget import Choice, Costs, allowed_sizes, least_loss, uniform
+from hf_prune.unit_costs import flops, measured_costs, parameter_costs, variant
+from hf_prune.unit_curves import Curve, additive_curve, fisher_curve
+from hf_prune.unit_reconstruction import reconstruction_curves
+from hf_prune.unit_statistics import gate_statistics, layer_losses
+
+_TRIES = 6  # to meet a speed-up, each with the budget corrected by what was measured
+_CLOSE = 0.02  # share by which a measured speed-up may miss what was asked for
+
+
+@dataclass(frozen=True)
+class UnitPlan:
+    """What goes of one model, by whole heads, neurons and layers. ``print(plan)`` shows it as a table.
+
+    Args:
+        config: The settings.
+        model_name: The model's class.
+        sites: All attentions and feed-forward networks that may lose units.
+        layers: The sites in each layer that may go as a whole, by its name.
+        parameters: How many parameters the model costs at which sizes.
+        choice: What stays; None until calibration data tells.
+        kept: The units that stay, by site.
+        speed: The speed-up that is foretold, for ``target_speedup``.
+    """
+
+    config: PruningConfig
+    model_name: str
+    sites: tuple[Site, ...]
+    layers: Mapping[str, tuple[str, ...]]
+    parameters: Costs
+    choice: Choice | None
+    kept: Mapping[str, Tensor]
+    speed: SpeedRecord | None = None
+
+    @property
+    def parameters_before(self) -> int:
+        """Parameters of the model."""
+        return round(self.parameters.total({}, (), self.layers))
+
+    @property
+    def parameters_after(self) -> int | None:
+        """Parameters of the model once it is shrunk; None if it is not known yet."""
+        if self.choice is None:
+            return None
+        return round(self.parameters.total(self.choice.kept, self.choice.layers, self.layers))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        choice = self.choice
+        return {
+            "config": self.config.to_dict(),
+            "model": self.model_name,
+            "parameters_before": self.parameters_before,
+            "parameters_after": self.parameters_after,
+            "speed": None if self.speed is None else self.speed.to_dict(),
+            "removed_layers": None if choice is None else sorted(choice.layers),
+            "sites": [
+                {
+                    "name": site.name,
+                    "kind": site.kind,
+                    "units": site.units,
+                    "kept": None if choice is None else self._left(site),
+                }
+                for site in self.sites
+            ],
+        }
+
+    def _left(self, site: Site) -> int:
+        assert self.choice is not None
+        return 0 if self.is_gone(site) else self.choice.kept.get(site.name, site.units)
+
+    def is_gone(self, site: Site) -> bool:
+        """Whether the layer that holds a site goes as a whole."""
+        return self.choice is not None and all(f"{name}.{i}" in self.choice.layers for name, i in site.layers)
+
+    def __str__(self) -> str:
+        config = self.config
+        rows = []
+        for site in self.sites:
+            left = "by data" if self.choice is None else "layer gone" if self.is_gone(site) else f"{self._left(site):,}"
+            rows.append([site.name, site.kind + "s", f"{site.units:,}", left])
+        for name in self.layers:
+            if not any(f"{place}.{i}" == name for site in self.sites for place, i in site.layers):
+                left = "by data" if self.choice is None else "gone" if name in self.choice.layers else "stays"
+                rows.append([name, "layer", "1", left])
+        budget = next(
+            (f"{key} {getattr(config, key):g}" for key in ("target_params", "target_flops", "target_speedup")
+             if getattr(config, key) is not None),
+            f"sparsity {config.sparsity:g}" if config.sparsity is not None else "",
+        )  # fmt: skip
+        before, after = self.parameters_before, self.parameters_after
+        lines = [
+            f"Plan for {self.model_name}: {', '.join(config.granularity)}; {config.criterion}, scope {config.scope}, "
+            f"{budget}{'' if config.repair is None else ', repair ' + config.repair}"
+            f"{'' if config.polish is None else f', then trained (polish {config.polish})'}",
+            format_table(["site", "units", "now", "left"], rows, left=2),
+            f"The model has {before:,} parameters"
+            + ("." if after is None else f", and {after:,} ({100 * after / before:.1f} %) once it is shrunk."),
+        ]
+        if self.speed is not None:
+            lines.append(str(self.speed))
+        return "\n".join(lines)
+
+
+def make_unit_plan(
+    model: nn.Module,
+    config: PruningConfig,
+    calibration: Batches | None = None,
+    progress: bool = False,
+    cache_bytes: int = CACHE_BYTES,
+) -> UnitPlan:
+    """Choose which heads, neurons and layers go; the model is not changed.
+
+    Args:
+        model: A transformers model of an architecture in the table.
+        config: The settings.
+        calibration: Batches, for criteria that learn from them; without them the choice is left open.
+        progress: Show progress bars.
+        cache_bytes: See :func:`hf_prune.prune`.
+
+    Raises:
+        ArchitectureError: If nobody has said where the units of such a model are.
+        PlanError: If the budget cannot be met, a weight is not finite, or nothing may go.
+        CalibrationError: If the batches are unusable.
+    """
+    lists = layer_lists(model)
+    sites, layers = _candidates(model, config, lists)
+    parameters = parameter_costs(model, sites, layers)
+    refuse_infinite({p.name: model.get_parameter(p.name).detach() for site in sites for p in site.parts})
+    plan = UnitPlan(config, type(model).__name__, tuple(sites), layers, parameters, None, {})
+    if config.learns_units and calibration is None:
+        return plan
+    batches = list(calibration) if calibration is not None and config.learns_units else []
+    if config.learns_units and not batches:
+        raise CalibrationError("calibration has no batches: expected at least one; a used-up generator yields none")
+    curves, orders = _curves(model, config, sites, batches, progress, cache_bytes)
+    of_layers = _layer_losses(model, config, layers, batches, progress)
+    sizes = {site.name: allowed_sizes(site.units, site.minimum, config.round_to) for site in sites}
+    losses = {name: curve.losses.flip(0).numpy() for name, curve in curves.items()}
+
+    def solve(costs: Costs, budget: float) -> Choice:
+        if config.scope == "layer":
+            found = Choice(uniform(costs, budget, sizes), frozenset())
+        else:
+            found = least_loss(losses, costs, budget, sizes, layers, of_layers)
+        return _agreed(found)
+
+    choice, speed = _meet_budget(model, config, plan, lists, solve)
+    kept = {name: orders[name].kept(n) for name, n in choice.kept.items() if n < len(orders[name].order)}
+    return UnitPlan(config, plan.model_name, plan.sites, layers, parameters, choice, kept, speed)
+
+
+def _agreed(choice: Choice) -> Choice:
+    """The choice of the first process, in all of them."""
+    kept = from_first(torch.tensor(list(choice.kept.values()), dtype=torch.int64)).tolist()
+    return Choice(dict(zip(choice.kept, kept, strict=True)), choice.layers)
+
+
+def _candidates(
+    model: nn.Module, config: PruningConfig, lists: Sequence[LayerList]
+) -> tuple[list[Site], dict[str, tuple[str, ...]]]:
+    """What may go: sites, and whole layers with the sites in them."""
+
+    def is_excluded(name: str) -> bool:
+        return bool(config.exclude_modules) and module_matches(name, config.exclude_modules)
+
+    sites = []
+    for site in find_sites(model):
+        modules = {part.name.rpartition(".")[0] for part in site.parts} | {f"{name}.{i}" for name, i in site.layers}
+        if site.kind in config.granularity and site.units and not any(map(is_excluded, modules)):
+            sites.append(site)
+    layers: dict[str, tuple[str, ...]] = {}
+    for each in lists if "layer" in config.granularity else ():
+        for i in range(each.stack.fixed, len(each.layers)):
+            name = f"{each.name}.{i}"
+            inside = tuple(site.name for site in sites if site.layers == ((each.name, i),))
+            if not each.stack.not_below and not is_excluded(name):
+                layers[name] = inside
+        own = [name for name in layers if name.rpartition(".")[0] == each.name]
+        if len(own) == len(each.layers):  # one has to stay
+            del layers[own[0]]
+    if not sites and not layers:
+        raise PlanError(
+            f"no {' or '.join(config.granularity)} of {type(model).__name__} may go: check exclude_modules "
+            f"({config.exclude_modules!r})"
+        )
+    return sites, layers
+
+
+# --- what each unit is worth ------------------------------------------------------------------------------
+
+
+def _curves(
+    model: nn.Module,
+    config: PruningConfig,
+    sites: Sequence[Site],
+    batches: Batches,
+    progress: bool,
+    cache_bytes: int,
+) -> tuple[dict[str, Curve], dict[str, Curve]]:
+    """For each site what losing units costs, by which sites compete, and the order in which its own units go."""
+    if not sites:
+        return {}, {}
+    if config.criterion == "reconstruction":
+        curves = reconstruction_curves(model, config, sites, batches, progress, cache_bytes)
+        return curves, curves
+    if config.criterion in ("fisher", "taylor"):
+        statistics = gate_statistics(model, sites, batches, config.seed, progress)
+        if config.criterion == "taylor":
+            curves = {name: additive_curve(found.absolute) for name, found in statistics.items()}
+            return curves, curves
+        curves, orders = {}, {}
+        for name, found in statistics.items():
+            pairs = found.fisher.dim() == 2
+            curves[name] = additive_curve(found.fisher.diagonal() if pairs else found.fisher)
+            orders[name] = fisher_curve(found.fisher) if pairs else curves[name]
+        return curves, orders
+    parameters = dict(model.named_parameters())
+    curves = {}
+    for site in sites:
+        if config.criterion == "random":
+            generator = torch.Generator().manual_seed(zlib.crc32(f"{config.seed}:{site.name}".encode()))
+            scores = torch.rand(site.units, generator=generator) * site.parameters_per_unit(parameters)
+        else:
+            squares = [p.by_unit(model.get_parameter(p.name).detach().float(), site.units) for p in site.parts]
+            scores = torch.stack([square.square().sum(1) for square in squares]).sum(0)
+        curves[site.name] = additive_curve(scores)
+    return curves, curves
+
+
+def _layer_losses(
+    model: nn.Module, config: PruningConfig, layers: Mapping[str, Any], batches: Batches, progress: bool
+) -> dict[str, float]:
+    modules = {name: model.get_submodule(name) for name in layers}
+    if not modules:
+        return {}
+    if config.learns_units:
+        return layer_losses(model, modules, batches, progress)
+    if config.criterion == "random":
+        generator = torch.Generator().manual_seed(config.seed)
+        draws = torch.rand(len(modules), generator=generator).tolist()
+        sizes = [sum(p.numel() for p in module.parameters()) for module in modules.values()]
+        return {name: draw * size for name, draw, size in zip(modules, draws, sizes, strict=True)}
+    return {n: sum(float(p.detach().float().square().sum()) for p in m.parameters()) for n, m in modules.items()}
+
+
+# --- how much goes ----------------------------------------------------------------------------------------
+
+
+def _meet_budget(
+    model: nn.Module,
+    config: PruningConfig,
+    plan: UnitPlan,
+    lists: Sequence[LayerList],
+    solve: Callable[[Costs, float], Choice],
+) -> tuple[Choice, SpeedRecord | None]:
+    costs, layers = plan.parameters, plan.layers
+    dense = costs.total({}, (), layers)
+    if config.target_speedup is not None:
+        return _meet_speedup(model, config, plan, lists, solve)
+    if config.target_flops is not None:
+        inputs = workload_inputs(model, config.workload)
+        costs = measured_costs(model, plan.sites, lists, layers, lambda models: flops(models, inputs), linear=True)
+        return solve(costs, config.target_flops * costs.total({}, (), layers)), None
+    if config.target_params is not None:
+        return solve(costs, config.target_params * dense), None
+    assert config.sparsity is not None
+    prunable = dense - costs.base if layers else sum(float(c[-1]) for c in costs.sites.values())
+    return solve(costs, dense - config.sparsity * prunable), None
+
+
+def _meet_speedup(
+    model: nn.Module,
+    config: PruningConfig,
+    plan: UnitPlan,
+    lists: Sequence[LayerList],
+    solve: Callable[[Costs, float], Choice],
+) -> tuple[Choice, SpeedRecord]:
+    """Sizes whose measured speed-up is what was asked for: the budget is corrected until it is."""
+    assert config.target_speedup is not None
+    inputs = workload_inputs(model, config.workload)
+    costs = latency_costs(model, plan.sites, lists, plan.layers, inputs)
+    dense = costs.total({}, (), plan.layers)
+    budget = dense / config.target_speedup
+    best: tuple[float, Choice, SpeedRecord] | None = None
+    slow, fast = None, None  # (logarithm of a budget, of how far off it was), on either side of what was asked for
+    for _ in range(_TRIES):
+        choice = solve(costs, budget)
+        twin = variant(
+            model, {n: k for n, k in choice.kept.items() if not _in_layers(plan, n, choice)}, [*choice.layers]
+        )
+        record = measured_speedup(model, twin, inputs, config.workload)
+        predicted = dense / costs.total(choice.kept, choice.layers, plan.layers)
+        record = record.with_prediction(config.target_speedup, predicted)
+        miss = abs(record.measured / config.target_speedup - 1)
+        if best is None or miss < best[0]:
+            best = (miss, choice, record)
+        if miss <= _CLOSE:
+            break
+        off = math.log(record.measured / config.target_speedup)
+        slow, fast = ((math.log(budget), off), fast) if off < 0 else (slow, (math.log(budget), off))
+        if slow is not None and fast is not None:
+            part = min(0.9, max(0.1, -slow[1] / (fast[1] - slow[1])))
+            budget = math.exp(slow[0] + part * (fast[0] - slow[0]))
+        else:
+            budget *= record.measured / config.target_speedup
+    assert best is not None
+    return best[1], best[2]
+
+
+def _in_layers(plan: UnitPlan, site: str, choice: Choice) -> bool:
+    return any(site in plan.layers[layer] for layer in choice.layers)
