@@ -15,7 +15,7 @@ import typer
 
 from hf_prune import __version__
 from hf_prune.calibration_data import POLISH_SAMPLES, LabelledData, TextData
-from hf_prune.config import ALLOCATIONS, OBJECTIVES, POLISHES, REPAIRS, SCOPES, PruningConfig
+from hf_prune.config import ALLOCATIONS, OBJECTIVES, POLISHES, REPAIRS, SCOPES, UNIT_KINDS, PruningConfig
 from hf_prune.errors import ConfigError, DataError, HfPruneError
 from hf_prune.registry import CRITERIA, GRANULARITIES
 from hf_prune.sources import check_data_source, check_model_source, check_text_source, is_language_model, model_class
@@ -70,7 +70,13 @@ BatchSize = Annotated[int, typer.Option(min=1, help="Sentences scored at once.")
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of text.")]
 Restart = Annotated[bool, typer.Option("--restart", help="Measure everything anew instead of resuming.")]
 Config = Annotated[Path | None, typer.Option(help="JSON file with a PruningConfig; other options override it.")]
-Granularity = Annotated[str | None, typer.Option(help="unstructured, N:M (2:4) or block:RxC (block:16x1).")]
+Granularity = Annotated[
+    str | None,
+    typer.Option(
+        help="unstructured, N:M (2:4), block:RxC (block:16x1); or what is taken out as a whole, one or several of "
+        f"{','.join(UNIT_KINDS)}."
+    ),
+]
 Scope = Annotated[str | None, typer.Option(help=f"{', '.join(SCOPES)}: which weights compete.")]
 Allocation = Annotated[
     str | None,
@@ -189,6 +195,28 @@ def prune(
     ] = None,
     batch_size: BatchSize = 32,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and change nothing.")] = False,
+    target_params: Annotated[
+        float | None, typer.Option(help="Instead of --sparsity, for head, neuron, layer: the share of parameters left.")
+    ] = None,
+    target_flops: Annotated[
+        float | None, typer.Option(help="The same for the operations of a forward pass on the workload.")
+    ] = None,
+    target_speedup: Annotated[
+        float | None, typer.Option(help="The same: how many times as fast on the workload, measured on this machine.")
+    ] = None,
+    workload: Annotated[
+        str | None,
+        typer.Option(help="Batch size x tokens that --target-flops and --target-speedup mean. [default: 1x128]"),
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Threads of PyTorch, also while times are measured. [default: its own]")
+    ] = None,
+    round_to: Annotated[
+        int | None, typer.Option(min=1, help="Numbers of heads and neurons left are multiples of this. [default: 1]")
+    ] = None,
+    no_shrink: Annotated[
+        bool, typer.Option("--no-shrink", help="Leave pruned heads and neurons in, as masks and zeros.")
+    ] = False,
     plots: Annotated[bool, typer.Option("--plots", help="Also write weights.png and layers.png.")] = False,
     stream: Annotated[
         bool,
@@ -230,14 +258,26 @@ def prune(
         steps=steps,
         polish=polish,
         seed=seed,
+        target_params=target_params,
+        target_flops=target_flops,
+        target_speedup=target_speedup,
+        workload=None if workload is None else _workload(workload),
+        round_to=round_to,
     )
+    if no_shrink and not settings.removes_units:
+        raise ConfigError(f"--no-shrink is for head, neuron and layer, not for granularity {settings.granularity!r}")
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
     if stream:
         from hf_prune.stream import check_streamable
 
         check_streamable(settings)
     of_language = max_drop is None and is_language_model(model_class(model))
     source = data or (_WIKITEXT if of_language else _SST2)
-    if (settings.learns_allocation if dry_run else settings.needs_data) or max_drop is not None:
+    learns = settings.learns_allocation or settings.learns_units
+    if (learns if dry_run else settings.needs_data) or max_drop is not None:
         (check_text_source if of_language else check_data_source)(source)
     from hf_prune.distributed import is_first
     from hf_prune.stream import plan_stream
@@ -247,10 +287,8 @@ def prune(
     labelled = LabelledData(source, columns, label_column, calibration_split, calibration_samples)
     texts = TextData(source, text_column or "text", calibration_split, calibration_samples, window)
     if out is None or dry_run:
-        if stream:
-            plan = plan_stream(model, settings)
-        else:
-            plan = plan_checkpoint(model, settings, data=texts if of_language else labelled)
+        chosen = texts if of_language else labelled
+        plan = plan_stream(model, settings) if stream else plan_checkpoint(model, settings, data=chosen)
         typer.echo(json.dumps(plan.to_dict(), indent=2) if as_json else str(plan))
         return
     if stream:
@@ -265,6 +303,7 @@ def prune(
             data=texts if of_language else labelled,
             polish_samples=polish_samples,
             plots=plots,
+            shrink=not no_shrink,
         )
         text, values = str(report), report.to_dict()
     else:
@@ -532,6 +571,8 @@ def _config(path: Path | None, **settings: Any) -> PruningConfig:
     for key in ("target_modules", "exclude_modules"):
         if key in values:
             values[key] = _modules(values[key])
+    if "," in values.get("granularity", ""):
+        values["granularity"] = _names(values["granularity"])
     if "=" in values.get("allocation", ""):
         pairs = [pair.partition("=") for pair in _names(values["allocation"])]
         values["allocation"] = {name: _numbers(f"--allocation {name}", value)[0] for name, _, value in pairs}
@@ -567,6 +608,14 @@ def _numbers(option: str, text: str) -> list[float]:
         return [float(part) for part in text.split(",")]
     except ValueError:
         raise ConfigError(f"{option} is {text!r}: expected numbers separated by commas, such as 0.3,0.5") from None
+
+
+def _workload(text: str) -> dict[str, int]:
+    """What ``"32x64"`` spells."""
+    batch, _, length = text.partition("x")
+    if not (batch.isdigit() and length.isdigit()):
+        raise ConfigError(f"--workload is {text!r}: expected the batch size and the number of tokens, such as 32x64")
+    return {"batch_size": int(batch), "length": int(length)}
 
 
 def _say_if_continuing(out: Path, restart: bool) -> None:

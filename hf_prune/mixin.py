@@ -24,6 +24,7 @@ from hf_prune.pipeline import prune
 from hf_prune.plan import PruningPlan
 from hf_prune.report import SparsityReport, sparsity_report
 from hf_prune.shrinking import shrink_modules
+from hf_prune.unit_plan import UnitPlan
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 Self = TypeVar("Self", bound="PrunedModelMixin")
@@ -61,13 +62,12 @@ class PrunedModelMixin(nn.Module):
         calibration: Batches | None = None,
         progress: bool = False,
         **settings: Any,
-    ) -> PruningPlan:
+    ) -> PruningPlan | UnitPlan:
         """What :meth:`prune` would do with these settings; nothing is changed.
 
         Args:
             config: The settings, or just the sparsity.
-            calibration: Batches, for allocations that are learned from data; without them the plan leaves open how
-                much each weight loses.
+            calibration: Batches, for what is learned from data; without them the plan leaves it open.
             progress: Show a progress bar while calibrating.
             **settings: Fields of :class:`PruningConfig`.
 

@@ -40,7 +40,7 @@ def prune(
     cache_bytes: int = ...,
     polish_data: Batches | None = ...,
     **settings: Any,
-) -> PruningPlan: ...
+) -> PruningPlan | UnitPlan: ...
 
 
 @overload

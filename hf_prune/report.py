@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from hf_prune.config import PruningConfig
 from hf_prune.errors import HfPruneError
 from hf_prune.masking import MaskStore
+from hf_prune.structure_report import StructureReport
 from hf_prune.tables import format_count, format_table
 from hf_prune.targets import Target, resolve_targets
 
@@ -85,11 +86,13 @@ class SparsityReport:
         model_name: The model's class.
         tensors: Every parameter once, tied ones under their first name.
         polish: What each training after a pruning did, in one sentence; empty if there was none.
+        structure: What is left after what was pruned as a whole was taken out; None if nothing was.
     """
 
     model_name: str
     tensors: tuple[TensorReport, ...]
     polish: str = ""
+    structure: StructureReport | None = None
 
     @property
     def targets(self) -> tuple[TensorReport, ...]:
@@ -172,6 +175,7 @@ class SparsityReport:
             "nm_patterns": list(self.nm_patterns),
             "bytes": self.bytes,
             "polish": self.polish,
+            "structure": None if self.structure is None else self.structure.to_dict(),
             "tensors": [{**dataclasses.asdict(t), "sparsity": t.sparsity} for t in self.tensors],
         }
 
@@ -206,6 +210,8 @@ class SparsityReport:
             for t in self.targets
         ]
         table = format_table(header, rows, left=2)
+        if self.structure is not None:
+            return f"{self.structure}\nBefore that: {self.summary().splitlines()[0]}"
         return "\n".join([f"Sparsity of {self.model_name}", table, "", self._values(), "", self.summary()])
 
     def summary(self) -> str:
@@ -223,7 +229,10 @@ class SparsityReport:
             lines.append(f"N:M: every target satisfies {', '.join(self.nm_patterns)}.")
         if self.polish:
             lines.append(self.polish)
-        lines.append(f"Size: {format_count(self.bytes)}B dense; zeros are stored like any other number.")
+        if self.structure is not None:
+            lines.append(self.structure.summary())
+        else:
+            lines.append(f"Size: {format_count(self.bytes)}B dense; zeros are stored like any other number.")
         return "\n".join(lines)
 
 

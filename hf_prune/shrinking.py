@@ -52,8 +52,11 @@ def shrink_modules(model: Model) -> Model:
     changes = _resized(model, sites, kept)
     _commit(model, sites, kept, changes)
     renamed = _remove_layers(model, lists, gone)
+    speed = store.speed if (store := MaskStore.of(model)) is not None else None
     _update_store(model, sites, kept, gone, renamed)
     _record(model, before, units, kept, lists, gone, renamed)
+    if speed is not None and (record := getattr(model.config, RECORD, None)) is not None:
+        record["speed"] = speed.to_dict()
     simplify_config(model)
     return model
 

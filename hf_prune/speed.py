@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,10 +16,12 @@ from hf_prune.running import eval_mode
 from hf_prune.sites import LayerList, Site
 from hf_prune.timing import quantile, speedup, time_together
 from hf_prune.unit_budget import Costs
-from hf_prune.unit_costs import measured_costs
+from hf_prune.unit_costs import COARSE, FINE, measured_costs
 
 _TABLE_SECONDS = 12.0  # for a table of times, if its rounds allow it
 _CHECK_SECONDS = 3.0
+_SLOW = 0.1  # seconds of a forward pass from which on fewer sizes are measured
+_QUANTILE = 0.1  # of the times of one size: what else the machine does only ever makes it slower
 _FAR = 0.1  # share by which a measured speed-up may miss the predicted one before that is said
 
 
@@ -120,7 +123,7 @@ def latency_costs(
     layers: Mapping[str, Sequence[str]],
     inputs: Mapping[str, Any],
 ) -> Costs:
-    """Seconds of a forward pass on this machine as a function of the sizes: medians of interleaved runs.
+    """Seconds of a forward pass on this machine as a function of the sizes, from interleaved runs.
 
     Args:
         model: The model.
@@ -129,14 +132,18 @@ def latency_costs(
         layers: The sites in each layer that may go as a whole, by its name.
         inputs: Keyword arguments of a forward pass.
     """
+    start = time.perf_counter()
+    with eval_mode(model):
+        forward(model, inputs)()
+    slow = time.perf_counter() - start > _SLOW
 
     def measure(models: Mapping[str, nn.Module]) -> dict[str, float]:
         with eval_mode(model):
             runs = {name: forward(each, inputs) for name, each in models.items()}
-            found = time_together(runs, rounds=60, warmup=2, seconds=_TABLE_SECONDS)
-        return {name: quantile(times.wall, 0.5) for name, times in found.items()}
+            found = time_together(runs, rounds=60, warmup=1 if slow else 2, seconds=_TABLE_SECONDS)
+        return {name: quantile(times.wall, _QUANTILE) for name, times in found.items()}
 
-    return measured_costs(model, sites, lists, layers, measure)
+    return measured_costs(model, sites, lists, layers, measure, COARSE if slow else FINE)
 
 
 def measured_speedup(

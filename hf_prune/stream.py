@@ -134,6 +134,11 @@ def check_streamable(config: PruningConfig) -> None:
     Raises:
         ConfigError: If they cannot.
     """
+    if config.removes_units:
+        raise ConfigError(
+            f"granularity {config.granularity} needs the whole model in memory: expected 'unstructured', N:M or "
+            f"'block:RxC', or prune without streaming"
+        )
     if config.needs & GRADIENTS:
         able = [name for name in CRITERIA.names() if not CRITERIA.get(name).needs & (GRADIENTS | CURVATURE)]
         raise ConfigError(

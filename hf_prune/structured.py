@@ -14,13 +14,13 @@ from hf_prune.bypass import bypass, is_bypassed, restore
 from hf_prune.calibration import collect_stats
 from hf_prune.config import PruningConfig
 from hf_prune.dense_outputs import DenseOutputs
-from hf_prune.errors import CalibrationError
 from hf_prune.masking import MaskStore, Undo
 from hf_prune.polish import polish
 from hf_prune.scoring import agreed_masks
+from hf_prune.sensitivity import Sensitivity
 from hf_prune.sequential import prune_in_order
-from hf_prune.unit_plan import UnitPlan, make_unit_plan
-from hf_prune.unit_reconstruction import consumer_plan
+from hf_prune.unit_plan import UnitPlan, choose_units, unit_batches
+from hf_prune.unit_reconstruction import inner_plan, repaired_weights
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -37,8 +37,8 @@ def prune_units(
 ) -> Model:
     """Mask heads, neurons and layers of a model, in place; see :func:`hf_prune.prune`.
 
-    A head or neuron that goes has all its weights and biases masked. With ``repair="least_squares"`` the matrices that
-    consume what is left are solved anew, layer by layer. A layer that goes is bypassed as well.
+    A head or neuron that goes has all its weights and biases masked. With ``repair="least_squares"`` what is left of
+    the matrices is solved anew, layer by layer. A layer that goes is bypassed as well.
 
     Raises:
         ArchitectureError: If nobody has said where the units of such a model are.
@@ -50,25 +50,20 @@ def prune_units(
     store.check(model)
     if keep_dense:
         store.check_dense()
-    if calibration is None and (config.learns_units or config.repair is not None):
-        who = f"criterion {config.criterion!r}" if config.learns_units else f"repair={config.repair!r}"
-        raise CalibrationError(
-            f"{who} needs calibration data, and got none: pass calibration=batches, an iterable of dicts with the "
-            f"model's inputs"
-        )
-    batches = None if calibration is None else list(calibration)
-    plan = make_unit_plan(model, config, batches, progress, cache_bytes)
-    masks = unit_masks(model, plan)
-    consumers = _consumers(model, plan, masks)
+    batches = unit_batches(config, calibration, polish_data)
     with ExitStack() as context:
+        plan, sensitivity = choose_units(model, config, batches, progress, cache_bytes)
+        if sensitivity is not None:
+            context.callback(sensitivity.close)
+        masks = unit_masks(model, plan)
+        repaired = repaired_weights(model, config, [site for site in plan.sites if not plan.is_gone(site)])
         undo = context.enter_context(Undo(model, in_memory=keep_dense or store.dense is not None))
         dense = None
         if config.polish is not None:
-            inner = consumer_plan(model, config, consumers)
+            inner = inner_plan(model, config, [name for name in plan.weights if model.get_parameter(name).numel()])
             cache_bytes //= 2  # one half for the polish, one for the repair
             data = batches if polish_data is None else list(polish_data)
-            if not data:
-                raise CalibrationError("polish needs calibration data, and got none: pass calibration=batches")
+            assert data is not None
             dense = context.enter_context(DenseOutputs(model, inner, data, cache_bytes, progress))
         assert plan.choice is not None
         gone = [layer for layer in map(model.get_submodule, sorted(plan.choice.layers)) if not is_bypassed(layer)]
@@ -76,8 +71,8 @@ def prune_units(
         for layer in gone:
             bypass(layer)
             switched.callback(restore, layer)
-        if config.repair is not None and consumers:
-            _repair(model, config, consumers, masks, batches, store, undo, progress, cache_bytes)
+        if repaired:
+            _repair(model, config, repaired, masks, batches, store, undo, progress, cache_bytes, sensitivity)
         undo.write(masks, {})
         record = None
         if dense is not None:
@@ -94,34 +89,25 @@ def prune_units(
 def _repair(
     model: nn.Module,
     config: PruningConfig,
-    consumers: list[str],
+    names: list[str],
     masks: Mapping[str, Tensor],
     batches: Batches | None,
     store: MaskStore,
     undo: Undo,
     progress: bool,
     cache_bytes: int,
+    sensitivity: Sensitivity | None,
 ) -> None:
-    given = {name: masks[name] for name in consumers}
+    given = {name: masks[name] for name in names}
     size = sum(mask.numel() for mask in given.values())
-    old = sum(int((~store.masks[name]).sum()) for name in consumers if name in store.masks)
+    old = sum(int((~store.masks[name]).sum()) for name in names if name in store.masks)
     gone = sum(int((~mask).sum()) for mask in given.values())
-    plan = consumer_plan(model, config, consumers, max(gone, old) / size)
+    plan = inner_plan(model, config, names, max(gone, old) / size)
     if config.calibration_order == "sequential":
-        prune_in_order(model, plan, batches, store.masks, undo, progress, cache_bytes, given=given)
+        prune_in_order(model, plan, batches, store.masks, undo, progress, cache_bytes, sensitivity, given)
     else:
         found, weights = agreed_masks(model, plan, collect_stats(model, plan, batches, progress), store.masks, given)
         undo.write(found, weights)
-
-
-def _consumers(model: nn.Module, plan: UnitPlan, masks: Mapping[str, Tensor]) -> list[str]:
-    """Matrices that consume what is left of a site, whether or not it lost something: what flows in has changed."""
-    return [
-        part.name
-        for site in plan.sites
-        for part in site.consumers
-        if not plan.is_gone(site) and model.get_parameter(part.name).numel()
-    ]
 
 
 def unit_masks(model: nn.Module, plan: UnitPlan) -> dict[str, Tensor]:

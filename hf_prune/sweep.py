@@ -34,6 +34,7 @@ from hf_prune.plots import plot_tradeoff, save_figure
 from hf_prune.registry import parse_granularity
 from hf_prune.report import sparsity_report
 from hf_prune.tables import format_table
+from hf_prune.unit_plan import UnitPlan, unit_batches
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -341,7 +342,7 @@ def check_points(
     configs: Iterable[PruningConfig],
     calibration: Batches | None,
     polish_data: Batches | None = None,
-) -> list[PruningPlan]:
+) -> list[PruningPlan | UnitPlan]:
     """The plans of all points, before any is measured.
 
     Raises:
@@ -353,7 +354,9 @@ def check_points(
     plans = [prune(model, config, dry_run=True, polish_data=polish_data) for config in configs]
     for plan in plans if calibration is None else []:
         polished = plan.config.polish is not None and polish_data is None
-        if plan.needs or plan.config.learns_allocation or polished:
+        if isinstance(plan, UnitPlan):
+            unit_batches(plan.config, calibration, polish_data)  # refuses
+        elif plan.needs or plan.config.learns_allocation or polished:
             require_batches(plan, calibration)  # refuses
     return plans
 

@@ -21,8 +21,9 @@ from hf_prune.shrinking import resize, take_out_layers
 from hf_prune.sites import LayerList, Site
 from hf_prune.unit_budget import Costs
 
-HEAD_SHARES = (0.0, 0.25, 0.5, 0.75)
-NEURON_SHARES = (0.0, 0.0625, 0.125, 0.25, 0.5, 0.75)
+FINE = {"head": (0.0, 0.25, 0.5, 0.75), "neuron": (0.0, 0.0625, 0.125, 0.25, 0.5, 0.75)}
+COARSE = {"head": (0.0, 0.5), "neuron": (0.0, 0.125, 0.5)}  # where a forward pass takes long
+LINEAR = {"head": (0.0,), "neuron": (0.0,)}  # where the cost grows evenly with every unit
 
 Measure = Callable[[Mapping[str, nn.Module]], Mapping[str, float]]
 
@@ -52,7 +53,7 @@ def measured_costs(
     lists: Sequence[LayerList],
     layers: Mapping[str, Sequence[str]],
     measure: Measure,
-    linear: bool = False,
+    shares: Mapping[str, Sequence[float]] = FINE,
 ) -> Costs:
     """Any cost of whole models as a function of the sizes of their sites.
 
@@ -65,7 +66,7 @@ def measured_costs(
         lists: The stacks of layers of the model.
         layers: The sites in each layer that may go as a whole, by its name.
         measure: Gives the cost of each of some models.
-        linear: Whether the cost grows evenly with every unit, so that two sizes tell all.
+        shares: At which shares of their units sites of each kind are measured, besides all of them.
     """
     groups: dict[tuple[str, str], list[Site]] = {}
     for site in sites:
@@ -74,8 +75,7 @@ def measured_costs(
     variants: dict[str, nn.Module] = {"all": model}
     points: dict[tuple[str, str], list[tuple[float, str]]] = {}
     for group, members in groups.items():
-        shares = (0.0,) if linear else HEAD_SHARES if group[1] == "head" else NEURON_SHARES
-        for share in shares:
+        for share in shares[group[1]]:
             kept = {site.name: max(site.minimum, round(share * site.units)) for site in members}
             name = f"{group[0]} {group[1]} {share}"
             variants[name] = variant(model, kept)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -11,17 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_prune.activations import CACHE_BYTES, Batches
+from hf_prune.activations import CACHE_BYTES, NO_BATCHES, Batches
 from hf_prune.config import PruningConfig
-from hf_prune.distributed import from_first
+from hf_prune.distributed import all_or_none, check_same_batches, from_first
 from hf_prune.errors import CalibrationError, PlanError
 from hf_prune.plan import refuse_infinite
+from hf_prune.sensitivity import Sensitivity
 from hf_prune.sites import LayerList, Site, find_sites, layer_lists
 from hf_prune.speed import SpeedRecord, latency_costs, measured_speedup, workload_inputs
 from hf_prune.tables import format_table
 from hf_prune.targets import module_matches
 from hf_prune.unit_budget import Choice, Costs, allowed_sizes, least_loss, uniform
-from hf_prune.unit_costs import flops, measured_costs, parameter_costs, variant
+from hf_prune.unit_costs import LINEAR, flops, measured_costs, parameter_costs, variant
 from hf_prune.unit_curves import Curve, additive_curve, fisher_curve
 from hf_prune.unit_reconstruction import reconstruction_curves
 from hf_prune.unit_statistics import gate_statistics, layer_losses
@@ -53,6 +55,11 @@ class UnitPlan:
     choice: Choice | None
     kept: Mapping[str, Tensor]
     speed: SpeedRecord | None = None
+
+    @property
+    def weights(self) -> list[str]:
+        """Names of the weight matrices that may lose units."""
+        return list(dict.fromkeys(p.name for site in self.sites for p in site.parts if p.name.endswith(".weight")))
 
     @property
     def parameters_before(self) -> int:
@@ -131,6 +138,20 @@ def make_unit_plan(
     progress: bool = False,
     cache_bytes: int = CACHE_BYTES,
 ) -> UnitPlan:
+    """:func:`choose_units`, where the plan is all that is wanted."""
+    plan, sensitivity = choose_units(model, config, calibration, progress, cache_bytes)
+    if sensitivity is not None:
+        sensitivity.close()
+    return plan
+
+
+def choose_units(
+    model: nn.Module,
+    config: PruningConfig,
+    calibration: Batches | None = None,
+    progress: bool = False,
+    cache_bytes: int = CACHE_BYTES,
+) -> tuple[UnitPlan, Sensitivity | None]:
     """Choose which heads, neurons and layers go; the model is not changed.
 
     Args:
@@ -139,6 +160,9 @@ def make_unit_plan(
         calibration: Batches, for criteria that learn from them; without them the choice is left open.
         progress: Show progress bars.
         cache_bytes: See :func:`hf_prune.prune`.
+
+    Returns:
+        The plan, and how much the predictions depend on what where that was measured; to be closed.
 
     Raises:
         ArchitectureError: If nobody has said where the units of such a model are.
@@ -151,11 +175,9 @@ def make_unit_plan(
     refuse_infinite({p.name: model.get_parameter(p.name).detach() for site in sites for p in site.parts})
     plan = UnitPlan(config, type(model).__name__, tuple(sites), layers, parameters, None, {})
     if config.learns_units and calibration is None:
-        return plan
-    batches = list(calibration) if calibration is not None and config.learns_units else []
-    if config.learns_units and not batches:
-        raise CalibrationError("calibration has no batches: expected at least one; a used-up generator yields none")
-    curves, orders = _curves(model, config, sites, batches, progress, cache_bytes)
+        return plan, None
+    batches = unit_batches(config, calibration) or []
+    curves, sensitivity = _curves(model, config, sites, batches, progress, cache_bytes)
     of_layers = _layer_losses(model, config, layers, batches, progress)
     sizes = {site.name: allowed_sizes(site.units, site.minimum, config.round_to) for site in sites}
     losses = {name: curve.losses.flip(0).numpy() for name, curve in curves.items()}
@@ -168,8 +190,38 @@ def make_unit_plan(
         return _agreed(found)
 
     choice, speed = _meet_budget(model, config, plan, lists, solve)
-    kept = {name: orders[name].kept(n) for name, n in choice.kept.items() if n < len(orders[name].order)}
-    return UnitPlan(config, plan.model_name, plan.sites, layers, parameters, choice, kept, speed)
+    kept = {name: curves[name].kept(n) for name, n in choice.kept.items() if n < len(curves[name].order)}
+    return UnitPlan(config, plan.model_name, plan.sites, layers, parameters, choice, kept, speed), sensitivity
+
+
+def unit_batches(
+    config: PruningConfig, calibration: Batches | None, polish_data: Batches | None = None
+) -> list[Mapping[str, Any]] | None:
+    """The batches as a list, if there are any; the same ones in every process.
+
+    Args:
+        config: The settings, which may need them.
+        calibration: The batches.
+        polish_data: Those of a polish, if others.
+
+    Raises:
+        CalibrationError: If they are needed and missing, or the processes have different ones.
+    """
+    with all_or_none():
+        batches = None if calibration is None else list(calibration)
+        who = f"criterion {config.criterion!r}" if config.learns_units else ""
+        who = who or (f"repair={config.repair!r}" if config.repair is not None else "")
+        who = who or ("polish" if config.polish is not None and polish_data is None else "")
+        if who and batches is None:
+            raise CalibrationError(
+                f"{who} needs calibration data, and got none: pass calibration=batches, an iterable of dicts with the "
+                f"model's inputs"
+            )
+        if who and not batches:
+            raise CalibrationError(NO_BATCHES)
+    if batches is not None:
+        check_same_batches(batches)
+    return batches
 
 
 def _agreed(choice: Choice) -> Choice:
@@ -219,24 +271,17 @@ def _curves(
     batches: Batches,
     progress: bool,
     cache_bytes: int,
-) -> tuple[dict[str, Curve], dict[str, Curve]]:
-    """For each site what losing units costs, by which sites compete, and the order in which its own units go."""
+) -> tuple[dict[str, Curve], Sensitivity | None]:
+    """For each site the order in which its units go and what that costs, and what was measured on the way."""
     if not sites:
-        return {}, {}
+        return {}, None
     if config.criterion == "reconstruction":
-        curves = reconstruction_curves(model, config, sites, batches, progress, cache_bytes)
-        return curves, curves
+        return reconstruction_curves(model, config, sites, batches, progress, cache_bytes)
     if config.criterion in ("fisher", "taylor"):
         statistics = gate_statistics(model, sites, batches, config.seed, progress)
         if config.criterion == "taylor":
-            curves = {name: additive_curve(found.absolute) for name, found in statistics.items()}
-            return curves, curves
-        curves, orders = {}, {}
-        for name, found in statistics.items():
-            pairs = found.fisher.dim() == 2
-            curves[name] = additive_curve(found.fisher.diagonal() if pairs else found.fisher)
-            orders[name] = fisher_curve(found.fisher) if pairs else curves[name]
-        return curves, orders
+            return {name: additive_curve(found.absolute) for name, found in statistics.items()}, None
+        return {name: _fisher_curve(found.fisher, config) for name, found in statistics.items()}, None
     parameters = dict(model.named_parameters())
     curves = {}
     for site in sites:
@@ -247,7 +292,18 @@ def _curves(
             squares = [p.by_unit(model.get_parameter(p.name).detach().float(), site.units) for p in site.parts]
             scores = torch.stack([square.square().sum(1) for square in squares]).sum(0)
         curves[site.name] = additive_curve(scores)
-    return curves, curves
+    return curves, None
+
+
+def _fisher_curve(fisher: Tensor, config: PruningConfig) -> Curve:
+    """Sites compete by the diagonal, and pairs rearrange the units of one site (Kwon et al. 2022).
+
+    Not if a repair follows: it can make up for one of two units that do the same, but not for both.
+    """
+    if fisher.dim() == 1:
+        return additive_curve(fisher)
+    curve = additive_curve(fisher.diagonal())
+    return curve if config.repair is not None else dataclasses.replace(curve, order=fisher_curve(fisher).order)
 
 
 def _layer_losses(
@@ -282,7 +338,7 @@ def _meet_budget(
         return _meet_speedup(model, config, plan, lists, solve)
     if config.target_flops is not None:
         inputs = workload_inputs(model, config.workload)
-        costs = measured_costs(model, plan.sites, lists, layers, lambda models: flops(models, inputs), linear=True)
+        costs = measured_costs(model, plan.sites, lists, layers, lambda models: flops(models, inputs), LINEAR)
         return solve(costs, config.target_flops * costs.total({}, (), layers)), None
     if config.target_params is not None:
         return solve(costs, config.target_params * dense), None

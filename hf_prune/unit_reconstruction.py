@@ -12,7 +12,7 @@ from hf_prune.config import PruningConfig
 from hf_prune.errors import PlanError
 from hf_prune.layer_budgets import weighted_grams
 from hf_prune.plan import PruningPlan, make_plan
-from hf_prune.sensitivity import measure_sensitivity
+from hf_prune.sensitivity import Sensitivity, measure_sensitivity
 from hf_prune.sites import Site
 from hf_prune.unit_curves import Curve, reconstruction_curve
 
@@ -24,7 +24,7 @@ def reconstruction_curves(
     batches: Batches,
     progress: bool,
     cache_bytes: int,
-) -> dict[str, Curve]:
+) -> tuple[dict[str, Curve], Sensitivity]:
     """See :func:`hf_prune.unit_curves.reconstruction_curve`; inputs and outputs are weighed by squared gradients.
 
     Args:
@@ -34,6 +34,9 @@ def reconstruction_curves(
         batches: Calibration batches.
         progress: Show progress bars.
         cache_bytes: See :func:`hf_prune.prune`.
+
+    Returns:
+        The curves by site, and how much the predictions depend on what, also for the repair; to be closed.
 
     Raises:
         PlanError: If several matrices consume the units of a site, as where all layers share their heads.
@@ -46,23 +49,46 @@ def reconstruction_curves(
             )
     by_weight = {site.consumers[0].name: site for site in sites}
     curves: dict[str, Curve] = {}
-    plan = consumer_plan(model, config, list(by_weight))
-    with InputReader(model, plan, batches, cache_bytes=cache_bytes // 2) as reader:
+    plan = inner_plan(model, config, repaired_weights(model, config, sites) or list(by_weight))
+    cache_bytes //= 4  # the sensitivities stay for the repair, as one of the four shelves that it keeps
+    with InputReader(model, plan, batches, cache_bytes=cache_bytes) as reader:
         steps = reader.order()
-        sensitivity = measure_sensitivity(reader, config.seed, progress, cache_bytes // 2)
+        sensitivity = measure_sensitivity(reader, config.seed, progress, cache_bytes)
         try:
             for step in steps:
-                for tensor, gram in weighted_grams(reader, step, sensitivity):
+                consumers = [tensor for tensor in step if tensor.target.name in by_weight]
+                for tensor, gram in weighted_grams(reader, consumers, sensitivity) if consumers else ():
                     target, site = tensor.target, by_weight[tensor.target.name]
                     weight = target.matrix(model.get_parameter(target.name).detach())
                     curves[site.name] = reconstruction_curve(weight, gram, sensitivity.outputs[target.name], site.units)
-        finally:
+        except BaseException:
             sensitivity.close()
-    return curves
+            raise
+    return curves, sensitivity
 
 
-def consumer_plan(model: nn.Module, config: PruningConfig, names: Sequence[str], sparsity: float = 0.0) -> PruningPlan:
-    """A plan whose targets are the matrices that consume units, with the repair of the config.
+def repaired_weights(model: nn.Module, config: PruningConfig, sites: Sequence[Site]) -> list[str]:
+    """Names of the matrices that a repair solves anew; none without a repair.
+
+    With the objective "loss" all of them: those that make the units aim at what the dense model put out. With the
+    objective "layer" only those that consume the units: others would learn to make up for inputs that have changed for
+    good, and what they add goes wrong by more and more from layer to layer.
+
+    Args:
+        model: The model.
+        config: The settings.
+        sites: Those that may lose units.
+    """
+    if config.repair is None:
+        return []
+    parts = [p for s in sites for p in (s.parts if config.objective == "loss" else s.consumers)]
+    weights = dict.fromkeys(p.name for p in parts if p.name.endswith(".weight") and model.get_parameter(p.name).numel())
+    embeddings = {f"{name}.weight" for name, m in model.named_modules() if isinstance(m, nn.Embedding)}
+    return [name for name in weights if name not in embeddings]
+
+
+def inner_plan(model: nn.Module, config: PruningConfig, names: Sequence[str], sparsity: float = 0.0) -> PruningPlan:
+    """A plan whose targets are matrices of sites, with the repair of the config.
 
     Args:
         model: The model.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -28,8 +29,10 @@ from hf_prune.plots import plot_layer_sparsity, plot_weight_histogram, save_figu
 from hf_prune.report import SparsityReport, WeightHistogram, sparsity_report, weight_histogram
 from hf_prune.sources import check_model_source, is_language_model
 from hf_prune.stream import check_streamable, prune_stream
+from hf_prune.structure_report import structure_report
 from hf_prune.sweep import SweepResult, run_sweep
 from hf_prune.texts import text_batches, token_windows
+from hf_prune.unit_plan import UnitPlan
 
 
 def load_classifier(source: str) -> tuple[Any, Any]:
@@ -139,6 +142,7 @@ def prune_checkpoint(
     polish_samples: int | None = None,
     plots: bool = False,
     name: str = "",
+    shrink: bool = True,
 ) -> SparsityReport:
     """Prune a checkpoint into a folder: weights, masks, tokenizer, report and, if asked for, plots.
 
@@ -151,6 +155,7 @@ def prune_checkpoint(
             the windows that calibration sees. Those of calibration are among them.
         plots: Also write ``weights.png`` and ``layers.png``.
         name: What to call the model in plots.
+        shrink: Take out heads, neurons and layers that were pruned; without it they are masked.
 
     Returns:
         The report, which lies in the folder as ``sparsity_report.json``.
@@ -161,20 +166,23 @@ def prune_checkpoint(
     data = data if config.needs_data else None
     model, tokenizer, batches = _with_calibration(source, data, config)
     more = None if data is None else data.for_polish([config], model, tokenizer, polish_samples)
-    with _pruned_into(model, source, config, out, batches, plots, name, more) as (report, _):
+    with _pruned_into(model, source, config, out, batches, plots, name, more, shrink) as (report, _):
         return report
 
 
-def plan_checkpoint(source: str, config: PruningConfig, *, data: LabelledData | TextData | None = None) -> PruningPlan:
+def plan_checkpoint(
+    source: str, config: PruningConfig, *, data: LabelledData | TextData | None = None
+) -> PruningPlan | UnitPlan:
     """The plan for a checkpoint; see :meth:`hf_prune.PrunedModelMixin.plan`.
 
     Args:
         source: Folder or Hub id.
         config: The settings.
-        data: Texts, for allocations that are learned from data.
+        data: Texts, for choices that are learned from data.
     """
-    model, _, batches = _with_calibration(source, data if config.learns_allocation else None, config)
-    plan: PruningPlan = model.plan(config, calibration=batches)
+    learns = config.learns_allocation or config.learns_units
+    model, _, batches = _with_calibration(source, data if learns else None, config)
+    plan: PruningPlan | UnitPlan = model.plan(config, calibration=batches)
     return plan
 
 
@@ -320,22 +328,26 @@ def _pruned_into(
     plots: bool,
     name: str,
     polish_data: list[dict[str, Any]] | None = None,
+    shrink: bool = True,
 ) -> Iterator[tuple[SparsityReport, Path | None]]:
     """Prune and save; the block may add files to the folder, which then appears at once.
 
     Of several processes only the first one writes: the others get no folder, and wait.
     """
-    names = [tensor.target.name for tensor in model.plan(config).tensors]
+    plan = model.plan(config)
+    names = [t.target.name for t in plan.tensors] if isinstance(plan, PruningPlan) else plan.weights
     dense, before = sparsity_report(model, config), weight_histogram(model, names)
     model.prune(config, calibration=batches, polish_data=polish_data, progress=True)
     report = sparsity_report(model).with_before(dense)
+    after = weight_histogram(model, names, limit=float(before.edges[-1])) if plots else None
+    if config.removes_units and shrink:
+        report = dataclasses.replace(report, structure=structure_report(model.shrink()))
     with all_or_none(), staged_checkpoint(out) if is_first() else contextlib.nullcontext() as staging:
         if staging is not None:
             model.save_pretrained(staging)
             copy_companions(source, staging, local_files_only=check_model_source(source))
             write_text(staging / "sparsity_report.json", report.to_json())
-            if plots:
-                after = weight_histogram(model, names, limit=float(before.edges[-1]))
+            if after is not None:
                 write_plots(staging, report, before, after, name or label(source))
         yield report, staging
 

@@ -61,6 +61,7 @@ LAYERS = (
     ("pipeline",),
     (
         "report",
+        "structure_report",
         "calibration_data",
         "data_files",
         "data_loading",

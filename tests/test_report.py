@@ -112,6 +112,7 @@ def test_dict_and_json_agree_and_hold_everything(report):
         "nm_patterns": [],
         "bytes": 80,
         "polish": "",
+        "structure": None,
     }
     assert [t["name"] for t in tensors] == [t.name for t in report.tensors]
     assert tensors[0] == {

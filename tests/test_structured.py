@@ -13,6 +13,7 @@ from hf_prune.masking import MaskStore
 from hf_prune.sensitivity import prediction
 from hf_prune.sites import find_sites
 from hf_prune.speed import workload_inputs
+from hf_prune.timing import Timings
 from hf_prune.unit_costs import flops
 from hf_prune.unit_statistics import gate_statistics, layer_losses
 from tests.architecture_models import MODELS, tiny
@@ -223,7 +224,7 @@ def test_a_budget_of_time_is_met_as_measured(monkeypatch):
         count = sum(p.numel() for p in model.bert.encoder.parameters())
         return 1e-6 * count * (1.2 if count < 15_000 else 1.0)
 
-    monkeypatch.setattr("hf_prune.speed.forward", lambda model, inputs: model)
+    monkeypatch.setattr("hf_prune.speed.forward", lambda model, inputs: Run(model))
     monkeypatch.setattr("hf_prune.speed.time_together", fake_timings(seconds))
     model, inputs = tiny("bert")
     config = PruningConfig(criterion="fisher", granularity=("head", "neuron"), target_speedup=2.0)
@@ -236,10 +237,18 @@ def test_a_budget_of_time_is_met_as_measured(monkeypatch):
     assert "Speed-up asked for: 2.00" in str(speed)
 
 
-def fake_timings(seconds):
-    from hf_prune.timing import Timings
+class Run:
+    """A forward pass that takes no time at all."""
 
-    return lambda runs, **_: {name: Timings((seconds(model),) * 9, (0.0,) * 9) for name, model in runs.items()}
+    def __init__(self, model):
+        self.model = model
+
+    def __call__(self):
+        pass
+
+
+def fake_timings(seconds):
+    return lambda runs, **_: {name: Timings((seconds(run.model),) * 9, (0.0,) * 9) for name, run in runs.items()}
 
 
 def test_a_speedup_that_is_far_from_what_was_foretold_is_said():
