@@ -73,7 +73,7 @@ Config = Annotated[Path | None, typer.Option(help="JSON file with a PruningConfi
 Granularity = Annotated[
     str | None,
     typer.Option(
-        help="unstructured, N:M (2:4), block:RxC (block:16x1); or what is taken out as a whole, one or several of "
+        help="unstructured, N:M (2:4), block:RxC (block:16x1), row, column, channel; or what is taken out as a whole, one or several of "
         f"{','.join(UNIT_KINDS)}."
     ),
 ]

@@ -41,7 +41,8 @@ class PruningConfig:
             granularity fixes (0.5 for 2:4). Of heads, neurons and layers: of the parameters of all those that may go.
         criterion: Name of the score, larger = keep; ``hf-prune list`` shows them all.
         granularity: What is removed together: ``"unstructured"``, ``"N:M"`` (at most N non-zeros in
-            every M consecutive inputs) or ``"block:RxC"`` (R outputs by C inputs); or what ``shrink()`` can take out,
+            every M consecutive inputs), ``"block:RxC"`` (R outputs by C inputs), ``"row"`` or ``"column"`` (whole
+            outputs or inputs) or ``"channel"`` (outputs of convolutions); or what ``shrink()`` can take out,
             one or several of ``"head"`` (of grouped queries: the whole group), ``"neuron"`` (of feed-forward networks)
             and ``"layer"``, such as ``("head", "neuron")``.
         scope: Who competes with whom: the weights of one output (``"row"``), of one tensor

@@ -90,12 +90,12 @@ def runs(plan: PruningPlan, budget: int = FISHER_BYTES) -> list[list[Piece]]:
         plan: The plan.
         budget: Bytes of sums that a run may hold; it holds one row of units at least.
     """
-    height = plan.granularity.block[0]
-    width = plan.granularity.pool or plan.granularity.block[1]
     found: list[list[Piece]] = [[]]
     left = budget
     for tensor in plan.tensors:
         out, inputs = tensor.target.matrix_shape
+        height, width = plan.granularity.block_in((out, inputs))
+        width = plan.granularity.pool or width
         size = block_size(inputs, width)
         cost = height * math.ceil(inputs / size) * size**2 * torch.float64.itemsize
         start = 0
@@ -211,8 +211,9 @@ def prune_by_fisher(
         return target.matrix(tensors[target.name])[piece.rows]
 
     def stats(piece: Piece, fisher: Tensor) -> WeightStats:
-        seed = weight_seed(plan, piece.tensor.target.name)
-        return WeightStats(seed=seed, fisher=fisher, columns=granularity.block[1])
+        target = piece.tensor.target
+        columns = granularity.block_in(target.matrix_shape)[1]
+        return WeightStats(seed=weight_seed(plan, target.name), fisher=fisher, columns=columns)
 
     def score(piece: Piece, fisher: Tensor) -> None:
         name = piece.tensor.target.name
@@ -220,7 +221,8 @@ def prune_by_fisher(
         if old is not None:
             _decouple(fisher, old)
         found = criterion.scores(part(piece, parameters), stats(piece, fisher))
-        scores[name].append(checked_units(found, granularity.block, old, criterion.name, name))
+        block = granularity.block_in(piece.tensor.target.matrix_shape)
+        scores[name].append(checked_units(found, block, old, criterion.name, name))
         waiting.put((name, piece.start), fisher)
         pieces_of[name].append(piece)
 

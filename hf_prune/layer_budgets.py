@@ -81,11 +81,11 @@ def _fisher(
             old = None if name not in masks else tensor.target.matrix(masks[name]).to(gram.device)
             outputs = sensitivity.outputs[name].to(gram)
             with all_or_none():
-                errors[name] = _error_curve(weight, gram, outputs, plan.granularity.block, old)
+                block = plan.granularity.block_in(tensor.target.matrix_shape)
+                errors[name] = _error_curve(weight, gram, outputs, block, old)
         reader.finish(step)
     units = {t.target.name: t.units for t in plan.tensors}
-    size = plan.granularity.block[0] * plan.granularity.block[1]
-    gone = {t.target.name: t.already // size for t in plan.tensors}
+    gone = {t.target.name: t.already // (t.target.size // t.units) for t in plan.tensors}
     pools = {t.target.name: t.units // t.pool for t in plan.tensors}
     counts = least_total(errors, units, plan.remove, gone, pools=pools)
     agreed = from_first(torch.tensor(list(counts.values()))).tolist()

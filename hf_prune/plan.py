@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,15 +93,15 @@ class PruningPlan:
 
         A lower bound if there are such: what they removed and what this plan removes need not coincide.
         """
-        size = self.granularity.block[0] * self.granularity.block[1]
         if any(t.remove is None for t in self.tensors):
-            return max(self.remove * size, sum(t.already for t in self.tensors))
-        return sum(max((t.remove or 0) * size, t.already) for t in self.tensors)
+            return max(_least_weights(self.tensors, self.remove), sum(t.already for t in self.tensors))
+        return sum(max((t.remove or 0) * (t.target.size // t.units), t.already) for t in self.tensors)
 
     @property
     def is_exact(self) -> bool:
-        """Whether :attr:`removed_parameters` is the exact number: nothing was pruned before."""
-        return not any(t.already for t in self.tensors)
+        """Whether :attr:`removed_parameters` is the exact number: nothing was pruned before, and units are alike."""
+        alike = len({t.target.size // t.units for t in self.tensors}) == 1
+        return not any(t.already for t in self.tensors) and (alike or all(t.remove is not None for t in self.tensors))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -171,6 +171,15 @@ class PruningPlan:
         return "\n".join(lines)
 
 
+def _least_weights(tensors: Sequence[PlannedTensor], units: int) -> int:
+    """The fewest weights that so many units of some tensors have."""
+    found = 0
+    for size, own in sorted((t.target.size // t.units, t.units) for t in tensors):
+        found += size * min(own, units)
+        units -= min(own, units)
+    return found
+
+
 def _percent(part: int, whole: int) -> str:
     return f"{100 * part / whole:.2f} %"
 
@@ -204,14 +213,14 @@ def make_plan(
     if loaded:
         refuse_infinite({t.name: parameters[t.name].detach() for t in targets})
     _refuse_inputs(model, targets, config)
-    _refuse_wide_units(granularity, config)
+    _refuse_wide_units(targets, granularity, config)
     store = MaskStore.of(model)
     masks = {}
     if store is not None:
         store.check(model)
         masks = store.masks
     tensors, remove = _count(targets, config, granularity, masks, learned)
-    _refuse_regrowth(tensors, remove, config, granularity)
+    _refuse_regrowth(tensors, remove, config)
     return PruningPlan(
         config=config,
         tensors=tensors,
@@ -249,9 +258,9 @@ def _refuse_inputs(model: nn.Module, targets: list[Target], config: PruningConfi
         )
 
 
-def _refuse_wide_units(granularity: Granularity, config: PruningConfig) -> None:
+def _refuse_wide_units(targets: list[Target], granularity: Granularity, config: PruningConfig) -> None:
     """Neighbours that are removed together share a block of the Fisher matrix, whose size is squared."""
-    width = granularity.pool or granularity.block[1]
+    width = granularity.pool or max(granularity.block_in(t.matrix_shape)[1] for t in targets)
     if config.needs & CURVATURE and width > WIDEST_FISHER_BLOCK:
         raise PlanError(
             f"criterion {config.criterion!r} inverts blocks of neighbouring inputs, and granularity "
@@ -285,12 +294,10 @@ def _count(
     return tuple(tensors), sum(t.remove or 0 for t in tensors)
 
 
-def _refuse_regrowth(
-    tensors: tuple[PlannedTensor, ...], remove: int, config: PruningConfig, granularity: Granularity
-) -> None:
+def _refuse_regrowth(tensors: tuple[PlannedTensor, ...], remove: int, config: PruningConfig) -> None:
     """Pruning only ever adds zeros: a config that asks for fewer than there are contradicts the masks."""
     already = sum(t.already for t in tensors)
-    planned = remove * granularity.block[0] * granularity.block[1]
+    planned = _least_weights(tensors, remove)
     size = sum(t.target.size for t in tensors)
     if already > planned + _ROUNDING * size:
         raise PlanError(

@@ -180,7 +180,7 @@ def unit_chunks(
         stats: What is known of it.
         old: (out, in) bool mask of earlier prunings, or None.
     """
-    criterion, block = plan.criterion, plan.granularity.block
+    criterion, block = plan.criterion, plan.granularity.block_in(target.matrix_shape)
     step = len(weight)
     if criterion.rowwise:
         step = max(1, CHUNK // (weight.shape[1] * block[0])) * block[0]
@@ -192,8 +192,8 @@ def unit_chunks(
 
 def spread_units(plan: PruningPlan, target: Target, keep: Tensor) -> Tensor:
     """(units,) bool -> (out, in) bool."""
-    granularity = plan.granularity
-    return spread_blocks(keep.view(granularity.units(target.matrix_shape)), granularity.block)
+    granularity, shape = plan.granularity, target.matrix_shape
+    return spread_blocks(keep.view(granularity.units(shape)), granularity.block_in(shape))
 
 
 @dataclass(frozen=True)
@@ -215,7 +215,12 @@ class Selector:
     @property
     def width(self) -> int:
         """How many neighbouring columns are decided together."""
-        return self.granularity.pool or self.granularity.block[1]
+        return self.granularity.pool or self.block[1]
+
+    @property
+    def block(self) -> tuple[int, int]:
+        """(outputs, inputs) of one unit."""
+        return self.granularity.block_in(self.tensor.target.matrix_shape)
 
     @property
     def pools(self) -> bool:
@@ -256,14 +261,14 @@ class Selector:
         shape = self.granularity.units(self.tensor.target.matrix_shape)
         if self.old is None:
             return torch.ones(shape, dtype=torch.bool, device=device)
-        return _alive(self.old.to(device), self.granularity.block)
+        return _alive(self.old.to(device), self.block)
 
     def _units(self, scores: Tensor, old: Tensor | None) -> Tensor:
-        return checked_units(scores, self.granularity.block, old, self.criterion, self.tensor.target.name)
+        return checked_units(scores, self.block, old, self.criterion, self.tensor.target.name)
 
     def _spread(self, keep: Tensor, start: int) -> Tensor:
         """One decision per unit -> one per weight, of columns ``start`` and following; what is gone stays gone."""
-        mask = spread_blocks(keep, self.granularity.block)
+        mask = spread_blocks(keep, self.block)
         if self.old is None:
             return mask
         return mask & self.old[:, start : start + mask.shape[1]].to(mask.device)

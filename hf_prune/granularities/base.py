@@ -25,7 +25,7 @@ class Granularity(ABC):
         paper: Where it comes from.
         scopes: The scopes it can be used with.
         spec: The canonical spelling of this instance.
-        block: (outputs, inputs) of one unit.
+        block: (outputs, inputs) of one unit, where that does not depend on the matrix.
         pool: How many consecutive units of a row form a pool; None where the scope decides.
         fixed_sparsity: The sparsity that the spelling fixes, or None.
     """
@@ -52,20 +52,25 @@ class Granularity(ABC):
 
     def misfit(self, target: Target) -> str | None:
         """Why a target cannot be divided into these units, or None if it can."""
-        rows, columns = self.block
+        rows, columns = self.block_in(target.matrix_shape)
         out = target.matrix_shape[0]
         if out % rows:
             return f"its {out} outputs are no multiple of {rows}"
-        if target.inputs % columns:
+        if columns < target.matrix_shape[1] and target.inputs % columns:
             return f"its {target.inputs} inputs are no multiple of {columns}"
         if self.pool is not None and target.inputs % self.pool:
             return f"its {target.inputs} inputs are no multiple of {self.pool}"
         return None
 
+    def block_in(self, shape: tuple[int, int]) -> tuple[int, int]:
+        """(outputs, inputs) of one unit of a matrix of ``shape``."""
+        return self.block
+
     def units(self, shape: tuple[int, int]) -> tuple[int, int]:
         """How many units lie along the outputs and the inputs of a matrix of ``shape``."""
-        return shape[0] // self.block[0], shape[1] // self.block[1]
+        rows, columns = self.block_in(shape)
+        return shape[0] // rows, shape[1] // columns
 
     def groups(self, tensor: str, shape: tuple[int, int]) -> Iterator[Group]:
         """The units one by one: the definition, for tests and small tensors."""
-        return grid_groups(tensor, shape, self.block, self.pool)
+        return grid_groups(tensor, shape, self.block_in(shape), self.pool)
