@@ -15,10 +15,43 @@ import typer
 
 from hf_prune import __version__
 from hf_prune.calibration_data import POLISH_SAMPLES, LabelledData, TextData
-from hf_prune.config import ALLOCATIONS, OBJECTIVES, POLISHES, REPAIRS, SCOPES, UNIT_KINDS, PruningConfig
+from hf_prune.cli_options import (
+    SST2,
+    WIKITEXT,
+    Allocation,
+    AnyData,
+    AnyText,
+    AsJson,
+    BatchSize,
+    CalibrationSamples,
+    CalibrationSplit,
+    Config,
+    Data,
+    Exclude,
+    Granularity,
+    Label,
+    Model,
+    Objective,
+    Polish,
+    Repair,
+    Restart,
+    Scope,
+    Seed,
+    Split,
+    Steps,
+    Targets,
+    Text,
+    read_config,
+    read_workload,
+    split_names,
+    split_numbers,
+    start,
+)
+from hf_prune.cli_speed import bench, explain
+from hf_prune.config import PruningConfig
 from hf_prune.errors import ConfigError, DataError, HfPruneError
 from hf_prune.registry import CRITERIA, GRANULARITIES
-from hf_prune.sources import check_data_source, check_model_source, check_text_source, is_language_model, model_class
+from hf_prune.sources import check_data_source, check_text_source, is_language_model, model_class
 from hf_prune.tables import format_table
 
 if TYPE_CHECKING:
@@ -48,67 +81,6 @@ def common(
     """Prune Hugging Face models, see what it costs and what it brings, and save the result."""
 
 
-Model = Annotated[
-    str, typer.Argument(metavar="MODEL", help="A folder with a checkpoint, or a Hub id.", show_default=False)
-]
-Data = Annotated[str, typer.Option(help="A folder with train/dev files (TSV, CSV, JSONL, parquet), or a Hub data set.")]
-AnyData = Annotated[
-    str | None,
-    typer.Option(
-        help="A folder with train/dev files, or a Hub data set; for language models also a text file. "
-        "[default: glue/sst2, or WikiText-2 for language models]"
-    ),
-]
-AnyText = Annotated[
-    str | None,
-    typer.Option(help="Text column, or two separated by a comma. [default: sentence, or text for language models]"),
-]
-Split = Annotated[str, typer.Option(help="The split to score.")]
-Text = Annotated[str, typer.Option(help="Text column, or two separated by a comma.")]
-Label = Annotated[str, typer.Option(help="Label column.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Sentences scored at once.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of text.")]
-Restart = Annotated[bool, typer.Option("--restart", help="Measure everything anew instead of resuming.")]
-Config = Annotated[Path | None, typer.Option(help="JSON file with a PruningConfig; other options override it.")]
-Granularity = Annotated[
-    str | None,
-    typer.Option(
-        help="unstructured, N:M (2:4), block:RxC (block:16x1), row, column, channel; or what is taken out as a whole, one or several of "
-        f"{','.join(UNIT_KINDS)}."
-    ),
-]
-Scope = Annotated[str | None, typer.Option(help=f"{', '.join(SCOPES)}: which weights compete.")]
-Allocation = Annotated[
-    str | None,
-    typer.Option(help=f"{', '.join(ALLOCATIONS)}, or module=sparsity pairs: query=0.8,key=0.8."),
-]
-Targets = Annotated[
-    str | None,
-    typer.Option(help="all-linear, module names separated by commas, or re:REGEX for whole module names."),
-]
-Exclude = Annotated[str | None, typer.Option(help="Modules to leave alone, in the same form.")]
-Repair = Annotated[str | None, typer.Option(help=f"{', '.join(REPAIRS)}: solve anew for the weights that stay.")]
-Objective = Annotated[
-    str | None,
-    typer.Option(help=f"{', '.join(OBJECTIVES)}: what calibrated criteria and repairs minimise. [default: layer]"),
-]
-Steps = Annotated[
-    int | None, typer.Option(min=1, help="Prune in so many steps, with new gradients before each. [default: 1]")
-]
-Polish = Annotated[
-    str | None,
-    typer.Option(
-        help=f"{', '.join(POLISHES)}: afterwards, train for a short while to put out what the dense model did."
-    ),
-]
-Seed = Annotated[int | None, typer.Option(help="Seed of what is random.")]
-CalibrationSplit = Annotated[str, typer.Option(help="Split that calibrated criteria learn from; never the scored one.")]
-CalibrationSamples = Annotated[int, typer.Option(min=1, help="How many sentences, or windows of tokens, they see.")]
-
-_SST2 = "glue/sst2"
-_WIKITEXT = "Salesforce/wikitext:wikitext-2-raw-v1"
-
-
 @app.command(epilog="Example: hf-prune demo --out my-first-pruning")
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for results, plots and the pruned checkpoint.")] = Path(
@@ -120,8 +92,8 @@ def demo(
     from hf_prune.demo import prepare_demo
     from hf_prune.workflows import prune_checkpoint, sweep_checkpoint
 
-    start = time.perf_counter()
-    _start([])
+    begin = time.perf_counter()
+    start([])
     assets = prepare_demo(echo=typer.echo)
     program = "hf-prune" if shutil.which("hf-prune") else sys.argv[0]
     arguments = [program, "sweep", str(assets.model_dir), "--data", str(assets.data_dir), "--out", str(out)]
@@ -142,7 +114,7 @@ def demo(
     typer.echo(
         f"\nSaved, with its report and two plots, in {pruned}. Plain transformers loads it:\n"
         f"  AutoModelForSequenceClassification.from_pretrained({str(pruned)!r})\n"
-        f"Done in {time.perf_counter() - start:.0f} s."
+        f"Done in {time.perf_counter() - begin:.0f} s."
     )
 
 
@@ -243,8 +215,8 @@ def prune(
             raise ConfigError(f"--polish-samples has no meaning with {option}: leave one out")
     if restart and not stream:
         raise ConfigError("--restart begins a streaming run anew: add --stream, or leave it out")
-    _start([model])
-    settings = _config(
+    start([model])
+    settings = read_config(
         config,
         sparsity=sparsity,
         criterion=criterion,
@@ -261,7 +233,7 @@ def prune(
         target_params=target_params,
         target_flops=target_flops,
         target_speedup=target_speedup,
-        workload=None if workload is None else _workload(workload),
+        workload=None if workload is None else read_workload(workload),
         round_to=round_to,
     )
     if no_shrink and not settings.removes_units:
@@ -275,7 +247,7 @@ def prune(
 
         check_streamable(settings)
     of_language = max_drop is None and is_language_model(model_class(model))
-    source = data or (_WIKITEXT if of_language else _SST2)
+    source = data or (WIKITEXT if of_language else SST2)
     learns = settings.learns_allocation or settings.learns_units
     if (learns if dry_run else settings.needs_data) or max_drop is not None:
         (check_text_source if of_language else check_data_source)(source)
@@ -283,7 +255,7 @@ def prune(
     from hf_prune.stream import plan_stream
     from hf_prune.workflows import plan_checkpoint, prune_checkpoint, prune_to_budget, stream_checkpoint
 
-    columns = _names(text_column or "sentence")
+    columns = split_names(text_column or "sentence")
     labelled = LabelledData(source, columns, label_column, calibration_split, calibration_samples)
     texts = TextData(source, text_column or "text", calibration_split, calibration_samples, window)
     if out is None or dry_run:
@@ -365,9 +337,9 @@ def evaluate(
         raise ConfigError(
             f"--window and --limit are for language models, and {model!r} is a {classes[0]}: leave them out"
         )
-    source = data or (_WIKITEXT if of_language else _SST2)
+    source = data or (WIKITEXT if of_language else SST2)
     (check_text_source if of_language else check_data_source)(source)
-    _start([])
+    start([])
     from hf_prune.comparison import compare
     from hf_prune.perplexity import compare_perplexity
     from hf_prune.workflows import evaluate_checkpoint, evaluate_language_model
@@ -380,7 +352,10 @@ def evaluate(
         scores = [evaluate_language_model(name, texts, split or "test", **options) for name in checkpoints]
         comparison = compare_perplexity(scores[1], scores[0]) if against else None
     else:
-        labelled, split = LabelledData(source, _names(text_column or "sentence"), label_column), split or "validation"
+        labelled, split = (
+            LabelledData(source, split_names(text_column or "sentence"), label_column),
+            split or "validation",
+        )
         scores = [evaluate_checkpoint(name, labelled, split, batch_size=batch_size or 32) for name in checkpoints]
         comparison = compare(scores[1], scores[0]) if against else None
     if as_json:
@@ -432,9 +407,9 @@ def sweep(
     as_json: AsJson = False,
 ) -> None:
     """Prune at several sparsities, score each, and name the sweet spot; resumes where it was interrupted."""
-    sparsities = None if sparsity is None else _numbers("--sparsity", sparsity)
-    _start([model], data)
-    settings = _config(
+    sparsities = None if sparsity is None else split_numbers("--sparsity", sparsity)
+    start([model], data)
+    settings = read_config(
         config,
         granularity=granularity,
         scope=scope,
@@ -453,10 +428,10 @@ def sweep(
     with _resumable():
         result = sweep_checkpoint(
             model,
-            LabelledData(data, _names(text_column), label_column, calibration_split, calibration_samples),
+            LabelledData(data, split_names(text_column), label_column, calibration_split, calibration_samples),
             out,
             sparsities=sparsities,
-            criteria=_names(criterion),
+            criteria=split_names(criterion),
             config=settings,
             split=split,
             tolerance=tolerance,
@@ -474,7 +449,7 @@ def report(
     as_json: AsJson = False,
 ) -> None:
     """Count what is zero in a checkpoint, tensor by tensor and in total."""
-    _start([model, *([dense] if dense else [])])
+    start([model, *([dense] if dense else [])])
     from hf_prune.auto import load_native
     from hf_prune.report import sparsity_report, weight_histogram
     from hf_prune.workflows import label, write_plots
@@ -496,6 +471,10 @@ def report(
         after = weight_histogram(pruned, names, limit=None if before is None else float(before.edges[-1]))
         write_plots(plots, result, before, after, label(model))
     typer.echo(result.to_json() if as_json else str(result))
+
+
+app.command(epilog="Example: hf-prune bench MODEL pruned --batch 1,32 --length 64 --threads 1")(bench)
+app.command(epilog="Example: hf-prune explain pruned --against MODEL")(explain)
 
 
 @app.command(name="list", epilog="Example: hf-prune list --json")
@@ -553,69 +532,12 @@ def _resumable() -> Iterator[None]:
         raise typer.Exit(130) from None
 
 
-def _start(models: Sequence[str], data: str | None = None) -> None:
-    """Look for what is asked for, before the seconds that loading the libraries takes; then silence their chatter."""
-    for model in models:
-        check_model_source(model)
-    if data is not None:
-        check_data_source(data)
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-
-
-def _config(path: Path | None, **settings: Any) -> PruningConfig:
-    """The settings of a file, if there is one, and of the options that were given."""
-    values = {key: value for key, value in settings.items() if value is not None}
-    for key in ("target_modules", "exclude_modules"):
-        if key in values:
-            values[key] = _modules(values[key])
-    if "," in values.get("granularity", ""):
-        values["granularity"] = _names(values["granularity"])
-    if "=" in values.get("allocation", ""):
-        pairs = [pair.partition("=") for pair in _names(values["allocation"])]
-        values["allocation"] = {name: _numbers(f"--allocation {name}", value)[0] for name, _, value in pairs}
-    if path is None:
-        return PruningConfig.from_dict(values)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"--config {path} is no text file: {error}") from error
-    return PruningConfig.from_json(text).replace(**values)
-
-
 def _needs(criterion: type[Criterion]) -> str:
     from hf_prune.criteria.base import LABELLED
 
     if criterion.needs & LABELLED:
         return "labelled data"
     return "texts" if criterion.needs else "no data"
-
-
-def _modules(text: str) -> str | tuple[str, ...]:
-    if text.startswith("re:"):
-        return text.removeprefix("re:")
-    return text if text == "all-linear" else _names(text)
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in text.split(","))
-
-
-def _numbers(option: str, text: str) -> list[float]:
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError:
-        raise ConfigError(f"{option} is {text!r}: expected numbers separated by commas, such as 0.3,0.5") from None
-
-
-def _workload(text: str) -> dict[str, int]:
-    """What ``"32x64"`` spells."""
-    batch, _, length = text.partition("x")
-    if not (batch.isdigit() and length.isdigit()):
-        raise ConfigError(f"--workload is {text!r}: expected the batch size and the number of tokens, such as 32x64")
-    return {"batch_size": int(batch), "length": int(length)}
 
 
 def _say_if_continuing(out: Path, restart: bool) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ from hf_prune.report import SparsityReport, WeightHistogram
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from hf_prune.latency import LatencyResult
     from hf_prune.sweep import SweepPoint
 
 # Okabe & Ito's palette, which colour-blind readers can tell apart; after that, line styles differ as well.
@@ -121,6 +122,47 @@ def plot_tradeoff(
         )
     axes.set(xlabel="sparsity of the targets (%)", ylabel="accuracy (%)")
     axes.set_title(f"{title}\n{subtitle}", fontsize=10)
+    axes.legend(frameon=False, loc="best")
+    return figure
+
+
+def plot_latency(result: LatencyResult, accuracies: Mapping[str, float], title: str) -> Figure:
+    """Accuracy against measured speed-up, a mark for each model; without accuracies the latencies themselves.
+
+    Args:
+        result: Models timed in turns; the first one is what the others are compared with.
+        accuracies: Accuracy of each model by name, 0 to 1; empty if they were not scored.
+        title: What was compared.
+    """
+    figure, axes = _figure(8.0, 5.0)
+    workloads = list(dict.fromkeys((p.task, p.batch_size, p.length) for p in result.points))
+    for i, workload in enumerate(workloads):
+        points = [p for p in result.points if (p.task, p.batch_size, p.length) == workload]
+        label = f"{workload[0]}, {workload[1]} x {workload[2]} tokens"
+        style = {"color": _COLOURS[i % len(_COLOURS)], "marker": _MARKERS[i % len(_MARKERS)], "linestyle": "none"}
+        if accuracies:
+            ratios = [(1.0, 1.0, 1.0) if p.against is None else vars(p.against).values() for p in points]
+            x, low, high = zip(*ratios, strict=True)
+            spread = [[a - b for a, b in zip(x, low, strict=True)], [b - a for a, b in zip(x, high, strict=True)]]
+            axes.errorbar(x, [100 * accuracies[p.model] for p in points], xerr=spread, capsize=3, label=label, **style)
+        else:
+            places = [list(dict.fromkeys(q.model for q in result.points)).index(p.model) for p in points]
+            spread = [[1e3 * (p.median - p.low) for p in points], [1e3 * (p.high - p.median) for p in points]]
+            axes.errorbar([1e3 * p.median for p in points], places, xerr=spread, capsize=3, label=label, **style)
+    names = list(dict.fromkeys(p.model for p in result.points))
+    if accuracies:
+        for p in (p for p in result.points if (p.task, p.batch_size, p.length) == workloads[0]):
+            ratio = 1.0 if p.against is None else p.against.value
+            axes.annotate(p.model, (ratio, 100 * accuracies[p.model]), (6, 6), textcoords="offset points", fontsize=9)
+        axes.set(xlabel=f"times as fast as {names[0]}", ylabel="accuracy (%)")
+        axes.margins(0.15)
+    else:
+        axes.set_yticks(range(len(names)), names)
+        axes.invert_yaxis()
+        axes.margins(y=0.2)
+        axes.set(xlabel="milliseconds, median and quartiles")
+    threads = f"{result.rounds} rounds in turns, {result.dtype}, {result.device}, {result.threads} thread(s)"
+    axes.set_title(f"{title}\n{threads}", fontsize=10)
     axes.legend(frameon=False, loc="best")
     return figure
 

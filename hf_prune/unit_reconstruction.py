@@ -61,6 +61,7 @@ def reconstruction_curves(
                     target, site = tensor.target, by_weight[tensor.target.name]
                     weight = target.matrix(model.get_parameter(target.name).detach())
                     curves[site.name] = reconstruction_curve(weight, gram, sensitivity.outputs[target.name], site.units)
+                reader.finish(step)
         except BaseException:
             sensitivity.close()
             raise

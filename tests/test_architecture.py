@@ -69,6 +69,7 @@ LAYERS = (
         "comparison",
         "evaluation",
         "perplexity",
+        "explain",
         "latency",
         "torch_prune",
         "checkpoint",
@@ -86,9 +87,9 @@ LAYERS = (
         "stream_blocks",
         "stream_output",
     ),
-    ("demo_data", "demo_training", "demo", "workflows", "cards"),
+    ("bench", "demo_data", "demo_training", "demo", "workflows", "cards"),
     ("hub",),
-    ("cli",),
+    ("cli_options", "cli_speed", "cli"),
     ("__main__",),
 )
 LAYER_OF = {name: number for number, names in enumerate(LAYERS) for name in names}
