@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--speedups", nargs="+", type=float, default=list(SPEEDUPS))
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--sentences", type=int, default=1024, help="for calibration")
+    parser.add_argument("--sentences", type=int, default=512, help="for calibration")
     parser.add_argument("--min-words", type=int, default=15, help="of a calibration sentence")
     parser.add_argument("--held-out", type=int, default=1000, help="training sentences that nothing is calibrated on")
     parser.add_argument("--batch-size", type=int, default=1)
@@ -331,8 +331,8 @@ def table(args: argparse.Namespace, records: Sequence[Mapping[str, Any]]) -> str
         f"Speed-ups: batch {args.batch_size} x {args.length} tokens, float32, one thread, dense and pruned in turns, "
         f"medians (dense against itself: {dense['measured']:.2f}, {dense['other']:.2f}); torch {torch.__version__}. "
         f"Drops in points: dev {scores['dev']:.2f} dense, n = {len(dense['dev'])}; held-out training sentences "
-        f"{scores['held out']:.2f} dense, n = {len(dense['held out'])}. {args.sentences} unlabelled calibration sentences "
-        f"of at least {args.min_words} words.",
+        f"{scores['held out']:.2f} dense, n = {len(dense['held out'])}. {args.sentences} unlabelled calibration "
+        f"sentences of at least {args.min_words} words.",
     ]
     return "\n".join(lines)
 

@@ -203,7 +203,7 @@ def check_budget(config: PruningConfig, max_drop: object) -> None:
     number = isinstance(max_drop, numbers.Real) and not isinstance(max_drop, bool)
     if not number or not 0 < float(max_drop) < 100:  # type: ignore[arg-type]
         raise ConfigError(f"max_drop is {max_drop!r}: expected points of accuracy between 0 and 100, such as 1.0")
-    if parse_granularity(config.granularity).fixed_sparsity is not None:
+    if not config.removes_units and parse_granularity(config.granularity).fixed_sparsity is not None:
         raise ConfigError(
             f"max_drop contradicts granularity={config.granularity!r}, which fixes the sparsity at "
             f"{config.sparsity:g}: there is nothing to search for; prune, and compare the result with the dense model"

@@ -477,6 +477,18 @@ app.command(epilog="Example: hf-prune bench MODEL pruned --batch 1,32 --length 6
 app.command(epilog="Example: hf-prune explain pruned --against MODEL")(explain)
 
 
+@app.command(epilog="Example: hf-prune export pruned pruned.onnx")
+def export(
+    model: Model, out: Annotated[Path, typer.Argument(metavar="FILE", help="FILE.onnx, or FILE.xml for OpenVINO.")]
+) -> None:
+    """Write a checkpoint, masked or shrunk, as ONNX or for OpenVINO, and compare its outputs with PyTorch's."""
+    start([model])
+    from hf_prune.auto import load_native
+    from hf_prune.export import export_model
+
+    typer.echo(str(export_model(load_native(model).float(), out)))
+
+
 @app.command(name="list", epilog="Example: hf-prune list --json")
 def list_(as_json: AsJson = False) -> None:
     """List criteria and granularities, with a description and the paper."""

@@ -12,6 +12,7 @@
     ├── CheckpointError   (RuntimeError)  files on disk are damaged, foreign, or do not fit the model
     ├── BudgetError       (RuntimeError)  no sparsity keeps the accuracy that was asked for
     ├── DataError         (ValueError)    a model or data set cannot be found or read
+    ├── ExportError       (RuntimeError)  a model cannot be written for another runtime
     └── SweepError        (RuntimeError)  results of different settings would be mixed
 
 A message says what was found, what was expected and what to do. When one is raised, the model and the
@@ -59,6 +60,10 @@ class BudgetError(HfPruneError, RuntimeError):
 
 class DataError(HfPruneError, ValueError):
     """A model or data set cannot be found or read."""
+
+
+class ExportError(HfPruneError, RuntimeError):
+    """A model cannot be written for another runtime, or would not do the same there."""
 
 
 class SweepError(HfPruneError, RuntimeError):

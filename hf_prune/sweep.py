@@ -285,7 +285,7 @@ def run_sweep(
         raise SweepError(f"{out} is a file: expected a folder for the results")
     base = config or PruningConfig()
     if sparsities is None:
-        fixed = parse_granularity(base.granularity).fixed_sparsity
+        fixed = None if base.removes_units else parse_granularity(base.granularity).fixed_sparsity
         sparsities = DEFAULT_SPARSITIES if fixed is None else (fixed,)
     sparsities, criteria = list(dict.fromkeys(sparsities)), list(dict.fromkeys(criteria))
     configs = [base.replace(criterion=c, sparsity=float(s)) for c in criteria for s in sparsities if s != 0]

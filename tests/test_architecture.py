@@ -70,6 +70,7 @@ LAYERS = (
         "evaluation",
         "perplexity",
         "explain",
+        "export",
         "latency",
         "torch_prune",
         "checkpoint",

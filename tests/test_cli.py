@@ -39,7 +39,7 @@ from hf_prune.cli import app, main
 from hf_prune.registry import CRITERIA, GRANULARITIES
 from tests import models
 
-COMMANDS = ("demo", "prune", "evaluate", "sweep", "report", "list")
+COMMANDS = ("demo", "prune", "evaluate", "sweep", "report", "bench", "explain", "export", "list")
 PNG = b"\x89PNG"
 
 
@@ -731,3 +731,90 @@ def test_a_classifier_needs_labels_for_gradients_only(hf_prune, folders, tmp_pat
     assert "has no column 'label' (found: sentence)" in error_of(
         hf_prune(*arguments, "taylor", "--out", tmp_path / "t")
     )
+
+
+# --- heads, neurons and layers ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def bert(tmp_path):
+    """A checkpoint of a registered architecture, with a tokenizer and data."""
+    folder, data = tmp_path / "bert", tmp_path / "data"
+    model = models.tiny_bert()
+    model.save_pretrained(folder)
+    models.tiny_tokenizer().save_pretrained(folder)
+    data.mkdir()
+    for name in ("train", "dev"):
+        rows = models.tiny_sentences(60, seed=len(name))
+        lines = [f"{s}\t{y}" for s, y in zip(rows["sentence"], rows["label"], strict=True)]
+        (data / f"{name}.tsv").write_text("sentence\tlabel\n" + "\n".join(lines) + "\n")
+    return folder, data
+
+
+def test_prune_takes_out_heads_and_neurons(hf_prune, bert, tmp_path):
+    folder, data = bert
+    out = tmp_path / "out"
+    done = hf_prune(
+        *("prune", folder, "--granularity", "head,neuron", "--criterion", "reconstruction"),
+        *("--repair", "least_squares", "--target-params", "0.8", "--data", data, "--calibration-samples", "16"),
+        *("--out", out, "--plots"),
+    )
+    assert done.code == 0, done.err
+    assert "Structure of BertForSequenceClassification" in done.out
+    before = models.tiny_bert().num_parameters()
+    model = AutoModelForSequenceClassification.from_pretrained(out)
+    assert 0.7 * before < model.num_parameters() <= 0.8 * before
+    report = json.loads((out / "sparsity_report.json").read_text())
+    assert report["structure"]["parameters"] == model.num_parameters()
+    assert report["remaining"] == model.num_parameters()
+    assert (out / "weights.png").stat().st_size > 5_000
+    assert "It loads with plain" in done.out
+    assert hf_prune("report", out).code == 0
+
+
+def test_prune_leaves_masks_in_if_asked(hf_prune, bert, tmp_path):
+    folder, _ = bert
+    out = tmp_path / "out"
+    assert hf_prune("prune", folder, "--granularity", "head", "--no-shrink", "--out", out).code == 0
+    model = AutoPrunedModelForSequenceClassification.from_pretrained(out)
+    assert model.num_parameters() == models.tiny_bert().num_parameters()
+    assert any(not bool(mask.all()) for mask in model.masks.values())
+
+
+def test_plan_of_units(hf_prune, bert):
+    folder, data = bert
+    done = hf_prune("prune", folder, "--granularity", "head,neuron", "--dry-run")
+    assert "encoder.layer.0.attention.output.dense" in done.out
+    values = json.loads(hf_prune("prune", folder, "--granularity", "neuron", "--dry-run", "--json").out)
+    assert [site["kept"] for site in values["sites"]] == [16, 16]
+    speed = ("--target-speedup", "1.1", "--workload", "2x8", "--threads", "1", "--criterion", "magnitude")
+    timed = hf_prune("prune", folder, "--granularity", "neuron", *speed, "--dry-run")
+    assert timed.code == 0 or "cannot be met" in timed.err  # so small a model hardly gains
+    learned = hf_prune("prune", folder, "--granularity", "neuron", "--criterion", "fisher", "--data", data, "--dry-run")
+    assert "by data" not in learned.out
+
+
+def test_units_within_a_drop(hf_prune, bert, tmp_path):
+    folder, data = bert
+    done = hf_prune(
+        *("prune", folder, "--granularity", "neuron", "--max-drop", "90", "--held-out", "20", "--data", data),
+        *("--calibration-samples", "8", "--out", tmp_path / "out"),
+    )
+    assert done.code == 0, done.err
+    assert "Structure of" in done.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--workload", "64", "--granularity", "head"], "--workload is '64': expected the batch size"),
+        (["--no-shrink"], "--no-shrink is for head, neuron and layer"),
+        (["--granularity", "head,weights"], "unknown kind of unit in granularity 'weights'"),
+        (["--granularity", "head", "--stream"], "needs the whole model in memory"),
+        (["--granularity", "head", "--target-params", "0.01"], "cannot be met"),
+    ],
+)
+def test_options_for_units_that_make_no_sense(hf_prune, bert, tmp_path, arguments, message):
+    done = hf_prune("prune", bert[0], *arguments, "--out", tmp_path / "out")
+    assert message in error_of(done)
+    assert not (tmp_path / "out").exists()
