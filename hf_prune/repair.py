@@ -9,6 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hf_prune.errors import CalibrationError
+
+_DAMPINGS = 8  # how often a matrix is damped ten times as much before it is given up
 DAMPING = 0.01  # of the mean diagonal
 ITERATIONS = 30
 _ROUNDING = 1e-5  # of the mean diagonal: what a difference of two float32 matrices may be off by
@@ -30,6 +33,29 @@ def damped(gram: Tensor, share: float = DAMPING, dtype: torch.dtype | None = Non
     mean = found.diagonal().mean()
     found.diagonal().add_(torch.where(mean > 0, share * mean, 1.0))
     return found
+
+
+def factored(gram: Tensor, share: float = DAMPING) -> Tensor:
+    """The lower Cholesky factor of a damped Gram matrix; it is damped more where rounding has spoilt it.
+
+    That happens where what varies in the inputs is tiny beside their means, which were subtracted.
+
+    Args:
+        gram: (in, in).
+        share: How much of the mean diagonal is added at first.
+
+    Raises:
+        CalibrationError: If it is not finite.
+    """
+    for _ in range(_DAMPINGS):
+        factor, failed = torch.linalg.cholesky_ex(damped(gram, share))
+        if not int(failed):
+            return factor
+        share *= 10
+    raise CalibrationError(
+        "a Gram matrix of calibration inputs cannot be factored: its values are not finite, or far from those of any "
+        "inputs; check the calibration data"
+    )
 
 
 def inverse_factor_(gram: Tensor) -> Tensor:
@@ -150,7 +176,7 @@ def corrected(weight: Tensor, gram: Tensor, changes: Tensor, share: float = 0.1)
     Returns:
         (out, in) of the Gram matrix's dtype.
     """
-    factor = torch.linalg.cholesky(damped(gram.double(), share))
+    factor = factored(gram.double(), share)
     return weight.to(gram.dtype) + torch.cholesky_solve(changes.double().t(), factor).t().to(gram.dtype)
 
 

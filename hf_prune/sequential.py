@@ -79,6 +79,8 @@ def prune_in_order(
             masks[name] = mask
             for changed, values in weights.items():
                 parameters[changed].copy_(values)
+                if given is not None and changed in given:  # biases of what goes as a whole
+                    zero_removed_(parameters[changed], given[changed])
             zero_removed_(parameters[name], mask)
             if name in old_masks:
                 zero_removed_(parameters[name], old_masks[name].to(parameters[name].device))

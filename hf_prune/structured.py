@@ -100,8 +100,9 @@ def _repair(
 ) -> None:
     given = {name: masks[name] for name in names}
     size = sum(mask.numel() for mask in given.values())
-    old = sum(int((~store.masks[name]).sum()) for name in names if name in store.masks)
     gone = sum(int((~mask).sum()) for mask in given.values())
+    given |= {name: mask for name, mask in masks.items() if name.endswith(".bias")}
+    old = sum(int((~store.masks[name]).sum()) for name in names if name in store.masks)
     plan = inner_plan(model, config, names, max(gone, old) / size)
     if config.calibration_order == "sequential":
         prune_in_order(model, plan, batches, store.masks, undo, progress, cache_bytes, sensitivity, given)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_prune.repair import damped
+from hf_prune.repair import factored
 
 _STEPS = 192  # in how many steps a site loses all its units by reconstruction error
 
@@ -89,7 +89,7 @@ def reconstruction_curve(weight: Tensor, gram: Tensor, outputs: Tensor, units: i
         units: How many.
     """
     width = weight.shape[1] // max(units, 1)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(gram.double()))).float()
+    inverse = torch.cholesky_inverse(factored(gram.double())).float()
     left = weight.float() * outputs.float().sqrt()[:, None]  # (out, in)
     alive = torch.arange(units)
     order, losses = [], [0.0]
@@ -100,7 +100,7 @@ def reconstruction_curve(weight: Tensor, gram: Tensor, outputs: Tensor, units: i
         chosen = scores.argsort(stable=True)[:number].cpu()
         columns = (chosen[:, None] * width + torch.arange(width)).reshape(-1).to(left.device)
         corner = inverse[columns][:, columns].double()
-        factor = torch.linalg.cholesky(damped(corner, 1e-6))
+        factor = factored(corner, 1e-6)
         solved = torch.cholesky_solve(inverse[columns].double(), factor).float()  # (gone, in)
         taken = left[:, columns]
         joint = float((torch.cholesky_solve(taken.double().t(), factor).t() * taken).sum())

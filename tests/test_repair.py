@@ -4,10 +4,19 @@ import pytest
 import torch
 
 from hf_prune.config import PruningConfig
-from hf_prune.errors import ConfigError
+from hf_prune.errors import CalibrationError, ConfigError
 from hf_prune.masking import MaskStore
 from hf_prune.pipeline import prune
-from hf_prune.repair import corrected, damped, inverse_factor_, layer_error, layer_errors, least_squares, refit
+from hf_prune.repair import (
+    corrected,
+    damped,
+    factored,
+    inverse_factor_,
+    layer_error,
+    layer_errors,
+    least_squares,
+    refit,
+)
 from hf_prune.targets import bias_names, resolve_targets
 from tests import models
 from tests.models import same_bits, snapshot, tiny_batches
@@ -230,3 +239,14 @@ def test_damping_in_another_dtype_leaves_the_matrix_alone():
     gram = torch.eye(3)
     assert damped(gram, dtype=torch.float64).dtype == torch.float64
     assert torch.equal(gram, torch.eye(3))
+
+
+def test_a_matrix_spoilt_by_rounding_is_damped_more():
+    spoilt = torch.eye(3).double()
+    spoilt[0, 0] = -0.2  # what is left of a variance after a large mean was subtracted
+    factor = factored(spoilt)
+    assert torch.allclose(factor @ factor.t(), damped(spoilt, 1.0))  # 0.01 and 0.1 of the mean diagonal were too little
+    good = torch.tensor([[2.0, 0.5], [0.5, 1.0]]).double()
+    assert torch.allclose(factored(good) @ factored(good).t(), damped(good))
+    with pytest.raises(CalibrationError, match="cannot be factored"):
+        factored(torch.full((2, 2), torch.nan).double())
