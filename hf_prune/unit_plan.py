@@ -183,11 +183,12 @@ def choose_units(
     losses = {name: curve.losses.flip(0).numpy() for name, curve in curves.items()}
 
     def solve(costs: Costs, budget: float) -> Choice:
-        if config.scope == "layer":
-            found = Choice(uniform(costs, budget, sizes), frozenset())
-        else:
-            found = least_loss(losses, costs, budget, sizes, layers, of_layers)
-        return _agreed(found)
+        with all_or_none():
+            if config.scope == "layer":
+                found = Choice(uniform(costs, budget, sizes), frozenset())
+            else:
+                found = least_loss(losses, costs, budget, sizes, layers, of_layers)
+        return _agreed(found, list(layers))
 
     choice, speed = _meet_budget(model, config, plan, lists, solve)
     kept = {name: curves[name].kept(n) for name, n in choice.kept.items() if n < len(curves[name].order)}
@@ -224,10 +225,15 @@ def unit_batches(
     return batches
 
 
-def _agreed(choice: Choice) -> Choice:
-    """The choice of the first process, in all of them."""
-    kept = from_first(torch.tensor(list(choice.kept.values()), dtype=torch.int64)).tolist()
-    return Choice(dict(zip(choice.kept, kept, strict=True)), choice.layers)
+def _agreed(choice: Choice, layers: Sequence[str]) -> Choice:
+    """The choice of the first process, in all of them: what each measures differs."""
+    own = [*choice.kept.values(), *(name in choice.layers for name in layers)]
+    agreed = from_first(torch.tensor(own, dtype=torch.int64)).tolist()
+    gone = agreed[len(choice.kept) :]
+    return Choice(
+        dict(zip(choice.kept, agreed, strict=False)),
+        frozenset(name for name, is_gone in zip(layers, gone, strict=True) if is_gone),
+    )
 
 
 def _candidates(
@@ -370,6 +376,8 @@ def _meet_speedup(
         record = measured_speedup(model, twin, inputs, config.workload)
         predicted = dense / costs.total(choice.kept, choice.layers, plan.layers)
         record = record.with_prediction(config.target_speedup, predicted)
+        agreed = from_first(torch.tensor([record.measured, record.low, record.high, record.predicted])).tolist()
+        record = dataclasses.replace(record, **dict(zip(("measured", "low", "high", "predicted"), agreed, strict=True)))
         miss = abs(record.measured / config.target_speedup - 1)
         if best is None or miss < best[0]:
             best = (miss, choice, record)

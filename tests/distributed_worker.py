@@ -51,6 +51,7 @@ def skips() -> nn.Module:
 
 
 MODELS: dict[str, Callable[[], Any]] = {**models.TRANSFORMERS, "moe": models.tiny_moe, "skips": skips}
+UNITS = {"granularity": ("head", "neuron"), "scope": "global"}
 SAME: dict[str, tuple[str, tuple[int, ...], dict[str, Any]]] = {
     f"{kind} {settings}": (kind, sizes, settings)
     for kind, sizes, settings in [
@@ -78,6 +79,9 @@ SAME: dict[str, tuple[str, tuple[int, ...], dict[str, Any]]] = {
         ("llama", (3,), {"criterion": "wanda", "objective": "loss", "allocation": "owl"}),
         ("moe", SIZES, {"criterion": "sparsegpt", "objective": "loss"}),
         ("skips", SIZES, {"criterion": "alps", "objective": "loss"}),
+        ("bert", SIZES, {**UNITS, "criterion": "fisher", "repair": "least_squares"}),
+        ("llama", SIZES, {**UNITS, "criterion": "reconstruction", "repair": "least_squares"}),
+        ("gpt2", (3,), {"granularity": ("layer",), "scope": "global", "criterion": "fisher"}),
     ]
 }
 
