@@ -32,7 +32,7 @@ from typing import Any
 from bench_accuracy import split
 
 UNITS = {"granularity": ("head", "neuron")}
-BEST = {**UNITS, "criterion": "reconstruction", "repair": "least_squares"}
+BEST = {**UNITS, "criterion": "fisher", "repair": "least_squares"}
 METHODS: dict[str, dict[str, Any]] = {
     "random": {**UNITS, "criterion": "random"},
     "magnitude": {**UNITS, "criterion": "magnitude"},
@@ -40,8 +40,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "torch-pruning, taylor": {},
     "taylor": {**UNITS, "criterion": "taylor"},
     "fisher": {**UNITS, "criterion": "fisher"},
-    "fisher + least squares": {**UNITS, "criterion": "fisher", "repair": "least_squares"},
-    "best: reconstruction + least squares": BEST,
+    "reconstruction + least squares": {**UNITS, "criterion": "reconstruction", "repair": "least_squares"},
+    "best: fisher + least squares": BEST,
     "best + distillation": BEST,
 }
 SPEEDUPS = (1.5, 2.0, 3.0, 4.0)

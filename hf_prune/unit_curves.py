@@ -118,6 +118,56 @@ def reconstruction_curve(weight: Tensor, gram: Tensor, outputs: Tensor, units: i
     return Curve(found, torch.tensor(losses, dtype=torch.float64))
 
 
+def redundancy_curve(fisher: Tensor, gram: Tensor, units: int) -> Curve:
+    """The loss is what a gate's Fisher information says, times the share that no other unit can make up for.
+
+    The first is measured end to end, the second is what least squares will not repair: of the variance of what a unit
+    computes, the part that the units that are left do not explain, ``1 / (H_uu [H⁻¹]_uu)`` for a single input. It is
+    taken anew as units go. Of sites with very many units several go in one step.
+
+    Args:
+        fisher: (units,) mean squared gradients of the gates.
+        gram: (in, in) mean product of the inputs of the consumer, those of one unit side by side.
+        units: How many.
+
+    Example:
+        >>> gram = torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 1.0]])  # the first two are twins
+        >>> redundancy_curve(torch.tensor([2.0, 3.0, 1.0]), gram, 3).order
+        tensor([0, 2, 1])
+    """
+    width = gram.shape[1] // max(units, 1)
+    inverse = torch.cholesky_inverse(factored(gram.double())).float()
+    variance = gram.diagonal().view(units, width).sum(1).double().cpu()
+    fisher, alive = fisher.double().cpu(), torch.arange(units)
+    order, added = [], [0.0]
+    chunk = max(1, units // _STEPS)
+    while len(alive):
+        left = _unexplained(inverse, width) / variance[alive].clamp_min(torch.finfo(torch.float64).tiny)
+        scores = fisher[alive] * left.clamp(0, 1)
+        chosen = scores.argsort(stable=True)[:chunk]
+        added += scores[chosen].tolist()
+        order.append(alive[chosen])
+        stay = torch.ones(len(alive), dtype=torch.bool)
+        stay[chosen] = False
+        kept = stay.to(inverse.device).repeat_interleave(width)
+        corner = factored(inverse[~kept][:, ~kept].double(), 1e-6)
+        solved = torch.cholesky_solve(inverse[~kept][:, kept].double(), corner).float()
+        inverse = inverse[kept][:, kept] - inverse[kept][:, ~kept] @ solved
+        alive = alive[stay]
+    found = torch.cat(order) if order else torch.zeros(0, dtype=torch.int64)
+    return Curve(found, torch.tensor(added, dtype=torch.float64).cumsum(0))
+
+
+def _unexplained(inverse: Tensor, width: int) -> Tensor:
+    """(units,) variance of what each unit computes that the others do not explain."""
+    if width == 1:
+        return inverse.diagonal().double().cpu().reciprocal()
+    groups = len(inverse) // width
+    index = torch.arange(groups, device=inverse.device)
+    corners = inverse.view(groups, width, groups, width)[index, :, index].double().cpu()  # (groups, width, width)
+    return torch.linalg.inv(corners).diagonal(dim1=1, dim2=2).sum(1)
+
+
 def _group_scores(weight: Tensor, inverse: Tensor, width: int) -> Tensor:
     """(units,) of the columns that are left."""
     if width == 1:

@@ -25,7 +25,7 @@ from hf_prune.targets import module_matches
 from hf_prune.unit_budget import Choice, Costs, allowed_sizes, least_loss, uniform
 from hf_prune.unit_costs import LINEAR, flops, measured_costs, parameter_costs, variant
 from hf_prune.unit_curves import Curve, additive_curve, fisher_curve
-from hf_prune.unit_reconstruction import reconstruction_curves
+from hf_prune.unit_reconstruction import reconstruction_curves, redundancy_curves
 from hf_prune.unit_statistics import gate_statistics, layer_losses
 
 _TRIES = 6  # to meet a speed-up, each with the budget corrected by what was measured
@@ -287,7 +287,12 @@ def _curves(
         statistics = gate_statistics(model, sites, batches, config.seed, progress)
         if config.criterion == "taylor":
             return {name: additive_curve(found.absolute) for name, found in statistics.items()}, None
-        return {name: _fisher_curve(found.fisher, config) for name, found in statistics.items()}, None
+        if config.repair is None:
+            return {name: _rearranged(found.fisher) for name, found in statistics.items()}, None
+        diagonals = {
+            n: found.fisher.diagonal() if found.fisher.dim() == 2 else found.fisher for n, found in statistics.items()
+        }
+        return redundancy_curves(model, config, sites, batches, progress, cache_bytes, diagonals)
     parameters = dict(model.named_parameters())
     curves = {}
     for site in sites:
@@ -301,15 +306,11 @@ def _curves(
     return curves, None
 
 
-def _fisher_curve(fisher: Tensor, config: PruningConfig) -> Curve:
-    """Sites compete by the diagonal, and pairs rearrange the units of one site (Kwon et al. 2022).
-
-    Not if a repair follows: it can make up for one of two units that do the same, but not for both.
-    """
+def _rearranged(fisher: Tensor) -> Curve:
+    """Sites compete by the diagonal, and pairs rearrange the units of one site (Kwon et al. 2022)."""
     if fisher.dim() == 1:
         return additive_curve(fisher)
-    curve = additive_curve(fisher.diagonal())
-    return curve if config.repair is not None else dataclasses.replace(curve, order=fisher_curve(fisher).order)
+    return dataclasses.replace(additive_curve(fisher.diagonal()), order=fisher_curve(fisher).order)
 
 
 def _layer_losses(

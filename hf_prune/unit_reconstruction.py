@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
-from torch import nn
+from torch import Tensor, nn
 
 from hf_prune.activations import Batches, InputReader
 from hf_prune.config import PruningConfig
@@ -14,7 +14,8 @@ from hf_prune.layer_budgets import weighted_grams
 from hf_prune.plan import PruningPlan, make_plan
 from hf_prune.sensitivity import Sensitivity, measure_sensitivity
 from hf_prune.sites import Site
-from hf_prune.unit_curves import Curve, reconstruction_curve
+from hf_prune.targets import Target
+from hf_prune.unit_curves import Curve, additive_curve, reconstruction_curve, redundancy_curve
 
 
 def reconstruction_curves(
@@ -47,9 +48,61 @@ def reconstruction_curves(
                 f"criterion 'reconstruction' compares the outputs of one matrix, and the {site.kind}s of {site.name} "
                 f"go into {len(site.consumers)}: choose criterion 'fisher'"
             )
+
+    def curve(site: Site, target: Target, gram: Tensor, outputs: Tensor) -> Curve:
+        return reconstruction_curve(target.matrix(model.get_parameter(target.name).detach()), gram, outputs, site.units)
+
+    return _of_consumers(model, config, sites, batches, progress, cache_bytes, curve)
+
+
+def redundancy_curves(
+    model: nn.Module,
+    config: PruningConfig,
+    sites: Sequence[Site],
+    batches: Batches,
+    progress: bool,
+    cache_bytes: int,
+    fisher: Mapping[str, Tensor],
+) -> tuple[dict[str, Curve], Sensitivity]:
+    """See :func:`hf_prune.unit_curves.redundancy_curve`; where several matrices consume the units, the gates alone.
+
+    Args:
+        model: The model, which is not changed.
+        config: Its ``seed`` is that of labels and directions.
+        sites: Sites of it.
+        batches: Calibration batches.
+        progress: Show progress bars.
+        cache_bytes: See :func:`hf_prune.prune`.
+        fisher: (units,) mean squared gradients of the gates of each site.
+
+    Returns:
+        The curves by site, and how much the predictions depend on what, also for the repair; to be closed.
+    """
+
+    def curve(site: Site, target: Target, gram: Tensor, outputs: Tensor) -> Curve:
+        return redundancy_curve(fisher[site.name], gram, site.units)
+
+    single = [site for site in sites if len(site.consumers) == 1]
+    curves, sensitivity = _of_consumers(model, config, single, batches, progress, cache_bytes, curve, sites)
+    return {site.name: curves.get(site.name) or additive_curve(fisher[site.name]) for site in sites}, sensitivity
+
+
+def _of_consumers(
+    model: nn.Module,
+    config: PruningConfig,
+    sites: Sequence[Site],
+    batches: Batches,
+    progress: bool,
+    cache_bytes: int,
+    curve: Callable[[Site, Target, Tensor, Tensor], Curve],
+    every: Sequence[Site] | None = None,
+) -> tuple[dict[str, Curve], Sensitivity]:
+    """The curve of each site, from what flows into its consumer in the dense model."""
     by_weight = {site.consumers[0].name: site for site in sites}
     curves: dict[str, Curve] = {}
-    plan = inner_plan(model, config, repaired_weights(model, config, sites) or list(by_weight))
+    every = every or sites
+    names = repaired_weights(model, config, every) or [part.name for site in every for part in site.consumers]
+    plan = inner_plan(model, config, names)
     cache_bytes //= 4  # the sensitivities stay for the repair, as one of the four shelves that it keeps
     with InputReader(model, plan, batches, cache_bytes=cache_bytes) as reader:
         steps = reader.order()
@@ -59,8 +112,7 @@ def reconstruction_curves(
                 consumers = [tensor for tensor in step if tensor.target.name in by_weight]
                 for tensor, gram in weighted_grams(reader, consumers, sensitivity) if consumers else ():
                     target, site = tensor.target, by_weight[tensor.target.name]
-                    weight = target.matrix(model.get_parameter(target.name).detach())
-                    curves[site.name] = reconstruction_curve(weight, gram, sensitivity.outputs[target.name], site.units)
+                    curves[site.name] = curve(site, target, gram, sensitivity.outputs[target.name])
                 reader.finish(step)
         except BaseException:
             sensitivity.close()
