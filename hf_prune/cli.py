@@ -48,7 +48,7 @@ from hf_prune.cli_options import (
     start,
 )
 from hf_prune.cli_speed import bench, explain
-from hf_prune.config import PruningConfig
+from hf_prune.config import UNIT_CRITERIA_OF, UNIT_SCOPES, UNITS, PruningConfig
 from hf_prune.errors import ConfigError, DataError, HfPruneError
 from hf_prune.registry import CRITERIA, GRANULARITIES
 from hf_prune.sources import check_data_source, check_text_source, is_language_model, model_class
@@ -516,13 +516,22 @@ def list_(as_json: AsJson = False) -> None:
                 }
                 for g in granularities
             ],
+            "units": [{"name": name, "description": text} for name, text in UNITS.items()],
+            "unit_criteria": [
+                {"name": name, "needs": needs, "description": text, "paper": paper}
+                for name, (needs, text, paper) in UNIT_CRITERIA_OF.items()
+            ],
         }
         typer.echo(json.dumps(values, indent=2))
         return
     rows = [[c.name, _needs(c), c.description, c.paper] for c in criteria]
     typer.echo(format_table(["criterion", "needs", "what it keeps", "paper"], rows, left=4) + "\n")
     rows = [[g.usage, ", ".join(sorted(g.scopes)), g.description, g.paper] for g in granularities]
-    typer.echo(format_table(["granularity", "scopes", "what goes together", "paper"], rows, left=4))
+    typer.echo(format_table(["granularity", "scopes", "what goes together", "paper"], rows, left=4) + "\n")
+    rows = [[name, ", ".join(UNIT_SCOPES), text] for name, text in UNITS.items()]
+    typer.echo(format_table(["taken out whole", "scopes", "what it is"], rows, left=3) + "\n")
+    rows = [[name, needs, text, paper] for name, (needs, text, paper) in UNIT_CRITERIA_OF.items()]
+    typer.echo(format_table(["their criterion", "needs", "what it keeps", "paper"], rows, left=4))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -25,8 +25,32 @@ OBJECTIVES = ("layer", "loss")
 POLISHES = ("distill",)
 POLISH_DEFAULTS: Mapping[str, float] = MappingProxyType({"epochs": 2, "learning_rate": 2e-4})
 DEFAULT_SPARSITY = 0.5
-UNIT_KINDS = ("head", "neuron", "layer")
-UNIT_CRITERIA = ("fisher", "magnitude", "random", "reconstruction", "taylor")
+UNITS: Mapping[str, str] = MappingProxyType(
+    {
+        "head": "attention heads, of grouped queries the whole group",
+        "neuron": "neurons between the matrices of a feed-forward network",
+        "layer": "whole layers, which are bypassed",
+    }
+)
+UNIT_CRITERIA_OF: Mapping[str, tuple[str, str, str]] = MappingProxyType(
+    {
+        "fisher": (
+            "texts",
+            "squared gradients of gates; before a repair, times the share that other units cannot make up for",
+            "Kwon et al. 2022, arXiv:2204.09656",
+        ),
+        "magnitude": ("no data", "sum of squared weights", "Li et al. 2017, arXiv:1608.08710"),
+        "random": ("no data", "random numbers", "a baseline"),
+        "reconstruction": (
+            "texts",
+            "change of the outputs that least squares cannot prevent",
+            "Kurtic et al. 2023, arXiv:2302.04089",
+        ),
+        "taylor": ("texts", "absolute gradients of gates", "Molchanov et al. 2019, arXiv:1906.10771"),
+    }
+)
+UNIT_KINDS = tuple(UNITS)
+UNIT_CRITERIA = tuple(UNIT_CRITERIA_OF)
 UNIT_SCOPES = ("layer", "global")
 BUDGETS = ("target_params", "target_flops", "target_speedup")
 WORKLOAD_DEFAULTS: Mapping[str, int] = MappingProxyType({"batch_size": 1, "length": 128})
@@ -39,7 +63,8 @@ class PruningConfig:
     Args:
         sparsity: Share of the target weights that is removed, 0 to 1. None means 0.5, or what an N:M
             granularity fixes (0.5 for 2:4). Of heads, neurons and layers: of the parameters of all those that may go.
-        criterion: Name of the score, larger = keep; ``hf-prune list`` shows them all.
+        criterion: Name of the score, larger = keep; ``hf-prune list`` shows them all, and those of heads, neurons and
+            layers apart.
         granularity: What is removed together: ``"unstructured"``, ``"N:M"`` (at most N non-zeros in
             every M consecutive inputs), ``"block:RxC"`` (R outputs by C inputs), ``"row"`` or ``"column"`` (whole
             outputs or inputs) or ``"channel"`` (outputs of convolutions); or what ``shrink()`` can take out,

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hf_prune.repair import damped
-from hf_prune.unit_curves import Curve, additive_curve, fisher_curve, reconstruction_curve
+from hf_prune.unit_curves import Curve, additive_curve, fisher_curve, reconstruction_curve, redundancy_curve
 
 
 def test_additive_by_hand():
@@ -97,3 +97,38 @@ def test_a_unit_that_nothing_reads_costs_nothing():
 def test_no_units_at_all():
     assert reconstruction_curve(torch.zeros(2, 0), torch.zeros(0, 0), torch.ones(2), 0).losses.tolist() == [0]
     assert Curve(torch.zeros(0, dtype=torch.int64), torch.zeros(1)).kept(0).tolist() == []
+
+
+@pytest.mark.parametrize("width", [1, 2])
+def test_redundancy_is_the_share_of_the_variance_that_others_do_not_explain(width):
+    generator = torch.Generator().manual_seed(width)
+    units = 5
+    x = torch.randn(300, units * width, generator=generator)
+    x = x @ torch.randn(units * width, units * width, generator=generator)
+    gram, fisher = x.t() @ x / 300, torch.rand(units, generator=generator) + 0.1
+    solid = damped(gram.double())
+    curve = redundancy_curve(fisher, gram, units)
+
+    def unexplained(unit, others):
+        own = [unit * width + i for i in range(width)]
+        rest = [u * width + i for u in others for i in range(width)]
+        left = solid[own][:, own]
+        if rest:
+            left = left - solid[own][:, rest] @ torch.linalg.solve(solid[rest][:, rest], solid[rest][:, own])
+        return float(left.diagonal().sum() / gram[own][:, own].diagonal().double().sum())
+
+    alive, total = list(range(units)), 0.0
+    for n, unit in enumerate(curve.order.tolist()):
+        scores = {u: float(fisher[u]) * min(1.0, unexplained(u, [v for v in alive if v != u])) for u in alive}
+        assert scores[unit] == pytest.approx(min(scores.values()), rel=1e-3)
+        total += scores[unit]
+        assert float(curve.losses[n + 1]) == pytest.approx(total, rel=1e-3)
+        alive.remove(unit)
+
+
+def test_of_twins_one_goes_first_and_the_other_last():
+    x = torch.randn(100, 4, generator=torch.Generator().manual_seed(0))
+    x[:, 1] = x[:, 0]
+    curve = redundancy_curve(torch.tensor([9.0, 9.0, 1.0, 1.0]), x.t() @ x / 100, 4)
+    assert curve.order.tolist()[0] in (0, 1)
+    assert curve.order.tolist()[-1] in (0, 1)
