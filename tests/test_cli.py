@@ -640,7 +640,11 @@ def test_sweep_with_repair_calibrates(hf_prune, folders, tmp_path):
 
 
 def test_list_says_what_a_criterion_needs(hf_prune):
-    lines = {line.split()[0]: line for line in hf_prune("list").out.splitlines() if line}
+    out = hf_prune("list").out
+    weights, units = out.split("their criterion")
+    lines = {line.split()[0]: line for line in weights.splitlines() if line}
+    assert "gates" in {line.split()[0]: line for line in units.splitlines() if line}["fisher"]
+    assert "whole layers" in lines["layer"]
     assert "no data" in lines["magnitude"]
     assert " texts " in lines["wanda"]
     assert "labelled data" in lines["taylor"]
