@@ -270,6 +270,7 @@ class Results:
 
     def draw(self, path: Path, methods: Iterable[str], amounts: Sequence[str]) -> None:
         """Accuracy on dev against sparsity, a line a method."""
+        from matplotlib import colormaps
         from matplotlib.figure import Figure
 
         dense = self.get("dense", "0")[0]["dev"]
@@ -277,7 +278,7 @@ class Results:
         figure = Figure(figsize=(8, 5), layout="constrained")
         axes = figure.subplots()
         axes.axhline(score, color="black", linewidth=1, linestyle=":", label=f"dense, {score:.2f} %")
-        for method in methods:
+        for i, method in enumerate(methods):
             points = [(100 * float(a), *self.drop(method, a)) for a in amounts if self.get(method, a)]
             if len(points) < 2:
                 continue
@@ -288,6 +289,7 @@ class Results:
                 [score - d for d in drops],
                 errors,
                 label=method,
+                color=colormaps["tab20"](i),
                 marker="o",
                 markersize=4,
                 linewidth=2.5 if strong else 1.2,

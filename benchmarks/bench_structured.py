@@ -339,6 +339,7 @@ def table(args: argparse.Namespace, records: Sequence[Mapping[str, Any]]) -> str
 
 def draw(args: argparse.Namespace, records: Sequence[Mapping[str, Any]]) -> None:
     """Accuracy on dev against the measured speed-up, a line a method."""
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     dense = cell(records, "dense", 1.0)[0]
@@ -346,7 +347,7 @@ def draw(args: argparse.Namespace, records: Sequence[Mapping[str, Any]]) -> None
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     axes.axhline(score, color="black", linewidth=1, linestyle=":", label=f"dense, {score:.2f} %")
-    for method in args.methods:
+    for i, method in enumerate(args.methods):
         cells = [cell(records, method, s) for s in args.speedups]
         points = [
             (statistics.mean(f["measured"] for f in found), *drop(records, found, "dev")) for found in cells if found
@@ -360,6 +361,7 @@ def draw(args: argparse.Namespace, records: Sequence[Mapping[str, Any]]) -> None
             [score - d for d in drops],
             errors,
             label=method,
+            color=colormaps["tab20"](i),
             marker="o",
             markersize=4,
             linewidth=2.5 if strong else 1.2,
