@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from hf_prune.errors import ConfigError
-from hf_prune.registry import CRITERIA, parse_granularity, unknown_name
+from hf_prune.errors import ConfigError, UnknownNameError
+from hf_prune.registry import CRITERIA, GRANULARITIES, parse_granularity, unknown_name
 
 FORMAT_VERSION = 1
 SCOPES = ("row", "layer", "global")
@@ -149,7 +149,11 @@ class PruningConfig:
             return
         self._check_no_budget()
         criterion = CRITERIA.get(self.criterion)
-        granularity = parse_granularity(self.granularity)
+        try:
+            granularity = parse_granularity(self.granularity)
+        except UnknownNameError:
+            usages = [GRANULARITIES.get(name).usage for name in GRANULARITIES.names()]
+            raise unknown_name("granularity", self.granularity, [*usages, *UNIT_KINDS]) from None
         self._set("granularity", granularity.spec)
         self._set("scope", "layer" if self.scope is None else self.scope)
         if self.scope not in SCOPES:

@@ -87,8 +87,8 @@ def test_parse_granularity(text, spec, block, pool, fixed):
     "text", ["unstructred", "2-4", "2:4:8", "-2:4", "2.0:4", " 2:4", "2:4\n", "block", "block:4", "4X8", "", None, 24]
 )
 def test_an_unreadable_granularity_lists_the_spellings(text):
-    expected = r"unknown granularity .*: expected one of block:RxC \(such as block:16x1\), N:M \(such as 2:4\), "
-    with pytest.raises(UnknownNameError, match=expected + "unstructured"):
+    expected = r"unknown granularity .*: expected one of block:RxC \(such as block:16x1\), channel, column, N:M \(such"
+    with pytest.raises(UnknownNameError, match=expected + r" as 2:4\), row, unstructured"):
         parse_granularity(text)
 
 
