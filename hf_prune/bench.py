@@ -1,4 +1,4 @@
-"""Checkpoints side by side: loaded alike, and scored."""
+"""Checkpoints side by side: loaded alike, scored, and what their zeros are worth."""
 
 from __future__ import annotations
 
@@ -13,16 +13,20 @@ from hf_prune.calibration_data import LabelledData
 from hf_prune.checkpoint import has_tokenizer
 from hf_prune.errors import ConfigError, DataError
 from hf_prune.evaluation import evaluate_classification
+from hf_prune.explain import SOME_ZEROS
+from hf_prune.report import sparsity_report
+from hf_prune.export import SUFFIXES, ExportedModel
 from hf_prune.sources import check_model_source
 
 
-def load_alike(sources: Sequence[str], dtype: str, device: str) -> dict[str, Any]:
+def load_alike(sources: Sequence[str], dtype: str, device: str, threads: int | None = None) -> dict[str, Any]:
     """Models of one dtype on one device, by short names that tell them apart.
 
     Args:
-        sources: Folders or Hub ids.
+        sources: Folders or Hub ids, and exported files.
         dtype: Such as ``"float32"``.
         device: Such as ``"cpu"``.
+        threads: Of exported models.
 
     Raises:
         ConfigError: If there is no such device.
@@ -33,10 +37,13 @@ def load_alike(sources: Sequence[str], dtype: str, device: str) -> dict[str, Any
         torch.empty(1, device=where)
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
-    return {
-        name: load_native(source).to(where, getattr(torch, dtype)).eval()
-        for name, source in zip(short_names(sources), sources, strict=True)
-    }
+    found: dict[str, Any] = {}
+    for name, source in zip(short_names(sources), sources, strict=True):
+        if source.endswith(SUFFIXES):
+            found[name] = ExportedModel(source, threads)
+        else:
+            found[name] = load_native(source).to(where, getattr(torch, dtype)).eval()
+    return found
 
 
 def short_names(sources: Sequence[str]) -> list[str]:
@@ -57,26 +64,60 @@ def short_names(sources: Sequence[str]) -> list[str]:
     return [f"{name} ({n + 1})" if n else name for name, n in zip(names, seen, strict=True)]
 
 
-def score_all(models: Mapping[str, Any], sources: Sequence[str], data: LabelledData, split: str) -> dict[str, float]:
+def load_tokenizers(models: Mapping[str, Any], sources: Sequence[str]) -> dict[str, Any]:
+    """The tokenizer of each classifier.
+
+    Args:
+        models: Models by name.
+        sources: Where each came from.
+
+    Raises:
+        DataError: If one is no sequence classifier, or has no tokenizer.
+    """
+    found = {}
+    for (name, model), source in zip(models.items(), sources, strict=True):
+        if not type(model).__name__.endswith("ForSequenceClassification"):
+            raise DataError(
+                f"{source!r} is a {type(model).__name__}: expected a …ForSequenceClassification to score by accuracy; "
+                f"leave out --data to time it"
+            )
+        offline = check_model_source(source)
+        if not has_tokenizer(source, local_files_only=offline):
+            raise DataError(f"{source!r} has no tokenizer, which scoring needs: save one beside the model")
+        found[name] = AutoTokenizer.from_pretrained(source, local_files_only=offline)
+    return found
+
+
+def score_all(
+    models: Mapping[str, Any], tokenizers: Mapping[str, Any], data: LabelledData, split: str
+) -> dict[str, float]:
     """Accuracy of each classifier, 0 to 1, on the same examples.
 
     Args:
         models: Models by name.
-        sources: Where each came from, for its tokenizer.
+        tokenizers: Theirs.
         data: What to score.
         split: Which split of it.
-
-    Raises:
-        DataError: If a checkpoint has no tokenizer, or the data does not fit.
     """
-    found = {}
-    for (name, model), source in zip(models.items(), sources, strict=True):
-        local = check_model_source(source)
-        if not has_tokenizer(source, local_files_only=local):
-            raise DataError(f"{source!r} has no tokenizer, which scoring needs: save one beside the model")
-        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local)
-        dataset = data.load(split)
-        found[name] = evaluate_classification(
-            model, tokenizer, dataset, text_columns=data.text_columns, label_column=data.label_column
-        ).accuracy
-    return found
+    dataset = data.load(split)
+    columns: dict[str, Any] = {"text_columns": data.text_columns, "label_column": data.label_column}
+    return {
+        name: evaluate_classification(model, tokenizers[name], dataset, **columns).accuracy
+        for name, model in models.items()
+    }
+
+
+def zero_notes(models: Mapping[str, Any]) -> list[str]:
+    """A sentence for each model that has many zeros and is not smaller than the first one.
+
+    Args:
+        models: Models by name.
+    """
+    size = next(iter(models.values())).num_parameters()
+    shares = {name: sparsity_report(model).target_sparsity for name, model in models.items()}
+    return [
+        f"In {name}, {100 * share:.1f} % of the weights that can be pruned are zero, and it is no smaller: zeros alone "
+        f"bring no speed on dense kernels."
+        for name, share in shares.items()
+        if share >= SOME_ZEROS and models[name].num_parameters() >= size
+    ]

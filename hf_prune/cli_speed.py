@@ -13,11 +13,14 @@ from hf_prune.calibration_data import LabelledData
 from hf_prune.cli_options import AsJson, Label, Model, Text, split_names, start
 from hf_prune.errors import ConfigError
 
+EXPORTED = (".onnx", ".xml")
 DTYPES = ("float32", "bfloat16", "float16")
 
 Models = Annotated[
     list[str],
-    typer.Argument(metavar="MODEL...", help="Checkpoints or Hub ids; the others are compared with the first."),
+    typer.Argument(
+        metavar="MODEL...", help="Checkpoints, Hub ids, .onnx or .xml files; the others are compared with the first."
+    ),
 ]
 Batches = Annotated[str, typer.Option(help="Batch sizes, separated by commas.")]
 Lengths = Annotated[str, typer.Option(help="Tokens of each example, separated by commas.")]
@@ -50,7 +53,7 @@ def bench(
     as_json: AsJson = False,
 ) -> None:
     """Time checkpoints in turns, and say which differences are real."""
-    start(models, data)
+    start([name for name in models if not name.endswith(EXPORTED)], data)
     sizes = [_whole("--batch", batch), _whole("--length", length)]
     if data is not None and plot is None and not as_json:
         raise ConfigError("--data scores the models for the picture: add --plot FILE.png, or leave it out")
@@ -59,7 +62,7 @@ def bench(
     from hf_prune.plots import plot_latency, save_figure
 
     _check_dtype(dtype)
-    loaded = load_alike(models, dtype, device)
+    loaded = load_alike(models, dtype, device, threads)
     result = measure_latency(
         loaded,
         batch_sizes=sizes[0],

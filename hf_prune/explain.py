@@ -9,7 +9,7 @@ from hf_prune.latency import LatencyResult
 from hf_prune.report import SparsityReport, sparsity_report
 from hf_prune.structure_report import StructureReport, structure_report
 
-_SOME_ZEROS = 0.01
+SOME_ZEROS = 0.01  # share from which on zeros are worth a word
 
 
 def explain(model: nn.Module, measured: LatencyResult | None = None) -> str:
@@ -64,7 +64,7 @@ def _shapes(structure: StructureReport | None, zeros: SparsityReport) -> list[st
 
 def _zeros(zeros: SparsityReport) -> list[str]:
     share = zeros.target_sparsity
-    if share < _SOME_ZEROS:
+    if share < SOME_ZEROS:
         return ["Zeros: hardly any in the matrices that are left."]
     lines = [
         f"Zeros: {100 * share:.1f} % of {zeros.target_parameters:,} weights in Linears. A dense kernel multiplies by "

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import itertools
+import math
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from hf_prune.errors import ConfigError
+from hf_prune.export import ExportedModel
+from hf_prune.latency_inputs import check_generation, check_runs, device, dtypes, find_workloads
 from hf_prune.running import eval_mode
-from hf_prune.speed import forward, workload_inputs
+from hf_prune.speed import forward
 from hf_prune.tables import format_table
 from hf_prune.timing import Ratio, Timings, quantile, speedup, time_together
 
@@ -26,14 +29,15 @@ class LatencyPoint:
     Args:
         model: Its name.
         batch_size: Examples at once.
-        length: Tokens of each.
+        length: Tokens of each; 0 for images and sound, which have none.
         task: ``"forward"``, or ``"generate"`` with the tokens that are made included.
         median: Seconds by the clock.
         low: Lower quartile.
         high: Upper quartile.
         p95: 95th percentile.
         cpu: Median of the seconds of this process, over all of its threads.
-        tokens_per_second: Of all examples together; tokens that are read, or of ``"generate"`` those that are made.
+        tokens_per_second: Of all examples together; tokens that are read, or of ``"generate"`` those that are made;
+            None where there are no tokens.
         against: How many times as fast as the first model; None for that one.
     """
 
@@ -46,17 +50,30 @@ class LatencyPoint:
     high: float
     p95: float
     cpu: float
-    tokens_per_second: float
+    tokens_per_second: float | None
     against: Ratio | None
+
+    @property
+    def workload(self) -> str:
+        """What was run, such as ``"forward, 1 x 128 tokens"``."""
+        size = f"{self.batch_size} x {self.length} tokens" if self.length else f"batch of {self.batch_size}"
+        return f"{self.task}, {size}"
 
     @property
     def verdict(self) -> str:
         """What the difference to the first model is worth."""
         if self.against is None:
             return "-"
-        if not self.against.is_real:
-            return "within the noise"
-        return f"{self.against.value:.2f}x ({self.against.low:.2f} to {self.against.high:.2f})"
+        if math.isinf(self.against.high):
+            return "too few rounds"
+        return _ratio(self.against) if self.against.is_real else "within the noise"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; an end that an interval of too few rounds does not have is None."""
+        if self.against is None:
+            return dict(vars(self))
+        high = None if math.isinf(self.against.high) else self.against.high
+        return {**vars(self), "against": {**vars(self.against), "high": high, "is_real": self.against.is_real}}
 
 
 @dataclass(frozen=True)
@@ -81,43 +98,51 @@ class LatencyResult:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        points = [
-            {**vars(p), "against": None if p.against is None else {**vars(p.against), "is_real": p.against.is_real}}
-            for p in self.points
+        return {"format_version": 1, **vars(self), "points": [p.to_dict() for p in self.points]}
+
+    def doubts(self) -> list[str]:
+        """A sentence for each model that was not told apart from the first one, with the workloads and the numbers."""
+        found: dict[str, list[str]] = {}
+        for p in self.points:
+            if p.against is not None and math.isinf(p.against.high):
+                found.setdefault(p.model, []).append(f"{p.workload} (too few rounds for an interval, which takes six)")
+            elif p.against is not None and not p.against.is_real:
+                found.setdefault(p.model, []).append(f"{p.workload} ({_ratio(p.against)}, within the noise)")
+        return [
+            f"{model} and {self.points[0].model} are not told apart at {'; '.join(where)}."
+            for model, where in found.items()
         ]
-        return {"format_version": 1, **{**vars(self), "points": points}}
 
     def __str__(self) -> str:
         rows = [
             [
                 p.model,
                 p.task,
-                f"{p.batch_size} x {p.length}",
+                f"{p.batch_size} x {p.length}" if p.length else str(p.batch_size),
                 f"{1e3 * p.median:.2f}",
                 f"{1e3 * p.low:.2f} to {1e3 * p.high:.2f}",
                 f"{1e3 * p.p95:.2f}",
                 f"{1e3 * p.cpu:.2f}",
-                f"{p.tokens_per_second:,.0f}",
+                "-" if p.tokens_per_second is None else f"{p.tokens_per_second:,.0f}",
                 p.verdict,
             ]
             for p in self.points
         ]
         header = ["model", "task", "batch x tokens", "median ms", "quartiles", "p95", "CPU ms", "tokens/s", "speed-up"]
-        lines = [
-            format_table(header, rows, left=2),
-            f"{self.rounds} rounds in turns, {self.dtype}, {self.device}, {self.threads} thread(s), torch "
-            f"{self.torch}. Speed-up: median over the rounds, and its 95 % interval, against {self.points[0].model}.",
-        ]
-        if noise := sorted({p.model for p in self.points if p.against is not None and not p.against.is_real}):
-            lines.append(
-                f"Not told apart from {self.points[0].model} on every workload: {', '.join(noise)}. More rounds, or a "
-                f"quieter machine, may tell."
-            )
+        setting = (
+            f"{self.rounds} rounds in turns, {self.dtype}, {self.device}, {self.threads} thread(s), torch {self.torch}."
+        )
+        if any(p.against is not None for p in self.points):
+            setting += f" Speed-up: median over the rounds, and its 95 % interval, against {self.points[0].model}."
+        lines = [format_table(header, rows, left=2), setting]
+        if doubts := self.doubts():
+            lines += [*doubts, "More rounds, or a quieter machine, may tell."]
         return "\n".join(lines)
 
 
 def measure_latency(
-    models: Mapping[str, nn.Module],
+    models: Mapping[str, nn.Module | ExportedModel],
+    inputs: Mapping[str, Any] | None = None,
     *,
     batch_sizes: Sequence[int] = (1,),
     lengths: Sequence[int] = (128,),
@@ -126,10 +151,17 @@ def measure_latency(
     threads: int | None = None,
     new_tokens: int = 0,
 ) -> LatencyResult:
-    """Time models in turns on the same random inputs.
+    """Time models in turns on the same inputs.
+
+    Each round runs every model once, in an order drawn anew, and what is compared are the times within a round: what
+    else the machine does hits all alike. A difference counts if the interval of the median ratio, that of the sign
+    test, excludes 1.
 
     Args:
-        models: Transformers models by name, all of one dtype on one device; the others are compared with the first.
+        models: Models by name, all of one dtype on one device; the others are compared with the first. Exported models
+            may be among the others.
+        inputs: Keyword arguments of a forward pass, in place of ``batch_sizes`` and ``lengths``. None makes them up
+            from the configs of transformers models: random tokens that all of them know, random pixels or sound.
         batch_sizes: Examples at once.
         lengths: Tokens of each; of models of images and sound the config decides.
         rounds: How many timings of each.
@@ -138,41 +170,48 @@ def measure_latency(
         new_tokens: Causal language models: also time the greedy generation of so many.
 
     Raises:
-        ConfigError: If there are no models, they differ in dtype, device or in what they take, or a number is below 1.
-        PlanError: If it is not known what a model takes.
+        ConfigError: If there are no models, they differ in dtype, device or in what they take, or a number is too small
+            or too large for them.
+        PlanError: If it is not known what a model takes, or it does not run on that.
+
+    Example:
+        >>> print(measure_latency({"dense": dense, "pruned": pruned}, batch_sizes=[1, 32]))  # doctest: +SKIP
     """
-    _check(models, batch_sizes, lengths, rounds, threads, new_tokens)
-    first = next(iter(models.values()))
-    vocabulary = min(models.values(), key=_vocabulary)  # random tokens that all of them have
+    _check(models, batch_sizes, lengths, rounds, warmup, threads, new_tokens)
+    native = {name: model for name, model in models.items() if isinstance(model, nn.Module)}
+    workloads = find_workloads(native, inputs, batch_sizes, lengths)
+    check_generation(native, workloads, new_tokens)
     points: list[LatencyPoint] = []
     with ExitStack() as context:
         context.enter_context(_threads(threads))
-        for model in models.values():
+        for model in native.values():
             context.enter_context(eval_mode(model))
-        for batch_size, length in itertools.product(batch_sizes, lengths):
-            inputs = workload_inputs(vocabulary, {"batch_size": batch_size, "length": length})
-            tasks = {"forward": {name: forward(model, inputs) for name, model in models.items()}}
+        for workload in workloads:
+            check_runs(native, workload)
+            tasks = {"forward": {name: _forward(model, workload.inputs) for name, model in models.items()}}
             if new_tokens:
-                tasks["generate"] = {name: _generation(model, inputs, new_tokens) for name, model in models.items()}
+                tasks["generate"] = {
+                    name: _generation(model, workload.inputs, new_tokens) for name, model in native.items()
+                }
             for task, runs in tasks.items():
                 found = time_together(runs, rounds=rounds, warmup=warmup)
-                tokens = batch_size * (length if task == "forward" else new_tokens)
-                points += _points(found, batch_size, length, task, tokens)
-        parameter = next(first.parameters())
+                points += _points(found, workload.batch_size, workload.length, task, new_tokens)
+        first = next(iter(native.values()))
         return LatencyResult(
             points=tuple(points),
             rounds=rounds,
             threads=torch.get_num_threads(),
-            dtype=str(parameter.dtype).removeprefix("torch."),
-            device=str(parameter.device),
+            dtype=dtypes(first),
+            device=device(first),
             torch=torch.__version__,
         )
 
 
 def _points(
-    found: Mapping[str, Timings], batch_size: int, length: int, task: str, tokens: int
+    found: Mapping[str, Timings], batch_size: int, length: int, task: str, new_tokens: int
 ) -> Iterator[LatencyPoint]:
     first = next(iter(found))
+    tokens = batch_size * (length if task == "forward" else new_tokens)
     for name, times in found.items():
         median = statistics.median(times.wall)
         yield LatencyPoint(
@@ -185,9 +224,13 @@ def _points(
             high=quantile(times.wall, 0.75),
             p95=quantile(times.wall, 0.95),
             cpu=statistics.median(times.cpu),
-            tokens_per_second=tokens / median,
+            tokens_per_second=tokens / median if tokens else None,
             against=None if name == first else speedup(found[first].wall, times.wall),
         )
+
+
+def _forward(model: nn.Module | ExportedModel, inputs: Mapping[str, Any]) -> Callable[[], object]:
+    return forward(model, inputs) if isinstance(model, nn.Module) else partial(model, **inputs)
 
 
 def _generation(model: Any, inputs: Mapping[str, Any], new_tokens: int) -> Any:
@@ -203,43 +246,32 @@ def _generation(model: Any, inputs: Mapping[str, Any], new_tokens: int) -> Any:
 
 
 def _check(
-    models: Mapping[str, nn.Module],
+    models: Mapping[str, nn.Module | ExportedModel],
     batch_sizes: Sequence[int],
     lengths: Sequence[int],
     rounds: int,
+    warmup: int,
     threads: int | None,
     new_tokens: int,
 ) -> None:
     if not models:
         raise ConfigError("there is no model to time: expected at least one")
+    if not isinstance(next(iter(models.values())), nn.Module):
+        raise ConfigError(
+            "the first model is an exported one, which does not say what it takes: name a checkpoint first"
+        )
     for name, values in (("batch_sizes", batch_sizes), ("lengths", lengths), ("rounds", [rounds])):
         if not values or min(values) < 1:
             raise ConfigError(f"{name} is {list(values)}: expected numbers of at least 1")
     if threads is not None and threads < 1:
         raise ConfigError(f"threads is {threads}: expected at least 1")
-    kinds = {}
-    for name, model in models.items():
-        parameter = next(model.parameters())
-        kinds[name] = (str(parameter.dtype), str(parameter.device), getattr(model, "main_input_name", "input_ids"))
-    if len(set(kinds.values())) > 1:
-        raise ConfigError(
-            f"models of different dtypes, devices or inputs are not compared: found {kinds}; load them alike"
-        )
-    if new_tokens:
-        unable = [name for name, m in models.items() if not _generates(m)]
-        if unable:
-            raise ConfigError(
-                f"new_tokens={new_tokens} is for causal language models, which {', '.join(unable)} is not"
-            )
+    for name, number in (("warmup", warmup), ("new_tokens", new_tokens)):
+        if number < 0:
+            raise ConfigError(f"{name} is {number}: expected at least 0")
 
 
-def _generates(model: Any) -> bool:
-    can = getattr(model, "can_generate", None)
-    return bool(can and can()) and not model.config.is_encoder_decoder
-
-
-def _vocabulary(model: Any) -> int:
-    return getattr(model.config.get_text_config(), "vocab_size", None) or 0
+def _ratio(ratio: Ratio) -> str:
+    return f"{ratio.value:.2f}x ({ratio.low:.2f} to {ratio.high:.2f})"
 
 
 @contextmanager

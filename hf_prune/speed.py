@@ -22,6 +22,7 @@ _TABLE_SECONDS = 12.0  # for a table of times, if its rounds allow it
 _CHECK_SECONDS = 3.0
 _SLOW = 0.1  # seconds of a forward pass from which on fewer sizes are measured
 _QUANTILE = 0.1  # of the times of one size: what else the machine does only ever makes it slower
+_IMAGE = 224  # pixels in each direction, if the config does not say
 _FAR = 0.1  # share by which a measured speed-up may miss the predicted one before that is said
 
 
@@ -95,11 +96,14 @@ def workload_inputs(model: nn.Module, workload: Mapping[str, int] | None) -> dic
         text = config.get_text_config()
         most = getattr(text, "max_position_embeddings", None)
         if isinstance(most, int) and length > most:
-            raise PlanError(f"a workload of length {length} is longer than the {most} positions of the model")
+            raise PlanError(
+                f"a workload of length {length} is longer than the {most} positions of the model; use a shorter one"
+            )
         ids = torch.randint(1, text.vocab_size, (batch, length), generator=generator)
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     elif name == "pixel_values":
-        size = config.image_size if isinstance(config.image_size, tuple | list) else (config.image_size,) * 2
+        size = getattr(config, "image_size", None) or _IMAGE  # convolutions take images of any size
+        size = size if isinstance(size, tuple | list) else (size, size)
         inputs = {"pixel_values": torch.randn(batch, config.num_channels, *size, generator=generator)}
     elif name == "input_features" and hasattr(config, "max_source_positions"):
         frames = 2 * config.max_source_positions
@@ -107,7 +111,7 @@ def workload_inputs(model: nn.Module, workload: Mapping[str, int] | None) -> dic
     else:
         raise PlanError(
             f"{type(model).__name__} takes {name!r}, for which no workload can be made up: expected a model of text, "
-            f"images or sound; use target_params or sparsity"
+            f"images or sound; use target_params or sparsity to prune it, pass inputs= to measure_latency to time it"
         )
     if getattr(config, "is_encoder_decoder", False):
         start = torch.full((batch, min(length, 16)), config.decoder_start_token_id or 0)

@@ -72,6 +72,7 @@ LAYERS = (
         "explain",
         "export",
         "latency",
+        "latency_inputs",
         "torch_prune",
         "checkpoint",
     ),

@@ -1,14 +1,15 @@
 """Exported files do what PyTorch does, masked and shrunk."""
 
+import json
 import os
 
 import pytest
 import torch
 
-from hf_prune import ExportError, export_model, prune, shrink
+from hf_prune import ExportError, export_model, measure_latency, prune, shrink
 from hf_prune.bypass import bypass
 from hf_prune.cli import main
-from hf_prune.errors import DataError
+from hf_prune.errors import ConfigError, DataError
 from hf_prune.export import ExportedModel
 from tests.architecture_models import tiny
 
@@ -45,6 +46,20 @@ def test_the_commands(tmp_path, capsys):
         main(["export", str(tmp_path / "model"), str(tmp_path / "m.onnx")])
     assert ended.value.code == 0
     assert "its outputs differ from PyTorch's by" in capsys.readouterr().out
+
+
+def test_exported_models_are_timed_beside_checkpoints(tmp_path, capsys):
+    model, _ = tiny("bert")
+    model.save_pretrained(tmp_path / "model")
+    exported = ExportedModel(export_model(model, tmp_path / "m.onnx").path)
+    result = measure_latency({"torch": model, "onnx": exported}, lengths=[8], rounds=6, warmup=1)
+    assert [point.model for point in result.points] == ["torch", "onnx"]
+    with pytest.raises(ConfigError, match="name a checkpoint first"):
+        measure_latency({"onnx": exported})
+    with pytest.raises(SystemExit) as ended:
+        main(["bench", str(tmp_path / "model"), str(tmp_path / "m.onnx"), "--length", "8", "--rounds", "3", "--json"])
+    assert ended.value.code == 0
+    assert [p["model"] for p in json.loads(capsys.readouterr().out)["points"]] == ["model", "m.onnx"]
 
 
 def test_refusals_write_nothing(tmp_path, monkeypatch):
