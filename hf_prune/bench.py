@@ -14,8 +14,8 @@ from hf_prune.checkpoint import has_tokenizer
 from hf_prune.errors import ConfigError, DataError
 from hf_prune.evaluation import evaluate_classification
 from hf_prune.explain import SOME_ZEROS
-from hf_prune.report import sparsity_report
 from hf_prune.export import SUFFIXES, ExportedModel
+from hf_prune.report import sparsity_report
 from hf_prune.sources import check_model_source
 
 
@@ -26,7 +26,7 @@ def load_alike(sources: Sequence[str], dtype: str, device: str, threads: int | N
         sources: Folders or Hub ids, and exported files.
         dtype: Such as ``"float32"``.
         device: Such as ``"cpu"``.
-        threads: Of exported models.
+        threads: Of exported models; None for as many as PyTorch has.
 
     Raises:
         ConfigError: If there is no such device.
@@ -40,7 +40,7 @@ def load_alike(sources: Sequence[str], dtype: str, device: str, threads: int | N
     found: dict[str, Any] = {}
     for name, source in zip(short_names(sources), sources, strict=True):
         if source.endswith(SUFFIXES):
-            found[name] = ExportedModel(source, threads)
+            found[name] = ExportedModel(source, threads or torch.get_num_threads())
         else:
             found[name] = load_native(source).to(where, getattr(torch, dtype)).eval()
     return found
@@ -111,10 +111,11 @@ def zero_notes(models: Mapping[str, Any]) -> list[str]:
     """A sentence for each model that has many zeros and is not smaller than the first one.
 
     Args:
-        models: Models by name.
+        models: Models by name; of exported ones nothing is said.
     """
-    size = next(iter(models.values())).num_parameters()
-    shares = {name: sparsity_report(model).target_sparsity for name, model in models.items()}
+    counted: dict[str, Any] = {name: model for name, model in models.items() if isinstance(model, torch.nn.Module)}
+    size = next((model.num_parameters() for model in counted.values()), 0)
+    shares = {name: sparsity_report(model).target_sparsity for name, model in counted.items()}
     return [
         f"In {name}, {100 * share:.1f} % of the weights that can be pruned are zero, and it is no smaller: zeros alone "
         f"bring no speed on dense kernels."

@@ -15,6 +15,7 @@ from hf_prune.errors import ConfigError
 
 EXPORTED = (".onnx", ".xml")
 DTYPES = ("float32", "bfloat16", "float16")
+PICTURES = (".png", ".svg", ".pdf")
 
 Models = Annotated[
     list[str],
@@ -49,7 +50,7 @@ def bench(
     split: Annotated[str, typer.Option(help="The split to score.")] = "validation",
     text_column: Text = "sentence",
     label_column: Label = "label",
-    plot: Annotated[Path | None, typer.Option(help="Picture to write, PNG or SVG.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Picture to write: PNG, SVG or PDF.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Time checkpoints in turns, and say which differences are real."""
@@ -57,12 +58,15 @@ def bench(
     sizes = [_whole("--batch", batch), _whole("--length", length)]
     if data is not None and plot is None and not as_json:
         raise ConfigError("--data scores the models for the picture: add --plot FILE.png, or leave it out")
-    from hf_prune.bench import load_alike, score_all
+    if plot is not None and plot.suffix not in PICTURES:
+        raise ConfigError(f"--plot is {str(plot)!r}: expected a file that ends in {', '.join(PICTURES)}")
+    from hf_prune.bench import load_alike, load_tokenizers, score_all, zero_notes
     from hf_prune.latency import measure_latency
     from hf_prune.plots import plot_latency, save_figure
 
     _check_dtype(dtype)
     loaded = load_alike(models, dtype, device, threads)
+    tokenizers = {} if data is None else load_tokenizers(loaded, models)  # or an error, before minutes of timing
     result = measure_latency(
         loaded,
         batch_sizes=sizes[0],
@@ -75,13 +79,14 @@ def bench(
     accuracies: dict[str, float] = {}
     if data is not None:
         labelled = LabelledData(data, split_names(text_column), label_column)
-        accuracies = score_all(loaded, models, labelled, split)
+        accuracies = score_all(loaded, tokenizers, labelled, split)
+    notes = zero_notes(loaded)
     if plot is not None:
         save_figure(plot_latency(result, accuracies, "hf-prune bench"), plot)
     if as_json:
-        typer.echo(json.dumps({**result.to_dict(), "accuracies": accuracies}, indent=2))
+        typer.echo(json.dumps({**result.to_dict(), "accuracies": accuracies, "notes": notes}, indent=2))
         return
-    typer.echo(str(result))
+    typer.echo("\n".join([str(result), *notes]))
     for name, accuracy in accuracies.items():
         typer.echo(f"{name}: {100 * accuracy:.2f} % right on {split} of {data}")
     if plot is not None:

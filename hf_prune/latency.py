@@ -179,6 +179,7 @@ def measure_latency(
     """
     _check(models, batch_sizes, lengths, rounds, warmup, threads, new_tokens)
     native = {name: model for name, model in models.items() if isinstance(model, nn.Module)}
+    _check_exported(models, next(iter(native.values())))
     workloads = find_workloads(native, inputs, batch_sizes, lengths)
     check_generation(native, workloads, new_tokens)
     points: list[LatencyPoint] = []
@@ -268,6 +269,16 @@ def _check(
     for name, number in (("warmup", warmup), ("new_tokens", new_tokens)):
         if number < 0:
             raise ConfigError(f"{name} is {number}: expected at least 0")
+
+
+def _check_exported(models: Mapping[str, nn.Module | ExportedModel], first: nn.Module) -> None:
+    """Exported models are in float32 on the CPU: nothing else is compared with them."""
+    exported = [name for name, model in models.items() if not isinstance(model, nn.Module)]
+    if exported and (dtypes(first), device(first)) != ("float32", "cpu"):
+        raise ConfigError(
+            f"{', '.join(exported)} is exported, in float32 on the CPU, and the others are in {dtypes(first)} on "
+            f"{device(first)}, which is not compared: expected float32 on the CPU for all"
+        )
 
 
 def _ratio(ratio: Ratio) -> str:

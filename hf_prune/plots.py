@@ -1,7 +1,8 @@
-"""Pictures: weight histogram before and after, sparsity per layer, trade-off curve."""
+"""Pictures: weight histogram before and after, sparsity per layer, trade-off curve, latency."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from hf_prune.report import SparsityReport, WeightHistogram
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from hf_prune.latency import LatencyResult
+    from hf_prune.latency import LatencyPoint, LatencyResult
     from hf_prune.sweep import SweepPoint
 
 # Okabe & Ito's palette, which colour-blind readers can tell apart; after that, line styles differ as well.
@@ -127,44 +128,74 @@ def plot_tradeoff(
 
 
 def plot_latency(result: LatencyResult, accuracies: Mapping[str, float], title: str) -> Figure:
-    """Accuracy against measured speed-up, a mark for each model; without accuracies the latencies themselves.
+    """Accuracy against measured speed-up, a panel for each workload; without accuracies the latencies themselves.
+
+    A mark is hollow where a model was not told apart from the first one.
 
     Args:
         result: Models timed in turns; the first one is what the others are compared with.
         accuracies: Accuracy of each model by name, 0 to 1; empty if they were not scored.
         title: What was compared.
     """
-    figure, axes = _figure(8.0, 5.0)
-    workloads = list(dict.fromkeys((p.task, p.batch_size, p.length) for p in result.points))
-    for i, workload in enumerate(workloads):
-        points = [p for p in result.points if (p.task, p.batch_size, p.length) == workload]
-        label = f"{workload[0]}, {workload[1]} x {workload[2]} tokens"
-        style = {"color": _COLOURS[i % len(_COLOURS)], "marker": _MARKERS[i % len(_MARKERS)], "linestyle": "none"}
+    workloads = list(dict.fromkeys(p.workload for p in result.points))
+    models = list(dict.fromkeys(p.model for p in result.points))
+    columns = 2 if len(workloads) == 4 else min(3, len(workloads))
+    rows = -(-len(workloads) // columns)
+    height = 3.6 if accuracies else 0.7 + 0.45 * len(models)
+    figure, panels = _panels(max(8.0, 4.0 * columns), 1.0 + height * rows, rows, columns)
+    for axes, workload in zip(panels, workloads, strict=False):
+        for point in (p for p in result.points if p.workload == workload):
+            number = models.index(point.model)
+            if accuracies:
+                _draw_speedup(axes, point, number, 100 * accuracies[point.model])
+            else:
+                _draw_latency(axes, point, number)
+        axes.set_title(workload, fontsize=10)
         if accuracies:
-            ratios = [(1.0, 1.0, 1.0) if p.against is None else vars(p.against).values() for p in points]
-            x, low, high = zip(*ratios, strict=True)
-            spread = [[a - b for a, b in zip(x, low, strict=True)], [b - a for a, b in zip(x, high, strict=True)]]
-            axes.errorbar(x, [100 * accuracies[p.model] for p in points], xerr=spread, capsize=3, label=label, **style)
+            axes.axvline(1, color=_GREY, linestyle="--", linewidth=1.2, zorder=1)
+            axes.margins(0.12)
+            axes.set_xlabel(f"times as fast as {models[0]}")
         else:
-            places = [list(dict.fromkeys(q.model for q in result.points)).index(p.model) for p in points]
-            spread = [[1e3 * (p.median - p.low) for p in points], [1e3 * (p.high - p.median) for p in points]]
-            axes.errorbar([1e3 * p.median for p in points], places, xerr=spread, capsize=3, label=label, **style)
-    names = list(dict.fromkeys(p.model for p in result.points))
+            axes.set_yticks(range(len(models)), models)
+            axes.margins(x=0.12)
+            axes.set(xlabel="milliseconds", ylim=(len(models) - 0.4, -0.7))
+            axes.set_xlim(left=0)
+    for axes in panels[len(workloads) :]:
+        axes.set_visible(False)
     if accuracies:
-        for p in (p for p in result.points if (p.task, p.batch_size, p.length) == workloads[0]):
-            ratio = 1.0 if p.against is None else p.against.value
-            axes.annotate(p.model, (ratio, 100 * accuracies[p.model]), (6, 6), textcoords="offset points", fontsize=9)
-        axes.set(xlabel=f"times as fast as {names[0]}", ylabel="accuracy (%)")
-        axes.margins(0.15)
-    else:
-        axes.set_yticks(range(len(names)), names)
-        axes.invert_yaxis()
-        axes.margins(y=0.2)
-        axes.set(xlabel="milliseconds, median and quartiles")
-    threads = f"{result.rounds} rounds in turns, {result.dtype}, {result.device}, {result.threads} thread(s)"
-    axes.set_title(f"{title}\n{threads}", fontsize=10)
-    axes.legend(frameon=False, loc="best")
+        for axes in panels[::columns]:
+            axes.set_ylabel("accuracy (%)")
+        figure.legend(*panels[0].get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=3)
+    hollow = "" if all(p.against is None or p.against.is_real for p in result.points) else "; hollow: within the noise"
+    what = f"medians and {'95 % intervals' if accuracies else 'quartiles'}{hollow}"
+    setting = f"{result.rounds} rounds in turns, {result.dtype}, {result.device}, {result.threads} thread(s)"
+    figure.suptitle(f"{title}\n{setting}\n{what}", fontsize=10)
     return figure
+
+
+def _draw_speedup(axes: Any, point: LatencyPoint, number: int, accuracy: float) -> None:
+    ratio = point.against
+    value, low, high = (1.0, 1.0, 1.0) if ratio is None else (ratio.value, ratio.low, ratio.high)
+    spread = None if math.isinf(high) else [[value - low], [high - value]]  # too few rounds for an interval
+    axes.errorbar(value, accuracy, xerr=spread, label=point.model, **_mark(point, number))
+
+
+def _draw_latency(axes: Any, point: LatencyPoint, number: int) -> None:
+    value, low, high = 1e3 * point.median, 1e3 * point.low, 1e3 * point.high
+    axes.errorbar(value, number, xerr=[[value - low], [high - value]], **_mark(point, number))
+    axes.annotate(f"{value:,.3g}", (value, number), (0, 7), textcoords="offset points", fontsize=8, ha="center")
+
+
+def _mark(point: LatencyPoint, number: int) -> dict[str, Any]:
+    colour = _COLOURS[number % len(_COLOURS)]
+    told = point.against is None or point.against.is_real
+    return {
+        "color": colour,
+        "marker": _MARKERS[(number + number // len(_COLOURS)) % len(_MARKERS)],  # a pair of its own for each of 36
+        "markerfacecolor": colour if told else "white",
+        "linestyle": "none",
+        "capsize": 3,
+    }
 
 
 def save_figure(figure: Figure, path: Path) -> Path:
@@ -181,11 +212,18 @@ def save_figure(figure: Figure, path: Path) -> Path:
 
 def _figure(width: float, height: float) -> tuple[Figure, Any]:
     """A figure of its own, without pyplot's global state, so that plots work in threads and servers."""
+    figure, (axes,) = _panels(width, height, 1, 1)
+    return figure, axes
+
+
+def _panels(width: float, height: float, rows: int, columns: int) -> tuple[Figure, list[Any]]:
+    """The same with several panels, row by row, that share their vertical axis."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.add_subplot()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.3)
-    axes.set_axisbelow(True)
-    return figure, axes
+    panels = list(figure.subplots(rows, columns, sharey=True, squeeze=False).flat)
+    for axes in panels:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.3)
+        axes.set_axisbelow(True)
+    return figure, panels

@@ -43,8 +43,8 @@ def additive_curve(scores: Tensor) -> Curve:
         >>> additive_curve(torch.tensor([3.0, 1.0])).losses
         tensor([0., 1., 4.], dtype=torch.float64)
     """
-    ordered = scores.double().sort(stable=True)
-    return Curve(ordered.indices, torch.cat([torch.zeros(1).double(), ordered.values.cumsum(0).cpu()]))
+    ordered = scores.double().cpu().sort(stable=True)
+    return Curve(ordered.indices, torch.cat([torch.zeros(1).double(), ordered.values.cumsum(0)]))
 
 
 def fisher_curve(fisher: Tensor) -> Curve:

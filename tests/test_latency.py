@@ -8,7 +8,7 @@ import torch
 from hf_prune import ConfigError, explain, measure_latency, prune, shrink
 from hf_prune.bench import short_names
 from hf_prune.cli import main
-from hf_prune.latency import LatencyResult
+from hf_prune.latency import LatencyPoint, LatencyResult
 from hf_prune.plots import plot_latency, save_figure
 from hf_prune.timing import Timings
 from tests.architecture_models import tiny
@@ -121,13 +121,37 @@ def test_the_picture(models, tmp_path, monkeypatch):
     monkeypatch.setattr("hf_prune.latency.time_together", fake([[0.02, 0.021], [0.01, 0.011]]))
     result = measure_latency(models, batch_sizes=[1, 2], lengths=[8], rounds=20)
     figure = plot_latency(result, {"dense": 0.9, "pruned": 0.85}, "title")
-    (axes,) = figure.axes
-    assert axes.get_xlabel() == "times as fast as dense"
-    assert {text.get_text() for text in axes.texts} == {"dense", "pruned"}
+    assert [axes.get_title() for axes in figure.axes] == ["forward, 1 x 8 tokens", "forward, 2 x 8 tokens"]
+    assert [axes.get_xlabel() for axes in figure.axes] == ["times as fast as dense"] * 2
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["dense", "pruned"]
+    assert "hollow" not in figure.get_suptitle()
     alone = plot_latency(result, {}, "title")
     assert [label.get_text() for label in alone.axes[0].get_yticklabels()] == ["dense", "pruned"]
     for i, each in enumerate((figure, alone)):
         assert save_figure(each, tmp_path / f"{i}.png").stat().st_size > 5_000
+
+
+def test_the_picture_shows_what_is_noise(models, tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_prune.latency.time_together", fake([[0.02, 0.03], [0.03, 0.02]]))
+    for rounds in (20, 3):  # of three rounds there is no interval to draw
+        result = measure_latency(models, lengths=[8], rounds=rounds)
+        for accuracies in ({"dense": 0.9, "pruned": 0.85}, {}):
+            figure = plot_latency(result, accuracies, "title")
+            faces = [bar.lines[0].get_markerfacecolor() for bar in figure.axes[0].containers]
+            assert faces[0] != "white"
+            assert faces[1] == "white"
+            assert "hollow: within the noise" in figure.get_suptitle()
+            assert save_figure(figure, tmp_path / "noise.png").stat().st_size > 5_000
+
+
+def test_every_model_has_a_mark_of_its_own():
+    times = {"median": 0.1, "low": 0.1, "high": 0.1, "p95": 0.1, "cpu": 0.1, "tokens_per_second": 1.0, "against": None}
+    points = [LatencyPoint(f"m{i}", size, 8, "forward", **times) for size in (1, 2, 3, 4) for i in range(14)]
+    figure = plot_latency(LatencyResult(tuple(points), 6, 1, "float32", "cpu", "2"), {}, "title")
+    marks = [(bar.lines[0].get_color(), bar.lines[0].get_marker()) for bar in figure.axes[0].containers]
+    assert len(set(marks)) == 14
+    assert figure.axes[0].get_subplotspec().get_gridspec().get_geometry() == (2, 2)
 
 
 # --- explain ------------------------------------------------------------------------------------------
