@@ -58,7 +58,7 @@ _MODULES = {
         "evaluate_classification",
         "evaluate_sst2",
     ),
-    "explain": ("explain",),
+    "explain": ("explain_speed",),
     "export": ("ExportReport", "ExportedModel", "export_model"),
     "granularities.base": ("Granularity",),
     "latency": ("LatencyPoint", "LatencyResult", "measure_latency"),

@@ -108,7 +108,7 @@ def explain(
     start([model, *([against] if against else [])])
     sizes = [_whole("--batch", batch), _whole("--length", length)]
     from hf_prune.bench import load_alike
-    from hf_prune.explain import explain as explained
+    from hf_prune.explain import explain_speed
     from hf_prune.latency import measure_latency
 
     _check_dtype(dtype)
@@ -119,7 +119,7 @@ def explain(
         measured = measure_latency(
             loaded, batch_sizes=sizes[0], lengths=sizes[1], rounds=rounds, warmup=warmup, threads=threads
         )
-    typer.echo(explained(list(loaded.values())[-1], measured))
+    typer.echo(explain_speed(list(loaded.values())[-1], measured))
 
 
 def _whole(option: str, text: str) -> Sequence[int]:

@@ -12,7 +12,7 @@ from hf_prune.structure_report import StructureReport, structure_report
 SOME_ZEROS = 0.01  # share from which on zeros are worth a word
 
 
-def explain(model: nn.Module, measured: LatencyResult | None = None) -> str:
+def explain_speed(model: nn.Module, measured: LatencyResult | None = None) -> str:
     """Say whether a model is faster than the dense one it was, where, and why not.
 
     Args:

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from hf_prune import ConfigError, explain, measure_latency, prune, shrink
+from hf_prune import ConfigError, explain_speed, measure_latency, prune, shrink
 from hf_prune.bench import short_names
 from hf_prune.cli import main
 from hf_prune.latency import LatencyPoint, LatencyResult
@@ -159,18 +159,18 @@ def test_every_model_has_a_mark_of_its_own():
 
 def test_zeros_alone_are_said_to_bring_nothing():
     model = prune(tiny_bert(), 0.5)
-    text = explain(model)
+    text = explain_speed(model)
     assert "Shapes: those of the dense model" in text
     assert "Zeros: 50.0 %" in text
     assert "they bring no speed" in text
     assert "Nothing was timed" in text
-    assert "sparse tensor cores" in explain(prune(tiny_bert(), granularity="2:4"))
-    assert "sparse kernels" in explain(prune(tiny_bert(), 0.9))
+    assert "sparse tensor cores" in explain_speed(prune(tiny_bert(), granularity="2:4"))
+    assert "sparse kernels" in explain_speed(prune(tiny_bert(), 0.9))
 
 
 def test_what_was_taken_out_is_said():
     model = shrink(prune(tiny("bert")[0], 0.5, granularity=("head", "neuron")))
-    text = explain(model)
+    text = explain_speed(model)
     assert "in smaller matrices" in text
     assert "6 of 12 heads are left" in text
     assert "36 of 72 neurons are left" in text
@@ -180,7 +180,7 @@ def test_what_was_taken_out_is_said():
 def test_an_unknown_architecture_is_explained_by_its_zeros():
     from tests.models import tiny_albert
 
-    assert "is not known" in explain(prune(tiny_albert(), 0.5))
+    assert "is not known" in explain_speed(prune(tiny_albert(), 0.5))
 
 
 # --- the commands -------------------------------------------------------------------------------------
