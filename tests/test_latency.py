@@ -141,6 +141,7 @@ def test_the_picture_shows_what_is_noise(models, tmp_path, monkeypatch):
             faces = [bar.lines[0].get_markerfacecolor() for bar in figure.axes[0].containers]
             assert faces[0] != "white"
             assert faces[1] == "white"
+            assert figure.axes[0].containers[1].has_xerr == (rounds == 20 or not accuracies)
             assert "hollow: within the noise" in figure.get_suptitle()
             assert save_figure(figure, tmp_path / "noise.png").stat().st_size > 5_000
 
