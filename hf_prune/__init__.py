@@ -76,6 +76,7 @@ _MODULES = {
     "texts": ("text_batches", "token_windows"),
     "torch_prune": ("from_torch_prune",),
     "unit_plan": ("UnitPlan",),
+    "vocabulary": ("TrimResult", "trim_vocabulary"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -48,6 +48,7 @@ from hf_prune.cli_options import (
     start,
 )
 from hf_prune.cli_speed import bench, explain
+from hf_prune.cli_trim import trim_vocab
 from hf_prune.config import UNIT_CRITERIA_OF, UNIT_SCOPES, UNITS, PruningConfig
 from hf_prune.errors import ConfigError, DataError, HfPruneError
 from hf_prune.registry import CRITERIA, GRANULARITIES
@@ -475,6 +476,7 @@ def report(
 
 app.command(epilog="Example: hf-prune bench MODEL pruned --batch 1,32 --length 64 --threads 1")(bench)
 app.command(epilog="Example: hf-prune explain pruned --against MODEL")(explain)
+app.command(epilog="Example: hf-prune trim-vocab MODEL --texts glue/sst2 --out smaller")(trim_vocab)
 
 
 @app.command(epilog="Example: hf-prune export pruned pruned.onnx")

@@ -57,6 +57,9 @@ LAYERS = (
         "unit_reconstruction",
         "unit_statistics",
         "texts",
+        "tokenizer_trim",
+        "vocabulary",
+        "vocabulary_rows",
     ),
     ("pipeline",),
     (
@@ -89,9 +92,9 @@ LAYERS = (
         "stream_blocks",
         "stream_output",
     ),
-    ("bench", "demo_data", "demo_training", "demo", "workflows", "cards"),
+    ("bench", "demo_data", "demo_training", "demo", "trim_workflow", "workflows", "cards"),
     ("hub",),
-    ("cli_options", "cli_speed", "cli"),
+    ("cli_options", "cli_speed", "cli_trim", "cli"),
     ("__main__",),
 )
 LAYER_OF = {name: number for number, names in enumerate(LAYERS) for name in names}

@@ -39,7 +39,7 @@ from hf_prune.cli import app, main
 from hf_prune.registry import CRITERIA, GRANULARITIES
 from tests import models
 
-COMMANDS = ("demo", "prune", "evaluate", "sweep", "report", "bench", "explain", "export", "list")
+COMMANDS = ("demo", "prune", "evaluate", "sweep", "report", "bench", "explain", "trim-vocab", "export", "list")
 PNG = b"\x89PNG"
 
 

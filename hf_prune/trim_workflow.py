@@ -1,0 +1,92 @@
+"""hf-prune trim-vocab from checkpoint to files, callable from Python."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from transformers import AutoTokenizer
+
+from hf_prune.auto import load_native
+from hf_prune.checkpoint import copy_companions, has_tokenizer, staged_checkpoint
+from hf_prune.data_loading import load_texts
+from hf_prune.errors import DataError
+from hf_prune.files import write_json
+from hf_prune.sources import check_model_source
+from hf_prune.vocabulary import TrimResult, trim_vocabulary
+
+# What tokenizers save; files of the old one must not lie beside the new one.
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+)
+
+
+def read_corpus(sources: Sequence[str], splits: Sequence[str], columns: Sequence[str]) -> list[str]:
+    """The texts of several data sets.
+
+    Args:
+        sources: Files, folders or Hub ids; see :func:`hf_prune.load_texts`.
+        splits: Splits of each; a file is one by itself.
+        columns: The columns that hold text, where there are columns.
+
+    Raises:
+        DataError: If one cannot be found or read.
+    """
+    return [
+        text
+        for source in sources
+        for split in (splits[:1] if Path(source).is_file() else splits)
+        for column in columns
+        for text in load_texts(source, split, text_column=column)
+    ]
+
+
+def trim_checkpoint(
+    source: str,
+    out: Path | None,
+    texts: Sequence[str] | None,
+    *,
+    keep: Sequence[str] = (),
+    min_count: int = 1,
+    round_to: int | None = None,
+) -> TrimResult:
+    """Trim the vocabulary of a checkpoint into a folder: weights, the new tokenizer, ``vocabulary_report.json``.
+
+    Args:
+        source: Folder or Hub id.
+        out: The folder, which may be the source itself; None to only see what would be left.
+        texts: See :func:`hf_prune.trim_vocabulary`, also for the other settings.
+        keep: Tokens that stay in any case.
+        min_count: Tokens that are used less often go too.
+        round_to: Make the number of tokens a multiple of this.
+
+    Raises:
+        DataError: If the source cannot be found, or has no tokenizer.
+    """
+    offline = check_model_source(source)
+    if not has_tokenizer(source, local_files_only=offline):
+        raise DataError(f"{source!r} has no tokenizer: expected one beside the model, whose tokens can be counted")
+    model, tokenizer = load_native(source), AutoTokenizer.from_pretrained(source, local_files_only=offline)
+    result = trim_vocabulary(model, tokenizer, texts, keep=keep, min_count=min_count, round_to=round_to)
+    if out is None:
+        return result
+    with staged_checkpoint(out) as staging:
+        model.save_pretrained(staging)
+        copy_companions(source, staging, local_files_only=offline)
+        for name in _TOKENIZER_FILES:
+            (staging / name).unlink(missing_ok=True)
+        result.tokenizer.save_pretrained(staging)
+        write_json(staging / "vocabulary_report.json", result.to_dict())
+        written = {path.name for path in staging.iterdir()}
+    for name in set(_TOKENIZER_FILES) - written:  # of a tokenizer that was in the folder before
+        (out / name).unlink(missing_ok=True)
+    return result
