@@ -90,15 +90,32 @@ class Stack:
     not_below: str | None = None
 
 
-_TABLE: dict[str, tuple[Stack, ...]] = {}
+@dataclass(frozen=True)
+class Channels:
+    """Channels inside the blocks of a convolutional model: nothing but the next module of the block reads them.
+
+    Those that a block adds to its input are not inside it: they can be masked, and stay.
+
+    Args:
+        blocks: The blocks, from the base model; ``*`` stands for a number. Empty: the base model itself.
+        links: What computes the channels, and what reads them, as modules of a block. The first one that computes them
+            decides which of them go; norms and depthwise convolutions, which come next, follow. Links whose first or
+            last module a block lacks are left out, as are other modules that it lacks.
+    """
+
+    blocks: str
+    links: tuple[tuple[tuple[str, ...], str], ...]
 
 
-def register_architecture(model_type: str | Iterable[str], *stacks: Stack) -> None:
+_TABLE: dict[str, tuple[Stack | Channels, ...]] = {}
+
+
+def register_architecture(model_type: str | Iterable[str], *parts: Stack | Channels) -> None:
     """Say where the units of an architecture are.
 
     Args:
         model_type: ``config.model_type``, or several.
-        *stacks: Its stacks of layers.
+        *parts: Its stacks of layers, or of a convolutional model the channels of its blocks.
 
     Raises:
         ArchitectureError: If one is registered already.
@@ -112,7 +129,7 @@ def register_architecture(model_type: str | Iterable[str], *stacks: Stack) -> No
         if name in _TABLE:
             raise ArchitectureError(f"the architecture {name!r} is registered already: choose another model_type")
     for name in names:
-        _TABLE[name] = stacks
+        _TABLE[name] = parts
 
 
 def list_architectures() -> tuple[str, ...]:
@@ -277,7 +294,30 @@ register_architecture(
 )
 
 
-def stacks_of(model_type: str, model_name: str) -> tuple[Stack, ...]:
+def _convolution(*names: str) -> tuple[str, ...]:
+    return tuple(f"{name}.{part}" for name in names for part in ("convolution", "normalization"))
+
+
+register_architecture(
+    "resnet",
+    Channels(
+        "encoder.stages.*.layers.*",
+        tuple((_convolution(f"layer.{i}"), f"layer.{i + 1}.convolution") for i in range(2)),
+    ),
+)
+register_architecture(
+    "mobilenet_v1",  # pairs of a depthwise convolution and one of single positions, from the stem to the classifier
+    Channels("", ((_convolution("conv_stem", "layer.0"), "layer.1.convolution"),)),
+    Channels(
+        "", tuple((_convolution(f"layer.{i}", f"layer.{i + 1}"), f"layer.{i + 2}.convolution") for i in range(1, 25, 2))
+    ),
+)
+_INVERTED = (_convolution("expand_1x1", "conv_3x3"), "reduce_1x1.convolution")
+register_architecture("mobilenet_v2", Channels("layer.*", (_INVERTED,)), Channels("conv_stem", (_INVERTED,)))
+register_architecture("convnext", Channels("encoder.stages.*.layers.*", ((("pwconv1",), "pwconv2"),)))
+
+
+def architecture_of(model_type: str, model_name: str) -> tuple[Stack | Channels, ...]:
     """The table's entry for an architecture.
 
     Args:
@@ -291,7 +331,7 @@ def stacks_of(model_type: str, model_name: str) -> tuple[Stack, ...]:
         raise ArchitectureError(
             f"the table of architectures has no entry for {model_type or 'a model without config.model_type'!r} "
             f"({model_name}): expected one of {', '.join(list_architectures())}; say where its layers, heads and "
-            f"neurons are with hf_prune.register_architecture({model_type!r}, Stack(...)), or prune it with "
-            f"another granularity"
+            f"neurons are with hf_prune.register_architecture({model_type!r}, Stack(...)), or its channels with "
+            f"Channels(...), or prune it with another granularity"
         )
     return _TABLE[model_type]

@@ -187,9 +187,15 @@ def prune(
     round_to: Annotated[
         int | None, typer.Option(min=1, help="Numbers of heads and neurons left are multiples of this. [default: 1]")
     ] = None,
-    no_shrink: Annotated[
-        bool, typer.Option("--no-shrink", help="Leave pruned heads and neurons in, as masks and zeros.")
-    ] = False,
+    shrink: Annotated[
+        bool | None,
+        typer.Option(
+            "--shrink/--no-shrink",
+            help="Take out what was pruned as a whole, or leave it in, as masks and zeros. "
+            "[default: heads, neurons and layers are taken out; rows, columns and channels stay]",
+            show_default=False,
+        ),
+    ] = None,
     plots: Annotated[bool, typer.Option("--plots", help="Also write weights.png and layers.png.")] = False,
     stream: Annotated[
         bool,
@@ -237,8 +243,11 @@ def prune(
         workload=None if workload is None else read_workload(workload),
         round_to=round_to,
     )
-    if no_shrink and not settings.removes_units:
-        raise ConfigError(f"--no-shrink is for head, neuron and layer, not for granularity {settings.granularity!r}")
+    if shrink is not None and not (settings.removes_units or settings.granularity in ("row", "column", "channel")):
+        raise ConfigError(
+            f"--shrink and --no-shrink are for head, neuron, layer, row, column and channel, not for granularity "
+            f"{settings.granularity!r}: leave them out"
+        )
     if threads is not None:
         import torch
 
@@ -276,7 +285,7 @@ def prune(
             data=texts if of_language else labelled,
             polish_samples=polish_samples,
             plots=plots,
-            shrink=not no_shrink,
+            shrink=shrink,
         )
         text, values = str(report), report.to_dict()
     else:

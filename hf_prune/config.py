@@ -67,9 +67,10 @@ class PruningConfig:
             layers apart.
         granularity: What is removed together: ``"unstructured"``, ``"N:M"`` (at most N non-zeros in
             every M consecutive inputs), ``"block:RxC"`` (R outputs by C inputs), ``"row"`` or ``"column"`` (whole
-            outputs or inputs) or ``"channel"`` (outputs of convolutions); or what ``shrink()`` can take out,
-            one or several of ``"head"`` (of grouped queries: the whole group), ``"neuron"`` (of feed-forward networks)
-            and ``"layer"``, such as ``("head", "neuron")``.
+            outputs or inputs) or ``"channel"`` (outputs of convolutions, with what the next norm and depthwise
+            convolution do to them); or one or several of ``"head"`` (of grouped queries: the whole group),
+            ``"neuron"`` (of feed-forward networks) and ``"layer"``, such as ``("head", "neuron")``, which ``shrink()``
+            takes out.
         scope: Who competes with whom: the weights of one output (``"row"``), of one tensor
             (``"layer"``) or of all targets (``"global"``). An N:M granularity brings its own pools. Heads and neurons
             compete with all others (``"global"``), or every layer loses the same share (``"layer"``). None means
@@ -143,6 +144,11 @@ class PruningConfig:
     round_to: int = 1
 
     def __post_init__(self) -> None:
+        if "vocab" in ([self.granularity] if isinstance(self.granularity, str) else self.granularity):
+            raise ConfigError(
+                "granularity 'vocab': which tokens go follows from texts and not from a sparsity; call "
+                "hf_prune.trim_vocabulary (hf-prune trim-vocab), before or after pruning"
+            )
         if kinds := _unit_kinds(self.granularity):
             self._set("granularity", kinds)
             self._check_units()

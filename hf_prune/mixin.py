@@ -135,7 +135,7 @@ class PrunedModelMixin(nn.Module):
         return self
 
     def shrink(self: Self) -> Self:
-        """Take out every head, neuron and layer that is pruned as a whole, and return the model; see :func:`shrink`."""
+        """Take out every head, neuron, channel and layer pruned as a whole; returns the model; see :func:`shrink`."""
         return shrink_modules(self)
 
     def sparsity_report(self, config: PruningConfig | None = None) -> SparsityReport:
@@ -218,7 +218,7 @@ def prunable(model: Model) -> Model:
 
 
 def shrink(model: Model) -> Model:
-    """Take out of a model, in place, every head, neuron and layer that is pruned as a whole.
+    """Take out of a model, in place, every head, neuron, channel and layer pruned as a whole.
 
     Its tensors become smaller, its outputs stay the same. It gets the methods of :class:`PrunedModelMixin` as well, so
     that ``save_pretrained`` describes what its config alone does not tell.

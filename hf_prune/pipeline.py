@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any, Literal, TypeVar, overload
 
-from torch import nn
+from torch import Tensor, nn
 
 from hf_prune.activations import CACHE_BYTES, Batches
 from hf_prune.calibration import collect_stats, require_batches
+from hf_prune.channels import follow
 from hf_prune.config import PruningConfig
 from hf_prune.criteria.base import CURVATURE, INPUTS
 from hf_prune.dense_outputs import DenseOutputs
@@ -21,6 +22,7 @@ from hf_prune.plan import PruningPlan, make_plan
 from hf_prune.polish import polish
 from hf_prune.scoring import agreed_masks
 from hf_prune.sequential import prune_in_order
+from hf_prune.sites import sites_of_channels
 from hf_prune.stepwise import masks_before_repair, prune_in_steps
 from hf_prune.structured import prune_units
 from hf_prune.unit_plan import UnitPlan, make_unit_plan
@@ -156,10 +158,12 @@ def prune(
         else:
             stats = collect_stats(model, plan, calibration, progress)
             masks, weights = agreed_masks(model, plan, stats, store.masks, given)
+            masks = _with_followers(model, config, masks)
             if dense is None:
                 store.update(model, masks, weights, config, keep_dense)
                 return wrapper
             undo.write(masks, weights)
+        masks = _with_followers(model, config, masks)
         record = None
         if dense is not None:
             kept = {name: mask & store.masks.get(name, mask).to(mask.device) for name, mask in masks.items()}
@@ -196,6 +200,11 @@ def _prune_units(
         polish_data=polish_data,
     )
     return model
+
+
+def _with_followers(model: nn.Module, config: PruningConfig, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Masks, and of convolutions those of the norms and depthwise convolutions that come after them."""
+    return follow(masks, sites_of_channels(model), model) if config.granularity == "channel" else dict(masks)
 
 
 def resolve_config(config: PruningConfig | float | None, settings: Mapping[str, Any]) -> PruningConfig:

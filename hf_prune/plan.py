@@ -9,12 +9,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from hf_prune.allocation import allocate
+from hf_prune.channels import followers
 from hf_prune.config import PruningConfig
 from hf_prune.criteria.base import CURVATURE, INPUTS, WIDEST_FISHER_BLOCK, Criterion
 from hf_prune.errors import PlanError
 from hf_prune.granularities.base import Granularity
 from hf_prune.masking import MaskStore
 from hf_prune.registry import CRITERIA, parse_granularity
+from hf_prune.sites import sites_of_channels
 from hf_prune.tables import format_count, format_table
 from hf_prune.targets import Target, is_finite, resolve_targets, uncovered_matrices
 
@@ -203,6 +205,9 @@ def make_plan(
     """
     targets = resolve_targets(model, config, loaded=loaded)
     granularity = parse_granularity(config.granularity)
+    if granularity.spec == "channel":
+        following = followers(sites_of_channels(model))  # they lose what the convolution before them loses
+        targets = [t for t in targets if t.name not in following] or targets
     misfits = [f"{t.module} {t.shape}: {why}" for t in targets if (why := granularity.misfit(t))]
     if misfits:
         raise PlanError(

@@ -27,7 +27,7 @@ RECORD = "pruned_structure"  # the attribute of the config that says what was do
 
 @torch.no_grad()
 def shrink_modules(model: Model) -> Model:
-    """Remove from a model, in place, every head, neuron and layer that has been pruned as a whole.
+    """Remove from a model, in place, every head, neuron, channel and layer that has been pruned as a whole.
 
     Weights that are zero elsewhere stay, and so do their masks. ``num_parameters()`` falls; the outputs are the same.
     Dense weights that ``keep_dense`` kept are given up, since they no longer fit.
@@ -45,7 +45,11 @@ def shrink_modules(model: Model) -> Model:
     lists = layer_lists(model)
     gone = {f"{layers.name}.{i}" for layers in lists for i, layer in enumerate(layers.layers) if is_bypassed(layer)}
     _check_layers(model, lists, gone)
-    sites = [site for site in find_sites(model) if not all(f"{name}.{i}" in gone for name, i in site.layers)]
+    sites = [
+        site
+        for site in find_sites(model)
+        if not site.layers or not all(f"{name}.{i}" in gone for name, i in site.layers)
+    ]
     before = sum(p.numel() for p in model.parameters())
     units = {site.name: site.units for site in sites}
     kept = {site.name: index for site in sites if (index := _living(model, site)) is not None}
@@ -105,6 +109,9 @@ def _living(model: nn.Module, site: Site) -> Tensor | None:
     dead = is_zero(site.consumers)
     if site.kind == "head":
         dead |= is_zero(site.values)
+    elif site.kind == "channel":
+        if activation_is_zero_at_zero(model):
+            dead |= is_zero(site.values)
     elif activation_is_zero_at_zero(model):
         weights = [p for p in site.producers if p.name.endswith(".weight")]
         for weight in weights:  # of a gated network either factor will do
@@ -130,7 +137,7 @@ def activation_is_zero_at_zero(model: nn.Module) -> bool:
 
 
 def _resized(model: nn.Module, sites: list[Site], kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The parameters that become smaller, by name; the model is not touched."""
+    """The parameters and buffers that become smaller, by name; the model is not touched."""
     holders: dict[int, list[str]] = {}
     for name, module in model.named_modules():
         for key, parameter in module._parameters.items():
@@ -138,13 +145,13 @@ def _resized(model: nn.Module, sites: list[Site], kept: Mapping[str, Tensor]) ->
                 holders.setdefault(id(parameter), []).append(f"{name}.{key}".removeprefix("."))
     changes: dict[str, Tensor] = {}
     for part_name, dim, index in _cuts(sites, kept):
-        parameter = model.get_parameter(part_name)
-        if len(users := holders[id(parameter)]) > 1:
+        tensor = _tensor(model, part_name)
+        if len(users := holders.get(id(tensor), [])) > 1:
             raise ArchitectureError(
                 f"{part_name} cannot be made smaller: it is shared by {', '.join(users)}; give each a weight of "
                 f"its own first"
             )
-        weight = changes.get(part_name, parameter.detach())
+        weight = changes.get(part_name, tensor.detach())
         changes[part_name] = weight.index_select(dim, index.to(weight.device))
     return changes
 
@@ -152,7 +159,10 @@ def _resized(model: nn.Module, sites: list[Site], kept: Mapping[str, Tensor]) ->
 def _cuts(sites: list[Site], kept: Mapping[str, Tensor]) -> list[tuple[str, int, Tensor]]:
     """(parameter, dimension, positions that stay) of everything that becomes smaller."""
     return [
-        (part.name, part.dim, part.index(kept[site.name])) for site in sites if site.name in kept for part in site.parts
+        (part.name, part.dim, part.index(kept[site.name]))
+        for site in sites
+        if site.name in kept
+        for part in site.parts + site.buffers
     ]
 
 
@@ -160,16 +170,28 @@ def _commit(model: nn.Module, sites: list[Site], kept: Mapping[str, Tensor], cha
     for name, tensor in changes.items():
         holder, _, key = name.rpartition(".")
         module = model.get_submodule(holder)
+        if key in module._buffers:
+            module._buffers[key] = tensor.contiguous()
+            continue
         old = module._parameters[key]
         assert old is not None
         module._parameters[key] = nn.Parameter(tensor.contiguous(), requires_grad=old.requires_grad)
-        if key == "weight":
+        if key == "weight" and tensor.ndim == 2:
             _set_features(module, tensor)
     for site in sites:
         if site.name in kept:
             for holder, attribute in site.counts:
                 module = model.get_submodule(holder)
                 setattr(module, attribute, getattr(module, attribute) * len(kept[site.name]) // site.units)
+
+
+def _tensor(model: nn.Module, name: str) -> Tensor:
+    """A parameter or buffer."""
+    holder, _, key = name.rpartition(".")
+    module = model.get_submodule(holder)
+    found = module._buffers.get(key) if key in module._buffers else module._parameters[key]
+    assert found is not None
+    return found
 
 
 def _set_features(module: nn.Module, weight: Tensor) -> None:

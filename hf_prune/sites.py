@@ -1,100 +1,21 @@
 """Sites: where in one model the units lie that can be removed as a whole, read off its weights.
 
-A site is one attention or one feed-forward network; its units are heads (of grouped queries: groups) or neurons. What a
-unit computes flows from the *producers*, whose outputs it is, into the *consumers*, whose inputs it is. Removing a unit
-takes its slice from all of them.
+A site is one attention, one feed-forward network or the inside of one convolutional block; its units are heads (of
+grouped queries: groups), neurons or channels. What a unit computes flows from the *producers*, whose outputs it is,
+into the *consumers*, whose inputs it is. Removing a unit takes its slice from all of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from hf_prune.architectures import Heads, Stack, stacks_of
+from hf_prune.architectures import Channels, Heads, Stack, architecture_of, list_architectures
+from hf_prune.channels import channel_sites
 from hf_prune.errors import ArchitectureError
-
-
-@dataclass(frozen=True)
-class Part:
-    """Where the units of a site lie in one parameter.
-
-    Args:
-        name: The parameter.
-        dim: The dimension along which they lie.
-        width: How many neighbours along it belong to one unit.
-        offsets: Where the first unit begins; several where one matrix holds several projections.
-    """
-
-    name: str
-    dim: int
-    width: int
-    offsets: tuple[int, ...] = (0,)
-
-    def index(self, units: Tensor) -> Tensor:
-        """Positions along :attr:`dim` that belong to units.
-
-        Args:
-            units: (n,) int64.
-
-        Returns:
-            (offsets * n * width,) int64.
-        """
-        inside = torch.arange(self.width, device=units.device)
-        starts = torch.tensor(self.offsets, device=units.device)[:, None, None]
-        return (starts + units[:, None] * self.width + inside).reshape(-1)
-
-    def by_unit(self, tensor: Tensor, units: int) -> Tensor:
-        """(units, rest): what of a tensor shaped like the parameter belongs to each unit."""
-        flat = tensor.movedim(self.dim, 0).reshape(tensor.shape[self.dim], -1)
-        index = self.index(torch.arange(units, device=tensor.device)).view(len(self.offsets), units, self.width)
-        return flat[index].movedim(1, 0).reshape(units, -1)  # (offsets, units, width, rest) -> (units, all of it)
-
-
-@dataclass(frozen=True)
-class Site:
-    """One attention or feed-forward network; where all layers share their heads, those of a whole stack.
-
-    Args:
-        name: The matrix that consumes what the units compute, from the base model; of several layers, the first one's.
-        kind: ``"head"`` or ``"neuron"``.
-        layers: The layers that it is in, as (list of layers, number).
-        units: How many there are.
-        producers: Weights and biases whose outputs the units are.
-        consumers: Weights whose inputs they are.
-        values: Of the producers those without which a head puts out zero.
-        counts: Attributes of modules that grow with the number of units.
-        minimum: How many units have to stay.
-        config: Attributes of the model's config that can tell another number of units.
-        per_unit: What one unit adds to each of these.
-        size: The size of a head, and the attribute of the config that holds it; None for neurons.
-    """
-
-    name: str
-    kind: str
-    layers: tuple[tuple[str, int], ...]
-    units: int
-    producers: tuple[Part, ...]
-    consumers: tuple[Part, ...]
-    values: tuple[Part, ...]
-    counts: tuple[tuple[str, str], ...]
-    minimum: int
-    config: tuple[str, ...]
-    per_unit: tuple[int, ...]
-    size: tuple[int, str] | None
-
-    @property
-    def parts(self) -> tuple[Part, ...]:
-        """All parts."""
-        return self.producers + self.consumers
-
-    def parameters_per_unit(self, parameters: Mapping[str, Tensor]) -> int:
-        """How many parameters go with one unit."""
-        return sum(
-            len(p.offsets) * p.width * parameters[p.name].numel() // parameters[p.name].shape[p.dim] for p in self.parts
-        )
+from hf_prune.parts import Part, Site
 
 
 @dataclass(frozen=True)
@@ -118,21 +39,27 @@ def layer_lists(model: nn.Module) -> list[LayerList]:
     Raises:
         ArchitectureError: If its architecture is not registered, or its modules are not where the table says.
     """
-    model_type = getattr(getattr(model, "config", None), "model_type", "") or ""
-    stacks = stacks_of(model_type, type(model).__name__)
-    prefix = base_prefix(model)
+    stacks, prefix = [entry for entry in _entries(model) if isinstance(entry, Stack)], base_prefix(model)
     found = []
     for stack in stacks:
         layers = _get(model, prefix + stack.layers)
         if isinstance(layers, nn.ModuleList):
             found.append(LayerList(prefix + stack.layers, stack, tuple(layers)))
-    if not found:
+    if stacks and not found:
         raise ArchitectureError(
             f"{type(model).__name__} has no list of layers at {' or '.join(prefix + s.layers for s in stacks)}, where "
-            f"the table of architectures expects one for {model_type!r}: register it with "
+            f"the table of architectures expects one for {_model_type(model)!r}: register it with "
             f"hf_prune.register_architecture under another config.model_type"
         )
     return found
+
+
+def _entries(model: nn.Module) -> tuple[Stack | Channels, ...]:
+    return architecture_of(_model_type(model), type(model).__name__)
+
+
+def _model_type(model: nn.Module) -> str:
+    return getattr(getattr(model, "config", None), "model_type", "") or ""
 
 
 def base_prefix(model: nn.Module) -> str:
@@ -142,7 +69,7 @@ def base_prefix(model: nn.Module) -> str:
 
 
 def find_sites(model: nn.Module) -> list[Site]:
-    """The sites of a model, layer by layer, attention first.
+    """The sites of a model, layer by layer, attention first; of a convolutional model, block by block.
 
     Raises:
         ArchitectureError: As :func:`layer_lists`, or if sizes do not fit.
@@ -162,7 +89,14 @@ def find_sites(model: nn.Module) -> list[Site]:
             found.append(_neurons(model, layers, number))
     for sites in shared.values():
         found[found.index(sites[0])] = _joined(sites)
-    return found
+    return found + channel_sites(model, [e for e in _entries(model) if isinstance(e, Channels)], base_prefix(model))
+
+
+def sites_of_channels(model: nn.Module) -> list[Site]:
+    """Where a model has channels that can be taken out: nowhere if its architecture is not registered."""
+    if _model_type(model) not in list_architectures():
+        return []
+    return [site for site in find_sites(model) if site.kind == "channel"]
 
 
 def _joined(sites: Sequence[Site]) -> Site:

@@ -1,4 +1,4 @@
-"""StructureReport: which heads, neurons and layers a model has left, and how it loads again."""
+"""StructureReport: which heads, neurons, channels and layers a model has left, and how it loads again."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from hf_prune.tables import format_count, format_table
 
 @dataclass(frozen=True)
 class SiteReport:
-    """One attention or feed-forward network.
+    """One attention, feed-forward network or convolutional block.
 
     Args:
         name: The matrix that consumes its units.
-        kind: ``"head"`` or ``"neuron"``.
+        kind: ``"head"``, ``"neuron"`` or ``"channel"``.
         units: How many there are.
         before: How many there were when the model was dense.
     """
@@ -38,7 +38,7 @@ class StructureReport:
 
     Args:
         model_name: The model's class.
-        sites: Its attentions and feed-forward networks.
+        sites: Its attentions, feed-forward networks and convolutional blocks.
         layers: By list of layers: how many there are, and how many there were.
         parameters: Of the whole model, tied ones once.
         parameters_before: When it was dense.
@@ -96,7 +96,7 @@ class StructureReport:
 
 
 def structure_report(model: nn.Module) -> StructureReport:
-    """Count the heads, neurons and layers of a model.
+    """Count the heads, neurons, channels and layers of a model.
 
     Args:
         model: A transformers model of an architecture in the table.

@@ -262,7 +262,7 @@ def _candidates(
     if not sites and not layers:
         raise PlanError(
             f"no {' or '.join(config.granularity)} of {type(model).__name__} may go: check exclude_modules "
-            f"({config.exclude_modules!r})"
+            f"({config.exclude_modules!r}), or prune a convolutional model with granularity='channel'"
         )
     return sites, layers
 

@@ -27,6 +27,7 @@ from hf_prune.perplexity import Perplexity, evaluate_perplexity
 from hf_prune.plan import PruningPlan
 from hf_prune.plots import plot_layer_sparsity, plot_weight_histogram, save_figure
 from hf_prune.report import SparsityReport, WeightHistogram, sparsity_report, weight_histogram
+from hf_prune.sites import find_sites
 from hf_prune.sources import check_model_source, is_language_model
 from hf_prune.stream import check_streamable, prune_stream
 from hf_prune.structure_report import structure_report
@@ -142,7 +143,7 @@ def prune_checkpoint(
     polish_samples: int | None = None,
     plots: bool = False,
     name: str = "",
-    shrink: bool = True,
+    shrink: bool | None = None,
 ) -> SparsityReport:
     """Prune a checkpoint into a folder: weights, masks, tokenizer, report and, if asked for, plots.
 
@@ -155,7 +156,7 @@ def prune_checkpoint(
             the windows that calibration sees. Those of calibration are among them.
         plots: Also write ``weights.png`` and ``layers.png``.
         name: What to call the model in plots.
-        shrink: Take out heads, neurons and layers that were pruned; without it they are masked.
+        shrink: Take out what was pruned as a whole, or leave it in, masked. None: take out heads, neurons and layers.
 
     Returns:
         The report, which lies in the folder as ``sparsity_report.json``.
@@ -328,19 +329,22 @@ def _pruned_into(
     plots: bool,
     name: str,
     polish_data: list[dict[str, Any]] | None = None,
-    shrink: bool = True,
+    shrink: bool | None = None,
 ) -> Iterator[tuple[SparsityReport, Path | None]]:
     """Prune and save; the block may add files to the folder, which then appears at once.
 
     Of several processes only the first one writes: the others get no folder, and wait.
     """
+    shrinks = config.removes_units if shrink is None else shrink
+    if shrinks:
+        find_sites(model)  # an error here comes before the work
     plan = model.plan(config)
     names = [t.target.name for t in plan.tensors] if isinstance(plan, PruningPlan) else plan.weights
     dense, before = sparsity_report(model, config), weight_histogram(model, names)
     model.prune(config, calibration=batches, polish_data=polish_data, progress=True)
     report = sparsity_report(model).with_before(dense)
     after = weight_histogram(model, names, limit=float(before.edges[-1])) if plots else None
-    if config.removes_units and shrink:
+    if shrinks:
         report = dataclasses.replace(report, structure=structure_report(model.shrink()))
     with all_or_none(), staged_checkpoint(out) if is_first() else contextlib.nullcontext() as staging:
         if staging is not None:

@@ -29,7 +29,7 @@ LAYERS = (
         "units",
     ),
     ("config",),
-    ("targets", "architectures", "sites"),
+    ("targets", "architectures", "parts", "channels", "sites"),
     ("criteria", "granularities", "schedules", "allocation"),
     (
         "activations",

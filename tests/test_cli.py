@@ -812,7 +812,7 @@ def test_units_within_a_drop(hf_prune, bert, tmp_path):
     ("arguments", "message"),
     [
         (["--workload", "64", "--granularity", "head"], "--workload is '64': expected the batch size"),
-        (["--no-shrink"], "--no-shrink is for head, neuron and layer"),
+        (["--no-shrink"], "are for head, neuron, layer, row, column and channel, not for granularity 'unstructured'"),
         (["--granularity", "head,weights"], "unknown kind of unit in granularity 'weights'"),
         (["--granularity", "head", "--stream"], "needs the whole model in memory"),
         (["--granularity", "head", "--target-params", "0.01"], "cannot be met"),

@@ -1,0 +1,93 @@
+"""What a unit is, in terms of the parameters of one model: a slice from each of several."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Part:
+    """Where the units of a site lie in one parameter.
+
+    Args:
+        name: The parameter.
+        dim: The dimension along which they lie.
+        width: How many neighbours along it belong to one unit.
+        offsets: Where the first unit begins; several where one matrix holds several projections.
+    """
+
+    name: str
+    dim: int
+    width: int
+    offsets: tuple[int, ...] = (0,)
+
+    def index(self, units: Tensor) -> Tensor:
+        """Positions along :attr:`dim` that belong to units.
+
+        Args:
+            units: (n,) int64.
+
+        Returns:
+            (offsets * n * width,) int64.
+        """
+        inside = torch.arange(self.width, device=units.device)
+        starts = torch.tensor(self.offsets, device=units.device)[:, None, None]
+        return (starts + units[:, None] * self.width + inside).reshape(-1)
+
+    def by_unit(self, tensor: Tensor, units: int) -> Tensor:
+        """(units, rest): what of a tensor shaped like the parameter belongs to each unit."""
+        flat = tensor.movedim(self.dim, 0).reshape(tensor.shape[self.dim], -1)
+        index = self.index(torch.arange(units, device=tensor.device)).view(len(self.offsets), units, self.width)
+        return flat[index].movedim(1, 0).reshape(units, -1)  # (offsets, units, width, rest) -> (units, all of it)
+
+
+@dataclass(frozen=True)
+class Site:
+    """One attention or feed-forward network, or the inside of a convolutional block.
+
+    Where all layers share their heads, a site is those of a whole stack.
+
+    Args:
+        name: The matrix that consumes what the units compute, from the base model; of several layers, the first one's.
+        kind: ``"head"``, ``"neuron"`` or ``"channel"``.
+        layers: The layers that it is in, as (list of layers, number).
+        units: How many there are.
+        producers: Weights and biases whose outputs the units are.
+        consumers: Weights whose inputs they are.
+        values: Of the producers those without which a unit puts out zero; none are named for neurons.
+        counts: Attributes of modules that grow with the number of units.
+        minimum: How many units have to stay.
+        config: Attributes of the model's config that can tell another number of units.
+        per_unit: What one unit adds to each of these.
+        size: The size of a head, and the attribute of the config that holds it; None for others.
+        buffers: Buffers with a part for each unit, such as the running mean of a norm.
+    """
+
+    name: str
+    kind: str
+    layers: tuple[tuple[str, int], ...]
+    units: int
+    producers: tuple[Part, ...]
+    consumers: tuple[Part, ...]
+    values: tuple[Part, ...]
+    counts: tuple[tuple[str, str], ...]
+    minimum: int
+    config: tuple[str, ...]
+    per_unit: tuple[int, ...]
+    size: tuple[int, str] | None
+    buffers: tuple[Part, ...] = ()
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """All parts."""
+        return self.producers + self.consumers
+
+    def parameters_per_unit(self, parameters: Mapping[str, Tensor]) -> int:
+        """How many parameters go with one unit."""
+        return sum(
+            len(p.offsets) * p.width * parameters[p.name].numel() // parameters[p.name].shape[p.dim] for p in self.parts
+        )
