@@ -75,6 +75,9 @@ _MODULES = {
     "sweep": ("SweepPoint", "SweepResult", "run_sweep"),
     "texts": ("text_batches", "token_windows"),
     "torch_prune": ("from_torch_prune",),
+    "distillation": ("Distillation",),
+    "schedules": ("Schedule", "register_schedule"),
+    "trainer": ("PruningCallback", "PruningTrainer"),
     "unit_plan": ("UnitPlan",),
     "vocabulary": ("TrimResult", "trim_vocabulary"),
 }

@@ -14,6 +14,7 @@ from typing import Any
 
 from hf_prune.errors import ConfigError, UnknownNameError
 from hf_prune.registry import CRITERIA, GRANULARITIES, parse_granularity, unknown_name
+from hf_prune.schedules import Schedule
 
 FORMAT_VERSION = 1
 SCOPES = ("row", "layer", "global")
@@ -47,8 +48,10 @@ UNIT_CRITERIA_OF: Mapping[str, tuple[str, str, str]] = MappingProxyType(
             "Kurtic et al. 2023, arXiv:2302.04089",
         ),
         "taylor": ("texts", "absolute gradients of gates", "Molchanov et al. 2019, arXiv:1906.10771"),
+        "movement": ("a training", "how far weights moved from zero", "Lagunas et al. 2021, arXiv:2109.04838"),
     }
 )
+MOVEMENT = ("movement", "soft_movement")
 UNIT_KINDS = tuple(UNITS)
 UNIT_CRITERIA = tuple(UNIT_CRITERIA_OF)
 UNIT_SCOPES = ("layer", "global")
@@ -111,6 +114,8 @@ class PruningConfig:
         workload: ``{"batch_size": 1, "length": 128}``, what ``target_flops`` and ``target_speedup`` mean; either may be
             left out. ``"length"`` is in tokens. Device, dtype and the number of threads are those of the moment.
         round_to: Numbers of heads and neurons that are left are multiples of this, for kernels that like it.
+        schedule: For a :class:`PruningTrainer`: at which steps it prunes, and how much; a :class:`Schedule`, its name,
+            or a mapping of its settings. None prunes at once.
 
     Raises:
         ConfigError: If a value is unknown, out of range, or contradicts another one.
@@ -142,8 +147,11 @@ class PruningConfig:
     target_speedup: float | None = None
     workload: Mapping[str, int] | None = None
     round_to: int = 1
+    schedule: Schedule | Mapping[str, Any] | str | None = None
 
     def __post_init__(self) -> None:
+        if self.schedule is not None:
+            self._set("schedule", Schedule.parse(self.schedule))
         if "vocab" in ([self.granularity] if isinstance(self.granularity, str) else self.granularity):
             raise ConfigError(
                 "granularity 'vocab': which tokens go follows from texts and not from a sparsity; call "
@@ -161,7 +169,8 @@ class PruningConfig:
             usages = [GRANULARITIES.get(name).usage for name in GRANULARITIES.names()]
             raise unknown_name("granularity", self.granularity, [*usages, *UNIT_KINDS]) from None
         self._set("granularity", granularity.spec)
-        self._set("scope", "layer" if self.scope is None else self.scope)
+        default = "layer" if "layer" in criterion.scopes else min(criterion.scopes)
+        self._set("scope", default if self.scope is None else self.scope)
         if self.scope not in SCOPES:
             raise unknown_name("scope", self.scope, SCOPES)
         self._set("sparsity", _resolve_sparsity(self.sparsity, granularity))
@@ -314,7 +323,12 @@ class PruningConfig:
     @property
     def learns_units(self) -> bool:
         """Whether calibration data tells which heads, neurons and layers go."""
-        return self.removes_units and self.criterion not in ("magnitude", "random")
+        return self.removes_units and self.criterion not in ("magnitude", "random", *MOVEMENT)
+
+    @property
+    def learns_in_training(self) -> bool:
+        """Whether its criterion watches a training, so that only a :class:`PruningTrainer` can prune by it."""
+        return self.criterion in MOVEMENT or bool(self.needs & {"training_score"})
 
     @property
     def learns_allocation(self) -> bool:
@@ -348,6 +362,8 @@ class PruningConfig:
                 values[name] = list(value)
             elif isinstance(value, Mapping):
                 values[name] = dict(value)
+            elif isinstance(value, Schedule):
+                values[name] = value.to_dict()
         return {"format_version": FORMAT_VERSION, **values}
 
     @classmethod

@@ -55,6 +55,11 @@ class MaskStore:
         """Hang the store on a model: a plain attribute, invisible to state dicts."""
         model.__dict__[_ATTRIBUTE] = self
 
+    @staticmethod
+    def detach(model: nn.Module) -> None:
+        """Leave a model without a store; its weights stay as they are."""
+        model.__dict__.pop(_ATTRIBUTE, None)
+
     def update(
         self,
         model: nn.Module,
@@ -139,7 +144,7 @@ class MaskStore:
     def make_permanent(self, model: nn.Module) -> None:
         """Drop the masks and leave the zeros."""
         self.apply(model)
-        model.__dict__.pop(_ATTRIBUTE, None)
+        self.detach(model)
 
     def discard(self, model: nn.Module) -> None:
         """Drop the masks and give the dense weights back, bit for bit.
@@ -159,7 +164,7 @@ class MaskStore:
                 parameters[name].copy_(weight)
         for layer in bypassed_layers(model):
             restore(model.get_submodule(layer))
-        model.__dict__.pop(_ATTRIBUTE, None)
+        self.detach(model)
 
     def view(self) -> Mapping[str, Tensor]:
         """The masks, read-only as a mapping."""

@@ -112,6 +112,7 @@ def prune(
         8
     """
     config = resolve_config(config, settings)
+    _refuse_training(config, dry_run)
     if config.removes_units:
         return _prune_units(
             model, config, calibration, keep_dense, dry_run, progress and is_first(), cache_bytes, polish_data
@@ -200,6 +201,17 @@ def _prune_units(
         polish_data=polish_data,
     )
     return model
+
+
+def _refuse_training(config: PruningConfig, dry_run: bool) -> None:
+    if config.schedule is not None and not dry_run:
+        raise ConfigError(
+            f"schedule={config.schedule!r} is for a training: give it to a PruningTrainer, or leave it out to prune now"
+        )
+    if config.learns_in_training and not dry_run:
+        raise ConfigError(
+            f"criterion {config.criterion!r} watches a training: give it to a PruningTrainer, or choose another one"
+        )
 
 
 def _with_followers(model: nn.Module, config: PruningConfig, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -187,7 +187,12 @@ def _percent(part: int, whole: int) -> str:
 
 
 def make_plan(
-    model: nn.Module, config: PruningConfig, learned: Mapping[str, float] | None = None, *, loaded: bool = True
+    model: nn.Module,
+    config: PruningConfig,
+    learned: Mapping[str, float] | None = None,
+    *,
+    loaded: bool = True,
+    anew: bool = False,
 ) -> PruningPlan:
     """Resolve a config on a model; the model is not changed.
 
@@ -197,6 +202,7 @@ def make_plan(
         learned: The sparsity of every target, for an allocation that is learned from data.
         loaded: Whether its weights are there. False for a model on the meta device; nobody has then seen whether
             they are finite.
+        anew: Leave the masks of earlier prunings out of account.
 
     Raises:
         PlanError: If no target matches, a weight cannot be divided into units, a weight has NaN or
@@ -221,7 +227,7 @@ def make_plan(
     _refuse_wide_units(targets, granularity, config)
     store = MaskStore.of(model)
     masks = {}
-    if store is not None:
+    if store is not None and not anew:
         store.check(model)
         masks = store.masks
     tensors, remove = _count(targets, config, granularity, masks, learned)
@@ -302,7 +308,10 @@ def _count(
 def _refuse_regrowth(tensors: tuple[PlannedTensor, ...], remove: int, config: PruningConfig) -> None:
     """Pruning only ever adds zeros: a config that asks for fewer than there are contradicts the masks."""
     already = sum(t.already for t in tensors)
-    planned = _least_weights(tensors, remove)
+    if any(t.remove is None for t in tensors):
+        planned = _least_weights(tensors, remove)
+    else:
+        planned = sum((t.remove or 0) * (t.target.size // t.units) for t in tensors)
     size = sum(t.target.size for t in tensors)
     if already > planned + _ROUNDING * size:
         raise PlanError(

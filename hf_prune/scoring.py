@@ -48,6 +48,7 @@ def compute_masks(
     stats: Mapping[str, WeightStats],
     old_masks: Mapping[str, Tensor],
     given: Mapping[str, Tensor] | None = None,
+    whole: Mapping[str, Tensor] | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The masks that a plan leads to, without touching the model.
 
@@ -57,12 +58,13 @@ def compute_masks(
         stats: What calibration gathered.
         old_masks: Masks of earlier prunings, by parameter name.
         given: Masks that are known already, of which only the repair is left.
+        whole: The weights by name, where the model does not hold them whole.
 
     Returns:
         Bool masks, and the weights and biases that the criterion or the repair gave new values, both in the
         parameters' own layouts, by name.
     """
-    parameters = dict(model.named_parameters())
+    parameters = dict(model.named_parameters()) if whole is None else whole
     criterion, granularity = plan.criterion, plan.granularity
     biases = bias_names(model, [t.target for t in plan.tensors]) if plan.config.repair is not None else {}
 

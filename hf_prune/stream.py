@@ -19,7 +19,7 @@ from hf_prune.activations import CACHE_BYTES, NO_BATCHES, Batches
 from hf_prune.calibration import require_batches, weight_seed
 from hf_prune.checkpoint import MASK_FILE, StoredMasks, find_file, refuse_file
 from hf_prune.config import ALLOCATIONS, CALIBRATED_ALLOCATIONS, PruningConfig
-from hf_prune.criteria.base import CURVATURE, GRADIENTS, INPUTS, WeightStats
+from hf_prune.criteria.base import CURVATURE, GRADIENTS, INPUTS, TRAINED, WeightStats
 from hf_prune.distributed import processes
 from hf_prune.errors import CalibrationError, CheckpointError, ConfigError
 from hf_prune.masking import MaskStore
@@ -139,8 +139,13 @@ def check_streamable(config: PruningConfig) -> None:
             f"granularity {config.granularity} needs the whole model in memory: expected 'unstructured', N:M or "
             f"'block:RxC', or prune without streaming"
         )
+    if config.learns_in_training or config.schedule is not None:
+        raise ConfigError(
+            f"criterion {config.criterion!r} and schedule={config.schedule!r}: streaming does not train; expected "
+            f"another criterion and no schedule"
+        )
     if config.needs & GRADIENTS:
-        able = [name for name in CRITERIA.names() if not CRITERIA.get(name).needs & (GRADIENTS | CURVATURE)]
+        able = [name for name in CRITERIA.names() if not CRITERIA.get(name).needs & (GRADIENTS | CURVATURE | TRAINED)]
         raise ConfigError(
             f"criterion {config.criterion!r} needs gradients, which need the whole model in memory: expected one of "
             f"{', '.join(able)}; or prune without streaming"

@@ -116,6 +116,8 @@ def resolve_targets(model: nn.Module, config: PruningConfig, *, loaded: bool = T
             continue
         weight = module._parameters["weight"]
         assert weight is not None
+        if layout == "linear" and 0 in (module.out_features, module.in_features):
+            continue  # shrink() left nothing of it
         if id(weight) not in targets:
             _check_weight(module_name, weight, loaded)
             targets[id(weight)] = Target(names[id(weight)], module_name, layout, tuple(weight.shape))

@@ -151,6 +151,7 @@ def choose_units(
     calibration: Batches | None = None,
     progress: bool = False,
     cache_bytes: int = CACHE_BYTES,
+    scores: Mapping[str, Tensor] | None = None,
 ) -> tuple[UnitPlan, Sensitivity | None]:
     """Choose which heads, neurons and layers go; the model is not changed.
 
@@ -160,6 +161,7 @@ def choose_units(
         calibration: Batches, for criteria that learn from them; without them the choice is left open.
         progress: Show progress bars.
         cache_bytes: See :func:`hf_prune.prune`.
+        scores: What a training has learned of each weight, by parameter name; then no calibration is needed.
 
     Returns:
         The plan, and how much the predictions depend on what where that was measured; to be closed.
@@ -174,10 +176,15 @@ def choose_units(
     parameters = parameter_costs(model, sites, layers)
     refuse_infinite({p.name: model.get_parameter(p.name).detach() for site in sites for p in site.parts})
     plan = UnitPlan(config, type(model).__name__, tuple(sites), layers, parameters, None, {})
-    if config.learns_units and calibration is None:
+    if (config.learns_units or config.learns_in_training) and calibration is None and scores is None:
         return plan, None
-    batches = unit_batches(config, calibration) or []
-    curves, sensitivity = _curves(model, config, sites, batches, progress, cache_bytes)
+    batches: Batches = []
+    sensitivity = None
+    if scores is not None:
+        curves = _learned_curves(sites, scores)
+    else:
+        batches = unit_batches(config, calibration) or []
+        curves, sensitivity = _curves(model, config, sites, batches, progress, cache_bytes)
     of_layers = _layer_losses(model, config, layers, batches, progress)
     sizes = {site.name: allowed_sizes(site.units, site.minimum, config.round_to) for site in sites}
     losses = {name: curve.losses.flip(0).numpy() for name, curve in curves.items()}
@@ -304,6 +311,17 @@ def _curves(
             scores = torch.stack([square.square().sum(1) for square in squares]).sum(0)
         curves[site.name] = additive_curve(scores)
     return curves, None
+
+
+def _learned_curves(sites: Sequence[Site], scores: Mapping[str, Tensor]) -> dict[str, Curve]:
+    """The same from scores of weights. They may be negative, as those of movement, and are lifted alike per weight."""
+    totals, sizes = {}, {}
+    for site in sites:
+        parts = [part.by_unit(scores[part.name], site.units) for part in site.parts if part.name in scores]
+        totals[site.name] = torch.stack([part.float().sum(1) for part in parts]).sum(0)
+        sizes[site.name] = sum(part.shape[1] for part in parts)
+    lowest = min(0.0, *(float(totals[name].min()) / sizes[name] for name in totals))
+    return {name: additive_curve(total - lowest * sizes[name]) for name, total in totals.items()}
 
 
 def _rearranged(fisher: Tensor) -> Curve:

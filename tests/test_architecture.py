@@ -19,6 +19,7 @@ LAYERS = (
         "distributed",
         "partial",
         "registry",
+        "schedules",
         "repair",
         "selection",
         "shards",
@@ -30,7 +31,7 @@ LAYERS = (
     ),
     ("config",),
     ("targets", "architectures", "parts", "channels", "sites"),
-    ("criteria", "granularities", "schedules", "allocation"),
+    ("criteria", "granularities", "allocation"),
     (
         "activations",
         "bypass",
@@ -61,7 +62,7 @@ LAYERS = (
         "vocabulary",
         "vocabulary_rows",
     ),
-    ("pipeline",),
+    ("pipeline", "distillation"),
     (
         "report",
         "structure_report",
@@ -77,7 +78,9 @@ LAYERS = (
         "latency",
         "latency_inputs",
         "torch_prune",
+        "training",
         "checkpoint",
+        "training_state",
     ),
     (
         "mixin",

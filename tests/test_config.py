@@ -38,6 +38,7 @@ def test_defaults():
         "target_speedup": None,
         "workload": None,
         "round_to": 1,
+        "schedule": None,
     }
 
 

@@ -7,14 +7,16 @@ import torch
 from torch import Tensor, nn
 
 from hf_prune.config import SCOPES, PruningConfig
-from hf_prune.criteria.base import DIFFERENCES, STATISTICS, Criterion, WeightStats
+from hf_prune.criteria.base import DIFFERENCES, STATISTICS, TRAINED, Criterion, WeightStats
 from hf_prune.masking import MaskStore
 from hf_prune.pipeline import prune
 from hf_prune.registry import CRITERIA
 from tests.models import assert_unchanged, mlp, same_bits, snapshot, tiny_batches
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
-ALL = [(name, scope) for name in CRITERIA.names() for scope in SCOPES if scope in CRITERIA.get(name).scopes]
+# Those that watch a training prune in a PruningTrainer, see test_trainer.py.
+ONE_SHOT = [name for name in CRITERIA.names() if not CRITERIA.get(name).needs & TRAINED]
+ALL = [(name, scope) for name in ONE_SHOT for scope in SCOPES if scope in CRITERIA.get(name).scopes]
 
 
 def example(dtype: torch.dtype = torch.float32, shape: tuple[int, int] = (6, 8), seed: int = 0) -> tuple[Tensor, dict]:
@@ -30,6 +32,7 @@ def example(dtype: torch.dtype = torch.float32, shape: tuple[int, int] = (6, 8),
     padded = torch.nn.functional.pad(torch.stack([draw() for _ in range(12)]), (0, -shape[1] % 4))
     each = padded.unflatten(-1, (-1, 4))  # (examples, out, blocks, 4)
     values["fisher"] = torch.einsum("eobi,eobj->obij", each, each) / len(each)
+    values["training_score"] = draw()
     inputs = torch.randn(40, shape[1], generator=generator)
     gram = inputs.t() @ inputs / len(inputs)
     return draw().to(dtype), {**values, "input_gram": gram, "input_norm": gram.diagonal().sqrt()}
@@ -95,6 +98,8 @@ def test_zero_weights_score_lowest(criterion, dtype):
     weight, values = example(dtype)
     weight[::2, 1::3] = 0.0
     weight[1, 0] = -0.0
+    if criterion.needs & TRAINED:
+        values["training_score"][weight == 0] = -100  # a training knows what it has removed
     scores = criterion.scores(weight, statistics(criterion, values))
     zero = weight == 0
     assert scores[zero].max() < scores[~zero].min()

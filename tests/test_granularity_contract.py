@@ -125,6 +125,7 @@ def test_masks_equal_the_definition(spelling, scope, seed, sparsity, criterion, 
         gradient = torch.randint(-2, 3, shape, generator=generator) / 4
         values = {"gradient": gradient, "absolute_gradient": gradient.abs() + 0.25}
         values["squared_gradient"] = gradient**2 + 0.25
+        values["training_score"] = torch.randint(-2, 3, shape, generator=generator) / 4
         values["input_norm"] = torch.randint(1, 4, shape[1:], generator=generator) / 4
         entry = CRITERIA.get(criterion)
         stats[target.name] = WeightStats(seed, **{need: values[need] for need in entry.needs})

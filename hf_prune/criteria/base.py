@@ -23,7 +23,9 @@ INPUTS = frozenset({"input_gram", "input_norm", "input_mean"})
 DIFFERENCES = frozenset({"output_change", "change_products", "output_weight"})
 #: How many neighbouring weights share a block of ``fisher``, as in the paper, and where wider units become too large.
 FISHER_BLOCK, WIDEST_FISHER_BLOCK = 50, 128
-STATISTICS = GRADIENTS | CURVATURE | INPUTS | DIFFERENCES
+#: What only a training can gather.
+TRAINED = frozenset({"training_score"})
+STATISTICS = GRADIENTS | CURVATURE | INPUTS | DIFFERENCES | TRAINED
 
 
 class Select(Protocol):
@@ -71,6 +73,7 @@ class WeightStats:
         fisher: (out, blocks, size, size) blocks of that matrix on its diagonal: mean of ggᵀ over the examples, with
             g the gradients of ``size`` neighbouring inputs of an output. The last block of each row is padded with
             zeros, float32.
+        training_score: (out, in) what a training has learned of each weight, float32.
         columns: How many neighbouring inputs are removed together: C of RxC blocks.
         input_gram: (in, in) mean of xxᵀ over the calibration tokens x that flow into the weight, padding left
             out, float32.
@@ -94,11 +97,14 @@ class WeightStats:
     output_change: Tensor | None = None
     change_products: Tensor | None = None
     output_weight: Tensor | None = None
+    training_score: Tensor | None = None
     columns: int = 1
 
     def rows(self, rows: slice) -> WeightStats:
         """The statistics of some outputs only; those of the inputs serve every output."""
-        parts = {name: value[rows] for name in GRADIENTS | CURVATURE if (value := getattr(self, name)) is not None}
+        parts = {
+            name: value[rows] for name in GRADIENTS | CURVATURE | TRAINED if (value := getattr(self, name)) is not None
+        }
         return dataclasses.replace(self, **parts)
 
 

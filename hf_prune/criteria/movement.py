@@ -1,0 +1,32 @@
+"""Movement: weights that a training moves towards zero go, however large they are."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from hf_prune.criteria.base import TRAINED, Criterion, WeightStats
+from hf_prune.registry import CRITERIA
+
+
+@CRITERIA.register("movement")
+class Movement(Criterion):
+    """Score -sum(w * g) over the steps of a training, with straight-through gradients of removed weights."""
+
+    name = "movement"
+    description = "-w · gradient, summed over a training: keeps what moves away from zero"
+    paper = "Sanh et al. 2020, arXiv:2005.07683"
+    needs = TRAINED
+
+    def scores(self, weight: Tensor, stats: WeightStats) -> Tensor:
+        """What the training gathered, see :meth:`Criterion.scores`."""
+        assert stats.training_score is not None
+        return stats.training_score
+
+
+@CRITERIA.register("soft_movement")
+class SoftMovement(Movement):
+    """The same scores pulled down all the while; what falls below a threshold goes, in whatever tensor it is."""
+
+    name = "soft_movement"
+    description = "movement with a threshold in place of a count, until the schedule ends"
+    scopes = frozenset({"global"})

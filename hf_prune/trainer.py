@@ -1,0 +1,330 @@
+"""Pruning inside the Trainer of transformers: PruningCallback does the work, PruningTrainer wires it.
+
+The masks are a matter of the callback. The Trainer adds what only it can do: gradients are looked at once all processes
+have added theirs up, a teacher takes part in the loss, the best checkpoint is one that is pruned to the end, and old
+checkpoints go only when the new one is complete.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import rotate_checkpoints
+
+from hf_prune.activations import Batches
+from hf_prune.config import PruningConfig
+from hf_prune.distillation import Distillation
+from hf_prune.distributed import processes
+from hf_prune.errors import ConfigError, MaskError
+from hf_prune.masking import MaskStore
+from hf_prune.mixin import prunable
+from hf_prune.pipeline import resolve_config
+from hf_prune.training import TrainingPruner
+from hf_prune.training_state import check_training, load_training, save_training
+
+
+class PruningCallback(TrainerCallback):
+    """Prunes the model of any ``Trainer`` while it is trained, and keeps removed weights at zero.
+
+    After every optimizer step the masks are applied; gradients of removed weights are cleared before they are clipped.
+    Masks change as the config's schedule says. Checkpoints hold all that is needed to go on bit for bit. The sparsity
+    is in ``trainer.state.log_history`` wherever something is logged.
+
+    Args:
+        pruning_config: The settings, or a sparsity; None keeps the masks that the model has.
+        calibration: Batches for criteria and repairs that look at data whenever masks change, such as ``sparsegpt``.
+        threshold: Of ``soft_movement``: a weight goes if the sigmoid of its score is below.
+        regularization: Of ``soft_movement``: how hard scores are pulled down.
+
+    Example:
+        >>> config = PruningConfig(sparsity=0.8, schedule="cubic")
+        >>> trainer = Trainer(model=model, args=args, callbacks=[PruningCallback(config)])  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        pruning_config: PruningConfig | float | None = None,
+        *,
+        calibration: Batches | None = None,
+        threshold: float = 0.1,
+        regularization: float = 1.0,
+    ) -> None:
+        self.config = None if pruning_config is None else resolve_config(pruning_config, {})
+        self.pruner: TrainingPruner | None = None
+        self.resume_from: str | None = None
+        self._watches = True  # False: a PruningTrainer tells when gradients are there
+        self._settings = {"threshold": threshold, "regularization": regularization}
+        self._calibration = calibration
+        self._handles: list[Any] = []
+
+    # --- the events ------------------------------------------------------------------------------------------
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        """Check the settings, go on from a checkpoint, or prune what the schedule wants before the first step."""
+        _refuse_deepspeed(args)
+        if isinstance(model, PreTrainedModel):
+            prunable(model)
+        config = self.config
+        if config is None and MaskStore.of(model) is None and state.global_step == 0:
+            raise ConfigError("no pruning_config, and the model has no masks: pass a config, or prune the model first")
+        self.pruner = TrainingPruner(model, config, state.max_steps, calibration=self._calibration, **self._settings)
+        if self._watches:
+            self._check_plain_trainer(args, state)
+        if state.global_step:
+            folder = self.resume_from or _checkpoint_folder(args, state)
+            self._restore(Path(folder))
+        elif self.pruner.config is not None and self.pruner.schedule.span(state.max_steps)[0] == 0:
+            self.pruner.after_step(0)
+        self.pruner.apply()
+        if self._watches:
+            self._watch(model, state)
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Zero what the step moved, and change the masks if it is time."""
+        assert self.pruner is not None
+        self.pruner.after_step(state.global_step + 1)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Add the sparsity to what is logged."""
+        if self.pruner is None or logs is None:
+            return
+        logs["sparsity"] = self.pruner.sparsity
+        if state.log_history:
+            state.log_history[-1]["sparsity"] = logs["sparsity"]
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Complete a checkpoint of the Trainer."""
+        if self._watches:
+            self.save(Path(_checkpoint_folder(args, state)), args.should_save)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Take the masks of the checkpoint that was loaded as the best one, and make sure that all zeros are there."""
+        assert self.pruner is not None
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            self._restore(Path(state.best_model_checkpoint))
+        self.pruner.apply()
+        self.pruner.check()
+
+    # --- what they need --------------------------------------------------------------------------------------
+
+    def save(self, folder: Path, writes: bool) -> None:
+        """Write masks and what was learned into a checkpoint; every process calls this, one writes.
+
+        Args:
+            folder: The checkpoint.
+            writes: Whether this process is the one that writes.
+        """
+        assert self.pruner is not None
+        state = self.pruner.state()
+        if writes:
+            if not folder.is_dir():
+                raise MaskError(f"{folder} is no folder: expected the Trainer's checkpoint there; use a PruningTrainer")
+            save_training(folder, MaskStore.of(self.pruner.model), state, self._facts())
+
+    def _restore(self, folder: Path) -> None:
+        assert self.pruner is not None
+        store, state = load_training(folder, self._facts())
+        self.pruner.restore(state, store)
+        self.pruner.check()
+
+    def _facts(self) -> dict[str, Any]:
+        assert self.pruner is not None
+        config = self.pruner.config
+        return {
+            "pruning_config": None if config is None else config.to_dict(),
+            "schedule": list(self.pruner.schedule.span(self.pruner.steps)),
+            **self._settings,
+        }
+
+    def _check_plain_trainer(self, args: TrainingArguments, state: TrainerState) -> None:
+        assert self.pruner is not None
+        pruner = self.pruner
+        if pruner.config is None:
+            return
+        last = pruner.schedule.span(state.max_steps)[1]
+        if args.load_best_model_at_end and last > 0:
+            raise ConfigError(
+                "load_best_model_at_end would load a checkpoint from before the end of the schedule, which is less "
+                "sparse: use a PruningTrainer, which looks at those from after its end only"
+            )
+        if processes()[1] > 1 and (pruner.config.learns_in_training or pruner.config.criterion == "taylor"):
+            raise ConfigError(
+                f"criterion {pruner.config.criterion!r} needs the gradients of all processes: use a PruningTrainer"
+            )
+        if processes()[1] > 1 and pruner.schedule.exchanges:
+            raise ConfigError(
+                "a schedule that exchanges weights needs the gradients of all processes: use a PruningTrainer"
+            )
+
+    def _watch(self, model: nn.Module, state: TrainerState) -> None:
+        """Look at each gradient of a step as soon as it is complete."""
+        from accelerate.state import GradientState
+
+        gradients = GradientState()
+
+        def receive(name: str, parameter: Any) -> None:
+            if gradients.sync_gradients and self.pruner is not None:
+                with torch.no_grad():
+                    self.pruner.receive(name, parameter, state.global_step + 1)
+
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                self._handles.append(parameter.register_post_accumulate_grad_hook(partial(receive, name)))
+
+
+class PruningTrainer(Trainer):
+    """A ``Trainer`` that prunes, and can learn from a dense teacher.
+
+    Args:
+        *args: As of ``Trainer``.
+        pruning_config: The settings, or a sparsity; None keeps the masks that the model has.
+        teacher: A model of the same task, for example a copy of the dense one; it is frozen and not saved.
+        distillation: How much of the loss comes from where; by default ``Distillation()`` if there is a teacher.
+        calibration: Batches for criteria and repairs that look at data whenever masks change.
+        threshold: See :class:`PruningCallback`.
+        regularization: See :class:`PruningCallback`.
+        **kwargs: As of ``Trainer``.
+
+    Raises:
+        ConfigError: If the settings contradict one another.
+
+    Example:
+        >>> trainer = PruningTrainer(
+        ...     model=model, args=args, train_dataset=data, teacher=dense,
+        ...     pruning_config=PruningConfig(sparsity=0.8, schedule=Schedule("cubic", end=0.7, every=50)),
+        ... )  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        pruning_config: PruningConfig | float | None = None,
+        teacher: nn.Module | None = None,
+        distillation: Distillation | None = None,
+        calibration: Batches | None = None,
+        threshold: float = 0.1,
+        regularization: float = 1.0,
+        **kwargs: Any,
+    ) -> None:
+        if distillation is not None and teacher is None:
+            raise ConfigError("a distillation, and no teacher: pass teacher=, a dense model of the same task")
+        super().__init__(*args, **kwargs)
+        if teacher is not None and teacher is self.model:
+            raise ConfigError("the teacher is the model itself: pass a copy that stays dense, copy.deepcopy(model)")
+        _refuse_deepspeed(self.args)
+        self.teacher = None if teacher is None else teacher.eval().requires_grad_(False).to(self.args.device)
+        self.distillation = distillation or Distillation()
+        self.pruning = PruningCallback(
+            pruning_config, calibration=calibration, threshold=threshold, regularization=regularization
+        )
+        self.pruning._watches = False
+        assert isinstance(self.model, nn.Module)
+        self._prunes = pruning_config is not None or MaskStore.of(self.model) is not None
+        if self._prunes:
+            if isinstance(self.model, PreTrainedModel):
+                prunable(self.model)
+            self.add_callback(self.pruning)
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """One batch; once the gradients of a step are complete, those of removed weights are cleared."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.pruning.pruner is not None and self.accelerator.sync_gradients:
+            self.pruning.pruner.after_backward(self.state.global_step + 1)
+        return loss
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The loss on the labels, and while training what the teacher adds to it."""
+        if self.teacher is None or not model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        hidden = {"output_hidden_states": True} if self.distillation.hidden else {}
+        batch = dict(inputs)
+        loss, outputs = super().compute_loss(model, {**inputs, **hidden}, True, None)
+        with torch.no_grad():
+            goal = self.teacher(**self._for_teacher(batch), **hidden)
+        total = self.distillation.task * loss + self.distillation.loss(outputs, goal, batch).to(loss.device)
+        # Both are means of this batch, which counts in the step as many labels as it has: some models ignore
+        # num_items_in_batch, and their losses would grow with the number of batches that are accumulated.
+        self.loss_is_scaled_for_ga = num_items_in_batch is not None
+        if num_items_in_batch is not None:
+            total = total * (self._get_num_labels(batch) / num_items_in_batch)
+            if self.args.average_tokens_across_devices:
+                total = total * self.accelerator.num_processes
+        return (total, outputs) if return_outputs else total
+
+    def _get_num_labels(self, batch: dict[str, Any]) -> Tensor:
+        """How many labels of a batch count, as the Trainer counts those of a step."""
+        labels = batch["labels"][..., 1:] if self._loss_shifts_labels else batch["labels"]
+        return batch.get("shift_labels", labels).ne(-100).sum()
+
+    def _for_teacher(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Without labels, which decoders of two-part models need to make their inputs."""
+        if getattr(getattr(self.teacher, "config", None), "is_encoder_decoder", False):
+            return batch
+        return {name: value for name, value in batch.items() if name != "labels"}
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self._prunes:
+            check_training(Path(resume_from_checkpoint))
+        self.pruning.resume_from = resume_from_checkpoint
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Only models that are pruned to the end can be the best one."""
+        pruner = self.pruning.pruner
+        if self._prunes and pruner is not None and pruner.config is not None:
+            if self.state.global_step < pruner.schedule.span(self.state.max_steps)[1]:
+                return False
+        return super()._determine_best_metric(metrics, trial)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        limit, self.args.save_total_limit = self.args.save_total_limit, None  # old ones go when this one is complete
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        run = self._get_output_dir(trial=trial)
+        if self._prunes:
+            self.pruning.save(Path(run) / f"checkpoint-{self.state.global_step}", self.args.should_save)
+        if self.args.should_save:
+            rotate_checkpoints(
+                output_dir=run,
+                save_total_limit=limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,
+            )
+
+
+def _checkpoint_folder(args: TrainingArguments, state: TrainerState) -> str:
+    return os.path.join(str(args.output_dir), f"checkpoint-{state.global_step}")
+
+
+def _refuse_deepspeed(args: TrainingArguments) -> None:
+    if getattr(args, "deepspeed", None) or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        raise ConfigError(
+            "DeepSpeed holds parameters and gradients where masks do not reach them, and was not tested: use DDP or "
+            "FSDP2 (accelerate launch --use_fsdp --fsdp_version 2)"
+        )

@@ -1,0 +1,424 @@
+"""What pruning does at each step of a training: watch gradients, keep zeros zero, change masks when it is time.
+
+It knows nothing of the Trainer, see trainer.py, and finds the parameters anew at each step, since FSDP replaces them.
+Where FSDP has sharded them, masks are kept whole, and each process works on its own part.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import zlib
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from hf_prune.activations import Batches
+from hf_prune.channels import follow
+from hf_prune.config import MOVEMENT, PruningConfig
+from hf_prune.criteria.base import LABELLED, TRAINED, WeightStats
+from hf_prune.distributed import from_first
+from hf_prune.errors import ConfigError, MaskError
+from hf_prune.masking import MaskStore, zero_removed_
+from hf_prune.pipeline import prune
+from hf_prune.plan import make_plan
+from hf_prune.registry import CRITERIA, parse_granularity
+from hf_prune.running import eval_mode
+from hf_prune.schedules import Schedule
+from hf_prune.scoring import compute_masks
+from hf_prune.sites import sites_of_channels
+from hf_prune.structured import unit_masks
+from hf_prune.targets import resolve_targets
+from hf_prune.unit_plan import choose_units
+
+_MEMORY = 0.9  # of running averages, by a step
+_SCORE_STEP = 0.01  # of soft movement, in units of the usual size of w * g
+
+
+class TrainingPruner:
+    """Prunes one model while it is trained.
+
+    Args:
+        model: The model, not wrapped by DDP.
+        config: The settings; without a schedule everything is pruned before the first step. None: keep the masks that
+            the model has.
+        steps: Optimizer steps of the whole training.
+        calibration: Batches for criteria and repairs that look at data.
+        threshold: Of ``soft_movement``: weights with ``sigmoid(score)`` below it are removed.
+        regularization: Of ``soft_movement``: how hard scores are pulled down, against the usual size of what pulls them
+            up.
+
+    Raises:
+        ConfigError: If the settings contradict one another, or the schedule does not fit the training.
+        PlanError: If they do not fit the model.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: PruningConfig | None,
+        steps: int,
+        *,
+        calibration: Batches | None = None,
+        threshold: float = 0.1,
+        regularization: float = 1.0,
+    ) -> None:
+        self.model = model
+        self.config = config
+        self.steps = steps
+        self.schedule = Schedule.parse("one_shot" if config is None or config.schedule is None else config.schedule)
+        self.calibration = None if calibration is None else list(calibration)
+        self.threshold, self.regularization = threshold, regularization
+        #: What was learned of each weight, and the values of removed weights that may come back.
+        self.learned: dict[str, dict[str, Tensor]] = {"score": {}, "latent": {}}
+        self._parts: dict[str, Tensor] = {}
+        self._gradients: dict[str, Tensor] = {}
+        self._moves = config is not None and config.criterion in MOVEMENT
+        self._averages = config is not None and config.criterion == "taylor" and self.calibration is None
+        self._targets: frozenset[str] = frozenset()
+        self._watched: frozenset[str] = frozenset()
+        if config is not None:
+            self._check(config, self.schedule)
+            self._targets = frozenset(self._names(config))
+            self._watched = self._targets if self._moves or self._averages else frozenset()
+
+    def _check(self, config: PruningConfig, schedule: Schedule) -> None:
+        schedule.span(self.steps)
+        kinds = config.granularity if config.removes_units else ()
+        if "layer" in kinds:
+            raise ConfigError(
+                "granularity 'layer' changes what a model computes at once: prune layers before the training, with "
+                "hf_prune.prune, or leave 'layer' out"
+            )
+        if config.sparsity is None and schedule.name != "one_shot":
+            raise ConfigError(
+                f"schedule {schedule.name!r} needs a sparsity to grow to: give sparsity=, or schedule='one_shot'"
+            )
+        if schedule.exchanges and (config.criterion != "magnitude" or config.granularity != "unstructured"):
+            raise ConfigError(
+                f"schedule {schedule.name!r} exchanges single weights by magnitude and gradient: expected "
+                f"criterion 'magnitude' and granularity 'unstructured', found {config.criterion!r} and "
+                f"{config.granularity!r}"
+            )
+        if config.polish is not None:
+            raise ConfigError("polish is a training of its own: leave it out, and train for longer")
+        learns = config.needs - TRAINED - (LABELLED if self._averages else frozenset())
+        if (learns or config.learns_allocation or (config.learns_units and not self._averages)) and (
+            self.calibration is None
+        ):
+            raise ConfigError(
+                f"criterion {config.criterion!r} with repair={config.repair!r} and allocation={config.allocation!r} "
+                f"looks at data: pass calibration=batches, or choose 'magnitude', 'taylor' or 'movement' and no repair"
+            )
+        if self._moves and (config.repair is not None or config.learns_allocation):
+            raise ConfigError(f"criterion {config.criterion!r} keeps the values of the training: leave repair out")
+
+    def _names(self, config: PruningConfig) -> list[str]:
+        """Parameters whose zeros are counted: the targets, or the matrices of heads and neurons."""
+        if config.removes_units:
+            plan, _ = choose_units(self.model, config.replace(criterion="magnitude", repair=None, schedule=None))
+            return [*plan.weights, *(p.name for s in plan.sites for p in s.parts if not p.name.endswith(".weight"))]
+        return [target.name for target in resolve_targets(self.model, config, loaded=not self.is_sharded)]
+
+    # --- each step ----------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def after_backward(self, step: int) -> None:
+        """Learn from the gradients, and clear those of removed weights, so that neither clipping nor moments see them.
+
+        Args:
+            step: The optimizer step that comes next, counted from 1.
+        """
+        store = MaskStore.of(self.model)
+        exchanged = self.schedule.exchanges and self.schedule.is_due(step, self.steps)
+        for name, parameter in self._parameters(store):
+            if parameter.grad is None:
+                continue
+            self._receive(name, parameter, exchanged)
+
+    @torch.no_grad()
+    def receive(self, name: str, parameter: nn.Parameter, step: int) -> None:
+        """:meth:`after_backward` for one parameter, whose gradient has just arrived."""
+        self._receive(name, parameter, self.schedule.exchanges and self.schedule.is_due(step, self.steps))
+
+    def _receive(self, name: str, parameter: nn.Parameter, exchanged: bool) -> None:
+        assert parameter.grad is not None
+        gradient, mask = _local(parameter.grad), self._part(name, parameter)
+        if exchanged and name in self._targets:
+            self._gradients[name] = gradient.detach().abs()
+        if name in self._watched:
+            self._learn(name, _local(parameter), gradient, mask)
+        if mask is not None:
+            zero_removed_(gradient, mask)
+
+    def _learn(self, name: str, weight: Tensor, gradient: Tensor, mask: Tensor | None) -> None:
+        scores, gradient = self.learned["score"], gradient.float()
+        score = scores.setdefault(name, torch.zeros_like(weight, dtype=torch.float32))
+        if self._averages:
+            score.lerp_(gradient.abs(), 1 - _MEMORY)
+            return
+        latent = self.learned["latent"].get(name)
+        value = weight if latent is None or mask is None else torch.where(mask, weight, latent)
+        change = value.float() * gradient
+        assert self.config is not None
+        if self.config.criterion == "soft_movement":
+            change.div_(change.square().mean().sqrt().clamp_min(1e-30)).mul_(_SCORE_STEP)
+            chance = torch.sigmoid(score)
+            change.add_(chance * (1 - chance), alpha=4 * _SCORE_STEP * self.regularization)
+        score.sub_(change)
+
+    @torch.no_grad()
+    def after_step(self, step: int) -> bool:
+        """Keep removed weights at zero, and change the masks if it is time.
+
+        Args:
+            step: Optimizer steps done.
+
+        Returns:
+            Whether the masks changed.
+
+        Raises:
+            MaskError: If the sparsity is not what it should be.
+        """
+        due = self.config is not None and self.schedule.is_due(step, self.steps)
+        if due:
+            self.apply()  # what the optimizer did to removed weights is not looked at
+            self._update(step)
+        self.apply()
+        if due:
+            self.check()
+        return due
+
+    def apply(self) -> None:
+        """Set every removed weight to zero."""
+        store = MaskStore.of(self.model)
+        for name, parameter in self._parameters(store):
+            mask = self._part(name, parameter)
+            if mask is not None:
+                zero_removed_(_local(parameter.detach()), mask)
+
+    @property
+    def sparsity(self) -> float:
+        """The share of the targets' weights that the masks remove."""
+        store = MaskStore.of(self.model)
+        if store is None:
+            return 0.0
+        names = self._targets if self.config is not None else store.masks.keys()
+        sizes = {name: p.numel() for name, p in self.model.named_parameters() if name in names}
+        gone = sum(int((~mask).sum()) for name, mask in store.masks.items() if name in sizes)
+        return gone / max(1, sum(sizes.values()))
+
+    def check(self) -> None:
+        """Make sure that every removed weight is zero, and that there are as many as there should be.
+
+        Raises:
+            MaskError: If not.
+        """
+        store = MaskStore.of(self.model)
+        for name, parameter in self._parameters(store):
+            mask = self._part(name, parameter)
+            if mask is not None and bool(_local(parameter.detach()).masked_select(~mask).any()):
+                raise MaskError(
+                    f"{name} has non-zero weights that its mask removes: something wrote to it after the step"
+                )
+
+    # --- when masks change -----------------------------------------------------------------------------------
+
+    def _update(self, step: int) -> None:
+        assert self.config is not None
+        store = MaskStore.of(self.model) or MaskStore()
+        config = self._config_at(step)
+        if self.schedule.exchanges and any(name in store.masks for name in self._targets):
+            self._set_masks(store, self._exchanged(store, step))
+            return
+        if config.sparsity == 0:
+            return
+        if self.calibration is not None and config.needs_data:
+            with eval_mode(self.model):
+                with torch.enable_grad():
+                    prune(self.model, config, calibration=self.calibration)
+            self._parts.clear()
+            return
+        if self._is_soft(step):
+            masks = {n: torch.sigmoid(self._whole(s, n)) > self.threshold for n, s in self.learned["score"].items()}
+        else:
+            masks = self._chosen(config, store)
+        if not self._moves:
+            masks = {n: m & store.masks[n].to(m.device) if n in store.masks else m for n, m in masks.items()}
+        self._set_masks(store, masks)
+
+    def _is_soft(self, step: int) -> bool:
+        assert self.config is not None
+        return self.config.criterion == "soft_movement" and self.schedule.progress(step, self.steps) < 1
+
+    def _config_at(self, step: int) -> PruningConfig:
+        """The config for one update: less sparse than the final one, and without a schedule."""
+        assert self.config is not None
+        config = self.config.replace(schedule=None)
+        if config.sparsity is None:
+            return config
+        sparsity = self.schedule.sparsity(step, self.steps, config.sparsity)
+        if config.removes_units:
+            return config.replace(sparsity=sparsity)
+        granularity = parse_granularity(config.granularity)
+        if granularity.fixed_sparsity is None:
+            return config.replace(sparsity=sparsity)
+        assert granularity.pool is not None
+        gone = round(granularity.pool * sparsity)  # of 2:4: 3:4 first
+        if not gone:
+            return config.replace(granularity="unstructured", sparsity=0.0)
+        return config.replace(granularity=f"{granularity.pool - gone}:{granularity.pool}")
+
+    def _chosen(self, config: PruningConfig, store: MaskStore) -> dict[str, Tensor]:
+        """Masks by magnitude, at random, or by what was learned."""
+        scores = {name: self._whole(score, name) for name, score in self.learned["score"].items()}
+        if config.removes_units:
+            if self.is_sharded:
+                raise ConfigError("heads and neurons are not pruned under FSDP: train with DDP, or prune them before")
+            if self._averages:
+                scores = {n: s * self.model.get_parameter(n).detach().abs() for n, s in scores.items()}
+            units, _ = choose_units(self.model, config, scores=scores if self._moves or self._averages else None)
+            return unit_masks(self.model, units)
+        plan = make_plan(self.model, config, loaded=not self.is_sharded, anew=self._moves)
+        needs = CRITERIA.get(config.criterion).needs
+        stats = {}
+        for tensor in plan.tensors:
+            name = tensor.target.name
+            seed = zlib.crc32(f"{config.seed}:{name}".encode())
+            found = {need: tensor.target.matrix(scores[name]) for need in needs if name in scores}
+            if missing := needs - found.keys():
+                raise ConfigError(
+                    f"criterion {config.criterion!r} has seen no gradient of {name} yet ({', '.join(missing)}): begin "
+                    f"the schedule after the first step, and train that weight"
+                )
+            stats[name] = dataclasses.replace(WeightStats(seed=seed), **found)  # type: ignore[arg-type]
+        whole = {t.target.name: self._whole_weight(t.target.name) for t in plan.tensors}
+        masks, _ = compute_masks(self.model, plan, stats, {} if self._moves else store.masks, whole=whole)
+        removed = sum(int((~mask).sum()) for mask in masks.values())
+        if plan.is_exact and removed != plan.removed_parameters:
+            raise MaskError(
+                f"the masks remove {removed:,} weights, the plan {plan.removed_parameters:,}: nothing was set"
+            )
+        if config.granularity == "channel":
+            masks = follow(masks, sites_of_channels(self.model), self.model)
+        return masks
+
+    def _exchanged(self, store: MaskStore, step: int) -> dict[str, Tensor]:
+        """Masks of the same size: the smallest weights go, and those with the largest gradients come (RigL)."""
+        share = self.schedule.exchange(step, self.steps)
+        masks = {}
+        for name in sorted(self._targets & store.masks.keys() & self._gradients.keys()):
+            old = store.masks[name].flatten()
+            weight, gradient = self._whole_weight(name).flatten(), self._whole(self._gradients[name], name).flatten()
+            gone, alive = (~old).nonzero().squeeze(1), old.nonzero().squeeze(1)
+            number = min(math.floor(share * len(alive)), len(gone))
+            leave = weight[alive].abs().sort(stable=True).indices[:number]
+            come = gradient[gone].sort(descending=True, stable=True).indices[:number]
+            new = old.clone()
+            new[alive[leave]], new[gone[come]] = False, True
+            masks[name] = new.view(store.masks[name].shape)
+        self._gradients.clear()
+        return masks
+
+    def _set_masks(self, store: MaskStore, masks: Mapping[str, Tensor]) -> None:
+        parameters = dict(self.model.named_parameters())
+        for name, mask in masks.items():
+            mask = from_first(mask)
+            if self._moves:
+                self._move(name, parameters[name], mask)
+            store.masks[name] = mask
+        store.config = self.config
+        store.attach(self.model)
+        self._parts.clear()
+
+    def _move(self, name: str, parameter: nn.Parameter, mask: Tensor) -> None:
+        """Put the values of weights that go aside, and give back those of weights that come."""
+        weight, old = _local(parameter.detach()), self._part(name, parameter)
+        new = _part_of(mask, parameter)
+        latent = self.learned["latent"].setdefault(name, torch.zeros_like(weight))
+        value = weight if old is None else torch.where(old, weight, latent)
+        weight.copy_(value.masked_fill(~new, 0))
+        latent.copy_(value.masked_fill(new, 0))
+
+    # --- parameters, whole and in part -----------------------------------------------------------------------
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether FSDP has spread the parameters over processes."""
+        return any(isinstance(p, DTensor) for p in self.model.parameters())
+
+    def _parameters(self, store: MaskStore | None) -> Iterator[tuple[str, nn.Parameter]]:
+        """Those that have a mask, or that are watched."""
+        names = self._watched | (set() if store is None else store.masks.keys())
+        if self.schedule.exchanges and self.config is not None:
+            names = names | self._targets
+        if names:
+            yield from ((name, p) for name, p in self.model.named_parameters() if name in names)
+
+    def _part(self, name: str, parameter: nn.Parameter) -> Tensor | None:
+        """This process's part of a mask."""
+        if name not in self._parts:
+            store = MaskStore.of(self.model)
+            if store is None or name not in store.masks:
+                return None
+            if store.masks[name].shape != parameter.shape:
+                store.check(self.model)
+            self._parts[name] = _part_of(store.masks[name], parameter)
+        return self._parts[name]
+
+    def _whole_weight(self, name: str) -> Tensor:
+        parameter = self.model.get_parameter(name).detach()
+        whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+        latent = self.learned["latent"].get(name)
+        return whole if latent is None else whole + self._whole(latent, name)
+
+    def _whole(self, part: Tensor, name: str) -> Tensor:
+        """All processes' parts of a tensor that lies as a parameter does."""
+        parameter = self.model.get_parameter(name)
+        if not isinstance(parameter, DTensor):
+            return part
+        return DTensor.from_local(
+            part, parameter.device_mesh, parameter.placements, shape=parameter.shape, stride=parameter.stride()
+        ).full_tensor()
+
+    # --- to and from a checkpoint --------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Tensor]:
+        """What a training that goes on needs besides weights and masks; every process has to call this."""
+        return {
+            f"{kind}:{name}": self._whole(tensor, name).cpu().contiguous()
+            for kind, tensors in self.learned.items()
+            for name, tensor in tensors.items()
+        }
+
+    def restore(self, state: Mapping[str, Tensor], store: MaskStore | None) -> None:
+        """Go on from there.
+
+        Args:
+            state: What :meth:`state` gave.
+            store: The masks; None if nothing was pruned yet.
+        """
+        parameters = dict(self.model.named_parameters())
+        self.learned = {"score": {}, "latent": {}}
+        for key, tensor in state.items():
+            kind, _, name = key.partition(":")
+            self.learned[kind][name] = _part_of(tensor, parameters[name])
+        self._parts.clear()
+        if store is None:
+            MaskStore.detach(self.model)
+        else:
+            store.attach(self.model)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _part_of(whole: Tensor, parameter: Tensor) -> Tensor:
+    """This process's part of a tensor, on the parameter's device."""
+    whole = whole.to(parameter.device)
+    if not isinstance(parameter, DTensor):
+        return whole
+    return distribute_tensor(whole, parameter.device_mesh, parameter.placements).to_local()

@@ -1,0 +1,118 @@
+"""What a checkpoint of a training holds for pruning: the masks, what was learned, and proof that it belongs together.
+
+The file is written last. It names the weights and the masks by size and checksum, so that a checkpoint that an
+interruption left incomplete, or whose files were exchanged, is refused instead of going on with other masks.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from hf_prune.checkpoint import MASK_FILE, load_masks, save_masks
+from hf_prune.errors import CheckpointError
+from hf_prune.files import atomic_path
+from hf_prune.masking import MaskStore
+
+STATE_FILE = "pruning_state.safetensors"
+_HEADER = "hf_prune"
+_FORMAT, _VERSION = "hf_prune.training", 1
+_NAMED = ("*.safetensors", "config.json", "optimizer.pt", "scheduler.pt", "trainer_state.json")
+_CHUNK = 1 << 22
+
+
+def save_training(folder: Path, store: MaskStore | None, state: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+    """Write masks and state into a checkpoint that has everything else.
+
+    Args:
+        folder: The checkpoint.
+        store: The masks, None if nothing was pruned yet.
+        state: Tensors by name.
+        facts: Settings that must be the same when the training goes on, plain values for JSON.
+    """
+    (folder / STATE_FILE).unlink(missing_ok=True)
+    if store is not None:
+        save_masks(store, folder / MASK_FILE)
+    header = {"format": _FORMAT, "version": _VERSION, "facts": dict(facts), "files": _files(folder)}
+    with atomic_path(folder / STATE_FILE) as temporary:
+        save_file(dict(state), temporary, {_HEADER: json.dumps(header, sort_keys=True)})
+
+
+def load_training(folder: Path, facts: Mapping[str, Any]) -> tuple[MaskStore | None, dict[str, Tensor]]:
+    """Read what :func:`save_training` wrote, if all of it is there.
+
+    Args:
+        folder: The checkpoint.
+        facts: Settings of now.
+
+    Raises:
+        CheckpointError: If a file is missing, damaged or another one, or a setting has changed.
+    """
+    files, before, state = check_training(folder)
+    for key, value in json.loads(json.dumps(dict(facts))).items():
+        if key in before and before[key] != value:
+            raise CheckpointError(
+                f"the checkpoint {folder} was made with {key}={before[key]!r}, and this training has {value!r}: masks "
+                f"would not go on as they began; use the same setting, or begin anew"
+            )
+    return load_masks(folder / MASK_FILE) if MASK_FILE in files else None, state
+
+
+def check_training(folder: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Tensor]]:
+    """Make sure that a checkpoint is complete, and that its files belong together.
+
+    Args:
+        folder: The checkpoint.
+
+    Returns:
+        Its files, the settings it was made with, and the tensors.
+
+    Raises:
+        CheckpointError: If not.
+    """
+    path = folder / STATE_FILE
+    advice = "resume from an earlier checkpoint, or begin anew"
+    if not path.is_file():
+        raise CheckpointError(
+            f"{folder} has no {STATE_FILE}: saving was interrupted, or it was not made by a PruningTrainer; {advice}"
+        )
+    try:
+        with safe_open(path, "pt") as file:
+            header = json.loads((file.metadata() or {}).get(_HEADER, "{}"))
+            state = {name: file.get_tensor(name) for name in file.keys()}
+        found = (header["format"], header["version"])
+        files, before = dict(header["files"]), dict(header["facts"])
+    except (OSError, SafetensorError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} is damaged: {error!r}; {advice}") from error
+    if found != (_FORMAT, _VERSION):
+        raise CheckpointError(f"{path} has format and version {found}: expected {(_FORMAT, _VERSION)}; update hf_prune")
+    now = _files(folder)
+    for name, facts_of_file in files.items():
+        if name not in now:
+            raise CheckpointError(f"{folder} lacks {name}, which it had when it was saved; {advice}")
+        if now[name] != facts_of_file:
+            raise CheckpointError(f"{folder / name} is not the file that was saved with {STATE_FILE}; {advice}")
+    if MASK_FILE in now and MASK_FILE not in files:
+        raise CheckpointError(f"{folder / MASK_FILE} was not there when the checkpoint was saved; {advice}")
+    return files, before, state
+
+
+def _files(folder: Path) -> dict[str, list[int]]:
+    """Size and checksum of the files that have to belong together."""
+    paths = {path for pattern in _NAMED for path in folder.glob(pattern) if path.name != STATE_FILE}
+    return {path.name: [path.stat().st_size, _checksum(path)] for path in sorted(paths)}
+
+
+def _checksum(path: Path) -> int:
+    total = 0
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            total = zlib.crc32(chunk, total)
+    return total
