@@ -1,7 +1,7 @@
 """Checkpoints on disk: dense into compressed and back, tensor by tensor, so that memory stays at one file.
 
-The masks in ``pruning_masks.safetensors`` become the positions of the values that stay, so a weight that was kept and is
-zero is still kept; without masks, what is not zero stays. ``docs/format.md`` specifies the files.
+The masks in ``pruning_masks.safetensors`` become the positions of the values that stay, so a weight that was kept and
+is zero is still kept; without masks, what is not zero stays. ``docs/format.md`` specifies the files.
 """
 
 from __future__ import annotations
@@ -9,15 +9,25 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import convert_file_size_to_int
 from torch import Tensor
 
-from hf_prune.checkpoint import MASK_FILE, StoredMasks, pruning_of, read_pruning, refuse_file, save_masks, staged_checkpoint
+from hf_prune.checkpoint import (
+    MASK_FILE,
+    StoredMasks,
+    pruning_of,
+    read_pruning,
+    refuse_file,
+    save_masks,
+    staged_checkpoint,
+)
 from hf_prune.errors import CheckpointError, ConfigError
 from hf_prune.masking import MaskStore
 from hf_prune.packed_files import INDEX, SINGLE, Item, PackedFiles, file_paths, is_packed, packed_item, write_shards
@@ -110,6 +120,38 @@ def compress_checkpoint(
     return CompressionReport(_weights_size(origin), after, values != "exact")
 
 
+def save_compressed(
+    save: Callable[[Path], Any],
+    folder: str | os.PathLike[str],
+    *,
+    codec: str = "zstd",
+    values: str = "exact",
+    max_shard_size: int | str | None = None,
+) -> CompressionReport:
+    """Save a checkpoint dense into a folder that is gone afterwards, and compressed into the one that stays.
+
+    Args:
+        save: Saves the dense checkpoint into a folder.
+        folder: Where the compressed one goes; at once or not at all.
+        codec: As of :func:`compress_checkpoint`.
+        values: As of :func:`compress_checkpoint`.
+        max_shard_size: Of a file, such as ``"2GB"``.
+
+    Raises:
+        CheckpointError: If ``folder`` is a file, or a weight cannot be packed.
+        ConfigError: If a setting is unknown.
+    """
+    _check_choice("codec", codec, CODECS)
+    _check_choice("values", values, VALUES)
+    refuse_file(folder)
+    limit = SHARD_BYTES if max_shard_size is None else convert_file_size_to_int(max_shard_size)
+    target = Path(folder).resolve()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp") as dense:
+        save(Path(dense))
+        return compress_checkpoint(dense, target, codec=codec, values=values, shard_bytes=limit)
+
+
 def decompress_checkpoint(
     source: str | os.PathLike[str], folder: str | os.PathLike[str], *, shard_bytes: int = SHARD_BYTES
 ) -> CompressionReport:
@@ -167,7 +209,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
         method = (config.get("quantization_config") or {}).get("quant_method", METHOD)
     except FileNotFoundError as error:
-        raise CheckpointError(f"{path} is missing: expected a whole checkpoint, as save_pretrained writes it") from error
+        raise CheckpointError(
+            f"{path} is missing: expected a whole checkpoint, as save_pretrained writes it"
+        ) from error
     except (AttributeError, ValueError) as error:
         raise CheckpointError(f"{path} is damaged: {error}; download or save the checkpoint again") from error
     if method != METHOD:

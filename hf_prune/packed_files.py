@@ -75,7 +75,7 @@ def write_shards(
     if len(shards) == 1:
         shards[0][0].replace(folder / SINGLE)
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, (path, names) in enumerate(shards, start=1):
         path.replace(folder / f"model-{number:05d}-of-{len(shards):05d}.safetensors")
         weight_map |= dict.fromkeys(names, f"model-{number:05d}-of-{len(shards):05d}.safetensors")
@@ -134,7 +134,7 @@ def read_index(path: Path) -> dict[str, str]:
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged: {error!r}; download or save the checkpoint again") from error
     for name, shard in weight_map.items():
-        plain = isinstance(shard, str) and shard.endswith(".safetensors") and not set(shard) & set('/\\:\0')
+        plain = isinstance(shard, str) and shard.endswith(".safetensors") and not set(shard) & set("/\\:\0")
         if not plain:
             raise CheckpointError(
                 f"{path} says that {name} is in {shard!r}: expected a .safetensors file in the same folder; do not "
@@ -162,7 +162,7 @@ class PackedFiles:
             named = sorted(set(read_index(index).values()))
             if named != sorted(path.name for path in files):
                 raise CheckpointError(f"{index} names {named}, and the files are {sorted(p.name for p in files)}")
-        self.described = [_unseal(path) for path in files][0]
+        self.described, *_ = [_unseal(path) for path in files]
         self.shards = Shards(files, index)
         if index is not None and (lost := set(self.shards.entries) - set(read_index(index))):
             raise _damaged(index, f"it does not name {min(lost)}")
@@ -196,9 +196,7 @@ class PackedFiles:
 
     def masks(self) -> dict[str, Tensor]:
         """The masks of the weights that were packed with one."""
-        return {
-            name: unpack_mask(self.data(name), header) for name, header in self.headers.items() if header.masked
-        }
+        return {name: unpack_mask(self.data(name), header) for name, header in self.headers.items() if header.masked}
 
 
 def is_packed(path: str | Path) -> bool:

@@ -306,12 +306,13 @@ def _section(data: np.ndarray, header: Header, index: int) -> np.ndarray:
         return part
     try:
         # what the frame says it will become decides whether it is unpacked at all
-        claimed = zstandard.frame_content_size(part) if len(part) else -1
+        frame = part.data
+        claimed = zstandard.frame_content_size(frame) if frame else -1
         most = header.kept + header.numel // _ESCAPE
         fits = header.kept <= claimed <= most if (index == 0 and header.layout == "gaps") else None
         if not (claimed == _lengths(header, 0)[index] if fits is None else fits):
             raise _damaged(f"section {index} claims to hold {claimed} bytes")
-        return np.frombuffer(zstandard.ZstdDecompressor().decompress(part), dtype=np.uint8)
+        return np.frombuffer(zstandard.ZstdDecompressor().decompress(frame), dtype=np.uint8)
     except zstandard.ZstdError as error:
         raise _damaged(str(error)) from error
 
@@ -482,7 +483,7 @@ def _gap_chunks(source: np.ndarray, header: Header) -> Any:
 
 def _group_chunks(source: np.ndarray, header: Header) -> Any:
     table = _pattern_table(*header.group)
-    groups, patterns, n = table.shape
+    groups, patterns, _ = table.shape
     numbers = np.arange(patterns**groups)
     in_byte = [table[i, numbers // patterns**i % patterns] for i in range(groups)]  # of (bytes, n)
     lookup = np.concatenate(in_byte, axis=1)  # (bytes, groups * n)

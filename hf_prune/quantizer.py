@@ -1,4 +1,4 @@
-"""Loads checkpoints of shrunk models and of packed weights by plain ``from_pretrained``: transformers calls this before it reads the weights.
+"""Loads shrunk models and packed weights by plain ``from_pretrained``: transformers calls this before it reads them.
 
 transformers has one way for a checkpoint to say "my modules are not what the config alone makes of them":
 ``quantization_config``. Ours says how many heads and neurons each layer has, and whether the weights are packed; the
@@ -37,7 +37,9 @@ class HfPruneConfig(QuantizationConfigMixin):
         CheckpointError: If it is of a newer version, or damaged.
     """
 
-    def __init__(self, structure: Any = None, format_version: Any = VERSION, compressed: Any = None, **kwargs: Any) -> None:
+    def __init__(
+        self, structure: Any = None, format_version: Any = VERSION, compressed: Any = None, **kwargs: Any
+    ) -> None:
         kwargs.pop("quant_method", None)
         if format_version != VERSION or compressed not in (None, COMPRESSED) or kwargs:
             raise CheckpointError(

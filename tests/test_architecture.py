@@ -17,6 +17,7 @@ LAYERS = (
     ("errors", "files", "loading_hook", "overlap", "spill", "structure", "tables"),
     (
         "distributed",
+        "packing",
         "partial",
         "registry",
         "repair",
@@ -28,7 +29,7 @@ LAYERS = (
         "unit_curves",
         "units",
     ),
-    ("config",),
+    ("config", "packed_files"),
     ("targets", "architectures", "sites"),
     ("criteria", "granularities", "schedules", "allocation"),
     (
@@ -67,6 +68,7 @@ LAYERS = (
         "data_loading",
         "sources",
         "comparison",
+        "compressed",
         "evaluation",
         "perplexity",
         "explain",
@@ -91,7 +93,7 @@ LAYERS = (
     ),
     ("bench", "demo_data", "demo_training", "demo", "workflows", "cards"),
     ("hub",),
-    ("cli_options", "cli_speed", "cli"),
+    ("cli_options", "cli_compress", "cli_speed", "cli"),
     ("__main__",),
 )
 LAYER_OF = {name: number for number, names in enumerate(LAYERS) for name in names}
