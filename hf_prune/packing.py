@@ -367,7 +367,7 @@ def _to_int8(tensor: Tensor, keep: np.ndarray) -> list[np.ndarray]:
         raise CheckpointError("it has values that are not finite, which int8 cannot hold: use values='exact'")
     scales = rows.abs().amax(1) / 127 if rows.numel() else torch.zeros(len(rows))
     steps = (rows / scales.where(scales > 0, 1.0).unsqueeze(1)).round_().to(torch.int8)
-    return [scales.numpy(), steps.view(-1).numpy()[keep]]
+    return [scales.numpy(), steps.reshape(-1).numpy()[keep]]
 
 
 def _from_int8(data: np.ndarray, header: Header) -> Tensor:

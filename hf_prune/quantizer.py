@@ -100,6 +100,17 @@ class Unpack(ConversionOps):
         return _IdentityOp()
 
 
+def _without_unpacking(conversion: Any) -> Any:
+    """What transformers goes back through when it saves the model: its own steps, since nothing is packed then."""
+    operations = getattr(conversion, "operations", ())
+    if not any(isinstance(operation, Unpack) for operation in operations):
+        return conversion
+    if not (own := [operation for operation in operations if not isinstance(operation, Unpack)]):
+        return None
+    sources = [name for name in conversion._original_source_patterns if not name.endswith("_packed")]
+    return conversion.copy(sources, conversion._original_target_patterns.copy(), operations=own)
+
+
 @register_quantizer(METHOD)
 class HfPruneQuantizer(HfQuantizer):
     """Gives the modules of a model the sizes of the checkpoint, before its weights are read, and unpacks those."""
@@ -137,11 +148,8 @@ class HfPruneQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         from hf_prune.mixin import prunable
 
-        model._weight_conversions = [
-            conversion
-            for conversion in getattr(model, "_weight_conversions", None) or []
-            if not any(isinstance(operation, Unpack) for operation in getattr(conversion, "operations", ()))
-        ]
+        used = getattr(model, "_weight_conversions", None) or []
+        model._weight_conversions = [kept for each in used if (kept := _without_unpacking(each)) is not None]
         return prunable(model)  # saving it again has to describe its sizes as well
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
