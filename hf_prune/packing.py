@@ -36,7 +36,9 @@ MAX_EXPANSION = 1024
 _ESCAPE = 255  # of a gap: that many zeros, and no value after them
 _SPARSE = 1 / 16  # from this share of zeros on, positions are worth their bytes
 _CHUNK = 1 << 16  # decoded at a time, so that positions stay in the cache
-_LEVEL = 1
+_LEVEL = 1  # higher ones look for repetitions, of which noise has none
+_TABLE = 16  # a plane of at most so many different bytes is written two to a byte: Huffman codes have no half bits
+_LEAST_PAIRED = 64  # values; with fewer, the length of a section would not tell how it is written
 
 
 @dataclass(frozen=True)
@@ -308,13 +310,20 @@ def _section(data: np.ndarray, header: Header, index: int) -> np.ndarray:
         # what the frame says it will become decides whether it is unpacked at all
         frame = part.data
         claimed = zstandard.frame_content_size(frame) if frame else -1
-        most = header.kept + header.numel // _ESCAPE
-        fits = header.kept <= claimed <= most if (index == 0 and header.layout == "gaps") else None
-        if not (claimed == _lengths(header, 0)[index] if fits is None else fits):
+        if not _claim_fits(header, index, claimed):
             raise _damaged(f"section {index} claims to hold {claimed} bytes")
         return np.frombuffer(zstandard.ZstdDecompressor().decompress(frame), dtype=np.uint8)
     except zstandard.ZstdError as error:
         raise _damaged(str(error)) from error
+
+
+def _claim_fits(header: Header, index: int, claimed: int) -> bool:
+    """Whether a section of so many bytes is what the header calls for."""
+    if index == 0 and header.layout == "gaps":
+        return header.kept <= claimed <= header.kept + header.numel // _ESCAPE
+    if index > 0 and not header.lossy and header.kept >= _LEAST_PAIRED and claimed == _TABLE + -(-header.kept // 2):
+        return True
+    return claimed == _lengths(header, 0)[index]
 
 
 def _squeeze(part: bytes | np.ndarray, codec: str) -> bytes:
@@ -338,11 +347,32 @@ def _planes(values: np.ndarray, codec: str) -> tuple[list[bytes], bool]:
     one = values.dtype.type(1)
     turned = (values << one) | (values >> values.dtype.type(8 * values.itemsize - 1))
     both = [
-        [_squeeze(np.ascontiguousarray(plane), codec) for plane in form.view(np.uint8).reshape(-1, form.itemsize).T]
+        [_plane(np.ascontiguousarray(plane), codec) for plane in form.view(np.uint8).reshape(-1, form.itemsize).T]
         for form in (values, turned)
     ]
     plain, rotated = (sum(map(len, parts)) for parts in both)
     return both[rotated < plain], rotated < plain
+
+
+def _plane(plane: np.ndarray, codec: str) -> bytes:
+    whole = _squeeze(plane, codec)
+    table = np.flatnonzero(np.bincount(plane, minlength=256))
+    if len(plane) < _LEAST_PAIRED or len(table) > _TABLE:
+        return whole
+    number = np.zeros(256, dtype=np.uint8)
+    number[table] = np.arange(len(table))
+    numbers = number[np.pad(plane, (0, len(plane) % 2), mode="edge")]
+    head = np.pad(table.astype(np.uint8), (0, _TABLE - len(table)))
+    paired = _squeeze(np.concatenate([head, numbers[::2] | numbers[1::2] << 4]), codec)
+    return min(whole, paired, key=len)
+
+
+def _read_plane(section: np.ndarray, kept: int) -> np.ndarray:
+    if len(section) == kept:
+        return section
+    table, pairs = section[:_TABLE], section[_TABLE:]
+    both = np.stack([table[np.arange(256) % 16], table[np.arange(256) // 16]], axis=1).view("<u2").reshape(-1)
+    return both[pairs].view(np.uint8)[:kept]
 
 
 def _values(data: np.ndarray, header: Header) -> np.ndarray:
@@ -351,7 +381,7 @@ def _values(data: np.ndarray, header: Header) -> np.ndarray:
         return np.frombuffer(bytearray(_section(data, header, 1)), dtype=f"<u{size}")  # a copy that can be written
     joined = np.empty((header.kept, size), dtype=np.uint8)
     for i in range(size):
-        joined[:, i] = _section(data, header, 1 + i)
+        joined[:, i] = _read_plane(_section(data, header, 1 + i), header.kept)
     values = joined.reshape(-1).view(f"<u{size}")
     if header.rotated:
         sign = values << values.dtype.type(8 * size - 1)

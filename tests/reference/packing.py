@@ -74,6 +74,13 @@ def positions(section: bytes, layout: int, numel: int, kept: int, n: int, m: int
     return found
 
 
+def plane(section: bytes, kept: int) -> bytes:
+    """One byte of each value."""
+    if kept < 64 or len(section) != 16 + (kept + 1) // 2:
+        return section
+    return bytes(section[section[16 + i // 2] >> 4 * (i % 2) & 15] for i in range(kept))
+
+
 def values(
     sections: list[bytes],
     kept: int,
@@ -91,6 +98,8 @@ def values(
         steps = struct.unpack(f"{kept}b", sections[1])
         row = numel // shape[0]
         return [(torch.tensor(scales[p // row]) * step).item() for p, step in zip(where, steps, strict=True)]
+    if codec:
+        sections = [plane(section, kept) for section in sections]
     if not codec:
         return [sections[0][i * size : (i + 1) * size] for i in range(kept)]
     stored = []
