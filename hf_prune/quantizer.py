@@ -44,9 +44,9 @@ class HfPruneConfig(QuantizationConfigMixin):
         if format_version != VERSION or compressed not in (None, COMPRESSED) or kwargs:
             raise CheckpointError(
                 f"the checkpoint's quantization_config has format_version {format_version!r}"
-                f"{f', compressed {compressed!r}' if compressed is not None else ''}"
+                f"{f', compressed {compressed!r}, expected {COMPRESSED},' if compressed is not None else ''}"
                 f"{' and the unknown keys ' + ', '.join(kwargs) if kwargs else ''}: this version of hf_prune reads "
-                f"{VERSION}, and weights compressed with version {COMPRESSED}; update hf_prune"
+                f"{VERSION}; update hf_prune"
             )
         structure = {} if structure is None else structure
         fits = isinstance(structure, dict) and all(
