@@ -34,6 +34,7 @@ _MODULES = {
     ),
     "budget": ("SparsitySearch", "find_sparsity"),
     "comparison": ("Comparison", "compare"),
+    "compressed": ("CompressionReport", "compress_checkpoint", "decompress_checkpoint"),
     "config": ("PruningConfig",),
     "criteria.base": ("Criterion", "WeightStats"),
     "data_loading": ("load_classification", "load_sst2", "load_texts"),

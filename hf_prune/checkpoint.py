@@ -13,7 +13,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from hf_prune.config import PruningConfig
 from hf_prune.errors import CheckpointError
 from hf_prune.files import atomic_path, move_into, staged_folder
 from hf_prune.masking import MaskStore
+from hf_prune.packed_files import PackedFiles, is_packed, read_index
 from hf_prune.polish import PolishRecord
 from hf_prune.shrinking import RECORD, structure_of
 from hf_prune.sources import check_model_source
@@ -96,13 +97,36 @@ def mask_metadata(
         config: The settings that made them, if they are known.
         polishes: What each training after a pruning did.
     """
-    header: dict[str, Any] = {"format": MASK_FORMAT, "version": MASK_VERSION, "masks": entries}
-    if config is not None:
-        header["config"] = config.to_dict()
-    if trained := [record.to_dict() for record in polishes]:
-        header["polishes"] = trained
+    header = {"format": MASK_FORMAT, "version": MASK_VERSION, "masks": entries, **pruning_of(config, polishes)}
     # one key, since safetensors writes several in an order of its own
     return {_HEADER: json.dumps(header, sort_keys=True)}
+
+
+def pruning_of(config: PruningConfig | None, polishes: Iterable[PolishRecord]) -> dict[str, Any]:
+    """How masks came about, for JSON: what is known of it."""
+    described: dict[str, Any] = {} if config is None else {"config": config.to_dict()}
+    if trained := [record.to_dict() for record in polishes]:
+        described["polishes"] = trained
+    return described
+
+
+def read_pruning(
+    described: Mapping[str, Any], path: str | os.PathLike[str]
+) -> tuple[PruningConfig | None, tuple[PolishRecord, ...]]:
+    """What :func:`pruning_of` described.
+
+    Raises:
+        CheckpointError: If it is damaged.
+    """
+    try:
+        config = PruningConfig.from_dict(described["config"]) if "config" in described else None
+        return config, tuple(PolishRecord(**record) for record in described.get("polishes", ()))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: str | os.PathLike[str], error: Exception) -> CheckpointError:
+    return CheckpointError(f"{path} is damaged: {error!r}; restore it, or delete it to load without masks")
 
 
 def load_masks(path: str | os.PathLike[str]) -> MaskStore:
@@ -143,19 +167,15 @@ class StoredMasks(Mapping[str, Tensor]):
                 f"{path} has format and version {found}: expected {(MASK_FORMAT, MASK_VERSION)}; update hf_prune, or "
                 f"delete the file to load the weights without masks"
             )
+        self.config, self.polishes = read_pruning(header, path)
         try:
-            self.config = PruningConfig.from_dict(header["config"]) if "config" in header else None
-            self.polishes = tuple(PolishRecord(**record) for record in header.get("polishes", ()))
             self._entries = {name: dict(entry) for name, entry in header["masks"].items()}
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise self._damaged(error) from error
+            raise _damaged(path, error) from error
         if unknown := names - set(self._entries):
             raise CheckpointError(f"{path} is damaged: its header does not know {', '.join(sorted(unknown))}")
         if missing := sorted(set(self._entries) - names):
-            raise self._damaged(KeyError(missing[0]))
-
-    def _damaged(self, error: Exception) -> CheckpointError:
-        return CheckpointError(f"{self.path} is damaged: {error!r}; restore it, or delete it to load without masks")
+            raise _damaged(path, KeyError(missing[0]))
 
     def __getitem__(self, name: str) -> Tensor:
         entry = self._entries[name]
@@ -164,7 +184,7 @@ class StoredMasks(Mapping[str, Tensor]):
         try:
             return _unpack(bits, **entry)
         except (TypeError, ValueError) as error:
-            raise self._damaged(error) from error
+            raise _damaged(self.path, error) from error
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)
@@ -318,6 +338,7 @@ def load_pruned(load: Callable[..., Any], source: Any, *args: Any, **kwargs: Any
             loaded = load(source, *args, **kwargs)
             path = find_file(source, MASK_FILE, hub)
             store = load_masks(path) if path is not None else None
+            store = _with_packed_masks(store, weight_files(source, hub))
         else:
             weights, masks = converted
             kwargs = {key: value for key, value in kwargs.items() if key not in _HUB_KEYS}
@@ -331,6 +352,17 @@ def load_pruned(load: Callable[..., Any], source: Any, *args: Any, **kwargs: Any
             store.masks = {name: m for name, m in store.masks.items() if shapes.get(name, m.shape) == m.shape}
         _attach(model, store, source)
     return loaded
+
+
+def _with_packed_masks(store: MaskStore | None, files: Sequence[str]) -> MaskStore | None:
+    """A compressed checkpoint has the masks in its weights, and in a side file only those of other weights."""
+    if not files or not is_packed(files[0]):
+        return store
+    packed = PackedFiles(files)
+    if not (masks := packed.masks()):
+        return store
+    config, polishes = read_pruning(packed.described.get("pruning", {}), files[0])
+    return MaskStore(masks | (store.masks if store is not None else {}), config=config, polishes=polishes)
 
 
 def _attach(model: Any, store: MaskStore, source: Any) -> None:
@@ -416,7 +448,7 @@ def weight_files(source: Any, hub: Mapping[str, Any]) -> list[str]:
     if (single := find_file(source, "model.safetensors", hub)) is not None:
         return [single]
     if (index := find_file(source, "model.safetensors.index.json", hub)) is not None:
-        shards = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
+        shards = sorted(set(read_index(Path(index)).values()))
         return [path for shard in shards if (path := find_file(source, shard, hub)) is not None]
     for name in ("pytorch_model.bin", "pytorch_model.bin.index.json"):
         if find_file(source, name, hub) is not None:

@@ -15,6 +15,7 @@ import typer
 
 from hf_prune import __version__
 from hf_prune.calibration_data import POLISH_SAMPLES, LabelledData, TextData
+from hf_prune.cli_compress import compress, decompress
 from hf_prune.cli_options import (
     SST2,
     WIKITEXT,
@@ -486,6 +487,8 @@ def report(
 app.command(epilog="Example: hf-prune bench MODEL pruned --batch 1,32 --length 64 --threads 1")(bench)
 app.command(epilog="Example: hf-prune explain pruned --against MODEL")(explain)
 app.command(epilog="Example: hf-prune trim-vocab MODEL --texts glue/sst2 --out smaller")(trim_vocab)
+app.command(epilog="Example: hf-prune compress pruned small")(compress)
+app.command(epilog="Example: hf-prune decompress small pruned")(decompress)
 
 
 @app.command(epilog="Example: hf-prune export pruned pruned.onnx")

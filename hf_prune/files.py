@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import shutil
 import uuid
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +49,10 @@ def staged_folder(
 ) -> Iterator[Path]:
     """A temporary folder whose files move into ``folder`` when the block ends without an error.
 
-    A new folder appears by one rename. In an existing one, files are replaced one by one, each at once; files
-    that the block did not write stay unless ``stale`` names them. A reader that needs a file of ``last`` to make
-    sense of the others sees the old set, no complete set, or the new set, never a mixture.
+    A new folder appears by one rename. An existing one is exchanged for the new one by one rename as well where the
+    system can do that (Linux); files that the block did not write stay unless ``stale`` names them. Elsewhere, files
+    are replaced one by one, each at once, and a reader that needs a file of ``last`` to make sense of the others sees
+    the old set, no complete set, or the new set, never a mixture.
 
     Args:
         folder: Where the files belong.
@@ -64,9 +66,62 @@ def staged_folder(
     staging.mkdir()
     try:
         yield staging
-        move_into(staging, folder, stale, last)
+        if not _exchange(staging, folder, [*stale, *last]):
+            move_into(staging, folder, stale, last)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _exchange(staging: Path, folder: Path, replaced: Sequence[str]) -> bool:
+    """Give a folder's name to another one that has all its files but those to replace; False if that cannot be done.
+
+    What stays is in both by a hard link, so that who has a file open goes on writing to it.
+    """
+    if not folder.exists() or _inside(folder) or (swap := _swap_names()) is None:
+        return False
+    gone = {path.relative_to(folder) for pattern in replaced for path in folder.glob(pattern)}
+    for path in (path for path in staging.rglob("*") if path.is_file()):
+        sync(path)
+    try:
+        _link_missing(folder, staging, gone)
+        shutil.copymode(folder, staging)
+    except OSError:  # a file system without links
+        return False
+    if not swap(staging, folder):
+        return False
+    with contextlib.suppress(OSError):
+        _link_missing(staging, folder, gone)  # what appeared in the meantime
+    return True
+
+
+def _inside(folder: Path) -> bool:
+    """Whether this process, and the shell that started it, stand in a folder, which should not be pulled away."""
+    try:
+        return Path.cwd().is_relative_to(folder)
+    except FileNotFoundError:
+        return False
+
+
+def _link_missing(source: Path, target: Path, gone: Collection[Path]) -> None:
+    for path in source.rglob("*"):
+        name = path.relative_to(source)
+        if name in gone or os.path.lexists(target / name):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            (target / name).mkdir(parents=True)
+        else:
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            os.link(path, target / name, follow_symlinks=False)
+
+
+def _swap_names() -> Callable[[Path, Path], bool] | None:
+    """Exchanges the names of two folders in one step: ``renameat2`` of Linux."""
+    try:
+        rename = ctypes.CDLL(None).renameat2
+    except (AttributeError, OSError, TypeError):
+        return None
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return lambda a, b: rename(here, os.fsencode(a), here, os.fsencode(b), exchange) == 0
 
 
 def move_into(

@@ -18,6 +18,7 @@ from transformers.conversion_mapping import (
 
 from hf_prune.calibration import Batches
 from hf_prune.checkpoint import load_pruned, save_pruned
+from hf_prune.compressed import save_compressed
 from hf_prune.config import PruningConfig
 from hf_prune.masking import MaskStore
 from hf_prune.pipeline import prune
@@ -148,24 +149,44 @@ class PrunedModelMixin(nn.Module):
         is_main_process: bool = True,
         state_dict: dict[str, Tensor] | None = None,
         push_to_hub: bool = False,
+        *,
+        compressed: bool = False,
+        codec: str = "zstd",
+        values: str = "exact",
         **kwargs: Any,
     ) -> None:
         """Save as the dense class would, with the masks beside the weights; at once or not at all.
+
+        A compressed checkpoint is smaller and has the masks in the weights. Plain ``from_pretrained`` loads it after
+        ``import hf_prune``, and refuses it without.
 
         Args:
             save_directory: The folder.
             is_main_process: False on all but one process of a distributed run.
             state_dict: What to save in place of the model's own; the masks apply to it as well.
             push_to_hub: Upload the result as well, to ``repo_id`` or a repository named like the folder.
+            compressed: Save packed weights, see ``docs/format.md``.
+            codec: Of packed weights: ``"zstd"``, or ``"none"`` for values that lie in the file as they are.
+            values: Of packed weights: ``"exact"``, or ``"int8"``, which rounds what pruning left and is lossy.
             **kwargs: As of ``PreTrainedModel.save_pretrained``.
 
         Raises:
-            CheckpointError: If ``save_directory`` is a file.
+            CheckpointError: If ``save_directory`` is a file, or a weight cannot be packed.
+            ConfigError: If ``codec`` or ``values`` is unknown.
         """
         hub = {key: kwargs.pop(key) for key in ("repo_id", "commit_message", "private", "create_pr") if key in kwargs}
         save = super().save_pretrained.__func__  # type: ignore[misc]
-        if is_main_process:
-            save_pruned(self, dense_class(type(self)), save, save_directory, state_dict=state_dict, **kwargs)
+        native = dense_class(type(self))
+        if is_main_process and compressed:
+            save_compressed(
+                lambda folder: save_pruned(self, native, save, folder, state_dict=state_dict, **kwargs),
+                save_directory,
+                codec=codec,
+                values=values,
+                max_shard_size=kwargs.get("max_shard_size"),
+            )
+        elif is_main_process:
+            save_pruned(self, native, save, save_directory, state_dict=state_dict, **kwargs)
         else:
             save(self, save_directory, is_main_process=False, state_dict=state_dict, **kwargs)
         if push_to_hub and is_main_process:

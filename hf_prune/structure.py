@@ -7,6 +7,7 @@ from typing import Any
 
 METHOD = "hf_prune"  # by which transformers finds our quantizer, see quantizer.py
 VERSION = 1
+COMPRESSED = 1  # the version of docs/format.md
 
 
 def structure_config(structure: Mapping[str, int]) -> dict[str, Any]:
@@ -16,3 +17,12 @@ def structure_config(structure: Mapping[str, int]) -> dict[str, Any]:
         structure: Numbers of units by site, see :func:`hf_prune.shrinking.structure_of`.
     """
     return {"quant_method": METHOD, "format_version": VERSION, "structure": dict(structure)}
+
+
+def compressed_config(structure: Mapping[str, int]) -> dict[str, Any]:
+    """The ``quantization_config`` of a checkpoint of packed weights.
+
+    Args:
+        structure: Numbers of units by site, of a model that is shrunk as well.
+    """
+    return {**structure_config(structure), "compressed": COMPRESSED}

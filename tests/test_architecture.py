@@ -17,6 +17,7 @@ LAYERS = (
     ("errors", "files", "loading_hook", "overlap", "spill", "structure", "tables"),
     (
         "distributed",
+        "packing",
         "partial",
         "registry",
         "schedules",
@@ -29,7 +30,7 @@ LAYERS = (
         "unit_curves",
         "units",
     ),
-    ("config",),
+    ("config", "packed_files"),
     ("targets", "architectures", "parts", "channels", "sites"),
     ("criteria", "granularities", "allocation"),
     (
@@ -71,6 +72,7 @@ LAYERS = (
         "data_loading",
         "sources",
         "comparison",
+        "compressed",
         "evaluation",
         "perplexity",
         "explain",
@@ -97,7 +99,7 @@ LAYERS = (
     ),
     ("bench", "demo_data", "demo_training", "demo", "trim_workflow", "workflows", "cards"),
     ("hub",),
-    ("cli_options", "cli_speed", "cli_trim", "cli"),
+    ("cli_options", "cli_compress", "cli_speed", "cli_trim", "cli"),
     ("__main__",),
 )
 LAYER_OF = {name: number for number, names in enumerate(LAYERS) for name in names}

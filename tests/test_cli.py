@@ -39,7 +39,20 @@ from hf_prune.cli import app, main
 from hf_prune.registry import CRITERIA, GRANULARITIES
 from tests import models
 
-COMMANDS = ("demo", "prune", "evaluate", "sweep", "report", "bench", "explain", "trim-vocab", "export", "list")
+COMMANDS = (
+    "demo",
+    "prune",
+    "evaluate",
+    "sweep",
+    "report",
+    "bench",
+    "explain",
+    "trim-vocab",
+    "compress",
+    "decompress",
+    "export",
+    "list",
+)
 PNG = b"\x89PNG"
 
 
@@ -129,7 +142,7 @@ def test_help_of_a_command_has_an_example(command):
     result = CliRunner().invoke(app, [command, "--help"])
     assert result.exit_code == 0
     assert f"hf-prune {command}" in result.output.split("Example")[1]
-    assert ("MODEL" in result.output.splitlines()[0]) == (command not in ("demo", "list"))
+    assert ("MODEL" in result.output.splitlines()[0]) == (command not in ("demo", "compress", "decompress", "list"))
 
 
 @pytest.mark.parametrize(

@@ -94,46 +94,52 @@ def test_failing_block_changes_nothing(tmp_path, error, exists):
 KILLED = """
 import os, sys
 from pathlib import Path
+from hf_prune import files
 from hf_prune.files import staged_folder
 
-out, steps = Path(sys.argv[1]), int(sys.argv[2])
-real = {name: getattr(Path, name) for name in ("unlink", "replace")}
+out, steps, swaps = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "swap"
+swap = files._swap_names() if swaps else None
 
-def step(name):
-    def do(self, *args, **kwargs):
+def step(real):
+    def do(*args, **kwargs):
         global steps
         if steps == 0:
             os._exit(9)
         steps -= 1
-        return real[name](self, *args, **kwargs)
+        return real(*args, **kwargs)
     return do
 
+files._swap_names = lambda: swap and step(swap)
 with staged_folder(out, ("w*.bin",), ("w*.index", "masks", "config")) as staging:
     for name in ("w1.bin", "w.index", "masks", "config", "extra"):
         (staging / name).write_text("new")
-    for name in real:
-        setattr(Path, name, step(name))
+    for place, name in ((Path, "unlink"), (Path, "replace"), (os, "link"), (os, "rmdir"), (files, "sync")):
+        setattr(place, name, step(getattr(place, name)))
 """
 
 
-def test_killed_at_any_step_the_folder_is_old_incomplete_or_new(tmp_path):
-    """What completes the set goes first and comes last, so no reader can take a mixture for a whole."""
+@pytest.mark.parametrize("way", ["swap", "one by one"])
+def test_killed_at_any_step_the_folder_is_old_incomplete_or_new(tmp_path, way):
+    """By one rename where the system has it; else what completes the set goes first and comes last."""
     states = []
     for steps in range(30):
         out = tmp_path / str(steps) / "out"
-        put(out, {"w1.bin": "old", "w2.bin": "old", "w.index": "old", "masks": "old", "config": "old"})
+        names = ("w1.bin", "w2.bin", "w.index", "masks", "config", "notes", "sub/notes")
+        put(out, dict.fromkeys(names, "old"))
         before = contents(out)
-        code = subprocess.run([sys.executable, "-c", KILLED, str(out), str(steps)], check=False).returncode
+        code = subprocess.run([sys.executable, "-c", KILLED, str(out), str(steps), way], check=False).returncode
         after = contents(out)
         if after == before:
             states.append("old")
         elif "config" not in after:
             states.append("incomplete")
         else:
-            assert after == dict.fromkeys(["config", "extra", "masks", "w.index", "w1.bin"], "new")
+            new = dict.fromkeys(["config", "extra", "masks", "w.index", "w1.bin"], "new")
+            assert after == {**new, "notes": "old", "sub/notes": "old"}
             states.append("new")
         if code == 0:
             break
         assert code == 9
-    assert sorted(set(states), key=states.index) == ["old", "incomplete", "new"]
+    assert states.count("old") > 5
+    assert sorted(set(states), key=states.index) == ["old", *([] if way == "swap" else ["incomplete"]), "new"]
     assert states == sorted(states, key=["old", "incomplete", "new"].index)

@@ -1,0 +1,38 @@
+"""hf-prune compress and hf-prune decompress: checkpoints into packed weights and back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Out = Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.", show_default=False)]
+
+
+def compress(
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="A folder with a dense checkpoint.", show_default=False)
+    ],
+    out: Out,
+    codec: Annotated[str, typer.Option(help="zstd, or none for values that lie in the file as they are.")] = "zstd",
+    values: Annotated[
+        str, typer.Option(help="exact, or int8, which rounds what pruning left: measure what that costs.")
+    ] = "exact",
+) -> None:
+    """Write a pruned checkpoint small; with hf_prune imported, plain transformers loads it."""
+    from hf_prune.compressed import compress_checkpoint
+
+    typer.echo(f"{compress_checkpoint(folder, out, codec=codec, values=values)}\nSaved: {out}")
+
+
+def decompress(
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="A folder with a compressed checkpoint.", show_default=False)
+    ],
+    out: Out,
+) -> None:
+    """Write a compressed checkpoint dense, for plain transformers alone."""
+    from hf_prune.compressed import decompress_checkpoint
+
+    typer.echo(f"{decompress_checkpoint(folder, out)}\nSaved: {out}")

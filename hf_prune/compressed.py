@@ -1,0 +1,278 @@
+"""Checkpoints on disk: dense into compressed and back, tensor by tensor, so that memory stays at one file.
+
+The masks in ``pruning_masks.safetensors`` become the positions of the values that stay, so a weight that was kept and
+is zero is still kept; without masks, what is not zero stays. ``docs/format.md`` specifies the files.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import convert_file_size_to_int
+from torch import Tensor
+
+from hf_prune.checkpoint import (
+    MASK_FILE,
+    StoredMasks,
+    pruning_of,
+    read_pruning,
+    refuse_file,
+    save_masks,
+    staged_checkpoint,
+)
+from hf_prune.errors import CheckpointError, ConfigError
+from hf_prune.masking import MaskStore
+from hf_prune.packed_files import INDEX, SINGLE, Item, PackedFiles, file_paths, is_packed, packed_item, write_shards
+from hf_prune.packing import CODECS, VALUES, pack, unpack
+from hf_prune.shards import Entry, Shards, read_tensor
+from hf_prune.spill import bytes_of
+from hf_prune.structure import METHOD, compressed_config, structure_config
+from hf_prune.tables import format_count
+
+SHARD_BYTES = 5 << 30
+_LEAF = "weight"  # which transformers can be told to unpack, see quantizer.py
+_SPELLED = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack")
+
+
+@dataclass(frozen=True)
+class CompressionReport:
+    """What became of a checkpoint's weights.
+
+    Args:
+        before: Bytes of the weights and masks that were read.
+        after: Bytes of those that were written.
+        lossy: Whether values were rounded.
+    """
+
+    before: int
+    after: int
+    lossy: bool = False
+
+    def __str__(self) -> str:
+        times = self.before / self.after if self.after else 0.0
+        text = f"{format_count(self.before)}B of weights and masks are now {format_count(self.after)}B: {times:.2f}×"
+        return text + (", rounded to int8: measure what that costs" if self.lossy else ", bit for bit the same")
+
+
+def compress_checkpoint(
+    source: str | os.PathLike[str],
+    folder: str | os.PathLike[str],
+    *,
+    codec: str = "zstd",
+    values: str = "exact",
+    shard_bytes: int = SHARD_BYTES,
+) -> CompressionReport:
+    """Write a dense checkpoint as a compressed one; after ``import hf_prune``, plain ``from_pretrained`` loads it.
+
+    Args:
+        source: A folder with safetensors files, in one or more parts, and the masks beside them if there are any.
+        folder: Where to, another folder; at once or not at all.
+        codec: ``"zstd"``, or ``"none"`` for values that lie in the file as they are.
+        values: ``"int8"`` rounds the values of pruned weights to 255 steps for each output, which is lossy.
+        shard_bytes: Of a file, at most, unless one tensor has more.
+
+    Raises:
+        CheckpointError: If the source is damaged, compressed already, or its masks do not fit.
+        ConfigError: If a setting is unknown.
+
+    Example:
+        >>> compress_checkpoint("pruned", "small")  # doctest: +SKIP
+    """
+    _check_choice("codec", codec, CODECS)
+    _check_choice("values", values, VALUES)
+    origin, target = _folders(source, folder)
+    paths, index = file_paths(origin)
+    if any(is_packed(path) for path in paths):
+        raise CheckpointError(f"{origin} is compressed already: expected a dense checkpoint")
+    shards = Shards(paths, index)
+    masks = StoredMasks(origin / MASK_FILE) if (origin / MASK_FILE).is_file() else None
+    mine = [name for name in masks or () if name in shards.entries and _can_pack(shards.entries[name])]
+    if (suffixed := [name for name in shards.entries if name.endswith("_packed")]) and any(
+        name.removesuffix("_packed") in shards.entries for name in suffixed
+    ):
+        raise CheckpointError(f"{origin} has a tensor named {suffixed[0]}, which compressed checkpoints use themselves")
+    config = _read_config(origin)
+    structure = (config.get("quantization_config") or {}).get("structure") or {}
+    config["quantization_config"] = compressed_config(structure)
+    described: dict[str, Any] = {"tensors": len(shards.entries), "values": values}
+    if masks is not None and mine:
+        described["pruning"] = pruning_of(masks.config, masks.polishes)
+    with staged_checkpoint(target) as staging:
+        _copy_rest(origin, staging)
+        items = (
+            _packed(shards.folder, entry, masks[entry.name] if masks and entry.name in mine else None, codec, values)
+            for entry in shards.entries.values()
+        )
+        write_shards(staging, items, shard_bytes, described)
+        if masks is not None and (rest := {name: masks[name] for name in masks if name not in mine}):
+            save_masks(MaskStore(rest, config=masks.config, polishes=masks.polishes), staging / MASK_FILE)
+        _write_config(staging, config)
+        after = _weights_size(staging)
+    return CompressionReport(_weights_size(origin), after, values != "exact")
+
+
+def save_compressed(
+    save: Callable[[Path], Any],
+    folder: str | os.PathLike[str],
+    *,
+    codec: str = "zstd",
+    values: str = "exact",
+    max_shard_size: int | str | None = None,
+) -> CompressionReport:
+    """Save a checkpoint dense into a folder that is gone afterwards, and compressed into the one that stays.
+
+    Args:
+        save: Saves the dense checkpoint into a folder.
+        folder: Where the compressed one goes; at once or not at all.
+        codec: As of :func:`compress_checkpoint`.
+        values: As of :func:`compress_checkpoint`.
+        max_shard_size: Of a file, such as ``"2GB"``.
+
+    Raises:
+        CheckpointError: If ``folder`` is a file, or a weight cannot be packed.
+        ConfigError: If a setting is unknown.
+    """
+    _check_choice("codec", codec, CODECS)
+    _check_choice("values", values, VALUES)
+    refuse_file(folder)
+    limit = SHARD_BYTES if max_shard_size is None else convert_file_size_to_int(max_shard_size)
+    target = Path(folder).resolve()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp") as dense:
+        save(Path(dense))
+        return compress_checkpoint(dense, target, codec=codec, values=values, shard_bytes=limit)
+
+
+def decompress_checkpoint(
+    source: str | os.PathLike[str], folder: str | os.PathLike[str], *, shard_bytes: int = SHARD_BYTES
+) -> CompressionReport:
+    """Write a compressed checkpoint as a dense one, with its masks beside it, which transformers loads alone.
+
+    Args:
+        source: A folder that :func:`compress_checkpoint` wrote.
+        folder: Where to, another folder; at once or not at all.
+        shard_bytes: Of a file, at most, unless one tensor has more.
+
+    Raises:
+        CheckpointError: If the source is damaged or not compressed.
+    """
+    origin, target = _folders(source, folder)
+    paths, _ = file_paths(origin)
+    files = PackedFiles(paths)
+    config = _read_config(origin)
+    structure = (config.pop("quantization_config", None) or {}).get("structure") or {}
+    if structure:
+        config["quantization_config"] = structure_config(structure)
+    masks: dict[str, Tensor] = files.masks()
+    pruning, polishes = read_pruning(files.described.get("pruning", {}), paths[0])
+    if (origin / MASK_FILE).is_file():
+        rest = StoredMasks(origin / MASK_FILE)
+        masks |= dict(rest)
+        pruning, polishes = pruning or rest.config, polishes or rest.polishes
+    with staged_checkpoint(target) as staging:
+        _copy_rest(origin, staging)
+        write_shards(staging, _dense(files), shard_bytes)
+        if masks:
+            save_masks(MaskStore(masks, config=pruning, polishes=polishes), staging / MASK_FILE)
+        _write_config(staging, config)
+        after = _weights_size(staging)
+    return CompressionReport(_weights_size(origin), after)
+
+
+def _check_choice(setting: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ConfigError(f"{setting} is {value!r}: expected one of {', '.join(known)}")
+
+
+def _folders(source: str | os.PathLike[str], folder: str | os.PathLike[str]) -> tuple[Path, Path]:
+    origin, target = Path(source), Path(folder)
+    if not origin.is_dir():
+        raise CheckpointError(f"{os.fspath(source)} is no folder: expected one with config.json and {SINGLE}")
+    refuse_file(target)
+    if origin.resolve() == target.resolve():
+        raise CheckpointError(f"{os.fspath(folder)} would replace itself: name another folder")
+    return origin, target
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        method = (config.get("quantization_config") or {}).get("quant_method", METHOD)
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"{path} is missing: expected a whole checkpoint, as save_pretrained writes it"
+        ) from error
+    except (AttributeError, ValueError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}; download or save the checkpoint again") from error
+    if method != METHOD:
+        raise CheckpointError(f"{folder} is quantized with {method!r}: expected plain weights")
+    return config
+
+
+def _write_config(folder: Path, config: Mapping[str, Any]) -> None:
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _copy_rest(source: Path, folder: Path) -> None:
+    """Tokenizers, cards and what else lies beside the weights; no pickles."""
+    own = {MASK_FILE, "config.json", INDEX}
+    for path in sorted(source.iterdir()):
+        weights = path.match("model*.safetensors") or path.suffix in _PICKLES
+        if path.is_file() and not path.name.startswith(".") and not weights and path.name not in own:
+            shutil.copyfile(path, folder / path.name)
+
+
+def _weights_size(folder: Path) -> int:
+    return sum(path.stat().st_size for name in ("model*.safetensors", MASK_FILE) for path in folder.glob(name))
+
+
+def _can_pack(entry: Entry) -> bool:
+    leaf = entry.name.rpartition(".")[2]
+    return leaf == _LEAF and entry.dtype in _SPELLED.values()
+
+
+def _packed(folder: Path, entry: Entry, mask: Tensor | None, codec: str, values: str) -> list[Item]:
+    """One tensor as it is written: packed if it has a mask, or gets smaller by it."""
+    if _can_pack(entry) and (mask is not None or len(entry.shape) > 1 or not entry.size):
+        tensor = read_tensor(folder, entry)
+        if mask is not None and mask.shape != tensor.shape:
+            raise CheckpointError(
+                f"the mask of {entry.name} has shape {tuple(mask.shape)}, the weight {tuple(tensor.shape)}: restore "
+                f"the matching {MASK_FILE}, or delete it to go by what is zero"
+            )
+        try:
+            data = pack(tensor, mask, codec=codec, values=values)
+        except CheckpointError as error:
+            raise CheckpointError(f"{entry.name} cannot be packed: {error}") from error
+        if mask is not None or len(data) < entry.size or not entry.size:
+            return packed_item(entry.name, data)
+    return [_plain(folder, entry)]
+
+
+def _plain(folder: Path, entry: Entry) -> Item:
+    data = bytearray(entry.size)
+    with (folder / entry.shard).open("rb") as file:
+        file.seek(entry.start)
+        if file.readinto(data) != entry.size:
+            raise CheckpointError(f"{entry.shard} ends within {entry.name}: it was changed; start again")
+    return Item(entry.name, entry.dtype, entry.shape, data)
+
+
+def _dense(files: PackedFiles) -> Iterator[list[Item]]:
+    plain = {entry.name: entry for entry in files.plain()}
+    for name in files.shards.entries:
+        if name in plain:
+            yield [_plain(files.shards.folder, plain[name])]
+        elif name in files.headers:
+            tensor = unpack(files.data(name), files.headers[name])
+            yield [Item(name, _SPELLED[tensor.dtype], tuple(tensor.shape), bytes_of(tensor))]

@@ -1,0 +1,610 @@
+"""Compressed checkpoints: loaded by plain transformers, bit for bit, and refused when a byte is wrong."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    MixtralConfig,
+    MixtralForCausalLM,
+    pipeline,
+)
+from typer.testing import CliRunner
+
+from hf_prune import (
+    AutoPrunedModelForImageClassification,
+    AutoPrunedModelForSequenceClassification,
+    ConfigError,
+    prunable,
+    shrink,
+)
+from hf_prune.checkpoint import MASK_FILE
+from hf_prune.cli import app
+from hf_prune.compressed import compress_checkpoint, decompress_checkpoint
+from hf_prune.errors import CheckpointError
+from hf_prune.packed_files import INDEX, SINGLE, PackedFiles, file_paths, is_packed
+from tests import models
+from tests.models import assert_unchanged, same_bits, snapshot, tiny_batches
+
+SETTINGS: Any = {"sparsity": 0.7, "scope": "global"}
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def bert(seed: int = 0, **settings: Any) -> Any:
+    return prunable(models.tiny_bert(seed, hidden_size=32, intermediate_size=64, **settings)).prune(**SETTINGS)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    """One pruned BERT dense and compressed, in one file and in several."""
+    root = tmp_path_factory.mktemp("compressed")
+    model = bert()
+    model.save_pretrained(root / "dense")
+    models.tiny_tokenizer().save_pretrained(root / "dense")
+    compress_checkpoint(root / "dense", root / "small")
+    compress_checkpoint(root / "dense", root / "sharded", shard_bytes=8000)
+    return {name: root / name for name in ("dense", "small", "sharded")}
+
+
+@pytest.fixture
+def small(folders, tmp_path) -> Path:
+    return Path(shutil.copytree(folders["small"], tmp_path / "small"))
+
+
+@pytest.fixture
+def sharded(folders, tmp_path) -> Path:
+    return Path(shutil.copytree(folders["sharded"], tmp_path / "sharded"))
+
+
+# --- round trips -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", sorted(models.TRANSFORMERS))
+@pytest.mark.parametrize("codec", ["zstd", "none"])
+def test_every_kind_of_model_comes_back(tmp_path, kind, codec):
+    model = prunable(models.TRANSFORMERS[kind]()).prune(**SETTINGS)
+    model.save_pretrained(tmp_path / "dense")
+    compress_checkpoint(tmp_path / "dense", tmp_path / "small", codec=codec)
+    assert MASK_FILE not in names(tmp_path / "small")
+    loaded = type(model).from_pretrained(tmp_path / "small")
+    assert_unchanged(loaded, snapshot(model))
+    assert loaded.masks.keys() == model.masks.keys()
+    assert all(torch.equal(mask, model.masks[name]) for name, mask in loaded.masks.items())
+    assert loaded.pruning_config == model.pruning_config
+    decompress_checkpoint(tmp_path / "small", tmp_path / "again")
+    dense, again = load_file(tmp_path / "dense" / SINGLE), load_file(tmp_path / "again" / SINGLE)
+    assert dense.keys() == again.keys()
+    assert all(same_bits(tensor, again[name]) for name, tensor in dense.items())
+    for name in (MASK_FILE, "config.json"):
+        assert json_or_bytes(tmp_path / "again" / name) == json_or_bytes(tmp_path / "dense" / name)
+
+
+def json_or_bytes(path: Path) -> Any:
+    return json.loads(path.read_text()) if path.suffix == ".json" else path.read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["small", "sharded"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("device_map", [None, "cpu", {"": "cpu"}])
+def test_plain_transformers_loads_it(folders, kind, dtype, device_map):
+    loaded = AutoModelForSequenceClassification.from_pretrained(folders[kind], dtype=dtype, device_map=device_map)
+    dense = AutoModelForSequenceClassification.from_pretrained(folders["dense"], dtype=dtype)
+    assert_unchanged(loaded, snapshot(dense))
+    assert not hasattr(loaded.config, "quantization_config")
+    batch = {name: value for name, value in tiny_batches(dense)[0].items() if name != "labels"}
+    with torch.no_grad():
+        assert torch.equal(loaded(**batch).logits, dense(**batch).logits)
+
+
+def test_other_classes_and_pipelines_load_it(folders, tmp_path):
+    encoder, dense = (AutoModel.from_pretrained(folders[kind]) for kind in ("sharded", "dense"))
+    assert_unchanged(encoder, {n: t for n, t in snapshot(dense).items()})
+    shutil.copytree(folders["sharded"], tmp_path / "repo" / "inner")
+    inner = AutoModelForSequenceClassification.from_pretrained(tmp_path / "repo", subfolder="inner")
+    assert_unchanged(inner, snapshot(AutoModelForSequenceClassification.from_pretrained(folders["dense"])))
+    answers = [pipeline("text-classification", str(folders[kind]))("w1 w2 w3") for kind in ("small", "dense")]
+    assert answers[0] == answers[1]
+
+
+def test_saved_again_it_is_dense_and_has_the_same_names(folders, tmp_path):
+    AutoModelForSequenceClassification.from_pretrained(folders["small"]).save_pretrained(tmp_path / "again")
+    dense, again = (load_file(folder / SINGLE) for folder in (folders["dense"], tmp_path / "again"))
+    assert dense.keys() == again.keys()
+    assert all(same_bits(tensor, again[name]) for name, tensor in dense.items())
+    assert "quantization_config" not in json_or_bytes(tmp_path / "again" / "config.json")
+
+
+def test_save_pretrained_compressed(tmp_path):
+    model = bert()
+    model.save_pretrained(tmp_path / "out", compressed=True, max_shard_size="8KB")
+    assert names(tmp_path) == {"out"}
+    assert len(file_paths(tmp_path / "out")[0]) > 1
+    before = snapshot(model)
+    loaded = AutoPrunedModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    assert_unchanged(loaded, before)
+    assert loaded.masks.keys() == model.masks.keys()
+    model.save_pretrained(tmp_path / "out")  # dense again, over it
+    assert names(tmp_path / "out") == {"config.json", SINGLE, MASK_FILE}
+    assert_unchanged(AutoPrunedModelForSequenceClassification.from_pretrained(tmp_path / "out"), before)
+    (tmp_path / "out" / "README.md").write_text("mine")
+    model.save_pretrained(tmp_path / "out", compressed=True, values="int8")
+    assert names(tmp_path / "out") == {"config.json", SINGLE, "README.md"}
+    rounded = AutoPrunedModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    assert all(torch.equal(mask, model.masks[name]) for name, mask in rounded.masks.items())
+    name = "bert.encoder.layer.0.output.dense.weight"
+    error = (rounded.state_dict()[name] - model.state_dict()[name]).abs()
+    assert 0 < float(error.max()) <= 0.51 / 127 * float(model.state_dict()[name].abs().max())
+
+
+def test_kept_zeros_stay_kept(tmp_path):
+    model = bert()
+    name = "bert.encoder.layer.0.output.dense.weight"
+    weight, mask = model.get_parameter(name), model.masks[name]
+    with torch.no_grad():
+        weight[mask] = torch.where(torch.arange(int(mask.sum())) % 3 == 0, -0.0, weight[mask])
+        weight[mask] = torch.where(torch.arange(int(mask.sum())) % 3 == 1, 0.0, weight[mask])
+    model.save_pretrained(tmp_path / "out", compressed=True)
+    loaded = AutoPrunedModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    assert torch.equal(loaded.masks[name], mask)
+    assert_unchanged(loaded, snapshot(model))
+
+
+def test_shrunk_and_compressed(tmp_path):
+    model = prunable(models.tiny_bert(hidden_size=32, num_attention_heads=4, intermediate_size=64))
+    with torch.no_grad():
+        model.bert.encoder.layer[0].output.dense.weight[:, :20] = 0
+        model.bert.encoder.layer[1].attention.output.dense.weight[:, :8] = 0
+    shrink(model).prune(0.6)
+    model.save_pretrained(tmp_path / "out", compressed=True)
+    assert json_or_bytes(tmp_path / "out" / "config.json")["quantization_config"]["structure"]
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    assert_unchanged(loaded, snapshot(model))
+    decompress_checkpoint(tmp_path / "out", tmp_path / "dense")
+    assert_unchanged(AutoModelForSequenceClassification.from_pretrained(tmp_path / "dense"), snapshot(model))
+
+
+def test_two_of_four(tmp_path):
+    for kind in ("bert", "gpt2"):
+        model = prunable(models.TRANSFORMERS[kind]()).prune(granularity="2:4")
+        model.save_pretrained(tmp_path / kind, compressed=True)
+        files = PackedFiles([tmp_path / kind / SINGLE])
+        assert {files.headers[name].group for name in model.masks} == {(2, 4)}
+        assert_unchanged(type(model).from_pretrained(tmp_path / kind), snapshot(model))
+
+
+def test_experts_are_unpacked_before_they_are_merged(tmp_path):
+    config = MixtralConfig(
+        vocab_size=48, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, num_local_experts=3, max_position_embeddings=24,
+    )  # fmt: skip
+    model = models.fill(MixtralForCausalLM(config)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1 and "experts" in name:
+                parameter.view(-1)[: int(0.8 * parameter.numel())] = 0  # some experts wholly, some not at all
+    model.save_pretrained(tmp_path / "dense")
+    compress_checkpoint(tmp_path / "dense", tmp_path / "small")
+    packed = PackedFiles([tmp_path / "small" / SINGLE]).packed
+    assert any(".experts." in name for name in packed)
+    assert_unchanged(AutoModelForCausalLM.from_pretrained(tmp_path / "small"), snapshot(model))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "small", dtype=torch.bfloat16)
+    assert_unchanged(loaded, snapshot(AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.bfloat16)))
+    loaded.save_pretrained(tmp_path / "again")
+    assert load_file(tmp_path / "again" / SINGLE).keys() == load_file(tmp_path / "dense" / SINGLE).keys()
+
+
+def test_masks_under_other_names_stay_beside_the_weights(tmp_path):
+    """Checkpoints of a ViT have names of transformers 4, masks those of the parameters."""
+    model = prunable(models.tiny_vit()).prune(**SETTINGS)
+    model.save_pretrained(tmp_path / "small", compressed=True)
+    assert_unchanged(AutoModelForImageClassification.from_pretrained(tmp_path / "small"), snapshot(model))
+    loaded = AutoPrunedModelForImageClassification.from_pretrained(tmp_path / "small")
+    assert loaded.masks.keys() == model.masks.keys()
+    assert all(torch.equal(mask, model.masks[name]) for name, mask in loaded.masks.items())
+    decompress_checkpoint(tmp_path / "small", tmp_path / "dense")
+    loaded = AutoPrunedModelForImageClassification.from_pretrained(tmp_path / "dense")
+    assert loaded.masks.keys() == model.masks.keys()
+
+
+def test_without_masks_what_is_zero_goes_by_itself(tmp_path):
+    model = bert().make_permanent()
+    model.save_pretrained(tmp_path / "dense")
+    report = compress_checkpoint(tmp_path / "dense", tmp_path / "small")
+    assert report.after < 0.6 * report.before
+    loaded = AutoPrunedModelForSequenceClassification.from_pretrained(tmp_path / "small")
+    assert loaded.masks == {}
+    assert_unchanged(loaded, snapshot(model))
+
+
+def test_what_would_not_get_smaller_stays_plain_and_comes_first(folders):
+    with safe_open(folders["small"] / SINGLE, "np") as file:
+        header = {name: file.get_slice(name).get_shape() for name in file.keys()}
+    plain = [name for name in header if f"{name}_packed" not in header and not name.endswith("_packed")]
+    assert "bert.embeddings.LayerNorm.weight" in plain
+    raw = (folders["small"] / SINGLE).read_bytes()
+    offsets = {n: v["data_offsets"] for n, v in json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")]).items()
+               if n != "__metadata__"}  # fmt: skip
+    assert max(offsets[name][1] for name in plain) <= min(o[0] for n, o in offsets.items() if n.endswith("_packed"))
+    assert all(header[name] == [0] for name in header if f"{name}_packed" in header)
+
+
+def test_other_files_come_along_and_pickles_do_not(folders, tmp_path):
+    source = Path(shutil.copytree(folders["dense"], tmp_path / "dense"))
+    (source / "README.md").write_text("mine")
+    (source / "pytorch_model.bin").write_bytes(b"never opened")
+    compress_checkpoint(source, tmp_path / "small")
+    assert names(tmp_path / "small") == names(source) - {MASK_FILE, "pytorch_model.bin"}
+
+
+# --- without hf_prune, and by others ---------------------------------------------------------------
+
+VANILLA = """
+import sys
+from transformers import AutoModelForSequenceClassification
+assert "hf_prune" not in sys.modules
+AutoModelForSequenceClassification.from_pretrained(sys.argv[1])
+"""
+
+
+@pytest.mark.parametrize("config", ["with", "without"])
+def test_without_hf_prune_it_is_refused_and_never_random(small, config):
+    """Whether or not transformers minds the config, the empty weights do not fit."""
+    if config == "without":
+        values = json_or_bytes(small / "config.json")
+        del values["quantization_config"]
+        (small / "config.json").write_text(json.dumps(values))
+    done = subprocess.run([sys.executable, "-c", VANILLA, str(small)], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert re.search("hf_prune|mismatch|size", done.stderr.splitlines()[-1] + done.stderr)
+
+
+# --- settings --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"codec": "gzip"}, "codec is 'gzip': expected one of none, zstd"),
+        ({"values": "int4"}, "values is 'int4': expected one of exact, int8"),
+    ],
+)
+def test_unknown_settings(folders, tmp_path, settings, message):
+    with pytest.raises(ConfigError, match=message):
+        compress_checkpoint(folders["dense"], tmp_path / "out", **settings)
+    with pytest.raises(ConfigError, match=message):
+        bert().save_pretrained(tmp_path / "out", compressed=True, **settings)
+    assert names(tmp_path) == set()
+
+
+def test_sources_that_do_not_fit(folders, tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(CheckpointError, match="is compressed already: expected a dense checkpoint"):
+        compress_checkpoint(folders["small"], out)
+    with pytest.raises(CheckpointError, match="its header does not describe packed weights"):
+        decompress_checkpoint(folders["dense"], out)
+    with pytest.raises(CheckpointError, match=r"is no folder: expected one with config\.json"):
+        compress_checkpoint(tmp_path / "nowhere", out)
+    with pytest.raises(CheckpointError, match="would replace itself: name another folder"):
+        compress_checkpoint(folders["dense"], folders["dense"])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match=f"has no weights: expected {SINGLE} or {INDEX}"):
+        compress_checkpoint(tmp_path / "empty", out)
+    source = Path(shutil.copytree(folders["dense"], tmp_path / "dense"))
+    save_file({"classifier.weight": torch.ones(2), "classifier.weight_packed": torch.ones(2)}, source / SINGLE)
+    with pytest.raises(CheckpointError, match=r"has a tensor named classifier\.weight_packed"):
+        compress_checkpoint(source, out)
+    shutil.copyfile(folders["dense"] / SINGLE, source / SINGLE)
+    (source / "config.json").write_text('{"quantization_config": {"quant_method": "awq"}}')
+    with pytest.raises(CheckpointError, match="is quantized with 'awq': expected plain weights"):
+        compress_checkpoint(source, out)
+    (source / "config.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"config\.json is damaged"):
+        compress_checkpoint(source, out)
+    (source / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"config\.json is missing: expected a whole checkpoint"):
+        compress_checkpoint(source, out)
+    assert not out.exists()
+
+
+def test_masks_that_do_not_fit(folders, tmp_path):
+    source = Path(shutil.copytree(folders["dense"], tmp_path / "dense"))
+    weights = load_file(source / SINGLE)
+    name = "classifier.weight"
+    save_file({**weights, name: torch.ones(2, 32)}, source / SINGLE, {"format": "pt"})
+    with pytest.raises(CheckpointError, match=rf"{name} cannot be packed: its mask removes weights"):
+        compress_checkpoint(source, tmp_path / "out")
+    save_file({**weights, name: torch.zeros(2, 16)}, source / SINGLE, {"format": "pt"})
+    with pytest.raises(CheckpointError, match=rf"the mask of {name} has shape \(2, 32\), the weight \(2, 16\)"):
+        compress_checkpoint(source, tmp_path / "out")
+    assert names(tmp_path) == {"dense"}
+
+
+# --- damage ----------------------------------------------------------------------------------------
+
+
+def refused(folder: Path, message: str) -> None:
+    """By plain transformers and by decompress."""
+    with pytest.raises(CheckpointError, match=message):
+        AutoModelForSequenceClassification.from_pretrained(folder)
+    with pytest.raises(CheckpointError, match=message):
+        decompress_checkpoint(folder, folder.parent / "out")
+    assert not (folder.parent / "out").exists()
+
+
+def reseal(data: bytes, **changes: Any) -> bytes:
+    """A file whose checksum is right again, after whatever was done to it: what an attacker would send."""
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    described = {**json.loads(header["__metadata__"]["hf_prune"]), **changes, "checksum": "0" * 64}
+    header["__metadata__"]["hf_prune"] = json.dumps(described)
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    whole = len(text).to_bytes(8, "little") + text + data[8 + length :]
+    return whole.replace(b"0" * 64, hashlib.sha256(whole).hexdigest().encode(), 1)
+
+
+def test_a_resealed_file_is_accepted(small):
+    (small / SINGLE).write_bytes(reseal((small / SINGLE).read_bytes()))
+    PackedFiles([small / SINGLE])
+
+
+def test_one_flipped_bit_anywhere_is_refused(small):
+    data = (small / SINGLE).read_bytes()
+    length = 8 + int.from_bytes(data[:8], "little")
+    places = [8, 100, length - 1, length, length + 1, len(data) // 2, len(data) - 1]
+    for place in places:
+        (small / SINGLE).write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
+        with pytest.raises(CheckpointError, match="download or save"):
+            PackedFiles([small / SINGLE])
+    refused(small, "its bytes do not give its checksum")
+
+
+def test_truncated_files_are_refused(small):
+    data = (small / SINGLE).read_bytes()
+    for length in (0, 7, 8, 100, len(data) // 2, len(data) - 1):
+        (small / SINGLE).write_bytes(data[:length])
+        with pytest.raises(CheckpointError):
+            PackedFiles([small / SINGLE])
+
+
+def test_other_versions_are_refused(small):
+    data = (small / SINGLE).read_bytes()
+    (small / SINGLE).write_bytes(reseal(data, version=2))
+    refused(small, r"has format and version \('hf_prune.packed', 2\): expected \('hf_prune.packed', 1\); update")
+    (small / SINGLE).write_bytes(reseal(data, tensors=7))
+    refused(small, "the files have 41 tensors, expected 7")
+    (small / SINGLE).write_bytes(data)
+    config = json_or_bytes(small / "config.json")
+    config["quantization_config"]["compressed"] = 2
+    (small / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="compressed 2, expected 1"):
+        AutoModelForSequenceClassification.from_pretrained(small)
+
+
+def test_a_packed_weight_that_lies_is_named(small):
+    data = (small / SINGLE).read_bytes()
+    place = data.index(b"hfp1", 8 + int.from_bytes(data[:8], "little"))
+    changed = data[: place + 24] + (1 << 50).to_bytes(8, "little") + data[place + 32 :]
+    (small / SINGLE).write_bytes(reseal(changed))
+    refused(small, r"weight in model\.safetensors: a packed weight is damaged: .* claim to be a weight of shape")
+
+
+@pytest.mark.parametrize("shard", ["../small/model.safetensors", "/etc/model.safetensors", "..\\m.safetensors", "m", 3])
+def test_an_index_that_leads_elsewhere_is_refused(sharded, shard):
+    index = json_or_bytes(sharded / INDEX)
+    index["weight_map"][next(iter(index["weight_map"]))] = shard
+    (sharded / INDEX).write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=r"expected a \.safetensors file in the same folder"):
+        decompress_checkpoint(sharded, sharded.parent / "out")
+    with pytest.raises(CheckpointError, match=r"expected a \.safetensors file in the same folder"):
+        AutoPrunedModelForSequenceClassification.from_pretrained(sharded)
+    with pytest.raises(Exception):  # noqa: B017, PT011 # transformers reads the index before we do
+        AutoModelForSequenceClassification.from_pretrained(sharded)
+
+
+def test_an_index_of_other_files_is_refused(sharded):
+    index = json_or_bytes(sharded / INDEX)
+    weight_map = dict(index["weight_map"])
+    lost = next(name for name in weight_map if name.endswith("LayerNorm.bias"))
+    (sharded / INDEX).write_text(
+        json.dumps({**index, "weight_map": {n: s for n, s in weight_map.items() if n != lost}})
+    )
+    refused(sharded, f"it does not name {lost}")
+    first = weight_map[lost]
+    (sharded / INDEX).write_text(
+        json.dumps({**index, "weight_map": {n: s for n, s in weight_map.items() if s != first}})
+    )
+    refused(sharded, "tensors, expected 41")
+    (sharded / INDEX).write_text(json.dumps({**index, "weight_map": {**weight_map, lost: max(weight_map.values())}}))
+    refused(sharded, "the index says that")
+    (sharded / INDEX).write_text(json.dumps(index))
+    (sharded / first).unlink()
+    with pytest.raises(CheckpointError, match="is missing"):
+        decompress_checkpoint(sharded, sharded.parent / "out")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {}}', "[" * 100_000])
+def test_a_damaged_index_is_refused(sharded, text):
+    (sharded / INDEX).write_text(text)
+    with pytest.raises(CheckpointError, match="is damaged"):
+        decompress_checkpoint(sharded, sharded.parent / "out")
+
+
+def mutate(data: bytes, rng: random.Random) -> bytes:
+    """Flip bits, cut, insert, copy, or write numbers that are as large as can be."""
+    changed = bytearray(data)
+    for _ in range(rng.choice([1, 1, 1, 2, 5])):
+        place = rng.randrange(len(changed))
+        kind = rng.randrange(6)
+        if kind == 0:
+            changed[place] ^= 1 << rng.randrange(8)
+        elif kind == 1:
+            changed[place] = rng.randrange(256)
+        elif kind == 2:
+            del changed[place : place + rng.randrange(1, 64)]
+        elif kind == 3:
+            changed[place:place] = rng.randbytes(rng.randrange(1, 64))
+        elif kind == 4:
+            start = rng.randrange(len(changed))
+            changed[place : place + 16] = changed[start : start + 16]
+        else:
+            changed[place : place + 8] = rng.choice([(1 << 64) - 1, 1 << 63, 1 << 40, 0]).to_bytes(8, "little")
+        if not changed:
+            break
+    return bytes(changed)
+
+
+@pytest.fixture(scope="module")
+def tiny_file(tmp_path_factory) -> Path:
+    """A packed file of a few kilobytes with every layout in it."""
+    root = tmp_path_factory.mktemp("tiny")
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        name: torch.randn(8, 32, generator=generator).masked_fill_(torch.rand(8, 32, generator=generator) < sparsity, 0)
+        for name, sparsity in (("a.weight", 0.0), ("b.weight", 0.5), ("c.weight", 0.9), ("d.weight", 1.0))
+    }
+    tensors["e.weight"] = tensors["a.weight"].clone()
+    tensors["e.weight"].view(-1, 4)[:, 1:3] = 0
+    (root / "dense").mkdir()
+    save_file({**tensors, "a.bias": torch.ones(3)}, root / "dense" / SINGLE)
+    (root / "dense" / "config.json").write_text("{}")
+    compress_checkpoint(root / "dense", root / "small")
+    layouts = {header.layout for header in PackedFiles([root / "small" / SINGLE]).headers.values()}
+    assert layouts == {"full", "bits", "gaps", "groups"}
+    return root / "small" / SINGLE
+
+
+def read_all(path: Path) -> dict[str, torch.Tensor]:
+    from hf_prune.packing import unpack
+
+    files = PackedFiles([path])
+    return {name: unpack(files.data(name), files.headers[name]) for name in files.packed}
+
+
+@pytest.mark.parametrize("sealed", [False, True])
+def test_thousands_of_damaged_files_are_refused_or_harmless(tiny_file, tmp_path, sealed):
+    """Damage is refused. With a checksum that is made right again, it is refused or gives weights of that size."""
+    data = tiny_file.read_bytes()
+    length = 8 + int.from_bytes(data[:8], "little")
+    rng = random.Random(0)
+    path = tmp_path / SINGLE
+    outcomes = {"refused": 0, "read": 0}
+    for _ in range(3000):
+        if sealed:  # the contents are damaged, the header with the checksum is not
+            body = mutate(data[length:], rng)[: len(data) - length].ljust(len(data) - length, b"\0")
+            changed = reseal(data[:length] + body)
+        else:
+            changed = mutate(data, rng)
+        path.write_bytes(changed)
+        try:
+            tensors = read_all(path)
+        except CheckpointError:
+            outcomes["refused"] += 1
+            continue
+        outcomes["read"] += 1
+        assert sealed or changed == data
+        assert sum(tensor.nbytes for tensor in tensors.values()) <= 1024 * len(changed)
+    assert outcomes["refused"] > 1000
+    assert (outcomes["read"] > 100) == sealed
+
+
+# --- killed ----------------------------------------------------------------------------------------
+
+KILLED = """
+import os, sys
+from hf_prune import files, packed_files, compressed
+
+dense, out, steps = sys.argv[1], sys.argv[2], int(sys.argv[3])
+swap = files._swap_names()
+
+def step(real):
+    def do(*args, **kwargs):
+        global steps
+        if steps == 0:
+            os._exit(9)
+        steps -= 1
+        return real(*args, **kwargs)
+    return do
+
+files._swap_names = lambda: step(swap)
+for place, name in ((os, "link"), (os, "fsync"), (files, "sync"), (files, "_link_missing"),
+                    (packed_files, "write_all"), (compressed, "pack"), (compressed, "_write_config")):
+    setattr(place, name, step(getattr(place, name)))
+compressed.compress_checkpoint(dense, out, shard_bytes=20_000)
+print(int(sys.argv[3]) - steps)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux exchanges two folders in one step")
+def test_killed_while_writing_the_old_checkpoint_or_the_new_one_is_there(folders, tmp_path):
+    old = bert(seed=1, num_labels=3)
+    old.save_pretrained(tmp_path / "old", compressed=True)
+    (tmp_path / "old" / "notes").write_text("mine")
+    out = tmp_path / "out"
+    states = []
+    command = [sys.executable, "-c", KILLED, str(folders["dense"])]
+    everything = [*command, str(tmp_path / "counted"), "100000"]
+    shutil.copytree(tmp_path / "old", tmp_path / "counted")
+    count = int(subprocess.run(everything, capture_output=True, text=True, check=True).stdout)
+    for steps in (*range(0, count - 4, 10), *range(count - 4, count + 1)):
+        shutil.rmtree(out, ignore_errors=True)
+        shutil.copytree(tmp_path / "old", out)
+        code = subprocess.run([*command, str(out), str(steps)], stdout=subprocess.DEVNULL, check=False).returncode
+        assert (out / "notes").read_text() == "mine"
+        paths, _ = file_paths(out)
+        PackedFiles(paths)  # whole, every byte of it
+        labels = len(json_or_bytes(out / "config.json").get("id2label", {0: "", 1: ""}))
+        states.append("old" if labels == 3 else "new")
+        if states[-1] == "old":
+            assert contents(out) == contents(tmp_path / "old")
+        else:
+            assert names(out) - {"notes"} == {"config.json", INDEX, *names(folders["dense"])} - {SINGLE, MASK_FILE} | {
+                path.name for path in paths
+            }
+        assert code == (9 if steps < count else 0)
+    assert states.count("old") > 5
+    assert states.count("new") == 2  # killed between the exchange and the last step, and not at all
+    assert states == sorted(states, key=["old", "new"].index)
+
+
+# --- the command line ------------------------------------------------------------------------------
+
+
+def test_commands(folders, tmp_path):
+    runner = CliRunner()
+    done = runner.invoke(app, ["compress", str(folders["dense"]), str(tmp_path / "small")])
+    assert done.exit_code == 0, done.output
+    assert re.search(r"of weights and masks are now .*×, bit for bit the same\nSaved: ", done.output)
+    assert is_packed(tmp_path / "small" / SINGLE)
+    done = runner.invoke(app, ["compress", str(folders["dense"]), str(tmp_path / "int8"), "--values", "int8"])
+    assert "rounded to int8: measure what that costs" in done.output
+    done = runner.invoke(app, ["decompress", str(tmp_path / "small"), str(tmp_path / "dense")])
+    assert done.exit_code == 0
+    assert contents(tmp_path / "dense")[MASK_FILE] == contents(folders["dense"])[MASK_FILE]
+    done = runner.invoke(app, ["decompress", str(folders["dense"]), str(tmp_path / "no")])
+    assert isinstance(done.exception, CheckpointError)
+    assert os.listdir(tmp_path).sort() == ["dense", "int8", "small"].sort()
