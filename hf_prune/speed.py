@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -66,9 +67,11 @@ class SpeedRecord:
 
     def __str__(self) -> str:
         """One or two sentences."""
+        few = self.low == 0 and math.isinf(self.high)
+        interval = "too few rounds for an interval" if few else f"{self.low:.2f} to {self.high:.2f}"
         text = (
             f"Speed-up asked for: {self.asked:.2f}; foretold by the table of times: {self.predicted:.2f}; measured: "
-            f"{self.measured:.2f} ({self.low:.2f} to {self.high:.2f}, {self.rounds} rounds in turns, batch "
+            f"{self.measured:.2f} ({interval}, {self.rounds} rounds in turns, batch "
             f"{self.batch_size} x {self.length}, {self.dtype}, {self.device}, {self.threads} thread(s))."
         )
         if abs(self.measured / self.predicted - 1) > _FAR:
