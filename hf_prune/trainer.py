@@ -257,23 +257,27 @@ class PruningTrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The loss on the labels, and while training what the teacher adds to it."""
-        if self.teacher is None or not model.training:
+        """The loss on the labels, and while training what the teacher adds to it.
+
+        A batch counts in its step as many labels as it has, also where the model ignores ``num_items_in_batch``: the
+        losses of most classifiers would otherwise grow with the number of batches and processes that share a step.
+        """
+        counts = num_items_in_batch is not None and self.model_accepts_loss_kwargs and self.compute_loss_func is None
+        if not model.training or not (counts or self.teacher is not None):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        hidden = {"output_hidden_states": True} if self.distillation.hidden else {}
+        hidden = {"output_hidden_states": True} if self.teacher is not None and self.distillation.hidden else {}
         batch = dict(inputs)
         loss, outputs = super().compute_loss(model, {**inputs, **hidden}, True, None)
-        with torch.no_grad():
-            goal = self.teacher(**self._for_teacher(batch), **hidden)
-        total = self.distillation.task * loss + self.distillation.loss(outputs, goal, batch).to(loss.device)
-        # Both are means of this batch, which counts in the step as many labels as it has: some models ignore
-        # num_items_in_batch, and their losses would grow with the number of batches that are accumulated.
-        self.loss_is_scaled_for_ga = num_items_in_batch is not None
-        if num_items_in_batch is not None:
-            total = total * (self._get_num_labels(batch) / num_items_in_batch)
+        if self.teacher is not None:
+            with torch.no_grad():
+                goal = self.teacher(**self._for_teacher(batch), **hidden)
+            loss = self.distillation.task * loss + self.distillation.loss(outputs, goal, batch).to(loss.device)
+        self.loss_is_scaled_for_ga = counts
+        if counts:
+            loss = loss * (self._get_num_labels(batch) / num_items_in_batch)
             if self.args.average_tokens_across_devices:
-                total = total * self.accelerator.num_processes
-        return (total, outputs) if return_outputs else total
+                loss = loss * self.accelerator.num_processes
+        return (loss, outputs) if return_outputs else loss
 
     def _get_num_labels(self, batch: dict[str, Any]) -> Tensor:
         """How many labels of a batch count, as the Trainer counts those of a step."""
