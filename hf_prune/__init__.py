@@ -77,6 +77,8 @@ _MODULES = {
     "texts": ("text_batches", "token_windows"),
     "torch_prune": ("from_torch_prune",),
     "distillation": ("Distillation",),
+    "lottery": ("LotteryResult", "LotteryRound", "find_ticket"),
+    "lora": ("MergeReport", "merge_lora"),
     "schedules": ("Schedule", "register_schedule"),
     "trainer": ("PruningCallback", "PruningTrainer"),
     "unit_plan": ("UnitPlan",),
