@@ -26,7 +26,7 @@ RECORD = "pruned_structure"  # the attribute of the config that says what was do
 
 
 @torch.no_grad()
-def shrink_modules(model: Model) -> Model:
+def shrink_modules(model: Model, cuts: list[tuple[str, int, Tensor]] | None = None) -> Model:
     """Remove from a model, in place, every head, neuron, channel and layer that has been pruned as a whole.
 
     Weights that are zero elsewhere stay, and so do their masks. ``num_parameters()`` falls; the outputs are the same.
@@ -34,6 +34,7 @@ def shrink_modules(model: Model) -> Model:
 
     Args:
         model: A transformers model of an architecture in the table; see ``hf_prune.register_architecture``.
+        cuts: Gets what became smaller, as (parameter or buffer, dimension, positions that stay).
 
     Returns:
         The same model; ``model.config.pruned_structure`` says what was taken out since it was dense.
@@ -55,6 +56,8 @@ def shrink_modules(model: Model) -> Model:
     kept = {site.name: index for site in sites if (index := _living(model, site)) is not None}
     changes = _resized(model, sites, kept)
     _commit(model, sites, kept, changes)
+    if cuts is not None:
+        cuts += _cuts(sites, kept)
     renamed = _remove_layers(model, lists, gone)
     speed = store.speed if (store := MaskStore.of(model)) is not None else None
     _update_store(model, sites, kept, gone, renamed)

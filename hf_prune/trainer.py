@@ -25,6 +25,8 @@ from hf_prune.errors import ConfigError, MaskError
 from hf_prune.masking import MaskStore
 from hf_prune.mixin import prunable
 from hf_prune.pipeline import resolve_config
+from hf_prune.shrinking import RECORD, resize, simplify_config
+from hf_prune.sites import find_sites
 from hf_prune.training import TrainingPruner
 from hf_prune.training_state import check_training, load_training, save_training
 
@@ -39,6 +41,8 @@ class PruningCallback(TrainerCallback):
     Args:
         pruning_config: The settings, or a sparsity; None keeps the masks that the model has.
         calibration: Batches for criteria and repairs that look at data whenever masks change, such as ``sparsegpt``.
+        shrink_at: After which step, or which share of all steps, heads, neurons and channels that are pruned are taken
+            out; not before the schedule ends. The rest of the training is faster then.
         threshold: Of ``soft_movement``: a weight goes if the sigmoid of its score is below.
         regularization: Of ``soft_movement``: how hard scores are pulled down.
 
@@ -52,9 +56,11 @@ class PruningCallback(TrainerCallback):
         pruning_config: PruningConfig | float | None = None,
         *,
         calibration: Batches | None = None,
+        shrink_at: int | float | None = None,
         threshold: float = 0.1,
         regularization: float = 1.0,
     ) -> None:
+        self.shrink_at = shrink_at
         self.config = None if pruning_config is None else resolve_config(pruning_config, {})
         self.pruner: TrainingPruner | None = None
         self.resume_from: str | None = None
@@ -76,6 +82,7 @@ class PruningCallback(TrainerCallback):
         if config is None and MaskStore.of(model) is None and state.global_step == 0:
             raise ConfigError("no pruning_config, and the model has no masks: pass a config, or prune the model first")
         self.pruner = TrainingPruner(model, config, state.max_steps, calibration=self._calibration, **self._settings)
+        self.check_shrinking(state)
         if self._watches:
             self._check_plain_trainer(args, state)
         if state.global_step:
@@ -88,11 +95,22 @@ class PruningCallback(TrainerCallback):
             self._watch(model, state)
 
     def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        optimizer: Any = None,
+        **kwargs: Any,
     ) -> None:
-        """Zero what the step moved, and change the masks if it is time."""
+        """Zero what the step moved, change the masks if it is time, and take out what is pruned if that is due."""
         assert self.pruner is not None
-        self.pruner.after_step(state.global_step + 1)
+        step = state.global_step + 1
+        self.pruner.after_step(step)
+        if step == self.shrinking_step(state):
+            self.pruner.shrink(getattr(optimizer, "optimizer", optimizer))
+            if self._watches:
+                self._watch(model, state)
 
     def on_log(
         self,
@@ -143,6 +161,31 @@ class PruningCallback(TrainerCallback):
                 raise MaskError(f"{folder} is no folder: expected the Trainer's checkpoint there; use a PruningTrainer")
             save_training(folder, MaskStore.of(self.pruner.model), state, self._facts())
 
+    def shrinking_step(self, state: TrainerState) -> int | None:
+        """After which step the model is shrunk."""
+        if self.shrink_at is None or isinstance(self.shrink_at, int):
+            return self.shrink_at
+        return round(self.shrink_at * state.max_steps)
+
+    def check_shrinking(self, state: TrainerState) -> None:
+        """Refuse a ``shrink_at`` that cannot be."""
+        step = self.shrinking_step(state)
+        if step is None:
+            return
+        assert self.pruner is not None
+        end = self.pruner.schedule.span(state.max_steps)[1]
+        if not max(1, end) <= step <= state.max_steps:
+            raise ConfigError(
+                f"shrink_at={self.shrink_at!r} is step {step}: expected one from {max(1, end)}, where the schedule "
+                f"ends, to {state.max_steps}, where the training does"
+            )
+        if processes()[1] > 1:
+            raise ConfigError(
+                "shrink_at with several processes: DDP and FSDP hold on to the parameters that they began with; shrink "
+                "after the training, or between two trainings"
+            )
+        find_sites(self.pruner.model)  # an error here comes before the work
+
     def _restore(self, folder: Path) -> None:
         assert self.pruner is not None
         store, state = load_training(folder, self._facts())
@@ -189,6 +232,9 @@ class PruningCallback(TrainerCallback):
                 with torch.no_grad():
                     self.pruner.receive(name, parameter, state.global_step + 1)
 
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
                 self._handles.append(parameter.register_post_accumulate_grad_hook(partial(receive, name)))
@@ -203,6 +249,7 @@ class PruningTrainer(Trainer):
         teacher: A model of the same task, for example a copy of the dense one; it is frozen and not saved.
         distillation: How much of the loss comes from where; by default ``Distillation()`` if there is a teacher.
         calibration: Batches for criteria and repairs that look at data whenever masks change.
+        shrink_at: See :class:`PruningCallback`.
         threshold: See :class:`PruningCallback`.
         regularization: See :class:`PruningCallback`.
         **kwargs: As of ``Trainer``.
@@ -224,6 +271,7 @@ class PruningTrainer(Trainer):
         teacher: nn.Module | None = None,
         distillation: Distillation | None = None,
         calibration: Batches | None = None,
+        shrink_at: int | float | None = None,
         threshold: float = 0.1,
         regularization: float = 1.0,
         **kwargs: Any,
@@ -237,7 +285,11 @@ class PruningTrainer(Trainer):
         self.teacher = None if teacher is None else teacher.eval().requires_grad_(False).to(self.args.device)
         self.distillation = distillation or Distillation()
         self.pruning = PruningCallback(
-            pruning_config, calibration=calibration, threshold=threshold, regularization=regularization
+            pruning_config,
+            calibration=calibration,
+            shrink_at=shrink_at,
+            threshold=threshold,
+            regularization=regularization,
         )
         self.pruning._watches = False
         assert isinstance(self.model, nn.Module)
@@ -293,6 +345,8 @@ class PruningTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self._prunes:
             check_training(Path(resume_from_checkpoint))
+            if model is None and self.pruning.shrink_at is not None:
+                _resize_like(self.model, resume_from_checkpoint)
         self.pruning.resume_from = resume_from_checkpoint
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
@@ -300,7 +354,8 @@ class PruningTrainer(Trainer):
         """Only models that are pruned to the end can be the best one."""
         pruner = self.pruning.pruner
         if self._prunes and pruner is not None and pruner.config is not None:
-            if self.state.global_step < pruner.schedule.span(self.state.max_steps)[1]:
+            last = pruner.schedule.span(self.state.max_steps)[1]
+            if self.state.global_step < max(last, self.pruning.shrinking_step(self.state) or 0):
                 return False
         return super()._determine_best_metric(metrics, trial)
 
@@ -320,6 +375,15 @@ class PruningTrainer(Trainer):
                 best_model_checkpoint=self.state.best_model_checkpoint,
                 use_mtime=True,
             )
+
+
+def _resize_like(model: Any, folder: str) -> None:
+    """Give a model the sizes of one that was shrunk in the middle of its training."""
+    shrunk = type(model).from_pretrained(folder)
+    resize(model, {site.name: site.units for site in find_sites(shrunk)})
+    if (record := getattr(shrunk.config, RECORD, None)) is not None:
+        setattr(model.config, RECORD, record)
+    simplify_config(model)
 
 
 def _checkpoint_folder(args: TrainingArguments, state: TrainerState) -> str:

@@ -10,6 +10,7 @@ import dataclasses
 import math
 import zlib
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,11 +29,13 @@ from hf_prune.registry import CRITERIA, parse_granularity
 from hf_prune.running import eval_mode
 from hf_prune.schedules import Schedule
 from hf_prune.scoring import compute_masks
+from hf_prune.shrinking import shrink_modules
 from hf_prune.sites import sites_of_channels
 from hf_prune.structured import unit_masks
 from hf_prune.targets import resolve_targets
 from hf_prune.unit_plan import choose_units
 
+_SHRUNK = "sparsity when shrunk"  # in the state
 _MEMORY = 0.9  # of running averages, by a step
 _SCORE_STEP = 0.01  # of soft movement, in units of the usual size of w * g
 
@@ -74,6 +77,7 @@ class TrainingPruner:
         #: What was learned of each weight, and the values of removed weights that may come back.
         self.learned: dict[str, dict[str, Tensor]] = {"score": {}, "latent": {}}
         self._parts: dict[str, Tensor] = {}
+        self._gone: float | None = None  # sparsity when the model was shrunk
         self._gradients: dict[str, Tensor] = {}
         self._moves = config is not None and config.criterion in MOVEMENT
         self._averages = config is not None and config.criterion == "taylor" and self.calibration is None
@@ -191,6 +195,42 @@ class TrainingPruner:
             self.check()
         return due
 
+    @torch.no_grad()
+    def shrink(self, optimizer: Any) -> None:
+        """Take out what is pruned as a whole, and have the optimizer go on with what is left of its state.
+
+        Args:
+            optimizer: That of the model's parameters.
+
+        Raises:
+            ArchitectureError: If nobody has said where the units of such a model are.
+        """
+        self._gone = self.sparsity
+        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        cuts: list[tuple[str, int, Tensor]] = []
+        shrink_modules(self.model, cuts)
+        parameters = dict(self.model.named_parameters())
+
+        def cut(name: str, tensor: Tensor) -> Tensor:
+            for _, dim, index in (c for c in cuts if c[0] == name):
+                tensor = tensor.index_select(dim, index.to(tensor.device))
+            return tensor.contiguous()
+
+        changed = {name for name, _, _ in cuts}
+        for group in optimizer.param_groups:
+            for i, old in enumerate(group["params"]):
+                name = names[id(old)]
+                if name in changed:
+                    group["params"][i] = parameters[name]
+                    state = optimizer.state.pop(old, {})
+                    optimizer.state[parameters[name]] = {
+                        key: cut(name, value) if isinstance(value, Tensor) and value.shape == old.shape else value
+                        for key, value in state.items()
+                    }
+        for tensors in self.learned.values():
+            tensors.update({name: cut(name, tensor) for name, tensor in tensors.items()})
+        self._parts.clear()
+
     def apply(self) -> None:
         """Set every removed weight to zero."""
         store = MaskStore.of(self.model)
@@ -201,7 +241,9 @@ class TrainingPruner:
 
     @property
     def sparsity(self) -> float:
-        """The share of the targets' weights that the masks remove."""
+        """The share of the targets' weights that the masks remove, or removed before they were taken out."""
+        if self._gone is not None:
+            return self._gone
         store = MaskStore.of(self.model)
         if store is None:
             return 0.0
@@ -387,7 +429,8 @@ class TrainingPruner:
 
     def state(self) -> dict[str, Tensor]:
         """What a training that goes on needs besides weights and masks; every process has to call this."""
-        return {
+        shrunk = {} if self._gone is None else {_SHRUNK: torch.tensor(self._gone, dtype=torch.float64)}
+        return shrunk | {
             f"{kind}:{name}": self._whole(tensor, name).cpu().contiguous()
             for kind, tensors in self.learned.items()
             for name, tensor in tensors.items()
@@ -402,7 +445,10 @@ class TrainingPruner:
         """
         parameters = dict(self.model.named_parameters())
         self.learned = {"score": {}, "latent": {}}
+        self._gone = float(state[_SHRUNK]) if _SHRUNK in state else None
         for key, tensor in state.items():
+            if key == _SHRUNK:
+                continue
             kind, _, name = key.partition(":")
             self.learned[kind][name] = _part_of(tensor, parameters[name])
         self._parts.clear()

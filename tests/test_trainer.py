@@ -467,6 +467,62 @@ def test_saved_models_load_with_plain_transformers(tmp_path):
     assert (tmp_path / "out" / MASK_FILE).exists()
 
 
+# --- shrinking on the way ---------------------------------------------------------------------------------------
+
+UNITS = {"granularity": ("head", "neuron"), "target_modules": "all-linear", "sparsity": 0.5}
+
+
+@pytest.mark.parametrize("uniform", [True, False])
+def test_shrinking_on_the_way_changes_nothing_but_sizes(tmp_path, uniform):
+    """The same steps, with the zeros in or out, also where the config can tell the sizes and where it cannot."""
+    pruning = config(**UNITS, scope="layer" if uniform else "global")
+    runs = {}
+    for at in (None, 9):
+        run = trainer(tmp_path / str(at), still(), pruning, shrink_at=at)
+        run.train()
+        runs[at] = run
+    batch = models.tiny_batches(runs[9].model)[0]
+    with torch.no_grad():
+        whole, small = (runs[at].model.eval()(**batch).logits for at in (None, 9))
+    torch.testing.assert_close(small, whole, rtol=1e-4, atol=1e-5)
+    assert runs[9].model.num_parameters() < runs[None].model.num_parameters()
+    held = {id(p) for group in runs[9].optimizer.param_groups for p in group["params"]}
+    assert held == {id(p) for p in runs[9].model.parameters()}
+    for parameter in runs[9].model.parameters():
+        assert runs[9].optimizer.state[parameter]["exp_avg"].shape == parameter.shape
+    logged = [[e["sparsity"] for e in run.state.log_history if "loss" in e] for run in runs.values()]
+    assert logged[0] == logged[1]
+    runs[None].model.shrink()
+    assert runs[None].model.num_parameters() == runs[9].model.num_parameters()
+
+
+@pytest.mark.parametrize("criterion", ["magnitude", "movement"])
+def test_resuming_after_shrinking(tmp_path, criterion):
+    def make_it(folder):
+        saving = {"save_strategy": "steps", "save_steps": 1}
+        return trainer(
+            folder, pruning=config(**UNITS, scope="global", criterion=criterion), training=saving, shrink_at=9
+        )
+
+    whole = make_it(tmp_path / "whole")
+    whole.train()
+    for step in (7, 9, 11):
+        again = make_it(tmp_path / str(step))
+        again.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
+        for name, value in whole.model.state_dict().items():
+            assert models.same_bits(again.model.state_dict()[name], value), (step, name)
+        assert again.state.log_history[-2] == whole.state.log_history[-2]
+
+
+def test_shrinking_too_early_or_in_company_is_refused(tmp_path, monkeypatch):
+    for at, match in ((5, "expected one from 8"), (99, "to 12"), (0.1, "is step 1")):
+        with pytest.raises(ConfigError, match=match):
+            trainer(tmp_path, pruning=config(**UNITS), shrink_at=at).train()
+    monkeypatch.setattr("hf_prune.trainer.processes", lambda: (0, 2))
+    with pytest.raises(ConfigError, match="with several processes"):
+        trainer(tmp_path, pruning=config(**UNITS), shrink_at=9).train()
+
+
 # --- any Trainer -------------------------------------------------------------------------------------------
 
 
