@@ -49,6 +49,7 @@ from hf_prune.cli_options import (
     start,
 )
 from hf_prune.cli_speed import bench, explain
+from hf_prune.cli_train import lottery, train
 from hf_prune.cli_trim import trim_vocab
 from hf_prune.config import UNIT_CRITERIA_OF, UNIT_SCOPES, UNITS, PruningConfig
 from hf_prune.errors import ConfigError, DataError, HfPruneError
@@ -487,6 +488,8 @@ def report(
 app.command(epilog="Example: hf-prune bench MODEL pruned --batch 1,32 --length 64 --threads 1")(bench)
 app.command(epilog="Example: hf-prune explain pruned --against MODEL")(explain)
 app.command(epilog="Example: hf-prune trim-vocab MODEL --texts glue/sst2 --out smaller")(trim_vocab)
+app.command(epilog="Example: hf-prune train MODEL --sparsity 0.8 --teacher self --data glue/sst2 --out pruned")(train)
+app.command(epilog="Example: hf-prune lottery MODEL --sparsity 0.8 --rounds 5 --data glue/sst2 --out ticket")(lottery)
 app.command(epilog="Example: hf-prune compress pruned small")(compress)
 app.command(epilog="Example: hf-prune decompress small pruned")(decompress)
 

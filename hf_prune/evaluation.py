@@ -300,6 +300,38 @@ def classification_batches(
     return batches
 
 
+def classification_examples(
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    text_columns: Sequence[str] = ("sentence",),
+    label_column: str = "label",
+    max_length: int = 128,
+    label2id: Mapping[str, int] | None = None,
+) -> list[dict[str, Any]]:
+    """All examples of a data set as a ``Trainer`` takes them, not padded.
+
+    Args:
+        dataset: Texts and labels.
+        tokenizer: The model's tokenizer.
+        text_columns: One text column, or two for pairs.
+        label_column: The column of the labels.
+        max_length: Longer inputs are cut to this many tokens.
+        label2id: Class numbers of string labels: ``model.config.label2id``.
+
+    Returns:
+        For each example lists of token ids and the like, and its class number as ``labels``.
+
+    Raises:
+        ConfigError: If ``max_length`` or ``text_columns`` is out of range.
+        DataError: If the data set is empty or lacks a column, or a label is negative or unknown.
+    """
+    check_positive("max_length", max_length)
+    examples = _tokenize(tokenizer, dataset, text_columns, max_length)
+    labels = _label_ids(dataset, label_column, label2id or {}, None)
+    return [{**example, "labels": label} for example, label in zip(examples, labels, strict=True)]
+
+
 def drawn(n: int, seed: int = 0) -> list[int]:
     """The rows of a data set in the random order in which they are drawn for calibration."""
     return torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()

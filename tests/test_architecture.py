@@ -98,9 +98,9 @@ LAYERS = (
         "stream_blocks",
         "stream_output",
     ),
-    ("bench", "demo_data", "demo_training", "demo", "lottery", "trim_workflow", "workflows", "cards"),
+    ("bench", "demo_data", "demo_training", "demo", "lottery", "trim_workflow", "train_workflow", "workflows", "cards"),
     ("hub",),
-    ("cli_options", "cli_compress", "cli_speed", "cli_trim", "cli"),
+    ("cli_options", "cli_compress", "cli_speed", "cli_train", "cli_trim", "cli"),
     ("__main__",),
 )
 LAYER_OF = {name: number for number, names in enumerate(LAYERS) for name in names}

@@ -48,6 +48,8 @@ COMMANDS = (
     "bench",
     "explain",
     "trim-vocab",
+    "train",
+    "lottery",
     "compress",
     "decompress",
     "export",

@@ -1,0 +1,294 @@
+"""hf-prune train and hf-prune lottery from checkpoint to files, callable from Python."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import sys
+import tempfile
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import DataCollatorWithPadding, PreTrainedModel, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from hf_prune.calibration_data import LabelledData, TextData
+from hf_prune.checkpoint import copy_companions, staged_checkpoint
+from hf_prune.comparison import compare
+from hf_prune.config import PruningConfig
+from hf_prune.distillation import Distillation
+from hf_prune.errors import ConfigError
+from hf_prune.evaluation import classification_examples, context_length, evaluate_classification
+from hf_prune.files import write_json
+from hf_prune.lottery import LotteryResult, find_ticket
+from hf_prune.masking import MaskStore
+from hf_prune.perplexity import compare_perplexity, evaluate_perplexity
+from hf_prune.report import SparsityReport, sparsity_report
+from hf_prune.structure_report import structure_report
+from hf_prune.texts import token_windows
+from hf_prune.trainer import PruningTrainer
+from hf_prune.workflows import load_classifier, load_language_model
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """How a checkpoint is trained.
+
+    Args:
+        split: What it learns from.
+        epochs: Passes over it.
+        learning_rate: Of AdamW, at its highest.
+        batch_size: Examples, or windows of tokens, in a batch.
+        accumulation: Batches in an optimizer step.
+        warmup: Share of the steps in which the learning rate rises; it falls to zero then.
+        bf16: Compute in bfloat16.
+        seed: Of the order of the examples, and of dropout.
+    """
+
+    split: str = "train"
+    epochs: float = 1.0
+    learning_rate: float = 5e-5
+    batch_size: int = 32
+    accumulation: int = 1
+    warmup: float = 0.05
+    bf16: bool = False
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class TrainingReport:
+    """What a training with pruning did.
+
+    Args:
+        sparsity: What is zero, or was taken out.
+        dense: Score of the model as it came.
+        pruned: Score of the trained model on the same examples.
+        comparison: The two compared in pairs.
+        steps: Optimizer steps.
+        seconds: How long the training took.
+    """
+
+    sparsity: SparsityReport
+    dense: Any
+    pruned: Any
+    comparison: Any
+    steps: int
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: value.to_dict() if hasattr(value, "to_dict") else value for name, value in values.items()}
+
+    def __str__(self) -> str:
+        lines = [str(self.sparsity), "", f"before: {self.dense}", f"after:  {self.pruned}", str(self.comparison)]
+        return "\n".join([*lines, f"Trained for {self.steps:,} steps in {self.seconds:.0f} s."])
+
+
+def train_checkpoint(
+    source: str,
+    config: PruningConfig | None,
+    out: Path,
+    data: LabelledData | TextData,
+    *,
+    settings: TrainingSettings | None = None,
+    score_split: str = "validation",
+    teacher: str | None = None,
+    distillation: Distillation | None = None,
+    shrink_at: int | float | None = None,
+    checkpoints: Path | None = None,
+) -> TrainingReport:
+    """Train a checkpoint while it is pruned, into a folder: weights, masks, tokenizer, ``training_report.json``.
+
+    Args:
+        source: Folder or Hub id of a sequence classifier or a causal language model.
+        config: What is pruned, and by which schedule; None keeps the masks that the checkpoint has.
+        out: The folder.
+        data: What it learns from and is scored on.
+        settings: How it is trained.
+        score_split: The split to score, before and after.
+        teacher: Folder or Hub id of a dense model of the same task; ``"self"`` is the model as it came.
+        distillation: How much of the loss comes from the teacher.
+        shrink_at: See :class:`hf_prune.PruningCallback`.
+        checkpoints: A folder for checkpoints of the training; one that has some goes on from the last one.
+
+    Raises:
+        ConfigError: If settings contradict one another.
+        DataError: If the model or the data cannot be found or read.
+    """
+    settings = settings or TrainingSettings()
+    model, tokenizer = (load_language_model if isinstance(data, TextData) else load_classifier)(source)
+    if config is None and MaskStore.of(model) is None:
+        raise ConfigError(f"{source!r} has no masks to keep: name what is to be pruned, or prune it first")
+    examples = _examples(data, model, tokenizer, settings)
+    calibration = None if config is None else data.calibration([config.replace(schedule=None)], model, tokenizer)
+    if config is not None and (config.criterion == "taylor" or config.learns_in_training) and config.repair is None:
+        calibration = None  # these watch the training itself
+    dense = _score(data, model, tokenizer, score_split)
+    with ExitStack() as stack:
+        folder = checkpoints or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        trainer = PruningTrainer(
+            model=model,
+            args=_arguments(settings, folder, saves=checkpoints is not None),
+            train_dataset=examples,
+            data_collator=None if isinstance(data, TextData) else DataCollatorWithPadding(tokenizer),
+            pruning_config=config,
+            teacher=_teacher(teacher, model, data),
+            distillation=distillation,
+            calibration=calibration,
+            shrink_at=shrink_at,
+        )
+        last = get_last_checkpoint(str(checkpoints)) if checkpoints is not None and checkpoints.is_dir() else None
+        with contextlib.redirect_stdout(sys.stderr):  # progress is no result
+            result = trainer.train(resume_from_checkpoint=last)
+        trained: Any = trainer.model
+    trained.eval()
+    report = sparsity_report(trained)
+    if config is not None and config.removes_units:
+        trained.shrink()
+        report = dataclasses.replace(report, structure=structure_report(trained))
+    pruned = _score(data, trained, tokenizer, score_split)
+    found = TrainingReport(
+        sparsity=report,
+        dense=dense,
+        pruned=pruned,
+        comparison=(compare_perplexity if isinstance(data, TextData) else compare)(dense, pruned),
+        steps=trainer.state.global_step,
+        seconds=float(result.metrics.get("train_runtime", 0.0)),
+    )
+    _save(source, trained, out, {"training_report.json": found.to_dict()})
+    return found
+
+
+def lottery_checkpoint(
+    source: str,
+    config: PruningConfig,
+    out: Path,
+    data: LabelledData,
+    *,
+    settings: TrainingSettings | None = None,
+    score_split: str = "validation",
+    rounds: int = 5,
+    rewind_to: int = 0,
+) -> LotteryResult:
+    """Search a lottery ticket, starting from the weights of a checkpoint; see :func:`hf_prune.find_ticket`.
+
+    The folder gets the trained sparse model, ``ticket.safetensors`` with the weights that it began with, and
+    ``lottery.json``.
+
+    Args:
+        source: Folder or Hub id of a sequence classifier.
+        config: What is pruned in the end.
+        out: The folder.
+        data: What it learns from and is scored on.
+        settings: How each round is trained.
+        score_split: The split to score after each round.
+        rounds: How often is pruned.
+        rewind_to: After how many steps the early weights are taken.
+    """
+    from safetensors.torch import save_file
+
+    settings = settings or TrainingSettings()
+    model, tokenizer = load_classifier(source)
+    examples = _examples(data, model, tokenizer, settings)
+    scored = dataclasses.replace(settings, split=score_split)
+
+    def accuracy(prediction: Any) -> Mapping[str, float]:
+        return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
+
+    with tempfile.TemporaryDirectory() as folder:
+
+        def make_trainer(changed: Any) -> PruningTrainer:
+            return PruningTrainer(
+                model=changed,
+                args=_arguments(settings, Path(folder), saves=False),
+                train_dataset=examples,
+                eval_dataset=_examples(data, model, tokenizer, scored),
+                data_collator=DataCollatorWithPadding(tokenizer),
+                compute_metrics=accuracy,
+            )
+
+        with contextlib.redirect_stdout(sys.stderr):
+            result = find_ticket(model, make_trainer, config, rounds=rounds, rewind_to=rewind_to)
+    shared: dict[int, str] = {}
+    ticket = {n: t for n, t in result.ticket.items() if shared.setdefault(t.data_ptr(), n) == n}
+    with staged_checkpoint(out) as staging:
+        model.eval().save_pretrained(staging)
+        copy_companions(source, staging)
+        save_file({name: tensor.contiguous() for name, tensor in ticket.items()}, staging / "ticket.safetensors")
+        write_json(staging / "lottery.json", {"config": config.to_dict(), "rewind_to": rewind_to, **result.to_dict()})
+    return result
+
+
+def _examples(
+    data: LabelledData | TextData, model: Any, tokenizer: Any, settings: TrainingSettings
+) -> list[dict[str, Any]]:
+    if isinstance(data, LabelledData):
+        return classification_examples(
+            data.load(settings.split),
+            tokenizer,
+            text_columns=data.text_columns,
+            label_column=data.label_column,
+            max_length=min(128, context_length(model) or 128),
+            label2id=model.config.label2id,
+        )
+    length = min(data.window, context_length(model) or data.window)
+    windows = token_windows(data.load(settings.split), tokenizer, n=1 << 40, length=length, batch_size=1, labels=True)
+    return [{name: tensor[0] for name, tensor in window.items()} for window in windows]
+
+
+def _arguments(settings: TrainingSettings, folder: Path, *, saves: bool) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(folder),
+        num_train_epochs=settings.epochs,
+        learning_rate=settings.learning_rate,
+        per_device_train_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.accumulation,
+        warmup_steps=settings.warmup,
+        bf16=settings.bf16,
+        use_cpu=not torch.cuda.is_available(),
+        seed=settings.seed,
+        logging_steps=0.05,
+        save_strategy="steps" if saves else "no",
+        save_steps=0.1,
+        save_total_limit=2,
+        report_to=[],
+    )
+
+
+def _teacher(teacher: str | None, model: PreTrainedModel, data: LabelledData | TextData) -> Any:
+    if teacher is None:
+        return None
+    if teacher == "self":
+        return copy.deepcopy(model)
+    return (load_language_model if isinstance(data, TextData) else load_classifier)(teacher)[0]
+
+
+def _score(data: LabelledData | TextData, model: Any, tokenizer: Any, split: str) -> Any:
+    if isinstance(data, TextData):
+        split = "" if Path(data.source).is_file() else split
+        return evaluate_perplexity(model.eval(), tokenizer, data.load(split or "test"), source=data.source, split=split)
+    return evaluate_classification(
+        model.eval(),
+        tokenizer,
+        data.load(split),
+        text_columns=data.text_columns,
+        label_column=data.label_column,
+        source=data.source,
+        split=split,
+    )
+
+
+def _save(source: str, model: Any, out: Path, reports: Mapping[str, Any]) -> None:
+    if out.is_file():
+        raise ConfigError(f"{out} is a file: expected a folder to save into")
+    with staged_checkpoint(out) as staging:
+        model.save_pretrained(staging)
+        copy_companions(source, staging)
+        for name, values in reports.items():
+            write_json(staging / name, values)

@@ -1,0 +1,130 @@
+"""hf-prune train and hf-prune lottery, from a folder to a folder."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from hf_prune.cli import main
+from tests import models
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("train")
+    models.tiny_classifier(seed=4).save_pretrained(root / "text")
+    models.tiny_llama().save_pretrained(root / "llama")
+    for name in ("text", "llama"):
+        models.tiny_tokenizer().save_pretrained(root / name)
+    (root / "data").mkdir()
+    for split, n, seed in (("train", 64, 1), ("dev", 24, 0)):
+        rows = models.tiny_sentences(n, seed)
+        lines = [f"{text}\t{label}" for text, label in zip(rows["sentence"], rows["label"], strict=True)]
+        (root / "data" / f"{split}.tsv").write_text("\n".join(["sentence\tlabel", *lines]) + "\n")
+    (root / "texts").mkdir()
+    for split, n, seed in (("train", 80, 1), ("test", 40, 0)):
+        (root / "texts" / f"{split}.txt").write_text("\n".join(models.tiny_sentences(n, seed)["sentence"]))
+    return root
+
+
+@pytest.fixture
+def run(capsys):
+    def run(*arguments, code=0):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main([str(a) for a in arguments])
+        out, err = capsys.readouterr()
+        assert (ended.value.code or 0) == code, err
+        return err if code else out
+
+    return run
+
+
+def zeros(model, part):
+    weights = [p for n, p in model.named_parameters() if part in n and p.dim() == 2]
+    return sum(int((w == 0).sum()) for w in weights) / sum(w.numel() for w in weights)
+
+
+def test_a_classifier_with_itself_as_teacher(folders, run, tmp_path):
+    out = tmp_path / "pruned"
+    said = run(
+        *("train", folders / "text", "--data", folders / "data", "--out", out, "--sparsity", 0.75),
+        *("--target-modules", "query,dense", "--teacher", "self", "--batch-size", 8, "--every", 2, "--epochs", 2),
+    )
+    assert said.rstrip().endswith(f"Saved in {out}.")
+    assert "before: accuracy" in said
+    assert "McNemar" in said
+    assert "Trained for 16 steps" in said
+    model = AutoModelForSequenceClassification.from_pretrained(out)
+    assert zeros(model, "query") == pytest.approx(0.75, abs=0.01)
+    AutoTokenizer.from_pretrained(out)
+    report = json.loads((out / "training_report.json").read_text())
+    assert report["steps"] == 16
+    assert report["comparison"]["n"] == 24
+    assert {"dense", "pruned", "sparsity"} <= report.keys()
+    again = run("train", out, "--keep-masks", "--data", folders / "data", "--out", tmp_path / "more", "--json")
+    assert json.loads(again)["steps"] == 2
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "more")
+    assert zeros(model, "query") == pytest.approx(0.75, abs=0.01)
+
+
+def test_heads_are_taken_out_on_the_way(folders, run, tmp_path):
+    said = run(
+        *("train", folders / "text", "--data", folders / "data", "--out", tmp_path / "small", "--batch-size", 8),
+        *("--granularity", "head,neuron", "--criterion", "movement", "--begin", 2, "--end", 5, "--shrink-at", 6),
+    )
+    assert "Shrunk: " in said
+    small = AutoModelForSequenceClassification.from_pretrained(tmp_path / "small")
+    whole = AutoModelForSequenceClassification.from_pretrained(folders / "text")
+    assert small.num_parameters() < whole.num_parameters()
+
+
+def test_a_language_model_goes_on_from_its_checkpoints(folders, run, tmp_path):
+    command = ("train", folders / "llama", "--data", folders / "texts", "--window", 8, "--batch-size", 4)
+    command = (*command, "--schedule", "one_shot", "--begin", "0.5", "--granularity", "2:4")
+    whole = run(*command, "--out", tmp_path / "a", "--checkpoints", tmp_path / "c")
+    assert "perplexity" in whole
+    checkpoints = sorted((tmp_path / "c").glob("checkpoint-*"), key=lambda p: int(p.name.partition("-")[2]))
+    assert len(checkpoints) == 2
+    for path in checkpoints[1].iterdir():  # as if it had been interrupted before the last one
+        path.unlink()
+    checkpoints[1].rmdir()
+    run(*command, "--out", tmp_path / "b", "--checkpoints", tmp_path / "c")
+    weights = [AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in "ab"]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert zeros(AutoModelForCausalLM.from_pretrained(tmp_path / "a"), "q_proj") == pytest.approx(0.5, abs=0.01)
+
+
+def test_lottery(folders, run, tmp_path):
+    out = tmp_path / "ticket"
+    said = run(
+        *("lottery", folders / "text", "--data", folders / "data", "--out", out, "--rounds", 2, "--sparsity", 0.75),
+        *("--target-modules", "query,dense", "--rewind-to", 1, "--batch-size", 16),
+    )
+    assert [line.split()[:2] for line in said.splitlines()[2:5]] == [["0", "0.00"], ["1", "50.00"], ["2", "75.00"]]
+    assert zeros(AutoModelForSequenceClassification.from_pretrained(out), "query") == pytest.approx(0.75, abs=0.01)
+    ticket = load_file(out / "ticket.safetensors")
+    name = next(name for name in ticket if name.endswith("query.weight"))
+    assert float((ticket[name] == 0).float().mean()) == pytest.approx(0.75, abs=0.01)
+    assert len(json.loads((out / "lottery.json").read_text())["rounds"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        (["--keep-masks", "--sparsity", "0.5"], "--keep-masks prunes nothing more"),
+        (["--begin", "soon"], "--begin is 'soon': expected a number of steps"),
+        (["--schedule", "sudden"], "unknown schedule 'sudden'"),
+        (["--begin", "5", "--end", "900"], "and the training has"),
+        (["--keep-masks"], "has no masks to keep"),
+        (["--teacher", "nowhere/at-all"], "nowhere/at-all"),
+        (["--shrink-at", "1"], "expected one from"),
+    ],
+)
+def test_errors_leave_nothing_behind(folders, run, tmp_path, options, match):
+    out = tmp_path / "out"
+    err = run("train", folders / "text", "--data", folders / "data", "--out", out, "--batch-size", 8, *options, code=1)
+    assert match in err
+    assert not out.exists()
