@@ -41,7 +41,7 @@ Split = Annotated[str, typer.Option(help="What it learns from.")]
 Score = Annotated[str, typer.Option(help="What it is scored on, before and after.")]
 Epochs = Annotated[float, typer.Option(min=0.0, help="Passes over the data.")]
 Rate = Annotated[float, typer.Option(min=0.0, help="Highest learning rate of AdamW.")]
-Batch = Annotated[int, typer.Option(min=1, help="Examples, or windows of tokens, in a batch.")]
+Batch = Annotated[int, typer.Option(min=1, help="Sentences, or windows of tokens, in a batch.")]
 Bf16 = Annotated[bool, typer.Option("--bf16", help="Compute in bfloat16.")]
 
 
