@@ -56,6 +56,7 @@ _MODULES = {
         "Evaluation",
         "accuracy_metric",
         "classification_batches",
+        "classification_examples",
         "evaluate_classification",
         "evaluate_sst2",
     ),

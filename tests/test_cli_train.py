@@ -1,6 +1,8 @@
 """hf-prune train and hf-prune lottery, from a folder to a folder."""
 
 import json
+import runpy
+from pathlib import Path
 
 import pytest
 import torch
@@ -128,3 +130,12 @@ def test_errors_leave_nothing_behind(folders, run, tmp_path, options, match):
     err = run("train", folders / "text", "--data", folders / "data", "--out", out, "--batch-size", 8, *options, code=1)
     assert match in err
     assert not out.exists()
+
+
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")  # a default of the Trainer
+def test_the_example_script(folders, tmp_path, capsys, monkeypatch):
+    script = Path(__file__).parents[1] / "examples" / "prune_while_training.py"
+    monkeypatch.setattr("sys.argv", [str(script), *map(str, (folders / "text", folders / "data", tmp_path / "out"))])
+    runpy.run_path(str(script), run_name="__main__")
+    assert "accuracy" in capsys.readouterr().out
+    assert zeros(AutoModelForSequenceClassification.from_pretrained(tmp_path / "out"), "layer") > 0.75
