@@ -12,6 +12,7 @@
     ├── CheckpointError   (RuntimeError)  files on disk are damaged, foreign, or do not fit the model
     ├── BudgetError       (RuntimeError)  no sparsity keeps the accuracy that was asked for
     ├── DataError         (ValueError)    a model or data set cannot be found or read
+    ├── HubError          (RuntimeError)  the Hub cannot be reached, or refuses what was asked
     ├── ExportError       (RuntimeError)  a model cannot be written for another runtime
     └── SweepError        (RuntimeError)  results of different settings would be mixed
 
@@ -60,6 +61,10 @@ class BudgetError(HfPruneError, RuntimeError):
 
 class DataError(HfPruneError, ValueError):
     """A model or data set cannot be found or read."""
+
+
+class HubError(HfPruneError, RuntimeError):
+    """The Hub cannot be reached or refuses, or a repository holds something else; it is as it was."""
 
 
 class ExportError(HfPruneError, RuntimeError):

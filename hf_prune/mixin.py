@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -20,6 +21,7 @@ from hf_prune.calibration import Batches
 from hf_prune.checkpoint import load_pruned, save_pruned
 from hf_prune.compressed import save_compressed
 from hf_prune.config import PruningConfig
+from hf_prune.hub import PushResult, push_checkpoint
 from hf_prune.masking import MaskStore
 from hf_prune.pipeline import prune
 from hf_prune.plan import PruningPlan
@@ -174,7 +176,11 @@ class PrunedModelMixin(nn.Module):
             CheckpointError: If ``save_directory`` is a file, or a weight cannot be packed.
             ConfigError: If ``codec`` or ``values`` is unknown.
         """
-        hub = {key: kwargs.pop(key) for key in ("repo_id", "commit_message", "private", "create_pr") if key in kwargs}
+        hub = {
+            key: kwargs.pop(key)
+            for key in ("repo_id", "commit_message", "private", "create_pr", "revision", "force")
+            if key in kwargs
+        }
         save = super().save_pretrained.__func__  # type: ignore[misc]
         native = dense_class(type(self))
         if is_main_process and compressed:
@@ -190,8 +196,56 @@ class PrunedModelMixin(nn.Module):
         else:
             save(self, save_directory, is_main_process=False, state_dict=state_dict, **kwargs)
         if push_to_hub and is_main_process:
-            push: Any = self.push_to_hub
-            push(hub.pop("repo_id", Path(save_directory).name), token=kwargs.get("token"), **hub)
+            push_checkpoint(
+                save_directory, hub.pop("repo_id", Path(save_directory).name), token=kwargs.get("token"), **hub
+            )
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        compressed: bool = False,
+        tokenizer: Any = None,
+        private: bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        force: bool = False,
+        commit_message: str = "Upload pruned model",
+        token: str | bool | None = None,
+        **kwargs: Any,
+    ) -> PushResult:
+        """Upload the model with its masks, in one commit; see :func:`hf_prune.push_checkpoint`.
+
+        Args:
+            repo_id: ``owner/name``, or a name for a repository of your own.
+            compressed: Upload packed weights, see :meth:`save_pretrained`.
+            tokenizer: A tokenizer or processor to upload beside it.
+            private: Make a new repository private.
+            revision: A branch; None is ``main``.
+            create_pr: Open a pull request.
+            force: Also overwrite a repository that holds something else.
+            commit_message: Of the commit.
+            token: Of the Hub; None takes the one you are logged in with.
+            **kwargs: As of :meth:`save_pretrained`, such as ``max_shard_size``.
+
+        Raises:
+            CheckpointError: If the model cannot be saved.
+            HubError: If it cannot be uploaded; the repository is as it was.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(Path(folder) / "model", compressed=compressed, **kwargs)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(Path(folder) / "model")
+            return push_checkpoint(
+                Path(folder) / "model",
+                repo_id,
+                private=private,
+                revision=revision,
+                create_pr=create_pr,
+                force=force,
+                commit_message=commit_message,
+                token=token,
+            )
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:

@@ -50,6 +50,7 @@ COMMANDS = (
     "trim-vocab",
     "train",
     "lottery",
+    "push",
     "compress",
     "decompress",
     "export",
@@ -144,7 +145,9 @@ def test_help_of_a_command_has_an_example(command):
     result = CliRunner().invoke(app, [command, "--help"])
     assert result.exit_code == 0
     assert f"hf-prune {command}" in result.output.split("Example")[1]
-    assert ("MODEL" in result.output.splitlines()[0]) == (command not in ("demo", "compress", "decompress", "list"))
+    assert ("MODEL" in result.output.splitlines()[0]) == (
+        command not in ("demo", "compress", "decompress", "push", "list")
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,243 @@
+"""Upload a checkpoint to the Hub, in one commit. Nothing else here uploads anything."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from hf_prune.errors import CheckpointError, HubError
+from hf_prune.tables import format_count, format_table
+
+Result = TypeVar("Result")
+
+_PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
+_OWN = (".gitattributes", "README.md")  # what a new repository may have
+_WEIGHTS = re.compile(r"(model.*|pruning_masks)\.safetensors|model.*\.safetensors\.index\.json")
+_TRIES = 4
+_TOKEN = re.compile(r"hf_\w{6,}")
+
+
+@dataclass(frozen=True)
+class PushResult:
+    """What was uploaded, or would be.
+
+    Args:
+        repo_id: The repository.
+        files: Sizes in bytes by path.
+        removed: Weights of an earlier checkpoint that the commit deletes.
+        skipped: Files of the folder that are not uploaded: pickles, hidden files and subfolders of checkpoints.
+        commit: The commit's id; None if nothing was uploaded.
+        url: Where to look at it.
+        card: The model card, if there is one.
+    """
+
+    repo_id: str
+    files: dict[str, int]
+    removed: tuple[str, ...]
+    skipped: tuple[str, ...]
+    commit: str | None
+    url: str | None
+    card: str | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {**vars(self), "removed": list(self.removed), "skipped": list(self.skipped)}
+
+    def __str__(self) -> str:
+        rows = [[name, f"{format_count(size)}B"] for name, size in self.files.items()]
+        rows += [[name, "deleted"] for name in self.removed]
+        lines = [format_table(["file", "size"], rows, left=1)]
+        if self.skipped:
+            lines.append(f"Not uploaded, since they are pickles, hidden or of a training: {', '.join(self.skipped)}.")
+        total = f"{format_count(sum(self.files.values()))}B"
+        if self.commit is None:
+            lines.append(f"{len(self.files)} files, {total}, would go to {self.repo_id}. Nothing was uploaded.")
+            if self.card:
+                lines.append(f"\nThe card:\n\n{self.card}")
+        else:
+            lines.append(f"Uploaded {len(self.files)} files, {total}: {self.url}")
+        return "\n".join(lines)
+
+
+def push_checkpoint(
+    folder: str | os.PathLike[str],
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    force: bool = False,
+    dry_run: bool = False,
+    commit_message: str = "Upload pruned model",
+    token: str | bool | None = None,
+) -> PushResult:
+    """Upload a checkpoint's folder to a model repository, all in one commit.
+
+    A repository that does not exist is created. Large files that arrived before a fault are not sent again by the next
+    try. Weights of an earlier checkpoint that the new one does not have are deleted by the same commit.
+
+    Args:
+        folder: A checkpoint: ``config.json`` and weights as safetensors.
+        repo_id: ``owner/name``, or a name for a repository of your own.
+        private: Make a new repository private; None takes the owner's default.
+        revision: A branch, made if it does not exist; None is ``main``.
+        create_pr: Open a pull request in place of committing to the branch.
+        force: Also overwrite a repository that holds something else.
+        dry_run: Upload nothing; say what would be.
+        commit_message: Of the commit.
+        token: Of the Hub; None takes the one you are logged in with.
+
+    Returns:
+        What was uploaded; print it.
+
+    Raises:
+        CheckpointError: If the folder holds no checkpoint.
+        HubError: If nobody is logged in, may not write there, the Hub cannot be reached, or the repository holds
+            something else. The repository is as it was.
+    """
+    folder = Path(folder)
+    files, skipped = _files(folder)
+    api = HfApi(token=token)
+    card = folder / "README.md"
+    text = card.read_text(encoding="utf-8") if card.is_file() else None
+    if "/" not in repo_id and not dry_run:
+        repo_id = f"{_asking(lambda: api.whoami(), repo_id)['name']}/{repo_id}"
+    there = _present(api, repo_id, revision, force, folder, dry_run=dry_run)
+    removed = tuple(sorted(name for name in there if _WEIGHTS.fullmatch(name) and name not in files))
+    sizes = {name: path.stat().st_size for name, path in files.items()}
+    if dry_run:
+        return PushResult(repo_id, sizes, removed, skipped, None, None, text)
+    _asking(lambda: api.create_repo(repo_id, private=private, exist_ok=True), repo_id)
+    if revision is not None and revision != "main":
+        _asking(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True), repo_id)
+    operations: list[Any] = [CommitOperationAdd(name, str(path)) for name, path in files.items()]
+    operations += [CommitOperationDelete(name) for name in removed]
+    commit = _asking(
+        lambda: api.create_commit(
+            repo_id, operations, commit_message=commit_message, revision=revision, create_pr=create_pr
+        ),
+        repo_id,
+    )
+    return PushResult(repo_id, sizes, removed, skipped, commit.oid, commit.pr_url or commit.commit_url, text)
+
+
+def _files(folder: Path) -> tuple[dict[str, Path], tuple[str, ...]]:
+    """What is uploaded, by path in the repository, and what is not."""
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder} has no config.json: expected the folder of a checkpoint")
+    if not list(folder.glob("*.safetensors")):
+        raise CheckpointError(
+            f"{folder} has no weights as safetensors: expected a checkpoint saved with save_pretrained; pickles are "
+            f"never uploaded"
+        )
+    files, skipped = {}, []
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        name = path.relative_to(folder).as_posix()
+        parts = name.split("/")
+        if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
+            raise CheckpointError(f"{path} links to a file outside of {folder}: copy it, or take it out")
+        hidden = any(part.startswith(".") for part in parts)
+        if hidden or parts[0].startswith("checkpoint-") or path.suffix in _PICKLES:
+            skipped.append(name)
+        else:
+            files[name] = path
+    return files, tuple(skipped)
+
+
+def _present(api: HfApi, repo_id: str, revision: str | None, force: bool, folder: Path, *, dry_run: bool) -> list[str]:
+    """The files of a repository, if it may be overwritten."""
+    try:
+        info = _asking(lambda: api.model_info(repo_id, revision=revision), repo_id, missing=True)
+    except HubError:
+        if dry_run:  # whether it exists is not known then
+            return []
+        raise
+    names = [] if info is None else [each.rfilename for each in info.siblings or []]
+    if force or not set(names) - set(_OWN):
+        return names
+    if "config.json" not in names:
+        raise HubError(
+            f"{repo_id} holds {', '.join(sorted(set(names) - set(_OWN))[:3])} and no config.json: it is no model of "
+            f"transformers; choose another name, or pass force=True (--force) to add this checkpoint to it"
+        )
+    path = _asking(lambda: hf_hub_download(repo_id, "config.json", revision=revision, token=api.token), repo_id)
+    found = json.loads(Path(path).read_text(encoding="utf-8")).get("model_type")
+    own = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    if found != own:
+        raise HubError(
+            f"{repo_id} holds a model of type {found!r}, and {folder} one of type {own!r}: choose another name, or "
+            f"pass force=True (--force) to overwrite it"
+        )
+    return names
+
+
+def _asking(ask: Callable[[], Result], repo_id: str, *, missing: bool = False) -> Any:
+    """What the Hub answers, tried again where a fault may pass; None for what is not there, if that is fine."""
+    for attempt in range(_TRIES):
+        try:
+            return ask()
+        except (RepositoryNotFoundError, RevisionNotFoundError, EntryNotFoundError) as error:
+            status = getattr(getattr(error, "response", None), "status_code", None)
+            if missing and status != 401:
+                return None
+            if missing and isinstance(error, RepositoryNotFoundError):  # not there, or not for somebody unknown
+                return None
+            raise HubError(f"{repo_id} does not exist, or is private: check its name, and `hf auth whoami`") from None
+        except LocalTokenNotFoundError:
+            raise HubError("nobody is logged in: run `hf auth login`, or set HF_TOKEN") from None
+        except HFValidationError as error:
+            raise HubError(f"{repo_id!r} is no name for a repository: {_clean(error)}") from None
+        except OfflineModeIsEnabled:
+            raise HubError("HF_HUB_OFFLINE is set: unset it to reach the Hub") from None
+        except HfHubHTTPError as error:
+            status = int(getattr(error.response, "status_code", 0))
+            if status == 401:
+                raise HubError(
+                    "nobody is logged in, or the Hub does not know this token: run `hf auth login`, or set HF_TOKEN"
+                ) from None
+            if status == 403:
+                raise HubError(
+                    f"this token may not write to {repo_id}: use one with write access, or a repository of your own"
+                ) from None
+            if status < 500 or attempt == _TRIES - 1:
+                raise HubError(f"the Hub refused it for {repo_id}: {_clean(error)}") from None
+        except Exception as error:
+            if not _is_network(error):
+                raise
+            if attempt == _TRIES - 1:
+                raise HubError(
+                    f"the Hub cannot be reached ({type(error).__name__}): check the network; what has arrived is not "
+                    f"sent again by the next try"
+                ) from None
+        time.sleep(0.5 * 2**attempt)
+    raise AssertionError("unreachable")
+
+
+def _is_network(error: Exception) -> bool:
+    """Whether an error comes from the connection."""
+    names = {cls.__module__.partition(".")[0] for cls in type(error).__mro__}
+    return bool(names & {"httpx", "httpx2", "httpcore", "requests", "urllib3"}) or isinstance(
+        error, ConnectionError | TimeoutError
+    )
+
+
+def _clean(error: Exception) -> str:
+    """One line of a message, without anything that looks like a token."""
+    return _TOKEN.sub("hf_…", " ".join(str(error).split()))[:300]

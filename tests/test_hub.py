@@ -1,0 +1,194 @@
+"""Push and load with the real client library, against a Hub on the loopback interface."""
+
+import json
+
+import pytest
+
+from hf_prune import CheckpointError, HubError, prunable, prune, push_checkpoint, shrink
+from tests import models
+from tests.loopback_hub import TOKEN, USER, run_client, serving
+
+REPO = f"{USER}/pruned"
+
+
+@pytest.fixture
+def hub():
+    with serving() as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A pruned classifier with its tokenizer, a shrunk one, and one of another kind."""
+    root = tmp_path_factory.mktemp("hub")
+    model = prune(prunable(models.tiny_classifier()), 0.5)
+    model.save_pretrained(root / "pruned")
+    models.tiny_tokenizer().save_pretrained(root / "pruned")
+    (root / "pruned" / "README.md").write_text("---\nlicense: mit\n---\n# A card\n")
+    (root / "pruned" / "training_args.bin").write_bytes(b"a pickle")
+    (root / "pruned" / "checkpoint-5").mkdir()
+    (root / "pruned" / "checkpoint-5" / "model.safetensors").write_bytes(b"of a training")
+    small = shrink(prune(models.tiny_classifier(), 0.5, granularity=("head", "neuron"), scope="global"))
+    small.save_pretrained(root / "small")
+    models.tiny_llama().save_pretrained(root / "llama")
+    return root
+
+
+@pytest.fixture
+def client(hub, tmp_path):
+    def run(*command, **options):
+        return run_client(hub, tmp_path / "home", *map(str, command), **options)
+
+    return run
+
+
+def test_push_and_everything_that_loads(hub, client, folders):
+    """One commit with all files but pickles; then plain loading, pipelines, snapshots, private and shrunk models."""
+    said = client("push", folders / "pruned", "pruned", "--private", "--json")
+    result = json.loads(said[said.index("{") : said.rindex("}") + 1])
+    assert result["repo_id"] == REPO
+    assert result["skipped"] == ["checkpoint-5/model.safetensors", "training_args.bin"]
+    stored = hub.files(REPO)
+    assert set(stored) - {".gitattributes"} == set(result["files"])
+    for name, size in result["files"].items():
+        assert stored[name] == (folders / "pruned" / name).read_bytes()
+        assert len(stored[name]) == size
+    assert sum(request.startswith("POST") and "/commit/" in request for request in hub.log) == 1
+    assert hub.repos["model", REPO].private
+
+    hub.put(f"{USER}/small", {p.name: p.read_bytes() for p in (folders / "small").iterdir()})
+    client(
+        f"""
+import hf_prune
+from huggingface_hub import snapshot_download
+from transformers import AutoModelForSequenceClassification, pipeline
+from hf_prune import AutoPrunedModelForSequenceClassification, MaskStore
+
+plain = AutoModelForSequenceClassification.from_pretrained("{REPO}")
+model = AutoPrunedModelForSequenceClassification.from_pretrained("{REPO}")
+assert all(not model.get_parameter(n)[~m].any() for n, m in MaskStore.of(model).masks.items())
+assert len(MaskStore.of(model).masks) == 14
+assert pipeline("text-classification", "{REPO}")("w1 w2")[0]["label"].startswith("LABEL_")
+assert "training_args.bin" not in str(list(__import__("pathlib").Path(snapshot_download("{REPO}")).iterdir()))
+small = AutoModelForSequenceClassification.from_pretrained("{USER}/small")
+assert small.num_parameters() < plain.num_parameters()
+
+answer = model.push_to_hub("compressed", compressed=True, revision="packed", commit_message="Smaller")
+assert answer.repo_id == "compressed" or answer.repo_id.endswith("/compressed")
+again = AutoPrunedModelForSequenceClassification.from_pretrained(answer.repo_id, revision="packed")
+assert all((a == b).all() for a, b in zip(again.parameters(), model.parameters()))
+request = model.push_to_hub("{REPO}", create_pr=True, commit_message="A proposal")
+assert request.url.endswith("/discussions/1"), request.url
+assert AutoModelForSequenceClassification.from_pretrained("{REPO}", revision="refs/pr/1")
+"""
+    )
+    assert "config.json" in hub.files(f"{USER}/compressed", "packed")
+    assert "config.json" not in hub.files(f"{USER}/compressed")
+    assert hub.repos["model", REPO].commits[-1].message == "A proposal"
+    assert hub.files(REPO) == stored  # the proposal is not in main
+
+
+def test_faults(hub, client, folders):
+    """Errors of the server pass, what has arrived is not sent again, and damage in a download is noticed."""
+    hub.fail("POST .*/commit/", "500", times=2)
+    hub.fail("POST /api/repos/create", "500")
+    client("push", folders / "pruned", REPO)
+    assert sum("/commit/" in request for request in hub.log) == 3
+
+    uploads = [request for request in hub.log if request.startswith("PUT")]
+    assert len(uploads) == 2  # the weights and the masks
+    hub.log.clear()
+    hub.fail("POST .*/commit/", "500", times=10)
+    said = client("push", folders / "small", f"{USER}/small", code=1)
+    assert "the Hub refused it" in said
+    assert "Traceback" not in said
+    assert sum(request.startswith("PUT") for request in hub.log) == 1
+    hub.faults.clear()
+    client("push", folders / "small", f"{USER}/small")
+    assert sum(request.startswith("PUT") for request in hub.log) == 1  # not again
+    assert "config.json" in hub.files(f"{USER}/small")
+
+    hub.blobs.clear()
+    hub.log.clear()
+    hub.fail("PUT /lfs/", "drop", times=2)
+    client("push", folders / "small", f"{USER}/other")
+    assert sum(request.startswith("PUT") for request in hub.log) == 3
+
+    before = {name: len(repo.commits) for (_, name), repo in hub.repos.items()}
+    assert "holds a model of type 'bert', and" in client("push", folders / "llama", REPO, code=1)
+    assert before == {name: len(repo.commits) for (_, name), repo in hub.repos.items()}
+
+
+def test_damaged_downloads(hub, client, folders):
+    """A cut connection is continued; wrong bytes are refused, by the format or by us."""
+    files = {p.name: p.read_bytes() for p in (folders / "pruned").iterdir() if p.is_file()}
+    hub.put(REPO, files)
+    hub.fail("GET .*/resolve/.*/model.safetensors", "drop")
+    load = f"from hf_prune import AutoPrunedModelForSequenceClassification as A; A.from_pretrained('{REPO}')"
+    client(load)
+    hub.put(f"{USER}/damaged", files)
+    hub.fail("GET .*/resolve/.*/pruning_masks.safetensors", "damage")
+    load = f"from hf_prune import AutoPrunedModelForSequenceClassification as A; A.from_pretrained('{USER}/damaged')"
+    assert "CheckpointError" in client(load, code=1)
+
+
+def test_commands_take_hub_ids(hub, client, folders, tmp_path):
+    """Evaluate and sweep with a model and data from the Hub."""
+    hub.put(REPO, {p.name: p.read_bytes() for p in (folders / "pruned").iterdir() if p.is_file()})
+    for name, n, seed in (("train", 40, 1), ("validation", 30, 0)):
+        rows = models.tiny_sentences(n, seed)
+        lines = [f"{text}\t{label}" for text, label in zip(rows["sentence"], rows["label"], strict=True)]
+        files = hub.files(f"{USER}/data", kind="dataset") if ("dataset", f"{USER}/data") in hub.repos else {}
+        files[f"{name}.tsv"] = "\n".join(["sentence\tlabel", *lines, ""]).encode()
+        hub.put(f"{USER}/data", files, kind="dataset")
+    said = client("evaluate", REPO, "--data", f"{USER}/data", "--json")
+    found = json.loads(said[said.index("{") : said.rindex("}") + 1])
+    assert found["evaluation"]["n"] == 30
+    models.tiny_classifier().save_pretrained(tmp_path / "dense")
+    models.tiny_tokenizer().save_pretrained(tmp_path / "dense")
+    hub.put(f"{USER}/dense", {p.name: p.read_bytes() for p in (tmp_path / "dense").iterdir()})
+    said = client("sweep", f"{USER}/dense", "--data", f"{USER}/data", "--sparsity", "0.6,0.7", "--out", "swept")
+    assert "60 %" in said
+
+
+def test_repositories_of_other_kinds_and_people(hub, client, folders):
+    hub.put(REPO, {"model.onnx": b"something else", "README.md": b"# Mine"})
+    before = hub.files(REPO)
+    said = client("push", folders / "pruned", REPO, code=1)
+    assert "holds model.onnx and no config.json" in said
+    assert hub.files(REPO) == before
+    assert "may not write to somebody/else" in client("push", folders / "pruned", "somebody/else", code=1)
+    assert "nobody is logged in, or the Hub does not know" in client(
+        "push", folders / "pruned", REPO, "--force", token=None, code=1
+    )
+    said = client("push", folders / "pruned", REPO, "--dry-run", "--force")
+    assert "Nothing was uploaded" in said
+    assert "# A card" in said
+    assert hub.files(REPO) == before
+    client("push", folders / "pruned", REPO, "--force")
+    assert {"model.onnx", "config.json"} <= set(hub.files(REPO))
+    old = {**hub.files(REPO), "model-00001-of-00002.safetensors": b"an old shard"}
+    hub.put(REPO, old)
+    client("push", folders / "pruned", REPO)
+    assert "model-00001-of-00002.safetensors" not in hub.files(REPO)
+    assert "model.onnx" in hub.files(REPO)
+
+
+def test_folders_that_are_no_checkpoints(tmp_path, folders):
+    with pytest.raises(CheckpointError, match=r"has no config\.json"):
+        push_checkpoint(tmp_path, REPO)
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="pickles are never uploaded"):
+        push_checkpoint(tmp_path, REPO)
+    (tmp_path / "model.safetensors").write_bytes((folders / "pruned" / "model.safetensors").read_bytes())
+    (tmp_path / "secrets").symlink_to("/etc/hostname")
+    with pytest.raises(CheckpointError, match="links to a file outside"):
+        push_checkpoint(tmp_path, REPO)
+
+
+def test_a_token_in_a_message_is_not_printed():
+    from hf_prune.hub import _clean
+
+    assert TOKEN not in _clean(RuntimeError(f"denied for {TOKEN} at\n x"))
+    assert issubclass(HubError, RuntimeError)
