@@ -33,6 +33,7 @@ _MODULES = {
         "AutoPrunedModelForTokenClassification",
     ),
     "budget": ("SparsitySearch", "find_sparsity"),
+    "cards": ("PruningCardData", "read_card_data", "render_card", "write_card"),
     "comparison": ("Comparison", "compare"),
     "compressed": ("CompressionReport", "compress_checkpoint", "decompress_checkpoint"),
     "config": ("PruningConfig",),
@@ -85,6 +86,7 @@ _MODULES = {
     "schedules": ("Schedule", "register_schedule"),
     "trainer": ("PruningCallback", "PruningTrainer"),
     "unit_plan": ("UnitPlan",),
+    "verification": ("Verification", "verify_checkpoint"),
     "vocabulary": ("TrimResult", "trim_vocabulary"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}

@@ -15,6 +15,7 @@ import typer
 
 from hf_prune import __version__
 from hf_prune.calibration_data import POLISH_SAMPLES, LabelledData, TextData
+from hf_prune.cli_card import card, verify
 from hf_prune.cli_compress import compress, decompress
 from hf_prune.cli_hub import push
 from hf_prune.cli_options import (
@@ -491,6 +492,8 @@ app.command(epilog="Example: hf-prune explain pruned --against MODEL")(explain)
 app.command(epilog="Example: hf-prune trim-vocab MODEL --texts glue/sst2 --out smaller")(trim_vocab)
 app.command(epilog="Example: hf-prune train MODEL --sparsity 0.8 --teacher self --data glue/sst2 --out pruned")(train)
 app.command(epilog="Example: hf-prune lottery MODEL --sparsity 0.8 --rounds 5 --data glue/sst2 --out ticket")(lottery)
+app.command(epilog="Example: hf-prune card pruned --evaluation scores.json --base-model ID --write")(card)
+app.command(epilog="Example: hf-prune verify MODEL --evaluate --data glue/sst2")(verify)
 app.command(epilog="Example: hf-prune push pruned me/bert-sst2-80 --dry-run")(push)
 app.command(epilog="Example: hf-prune compress pruned small")(compress)
 app.command(epilog="Example: hf-prune decompress small pruned")(decompress)

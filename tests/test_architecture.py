@@ -82,6 +82,7 @@ LAYERS = (
         "torch_prune",
         "training",
         "checkpoint",
+        "cards",
         "hub",
         "training_state",
     ),
@@ -99,8 +100,18 @@ LAYERS = (
         "stream_blocks",
         "stream_output",
     ),
-    ("bench", "demo_data", "demo_training", "demo", "lottery", "trim_workflow", "train_workflow", "workflows", "cards"),
-    ("cli_options", "cli_compress", "cli_hub", "cli_speed", "cli_train", "cli_trim", "cli"),
+    (
+        "bench",
+        "demo_data",
+        "demo_training",
+        "demo",
+        "lottery",
+        "trim_workflow",
+        "train_workflow",
+        "verification",
+        "workflows",
+    ),
+    ("cli_options", "cli_card", "cli_compress", "cli_hub", "cli_speed", "cli_train", "cli_trim", "cli"),
     ("__main__",),
 )
 LAYER_OF = {name: number for number, names in enumerate(LAYERS) for name in names}

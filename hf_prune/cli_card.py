@@ -1,0 +1,83 @@
+"""hf-prune card and hf-prune verify: what is said of a checkpoint, and whether it is so."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from hf_prune.calibration_data import LabelledData, TextData
+from hf_prune.cli_options import SST2, WIKITEXT, AnyData, AnyText, AsJson, Label, split_names, start
+from hf_prune.sources import is_language_model, model_class
+
+Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A folder that prune or train wrote.", show_default=False)]
+
+
+def card(
+    folder: Folder,
+    evaluation: Annotated[
+        Path | None, typer.Option(help="What hf-prune evaluate DIR --against MODEL --json printed.")
+    ] = None,
+    latency: Annotated[Path | None, typer.Option(help="What hf-prune bench MODEL DIR --json printed.")] = None,
+    base_model: Annotated[str | None, typer.Option(help="Hub id of the dense model.")] = None,
+    dataset: Annotated[str | None, typer.Option(help="Hub id of the data that it was scored on.")] = None,
+    license_: Annotated[str | None, typer.Option("--license", help="Of the base model, such as apache-2.0.")] = None,
+    command: Annotated[str | None, typer.Option(help="What made the checkpoint, to be shown.")] = None,
+    name: Annotated[str | None, typer.Option(help="What to call the model. [default: the folder's name]")] = None,
+    write: Annotated[
+        bool, typer.Option("--write", help="Write README.md into the folder; what its author wrote stays.")
+    ] = False,
+) -> None:
+    """Make a model card from what was measured; facts that are missing are left out."""
+    from hf_prune.cards import read_card_data, render_card, write_card
+
+    data = read_card_data(
+        folder,
+        evaluation=evaluation,
+        latency=latency,
+        base_model=base_model,
+        dataset=dataset,
+        license=license_,
+        command=command,
+        name=name,
+    )
+    if write:
+        write_card(folder, data)
+        typer.echo(f"Saved in {folder / 'README.md'}.")
+        return
+    old = folder / "README.md"
+    typer.echo(render_card(data, old.read_text(encoding="utf-8") if old.is_file() else None))
+
+
+def verify(
+    source: Annotated[str, typer.Argument(metavar="MODEL", help="A folder or a Hub id.", show_default=False)],
+    revision: Annotated[str | None, typer.Option(help="Of the repository.")] = None,
+    evaluate: Annotated[bool, typer.Option("--evaluate", help="Also score it again, on --data.")] = False,
+    data: AnyData = None,
+    text_column: AnyText = None,
+    label_column: Label = "label",
+    split: Annotated[str | None, typer.Option(help="[default: the one that the card names]")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Count everything again that a model card says; exit code 1 if anything differs."""
+    start([source])
+    from hf_prune.verification import verify_checkpoint
+
+    def score(folder: str) -> dict[str, Any]:
+        from hf_prune.cards import read_facts
+        from hf_prune.workflows import evaluate_checkpoint, evaluate_language_model
+
+        said = read_facts((Path(folder) / "README.md").read_text(encoding="utf-8"))["score"]
+        which = split or said.get("split")
+        if is_language_model(model_class(folder)):
+            texts = TextData(data or WIKITEXT, text_column or "text")
+            return evaluate_language_model(folder, texts, which or "test").to_dict()
+        labelled = LabelledData(data or SST2, split_names(text_column or "sentence"), label_column)
+        return evaluate_checkpoint(folder, labelled, which or "validation").to_dict()
+
+    result = verify_checkpoint(source, revision=revision, score=score if evaluate else None)
+    typer.echo(json.dumps(result.to_dict(), indent=2) if as_json else str(result))
+    if not result.is_right:
+        raise typer.Exit(1)

@@ -1,0 +1,232 @@
+"""Cards say what was measured and nothing else; verify finds every number that is not so."""
+
+import dataclasses
+import json
+import shutil
+
+import pytest
+import yaml
+from safetensors.torch import load_file, save_file
+
+from hf_prune import CheckpointError, DataError, read_card_data, render_card, verify_checkpoint, write_card
+from hf_prune.cards import BEGIN, END, read_facts
+from hf_prune.cli import main
+from tests import models
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Checkpoints by the command, one with zeros and one with fewer neurons, and the scores of the first."""
+    root = tmp_path_factory.mktemp("cards")
+    models.tiny_classifier(seed=4).save_pretrained(root / "dense")
+    models.tiny_tokenizer().save_pretrained(root / "dense")
+    (root / "data").mkdir()
+    rows = models.tiny_sentences(40)
+    lines = [f"{text}\t{label}" for text, label in zip(rows["sentence"], rows["label"], strict=True)]
+    (root / "data" / "dev.tsv").write_text("\n".join(["sentence\tlabel", *lines]) + "\n")
+    for words in (
+        ["prune", root / "dense", "--granularity", "2:4", "--out", root / "pruned", "--plots"],
+        ["prune", root / "dense", "--granularity", "head,neuron", "--scope", "global", "--out", root / "small"],
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main([str(word) for word in words])
+        assert not ended.value.code
+    return root
+
+
+@pytest.fixture
+def run(capsys):
+    def run(*words, code=0):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main([str(word) for word in words])
+        out, err = capsys.readouterr()
+        assert (ended.value.code or 0) == code, err
+        return out if not code or out else err
+
+    return run
+
+
+@pytest.fixture
+def scores(made, run, tmp_path):
+    said = run("evaluate", made / "pruned", "--against", made / "dense", "--data", made / "data", "--json")
+    (tmp_path / "scores.json").write_text(said)
+    return tmp_path / "scores.json"
+
+
+@pytest.fixture
+def folder(made, tmp_path):
+    return shutil.copytree(made / "pruned", tmp_path / "checkpoint")
+
+
+def front(text):
+    return yaml.safe_load(text.split("---\n")[1])
+
+
+def test_everything_that_was_measured_is_there(made, scores):
+    data = read_card_data(
+        made / "pruned",
+        evaluation=scores,
+        base_model="me/dense",
+        dataset="me/data",
+        license="mit",
+        command="hf-prune x",
+    )
+    text = render_card(data)
+    found = json.loads(scores.read_text())
+    accuracy = found["evaluation"]["accuracy"]
+    assert f"| this model | {100 * accuracy:.2f} % ± {100 * found['evaluation']['standard_error']:.2f} | 40 |" in text
+    assert f"| dense | {100 * found['dense']['accuracy']:.2f} %" in text
+    assert f"the drop is {found['comparison']['drop']:.2f} points" in text
+    assert "Han et al. 2015, arXiv:1506.02626" in text
+    assert "Mishra et al. 2021" in text
+    assert "has the pattern 2:4" in text
+    assert "Zeros alone bring no speed-up" in text
+    assert "<code>hf-prune x</code>" in text
+    for name, text_of in (("layers.png", "Sparsity by layer"), ("weights.png", "Weights before and after")):
+        assert f"![{text_of}]({name})" in text
+    metadata = front(text)
+    assert metadata["base_model"] == "me/dense"
+    assert metadata["license"] == "mit"
+    assert metadata["datasets"] == ["me/data"]
+    assert "pruned" in metadata["tags"]
+    (entry,) = metadata["model-index"]
+    assert entry["results"][0]["metrics"][0] == {"type": "accuracy", "value": accuracy}
+    assert metadata["hf_prune"]["score"]["n"] == 40
+
+
+@pytest.mark.parametrize(
+    ("field", "trace"),
+    [
+        ("evaluation", "What it costs"),
+        ("base_model", "me/dense"),
+        ("dataset", "me/data"),
+        ("license", "license:"),
+        ("command", "Command:"),
+        ("pictures", "!["),
+        ("config", "arXiv"),
+        ("latency", "Timed in turns"),
+    ],
+)
+def test_what_is_missing_is_left_out(made, scores, field, trace):
+    point = {"model": "x/dense", "batch_size": 1, "length": 8, "median": 0.1, "against": None}
+    latency = {"points": [point], "rounds": 9, "threads": 1, "dtype": "float32", "device": "cpu", "torch": "2"}
+    data = read_card_data(
+        made / "pruned",
+        evaluation=scores,
+        latency=latency,
+        base_model="me/dense",
+        dataset="me/data",
+        license="mit",
+        command="hf-prune x",
+    )
+    assert trace in render_card(data)
+    empty = {} if field == "pictures" else None
+    less = render_card(dataclasses.replace(data, **{field: empty}))
+    assert trace not in less
+    assert "None" not in less
+
+
+def test_shrunk_models_say_how_they_load(made):
+    text = render_card(read_card_data(made / "small"))
+    assert "import hf_prune  #" in text
+    assert "Whole units were taken out" in text
+    assert "Zeros alone" not in text
+    assert "import hf_prune  #" not in render_card(read_card_data(made / "pruned"))
+
+
+def test_the_authors_own_words_and_metadata_stay(folder):
+    own = "---\nlicense: apache-2.0\nlanguage: en\ntags:\n- mine\n---\n# My model\n\nWords before.\n"
+    (folder / "README.md").write_text(own)
+    data = read_card_data(folder, license="mit")
+    write_card(folder, data)
+    text = (folder / "README.md").read_text()
+    (folder / "README.md").write_text(f"{text}\nWords after.\n")
+    write_card(folder, dataclasses.replace(data, command="hf-prune again"))
+    text = (folder / "README.md").read_text()
+    assert text.index("Words before.") < text.index(BEGIN) < text.index("hf-prune again") < text.index(END)
+    assert text.index(END) < text.index("Words after.")
+    assert text.count(BEGIN) == 1
+    metadata = front(text)
+    assert (metadata["license"], metadata["language"]) == ("apache-2.0", "en")
+    assert metadata["tags"] == ["mine", "pruned", "sparse", "hf_prune"]
+    write_card(folder, dataclasses.replace(data, command="hf-prune again"))
+    assert (folder / "README.md").read_text() == text
+
+
+def test_nothing_from_outside_becomes_markup(made):
+    data = read_card_data(made / "pruned", name="a|b`<script>\n# x", command="`rm` | <b>\n---")
+    text = render_card(data)
+    assert "<script>" not in text
+    assert "<b>" not in text
+    assert "\n# x" not in text
+    assert "a&#124;b&#96;&lt;script&gt; # x" in text
+
+
+@pytest.mark.parametrize(
+    ("more", "match"),
+    [
+        ({"license": "all rights: mine"}, "license is"),
+        ({"base_model": "/home/me/model"}, "base_model is"),
+        ({"dataset": "a/b/c"}, "dataset is"),
+    ],
+)
+def test_metadata_that_the_hub_would_refuse(made, more, match):
+    with pytest.raises(DataError, match=match):
+        render_card(read_card_data(made / "pruned", **more))
+    with pytest.raises(DataError, match="no YAML"):
+        render_card(read_card_data(made / "pruned"), "---\n{a: [\n---\n")
+
+
+def test_folders_without_a_report(tmp_path):
+    with pytest.raises(CheckpointError, match="whose numbers were counted"):
+        read_card_data(tmp_path)
+    with pytest.raises(CheckpointError, match="no card with facts"):
+        verify_checkpoint(str(tmp_path))
+
+
+def change_weight(folder, change):
+    weights = load_file(folder / "model.safetensors")
+    name = "bert.encoder.layer.0.output.dense.weight"
+    change(weights[name])
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+def refill(weight):
+    weight[weight == 0] = 1.0
+
+
+def one_more_zero(weight):
+    weight.view(-1)[(weight.view(-1) != 0).nonzero()[0]] = 0
+
+
+def test_verify_finds_what_differs(folder, run, scores, made):
+    run("card", folder, "--evaluation", scores, "--dataset", "me/data", "--write")
+    said = run("verify", folder, "--evaluate", "--data", made / "data")
+    assert "The card is right." in said
+    for change, name in ((one_more_zero, "nonzero"), (refill, "nonzero")):
+        (folder / "pruning_masks.safetensors").rename(folder / "masks")
+        change_weight(folder, change)
+        assert "DIFFERENT" in run("verify", folder, code=1)
+        result = verify_checkpoint(str(folder))
+        assert name in [fact.name for fact in result.facts if not fact.is_same]
+        shutil.copy(made / "pruned" / "model.safetensors", folder)
+        (folder / "masks").rename(folder / "pruning_masks.safetensors")
+    assert verify_checkpoint(str(folder)).is_right
+    change_weight(folder, refill)  # the masks say otherwise
+    with pytest.raises(CheckpointError, match="not those of its weights"):
+        verify_checkpoint(str(folder))
+    shutil.copy(made / "pruned" / "model.safetensors", folder)
+    text = (folder / "README.md").read_text()
+    facts = read_facts(text)
+    (folder / "README.md").write_text(text.replace(f"removed: {facts['removed']}", "removed: 7"))
+    assert [f.name for f in verify_checkpoint(str(folder)).facts if not f.is_same] == ["removed"]
+    (folder / "README.md").write_text(text.replace(f"accuracy: {facts['score']['accuracy']}", "accuracy: 0.125"))
+    wrong = run("verify", folder, "--evaluate", "--data", made / "data", "--json", code=1)
+    assert [f["name"] for f in json.loads(wrong)["facts"] if f["said"] != f["found"]] == ["accuracy"]
+
+
+def test_verify_shrunk_models(made, tmp_path, run):
+    folder = shutil.copytree(made / "small", tmp_path / "small")
+    run("card", folder, "--write")
+    assert "The card is right." in run("verify", folder)
