@@ -22,6 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from hf_prune.bypass import bypassed_layers
 from hf_prune.config import PruningConfig
@@ -274,7 +275,8 @@ def save_pruned(
         )
     store = MaskStore.of(model)
     if store is not None:
-        store.apply(model)  # training steps may have moved what the masks remove
+        if not any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+            store.apply(model)  # training steps may have moved what the masks remove
         if kwargs.get("state_dict") is not None:
             kwargs["state_dict"] = _masked(kwargs["state_dict"], store.masks)
     model.__class__ = dense_class

@@ -59,12 +59,14 @@ def train(
     target_modules: Targets = None,
     exclude_modules: Exclude = None,
     repair: Repair = None,
-    schedule: Annotated[str, typer.Option(help=f"{', '.join(schedule_names())}: how the sparsity grows.")] = "cubic",
+    schedule: Annotated[
+        str | None, typer.Option(help=f"{', '.join(schedule_names())}: how the sparsity grows. [default: cubic]")
+    ] = None,
     begin: Annotated[
-        str, typer.Option(help="First update: a step, or a share of all with a dot, such as 0.1.")
-    ] = "0.0",
+        str | None, typer.Option(help="First update: a step, or a share of all with a dot, such as 0.1. [default: 0.0]")
+    ] = None,
     end: Annotated[str | None, typer.Option(help="Last update. [default: 0.7, or the first one for one_shot]")] = None,
-    every: Annotated[str, typer.Option(help="From one update to the next.")] = "0.01",
+    every: Annotated[str | None, typer.Option(help="From one update to the next. [default: 0.01]")] = None,
     keep_masks: Annotated[
         bool, typer.Option("--keep-masks", help="Prune nothing more: train with the masks that the checkpoint has.")
     ] = False,
@@ -75,9 +77,13 @@ def train(
         str | None,
         typer.Option(help="A dense model to learn from: a folder, a Hub id, or self for the model as it came."),
     ] = None,
-    temperature: Annotated[float, typer.Option(min=0.0, help="Of the distillation.")] = 2.0,
-    hidden: Annotated[float, typer.Option(min=0.0, help="Weight of hidden states in the distillation.")] = 1.0,
-    task: Annotated[float, typer.Option(min=0.0, help="Weight of the labels beside a teacher.")] = 0.1,
+    temperature: Annotated[float | None, typer.Option(min=0.0, help="Of the distillation. [default: 2.0]")] = None,
+    hidden: Annotated[
+        float | None, typer.Option(min=0.0, help="Weight of hidden states in the distillation. [default: 1.0]")
+    ] = None,
+    task: Annotated[
+        float | None, typer.Option(min=0.0, help="Weight of the labels beside a teacher. [default: 0.1]")
+    ] = None,
     data: AnyData = None,
     text_column: AnyText = None,
     label_column: Label = "label",
@@ -99,26 +105,32 @@ def train(
     as_json: AsJson = False,
 ) -> None:
     """Train a checkpoint while it is pruned."""
-    if keep_masks and (sparsity is not None or criterion is not None or config is not None):
-        raise ConfigError("--keep-masks prunes nothing more, which contradicts --sparsity, --criterion and --config")
-    moments = {"begin": _moment("--begin", begin), "every": _moment("--every", every)}
-    if end is not None:
-        moments["end"] = _moment("--end", end)
+    pruned = {
+        "sparsity": sparsity,
+        "criterion": criterion,
+        "granularity": granularity,
+        "scope": scope,
+        "allocation": allocation,
+        "target_modules": target_modules,
+        "exclude_modules": exclude_modules,
+        "repair": repair,
+    }
+    moments = {"begin": begin, "end": end, "every": every}
+    curve = {"name": schedule} | {key: _moment(f"--{key}", text) for key, text in moments.items() if text is not None}
+    curve = {key: value for key, value in curve.items() if value is not None}
+    wanted = {"temperature": temperature, "hidden": hidden, "task": task}
+    learned: dict[str, Any] = {key: value for key, value in wanted.items() if value is not None}
+    if keep_masks and (curve or config is not None or any(value is not None for value in pruned.values())):
+        raise ConfigError(
+            "--keep-masks prunes nothing more, which contradicts options that say what is pruned, and --config"
+        )
+    if learned and teacher is None:
+        raise ConfigError(f"--{', --'.join(learned)} need a teacher: add --teacher self, or leave them out")
     settings = None
     if not keep_masks:
-        settings = read_config(
-            config,
-            sparsity=sparsity,
-            criterion=criterion,
-            granularity=granularity,
-            scope=scope,
-            allocation=allocation,
-            target_modules=target_modules,
-            exclude_modules=exclude_modules,
-            repair=repair,
-            seed=seed,
-            schedule={"name": schedule, **moments},
-        )
+        settings = read_config(config, **pruned, seed=seed)
+        before = {"name": "cubic"} if settings.schedule is None else settings.schedule.to_dict()  # type: ignore[union-attr]
+        settings = settings.replace(schedule={**before, **curve})
     start([model, *([teacher] if teacher not in (None, "self") else [])])
     of_language = is_language_model(model_class(model))
     source = data or (WIKITEXT if of_language else SST2)
@@ -144,7 +156,7 @@ def train(
         ),
         score_split=score_split or ("test" if of_language else "validation"),
         teacher=teacher,
-        distillation=None if teacher is None else Distillation(task=task, hidden=hidden, temperature=temperature),
+        distillation=None if teacher is None else Distillation(**learned),
         shrink_at=None if shrink_at is None else _moment("--shrink-at", shrink_at),
         checkpoints=checkpoints,
     )

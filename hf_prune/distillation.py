@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -16,7 +15,6 @@ from torch.nn import functional as F
 
 from hf_prune.errors import ConfigError
 
-LAST = MappingProxyType({-1: -1})
 _IGNORED = -100  # labels that do not count
 
 
@@ -40,7 +38,7 @@ class Distillation:
     logits: float = 0.9
     hidden: float = 1.0
     temperature: float = 2.0
-    layers: Mapping[int, int] = field(default_factory=lambda: LAST)
+    layers: Mapping[int, int] = field(default_factory=lambda: {-1: -1})
 
     def __post_init__(self) -> None:
         weights = {"task": self.task, "logits": self.logits, "hidden": self.hidden}
@@ -56,7 +54,7 @@ class Distillation:
                 f"layers of the distillation is {self.layers!r}: expected {{student's: teacher's}} numbers"
             )
 
-    def loss(self, student: Any, teacher: Any, inputs: Mapping[str, Tensor]) -> Tensor:
+    def loss(self, student: Any, teacher: Any, inputs: Mapping[str, Tensor], *, shifts: bool = False) -> Tensor:
         """What is added to the weighted loss on the labels: means of the batch.
 
         In language models each token counts once; in others each example, over whose tokens is averaged first.
@@ -64,23 +62,24 @@ class Distillation:
         Args:
             student: Its outputs: logits (batch, classes) or (batch, tokens, vocabulary), and hidden states.
             teacher: The same of the teacher.
-            inputs: The batch; labels of -100 and padding do not count in language models.
+            inputs: The batch; tokens whose label is -100 do not count in language models, padding in no model.
+            shifts: Whether a token's label is that of the next one, as in causal language models.
 
         Returns:
             A scalar.
         """
         total = student.logits.new_zeros((), dtype=torch.float32)
         if self.logits:
-            total = total + self.logits * self._logits(student.logits, teacher.logits, inputs)
+            total = total + self.logits * self._logits(student.logits, teacher.logits, inputs, shifts)
         if self.hidden:
             errors = []
             for own, other in self.layers.items():
                 mine, theirs = _state(student, own, "student"), _state(teacher, other, "teacher")
-                errors.append(_relative_error(mine, theirs, inputs))
+                errors.append(_relative_error(mine, theirs, inputs, shifts))
             total = total + self.hidden * torch.stack(errors).mean()
         return total
 
-    def _logits(self, own: Tensor, goal: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
+    def _logits(self, own: Tensor, goal: Tensor, inputs: Mapping[str, Tensor], shifts: bool) -> Tensor:
         if own.shape != goal.shape:
             raise ConfigError(
                 f"the student's logits have shape {tuple(own.shape)}, the teacher's {tuple(goal.shape)}: expected a "
@@ -88,7 +87,7 @@ class Distillation:
             )
         own, goal = ((x.float() / self.temperature).log_softmax(-1) for x in (own, goal))
         each = F.kl_div(own, goal, reduction="none", log_target=True).sum(-1) * self.temperature**2
-        return _average(each, inputs)
+        return _average(each, inputs, shifts)
 
 
 def _state(outputs: Any, number: int, who: str) -> Tensor:
@@ -102,7 +101,7 @@ def _state(outputs: Any, number: int, who: str) -> Tensor:
     return states[number]
 
 
-def _relative_error(own: Tensor, goal: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
+def _relative_error(own: Tensor, goal: Tensor, inputs: Mapping[str, Tensor], shifts: bool) -> Tensor:
     if own.shape != goal.shape:
         raise ConfigError(
             f"a hidden state of the student has shape {tuple(own.shape)}, the teacher's {tuple(goal.shape)}: expected "
@@ -110,16 +109,17 @@ def _relative_error(own: Tensor, goal: Tensor, inputs: Mapping[str, Tensor]) -> 
         )
     own, goal = own.float(), goal.float()
     each = (own - goal).square().sum(-1) / goal.square().sum(-1).clamp_min(1e-12)
-    return _average(each, inputs)
+    return _average(each, inputs, shifts)
 
 
-def _average(each: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
+def _average(each: Tensor, inputs: Mapping[str, Tensor], shifts: bool) -> Tensor:
     """The mean over what counts."""
     if each.dim() == 1:
         return each.mean()
     labels, mask = inputs.get("labels"), inputs.get("attention_mask")
-    if labels is not None and labels.shape == each.shape:  # a language model, whose tokens foretell the next ones
-        counted = (F.pad(labels[:, 1:], (0, 1), value=_IGNORED) != _IGNORED).float()
+    if labels is not None and labels.shape == each.shape:  # a language model
+        labels = F.pad(labels[:, 1:], (0, 1), value=_IGNORED) if shifts else labels
+        counted = (labels != _IGNORED).float()
         return (each * counted).sum() / counted.sum().clamp_min(1)
     counted = mask.float() if mask is not None and mask.shape == each.shape else torch.ones_like(each)
     each, counted = each.flatten(1), counted.flatten(1)

@@ -100,15 +100,15 @@ def find_ticket(
     _check(config, rounds, rewind_to)
     if isinstance(model, PreTrainedModel):
         prunable(model)
+    if MaskStore.of(model) is not None:
+        raise ConfigError("the model has masks: a ticket is searched from a dense one; load it anew")
     trainer = make_trainer(model)
+    if isinstance(trainer, PruningTrainer):
+        trainer.pruning.is_needed = False  # the first round is dense
     snapshot = _Snapshot(rewind_to)
     trainer.add_callback(snapshot)
     done = [_train(trainer, 0.0)]
-    if snapshot.weights is None:
-        raise ConfigError(
-            f"rewind_to={rewind_to}, and the training ended after {trainer.state.global_step} steps: expected an "
-            f"earlier step"
-        )
+    assert snapshot.weights is not None
     early, ticket = snapshot.weights, snapshot.weights
     curve = Schedule("iterative", begin=0, end=rounds, every=1)
     for number in range(1, rounds + 1):
@@ -166,6 +166,10 @@ class _Snapshot(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
         """Before any step."""
+        if self.step > state.max_steps:
+            raise ConfigError(
+                f"rewind_to={self.step}, and the training has {state.max_steps} steps: expected an earlier step"
+            )
         if self.step == 0:
             self._take(model)
 

@@ -96,7 +96,7 @@ class Schedule:
         begin: The first update, after so many steps.
         end: The last one; None: 0.7 of the training, or ``begin`` for ``"one_shot"``.
         every: Steps from one update to the next.
-        initial: Sparsity before the first update.
+        initial: What the first update aims at; before it nothing is pruned.
 
     Raises:
         ConfigError: If a value is unknown or out of range.

@@ -30,6 +30,8 @@ from hf_prune.sites import find_sites
 from hf_prune.training import TrainingPruner
 from hf_prune.training_state import check_training, load_training, save_training
 
+_HANDLES = "_hf_prune_hooks"  # where a model keeps the handles of hooks while it is trained
+
 
 class PruningCallback(TrainerCallback):
     """Prunes the model of any ``Trainer`` while it is trained, and keeps removed weights at zero.
@@ -64,10 +66,10 @@ class PruningCallback(TrainerCallback):
         self.config = None if pruning_config is None else resolve_config(pruning_config, {})
         self.pruner: TrainingPruner | None = None
         self.resume_from: str | None = None
+        self.is_needed = True  # False: a model without masks may be trained, and nothing is done then
         self._watches = True  # False: a PruningTrainer tells when gradients are there
         self._settings = {"threshold": threshold, "regularization": regularization}
         self._calibration = calibration
-        self._handles: list[Any] = []
 
     # --- the events ------------------------------------------------------------------------------------------
 
@@ -76,11 +78,23 @@ class PruningCallback(TrainerCallback):
     ) -> None:
         """Check the settings, go on from a checkpoint, or prune what the schedule wants before the first step."""
         _refuse_deepspeed(args)
+        for handle in model.__dict__.pop(_HANDLES, ()):  # of a training that was interrupted
+            handle.remove()
+        self.pruner = None
+        config = self.config
+        if config is not None and hasattr(model, "peft_config"):
+            raise ConfigError(
+                "the model is a PeftModel, and pruning would go for its adapters as well: prune the model before "
+                "get_peft_model(), train without a pruning_config, and merge with hf_prune.merge_lora"
+            )
+        if config is None and MaskStore.of(model) is None and self.resume_from is None:
+            if self.is_needed:
+                raise ConfigError(
+                    "no pruning_config, and the model has no masks: pass a config, or prune the model first"
+                )
+            return
         if isinstance(model, PreTrainedModel):
             prunable(model)
-        config = self.config
-        if config is None and MaskStore.of(model) is None and state.global_step == 0:
-            raise ConfigError("no pruning_config, and the model has no masks: pass a config, or prune the model first")
         self.pruner = TrainingPruner(model, config, state.max_steps, calibration=self._calibration, **self._settings)
         self.check_shrinking(state)
         if self._watches:
@@ -104,7 +118,8 @@ class PruningCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Zero what the step moved, change the masks if it is time, and take out what is pruned if that is due."""
-        assert self.pruner is not None
+        if self.pruner is None:
+            return
         step = state.global_step + 1
         self.pruner.after_step(step)
         if step == self.shrinking_step(state):
@@ -129,20 +144,19 @@ class PruningCallback(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Complete a checkpoint of the Trainer."""
-        if self._watches:
+        if self._watches and self.pruner is not None:
             self.save(Path(_checkpoint_folder(args, state)), args.should_save)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Take the masks of the checkpoint that was loaded as the best one, and make sure that all zeros are there."""
-        assert self.pruner is not None
-        for handle in self._handles:
+        if self.pruner is None:
+            return
+        for handle in self.pruner.model.__dict__.pop(_HANDLES, ()):
             handle.remove()
-        self._handles.clear()
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             self._restore(Path(state.best_model_checkpoint))
-        self.pruner.apply()
         self.pruner.check()
 
     # --- what they need --------------------------------------------------------------------------------------
@@ -216,6 +230,11 @@ class PruningCallback(TrainerCallback):
             raise ConfigError(
                 f"criterion {pruner.config.criterion!r} needs the gradients of all processes: use a PruningTrainer"
             )
+        if args.fp16 and (pruner.config.learns_in_training or pruner.config.criterion == "taylor"):
+            raise ConfigError(
+                f"criterion {pruner.config.criterion!r} with fp16 has to know the scale of the loss: use a "
+                f"PruningTrainer, or bf16"
+            )
         if processes()[1] > 1 and pruner.schedule.exchanges:
             raise ConfigError(
                 "a schedule that exchanges weights needs the gradients of all processes: use a PruningTrainer"
@@ -228,16 +247,17 @@ class PruningCallback(TrainerCallback):
         gradients = GradientState()
 
         def receive(name: str, parameter: Any) -> None:
-            if gradients.sync_gradients and self.pruner is not None:
+            if gradients.sync_gradients and self.pruner is not None and _HANDLES in model.__dict__:
                 with torch.no_grad():
                     self.pruner.receive(name, parameter, state.global_step + 1)
 
-        for handle in self._handles:
+        for handle in model.__dict__.pop(_HANDLES, ()):
             handle.remove()
-        self._handles.clear()
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                self._handles.append(parameter.register_post_accumulate_grad_hook(partial(receive, name)))
+        model.__dict__[_HANDLES] = [
+            parameter.register_post_accumulate_grad_hook(partial(receive, name))
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad
+        ]
 
 
 class PruningTrainer(Trainer):
@@ -292,19 +312,29 @@ class PruningTrainer(Trainer):
             regularization=regularization,
         )
         self.pruning._watches = False
+        self.pruning.is_needed = teacher is None and not hasattr(self.model, "peft_config")
+        if isinstance(self.model, PreTrainedModel):
+            prunable(self.model)
+        self.add_callback(self.pruning)
+
+    @property
+    def _prunes(self) -> bool:
         assert isinstance(self.model, nn.Module)
-        self._prunes = pruning_config is not None or MaskStore.of(self.model) is not None
-        if self._prunes:
-            if isinstance(self.model, PreTrainedModel):
-                prunable(self.model)
-            self.add_callback(self.pruning)
+        return self.pruning.config is not None or MaskStore.of(self.model) is not None
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """One batch; once the gradients of a step are complete, those of removed weights are cleared."""
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self.pruning.pruner is not None and self.accelerator.sync_gradients:
-            self.pruning.pruner.after_backward(self.state.global_step + 1)
+            scale = 1.0 if self.accelerator.scaler is None else self.accelerator.scaler.get_scale()
+            self.pruning.pruner.after_backward(self.state.global_step + 1, scale)
         return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, with the sparsity."""
+        if self.pruning.pruner is not None:
+            logs["sparsity"] = self.pruning.pruner.sparsity
+        super().log(logs, start_time)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -314,21 +344,28 @@ class PruningTrainer(Trainer):
         A batch counts in its step as many labels as it has, also where the model ignores ``num_items_in_batch``: the
         losses of most classifiers would otherwise grow with the number of batches and processes that share a step.
         """
-        counts = num_items_in_batch is not None and self.model_accepts_loss_kwargs and self.compute_loss_func is None
-        if not model.training or not (counts or self.teacher is not None):
+        own = self.compute_loss_func is None  # a function of the user's knows how to count
+        counts = num_items_in_batch is not None and (self.model_accepts_loss_kwargs or not own)
+        if not model.training or (self.teacher is None and not (counts and own)):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         hidden = {"output_hidden_states": True} if self.teacher is not None and self.distillation.hidden else {}
         batch = dict(inputs)
-        loss, outputs = super().compute_loss(model, {**inputs, **hidden}, True, None)
-        if self.teacher is not None:
-            with torch.no_grad():
-                goal = self.teacher(**self._for_teacher(batch), **hidden)
-            loss = self.distillation.task * loss + self.distillation.loss(outputs, goal, batch).to(loss.device)
-        self.loss_is_scaled_for_ga = counts
+        loss, outputs = super().compute_loss(model, {**inputs, **hidden}, True, None if own else num_items_in_batch)
+        share: Any = 1.0
         if counts:
-            loss = loss * (self._get_num_labels(batch) / num_items_in_batch)
+            share = self._get_num_labels(batch) / num_items_in_batch
             if self.args.average_tokens_across_devices:
-                loss = loss * self.accelerator.num_processes
+                share = share * self.accelerator.num_processes
+        elif not own:
+            share = 1 / self.current_gradient_accumulation_steps
+        if own:
+            loss = loss.nan_to_num(nan=0.0) * share if counts else loss  # the mean over no label is no number
+        if self.teacher is not None:
+            with torch.no_grad(), self.accelerator.autocast():
+                goal = self.teacher(**self._for_teacher(batch), **hidden)
+            extra = self.distillation.loss(outputs, goal, batch, shifts=self._loss_shifts_labels)
+            loss = self.distillation.task * loss + extra.to(loss.device) * share
+        self.loss_is_scaled_for_ga = counts or not own
         return (loss, outputs) if return_outputs else loss
 
     def _get_num_labels(self, batch: dict[str, Any]) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from typing import Any
 
 import torch
@@ -33,11 +33,13 @@ from hf_prune.shrinking import shrink_modules
 from hf_prune.sites import sites_of_channels
 from hf_prune.structured import unit_masks
 from hf_prune.targets import resolve_targets
-from hf_prune.unit_plan import choose_units
+from hf_prune.unit_plan import choose_units, unit_sites
 
+_ROUNDING = 0.005  # of a sparsity, in small pools
 _SHRUNK = "sparsity when shrunk"  # in the state
 _MEMORY = 0.9  # of running averages, by a step
-_SCORE_STEP = 0.01  # of soft movement, in units of the usual size of w * g
+_SCORE_PATH = 6.6  # how far soft movement can pull a score in a whole schedule: far enough in half of it
+_WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.")  # what others put into names
 
 
 class TrainingPruner:
@@ -82,10 +84,13 @@ class TrainingPruner:
         self._moves = config is not None and config.criterion in MOVEMENT
         self._averages = config is not None and config.criterion == "taylor" and self.calibration is None
         self._targets: frozenset[str] = frozenset()
+        self._least = 0.0  # sparsity that an earlier pruning left
+        self._removed: int | None = None  # weights that the last update left masked
         self._watched: frozenset[str] = frozenset()
         if config is not None:
             self._check(config, self.schedule)
             self._targets = frozenset(self._names(config))
+            self._least = self._check_masks(config)
             self._watched = self._targets if self._moves or self._averages else frozenset()
 
     def _check(self, config: PruningConfig, schedule: Schedule) -> None:
@@ -106,6 +111,11 @@ class TrainingPruner:
                 f"criterion 'magnitude' and granularity 'unstructured', found {config.criterion!r} and "
                 f"{config.granularity!r}"
             )
+        if config.sparsity is not None and schedule.initial > config.sparsity:
+            raise ConfigError(
+                f"the schedule begins with a sparsity of {schedule.initial:g} and ends with {config.sparsity:g}: "
+                f"expected one that grows"
+            )
         if config.polish is not None:
             raise ConfigError("polish is a training of its own: leave it out, and train for longer")
         learns = config.needs - TRAINED - (LABELLED if self._averages else frozenset())
@@ -119,46 +129,62 @@ class TrainingPruner:
         if self._moves and (config.repair is not None or config.learns_allocation):
             raise ConfigError(f"criterion {config.criterion!r} keeps the values of the training: leave repair out")
 
+    def _check_masks(self, config: PruningConfig) -> float:
+        """The sparsity of the targets by earlier masks, which must not be above what is asked for."""
+        store = MaskStore.of(self.model)
+        if store is not None and store.dense is not None:
+            raise ConfigError(
+                "the model was pruned with keep_dense=True, and its dense weights would no longer be those of what is "
+                "trained: prune it without keep_dense"
+            )
+        present = self.sparsity
+        if config.sparsity is not None and present > config.sparsity + _ROUNDING:
+            raise ConfigError(
+                f"sparsity={config.sparsity:g} is below the {present:.4f} that earlier masks remove of these targets: "
+                f"ask for more, or call discard_masks() first"
+            )
+        return present
+
     def _names(self, config: PruningConfig) -> list[str]:
         """Parameters whose zeros are counted: the targets, or the matrices of heads and neurons."""
         if config.removes_units:
-            plan, _ = choose_units(self.model, config.replace(criterion="magnitude", repair=None, schedule=None))
-            return [*plan.weights, *(p.name for s in plan.sites for p in s.parts if not p.name.endswith(".weight"))]
+            return [part.name for site in unit_sites(self.model, config) for part in site.parts]
         return [target.name for target in resolve_targets(self.model, config, loaded=not self.is_sharded)]
 
     # --- each step ----------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def after_backward(self, step: int) -> None:
+    def after_backward(self, step: int, scale: float = 1.0) -> None:
         """Learn from the gradients, and clear those of removed weights, so that neither clipping nor moments see them.
 
         Args:
             step: The optimizer step that comes next, counted from 1.
+            scale: What the loss was multiplied by, as for float16. Gradients that overflowed teach nothing.
         """
         store = MaskStore.of(self.model)
         exchanged = self.schedule.exchanges and self.schedule.is_due(step, self.steps)
         for name, parameter in self._parameters(store):
             if parameter.grad is None:
                 continue
-            self._receive(name, parameter, exchanged)
+            self._receive(name, parameter, exchanged, scale)
 
     @torch.no_grad()
     def receive(self, name: str, parameter: nn.Parameter, step: int) -> None:
         """:meth:`after_backward` for one parameter, whose gradient has just arrived."""
         self._receive(name, parameter, self.schedule.exchanges and self.schedule.is_due(step, self.steps))
 
-    def _receive(self, name: str, parameter: nn.Parameter, exchanged: bool) -> None:
+    def _receive(self, name: str, parameter: nn.Parameter, exchanged: bool, scale: float = 1.0) -> None:
         assert parameter.grad is not None
         gradient, mask = _local(parameter.grad), self._part(name, parameter)
         if exchanged and name in self._targets:
             self._gradients[name] = gradient.detach().abs()
-        if name in self._watched:
-            self._learn(name, _local(parameter), gradient, mask)
+        if name in self._watched and (scale == 1.0 or bool(gradient.isfinite().all())):
+            self._learn(name, _local(parameter), gradient.float() / scale, mask)
         if mask is not None:
             zero_removed_(gradient, mask)
 
     def _learn(self, name: str, weight: Tensor, gradient: Tensor, mask: Tensor | None) -> None:
-        scores, gradient = self.learned["score"], gradient.float()
+        scores = self.learned["score"]
         score = scores.setdefault(name, torch.zeros_like(weight, dtype=torch.float32))
         if self._averages:
             score.lerp_(gradient.abs(), 1 - _MEMORY)
@@ -168,9 +194,10 @@ class TrainingPruner:
         change = value.float() * gradient
         assert self.config is not None
         if self.config.criterion == "soft_movement":
-            change.div_(change.square().mean().sqrt().clamp_min(1e-30)).mul_(_SCORE_STEP)
+            size = _SCORE_PATH / max(1, self.schedule.span(self.steps)[1])
+            change.div_(change.square().mean().sqrt().clamp_min(1e-30)).mul_(size)
             chance = torch.sigmoid(score)
-            change.add_(chance * (1 - chance), alpha=4 * _SCORE_STEP * self.regularization)
+            change.add_(chance * (1 - chance), alpha=4 * size * self.regularization)
         score.sub_(change)
 
     @torch.no_grad()
@@ -205,6 +232,13 @@ class TrainingPruner:
         Raises:
             ArchitectureError: If nobody has said where the units of such a model are.
         """
+        for parameter, state in optimizer.state.items():
+            odd = [k for k, v in state.items() if isinstance(v, Tensor) and v.dim() and v.shape != parameter.shape]
+            if odd:
+                raise ConfigError(
+                    f"the state {odd[0]!r} of {type(optimizer).__name__} is not shaped like its weight, and cannot be "
+                    f"carried over when the model is shrunk: train with AdamW or SGD, or leave shrink_at out"
+                )
         self._gone = self.sparsity
         names = {id(parameter): name for name, parameter in self.model.named_parameters()}
         cuts: list[tuple[str, int, Tensor]] = []
@@ -248,7 +282,7 @@ class TrainingPruner:
         if store is None:
             return 0.0
         names = self._targets if self.config is not None else store.masks.keys()
-        sizes = {name: p.numel() for name, p in self.model.named_parameters() if name in names}
+        sizes = {name: p.numel() for name, p in self._named() if name in names}
         gone = sum(int((~mask).sum()) for name, mask in store.masks.items() if name in sizes)
         return gone / max(1, sum(sizes.values()))
 
@@ -265,6 +299,9 @@ class TrainingPruner:
                 raise MaskError(
                     f"{name} has non-zero weights that its mask removes: something wrote to it after the step"
                 )
+        found = 0 if store is None else sum(int((~mask).sum()) for mask in store.masks.values())
+        if self._gone is None and self._removed not in (None, found):
+            raise MaskError(f"the masks remove {found:,} weights, and the last update left {self._removed:,}")
 
     # --- when masks change -----------------------------------------------------------------------------------
 
@@ -272,7 +309,7 @@ class TrainingPruner:
         assert self.config is not None
         store = MaskStore.of(self.model) or MaskStore()
         config = self._config_at(step)
-        if self.schedule.exchanges and any(name in store.masks for name in self._targets):
+        if self.schedule.exchanges and step > self.schedule.span(self.steps)[0]:
             self._set_masks(store, self._exchanged(store, step))
             return
         if config.sparsity == 0:
@@ -282,18 +319,15 @@ class TrainingPruner:
                 with torch.enable_grad():
                     prune(self.model, config, calibration=self.calibration)
             self._parts.clear()
+            self._count()
             return
-        if self._is_soft(step):
-            masks = {n: torch.sigmoid(self._whole(s, n)) > self.threshold for n, s in self.learned["score"].items()}
-        else:
-            masks = self._chosen(config, store)
+        masks = self._chosen(config, store)
+        if self.config.criterion == "soft_movement" and self.schedule.progress(step, self.steps) < 1:
+            least = {n: torch.sigmoid(self._whole(s, n)) > self.threshold for n, s in self.learned["score"].items()}
+            masks = {name: mask | least[name] for name, mask in masks.items()}  # the schedule is the most that goes
         if not self._moves:
             masks = {n: m & store.masks[n].to(m.device) if n in store.masks else m for n, m in masks.items()}
         self._set_masks(store, masks)
-
-    def _is_soft(self, step: int) -> bool:
-        assert self.config is not None
-        return self.config.criterion == "soft_movement" and self.schedule.progress(step, self.steps) < 1
 
     def _config_at(self, step: int) -> PruningConfig:
         """The config for one update: less sparse than the final one, and without a schedule."""
@@ -301,7 +335,7 @@ class TrainingPruner:
         config = self.config.replace(schedule=None)
         if config.sparsity is None:
             return config
-        sparsity = self.schedule.sparsity(step, self.steps, config.sparsity)
+        sparsity = max(self._least, self.schedule.sparsity(step, self.steps, config.sparsity))
         if config.removes_units:
             return config.replace(sparsity=sparsity)
         granularity = parse_granularity(config.granularity)
@@ -316,6 +350,11 @@ class TrainingPruner:
     def _chosen(self, config: PruningConfig, store: MaskStore) -> dict[str, Tensor]:
         """Masks by magnitude, at random, or by what was learned."""
         scores = {name: self._whole(score, name) for name, score in self.learned["score"].items()}
+        if unseen := sorted(self._watched - scores.keys()):
+            raise ConfigError(
+                f"criterion {config.criterion!r} has seen no gradient of {unseen[0]} yet: begin the schedule after the "
+                f"first step, and train that weight, or list its module in exclude_modules"
+            )
         if config.removes_units:
             if self.is_sharded:
                 raise ConfigError("heads and neurons are not pruned under FSDP: train with DDP, or prune them before")
@@ -329,12 +368,7 @@ class TrainingPruner:
         for tensor in plan.tensors:
             name = tensor.target.name
             seed = zlib.crc32(f"{config.seed}:{name}".encode())
-            found = {need: tensor.target.matrix(scores[name]) for need in needs if name in scores}
-            if missing := needs - found.keys():
-                raise ConfigError(
-                    f"criterion {config.criterion!r} has seen no gradient of {name} yet ({', '.join(missing)}): begin "
-                    f"the schedule after the first step, and train that weight"
-                )
+            found = {need: tensor.target.matrix(scores[name]) for need in needs}
             stats[name] = dataclasses.replace(WeightStats(seed=seed), **found)  # type: ignore[arg-type]
         whole = {t.target.name: self._whole_weight(t.target.name) for t in plan.tensors}
         masks, _ = compute_masks(self.model, plan, stats, {} if self._moves else store.masks, whole=whole)
@@ -365,7 +399,7 @@ class TrainingPruner:
         return masks
 
     def _set_masks(self, store: MaskStore, masks: Mapping[str, Tensor]) -> None:
-        parameters = dict(self.model.named_parameters())
+        parameters = dict(self._named())
         for name, mask in masks.items():
             mask = from_first(mask)
             if self._moves:
@@ -374,6 +408,11 @@ class TrainingPruner:
         store.config = self.config
         store.attach(self.model)
         self._parts.clear()
+        self._count()
+
+    def _count(self) -> None:
+        store = MaskStore.of(self.model)
+        self._removed = None if store is None else sum(int((~mask).sum()) for mask in store.masks.values())
 
     def _move(self, name: str, parameter: nn.Parameter, mask: Tensor) -> None:
         """Put the values of weights that go aside, and give back those of weights that come."""
@@ -393,32 +432,45 @@ class TrainingPruner:
 
     def _parameters(self, store: MaskStore | None) -> Iterator[tuple[str, nn.Parameter]]:
         """Those that have a mask, or that are watched."""
-        names = self._watched | (set() if store is None else store.masks.keys())
-        if self.schedule.exchanges and self.config is not None:
-            names = names | self._targets
-        if names:
-            yield from ((name, p) for name, p in self.model.named_parameters() if name in names)
+        masked: Set[str] = set() if store is None else store.masks.keys()
+        names = self._watched | masked | (self._targets if self.schedule.exchanges else set())
+        if not names:
+            return
+        found = {name: parameter for name, parameter in self._named() if name in names}
+        if missing := sorted(masked - found.keys()):
+            raise MaskError(
+                f"{missing[0]} has a mask, and the model has no such weight: it was changed after pruning, and its "
+                f"weights would be trained without their masks"
+            )
+        yield from found.items()
+
+    def _named(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Parameters by the names that they have without wrappers inside the model."""
+        for name, parameter in self.model.named_parameters():
+            for wrapper in _WRAPPERS:
+                name = name.replace(wrapper, "")
+            yield name, parameter
 
     def _part(self, name: str, parameter: nn.Parameter) -> Tensor | None:
         """This process's part of a mask."""
+        store = MaskStore.of(self.model)
+        if store is None or name not in store.masks:
+            return None
         if name not in self._parts:
-            store = MaskStore.of(self.model)
-            if store is None or name not in store.masks:
-                return None
             if store.masks[name].shape != parameter.shape:
                 store.check(self.model)
             self._parts[name] = _part_of(store.masks[name], parameter)
         return self._parts[name]
 
     def _whole_weight(self, name: str) -> Tensor:
-        parameter = self.model.get_parameter(name).detach()
+        parameter = dict(self._named())[name].detach()
         whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
         latent = self.learned["latent"].get(name)
         return whole if latent is None else whole + self._whole(latent, name)
 
     def _whole(self, part: Tensor, name: str) -> Tensor:
         """All processes' parts of a tensor that lies as a parameter does."""
-        parameter = self.model.get_parameter(name)
+        parameter = dict(self._named())[name]
         if not isinstance(parameter, DTensor):
             return part
         return DTensor.from_local(
@@ -443,7 +495,7 @@ class TrainingPruner:
             state: What :meth:`state` gave.
             store: The masks; None if nothing was pruned yet.
         """
-        parameters = dict(self.model.named_parameters())
+        parameters = dict(self._named())
         self.learned = {"score": {}, "latent": {}}
         self._gone = float(state[_SHRUNK]) if _SHRUNK in state else None
         for key, tensor in state.items():
@@ -456,6 +508,7 @@ class TrainingPruner:
             MaskStore.detach(self.model)
         else:
             store.attach(self.model)
+        self._removed = None
 
 
 def _local(tensor: Tensor) -> Tensor:

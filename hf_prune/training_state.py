@@ -24,7 +24,16 @@ from hf_prune.masking import MaskStore
 STATE_FILE = "pruning_state.safetensors"
 _HEADER = "hf_prune"
 _FORMAT, _VERSION = "hf_prune.training", 1
-_NAMED = ("*.safetensors", "config.json", "optimizer.pt", "scheduler.pt", "trainer_state.json")
+_NAMED = (
+    "*.safetensors",
+    "config.json",
+    "optimizer.*",
+    "scheduler.pt",
+    "trainer_state.json",
+    "pytorch_model_fsdp*",  # of FSDP, a file or a folder
+    "pytorch_model_fsdp*/*",
+    "optimizer_*/*",
+)
 _CHUNK = 1 << 22
 
 
@@ -106,8 +115,8 @@ def check_training(folder: Path) -> tuple[dict[str, Any], dict[str, Any], dict[s
 
 def _files(folder: Path) -> dict[str, list[int]]:
     """Size and checksum of the files that have to belong together."""
-    paths = {path for pattern in _NAMED for path in folder.glob(pattern) if path.name != STATE_FILE}
-    return {path.name: [path.stat().st_size, _checksum(path)] for path in sorted(paths)}
+    paths = {path for pattern in _NAMED for path in folder.glob(pattern) if path.is_file() and path.name != STATE_FILE}
+    return {path.relative_to(folder).as_posix(): [path.stat().st_size, _checksum(path)] for path in sorted(paths)}
 
 
 def _checksum(path: Path) -> int:

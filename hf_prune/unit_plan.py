@@ -243,6 +243,22 @@ def _agreed(choice: Choice, layers: Sequence[str]) -> Choice:
     )
 
 
+def unit_sites(model: nn.Module, config: PruningConfig) -> list[Site]:
+    """Where a config prunes heads and neurons of a model; empty sites are none.
+
+    Args:
+        model: A transformers model of an architecture in the table.
+        config: Its ``granularity`` and ``exclude_modules``.
+    """
+    sites = []
+    for site in find_sites(model):
+        modules = {part.name.rpartition(".")[0] for part in site.parts} | {f"{name}.{i}" for name, i in site.layers}
+        spared = config.exclude_modules and any(module_matches(name, config.exclude_modules) for name in modules)
+        if site.kind in config.granularity and site.units and not spared:
+            sites.append(site)
+    return sites
+
+
 def _candidates(
     model: nn.Module, config: PruningConfig, lists: Sequence[LayerList]
 ) -> tuple[list[Site], dict[str, tuple[str, ...]]]:
@@ -251,11 +267,7 @@ def _candidates(
     def is_excluded(name: str) -> bool:
         return bool(config.exclude_modules) and module_matches(name, config.exclude_modules)
 
-    sites = []
-    for site in find_sites(model):
-        modules = {part.name.rpartition(".")[0] for part in site.parts} | {f"{name}.{i}" for name, i in site.layers}
-        if site.kind in config.granularity and site.units and not any(map(is_excluded, modules)):
-            sites.append(site)
+    sites = unit_sites(model, config)
     layers: dict[str, tuple[str, ...]] = {}
     for each in lists if "layer" in config.granularity else ():
         for i in range(each.stack.fixed, len(each.layers)):

@@ -66,7 +66,7 @@ def test_later_masks_are_inside_earlier_ones_and_go_by_trained_weights(tmp_path)
         ({"schedule": "cubic"}, {}, "no schedule"),
         ({}, {"rounds": 0}, "rounds is 0"),
         ({}, {"rewind_to": -1}, "rewind_to is -1"),
-        ({}, {"rewind_to": 99}, "the training ended after 6 steps"),
+        ({}, {"rewind_to": 99}, "the training has 6 steps"),
     ],
 )
 def test_refused(tmp_path, settings, more, match):

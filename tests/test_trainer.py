@@ -21,7 +21,7 @@ from hf_prune import (
     Schedule,
     prune,
 )
-from hf_prune.checkpoint import MASK_FILE
+from hf_prune.checkpoint import MASK_FILE, load_masks
 from hf_prune.training_state import STATE_FILE
 from tests import models
 
@@ -228,12 +228,12 @@ def test_movement_is_the_sum_of_weight_times_gradient_of_the_dense_weight(tmp_pa
             pruner = run.pruning.pruner
             original = pruner.after_backward
 
-            def after(step):
+            def after(step, scale=1.0):
                 for name in pruner._targets:
                     parameter = model.get_parameter(name)
                     value = values.get(name, parameter.detach().clone())
                     expected[name] = expected.get(name, 0) - value * parameter.grad
-                original(step)
+                original(step, scale)
 
             pruner.after_backward = after
 
@@ -276,11 +276,11 @@ def test_taylor_is_a_running_average(tmp_path):
         def on_train_begin(self, args, state, control, model=None, **kwargs):
             original = run.pruning.pruner.after_backward
 
-            def after(step):
+            def after(step, scale=1.0):
                 for name in run.pruning.pruner._targets:
                     gradient = model.get_parameter(name).grad.abs()
                     by_hand[name] = 0.9 * by_hand.get(name, torch.zeros_like(gradient)) + 0.1 * gradient
-                original(step)
+                original(step, scale)
 
             run.pruning.pruner.after_backward = after
 
@@ -300,10 +300,10 @@ def test_rigl_exchanges_the_smallest_for_those_with_the_largest_gradients(tmp_pa
         def on_train_begin(self, args, state, control, model=None, **kwargs):
             original = run.pruning.pruner.after_backward
 
-            def after(step):
+            def after(step, scale=1.0):
                 if step == 4:
                     gradients.update({n: model.get_parameter(n).grad.clone() for n in run.pruning.pruner._targets})
-                original(step)
+                original(step, scale)
 
             run.pruning.pruner.after_backward = after
 
@@ -382,15 +382,14 @@ def test_resumed_is_uninterrupted_bit_for_bit(tmp_path, variant):
     assert (tmp_path / "whole" / f"checkpoint-{STEPS}" / STATE_FILE).exists()
 
 
-def test_without_the_masks_momentum_would_undo_them(tmp_path, monkeypatch):
-    """What restoring them is for: late in training, one step of Adam alone fills every zero."""
+def test_without_restoring_masks_momentum_undoes_them(tmp_path, monkeypatch):
+    """Late in training one step of Adam alone fills every zero: what restoring the masks is for."""
     run = make(tmp_path / "whole", "plain")
     run.train()
     sparse = counts(run.model)[0]
     again = make(tmp_path / "again", "plain")
     monkeypatch.setattr(PruningCallback, "_restore", lambda self, folder: None)
-    monkeypatch.setattr("hf_prune.training.TrainingPruner.after_step", lambda self, step: False)
-    again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-11"))
+    again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-11"))  # the schedule has ended by then
     zeros = sum(int((p == 0).sum()) for p in again.model.parameters())
     assert zeros < sparse / 2
 
@@ -704,16 +703,187 @@ def test_trainers_that_cannot_work(tmp_path):
 
 def test_something_that_fills_zeros_is_noticed(tmp_path):
     class Vandal(TrainerCallback):
-        def on_train_end(self, args, state, control, model=None, **kwargs):
-            pass
+        """Writes after the last step."""
+
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            if state.global_step == STEPS:
+                name, mask = next(iter(MaskStore.of(model).masks.items()))
+                with torch.no_grad():
+                    model.get_parameter(name).copy_(torch.ones(mask.shape))
 
     run = trainer(tmp_path, callbacks=[Vandal()])
-    run.train()
-    name, mask = next(iter(MaskStore.of(run.model).masks.items()))
-    with torch.no_grad():
-        run.model.get_parameter(name).copy_(torch.ones(mask.shape))
     with pytest.raises(MaskError, match="non-zero weights that its mask removes"):
-        run.pruning.pruner.check()
+        run.train()
+
+
+def test_masks_that_change_behind_our_back_are_noticed(tmp_path):
+    class Vandal(TrainerCallback):
+        """Forgets a mask, with its zeros."""
+
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            if state.global_step == STEPS:
+                MaskStore.of(model).masks.popitem()
+
+    with pytest.raises(MaskError, match="and the last update left"):
+        trainer(tmp_path, callbacks=[Vandal()]).train()
+
+
+def test_weights_that_are_not_found_any_more_are_noticed(tmp_path):
+    model = prune(models.tiny_bert(), 0.5)
+    run = PruningTrainer(model=model, args=arguments(tmp_path), train_dataset=Sentences())
+    MaskStore.of(model).masks["gone.weight"] = torch.ones(2, 2, dtype=torch.bool)
+    with pytest.raises(MaskError, match=r"gone\.weight has a mask, and the model has no such weight"):
+        run.train()
+
+
+def test_wrappers_inside_the_model_do_not_hide_weights(tmp_path):
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    model = prune(models.tiny_bert(), 0.5)
+    layers = model.bert.encoder.layer
+    for i, layer in enumerate(layers):
+        layers[i] = checkpoint_wrapper(layer)
+    run = PruningTrainer(model=model, args=arguments(tmp_path), train_dataset=Sentences())
+    run.train()
+    gone = counts(model)[0]
+    assert sum(int((p == 0).sum()) for p in model.parameters()) >= gone
+
+
+def test_an_interrupted_training_leaves_no_hooks(tmp_path):
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 10:
+                raise KeyboardInterrupt
+
+    model = models.tiny_bert()
+    pieces = {"model": model, "args": arguments(tmp_path), "train_dataset": Sentences()}
+    with pytest.raises(KeyboardInterrupt):
+        Trainer(**pieces, callbacks=[PruningCallback(config()), Stop()]).train()
+    model.make_permanent()
+    Trainer(**pieces).train()
+    assert sum(int((p == 0).sum()) for p in model.parameters()) < 10
+
+
+def test_masks_made_after_the_trainer_count(tmp_path):
+    model = models.tiny_bert()
+    run = PruningTrainer(model=model, args=arguments(tmp_path), train_dataset=Sentences())
+    prune(model, 0.5)
+    run.train()
+    assert all(not model.get_parameter(n).detach()[~m].any() for n, m in MaskStore.of(model).masks.items())
+    with pytest.raises(ConfigError, match="the model has no masks"):
+        PruningTrainer(model=models.tiny_bert(), args=arguments(tmp_path), train_dataset=Sentences()).train()
+
+
+@pytest.mark.parametrize(
+    ("first", "settings", "finally_gone"),
+    [
+        (0.5, {"schedule": Schedule("rigl", begin=0, end=8, every=2)}, 0.75),
+        (0.5, {}, 0.75),
+        (0.5, {"criterion": "movement"}, 0.75),
+        (0.75, {}, 0.75),
+    ],
+)
+def test_a_model_that_is_pruned_already_gets_sparser(tmp_path, first, settings, finally_gone):
+    model = prune(models.tiny_bert(), first, target_modules=("query", "dense"))
+    watch = Watch()
+    run = trainer(tmp_path, model, config(**settings), callbacks=[watch])
+    run.train()
+    assert min(watch.sparsities) >= first - 0.01
+    gone, size = counts(model)
+    assert gone == round(finally_gone * size)
+
+
+def test_less_than_there_is_is_refused_before_the_first_step(tmp_path):
+    model = prune(models.tiny_bert(), 0.9, target_modules=("query", "dense"))
+    with pytest.raises(ConfigError, match=r"sparsity=0\.75 is below the 0\.8996"):
+        trainer(tmp_path, model).train()
+    with pytest.raises(ConfigError, match=r"begins with a sparsity of 0\.8 and ends with 0\.75"):
+        trainer(tmp_path, pruning=config(schedule=Schedule("cubic", initial=0.8))).train()
+    dense = prune(models.tiny_bert(), 0.5, keep_dense=True)
+    with pytest.raises(ConfigError, match="keep_dense=True"):
+        trainer(tmp_path, dense).train()
+
+
+def test_soft_movement_never_goes_beyond_the_schedule(tmp_path):
+    watch = Watch()
+    pruning = config(criterion="soft_movement", schedule=Schedule("linear", begin=1, end=180, every=10))
+    trainer(tmp_path, pruning=pruning, callbacks=[watch], training={"max_steps": 200}).train()
+    allowed = [0.75 * min(1, step / 180) for step in range(1, 201)]
+    assert all(found <= most + 0.01 for found, most in zip(watch.sparsities, allowed, strict=True))
+    assert watch.sparsities[170] > 0.3  # the threshold does something before the end
+    assert watch.sparsities[-1] == pytest.approx(0.75, abs=1e-3)
+
+
+@pytest.mark.parametrize("criterion", ["magnitude", "fisher", "taylor"])
+def test_calibrated_heads_and_neurons_with_a_repair(tmp_path, criterion):
+    model = models.tiny_bert()
+    batches = [{k: v for k, v in batch.items() if k != "labels"} for batch in models.tiny_batches(model)]
+    pruning = PruningConfig(
+        0.5,
+        criterion,
+        ("head", "neuron"),
+        "global",
+        repair="least_squares",
+        schedule=Schedule("one_shot", begin=3),
+    )
+    run = trainer(tmp_path, model, pruning, calibration=batches)
+    run.train()
+    assert run.pruning.pruner.sparsity > 0.3
+
+
+def test_gradients_that_overflow_teach_nothing(tmp_path):
+    """float16 multiplies the loss; scores are those of the loss itself."""
+    found = {}
+    for scale in (1.0, 1024.0):
+        run = trainer(tmp_path / str(scale), still(), config(criterion="movement"), training={"max_steps": 8})
+
+        class Scale(TrainerCallback):
+            def on_train_begin(self, args, state, control, model=None, trainer=run, factor=scale, **kwargs):
+                pruner = trainer.pruning.pruner
+                original = pruner.after_backward
+
+                def after(step, scale=1.0):
+                    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+                    torch._foreach_mul_(gradients, factor)
+                    original(step, factor)
+                    torch._foreach_div_(gradients, factor)
+
+                pruner.after_backward = after
+
+        run.add_callback(Scale())
+        run.train()
+        found[scale] = run.pruning.pruner.learned["score"]
+    for name, score in found[1.0].items():
+        torch.testing.assert_close(found[1024.0][name], score, rtol=1e-4, atol=1e-12)
+    before = {name: score.clone() for name, score in found[1024.0].items()}
+    for name in before:
+        run.model.get_parameter(name).grad = torch.full_like(run.model.get_parameter(name), float("inf"))
+    run.pruning.pruner.after_backward(8, 1024.0)
+    assert all(torch.equal(before[name], found[1024.0][name]) for name in before)
+
+
+def test_deepspeed_is_refused(tmp_path, monkeypatch):
+    args = arguments(tmp_path)
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(ConfigError, match="DeepSpeed"):
+        PruningCallback(config()).on_train_begin(args, None, None, model=models.tiny_bert())
+
+
+def test_labels_are_shifted_only_where_the_model_shifts_them():
+    class Outputs(dict):
+        __getattr__ = dict.get
+
+    labels = torch.tensor([[-100, -100, -100, 5]])
+    states = torch.zeros(1, 4, 2)
+    states[0, 3] = torch.tensor([7.0, 0.0])
+    student = Outputs(logits=torch.zeros(1, 4, 3), hidden_states=(states,))
+    teacher = Outputs(logits=torch.zeros(1, 4, 3), hidden_states=(torch.ones(1, 4, 2),))
+    only_hidden = Distillation(task=0, logits=0, hidden=1)
+    plain = only_hidden.loss(student, teacher, {"labels": labels})
+    shifted = only_hidden.loss(student, teacher, {"labels": labels}, shifts=True)
+    assert float(plain) == pytest.approx((36 + 1) / 2)  # position 3 is labelled
+    assert float(shifted) == pytest.approx(1.0)  # position 2 foretells it
+    assert copy.deepcopy(only_hidden) == only_hidden
 
 
 def test_distillation_settings():
@@ -729,6 +899,5 @@ def test_distillation_settings():
 
 def test_the_config_with_its_schedule_is_in_the_checkpoint(tmp_path):
     make(tmp_path, "plain").train()
-    saved = json.loads(json.dumps(config().to_dict()))
-    assert PruningConfig.from_dict(saved) == config()
-    assert MaskStore.of(make(tmp_path, "plain").model) is None
+    assert load_masks(tmp_path / "checkpoint-10" / MASK_FILE).config == config()
+    assert json.loads(json.dumps(config().to_dict()))["schedule"]["name"] == "cubic"

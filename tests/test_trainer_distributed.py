@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from hf_prune import AutoPrunedModelForSequenceClassification, MaskStore
 from hf_prune.training_state import STATE_FILE
 from tests.training_worker import CASES
 
@@ -73,3 +74,14 @@ def test_one_process_writes_the_checkpoints(trained):
     for case in CASES:
         files = {path.name for path in (trained[1] / case / "checkpoint-10").iterdir()}
         assert {STATE_FILE, "pruning_masks.safetensors", "model.safetensors", "trainer_state.json"} <= files
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_sharded_model_is_saved_with_its_masks(trained, case):
+    model = AutoPrunedModelForSequenceClassification.from_pretrained(trained[1] / "saved" / case)
+    expected = load_file(trained[1] / "by_hand" / case / "0.safetensors")
+    masks = MaskStore.of(model).masks
+    assert masks
+    for name, mask in masks.items():
+        assert torch.equal(mask, expected[f"mask {name}"].bool())
+        assert torch.equal(model.get_parameter(name).detach(), expected[name])

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import distributed as dist
 from torch.distributed.fsdp import fully_shard
 
-from hf_prune import Distillation, MaskStore, PruningConfig, PruningTrainer, Schedule
+from hf_prune import Distillation, MaskStore, PruningConfig, PruningTrainer, Schedule, prunable
 from hf_prune.training import TrainingPruner
 from tests.test_trainer import Sentences, arguments, still
 
@@ -60,7 +60,7 @@ def by_trainer(case: str, folder: Path, teacher: bool) -> torch.nn.Module:
     return run.model
 
 
-def by_hand(case: str, sharded: bool) -> torch.nn.Module:
+def by_hand(case: str, sharded: bool, folder: Path | None) -> torch.nn.Module:
     """The steps of the Trainer on a model that FSDP2 has sharded, or on a whole one."""
     model = still().train()
     rank, size = (dist.get_rank(), dist.get_world_size()) if sharded else (0, 1)
@@ -83,6 +83,9 @@ def by_hand(case: str, sharded: bool) -> torch.nn.Module:
         optimizer.step()
         pruner.after_step(step)
         optimizer.zero_grad()
+    whole = {n: p.full_tensor() if hasattr(p, "full_tensor") else p for n, p in model.named_parameters()}
+    if folder is not None:  # as the Trainer saves a sharded model: from its whole state
+        prunable(model).save_pretrained(folder, state_dict={n: p.detach().clone() for n, p in whole.items()})
     state = pruner.state()
     pruner.restore(state, MaskStore.of(model))
     assert all(torch.equal(value, state[name]) for name, value in pruner.state().items())
@@ -104,7 +107,8 @@ def main(folder: Path) -> None:
     for case in CASES:
         save(by_trainer(case, folder, teacher=case == "magnitude"), folder / "trainer" / case / f"{rank}.safetensors")
     for case in CASES:
-        save(by_hand(case, together), folder / "by_hand" / case / f"{rank}.safetensors")
+        writes = folder / "saved" / case if rank == "0" else None
+        save(by_hand(case, together, writes), folder / "by_hand" / case / f"{rank}.safetensors")
     if together:
         dist.destroy_process_group()
 
