@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import html
 import importlib.metadata
 import importlib.resources
@@ -19,8 +20,11 @@ from huggingface_hub import EvalResult, ModelCardData
 from hf_prune.checkpoint import MASK_FILE, StoredMasks
 from hf_prune.config import UNIT_CRITERIA_OF, PruningConfig
 from hf_prune.errors import CheckpointError, DataError
-from hf_prune.files import write_text
+from hf_prune.files import write_json, write_text
 from hf_prune.registry import CRITERIA, parse_granularity
+from hf_prune.report import sparsity_report
+from hf_prune.shrinking import RECORD
+from hf_prune.structure_report import structure_report
 from hf_prune.tables import format_count
 
 BEGIN, END = "<!-- hf_prune: begin -->", "<!-- hf_prune: end -->"
@@ -68,6 +72,26 @@ class PruningCardData:
     needs_plugin: bool = False
     pictures: Mapping[str, str] = field(default_factory=dict)
     tokens: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; predictions of single examples are left out."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        values["config"] = None if self.config is None else self.config.to_dict()
+        for kind, parts in (("evaluation", ("evaluation", "dense")), ("training", ("dense", "pruned"))):
+            if values[kind] is not None:
+                values[kind] = {
+                    key: {k: v for k, v in value.items() if k not in ("predictions", "labels")}
+                    if key in parts and isinstance(value, Mapping)
+                    else value
+                    for key, value in values[kind].items()
+                }
+        return values
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> PruningCardData:
+        """What :meth:`to_dict` described."""
+        config = values.get("config")
+        return cls(**{**values, "config": None if config is None else PruningConfig.from_dict(config)})
 
 
 def read_card_data(folder: str | Path, **more: Any) -> PruningCardData:
@@ -176,6 +200,24 @@ def write_card(folder: str | Path, data: PruningCardData) -> str:
     text = render_card(data, path.read_text(encoding="utf-8") if path.is_file() else None)
     write_text(path, text)
     return text
+
+
+def describe_model(model: Any, folder: str | Path, **more: Any) -> str:
+    """Count what is zero in a model, and write the report and the card into the folder that it was saved in.
+
+    Args:
+        model: The model.
+        folder: Its checkpoint.
+        **more: As of :func:`read_card_data`.
+
+    Returns:
+        The card.
+    """
+    report = sparsity_report(model)
+    if getattr(getattr(model, "config", None), RECORD, None) is not None:
+        report = dataclasses.replace(report, structure=structure_report(model))
+    write_json(Path(folder) / "sparsity_report.json", report.to_dict())
+    return write_card(folder, read_card_data(folder, **more))
 
 
 def read_facts(text: str) -> dict[str, Any]:

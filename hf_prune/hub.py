@@ -138,6 +138,12 @@ def push_checkpoint(
     return PushResult(repo_id, sizes, removed, skipped, commit.oid, commit.pr_url or commit.commit_url, text)
 
 
+def card_of(repo_id: str, *, revision: str | None = None, token: str | bool | None = None) -> str | None:
+    """The card that a repository has; None if it has none, or is not there."""
+    path = _asking(lambda: hf_hub_download(repo_id, "README.md", revision=revision, token=token), repo_id, missing=True)
+    return None if path is None else Path(path).read_text(encoding="utf-8")
+
+
 def _files(folder: Path) -> tuple[dict[str, Path], tuple[str, ...]]:
     """What is uploaded, by path in the repository, and what is not."""
     if not (folder / "config.json").is_file():

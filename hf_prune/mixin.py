@@ -18,10 +18,11 @@ from transformers.conversion_mapping import (
 )
 
 from hf_prune.calibration import Batches
+from hf_prune.cards import describe_model
 from hf_prune.checkpoint import load_pruned, save_pruned
 from hf_prune.compressed import save_compressed
 from hf_prune.config import PruningConfig
-from hf_prune.hub import PushResult, push_checkpoint
+from hf_prune.hub import PushResult, card_of, push_checkpoint
 from hf_prune.masking import MaskStore
 from hf_prune.pipeline import prune
 from hf_prune.plan import PruningPlan
@@ -212,9 +213,13 @@ class PrunedModelMixin(nn.Module):
         force: bool = False,
         commit_message: str = "Upload pruned model",
         token: str | bool | None = None,
+        facts: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> PushResult:
-        """Upload the model with its masks, in one commit; see :func:`hf_prune.push_checkpoint`.
+        """Upload the model with its masks and a card, in one commit; see :func:`hf_prune.push_checkpoint`.
+
+        The card says what was counted just now, and what ``facts`` adds. What the repository's card says outside of our
+        marks stays.
 
         Args:
             repo_id: ``owner/name``, or a name for a repository of your own.
@@ -226,18 +231,24 @@ class PrunedModelMixin(nn.Module):
             force: Also overwrite a repository that holds something else.
             commit_message: Of the commit.
             token: Of the Hub; None takes the one you are logged in with.
+            facts: More for the card: ``base_model``, ``dataset``, ``license``, ``evaluation``, ``latency`` and so on; see
+                :class:`hf_prune.PruningCardData`.
             **kwargs: As of :meth:`save_pretrained`, such as ``max_shard_size``.
 
         Raises:
             CheckpointError: If the model cannot be saved.
             HubError: If it cannot be uploaded; the repository is as it was.
         """
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(Path(folder) / "model", compressed=compressed, **kwargs)
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary) / "model"
+            self.save_pretrained(folder, compressed=compressed, **kwargs)
             if tokenizer is not None:
-                tokenizer.save_pretrained(Path(folder) / "model")
+                tokenizer.save_pretrained(folder)
+            if "/" in repo_id and (card := card_of(repo_id, token=token)) is not None:
+                (folder / "README.md").write_text(card, encoding="utf-8")
+            describe_model(self, folder, **{"name": repo_id, **(facts or {})})
             return push_checkpoint(
-                Path(folder) / "model",
+                folder,
                 repo_id,
                 private=private,
                 revision=revision,

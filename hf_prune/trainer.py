@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerContr
 from transformers.trainer_utils import rotate_checkpoints
 
 from hf_prune.activations import Batches
+from hf_prune.cards import describe_model
 from hf_prune.config import PruningConfig
 from hf_prune.distillation import Distillation
 from hf_prune.distributed import processes
@@ -395,6 +396,13 @@ class PruningTrainer(Trainer):
             if self.state.global_step < max(last, self.pruning.shrinking_step(self.state) or 0):
                 return False
         return super()._determine_best_metric(metrics, trial)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """The Trainer's card, with what was counted in the model: ``push_to_hub`` uploads it."""
+        super().create_model_card(*args, **kwargs)
+        folder = Path(str(self.args.output_dir))
+        if self.is_world_process_zero() and self._prunes and (folder / "config.json").is_file():
+            describe_model(self.model, folder, name=self.hub_model_id or folder.name)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         limit, self.args.save_total_limit = self.args.save_total_limit, None  # old ones go when this one is complete

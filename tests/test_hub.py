@@ -77,7 +77,7 @@ answer = model.push_to_hub("compressed", compressed=True, revision="packed", com
 assert answer.repo_id == "compressed" or answer.repo_id.endswith("/compressed")
 again = AutoPrunedModelForSequenceClassification.from_pretrained(answer.repo_id, revision="packed")
 assert all((a == b).all() for a, b in zip(again.parameters(), model.parameters()))
-request = model.push_to_hub("{REPO}", create_pr=True, commit_message="A proposal")
+request = model.push_to_hub("{REPO}", create_pr=True, commit_message="A proposal", facts={{"license": "mit"}})
 assert request.url.endswith("/discussions/1"), request.url
 assert AutoModelForSequenceClassification.from_pretrained("{REPO}", revision="refs/pr/1")
 """
@@ -86,6 +86,11 @@ assert AutoModelForSequenceClassification.from_pretrained("{REPO}", revision="re
     assert "config.json" not in hub.files(f"{USER}/compressed")
     assert hub.repos["model", REPO].commits[-1].message == "A proposal"
     assert hub.files(REPO) == stored  # the proposal is not in main
+    card = hub.files(REPO, "refs/pr/1")["README.md"].decode()
+    assert card.startswith("---\nlicense: mit\n")
+    assert "# A card" in card
+    assert "Zeros alone bring no speed-up" in card
+    assert "The card is right." in client("verify", f"{USER}/compressed", "--revision", "packed")
 
 
 def test_faults(hub, client, folders):
@@ -172,6 +177,27 @@ def test_repositories_of_other_kinds_and_people(hub, client, folders):
     client("push", folders / "pruned", REPO)
     assert "model-00001-of-00002.safetensors" not in hub.files(REPO)
     assert "model.onnx" in hub.files(REPO)
+
+
+def test_the_trainer_pushes_our_card(hub, client, tmp_path):
+    client(
+        f"""
+from tests.test_trainer import Sentences, arguments, config, models
+from hf_prune import PruningTrainer
+run = PruningTrainer(
+    model=models.tiny_bert(), train_dataset=Sentences(), pruning_config=config(),
+    args=arguments("{tmp_path / "out"}", push_to_hub=True, hub_model_id="{USER}/trained"),
+)
+run.train()
+run.push_to_hub()
+"""
+    )
+    files = hub.files(f"{USER}/trained")
+    assert {"model.safetensors", "pruning_masks.safetensors", "sparsity_report.json"} <= set(files)
+    card = files["README.md"].decode()
+    assert "generated_from_trainer" in card
+    assert "weights that were pruned are zero" in card
+    assert "The card is right." in client("verify", f"{USER}/trained")
 
 
 def test_folders_that_are_no_checkpoints(tmp_path, folders):
