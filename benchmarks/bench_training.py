@@ -152,24 +152,30 @@ def train_it(
     args: argparse.Namespace, job: Mapping[str, Any], model: Any, dense: Any, rows: Any, tokenizer: Any, settings: Any
 ) -> int:
     """One epoch; how many steps it had."""
-    from transformers import DataCollatorWithPadding
+    from transformers import DataCollatorWithPadding, Trainer
 
-    from hf_prune import Distillation, PruningConfig, PruningTrainer, Schedule
+    from hf_prune import Distillation, MaskStore, PruningConfig, PruningTrainer, Schedule
 
     data = rows.map(lambda batch: tokenizer(batch["sentence"], truncation=True, max_length=128), batched=True)
     data = data.rename_column("label", "labels").remove_columns("sentence")
     distills = "distillation" in job["method"]
     config = None if settings is None else PruningConfig(schedule=Schedule("cubic", end=0.6, every=20), **settings)
     with tempfile.TemporaryDirectory() as folder:
-        trainer = PruningTrainer(
-            model=model,
-            args=arguments(args, folder, job["seed"]),
-            train_dataset=data,
-            data_collator=DataCollatorWithPadding(tokenizer),
-            pruning_config=config,
-            teacher=copy.deepcopy(dense) if distills else None,
-            distillation=Distillation(task=0.0, logits=1.0, hidden=1.0) if distills else None,
-        )
+        pieces = {
+            "model": model,
+            "args": arguments(args, folder, job["seed"]),
+            "train_dataset": data,
+            "data_collator": DataCollatorWithPadding(tokenizer),
+        }
+        if not distills and config is None and MaskStore.of(model) is None:  # a shrunk model is like any other
+            trainer = Trainer(**pieces)
+        else:
+            trainer = PruningTrainer(
+                **pieces,
+                pruning_config=config,
+                teacher=copy.deepcopy(dense) if distills else None,
+                distillation=Distillation(task=0.0, logits=1.0, hidden=1.0) if distills else None,
+            )
         trainer.train()
         return int(trainer.state.global_step)
 

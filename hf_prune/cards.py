@@ -56,6 +56,7 @@ class PruningCardData:
         needs_plugin: Whether it loads only after ``import hf_prune``.
         pictures: Files of pictures, with a text for each.
         tokens: Whether it is a language model.
+        versions: Of the packages that made it, by name.
     """
 
     name: str
@@ -72,6 +73,7 @@ class PruningCardData:
     needs_plugin: bool = False
     pictures: Mapping[str, str] = field(default_factory=dict)
     tokens: bool = False
+    versions: Mapping[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; predictions of single examples are left out."""
@@ -128,6 +130,7 @@ def read_card_data(folder: str | Path, **more: Any) -> PruningCardData:
     found["pictures"] = {name: text for name, text in _PICTURES.items() if (folder / name).is_file()}
     found["tokens"] = any(name.endswith("ForCausalLM") for name in config.get("architectures") or [])
     found["name"] = folder.resolve().name
+    found["versions"] = {name: importlib.metadata.version(name) for name in ("hf_prune", "torch", "transformers")}
     for key, value in more.items():
         if key in ("evaluation", "latency") and isinstance(value, str | Path):
             found[key] = _read(Path(value))
@@ -441,8 +444,10 @@ def _made(data: PruningCardData) -> list[str]:
     lines = []
     if data.command:
         lines.append(f"Command: <code>{_plain(data.command)}</code>")
-    versions = [f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers")]
-    return [*lines, f"Card written with {', '.join(versions)}."] if lines else []
+        if data.versions:
+            with_ = ", ".join(f"{name} {version}" for name, version in data.versions.items())
+            lines.append(_plain(f"With {with_}."))
+    return lines
 
 
 def _share(part: int, whole: int) -> str:

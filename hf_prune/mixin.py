@@ -218,8 +218,8 @@ class PrunedModelMixin(nn.Module):
     ) -> PushResult:
         """Upload the model with its masks and a card, in one commit; see :func:`hf_prune.push_checkpoint`.
 
-        The card says what was counted just now, and what ``facts`` adds. What the repository's card says outside of our
-        marks stays.
+        The card says what was counted just now, and what ``facts`` adds. What the repository's card says outside of
+        our marks stays.
 
         Args:
             repo_id: ``owner/name``, or a name for a repository of your own.
@@ -231,7 +231,7 @@ class PrunedModelMixin(nn.Module):
             force: Also overwrite a repository that holds something else.
             commit_message: Of the commit.
             token: Of the Hub; None takes the one you are logged in with.
-            facts: More for the card: ``base_model``, ``dataset``, ``license``, ``evaluation``, ``latency`` and so on; see
+            facts: More for the card: ``base_model``, ``dataset``, ``license``, ``evaluation``, ``latency``, as of
                 :class:`hf_prune.PruningCardData`.
             **kwargs: As of :meth:`save_pretrained`, such as ``max_shard_size``.
 

@@ -3,12 +3,21 @@
 import dataclasses
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import yaml
 from safetensors.torch import load_file, save_file
 
-from hf_prune import CheckpointError, DataError, read_card_data, render_card, verify_checkpoint, write_card
+from hf_prune import (
+    CheckpointError,
+    DataError,
+    PruningCardData,
+    read_card_data,
+    render_card,
+    verify_checkpoint,
+    write_card,
+)
 from hf_prune.cards import BEGIN, END, read_facts
 from hf_prune.cli import main
 from tests import models
@@ -230,3 +239,18 @@ def test_verify_shrunk_models(made, tmp_path, run):
     folder = shutil.copytree(made / "small", tmp_path / "small")
     run("card", folder, "--write")
     assert "The card is right." in run("verify", folder)
+
+
+CARDS = sorted(p.parent for p in (Path(__file__).parents[1] / "model_cards").glob("*/card.json"))
+
+
+def test_there_are_cards_of_real_runs():
+    assert len(CARDS) >= 4
+
+
+@pytest.mark.parametrize("folder", CARDS, ids=lambda p: p.name)
+def test_cards_of_real_runs_are_what_their_facts_say(folder):
+    data = PruningCardData.from_dict(json.loads((folder / "card.json").read_text()))
+    assert render_card(data) == (folder / "README.md").read_text()
+    assert all((folder / name).is_file() for name in data.pictures)
+    assert data.evaluation["comparison"]["n"] == 872
