@@ -124,7 +124,11 @@ def read_card_data(folder: str | Path, **more: Any) -> PruningCardData:
         )
     config = _read(folder / "config.json")
     masks = folder / MASK_FILE
-    found["config"] = StoredMasks(masks).config if masks.is_file() else None
+    settings = (config.get(RECORD) or {}).get("pruning_config")
+    if masks.is_file():
+        found["config"] = StoredMasks(masks).config
+    elif settings is not None:
+        found["config"] = PruningConfig.from_dict(settings)
     found["needs_plugin"] = config.get("quantization_config", {}).get("quant_method") == "hf_prune"
     found["files"] = {p.name: p.stat().st_size for p in sorted(folder.glob("*.safetensors"))}
     found["pictures"] = {name: text for name, text in _PICTURES.items() if (folder / name).is_file()}
@@ -290,7 +294,7 @@ def _text(data: PruningCardData) -> str:
     structure = report.get("structure")
     size = {
         "parameters": f"{(structure or report)['parameters']:,}",
-        "nonzero": f"{report['nonzero']:,}" if structure is None else "all but single zeros",
+        "nonzero": f"{report['nonzero']:,}" if structure is None else "",
         "memory": f"{format_count((structure or report)['bytes'])}B",
         "disk": f"{format_count(sum(data.files.values()))}B",
         "before": f"{structure['parameters_before']:,}" if structure else None,
@@ -322,7 +326,7 @@ def _what(data: PruningCardData) -> list[str]:
     if report.get("structure"):
         now, before = report["structure"]["parameters"], report["structure"]["parameters_before"]
         lines.append(f"Whole units were taken out: {now:,} of {before:,} parameters are left ({_share(now, before)}).")
-    if report["removed"]:
+    elif report["removed"]:
         lines.append(
             f"{report['removed']:,} of the {report['target_parameters']:,} weights that were pruned are zero "
             f"({_share(report['removed'], report['target_parameters'])}); of all parameters "
@@ -417,6 +421,16 @@ def _speed(data: PruningCardData) -> str:
 
 
 def _layers(report: Mapping[str, Any]) -> list[list[str]]:
+    if (structure := report.get("structure")) is not None:
+        return [
+            [
+                _plain(site["name"]),
+                f"{site['units']:,} of {site['before']:,} {site['kind']}s",
+                _share(gone, site["before"]),
+            ]
+            for site in structure["sites"]
+            if (gone := site["before"] - site["units"]) >= 0
+        ]
     rows = []
     for tensor in report["tensors"]:
         if tensor["is_target"]:

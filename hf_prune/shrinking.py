@@ -59,11 +59,14 @@ def shrink_modules(model: Model, cuts: list[tuple[str, int, Tensor]] | None = No
     if cuts is not None:
         cuts += _cuts(sites, kept)
     renamed = _remove_layers(model, lists, gone)
-    speed = store.speed if (store := MaskStore.of(model)) is not None else None
+    store = MaskStore.of(model)
+    speed, settings = (None, None) if store is None else (store.speed, store.config)
     _update_store(model, sites, kept, gone, renamed)
     _record(model, before, units, kept, lists, gone, renamed)
     if speed is not None and (record := getattr(model.config, RECORD, None)) is not None:
         record["speed"] = speed.to_dict()
+    if settings is not None and (record := getattr(model.config, RECORD, None)) is not None:
+        record["pruning_config"] = settings.to_dict()
     simplify_config(model)
     return model
 
