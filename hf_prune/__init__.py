@@ -81,6 +81,7 @@ _MODULES = {
     "torch_prune": ("from_torch_prune",),
     "distillation": ("Distillation",),
     "hub": ("PushResult", "push_checkpoint"),
+    "migration": ("MigrationReport", "migrate_checkpoint"),
     "lottery": ("LotteryResult", "LotteryRound", "find_ticket"),
     "lora": ("MergeReport", "merge_lora"),
     "schedules": ("Schedule", "register_schedule"),

@@ -16,7 +16,7 @@ import typer
 from hf_prune import __version__
 from hf_prune.calibration_data import POLISH_SAMPLES, LabelledData, TextData
 from hf_prune.cli_card import card, verify
-from hf_prune.cli_compress import compress, decompress
+from hf_prune.cli_compress import compress, decompress, migrate
 from hf_prune.cli_hub import push
 from hf_prune.cli_options import (
     SST2,
@@ -497,6 +497,7 @@ app.command(epilog="Example: hf-prune verify MODEL --evaluate --data glue/sst2")
 app.command(epilog="Example: hf-prune push pruned me/bert-sst2-80 --dry-run")(push)
 app.command(epilog="Example: hf-prune compress pruned small")(compress)
 app.command(epilog="Example: hf-prune decompress small pruned")(decompress)
+app.command(epilog="Example: hf-prune migrate old new")(migrate)
 
 
 @app.command(epilog="Example: hf-prune export pruned pruned.onnx")

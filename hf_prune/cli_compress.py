@@ -1,4 +1,4 @@
-"""hf-prune compress and hf-prune decompress: checkpoints into packed weights and back."""
+"""hf-prune compress, decompress and migrate: checkpoints into packed weights and back, and from other tools."""
 
 from __future__ import annotations
 
@@ -36,3 +36,15 @@ def decompress(
     from hf_prune.compressed import decompress_checkpoint
 
     typer.echo(f"{decompress_checkpoint(folder, out)}\nSaved: {out}")
+
+
+def migrate(
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="A folder that another tool wrote.", show_default=False)
+    ],
+    out: Out,
+) -> None:
+    """Carry a checkpoint over that torch.nn.utils.prune, parametrize, compressed-tensors or transformers 4 pruned."""
+    from hf_prune.migration import migrate_checkpoint
+
+    typer.echo(f"{migrate_checkpoint(folder, out)}\nSaved: {out}")

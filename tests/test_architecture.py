@@ -84,6 +84,7 @@ LAYERS = (
         "checkpoint",
         "cards",
         "hub",
+        "migration",
         "training_state",
     ),
     (

@@ -55,6 +55,7 @@ COMMANDS = (
     "push",
     "compress",
     "decompress",
+    "migrate",
     "export",
     "list",
 )
@@ -148,7 +149,7 @@ def test_help_of_a_command_has_an_example(command):
     assert result.exit_code == 0
     assert f"hf-prune {command}" in result.output.split("Example")[1]
     assert ("MODEL" in result.output.splitlines()[0]) == (
-        command not in ("demo", "compress", "decompress", "card", "push", "list")
+        command not in ("demo", "compress", "decompress", "migrate", "card", "push", "list")
     )
 
 

@@ -1,0 +1,204 @@
+"""Checkpoints of other tools become ours: the same weights, with masks, and what could not be carried over is named."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch.nn.utils import prune as torch_prune
+from transformers import AutoModelForSequenceClassification
+
+from hf_prune import (
+    AutoPrunedModelForSequenceClassification,
+    CheckpointError,
+    MaskStore,
+    migrate_checkpoint,
+    prunable,
+    shrink,
+)
+from hf_prune.cli import main
+from tests import models
+
+NAMES = ["bert.encoder.layer.0.attention.self.query.weight", "bert.encoder.layer.1.output.dense.weight"]
+
+
+@pytest.fixture
+def dense(tmp_path):
+    """A plain checkpoint with zeros, and the masks that made them."""
+    model = models.tiny_bert()
+    masks = {}
+    for i, name in enumerate(NAMES):
+        weight = model.get_parameter(name)
+        masks[name] = torch.rand(weight.shape, generator=torch.Generator().manual_seed(i)) > 0.5
+        weight.data[~masks[name]] = 0
+    model.save_pretrained(tmp_path / "plain")
+    return model, masks
+
+
+def rewrite(folder, source, change):
+    """Another checkpoint with other tensors."""
+    folder.mkdir()
+    tensors = load_file(source / "model.safetensors")
+    change(tensors)
+    save_file({n: t.contiguous() for n, t in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text((source / "config.json").read_text())
+    (folder / "vocab.txt").write_text("words")
+
+
+def as_torch(name, weight, mask):
+    return {f"{name}_orig": torch.where(mask, weight, 9.0), f"{name}_mask": mask.float()}
+
+
+def as_parametrization(name, weight, mask):
+    module = name.removesuffix(".weight")
+    base = f"{module}.parametrizations.weight"
+    return {f"{base}.original": torch.where(mask, weight, 9.0), f"{base}.0.mask": mask}
+
+
+def as_bitmask(name, weight, mask):
+    bits = torch.from_numpy(np.packbits(mask.numpy(), axis=-1, bitorder="little"))
+    offsets = mask.sum(1).cumsum(0) - mask.sum(1)
+    values = {"bitmask": bits, "compressed": weight[mask], "row_offsets": offsets, "shape": torch.tensor(weight.shape)}
+    return {f"{name}.{key}": value for key, value in values.items()}
+
+
+@pytest.mark.parametrize(
+    ("kind", "write"),
+    [("torch.nn.utils.prune", as_torch), ("parametrizations", as_parametrization), ("sparse-bitmask", as_bitmask)],
+)
+def test_weights_and_masks_are_carried_over(tmp_path, dense, kind, write):
+    model, masks = dense
+
+    def change(tensors):
+        for name, mask in masks.items():
+            tensors |= write(name, tensors.pop(name), mask)
+
+    rewrite(tmp_path / "old", tmp_path / "plain", change)
+    report = migrate_checkpoint(tmp_path / "old", tmp_path / "new")
+    assert (report.formats, report.masks, report.left) == ((kind,), 2, ())
+    loaded = AutoPrunedModelForSequenceClassification.from_pretrained(tmp_path / "new")
+    for name, value in model.state_dict().items():
+        assert models.same_bits(loaded.state_dict()[name], value)
+    found = MaskStore.of(loaded).masks
+    assert all(torch.equal(found[name], mask) for name, mask in masks.items())
+    _, info = AutoModelForSequenceClassification.from_pretrained(tmp_path / "new", output_loading_info=True)
+    assert not any(info.values())
+    assert (tmp_path / "new" / "vocab.txt").read_text() == "words"
+
+
+def test_what_torch_itself_saves(tmp_path):
+    model = models.tiny_bert()
+    for module in (model.bert.encoder.layer[0].intermediate.dense, model.classifier):
+        torch_prune.l1_unstructured(module, "weight", amount=0.5)
+    (tmp_path / "old").mkdir()
+    save_file({n: t.contiguous() for n, t in model.state_dict().items()}, tmp_path / "old" / "model.safetensors")
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(tmp_path / "old")
+    assert migrate_checkpoint(tmp_path / "old", tmp_path / "new").masks == 2
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "new")
+    batch = models.tiny_batches(model)[0]
+    with torch.no_grad():
+        assert torch.equal(loaded(**batch).logits, model(**batch).logits)
+
+
+def test_pruned_heads_of_transformers_4(tmp_path):
+    """Smaller matrices, and a config that names the heads which are gone."""
+    model = prunable(models.tiny_bert(num_attention_heads=4))
+    with torch.no_grad():
+        for part in ("query", "key", "value"):  # the second and the last head of the first layer
+            module = model.bert.encoder.layer[0].attention.self.get_submodule(part)
+            for head in (1, 3):
+                module.weight[head * 4 : head * 4 + 4] = 0
+                module.bias[head * 4 : head * 4 + 4] = 0
+        for head in (1, 3):
+            model.bert.encoder.layer[0].attention.output.dense.weight[:, head * 4 : head * 4 + 4] = 0
+    batch = models.tiny_batches(model)[0]
+    with torch.no_grad():
+        expected = model(**batch).logits
+    small = shrink(model)
+    small.save_pretrained(tmp_path / "ours")
+    config = json.loads((tmp_path / "ours" / "config.json").read_text())
+    config = {k: v for k, v in config.items() if k not in ("quantization_config", "pruned_structure")}
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "config.json").write_text(json.dumps({**config, "pruned_heads": {"0": [1, 3]}}))
+    (tmp_path / "old" / "model.safetensors").write_bytes((tmp_path / "ours" / "model.safetensors").read_bytes())
+    report = migrate_checkpoint(tmp_path / "old", tmp_path / "new")
+    assert report.heads == 2
+    assert "2 heads are gone" in str(report)
+    loaded, info = AutoModelForSequenceClassification.from_pretrained(tmp_path / "new", output_loading_info=True)
+    assert not any(info.values())
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(**batch).logits, expected, rtol=0, atol=1e-6)
+
+
+def test_what_is_left_is_named(tmp_path, dense):
+    _, masks = dense
+
+    def change(tensors):
+        for name, mask in masks.items():
+            tensors |= as_torch(name, tensors.pop(name), mask)
+        tensors["classifier.odd_orig"] = torch.ones(2)
+        tensors["classifier.parametrizations.weight.original"] = tensors.pop("classifier.weight")
+
+    rewrite(tmp_path / "old", tmp_path / "plain", change)
+    (tmp_path / "old" / "training_args.bin").write_bytes(b"a pickle")
+    report = migrate_checkpoint(tmp_path / "old", tmp_path / "new")
+    left = {"classifier.odd_orig", "classifier.parametrizations.weight.original", "training_args.bin"}
+    assert set(report.left) == left
+    assert "Not carried over: " in str(report)
+    assert not (tmp_path / "new" / "training_args.bin").exists()
+
+
+def cut_values(tensors):
+    tensors[f"{NAMES[0]}.compressed"] = tensors[f"{NAMES[0]}.compressed"][:-1].clone()
+
+
+def lie_about_shape(tensors):
+    tensors[f"{NAMES[0]}.shape"] = torch.tensor([1 << 20, 1 << 20])
+
+
+def other_mask(tensors):
+    tensors[f"{NAMES[1]}_mask"] = torch.ones(3, 3)
+
+
+@pytest.mark.parametrize(
+    ("damage", "match"),
+    [
+        (cut_values, "values, and its bitmask marks"),
+        (lie_about_shape, "expected a byte for every eight columns"),
+        (other_mask, r"the mask of .* has shape \(3, 3\)"),
+    ],
+)
+def test_damaged_files_are_refused(tmp_path, dense, damage, match):
+    _, masks = dense
+
+    def change(tensors):
+        for name, write in zip(NAMES, (as_bitmask, as_torch), strict=True):
+            tensors |= write(name, tensors.pop(name), masks[name])
+        damage(tensors)
+
+    rewrite(tmp_path / "old", tmp_path / "plain", change)
+    with pytest.raises(CheckpointError, match=match):
+        migrate_checkpoint(tmp_path / "old", tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_command_and_what_needs_no_migration(tmp_path, dense, capsys):
+    _, masks = dense
+    with pytest.raises(CheckpointError, match="needs no migration"):
+        migrate_checkpoint(tmp_path / "plain", tmp_path / "new")
+    (tmp_path / "pickled").mkdir()
+    (tmp_path / "pickled" / "config.json").write_text("{}")
+    (tmp_path / "pickled" / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="pickle"):
+        migrate_checkpoint(tmp_path / "pickled", tmp_path / "new")
+
+    def change(tensors):
+        tensors |= as_torch(NAMES[0], tensors.pop(NAMES[0]), masks[NAMES[0]])
+
+    rewrite(tmp_path / "old", tmp_path / "plain", change)
+    with pytest.raises(SystemExit) as ended:
+        main(["migrate", str(tmp_path / "old"), str(tmp_path / "new")])
+    assert not ended.value.code
+    assert "Found: torch.nn.utils.prune. 1 weights have a mask now." in capsys.readouterr().out
