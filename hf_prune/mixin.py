@@ -167,7 +167,7 @@ class PrunedModelMixin(nn.Module):
             save_directory: The folder.
             is_main_process: False on all but one process of a distributed run.
             state_dict: What to save in place of the model's own; the masks apply to it as well.
-            push_to_hub: Upload the result as well, to ``repo_id`` or a repository named like the folder.
+            push_to_hub: Upload the result as well, with a card, to ``repo_id`` or a repository named like the folder.
             compressed: Save packed weights, see ``docs/format.md``.
             codec: Of packed weights: ``"zstd"``, or ``"none"`` for values that lie in the file as they are.
             values: Of packed weights: ``"exact"``, or ``"int8"``, which rounds what pruning left and is lossy.
@@ -197,9 +197,9 @@ class PrunedModelMixin(nn.Module):
         else:
             save(self, save_directory, is_main_process=False, state_dict=state_dict, **kwargs)
         if push_to_hub and is_main_process:
-            push_checkpoint(
-                save_directory, hub.pop("repo_id", Path(save_directory).name), token=kwargs.get("token"), **hub
-            )
+            repo_id, token = hub.pop("repo_id", Path(save_directory).name), kwargs.get("token")
+            _describe(self, Path(save_directory), repo_id, token)
+            push_checkpoint(save_directory, repo_id, token=token, **hub)
 
     def push_to_hub(
         self,
@@ -244,9 +244,7 @@ class PrunedModelMixin(nn.Module):
             self.save_pretrained(folder, compressed=compressed, **kwargs)
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
-            if "/" in repo_id and (card := card_of(repo_id, token=token)) is not None:
-                (folder / "README.md").write_text(card, encoding="utf-8")
-            describe_model(self, folder, **{"name": repo_id, **(facts or {})})
+            _describe(self, folder, repo_id, token, **(facts or {}))
             return push_checkpoint(
                 folder,
                 repo_id,
@@ -352,3 +350,10 @@ def _reduce_ex(self: Any, protocol: object) -> tuple[Any, ...]:
 def _rebuild(base: type) -> Any:
     cls: Any = pruned_class(base)
     return cls.__new__(cls)
+
+
+def _describe(model: PrunedModelMixin, folder: Path, repo_id: str, token: str | bool | None, **facts: Any) -> None:
+    """A card in the folder; what the repository's own says outside of our marks stays."""
+    if "/" in repo_id and (card := card_of(repo_id, token=token)) is not None:
+        (folder / "README.md").write_text(card, encoding="utf-8")
+    describe_model(model, folder, **{"name": repo_id, **facts})

@@ -42,8 +42,9 @@ def client(hub, tmp_path):
     return run
 
 
-def test_push_and_everything_that_loads(hub, client, folders):
+def test_push_and_everything_that_loads(hub, client, folders, tmp_path):
     """One commit with all files but pickles; then plain loading, pipelines, snapshots, private and shrunk models."""
+    folder = tmp_path / "named"
     said = client("push", folders / "pruned", "pruned", "--private", "--json")
     result = json.loads(said[said.index("{") : said.rindex("}") + 1])
     assert result["repo_id"] == REPO
@@ -80,6 +81,9 @@ assert all((a == b).all() for a, b in zip(again.parameters(), model.parameters()
 request = model.push_to_hub("{REPO}", create_pr=True, commit_message="A proposal", facts={{"license": "mit"}})
 assert request.url.endswith("/discussions/1"), request.url
 assert AutoModelForSequenceClassification.from_pretrained("{REPO}", revision="refs/pr/1")
+
+model.save_pretrained("{folder}", push_to_hub=True, private=True)
+model.save_pretrained("{folder}", push_to_hub=True, repo_id="{USER}/saved", token="{TOKEN}")
 """
     )
     assert "config.json" in hub.files(f"{USER}/compressed", "packed")
@@ -91,6 +95,11 @@ assert AutoModelForSequenceClassification.from_pretrained("{REPO}", revision="re
     assert "# A card" in card
     assert "Zeros alone bring no speed-up" in card
     assert "The card is right." in client("verify", f"{USER}/compressed", "--revision", "packed")
+    for name, private in (("named", True), ("saved", False)):
+        saved = hub.files(f"{USER}/{name}")
+        assert {"model.safetensors", "pruning_masks.safetensors"} <= set(saved)
+        assert b"weights that were pruned are zero" in saved["README.md"]
+        assert hub.repos["model", f"{USER}/{name}"].private is private
 
 
 def test_faults(hub, client, folders):

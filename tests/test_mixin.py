@@ -564,16 +564,7 @@ def test_state_dict_has_the_dense_keys_only(model):
     assert [n for n, _ in model.named_buffers()] == [n for n, _ in models.tiny_bert().named_buffers()]
 
 
-# --- push, load_native -----------------------------------------------------------------------------
-
-
-def test_push_to_hub_of_save_pretrained_uploads_after_saving(model, tmp_path, monkeypatch):
-    calls = []
-    monkeypatch.setattr(PreTrainedModel, "push_to_hub", lambda self, repo, **options: calls.append((repo, options)))
-    model.prune(0.5).save_pretrained(tmp_path / "name", push_to_hub=True, private=True)
-    model.save_pretrained(tmp_path / "name", push_to_hub=True, repo_id="me/other", token="t")
-    assert calls == [("name", {"private": True, "token": None}), ("me/other", {"token": "t"})]
-    assert (tmp_path / "name" / "pruning_masks.safetensors").exists()
+# --- load_native -----------------------------------------------------------------------------------
 
 
 def test_load_native(tmp_path):

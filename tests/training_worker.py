@@ -110,7 +110,10 @@ def main(folder: Path) -> None:
         writes = folder / "saved" / case if rank == "0" else None
         save(by_hand(case, together, writes), folder / "by_hand" / case / f"{rank}.safetensors")
     if together:
+        dist.barrier()
         dist.destroy_process_group()
+    sys.stderr.flush()
+    os._exit(0)  # torch's own threads (gloo, autograd) sometimes abort while the interpreter goes down; all is written
 
 
 if __name__ == "__main__":
