@@ -72,6 +72,7 @@ _MODULES = {
     "pipeline": ("prune",),
     "plan": ("PruningPlan",),
     "plots": ("plot_latency", "plot_layer_sparsity", "plot_tradeoff", "plot_weight_histogram"),
+    "progress": ("listen_to_progress",),
     "registry": ("CRITERIA", "GRANULARITIES"),
     "report": ("SparsityReport", "sparsity_report", "weight_histogram"),
     "stream": ("plan_stream", "prune_stream"),

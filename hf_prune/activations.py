@@ -18,12 +18,12 @@ from warnings import warn
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from hf_prune.distributed import all_or_none, processes, share
 from hf_prune.errors import CalibrationError
 from hf_prune.padding import Padding
 from hf_prune.plan import PlannedTensor, PruningPlan
+from hf_prune.progress import Bar
 from hf_prune.replay import Replay, Stack, outer_lists
 from hf_prune.running import device_of, eval_mode, no_cache, no_logits, on_device
 from hf_prune.spill import Shelf
@@ -305,9 +305,8 @@ class InputReader:
                 recorder.install(hooks, left if stop_after is not None else None)
                 if stop_after is not None:
                     stop_after.add(recorder)
-            hidden = None if progress else True  # None: shown on a terminal
             with all_or_none():
-                for index in tqdm(share(batches), desc="Calibrating", unit="batch", leave=False, disable=hidden):
+                for index in Bar(share(batches), desc="Calibrating", progress=progress):
                     self.current = index
                     left |= stop_after or set()
                     try:

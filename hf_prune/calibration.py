@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from hf_prune.activations import NO_BATCHES, Batches, InputReader
 from hf_prune.criteria.base import GRADIENTS, INPUTS, LABELLED, WeightStats
 from hf_prune.distributed import add_up, all_or_none, check_same_batches, processes, share
 from hf_prune.errors import CalibrationError
 from hf_prune.plan import PruningPlan
+from hf_prune.progress import Bar
 from hf_prune.running import eval_mode, on_device
 from hf_prune.sensitivity import prediction, token_mask
 from hf_prune.sums import sum_dtype
@@ -109,9 +109,8 @@ def _gradients(
     dtype = sum_dtype(parameters[wanted[0]].device)
     sums = {n: {name: torch.zeros_like(parameters[name], dtype=dtype) for name in wanted} for n in needs}
     examples = 0
-    hidden = None if progress else True  # None: shown on a terminal
     with differentiable(model, wanted), all_or_none():
-        for batch in tqdm(share(calibration), desc="Calibrating", unit="batch", leave=False, disable=hidden):
+        for batch in Bar(share(calibration), desc="Calibrating", progress=progress):
             size, loss = _loss(model, batch)
             batch_gradients = torch.autograd.grad(loss, [parameters[name] for name in wanted], allow_unused=True)
             examples += size
@@ -220,9 +219,8 @@ def example_gradients(
     """
     parameters = dict(model.named_parameters())
     wanted = [parameters[name] for name in names]
-    hidden = None if progress else True  # None: shown on a terminal
     numbered = share(enumerate(batches))
-    for number, batch in tqdm(numbered, desc="Calibrating", unit="batch", leave=False, disable=hidden):
+    for number, batch in Bar(numbered, desc="Calibrating", progress=progress):
         for i, example in enumerate(_examples(on_device(model, batch))):
             generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{number}:{i}".encode()))
             loss = _example_loss(model, example, generator)

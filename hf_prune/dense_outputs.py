@@ -13,13 +13,13 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from hf_prune.activations import CACHE_BYTES, Batches, InputReader, Watcher, first_input
 from hf_prune.distributed import add_up, all_or_none, processes
 from hf_prune.errors import CalibrationError, PlanError
 from hf_prune.padding import first_tensor
 from hf_prune.plan import PruningPlan
+from hf_prune.progress import Bar
 from hf_prune.replay import outer_lists, replaced_forward
 from hf_prune.sensitivity import named_logits
 from hf_prune.spill import Shelf
@@ -108,10 +108,9 @@ class DenseOutputs:
 
     @torch.no_grad()
     def _record(self) -> None:
-        hidden = None if self._progress else True  # None: shown on a terminal
         total = torch.zeros(1 + len(self._blocks), dtype=torch.float64)
         with self._reader, all_or_none():
-            for index in tqdm(self.mine, desc="Dense outputs", unit="batch", leave=False, disable=hidden):
+            for index in Bar(self.mine, desc="Dense outputs", progress=self._progress):
                 seen = self._run(index)
                 total += torch.tensor([float(x.float().square().sum(dtype=torch.float64)) for x in seen])
                 self._shelf.put(index, [x.to(torch.bfloat16) if i else x for i, x in enumerate(seen)])

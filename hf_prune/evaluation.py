@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from hf_prune.config import check_positive
 from hf_prune.data_loading import check_columns, column, fingerprint, load_sst2
 from hf_prune.errors import ConfigError, DataError
+from hf_prune.progress import Bar
 from hf_prune.running import eval_mode
 
 if TYPE_CHECKING:
@@ -435,15 +436,13 @@ def _predict(
     progress: bool | str,
 ) -> list[int]:
     """Predicted class of each example, in the order of ``examples``."""
-    from tqdm.auto import tqdm
-
     order = sorted(range(len(examples)), key=lambda i: -len(examples[i]["input_ids"]))
     side = "left" if model.config.model_type in _PADDED_LEFT else "right"
     device = next(model.parameters()).device
     parts: list[Tensor] = []
     starts, title = range(0, len(order), batch_size), progress if isinstance(progress, str) else "Scoring"
     with eval_mode(model), torch.inference_mode():
-        for start in tqdm(starts, desc=title, unit="batch", leave=False, disable=None if progress else True):
+        for start in Bar(starts, desc=title, progress=bool(progress)):
             batch = _pad(tokenizer, [examples[i] for i in order[start : start + batch_size]], side)
             inputs = {name: tensor.to(device) for name, tensor in batch.items()}
             logits = _check_logits(getattr(model(**inputs), "logits", None), model)

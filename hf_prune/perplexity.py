@@ -16,6 +16,7 @@ from torch import Tensor
 from hf_prune.config import check_positive
 from hf_prune.errors import ConfigError, DataError
 from hf_prune.evaluation import context_length
+from hf_prune.progress import Bar
 from hf_prune.running import eval_mode, on_device
 from hf_prune.sums import sum_dtype
 from hf_prune.texts import joined_tokens
@@ -345,14 +346,12 @@ def _window_nlls(
     progress: bool | str,
 ) -> list[float]:
     """Mean negative log-likelihood of the last so many tokens of each window."""
-    from tqdm.auto import tqdm
-
     title = progress if isinstance(progress, str) else "Scoring"
     starts = range(0, len(rows), batch_size)
     means: list[Tensor] = []
     with eval_mode(model), torch.inference_mode():
         _check_causal(model, torch.cat([lead, rows[0]])[:_PROBE])
-        for start in tqdm(starts, desc=title, unit="batch", leave=False, disable=None if progress else True):
+        for start in Bar(starts, desc=title, progress=bool(progress)):
             part = rows[start : start + batch_size]
             ids = torch.cat([lead.expand(len(part), -1), part], 1)  # (batch, window)
             for row, logits, count in zip(ids, _logits(model, ids), counts[start : start + batch_size], strict=True):

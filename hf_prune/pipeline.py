@@ -88,7 +88,7 @@ def prune(
         keep_dense: Keep a copy of the dense weights, so that ``discard_masks`` can give them back.
         dry_run: Change nothing and return the plan. Sparsities that are learned from data are in it only if
             ``calibration`` is given.
-        progress: Show a progress bar while calibrating.
+        progress: Show a progress bar while calibrating; :func:`hf_prune.listen_to_progress` tells a function instead.
         cache_bytes: How much of what finished layers and the dense model put out is kept in memory in all; the rest
             goes to a temporary folder (``TMPDIR`` says where), as do the weights that an error would give back.
         polish_data: Batches for a polish, if more or others than ``calibration``; labels in them are not looked at.

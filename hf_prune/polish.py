@@ -18,13 +18,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from hf_prune.config import PruningConfig
 from hf_prune.dense_outputs import DenseOutputs
 from hf_prune.distributed import add_up, all_or_none, from_first, processes
 from hf_prune.errors import CalibrationError
 from hf_prune.masking import Undo, zero_removed_
+from hf_prune.progress import Bar
 from hf_prune.spill import Shelf
 
 _WARMUP = 0.1  # share of the steps in which the learning rate rises
@@ -180,8 +180,7 @@ def _train(
     masters = {n: p if p.dtype == wide[n] else nn.Parameter(p.detach().to(wide[n])) for n, p in trained.items()}
     optimiser = torch.optim.AdamW(masters.values(), lr=learning_rate, betas=_BETAS, weight_decay=0.0)
     warmup = max(1, round(_WARMUP * len(order)))
-    hidden = None if progress else True  # None: shown on a terminal
-    for step, together in enumerate(tqdm(order, desc="Polishing", unit="step", leave=False, disable=hidden)):
+    for step, together in enumerate(Bar(order, desc="Polishing", unit="step", progress=progress)):
         with all_or_none():
             for index in together:
                 if index in dense.mine:

@@ -21,12 +21,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from hf_prune.activations import CACHE_BYTES, InputReader, Watcher, first_input
 from hf_prune.distributed import add_up, all_or_none, share
 from hf_prune.errors import CalibrationError
 from hf_prune.padding import first_tensor
+from hf_prune.progress import Bar
 from hf_prune.spill import Shelf
 from hf_prune.sums import sum_dtype
 from hf_prune.targets import is_finite, output_rows
@@ -101,14 +101,13 @@ def measure_sensitivity(
 
         return put
 
-    hidden = None if progress else True  # None: shown on a terminal
     with ExitStack() as context:
         context.enter_context(_no_parameter_gradients(reader.model))
         for t in reader.tensors:
             for module in reader.holders[t.target.name]:
                 Watcher(module, watch(t.target.name, t.target.layout), after=True).install(context, None)
         context.enter_context(all_or_none())
-        bar = tqdm(share(range(len(reader.batches))), desc="Sensitivity", unit="batch", leave=False, disable=hidden)
+        bar = Bar(share(range(len(reader.batches))), desc="Sensitivity", progress=progress)
         for index in bar:
             calls.clear()
             batch = reader.batches[index]

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from hf_prune.activations import CACHE_BYTES, Batches, InputReader
 from hf_prune.calibration import collect_stats, require_batches, weight_seed
@@ -17,6 +16,7 @@ from hf_prune.criteria.base import GRADIENTS, INPUTS, WeightStats
 from hf_prune.masking import Undo, zero_removed_
 from hf_prune.matching import DenseGoals
 from hf_prune.plan import PlannedTensor, PruningPlan
+from hf_prune.progress import Bar
 from hf_prune.scoring import agreed_masks
 from hf_prune.sensitivity import Sensitivity, measure_sensitivity
 
@@ -66,7 +66,6 @@ def prune_in_order(
         assert gradients <= plan.criterion.needs
     parameters = dict(model.named_parameters())
     masks: dict[str, Tensor] = {}
-    hidden = None if progress else True  # None: shown on a terminal
     if plan.config.objective == "loss":
         cache_bytes //= _SHELVES
 
@@ -88,8 +87,8 @@ def prune_in_order(
 
     with ExitStack() as context:
         reader = context.enter_context(InputReader(model, plan, batches, cache_bytes=cache_bytes))
-        bar = context.enter_context(
-            tqdm(total=len(plan.tensors), desc="Pruning", unit="weight", leave=False, disable=hidden)
+        bar: Bar[object] = context.enter_context(
+            Bar(total=len(plan.tensors), desc="Pruning", unit="weight", progress=progress)
         )
         steps = reader.order()
         if plan.config.objective == "layer":

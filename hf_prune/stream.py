@@ -12,7 +12,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from hf_prune import __version__
 from hf_prune.activations import CACHE_BYTES, NO_BATCHES, Batches
@@ -26,6 +25,7 @@ from hf_prune.masking import MaskStore
 from hf_prune.partial import Partial
 from hf_prune.pipeline import resolve_config
 from hf_prune.plan import PlannedTensor, PruningPlan, make_plan
+from hf_prune.progress import Bar
 from hf_prune.registry import CRITERIA
 from hf_prune.report import SparsityReport
 from hf_prune.scoring import spread_units, unit_chunks
@@ -212,8 +212,7 @@ def _prune_tensors(output: Output, plan: PruningPlan, progress: bool) -> None:
     """One weight at a time; in global scope all are read a few times more, to find the score to cut at."""
     lazy = LazyWeights(output.skeleton, output.read, output.read_rows)
     cut = _cut(output, plan) if plan.config.scope == "global" else None
-    hidden = None if progress else True  # None: shown on a terminal
-    for i, tensor in enumerate(tqdm(plan.tensors, desc="Pruning", unit="weight", leave=False, disable=hidden)):
+    for i, tensor in enumerate(Bar(plan.tensors, desc="Pruning", unit="weight", progress=progress)):
         target = tensor.target
         if output.done(target.name):
             continue

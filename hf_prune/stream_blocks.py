@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 
 from hf_prune.activations import InputReader
 from hf_prune.criteria.base import INPUTS
 from hf_prune.errors import HfPruneError
 from hf_prune.plan import PlannedTensor, PruningPlan
+from hf_prune.progress import Bar
 from hf_prune.sequential import prune_one
 from hf_prune.skeleton import LazyWeights, explained
 from hf_prune.stream_output import Output
@@ -53,16 +53,16 @@ def prune_blocks(
     output.skeleton.load_buffers()
     reader = InputReader(model, plan, batches, cache_bytes=cache_bytes, folder=scratch)
     lazy = LazyWeights(output.skeleton, output.read, output.read_rows, output.targets, skip_head=not whole)
-    hidden = None if progress else True  # None: shown on a terminal
     try:
-        with reader, lazy, tqdm(total=len(plan.tensors), desc="Pruning", unit="weight", disable=hidden) as bar:
+        counted: Bar[object] = Bar(total=len(plan.tensors), desc="Pruning", unit="weight", progress=progress)
+        with reader, lazy, counted as bar:
             for step in reader.order():
                 lazy.release()
                 reader.advance()
                 left = [tensor for tensor in step if not output.done(tensor.target.name)]
                 bar.update(len(step) - len(left))
                 for tensor in _prune_step(output, plan, reader, lazy, left):
-                    bar.set_postfix_str(tensor.target.module, refresh=False)
+                    bar.note(tensor.target.module)
                     bar.update()
                 reader.finish(step)
     except (RuntimeError, NotImplementedError) as error:

@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from hf_prune.activations import Batches, Watcher, first_input
 from hf_prune.bypass import bypass, restore
 from hf_prune.calibration import batched, differentiable
 from hf_prune.distributed import add_up, all_or_none, share
 from hf_prune.errors import CalibrationError
+from hf_prune.progress import Bar
 from hf_prune.running import eval_mode, on_device
 from hf_prune.sensitivity import named_logits, prediction, token_mask
 from hf_prune.sites import Site
@@ -83,7 +83,6 @@ def gate_statistics(
 
         return gate
 
-    hidden = None if progress else True  # None: shown on a terminal
     with ExitStack() as context:
         context.enter_context(differentiable(model, ()))
         for site in sites:
@@ -92,7 +91,7 @@ def gate_statistics(
                 Watcher(module, watch(site, part.width)).install(context, None)
         context.enter_context(all_or_none())
         numbered = share(list(enumerate(batches)))
-        for index, batch in tqdm(numbered, desc="Units", unit="batch", leave=False, disable=hidden):
+        for index, batch in Bar(numbered, desc="Units", progress=progress):
             found.clear()
             inputs = without_labels(batch)
             size[0] = len(batched(on_device(model, inputs)))
@@ -147,9 +146,8 @@ def layer_losses(
     """
     totals = torch.zeros(len(layers), dtype=torch.float64)
     examples = 0
-    hidden = None if progress else True
     with eval_mode(model), all_or_none():
-        for batch in tqdm(share(list(batches)), desc="Layers", unit="batch", leave=False, disable=hidden):
+        for batch in Bar(share(list(batches)), desc="Layers", progress=progress):
             inputs = on_device(model, without_labels(batch))
             mask = token_mask(model, inputs)
             dense = [y.float().cpu() for y in named_logits(model(**inputs))]

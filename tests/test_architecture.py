@@ -19,6 +19,7 @@ LAYERS = (
         "distributed",
         "packing",
         "partial",
+        "progress",
         "registry",
         "schedules",
         "repair",
