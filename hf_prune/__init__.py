@@ -76,7 +76,7 @@ _MODULES = {
     "registry": ("CRITERIA", "GRANULARITIES"),
     "report": ("SparsityReport", "sparsity_report", "weight_histogram"),
     "stream": ("plan_stream", "prune_stream"),
-    "structure_report": ("StructureReport", "structure_report"),
+    "structures": ("StructureReport", "structure_report"),
     "sweep": ("SweepPoint", "SweepResult", "run_sweep"),
     "texts": ("text_batches", "token_windows"),
     "torch_prune": ("from_torch_prune",),

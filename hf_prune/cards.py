@@ -24,7 +24,7 @@ from hf_prune.files import write_json, write_text
 from hf_prune.registry import CRITERIA, parse_granularity
 from hf_prune.report import sparsity_report
 from hf_prune.shrinking import RECORD
-from hf_prune.structure_report import structure_report
+from hf_prune.structures import structure_report
 from hf_prune.tables import format_count
 
 BEGIN, END = "<!-- hf_prune: begin -->", "<!-- hf_prune: end -->"

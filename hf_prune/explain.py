@@ -7,7 +7,7 @@ from torch import nn
 from hf_prune.errors import ArchitectureError
 from hf_prune.latency import LatencyResult
 from hf_prune.report import SparsityReport, sparsity_report
-from hf_prune.structure_report import StructureReport, structure_report
+from hf_prune.structures import StructureReport, structure_report
 
 SOME_ZEROS = 0.01  # share from which on zeros are worth a word
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from hf_prune.config import PruningConfig
 from hf_prune.errors import HfPruneError
 from hf_prune.masking import MaskStore
-from hf_prune.structure_report import StructureReport
+from hf_prune.structures import StructureReport
 from hf_prune.tables import format_count, format_table
 from hf_prune.targets import Target, resolve_targets
 

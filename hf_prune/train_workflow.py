@@ -29,7 +29,7 @@ from hf_prune.lottery import LotteryResult, find_ticket
 from hf_prune.masking import MaskStore
 from hf_prune.perplexity import compare_perplexity, evaluate_perplexity
 from hf_prune.report import SparsityReport, sparsity_report
-from hf_prune.structure_report import structure_report
+from hf_prune.structures import structure_report
 from hf_prune.texts import token_windows
 from hf_prune.trainer import PruningTrainer
 from hf_prune.workflows import load_classifier, load_language_model

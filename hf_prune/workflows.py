@@ -30,7 +30,7 @@ from hf_prune.report import SparsityReport, WeightHistogram, sparsity_report, we
 from hf_prune.sites import find_sites
 from hf_prune.sources import check_model_source, is_language_model
 from hf_prune.stream import check_streamable, prune_stream
-from hf_prune.structure_report import structure_report
+from hf_prune.structures import structure_report
 from hf_prune.sweep import SweepResult, run_sweep
 from hf_prune.texts import text_batches, token_windows
 from hf_prune.unit_plan import UnitPlan

@@ -67,7 +67,7 @@ LAYERS = (
     ("pipeline", "distillation"),
     (
         "report",
-        "structure_report",
+        "structures",
         "calibration_data",
         "data_files",
         "data_loading",

@@ -19,7 +19,7 @@ from transformers import (
 from hf_prune import ArchitectureError, Channels, MaskStore, PlanError, prune, register_architecture, shrink
 from hf_prune.cli import main
 from hf_prune.sites import find_sites
-from hf_prune.structure_report import structure_report
+from hf_prune.structures import structure_report
 
 RESNET = {"embedding_size": 8, "depths": [1, 2], "num_labels": 3}
 MODELS = {

@@ -32,6 +32,11 @@ def test_public_name_resolves_and_is_documented(name):
         assert getattr(importlib.import_module(home), name) is value
 
 
+def test_no_public_name_is_that_of_a_module():
+    """Importing such a module would put it in the place of what it holds."""
+    assert not {f"hf_prune.{name}" for name in hf_prune.__all__} & set(MODULES)
+
+
 @pytest.mark.parametrize("name", [n for n in hf_prune.__all__ if inspect.isclass(getattr(hf_prune, n))])
 def test_public_methods_are_documented(name):
     cls = getattr(hf_prune, name)

@@ -1,0 +1,62 @@
+"""hf_prune as a Hugging Face Space; ``hf-prune space`` runs the same.
+
+Settings come from the environment: ``HF_PRUNE_SPACE_MODEL`` and ``HF_PRUNE_SPACE_DATA`` name folders with the model of
+the first tab and with labelled sentences that fit it; what a Space was pushed with lies beside this file, and without
+either the demo's are made.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+
+import gradio as gr
+from pages import CSS, THEME, build
+from studio import Limits, Studio
+
+HERE = Path(__file__).parent
+
+
+def make(folder: Path, limits: Limits | None = None) -> tuple[Studio, gr.Blocks]:
+    """The studio and its pages, with the settings of the environment.
+
+    Args:
+        folder: For what visitors make.
+        limits: What they may ask for.
+    """
+    on_a_space = "SPACE_ID" in os.environ
+    model, data = os.environ.get("HF_PRUNE_SPACE_MODEL"), os.environ.get("HF_PRUNE_SPACE_DATA")
+    if model is None and (HERE / "demo").is_dir():
+        model, data = str(HERE / "demo" / "model"), str(HERE / "demo" / "data")
+    elif model is None:
+        from hf_prune.demo import prepare_demo
+
+        assets = prepare_demo(progress=False)
+        model, data = str(assets.model_dir), str(assets.data_dir)
+    sentences = (HERE / "sentences.txt").read_text(encoding="utf-8").splitlines()
+    studio = Studio(folder, demo=model, data=data, sentences=sentences, limits=limits, public=on_a_space)
+    studio.load(studio.names[0])
+    results = json.loads((HERE / "results.json").read_text(encoding="utf-8"))
+    return studio, build(studio, results, login=on_a_space)
+
+
+def main() -> None:
+    """Serve it."""
+    with tempfile.TemporaryDirectory(prefix="hf-prune-space-") as folder:
+        _, demo = make(Path(folder))
+        demo.queue(max_size=32, default_concurrency_limit=4)
+        demo.launch(
+            theme=THEME,
+            css=CSS,
+            ssr_mode=False,
+            footer_links=["api", "settings"],
+            allowed_paths=[folder],
+            max_file_size="1mb",
+            inbrowser=os.environ.get("HF_PRUNE_SPACE_OPEN") == "1",
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""Accuracy against sparsity, size and time: measured live, or by ``make_results.py`` once and for all."""
+
+from __future__ import annotations
+
+import csv
+import io
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from studio import WHAT, Dense, Studio, Tell, make_config, score_both, time_both
+
+FIELDS = (
+    "method", "sparsity", "accuracy", "drop", "drop_standard_error", "drop_bound", "n", "parameters", "nonzero",
+    "file_bytes", "speedup", "speedup_low", "speedup_high", "faster", "seconds",
+)  # fmt: skip
+
+
+def method_name(what: str, how: str, repair: bool) -> str:
+    """What a line of the chart is called."""
+    return f"{how}{' + repair' if repair else ''}, {what.lower()}"
+
+
+def measure(
+    studio: Studio,
+    dense: Dense,
+    methods: Sequence[tuple[str, str, bool]],
+    sparsities: Sequence[float],
+    n: int,
+    tell: Tell,
+) -> Iterator[dict[str, Any]]:
+    """A point for every method and sparsity, each pruned from the dense weights."""
+    data, done = studio.held_out(n), 0
+    total = len(methods) * len(sparsities)
+    for what, how, repair in methods:
+        for sparsity in sparsities:
+            name, share = method_name(what, how, repair), done / total
+
+            def step(title: str, _: float, name: str = name, sparsity: float = sparsity, share: float = share) -> None:
+                tell(f"{name} at {100 * sparsity:.0f} %: {title.lower()}", share)
+
+            pruned = studio.make(dense, make_config(what, how, repair, sparsity), step)
+            try:
+                step("scoring", 0.0)
+                score = score_both(pruned, data)["comparison"]
+                step("timing", 0.0)
+                timed = time_both(pruned)
+            finally:
+                shutil.rmtree(pruned.folder, ignore_errors=True)
+            ratio = timed.points[1].against
+            assert ratio is not None
+            done += 1
+            yield {
+                "method": name,
+                "sparsity": pruned.config.sparsity,
+                "accuracy": 100 * score["pruned_accuracy"],
+                "drop": score["drop"],
+                "drop_standard_error": score["drop_standard_error"],
+                "drop_bound": score["upper_bound"],
+                "n": len(data),
+                "parameters": pruned.parameters,
+                "nonzero": pruned.report.nonzero,
+                "file_bytes": pruned.file_bytes,
+                "speedup": ratio.value,
+                "speedup_low": ratio.low,
+                "speedup_high": ratio.high,
+                "faster": ratio.is_real and ratio.value > 1,
+                "seconds": round(pruned.seconds, 2),
+            }
+
+
+def sweet_spot(points: Sequence[Mapping[str, Any]], axis: str, tolerance: float) -> Mapping[str, Any] | None:
+    """The sparsest, smallest or fastest point whose drop is, with 95 % confidence, at most the tolerance; or None.
+
+    Args:
+        points: To choose from.
+        axis: ``"sparsity"``, ``"size"`` or ``"time"``.
+        tolerance: Points of accuracy.
+    """
+    within = [p for p in points if p["drop_bound"] <= tolerance]
+    rank = {
+        "sparsity": lambda p: p["sparsity"],
+        "size": lambda p: -p["file_bytes"],
+        "time": lambda p: p["speedup"] if p["faster"] else 0.0,
+    }[axis]
+    if axis == "time":
+        within = [p for p in within if p["faster"]]
+    return max(within, key=lambda p: (rank(p), -p["drop"]), default=None)
+
+
+def to_csv(points: Sequence[Mapping[str, Any]]) -> str:
+    """All numbers of the points."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, FIELDS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(points)
+    return text.getvalue()
+
+
+def parse_method(name: str) -> tuple[str, str, bool]:
+    """The settings behind a line of the chart."""
+    how, _, what = name.partition(", ")
+    repair = how.endswith(" + repair")
+    found = next(each for each in WHAT if each.lower() == what)
+    return found, how.removesuffix(" + repair"), repair

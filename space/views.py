@@ -1,0 +1,257 @@
+"""Figures and pieces of HTML. Everything that a visitor typed is escaped."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from hf_prune import LatencyResult, SparsityReport
+from hf_prune.report import WeightHistogram
+from hf_prune.tables import format_count
+
+GREY, BLUE, ORANGE, TEXT, GRID = "#8a94a3", "#2f81c7", "#d9731a", "#7c8796", "rgba(128,140,155,0.25)"
+COLOURS = (BLUE, ORANGE, "#1f9e77", "#b35fa8", "#c9a014", "#5aa9d6", "#c8504b")  # told apart by the colour-blind, too
+MARKS = ("circle", "square", "diamond", "triangle-up", "cross", "x", "pentagon")
+_COLUMNS = 96  # of a map: more units share a cell
+
+
+def figure_of(figure: go.Figure, height: int, **layout: Any) -> go.Figure:
+    """The look of all figures: readable on light and dark pages, and on narrow ones."""
+    figure.update_layout(
+        height=height,
+        autosize=True,
+        paper_bgcolor="rgba(0,0,0,0)",
+        plot_bgcolor="rgba(0,0,0,0)",
+        font={"color": TEXT, "size": 13, "family": "system-ui, sans-serif"},
+        margin={"l": 8, "r": 12, "t": 48, "b": 8},
+        legend={"orientation": "h", "yanchor": "bottom", "y": 1.0, "x": 0},
+        **layout,
+    )
+    figure.update_xaxes(gridcolor=GRID, zerolinecolor=GRID, automargin=True)
+    figure.update_yaxes(gridcolor=GRID, zerolinecolor=GRID, automargin=True)
+    return figure
+
+
+def histogram(before: WeightHistogram, after: WeightHistogram) -> go.Figure:
+    """Weights that are not zero, before and after."""
+    figure = go.Figure()
+    for name, found, colour in (("dense", before, GREY), ("pruned", after, BLUE)):
+        middle = (found.edges[1:] + found.edges[:-1]) / 2
+        total = int(found.counts.sum()) + found.zeros
+        figure.add_trace(
+            go.Scatter(
+                x=middle.tolist(),
+                y=found.counts.tolist(),
+                name=f"{name}: {100 * found.zeros / max(total, 1):.1f} % of {format_count(total)} are zero",
+                line={"color": colour, "shape": "hvh", "width": 2},
+                fill="tozeroy",
+                fillcolor=f"rgba({int(colour[1:3], 16)},{int(colour[3:5], 16)},{int(colour[5:7], 16)},0.25)",
+                hovertemplate="%{y:,} weights near %{x:.3f}<extra></extra>",
+            )
+        )
+    figure.update_xaxes(title="weight")
+    figure.update_yaxes(title="weights that are not zero")
+    return figure_of(figure, 340)
+
+
+def layers(report: SparsityReport) -> go.Figure:
+    """Sparsity of each matrix that was pruned."""
+    tensors = report.targets
+    short = [t.name.removesuffix(".weight") for t in tensors]
+    figure = go.Figure(
+        go.Bar(
+            x=[100 * t.sparsity for t in tensors],
+            y=short,
+            orientation="h",
+            marker={"color": BLUE},
+            hovertemplate="%{y}: %{x:.1f} % zero<extra></extra>",
+        )
+    )
+    figure.update_xaxes(title="zeros, % of the matrix", range=[0, 100])
+    figure.update_yaxes(autorange="reversed", tickfont={"size": 10})
+    return figure_of(figure, max(260, 17 * len(tensors) + 90))
+
+
+def unit_maps(units: Mapping[str, list[bool]]) -> go.Figure | None:
+    """Heads and neurons of each layer: dark is left, light is gone; None if no unit was removed as a whole."""
+    kinds = [kind for kind in ("head", "neuron") if any(name.startswith(kind) for name in units)]
+    if not kinds:
+        return None
+    figure = make_subplots(
+        rows=len(kinds),
+        cols=1,
+        subplot_titles=[f"{k.capitalize()}s of each layer" for k in kinds],
+        vertical_spacing=0.16,
+    )
+    for row, kind in enumerate(kinds, 1):
+        chosen = {name: kept for name, kept in units.items() if name.startswith(kind)}
+        cells, notes = [], []
+        for kept in chosen.values():
+            parts = _cells(kept)
+            cells.append([sum(part) / len(part) for part in parts])
+            notes.append([f"{sum(part)} of {len(part)} left" for part in parts])
+        figure.add_trace(
+            go.Heatmap(
+                z=cells,
+                text=notes,
+                x=list(range(1, len(cells[0]) + 1)) if kind == "head" else None,
+                y=[f"layer {i}: {sum(k)} of {len(k)}" for i, k in enumerate(chosen.values(), 1)],
+                zmin=0,
+                zmax=1,
+                xgap=2 if kind == "head" else 0,
+                ygap=2,
+                colorscale=[[0, "rgba(217,115,26,0.45)"], [1, BLUE]],
+                showscale=False,
+                hovertemplate="%{y}<br>%{text}<extra></extra>",
+            ),
+            row=row,
+            col=1,
+        )
+        figure.update_yaxes(autorange="reversed", row=row, col=1)
+        figure.update_xaxes(showticklabels=kind == "head", dtick=1, row=row, col=1)
+    return figure_of(figure, 70 + sum(60 + 26 * sum(n.startswith(k) for n in units) for k in kinds))
+
+
+def _cells(kept: list[bool]) -> list[list[bool]]:
+    step = max(1, -(-len(kept) // _COLUMNS))
+    return [kept[i : i + step] for i in range(0, len(kept), step)] or [[False]]
+
+
+def sizes(facts: Mapping[str, Any]) -> list[list[str]]:
+    """Rows for a table: what, dense, pruned, how many times smaller."""
+    rows = [
+        (
+            "Parameters",
+            f"{facts['parameters_before']:,}",
+            f"{facts['parameters']:,}",
+            "parameters_before",
+            "parameters",
+        ),
+        ("not zero", "", f"{facts['nonzero']:,}", "parameters_before", "nonzero"),
+        ("Memory", *_bytes(facts, "memory_bytes_before", "memory_bytes"), "memory_bytes_before", "memory_bytes"),
+        (
+            "File (pruned: compressed)",
+            *_bytes(facts, "file_bytes_before", "file_bytes_compressed"),
+            "file_bytes_before",
+            "file_bytes_compressed",
+        ),
+    ]
+    return [[what, dense, pruned, f"{facts[a] / max(facts[b], 1):.2f}×"] for what, dense, pruned, a, b in rows]
+
+
+def _bytes(facts: Mapping[str, Any], *keys: str) -> list[str]:
+    return [f"{format_count(facts[key])}B" for key in keys]
+
+
+def latency_rows(result: LatencyResult) -> list[list[str]]:
+    """Rows for a table: model, median, quartiles, 95th percentile, verdict."""
+    return [
+        [
+            p.model,
+            f"{1e3 * p.median:.2f} ms",
+            f"{1e3 * p.low:.2f} to {1e3 * p.high:.2f} ms",
+            f"{1e3 * p.p95:.2f} ms",
+            p.verdict,
+        ]
+        for p in result.points
+    ]
+
+
+def side_by_side(text: str, labels: Sequence[str], dense: Sequence[float], pruned: Sequence[float]) -> str:
+    """The answers of both models to a sentence, with what differs in bold."""
+    best = [max(range(len(labels)), key=lambda i: values[i]) for values in (dense, pruned)]
+    agree = best[0] == best[1]
+    verdict = (
+        f"Both say <strong>{escape(labels[best[0]])}</strong>."
+        if agree
+        else f"They disagree: dense says <strong>{escape(labels[best[0]])}</strong>, pruned says "
+        f"<strong>{escape(labels[best[1]])}</strong>."
+    )
+    largest = max(abs(a - b) for a, b in zip(dense, pruned, strict=True))
+    rows = "".join(
+        f"<tr><th scope='row'>{escape(label)}</th><td>{_bar(a, 'dense')}</td><td>{_bar(b, 'pruned')}</td>"
+        f"<td class='{'differs' if abs(b - a) == largest and largest >= 0.005 else ''}'>{100 * (b - a):+.1f}</td></tr>"
+        for label, a, b in zip(labels, dense, pruned, strict=True)
+    )
+    return (
+        f"<div class='answer {'agree' if agree else 'disagree'}'><p class='sentence'>{escape(text)}</p><p>{verdict}</p>"
+        f"<table><thead><tr><th scope='col'>class</th><th scope='col'>dense</th><th scope='col'>pruned</th>"
+        f"<th scope='col'>points</th></tr></thead><tbody>{rows}</tbody></table></div>"
+    )
+
+
+def _bar(share: float, kind: str) -> str:
+    return f"<div class='bar {kind}'><span style='width:{100 * share:.1f}%'></span><em>{100 * share:.1f} %</em></div>"
+
+
+def tradeoff(
+    points: Sequence[Mapping[str, Any]], axis: str, dense: Mapping[str, Any], best: Mapping[str, Any] | None
+) -> go.Figure:
+    """Accuracy against sparsity, size or time, one line per method, the sweet spot marked."""
+    title, value = {
+        "sparsity": ("sparsity of what may go, %", lambda p: 100 * p["sparsity"]),
+        "size": ("compressed file, MB", lambda p: p["file_bytes"] / 1e6),
+        "time": ("time of a sentence, % of the dense model's", lambda p: 100 / p["speedup"]),
+    }[axis]
+    figure = go.Figure()
+    for number, method in enumerate(dict.fromkeys(p["method"] for p in points)):
+        mine = sorted((p for p in points if p["method"] == method), key=lambda p: p["sparsity"])
+        figure.add_trace(
+            go.Scatter(
+                x=[value(p) for p in mine],
+                y=[p["accuracy"] for p in mine],
+                error_y={"array": [p["drop_standard_error"] for p in mine], "thickness": 1, "width": 3},
+                name=method,
+                mode="lines+markers",
+                line={"color": COLOURS[number % len(COLOURS)], "width": 2},
+                marker={"symbol": MARKS[number % len(MARKS)], "size": 8},
+                text=[
+                    f"{100 * p['sparsity']:.0f} % sparse: {p['accuracy']:.1f} %, drop {p['drop']:.1f} ± "
+                    f"{p['drop_standard_error']:.1f}; {p['file_bytes'] / 1e6:.1f} MB; {speed(p)}"
+                    for p in mine
+                ],
+                hovertemplate="%{text}<extra>%{fullData.name}</extra>",
+            )
+        )
+    figure.add_hline(y=dense["accuracy"], line={"color": GREY, "dash": "dot"}, annotation_text="dense")
+    if best is not None:
+        figure.add_trace(
+            go.Scatter(
+                x=[value(best)],
+                y=[best["accuracy"]],
+                name="sweet spot",
+                mode="markers+text",
+                text=["sweet spot"],
+                textposition="top center",
+                marker={"symbol": "star", "size": 20, "color": "#e0b000", "line": {"color": "#5b4a00", "width": 1}},
+                hovertemplate=f"{escape(best['method'])}, {100 * best['sparsity']:.0f} %<extra>sweet spot</extra>",
+            )
+        )
+    figure.update_xaxes(title=title)
+    figure.update_yaxes(title="accuracy, %")
+    figure_of(figure, 460)
+    figure.update_layout(legend={"orientation": "h", "y": -0.2, "yanchor": "top", "x": 0}, margin={"t": 24})
+    return figure
+
+
+def speed(point: Mapping[str, Any]) -> str:
+    return f"{point['speedup']:.2f}× as fast" if point["faster"] else "not faster"
+
+
+def tradeoff_rows(points: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """Rows for a table: method, sparsity, accuracy, drop, file, speed."""
+    return [
+        [
+            p["method"],
+            f"{100 * p['sparsity']:.0f} %",
+            f"{p['accuracy']:.2f} %",
+            f"{p['drop']:.2f} ± {p['drop_standard_error']:.2f}",
+            f"{p['file_bytes'] / 1e6:.1f} MB",
+            speed(p),
+        ]
+        for p in points
+    ]
