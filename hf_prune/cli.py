@@ -50,6 +50,7 @@ from hf_prune.cli_options import (
     split_numbers,
     start,
 )
+from hf_prune.cli_space import space
 from hf_prune.cli_speed import bench, explain
 from hf_prune.cli_train import lottery, train
 from hf_prune.cli_trim import trim_vocab
@@ -498,6 +499,7 @@ app.command(epilog="Example: hf-prune push pruned me/bert-sst2-80 --dry-run")(pu
 app.command(epilog="Example: hf-prune compress pruned small")(compress)
 app.command(epilog="Example: hf-prune decompress small pruned")(decompress)
 app.command(epilog="Example: hf-prune migrate old new")(migrate)
+app.command(epilog="Example: hf-prune space --open")(space)
 
 
 @app.command(epilog="Example: hf-prune export pruned pruned.onnx")

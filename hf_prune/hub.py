@@ -22,7 +22,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from hf_prune.errors import CheckpointError, HubError
+from hf_prune.errors import CheckpointError, DataError, HubError
 from hf_prune.tables import format_count, format_table
 
 Result = TypeVar("Result")
@@ -136,6 +136,78 @@ def push_checkpoint(
         repo_id,
     )
     return PushResult(repo_id, sizes, removed, skipped, commit.oid, commit.pr_url or commit.commit_url, text)
+
+
+def push_space(
+    app: Path,
+    repo_id: str,
+    *,
+    model: str,
+    data: str | None,
+    private: bool | None = None,
+    force: bool = False,
+    dry_run: bool = False,
+    token: str | bool | None = None,
+) -> PushResult:
+    """Make or update a Space: the app, this very hf_prune, and a model with sentences, in one commit.
+
+    Args:
+        app: The folder of the app.
+        repo_id: ``owner/name``, or a name for a Space of your own.
+        model: Folder of the model.
+        data: Folder of the sentences; None for none.
+        private: Make a new Space private; None takes the owner's default.
+        force: Also overwrite a Space that holds something else.
+        dry_run: Upload nothing; say what would be.
+        token: Of the Hub; None takes the one you are logged in with.
+
+    Raises:
+        DataError: If a folder is not there.
+        HubError: As :func:`push_checkpoint`.
+    """
+    files = {path.name: path for path in sorted(app.iterdir()) if path.is_file()}
+    package = Path(__file__).parent
+    for folder, name in ((package, "hf_prune"), (Path(model), "demo/model"), (data and Path(data), "demo/data")):
+        if not folder:
+            continue
+        if not folder.is_dir():
+            raise DataError(f"{folder} is no folder: a Space needs the files themselves; download them first")
+        found = {path.relative_to(folder): path for path in sorted(folder.rglob("*")) if path.is_file()}
+        files |= {
+            f"{name}/{path.as_posix()}": there
+            for path, there in found.items()
+            if "__pycache__" not in path.parts
+            and path.suffix not in _PICKLES
+            and not (folder == package and path.parts[0] == "space")
+        }
+    sizes = {name: path.stat().st_size for name, path in files.items()}
+    api = HfApi(token=token)
+    if "/" not in repo_id and not dry_run:
+        repo_id = f"{_asking(lambda: api.whoami(), repo_id)['name']}/{repo_id}"
+    try:
+        info = _asking(lambda: api.repo_info(repo_id, repo_type="space"), repo_id, missing=True)
+    except HubError:
+        if not dry_run:
+            raise
+        info = None  # whether it exists is not known then
+    there = [] if info is None else [each.rfilename for each in info.siblings or []]
+    if not force and set(there) - set(_OWN) and "hf_prune/__init__.py" not in there:
+        raise HubError(
+            f"the Space {repo_id} holds {', '.join(sorted(set(there) - set(_OWN))[:3])} and no hf_prune: choose "
+            f"another name, or pass --force to overwrite it"
+        )
+    removed = tuple(sorted(n for n in there if n.startswith(("hf_prune/", "demo/")) and n not in files))
+    if dry_run:
+        return PushResult(repo_id, sizes, removed, (), None, None, None)
+    _asking(
+        lambda: api.create_repo(repo_id, repo_type="space", space_sdk="gradio", private=private, exist_ok=True), repo_id
+    )
+    operations: list[Any] = [CommitOperationAdd(name, str(path)) for name, path in files.items()]
+    operations += [CommitOperationDelete(name) for name in removed]
+    commit = _asking(
+        lambda: api.create_commit(repo_id, operations, repo_type="space", commit_message="Update the Space"), repo_id
+    )
+    return PushResult(repo_id, sizes, removed, (), commit.oid, f"{api.endpoint}/spaces/{repo_id}", None)
 
 
 def card_of(repo_id: str, *, revision: str | None = None, token: str | bool | None = None) -> str | None:

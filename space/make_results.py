@@ -57,8 +57,8 @@ def main() -> None:
     results = {
         "format_version": 1,
         "note": (
-            f"{points[0]['n']} held-out sentences, {args.calibration} sentences to calibrate with, no training; times of "
-            f"one sentence of 64 tokens, {platform.machine()} CPU, {args.threads} thread(s), {packages}."
+            f"{points[0]['n']} held-out sentences, {args.calibration} sentences to calibrate with, no training; times "
+            f"of one sentence of 64 tokens, {platform.machine()} CPU, {args.threads} thread(s), {packages}."
         ),
         "dense": {"accuracy": points[0]["accuracy"] + points[0]["drop"], "file_bytes": dense.file_bytes},
         "points": points,

@@ -261,7 +261,8 @@ def _summary(pruned: Pruned) -> str:
     else:
         lines.append(
             "Zeros alone bring no speed-up: a dense kernel multiplies by zero like by any other number. What they "
-            f"bring is a smaller file: {pruned.file_bytes / 1e6:.1f} MB compressed, {pruned.dense.file_bytes / 1e6:.1f} MB dense."
+            f"bring is a smaller file: {pruned.file_bytes / 1e6:.1f} MB compressed, "
+            f"{pruned.dense.file_bytes / 1e6:.1f} MB dense."
         )
     lines.append("Go on: **2 See** what is left, **3 Compare** its answers, **5 Publish** it.")
     return "\n\n".join(lines)
@@ -459,8 +460,9 @@ def _tradeoff(studio: Studio, results: Mapping[str, Any]) -> None:
         words = (
             f"No point has a drop of at most {tolerance:g} points with 95 % confidence."
             if best is None
-            else f"**Sweet spot:** {best['method']} at {100 * best['sparsity']:.0f} %: drop {best['drop']:.1f} points, with "
-            f"95 % confidence at most {best['drop_bound']:.1f}; {best['file_bytes'] / 1e6:.1f} MB, {views.speed(best)}."
+            else f"**Sweet spot:** {best['method']} at {100 * best['sparsity']:.0f} %: drop {best['drop']:.1f} points, "
+            f"with 95 % confidence at most {best['drop_bound']:.1f}; {best['file_bytes'] / 1e6:.1f} MB, "
+            f"{views.speed(best)}."
         )
         with tempfile.NamedTemporaryFile("w", suffix=".csv", prefix="tradeoff-", delete=False, encoding="utf-8") as out:
             out.write(tradeoff.to_csv(points))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import re
 import shutil
 import threading
@@ -53,6 +54,7 @@ from hf_prune import (
 from hf_prune.cards import describe_model
 from hf_prune.config import UNIT_CRITERIA_OF, UNITS
 from hf_prune.criteria.base import CURVATURE, LABELLED, TRAINED
+from hf_prune.evaluation import context_length
 from hf_prune.hub import PushResult
 from hf_prune.plots import save_figure
 from hf_prune.report import WeightHistogram
@@ -354,7 +356,8 @@ class Studio:
     def _too_large(self, name: str) -> str:
         return (
             f"{name} is too large for this page: expected at most {self.limits.parameters / 1e6:.0f} million "
-            f"parameters and {self.limits.download_bytes / 1e6:.0f} MB; prune it on your own machine with `hf-prune prune`"
+            f"parameters and {self.limits.download_bytes / 1e6:.0f} MB; prune it on your own machine with "
+            f"`hf-prune prune`"
         )
 
     def _download(self, name: str) -> Path:
@@ -371,7 +374,7 @@ class Studio:
                 raise DataError(
                     f"{name} has no weights as safetensors, and pickles are never opened: choose another one"
                 )
-            if sum(f.size or 0 for f in weights) > self.limits.download_bytes:
+            if sum(math.inf if f.size is None else f.size for f in weights) > self.limits.download_bytes:
                 raise DataError(self._too_large(name))
             where: dict[str, Any] = {"revision": info.sha, "token": token}
             if self.public:
@@ -608,10 +611,10 @@ def unit_map(model: Any) -> dict[str, list[bool]]:
 
 
 def time_both(pruned: Pruned) -> LatencyResult:
-    """One sentence of 64 tokens, the two models in turns."""
-    return measure_latency(
-        {"dense": pruned.dense.model, "pruned": pruned.model}, batch_sizes=[1], lengths=[64], rounds=30
-    )
+    """One sentence of 64 tokens, or what the model can read if that is less; the two models in turns."""
+    models = {"dense": pruned.dense.model, "pruned": pruned.model}
+    length = min(64, context_length(pruned.dense.model) or 64)
+    return measure_latency(models, batch_sizes=[1], lengths=[length], rounds=30)
 
 
 def score_both(pruned: Pruned, data: Any) -> dict[str, Any]:
