@@ -6,59 +6,38 @@ inputs and time are bounded by :class:`Limits`.
 
 from __future__ import annotations
 
-import copy
-import json
-import math
 import re
 import shutil
 import threading
 import time
-import uuid
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi, hf_hub_download, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
+from fetch import fetch_model
+from work import Dense, Pruned, Tell, make_pruned, probabilities_of, score_both, time_both
 
 from hf_prune import (
-    CRITERIA,
     ConfigError,
     DataError,
     HfPruneError,
     LatencyResult,
     PruningConfig,
-    SparsityReport,
-    StructureReport,
-    compare,
-    evaluate_classification,
-    explain_speed,
     listen_to_progress,
     load_classification,
-    measure_latency,
     plot_layer_sparsity,
     plot_weight_histogram,
     prunable,
     push_checkpoint,
-    shrink,
-    sparsity_report,
-    structure_report,
-    text_batches,
-    weight_histogram,
 )
 from hf_prune.cards import describe_model
-from hf_prune.config import UNIT_CRITERIA_OF, UNITS
-from hf_prune.criteria.base import CURVATURE, LABELLED, TRAINED
-from hf_prune.evaluation import context_length
 from hf_prune.hub import PushResult
 from hf_prune.plots import save_figure
-from hf_prune.report import WeightHistogram
-from hf_prune.sites import find_sites
 from hf_prune.workflows import load_classifier
 
 DEMO = "Demo model (film reviews)"
@@ -66,16 +45,6 @@ LISTED = (
     "distilbert/distilbert-base-uncased-finetuned-sst-2-english",
     "lxyuan/distilbert-base-multilingual-cased-sentiments-student",
 )
-WHAT: Mapping[str, str | tuple[str, ...]] = {
-    "Single weights": "unstructured",
-    "Two of every four weights (2:4)": "2:4",
-    "Blocks of sixteen weights": "block:1x16",
-    "Attention heads": ("head",),
-    "Neurons": ("neuron",),
-    "Heads and neurons": ("head", "neuron"),
-    "Whole layers": ("layer",),
-}
-Tell = Callable[[str, float], object]
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 _FILES = (
@@ -119,132 +88,6 @@ class Limits:
     scored: int = 400
 
 
-@dataclass(frozen=True)
-class Dense:
-    """A model as it came. Its weights are never changed."""
-
-    name: str
-    model: Any
-    tokenizer: Any
-    folder: Path
-    base_model: str | None
-
-    @property
-    def parameters(self) -> int:
-        """Of the whole model."""
-        return sum(p.numel() for p in self.model.parameters())
-
-    @property
-    def file_bytes(self) -> int:
-        """Of its weights on disk."""
-        return sum(path.stat().st_size for path in self.folder.glob("*.safetensors"))
-
-    @property
-    def labels(self) -> list[str]:
-        """Names of the classes."""
-        return [self.model.config.id2label[i] for i in range(self.model.config.num_labels)]
-
-
-@dataclass
-class Pruned:
-    """What a visitor made of one, with everything that was counted and measured of it."""
-
-    dense: Dense
-    model: Any
-    config: PruningConfig
-    folder: Path
-    report: SparsityReport
-    structure: StructureReport | None
-    units: Mapping[str, list[bool]]
-    histograms: tuple[WeightHistogram, WeightHistogram]
-    seconds: float
-    file_bytes: int
-    used: float = field(default_factory=time.monotonic)
-    latency: LatencyResult | None = None
-    evaluation: dict[str, Any] | None = None
-
-    @property
-    def parameters(self) -> int:
-        """Of the whole model, zeros included."""
-        return sum(p.numel() for p in self.model.parameters())
-
-    @property
-    def memory(self) -> int:
-        """Bytes of its weights in memory."""
-        return sum(p.numel() * p.element_size() for p in self.model.parameters())
-
-    def facts(self) -> dict[str, Any]:
-        """The numbers, for programs."""
-        return {
-            "model": self.dense.name,
-            "settings": self.config.to_dict(),
-            "parameters_before": self.dense.parameters,
-            "parameters": self.parameters,
-            "nonzero": self.report.nonzero,
-            "target_sparsity": self.report.target_sparsity,
-            "memory_bytes_before": sum(p.numel() * p.element_size() for p in self.dense.model.parameters()),
-            "memory_bytes": self.memory,
-            "file_bytes_before": self.dense.file_bytes,
-            "file_bytes_compressed": self.file_bytes,
-            "seconds": round(self.seconds, 2),
-            "latency": None if self.latency is None else self.latency.to_dict(),
-            "score": None if self.evaluation is None else self.evaluation["comparison"],
-        }
-
-
-def criteria_for(what: str) -> dict[str, str]:
-    """The criteria that can choose what goes, with a line on each.
-
-    Left out are those that need labels or a training, and the block Fisher criterion, which takes minutes.
-    """
-    if isinstance(WHAT[what], tuple):
-        found = {name: why for name, (_, why, _) in UNIT_CRITERIA_OF.items() if name != "movement"}
-    else:
-        slow = LABELLED | TRAINED | CURVATURE
-        found = {n: CRITERIA.get(n).description for n in CRITERIA.names() if not CRITERIA.get(n).needs & slow}
-    return {name: why for name, why in found.items() if _config(what, name) is not None}
-
-
-def can_repair(what: str, how: str) -> bool:
-    """Whether a least-squares repair fits to it: after whole layers there is nothing to repair."""
-    return WHAT[what] != ("layer",) and _config(what, how, repair="least_squares") is not None
-
-
-def fixed_sparsity(what: str) -> float | None:
-    """The sparsity that follows from what goes, as in 2:4."""
-    return 0.5 if WHAT[what] == "2:4" else None
-
-
-def _config(what: str, how: str, **more: Any) -> PruningConfig | None:
-    scope = "global" if isinstance(WHAT[what], tuple) else None
-    try:
-        return PruningConfig(granularity=WHAT[what], criterion=how, scope=scope, **more)
-    except ConfigError:
-        return None
-
-
-def make_config(what: str, how: str, repair: bool, sparsity: float) -> PruningConfig:
-    """The settings of a pruning.
-
-    Raises:
-        ConfigError: If they contradict one another, or are unknown.
-    """
-    if what not in WHAT:
-        raise ConfigError(f"{what!r} cannot be removed: expected one of {', '.join(WHAT)}")
-    if how not in criteria_for(what):
-        raise ConfigError(f"{how!r} cannot choose them: expected one of {', '.join(criteria_for(what))}")
-    if repair and not can_repair(what, how):
-        raise ConfigError(f"a repair does not fit to {how!r} and {what!r}: leave it out")
-    if not 0 <= sparsity <= 0.95:
-        raise ConfigError(f"the sparsity is {sparsity:g}: expected 0 to 0.95")
-    fixed = fixed_sparsity(what)
-    config = _config(
-        what, how, sparsity=sparsity if fixed is None else fixed, repair="least_squares" if repair else None
-    )
-    assert config is not None
-    return config
-
-
 class Studio:
     """Models and visitors.
 
@@ -274,7 +117,7 @@ class Studio:
         self.data = None if data is None else str(data)
         self.public = public
         self.names = [*([] if demo is None else [DEMO]), *LISTED]
-        self._demo, self._folder = demo, folder
+        self._demo, self.folder = demo, folder
         self._dense: OrderedDict[str, Dense] = OrderedDict()
         self._pruned: OrderedDict[str, Pruned] = OrderedDict()
         self._jobs: dict[str, threading.Event] = {}
@@ -340,66 +183,21 @@ class Studio:
         if name == DEMO and self._demo is not None:
             folder = Path(self._demo)
         else:
-            folder, base_model = self._download(name), name
+            token, cache = (False, self.folder / "hub") if self.public else (None, None)
+            folder, base_model = fetch_model(name, self.limits.download_bytes, token, cache), name
         try:
             model, tokenizer = load_classifier(str(folder))
-        except HfPruneError:
-            raise
+        except HfPruneError as error:  # in the visitor's words, not the machine's
+            raise DataError(str(error).replace(str(folder), name)) from None
         except Exception as error:
-            raise DataError(
-                f"{name} cannot be loaded: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
-            ) from None
+            reason = " ".join(str(error).split())[:300]
+            raise DataError(f"{name} cannot be loaded: {type(error).__name__}: {reason}") from None
         if sum(p.numel() for p in model.parameters()) > self.limits.parameters:
-            raise DataError(self._too_large(name))
+            raise DataError(
+                f"{name} is too large for this page: expected at most {self.limits.parameters / 1e6:.0f} million "
+                f"parameters; prune it on your own machine with `hf-prune prune`"
+            )
         return Dense(name, prunable(model).eval(), tokenizer, folder, base_model)
-
-    def _too_large(self, name: str) -> str:
-        return (
-            f"{name} is too large for this page: expected at most {self.limits.parameters / 1e6:.0f} million "
-            f"parameters and {self.limits.download_bytes / 1e6:.0f} MB; prune it on your own machine with "
-            f"`hf-prune prune`"
-        )
-
-    def _download(self, name: str) -> Path:
-        """The files of a model of the Hub, checked before the large ones are fetched. No code and no pickle is."""
-        if not _ID.fullmatch(name) or ".." in name:
-            raise DataError(f"{name[:100]!r} is no model of the Hub: expected owner/name, such as {LISTED[0]}")
-        token = False if self.public else None
-        try:
-            info = HfApi(token=token).model_info(name, files_metadata=True, timeout=15)
-            weights = [
-                f for f in info.siblings or [] if f.rfilename.endswith(".safetensors") and "/" not in f.rfilename
-            ]
-            if not weights:
-                raise DataError(
-                    f"{name} has no weights as safetensors, and pickles are never opened: choose another one"
-                )
-            if sum(math.inf if f.size is None else f.size for f in weights) > self.limits.download_bytes:
-                raise DataError(self._too_large(name))
-            where: dict[str, Any] = {"revision": info.sha, "token": token}
-            if self.public:
-                where["cache_dir"] = self._folder / "hub"
-            config = json.loads(Path(hf_hub_download(name, "config.json", **where)).read_text(encoding="utf-8"))
-            self._check_config(name, config)
-            return Path(snapshot_download(name, allow_patterns=list(_FILES), **where))
-        except RepositoryNotFoundError:
-            raise DataError(f"{name} is not on the Hub, or is private: check its name") from None
-        except OfflineModeIsEnabled:
-            raise DataError(f"{name} cannot be had: this page runs without the Hub (HF_HUB_OFFLINE)") from None
-        except (HFValidationError, HfHubHTTPError, ValueError) as error:
-            raise DataError(f"the Hub does not give {name}: {' '.join(str(error).split())[:200]}") from None
-        except DataError:
-            raise
-        except Exception as error:  # the client passes on whatever its transport raises
-            raise DataError(f"the Hub cannot be reached for {name} ({type(error).__name__}): try again later") from None
-
-    def _check_config(self, name: str, config: Any) -> None:
-        kinds = (config.get("architectures") if isinstance(config, dict) else None) or ["a model without a class"]
-        if not str(kinds[0]).endswith("ForSequenceClassification"):
-            raise DataError(f"{name} is {kinds[0]}: expected a text classifier (…ForSequenceClassification)")
-        for key, value in config.items():
-            if isinstance(value, int) and (value > _LARGEST_NUMBER or ("layer" in key and value > _MOST_LAYERS)):
-                raise DataError(f"{name} says {key} = {value}: {self._too_large(name)}")
 
     # --- pruning --------------------------------------------------------------------------------------
 
@@ -412,7 +210,7 @@ class Studio:
         with self.job(visitor, tell):
             tell("Loading the model", 0.0)
             dense = self.load(name)
-            pruned = self.make(dense, config, tell)
+            pruned = make_pruned(dense, config, self.texts(), self.folder, tell)
         try:
             self._keep(visitor, pruned)
         except BaseException:
@@ -420,46 +218,8 @@ class Studio:
             raise
         return pruned
 
-    def make(self, dense: Dense, config: PruningConfig, tell: Tell) -> Pruned:
-        """A pruned copy, counted and saved. Heads, neurons and layers are taken out."""
-        tell("Reading sentences to learn from", 0.0)
-        texts = text_batches(self._texts(), dense.tokenizer, batch_size=16, max_length=64)
-        model = copy.deepcopy(dense.model)
-        tell("Pruning", 0.0)
-        start = time.perf_counter()
-        model.prune(config, calibration=texts)
-        units = unit_map(model) if config.removes_units else {}
-        if config.removes_units:
-            shrink(model)
-        seconds = time.perf_counter() - start
-        tell("Counting", 0.9)
-        report = sparsity_report(model)
-        names = [t.name for t in report.targets]
-        there = set(dict(dense.model.named_parameters()))
-        before = weight_histogram(dense.model, [n for n in names if n in there])
-        after = weight_histogram(model, names, limit=float(before.edges[-1]))
-        tell("Saving", 0.95)
-        folder = self._folder / uuid.uuid4().hex
-        try:
-            model.save_pretrained(folder, compressed=True)
-            dense.tokenizer.save_pretrained(folder)
-        except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
-        return Pruned(
-            dense=dense,
-            model=model,
-            config=config,
-            folder=folder,
-            report=report,
-            structure=structure_report(model) if config.removes_units else None,
-            units=units,
-            histograms=(before, after),
-            seconds=seconds,
-            file_bytes=sum(path.stat().st_size for path in folder.glob("*.safetensors")),
-        )
-
-    def _texts(self) -> list[str]:
+    def texts(self) -> list[str]:
+        """What calibrated criteria learn from."""
         if self.data is None:
             return self.sentences[: self.limits.calibration]
         return self._split("train")["sentence"][: self.limits.calibration]
@@ -555,7 +315,7 @@ class Studio:
             raise DataError(f"a sentence has {longest} characters: expected at most {self.limits.characters}")
         pruned = self.pruned(visitor)
         tokenizer = pruned.dense.tokenizer
-        return pruned, *(_probabilities(model, tokenizer, texts) for model in (pruned.dense.model, pruned.model))
+        return pruned, *(probabilities_of(model, tokenizer, texts) for model in (pruned.dense.model, pruned.model))
 
     # --- publishing -------------------------------------------------------------------------------------
 
@@ -572,7 +332,8 @@ class Studio:
         title = f"{pruned.dense.name}, {pruned.config.criterion}"
         before, after = pruned.histograms
         save_figure(plot_weight_histogram(before, after, title), pruned.folder / "weights.png")
-        save_figure(plot_layer_sparsity(pruned.report, title), pruned.folder / "layers.png")
+        if pruned.structure is None:
+            save_figure(plot_layer_sparsity(pruned.report, title), pruned.folder / "layers.png")
         return describe_model(
             pruned.model,
             pruned.folder,
@@ -598,52 +359,3 @@ class Studio:
         """Upload it to the account that a token belongs to."""
         self.card(visitor, repo)
         return push_checkpoint(self.pruned(visitor).folder, repo, private=private, token=token)
-
-
-def unit_map(model: Any) -> dict[str, list[bool]]:
-    """Of each attention and feed-forward network of a masked model: which heads and neurons are left."""
-    parameters, found = dict(model.named_parameters()), {}
-    for site in find_sites(model):
-        part = site.consumers[0]
-        weight = parameters[part.name].detach().movedim(part.dim, 0)
-        found[f"{site.kind} {site.name}"] = weight.reshape(site.units, -1).ne(0).any(1).tolist()
-    return found
-
-
-def time_both(pruned: Pruned) -> LatencyResult:
-    """One sentence of 64 tokens, or what the model can read if that is less; the two models in turns."""
-    models = {"dense": pruned.dense.model, "pruned": pruned.model}
-    length = min(64, context_length(pruned.dense.model) or 64)
-    return measure_latency(models, batch_sizes=[1], lengths=[length], rounds=30)
-
-
-def score_both(pruned: Pruned, data: Any) -> dict[str, Any]:
-    """Both on the same sentences, as ``hf-prune evaluate --against --json`` says it."""
-    models = {"dense": pruned.dense.model, "evaluation": pruned.model}
-    found = {
-        key: evaluate_classification(model, pruned.dense.tokenizer, data, source="Rotten Tomatoes", split="held out")
-        for key, model in models.items()
-    }
-    comparison = compare(found["dense"], found["evaluation"])
-    return {**{k: v.to_dict() for k, v in found.items()}, "comparison": comparison.to_dict()}
-
-
-def speed_in_words(pruned: Pruned) -> str:
-    """Whether it is faster, and why not."""
-    return explain_speed(pruned.model, pruned.latency)
-
-
-def removed_parts(units: Mapping[str, list[bool]]) -> dict[str, int]:
-    """How many of each kind are gone."""
-    return {kind: sum(n.startswith(kind) and not kept for n, left in units.items() for kept in left) for kind in UNITS}
-
-
-@torch.inference_mode()
-def _probabilities(model: Any, tokenizer: Any, texts: Sequence[str]) -> torch.Tensor:
-    parts = []
-    for start in range(0, len(texts), 16):
-        batch = tokenizer(
-            list(texts[start : start + 16]), truncation=True, max_length=256, padding=True, return_tensors="pt"
-        )
-        parts.append(model(**batch).logits.float().softmax(-1))
-    return torch.cat(parts)

@@ -8,7 +8,8 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from studio import WHAT, Dense, Studio, Tell, make_config, score_both, time_both
+from studio import Studio
+from work import WHAT, Dense, Tell, make_config, make_pruned, score_both, time_both
 
 FIELDS = (
     "method", "sparsity", "accuracy", "drop", "drop_standard_error", "drop_bound", "n", "parameters", "nonzero",
@@ -39,7 +40,8 @@ def measure(
             def step(title: str, _: float, name: str = name, sparsity: float = sparsity, share: float = share) -> None:
                 tell(f"{name} at {100 * sparsity:.0f} %: {title.lower()}", share)
 
-            pruned = studio.make(dense, make_config(what, how, repair, sparsity), step)
+            config = make_config(what, how, repair, sparsity)
+            pruned = make_pruned(dense, config, studio.texts(), studio.folder, step)
             try:
                 step("scoring", 0.0)
                 score = score_both(pruned, data)["comparison"]

@@ -9,7 +9,7 @@ from typing import Any
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from hf_prune import LatencyResult, SparsityReport
+from hf_prune import LatencyResult
 from hf_prune.report import WeightHistogram
 from hf_prune.tables import format_count
 
@@ -27,8 +27,8 @@ def figure_of(figure: go.Figure, height: int, **layout: Any) -> go.Figure:
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)",
         font={"color": TEXT, "size": 13, "family": "system-ui, sans-serif"},
-        margin={"l": 8, "r": 12, "t": 48, "b": 8},
-        legend={"orientation": "h", "yanchor": "bottom", "y": 1.0, "x": 0},
+        margin={"l": 8, "r": 12, "t": 52, "b": 8},
+        legend={"orientation": "h", "yanchor": "top", "y": -0.2, "x": 0},
         **layout,
     )
     figure.update_xaxes(gridcolor=GRID, zerolinecolor=GRID, automargin=True)
@@ -55,25 +55,24 @@ def histogram(before: WeightHistogram, after: WeightHistogram) -> go.Figure:
         )
     figure.update_xaxes(title="weight")
     figure.update_yaxes(title="weights that are not zero")
-    return figure_of(figure, 340)
+    return figure_of(figure, 400)
 
 
-def layers(report: SparsityReport) -> go.Figure:
-    """Sparsity of each matrix that was pruned."""
-    tensors = report.targets
-    short = [t.name.removesuffix(".weight") for t in tensors]
+def layers(gone: Mapping[str, float]) -> go.Figure:
+    """The share of each matrix that is zero or taken out."""
+    short = [name.removesuffix(".weight") for name in gone]
     figure = go.Figure(
         go.Bar(
-            x=[100 * t.sparsity for t in tensors],
+            x=[100 * share for share in gone.values()],
             y=short,
             orientation="h",
             marker={"color": BLUE},
-            hovertemplate="%{y}: %{x:.1f} % zero<extra></extra>",
+            hovertemplate="%{y}: %{x:.1f} % gone<extra></extra>",
         )
     )
-    figure.update_xaxes(title="zeros, % of the matrix", range=[0, 100])
+    figure.update_xaxes(title="gone, % of the matrix", range=[0, 100])
     figure.update_yaxes(autorange="reversed", tickfont={"size": 10})
-    return figure_of(figure, max(260, 17 * len(tensors) + 90))
+    return figure_of(figure, max(260, 17 * len(gone) + 100))
 
 
 def unit_maps(units: Mapping[str, list[bool]]) -> go.Figure | None:
@@ -113,7 +112,7 @@ def unit_maps(units: Mapping[str, list[bool]]) -> go.Figure | None:
         )
         figure.update_yaxes(autorange="reversed", row=row, col=1)
         figure.update_xaxes(showticklabels=kind == "head", dtick=1, row=row, col=1)
-    return figure_of(figure, 70 + sum(60 + 26 * sum(n.startswith(k) for n in units) for k in kinds))
+    return figure_of(figure, 100 + sum(60 + 26 * sum(n.startswith(k) for n in units) for k in kinds))
 
 
 def _cells(kept: list[bool]) -> list[list[bool]]:
@@ -148,13 +147,12 @@ def _bytes(facts: Mapping[str, Any], *keys: str) -> list[str]:
 
 
 def latency_rows(result: LatencyResult) -> list[list[str]]:
-    """Rows for a table: model, median, quartiles, 95th percentile, verdict."""
+    """Rows for a table: model, median, quartiles, verdict."""
     return [
         [
             p.model,
             f"{1e3 * p.median:.2f} ms",
             f"{1e3 * p.low:.2f} to {1e3 * p.high:.2f} ms",
-            f"{1e3 * p.p95:.2f} ms",
             p.verdict,
         ]
         for p in result.points
@@ -233,9 +231,7 @@ def tradeoff(
         )
     figure.update_xaxes(title=title)
     figure.update_yaxes(title="accuracy, %")
-    figure_of(figure, 460)
-    figure.update_layout(legend={"orientation": "h", "y": -0.2, "yanchor": "top", "x": 0}, margin={"t": 24})
-    return figure
+    return figure_of(figure, 500)
 
 
 def speed(point: Mapping[str, Any]) -> str:

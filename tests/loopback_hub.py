@@ -374,7 +374,8 @@ class _Handler(BaseHTTPRequestHandler):
         base = {"_id": "0", "id": repo_id, "modelId": repo_id, "author": parts["owner"], "sha": commit.oid}
         base |= {"private": repo.private, "gated": False, "disabled": False, "tags": [], "downloads": 0, "likes": 0}
         base |= {"lastModified": date, "createdAt": date, "sdk": repo.sdk, "cardData": {}}
-        return self._json({**base, "siblings": [{"rfilename": path} for path in commit.files]})
+        files = [{"rfilename": path, "size": len(stored.data)} for path, stored in commit.files.items()]
+        return self._json({**base, "siblings": files})
 
     def tree(self, parts: Any, query: Any, body: bytes, fault: str | None) -> None:
         if (found := self._find(parts)) is None:

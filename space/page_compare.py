@@ -1,0 +1,86 @@
+"""The third tab: the answers of both models."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gradio as gr
+import views
+from common import HEAVY, LIGHT, in_words, teller, visitor
+from studio import Studio
+
+EXAMPLES = (
+    "A warm, funny and moving film that never talks down to its audience.",
+    "The plot is thin, the jokes are old, and two hours feel like four.",
+    "It is not without charm, but I would not call it good.",
+    "Hardly a masterpiece, yet I could not stop watching.",
+)
+
+
+def compare_tab(studio: Studio) -> None:
+    gr.Markdown("Ask both models. Prune one first.")
+    text = gr.Textbox(
+        label="A sentence", value=EXAMPLES[0], max_length=studio.limits.characters, lines=2, elem_id="sentence"
+    )
+    ask = gr.Button("Ask both", variant="primary", elem_id="ask")
+    answer = gr.HTML(elem_id="answer", label="Answers")
+    gr.Examples([[each] for each in EXAMPLES], [text], label="Examples", elem_id="examples")
+
+    @in_words
+    def both(text: str, request: gr.Request) -> str:
+        """The probabilities that both models give to a sentence, as HTML."""
+        pruned, dense, after = studio.probabilities(visitor(request), [text or ""])
+        return views.side_by_side((text or "").strip(), pruned.dense.labels, dense[0].tolist(), after[0].tolist())
+
+    gr.on([ask.click, text.submit], both, text, answer, api_name="compare", **LIGHT)
+
+    gr.Markdown("### Where do they disagree?")
+    with gr.Row():
+        with gr.Column(min_width=300):
+            many = gr.Textbox(
+                label=f"Sentences, one a line, {studio.limits.sentences} at most",
+                value="\n".join(studio.sentences),
+                lines=8,
+                max_lines=12,
+                elem_id="many",
+            )
+            with gr.Row():
+                find = gr.Button("Find disagreements", elem_id="find")
+                score = gr.Button("Score both on held-out sentences", elem_id="score")
+        with gr.Column(min_width=300):
+            said = gr.Markdown(elem_id="disagreed", container=True)
+            rows = gr.Dataframe(
+                headers=["sentence", "dense says", "pruned says"],
+                label="Sentences on which they disagree",
+                interactive=False,
+                wrap=True,
+                elem_id="rows",
+            )
+
+    @in_words
+    def disagreements(many: str, request: gr.Request) -> list[Any]:
+        """How often both models agree, and the sentences on which they do not."""
+        texts = [line.strip() for line in (many or "").splitlines() if line.strip()]
+        pruned, dense, after = studio.probabilities(visitor(request), texts)
+        labels = pruned.dense.labels
+        differ = [i for i in range(len(texts)) if int(dense[i].argmax()) != int(after[i].argmax())]
+        table = [
+            [texts[i], *(f"{labels[int(p[i].argmax())]} ({100 * float(p[i].max()):.0f} %)" for p in (dense, after))]
+            for i in differ
+        ]
+        return [f"They disagree on **{len(differ)} of {len(texts)}** sentences.", table]
+
+    find.click(disagreements, many, [said, rows], api_name="disagreements", **LIGHT)
+
+    @in_words
+    def scored(request: gr.Request, progress: gr.Progress = gr.Progress()) -> str:  # noqa: B008
+        """The accuracy of both on the same held-out sentences, with the interval of the drop."""
+        found = studio.score(visitor(request), teller(progress))
+        c, n = found["comparison"], found["dense"]["n"]
+        return (
+            f"On {n} held-out sentences: dense **{100 * c['dense_accuracy']:.1f} %**, pruned "
+            f"**{100 * c['pruned_accuracy']:.1f} %**. Drop {c['drop']:.1f} points, 95 % interval "
+            f"{c['interval'][0]:.1f} to {c['interval'][1]:.1f}, p = {c['p_value']:.2g} (paired, McNemar)."
+        )
+
+    score.click(scored, None, said, api_name="score", **HEAVY)

@@ -1,0 +1,90 @@
+"""The fifth tab: the card, the checkpoint, the push."""
+
+from __future__ import annotations
+
+import base64
+import re
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from common import LIGHT, in_words, visitor
+from huggingface_hub import get_token
+from studio import Studio
+
+
+def publish_tab(studio: Studio, login: bool) -> None:
+    gr.Markdown(
+        "The card says what was counted and measured here, and leaves out the rest: measure the speed and the "
+        "accuracy first if they shall be in it. The checkpoint is compressed; plain `from_pretrained` loads it after "
+        "`import hf_prune`."
+    )
+    name = gr.Textbox(
+        "my-pruned-model",
+        label="Name of the repository",
+        info="In your account, or owner/name.",
+        max_length=193,
+        elem_id="repo",
+    )
+    with gr.Row():
+        preview = gr.Button("Preview the card", variant="primary", elem_id="preview")
+        pack = gr.Button("Make the checkpoint", elem_id="pack")
+        file = gr.DownloadButton("Download", interactive=False, elem_id="download")
+    private = gr.Checkbox(True, label="Private repository", elem_id="private")
+    if login:
+        gr.LoginButton(elem_id="login")
+    else:
+        gr.Markdown("A push uses the token that this machine is logged in with (`hf auth login`, or `HF_TOKEN`).")
+    push = gr.Button("Push to the Hub", elem_id="push")
+    said = gr.Markdown(elem_id="pushed", container=True)
+    card = gr.Markdown(elem_id="card", container=True, label="The card")
+
+    @in_words
+    def make_card(name: str, request: gr.Request) -> str:
+        """The model card, as Markdown."""
+        return _preview(studio.card(visitor(request), (name or "").strip()), studio.pruned(visitor(request)).folder)
+
+    preview.click(make_card, name, card, api_name="card", **LIGHT)
+
+    @in_words
+    def archive(name: str, request: gr.Request) -> Any:
+        """The checkpoint with its card, as a zip file."""
+        return gr.DownloadButton(value=str(studio.archive(visitor(request), (name or "").strip())), interactive=True)
+
+    pack.click(archive, name, file, api_name="archive", **LIGHT)
+
+    def upload(name: str, private: bool, token: str | None, request: gr.Request) -> str:
+        if token is None:
+            raise gr.Error("log in with Hugging Face first", title="Not pushed", print_exception=False)
+        result = studio.push(visitor(request), (name or "").strip(), token, bool(private))
+        total = sum(result.files.values()) / 1e6
+        return f"Pushed {len(result.files)} files, {total:.1f} MB, to [{result.repo_id}]({result.url})."
+
+    if login:
+
+        @in_words
+        def push_with_login(name: str, private: bool, request: gr.Request, token: gr.OAuthToken | None) -> str:
+            """Upload it to the account that is logged in."""
+            return upload(name, private, None if token is None else token.token, request)
+
+        push.click(push_with_login, [name, private], said, api_name="push", **LIGHT)
+    else:
+
+        @in_words
+        def push_from_here(name: str, private: bool, request: gr.Request) -> str:
+            """Upload it to the account that this machine is logged in with."""
+            return upload(name, private, get_token(), request)
+
+        push.click(push_from_here, [name, private], said, api_name="push", **LIGHT)
+
+
+def _preview(card: str, folder: Path) -> str:
+    """The card without its metadata, with its pictures in it."""
+    text = re.sub(r"\A---\n.*?\n---\n", "", card, flags=re.DOTALL)
+
+    def embed(match: re.Match[str]) -> str:
+        path = folder / match[2]
+        data = base64.b64encode(path.read_bytes()).decode()
+        return f"![{match[1]}](data:image/png;base64,{data})"
+
+    return re.sub(r"!\[([^\]]*)\]\((layers\.png|weights\.png)\)", embed, text)

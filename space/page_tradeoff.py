@@ -1,0 +1,120 @@
+"""The fourth tab: what accuracy costs what size and time."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+
+import gradio as gr
+import tradeoff
+import views
+from common import HEAVY, LIGHT, in_words, teller, visitor
+from studio import Studio
+
+SPARSITIES = ("30 %", "50 %", "60 %", "70 %", "80 %", "90 %")
+MOST_POINTS, SWEEP_SENTENCES = 6, 200
+
+
+def tradeoff_tab(studio: Studio, results: Mapping[str, Any]) -> None:
+    methods = list(dict.fromkeys(p["method"] for p in results["points"]))
+    gr.Markdown(
+        f"Accuracy of the demo's model against what was removed, measured before: {results['note']} "
+        f"Or measure a few points here."
+    )
+    state = gr.State({"dense": results["dense"], "points": results["points"]})
+    with gr.Row():
+        axis = gr.Radio(
+            [("Sparsity", "sparsity"), ("File size", "size"), ("Time", "time")],
+            value="sparsity",
+            label="Against",
+            elem_id="axis",
+        )
+        tolerance = gr.Slider(
+            0.5, 5, value=2, step=0.5, label="Accepted drop, points", info="With 95 % confidence.", elem_id="tolerance"
+        )
+    shown = gr.Dropdown(methods, value=methods, multiselect=True, label="Methods", elem_id="shown")
+    spot = gr.Markdown(elem_id="spot", container=True)
+    chart = gr.Plot(label="Trade-off", elem_id="chart")
+    table = gr.Dataframe(
+        headers=["method", "sparsity", "accuracy", "drop ± s.e.", "file", "speed"],
+        label="All points",
+        interactive=False,
+        wrap=True,
+        elem_id="points",
+    )
+    file = gr.DownloadButton("Download the table (CSV)", elem_id="csv")
+    gr.Markdown(
+        f"### Measure it here\nAt most {MOST_POINTS} points, {SWEEP_SENTENCES} sentences each; takes a minute or more."
+    )
+    with gr.Row():
+        which = gr.Dropdown(methods, value=methods[:2], multiselect=True, label="Methods to measure", elem_id="which")
+        how_much = gr.CheckboxGroup(SPARSITIES, value=["50 %", "80 %"], label="Sparsities", elem_id="how-much")
+    with gr.Row():
+        go = gr.Button("Measure", variant="primary", elem_id="sweep")
+        stop = gr.Button("Cancel", variant="stop")
+        again = gr.Button("Show the earlier results", elem_id="earlier")
+
+    @in_words
+    def draw(data: Mapping[str, Any], axis: str, tolerance: float, shown: Sequence[str]) -> list[Any]:
+        """The chart, the sweet spot, the table, and the file of the points."""
+        if axis not in ("sparsity", "size", "time"):
+            raise gr.Error("the axis is sparsity, size or time", print_exception=False)
+        points = [p for p in data["points"] if p["method"] in (shown or [])]
+        best = tradeoff.sweet_spot(points, axis, float(tolerance))
+        words = (
+            f"No point has a drop of at most {tolerance:g} points with 95 % confidence."
+            if best is None
+            else f"**Sweet spot:** {best['method']} at {100 * best['sparsity']:.0f} %: drop {best['drop']:.1f} points, "
+            f"with 95 % confidence at most {best['drop_bound']:.1f}; {best['file_bytes'] / 1e6:.1f} MB, "
+            f"{views.speed(best)}."
+        )
+        with tempfile.NamedTemporaryFile("w", suffix=".csv", prefix="tradeoff-", delete=False, encoding="utf-8") as out:
+            out.write(tradeoff.to_csv(points))
+        return [words, views.tradeoff(points, axis, data["dense"], best), views.tradeoff_rows(points), out.name]
+
+    outputs = [spot, chart, table, file]
+    settings = [state, axis, tolerance, shown]
+    # Without triggers: when the page opens, and when a setting or the points change.
+    gr.on(None, draw, settings, outputs, api_name="tradeoff", trigger_mode="always_last", **LIGHT)
+
+    @in_words
+    def sweep(
+        which: Sequence[str],
+        how_much: Sequence[str],
+        request: gr.Request,
+        progress: gr.Progress = gr.Progress(),  # noqa: B008
+    ) -> list[Any]:
+        """Measure points of the demo's model here."""
+        unknown = [m for m in which or [] if m not in methods] + [s for s in how_much or [] if s not in SPARSITIES]
+        if unknown:
+            raise gr.Error(escape(f"{unknown[0]!r} is not on offer"), print_exception=False)
+        count = len(which or []) * len(how_much or [])
+        if not 0 < count <= MOST_POINTS:
+            raise gr.Error(f"these are {count} points: choose 1 to {MOST_POINTS}", print_exception=False)
+        tell = teller(progress)
+        with studio.job(visitor(request), tell):
+            dense = studio.load(studio.names[0])
+            chosen = [tradeoff.parse_method(name) for name in which]
+            shares = [int(s.split()[0]) / 100 for s in how_much]
+            points = list(tradeoff.measure(studio, dense, chosen, shares, SWEEP_SENTENCES, tell))
+        accuracy = points[0]["accuracy"] + points[0]["drop"]
+        found = {"dense": {"accuracy": accuracy, "file_bytes": dense.file_bytes}, "points": points}
+        return [found, gr.Dropdown(choices=list(which), value=list(which))]
+
+    go.click(sweep, [which, how_much], [state, shown], api_name="sweep", show_progress_on=spot, **HEAVY)
+
+    def stopped(request: gr.Request) -> str:
+        return "Cancelling." if studio.cancel(visitor(request)) else "Nothing of yours is running."
+
+    stop.click(stopped, None, spot, queue=False, api_visibility="private")
+
+    def earlier() -> list[Any]:
+        """Back to what was measured before."""
+        return [
+            {"dense": results["dense"], "points": results["points"]},
+            gr.Dropdown(choices=methods, value=methods),
+        ]
+
+    again.click(earlier, None, [state, shown], api_name="earlier", **LIGHT)

@@ -1,0 +1,279 @@
+"""One model and what is made of it: what can be chosen, pruning, counting, timing, scoring."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hf_prune import (
+    CRITERIA,
+    ConfigError,
+    LatencyResult,
+    PruningConfig,
+    SparsityReport,
+    StructureReport,
+    compare,
+    evaluate_classification,
+    explain_speed,
+    measure_latency,
+    shrink,
+    sparsity_report,
+    structure_report,
+    text_batches,
+    weight_histogram,
+)
+from hf_prune.config import UNIT_CRITERIA_OF, UNITS
+from hf_prune.criteria.base import CURVATURE, LABELLED, TRAINED
+from hf_prune.evaluation import context_length
+from hf_prune.report import WeightHistogram
+from hf_prune.sites import find_sites
+
+Tell = Callable[[str, float], object]
+
+WHAT: Mapping[str, str | tuple[str, ...]] = {
+    "Single weights": "unstructured",
+    "Two of every four weights (2:4)": "2:4",
+    "Blocks of sixteen weights": "block:1x16",
+    "Attention heads": ("head",),
+    "Neurons": ("neuron",),
+    "Heads and neurons": ("head", "neuron"),
+    "Whole layers": ("layer",),
+}
+
+
+@dataclass(frozen=True)
+class Dense:
+    """A model as it came. Its weights are never changed."""
+
+    name: str
+    model: Any
+    tokenizer: Any
+    folder: Path
+    base_model: str | None
+
+    @property
+    def parameters(self) -> int:
+        """Of the whole model."""
+        return sum(p.numel() for p in self.model.parameters())
+
+    @property
+    def file_bytes(self) -> int:
+        """Of its weights on disk."""
+        return sum(path.stat().st_size for path in self.folder.glob("*.safetensors"))
+
+    @property
+    def labels(self) -> list[str]:
+        """Names of the classes."""
+        return [self.model.config.id2label[i] for i in range(self.model.config.num_labels)]
+
+
+@dataclass
+class Pruned:
+    """What a visitor made of one, with everything that was counted and measured of it."""
+
+    dense: Dense
+    model: Any
+    config: PruningConfig
+    folder: Path
+    report: SparsityReport
+    structure: StructureReport | None
+    units: Mapping[str, list[bool]]
+    histograms: tuple[WeightHistogram, WeightHistogram]
+    seconds: float
+    file_bytes: int
+    used: float = field(default_factory=time.monotonic)
+    latency: LatencyResult | None = None
+    evaluation: dict[str, Any] | None = None
+
+    @property
+    def parameters(self) -> int:
+        """Of the whole model, zeros included."""
+        return sum(p.numel() for p in self.model.parameters())
+
+    @property
+    def memory(self) -> int:
+        """Bytes of its weights in memory."""
+        return sum(p.numel() * p.element_size() for p in self.model.parameters())
+
+    def gone(self) -> dict[str, float]:
+        """The share of each pruned matrix that is zero or taken out, by name."""
+        dense = dict(self.dense.model.named_parameters())
+        names = [t.name for t in self.report.targets]
+        now = {t.name: t.nonzero for t in self.report.targets}
+        return {name: 1 - now[name] / dense[name].numel() for name in names if name in dense}
+
+    def facts(self) -> dict[str, Any]:
+        """The numbers, for programs."""
+        return {
+            "model": self.dense.name,
+            "settings": self.config.to_dict(),
+            "parameters_before": self.dense.parameters,
+            "parameters": self.parameters,
+            "nonzero": self.report.nonzero,
+            "target_sparsity": self.report.target_sparsity,
+            "memory_bytes_before": sum(p.numel() * p.element_size() for p in self.dense.model.parameters()),
+            "memory_bytes": self.memory,
+            "file_bytes_before": self.dense.file_bytes,
+            "file_bytes_compressed": self.file_bytes,
+            "seconds": round(self.seconds, 2),
+            "latency": None if self.latency is None else self.latency.to_dict(),
+            "score": None if self.evaluation is None else self.evaluation["comparison"],
+        }
+
+
+def criteria_for(what: str) -> dict[str, str]:
+    """The criteria that can choose what goes, with a line on each.
+
+    Left out are those that need labels or a training, and the block Fisher criterion, which takes minutes.
+    """
+    if isinstance(WHAT[what], tuple):
+        found = {name: why for name, (_, why, _) in UNIT_CRITERIA_OF.items() if name != "movement"}
+    else:
+        slow = LABELLED | TRAINED | CURVATURE
+        found = {n: CRITERIA.get(n).description for n in CRITERIA.names() if not CRITERIA.get(n).needs & slow}
+    return {name: why for name, why in found.items() if _config(what, name) is not None}
+
+
+def can_repair(what: str, how: str) -> bool:
+    """Whether a least-squares repair fits to it: after whole layers there is nothing to repair."""
+    return WHAT[what] != ("layer",) and _config(what, how, repair="least_squares") is not None
+
+
+def fixed_sparsity(what: str) -> float | None:
+    """The sparsity that follows from what goes, as in 2:4."""
+    return 0.5 if WHAT[what] == "2:4" else None
+
+
+def _config(what: str, how: str, **more: Any) -> PruningConfig | None:
+    scope = "global" if isinstance(WHAT[what], tuple) else None
+    try:
+        return PruningConfig(granularity=WHAT[what], criterion=how, scope=scope, **more)
+    except ConfigError:
+        return None
+
+
+def make_config(what: str, how: str, repair: bool, sparsity: float) -> PruningConfig:
+    """The settings of a pruning.
+
+    Raises:
+        ConfigError: If they contradict one another, or are unknown.
+    """
+    if what not in WHAT:
+        raise ConfigError(f"{what!r} cannot be removed: expected one of {', '.join(WHAT)}")
+    if how not in criteria_for(what):
+        raise ConfigError(f"{how!r} cannot choose them: expected one of {', '.join(criteria_for(what))}")
+    if repair and not can_repair(what, how):
+        raise ConfigError(f"a repair does not fit to {how!r} and {what!r}: leave it out")
+    if not 0 <= sparsity <= 0.95:
+        raise ConfigError(f"the sparsity is {sparsity:g}: expected 0 to 0.95")
+    fixed = fixed_sparsity(what)
+    config = _config(
+        what, how, sparsity=sparsity if fixed is None else fixed, repair="least_squares" if repair else None
+    )
+    assert config is not None
+    return config
+
+
+def make_pruned(dense: Dense, config: PruningConfig, sentences: Sequence[str], root: Path, tell: Tell) -> Pruned:
+    """A pruned copy, counted and saved. Heads, neurons and layers are taken out.
+
+    Args:
+        dense: Of which; it is not changed.
+        config: How.
+        sentences: What calibrated criteria learn from.
+        root: Where its folder is made.
+        tell: Hears what is being done.
+    """
+    tell("Reading sentences to learn from", 0.0)
+    texts = text_batches(list(sentences), dense.tokenizer, batch_size=16, max_length=64)
+    model = copy.deepcopy(dense.model)
+    tell("Pruning", 0.0)
+    start = time.perf_counter()
+    model.prune(config, calibration=texts)
+    units = unit_map(model) if config.removes_units else {}
+    if config.removes_units:
+        shrink(model)
+    seconds = time.perf_counter() - start
+    tell("Counting", 0.9)
+    report = sparsity_report(model)
+    names = [t.name for t in report.targets]
+    there = set(dict(dense.model.named_parameters()))
+    before = weight_histogram(dense.model, [n for n in names if n in there])
+    after = weight_histogram(model, names, limit=float(before.edges[-1]))
+    tell("Saving", 0.95)
+    folder = root / uuid.uuid4().hex
+    try:
+        model.save_pretrained(folder, compressed=True)
+        dense.tokenizer.save_pretrained(folder)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    return Pruned(
+        dense=dense,
+        model=model,
+        config=config,
+        folder=folder,
+        report=report,
+        structure=structure_report(model) if config.removes_units else None,
+        units=units,
+        histograms=(before, after),
+        seconds=seconds,
+        file_bytes=sum(path.stat().st_size for path in folder.glob("*.safetensors")),
+    )
+
+
+def unit_map(model: Any) -> dict[str, list[bool]]:
+    """Of each attention and feed-forward network of a masked model: which heads and neurons are left."""
+    parameters, found = dict(model.named_parameters()), {}
+    for site in find_sites(model):
+        part = site.consumers[0]
+        weight = parameters[part.name].detach().movedim(part.dim, 0)
+        found[f"{site.kind} {site.name}"] = weight.reshape(site.units, -1).ne(0).any(1).tolist()
+    return found
+
+
+def time_both(pruned: Pruned) -> LatencyResult:
+    """One sentence of 64 tokens, or what the model can read if that is less; the two models in turns."""
+    models = {"dense": pruned.dense.model, "pruned": pruned.model}
+    length = min(64, context_length(pruned.dense.model) or 64)
+    return measure_latency(models, batch_sizes=[1], lengths=[length], rounds=30)
+
+
+def score_both(pruned: Pruned, data: Any) -> dict[str, Any]:
+    """Both on the same sentences, as ``hf-prune evaluate --against --json`` says it."""
+    models = {"dense": pruned.dense.model, "evaluation": pruned.model}
+    found = {
+        key: evaluate_classification(model, pruned.dense.tokenizer, data, source="Rotten Tomatoes", split="held out")
+        for key, model in models.items()
+    }
+    comparison = compare(found["dense"], found["evaluation"])
+    return {**{k: v.to_dict() for k, v in found.items()}, "comparison": comparison.to_dict()}
+
+
+def speed_in_words(pruned: Pruned) -> str:
+    """Whether it is faster, and why not."""
+    return explain_speed(pruned.model, pruned.latency)
+
+
+def removed_parts(units: Mapping[str, list[bool]]) -> dict[str, int]:
+    """How many of each kind are gone."""
+    return {kind: sum(n.startswith(kind) and not kept for n, left in units.items() for kept in left) for kind in UNITS}
+
+
+@torch.inference_mode()
+def probabilities_of(model: Any, tokenizer: Any, texts: Sequence[str]) -> torch.Tensor:
+    parts = []
+    for start in range(0, len(texts), 16):
+        batch = tokenizer(
+            list(texts[start : start + 16]), truncation=True, max_length=256, padding=True, return_tensors="pt"
+        )
+        parts.append(model(**batch).logits.float().softmax(-1))
+    return torch.cat(parts)

@@ -1,0 +1,448 @@
+"""What the Space does behind its pages: models, visitors, limits, and what the Hub gives it."""
+
+import json
+import re
+import sys
+import threading
+import zipfile
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+
+from hf_prune import ConfigError, DataError, PruningConfig, verify_checkpoint
+from tests import models
+from tests.loopback_hub import TOKEN, USER, run_client, serving
+from tests.space_server import ROOT, SPACE, write_tiny
+
+
+@pytest.fixture(scope="module")
+def space():
+    """The modules of the app that need no gradio."""
+    sys.path.insert(0, str(SPACE))
+    try:
+        import fetch
+        import studio
+        import tradeoff
+        import views
+        import work
+    finally:
+        sys.path.remove(str(SPACE))
+    return SimpleNamespace(fetch=fetch, studio=studio, tradeoff=tradeoff, views=views, work=work)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return write_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def make(space, tiny, tmp_path):
+    def build(**limits):
+        return space.studio.Studio(
+            tmp_path / "visitors",
+            demo=tiny[0],
+            data=tiny[1],
+            sentences=["w1 w2", "w3"],
+            limits=space.studio.Limits(**limits),
+        )
+
+    return build
+
+
+def silent(title, share):
+    """Hears nothing."""
+
+
+HEADS = PruningConfig(0.5, granularity=("head", "neuron"), scope="global")
+
+
+# --- what is on offer ---------------------------------------------------------------------------------
+
+
+def test_every_combination_on_offer_prunes(space, make):
+    studio = make(calibration=4)
+    dense = studio.load(space.studio.DEMO)
+    before = models.snapshot(dense.model)
+    count = 0
+    for what in space.work.WHAT:
+        offered = space.work.criteria_for(what)
+        assert {"magnitude", "random"} <= set(offered)
+        assert not {"movement", "snip"} & set(offered)
+        for how in offered:
+            for repair in (False, True) if space.work.can_repair(what, how) else (False,):
+                config = space.work.make_config(what, how, repair, 0.5)
+                pruned = space.work.make_pruned(dense, config, studio.texts(), studio.folder, silent)
+                facts = pruned.facts()
+                assert facts["nonzero"] < facts["parameters_before"]
+                assert (facts["parameters"] < facts["parameters_before"]) == config.removes_units
+                assert facts["file_bytes_compressed"] == sum(
+                    p.stat().st_size for p in pruned.folder.glob("*.safetensors")
+                )
+                count += 1
+    assert count > 40
+    models.assert_unchanged(dense.model, before)
+
+
+@pytest.mark.parametrize(
+    ("what", "how", "repair", "sparsity", "said"),
+    [
+        ("Nothing", "magnitude", False, 0.5, "expected one of Single weights"),
+        ("Single weights", "taylor", False, 0.5, "expected one of alps"),
+        ("Heads and neurons", "wanda", False, 0.5, "expected one of fisher"),
+        ("Whole layers", "fisher", True, 0.5, "a repair does not fit"),
+        ("Single weights", "magnitude", False, 0.99, r"expected 0 to 0\.95"),
+    ],
+)
+def test_what_excludes_one_another_is_refused(space, what, how, repair, sparsity, said):
+    with pytest.raises(ConfigError, match=said):
+        space.work.make_config(what, how, repair, sparsity)
+
+
+def test_two_of_four_fixes_the_sparsity(space):
+    what = "Two of every four weights (2:4)"
+    assert space.work.fixed_sparsity(what) == 0.5
+    assert space.work.make_config(what, "magnitude", False, 0.9).sparsity == 0.5
+
+
+def test_the_map_shows_what_is_gone(space, make):
+    studio = make()
+    pruned = studio.prune("a", space.studio.DEMO, HEADS, silent)
+    left = {name: (sum(kept), len(kept)) for name, kept in pruned.units.items()}
+    assert left == {f"{site.kind} {site.name}": (site.units, site.before) for site in pruned.structure.sites}
+    gone = space.work.removed_parts(pruned.units)
+    assert gone["head"] + gone["neuron"] > 0
+    assert all(0 <= share <= 1 for share in pruned.gone().values())
+    figure = space.views.unit_maps(pruned.units)
+    assert len(figure.data) == 2
+    assert space.views.unit_maps({}) is None
+
+
+# --- visitors -----------------------------------------------------------------------------------------
+
+
+def test_visitors_have_models_of_their_own(space, make):
+    studio = make()
+    for name, sparsity in (("a", 0.3), ("b", 0.8)):
+        studio.prune(name, space.studio.DEMO, PruningConfig(sparsity), silent)
+    assert studio.pruned("a").config.sparsity == 0.3
+    assert studio.pruned("b").config.sparsity == 0.8
+    assert studio.pruned("a").model is not studio.pruned("b").model
+    folder = studio.pruned("a").folder
+    studio.forget("a")
+    assert not folder.exists()
+    with pytest.raises(DataError, match="there is no pruned model of yours"):
+        studio.pruned("a")
+    assert studio.pruned("b").folder.exists()
+
+
+def test_memory_is_bounded(space, make):
+    one = make()
+    one.prune("a", space.studio.DEMO, PruningConfig(0.5), silent)
+    studio = make(pruned_bytes=int(2.5 * one.pruned("a").memory))
+    for name in "abc":
+        studio.prune(name, space.studio.DEMO, PruningConfig(0.5), silent)
+        studio.pruned("a") if name == "b" else None
+    assert studio.pruned("a")  # was used last
+    assert studio.pruned("c")
+    with pytest.raises(DataError, match="no pruned model"):
+        studio.pruned("b")
+    studio = make(idle_seconds=-1)
+    studio.prune("a", space.studio.DEMO, PruningConfig(0.5), silent)
+    with pytest.raises(DataError, match="no pruned model"):
+        studio.pruned("a")
+
+
+def test_cancelling_keeps_what_was_there(space, make):
+    studio = make()
+    config = PruningConfig(0.5, criterion="sparsegpt")
+    studio.prune("a", space.studio.DEMO, PruningConfig(0.3), silent)
+    seen = []
+
+    def cancel(title, share):
+        seen.append(title)
+        if title == "Pruning" and seen.count("Pruning") == 3:
+            assert studio.cancel("a")
+            assert not studio.cancel("b")
+
+    with pytest.raises(ConfigError, match="cancelled; nothing has changed"):
+        studio.prune("a", space.studio.DEMO, config, cancel)
+    assert seen.count("Pruning") < 6
+    assert studio.pruned("a").config.sparsity == 0.3
+    assert not studio.cancel("a")
+    studio.prune("a", space.studio.DEMO, config, silent)
+    assert studio.pruned("a").config.criterion == "sparsegpt"
+
+
+def test_time_is_bounded_and_one_job_runs_at_a_time(space, make):
+    studio = make(seconds=0.0)
+    with pytest.raises(ConfigError, match="took longer than the 0 seconds"):
+        studio.prune("a", space.studio.DEMO, PruningConfig(0.5, criterion="wanda"), silent)
+    with studio.job("a", silent), pytest.raises(ConfigError, match="still running"), studio.job("a", silent):
+        pass
+
+
+def test_models_are_shared_and_evicted(space, make, monkeypatch, tiny):
+    monkeypatch.setattr(space.studio, "fetch_model", lambda name, *rest: tiny[0])
+    monkeypatch.setattr(space.studio.shutil, "rmtree", lambda folder, **options: gone.append(folder))
+    gone = []
+    studio = make(dense_models=2)
+    first = studio.load("a/a")
+    assert studio.load("a/a") is first
+    studio.load("a/b")
+    studio.load("a/a")
+    studio.load("a/c")
+    assert studio.load("a/a") is first  # used later than a/b
+    assert gone == [tiny[0]]
+    with pytest.raises(DataError, match="too large for this page"):
+        make(parameters=1000).load(space.studio.DEMO)
+
+
+@pytest.mark.parametrize(
+    ("texts", "said"),
+    [
+        ([], "there is no sentence"),
+        (["  "], "there is no sentence"),
+        (["w1"] * 11, "these are 11 sentences: expected at most 10"),
+        (["w" * 51], "has 51 characters: expected at most 50"),
+    ],
+)
+def test_inputs_are_bounded(make, texts, said):
+    with pytest.raises(DataError, match=said):
+        make(sentences=10, characters=50).probabilities("a", texts)
+
+
+def test_many_threads_mix_nothing_up(space, make):
+    studio, wrong = make(calibration=4), []
+
+    def visit(number):
+        sparsity = 0.05 * (1 + number)
+        studio.prune(str(number), space.studio.DEMO, PruningConfig(sparsity, criterion="wanda"), silent)
+        if studio.pruned(str(number)).config.sparsity != sparsity:
+            wrong.append(number)
+
+    threads = [threading.Thread(target=visit, args=(n,)) for n in range(10)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+    assert len({studio.pruned(str(n)).report.nonzero for n in range(10)}) == 10
+
+
+# --- what is measured, and published --------------------------------------------------------------------
+
+
+def test_what_is_measured_goes_into_card_and_archive(space, make, tmp_path):
+    studio = make()
+    studio.prune("a", space.studio.DEMO, PruningConfig(0.5), silent)
+    assert "Nothing was timed" in studio.card("a", "mine")
+    assert [p.model for p in studio.measure("a", silent).points] == ["dense", "pruned"]
+    score = studio.score("a", silent)
+    assert score["dense"]["n"] == 30
+    card = studio.card("a", "me/mine")
+    assert "# mine" in card
+    assert "Timed in turns, 30 rounds" in card
+    assert f"{100 * score['comparison']['pruned_accuracy']:.2f}" in card
+    path = studio.archive("a", "me/mine")
+    with zipfile.ZipFile(path) as file:
+        file.extractall(tmp_path / "out")
+    assert {"README.md", "weights.png", "layers.png", "config.json", "tokenizer.json"} <= {
+        p.name for p in (tmp_path / "out").iterdir()
+    }
+    assert verify_checkpoint(tmp_path / "out").is_right
+    for name in ("../x", "a/b/c", "", "a b", "-a", "a\n# b"):
+        with pytest.raises(DataError, match="is no name for a model"):
+            studio.card("a", name)
+
+
+def test_both_answer_as_they_would_alone(space, make):
+    studio = make()
+    pruned = studio.prune("a", space.studio.DEMO, PruningConfig(0.8), silent)
+    _, dense, after = studio.probabilities("a", ["w1 w2 w3", " w4 "])
+    batch = pruned.dense.tokenizer(["w4"], return_tensors="pt")
+    for model, found in ((pruned.dense.model, dense), (pruned.model, after)):
+        assert found.shape == (2, 2)
+        torch.testing.assert_close(found[1], model(**batch).logits[0].softmax(-1))
+
+
+def test_the_sweet_spot(space):
+    points = [
+        {"sparsity": s, "drop_bound": b, "file_bytes": f, "speedup": v, "faster": v > 1.1, "drop": d}
+        for s, b, f, v, d in [
+            (0.3, 0.5, 90, 1.0, 0.1),
+            (0.6, 1.9, 50, 1.05, 0.9),
+            (0.5, 1.5, 60, 2.0, 1.0),
+            (0.9, 9, 10, 4, 8),
+        ]
+    ]
+    spot = space.tradeoff.sweet_spot
+    assert spot(points, "sparsity", 2) is points[1]
+    assert spot(points, "size", 2) is points[1]
+    assert spot(points, "time", 2) is points[2]
+    assert spot(points, "time", 10) is points[3]
+    assert spot(points, "sparsity", 0.1) is None
+    assert spot(points[:2], "time", 2) is None  # neither is faster
+
+
+def test_points_are_measured(space, make):
+    studio = make(calibration=8)
+    dense = studio.load(space.studio.DEMO)
+    methods = [("Single weights", "magnitude", False), ("Heads and neurons", "fisher", True)]
+    points = list(space.tradeoff.measure(studio, dense, methods, [0.5, 0.9], 20, silent))
+    assert [(p["method"], p["sparsity"], p["n"]) for p in points] == [
+        ("magnitude, single weights", 0.5, 20),
+        ("magnitude, single weights", 0.9, 20),
+        ("fisher + repair, heads and neurons", 0.5, 20),
+        ("fisher + repair, heads and neurons", 0.9, 20),
+    ]
+    assert [space.tradeoff.parse_method(p["method"]) for p in points[::2]] == methods
+    assert points[1]["nonzero"] < points[0]["nonzero"]
+    assert not list(studio.folder.glob("*/config.json"))  # nothing is left behind
+    rows = space.tradeoff.to_csv(points).splitlines()
+    assert rows[0].split(",") == list(points[0])
+    assert len(rows) == 5
+
+
+def test_the_committed_results_can_be_shown(space):
+    results = json.loads((SPACE / "results.json").read_text())
+    assert len({p["method"] for p in results["points"]}) >= 5
+    for axis in ("sparsity", "size", "time"):
+        best = space.tradeoff.sweet_spot(results["points"], axis, 2)
+        figure = space.views.tradeoff(results["points"], axis, results["dense"], best)
+        assert figure.data[-1].name == "sweet spot"
+    assert all(space.tradeoff.parse_method(p["method"]) for p in results["points"])
+
+
+def test_what_visitors_type_is_escaped(space):
+    found = space.views.side_by_side("<script>alert(1)</script>", ["<b>", "&"], [0.9, 0.1], [0.2, 0.8])
+    assert "<script>" not in found
+    assert "<b>" not in found.replace("<strong>", "")
+    assert "They disagree" in found
+    assert "-70.0" in found
+
+
+# --- the files of the Space -----------------------------------------------------------------------------
+
+
+def test_the_space_needs_what_the_package_needs():
+    tomllib = pytest.importorskip("tomllib")  # Python 3.11
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = (SPACE / "requirements.txt").read_text().splitlines()
+    assert lines[0].startswith("--extra-index-url")
+    assert lines[1:] == [*project["dependencies"], *project["optional-dependencies"]["space"]]
+
+
+def test_the_front_matter_is_as_the_hub_wants_it():
+    front = yaml.safe_load((SPACE / "README.md").read_text().split("---\n")[1])
+    assert {"title", "emoji", "colorFrom", "colorTo", "sdk", "sdk_version", "app_file", "license"} <= set(front)
+    assert front["sdk"] == "gradio"
+    assert (SPACE / front["app_file"]).is_file()
+    assert len(front["short_description"]) <= 60
+    pinned = re.search(r"^gradio==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    assert front["sdk_version"] == pinned[1]
+
+
+# --- the Hub ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub():
+    with serving() as found:
+        yield found
+
+
+def test_models_of_the_hub(hub, tiny, tmp_path):
+    """One good model, and all that must not be loaded; strangers do not get what the machine's token could read."""
+    files = {p.name: p.read_bytes() for p in tiny[0].iterdir()}
+    config = json.loads(files["config.json"])
+
+    def changed(**values):
+        return {**files, "config.json": json.dumps({**config, **values}).encode()}
+
+    hub.put(f"{USER}/good", {**files, "evil.py": b"raise SystemExit(1)", "more/x.safetensors": b"?"})
+    hub.put(f"{USER}/remote", changed(auto_map={"AutoModelForSequenceClassification": "evil.Model"}))
+    hub.put(f"{USER}/pickle", {"config.json": files["config.json"], "pytorch_model.bin": b"?"})
+    hub.put(f"{USER}/causal", changed(architectures=["GPT2LMHeadModel"]))
+    hub.put(f"{USER}/bomb", changed(hidden_size=10**9))
+    hub.put(f"{USER}/deep", changed(num_hidden_layers=10**6))
+    hub.put(f"{USER}/broken", {**files, "model.safetensors": b"no tensors"})
+    hub.put(f"{USER}/large", {**files, "model.safetensors": b"0" * 200_000})
+    hub.put(f"{USER}/secret", files)
+    hub.repos["model", f"{USER}/secret"].private = True
+    script = f"""
+import sys, json
+sys.path.insert(0, {str(SPACE)!r})
+from pathlib import Path
+from studio import Limits, Studio
+said = {{}}
+studio = Studio(Path("out"), demo=None, data=None, sentences=["w1"], limits=Limits(download_bytes=100_000))
+for name in "good remote pickle causal bomb deep broken large secret none".split():
+    try:
+        said[name] = type(studio.load("{USER}/" + name).model).__name__
+    except Exception as error:
+        said[name] = f"{{type(error).__name__}}: {{error}}"
+for name in ("../../etc/passwd", "/etc", "a/../b", "me", "me/x y", "https://x/y", "me/x" + "y" * 300, "a/b/c", ""):
+    try:
+        studio.load(name)
+    except Exception as error:
+        said[name] = f"{{type(error).__name__}}: {{error}}"
+private = Studio(Path("out"), demo=None, data=None, sentences=["w1"], public=False)
+said["own"] = type(private.load("{USER}/secret").model).__name__
+print("SAID" + json.dumps(said) + "END")
+"""
+    out = run_client(hub, tmp_path / "home", script, token=TOKEN)
+    said = json.loads(out[out.index("SAID") + 4 : out.index("END")])
+    assert said["good"] == said["remote"] == said["own"]
+    assert "BertForSequenceClassification" in said["good"]
+    assert "pickles are never opened" in said["pickle"]
+    assert "expected a text classifier" in said["causal"]
+    assert "hidden_size = 1000000000" in said["bomb"]
+    assert "num_hidden_layers = 1000000" in said["deep"]
+    assert said["broken"].startswith(f"DataError: {USER}/broken/model.safetensors cannot be read")
+    assert "too large for this page" in said["large"]
+    for name in ("secret", "none"):
+        assert "is not on the Hub, or is private" in said[name]
+    hostile = [name for name in said if name not in ("good", "own") and not re.fullmatch(r"\w+", name)]
+    assert len(hostile) >= 7
+    for name in hostile:
+        assert "is no model of the Hub" in said[name]
+    assert not any("evil.py" in request or "more/" in request for request in hub.log)
+
+
+def test_push_of_the_space(hub, tiny, tmp_path):
+    def client(*words, **options):
+        return run_client(hub, tmp_path / "home", "space", *words, **options)
+
+    options = ["--model", str(tiny[0]), "--data", str(tiny[1])]
+    said = client("--push", "mine", *options, "--dry-run")
+    assert "Nothing was uploaded" in said
+    assert ("space", f"{USER}/mine") not in hub.repos
+    said = client("--push", "mine", *options, "--private")
+    assert f"{hub.url}/spaces/{USER}/mine" in said
+    repo = hub.repos["space", f"{USER}/mine"]
+    assert repo.private
+    assert repo.sdk == "gradio"
+    files = hub.files(f"{USER}/mine", kind="space")
+    assert files["app.py"] == (SPACE / "app.py").read_bytes()
+    assert files["hf_prune/pipeline.py"] == (ROOT / "hf_prune" / "pipeline.py").read_bytes()
+    assert {
+        "README.md",
+        "requirements.txt",
+        "results.json",
+        "demo/model/model.safetensors",
+        "demo/data/dev.tsv",
+    } <= set(files)
+    assert not [name for name in files if "__pycache__" in name or name.startswith("hf_prune/space/")]
+    hub.put(f"{USER}/mine", {**files, "hf_prune/old.py": b"", "notes.md": b""}, kind="space")
+    client("--push", f"{USER}/mine", *options)
+    files = hub.files(f"{USER}/mine", kind="space")
+    assert "hf_prune/old.py" not in files
+    assert "notes.md" in files  # not ours
+    hub.put(f"{USER}/other", {"app.py": b"print()"}, kind="space")
+    assert "holds app.py and no hf_prune" in client("--push", f"{USER}/other", *options, code=1)
+    assert hub.files(f"{USER}/other", kind="space") == {"app.py": b"print()"}
+    assert "may not write" in client("--push", "somebody/else", *options, code=1)
+    hub.put(f"{USER}/model", {p.name: p.read_bytes() for p in tiny[0].iterdir()})
+    assert "needs the files themselves" in client("--push", "mine", "--model", f"{USER}/model", code=1)
