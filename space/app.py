@@ -26,7 +26,7 @@ def make(folder: Path, limits: Limits | None = None) -> tuple[Studio, gr.Blocks]
         folder: For what visitors make.
         limits: What they may ask for.
     """
-    on_a_space = "SPACE_ID" in os.environ
+    on_a_space = gr.utils.get_space() is not None
     model, data = os.environ.get("HF_PRUNE_SPACE_MODEL"), os.environ.get("HF_PRUNE_SPACE_DATA")
     if model is None and (HERE / "demo").is_dir():
         model, data = str(HERE / "demo" / "model"), str(HERE / "demo" / "data")

@@ -81,17 +81,17 @@ def wire(studio: Studio, choose: Mapping[str, Any], seen: Sequence[Any]) -> None
     what, how, repair, sparsity = (choose[name] for name in ("what", "how", "repair", "sparsity"))
 
     @in_words
-    def choices(what: str, how: str, repair: bool) -> list[Any]:
+    def choices(what: Any, how: Any, repair: Any) -> list[Any]:
         """What can be combined with what goes: the criteria, the repair and the sparsity."""
-        offered = criteria_for(what) if what in WHAT else {}
+        offered = criteria_for(what) if what in list(WHAT) else {}
         if not offered:
             raise gr.Error(f"what goes is one of {', '.join(WHAT)}", print_exception=False)
-        chosen = how if how in offered else ("fisher" if "fisher" in offered else "magnitude")
+        chosen = how if how in list(offered) else ("fisher" if "fisher" in offered else "magnitude")
         fits, fixed = can_repair(what, chosen), fixed_sparsity(what)
         return [
             gr.Dropdown(choices=list(offered), value=chosen, info=_reason(what, chosen)),
             gr.Checkbox(
-                value=repair and fits,
+                value=repair is True and fits,
                 interactive=fits,
                 info="Gives what stays new values, so that each layer's outputs change least."
                 if fits
@@ -108,30 +108,34 @@ def wire(studio: Studio, choose: Mapping[str, Any], seen: Sequence[Any]) -> None
         [what, how, repair],
         [how, repair, sparsity],
         api_name="choices",
+        preprocess=False,  # as below
         show_progress="hidden",
         **LIGHT,
     )
 
     @in_words
     def prune(
-        model: str,
-        what: str,
-        how: str,
-        repair: bool,
-        sparsity: float,
+        model: Any,
+        what: Any,
+        how: Any,
+        repair: Any,
+        sparsity: Any,
         request: gr.Request,
         progress: gr.Progress = gr.Progress(),  # noqa: B008
     ) -> list[Any]:
         """Prune a copy of a model; what is shown of it, and the numbers."""
-        config = make_config(what, how, repair, float(sparsity))
-        pruned = studio.prune(visitor(request), (model or "").strip(), config, teller(progress))
+        config = make_config(what, how, repair is True, sparsity)
+        pruned = studio.prune(visitor(request), str(model or "").strip(), config, teller(progress))
         return [_summary(pruned), pruned.facts(), *_pictures(pruned)]
 
-    run = choose["start"].click(
+    run = choose[
+        "start"
+    ].click(
         prune,
         [choose["model"], what, how, repair, sparsity],
         [choose["said"], choose["facts"], *seen],
         api_name="prune",
+        preprocess=False,  # gradio would refuse what its page did not offer last; make_config() refuses what does not fit
         show_progress_on=choose["said"],
         **HEAVY,
     )

@@ -32,7 +32,7 @@ def publish_tab(studio: Studio, login: bool) -> None:
         file = gr.DownloadButton("Download", interactive=False, elem_id="download")
     private = gr.Checkbox(True, label="Private repository", elem_id="private")
     if login:
-        gr.LoginButton(elem_id="login")
+        gr.Markdown("A push goes to the account that you log in with, at the top of this page.")
     else:
         gr.Markdown("A push uses the token that this machine is logged in with (`hf auth login`, or `HF_TOKEN`).")
     push = gr.Button("Push to the Hub", elem_id="push")

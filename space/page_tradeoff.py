@@ -101,7 +101,7 @@ def tradeoff_tab(studio: Studio, results: Mapping[str, Any]) -> None:
             points = list(tradeoff.measure(studio, dense, chosen, shares, SWEEP_SENTENCES, tell))
         accuracy = points[0]["accuracy"] + points[0]["drop"]
         found = {"dense": {"accuracy": accuracy, "file_bytes": dense.file_bytes}, "points": points}
-        return [found, gr.Dropdown(choices=list(which), value=list(which))]
+        return [found, gr.Dropdown(value=list(which))]
 
     go.click(sweep, [which, how_much], [state, shown], api_name="sweep", show_progress_on=spot, **HEAVY)
 
@@ -114,7 +114,7 @@ def tradeoff_tab(studio: Studio, results: Mapping[str, Any]) -> None:
         """Back to what was measured before."""
         return [
             {"dense": results["dense"], "points": results["points"]},
-            gr.Dropdown(choices=methods, value=methods),
+            gr.Dropdown(value=methods),
         ]
 
     again.click(earlier, None, [state, shown], api_name="earlier", **LIGHT)

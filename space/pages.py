@@ -35,6 +35,10 @@ def build(studio: Studio, results: Mapping[str, Any], *, login: bool) -> gr.Bloc
             "[hf_prune](https://pypi.org/project/hf-prune/).",
             elem_id="top",
         )
+        if login:
+            with gr.Row(elem_id="account"):
+                gr.Markdown("To push a model to your account, log in **before** you prune: it loads this page anew.")
+                gr.LoginButton(size="sm", elem_id="login")
         with gr.Tabs():
             with gr.Tab("1 Prune", id="prune"):
                 choose = prune_tab(studio)

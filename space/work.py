@@ -166,14 +166,14 @@ def make_config(what: str, how: str, repair: bool, sparsity: float) -> PruningCo
     Raises:
         ConfigError: If they contradict one another, or are unknown.
     """
-    if what not in WHAT:
-        raise ConfigError(f"{what!r} cannot be removed: expected one of {', '.join(WHAT)}")
-    if how not in criteria_for(what):
-        raise ConfigError(f"{how!r} cannot choose them: expected one of {', '.join(criteria_for(what))}")
+    if what not in list(WHAT):
+        raise ConfigError(f"{str(what)[:40]!r} cannot be removed: expected one of {', '.join(WHAT)}")
+    if how not in list(criteria_for(what)):
+        raise ConfigError(f"{str(how)[:40]!r} cannot choose them: expected one of {', '.join(criteria_for(what))}")
     if repair and not can_repair(what, how):
         raise ConfigError(f"a repair does not fit to {how!r} and {what!r}: leave it out")
-    if not 0 <= sparsity <= 0.95:
-        raise ConfigError(f"the sparsity is {sparsity:g}: expected 0 to 0.95")
+    if not isinstance(sparsity, int | float) or not 0 <= sparsity <= 0.95:
+        raise ConfigError(f"the sparsity is {str(sparsity)[:20]}: expected a number from 0 to 0.95")
     fixed = fixed_sparsity(what)
     config = _config(
         what, how, sparsity=sparsity if fixed is None else fixed, repair="least_squares" if repair else None

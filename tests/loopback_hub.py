@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -20,7 +21,10 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlencode, urlsplit
+
+from joserfc import jwt
+from joserfc.jwk import RSAKey
 
 TOKEN = "hf_test_token_that_is_never_printed"
 USER = "tester"
@@ -116,6 +120,12 @@ class Hub:
         self.faults: list[Fault] = []
         self.log: list[str] = []
         self.url = ""
+        self.nonce = ""
+
+    @functools.cached_property
+    def key(self) -> RSAKey:
+        """Signs who has logged in."""
+        return RSAKey.generate_key(2048, private=True)
 
     def files(self, repo_id: str, revision: str = "main", kind: str = "model") -> dict[str, bytes]:
         """The files of a revision."""
@@ -270,6 +280,32 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             return True
         return False
+
+    # --- login with OAuth -------------------------------------------------------------------------------------
+
+    def openid(self, parts: Any, query: Any, body: bytes, fault: str | None) -> None:
+        places = {f"{name}_endpoint": f"{self.hub.url}/oauth/{name}" for name in ("authorization", "token", "userinfo")}
+        self._json({"issuer": self.hub.url, "jwks_uri": f"{self.hub.url}/oauth/jwks", **places})
+
+    def authorize(self, parts: Any, query: Any, body: bytes, fault: str | None) -> None:
+        """Whoever comes agrees at once."""
+        self.hub.nonce = query["nonce"]
+        back = query["redirect_uri"] + ("&" if "?" in query["redirect_uri"] else "?")
+        self._send(b"", 302, Location=f"{back}{urlencode({'code': 'agreed', 'state': query['state']})}")
+
+    def token(self, parts: Any, query: Any, body: bytes, fault: str | None) -> None:
+        if parse_qs(body.decode()).get("code") != ["agreed"]:
+            return self._error(400, "", "invalid_grant")
+        now = int(time.time())
+        claims = {"iss": self.hub.url, "sub": "1", "aud": "client", "exp": now + 3600, "iat": now}
+        claims |= {"nonce": self.hub.nonce, "preferred_username": USER, "name": USER, "profile": "", "picture": ""}
+        signed = jwt.encode({"alg": "RS256", "kid": "test"}, claims, self.hub.key)
+        scopes = "openid profile write-repos manage-repos"
+        answer = {"access_token": TOKEN, "token_type": "bearer", "expires_in": 3600, "scope": scopes}
+        return self._json({**answer, "id_token": signed})
+
+    def jwks(self, parts: Any, query: Any, body: bytes, fault: str | None) -> None:
+        self._json({"keys": [{**self.hub.key.as_dict(private=False), "kid": "test", "use": "sig", "alg": "RS256"}]})
 
     # --- the API ------------------------------------------------------------------------------------------------
 
@@ -445,6 +481,10 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 _ROUTES: list[tuple[str, str, Callable[..., None]]] = [
+    ("GET", r"/\.well-known/openid-configuration", _Handler.openid),
+    ("GET", r"/oauth/authorization", _Handler.authorize),
+    ("POST", r"/oauth/token", _Handler.token),
+    ("GET", r"/oauth/jwks", _Handler.jwks),
     ("GET", r"/api/whoami-v2", _Handler.whoami),
     ("POST", r"/api/repos/create", _Handler.create),
     ("POST", r"/api/validate-yaml", _Handler.validate),
