@@ -128,14 +128,12 @@ def wire(studio: Studio, choose: Mapping[str, Any], seen: Sequence[Any]) -> None
         pruned = studio.prune(visitor(request), str(model or "").strip(), config, teller(progress))
         return [_summary(pruned), pruned.facts(), *_pictures(pruned)]
 
-    run = choose[
-        "start"
-    ].click(
+    run = choose["start"].click(
         prune,
         [choose["model"], what, how, repair, sparsity],
         [choose["said"], choose["facts"], *seen],
         api_name="prune",
-        preprocess=False,  # gradio would refuse what its page did not offer last; make_config() refuses what does not fit
+        preprocess=False,  # gradio refuses what the page did not offer last; we, what does not fit
         show_progress_on=choose["said"],
         **HEAVY,
     )
@@ -176,7 +174,12 @@ def see_tab(studio: Studio) -> list[Any]:
     with gr.Row():
         with gr.Column(min_width=320):
             sizes = gr.Dataframe(
-                headers=["", "dense", "pruned", "smaller"], label="Sizes", interactive=False, wrap=True, elem_id="sizes"
+                headers=["", "dense", "pruned", "smaller"],
+                column_widths=["34%", "24%", "24%", "18%"],
+                label="Sizes",
+                interactive=False,
+                wrap=True,
+                elem_id="sizes",
             )
             measure = gr.Button("Measure the speed of both", elem_id="measure")
             times = gr.Dataframe(

@@ -29,10 +29,18 @@ def tradeoff_tab(studio: Studio, results: Mapping[str, Any]) -> None:
             [("Sparsity", "sparsity"), ("File size", "size"), ("Time", "time")],
             value="sparsity",
             label="Against",
+            min_width=260,
             elem_id="axis",
         )
         tolerance = gr.Slider(
-            0.5, 5, value=2, step=0.5, label="Accepted drop, points", info="With 95 % confidence.", elem_id="tolerance"
+            0.5,
+            5,
+            value=2,
+            step=0.5,
+            label="Accepted drop, points",
+            info="With 95 % confidence.",
+            min_width=260,
+            elem_id="tolerance",
         )
     shown = gr.Dropdown(methods, value=methods, multiselect=True, label="Methods", elem_id="shown")
     spot = gr.Markdown(elem_id="spot", container=True)
@@ -49,8 +57,12 @@ def tradeoff_tab(studio: Studio, results: Mapping[str, Any]) -> None:
         f"### Measure it here\nAt most {MOST_POINTS} points, {SWEEP_SENTENCES} sentences each; takes a minute or more."
     )
     with gr.Row():
-        which = gr.Dropdown(methods, value=methods[:2], multiselect=True, label="Methods to measure", elem_id="which")
-        how_much = gr.CheckboxGroup(SPARSITIES, value=["50 %", "80 %"], label="Sparsities", elem_id="how-much")
+        which = gr.Dropdown(
+            methods, value=methods[:2], multiselect=True, label="Methods to measure", min_width=280, elem_id="which"
+        )
+        how_much = gr.CheckboxGroup(
+            SPARSITIES, value=["50 %", "80 %"], label="Sparsities", min_width=280, elem_id="how-much"
+        )
     with gr.Row():
         go = gr.Button("Measure", variant="primary", elem_id="sweep")
         stop = gr.Button("Cancel", variant="stop")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
@@ -60,7 +61,9 @@ def histogram(before: WeightHistogram, after: WeightHistogram) -> go.Figure:
 
 def layers(gone: Mapping[str, float]) -> go.Figure:
     """The share of each matrix that is zero or taken out."""
-    short = [name.removesuffix(".weight") for name in gone]
+    short = [
+        re.sub(r"^.*?\.(?=\d+\.)", "", name.removesuffix(".weight")) for name in gone
+    ]  # from the layer's number on
     figure = go.Figure(
         go.Bar(
             x=[100 * share for share in gone.values()],
@@ -70,7 +73,7 @@ def layers(gone: Mapping[str, float]) -> go.Figure:
             hovertemplate="%{y}: %{x:.1f} % gone<extra></extra>",
         )
     )
-    figure.update_xaxes(title="gone, % of the matrix", range=[0, 100])
+    figure.update_xaxes(title="gone, %", range=[0, 100])
     figure.update_yaxes(autorange="reversed", tickfont={"size": 10})
     return figure_of(figure, max(260, 17 * len(gone) + 100))
 
@@ -112,7 +115,8 @@ def unit_maps(units: Mapping[str, list[bool]]) -> go.Figure | None:
         )
         figure.update_yaxes(autorange="reversed", row=row, col=1)
         figure.update_xaxes(showticklabels=kind == "head", dtick=1, row=row, col=1)
-    return figure_of(figure, 100 + sum(60 + 26 * sum(n.startswith(k) for n in units) for k in kinds))
+    figure_of(figure, 130 + sum(60 + 26 * sum(n.startswith(k) for n in units) for k in kinds))
+    return figure.update_layout(margin={"t": 84})
 
 
 def _cells(kept: list[bool]) -> list[list[bool]]:
