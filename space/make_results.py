@@ -36,7 +36,7 @@ SPARSITIES = (0.3, 0.5, 0.6, 0.7, 0.8, 0.9)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--calibration", type=int, default=Limits.calibration, help="sentences")
+    parser.add_argument("--calibration", type=int, default=128, help="sentences")
     parser.add_argument("--out", type=Path, default=HERE / "results.json")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

@@ -84,7 +84,7 @@ class Limits:
     seconds: float = 180
     characters: int = 1000
     sentences: int = 200
-    calibration: int = 128
+    calibration: int = 64
     scored: int = 400
 
 

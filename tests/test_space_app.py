@@ -268,9 +268,11 @@ def test_all_five_parts(app, visit, hub, tmp_path, size, scheme):
     page.locator("#chart .js-plotly-plot .main-svg").first.wait_for()
     assert "Sweet spot" in page.locator("#spot").inner_text()
     assert "sweet spot" in page.locator("#chart").inner_text()
-    before = page.locator("#spot").inner_text()
     page.locator("#axis").get_by_label("Time").check()
-    page.wait_for_function("before => document.querySelector('#spot').innerText !== before", arg=before)
+    page.locator("#chart", has_text="time of a sentence").wait_for()
+    page.locator("#tolerance input[type=number]").fill("5")
+    page.locator("#tolerance input[type=number]").press("Enter")
+    page.locator("#spot", has_text="fisher + repair, heads and neurons at 70 %").wait_for()
     assert "as fast" in page.locator("#spot").inner_text()
     with page.expect_download() as download:
         page.locator("#csv").click()
