@@ -101,7 +101,7 @@ def unit_maps(units: Mapping[str, list[bool]]) -> go.Figure | None:
                 z=cells,
                 text=notes,
                 x=list(range(1, len(cells[0]) + 1)) if kind == "head" else None,
-                y=[f"layer {i}: {sum(k)} of {len(k)}" for i, k in enumerate(chosen.values(), 1)],
+                y=[f"layer {i}: {sum(k)} of {len(k)}" for i, k in enumerate(chosen.values())],
                 zmin=0,
                 zmax=1,
                 xgap=2 if kind == "head" else 0,

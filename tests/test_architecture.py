@@ -113,7 +113,7 @@ LAYERS = (
         "verification",
         "workflows",
     ),
-    ("cli_options", "cli_card", "cli_compress", "cli_hub", "cli_speed", "cli_train", "cli_trim", "cli"),
+    ("cli_options", "cli_card", "cli_compress", "cli_hub", "cli_space", "cli_speed", "cli_train", "cli_trim", "cli"),
     ("__main__",),
 )
 LAYER_OF = {name: number for number, names in enumerate(LAYERS) for name in names}

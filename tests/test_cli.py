@@ -56,6 +56,7 @@ COMMANDS = (
     "compress",
     "decompress",
     "migrate",
+    "space",
     "export",
     "list",
 )
@@ -149,7 +150,7 @@ def test_help_of_a_command_has_an_example(command):
     assert result.exit_code == 0
     assert f"hf-prune {command}" in result.output.split("Example")[1]
     assert ("MODEL" in result.output.splitlines()[0]) == (
-        command not in ("demo", "compress", "decompress", "migrate", "card", "push", "list")
+        command not in ("demo", "compress", "decompress", "migrate", "card", "push", "space", "list")
     )
 
 
