@@ -52,7 +52,6 @@ def main() -> None:
             css=CSS,
             ssr_mode=False,
             footer_links=["api", "settings"],
-            allowed_paths=[folder],
             max_file_size="1mb",
             inbrowser=os.environ.get("HF_PRUNE_SPACE_OPEN") == "1",
         )

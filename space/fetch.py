@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import math
 import re
@@ -48,7 +49,8 @@ def fetch_model(name: str, most_bytes: int, token: str | bool | None, cache: Pat
         where: dict[str, Any] = {"revision": info.sha, "token": token, "cache_dir": cache}
         path = Path(hf_hub_download(name, "config.json", **where))
         check_config(name, json.loads(path.read_text(encoding="utf-8")))
-        return Path(snapshot_download(name, allow_patterns=list(_FILES), **where))
+        wanted = [path for path in files if any(fnmatch.fnmatch(path, pattern) for pattern in _FILES)]
+        return Path(snapshot_download(name, allow_patterns=wanted, **where))
     except DataError:
         raise
     except RepositoryNotFoundError:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
@@ -82,9 +81,8 @@ def tradeoff_tab(studio: Studio, results: Mapping[str, Any]) -> None:
             f"with 95 % confidence at most {best['drop_bound']:.1f}; {best['file_bytes'] / 1e6:.1f} MB, "
             f"{views.speed(best)}."
         )
-        with tempfile.NamedTemporaryFile("w", suffix=".csv", prefix="tradeoff-", delete=False, encoding="utf-8") as out:
-            out.write(tradeoff.to_csv(points))
-        return [words, views.tradeoff(points, axis, data["dense"], best), views.tradeoff_rows(points), out.name]
+        file = tradeoff.write_csv(points, studio.folder / "tables")
+        return [words, views.tradeoff(points, axis, data["dense"], best), views.tradeoff_rows(points), str(file)]
 
     outputs = [spot, chart, table, file]
     settings = [state, axis, tolerance, shown]

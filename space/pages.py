@@ -27,7 +27,12 @@ def build(studio: Studio, results: Mapping[str, Any], *, login: bool) -> gr.Bloc
         results: What ``make_results.py`` measured.
         login: Whether visitors log in with Hugging Face to publish, as on a Space; else the machine's token is used.
     """
-    with gr.Blocks(title="hf_prune: prune, see, compare, publish", analytics_enabled=False, fill_width=False) as demo:
+    with gr.Blocks(
+        title="hf_prune: prune, see, compare, publish",
+        analytics_enabled=False,
+        fill_width=False,
+        delete_cache=(600, 3600),
+    ) as demo:
         gr.Markdown(
             "# Prune a model, and see what it costs\n"
             "Take weights, heads, neurons or layers out of a text classifier, look at what is left, and compare its "

@@ -174,7 +174,7 @@ class Studio:
                 while len(self._dense) > self.limits.dense_models:
                     _, gone = self._dense.popitem(last=False)
                     if self.public and gone.base_model is not None:
-                        shutil.rmtree(gone.folder, ignore_errors=True)
+                        shutil.rmtree(gone.folder.parents[1], ignore_errors=True)  # with what its links point to
             self._dense.move_to_end(name)
             return self._dense[name]
 
@@ -197,7 +197,8 @@ class Studio:
                 f"{name} is too large for this page: expected at most {self.limits.parameters / 1e6:.0f} million "
                 f"parameters; prune it on your own machine with `hf-prune prune`"
             )
-        return Dense(name, prunable(model).eval(), tokenizer, folder, base_model)
+        size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+        return Dense(name, prunable(model).eval(), tokenizer, folder, base_model, size)
 
     # --- pruning --------------------------------------------------------------------------------------
 
@@ -268,8 +269,14 @@ class Studio:
             self._drop(visitor)
             self._drop_idle()
             self._pruned[visitor] = pruned
-            while len(self._pruned) > 1 and sum(p.memory for p in self._pruned.values()) > self.limits.pruned_bytes:
+            while len(self._pruned) > 1 and self._held() > self.limits.pruned_bytes:
                 self._drop(next(iter(self._pruned)))
+
+    def _held(self) -> int:
+        """Bytes of all that visitors have, dense models that are kept for them alone included."""
+        dense = {id(p.dense): p.dense.memory for p in self._pruned.values()}
+        shared = {id(each) for each in self._dense.values()}
+        return sum(p.memory for p in self._pruned.values()) + sum(n for i, n in dense.items() if i not in shared)
 
     def _drop_idle(self) -> None:
         now = time.monotonic()
@@ -280,6 +287,7 @@ class Studio:
         gone = self._pruned.pop(visitor, None)
         if gone is not None:
             shutil.rmtree(gone.folder, ignore_errors=True)
+            shutil.rmtree(_archives(gone.folder), ignore_errors=True)
 
     # --- what it cost and what it brought ---------------------------------------------------------------
 
@@ -348,7 +356,7 @@ class Studio:
         """The checkpoint with its card, as a zip file."""
         self.card(visitor, name)
         folder = self.pruned(visitor).folder
-        path = folder.parent / f"{folder.name}-zip" / f"{name.rpartition('/')[2]}.zip"
+        path = _archives(folder) / f"{name.rpartition('/')[2]}.zip"
         path.parent.mkdir(exist_ok=True)
         with zipfile.ZipFile(path, "w") as file:  # the weights are packed already
             for each in sorted(folder.iterdir()):
@@ -359,3 +367,7 @@ class Studio:
         """Upload it to the account that a token belongs to."""
         self.card(visitor, repo)
         return push_checkpoint(self.pruned(visitor).folder, repo, private=private, token=token)
+
+
+def _archives(folder: Path) -> Path:
+    return folder.parent / f"{folder.name}-zip"

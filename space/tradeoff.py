@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import shutil
+import time
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from studio import Studio
@@ -98,6 +101,18 @@ def to_csv(points: Sequence[Mapping[str, Any]]) -> str:
     writer.writeheader()
     writer.writerows(points)
     return text.getvalue()
+
+
+def write_csv(points: Sequence[Mapping[str, Any]], folder: Path) -> Path:
+    """A file of them; those of an hour ago are deleted."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("*.csv"):
+        if time.time() - old.stat().st_mtime > 3600:
+            old.unlink(missing_ok=True)
+    text = to_csv(points)
+    path = folder / f"tradeoff-{hashlib.sha256(text.encode()).hexdigest()[:12]}.csv"
+    path.write_text(text, encoding="utf-8")
+    return path
 
 
 def parse_method(name: str) -> tuple[str, str, bool]:

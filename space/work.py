@@ -58,6 +58,7 @@ class Dense:
     tokenizer: Any
     folder: Path
     base_model: str | None
+    file_bytes: int
 
     @property
     def parameters(self) -> int:
@@ -65,9 +66,9 @@ class Dense:
         return sum(p.numel() for p in self.model.parameters())
 
     @property
-    def file_bytes(self) -> int:
-        """Of its weights on disk."""
-        return sum(path.stat().st_size for path in self.folder.glob("*.safetensors"))
+    def memory(self) -> int:
+        """Bytes of its weights in memory."""
+        return sum(p.numel() * p.element_size() for p in self.model.parameters())
 
     @property
     def labels(self) -> list[str]:
@@ -119,7 +120,7 @@ class Pruned:
             "parameters": self.parameters,
             "nonzero": self.report.nonzero,
             "target_sparsity": self.report.target_sparsity,
-            "memory_bytes_before": sum(p.numel() * p.element_size() for p in self.dense.model.parameters()),
+            "memory_bytes_before": self.dense.memory,
             "memory_bytes": self.memory,
             "file_bytes_before": self.dense.file_bytes,
             "file_bytes_compressed": self.file_bytes,
