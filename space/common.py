@@ -30,7 +30,7 @@ def in_words(handler: Callable[..., Any]) -> Callable[..., Any]:
         except gr.Error:
             raise
         except Exception:
-            _log.exception("in %s", handler.__name__)
+            _log.exception("hf_prune.space: in %s", handler.__name__)
             message = "something went wrong here, and was written to the log; what you had is still there"
         raise gr.Error(message[0].upper() + message[1:], duration=15, title="Not done", print_exception=False)
 
