@@ -1,4 +1,4 @@
-"""Model cards that say what was measured, and nothing else. Pure: facts in, text out."""
+"""Model cards that say what was measured, and nothing else: facts are read from files, and rendered as text."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from hf_prune.checkpoint import MASK_FILE, StoredMasks
 from hf_prune.config import UNIT_CRITERIA_OF, PruningConfig
 from hf_prune.errors import CheckpointError, DataError
 from hf_prune.files import write_json, write_text
+from hf_prune.hub import card_of_base, is_repo_id
 from hf_prune.registry import CRITERIA, parse_granularity
 from hf_prune.report import sparsity_report
 from hf_prune.shrinking import RECORD
@@ -31,6 +32,7 @@ BEGIN, END = "<!-- hf_prune: begin -->", "<!-- hf_prune: end -->"
 FACTS = "hf_prune"  # the key of the metadata that programs read
 _FRONT = re.compile(r"\A---\n(.*?)\n---\n?", re.DOTALL)
 _LICENSE = re.compile(r"[\w.-]+")
+_LINK = re.compile(r"https?://[^\s<>\"'`]+")
 _NO_SPEED = (
     "Zeros alone bring no speed-up: a dense kernel multiplies by zero like by any other number. Nothing was timed."
 )
@@ -52,6 +54,8 @@ class PruningCardData:
         base_model: The Hub id of the dense model.
         dataset: The Hub id of the data that it was scored on.
         license: Its identifier; that of the base model applies.
+        license_name: What a license is called whose identifier is ``"other"``.
+        license_link: Where that one can be read.
         command: What made it.
         needs_plugin: Whether it loads only after ``import hf_prune``.
         pictures: Files of pictures, with a text for each.
@@ -69,6 +73,8 @@ class PruningCardData:
     base_model: str | None = None
     dataset: str | None = None
     license: str | None = None
+    license_name: str | None = None
+    license_link: str | None = None
     command: str | None = None
     needs_plugin: bool = False
     pictures: Mapping[str, str] = field(default_factory=dict)
@@ -101,7 +107,8 @@ def read_card_data(folder: str | Path, **more: Any) -> PruningCardData:
 
     Args:
         folder: A folder that ``hf-prune prune`` or ``train`` wrote.
-        **more: Other fields of :class:`PruningCardData`; ``evaluation`` and ``latency`` may be paths of JSON files.
+        **more: Other fields of :class:`PruningCardData`; ``evaluation`` and ``latency`` may be paths of JSON files. A
+            ``base_model`` lends its license if none is given; it may be a folder too, which lends nothing else.
 
     Raises:
         CheckpointError: If the folder has no report.
@@ -140,7 +147,50 @@ def read_card_data(folder: str | Path, **more: Any) -> PruningCardData:
             found[key] = _read(Path(value))
         elif value is not None:
             found[key] = value
+    if (base := found.get("base_model")) is not None:
+        if "license" not in found:
+            found |= inherited_license(base)
+        if Path(base).is_dir():  # and no Hub id
+            del found["base_model"]
     return PruningCardData(**found)
+
+
+def inherited_license(base_model: str) -> dict[str, str]:
+    """What the card of a base model says of its license, which applies to every model that is made of it.
+
+    Args:
+        base_model: A folder, or a Hub id. The Hub is asked once; a folder wins.
+
+    Returns:
+        The fields ``license``, ``license_name`` and ``license_link`` of :class:`PruningCardData`; empty if the card
+        names no license, or cannot be read.
+    """
+    folder = Path(base_model)
+    if folder.is_dir():
+        card = folder / "README.md"
+        text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else None
+    else:
+        text = card_of_base(base_model)
+    try:
+        metadata = _split(text or "")[0]
+    except DataError:
+        return {}
+    if not _is_license(metadata.get("license")):
+        return {}
+    found = {"license": metadata["license"]}
+    if metadata["license"] == "other":
+        if _is_license(name := metadata.get("license_name")):
+            found["license_name"] = name
+        if isinstance(link := metadata.get("license_link"), str):
+            if not folder.is_dir() and re.fullmatch(r"[\w.-]+", link):
+                link = f"https://huggingface.co/{base_model}/blob/main/{link}"
+            if _LINK.fullmatch(link):
+                found["license_link"] = link
+    return found
+
+
+def _is_license(value: Any) -> bool:
+    return isinstance(value, str) and _LICENSE.fullmatch(value) is not None
 
 
 def _read(path: Path) -> Any:
@@ -237,11 +287,14 @@ def read_facts(text: str) -> dict[str, Any]:
 
 
 def _metadata(data: PruningCardData) -> dict[str, Any]:
-    if data.license is not None and not _LICENSE.fullmatch(data.license):
-        raise DataError(f"license is {data.license!r}: expected an identifier such as apache-2.0")
-    for key in ("base_model", "dataset"):
+    for key in ("license", "license_name"):
         value = getattr(data, key)
-        if value is not None and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", value):
+        if value is not None and not _is_license(value):
+            raise DataError(f"{key} is {value!r}: expected an identifier such as apache-2.0")
+    if data.license_link is not None and not _LINK.fullmatch(data.license_link):
+        raise DataError(f"license_link is {data.license_link!r}: expected an address, https://…")
+    for key in ("base_model", "dataset"):
+        if (value := getattr(data, key)) is not None and not is_repo_id(value):
             raise DataError(f"{key} is {value!r}: expected a Hub id, owner/name; the Hub takes no other")
     results = []
     score = (data.evaluation or {}).get("evaluation")
@@ -261,6 +314,8 @@ def _metadata(data: PruningCardData) -> dict[str, Any]:
     card = ModelCardData(
         base_model=data.base_model,
         license=data.license,
+        license_name=data.license_name,
+        license_link=data.license_link,
         datasets=[data.dataset] if data.dataset else None,
         library_name="transformers",
         tags=["pruned", "sparse", "hf_prune"],

@@ -21,9 +21,13 @@ def card(
         Path | None, typer.Option(help="What hf-prune evaluate DIR --against MODEL --json printed.")
     ] = None,
     latency: Annotated[Path | None, typer.Option(help="What hf-prune bench MODEL DIR --json printed.")] = None,
-    base_model: Annotated[str | None, typer.Option(help="Hub id of the dense model.")] = None,
+    base_model: Annotated[
+        str | None, typer.Option(help="Hub id of the dense model; or its folder, of which only the license is taken.")
+    ] = None,
     dataset: Annotated[str | None, typer.Option(help="Hub id of the data that it was scored on.")] = None,
-    license_: Annotated[str | None, typer.Option("--license", help="Of the base model, such as apache-2.0.")] = None,
+    license_: Annotated[
+        str | None, typer.Option("--license", help="Such as apache-2.0. [default: that of the base model's card]")
+    ] = None,
     command: Annotated[str | None, typer.Option(help="What made the checkpoint, to be shown.")] = None,
     name: Annotated[str | None, typer.Option(help="What to call the model. [default: the folder's name]")] = None,
     write: Annotated[

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, hf_hub_download
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,
     HfHubHTTPError,
@@ -21,8 +21,10 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import validate_repo_id
 
 from hf_prune.errors import CheckpointError, DataError, HubError
+from hf_prune.sources import check_hub_reachable
 from hf_prune.tables import format_count, format_table
 
 Result = TypeVar("Result")
@@ -117,8 +119,8 @@ def push_checkpoint(
     api = HfApi(token=token)
     card = folder / "README.md"
     text = card.read_text(encoding="utf-8") if card.is_file() else None
-    if "/" not in repo_id and not dry_run:
-        repo_id = f"{_asking(lambda: api.whoami(), repo_id)['name']}/{repo_id}"
+    if not dry_run:
+        repo_id = full_repo_id(repo_id, token)
     there = _present(api, repo_id, revision, force, folder, dry_run=dry_run)
     removed = tuple(sorted(name for name in there if _WEIGHTS.fullmatch(name) and name not in files))
     sizes = {name: path.stat().st_size for name, path in files.items()}
@@ -214,6 +216,49 @@ def card_of(repo_id: str, *, revision: str | None = None, token: str | bool | No
     """The card that a repository has; None if it has none, or is not there."""
     path = _asking(lambda: hf_hub_download(repo_id, "README.md", revision=revision, token=token), repo_id, missing=True)
     return None if path is None else Path(path).read_text(encoding="utf-8")
+
+
+def full_repo_id(repo_id: str, token: str | bool | None = None) -> str:
+    """``owner/name`` for a name of one's own.
+
+    Raises:
+        HubError: If nobody is logged in, or the Hub cannot be reached.
+    """
+    return repo_id if "/" in repo_id else f"{_asking(lambda: HfApi(token=token).whoami(), repo_id)['name']}/{repo_id}"
+
+
+def is_repo_id(text: str) -> bool:
+    """Whether a text can be the id of a repository, ``owner/name`` or ``name``."""
+    try:
+        validate_repo_id(text)
+    except HFValidationError:
+        return False
+    return True
+
+
+def is_downloaded(source: str) -> bool:
+    """Whether a model's name is that of a repository, its config in the cache, and not that of a folder."""
+    if not is_repo_id(source) or Path(source).exists():
+        return False
+    return isinstance(try_to_load_from_cache(source, "config.json"), str)
+
+
+def card_of_base(repo_id: str) -> str | None:
+    """The card of somebody else's repository, asked for once; None if it has none, or the Hub does not answer."""
+    try:
+        check_hub_reachable(f"the card of {repo_id!r}")
+        offline = False
+    except DataError:
+        offline = True  # what was downloaded before is as good
+    try:
+        path = hf_hub_download(repo_id, "README.md", local_files_only=offline)
+    except (HfHubHTTPError, EntryNotFoundError, HFValidationError, OfflineModeIsEnabled):
+        return None
+    except Exception as error:
+        if not _is_network(error):
+            raise
+        return None
+    return Path(path).read_text(encoding="utf-8", errors="replace")
 
 
 def _files(folder: Path) -> tuple[dict[str, Path], tuple[str, ...]]:

@@ -22,7 +22,7 @@ from hf_prune.cards import describe_model
 from hf_prune.checkpoint import load_pruned, save_pruned
 from hf_prune.compressed import save_compressed
 from hf_prune.config import PruningConfig
-from hf_prune.hub import PushResult, card_of, push_checkpoint
+from hf_prune.hub import PushResult, card_of, full_repo_id, is_downloaded, push_checkpoint
 from hf_prune.masking import MaskStore
 from hf_prune.pipeline import prune
 from hf_prune.plan import PruningPlan
@@ -197,8 +197,9 @@ class PrunedModelMixin(nn.Module):
         else:
             save(self, save_directory, is_main_process=False, state_dict=state_dict, **kwargs)
         if push_to_hub and is_main_process:
-            repo_id, token = hub.pop("repo_id", Path(save_directory).name), kwargs.get("token")
-            _describe(self, Path(save_directory), repo_id, token)
+            token = kwargs.get("token")
+            repo_id = full_repo_id(hub.pop("repo_id", Path(save_directory).name), token)
+            _describe(self, Path(save_directory), repo_id, token, hub.get("revision"))
             push_checkpoint(save_directory, repo_id, token=token, **hub)
 
     def push_to_hub(
@@ -219,7 +220,7 @@ class PrunedModelMixin(nn.Module):
         """Upload the model with its masks and a card, in one commit; see :func:`hf_prune.push_checkpoint`.
 
         The card says what was counted just now, and what ``facts`` adds. What the repository's card says outside of
-        our marks stays.
+        our marks stays. A model that was loaded from the Hub names where from, and takes over that card's license.
 
         Args:
             repo_id: ``owner/name``, or a name for a repository of your own.
@@ -239,12 +240,13 @@ class PrunedModelMixin(nn.Module):
             CheckpointError: If the model cannot be saved.
             HubError: If it cannot be uploaded; the repository is as it was.
         """
+        repo_id = full_repo_id(repo_id, token)
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary) / "model"
             self.save_pretrained(folder, compressed=compressed, **kwargs)
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
-            _describe(self, folder, repo_id, token, **(facts or {}))
+            _describe(self, folder, repo_id, token, revision, **(facts or {}))
             return push_checkpoint(
                 folder,
                 repo_id,
@@ -352,8 +354,14 @@ def _rebuild(base: type) -> Any:
     return cls.__new__(cls)
 
 
-def _describe(model: PrunedModelMixin, folder: Path, repo_id: str, token: str | bool | None, **facts: Any) -> None:
+def _describe(
+    model: Any, folder: Path, repo_id: str, token: str | bool | None, revision: str | None = None, **facts: Any
+) -> None:
     """A card in the folder; what the repository's own says outside of our marks stays."""
-    if "/" in repo_id and (card := card_of(repo_id, token=token)) is not None:
+    cards = (card_of(repo_id, revision=each, token=token) for each in dict.fromkeys((revision, None)))
+    if (card := next(filter(None, cards), None)) is not None:
         (folder / "README.md").write_text(card, encoding="utf-8")
+    loaded = model.name_or_path
+    if loaded != repo_id and is_downloaded(loaded):
+        facts.setdefault("base_model", loaded)
     describe_model(model, folder, **{"name": repo_id, **facts})

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -136,6 +137,44 @@ def test_what_is_missing_is_left_out(made, scores, field, trace):
     assert "None" not in less
 
 
+@pytest.mark.parametrize(
+    ("card", "found"),
+    [
+        ("---\nlicense: mit\n---\n# x", {"license": "mit"}),
+        ("---\nlicense: 'all rights: mine'\n---", {}),
+        ("---\nlicense: [mit, apache-2.0]\n---", {}),
+        ("---\nlicense: no\n---", {}),
+        ("---\n{a: [\n---\n", {}),
+        ("no metadata", {}),
+        (None, {}),
+        (
+            "---\nlicense: other\nlicense_name: x-1\nlicense_link: https://x.org/l\n---",
+            {"license": "other", "license_name": "x-1", "license_link": "https://x.org/l"},
+        ),
+        ("---\nlicense: other\nlicense_link: LICENSE\nlicense_name: <b>\n---", {"license": "other"}),
+    ],
+)
+def test_the_license_is_that_of_the_base_model(made, tmp_path, card, found):
+    base = tmp_path / "base"
+    base.mkdir()
+    if card is not None:
+        (base / "README.md").write_text(card)
+    data = read_card_data(made / "pruned", base_model=str(base))
+    assert {k: v for k, v in vars(data).items() if k.startswith("license") and v is not None} == found
+    metadata = front(render_card(data))
+    assert {k: v for k, v in metadata.items() if k.startswith("license")} == found
+    assert "base_model" not in metadata  # a folder is no Hub id
+    assert read_card_data(made / "pruned", base_model=str(base), license="gpl-3.0").license == "gpl-3.0"
+
+
+def test_without_the_hub_no_license_is_made_up(made, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    begin = time.perf_counter()
+    data = read_card_data(made / "pruned", base_model="me/nobody-has-this")
+    assert time.perf_counter() - begin < 5
+    assert (data.license, data.base_model) == (None, "me/nobody-has-this")
+
+
 def test_shrunk_models_say_how_they_load(made):
     text = render_card(read_card_data(made / "small"))
     assert "import hf_prune  #" in text
@@ -176,6 +215,8 @@ def test_nothing_from_outside_becomes_markup(made):
     ("more", "match"),
     [
         ({"license": "all rights: mine"}, "license is"),
+        ({"license_link": "javascript:x"}, "license_link is"),
+        ({"base_model": "../x"}, "base_model is"),
         ({"base_model": "/home/me/model"}, "base_model is"),
         ({"dataset": "a/b/c"}, "dataset is"),
     ],

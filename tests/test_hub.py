@@ -188,6 +188,34 @@ def test_repositories_of_other_kinds_and_people(hub, client, folders):
     assert "model.onnx" in hub.files(REPO)
 
 
+def test_what_is_pushed_names_its_base_and_takes_its_license(hub, client, folders, tmp_path):
+    """The author's words of a repository that is named without its owner, or of a branch, stay too."""
+    files = {p.name: p.read_bytes() for p in (folders / "llama").iterdir()}
+    hub.put("base/llama", {**files, "README.md": b"---\nlicense: other\nlicense_link: LICENSE.txt\n---\n"})
+    hub.put(f"{USER}/mine", {"README.md": b"# My words\n"})
+    client(
+        f"""
+from hf_prune import AutoPrunedModelForCausalLM, PruningCardData
+model = AutoPrunedModelForCausalLM.from_pretrained("base/llama").prune(0.5)
+model.push_to_hub("mine", revision="next")
+model.push_to_hub("plain", facts={{"base_model": "base/nothing"}})
+model.save_pretrained("{tmp_path / "folder"}")
+AutoPrunedModelForCausalLM.from_pretrained("{tmp_path / "folder"}").push_to_hub("local")
+"""
+    )
+    card = hub.files(f"{USER}/mine", "next")["README.md"].decode()
+    assert "# My words" in card
+    assert "base_model: base/llama\n" in card
+    assert "license: other\nlicense_link: https://huggingface.co/base/llama/blob/main/LICENSE.txt\n" in card
+    assert hub.files(f"{USER}/mine")["README.md"] == b"# My words\n"
+    card = hub.files(f"{USER}/plain")["README.md"].decode()
+    assert "base_model: base/nothing" in card
+    assert "license:" not in card
+    card = hub.files(f"{USER}/local")["README.md"].decode()
+    assert "base_model" not in card
+    assert "license:" not in card
+
+
 def test_the_trainer_pushes_our_card(hub, client, tmp_path):
     client(
         f"""
