@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import threading
+import time
 import zipfile
 from pathlib import Path
 
@@ -143,6 +144,18 @@ def test_errors_are_in_words(app, endpoint, words, said):
         client(app).predict(*words, api_name=endpoint)
     assert "Traceback" not in str(error.value)
     assert "hf_prune.space" not in app[1].read_text()  # nothing unexpected was logged
+
+
+def test_cancelling(app):
+    visitor = client(app)
+    prune(visitor)
+    job = visitor.submit(DEMO, WEIGHTS, "fisher_diagonal", True, 0.9, api_name="/prune")
+    while (said := visitor.predict(api_name="/cancel")).startswith("Nothing") and not job.done():
+        time.sleep(0.05)
+    assert said == "Cancelling: what you had stays."
+    with pytest.raises(Exception, match="Cancelled; nothing has changed"):
+        job.result()
+    assert "Criterion magnitude" in visitor.predict("mine", api_name="/card")
 
 
 def test_an_axis_that_is_none(app):
