@@ -25,6 +25,7 @@ from hf_prune.hub import card_of_base, is_repo_id
 from hf_prune.registry import CRITERIA, parse_granularity
 from hf_prune.report import sparsity_report
 from hf_prune.shrinking import RECORD
+from hf_prune.structure import is_ours
 from hf_prune.structures import structure_report
 from hf_prune.tables import format_count
 
@@ -58,6 +59,7 @@ class PruningCardData:
         license_link: Where that one can be read.
         command: What made it.
         needs_plugin: Whether it loads only after ``import hf_prune``.
+        remote_code: Whether it loads without it too, with ``trust_remote_code=True``.
         pictures: Files of pictures, with a text for each.
         tokens: Whether it is a language model.
         versions: Of the packages that made it, by name.
@@ -77,6 +79,7 @@ class PruningCardData:
     license_link: str | None = None
     command: str | None = None
     needs_plugin: bool = False
+    remote_code: bool = False
     pictures: Mapping[str, str] = field(default_factory=dict)
     tokens: bool = False
     versions: Mapping[str, str] = field(default_factory=dict)
@@ -137,6 +140,7 @@ def read_card_data(folder: str | Path, **more: Any) -> PruningCardData:
     elif settings is not None:
         found["config"] = PruningConfig.from_dict(settings)
     found["needs_plugin"] = config.get("quantization_config", {}).get("quant_method") == "hf_prune"
+    found["remote_code"] = is_ours(config.get("auto_map"))
     found["files"] = {p.name: p.stat().st_size for p in sorted(folder.glob("*.safetensors"))}
     found["pictures"] = {name: text for name, text in _PICTURES.items() if (folder / name).is_file()}
     found["tokens"] = any(name.endswith("ForCausalLM") for name in config.get("architectures") or [])
@@ -502,6 +506,9 @@ def _loading(data: PruningCardData) -> str:
     lines = [f"from transformers import {auto}", "", f'model = {auto}.from_pretrained("{name}")']
     if data.needs_plugin:
         lines.insert(0, "import hf_prune  # pip install hf_prune: tells transformers how to read it")
+    if data.remote_code:
+        lines += ["", "# or where hf_prune is not installed, with the code in this repository:"]
+        lines.append(f'model = {auto}.from_pretrained("{name}", trust_remote_code=True)')
     return "\n".join(lines)
 
 

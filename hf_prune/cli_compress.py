@@ -19,11 +19,18 @@ def compress(
     values: Annotated[
         str, typer.Option(help="exact, or int8, which rounds what pruning left: measure what that costs.")
     ] = "exact",
+    remote_code: Annotated[
+        bool,
+        typer.Option(
+            "--remote-code", help="Add a file for trust_remote_code=True, which loads it where hf_prune is missing."
+        ),
+    ] = False,
 ) -> None:
     """Write a pruned checkpoint small; with hf_prune imported, plain transformers loads it."""
     from hf_prune.compressed import compress_checkpoint
 
-    typer.echo(f"{compress_checkpoint(folder, out, codec=codec, values=values)}\nSaved: {out}")
+    report = compress_checkpoint(folder, out, codec=codec, values=values, remote_code=remote_code)
+    typer.echo(f"{report}\nSaved: {out}")
 
 
 def decompress(

@@ -30,12 +30,14 @@ from hf_prune.checkpoint import (
 )
 from hf_prune.errors import CheckpointError, ConfigError
 from hf_prune.masking import MaskStore
-from hf_prune.packed_files import INDEX, SINGLE, Item, PackedFiles, file_paths, is_packed, packed_item, write_shards
-from hf_prune.packing import CODECS, VALUES, pack, unpack
+from hf_prune.packed_files import INDEX, SINGLE, Item, PackedFiles, file_paths, packed_item, write_shards
+from hf_prune.packing import pack
+from hf_prune.remote_code import FILE, add_remote_code, auto_classes
 from hf_prune.shards import Entry, Shards, read_tensor
 from hf_prune.spill import bytes_of
-from hf_prune.structure import METHOD, compressed_config, structure_config
+from hf_prune.structure import METHOD, compressed_config, is_ours, structure_config
 from hf_prune.tables import format_count
+from hf_prune.unpacking import CODECS, VALUES, is_packed, unpack
 
 SHARD_BYTES = 5 << 30
 _LEAF = "weight"  # which transformers can be told to unpack, see quantizer.py
@@ -70,6 +72,7 @@ def compress_checkpoint(
     codec: str = "zstd",
     values: str = "exact",
     shard_bytes: int = SHARD_BYTES,
+    remote_code: bool = False,
 ) -> CompressionReport:
     """Write a dense checkpoint as a compressed one; after ``import hf_prune``, plain ``from_pretrained`` loads it.
 
@@ -79,9 +82,12 @@ def compress_checkpoint(
         codec: ``"zstd"``, or ``"none"`` for values that lie in the file as they are.
         values: ``"int8"`` rounds the values of pruned weights to 255 steps for each output, which is lossy.
         shard_bytes: Of a file, at most, unless one tensor has more.
+        remote_code: Put a file beside the weights by which ``from_pretrained(…, trust_remote_code=True)`` loads them
+            where hf_prune is not installed.
 
     Raises:
-        CheckpointError: If the source is damaged, compressed already, or its masks do not fit.
+        CheckpointError: If the source is damaged, compressed already, or its masks do not fit; or if ``remote_code``
+            is asked of a shrunk model or one that is not of transformers.
         ConfigError: If a setting is unknown.
 
     Example:
@@ -101,6 +107,7 @@ def compress_checkpoint(
     ):
         raise CheckpointError(f"{origin} has a tensor named {suffixed[0]}, which compressed checkpoints use themselves")
     config = _read_config(origin)
+    classes = auto_classes(config) if remote_code else {}
     structure = (config.get("quantization_config") or {}).get("structure") or {}
     config["quantization_config"] = compressed_config(structure)
     described: dict[str, Any] = {"tensors": len(shards.entries), "values": values}
@@ -115,6 +122,8 @@ def compress_checkpoint(
         write_shards(staging, items, shard_bytes, described)
         if masks is not None and (rest := {name: masks[name] for name in masks if name not in mine}):
             save_masks(MaskStore(rest, config=masks.config, polishes=masks.polishes), staging / MASK_FILE)
+        if classes:
+            add_remote_code(staging, config, classes)
         _write_config(staging, config)
         after = _weights_size(staging)
     return CompressionReport(_weights_size(origin), after, values != "exact")
@@ -127,6 +136,7 @@ def save_compressed(
     codec: str = "zstd",
     values: str = "exact",
     max_shard_size: int | str | None = None,
+    remote_code: bool = False,
 ) -> CompressionReport:
     """Save a checkpoint dense into a folder that is gone afterwards, and compressed into the one that stays.
 
@@ -136,6 +146,7 @@ def save_compressed(
         codec: As of :func:`compress_checkpoint`.
         values: As of :func:`compress_checkpoint`.
         max_shard_size: Of a file, such as ``"2GB"``.
+        remote_code: As of :func:`compress_checkpoint`.
 
     Raises:
         CheckpointError: If ``folder`` is a file, or a weight cannot be packed.
@@ -149,7 +160,9 @@ def save_compressed(
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp") as dense:
         save(Path(dense))
-        return compress_checkpoint(dense, target, codec=codec, values=values, shard_bytes=limit)
+        return compress_checkpoint(
+            dense, target, codec=codec, values=values, shard_bytes=limit, remote_code=remote_code
+        )
 
 
 def decompress_checkpoint(
@@ -170,6 +183,8 @@ def decompress_checkpoint(
     files = PackedFiles(paths)
     config = _read_config(origin)
     structure = (config.pop("quantization_config", None) or {}).get("structure") or {}
+    if is_ours(config.get("auto_map")):
+        del config["auto_map"]
     if structure:
         config["quantization_config"] = structure_config(structure)
     masks: dict[str, Tensor] = files.masks()
@@ -225,7 +240,7 @@ def _write_config(folder: Path, config: Mapping[str, Any]) -> None:
 
 def _copy_rest(source: Path, folder: Path) -> None:
     """Tokenizers, cards and what else lies beside the weights; no pickles."""
-    own = {MASK_FILE, "config.json", INDEX}
+    own = {MASK_FILE, "config.json", INDEX, FILE}
     for path in sorted(source.iterdir()):
         weights = path.match("model*.safetensors") or path.suffix in _PICKLES
         if path.is_file() and not path.name.startswith(".") and not weights and path.name not in own:

@@ -22,6 +22,7 @@ from hf_prune.cards import describe_model
 from hf_prune.checkpoint import load_pruned, save_pruned
 from hf_prune.compressed import save_compressed
 from hf_prune.config import PruningConfig
+from hf_prune.errors import ConfigError
 from hf_prune.hub import PushResult, card_of, full_repo_id, is_downloaded, push_checkpoint
 from hf_prune.masking import MaskStore
 from hf_prune.pipeline import prune
@@ -156,6 +157,7 @@ class PrunedModelMixin(nn.Module):
         compressed: bool = False,
         codec: str = "zstd",
         values: str = "exact",
+        remote_code: bool = False,
         **kwargs: Any,
     ) -> None:
         """Save as the dense class would, with the masks beside the weights; at once or not at all.
@@ -171,12 +173,17 @@ class PrunedModelMixin(nn.Module):
             compressed: Save packed weights, see ``docs/format.md``.
             codec: Of packed weights: ``"zstd"``, or ``"none"`` for values that lie in the file as they are.
             values: Of packed weights: ``"exact"``, or ``"int8"``, which rounds what pruning left and is lossy.
+            remote_code: Of packed weights: put a file beside them by which ``from_pretrained(…,
+                trust_remote_code=True)`` loads them where hf_prune is not installed.
             **kwargs: As of ``PreTrainedModel.save_pretrained``.
 
         Raises:
-            CheckpointError: If ``save_directory`` is a file, or a weight cannot be packed.
-            ConfigError: If ``codec`` or ``values`` is unknown.
+            CheckpointError: If ``save_directory`` is a file, or a weight cannot be packed; or if ``remote_code`` is
+                asked of a shrunk model or one that is not of transformers.
+            ConfigError: If ``codec`` or ``values`` is unknown, or ``remote_code`` is asked of a dense checkpoint.
         """
+        if remote_code and not compressed:
+            raise ConfigError("remote_code=True without compressed=True: any transformers loads a dense checkpoint")
         hub = {
             key: kwargs.pop(key)
             for key in ("repo_id", "commit_message", "private", "create_pr", "revision", "force")
@@ -191,6 +198,7 @@ class PrunedModelMixin(nn.Module):
                 codec=codec,
                 values=values,
                 max_shard_size=kwargs.get("max_shard_size"),
+                remote_code=remote_code,
             )
         elif is_main_process:
             save_pruned(self, native, save, save_directory, state_dict=state_dict, **kwargs)
@@ -234,7 +242,7 @@ class PrunedModelMixin(nn.Module):
             token: Of the Hub; None takes the one you are logged in with.
             facts: More for the card: ``base_model``, ``dataset``, ``license``, ``evaluation``, ``latency``, as of
                 :class:`hf_prune.PruningCardData`.
-            **kwargs: As of :meth:`save_pretrained`, such as ``max_shard_size``.
+            **kwargs: As of :meth:`save_pretrained`, such as ``max_shard_size`` or ``remote_code``.
 
         Raises:
             CheckpointError: If the model cannot be saved.

@@ -16,15 +16,22 @@ import numpy as np
 from torch import Tensor
 
 from hf_prune.errors import CheckpointError
-from hf_prune.packing import HEADER_BYTES, Header, read_header, unpack_mask
-from hf_prune.shards import CHUNK_BYTES, Entry, Shards, header_bytes, read_tensor, write_all
+from hf_prune.shards import Entry, Shards, header_bytes, read_tensor, write_all
+from hf_prune.unpacking import (
+    FILE_VERSION,
+    FORMAT,
+    HEADER_BYTES,
+    KEY,
+    SUFFIX,
+    UNSEALED,
+    Header,
+    damaged_file,
+    read_header,
+    unpack_mask,
+    unseal,
+)
 
-FORMAT = "hf_prune.packed"
-VERSION = 1
-SUFFIX = "_packed"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-_KEY = "hf_prune"
-_UNSEALED = "0" * 64
 
 
 class Item(NamedTuple):
@@ -94,14 +101,14 @@ def _write(path: Path, items: Sequence[Item], described: Mapping[str, Any] | Non
     tensors = {item.name: (item.dtype, item.shape, len(item.data)) for item in items}
     metadata = {"format": "pt"}
     if described is not None:
-        header = {"format": FORMAT, "version": VERSION, "checksum": _UNSEALED, **described}
-        metadata[_KEY] = json.dumps(header, sort_keys=True)
+        header = {"format": FORMAT, "version": FILE_VERSION, "checksum": UNSEALED, **described}
+        metadata[KEY] = json.dumps(header, sort_keys=True)
     begin = header_bytes(tensors, metadata)
     if described is not None:
         digest = hashlib.sha256(begin)
         for item in items:
             digest.update(item.data)
-        begin = begin.replace(_UNSEALED.encode(), digest.hexdigest().encode(), 1)
+        begin = begin.replace(UNSEALED.encode(), digest.hexdigest().encode(), 1)
     with path.open("wb", buffering=0) as file:
         for data in (begin, *(item.data for item in items)):
             write_all(file, data)
@@ -162,21 +169,21 @@ class PackedFiles:
             named = sorted(set(read_index(index).values()))
             if named != sorted(path.name for path in files):
                 raise CheckpointError(f"{index} names {named}, and the files are {sorted(p.name for p in files)}")
-        self.described, *_ = [_unseal(path) for path in files]
+        self.described, *_ = [unseal(path) for path in files]
         self.shards = Shards(files, index)
         if index is not None and (lost := set(self.shards.entries) - set(read_index(index))):
-            raise _damaged(index, f"it does not name {min(lost)}")
+            raise damaged_file(index, f"it does not name {min(lost)}")
         names = set(self.shards.entries)
         self.packed = sorted(name for name in names if name + SUFFIX in names)
         weights = len(names) - len(self.packed)
         if self.described.get("tensors") != weights:
-            raise _damaged(files[0], f"the files have {weights} tensors, expected {self.described.get('tensors')}")
+            raise damaged_file(files[0], f"the files have {weights} tensors, expected {self.described.get('tensors')}")
         self.headers = {name: self._header(name) for name in self.packed}
 
     def _header(self, name: str) -> Header:
         entry = self.shards.entries[name + SUFFIX]
         if entry.dtype != "U8" or self.shards.entries[name].size:
-            raise _damaged(self.shards.folder / entry.shard, f"{name} is neither packed nor plain")
+            raise damaged_file(self.shards.folder / entry.shard, f"{name} is neither packed nor plain")
         with (self.shards.folder / entry.shard).open("rb") as file:
             file.seek(entry.start)
             start = file.read(min(entry.size, HEADER_BYTES))
@@ -197,55 +204,3 @@ class PackedFiles:
     def masks(self) -> dict[str, Tensor]:
         """The masks of the weights that were packed with one."""
         return {name: unpack_mask(self.data(name), header) for name, header in self.headers.items() if header.masked}
-
-
-def is_packed(path: str | Path) -> bool:
-    """Whether a safetensors file says that it is one of packed weights; False for a damaged one."""
-    return f'\\"{FORMAT}\\"'.encode() in _first_bytes(Path(path))
-
-
-def _first_bytes(path: Path) -> bytes:
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        return file.read(min(length, size))
-
-
-def _unseal(path: Path) -> dict[str, Any]:
-    """What a file says of its checkpoint, if it has not changed since it was written.
-
-    Raises:
-        CheckpointError: If it has, or is of another kind, or of a newer version.
-    """
-    try:
-        text = _first_bytes(path)
-        described = json.loads(json.loads(text)["__metadata__"][_KEY])
-        found = described["format"], described["version"]
-        checksum = str(described["checksum"])
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} is missing: download or save the checkpoint again") from error
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
-        raise _damaged(path, f"its header does not describe packed weights: {error!r}") from error
-    if found != (FORMAT, VERSION):
-        raise CheckpointError(
-            f"{path} has format and version {found}: expected {(FORMAT, VERSION)}; update hf_prune, or save it again"
-        )
-    where = text.find(checksum.encode()) if len(checksum) == len(_UNSEALED) else -1
-    if where < 0 or _digest(path, 8 + where) != checksum:
-        raise _damaged(path, "its bytes do not give its checksum")
-    return described
-
-
-def _digest(path: Path, hole: int) -> str:
-    """SHA-256 of a file in which the checksum's own digits are zeros."""
-    with path.open("rb") as file:
-        digest = hashlib.sha256(file.read(hole))
-        file.seek(len(_UNSEALED), 1)
-        digest.update(_UNSEALED.encode())
-        while part := file.read(CHUNK_BYTES):
-            digest.update(part)
-    return digest.hexdigest()
-
-
-def _damaged(path: Path, what: str) -> CheckpointError:
-    return CheckpointError(f"{path} is damaged: {what}; download or save the checkpoint again")

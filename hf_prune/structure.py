@@ -1,4 +1,4 @@
-"""How ``config.json`` says that a checkpoint's modules have other sizes than the config alone makes of them."""
+"""How ``config.json`` says that weights are packed, or modules have other sizes than it alone makes of them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 METHOD = "hf_prune"  # by which transformers finds our quantizer, see quantizer.py
 VERSION = 1
 COMPRESSED = 1  # the version of docs/format.md
+MODELING = "modeling_hf_prune"  # the module that ``auto_map`` names, see remote_code.py
 
 
 def structure_config(structure: Mapping[str, int]) -> dict[str, Any]:
@@ -26,3 +27,9 @@ def compressed_config(structure: Mapping[str, int]) -> dict[str, Any]:
         structure: Numbers of units by site, of a model that is shrunk as well.
     """
     return {**structure_config(structure), "compressed": COMPRESSED}
+
+
+def is_ours(auto_map: Any) -> bool:
+    """Whether a config's ``auto_map`` names our module, after the name of a repository or not."""
+    classes = auto_map.values() if isinstance(auto_map, dict) else ()
+    return bool(classes) and all(str(name).rpartition("--")[2].startswith(f"{MODELING}.") for name in classes)

@@ -14,9 +14,10 @@ ROOT = Path(__file__).resolve().parents[1] / "hf_prune"
 # A module imports from its own layer and from earlier ones, never from a later one.
 # A name stands for its submodules too: "criteria" is every module in hf_prune/criteria/.
 LAYERS = (
-    ("errors", "files", "loading_hook", "overlap", "spill", "structure", "tables"),
+    ("errors", "files", "loading_hook", "overlap", "spill", "structure", "tables", "unpacking"),
     (
         "distributed",
+        "packed_loading",
         "packing",
         "partial",
         "progress",
@@ -31,7 +32,7 @@ LAYERS = (
         "unit_curves",
         "units",
     ),
-    ("config", "packed_files"),
+    ("config", "packed_files", "remote_code"),
     ("targets", "architectures", "parts", "channels", "sites"),
     ("criteria", "granularities", "allocation"),
     (

@@ -21,6 +21,7 @@ from hf_prune import (
 )
 from hf_prune.cards import BEGIN, END, read_facts
 from hf_prune.cli import main
+from hf_prune.compressed import compress_checkpoint
 from tests import models
 
 
@@ -181,6 +182,14 @@ def test_shrunk_models_say_how_they_load(made):
     assert "Whole units were taken out" in text
     assert "Zeros alone" not in text
     assert "import hf_prune  #" not in render_card(read_card_data(made / "pruned"))
+
+
+def test_compressed_models_say_how_they_load(made, tmp_path):
+    for remote_code in (False, True):
+        compress_checkpoint(made / "pruned", tmp_path / "packed", remote_code=remote_code)
+        text = render_card(read_card_data(tmp_path / "packed"))
+        assert "import hf_prune  #" in text
+        assert ("trust_remote_code=True" in text) is remote_code
 
 
 def test_the_authors_own_words_and_metadata_stay(folder):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
 import os
@@ -39,7 +40,9 @@ from hf_prune.checkpoint import MASK_FILE
 from hf_prune.cli import app
 from hf_prune.compressed import compress_checkpoint, decompress_checkpoint
 from hf_prune.errors import CheckpointError
-from hf_prune.packed_files import INDEX, SINGLE, PackedFiles, file_paths, is_packed
+from hf_prune.packed_files import INDEX, SINGLE, PackedFiles, file_paths
+from hf_prune.remote_code import modeling_source
+from hf_prune.unpacking import is_packed
 from tests import models
 from tests.models import assert_unchanged, same_bits, snapshot, tiny_batches
 
@@ -282,6 +285,112 @@ def test_without_hf_prune_it_is_refused_and_never_random(small, config):
     assert re.search("hf_prune|mismatch|size", done.stderr.splitlines()[-1] + done.stderr)
 
 
+# --- remote code -----------------------------------------------------------------------------------
+
+REMOTE = """
+import sys
+sys.modules["hf_prune"] = None  # whoever imports it gets an ImportError
+import torch
+import transformers
+small, dense, out = sys.argv[1:4]
+for name in sys.argv[4:]:
+    auto = getattr(transformers, name)
+    for settings in ({}, {"dtype": torch.bfloat16, "device_map": "cpu"}):
+        model = auto.from_pretrained(small, trust_remote_code=True, **settings)
+        same = auto.from_pretrained(dense, **settings)
+        assert type(model) is type(same), type(model)
+        found, expected = model.state_dict(), same.state_dict()
+        assert found.keys() == expected.keys()
+        for key, value in expected.items():
+            assert found[key].dtype == value.dtype
+            assert (found[key].view(torch.uint8) == value.view(torch.uint8)).all(), key
+model.save_pretrained(out)
+auto.from_pretrained(out)
+assert not hasattr(model.config, "auto_map")
+"""
+
+
+def run_remote(tmp_path: Path, small: Path, dense: Path, *autos: str, code: str = REMOTE) -> str:
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    words = [sys.executable, "-c", code, str(small), str(dense), str(tmp_path / "again"), *autos]
+    done = subprocess.run(words, capture_output=True, text=True, check=False, env=environment)
+    return "" if done.returncode == 0 else done.stderr
+
+
+def test_remote_code_loads_it_without_hf_prune(folders, tmp_path):
+    compress_checkpoint(folders["dense"], tmp_path / "small", remote_code=True, shard_bytes=8000)
+    autos = ("AutoModel", "AutoModelForSequenceClassification")
+    assert run_remote(tmp_path, tmp_path / "small", folders["dense"], *autos) == ""
+    assert names(tmp_path / "again") == {"config.json", SINGLE}
+    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "small")  # and with hf_prune as always
+    assert_unchanged(plain, snapshot(AutoModelForSequenceClassification.from_pretrained(folders["dense"])))
+    assert not hasattr(plain.config, "auto_map")
+    decompress_checkpoint(tmp_path / "small", tmp_path / "dense")
+    assert names(tmp_path / "dense") == names(folders["dense"])
+    assert json_or_bytes(tmp_path / "dense" / "config.json") == json_or_bytes(folders["dense"] / "config.json")
+    shard = max((tmp_path / "small").glob("model-*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-1] + b"?")
+    said = run_remote(tmp_path, tmp_path / "small", folders["dense"], *autos)
+    assert "CheckpointError" in said
+    assert "its bytes do not give its checksum" in said
+
+
+@pytest.mark.parametrize("kind", ["vit", "llama"])
+def test_remote_code_of_other_kinds(tmp_path, kind):
+    """Names of old checkpoints are converted as always, tied weights stay tied."""
+    build = {"vit": models.tiny_vit, "llama": models.tiny_llama}[kind]
+    auto = {"vit": "AutoModelForImageClassification", "llama": "AutoModelForCausalLM"}[kind]
+    model = prunable(build()).prune(**SETTINGS)
+    model.save_pretrained(tmp_path / "dense")
+    model.save_pretrained(tmp_path / "small", compressed=True, remote_code=True)
+    assert run_remote(tmp_path, tmp_path / "small", tmp_path / "dense", auto) == ""
+
+
+def test_remote_code_and_hf_prune_in_one_process(folders, tmp_path):
+    """Whoever comes first, the library's own reader is used once it is imported."""
+    compress_checkpoint(folders["dense"], tmp_path / "small", remote_code=True)
+    code = """
+import sys
+from transformers import AutoModelForSequenceClassification as A
+A.from_pretrained(sys.argv[1], trust_remote_code=True)
+import hf_prune
+for settings in ({}, {"trust_remote_code": True}):
+    assert hasattr(A.from_pretrained(sys.argv[1], **settings), "sparsity_report")
+"""
+    assert run_remote(tmp_path, tmp_path / "small", folders["dense"], code=code) == ""
+
+
+def test_the_remote_file_says_each_thing_once():
+    tree = ast.parse(modeling_source(["BertModel"]))
+    found = [node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+    found += [ast.unparse(t) for node in tree.body if isinstance(node, ast.Assign) for t in node.targets]
+    assert len(found) == len(set(found)) > 40
+    modules = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    modules |= {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert "hf_prune" not in {name.partition(".")[0] for name in modules}
+
+
+def test_remote_code_is_refused_where_it_cannot_work(folders, tmp_path):
+    model = prunable(models.tiny_bert(hidden_size=32, num_attention_heads=4, intermediate_size=64))
+    with pytest.raises(ConfigError, match="remote_code=True without compressed=True"):
+        model.save_pretrained(tmp_path / "out", remote_code=True)
+    with torch.no_grad():
+        model.bert.encoder.layer[0].output.dense.weight[:, :20] = 0
+    with pytest.raises(CheckpointError, match="sizes that only hf_prune knows how to make"):
+        shrink(model).save_pretrained(tmp_path / "out", compressed=True, remote_code=True)
+    source = Path(shutil.copytree(folders["dense"], tmp_path / "dense"))
+    config = json_or_bytes(source / "config.json")
+    for change, message in (
+        ({"auto_map": {"AutoModel": "mine.Model"}}, "has remote code of its own"),
+        ({"architectures": ["Mine"]}, r"no AutoModel of transformers loads \['Mine'\] of type 'bert'"),
+        ({"model_type": "mine"}, "of type 'mine'"),
+    ):
+        (source / "config.json").write_text(json.dumps({**config, **change}))
+        with pytest.raises(CheckpointError, match=message):
+            compress_checkpoint(source, tmp_path / "out", remote_code=True)
+    assert names(tmp_path) == {"dense"}
+
+
 # --- settings --------------------------------------------------------------------------------------
 
 
@@ -499,7 +608,7 @@ def tiny_file(tmp_path_factory) -> Path:
 
 
 def read_all(path: Path) -> dict[str, torch.Tensor]:
-    from hf_prune.packing import unpack
+    from hf_prune.unpacking import unpack
 
     files = PackedFiles([path])
     return {name: unpack(files.data(name), files.headers[name]) for name in files.packed}

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hf_prune.errors import CheckpointError
-from hf_prune.packing import CODECS, MAX_EXPANSION, pack, read_header, unpack, unpack_mask
+from hf_prune.packing import pack
+from hf_prune.unpacking import CODECS, MAX_EXPANSION, read_header, unpack, unpack_mask
 from tests.models import same_bits
 from tests.reference import packing as reference
 
