@@ -30,8 +30,12 @@ def space(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="With --push: upload nothing, list the files.")] = False,
 ) -> None:
     """Prune, see, compare and publish in the browser; or push the app as a Space."""
+    if model is None and data is not None:
+        raise DataError("--data goes with --model: the demo's model has sentences of its own")
     if model is not None:
         check_model_source(model)
+        if not Path(model).is_dir():
+            raise DataError(f"{model} is no folder: models of the Hub are chosen in the app; or download it first")
     if data is not None:
         check_data_source(data)
     if push is not None:
@@ -42,7 +46,12 @@ def space(
 
             assets = prepare_demo(echo=typer.echo)
             model, data = str(assets.model_dir), str(assets.data_dir)
-        result = push_space(app_folder(), push, model=model, data=data, private=private, force=force, dry_run=dry_run)
+            names: dict[str, str] = {}
+        else:
+            names = {"name": Path(model).name, "data_name": Path(data).name if data else ""}
+        result = push_space(
+            app_folder(), push, model=model, data=data, names=names, private=private, force=force, dry_run=dry_run
+        )
         typer.echo(str(result))
         return
     for package in ("gradio", "plotly"):

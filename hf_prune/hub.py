@@ -6,7 +6,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -146,6 +146,7 @@ def push_space(
     *,
     model: str,
     data: str | None,
+    names: Mapping[str, str] | None = None,
     private: bool | None = None,
     force: bool = False,
     dry_run: bool = False,
@@ -158,6 +159,7 @@ def push_space(
         repo_id: ``owner/name``, or a name for a Space of your own.
         model: Folder of the model.
         data: Folder of the sentences; None for none.
+        names: What the app calls the two, as ``name`` and ``data_name``; empty for the demo's.
         private: Make a new Space private; None takes the owner's default.
         force: Also overwrite a Space that holds something else.
         dry_run: Upload nothing; say what would be.
@@ -167,22 +169,20 @@ def push_space(
         DataError: If a folder is not there.
         HubError: As :func:`push_checkpoint`.
     """
-    files = {path.name: path for path in sorted(app.iterdir()) if path.is_file()}
+    files: dict[str, Path | bytes] = {path.name: path for path in sorted(app.iterdir()) if path.is_file()}
+    skipped: list[str] = []
     package = Path(__file__).parent
-    for folder, name in ((package, "hf_prune"), (Path(model), "demo/model"), (data and Path(data), "demo/data")):
-        if not folder:
+    for folder, name in ((package, "hf_prune"), (Path(model), "demo/model"), (Path(data or ""), "demo/data")):
+        if data is None and name == "demo/data":
             continue
         if not folder.is_dir():
             raise DataError(f"{folder} is no folder: a Space needs the files themselves; download them first")
-        found = {path.relative_to(folder): path for path in sorted(folder.rglob("*")) if path.is_file()}
-        files |= {
-            f"{name}/{path.as_posix()}": there
-            for path, there in found.items()
-            if "__pycache__" not in path.parts
-            and path.suffix not in _PICKLES
-            and not (folder == package and path.parts[0] == "space")
-        }
-    sizes = {name: path.stat().st_size for name, path in files.items()}
+        found, left = _to_upload(folder)
+        files |= {f"{name}/{path}": there for path, there in found.items() if not _is_made(folder == package, path)}
+        skipped += [f"{name}/{path}" for path in left]
+    if names:
+        files["demo/names.json"] = json.dumps(names).encode()
+    sizes = {name: len(f) if isinstance(f, bytes) else f.stat().st_size for name, f in files.items()}
     api = HfApi(token=token)
     if "/" not in repo_id and not dry_run:
         repo_id = f"{_asking(lambda: api.whoami(), repo_id)['name']}/{repo_id}"
@@ -200,16 +200,16 @@ def push_space(
         )
     removed = tuple(sorted(n for n in there if n.startswith(("hf_prune/", "demo/")) and n not in files))
     if dry_run:
-        return PushResult(repo_id, sizes, removed, (), None, None, None)
+        return PushResult(repo_id, sizes, removed, tuple(skipped), None, None, None)
     _asking(
         lambda: api.create_repo(repo_id, repo_type="space", space_sdk="gradio", private=private, exist_ok=True), repo_id
     )
-    operations: list[Any] = [CommitOperationAdd(name, str(path)) for name, path in files.items()]
+    operations: list[Any] = [CommitOperationAdd(n, f if isinstance(f, bytes) else str(f)) for n, f in files.items()]
     operations += [CommitOperationDelete(name) for name in removed]
     commit = _asking(
         lambda: api.create_commit(repo_id, operations, repo_type="space", commit_message="Update the Space"), repo_id
     )
-    return PushResult(repo_id, sizes, removed, (), commit.oid, f"{api.endpoint}/spaces/{repo_id}", None)
+    return PushResult(repo_id, sizes, removed, tuple(skipped), commit.oid, f"{api.endpoint}/spaces/{repo_id}", None)
 
 
 def card_of(repo_id: str, *, revision: str | None = None, token: str | bool | None = None) -> str | None:
@@ -270,6 +270,16 @@ def _files(folder: Path) -> tuple[dict[str, Path], tuple[str, ...]]:
             f"{folder} has no weights as safetensors: expected a checkpoint saved with save_pretrained; pickles are "
             f"never uploaded"
         )
+    return _to_upload(folder)
+
+
+def _is_made(of_the_package: bool, path: str) -> bool:
+    """What a run made, or what the Space has in its own place."""
+    return of_the_package and ("__pycache__" in path.split("/") or path.startswith("space/"))
+
+
+def _to_upload(folder: Path) -> tuple[dict[str, Path], tuple[str, ...]]:
+    """What is uploaded of a folder, by path in it, and what is not: pickles, hidden files, checkpoints."""
     files, skipped = {}, []
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         name = path.relative_to(folder).as_posix()

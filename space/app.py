@@ -10,6 +10,8 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+import threading
+import time
 from pathlib import Path
 
 import gradio as gr
@@ -28,31 +30,46 @@ def make(folder: Path, limits: Limits | None = None) -> tuple[Studio, gr.Blocks]
     """
     on_a_space = gr.utils.get_space() is not None
     model, data = os.environ.get("HF_PRUNE_SPACE_MODEL"), os.environ.get("HF_PRUNE_SPACE_DATA")
-    if model is None and (HERE / "demo").is_dir():
-        model, data = str(HERE / "demo" / "model"), str(HERE / "demo" / "data")
-    elif model is None:
+    names = {}
+    if model is not None:
+        names = {"name": Path(model).name, "data_name": Path(data).name if data else ""}
+    elif (HERE / "demo").is_dir():  # as `hf-prune space --push` put it there
+        model, found = str(HERE / "demo" / "model"), HERE / "demo" / "data"
+        data = str(found) if found.is_dir() else None
+        if (HERE / "demo" / "names.json").is_file():
+            names = json.loads((HERE / "demo" / "names.json").read_text(encoding="utf-8"))
+    else:
         from hf_prune.demo import prepare_demo
 
         assets = prepare_demo(progress=False)
         model, data = str(assets.model_dir), str(assets.data_dir)
     sentences = (HERE / "sentences.txt").read_text(encoding="utf-8").splitlines()
-    studio = Studio(folder, demo=model, data=data, sentences=sentences, limits=limits, public=on_a_space)
+    studio = Studio(folder, demo=model, data=data, sentences=sentences, limits=limits, public=on_a_space, **names)
     studio.load(studio.names[0])
     results = json.loads((HERE / "results.json").read_text(encoding="utf-8"))
     return studio, build(studio, results, login=on_a_space)
 
 
+def _let_go(studio: Studio) -> None:
+    while True:
+        time.sleep(60)
+        studio.drop_idle()
+
+
 def main() -> None:
     """Serve it."""
     with tempfile.TemporaryDirectory(prefix="hf-prune-space-") as folder:
-        _, demo = make(Path(folder))
-        demo.queue(max_size=32, default_concurrency_limit=4)
+        studio, demo = make(Path(folder))
+        threading.Thread(target=_let_go, args=(studio,), daemon=True).start()
+        demo.queue(max_size=32, default_concurrency_limit=4, api_open=False)
         demo.launch(
             theme=THEME,
             css=CSS,
             ssr_mode=False,
             footer_links=["api", "settings"],
             max_file_size="1mb",
+            share=False,
+            server_name="0.0.0.0" if studio.public else "127.0.0.1",  # here, a push is yours
             inbrowser=os.environ.get("HF_PRUNE_SPACE_OPEN") == "1",
         )
 

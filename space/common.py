@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from html import escape
 from typing import Any
+from urllib.parse import urlsplit
 
 import gradio as gr
 
@@ -52,4 +53,14 @@ def teller(progress: gr.Progress) -> Callable[[str, float], None]:
 
 def visitor(request: gr.Request) -> str:
     """The key of who asks."""
+    if not request.session_hash:
+        raise gr.Error("send a session_hash, as gradio_client does: it says whose model this is", print_exception=False)
     return str(request.session_hash)
+
+
+def from_this_page(request: gr.Request) -> bool:
+    """Whether the browser says that no other site sent this: the cookie of a login goes along with those as well."""
+    origin, site = request.headers.get("origin"), request.headers.get("sec-fetch-site")
+    if origin and urlsplit(origin).netloc != request.headers.get("host"):
+        return False
+    return site in (None, "same-origin", "none")

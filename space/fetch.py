@@ -9,8 +9,10 @@ import re
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from hf_prune import DataError
 
@@ -18,6 +20,7 @@ _ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 _FILES = (
     "*.safetensors", "config.json", "tokenizer*.json", "special_tokens_map.json", "vocab.*", "merges.txt", "*.model"
 )  # fmt: skip
+_LARGEST_CARD = 1_000_000
 _LARGEST_NUMBER, _MOST_LAYERS = 2_000_000, 128  # in a config: more is no model that fits here
 
 
@@ -41,16 +44,17 @@ def fetch_model(name: str, most_bytes: int, token: str | bool | None, cache: Pat
     try:
         info = HfApi(token=token).model_info(name, files_metadata=True, timeout=15)
         files = {f.rfilename: f.size for f in info.siblings or [] if "/" not in f.rfilename}
-        weights = [size for path, size in files.items() if path.endswith(".safetensors")]
-        if not weights:
+        wanted = {path: size for path, size in files.items() if any(fnmatch.fnmatch(path, each) for each in _FILES)}
+        if not any(path.endswith(".safetensors") for path in wanted):
             raise DataError(f"{name} has no weights as safetensors, and pickles are never opened: choose another one")
-        if sum(math.inf if size is None else size for size in weights) > most_bytes:
-            raise DataError(f"{name} is too large for this page: its weights take more than {most_bytes / 1e6:.0f} MB")
+        if sum(math.inf if size is None else size for size in wanted.values()) > most_bytes:
+            raise DataError(f"{name} is too large for this page: its files take more than {most_bytes / 1e6:.0f} MB")
+        if any(set(path) & set("*?[]") for path in wanted) or (files.get("README.md") or 0) > _LARGEST_CARD:
+            raise DataError(f"{name} has files with names or of sizes that no model needs: choose another one")
         where: dict[str, Any] = {"revision": info.sha, "token": token, "cache_dir": cache}
         path = Path(hf_hub_download(name, "config.json", **where))
         check_config(name, json.loads(path.read_text(encoding="utf-8")))
-        wanted = [path for path in files if any(fnmatch.fnmatch(path, pattern) for pattern in _FILES)]
-        return Path(snapshot_download(name, allow_patterns=wanted, **where))
+        return Path(snapshot_download(name, allow_patterns=list(wanted), **where))
     except DataError:
         raise
     except RepositoryNotFoundError:
@@ -61,6 +65,40 @@ def fetch_model(name: str, most_bytes: int, token: str | bool | None, cache: Pat
         raise DataError(f"the Hub does not give {name}: {' '.join(str(error).split())[:200]}") from None
     except Exception as error:  # the client passes on whatever its transport raises
         raise DataError(f"the Hub cannot be reached for {name} ({type(error).__name__}): try again later") from None
+
+
+def check_size(name: str, folder: Path, most: int) -> None:
+    """Refuse a model by what its config would build, before anything is built; and one that is no classifier.
+
+    Raises:
+        DataError: If it has more parameters, or its outputs are no probabilities of classes.
+    """
+    config = AutoConfig.from_pretrained(folder)
+    if config.num_labels < 2 or config.problem_type in ("regression", "multi_label_classification"):
+        raise DataError(f"{name} does not choose one of several classes: expected a classifier with two or more")
+    with torch.device("meta"):
+        model = AutoModelForSequenceClassification.from_config(config)
+    if sum(p.numel() for p in model.parameters()) > most:
+        raise DataError(
+            f"{name} is too large for this page: expected at most {most / 1e6:.0f} million parameters; prune it on "
+            f"your own machine with `hf-prune prune`"
+        )
+
+
+def check_private(repo: str, token: str) -> None:
+    """Refuse a repository that is there and public: an upload would not make it private.
+
+    Raises:
+        DataError: If it is.
+    """
+    api = HfApi(token=token)
+    try:
+        full = repo if "/" in repo else f"{api.whoami()['name']}/{repo}"
+        public = not api.model_info(full).private
+    except Exception:  # not there, or the upload will say what is wrong
+        return
+    if public:
+        raise DataError(f"{full} is there already, and public: choose another name, or do not ask for a private one")
 
 
 def check_config(name: str, config: Any) -> None:

@@ -142,8 +142,9 @@ def wire(studio: Studio, choose: Mapping[str, Any], seen: Sequence[Any]) -> None
         """Stop what is running; what was there before stays."""
         return "Cancelling: what you had stays." if studio.cancel(visitor(request)) else "Nothing of yours is running."
 
-    choose["cancel"].click(cancel, None, choose["said"], api_name="cancel", queue=False, show_progress="hidden")
-    assert run is not None
+    choose["cancel"].click(
+        cancel, None, choose["said"], api_name="cancel", queue=False, show_progress="hidden", cancels=[run]
+    )
 
 
 def _summary(pruned: Pruned) -> str:
@@ -215,7 +216,7 @@ def _pictures(pruned: Pruned) -> list[Any]:
         views.sizes(pruned.facts()),
         views.histogram(*pruned.histograms),
         views.unit_maps(pruned.units),
-        views.layers(pruned.gone()),
+        views.layers(pruned.gone),
         [],
         _speed(pruned),
     ]

@@ -12,6 +12,8 @@ import views
 from common import HEAVY, LIGHT, in_words, teller, visitor
 from studio import Studio
 
+from hf_prune import HfPruneError
+
 SPARSITIES = ("30 %", "50 %", "60 %", "70 %", "80 %", "90 %")
 MOST_POINTS, SWEEP_SENTENCES = 6, 200
 
@@ -19,7 +21,7 @@ MOST_POINTS, SWEEP_SENTENCES = 6, 200
 def tradeoff_tab(studio: Studio, results: Mapping[str, Any]) -> None:
     methods = list(dict.fromkeys(p["method"] for p in results["points"]))
     gr.Markdown(
-        f"Accuracy of the demo's model against what was removed, measured before: {results['note']} "
+        f"Accuracy of hf_prune's demo model against what was removed, measured before: {results['note']} "
         f"Or measure a few points here."
     )
     state = gr.State({"dense": results["dense"], "points": results["points"]})
@@ -96,7 +98,7 @@ def tradeoff_tab(studio: Studio, results: Mapping[str, Any]) -> None:
         request: gr.Request,
         progress: gr.Progress = gr.Progress(),  # noqa: B008
     ) -> list[Any]:
-        """Measure points of the demo's model here."""
+        """Measure points of the first model of the list here."""
         unknown = [m for m in which or [] if m not in methods] + [s for s in how_much or [] if s not in SPARSITIES]
         if unknown:
             raise gr.Error(escape(f"{unknown[0]!r} is not on offer"), print_exception=False)
@@ -108,7 +110,14 @@ def tradeoff_tab(studio: Studio, results: Mapping[str, Any]) -> None:
             dense = studio.load(studio.names[0])
             chosen = [tradeoff.parse_method(name) for name in which]
             shares = [int(s.split()[0]) / 100 for s in how_much]
-            points = list(tradeoff.measure(studio, dense, chosen, shares, SWEEP_SENTENCES, tell))
+            points: list[dict[str, Any]] = []
+            try:
+                for point in tradeoff.measure(studio, dense, chosen, shares, SWEEP_SENTENCES, tell):
+                    points.append(point)
+            except HfPruneError as error:  # cancelled, or out of time: what was measured is shown
+                if not points:
+                    raise
+                gr.Warning(f"Only {len(points)} of {count} points were measured: {escape(str(error))}")
         accuracy = points[0]["accuracy"] + points[0]["drop"]
         found = {"dense": {"accuracy": accuracy, "file_bytes": dense.file_bytes}, "points": points}
         return [found, gr.Dropdown(value=list(which))]

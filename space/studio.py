@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fetch import fetch_model
+from fetch import check_private, check_size, fetch_model
 from work import Dense, Pruned, Tell, make_pruned, probabilities_of, score_both, time_both
 
 from hf_prune import (
@@ -45,18 +45,6 @@ LISTED = (
     "distilbert/distilbert-base-uncased-finetuned-sst-2-english",
     "lxyuan/distilbert-base-multilingual-cased-sentiments-student",
 )
-
-_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
-_FILES = (
-    "*.safetensors",
-    "config.json",
-    "tokenizer*.json",
-    "special_tokens_map.json",
-    "vocab.*",
-    "merges.txt",
-    "*.model",
-)
-_LARGEST_NUMBER, _MOST_LAYERS = 2_000_000, 128  # in a config: more is no model that fits here
 
 
 @dataclass(frozen=True)
@@ -98,6 +86,8 @@ class Studio:
             with; None if there are none.
         sentences: Sentences and labels to look at.
         limits: What visitors may ask for.
+        name: What the model of ``demo`` is called.
+        data_name: What its sentences are called.
         public: Whether strangers visit: then no token of the machine is used, and downloads are deleted when the
             model goes.
     """
@@ -111,12 +101,15 @@ class Studio:
         sentences: Sequence[str],
         limits: Limits | None = None,
         public: bool = True,
+        name: str = DEMO,
+        data_name: str = "Rotten Tomatoes",
     ) -> None:
         self.limits = limits or Limits()
         self.sentences = list(sentences)
         self.data = None if data is None else str(data)
         self.public = public
-        self.names = [*([] if demo is None else [DEMO]), *LISTED]
+        self.names = [*([] if demo is None else [name]), *LISTED]
+        self._data_name = data_name
         self._demo, self.folder = demo, folder
         self._dense: OrderedDict[str, Dense] = OrderedDict()
         self._pruned: OrderedDict[str, Pruned] = OrderedDict()
@@ -178,25 +171,28 @@ class Studio:
             self._dense.move_to_end(name)
             return self._dense[name]
 
+    def _is_own(self, name: str) -> bool:
+        return self._demo is not None and name == self.names[0]
+
     def _read(self, name: str) -> Dense:
         base_model = None
-        if name == DEMO and self._demo is not None:
-            folder = Path(self._demo)
+        if self._is_own(name):
+            folder = Path(str(self._demo))
         else:
             token, cache = (False, self.folder / "hub") if self.public else (None, None)
             folder, base_model = fetch_model(name, self.limits.download_bytes, token, cache), name
         try:
+            check_size(name, folder, self.limits.parameters)
             model, tokenizer = load_classifier(str(folder))
-        except HfPruneError as error:  # in the visitor's words, not the machine's
-            raise DataError(str(error).replace(str(folder), name)) from None
-        except Exception as error:
-            reason = " ".join(str(error).split())[:300]
+        except BaseException as error:
+            if self.public and base_model is not None:
+                shutil.rmtree(folder.parents[1], ignore_errors=True)
+            if isinstance(error, HfPruneError):  # in the visitor's words, not the machine's
+                raise DataError(str(error).replace(str(folder), name)) from None
+            if not isinstance(error, Exception):
+                raise
+            reason = " ".join(str(error).split())[:300].replace(str(folder), name)
             raise DataError(f"{name} cannot be loaded: {type(error).__name__}: {reason}") from None
-        if sum(p.numel() for p in model.parameters()) > self.limits.parameters:
-            raise DataError(
-                f"{name} is too large for this page: expected at most {self.limits.parameters / 1e6:.0f} million "
-                f"parameters; prune it on your own machine with `hf-prune prune`"
-            )
         size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
         return Dense(name, prunable(model).eval(), tokenizer, folder, base_model, size)
 
@@ -278,6 +274,11 @@ class Studio:
         shared = {id(each) for each in self._dense.values()}
         return sum(p.memory for p in self._pruned.values()) + sum(n for i, n in dense.items() if i not in shared)
 
+    def drop_idle(self) -> None:
+        """Let go what nobody has used for long."""
+        with self._changing:
+            self._drop_idle()
+
     def _drop_idle(self) -> None:
         now = time.monotonic()
         for visitor in [v for v, p in self._pruned.items() if now - p.used > self.limits.idle_seconds]:
@@ -285,9 +286,12 @@ class Studio:
 
     def _drop(self, visitor: str) -> None:
         gone = self._pruned.pop(visitor, None)
-        if gone is not None:
-            shutil.rmtree(gone.folder, ignore_errors=True)
-            shutil.rmtree(_archives(gone.folder), ignore_errors=True)
+        if gone is None:
+            return
+        if gone.files.acquire(blocking=False):
+            _remove(gone)
+        else:  # it is being packed or uploaded: afterwards
+            threading.Thread(target=lambda: (gone.files.acquire(), _remove(gone)), daemon=True).start()
 
     # --- what it cost and what it brought ---------------------------------------------------------------
 
@@ -302,10 +306,10 @@ class Studio:
     def score(self, visitor: str, tell: Tell) -> dict[str, Any]:
         """Score both on the same held-out sentences; the demo's model only, whose labels they have."""
         pruned = self.pruned(visitor)
-        if pruned.dense.name != DEMO:
-            raise DataError("the held-out sentences fit the demo's model only: other models know other labels")
+        if not self._is_own(pruned.dense.name):
+            raise DataError(f"the held-out sentences fit {self.names[0]} only: other models know other labels")
         with self.job(visitor, tell):
-            pruned.evaluation = score_both(pruned, self.held_out())
+            pruned.evaluation = score_both(pruned, self.held_out(), self._data_name)
         return pruned.evaluation
 
     def probabilities(self, visitor: str, texts: Sequence[str]) -> tuple[Pruned, torch.Tensor, torch.Tensor]:
@@ -327,46 +331,69 @@ class Studio:
 
     # --- publishing -------------------------------------------------------------------------------------
 
-    def card(self, visitor: str, name: str) -> str:
-        """Write the card, with what has been measured, beside the checkpoint.
+    def card(self, visitor: str, name: str) -> tuple[str, Path]:
+        """Write the card, with what has been measured, beside the checkpoint; its text, and where that is.
 
         Raises:
             HfPruneError: If there is no model, or the name is none.
         """
-        if not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", name):
-            raise DataError(f"{name[:100]!r} is no name for a model: expected letters, digits, '-', '_', '.'")
-        pruned = self.pruned(visitor)
-        (pruned.folder / "README.md").unlink(missing_ok=True)
-        title = f"{pruned.dense.name}, {pruned.config.criterion}"
-        before, after = pruned.histograms
-        save_figure(plot_weight_histogram(before, after, title), pruned.folder / "weights.png")
-        if pruned.structure is None:
-            save_figure(plot_layer_sparsity(pruned.report, title), pruned.folder / "layers.png")
-        return describe_model(
-            pruned.model,
-            pruned.folder,
-            name=name.rpartition("/")[2],
-            config=pruned.config,
-            base_model=pruned.dense.base_model,
-            evaluation=pruned.evaluation,
-            latency=None if pruned.latency is None else pruned.latency.to_dict(),
-        )
+        pruned = self._named(visitor, name)
+        with pruned.files:
+            return _write_card(pruned, name), pruned.folder
 
     def archive(self, visitor: str, name: str) -> Path:
-        """The checkpoint with its card, as a zip file."""
-        self.card(visitor, name)
-        folder = self.pruned(visitor).folder
-        path = _archives(folder) / f"{name.rpartition('/')[2]}.zip"
-        path.parent.mkdir(exist_ok=True)
-        with zipfile.ZipFile(path, "w") as file:  # the weights are packed already
-            for each in sorted(folder.iterdir()):
-                file.write(each, each.name)
-        return path
+        """The checkpoint with its card, as a zip file; the one before goes."""
+        pruned = self._named(visitor, name)
+        with pruned.files:
+            _write_card(pruned, name)
+            shutil.rmtree(_archives(pruned.folder), ignore_errors=True)
+            path = _archives(pruned.folder) / f"{name.rpartition('/')[2]}.zip"
+            path.parent.mkdir()
+            with zipfile.ZipFile(path, "w") as file:  # the weights are packed already
+                for each in sorted(pruned.folder.iterdir()):
+                    file.write(each, each.name)
+            return path
 
     def push(self, visitor: str, repo: str, token: str, private: bool) -> PushResult:
-        """Upload it to the account that a token belongs to."""
-        self.card(visitor, repo)
-        return push_checkpoint(self.pruned(visitor).folder, repo, private=private, token=token)
+        """Upload it to the account that a token belongs to.
+
+        Raises:
+            HfPruneError: If it cannot be, or the repository is there and public, and a private one was asked for.
+        """
+        pruned = self._named(visitor, repo)
+        with pruned.files:
+            _write_card(pruned, repo)
+            if private:
+                check_private(repo, token)
+            return push_checkpoint(pruned.folder, repo, private=private, token=token)
+
+    def _named(self, visitor: str, name: str) -> Pruned:
+        if not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", name):
+            raise DataError(f"{name[:100]!r} is no name for a model: expected letters, digits, '-', '_', '.'")
+        return self.pruned(visitor)
+
+
+def _write_card(pruned: Pruned, name: str) -> str:
+    (pruned.folder / "README.md").unlink(missing_ok=True)
+    title = f"{pruned.dense.name}, {pruned.config.criterion}"
+    before, after = pruned.histograms
+    save_figure(plot_weight_histogram(before, after, title), pruned.folder / "weights.png")
+    if pruned.structure is None:
+        save_figure(plot_layer_sparsity(pruned.report, title), pruned.folder / "layers.png")
+    return describe_model(
+        pruned.model,
+        pruned.folder,
+        name=name.rpartition("/")[2],
+        config=pruned.config,
+        base_model=pruned.dense.base_model,
+        evaluation=pruned.evaluation,
+        latency=None if pruned.latency is None else pruned.latency.to_dict(),
+    )
+
+
+def _remove(pruned: Pruned) -> None:
+    shutil.rmtree(pruned.folder, ignore_errors=True)
+    shutil.rmtree(_archives(pruned.folder), ignore_errors=True)
 
 
 def _archives(folder: Path) -> Path:

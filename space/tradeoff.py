@@ -8,11 +8,12 @@ import io
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from studio import Studio
-from work import WHAT, Dense, Tell, make_config, make_pruned, score_both, time_both
+from work import WHAT, Dense, Tell, fixed_sparsity, make_config, make_pruned, score_both, time_both
 
 FIELDS = (
     "method", "sparsity", "accuracy", "drop", "drop_standard_error", "drop_bound", "n", "parameters", "nonzero",
@@ -38,7 +39,8 @@ def measure(
     data, done = studio.held_out(n), 0
     total = len(methods) * len(sparsities)
     for what, how, repair in methods:
-        for sparsity in sparsities:
+        fixed = fixed_sparsity(what)
+        for sparsity in sparsities if fixed is None else [fixed]:
             name, share = method_name(what, how, repair), done / total
 
             def step(title: str, _: float, name: str = name, sparsity: float = sparsity, share: float = share) -> None:
@@ -48,7 +50,7 @@ def measure(
             pruned = make_pruned(dense, config, studio.texts(), studio.folder, step)
             try:
                 step("scoring", 0.0)
-                score = score_both(pruned, data)["comparison"]
+                score = score_both(pruned, data, "the demo")["comparison"]
                 step("timing", 0.0)
                 timed = time_both(pruned)
             finally:
@@ -107,8 +109,9 @@ def write_csv(points: Sequence[Mapping[str, Any]], folder: Path) -> Path:
     """A file of them; those of an hour ago are deleted."""
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("*.csv"):
-        if time.time() - old.stat().st_mtime > 3600:
-            old.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):  # somebody else was faster
+            if time.time() - old.stat().st_mtime > 3600:
+                old.unlink()
     text = to_csv(points)
     path = folder / f"tradeoff-{hashlib.sha256(text.encode()).hexdigest()[:12]}.csv"
     path.write_text(text, encoding="utf-8")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import shutil
+import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -87,10 +88,12 @@ class Pruned:
     report: SparsityReport
     structure: StructureReport | None
     units: Mapping[str, list[bool]]
+    gone: Mapping[str, float]
     histograms: tuple[WeightHistogram, WeightHistogram]
     seconds: float
     file_bytes: int
     used: float = field(default_factory=time.monotonic)
+    files: threading.Lock = field(default_factory=threading.Lock)  # held while its folder is written or read
     latency: LatencyResult | None = None
     evaluation: dict[str, Any] | None = None
 
@@ -103,13 +106,6 @@ class Pruned:
     def memory(self) -> int:
         """Bytes of its weights in memory."""
         return sum(p.numel() * p.element_size() for p in self.model.parameters())
-
-    def gone(self) -> dict[str, float]:
-        """The share of each pruned matrix that is zero or taken out, by name."""
-        dense = dict(self.dense.model.named_parameters())
-        names = [t.name for t in self.report.targets]
-        now = {t.name: t.nonzero for t in self.report.targets}
-        return {name: 1 - now[name] / dense[name].numel() for name in names if name in dense}
 
     def facts(self) -> dict[str, Any]:
         """The numbers, for programs."""
@@ -194,21 +190,24 @@ def make_pruned(dense: Dense, config: PruningConfig, sentences: Sequence[str], r
         tell: Hears what is being done.
     """
     tell("Reading sentences to learn from", 0.0)
-    texts = text_batches(list(sentences), dense.tokenizer, batch_size=16, max_length=64)
+    texts = text_batches(list(sentences), dense.tokenizer, batch_size=16, max_length=_length(dense.model, 64))
     model = copy.deepcopy(dense.model)
     tell("Pruning", 0.0)
     start = time.perf_counter()
     model.prune(config, calibration=texts)
-    units = unit_map(model) if config.removes_units else {}
-    if config.removes_units:
-        shrink(model)
     seconds = time.perf_counter() - start
     tell("Counting", 0.9)
-    report = sparsity_report(model)
-    names = [t.name for t in report.targets]
-    there = set(dict(dense.model.named_parameters()))
-    before = weight_histogram(dense.model, [n for n in names if n in there])
-    after = weight_histogram(model, names, limit=float(before.edges[-1]))
+    report, masked = sparsity_report(model), dict(model.named_parameters())
+    names = [t.name for t in sparsity_report(dense.model).targets]  # which it has until something is taken out
+    gone = {name: 1 - int(masked[name].count_nonzero()) / masked[name].numel() for name in names}
+    before = weight_histogram(dense.model, names)
+    units = unit_map(model) if config.removes_units else {}
+    if config.removes_units:
+        start = time.perf_counter()
+        shrink(model)
+        seconds += time.perf_counter() - start
+        report = sparsity_report(model)
+    after = weight_histogram(model, [t.name for t in report.targets], limit=float(before.edges[-1]))
     tell("Saving", 0.95)
     folder = root / uuid.uuid4().hex
     try:
@@ -225,6 +224,7 @@ def make_pruned(dense: Dense, config: PruningConfig, sentences: Sequence[str], r
         report=report,
         structure=structure_report(model) if config.removes_units else None,
         units=units,
+        gone=gone,
         histograms=(before, after),
         seconds=seconds,
         file_bytes=sum(path.stat().st_size for path in folder.glob("*.safetensors")),
@@ -244,15 +244,14 @@ def unit_map(model: Any) -> dict[str, list[bool]]:
 def time_both(pruned: Pruned) -> LatencyResult:
     """One sentence of 64 tokens, or what the model can read if that is less; the two models in turns."""
     models = {"dense": pruned.dense.model, "pruned": pruned.model}
-    length = min(64, context_length(pruned.dense.model) or 64)
-    return measure_latency(models, batch_sizes=[1], lengths=[length], rounds=30)
+    return measure_latency(models, batch_sizes=[1], lengths=[_length(pruned.dense.model, 64)], rounds=30)
 
 
-def score_both(pruned: Pruned, data: Any) -> dict[str, Any]:
+def score_both(pruned: Pruned, data: Any, source: str) -> dict[str, Any]:
     """Both on the same sentences, as ``hf-prune evaluate --against --json`` says it."""
     models = {"dense": pruned.dense.model, "evaluation": pruned.model}
     found = {
-        key: evaluate_classification(model, pruned.dense.tokenizer, data, source="Rotten Tomatoes", split="held out")
+        key: evaluate_classification(model, pruned.dense.tokenizer, data, source=source, split="held out")
         for key, model in models.items()
     }
     comparison = compare(found["dense"], found["evaluation"])
@@ -274,7 +273,15 @@ def probabilities_of(model: Any, tokenizer: Any, texts: Sequence[str]) -> torch.
     parts = []
     for start in range(0, len(texts), 16):
         batch = tokenizer(
-            list(texts[start : start + 16]), truncation=True, max_length=256, padding=True, return_tensors="pt"
+            list(texts[start : start + 16]),
+            truncation=True,
+            max_length=_length(model, 256),
+            padding=True,
+            return_tensors="pt",
         )
         parts.append(model(**batch).logits.float().softmax(-1))
     return torch.cat(parts)
+
+
+def _length(model: Any, wanted: int) -> int:
+    return min(wanted, context_length(model) or wanted)

@@ -4,6 +4,7 @@ import json
 import re
 import sys
 import threading
+import time
 import zipfile
 from types import SimpleNamespace
 
@@ -113,7 +114,11 @@ def test_the_map_shows_what_is_gone(space, make):
     assert left == {f"{site.kind} {site.name}": (site.units, site.before) for site in pruned.structure.sites}
     gone = space.work.removed_parts(pruned.units)
     assert gone["head"] + gone["neuron"] > 0
-    assert all(0 <= share <= 1 for share in pruned.gone().values())
+    for name, share in pruned.gone.items():
+        now = dict(pruned.model.named_parameters())[name]
+        assert share == pytest.approx(
+            1 - now.count_nonzero().item() / dict(pruned.dense.model.named_parameters())[name].numel()
+        )
     figure = space.views.unit_maps(pruned.units)
     assert len(figure.data) == 2
     assert space.views.unit_maps({}) is None
@@ -237,11 +242,12 @@ def test_many_threads_mix_nothing_up(space, make):
 def test_what_is_measured_goes_into_card_and_archive(space, make, tmp_path):
     studio = make()
     studio.prune("a", space.studio.DEMO, PruningConfig(0.5), silent)
-    assert "Nothing was timed" in studio.card("a", "mine")
+    assert "Nothing was timed" in studio.card("a", "mine")[0]
     assert [p.model for p in studio.measure("a", silent).points] == ["dense", "pruned"]
     score = studio.score("a", silent)
     assert score["dense"]["n"] == 30
-    card = studio.card("a", "me/mine")
+    card, _ = studio.card("a", "me/mine")
+    assert "Rotten Tomatoes" in card
     assert "# mine" in card
     assert "Timed in turns, 30 rounds" in card
     assert f"{100 * score['comparison']['pruned_accuracy']:.2f}" in card
@@ -366,6 +372,11 @@ def test_models_of_the_hub(hub, tiny, tmp_path):
     hub.put(f"{USER}/pickle", {"config.json": files["config.json"], "pytorch_model.bin": b"?"})
     hub.put(f"{USER}/causal", changed(architectures=["GPT2LMHeadModel"]))
     hub.put(f"{USER}/bomb", changed(hidden_size=10**9))
+    hub.put(f"{USER}/wide", changed(vocab_size=1_000_000, hidden_size=8192))
+    hub.put(f"{USER}/score", changed(id2label={"0": "score"}, label2id={"score": 0}))
+    hub.put(f"{USER}/multi", changed(problem_type="multi_label_classification"))
+    hub.put(f"{USER}/globs", {**files, "*.safetensors": b"?"})
+    hub.put(f"{USER}/book", {**files, "README.md": b"a" * 2_000_000})
     hub.put(f"{USER}/deep", changed(num_hidden_layers=10**6))
     hub.put(f"{USER}/broken", {**files, "model.safetensors": b"no tensors"})
     hub.put(f"{USER}/large", {**files, "model.safetensors": b"0" * 200_000})
@@ -378,7 +389,7 @@ from pathlib import Path
 from studio import Limits, Studio
 said = {{}}
 studio = Studio(Path("out"), demo=None, data=None, sentences=["w1"], limits=Limits(download_bytes=100_000))
-for name in "good remote pickle causal bomb deep broken large secret none".split():
+for name in "good remote pickle causal bomb wide score multi globs book deep broken large secret none".split():
     try:
         said[name] = type(studio.load("{USER}/" + name).model).__name__
     except Exception as error:
@@ -400,6 +411,13 @@ print("SAID" + json.dumps(said) + "END")
     assert "expected a text classifier" in said["causal"]
     assert "hidden_size = 1000000000" in said["bomb"]
     assert "num_hidden_layers = 1000000" in said["deep"]
+    assert "at most 150 million parameters" in said["wide"]
+    assert "one of several classes" in said["score"]
+    assert "one of several classes" in said["multi"]
+    assert "that no model needs" in said["globs"]
+    assert "that no model needs" in said["book"]
+    left = {path.name for path in (tmp_path / "out" / "hub").glob("models--*")}
+    assert left <= {f"models--{USER}--{name}" for name in ("good", "remote", "causal", "bomb", "deep")}  # small ones
     assert said["broken"].startswith(f"DataError: {USER}/broken/model.safetensors cannot be read")
     assert "too large for this page" in said["large"]
     for name in ("secret", "none"):
@@ -411,11 +429,41 @@ print("SAID" + json.dumps(said) + "END")
     assert not any("evil.py" in request or "more/" in request for request in hub.log)
 
 
+def test_whole_layers_are_seen_to_go(space, make):
+    studio = make()
+    pruned = studio.prune("a", space.studio.DEMO, PruningConfig(0.5, granularity="layer", scope="global"), silent)
+    gone = [share for name, share in pruned.gone.items() if ".layer." in name]
+    assert sorted(set(gone)) == [0, 1]
+    before, after = pruned.histograms
+    assert before.counts.sum() > 1.5 * after.counts.sum()
+
+
+def test_what_is_being_packed_goes_afterwards(space, make):
+    studio = make()
+    pruned = studio.prune("a", space.studio.DEMO, PruningConfig(0.5), silent)
+    with pruned.files:
+        studio.forget("a")
+        assert pruned.folder.exists()
+    for _ in range(100):
+        if not pruned.folder.exists():
+            break
+        time.sleep(0.05)
+    assert not pruned.folder.exists()
+
+
+def test_a_space_without_sentences_prunes(space, tiny, tmp_path):
+    studio = space.studio.Studio(tmp_path, demo=tiny[0], data=None, sentences=["w1 w2", "w3"], name="mine")
+    studio.prune("a", "mine", PruningConfig(0.5, criterion="wanda"), silent)
+    with pytest.raises(DataError, match="no labelled sentences"):
+        studio.score("a", silent)
+
+
 def test_push_of_the_space(hub, tiny, tmp_path):
     def client(*words, **options):
         return run_client(hub, tmp_path / "home", "space", *words, **options)
 
     options = ["--model", str(tiny[0]), "--data", str(tiny[1])]
+    (tiny[0] / ".env").write_text("secret")
     said = client("--push", "mine", *options, "--dry-run")
     assert "Nothing was uploaded" in said
     assert ("space", f"{USER}/mine") not in hub.repos
@@ -434,7 +482,9 @@ def test_push_of_the_space(hub, tiny, tmp_path):
         "demo/model/model.safetensors",
         "demo/data/dev.tsv",
     } <= set(files)
-    assert not [name for name in files if "__pycache__" in name or name.startswith("hf_prune/space/")]
+    assert not [n for n in files if "__pycache__" in n or n.startswith("hf_prune/space/") or n.endswith(".env")]
+    assert "demo/model/.env" in said
+    assert json.loads(files["demo/names.json"]) == {"name": "model", "data_name": "data"}
     hub.put(f"{USER}/mine", {**files, "hf_prune/old.py": b"", "notes.md": b""}, kind="space")
     client("--push", f"{USER}/mine", *options)
     files = hub.files(f"{USER}/mine", kind="space")
@@ -445,4 +495,5 @@ def test_push_of_the_space(hub, tiny, tmp_path):
     assert hub.files(f"{USER}/other", kind="space") == {"app.py": b"print()"}
     assert "may not write" in client("--push", "somebody/else", *options, code=1)
     hub.put(f"{USER}/model", {p.name: p.read_bytes() for p in tiny[0].iterdir()})
-    assert "needs the files themselves" in client("--push", "mine", "--model", f"{USER}/model", code=1)
+    assert "is no folder" in client("--push", "mine", "--model", f"{USER}/model", code=1)
+    assert "--data goes with --model" in client("--data", str(tiny[1]), code=1)
