@@ -17,7 +17,7 @@ import jinja2
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
-from hf_prune.checkpoint import MASK_FILE, StoredMasks
+from hf_prune.checkpoint import MASK_FILE, StoredMasks, read_pruning
 from hf_prune.config import UNIT_CRITERIA_OF, PruningConfig
 from hf_prune.errors import CheckpointError, DataError
 from hf_prune.files import write_json, write_text
@@ -28,6 +28,7 @@ from hf_prune.shrinking import RECORD
 from hf_prune.structure import is_ours
 from hf_prune.structures import structure_report
 from hf_prune.tables import format_count
+from hf_prune.unpacking import is_packed, unseal
 
 BEGIN, END = "<!-- hf_prune: begin -->", "<!-- hf_prune: end -->"
 FACTS = "hf_prune"  # the key of the metadata that programs read
@@ -135,9 +136,12 @@ def read_card_data(folder: str | Path, **more: Any) -> PruningCardData:
     config = _read(folder / "config.json")
     masks = folder / MASK_FILE
     settings = (config.get(RECORD) or {}).get("pruning_config")
-    if masks.is_file():
+    weights = next(iter(sorted(folder.glob("model*.safetensors"))), None)
+    if weights is not None and is_packed(weights):
+        found["config"], _ = read_pruning(unseal(weights).get("pruning", {}), weights)
+    elif masks.is_file():
         found["config"] = StoredMasks(masks).config
-    elif settings is not None:
+    if found.get("config") is None and settings is not None:
         found["config"] = PruningConfig.from_dict(settings)
     found["needs_plugin"] = config.get("quantization_config", {}).get("quant_method") == "hf_prune"
     found["remote_code"] = is_ours(config.get("auto_map"))

@@ -11,7 +11,7 @@ import itertools
 import json
 import math
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -226,18 +226,20 @@ def unpack(data: np.ndarray, header: Header | None = None) -> Tensor:
         CheckpointError: If it is damaged.
     """
     header = header or read_header(data)
+    if header.lossy:
+        return _shaped(_from_int8(data, header), header)
+    read = _value_reader(data, header)
+    make = torch.empty if header.layout == "full" else torch.zeros
+    flat = make(header.numel, dtype=header.dtype)
+    out = flat.view(torch.uint8).numpy().view(_integers(header))
     if header.layout == "full":
-        flat = torch.from_numpy(_values(data, header)).view(header.dtype)
-    elif header.lossy:
-        flat = _from_int8(data, header)
-    else:
-        values = _values(data, header)
-        out = np.zeros(header.numel, dtype=values.dtype)
-        start = 0
-        for first, where in _chunks(data, header):
-            out[first:][where] = values[start : start + len(where)]
-            start += len(where)
-        flat = torch.from_numpy(out).view(header.dtype)
+        for start in range(0, header.numel, _CHUNK):
+            out[start : start + _CHUNK] = read(start, min(start + _CHUNK, header.numel))
+        return _shaped(flat, header)
+    start = 0
+    for first, where in _chunks(data, header):
+        out[first:][where] = read(start, start + len(where))
+        start += len(where)
     return _shaped(flat, header)
 
 
@@ -345,27 +347,44 @@ def _claim_fits(header: Header, index: int, claimed: int) -> bool:
     return claimed == _lengths(header, 0)[index]
 
 
-def _read_plane(section: np.ndarray, kept: int) -> np.ndarray:
+def _integers(header: Header) -> np.dtype[Any]:
+    return np.dtype(f"<u{header.dtype.itemsize}")
+
+
+def _plane_reader(section: np.ndarray, kept: int) -> Callable[[int, int], np.ndarray]:
+    """Reads one byte of each value, from one value to another."""
     if len(section) == kept:
-        return section
+        return lambda start, end: section[start:end]
     table, pairs = section[:TABLE], section[TABLE:]
     both = np.stack([table[np.arange(256) % 16], table[np.arange(256) // 16]], axis=1).view("<u2").reshape(-1)
-    return both[pairs].view(np.uint8)[:kept]
+
+    def read(start: int, end: int) -> np.ndarray:
+        found = np.take(both, pairs[start // 2 : (end + 1) // 2], mode="clip").view(np.uint8)
+        return found[start % 2 : start % 2 + end - start]
+
+    return read
 
 
-def _values(data: np.ndarray, header: Header) -> np.ndarray:
-    size = header.dtype.itemsize
+def _value_reader(data: np.ndarray, header: Header) -> Callable[[int, int], np.ndarray]:
+    """Reads values that are stored, from one to another: few at a time stay in the cache until they are in place."""
+    kind = _integers(header)
     if header.codec == "none":
-        return np.frombuffer(bytearray(_section(data, header, 1)), dtype=f"<u{size}")  # a copy that can be written
-    joined = np.empty((header.kept, size), dtype=np.uint8)
-    for i in range(size):
-        joined[:, i] = _read_plane(_section(data, header, 1 + i), header.kept)
-    values = joined.reshape(-1).view(f"<u{size}")
-    if header.rotated:
-        sign = values << values.dtype.type(8 * size - 1)
-        values >>= values.dtype.type(1)
-        values |= sign
-    return values
+        stored = _section(data, header, 1).view(kind)
+        return lambda start, end: stored[start:end]
+    planes = [_plane_reader(_section(data, header, 1 + i), header.kept) for i in range(kind.itemsize)]
+
+    def read(start: int, end: int) -> np.ndarray:
+        values = planes[-1](start, end).astype(kind)
+        for plane in planes[-2::-1]:
+            values <<= kind.type(8)
+            values |= plane(start, end)
+        if header.rotated:
+            signs = values << kind.type(8 * kind.itemsize - 1)
+            values >>= kind.type(1)
+            values |= signs
+        return values
+
+    return read
 
 
 def _from_int8(data: np.ndarray, header: Header) -> Tensor:
@@ -433,12 +452,15 @@ def _group_chunks(source: np.ndarray, header: Header) -> Any:
     in_byte = [table[i, numbers // patterns**i % patterns] for i in range(groups)]  # of (bytes, n)
     lookup = np.concatenate(in_byte, axis=1)  # (bytes, groups * n)
     width = groups * header.group[1]
+    step = _CHUNK // width
+    starts = np.repeat(width * np.arange(step), lookup.shape[1])
     left = header.kept
     if len(source) and int(source.max()) >= len(lookup):
         raise _damaged(f"a byte is {int(source.max())}, expected less than {len(lookup)}")
-    for start in range(0, len(source), _CHUNK // width):
-        part = source[start : start + _CHUNK // width]
-        where = lookup[part] + width * np.arange(len(part))[:, None]  # (bytes, groups * n)
-        where = where.reshape(-1)[:left]
+    for start in range(0, len(source), step):
+        # indices are in range, and "clip" spares a buffer
+        where = np.take(lookup, source[start : start + step], axis=0, mode="clip").reshape(-1)
+        where += starts[: len(where)]
+        where = where[:left]
         left -= len(where)
         yield width * start, where

@@ -190,6 +190,7 @@ def test_compressed_models_say_how_they_load(made, tmp_path):
         text = render_card(read_card_data(tmp_path / "packed"))
         assert "import hf_prune  #" in text
         assert ("trust_remote_code=True" in text) is remote_code
+        assert "Criterion magnitude (Han et al. 2015" in text  # the settings are in the weights then
 
 
 def test_the_authors_own_words_and_metadata_stay(folder):
