@@ -19,17 +19,22 @@ def explain_speed(model: nn.Module, measured: LatencyResult | None = None) -> st
         model: A transformers model.
         measured: It and the dense one, timed in turns, if they were.
     """
-    zeros = sparsity_report(model)
-    try:
-        structure: StructureReport | None = structure_report(model)
-    except ArchitectureError:
-        structure = None
-    lines = [f"{zeros.model_name}:", *_shapes(structure, zeros), *_zeros(zeros)]
+    lines = [f"{type(model).__name__}:", *speed_reasons(model)]
     if measured is None:
         lines.append("Nothing was timed: name the dense model to compare with.")
     else:
         lines += ["Measured:", str(measured)]
     return "\n".join(lines)
+
+
+def speed_reasons(model: nn.Module) -> list[str]:
+    """What the shapes and the zeros of a model are worth, in lines."""
+    zeros = sparsity_report(model)
+    try:
+        structure: StructureReport | None = structure_report(model)
+    except ArchitectureError:
+        structure = None
+    return [*_shapes(structure, zeros), *_zeros(zeros)]
 
 
 def _shapes(structure: StructureReport | None, zeros: SparsityReport) -> list[str]:

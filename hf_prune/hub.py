@@ -184,8 +184,8 @@ def push_space(
         files["demo/names.json"] = json.dumps(names).encode()
     sizes = {name: len(f) if isinstance(f, bytes) else f.stat().st_size for name, f in files.items()}
     api = HfApi(token=token)
-    if "/" not in repo_id and not dry_run:
-        repo_id = f"{_asking(lambda: api.whoami(), repo_id)['name']}/{repo_id}"
+    if not dry_run:
+        repo_id = full_repo_id(repo_id, token)
     try:
         info = _asking(lambda: api.repo_info(repo_id, repo_type="space"), repo_id, missing=True)
     except HubError:
@@ -225,6 +225,16 @@ def full_repo_id(repo_id: str, token: str | bool | None = None) -> str:
         HubError: If nobody is logged in, or the Hub cannot be reached.
     """
     return repo_id if "/" in repo_id else f"{_asking(lambda: HfApi(token=token).whoami(), repo_id)['name']}/{repo_id}"
+
+
+def is_public(repo_id: str, token: str | bool | None = None) -> bool:
+    """Whether a model repository is there, and everybody may read it.
+
+    Raises:
+        HubError: If the Hub cannot be reached.
+    """
+    info = _asking(lambda: HfApi(token=token).model_info(repo_id), repo_id, missing=True)
+    return info is not None and not info.private
 
 
 def is_repo_id(text: str) -> bool:

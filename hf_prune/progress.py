@@ -44,7 +44,7 @@ class Bar(Generic[Item]):
     """Steps of a loop, to iterate over or to count by hand.
 
     Args:
-        items: What to iterate over; None if :meth:`update` is called.
+        items: What to iterate over; none if :meth:`update` is called.
         desc: What is being done.
         unit: What a step is.
         total: How many there are, if ``items`` do not tell.

@@ -11,6 +11,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import gradio as gr
+from studio import Studio
 
 from hf_prune import HfPruneError
 
@@ -56,6 +57,16 @@ def visitor(request: gr.Request) -> str:
     if not request.session_hash:
         raise gr.Error("send a session_hash, as gradio_client does: it says whose model this is", print_exception=False)
     return str(request.session_hash)
+
+
+def canceller(studio: Studio) -> Callable[..., str]:
+    """What a button that cancels calls."""
+
+    def cancel(request: gr.Request) -> str:
+        """Stop what is running; what was there before stays."""
+        return "Cancelling: what you had stays." if studio.cancel(visitor(request)) else "Nothing of yours is running."
+
+    return cancel
 
 
 def from_this_page(request: gr.Request) -> bool:

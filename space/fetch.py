@@ -29,7 +29,7 @@ def fetch_model(name: str, most_bytes: int, token: str | bool | None, cache: Pat
 
     Args:
         name: ``owner/name``.
-        most_bytes: Of its weights.
+        most_bytes: Of its files.
         token: Of the Hub; False for none.
         cache: Where to; None for the user's own cache.
 
@@ -83,22 +83,6 @@ def check_size(name: str, folder: Path, most: int) -> None:
             f"{name} is too large for this page: expected at most {most / 1e6:.0f} million parameters; prune it on "
             f"your own machine with `hf-prune prune`"
         )
-
-
-def check_private(repo: str, token: str) -> None:
-    """Refuse a repository that is there and public: an upload would not make it private.
-
-    Raises:
-        DataError: If it is.
-    """
-    api = HfApi(token=token)
-    try:
-        full = repo if "/" in repo else f"{api.whoami()['name']}/{repo}"
-        public = not api.model_info(full).private
-    except Exception:  # not there, or the upload will say what is wrong
-        return
-    if public:
-        raise DataError(f"{full} is there already, and public: choose another name, or do not ask for a private one")
 
 
 def check_config(name: str, config: Any) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import gradio as gr
 import views
-from common import HEAVY, LIGHT, in_words, teller, visitor
+from common import HEAVY, LIGHT, canceller, in_words, teller, visitor
 from studio import Studio
 from work import (
     WHAT,
@@ -18,8 +18,9 @@ from work import (
     fixed_sparsity,
     make_config,
     removed_parts,
-    speed_in_words,
 )
+
+from hf_prune.explain import speed_reasons
 
 
 def prune_tab(studio: Studio) -> dict[str, Any]:
@@ -138,12 +139,8 @@ def wire(studio: Studio, choose: Mapping[str, Any], seen: Sequence[Any]) -> None
         **HEAVY,
     )
 
-    def cancel(request: gr.Request) -> str:
-        """Stop what is running; what was there before stays."""
-        return "Cancelling: what you had stays." if studio.cancel(visitor(request)) else "Nothing of yours is running."
-
     choose["cancel"].click(
-        cancel, None, choose["said"], api_name="cancel", queue=False, show_progress="hidden", cancels=[run]
+        canceller(studio), None, choose["said"], api_name="cancel", queue=False, show_progress="hidden", cancels=[run]
     )
 
 
@@ -223,13 +220,8 @@ def _pictures(pruned: Pruned) -> list[Any]:
 
 
 def _speed(pruned: Pruned) -> str:
-    """The explanation without its tables, which are shown as such."""
-    text = (
-        speed_in_words(pruned)
-        .partition("\nMeasured:")[0]
-        .replace("\nNothing was timed: name the dense model to compare with.", "")
-    )
-    lines = [escape(line.strip(), quote=False) for line in text.splitlines()[1:]]
+    """Whether it is faster, and why not."""
+    lines = [escape(line.strip(), quote=False) for line in speed_reasons(pruned.model)]
     result = pruned.latency
     if result is None:
         lines.append("Nothing was timed yet: press the button.")

@@ -9,7 +9,7 @@ from typing import Any
 import gradio as gr
 import tradeoff
 import views
-from common import HEAVY, LIGHT, in_words, teller, visitor
+from common import HEAVY, LIGHT, canceller, in_words, teller, visitor
 from studio import Studio
 
 from hf_prune import HfPruneError
@@ -72,8 +72,6 @@ def tradeoff_tab(studio: Studio, results: Mapping[str, Any]) -> None:
     @in_words
     def draw(data: Mapping[str, Any], axis: str, tolerance: float, shown: Sequence[str]) -> list[Any]:
         """The chart, the sweet spot, the table, and the file of the points."""
-        if axis not in ("sparsity", "size", "time"):
-            raise gr.Error("the axis is sparsity, size or time", print_exception=False)
         points = [p for p in data["points"] if p["method"] in (shown or [])]
         best = tradeoff.sweet_spot(points, axis, float(tolerance))
         words = (
@@ -124,10 +122,7 @@ def tradeoff_tab(studio: Studio, results: Mapping[str, Any]) -> None:
 
     go.click(sweep, [which, how_much], [state, shown], api_name="sweep", show_progress_on=spot, **HEAVY)
 
-    def stopped(request: gr.Request) -> str:
-        return "Cancelling." if studio.cancel(visitor(request)) else "Nothing of yours is running."
-
-    stop.click(stopped, None, spot, queue=False, api_visibility="private")
+    stop.click(canceller(studio), None, spot, api_name="cancel_sweep", queue=False, api_visibility="private")
 
     def earlier() -> list[Any]:
         """Back to what was measured before."""

@@ -6,6 +6,7 @@ inputs and time are bounded by :class:`Limits`.
 
 from __future__ import annotations
 
+import functools
 import re
 import shutil
 import threading
@@ -19,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fetch import check_private, check_size, fetch_model
-from work import Dense, Pruned, Tell, make_pruned, probabilities_of, score_both, time_both
+from fetch import check_size, fetch_model
+from work import Dense, Pruned, Tell, make_pruned, probabilities_of, score, scores, time_both
 
 from hf_prune import (
     ConfigError,
@@ -36,7 +37,7 @@ from hf_prune import (
     push_checkpoint,
 )
 from hf_prune.cards import describe_model
-from hf_prune.hub import PushResult
+from hf_prune.hub import PushResult, full_repo_id, is_public
 from hf_prune.plots import save_figure
 from hf_prune.workflows import load_classifier
 
@@ -84,7 +85,7 @@ class Studio:
         demo: Folder of the demo's model, or of one's own; None leaves only those of the Hub.
         data: Folder with labelled sentences that fit the demo's model: ``dev`` to score on, ``train`` to calibrate
             with; None if there are none.
-        sentences: Sentences and labels to look at.
+        sentences: Sentences to look at, and to calibrate with where there are no others.
         limits: What visitors may ask for.
         name: What the model of ``demo`` is called.
         data_name: What its sentences are called.
@@ -107,6 +108,7 @@ class Studio:
         self.limits = limits or Limits()
         self.sentences = list(sentences)
         self.data = None if data is None else str(data)
+        self._split = functools.cache(functools.partial(load_classification, self.data or ""))
         self.public = public
         self.names = [*([] if demo is None else [name]), *LISTED]
         self._data_name = data_name
@@ -221,10 +223,6 @@ class Studio:
             return self.sentences[: self.limits.calibration]
         return self._split("train")["sentence"][: self.limits.calibration]
 
-    def _split(self, name: str) -> Any:
-        assert self.data is not None
-        return load_classification(self.data, name)
-
     def held_out(self, n: int | None = None) -> Any:
         """Labelled sentences that the demo's model was not trained on.
 
@@ -286,12 +284,10 @@ class Studio:
 
     def _drop(self, visitor: str) -> None:
         gone = self._pruned.pop(visitor, None)
-        if gone is None:
-            return
-        if gone.files.acquire(blocking=False):
+        if gone is not None and gone.files.locked():  # it is being packed or uploaded: afterwards
+            threading.Thread(target=_remove, args=(gone,), daemon=True).start()
+        elif gone is not None:
             _remove(gone)
-        else:  # it is being packed or uploaded: afterwards
-            threading.Thread(target=lambda: (gone.files.acquire(), _remove(gone)), daemon=True).start()
 
     # --- what it cost and what it brought ---------------------------------------------------------------
 
@@ -309,7 +305,8 @@ class Studio:
         if not self._is_own(pruned.dense.name):
             raise DataError(f"the held-out sentences fit {self.names[0]} only: other models know other labels")
         with self.job(visitor, tell):
-            pruned.evaluation = score_both(pruned, self.held_out(), self._data_name)
+            data, name = self.held_out(), self._data_name
+            pruned.evaluation = scores(score(pruned.dense, data, name), score(pruned, data, name))
         return pruned.evaluation
 
     def probabilities(self, visitor: str, texts: Sequence[str]) -> tuple[Pruned, torch.Tensor, torch.Tensor]:
@@ -363,8 +360,11 @@ class Studio:
         pruned = self._named(visitor, repo)
         with pruned.files:
             _write_card(pruned, repo)
-            if private:
-                check_private(repo, token)
+            repo = full_repo_id(repo, token)
+            if private and is_public(repo, token):
+                raise DataError(
+                    f"{repo} is there already, and public: choose another name, or do not ask for a private one"
+                )
             return push_checkpoint(pruned.folder, repo, private=private, token=token)
 
     def _named(self, visitor: str, name: str) -> Pruned:
@@ -392,8 +392,9 @@ def _write_card(pruned: Pruned, name: str) -> str:
 
 
 def _remove(pruned: Pruned) -> None:
-    shutil.rmtree(pruned.folder, ignore_errors=True)
-    shutil.rmtree(_archives(pruned.folder), ignore_errors=True)
+    with pruned.files:
+        shutil.rmtree(pruned.folder, ignore_errors=True)
+        shutil.rmtree(_archives(pruned.folder), ignore_errors=True)
 
 
 def _archives(folder: Path) -> Path:

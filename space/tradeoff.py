@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from studio import Studio
-from work import WHAT, Dense, Tell, fixed_sparsity, make_config, make_pruned, score_both, time_both
+from work import WHAT, Dense, Tell, fixed_sparsity, make_config, make_pruned, score, time_both
+
+from hf_prune import compare
 
 FIELDS = (
     "method", "sparsity", "accuracy", "drop", "drop_standard_error", "drop_bound", "n", "parameters", "nonzero",
@@ -37,6 +39,7 @@ def measure(
 ) -> Iterator[dict[str, Any]]:
     """A point for every method and sparsity, each pruned from the dense weights."""
     data, done = studio.held_out(n), 0
+    dense_score = score(dense, data, "held out")
     total = len(methods) * len(sparsities)
     for what, how, repair in methods:
         fixed = fixed_sparsity(what)
@@ -50,7 +53,7 @@ def measure(
             pruned = make_pruned(dense, config, studio.texts(), studio.folder, step)
             try:
                 step("scoring", 0.0)
-                score = score_both(pruned, data, "the demo")["comparison"]
+                drop = compare(dense_score, score(pruned, data, "held out"))
                 step("timing", 0.0)
                 timed = time_both(pruned)
             finally:
@@ -61,10 +64,10 @@ def measure(
             yield {
                 "method": name,
                 "sparsity": pruned.config.sparsity,
-                "accuracy": 100 * score["pruned_accuracy"],
-                "drop": score["drop"],
-                "drop_standard_error": score["drop_standard_error"],
-                "drop_bound": score["upper_bound"],
+                "accuracy": 100 * drop.pruned_accuracy,
+                "drop": drop.drop,
+                "drop_standard_error": drop.drop_standard_error,
+                "drop_bound": drop.upper_bound,
                 "n": len(data),
                 "parameters": pruned.parameters,
                 "nonzero": pruned.report.nonzero,

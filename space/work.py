@@ -17,13 +17,13 @@ import torch
 from hf_prune import (
     CRITERIA,
     ConfigError,
+    Evaluation,
     LatencyResult,
     PruningConfig,
     SparsityReport,
     StructureReport,
     compare,
     evaluate_classification,
-    explain_speed,
     measure_latency,
     shrink,
     sparsity_report,
@@ -50,8 +50,24 @@ WHAT: Mapping[str, str | tuple[str, ...]] = {
 }
 
 
+class Weights:
+    """What a dense and a pruned model have in common."""
+
+    model: Any
+
+    @property
+    def parameters(self) -> int:
+        """Of the whole model, zeros included."""
+        return sum(p.numel() for p in self.model.parameters())
+
+    @property
+    def memory(self) -> int:
+        """Bytes of its weights in memory."""
+        return sum(p.numel() * p.element_size() for p in self.model.parameters())
+
+
 @dataclass(frozen=True)
-class Dense:
+class Dense(Weights):
     """A model as it came. Its weights are never changed."""
 
     name: str
@@ -62,23 +78,13 @@ class Dense:
     file_bytes: int
 
     @property
-    def parameters(self) -> int:
-        """Of the whole model."""
-        return sum(p.numel() for p in self.model.parameters())
-
-    @property
-    def memory(self) -> int:
-        """Bytes of its weights in memory."""
-        return sum(p.numel() * p.element_size() for p in self.model.parameters())
-
-    @property
     def labels(self) -> list[str]:
         """Names of the classes."""
         return [self.model.config.id2label[i] for i in range(self.model.config.num_labels)]
 
 
 @dataclass
-class Pruned:
+class Pruned(Weights):
     """What a visitor made of one, with everything that was counted and measured of it."""
 
     dense: Dense
@@ -98,14 +104,9 @@ class Pruned:
     evaluation: dict[str, Any] | None = None
 
     @property
-    def parameters(self) -> int:
-        """Of the whole model, zeros included."""
-        return sum(p.numel() for p in self.model.parameters())
-
-    @property
-    def memory(self) -> int:
-        """Bytes of its weights in memory."""
-        return sum(p.numel() * p.element_size() for p in self.model.parameters())
+    def tokenizer(self) -> Any:
+        """That of the dense model."""
+        return self.dense.tokenizer
 
     def facts(self) -> dict[str, Any]:
         """The numbers, for programs."""
@@ -247,20 +248,15 @@ def time_both(pruned: Pruned) -> LatencyResult:
     return measure_latency(models, batch_sizes=[1], lengths=[_length(pruned.dense.model, 64)], rounds=30)
 
 
-def score_both(pruned: Pruned, data: Any, source: str) -> dict[str, Any]:
+def score(model: Dense | Pruned, data: Any, source: str) -> Evaluation:
+    """The accuracy on labelled sentences."""
+    return evaluate_classification(model.model, model.tokenizer, data, source=source, split="held out")
+
+
+def scores(dense: Evaluation, pruned: Evaluation) -> dict[str, Any]:
     """Both on the same sentences, as ``hf-prune evaluate --against --json`` says it."""
-    models = {"dense": pruned.dense.model, "evaluation": pruned.model}
-    found = {
-        key: evaluate_classification(model, pruned.dense.tokenizer, data, source=source, split="held out")
-        for key, model in models.items()
-    }
-    comparison = compare(found["dense"], found["evaluation"])
-    return {**{k: v.to_dict() for k, v in found.items()}, "comparison": comparison.to_dict()}
-
-
-def speed_in_words(pruned: Pruned) -> str:
-    """Whether it is faster, and why not."""
-    return explain_speed(pruned.model, pruned.latency)
+    comparison = compare(dense, pruned)
+    return {"dense": dense.to_dict(), "evaluation": pruned.to_dict(), "comparison": comparison.to_dict()}
 
 
 def removed_parts(units: Mapping[str, list[bool]]) -> dict[str, int]:
@@ -270,6 +266,7 @@ def removed_parts(units: Mapping[str, list[bool]]) -> dict[str, int]:
 
 @torch.inference_mode()
 def probabilities_of(model: Any, tokenizer: Any, texts: Sequence[str]) -> torch.Tensor:
+    """(sentences, classes)."""
     parts = []
     for start in range(0, len(texts), 16):
         batch = tokenizer(

@@ -6,9 +6,10 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -30,6 +31,15 @@ def write_tiny(folder: Path) -> tuple[Path, Path]:
         lines = [f"{text}\t{label}" for text, label in zip(rows["sentence"], rows["label"], strict=True)]
         (data / f"{name}.tsv").write_text("\n".join(["sentence\tlabel", *lines, ""]))
     return model, data
+
+
+def at_once(visit: Callable[[int], None], number: int) -> None:
+    """Run it for 0, 1, … in as many threads."""
+    threads = [threading.Thread(target=visit, args=(n,)) for n in range(number)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
 
 
 @contextmanager

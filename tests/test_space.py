@@ -3,7 +3,6 @@
 import json
 import re
 import sys
-import threading
 import time
 import zipfile
 from types import SimpleNamespace
@@ -15,7 +14,7 @@ import yaml
 from hf_prune import ConfigError, DataError, PruningConfig, verify_checkpoint
 from tests import models
 from tests.loopback_hub import TOKEN, USER, run_client, serving
-from tests.space_server import ROOT, SPACE, write_tiny
+from tests.space_server import ROOT, SPACE, at_once, write_tiny
 
 
 @pytest.fixture(scope="module")
@@ -227,11 +226,7 @@ def test_many_threads_mix_nothing_up(space, make):
         if studio.pruned(str(number)).config.sparsity != sparsity:
             wrong.append(number)
 
-    threads = [threading.Thread(target=visit, args=(n,)) for n in range(10)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    at_once(visit, 10)
     assert wrong == []
     assert len({studio.pruned(str(n)).report.nonzero for n in range(10)}) == 10
 

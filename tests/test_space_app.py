@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shutil
-import threading
 import time
 import zipfile
 from pathlib import Path
@@ -15,7 +14,7 @@ import pytest
 
 from hf_prune import verify_checkpoint
 from tests.loopback_hub import TOKEN, USER, serving
-from tests.space_server import SPACE, visiting
+from tests.space_server import SPACE, at_once, visiting
 
 gradio_client = pytest.importorskip("gradio_client", reason="gradio is not installed: pip install 'hf_prune[space]'")
 
@@ -179,11 +178,7 @@ def test_ten_visitors_at_once(app):
         except Exception as error:
             errors.append(error)
 
-    threads = [threading.Thread(target=visit, args=(n,)) for n in range(10)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    at_once(visit, 10)
     assert errors == []
     for number, (how, sparsity, card) in found.items():
         assert how == ("random" if number % 2 else "wanda")
