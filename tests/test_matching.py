@@ -203,7 +203,8 @@ def test_padding_changes_nothing():
         pad = torch.full((len(batch["input_ids"]), 3), 7)
         ids = torch.cat([batch["input_ids"], pad], 1)
         wide.append({"input_ids": ids, "attention_mask": torch.cat([batch["attention_mask"], pad * 0], 1)})
-    found = [prune(models.tiny_bert(), LOSS, calibration=each) for each in (batches, wide)]
+    # In float64: on some CPUs float32 rounds differently at another width, and the solver enlarges that.
+    found = [prune(models.tiny_bert().double(), LOSS, calibration=each) for each in (batches, wide)]
     for (name, a), b in zip(found[0].named_parameters(), found[1].parameters(), strict=True):
         assert torch.equal(a == 0, b == 0), name
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4, msg=name)
