@@ -460,14 +460,15 @@ def sweep(
 def report(
     model: Model,
     dense: Annotated[str | None, typer.Option(help="The dense checkpoint, for statistics before pruning.")] = None,
-    plots: Annotated[Path | None, typer.Option(help="Folder for weights.png (with --dense) and layers.png.")] = None,
+    plots: Annotated[Path | None, typer.Option(help="Folder for weights.png and layers.png.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Count what is zero in a checkpoint, tensor by tensor and in total."""
     start([model, *([dense] if dense else [])])
     from hf_prune.auto import load_native
+    from hf_prune.plots import write_plots
     from hf_prune.report import sparsity_report, weight_histogram
-    from hf_prune.workflows import label, write_plots
+    from hf_prune.workflows import label
 
     pruned = load_native(model)
     result = sparsity_report(pruned)

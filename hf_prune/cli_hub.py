@@ -29,7 +29,7 @@ def push(
     as_json: AsJson = False,
 ) -> None:
     """Upload a checkpoint to the Hub, in one commit."""
-    from hf_prune.hub import push_checkpoint
+    from hf_prune.push import push_checkpoint
 
     result = push_checkpoint(
         folder,

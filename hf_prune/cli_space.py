@@ -39,7 +39,7 @@ def space(
     if data is not None:
         check_data_source(data)
     if push is not None:
-        from hf_prune.hub import push_space
+        from hf_prune.push import push_space
 
         if model is None:
             from hf_prune.demo import prepare_demo

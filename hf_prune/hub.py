@@ -1,17 +1,14 @@
-"""Upload a checkpoint to the Hub, in one commit. Nothing else here uploads anything."""
+"""What the Hub is asked: in words where it refuses, again where a fault may pass."""
 
 from __future__ import annotations
 
-import json
-import os
 import re
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, hf_hub_download, try_to_load_from_cache
+from huggingface_hub import HfApi, hf_hub_download, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,
     HfHubHTTPError,
@@ -23,199 +20,30 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id
 
-from hf_prune.errors import CheckpointError, DataError, HubError
+from hf_prune.errors import DataError, HubError
 from hf_prune.sources import check_hub_reachable
-from hf_prune.tables import format_count, format_table
 
 Result = TypeVar("Result")
 
-_PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
-_OWN = (".gitattributes", "README.md")  # what a new repository may have
-_WEIGHTS = re.compile(r"(model.*|pruning_masks)\.safetensors|model.*\.safetensors\.index\.json")
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib")
 _TRIES = 4
 _TOKEN = re.compile(r"hf_\w{6,}")
 
 
-@dataclass(frozen=True)
-class PushResult:
-    """What was uploaded, or would be.
-
-    Args:
-        repo_id: The repository.
-        files: Sizes in bytes by path.
-        removed: Weights of an earlier checkpoint that the commit deletes.
-        skipped: Files of the folder that are not uploaded: pickles, hidden files and subfolders of checkpoints.
-        commit: The commit's id; None if nothing was uploaded.
-        url: Where to look at it.
-        card: The model card, if there is one.
-    """
-
-    repo_id: str
-    files: dict[str, int]
-    removed: tuple[str, ...]
-    skipped: tuple[str, ...]
-    commit: str | None
-    url: str | None
-    card: str | None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return {**vars(self), "removed": list(self.removed), "skipped": list(self.skipped)}
-
-    def __str__(self) -> str:
-        rows = [[name, f"{format_count(size)}B"] for name, size in self.files.items()]
-        rows += [[name, "deleted"] for name in self.removed]
-        lines = [format_table(["file", "size"], rows, left=1)]
-        if self.skipped:
-            lines.append(f"Not uploaded, since they are pickles, hidden or of a training: {', '.join(self.skipped)}.")
-        total = f"{format_count(sum(self.files.values()))}B"
-        if self.commit is None:
-            lines.append(f"{len(self.files)} files, {total}, would go to {self.repo_id}. Nothing was uploaded.")
-            if self.card:
-                lines.append(f"\nThe card:\n\n{self.card}")
-        else:
-            lines.append(f"Uploaded {len(self.files)} files, {total}: {self.url}")
-        return "\n".join(lines)
-
-
-def push_checkpoint(
-    folder: str | os.PathLike[str],
-    repo_id: str,
-    *,
-    private: bool | None = None,
-    revision: str | None = None,
-    create_pr: bool = False,
-    force: bool = False,
-    dry_run: bool = False,
-    commit_message: str = "Upload pruned model",
-    token: str | bool | None = None,
-) -> PushResult:
-    """Upload a checkpoint's folder to a model repository, all in one commit.
-
-    A repository that does not exist is created. Large files that arrived before a fault are not sent again by the next
-    try. Weights of an earlier checkpoint that the new one does not have are deleted by the same commit.
-
-    Args:
-        folder: A checkpoint: ``config.json`` and weights as safetensors.
-        repo_id: ``owner/name``, or a name for a repository of your own.
-        private: Make a new repository private; None takes the owner's default.
-        revision: A branch, made if it does not exist; None is ``main``.
-        create_pr: Open a pull request in place of committing to the branch.
-        force: Also overwrite a repository that holds something else.
-        dry_run: Upload nothing; say what would be.
-        commit_message: Of the commit.
-        token: Of the Hub; None takes the one you are logged in with.
-
-    Returns:
-        What was uploaded; print it.
-
-    Raises:
-        CheckpointError: If the folder holds no checkpoint.
-        HubError: If nobody is logged in, may not write there, the Hub cannot be reached, or the repository holds
-            something else. The repository is as it was.
-    """
-    folder = Path(folder)
-    files, skipped = _files(folder)
-    api = HfApi(token=token)
-    card = folder / "README.md"
-    text = card.read_text(encoding="utf-8") if card.is_file() else None
-    if not dry_run:
-        repo_id = full_repo_id(repo_id, token)
-    there = _present(api, repo_id, revision, force, folder, dry_run=dry_run)
-    removed = tuple(sorted(name for name in there if _WEIGHTS.fullmatch(name) and name not in files))
-    sizes = {name: path.stat().st_size for name, path in files.items()}
-    if dry_run:
-        return PushResult(repo_id, sizes, removed, skipped, None, None, text)
-    _asking(lambda: api.create_repo(repo_id, private=private, exist_ok=True), repo_id)
-    if revision is not None and revision != "main":
-        _asking(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True), repo_id)
-    operations: list[Any] = [CommitOperationAdd(name, str(path)) for name, path in files.items()]
-    operations += [CommitOperationDelete(name) for name in removed]
-    commit = _asking(
-        lambda: api.create_commit(
-            repo_id, operations, commit_message=commit_message, revision=revision, create_pr=create_pr
-        ),
-        repo_id,
-    )
-    return PushResult(repo_id, sizes, removed, skipped, commit.oid, commit.pr_url or commit.commit_url, text)
-
-
-def push_space(
-    app: Path,
-    repo_id: str,
-    *,
-    model: str,
-    data: str | None,
-    names: Mapping[str, str] | None = None,
-    private: bool | None = None,
-    force: bool = False,
-    dry_run: bool = False,
-    token: str | bool | None = None,
-) -> PushResult:
-    """Make or update a Space: the app, this very hf_prune, and a model with sentences, in one commit.
-
-    Args:
-        app: The folder of the app.
-        repo_id: ``owner/name``, or a name for a Space of your own.
-        model: Folder of the model.
-        data: Folder of the sentences; None for none.
-        names: What the app calls the two, as ``name`` and ``data_name``; empty for the demo's.
-        private: Make a new Space private; None takes the owner's default.
-        force: Also overwrite a Space that holds something else.
-        dry_run: Upload nothing; say what would be.
-        token: Of the Hub; None takes the one you are logged in with.
-
-    Raises:
-        DataError: If a folder is not there.
-        HubError: As :func:`push_checkpoint`.
-    """
-    files: dict[str, Path | bytes] = {path.name: path for path in sorted(app.iterdir()) if path.is_file()}
-    skipped: list[str] = []
-    package = Path(__file__).parent
-    for folder, name in ((package, "hf_prune"), (Path(model), "demo/model"), (Path(data or ""), "demo/data")):
-        if data is None and name == "demo/data":
-            continue
-        if not folder.is_dir():
-            raise DataError(f"{folder} is no folder: a Space needs the files themselves; download them first")
-        found, left = _to_upload(folder)
-        files |= {f"{name}/{path}": there for path, there in found.items() if not _is_made(folder == package, path)}
-        skipped += [f"{name}/{path}" for path in left]
-    if names:
-        files["demo/names.json"] = json.dumps(names).encode()
-    sizes = {name: len(f) if isinstance(f, bytes) else f.stat().st_size for name, f in files.items()}
-    api = HfApi(token=token)
-    if not dry_run:
-        repo_id = full_repo_id(repo_id, token)
-    try:
-        info = _asking(lambda: api.repo_info(repo_id, repo_type="space"), repo_id, missing=True)
-    except HubError:
-        if not dry_run:
-            raise
-        info = None  # whether it exists is not known then
-    there = [] if info is None else [each.rfilename for each in info.siblings or []]
-    if not force and set(there) - set(_OWN) and "hf_prune/__init__.py" not in there:
-        raise HubError(
-            f"the Space {repo_id} holds {', '.join(sorted(set(there) - set(_OWN))[:3])} and no hf_prune: choose "
-            f"another name, or pass --force to overwrite it"
-        )
-    removed = tuple(sorted(n for n in there if n.startswith(("hf_prune/", "demo/")) and n not in files))
-    if dry_run:
-        return PushResult(repo_id, sizes, removed, tuple(skipped), None, None, None)
-    _asking(
-        lambda: api.create_repo(repo_id, repo_type="space", space_sdk="gradio", private=private, exist_ok=True), repo_id
-    )
-    operations: list[Any] = [CommitOperationAdd(n, f if isinstance(f, bytes) else str(f)) for n, f in files.items()]
-    operations += [CommitOperationDelete(name) for name in removed]
-    commit = _asking(
-        lambda: api.create_commit(repo_id, operations, repo_type="space", commit_message="Update the Space"), repo_id
-    )
-    return PushResult(repo_id, sizes, removed, tuple(skipped), commit.oid, f"{api.endpoint}/spaces/{repo_id}", None)
-
-
 def card_of(repo_id: str, *, revision: str | None = None, token: str | bool | None = None) -> str | None:
     """The card that a repository has; None if it has none, or is not there."""
-    path = _asking(lambda: hf_hub_download(repo_id, "README.md", revision=revision, token=token), repo_id, missing=True)
+    path = asking(lambda: hf_hub_download(repo_id, "README.md", revision=revision, token=token), repo_id, missing=True)
     return None if path is None else Path(path).read_text(encoding="utf-8")
+
+
+def download_checkpoint(repo_id: str, revision: str | None = None) -> Path:
+    """A repository's files, without pickles.
+
+    Raises:
+        HubError: If it is not there, or the Hub cannot be reached.
+    """
+    ignored = [f"*{suffix}" for suffix in PICKLES]
+    return Path(asking(lambda: snapshot_download(repo_id, revision=revision, ignore_patterns=ignored), repo_id))
 
 
 def full_repo_id(repo_id: str, token: str | bool | None = None) -> str:
@@ -224,17 +52,7 @@ def full_repo_id(repo_id: str, token: str | bool | None = None) -> str:
     Raises:
         HubError: If nobody is logged in, or the Hub cannot be reached.
     """
-    return repo_id if "/" in repo_id else f"{_asking(lambda: HfApi(token=token).whoami(), repo_id)['name']}/{repo_id}"
-
-
-def is_public(repo_id: str, token: str | bool | None = None) -> bool:
-    """Whether a model repository is there, and everybody may read it.
-
-    Raises:
-        HubError: If the Hub cannot be reached.
-    """
-    info = _asking(lambda: HfApi(token=token).model_info(repo_id), repo_id, missing=True)
-    return info is not None and not info.private
+    return repo_id if "/" in repo_id else f"{asking(lambda: HfApi(token=token).whoami(), repo_id)['name']}/{repo_id}"
 
 
 def is_repo_id(text: str) -> bool:
@@ -271,68 +89,12 @@ def card_of_base(repo_id: str) -> str | None:
     return Path(path).read_text(encoding="utf-8", errors="replace")
 
 
-def _files(folder: Path) -> tuple[dict[str, Path], tuple[str, ...]]:
-    """What is uploaded, by path in the repository, and what is not."""
-    if not (folder / "config.json").is_file():
-        raise CheckpointError(f"{folder} has no config.json: expected the folder of a checkpoint")
-    if not list(folder.glob("*.safetensors")):
-        raise CheckpointError(
-            f"{folder} has no weights as safetensors: expected a checkpoint saved with save_pretrained; pickles are "
-            f"never uploaded"
-        )
-    return _to_upload(folder)
+def asking(ask: Callable[[], Result], repo_id: str, *, missing: bool = False) -> Any:
+    """What the Hub answers, tried again where a fault may pass; None for what is not there, if that is fine.
 
-
-def _is_made(of_the_package: bool, path: str) -> bool:
-    """What a run made, or what the Space has in its own place."""
-    return of_the_package and ("__pycache__" in path.split("/") or path.startswith("space/"))
-
-
-def _to_upload(folder: Path) -> tuple[dict[str, Path], tuple[str, ...]]:
-    """What is uploaded of a folder, by path in it, and what is not: pickles, hidden files, checkpoints."""
-    files, skipped = {}, []
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        name = path.relative_to(folder).as_posix()
-        parts = name.split("/")
-        if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
-            raise CheckpointError(f"{path} links to a file outside of {folder}: copy it, or take it out")
-        hidden = any(part.startswith(".") for part in parts)
-        if hidden or parts[0].startswith("checkpoint-") or path.suffix in _PICKLES:
-            skipped.append(name)
-        else:
-            files[name] = path
-    return files, tuple(skipped)
-
-
-def _present(api: HfApi, repo_id: str, revision: str | None, force: bool, folder: Path, *, dry_run: bool) -> list[str]:
-    """The files of a repository, if it may be overwritten."""
-    try:
-        info = _asking(lambda: api.model_info(repo_id, revision=revision), repo_id, missing=True)
-    except HubError:
-        if dry_run:  # whether it exists is not known then
-            return []
-        raise
-    names = [] if info is None else [each.rfilename for each in info.siblings or []]
-    if force or not set(names) - set(_OWN):
-        return names
-    if "config.json" not in names:
-        raise HubError(
-            f"{repo_id} holds {', '.join(sorted(set(names) - set(_OWN))[:3])} and no config.json: it is no model of "
-            f"transformers; choose another name, or pass force=True (--force) to add this checkpoint to it"
-        )
-    path = _asking(lambda: hf_hub_download(repo_id, "config.json", revision=revision, token=api.token), repo_id)
-    found = json.loads(Path(path).read_text(encoding="utf-8")).get("model_type")
-    own = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
-    if found != own:
-        raise HubError(
-            f"{repo_id} holds a model of type {found!r}, and {folder} one of type {own!r}: choose another name, or "
-            f"pass force=True (--force) to overwrite it"
-        )
-    return names
-
-
-def _asking(ask: Callable[[], Result], repo_id: str, *, missing: bool = False) -> Any:
-    """What the Hub answers, tried again where a fault may pass; None for what is not there, if that is fine."""
+    Raises:
+        HubError: If it refuses, or cannot be reached.
+    """
     for attempt in range(_TRIES):
         try:
             return ask()

@@ -23,10 +23,11 @@ from hf_prune.checkpoint import load_pruned, save_pruned
 from hf_prune.compressed import save_compressed
 from hf_prune.config import PruningConfig
 from hf_prune.errors import ConfigError
-from hf_prune.hub import PushResult, card_of, full_repo_id, is_downloaded, push_checkpoint
+from hf_prune.hub import full_repo_id, is_downloaded
 from hf_prune.masking import MaskStore
 from hf_prune.pipeline import prune
 from hf_prune.plan import PruningPlan
+from hf_prune.push import PushResult, push_checkpoint
 from hf_prune.report import SparsityReport, sparsity_report
 from hf_prune.shrinking import shrink_modules
 from hf_prune.unit_plan import UnitPlan
@@ -207,7 +208,7 @@ class PrunedModelMixin(nn.Module):
         if push_to_hub and is_main_process:
             token = kwargs.get("token")
             repo_id = full_repo_id(hub.pop("repo_id", Path(save_directory).name), token)
-            _describe(self, Path(save_directory), repo_id, token, hub.get("revision"))
+            _describe(self, Path(save_directory), repo_id)
             push_checkpoint(save_directory, repo_id, token=token, **hub)
 
     def push_to_hub(
@@ -254,7 +255,7 @@ class PrunedModelMixin(nn.Module):
             self.save_pretrained(folder, compressed=compressed, **kwargs)
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
-            _describe(self, folder, repo_id, token, revision, **(facts or {}))
+            _describe(self, folder, repo_id, **(facts or {}))
             return push_checkpoint(
                 folder,
                 repo_id,
@@ -362,13 +363,8 @@ def _rebuild(base: type) -> Any:
     return cls.__new__(cls)
 
 
-def _describe(
-    model: Any, folder: Path, repo_id: str, token: str | bool | None, revision: str | None = None, **facts: Any
-) -> None:
-    """A card in the folder; what the repository's own says outside of our marks stays."""
-    cards = (card_of(repo_id, revision=each, token=token) for each in dict.fromkeys((revision, None)))
-    if (card := next(filter(None, cards), None)) is not None:
-        (folder / "README.md").write_text(card, encoding="utf-8")
+def _describe(model: Any, folder: Path, repo_id: str, **facts: Any) -> None:
+    """A card in the folder."""
     loaded = model.name_or_path
     if loaded != repo_id and is_downloaded(loaded):
         facts.setdefault("base_model", loaded)

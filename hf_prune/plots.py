@@ -22,18 +22,20 @@ _MARKERS = ("o", "s", "^", "D", "v", "P")
 _GREY = "#8a8a8a"
 
 
-def plot_weight_histogram(before: WeightHistogram, after: WeightHistogram, title: str) -> Figure:
+def plot_weight_histogram(before: WeightHistogram | None, after: WeightHistogram, title: str) -> Figure:
     """Weights before and after pruning, on a logarithmic scale, the spike at zero as a bar of its own.
 
     Args:
-        before: Histogram of the dense weights.
+        before: Histogram of the dense weights, None where they are not known.
         after: Histogram of the pruned weights, with the same edges.
         title: What is shown.
     """
     figure, axes = _figure(8.0, 4.5)
-    width = before.edges[1] - before.edges[0]
-    total = max(1, before.counts.sum() + before.zeros)
-    axes.stairs(before.counts, before.edges, fill=True, color=_GREY, alpha=0.45, label="dense")
+    first = after if before is None else before
+    width = first.edges[1] - first.edges[0]
+    total = max(1, first.counts.sum() + first.zeros)
+    if before is not None:
+        axes.stairs(before.counts, before.edges, fill=True, color=_GREY, alpha=0.45, label="dense")
     axes.stairs(after.counts, after.edges, color=_COLOURS[0], linewidth=1.6, label="pruned: the weights that remain")
     axes.bar(
         0,
@@ -43,8 +45,8 @@ def plot_weight_histogram(before: WeightHistogram, after: WeightHistogram, title
         label=f"pruned: exactly zero ({after.zeros:,}, {100 * after.zeros / total:.1f} %)",
     )
     axes.set(title=title, xlabel="weight (the outermost bins hold everything beyond)", ylabel="weights per bin")
-    axes.set_xlim(before.edges[0], before.edges[-1])
-    lowest = before.counts[before.counts > 0].min(initial=total)
+    axes.set_xlim(first.edges[0], first.edges[-1])
+    lowest = first.counts[first.counts > 0].min(initial=total)
     axes.set_ylim(bottom=max(0.5, lowest / 3), top=3 * total)  # a bin of one weight is visible
     axes.set_yscale("log")
     axes.legend(frameon=False, loc="upper left")
@@ -208,6 +210,22 @@ def save_figure(figure: Figure, path: Path) -> Path:
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=150, format=path.suffix.removeprefix("."))
     return path
+
+
+def write_plots(
+    folder: Path, report: SparsityReport, before: WeightHistogram | None, after: WeightHistogram, name: str
+) -> None:
+    """Write ``layers.png`` and ``weights.png``.
+
+    Args:
+        folder: Where to.
+        report: Sparsity per layer.
+        before: Histogram of the dense weights, None where they are not known.
+        after: Histogram of the pruned weights, with the same edges.
+        name: What to call the model.
+    """
+    save_figure(plot_layer_sparsity(report, f"Sparsity per layer: {name}"), folder / "layers.png")
+    save_figure(plot_weight_histogram(before, after, f"Weights of the targets: {name}"), folder / "weights.png")
 
 
 def _figure(width: float, height: float) -> tuple[Figure, Any]:

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
-
-from hf_prune.cards import read_facts
+from hf_prune.card_data import checksums
+from hf_prune.card_text import counted_lines
+from hf_prune.cards import read_facts, read_metadata, text_checksum
 from hf_prune.errors import CheckpointError
+from hf_prune.hub import download_checkpoint
+from hf_prune.shrinking import RECORD
+from hf_prune.structures import structure_report
 from hf_prune.tables import format_table
+
+_SHA256 = re.compile("[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -67,7 +74,9 @@ class Verification:
 def _show(value: Any) -> str:
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return f"{value[:16]}…" if isinstance(value, str) and _SHA256.fullmatch(value) else str(value)
 
 
 def verify_checkpoint(
@@ -86,30 +95,65 @@ def verify_checkpoint(
     from hf_prune.auto import load_native
     from hf_prune.report import sparsity_report
 
-    folder = Path(source) if Path(source).is_dir() else Path(snapshot_download(source, revision=revision))
+    folder = Path(source) if Path(source).is_dir() else download_checkpoint(source, revision)
     card = folder / "README.md"
-    facts = read_facts(card.read_text(encoding="utf-8")) if card.is_file() else {}
+    text = card.read_text(encoding="utf-8") if card.is_file() else ""
+    facts = read_facts(text)
     if not facts:
         raise CheckpointError(
             f"{source} has no card with facts to verify: expected README.md with metadata under 'hf_prune'; write it "
             f"with hf-prune card"
         )
+    said = facts.get("score")
+    if score is not None and not isinstance(said, dict):
+        raise CheckpointError(f"the card of {source} gives no score to verify: leave --evaluate out")
     model = load_native(str(folder))
     report = sparsity_report(model)
+    shrunk = getattr(model.config, RECORD, None) is not None
+    if shrunk:
+        report = dataclasses.replace(report, structure=structure_report(model))
     counted = report.to_dict()
     sizes = {path.name: path.stat().st_size for path in sorted(folder.glob("*.safetensors"))}
-    found = [Difference(key, facts.get(key), counted[key]) for key in _COUNTED if key in facts]
-    if "nm_patterns" in facts:
-        found.append(Difference("nm_patterns", list(facts["nm_patterns"]), list(counted["nm_patterns"])))
-    said = facts.get("files") or {}
-    for name in sorted({*said, *sizes}):
-        found.append(Difference(f"bytes of {name}", said.get(name), sizes.get(name)))
-    if score is not None:
-        if "score" not in facts:
-            raise CheckpointError(f"the card of {source} gives no score to verify: leave --evaluate out")
+    found = [Difference(key, facts.get(key), counted[key]) for key in _COUNTED[: 1 if shrunk else None]]
+    found += _by_name("bytes of", facts.get("files"), sizes)
+    found += _by_name("SHA-256 of", facts.get("sha256"), checksums(folder))
+    found.append(Difference("SHA-256 of the text", facts.get("text"), text_checksum(text)))
+    found += _shown(text, counted, sizes, said)
+    if score is not None and said is not None:
         again = score(str(folder))
-        found += [Difference(key, value, again.get(key)) for key, value in facts["score"].items()]
+        found += [Difference(key, value, again.get(key)) for key, value in said.items() if key != "dataset"]
     return Verification(source, tuple(found))
 
 
-_COUNTED = ("parameters", "nonzero", "target_parameters", "removed")
+_COUNTED = ("parameters", "nonzero", "target_parameters", "removed", "nm_patterns")
+
+
+def _by_name(what: str, said: Any, found: Mapping[str, Any]) -> list[Difference]:
+    said = said if isinstance(said, dict) else {}
+    return [Difference(f"{what} {name}", said.get(name), found.get(name)) for name in sorted({*said, *found}, key=str)]
+
+
+def _shown(text: str, report: Mapping[str, Any], files: Mapping[str, int], score: Any) -> list[Difference]:
+    """What a card's text and its ``model-index`` show that is not what was counted, or what the facts say."""
+    there = set(text.splitlines())
+    try:
+        lines = counted_lines(report, files, score)
+        index = [] if score is None else _index(read_metadata(text), score)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        return [Difference("scores", f"{type(error).__name__}: {error}", "what cards have")]
+    return [Difference(f"line on {what}", "missing", line) for what, line in lines.items() if line not in there] + index
+
+
+def _index(metadata: Mapping[str, Any], score: Mapping[str, Any]) -> list[Difference]:
+    """The scores that the Hub shows of the card's own data; others, on other data, are the author's."""
+    if "dataset" not in score:
+        return []
+    kind = "accuracy" if "accuracy" in score else "perplexity"
+    values = [
+        metric["value"]
+        for entry in metadata.get("model-index") or []
+        for result in entry["results"]
+        for metric in result["metrics"]
+        if (result["dataset"]["type"], metric["type"]) == (score["dataset"], kind)
+    ]
+    return [Difference(f"{kind} in model-index", value, score[kind]) for value in values or [None]]

@@ -25,8 +25,8 @@ from hf_prune.evaluation import Evaluation, drawn, evaluate_classification
 from hf_prune.files import write_json, write_text
 from hf_prune.perplexity import Perplexity, evaluate_perplexity
 from hf_prune.plan import PruningPlan
-from hf_prune.plots import plot_layer_sparsity, plot_weight_histogram, save_figure
-from hf_prune.report import SparsityReport, WeightHistogram, sparsity_report, weight_histogram
+from hf_prune.plots import write_plots
+from hf_prune.report import SparsityReport, sparsity_report, weight_histogram
 from hf_prune.sites import find_sites
 from hf_prune.sources import check_model_source, is_language_model
 from hf_prune.stream import check_streamable, prune_stream
@@ -414,23 +414,6 @@ def sweep_checkpoint(
         label_column=data.label_column,
         batch_size=batch_size,
     )
-
-
-def write_plots(
-    folder: Path, report: SparsityReport, before: WeightHistogram | None, after: WeightHistogram, name: str
-) -> None:
-    """Write ``layers.png`` and, where the dense weights are known, ``weights.png``.
-
-    Args:
-        folder: Where to.
-        report: Sparsity per layer.
-        before: Histogram of the dense weights, or None.
-        after: Histogram of the pruned weights, with the same edges.
-        name: What to call the model.
-    """
-    save_figure(plot_layer_sparsity(report, f"Sparsity per layer: {name}"), folder / "layers.png")
-    if before is not None:
-        save_figure(plot_weight_histogram(before, after, f"Weights of the targets: {name}"), folder / "weights.png")
 
 
 def label(source: str) -> str:

@@ -37,8 +37,8 @@ from hf_prune import (
     push_checkpoint,
 )
 from hf_prune.cards import describe_model
-from hf_prune.hub import PushResult, full_repo_id, is_public
 from hf_prune.plots import save_figure
+from hf_prune.push import PushResult
 from hf_prune.workflows import load_classifier
 
 DEMO = "Demo model (film reviews)"
@@ -360,11 +360,6 @@ class Studio:
         pruned = self._named(visitor, repo)
         with pruned.files:
             _write_card(pruned, repo)
-            repo = full_repo_id(repo, token)
-            if private and is_public(repo, token):
-                raise DataError(
-                    f"{repo} is there already, and public: choose another name, or do not ask for a private one"
-                )
             return push_checkpoint(pruned.folder, repo, private=private, token=token)
 
     def _named(self, visitor: str, name: str) -> Pruned:
@@ -383,6 +378,7 @@ def _write_card(pruned: Pruned, name: str) -> str:
     return describe_model(
         pruned.model,
         pruned.folder,
+        plots=False,
         name=name.rpartition("/")[2],
         config=pruned.config,
         base_model=pruned.dense.base_model,

@@ -14,14 +14,16 @@ from hf_prune import (
     CheckpointError,
     DataError,
     PruningCardData,
+    prunable,
     read_card_data,
     render_card,
     verify_checkpoint,
     write_card,
 )
-from hf_prune.cards import BEGIN, END, read_facts
+from hf_prune.cards import BEGIN, END, describe_model, merge_cards, read_facts, without_facts
 from hf_prune.cli import main
 from hf_prune.compressed import compress_checkpoint
+from hf_prune.shards import Shards
 from tests import models
 
 
@@ -94,7 +96,7 @@ def test_everything_that_was_measured_is_there(made, scores):
     assert "has the pattern 2:4" in text
     assert "Zeros alone bring no speed-up" in text
     assert "<code>hf-prune x</code>" in text
-    for name, text_of in (("layers.png", "Sparsity by layer"), ("weights.png", "Weights before and after")):
+    for name, text_of in (("layers.png", "Sparsity by layer"), ("weights.png", "Histogram of the weights")):
         assert f"![{text_of}]({name})" in text
     metadata = front(text)
     assert metadata["base_model"] == "me/dense"
@@ -214,6 +216,7 @@ def test_the_authors_own_words_and_metadata_stay(folder):
 
 def test_nothing_from_outside_becomes_markup(made):
     data = read_card_data(made / "pruned", name="a|b`<script>\n# x", command="`rm` | <b>\n---")
+    assert "![x](" not in render_card(dataclasses.replace(data, name="![x](http://x.org/pixel.png) [y](javascript:z)"))
     text = render_card(data)
     assert "<script>" not in text
     assert "<b>" not in text
@@ -283,7 +286,118 @@ def test_verify_finds_what_differs(folder, run, scores, made):
     assert [f.name for f in verify_checkpoint(str(folder)).facts if not f.is_same] == ["removed"]
     (folder / "README.md").write_text(text.replace(f"accuracy: {facts['score']['accuracy']}", "accuracy: 0.125"))
     wrong = run("verify", folder, "--evaluate", "--data", made / "data", "--json", code=1)
-    assert [f["name"] for f in json.loads(wrong)["facts"] if f["said"] != f["found"]] == ["accuracy"]
+    wrong_names = [f["name"] for f in json.loads(wrong)["facts"] if f["said"] != f["found"]]
+    assert wrong_names == ["line on scores", "accuracy in model-index", "accuracy"]
+
+
+def different(folder):
+    return [fact.name for fact in verify_checkpoint(str(folder)).facts if not fact.is_same]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_verify_finds_a_byte_that_changes_neither_counts_nor_sizes(folder, name):
+    write_card(folder, read_card_data(folder))
+    assert different(folder) == []
+    data = bytearray((folder / name).read_bytes())
+    if name == "config.json":
+        data[-1:] = b" "
+    else:
+        data[Shards([folder / name]).entries["bert.embeddings.LayerNorm.weight"].start] ^= 1
+    (folder / name).write_bytes(data)
+    assert different(folder) == [f"SHA-256 of {name}"]
+
+
+def test_verify_finds_words_that_are_wrong(folder, run, scores):
+    run("card", folder, "--evaluation", scores, "--dataset", "me/data", "--write")
+    card = (folder / "README.md").read_text()
+    facts = read_facts(card)
+    matrix = "bert.encoder.layer.0.output.dense.weight"
+    row = next(line for line in card.splitlines() if line.startswith(f"| {matrix}"))
+    accuracy = facts["score"]["accuracy"]
+    text = "SHA-256 of the text"
+    for old, new, names in (
+        (row, row.replace("50.00 %", "90.00 %"), [text, f"line on {matrix}"]),
+        (f"| this model | {facts['parameters']:,} |", "| this model | 1 |", [text, "line on sizes"]),
+        (f"* {facts['removed']:,} of", "* 9 of", [text, "line on sentence 1"]),
+        ("pattern 2:4", "pattern 1:4", [text, "line on sentence 2"]),
+        (f"| this model | {100 * accuracy:.2f}", "| this model | 99.99", [text, "line on scores"]),
+        ("Nothing was timed.", "It is twice as fast.", [text]),
+        (f"value: {accuracy}", "value: 0.99", ["accuracy in model-index"]),
+        ("    metrics:", "    figures:", ["scores"]),
+        ("\n      type: me/data", "\n      type: me/other", ["accuracy in model-index"]),
+        ("  removed:", "  gone:", ["removed"]),
+        ("  - '2:4'\n", "", ["nm_patterns"]),
+        ("  sha256:\n    config.json", "  sha256:\n    x", ["SHA-256 of config.json", "SHA-256 of x"]),
+        ("  text:", "  more:", [text]),
+        ("  files:\n", "  files: 7\n  more:\n", ["bytes of model.safetensors", "bytes of pruning_masks.safetensors"]),
+        ("    standard_error: ", "    standard_error: about ", ["scores"]),
+    ):
+        assert card.count(old) == 1, old
+        (folder / "README.md").write_text(card.replace(old, new))
+        assert different(folder) == names
+
+
+def test_verify_reads_cards_with_other_line_ends(folder):
+    text = write_card(folder, read_card_data(folder))
+    (folder / "README.md").write_bytes(text.replace("\n", "\r\n").encode())
+    assert different(folder) == []
+
+
+def test_scores_of_an_earlier_card_do_not_stay(folder, scores):
+    write_card(folder, read_card_data(folder, evaluation=scores, dataset="me/data", base_model="me/first"))
+    assert "model-index" in front((folder / "README.md").read_text())
+    write_card(folder, read_card_data(folder, base_model="me/second", dataset="me/data"))
+    text = (folder / "README.md").read_text()
+    assert "model-index" not in front(text)
+    assert front(text)["base_model"] == "me/second"
+    own = "---\nmodel-index: [mine]\nbase_model: [me/second, me/third]\ntags: mine\n---\n"
+    metadata = front(render_card(read_card_data(folder, base_model="me/second"), own))
+    assert metadata["model-index"] == ["mine"]
+    assert metadata["base_model"] == ["me/second", "me/third"]
+    assert metadata["tags"] == ["mine", "pruned", "sparse", "hf_prune"]
+
+
+def test_cards_are_merged_and_taken_apart(folder, scores):
+    data = read_card_data(folder, evaluation=scores, dataset="me/data", license="mit")
+    mine = render_card(data)
+    theirs = "---\nlanguage: en\nlicense: apache-2.0\n---\n\n# Words\n"
+    merged = merge_cards(mine, theirs)
+    assert merged == render_card(data, theirs)
+    assert merge_cards(mine, merged) == merged
+    assert front(merged)["license"] == "apache-2.0"
+    assert merge_cards(f"{mine}\nMy own words.\n", theirs).endswith("My own words.\n")
+    assert merge_cards("# Mine\n", theirs) == "# Mine\n"
+    left = without_facts(merged)
+    assert left.endswith("---\n\n# Words\n")
+    assert not {"hf_prune", "model-index"} & set(front(left))
+    assert without_facts(theirs) == theirs
+
+
+def test_pictures_of_described_models(tmp_path):
+    model = prunable(models.tiny_classifier())
+    model.save_pretrained(tmp_path)
+    (tmp_path / "layers.png").write_bytes(b"of an earlier model")
+    assert "![" not in describe_model(model, tmp_path)
+    assert not (tmp_path / "layers.png").exists()
+    model.prune(0.5).save_pretrained(tmp_path)
+    assert describe_model(model, tmp_path).count("![") == 2
+    assert {"layers.png", "weights.png"} <= {p.name for p in tmp_path.iterdir()}
+    assert verify_checkpoint(str(tmp_path)).is_right
+
+
+def test_marks_in_the_wrong_order_cost_no_words(folder):
+    own = f"{END}\nMy first words.\n{BEGIN}\nMy last words.\n"
+    text = render_card(read_card_data(folder), own)
+    assert own.strip() in text
+    assert "## Size" in text
+
+
+@pytest.mark.parametrize("option", ["evaluation", "latency"])
+def test_files_that_are_no_measurements(folder, tmp_path, option):
+    for text in ("[]", '{"accuracy": 1.0}'):
+        (tmp_path / "x.json").write_text(text)
+        with pytest.raises(DataError, match="is not what hf-prune"):
+            read_card_data(folder, **{option: tmp_path / "x.json"})
 
 
 def test_verify_shrunk_models(made, tmp_path, run):

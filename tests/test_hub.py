@@ -1,10 +1,25 @@
 """Push and load with the real client library, against a Hub on the loopback interface."""
 
 import json
+import shutil
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
-from hf_prune import CheckpointError, HubError, prunable, prune, push_checkpoint, shrink
+from hf_prune import (
+    CheckpointError,
+    HubError,
+    prunable,
+    prune,
+    push_checkpoint,
+    read_card_data,
+    shrink,
+    sparsity_report,
+    write_card,
+)
+from hf_prune.cards import describe_model, read_facts
+from hf_prune.files import write_json
 from tests import models
 from tests.loopback_hub import TOKEN, USER, run_client, serving
 
@@ -100,6 +115,87 @@ model.save_pretrained("{folder}", push_to_hub=True, repo_id="{USER}/saved", toke
         assert {"model.safetensors", "pruning_masks.safetensors"} <= set(saved)
         assert b"weights that were pruned are zero" in saved["README.md"]
         assert hub.repos["model", f"{USER}/{name}"].private is private
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_from_pruning_to_verified_repository(hub, client, tmp_path, compressed):
+    """Pruned, saved with a card, pushed, loaded elsewhere by its name: the same bits; a flipped byte is found."""
+    model = prune(prunable(models.tiny_classifier(seed=2)), 0.6)
+    batch = torch.arange(1, 13).view(2, 6)
+    with torch.no_grad():
+        save_file({"logits": model(batch).logits}, tmp_path / "logits.safetensors")
+    model.save_pretrained(tmp_path / "out", compressed=compressed)
+    describe_model(model, tmp_path / "out", license="mit")
+    client("push", tmp_path / "out", "pruned")
+    client(
+        f"""
+import hf_prune, torch
+from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification
+model = AutoModelForSequenceClassification.from_pretrained("{REPO}")
+with torch.no_grad():
+    logits = model(torch.arange(1, 13).view(2, 6)).logits
+expected = load_file("{tmp_path / "logits.safetensors"}")["logits"]
+assert (logits.view(torch.uint8) == expected.view(torch.uint8)).all()
+"""
+    )
+    assert "The card is right." in client("verify", REPO)
+    files = hub.files(REPO)
+    weights = bytearray(files["model.safetensors"])
+    weights[8 + int.from_bytes(weights[:8], "little")] ^= 1  # of a bias
+    hub.put(REPO, {**files, "model.safetensors": bytes(weights)})
+    said = client("verify", REPO, code=1)
+    assert ("its bytes do not give its checksum" if compressed else "SHA-256 of model.safetensors") in said
+
+
+def test_spaces_and_slow_answers(hub, client, folders):
+    hub.fail("GET .*/resolve/.*/config.json", "slow")
+    hub.put(REPO, {p.name: p.read_bytes() for p in (folders / "pruned").iterdir() if p.is_file()})
+    client(
+        f"""
+from huggingface_hub import HfApi, snapshot_download
+from pathlib import Path
+api = HfApi()
+api.create_repo("{USER}/app", repo_type="space", space_sdk="gradio")
+api.upload_file(path_or_fileobj=b"print()", path_in_repo="app.py", repo_id="{USER}/app", repo_type="space")
+assert (Path(snapshot_download("{USER}/app", repo_type="space")) / "app.py").read_bytes() == b"print()"
+from transformers import AutoConfig
+assert AutoConfig.from_pretrained("{REPO}").model_type == "bert"
+"""
+    )
+    assert hub.repos["space", f"{USER}/app"].sdk == "gradio"
+    assert "does not exist, or is private" in client("verify", f"{USER}/nothing", code=1)
+
+
+def test_cards_of_pushed_folders(hub, client, folders, tmp_path):
+    """One is made of a report; the words of the repository's card stay; a card of other files is refused."""
+    folder = shutil.copytree(folders / "small", tmp_path / "folder")
+    write_json(folder / "sparsity_report.json", sparsity_report(prune(models.tiny_classifier(), 0.5)).to_dict())
+    hub.put(f"{USER}/made", {"README.md": b"# Words of the repository\n"})
+    client("push", folder, "made")
+    card = hub.files(f"{USER}/made")["README.md"].decode()
+    assert "# Words of the repository" in card
+    assert f"# {USER}/made" in card
+    assert not (folder / "README.md").exists()
+    write_card(folder, read_card_data(folder))
+    assert "# Words of the repository" in client("push", folder, f"{USER}/made", "--dry-run")
+    (folder / "config.json").write_text((folder / "config.json").read_text() + " ")
+    commits = len(hub.repos["model", f"{USER}/made"].commits)
+    assert "describes other files than those beside it" in client("push", folder, "made", code=1)
+    (folder / "README.md").unlink()
+    (folder / "sparsity_report.json").unlink()
+    client("push", folder, "made")
+    card = hub.files(f"{USER}/made")["README.md"].decode()
+    assert "# Words of the repository" in card
+    assert (read_facts(card), "weights that were pruned" in card) == ({}, False)
+    assert len(hub.repos["model", f"{USER}/made"].commits) == commits + 1
+
+
+def test_private_means_private(hub, client, folders):
+    hub.put(REPO, {"README.md": b"# Public\n"})
+    before = hub.files(REPO)
+    assert "public: make it private" in client("push", folders / "pruned", REPO, "--private", "--force", code=1)
+    assert hub.files(REPO) == before
 
 
 def test_faults(hub, client, folders):

@@ -113,6 +113,14 @@ def test_histogram_of_odd_weights_renders(tmp_path, values, pruned):
     render(figure, tmp_path)
 
 
+def test_histogram_without_the_dense_weights(tmp_path):
+    after = histogram_of([0.0, 0.5, -0.5, 0.0])
+    figure = plot_weight_histogram(None, after, "pruned only")
+    assert len(figure.axes[0].get_legend_handles_labels()[1]) == 2
+    assert figure.axes[0].containers[0].patches[0].get_height() == 2
+    render(figure, tmp_path)
+
+
 # --- layers ----------------------------------------------------------------------------------------
 
 

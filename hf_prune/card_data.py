@@ -1,0 +1,243 @@
+"""What a model card is made of: facts read from the files of a checkpoint, and from what was measured."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hf_prune.checkpoint import MASK_FILE, StoredMasks, read_pruning
+from hf_prune.config import PruningConfig
+from hf_prune.errors import CheckpointError, DataError
+from hf_prune.hub import card_of_base
+from hf_prune.shards import CHUNK_BYTES
+from hf_prune.shrinking import RECORD
+from hf_prune.structure import is_ours
+from hf_prune.unpacking import is_packed, unseal
+
+PICTURES = {"layers.png": "Sparsity by layer", "weights.png": "Histogram of the weights"}
+_FRONT = re.compile(r"\A---\n(.*?)\n---\n?", re.DOTALL)
+_LICENSE = re.compile(r"[\w.-]+")
+_LINK = re.compile(r"https?://[^\s<>\"'`]+")
+_REPORTS = ("sparsity_report.json", "training_report.json")
+_MEASURED = {"evaluation": ("evaluation", "hf-prune evaluate"), "latency": ("points", "hf-prune bench")}
+
+
+@dataclass(frozen=True)
+class PruningCardData:
+    """What a card is made of; what is None is left out of it.
+
+    Args:
+        name: What the model is called.
+        report: What ``sparsity_report.json`` says.
+        files: Sizes in bytes of the checkpoint's files, by name.
+        checksums: SHA-256 of files, by name.
+        config: The settings of the pruning.
+        evaluation: What ``hf-prune evaluate --json`` printed, alone or with ``--against``.
+        latency: What ``hf-prune bench --json`` printed, the dense model first.
+        training: What ``training_report.json`` says.
+        base_model: The Hub id of the dense model.
+        dataset: The Hub id of the data that it was scored on.
+        license: Its identifier; that of the base model applies.
+        license_name: What a license is called whose identifier is ``"other"``.
+        license_link: Where that one can be read.
+        command: What made it.
+        needs_plugin: Whether it loads only after ``import hf_prune``.
+        remote_code: Whether it loads without it too, with ``trust_remote_code=True``.
+        pictures: Files of pictures, with a text for each.
+        tokens: Whether it is a language model.
+        versions: Of the packages that made it, by name.
+    """
+
+    name: str
+    report: Mapping[str, Any]
+    files: Mapping[str, int]
+    checksums: Mapping[str, str] = field(default_factory=dict)
+    config: PruningConfig | None = None
+    evaluation: Mapping[str, Any] | None = None
+    latency: Mapping[str, Any] | None = None
+    training: Mapping[str, Any] | None = None
+    base_model: str | None = None
+    dataset: str | None = None
+    license: str | None = None
+    license_name: str | None = None
+    license_link: str | None = None
+    command: str | None = None
+    needs_plugin: bool = False
+    remote_code: bool = False
+    pictures: Mapping[str, str] = field(default_factory=dict)
+    tokens: bool = False
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; predictions of single examples are left out."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        values["config"] = None if self.config is None else self.config.to_dict()
+        for kind, parts in (("evaluation", ("evaluation", "dense")), ("training", ("dense", "pruned"))):
+            if values[kind] is not None:
+                values[kind] = {
+                    key: {k: v for k, v in value.items() if k not in ("predictions", "labels")}
+                    if key in parts and isinstance(value, Mapping)
+                    else value
+                    for key, value in values[kind].items()
+                }
+        return values
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> PruningCardData:
+        """What :meth:`to_dict` described."""
+        config = values.get("config")
+        return cls(**{**values, "config": None if config is None else PruningConfig.from_dict(config)})
+
+
+def read_card_data(folder: str | Path, **more: Any) -> PruningCardData:
+    """What a checkpoint's own files say.
+
+    Args:
+        folder: A folder that ``hf-prune prune`` or ``train`` wrote.
+        **more: Other fields of :class:`PruningCardData`; ``evaluation`` and ``latency`` may be paths of JSON files. A
+            ``base_model`` lends its license if none is given; it may be a folder too, which lends nothing else.
+
+    Raises:
+        CheckpointError: If the folder has no report.
+        DataError: If a file is no JSON.
+    """
+    folder = Path(folder)
+    path, training = (folder / name for name in _REPORTS)
+    found: dict[str, Any] = {}
+    if training.is_file():
+        found["training"] = _read(training)
+        found["report"] = found["training"]["sparsity"]
+        found["evaluation"] = {key: found["training"][key] for key in ("dense", "comparison")}
+        found["evaluation"]["evaluation"] = found["training"]["pruned"]
+    elif path.is_file():
+        found["report"] = _read(path)
+    else:
+        raise CheckpointError(
+            f"{folder} has neither sparsity_report.json nor training_report.json: expected a folder that hf-prune "
+            f"prune or train wrote, whose numbers were counted"
+        )
+    config = _read(folder / "config.json")
+    masks = folder / MASK_FILE
+    settings = (config.get(RECORD) or {}).get("pruning_config")
+    weights = next(iter(sorted(folder.glob("model*.safetensors"))), None)
+    if weights is not None and is_packed(weights):
+        found["config"], _ = read_pruning(unseal(weights).get("pruning", {}), weights)
+    elif masks.is_file():
+        found["config"] = StoredMasks(masks).config
+    if found.get("config") is None and settings is not None:
+        found["config"] = PruningConfig.from_dict(settings)
+    found["needs_plugin"] = config.get("quantization_config", {}).get("quant_method") == "hf_prune"
+    found["remote_code"] = is_ours(config.get("auto_map"))
+    found["files"] = {p.name: p.stat().st_size for p in sorted(folder.glob("*.safetensors"))}
+    found["checksums"] = checksums(folder)
+    found["pictures"] = {name: text for name, text in PICTURES.items() if (folder / name).is_file()}
+    found["tokens"] = any(name.endswith("ForCausalLM") for name in config.get("architectures") or [])
+    found["name"] = folder.resolve().name
+    found["versions"] = {name: importlib.metadata.version(name) for name in ("hf_prune", "torch", "transformers")}
+    for key, value in more.items():
+        if key in _MEASURED and isinstance(value, str | Path):
+            found[key] = _read(Path(value))
+            if not isinstance(found[key], dict) or _MEASURED[key][0] not in found[key]:
+                raise DataError(
+                    f"{value} is not what {_MEASURED[key][1]} --json printed: it has no {_MEASURED[key][0]!r}"
+                )
+        elif value is not None:
+            found[key] = value
+    if (base := found.get("base_model")) is not None:
+        if "license" not in found:
+            found |= inherited_license(base)
+        if Path(base).is_dir():  # and no Hub id
+            del found["base_model"]
+    return PruningCardData(**found)
+
+
+def has_report(folder: Path) -> bool:
+    """Whether a folder has what a card can be made of."""
+    return any((folder / name).is_file() for name in _REPORTS)
+
+
+def checksums(folder: Path) -> dict[str, str]:
+    """SHA-256 of a checkpoint's weights, masks and config, by name."""
+    found = {}
+    for path in sorted([*folder.glob("*.safetensors"), folder / "config.json"]):
+        digest = hashlib.sha256()
+        with path.open("rb") as file:
+            while part := file.read(CHUNK_BYTES):
+                digest.update(part)
+        found[path.name] = digest.hexdigest()
+    return found
+
+
+def inherited_license(base_model: str) -> dict[str, str]:
+    """What the card of a base model says of its license, which applies to every model that is made of it.
+
+    Args:
+        base_model: A folder, or a Hub id. The Hub is asked once; a folder wins.
+
+    Returns:
+        The fields ``license``, ``license_name`` and ``license_link`` of :class:`PruningCardData`; empty if the card
+        names no license, or cannot be read.
+    """
+    folder = Path(base_model)
+    if folder.is_dir():
+        card = folder / "README.md"
+        text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else None
+    else:
+        text = card_of_base(base_model)
+    try:
+        metadata = split_card(text or "")[0]
+    except DataError:
+        return {}
+    if not is_license(metadata.get("license")):
+        return {}
+    found = {"license": metadata["license"]}
+    if metadata["license"] == "other":
+        if is_license(name := metadata.get("license_name")):
+            found["license_name"] = name
+        if isinstance(link := metadata.get("license_link"), str):
+            if not folder.is_dir() and re.fullmatch(r"[\w.-]+", link):
+                link = f"https://huggingface.co/{base_model}/blob/main/{link}"
+            if is_link(link):
+                found["license_link"] = link
+    return found
+
+
+def is_license(value: Any) -> bool:
+    """Whether it can be the identifier of a license."""
+    return isinstance(value, str) and _LICENSE.fullmatch(value) is not None
+
+
+def is_link(value: str) -> bool:
+    """Whether it is an address that a card may lead to."""
+    return _LINK.fullmatch(value) is not None
+
+
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} is no JSON file: {error}") from error
+
+
+def split_card(text: str) -> tuple[dict[str, Any], str]:
+    """Metadata and body of a card."""
+    text = text.replace("\r\n", "\n")
+    match = _FRONT.match(text)
+    if match is None:
+        return {}, text
+    try:
+        metadata = yaml.safe_load(match[1]) or {}
+    except yaml.YAMLError as error:
+        raise DataError(f"the metadata of the card so far is no YAML: {error}; mend README.md first") from error
+    if not isinstance(metadata, dict):
+        raise DataError("the metadata of the card so far is no mapping: mend README.md first")
+    return metadata, text[match.end() :]
