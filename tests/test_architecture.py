@@ -85,6 +85,7 @@ LAYERS = (
         "training",
         "checkpoint",
         "cards",
+        "card_renewal",
         "hub",
         "migration",
         "training_state",

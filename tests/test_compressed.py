@@ -255,12 +255,53 @@ def test_what_would_not_get_smaller_stays_plain_and_comes_first(folders):
     assert all(header[name] == [0] for name in header if f"{name}_packed" in header)
 
 
-def test_other_files_come_along_and_pickles_do_not(folders, tmp_path):
+def test_other_files_come_along_and_what_does_not_is_named(folders, tmp_path):
     source = Path(shutil.copytree(folders["dense"], tmp_path / "dense"))
     (source / "README.md").write_text("mine")
-    (source / "pytorch_model.bin").write_bytes(b"never opened")
-    compress_checkpoint(source, tmp_path / "small")
-    assert names(tmp_path / "small") == names(source) - {MASK_FILE, "pytorch_model.bin"}
+    left = {"pytorch_model.bin", "model.fp16.safetensors", ".gitattributes", "2_Dense/pytorch_model.bin", "a.msgpack"}
+    for name in (
+        *left,
+        "checkpoint-7/model.safetensors",
+        "1_Pooling/config.json",
+        "2_Dense/deep/a.json",
+        "model_card.md",
+    ):
+        (source / name).parent.mkdir(exist_ok=True, parents=True)
+        (source / name).write_text(name)
+    (source / "out.txt").symlink_to(tmp_path)
+    report = compress_checkpoint(source, tmp_path / "small")
+    left |= {"checkpoint-7", "out.txt"}
+    assert set(report.left) == left
+    assert str(report).endswith(f"Not copied: {', '.join(report.left)}.")
+    assert names(tmp_path / "small") == names(source) - {MASK_FILE} - left
+    again = decompress_checkpoint(tmp_path / "small", tmp_path / "again")
+    assert again.left == ()
+    for folder in (tmp_path / "small", tmp_path / "again"):
+        assert (folder / "1_Pooling" / "config.json").read_text() == "1_Pooling/config.json"
+        assert names(folder / "2_Dense") == {"deep"}
+    compress_checkpoint(source, source / "inside")
+    compress_checkpoint(source, source / "inside")  # not into itself
+    assert names(source / "inside") == names(tmp_path / "small")
+
+
+def test_files_of_the_hubs_cache_are_followed_and_others_are_not(folders, tmp_path):
+    """A snapshot is a folder of links to blobs."""
+    blobs, snapshot_ = tmp_path / "repo" / "blobs", tmp_path / "repo" / "snapshots" / "abc"
+    (snapshot_ / "sub").mkdir(parents=True)
+    shutil.copytree(folders["dense"], blobs)
+    for path in blobs.iterdir():
+        (snapshot_ / path.name).symlink_to(Path("..") / ".." / "blobs" / path.name)
+    (blobs / "b").write_text("b")
+    (snapshot_ / "sub" / "b.json").symlink_to(blobs / "b")
+    (tmp_path / "secret").write_text("secret")
+    (snapshot_ / "c.json").symlink_to(tmp_path / "secret")
+    (snapshot_ / "d.json").symlink_to("nowhere")
+    (snapshot_ / "e.json").symlink_to("e.json")
+    report = compress_checkpoint(snapshot_, tmp_path / "small")
+    assert report.left == ("c.json", "d.json", "e.json")
+    assert names(tmp_path / "small") == names(folders["small"]) | {"sub"}
+    assert (tmp_path / "small" / "sub" / "b.json").read_text() == "b"
+    assert not any(path.is_symlink() for path in (tmp_path / "small").rglob("*"))
 
 
 # --- without hf_prune, and by others ---------------------------------------------------------------
@@ -430,9 +471,12 @@ def test_sources_that_do_not_fit(folders, tmp_path):
     (source / "config.json").write_text('{"quantization_config": {"quant_method": "awq"}}')
     with pytest.raises(CheckpointError, match="is quantized with 'awq': expected plain weights"):
         compress_checkpoint(source, out)
-    (source / "config.json").write_text("{")
-    with pytest.raises(CheckpointError, match=r"config\.json is damaged"):
-        compress_checkpoint(source, out)
+    structure = {"quant_method": "hf_prune", "structure": True}
+    damaged = ("{", "[" * 100_000, "[]", '{"quantization_config": [1]}', json.dumps({"quantization_config": structure}))
+    for text in (*(damage.encode() for damage in damaged), b"\xff"):
+        (source / "config.json").write_bytes(text)
+        with pytest.raises(CheckpointError, match=r"config\.json is damaged"):
+            compress_checkpoint(source, out)
     (source / "config.json").unlink()
     with pytest.raises(CheckpointError, match=r"config\.json is missing: expected a whole checkpoint"):
         compress_checkpoint(source, out)
@@ -551,12 +595,29 @@ def test_an_index_of_other_files_is_refused(sharded):
     (sharded / INDEX).write_text(json.dumps({**index, "weight_map": {**weight_map, lost: max(weight_map.values())}}))
     refused(sharded, "the index says that")
     (sharded / INDEX).write_text(json.dumps(index))
+    paths, _ = file_paths(sharded)
+    (sharded / INDEX).unlink()
+    with pytest.raises(CheckpointError, match=rf"{re.escape(INDEX)} is missing"):
+        PackedFiles(paths)
+    (sharded / INDEX).write_text(json.dumps(index))
     (sharded / first).unlink()
     with pytest.raises(CheckpointError, match="is missing"):
         decompress_checkpoint(sharded, sharded.parent / "out")
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {}}', "[" * 100_000])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        "{}",
+        '{"weight_map": 3}',
+        '{"weight_map": {}}',
+        "[" * 100_000,
+        '{"weight_map": {"a": "a.safetensors"}, "metadata": 3}',
+    ],
+)
 def test_a_damaged_index_is_refused(sharded, text):
     (sharded / INDEX).write_text(text)
     with pytest.raises(CheckpointError, match="is damaged"):
@@ -661,7 +722,7 @@ def step(real):
 
 files._swap_names = lambda: step(swap)
 for place, name in ((os, "link"), (os, "fsync"), (files, "sync"), (files, "_link_missing"),
-                    (packed_files, "write_all"), (compressed, "pack"), (compressed, "_write_config")):
+                    (packed_files, "write_all"), (compressed, "pack"), (compressed, "write_config")):
     setattr(place, name, step(getattr(place, name)))
 compressed.compress_checkpoint(dense, out, shard_bytes=20_000)
 print(int(sys.argv[3]) - steps)
