@@ -34,6 +34,7 @@ from hf_prune.polish import PolishRecord
 from hf_prune.shrinking import RECORD, structure_of
 from hf_prune.sources import check_model_source
 from hf_prune.structure import structure_config
+from hf_prune.torch_prune import masked_weight
 from hf_prune.unpacking import is_packed
 
 MASK_FILE = "pruning_masks.safetensors"
@@ -426,8 +427,7 @@ def _without_torch_prune(source: Any, hub: Mapping[str, Any]) -> Iterator[tuple[
     weights = {n: t for n, t in tensors.items() if n.removesuffix("_orig").removesuffix("_mask") not in pruned}
     marks = {n: torch.full_like(t, 2) if t.is_floating_point() else t for n, t in weights.items()}
     for name in pruned:
-        keep = tensors[f"{name}_mask"].bool()
-        weights[name] = tensors[f"{name}_orig"].masked_fill(~keep, 0)
+        weights[name], keep = masked_weight(name, tensors[f"{name}_orig"], tensors[f"{name}_mask"])
         marks[name] = keep.to(weights[name].dtype)
     with tempfile.TemporaryDirectory() as folder:
         results = []
