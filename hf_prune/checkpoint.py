@@ -163,7 +163,7 @@ class StoredMasks(Mapping[str, Tensor]):
         try:
             header = json.loads(text)
             found = (header.get("format"), header.get("version"))
-        except (AttributeError, ValueError) as error:
+        except (AttributeError, RecursionError, ValueError) as error:
             raise CheckpointError(f"{path} is damaged: its header is no JSON object: {error}") from error
         if found != (MASK_FORMAT, MASK_VERSION):
             raise CheckpointError(
@@ -182,11 +182,11 @@ class StoredMasks(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         entry = self._entries[name]
-        with safe_open(self.path, "np") as file:
-            bits = file.get_tensor(name)
         try:
+            with safe_open(self.path, "np") as file:
+                bits = file.get_tensor(name)
             return _unpack(bits, **entry)
-        except (TypeError, ValueError) as error:
+        except (AttributeError, OSError, OverflowError, SafetensorError, TypeError, ValueError) as error:
             raise _damaged(self.path, error) from error
 
     def __iter__(self) -> Iterator[str]:
@@ -382,7 +382,7 @@ def _attach(model: Any, store: MaskStore, source: Any) -> None:
                 f"model has {found}; load the class that was saved, or delete {MASK_FILE} to load without masks"
             )
         weight = parameters[name].detach()
-        if not weight.is_meta and bool(weight.masked_select(~mask.to(weight.device)).any()):
+        if not weight.is_meta and bool((weight.ne(0) & ~mask.to(weight.device)).any()):  # two bytes for each weight
             raise CheckpointError(
                 f"the masks of {source} are not those of its weights: {name!r} has non-zero weights that its mask "
                 f"removes; restore the matching {MASK_FILE}, or delete it to load without masks"
