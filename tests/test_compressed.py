@@ -38,7 +38,7 @@ from hf_prune import (
     prunable,
     shrink,
 )
-from hf_prune.checkpoint import MASK_FILE
+from hf_prune.checkpoint import MASK_FILE, StoredMasks
 from hf_prune.cli import app
 from hf_prune.compressed import compress_checkpoint, decompress_checkpoint
 from hf_prune.errors import CheckpointError
@@ -702,6 +702,25 @@ def test_thousands_of_damaged_files_are_refused_or_harmless(tiny_file, tmp_path,
         assert sum(tensor.nbytes for tensor in tensors.values()) <= 1024 * len(changed)
     assert outcomes["refused"] > 1000
     assert (outcomes["read"] > 100) == sealed
+
+
+def test_damaged_masks_are_refused_or_harmless(folders, tmp_path):
+    """Mask files have no checksum: what can be read has the counts that its header says."""
+    data = (folders["dense"] / MASK_FILE).read_bytes()
+    length = 8 + int.from_bytes(data[:8], "little")
+    rng = random.Random(0)
+    path = tmp_path / MASK_FILE
+    refused = 0
+    for number in range(1500):
+        head = data[:length] if number % 3 else mutate(data[:length], rng)  # at times only the bits are damaged
+        path.write_bytes(head + (mutate(data[length:], rng) if number % 3 else data[length:]))
+        try:
+            masks = dict(StoredMasks(path))
+        except CheckpointError:
+            refused += 1
+            continue
+        assert sum(mask.numel() for mask in masks.values()) <= 8 * len(data)
+    assert 750 < refused < 1500
 
 
 # --- killed ----------------------------------------------------------------------------------------
