@@ -19,8 +19,9 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -249,28 +250,15 @@ def table(args: argparse.Namespace, records: Sequence[Mapping[str, Any]]) -> str
 
 
 def cost(args: argparse.Namespace) -> None:
-    """Steps of the plain Trainer, of ours with masks that stay, and of ours with a schedule, in turns."""
+    """A step of the plain Trainer, one of ours with masks that stay, one of ours with a schedule, and again."""
     import torch
-    from transformers import AutoModelForSequenceClassification, Trainer, TrainerCallback
+    from transformers import AutoModelForSequenceClassification, Trainer
 
     from hf_prune import PruningConfig, PruningTrainer, Schedule
 
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(1000, 20000, (args.batch_size, 64), generator=generator)
     rows = [{"input_ids": row, "attention_mask": torch.ones_like(row), "labels": i % 2} for i, row in enumerate(ids)]
-
-    class Clock(TrainerCallback):
-        """Time of each step."""
-
-        def __init__(self) -> None:
-            self.times: list[float] = []
-
-        def on_step_begin(self, *_: Any, **__: Any) -> None:
-            self.start = time.perf_counter()
-
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            self.times.append(time.perf_counter() - self.start)
-
     settings = {"target_modules": ENCODER, "sparsity": 0.8}
     kinds: dict[str, Any] = {
         "plain Trainer": None,
@@ -282,29 +270,100 @@ def cost(args: argparse.Namespace) -> None:
             criterion="movement", schedule=Schedule("cubic", begin=10, end=1.0, every=50), **settings
         ),
     }
-    times: dict[str, list[float]] = {name: [] for name in kinds}
-    rounds, steps = 6, 100
-    for _ in range(rounds):
-        for name, config in kinds.items():
-            with tempfile.TemporaryDirectory() as folder:
-                clock = Clock()
-                more = {} if config is None else {"pruning_config": config}
-                trainer = (Trainer if config is None else PruningTrainer)(
+    first, steps = 10, 111  # the steps before are not counted
+    turns = Turns(len(kinds))
+    trainers = []
+    with tempfile.TemporaryDirectory() as folder:
+        for number, config in enumerate(kinds.values()):
+            more = {} if config is None else {"pruning_config": config}
+            trainers.append(
+                (Trainer if config is None else PruningTrainer)(
                     model=AutoModelForSequenceClassification.from_pretrained(args.model),
-                    args=arguments(args, folder, 0, max_steps=steps, logging_steps=1000),
+                    args=arguments(args, f"{folder}/{number}", 0, max_steps=steps, logging_steps=1000),
                     train_dataset=rows * steps,
-                    callbacks=[clock],
+                    callbacks=[turns.clock(number)],
                     **more,
                 )
-                trainer.train()
-                times[name].append(statistics.mean(clock.times[5:]))  # with the updates
-    plain = times["plain Trainer"]
-    for name, found in times.items():
-        ratios = [a / b for a, b in zip(found, plain, strict=True)]
+            )
+        turns.run([trainer.train for trainer in trainers])
+    plain = turns.times[0][first:]
+    for name, times in zip(kinds, turns.times, strict=True):
+        found = times[first:]
+        ratios = statistics.quantiles([a / b for a, b in zip(found, plain, strict=True)], n=4)
         print(
-            f"{name:42} {1000 * statistics.median(found):7.1f} ms a step, {statistics.median(ratios):.3f} of plain "
-            f"({min(ratios):.3f} to {max(ratios):.3f}, {rounds} rounds of {steps} steps in turns)"
+            f"{name:42} {1000 * statistics.mean(found):7.1f} ms of CPU a step, {sum(found) / sum(plain):.3f} of plain "
+            f"(quartiles of single steps {ratios[0]:.3f} to {ratios[2]:.3f}; {len(found)} steps in turns)"
         )
+
+
+class Turns:
+    """Trainings that run in threads, one at a time, a step each: what else the machine does hits all of them alike.
+
+    A step is timed from its beginning to that of the next one, in CPU time of its thread, which with one thread of
+    torch has everything in it.
+
+    Args:
+        n: How many trainings.
+    """
+
+    def __init__(self, n: int) -> None:
+        self.times: list[list[float]] = [[] for _ in range(n)]
+        self.left = list(range(n))
+        self.now = 0
+        self.changed = threading.Condition()
+
+    def wait(self, number: int) -> None:
+        """Until it is this one's turn."""
+        with self.changed:
+            self.changed.wait_for(lambda: self.now == number)
+
+    def go_on(self, number: int, *, for_good: bool = False) -> None:
+        """To the next one, for good if this one has ended."""
+        with self.changed:
+            if for_good:
+                self.left.remove(number)
+            following = sorted(self.left, key=lambda n: (n <= number, n))
+            self.now = following[0] if following else -1
+            self.changed.notify_all()
+
+    def clock(self, number: int) -> Any:
+        """A callback that times steps and hands over after each."""
+        from transformers import TrainerCallback
+
+        turns = self
+
+        class Clock(TrainerCallback):
+            start: float | None = None
+
+            def on_step_begin(self, *_: Any, **__: Any) -> None:
+                if self.start is not None:
+                    turns.times[number].append(time.thread_time() - self.start)
+                turns.go_on(number)
+                turns.wait(number)
+                self.start = time.thread_time()
+
+        return Clock()
+
+    def run(self, trainings: Sequence[Callable[[], Any]]) -> None:
+        """All of them, to their ends."""
+        failed = []
+
+        def one(number: int) -> None:
+            self.wait(number)
+            try:
+                trainings[number]()
+            except BaseException as error:
+                failed.append(error)
+            finally:
+                self.go_on(number, for_good=True)
+
+        threads = [threading.Thread(target=one, args=(number,)) for number in range(len(trainings))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if failed:
+            raise failed[0]
 
 
 if __name__ == "__main__":

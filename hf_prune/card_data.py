@@ -18,6 +18,7 @@ from hf_prune.checkpoint import MASK_FILE, StoredMasks, read_pruning
 from hf_prune.config import PruningConfig
 from hf_prune.errors import CheckpointError, DataError
 from hf_prune.hub import card_of_base
+from hf_prune.recount import is_rounded
 from hf_prune.shards import CHUNK_BYTES
 from hf_prune.shrinking import RECORD
 from hf_prune.structure import is_ours
@@ -27,7 +28,8 @@ PICTURES = {"layers.png": "Sparsity by layer", "weights.png": "Histogram of the 
 _FRONT = re.compile(r"\A---\n(.*?)\n---\n?", re.DOTALL)
 _LICENSE = re.compile(r"[\w.-]+")
 _LINK = re.compile(r"https?://[^\s<>\"'`]+")
-_REPORTS = ("sparsity_report.json", "training_report.json")
+CARD_DATA = "pruning_card.json"  # what a card was rendered from
+REPORTS = ("sparsity_report.json", "training_report.json")
 _MEASURED = {"evaluation": ("evaluation", "hf-prune evaluate"), "latency": ("points", "hf-prune bench")}
 
 
@@ -54,6 +56,7 @@ class PruningCardData:
         remote_code: Whether it loads without it too, with ``trust_remote_code=True``.
         pictures: Files of pictures, with a text for each.
         tokens: Whether it is a language model.
+        rounded: Whether the values that pruning left were rounded as they were written.
         versions: Of the packages that made it, by name.
     """
 
@@ -75,6 +78,7 @@ class PruningCardData:
     remote_code: bool = False
     pictures: Mapping[str, str] = field(default_factory=dict)
     tokens: bool = False
+    rounded: bool = False
     versions: Mapping[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
@@ -111,7 +115,7 @@ def read_card_data(folder: str | Path, **more: Any) -> PruningCardData:
         DataError: If a file is no JSON.
     """
     folder = Path(folder)
-    path, training = (folder / name for name in _REPORTS)
+    path, training = (folder / name for name in REPORTS)
     found: dict[str, Any] = {}
     if training.is_file():
         found["training"] = _read(training)
@@ -129,6 +133,7 @@ def read_card_data(folder: str | Path, **more: Any) -> PruningCardData:
     masks = folder / MASK_FILE
     settings = (config.get(RECORD) or {}).get("pruning_config")
     weights = next(iter(sorted(folder.glob("model*.safetensors"))), None)
+    found["rounded"] = is_rounded(folder)
     if weights is not None and is_packed(weights):
         found["config"], _ = read_pruning(unseal(weights).get("pruning", {}), weights)
     elif masks.is_file():
@@ -162,7 +167,7 @@ def read_card_data(folder: str | Path, **more: Any) -> PruningCardData:
 
 def has_report(folder: Path) -> bool:
     """Whether a folder has what a card can be made of."""
-    return any((folder / name).is_file() for name in _REPORTS)
+    return any((folder / name).is_file() for name in REPORTS)
 
 
 def checksums(folder: Path) -> dict[str, str]:

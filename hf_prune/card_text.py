@@ -109,6 +109,8 @@ def _done(data: PruningCardData) -> list[str]:
         lines.append("Afterwards what is left was trained for a short while to put out what the dense model does.")
     if data.training is not None:
         lines.append(f"It was pruned while it was trained, for {data.training['steps']:,} steps.")
+    if data.rounded:
+        lines.append("The values that pruning left were rounded to int8, which is lossy.")
     return lines
 
 

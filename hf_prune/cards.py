@@ -12,6 +12,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
 from hf_prune.card_data import (
+    CARD_DATA,
     PICTURES,
     PruningCardData,
     checksums,
@@ -26,7 +27,8 @@ from hf_prune.files import write_json, write_text
 from hf_prune.hub import is_repo_id
 from hf_prune.masking import MaskStore
 from hf_prune.plots import write_plots
-from hf_prune.report import SparsityReport, sparsity_report, weight_histogram
+from hf_prune.recount import is_rounded, recounted
+from hf_prune.report import sparsity_report, weight_histogram
 from hf_prune.shrinking import RECORD
 from hf_prune.structures import structure_report
 
@@ -72,8 +74,6 @@ def without_facts(card: str) -> str:
         DataError: If its metadata is no YAML.
     """
     metadata, body = split_card(card)
-    if FACTS not in metadata:
-        return card
     kept = {key: value for key, value in metadata.items() if key not in _ours(metadata)}
     parts = _around(body)
     return _join(kept, body if parts is None else f"{parts[0].rstrip()}\n\n{parts[2].lstrip()}".strip() + "\n")
@@ -141,6 +141,8 @@ def _with(old: Any, new: Any, *, replace: bool) -> Any:
 def write_card(folder: str | Path, data: PruningCardData) -> str:
     """Write or update ``README.md`` in a folder, at once or not at all; what its author wrote stays.
 
+    The facts go beside it, into ``pruning_card.json``.
+
     Args:
         folder: The folder.
         data: The facts.
@@ -153,6 +155,7 @@ def write_card(folder: str | Path, data: PruningCardData) -> str:
     """
     path = Path(folder) / "README.md"
     text = render_card(data, path.read_text(encoding="utf-8") if path.is_file() else None)
+    write_json(path.with_name(CARD_DATA), data.to_dict())
     write_text(path, text)
     return text
 
@@ -163,7 +166,7 @@ def describe_model(model: Any, folder: str | Path, *, plots: bool = True, **more
     Args:
         model: The model.
         folder: Its checkpoint.
-        plots: Also draw the card's pictures, in place of those that are there.
+        plots: Also draw the card's pictures, in place of those that are there; of masks only.
         **more: As of :func:`read_card_data`.
 
     Returns:
@@ -172,20 +175,17 @@ def describe_model(model: Any, folder: str | Path, *, plots: bool = True, **more
     report = sparsity_report(model)
     if getattr(getattr(model, "config", None), RECORD, None) is not None:
         report = dataclasses.replace(report, structure=structure_report(model))
+    values, rounded = report.to_dict(), is_rounded(Path(folder))
+    if rounded:
+        values = recounted(values, Path(folder))
     if plots:
-        _draw(model, report, Path(folder))
-    write_json(Path(folder) / "sparsity_report.json", report.to_dict())
+        for name in PICTURES:
+            (Path(folder) / name).unlink(missing_ok=True)
+        store = MaskStore.of(model)
+        if store is not None and report.structure is None and not rounded:
+            write_plots(Path(folder), report, None, weight_histogram(model, list(store.masks)), report.model_name)
+    write_json(Path(folder) / "sparsity_report.json", values)
     return write_card(folder, read_card_data(folder, **more))
-
-
-def _draw(model: Any, report: SparsityReport, folder: Path) -> None:
-    """The pictures of what the masks took out; none of what was not pruned, or was taken out as whole units."""
-    for name in PICTURES:
-        (folder / name).unlink(missing_ok=True)
-    store = MaskStore.of(model)
-    if store is None or report.structure is not None:
-        return
-    write_plots(folder, report, None, weight_histogram(model, list(store.masks)), report.model_name)
 
 
 def read_metadata(text: str) -> dict[str, Any]:

@@ -34,6 +34,7 @@ from hf_prune.polish import PolishRecord
 from hf_prune.shrinking import RECORD, structure_of
 from hf_prune.sources import check_model_source
 from hf_prune.structure import structure_config
+from hf_prune.torch_prune import masked_weight
 from hf_prune.unpacking import is_packed
 
 MASK_FILE = "pruning_masks.safetensors"
@@ -162,7 +163,7 @@ class StoredMasks(Mapping[str, Tensor]):
         try:
             header = json.loads(text)
             found = (header.get("format"), header.get("version"))
-        except (AttributeError, ValueError) as error:
+        except (AttributeError, RecursionError, ValueError) as error:
             raise CheckpointError(f"{path} is damaged: its header is no JSON object: {error}") from error
         if found != (MASK_FORMAT, MASK_VERSION):
             raise CheckpointError(
@@ -181,11 +182,11 @@ class StoredMasks(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         entry = self._entries[name]
-        with safe_open(self.path, "np") as file:
-            bits = file.get_tensor(name)
         try:
+            with safe_open(self.path, "np") as file:
+                bits = file.get_tensor(name)
             return _unpack(bits, **entry)
-        except (TypeError, ValueError) as error:
+        except (AttributeError, OSError, OverflowError, SafetensorError, TypeError, ValueError) as error:
             raise _damaged(self.path, error) from error
 
     def __iter__(self) -> Iterator[str]:
@@ -381,7 +382,7 @@ def _attach(model: Any, store: MaskStore, source: Any) -> None:
                 f"model has {found}; load the class that was saved, or delete {MASK_FILE} to load without masks"
             )
         weight = parameters[name].detach()
-        if not weight.is_meta and bool(weight.masked_select(~mask.to(weight.device)).any()):
+        if not weight.is_meta and bool((weight.ne(0) & ~mask.to(weight.device)).any()):  # two bytes for each weight
             raise CheckpointError(
                 f"the masks of {source} are not those of its weights: {name!r} has non-zero weights that its mask "
                 f"removes; restore the matching {MASK_FILE}, or delete it to load without masks"
@@ -426,8 +427,7 @@ def _without_torch_prune(source: Any, hub: Mapping[str, Any]) -> Iterator[tuple[
     weights = {n: t for n, t in tensors.items() if n.removesuffix("_orig").removesuffix("_mask") not in pruned}
     marks = {n: torch.full_like(t, 2) if t.is_floating_point() else t for n, t in weights.items()}
     for name in pruned:
-        keep = tensors[f"{name}_mask"].bool()
-        weights[name] = tensors[f"{name}_orig"].masked_fill(~keep, 0)
+        weights[name], keep = masked_weight(name, tensors[f"{name}_orig"], tensors[f"{name}_mask"])
         marks[name] = keep.to(weights[name].dtype)
     with tempfile.TemporaryDirectory() as folder:
         results = []

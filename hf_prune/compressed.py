@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ import torch
 from accelerate.utils import convert_file_size_to_int
 from torch import Tensor
 
+from hf_prune.card_renewal import renew_card
 from hf_prune.checkpoint import (
     MASK_FILE,
     StoredMasks,
@@ -29,20 +29,21 @@ from hf_prune.checkpoint import (
     staged_checkpoint,
 )
 from hf_prune.errors import CheckpointError, ConfigError
+from hf_prune.files import copy_beside
 from hf_prune.masking import MaskStore
 from hf_prune.packed_files import INDEX, SINGLE, Item, PackedFiles, file_paths, packed_item, write_shards
 from hf_prune.packing import pack
 from hf_prune.remote_code import FILE, add_remote_code, auto_classes
 from hf_prune.shards import Entry, Shards, read_tensor
 from hf_prune.spill import bytes_of
-from hf_prune.structure import METHOD, compressed_config, is_ours, structure_config
+from hf_prune.structure import METHOD, compressed_config, is_ours, is_structure, structure_config
 from hf_prune.tables import format_count
 from hf_prune.unpacking import CODECS, VALUES, is_packed, unpack
 
 SHARD_BYTES = 5 << 30
 _LEAF = "weight"  # which transformers can be told to unpack, see quantizer.py
 _SPELLED = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack")
+_OWN = (MASK_FILE, "config.json", INDEX, FILE)  # written anew, or not at all
 
 
 @dataclass(frozen=True)
@@ -53,16 +54,23 @@ class CompressionReport:
         before: Bytes of the weights and masks that were read.
         after: Bytes of those that were written.
         lossy: Whether values were rounded.
+        left: Files and folders beside the weights that were not copied.
+        card: What became of the part of the model card that hf_prune wrote; empty if it had none.
     """
 
     before: int
     after: int
     lossy: bool = False
+    left: tuple[str, ...] = ()
+    card: str = ""
 
     def __str__(self) -> str:
         times = self.before / self.after if self.after else 0.0
         text = f"{format_count(self.before)}B of weights and masks are now {format_count(self.after)}B: {times:.2f}×"
-        return text + (", rounded to int8: measure what that costs" if self.lossy else ", bit for bit the same")
+        lines = [text + (", rounded to int8: measure what that costs" if self.lossy else ", bit for bit the same")]
+        lines += [self.card] if self.card else []
+        lines += [f"Not copied: {', '.join(self.left)}."] if self.left else []
+        return "\n".join(lines)
 
 
 def compress_checkpoint(
@@ -106,15 +114,14 @@ def compress_checkpoint(
         name.removesuffix("_packed") in shards.entries for name in suffixed
     ):
         raise CheckpointError(f"{origin} has a tensor named {suffixed[0]}, which compressed checkpoints use themselves")
-    config = _read_config(origin)
+    config, structure = _own_config(origin)
     classes = auto_classes(config) if remote_code else {}
-    structure = (config.get("quantization_config") or {}).get("structure") or {}
     config["quantization_config"] = compressed_config(structure)
     described: dict[str, Any] = {"tensors": len(shards.entries), "values": values}
     if masks is not None and mine:
         described["pruning"] = pruning_of(masks.config, masks.polishes)
     with staged_checkpoint(target) as staging:
-        _copy_rest(origin, staging)
+        left = _copy_rest(origin, staging, target, paths)
         items = (
             _packed(shards.folder, entry, masks[entry.name] if masks and entry.name in mine else None, codec, values)
             for entry in shards.entries.values()
@@ -124,9 +131,10 @@ def compress_checkpoint(
             save_masks(MaskStore(rest, config=masks.config, polishes=masks.polishes), staging / MASK_FILE)
         if classes:
             add_remote_code(staging, config, classes)
-        _write_config(staging, config)
+        write_config(staging, config)
+        card, stale = renew_card(staging, origin.resolve(), target.resolve().name, lossy=values != "exact")
         after = _weights_size(staging)
-    return CompressionReport(_weights_size(origin), after, values != "exact")
+    return CompressionReport(_weights_size(origin), after, values != "exact", (*left, *stale), card)
 
 
 def save_compressed(
@@ -181,8 +189,8 @@ def decompress_checkpoint(
     origin, target = _folders(source, folder)
     paths, _ = file_paths(origin)
     files = PackedFiles(paths)
-    config = _read_config(origin)
-    structure = (config.pop("quantization_config", None) or {}).get("structure") or {}
+    config, structure = _own_config(origin)
+    config.pop("quantization_config", None)
     if is_ours(config.get("auto_map")):
         del config["auto_map"]
     if structure:
@@ -194,13 +202,14 @@ def decompress_checkpoint(
         masks |= dict(rest)
         pruning, polishes = pruning or rest.config, polishes or rest.polishes
     with staged_checkpoint(target) as staging:
-        _copy_rest(origin, staging)
+        left = _copy_rest(origin, staging, target, paths)
         write_shards(staging, _dense(files), shard_bytes)
         if masks:
             save_masks(MaskStore(masks, config=pruning, polishes=polishes), staging / MASK_FILE)
-        _write_config(staging, config)
+        write_config(staging, config)
+        card, stale = renew_card(staging, origin.resolve(), target.resolve().name)
         after = _weights_size(staging)
-    return CompressionReport(_weights_size(origin), after)
+    return CompressionReport(_weights_size(origin), after, left=(*left, *stale), card=card)
 
 
 def _check_choice(setting: str, value: str, known: tuple[str, ...]) -> None:
@@ -218,33 +227,49 @@ def _folders(source: str | os.PathLike[str], folder: str | os.PathLike[str]) -> 
     return origin, target
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
+    """The ``config.json`` of a checkpoint.
+
+    Raises:
+        CheckpointError: If it is missing, or damaged.
+    """
     path = folder / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-        method = (config.get("quantization_config") or {}).get("quant_method", METHOD)
     except FileNotFoundError as error:
         raise CheckpointError(
             f"{path} is missing: expected a whole checkpoint, as save_pretrained writes it"
         ) from error
-    except (AttributeError, ValueError) as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged: {error}; download or save the checkpoint again") from error
-    if method != METHOD:
-        raise CheckpointError(f"{folder} is quantized with {method!r}: expected plain weights")
+    if not isinstance(config, dict) or not isinstance(config.get("quantization_config") or {}, dict):
+        raise CheckpointError(f"{path} is damaged: it is no object; download or save the checkpoint again")
     return config
 
 
-def _write_config(folder: Path, config: Mapping[str, Any]) -> None:
+def write_config(folder: Path, config: Mapping[str, Any]) -> None:
+    """Write the ``config.json`` of a checkpoint that is being made."""
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _copy_rest(source: Path, folder: Path) -> None:
-    """Tokenizers, cards and what else lies beside the weights; no pickles."""
-    own = {MASK_FILE, "config.json", INDEX, FILE}
-    for path in sorted(source.iterdir()):
-        weights = path.match("model*.safetensors") or path.suffix in _PICKLES
-        if path.is_file() and not path.name.startswith(".") and not weights and path.name not in own:
-            shutil.copyfile(path, folder / path.name)
+def _own_config(folder: Path) -> tuple[dict[str, Any], dict[str, int]]:
+    """The config of a checkpoint that is not quantized otherwise, and the sizes of a shrunk model."""
+    config = read_config(folder)
+    described = config.get("quantization_config") or {}
+    if (method := described.get("quant_method", METHOD)) != METHOD:
+        raise CheckpointError(f"{folder} is quantized with {method!r}: expected plain weights")
+    structure = described.get("structure") or {}
+    if not is_structure(structure):
+        raise CheckpointError(
+            f"{folder / 'config.json'} is damaged: its structure is {structure!r}; download or save it again"
+        )
+    return config, structure
+
+
+def _copy_rest(source: Path, staging: Path, target: Path, weights: Sequence[Path]) -> tuple[str, ...]:
+    """Tokenizers, cards and what else lies beside the weights; what was left out."""
+    own = (*_OWN, *(path.name for path in weights))
+    return copy_beside(source, staging, own, [target], ["model*.safetensors"])
 
 
 def _weights_size(folder: Path) -> int:

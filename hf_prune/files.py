@@ -12,6 +12,10 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+# Unpickling runs code from the file; nobody here opens one, or passes it on.
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".dill")
+_OTHER_WEIGHTS = (".h5", ".msgpack")  # of TensorFlow and Flax: not the ones that are written
+
 
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
@@ -155,6 +159,55 @@ def move_into(
     for name in sorted(new, key=lambda name: rank.get(name, 0)):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (staging / name).replace(folder / name)
+
+
+def copy_beside(
+    source: Path, folder: Path, own: Collection[str] = (), ours: Collection[Path] = (), stale: Sequence[str] = ()
+) -> tuple[str, ...]:
+    """Copy what lies beside the weights of a checkpoint, in its subfolders too: tokenizers, cards, modules.
+
+    Not copied: hidden files, pickles, weights of TensorFlow and Flax, folders named ``checkpoint-…``, symbolic links
+    that lead out of the checkpoint (a snapshot of the Hub's cache has its files in the cache) or to folders, and
+    whatever is neither file nor folder.
+
+    Args:
+        source: The checkpoint.
+        folder: Where to; files that are there already are replaced.
+        own: Names in the source itself that the caller sees to.
+        ours: Folders that belong to what is being written, and may lie in the source.
+        stale: Glob patterns of names in the source itself that are left out.
+
+    Returns:
+        Paths of what was not copied, those of the caller apart.
+    """
+    source = source.resolve()
+    inside = [source, *(parent.parent / "blobs" for parent in source.parents if parent.name == "snapshots")]
+    skipped = {path.resolve() for path in (folder, *ours)}
+    left: list[str] = []
+
+    def visit(here: Path) -> None:
+        for path in sorted(here.iterdir()):
+            name = path.relative_to(source)
+            top = here == source
+            if (top and path.name in own) or path in skipped:
+                continue
+            refused = (
+                path.name.startswith(".")
+                or (path.is_dir() and (path.is_symlink() or path.name.startswith("checkpoint-")))
+                or path.suffix.lower() in (*PICKLES, *_OTHER_WEIGHTS)
+                or (top and any(path.match(pattern) for pattern in stale))
+                or not any(Path(os.path.realpath(path)).is_relative_to(place) for place in inside)
+            )
+            if path.is_dir() and not refused:
+                visit(path)
+            elif path.is_file() and not refused:
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, folder / name)
+            else:
+                left.append(name.as_posix())
+
+    visit(source)
+    return tuple(left)
 
 
 def sync(path: Path) -> None:

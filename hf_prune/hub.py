@@ -21,11 +21,11 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 
 from hf_prune.errors import DataError, HubError
+from hf_prune.files import PICKLES
 from hf_prune.sources import check_hub_reachable
 
 Result = TypeVar("Result")
 
-PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib")
 _TRIES = 4
 _TOKEN = re.compile(r"hf_\w{6,}")
 

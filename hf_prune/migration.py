@@ -9,9 +9,8 @@
 from __future__ import annotations
 
 import copy
-import json
+import math
 import re
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,16 +23,22 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hf_prune.checkpoint import MASK_FILE, save_masks, staged_checkpoint, weight_files
+from hf_prune.compressed import read_config, write_config
 from hf_prune.errors import CheckpointError
+from hf_prune.files import PICKLES, copy_beside
 from hf_prune.masking import MaskStore
+from hf_prune.packed_files import INDEX
 from hf_prune.sites import find_sites
-from hf_prune.structure import structure_config
+from hf_prune.structure import METHOD, structure_config
+from hf_prune.torch_prune import masked_weight
 
+_PRUNE = "torch.nn.utils.prune"
 _TORCH = re.compile(r"(.+)_orig")
 _PARAMETRIZED = re.compile(r"(.+)\.parametrizations\.(\w+)\.original")
 _BITMASK = ("bitmask", "compressed", "row_offsets", "shape")
 _FOREIGN = ("compression_config", "sparsity_config")  # of configs, besides quantization_config
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+_QUANTIZED = re.compile(r".*\.(weight_scale|weight_zero_point|weight_packed|input_scale|qweight|qzeros)")
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -44,22 +49,29 @@ class MigrationReport:
         masks: How many weights have a mask now.
         formats: What was found.
         heads: Heads that the config names as taken out.
-        left: Tensors and files that could not be carried over.
+        left: Tensors, files and folders that were not carried over.
+        scaled: Weights whose mask had values besides 0 and 1, by which they were multiplied.
     """
 
     masks: int
     formats: tuple[str, ...]
     heads: int
     left: tuple[str, ...]
+    scaled: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        return {**vars(self), "formats": list(self.formats), "left": list(self.left)}
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in vars(self).items()}
 
     def __str__(self) -> str:
         lines = [f"Found: {', '.join(self.formats)}. {self.masks} weights have a mask now."]
         if self.heads:
             lines.append(f"{self.heads} heads are gone, as its config says.")
+        if self.scaled:
+            lines.append(
+                f"Masks with values besides 0 and 1 scaled their weights, as torch.nn.utils.prune does, and now say "
+                f"where those are not 0: {', '.join(self.scaled)}."
+            )
         lines.append(f"Not carried over: {', '.join(self.left)}." if self.left else "Everything was carried over.")
         return "\n".join(lines)
 
@@ -75,27 +87,29 @@ def migrate_checkpoint(source: str | Path, out: str | Path) -> MigrationReport:
         What was carried over; print it.
 
     Raises:
-        CheckpointError: If there is nothing of a known kind, a file is damaged, or all it has is a pickle.
+        CheckpointError: If there is nothing of a known kind, a file is damaged, all it has is a pickle, or weights are
+            quantized.
     """
     source, out = Path(source), Path(out)
-    try:
-        config = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{source} has no config.json that can be read: {error}") from error
+    config = read_config(source)
+    _refuse_quantized(source, config)
     tensors: dict[str, Tensor] = {}
-    for file in weight_files(str(source), {}):
+    files = weight_files(str(source), {})
+    for file in files:
         try:
             tensors |= load_file(file)
         except SafetensorError as error:
             raise CheckpointError(f"{file} cannot be read as safetensors: {error}") from error
     if not tensors:
-        pickles = [p.name for p in source.iterdir() if p.suffix in _PICKLES]
+        pickles = [p.name for p in source.iterdir() if p.suffix in PICKLES]
         raise CheckpointError(
             f"{source} has no safetensors"
             + (f" but {', '.join(pickles)}, which are pickles and never opened: convert them first" if pickles else "")
         )
-    weights, masks, formats, left = _decode(tensors)
-    heads = {int(layer): list(gone) for layer, gone in (config.pop("pruned_heads", None) or {}).items() if gone}
+    if quantized := [name for name in tensors if _QUANTIZED.fullmatch(name)]:
+        raise CheckpointError(f"{source} has quantized weights, see {quantized[0]}: dequantize them first")
+    weights, masks, formats, scaled, left = _decode(tensors)
+    heads = _heads(source, config.pop("pruned_heads", None))
     if heads:
         formats.append("pruned_heads")
     if not formats:
@@ -105,41 +119,77 @@ def migrate_checkpoint(source: str | Path, out: str | Path) -> MigrationReport:
         )
     for key in _FOREIGN:
         config.pop(key, None)
-    method = (config.get("quantization_config") or {}).get("quant_method")
-    if "sparse-bitmask" in formats and method in (None, "compressed-tensors"):
-        config.pop("quantization_config", None)
     if heads:
         config["quantization_config"] = structure_config(_structure(config, heads))
+    elif (config.get("quantization_config") or {}).get("quant_method") != METHOD:
+        config.pop("quantization_config", None)
     with staged_checkpoint(out) as staging:
         save_file({n: t.contiguous() for n, t in weights.items()}, staging / "model.safetensors", {"format": "pt"})
         if masks:
             save_masks(MaskStore(masks), staging / MASK_FILE)
-        (staging / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        for path in sorted(source.iterdir()):
-            known = path.name == "config.json" or path.name.startswith("model") or path.name == MASK_FILE
-            if path.is_file() and not known and path.suffix not in _PICKLES:
-                shutil.copyfile(path, staging / path.name)
-            elif path.is_dir() or path.suffix in _PICKLES:
-                left.append(path.name)
-    return MigrationReport(len(masks), tuple(formats), sum(map(len, heads.values())), tuple(left))
+        write_config(staging, config)
+        own = ("config.json", INDEX, *(Path(file).name for file in files))
+        left += copy_beside(source, staging, own, [out], ["model*.safetensors", MASK_FILE])
+    return MigrationReport(len(masks), tuple(formats), sum(map(len, heads.values())), tuple(left), tuple(scaled))
 
 
-def _decode(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor], list[str], list[str]]:
-    """Plain weights, masks, the formats that were found, and what is left over."""
-    rest, weights, masks, formats = dict(tensors), {}, {}, []
+def _refuse_quantized(source: Path, config: Mapping[str, Any]) -> None:
+    """Make sure that a config speaks of no more than sparsity."""
+    for key in ("quantization_config", *_FOREIGN):
+        found = config.get(key) or {}
+        if not isinstance(found, dict):
+            raise CheckpointError(f"the {key} of {source} is {found!r}: expected an object; the file is damaged")
+        method = found.get("quant_method", "compressed-tensors")
+        if method == METHOD and (found.get("compressed") is not None or config.get("pruned_heads")):
+            raise CheckpointError(f"{source} is a checkpoint of hf_prune already: it needs no migration")
+        if method == METHOD:
+            continue
+        if method != "compressed-tensors" or found.get("config_groups") or found.get("kv_cache_scheme"):
+            raise CheckpointError(
+                f"{source} is quantized with {method!r}, as the {key} says: only sparsity can be carried over; "
+                f"dequantize it first"
+            )
+        sparsity = found if key == "sparsity_config" else found.get("sparsity_config") or {}
+        kind = sparsity.get("format") if isinstance(sparsity, dict) else sparsity
+        if kind not in (None, "dense", "sparse-bitmask"):
+            raise CheckpointError(
+                f"{source} has weights in the format {kind!r}, as the {key} says: expected sparse-bitmask; decompress "
+                f"it with compressed-tensors first"
+            )
+
+
+def _heads(source: Path, found: Any) -> dict[int, list[int]]:
+    """Heads that are gone, by layer."""
+    try:
+        return {int(layer): [int(head) for head in gone] for layer, gone in (found or {}).items() if gone}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"pruned_heads in the config of {source} is {found!r}: expected numbers of heads by layer"
+        ) from error
+
+
+def _decode(
+    tensors: Mapping[str, Tensor],
+) -> tuple[dict[str, Tensor], dict[str, Tensor], list[str], list[str], list[str]]:
+    """Plain weights, masks, the formats that were found, weights that their masks scaled, and what is left over."""
+    rest, weights, masks, formats, scaled = dict(tensors), {}, {}, [], []
 
     def take(name: str, weight: Tensor, mask: Tensor, kind: str) -> None:
-        if mask.shape != weight.shape:
-            raise CheckpointError(
-                f"the mask of {name} has shape {tuple(mask.shape)}, its weight {tuple(weight.shape)}: expected the same"
-            )
-        masks[name], weights[name] = mask.bool(), weight.masked_fill(~mask.bool(), 0)
+        _check_float(name, weight)
+        weights[name], masks[name] = masked_weight(name, weight, mask)
+        if not bool(((mask == 0) | (mask == 1)).all()):
+            if kind != _PRUNE:
+                raise CheckpointError(
+                    f"the mask of {name} has values besides 0 and 1, and how its parametrization uses them is not "
+                    f"known: bake it in first, with remove_parametrizations"
+                )
+            scaled.append(name)
         if kind not in formats:
             formats.append(kind)
 
     for key in list(tensors):
         if (match := _TORCH.fullmatch(key)) and f"{match[1]}_mask" in rest:
-            take(match[1], rest.pop(key), rest.pop(f"{match[1]}_mask"), "torch.nn.utils.prune")
+            take(match[1], rest.pop(key), rest.pop(f"{match[1]}_mask"), _PRUNE)
         elif match := _PARAMETRIZED.fullmatch(key):
             base = f"{match[1]}.parametrizations.{match[2]}."
             found = [k for k in rest if re.fullmatch(re.escape(base) + r"\d+\.mask", k)]
@@ -151,15 +201,20 @@ def _decode(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str,
             take(key[:-8], weight, mask, "sparse-bitmask")
     odd = re.compile(r".*(_orig|_mask|\.bitmask|\.compressed|\.row_offsets)|.*\.parametrizations\..*")
     left = sorted(key for key in rest if odd.fullmatch(key))
-    return {**{k: t for k, t in rest.items() if k not in left}, **weights}, masks, formats, left
+    return {**{k: t for k, t in rest.items() if k not in left}, **weights}, masks, formats, scaled, left
+
+
+def _check_float(name: str, values: Tensor) -> None:
+    if values.dtype not in _FLOATS:
+        raise CheckpointError(f"{name} is of type {values.dtype}, quantized: expected plain weights; dequantize first")
 
 
 def _from_bitmask(name: str, parts: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Rows of bits, lowest first, and the values that they mark, row by row."""
-    shape = [int(n) for n in parts["shape"].tolist()]
-    bits, values = parts["bitmask"], parts["compressed"]
-    rows = int(np.prod(shape[:-1])) if len(shape) > 1 else 1
-    if bits.dtype != torch.uint8 or not shape or tuple(bits.shape) != (rows, (shape[-1] + 7) // 8):
+    bits, values, shape = parts["bitmask"], parts["compressed"].reshape(-1), parts["shape"].reshape(-1).tolist()
+    _check_float(name, values)
+    rows = math.prod(shape[:-1])
+    if bits.dtype != torch.uint8 or not shape or min(shape) < 0 or tuple(bits.shape) != (rows, (shape[-1] + 7) // 8):
         raise CheckpointError(
             f"the bitmask of {name} has shape {tuple(bits.shape)} and type {bits.dtype}, for a weight of shape "
             f"{shape}: expected a byte for every eight columns; the file is damaged"
@@ -184,12 +239,19 @@ def _structure(config: Mapping[str, Any], heads: Mapping[int, list[int]]) -> dic
     settings.pop("quantization_config", None)
     if kind is None:
         raise CheckpointError("config.json names no model_type, so where its heads are is not known")
-    with torch.device("meta"):
-        model = AutoModel.from_config(AutoConfig.for_model(kind, **settings))
+    try:
+        with torch.device("meta"):
+            model = AutoModel.from_config(AutoConfig.for_model(kind, **settings))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"config.json describes no model that transformers knows: {error}") from error
     found = {}
     for site in find_sites(model):
         layer = site.layers[0][1] if site.layers else -1
         if site.kind == "head" and layer in heads:
+            if not all(0 <= head < site.units for head in heads[layer]):
+                raise CheckpointError(
+                    f"pruned_heads has {heads[layer]} for layer {layer}: expected numbers below {site.units}"
+                )
             found[site.name] = site.units - len(set(heads[layer]))
     if len(found) != len(heads):
         raise CheckpointError(

@@ -133,11 +133,14 @@ def read_index(path: Path) -> dict[str, str]:
     """Which tensor is in which file.
 
     Raises:
-        CheckpointError: If it is damaged or leads out of its folder.
+        CheckpointError: If it is missing, damaged or leads out of its folder.
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         weight_map = dict(found["weight_map"])
+        dict(found.get("metadata") or {})  # transformers takes it for one
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} is missing: download or save the checkpoint again") from error
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged: {error!r}; download or save the checkpoint again") from error
     for name, shard in weight_map.items():

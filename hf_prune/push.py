@@ -15,7 +15,8 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, hf
 from hf_prune.card_data import has_report, read_card_data
 from hf_prune.cards import check_card, merge_cards, render_card, without_facts
 from hf_prune.errors import CheckpointError, DataError, HubError
-from hf_prune.hub import PICKLES, asking, card_of, full_repo_id
+from hf_prune.files import PICKLES
+from hf_prune.hub import asking, card_of, full_repo_id
 from hf_prune.tables import format_count, format_table
 
 _OWN = (".gitattributes", "README.md")  # what a new repository may have

@@ -29,6 +29,14 @@ def compressed_config(structure: Mapping[str, int]) -> dict[str, Any]:
     return {**structure_config(structure), "compressed": COMPRESSED}
 
 
+def is_structure(structure: Any) -> bool:
+    """Whether it is numbers of units by site."""
+    return isinstance(structure, dict) and all(
+        isinstance(name, str) and isinstance(n, int) and not isinstance(n, bool) and n >= 0
+        for name, n in structure.items()
+    )
+
+
 def is_ours(auto_map: Any) -> bool:
     """Whether a config's ``auto_map`` names our module, after the name of a repository or not."""
     classes = auto_map.values() if isinstance(auto_map, dict) else ()

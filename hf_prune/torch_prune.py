@@ -4,13 +4,39 @@ from __future__ import annotations
 
 from typing import TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune as torch_prune
 
-from hf_prune.errors import MaskError
+from hf_prune.errors import CheckpointError, MaskError
 from hf_prune.masking import MaskStore
 
 Model = TypeVar("Model", bound=nn.Module)
+
+
+def masked_weight(name: str, weight: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """What ``torch.nn.utils.prune`` computes with, from what it stores: the weight times the mask.
+
+    Args:
+        name: Of the weight.
+        weight: Its ``weight_orig``.
+        mask: Its ``weight_mask``, of the same shape; values besides 0 and 1 scale the weight.
+
+    Returns:
+        The weight, +0.0 wherever the mask is 0, and where the mask is not.
+
+    Raises:
+        CheckpointError: If the shapes differ, or the mask is not finite.
+    """
+    if mask.shape != weight.shape:
+        raise CheckpointError(
+            f"the mask of {name} has shape {tuple(mask.shape)}, its weight {tuple(weight.shape)}: expected the same"
+        )
+    factors = mask.to(weight.dtype)
+    if not bool(torch.isfinite(factors).all()):
+        raise CheckpointError(f"the mask of {name} has values that are not finite: expected numbers such as 0 and 1")
+    keep = factors != 0
+    return (weight * factors).masked_fill(~keep, 0), keep
 
 
 def from_torch_prune(model: Model, *, keep_dense: bool = False) -> Model:

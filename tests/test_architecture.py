@@ -87,10 +87,12 @@ LAYERS = (
         "card_data",
         "card_text",
         "cards",
+        "card_renewal",
         "hub",
         "migration",
         "plots",
         "push",
+        "recount",
         "training_state",
     ),
     (

@@ -17,6 +17,7 @@ from hf_prune import (
     prunable,
     read_card_data,
     render_card,
+    sparsity_report,
     verify_checkpoint,
     write_card,
 )
@@ -382,6 +383,17 @@ def test_pictures_of_described_models(tmp_path):
     model.prune(0.5).save_pretrained(tmp_path)
     assert describe_model(model, tmp_path).count("![") == 2
     assert {"layers.png", "weights.png"} <= {p.name for p in tmp_path.iterdir()}
+    assert verify_checkpoint(str(tmp_path)).is_right
+
+
+def test_what_rounding_made_zero_is_counted(tmp_path):
+    model = prunable(models.tiny_classifier()).prune(0.5)
+    model.classifier.weight.data[0, model.masks["classifier.weight"][0].nonzero()[0]] = 1e-6
+    model.save_pretrained(tmp_path, compressed=True, values="int8")
+    card = describe_model(model, tmp_path)
+    assert read_facts(card)["nonzero"] == sparsity_report(model).nonzero - 1
+    assert "were rounded to int8" in card
+    assert "![" not in card
     assert verify_checkpoint(str(tmp_path)).is_right
 
 

@@ -343,6 +343,8 @@ DAMAGE: dict[str, tuple[Callable[[dict, dict], Any], str]] = {
     "lost tensor": (lambda t, h: t.pop(min(t)), r"is damaged: KeyError"),
     "extra tensor": (lambda t, h: t.update(x=torch.zeros(1)), r"its header does not know x"),
     "other dtype": (lambda t, h: t.update({min(t): t[min(t)].float()}), r"is damaged: .*float32 bits"),
+    "8-bit dtype": (lambda t, h: t.update({min(t): t[min(t)].to(torch.float8_e4m3fn)}), r"is damaged: "),
+    "endless text": (lambda t, h: change_entry(t, h, shape=["no", 1 << 70]), r"is damaged: OverflowError"),
     "bad config": (lambda t, h: h.update(config={"sparsity": 7}), r"is damaged: ConfigError.*sparsity is 7"),
     "newer version": (lambda t, h: h.update(version=2), r"format and version .*2.*expected .*1.*update hf_prune"),
     "foreign format": (lambda t, h: h.update(format="pt"), r"format and version \('pt', 1\): expected"),
@@ -364,7 +366,7 @@ def test_damaged_side_file_is_refused(saved, damage):
     assert dict(load(saved).masks) == {}
 
 
-@pytest.mark.parametrize("header", ["{", "[]"])
+@pytest.mark.parametrize("header", ["{", "[]", "[" * 100_000])
 def test_side_file_whose_header_is_no_object(saved, header):
     save_file(load_file(saved / MASK_FILE), saved / MASK_FILE, {"hf_prune": header})
     with pytest.raises(CheckpointError, match="is damaged: its header is no JSON object"):

@@ -23,6 +23,8 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
+    BertConfig,
+    BertForSequenceClassification,
     MixtralConfig,
     MixtralForCausalLM,
     pipeline,
@@ -36,7 +38,7 @@ from hf_prune import (
     prunable,
     shrink,
 )
-from hf_prune.checkpoint import MASK_FILE
+from hf_prune.checkpoint import MASK_FILE, StoredMasks
 from hf_prune.cli import app
 from hf_prune.compressed import compress_checkpoint, decompress_checkpoint
 from hf_prune.errors import CheckpointError
@@ -255,12 +257,53 @@ def test_what_would_not_get_smaller_stays_plain_and_comes_first(folders):
     assert all(header[name] == [0] for name in header if f"{name}_packed" in header)
 
 
-def test_other_files_come_along_and_pickles_do_not(folders, tmp_path):
+def test_other_files_come_along_and_what_does_not_is_named(folders, tmp_path):
     source = Path(shutil.copytree(folders["dense"], tmp_path / "dense"))
     (source / "README.md").write_text("mine")
-    (source / "pytorch_model.bin").write_bytes(b"never opened")
-    compress_checkpoint(source, tmp_path / "small")
-    assert names(tmp_path / "small") == names(source) - {MASK_FILE, "pytorch_model.bin"}
+    left = {"pytorch_model.bin", "model.fp16.safetensors", ".gitattributes", "2_Dense/pytorch_model.bin", "a.msgpack"}
+    for name in (
+        *left,
+        "checkpoint-7/model.safetensors",
+        "1_Pooling/config.json",
+        "2_Dense/deep/a.json",
+        "model_card.md",
+    ):
+        (source / name).parent.mkdir(exist_ok=True, parents=True)
+        (source / name).write_text(name)
+    (source / "out.txt").symlink_to(tmp_path)
+    report = compress_checkpoint(source, tmp_path / "small")
+    left |= {"checkpoint-7", "out.txt"}
+    assert set(report.left) == left
+    assert str(report).endswith(f"Not copied: {', '.join(report.left)}.")
+    assert names(tmp_path / "small") == names(source) - {MASK_FILE} - left
+    again = decompress_checkpoint(tmp_path / "small", tmp_path / "again")
+    assert again.left == ()
+    for folder in (tmp_path / "small", tmp_path / "again"):
+        assert (folder / "1_Pooling" / "config.json").read_text() == "1_Pooling/config.json"
+        assert names(folder / "2_Dense") == {"deep"}
+    compress_checkpoint(source, source / "inside")
+    compress_checkpoint(source, source / "inside")  # not into itself
+    assert names(source / "inside") == names(tmp_path / "small")
+
+
+def test_files_of_the_hubs_cache_are_followed_and_others_are_not(folders, tmp_path):
+    """A snapshot is a folder of links to blobs."""
+    blobs, snapshot_ = tmp_path / "repo" / "blobs", tmp_path / "repo" / "snapshots" / "abc"
+    (snapshot_ / "sub").mkdir(parents=True)
+    shutil.copytree(folders["dense"], blobs)
+    for path in blobs.iterdir():
+        (snapshot_ / path.name).symlink_to(Path("..") / ".." / "blobs" / path.name)
+    (blobs / "b").write_text("b")
+    (snapshot_ / "sub" / "b.json").symlink_to(blobs / "b")
+    (tmp_path / "secret").write_text("secret")
+    (snapshot_ / "c.json").symlink_to(tmp_path / "secret")
+    (snapshot_ / "d.json").symlink_to("nowhere")
+    (snapshot_ / "e.json").symlink_to("e.json")
+    report = compress_checkpoint(snapshot_, tmp_path / "small")
+    assert report.left == ("c.json", "d.json", "e.json")
+    assert names(tmp_path / "small") == names(folders["small"]) | {"sub"}
+    assert (tmp_path / "small" / "sub" / "b.json").read_text() == "b"
+    assert not any(path.is_symlink() for path in (tmp_path / "small").rglob("*"))
 
 
 # --- without hf_prune, and by others ---------------------------------------------------------------
@@ -430,9 +473,12 @@ def test_sources_that_do_not_fit(folders, tmp_path):
     (source / "config.json").write_text('{"quantization_config": {"quant_method": "awq"}}')
     with pytest.raises(CheckpointError, match="is quantized with 'awq': expected plain weights"):
         compress_checkpoint(source, out)
-    (source / "config.json").write_text("{")
-    with pytest.raises(CheckpointError, match=r"config\.json is damaged"):
-        compress_checkpoint(source, out)
+    structure = {"quant_method": "hf_prune", "structure": True}
+    damaged = ("{", "[" * 100_000, "[]", '{"quantization_config": [1]}', json.dumps({"quantization_config": structure}))
+    for text in (*(damage.encode() for damage in damaged), b"\xff"):
+        (source / "config.json").write_bytes(text)
+        with pytest.raises(CheckpointError, match=r"config\.json is damaged"):
+            compress_checkpoint(source, out)
     (source / "config.json").unlink()
     with pytest.raises(CheckpointError, match=r"config\.json is missing: expected a whole checkpoint"):
         compress_checkpoint(source, out)
@@ -551,12 +597,29 @@ def test_an_index_of_other_files_is_refused(sharded):
     (sharded / INDEX).write_text(json.dumps({**index, "weight_map": {**weight_map, lost: max(weight_map.values())}}))
     refused(sharded, "the index says that")
     (sharded / INDEX).write_text(json.dumps(index))
+    paths, _ = file_paths(sharded)
+    (sharded / INDEX).unlink()
+    with pytest.raises(CheckpointError, match=rf"{re.escape(INDEX)} is missing"):
+        PackedFiles(paths)
+    (sharded / INDEX).write_text(json.dumps(index))
     (sharded / first).unlink()
     with pytest.raises(CheckpointError, match="is missing"):
         decompress_checkpoint(sharded, sharded.parent / "out")
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {}}', "[" * 100_000])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        "{}",
+        '{"weight_map": 3}',
+        '{"weight_map": {}}',
+        "[" * 100_000,
+        '{"weight_map": {"a": "a.safetensors"}, "metadata": 3}',
+    ],
+)
 def test_a_damaged_index_is_refused(sharded, text):
     (sharded / INDEX).write_text(text)
     with pytest.raises(CheckpointError, match="is damaged"):
@@ -641,63 +704,181 @@ def test_thousands_of_damaged_files_are_refused_or_harmless(tiny_file, tmp_path,
     assert (outcomes["read"] > 100) == sealed
 
 
+def test_damaged_masks_are_refused_or_harmless(folders, tmp_path):
+    """Mask files have no checksum: what can be read has the counts that its header says."""
+    data = (folders["dense"] / MASK_FILE).read_bytes()
+    length = 8 + int.from_bytes(data[:8], "little")
+    rng = random.Random(0)
+    path = tmp_path / MASK_FILE
+    refused = 0
+    for number in range(1500):
+        head = data[:length] if number % 3 else mutate(data[:length], rng)  # at times only the bits are damaged
+        path.write_bytes(head + (mutate(data[length:], rng) if number % 3 else data[length:]))
+        try:
+            masks = dict(StoredMasks(path))
+        except CheckpointError:
+            refused += 1
+            continue
+        assert sum(mask.numel() for mask in masks.values()) <= 8 * len(data)
+    assert 750 < refused < 1500
+
+
 # --- killed ----------------------------------------------------------------------------------------
 
 KILLED = """
-import os, sys
-from hf_prune import files, packed_files, compressed
+import json, os, random, shutil, signal, sys, time
+from pathlib import Path
+from hf_prune import AutoPrunedModelForSequenceClassification, files
+from hf_prune.compressed import compress_checkpoint
 
-dense, out, steps = sys.argv[1], sys.argv[2], int(sys.argv[3])
+kind, dense, old, out, count = sys.argv[1], *map(Path, sys.argv[2:])
+model = AutoPrunedModelForSequenceClassification.from_pretrained(dense)
+write = {
+    "compress": lambda: compress_checkpoint(dense, out, shard_bytes=20_000),
+    "save compressed": lambda: model.save_pretrained(out, compressed=True, max_shard_size="20KB"),
+    "save dense": lambda: model.save_pretrained(out, max_shard_size="20KB"),
+}[kind]
+CHANGES = ("os.rename", "os.link", "os.mkdir", "os.remove", "os.rmdir", "shutil.copyfile")
 swap = files._swap_names()
 
-def step(real):
-    def do(*args, **kwargs):
-        global steps
-        if steps == 0:
-            os._exit(9)
-        steps -= 1
-        return real(*args, **kwargs)
-    return do
+def contents(folder):
+    return {p.name: p.read_bytes() for p in folder.iterdir()} if folder.exists() else None
 
-files._swap_names = lambda: step(swap)
-for place, name in ((os, "link"), (os, "fsync"), (files, "sync"), (files, "_link_missing"),
-                    (packed_files, "write_all"), (compressed, "pack"), (compressed, "_write_config")):
-    setattr(place, name, step(getattr(place, name)))
-compressed.compress_checkpoint(dense, out, shard_bytes=20_000)
-print(int(sys.argv[3]) - steps)
+def start(steps):
+    shutil.rmtree(out, ignore_errors=True)
+    if old.exists():
+        shutil.copytree(old, out)
+    if child := os.fork():
+        return child
+    done = 0
+
+    def step():
+        nonlocal done
+        if done == steps:
+            os.kill(os.getpid(), signal.SIGKILL)
+        done += 1
+
+    def hook(event, arguments):
+        if event in CHANGES or (event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR)):
+            step()
+
+    def exchange(*arguments):
+        step()
+        result = swap(*arguments)
+        step()
+        return result
+
+    files._swap_names = lambda: exchange
+    os.fsync = lambda file: step()  # a killed process loses nothing that it has written
+    sys.addaudithook(hook)
+    write()
+    total = done
+    done = -1 << 60
+    count.write_text(str(total))
+    os._exit(0)
+
+def state(child):
+    code = os.waitpid(child, 0)[1]
+    found = contents(out)
+    shutil.rmtree(out, ignore_errors=True)
+    for left in out.parent.glob(".out*"):
+        shutil.rmtree(left)
+    return "old" if found == before else "new" if found == after else "broken", code
+
+before = contents(old)
+began = time.perf_counter()
+child = start(-1)
+os.waitpid(child, 0)
+duration = time.perf_counter() - began
+after, total = contents(out), int(count.read_text())
+states = []
+for steps in sorted({*range(0, total, max(1, total // 25)), *range(max(0, total - 8), total)}):
+    states.append(state(start(steps))[0])
+at_random = []
+for number in range(10):
+    child = start(-1)
+    time.sleep(random.Random(number).random() * duration)
+    os.kill(child, signal.SIGKILL)
+    at_random.append(state(child)[0])
+print(json.dumps({"total": total, "states": states, "random": at_random, "files": sorted(after)}))
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux exchanges two folders in one step")
-def test_killed_while_writing_the_old_checkpoint_or_the_new_one_is_there(folders, tmp_path):
-    old = bert(seed=1, num_labels=3)
-    old.save_pretrained(tmp_path / "old", compressed=True)
-    (tmp_path / "old" / "notes").write_text("mine")
-    out = tmp_path / "out"
-    states = []
-    command = [sys.executable, "-c", KILLED, str(folders["dense"])]
-    everything = [*command, str(tmp_path / "counted"), "100000"]
-    shutil.copytree(tmp_path / "old", tmp_path / "counted")
-    count = int(subprocess.run(everything, capture_output=True, text=True, check=True).stdout)
-    for steps in (*range(0, count - 4, 10), *range(count - 4, count + 1)):
-        shutil.rmtree(out, ignore_errors=True)
-        shutil.copytree(tmp_path / "old", out)
-        code = subprocess.run([*command, str(out), str(steps)], stdout=subprocess.DEVNULL, check=False).returncode
-        assert (out / "notes").read_text() == "mine"
-        paths, _ = file_paths(out)
-        PackedFiles(paths)  # whole, every byte of it
-        labels = len(json_or_bytes(out / "config.json").get("id2label", {0: "", 1: ""}))
-        states.append("old" if labels == 3 else "new")
-        if states[-1] == "old":
-            assert contents(out) == contents(tmp_path / "old")
-        else:
-            assert names(out) - {"notes"} == {"config.json", INDEX, *names(folders["dense"])} - {SINGLE, MASK_FILE} | {
-                path.name for path in paths
-            }
-        assert code == (9 if steps < count else 0)
-    assert states.count("old") > 5
-    assert states.count("new") == 2  # killed between the exchange and the last step, and not at all
+@pytest.mark.parametrize("exists", [True, False])
+@pytest.mark.parametrize("kind", ["compress", "save compressed", "save dense"])
+def test_killed_while_writing_the_old_checkpoint_or_the_new_one_is_there(folders, tmp_path, kind, exists):
+    """By a signal before each of many changes to the disk, and at random moments; byte for byte one or the other."""
+    if exists:
+        bert(seed=1, num_labels=3).save_pretrained(tmp_path / "old", compressed=True)
+        (tmp_path / "old" / "notes").write_text("mine")
+    words = [sys.executable, "-c", KILLED, kind, folders["dense"], tmp_path / "old", tmp_path / "out", tmp_path / "n"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(words, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    states = found["states"]
+    assert set(states + found["random"]) <= {"old", "new"}
+    assert states.count("old") > 10
+    assert "new" in states or not exists  # killed right after the exchange; without an old folder, a rename is the end
     assert states == sorted(states, key=["old", "new"].index)
+    assert {"config.json", INDEX, *(["notes"] if exists else [])} <= set(found["files"])
+
+
+# --- memory ----------------------------------------------------------------------------------------
+
+PEAK = """
+import sys, tempfile, threading
+import hf_prune, transformers
+from tests import models
+
+def anonymous():
+    return next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith("RssAnon"))
+
+load = getattr(hf_prune if sys.argv[1].startswith("AutoPruned") else transformers, sys.argv[1]).from_pretrained
+with tempfile.TemporaryDirectory() as folder:  # imports and caches
+    hf_prune.prunable(models.tiny_bert()).prune(0.5).save_pretrained(folder, compressed=True)
+    load(folder)
+before, peak, done = anonymous(), 0, threading.Event()
+
+def watch():
+    global peak
+    while not done.wait(0.001):
+        peak = max(peak, anonymous())
+
+thread = threading.Thread(target=watch)
+thread.start()
+model = load(sys.argv[2])
+done.set()
+thread.join()
+print(peak - before)
+"""
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory) -> Path:
+    """100 MB dense, 80 % zeros, compressed."""
+    root = tmp_path_factory.mktemp("large")
+    config = BertConfig(vocab_size=4000, num_hidden_layers=3)
+    prunable(BertForSequenceClassification(config)).prune(0.8).save_pretrained(root / "small", compressed=True)
+    return root / "small"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("kind", ["AutoModelForSequenceClassification", "AutoPrunedModelForSequenceClassification"])
+def test_loading_takes_the_dense_model_and_one_tensor(large, kind):
+    """And the masks, a byte for each weight, where they are kept: read and compared once all weights are there."""
+    headers = PackedFiles([large / SINGLE]).headers.values()
+    tensors = [header.numel * header.dtype.itemsize for header in headers]
+    plain = sum(entry.size for entry in PackedFiles([large / SINGLE]).plain())
+    masks = sum(header.numel for header in headers if header.masked) if "Pruned" in kind else 0
+    words = [sys.executable, "-c", PEAK, kind, str(large)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(words, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    dense = sum(tensors) + plain
+    assert dense > 90e6
+    assert 0.9 * dense < int(done.stdout) <= dense + masks + (2 if masks else 1) * max(tensors)
 
 
 # --- the command line ------------------------------------------------------------------------------

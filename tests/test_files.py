@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from hf_prune import files
 from hf_prune.files import atomic_path, staged_folder, write_json, write_text
 
 STALE, LAST = ("w*.bin",), ("w*.index", "masks", "config")
@@ -89,6 +91,33 @@ def test_failing_block_changes_nothing(tmp_path, error, exists):
         raise error
     assert contents(tmp_path) == before
     assert [p.name for p in tmp_path.iterdir()] == (["out"] if exists else [])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("way", ["swap", "one by one"])
+def test_every_file_is_on_the_disk_before_it_takes_its_place(tmp_path, monkeypatch, way):
+    put(tmp_path / "out", {"w1.bin": "old"})
+    happened = []
+    swap, fsync, replace = files._swap_names(), os.fsync, Path.replace
+
+    def exchange(*paths):
+        happened.append("in place")
+        return swap(*paths)
+
+    def replaced(path, target):
+        happened.append("in place")
+        return replace(path, target)
+
+    def synced(descriptor):
+        happened.append(os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}")))
+        fsync(descriptor)
+
+    monkeypatch.setattr(files, "_swap_names", lambda: exchange if way == "swap" else None)
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(Path, "replace", replaced)
+    with staged_folder(tmp_path / "out", STALE, LAST) as staging:
+        put(staging, {"w1.bin": "new", "config": "new", "sub/x": "new"})
+    assert set(happened[: happened.index("in place")]) >= {"w1.bin", "config", "x"}
 
 
 KILLED = """

@@ -150,6 +150,171 @@ def test_what_is_left_is_named(tmp_path, dense):
     assert not (tmp_path / "new" / "training_args.bin").exists()
 
 
+def test_soft_masks_scale_weights_as_torch_does(tmp_path):
+    """What torch computes with is the product; where the mask is 0, it is 0, whatever the weight was."""
+    model = models.tiny_bert()
+    module = model.bert.encoder.layer[0].intermediate.dense
+    mask = torch.rand(module.weight.shape, generator=torch.Generator().manual_seed(0)).round(decimals=1)
+    mask[0, :4] = torch.tensor([0.0, 0.0, 0.5, -2.0])
+    torch_prune.custom_from_mask(module, "weight", mask)
+    with torch.no_grad():
+        module.weight_orig[0, :2] = torch.tensor([-1.0, torch.nan])
+    (tmp_path / "old").mkdir()
+    save_file({n: t.contiguous() for n, t in model.state_dict().items()}, tmp_path / "old" / "model.safetensors")
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(tmp_path / "old")
+    name = "bert.encoder.layer.0.intermediate.dense.weight"
+    report = migrate_checkpoint(tmp_path / "old", tmp_path / "new")
+    assert report.scaled == (name,)
+    assert f"scaled their weights, as torch.nn.utils.prune does, and now say where those are not 0: {name}." in str(
+        report
+    )
+    expected = torch.where(mask == 0, 0.0, module.weight_orig.detach() * mask)
+    for folder in ("new", "old"):  # and so when it is loaded without being migrated
+        loaded = AutoPrunedModelForSequenceClassification.from_pretrained(tmp_path / folder)
+        assert models.same_bits(loaded.get_parameter(name).detach(), expected)
+        assert torch.equal(MaskStore.of(loaded).masks[name], mask != 0)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_masks_that_are_not_finite_are_refused(tmp_path, dense, value):
+    _, masks = dense
+
+    def change(tensors):
+        tensors |= as_torch(NAMES[0], tensors.pop(NAMES[0]), masks[NAMES[0]])
+        tensors[f"{NAMES[0]}_mask"][0, 0] = value
+
+    rewrite(tmp_path / "old", tmp_path / "plain", change)
+    with pytest.raises(CheckpointError, match=r"the mask of .* has values that are not finite"):
+        migrate_checkpoint(tmp_path / "old", tmp_path / "new")
+    with pytest.raises(CheckpointError, match=r"the mask of .* has values that are not finite"):
+        AutoPrunedModelForSequenceClassification.from_pretrained(tmp_path / "old")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_soft_mask_of_a_parametrization_is_refused(tmp_path, dense):
+    _, masks = dense
+
+    def change(tensors):
+        tensors |= as_parametrization(NAMES[0], tensors.pop(NAMES[0]), masks[NAMES[0]])
+        tensors[f"{NAMES[0].removesuffix('.weight')}.parametrizations.weight.0.mask"] = masks[NAMES[0]] * 0.5
+
+    rewrite(tmp_path / "old", tmp_path / "plain", change)
+    with pytest.raises(CheckpointError, match="how its parametrization uses them is not known"):
+        migrate_checkpoint(tmp_path / "old", tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+GROUPS = {"group_0": {"targets": ["Linear"], "weights": {"num_bits": 8, "type": "float"}}}
+SPARSE = {"format": "sparse-bitmask", "global_sparsity": 0.5, "sparsity_structure": "unstructured"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"quantization_config": {"quant_method": "awq", "bits": 4}}, "is quantized with 'awq', as the quantization_"),
+        (
+            {"quantization_config": {"quant_method": "compressed-tensors", "config_groups": GROUPS,
+                                     "format": "float-quantized", "sparsity_config": SPARSE}},
+            "is quantized with 'compressed-tensors', as the quantization_config says: only sparsity can be carried",
+        ),
+        ({"compression_config": {"config_groups": GROUPS, "sparsity_config": SPARSE}}, "the compression_config says"),
+        ({"quantization_config": {"quant_method": "compressed-tensors", "kv_cache_scheme": {"bits": 8}}}, "is quant"),
+        (
+            {"quantization_config": {"quant_method": "compressed-tensors",
+                                     "sparsity_config": {**SPARSE, "format": "sparse-24-bitmask"}}},
+            "weights in the format 'sparse-24-bitmask', as the quantization_config says: expected sparse-bitmask",
+        ),
+        ({"sparsity_config": {"format": "marlin-24"}}, "weights in the format 'marlin-24'"),
+        ({"quantization_config": {"quant_method": "hf_prune", "compressed": 1}}, "of hf_prune already"),
+        ({"compression_config": [1]}, r"the compression_config of .* is \[1\]: expected an object"),
+        ({"pruned_heads": [1]}, r"pruned_heads in the config of .* is \[1\]: expected numbers of heads by layer"),
+        ({"pruned_heads": {"0": [7]}}, r"pruned_heads has \[7\] for layer 0: expected numbers below 2"),
+        ({"pruned_heads": {"0": [1]}, "model_type": "none"}, "describes no model that transformers knows"),
+    ],
+)  # fmt: skip
+def test_what_is_quantized_or_odd_is_refused(tmp_path, dense, settings, match):
+    _, masks = dense
+
+    def change(tensors):
+        tensors |= as_bitmask(NAMES[0], tensors.pop(NAMES[0]), masks[NAMES[0]])
+
+    rewrite(tmp_path / "old", tmp_path / "plain", change)
+    config = json.loads((tmp_path / "old" / "config.json").read_text())
+    (tmp_path / "old" / "config.json").write_text(json.dumps(config | settings))
+    with pytest.raises(CheckpointError, match=match):
+        migrate_checkpoint(tmp_path / "old", tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"quantization_config": {"quant_method": "compressed-tensors", "format": "dense", "config_groups": {},
+                                 "sparsity_config": SPARSE}},
+        {"compression_config": {"sparsity_config": SPARSE}},
+        {"sparsity_config": SPARSE},
+    ],
+)  # fmt: skip
+def test_a_config_that_speaks_of_sparsity_alone_loses_it(tmp_path, dense, settings):
+    _, masks = dense
+
+    def change(tensors):
+        tensors |= as_bitmask(NAMES[0], tensors.pop(NAMES[0]), masks[NAMES[0]])
+
+    rewrite(tmp_path / "old", tmp_path / "plain", change)
+    config = json.loads((tmp_path / "old" / "config.json").read_text())
+    (tmp_path / "old" / "config.json").write_text(json.dumps(config | settings))
+    assert migrate_checkpoint(tmp_path / "old", tmp_path / "new").masks == 1
+    assert json.loads((tmp_path / "new" / "config.json").read_text()) == config
+
+
+@pytest.mark.parametrize("way", ["scale", "values"])
+def test_quantized_weights_are_refused_whatever_the_config_says(tmp_path, dense, way):
+    _, masks = dense
+
+    def change(tensors):
+        tensors |= as_bitmask(NAMES[0], tensors.pop(NAMES[0]), masks[NAMES[0]])
+        if way == "scale":
+            tensors[f"{NAMES[0]}_scale"] = torch.ones(1)
+        else:
+            tensors[f"{NAMES[0]}.compressed"] = tensors[f"{NAMES[0]}.compressed"].to(torch.float8_e4m3fn)
+
+    rewrite(tmp_path / "old", tmp_path / "plain", change)
+    with pytest.raises(CheckpointError, match="quantized"):
+        migrate_checkpoint(tmp_path / "old", tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_other_files_come_along_and_what_does_not_is_named(tmp_path, dense):
+    _, masks = dense
+
+    def change(tensors):
+        tensors |= as_torch(NAMES[0], tensors.pop(NAMES[0]), masks[NAMES[0]])
+
+    old, new = tmp_path / "old", tmp_path / "new"
+    rewrite(old, tmp_path / "plain", change)
+    carried = {"model_card.md", "modeling_x.py", "model.onnx", "1_Pooling/config.json", "onnx/deep/model.onnx"}
+    left = {"model.fp16.safetensors", "pruning_masks.safetensors", "pytorch_model.BIN", "1_Pooling/rng.pth"}
+    left |= {".gitignore", "checkpoint-5", "tf_model.h5", "1_Pooling/.hidden"}
+    for name in (*carried, *(left - {"checkpoint-5"}), "checkpoint-5/model.safetensors"):
+        (old / name).parent.mkdir(parents=True, exist_ok=True)
+        (old / name).write_text(name)
+    (tmp_path / "secret").write_text("secret")
+    (old / "link.txt").symlink_to(tmp_path / "secret")
+    (old / "folder").symlink_to(tmp_path)
+    (old / "inner.txt").symlink_to(old / "vocab.txt")
+    report = migrate_checkpoint(old, new)
+    assert set(report.left) == left | {"link.txt", "folder"}
+    written = {"config.json", "model.safetensors", "pruning_masks.safetensors"}
+    found = {path.relative_to(new).as_posix() for path in new.rglob("*") if path.is_file()}
+    assert found == written | carried | {"vocab.txt", "inner.txt"}
+    assert all((new / name).read_text() == name for name in carried)
+    report = migrate_checkpoint(old, old / "new")  # which is not copied into itself, now or the second time
+    assert migrate_checkpoint(old, old / "new") == report
+    assert {path.name for path in (old / "new").iterdir()} == {path.name for path in new.iterdir()}
+
+
 def cut_values(tensors):
     tensors[f"{NAMES[0]}.compressed"] = tensors[f"{NAMES[0]}.compressed"][:-1].clone()
 

@@ -1,0 +1,162 @@
+"""A card goes with its checkpoint: compressed or decompressed, it says what is true of the new files, or nothing."""
+
+import json
+import shutil
+
+import pytest
+import yaml
+from huggingface_hub import RepoCard
+from safetensors.torch import load_file, save_file
+
+from hf_prune import compress_checkpoint, decompress_checkpoint, read_card_data, verify_checkpoint, write_card
+from hf_prune.cards import BEGIN, END, read_facts
+from hf_prune.cli import main
+from tests import models
+
+SCORE = {"accuracy": 0.7, "standard_error": 0.07, "n": 40, "split": "validation", "data_fingerprint": "f"}
+SCORES = {"evaluation": SCORE}
+POINT = {"model": "pruned", "batch_size": 1, "length": 8, "median": 0.0123}
+LATENCY = {"points": [POINT], "rounds": 3, "threads": 1, "dtype": "float32", "device": "cpu", "torch": "2"}
+FACTS = {"base_model": "me/base", "license": "mit", "dataset": "me/data", "command": "hf-prune prune a <b>"}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A pruned checkpoint with a card that has all there can be, and the author's own words around it."""
+    root = tmp_path_factory.mktemp("renewal")
+    models.tiny_classifier(seed=4).save_pretrained(root / "dense")
+    models.tiny_tokenizer().save_pretrained(root / "dense")
+    (root / "data").mkdir()
+    rows = models.tiny_sentences(40)
+    lines = [f"{text}\t{label}" for text, label in zip(rows["sentence"], rows["label"], strict=True)]
+    (root / "data" / "dev.tsv").write_text("\n".join(["sentence\tlabel", *lines]) + "\n")
+    command(["prune", root / "dense", "--sparsity", "0.6", "--out", root / "pruned", "--plots"])
+    (root / "pruned" / "README.md").write_text("---\nlanguage: en\n---\n\n# Mine\n\nBefore.\n")
+    write_card(root / "pruned", read_card_data(root / "pruned", **FACTS, evaluation=SCORES, latency=LATENCY))
+    card = root / "pruned" / "README.md"
+    card.write_text(card.read_text() + "\nAfter.\n")
+    return root
+
+
+def command(words):
+    with pytest.raises(SystemExit) as ended:
+        main([str(word) for word in words])
+    assert not ended.value.code
+
+
+@pytest.fixture
+def folder(made, tmp_path):
+    return shutil.copytree(made / "pruned", tmp_path / "pruned")
+
+
+def front(text):
+    return yaml.safe_load(text.split("---\n")[1])
+
+
+def card_of(folder):
+    return (folder / "README.md").read_text()
+
+
+def test_same_values_keep_what_was_measured_and_describe_the_new_files(folder, tmp_path):
+    report = compress_checkpoint(folder, tmp_path / "small")
+    assert str(report).endswith("bit for bit the same\nREADME.md describes the new files.")
+    old, new = card_of(folder), card_of(tmp_path / "small")
+    assert verify_checkpoint(str(tmp_path / "small")).is_right
+    assert read_facts(new)["score"] == read_facts(old)["score"]
+    assert "score" in read_facts(new)
+    assert front(new)["model-index"][0]["results"] == front(old)["model-index"][0]["results"]
+    assert (front(new)["base_model"], front(new)["license"], front(new)["language"]) == ("me/base", "mit", "en")
+    for kept in ("70.00 % ± 7.00", "12.3 ms", "hf-prune prune a &lt;b&gt;", "Before.", "After.", "[me/base]("):
+        assert kept in new
+    assert 'from_pretrained("small")' in new
+    assert "import hf_prune" in new
+    assert f"| this model | {read_facts(new)['parameters']:,} |" in new
+    headings = [line for line in new.splitlines() if line.startswith("## ")]
+    assert headings == [line for line in old.splitlines() if line.startswith("## ")]
+    report = decompress_checkpoint(tmp_path / "small", tmp_path / "again" / "pruned")
+    assert report.card == "README.md describes the new files."
+    again = card_of(tmp_path / "again" / "pruned").splitlines()
+    different = [line for line, other in zip(again, old.splitlines(), strict=True) if line != other]
+    changing = ("model.safetensors:", "config.json:", "pruning_masks.safetensors:", "text:", "| this model |")
+    assert all(line.strip().startswith(changing) for line in different)
+
+
+def test_rounded_values_lose_what_was_measured_before(folder, tmp_path):
+    weights = load_file(folder / "model.safetensors")
+    kept = weights["classifier.weight"].nonzero()[0]
+    weights["classifier.weight"][tuple(kept)] = 1e-6  # will be rounded to zero
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    write_card(folder, read_card_data(folder, **FACTS, evaluation=SCORES, latency=LATENCY))
+    report = compress_checkpoint(folder, tmp_path / "small", values="int8")
+    new = card_of(tmp_path / "small")
+    assert "README.md describes the new files; what was measured before the rounding is gone from it." in str(report)
+    assert set(report.left) == {"layers.png", "weights.png"}
+    assert not any((tmp_path / "small" / name).exists() for name in report.left)
+    assert "score" not in read_facts(new)
+    assert "model-index" not in front(new)
+    assert not any(gone in new for gone in ("70.00", "12.3 ms", ".png"))
+    assert "hf-prune prune a &lt;b&gt;" in new
+    assert "were rounded to int8, which is lossy." in new
+    assert "Before." in new
+    assert "After." in new
+    assert verify_checkpoint(str(tmp_path / "small")).is_right  # zeros that rounding made are counted
+    counts = [json.loads((f / "sparsity_report.json").read_text())["nonzero"] for f in (folder, tmp_path / "small")]
+    assert counts[0] - counts[1] == 1
+
+
+def test_rounding_ends_what_a_training_measured(folder, tmp_path):
+    sparsity = json.loads((folder / "sparsity_report.json").read_text())
+    (folder / "training_report.json").write_text(json.dumps({"sparsity": sparsity, "pruned": {}}))
+    (folder / "sparsity_report.json").unlink()
+    report = compress_checkpoint(folder, tmp_path / "small", values="int8")
+    assert "training_report.json" in report.left
+    assert verify_checkpoint(str(tmp_path / "small")).is_right
+
+
+def test_a_card_of_other_weights_is_taken_out(folder, tmp_path):
+    weights = load_file(folder / "model.safetensors")
+    weights["classifier.bias"] += 1
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    assert "What hf_prune wrote in README.md is gone" in str(compress_checkpoint(folder, tmp_path / "small"))
+    assert read_facts(card_of(tmp_path / "small")) == {}
+    assert not (tmp_path / "small" / "pruning_card.json").exists()
+
+
+@pytest.mark.parametrize("values", ["exact", "int8"])
+@pytest.mark.parametrize("report", [None, "{", '{"tensors": []}'])
+def test_without_a_report_what_we_wrote_is_taken_out(folder, tmp_path, values, report):
+    if report is None:
+        (folder / "sparsity_report.json").unlink()
+    else:
+        (folder / "sparsity_report.json").write_text(report)
+    found = compress_checkpoint(folder, tmp_path / "small", values=values)
+    new = card_of(tmp_path / "small")
+    assert "What hf_prune wrote in README.md is gone" in str(found)
+    assert read_facts(new) == {}
+    assert "model-index" not in front(new)
+    assert BEGIN not in new
+    assert END not in new
+    assert RepoCard(new).text.strip() == "# Mine\n\nBefore.\n\nAfter."
+    assert ("sparsity_report.json" in found.left) == (values == "int8" and report is not None)
+
+
+@pytest.mark.parametrize(
+    "text", ["mine\r\n", "---\n- x\n---\n", "---\na: [\n---\n", "\N{BOM}---\ntags: [a]\n---\n# A\n"]
+)
+def test_a_card_that_is_the_authors_alone_is_copied(folder, tmp_path, text):
+    (folder / "README.md").write_bytes(text.encode())
+    assert compress_checkpoint(folder, tmp_path / "small").card == ""
+    assert (tmp_path / "small" / "README.md").read_bytes() == text.encode()
+
+
+def test_a_card_with_damaged_metadata_is_copied_and_said_so(folder, tmp_path):
+    text = f"---\na: [\n---\n{BEGIN}\nold\n{END}\n"
+    (folder / "README.md").write_text(text)
+    assert "its metadata is no YAML" in str(compress_checkpoint(folder, tmp_path / "small"))
+    assert card_of(tmp_path / "small") == text
+
+
+def test_the_command_says_what_became_of_the_card(folder, tmp_path, capsys):
+    command(["compress", folder, tmp_path / "small", "--values", "int8"])
+    said = capsys.readouterr().out
+    assert "what was measured before the rounding is gone from it.\nNot copied: layers.png, weights.png." in said
