@@ -82,9 +82,9 @@ class Unpack(ConversionOps):
             packed = lists.get(name + SUFFIX, [])
             if sum(not weight.numel() for weight in weights) != len(packed) and packed:
                 raise CheckpointError(f"{len(packed)} packed weights do not fit {len(weights)} weights of {name}")
-            waiting = iter(packed)
+            waiting = (each.cpu().numpy() for each in packed)  # transformers may have put them on another device
             result[name] = [
-                unpack(next(waiting).numpy()).to(weight.device, self.dtype) if packed and not weight.numel() else weight
+                unpack(next(waiting)).to(weight.device, self.dtype) if packed and not weight.numel() else weight
                 for weight in weights
             ]
         return result

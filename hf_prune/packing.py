@@ -34,7 +34,12 @@ from hf_prune.unpacking import (
 )
 
 _SPARSE = 1 / 16  # from this share of zeros on, positions are worth their bytes
-_LEVEL = 1  # higher ones look for repetitions, of which noise has none
+# With hardly a memory, and with one. Noise repeats itself by chance, briefly: to say so takes more bytes, and more time
+# to read, than to spell it out. Rows that are the same are another matter.
+_SETTINGS = [
+    zstandard.ZstdCompressionParameters.from_level(1, hash_log=6),
+    zstandard.ZstdCompressionParameters.from_level(1),
+]
 
 
 def pack(tensor: Tensor, mask: Tensor | None = None, *, codec: str = "zstd", values: str = "exact") -> np.ndarray:
@@ -96,7 +101,9 @@ def pack(tensor: Tensor, mask: Tensor | None = None, *, codec: str = "zstd", val
 
 def _squeeze(part: bytes | np.ndarray, codec: str) -> bytes:
     raw = part if isinstance(part, bytes) else part.tobytes()
-    return raw if codec == "none" else zstandard.ZstdCompressor(level=_LEVEL).compress(raw)
+    if codec == "none":
+        return raw
+    return min((zstandard.ZstdCompressor(compression_params=each).compress(raw) for each in _SETTINGS), key=len)
 
 
 def _bits(tensor: Tensor) -> np.ndarray:

@@ -11,7 +11,7 @@ import itertools
 import json
 import math
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -37,6 +37,7 @@ ALIGNMENT = 8
 MAX_EXPANSION = 1024
 ESCAPE = 255  # of a gap: that many zeros, and no value after them
 _CHUNK = 1 << 16  # decoded at a time, so that positions stay in the cache
+_AT_ONCE = 1 << 20  # bytes of a section that are decompressed in one piece: new memory for more takes longer to get
 TABLE = 16  # a plane of at most so many different bytes is written two to a byte: Huffman codes have no half bits
 LEAST_PAIRED = 64  # values; with fewer, the length of a section would not tell how it is written
 
@@ -45,7 +46,7 @@ FILE_VERSION = 1
 SUFFIX = "_packed"  # of the tensor that has the bytes of a weight
 KEY = "hf_prune"  # of a file's metadata
 UNSEALED = "0" * 64  # in the place of the checksum while that is computed
-_READ_BYTES = 1 << 20  # hashed at a time
+_READ_BYTES = 1 << 18  # hashed at a time
 
 
 # --- files -----------------------------------------------------------------------------------------
@@ -103,8 +104,9 @@ def _digest(path: Path, hole: int) -> str:
         digest = hashlib.sha256(file.read(hole))
         file.seek(len(UNSEALED), 1)
         digest.update(UNSEALED.encode())
-        while part := file.read(_READ_BYTES):
-            digest.update(part)
+        part = memoryview(bytearray(_READ_BYTES))  # of its own each time would be new memory, which is slow
+        while length := file.readinto(part):
+            digest.update(part[:length])
     return digest.hexdigest()
 
 
@@ -229,18 +231,19 @@ def unpack(data: np.ndarray, header: Header | None = None) -> Tensor:
     if header.lossy:
         return _shaped(_from_int8(data, header), header)
     read = _value_reader(data, header)
-    make = torch.empty if header.layout == "full" else torch.zeros
-    flat = make(header.numel, dtype=header.dtype)
-    out = flat.view(torch.uint8).numpy().view(_integers(header))
+    # numpy asks for large pages where torch does not, and to get small ones takes longer than to fill them
+    make = np.empty if header.layout == "full" else np.zeros
+    out = make(header.numel, dtype=_integers(header))
     if header.layout == "full":
         for start in range(0, header.numel, _CHUNK):
-            out[start : start + _CHUNK] = read(start, min(start + _CHUNK, header.numel))
-        return _shaped(flat, header)
-    start = 0
-    for first, where in _chunks(data, header):
-        out[first:][where] = read(start, start + len(where))
-        start += len(where)
-    return _shaped(flat, header)
+            part = out[start : start + _CHUNK]
+            if (values := read(part)) is not part:
+                part[:] = values
+    else:
+        space = np.empty(min(_CHUNK, header.kept), dtype=out.dtype)
+        for first, where in _chunks(data, header):
+            out[first:][where] = read(space[: len(where)])
+    return _shaped(torch.from_numpy(out.view(np.uint8)).view(header.dtype), header)
 
 
 def unpack_mask(data: np.ndarray, header: Header | None = None) -> Tensor:
@@ -322,20 +325,44 @@ def _rows(header: Header) -> int:
     return header.shape[-1 if header.transposed else 0]
 
 
-def _section(data: np.ndarray, header: Header, index: int) -> np.ndarray:
+def _section(data: np.ndarray, header: Header, index: int) -> tuple[int, Callable[[int], np.ndarray]]:
+    """How many bytes a section holds, and what reads so many of them on from where it stopped."""
     start, end = header.sections[index]
     part = data[start:end]
     if header.codec == "none" or (index == 0 and header.layout == "full"):
-        return part
+        return len(part), _slices(part)
     try:
         # what the frame says it will become decides whether it is unpacked at all
-        frame = part.data
-        claimed = zstandard.frame_content_size(frame) if frame else -1
+        claimed = zstandard.frame_content_size(part.data) if len(part) else -1
         if not _claim_fits(header, index, claimed):
             raise _damaged(f"section {index} claims to hold {claimed} bytes")
-        return np.frombuffer(zstandard.ZstdDecompressor().decompress(frame), dtype=np.uint8)
+        if claimed <= _AT_ONCE:
+            return claimed, _slices(np.frombuffer(zstandard.ZstdDecompressor().decompress(part.data), dtype=np.uint8))
     except zstandard.ZstdError as error:
         raise _damaged(str(error)) from error
+    frame = zstandard.ZstdDecompressor().stream_reader(part.data)
+
+    def read(count: int) -> np.ndarray:
+        found = np.empty(count, dtype=np.uint8)
+        try:
+            if frame.readinto(found.data) == count:
+                return found
+        except zstandard.ZstdError as error:
+            raise _damaged(str(error)) from error
+        raise _damaged(f"section {index} ends early")
+
+    return claimed, read
+
+
+def _slices(content: np.ndarray) -> Callable[[int], np.ndarray]:
+    start = 0
+
+    def read(count: int) -> np.ndarray:
+        nonlocal start
+        start += count
+        return content[start - count : start]
+
+    return read
 
 
 def _claim_fits(header: Header, index: int, claimed: int) -> bool:
@@ -351,52 +378,57 @@ def _integers(header: Header) -> np.dtype[Any]:
     return np.dtype(f"<u{header.dtype.itemsize}")
 
 
-def _plane_reader(section: np.ndarray, kept: int) -> Callable[[int, int], np.ndarray]:
-    """Reads one byte of each value, from one value to another."""
-    if len(section) == kept:
-        return lambda start, end: section[start:end]
-    table, pairs = section[:TABLE], section[TABLE:]
+def _plane_reader(data: np.ndarray, header: Header, index: int) -> Callable[[int], np.ndarray]:
+    """Reads one byte of each value, of so many values on from where it stopped."""
+    length, read = _section(data, header, index)
+    if length == header.kept:
+        return read
+    table = read(TABLE)
     both = np.stack([table[np.arange(256) % 16], table[np.arange(256) // 16]], axis=1).view("<u2").reshape(-1)
+    spare = table[:0]  # the second byte of a pair of which the first was read
 
-    def read(start: int, end: int) -> np.ndarray:
-        found = np.take(both, pairs[start // 2 : (end + 1) // 2], mode="clip").view(np.uint8)
-        return found[start % 2 : start % 2 + end - start]
+    def read_pairs(count: int) -> np.ndarray:
+        nonlocal spare
+        pairs = read((count - len(spare) + 1) // 2)
+        found = np.concatenate([spare, np.take(both, pairs, mode="clip").view(np.uint8)])
+        spare = found[count:]
+        return found[:count]
 
-    return read
+    return read_pairs
 
 
-def _value_reader(data: np.ndarray, header: Header) -> Callable[[int, int], np.ndarray]:
-    """Reads values that are stored, from one to another: few at a time stay in the cache until they are in place."""
+def _value_reader(data: np.ndarray, header: Header) -> Callable[[np.ndarray], np.ndarray]:
+    """Reads as many stored values as an array has room for, into it unless they can be had as they are."""
     kind = _integers(header)
     if header.codec == "none":
-        stored = _section(data, header, 1).view(kind)
-        return lambda start, end: stored[start:end]
-    planes = [_plane_reader(_section(data, header, 1 + i), header.kept) for i in range(kind.itemsize)]
+        _, stored = _section(data, header, 1)
+        return lambda values: stored(values.nbytes).view(kind)
+    planes = [_plane_reader(data, header, 1 + i) for i in range(kind.itemsize)]
+    space = np.empty(min(_CHUNK, header.kept), dtype=kind)
 
-    def read(start: int, end: int) -> np.ndarray:
-        values = planes[-1](start, end).astype(kind)
+    def join(values: np.ndarray) -> np.ndarray:
+        values[:] = planes[-1](len(values))
         for plane in planes[-2::-1]:
             values <<= kind.type(8)
-            values |= plane(start, end)
+            values |= plane(len(values))
         if header.rotated:
-            signs = values << kind.type(8 * kind.itemsize - 1)
+            signs = np.left_shift(values, kind.type(8 * kind.itemsize - 1), out=space[: len(values)])
             values >>= kind.type(1)
             values |= signs
         return values
 
-    return read
+    return join
 
 
 def _from_int8(data: np.ndarray, header: Header) -> Tensor:
-    scales = np.frombuffer(_section(data, header, 1).tobytes(), dtype="<f4")
-    values = _section(data, header, 2).view(np.int8)
+    length, read = _section(data, header, 1)
+    scales = torch.from_numpy(read(length).view("<f4").astype(np.float32))
+    _, read = _section(data, header, 2)
     steps = np.zeros(header.numel, dtype=np.int8)
-    start = 0
     for first, where in _chunks(data, header):
-        steps[first:][where] = values[start : start + len(where)]
-        start += len(where)
+        steps[first:][where] = read(len(where)).view(np.int8)
     rows = torch.from_numpy(steps).view(len(scales), -1) if len(scales) else torch.from_numpy(steps)
-    return (rows * torch.from_numpy(scales.copy()).unsqueeze(1)).to(header.dtype).view(-1)
+    return (rows * scales.unsqueeze(1)).to(header.dtype).view(-1)
 
 
 @cache
@@ -409,14 +441,21 @@ def pattern_table(n: int, m: int) -> np.ndarray:
     return patterns + m * np.arange(groups)[:, None, None]
 
 
+def _group_width(header: Header) -> int:
+    """How many weights a byte of patterns stands for."""
+    return header.group[1] * len(pattern_table(*header.group))
+
+
 def _chunks(data: np.ndarray, header: Header) -> Any:
     """Offsets and, from there, positions of the values that are stored, in order, some at a time.
 
     Raises:
         CheckpointError: If there are more or fewer than the header says, or one is outside.
     """
-    source = _section(data, header, 0)
-    found = {"bits": _bit_chunks, "gaps": _gap_chunks, "groups": _group_chunks}[header.layout](source, header)
+    length, read = _section(data, header, 0)
+    step = _CHUNK // (_group_width(header) if header.layout == "groups" else {"bits": 8, "gaps": 1}[header.layout])
+    parts = (read(min(step, length - start)) for start in range(0, length, step))
+    found = {"bits": _bit_chunks, "gaps": _gap_chunks, "groups": _group_chunks}[header.layout](parts, header)
     left = header.kept
     for first, where in found:
         left -= len(where)
@@ -429,15 +468,16 @@ def _chunks(data: np.ndarray, header: Header) -> Any:
     raise _damaged(f"its positions are not those of {header.kept} values among {header.numel}")
 
 
-def _bit_chunks(source: np.ndarray, header: Header) -> Any:
-    for start in range(0, len(source), _CHUNK // 8):
-        yield 8 * start, np.flatnonzero(np.unpackbits(source[start : start + _CHUNK // 8]).view(bool))
-
-
-def _gap_chunks(source: np.ndarray, header: Header) -> Any:
+def _bit_chunks(parts: Iterable[np.ndarray], header: Header) -> Any:
     first = 0
-    for start in range(0, len(source), _CHUNK):
-        gaps = source[start : start + _CHUNK]
+    for part in parts:
+        yield first, np.flatnonzero(np.unpackbits(part).view(bool))
+        first += 8 * len(part)
+
+
+def _gap_chunks(parts: Iterable[np.ndarray], header: Header) -> Any:
+    first = 0
+    for gaps in parts:
         values = gaps != ESCAPE
         after = np.cumsum(gaps + values, dtype=np.intp)  # 255 + 0 fits a byte, and so does 254 + 1
         where = after - 1
@@ -445,22 +485,23 @@ def _gap_chunks(source: np.ndarray, header: Header) -> Any:
         first += int(after[-1])
 
 
-def _group_chunks(source: np.ndarray, header: Header) -> Any:
+def _group_chunks(parts: Iterable[np.ndarray], header: Header) -> Any:
     table = pattern_table(*header.group)
     groups, patterns, _ = table.shape
     numbers = np.arange(patterns**groups)
     in_byte = [table[i, numbers // patterns**i % patterns] for i in range(groups)]  # of (bytes, n)
     lookup = np.concatenate(in_byte, axis=1)  # (bytes, groups * n)
-    width = groups * header.group[1]
-    step = _CHUNK // width
-    starts = np.repeat(width * np.arange(step), lookup.shape[1])
+    width = _group_width(header)
+    starts = np.repeat(width * np.arange(_CHUNK // width), lookup.shape[1])
     left = header.kept
-    if len(source) and int(source.max()) >= len(lookup):
-        raise _damaged(f"a byte is {int(source.max())}, expected less than {len(lookup)}")
-    for start in range(0, len(source), step):
+    first = 0
+    for part in parts:
+        if int(part.max()) >= len(lookup):
+            raise _damaged(f"a byte is {int(part.max())}, expected less than {len(lookup)}")
         # indices are in range, and "clip" spares a buffer
-        where = np.take(lookup, source[start : start + step], axis=0, mode="clip").reshape(-1)
+        where = np.take(lookup, part, axis=0, mode="clip").reshape(-1)
         where += starts[: len(where)]
         where = where[:left]
         left -= len(where)
-        yield width * start, where
+        yield first, where
+        first += width * len(part)

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from hf_prune import unpacking
 from hf_prune.errors import CheckpointError
 from hf_prune.packing import pack
 from hf_prune.unpacking import CODECS, MAX_EXPANSION, read_header, unpack, unpack_mask
@@ -73,6 +74,28 @@ def test_bit_for_bit(codec, dtype, sparsity):
 def test_any_weight_comes_back(shape, sparsity, dtype, codec, seed):
     tensor, mask = weight(shape, sparsity, dtype, seed)
     assert_reads_back(pack(tensor, mask, codec=codec), tensor, mask)
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_piece_by_piece(monkeypatch, codec, dtype):
+    """Large weights are read some at a time: here all are, in pieces so small that each layout has many of them."""
+    monkeypatch.setattr(unpacking, "_CHUNK", 64)
+    monkeypatch.setattr(unpacking, "_AT_ONCE", 0)
+    for sparsity in (0.0, 0.04, 0.5, 0.95, 1.0):
+        tensor, mask = weight((3, 701), sparsity, dtype)
+        assert_reads_back(pack(tensor, mask, codec=codec), tensor, mask)
+        assert_reads_back(pack(tensor.abs().clamp(1, 3), codec=codec), tensor.abs().clamp(1, 3), None)  # in pairs
+        nonzero = torch.where(mask, tensor.sign().where(tensor.isfinite() & (tensor != 0), 1.0), 0)
+        assert_reads_back(pack(nonzero, mask, codec=codec), nonzero, mask)
+    for n, m in ((1, 2), (2, 4), (2, 8), (15, 16)):
+        tensor, mask = nm_weight(n, m, (7, 80), dtype)
+        assert_reads_back(pack(tensor, mask, codec=codec), tensor, mask)
+    tensor, mask = nm_weight(2, 4, (7, 80), dtype)
+    assert same_bits(
+        unpack(pack(tensor, mask, codec=codec, values="int8")),
+        reference.read(pack(tensor, mask, codec=codec, values="int8").tobytes())[0],
+    )
 
 
 @pytest.mark.parametrize(("n", "m"), [(1, 2), (2, 4), (1, 4), (3, 4), (4, 8), (2, 8), (2, 16)])
@@ -284,6 +307,16 @@ def test_a_frame_that_would_become_larger_is_not_unpacked(layout):
     changed += bytes(1 << 16)
     with pytest.raises(CheckpointError, match=f"section 1 claims to hold {1 << 28} bytes"):
         unpack(np.frombuffer(bytes(changed), dtype=np.uint8))
+
+
+@pytest.mark.parametrize(("at_once", "message"), [(0, "ends early"), (1 << 20, "decompress")])
+@pytest.mark.parametrize("layout", SIZES)
+def test_a_frame_that_breaks_off_is_refused(monkeypatch, layout, at_once, message):
+    monkeypatch.setattr(unpacking, "_AT_ONCE", at_once)
+    data = packed(layout)
+    *before, (start, end) = read_header(data).sections
+    with pytest.raises(CheckpointError, match=f"is damaged: .*{message}"):
+        unpack(head(data, 24 + 16 + 8 * len(before), end - start - 5, "Q"))
 
 
 def test_unused_bytes_of_patterns_are_refused():
