@@ -18,11 +18,11 @@ from hf_prune.checkpoint import MASK_FILE, StoredMasks, read_pruning
 from hf_prune.config import PruningConfig
 from hf_prune.errors import CheckpointError, DataError
 from hf_prune.hub import card_of_base
+from hf_prune.packed_format import is_packed, unseal
 from hf_prune.recount import is_rounded
 from hf_prune.shards import CHUNK_BYTES
 from hf_prune.shrinking import RECORD
 from hf_prune.structure import is_ours
-from hf_prune.unpacking import is_packed, unseal
 
 PICTURES = {"layers.png": "Sparsity by layer", "weights.png": "Histogram of the weights"}
 _FRONT = re.compile(r"\A---\n(.*?)\n---\n?", re.DOTALL)

@@ -30,12 +30,12 @@ from hf_prune.errors import CheckpointError
 from hf_prune.files import atomic_path, move_into, staged_folder
 from hf_prune.masking import MaskStore
 from hf_prune.packed_files import PackedFiles, read_index
+from hf_prune.packed_format import is_packed
 from hf_prune.polish import PolishRecord
 from hf_prune.shrinking import RECORD, structure_of
 from hf_prune.sources import check_model_source
 from hf_prune.structure import structure_config
 from hf_prune.torch_prune import masked_weight
-from hf_prune.unpacking import is_packed
 
 MASK_FILE = "pruning_masks.safetensors"
 MASK_FORMAT = "hf_prune.masks"

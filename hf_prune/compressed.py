@@ -32,13 +32,14 @@ from hf_prune.errors import CheckpointError, ConfigError
 from hf_prune.files import copy_beside
 from hf_prune.masking import MaskStore
 from hf_prune.packed_files import INDEX, SINGLE, Item, PackedFiles, file_paths, packed_item, write_shards
+from hf_prune.packed_format import CODECS, VALUES, is_packed
 from hf_prune.packing import pack
 from hf_prune.remote_code import FILE, add_remote_code, auto_classes
 from hf_prune.shards import Entry, Shards, read_tensor
 from hf_prune.spill import bytes_of
 from hf_prune.structure import METHOD, compressed_config, is_ours, is_structure, structure_config
 from hf_prune.tables import format_count
-from hf_prune.unpacking import CODECS, VALUES, is_packed, unpack
+from hf_prune.unpacking import unpack
 
 SHARD_BYTES = 5 << 30
 _LEAF = "weight"  # which transformers can be told to unpack, see quantizer.py

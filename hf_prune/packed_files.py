@@ -16,8 +16,7 @@ import numpy as np
 from torch import Tensor
 
 from hf_prune.errors import CheckpointError
-from hf_prune.shards import Entry, Shards, header_bytes, read_tensor, write_all
-from hf_prune.unpacking import (
+from hf_prune.packed_format import (
     FILE_VERSION,
     FORMAT,
     HEADER_BYTES,
@@ -27,9 +26,10 @@ from hf_prune.unpacking import (
     Header,
     damaged_file,
     read_header,
-    unpack_mask,
     unseal,
 )
+from hf_prune.shards import Entry, Shards, header_bytes, read_tensor, write_all
+from hf_prune.unpacking import unpack_mask
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 

@@ -18,8 +18,9 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hf_prune.errors import CheckpointError
+from hf_prune.packed_format import SUFFIX, check_files
 from hf_prune.structure import COMPRESSED, METHOD, VERSION, compressed_config, is_ours, structure_config
-from hf_prune.unpacking import SUFFIX, check_files, unpack
+from hf_prune.unpacking import unpack
 
 
 class HfPruneConfig(QuantizationConfigMixin):

@@ -18,7 +18,7 @@ import zstandard
 from torch import Tensor
 
 from hf_prune.errors import CheckpointError
-from hf_prune.unpacking import (
+from hf_prune.packed_format import (
     ALIGNMENT,
     CODECS,
     DTYPES,

@@ -9,8 +9,9 @@ from typing import Any
 
 from hf_prune.errors import DataError
 from hf_prune.packed_files import PackedFiles, file_paths
+from hf_prune.packed_format import is_packed, unseal
 from hf_prune.report import SparsityReport, TensorReport, WeightStatistics
-from hf_prune.unpacking import is_packed, unpack, unseal
+from hf_prune.unpacking import unpack
 
 
 def is_rounded(folder: Path) -> bool:

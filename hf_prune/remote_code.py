@@ -16,7 +16,7 @@ from hf_prune.errors import CheckpointError
 from hf_prune.structure import MODELING
 
 FILE = f"{MODELING}.py"
-_MODULES = ("structure", "unpacking", "packed_loading")
+_MODULES = ("structure", "packed_format", "unpacking", "packed_loading")
 _BEGIN = '''"""Loads the packed weights of this checkpoint: AutoModelFor….from_pretrained(path, trust_remote_code=True).
 
 Written by hf_prune {version}, Apache-2.0. With hf_prune installed and imported, nothing of this is needed.

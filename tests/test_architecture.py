@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1] / "hf_prune"
 # A module imports from its own layer and from earlier ones, never from a later one.
 # A name stands for its submodules too: "criteria" is every module in hf_prune/criteria/.
 LAYERS = (
-    ("errors", "files", "loading_hook", "overlap", "spill", "structure", "tables", "unpacking"),
+    ("errors", "files", "loading_hook", "overlap", "packed_format", "spill", "structure", "tables", "unpacking"),
     (
         "distributed",
         "packed_loading",

@@ -43,8 +43,8 @@ from hf_prune.cli import app
 from hf_prune.compressed import compress_checkpoint, decompress_checkpoint
 from hf_prune.errors import CheckpointError
 from hf_prune.packed_files import INDEX, SINGLE, PackedFiles, file_paths
+from hf_prune.packed_format import is_packed
 from hf_prune.remote_code import modeling_source
-from hf_prune.unpacking import is_packed
 from tests import models
 from tests.models import assert_unchanged, same_bits, snapshot, tiny_batches
 

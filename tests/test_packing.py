@@ -15,8 +15,9 @@ from torch import Tensor
 
 from hf_prune import unpacking
 from hf_prune.errors import CheckpointError
+from hf_prune.packed_format import CODECS, MAX_EXPANSION, read_header
 from hf_prune.packing import pack
-from hf_prune.unpacking import CODECS, MAX_EXPANSION, read_header, unpack, unpack_mask
+from hf_prune.unpacking import unpack, unpack_mask
 from tests.models import same_bits
 from tests.reference import packing as reference
 
