@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from hf_prune.checkpoint import MASK_FILE, StoredMasks, read_pruning
+from hf_prune.checkpoint import MASK_FILE, REPORTS, StoredMasks, read_pruning
 from hf_prune.config import PruningConfig
 from hf_prune.errors import CheckpointError, DataError
 from hf_prune.hub import card_of_base
@@ -28,8 +28,6 @@ PICTURES = {"layers.png": "Sparsity by layer", "weights.png": "Histogram of the 
 _FRONT = re.compile(r"\A---\n(.*?)\n---\n?", re.DOTALL)
 _LICENSE = re.compile(r"[\w.-]+")
 _LINK = re.compile(r"https?://[^\s<>\"'`]+")
-CARD_DATA = "pruning_card.json"  # what a card was rendered from
-REPORTS = ("sparsity_report.json", "training_report.json")
 _MEASURED = {"evaluation": ("evaluation", "hf-prune evaluate"), "latency": ("points", "hf-prune bench")}
 
 

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import jinja2
 
-from hf_prune.card_data import CARD_DATA, PICTURES, REPORTS, PruningCardData, checksums, read_card_data
+from hf_prune.card_data import PICTURES, PruningCardData, checksums, read_card_data
 from hf_prune.cards import BEGIN, FACTS, read_facts, without_facts, write_card
+from hf_prune.checkpoint import CARD_DATA, REPORTS
 from hf_prune.errors import DataError, HfPruneError
 from hf_prune.files import write_json, write_text
 from hf_prune.recount import recounted

@@ -12,7 +12,6 @@ import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
 from hf_prune.card_data import (
-    CARD_DATA,
     PICTURES,
     PruningCardData,
     checksums,
@@ -22,6 +21,7 @@ from hf_prune.card_data import (
     split_card,
 )
 from hf_prune.card_text import card_text
+from hf_prune.checkpoint import CARD_DATA
 from hf_prune.errors import CheckpointError, DataError
 from hf_prune.files import write_json, write_text
 from hf_prune.hub import is_repo_id

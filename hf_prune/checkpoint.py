@@ -41,6 +41,8 @@ MASK_FILE = "pruning_masks.safetensors"
 MASK_FORMAT = "hf_prune.masks"
 MASK_VERSION = 1
 _HEADER = "hf_prune"
+REPORTS = ("sparsity_report.json", "training_report.json")
+CARD_DATA = "pruning_card.json"  # what a card was rendered from
 _WEIGHTS = ("model*.safetensors",)
 # Without its config.json nobody loads a checkpoint, so a half-replaced one is an error and never a mixture.
 _COMPLETES = ("model*.safetensors.index.json", MASK_FILE, "config.json")
@@ -209,11 +211,13 @@ def _unpack(bits: np.ndarray, shape: list[int], kept: int) -> Tensor:
 def staged_checkpoint(folder: str | os.PathLike[str]) -> contextlib.AbstractContextManager[Path]:
     """A temporary folder that becomes, or replaces the weights of, a checkpoint; see ``files.staged_folder``.
 
+    Reports on weights that are replaced go with them.
+
     Raises:
         CheckpointError: If ``folder`` is a file.
     """
     refuse_file(folder)
-    return staged_folder(folder, stale=_WEIGHTS, last=_COMPLETES)
+    return staged_folder(folder, stale=(*_WEIGHTS, *REPORTS, CARD_DATA), last=_COMPLETES)
 
 
 def place_checkpoint(staging: Path, folder: Path, arrived: Collection[Path] = ()) -> None:

@@ -158,6 +158,14 @@ def test_state_dict_instead_of_a_folder(pruned):
     assert dict(loaded.masks) == {}
 
 
+def test_reports_on_earlier_weights_go(pruned, tmp_path):
+    pruned.save_pretrained(tmp_path)
+    for name in ("sparsity_report.json", "training_report.json", "pruning_card.json", "README.md"):
+        (tmp_path / name).write_text("of the first weights")
+    pruned.prune(0.7, scope="global").save_pretrained(tmp_path)
+    assert names(tmp_path) == {"config.json", "model.safetensors", MASK_FILE, "README.md"}
+
+
 def test_shards_and_back_leave_nothing_stale(pruned, tmp_path):
     pruned.save_pretrained(tmp_path, max_shard_size="4KB")
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
