@@ -14,12 +14,12 @@ from typing import Any
 
 import yaml
 
-from hf_prune.checkpoint import MASK_FILE, REPORTS, StoredMasks, read_pruning
+from hf_prune.checkpoint import CARD_DATA, MASK_FILE, REPORTS, StoredMasks, read_pruning
 from hf_prune.config import PruningConfig
-from hf_prune.errors import CheckpointError, DataError
+from hf_prune.errors import CheckpointError, DataError, HfPruneError
+from hf_prune.files import read_text
 from hf_prune.hub import card_of_base
 from hf_prune.packed_format import is_packed, unseal
-from hf_prune.recount import is_rounded
 from hf_prune.shards import CHUNK_BYTES
 from hf_prune.shrinking import RECORD
 from hf_prune.structure import is_ours
@@ -28,6 +28,9 @@ PICTURES = {"layers.png": "Sparsity by layer", "weights.png": "Histogram of the 
 _FRONT = re.compile(r"\A---\n(.*?)\n---\n?", re.DOTALL)
 _LICENSE = re.compile(r"[\w.-]+")
 _LINK = re.compile(r"https?://[^\s<>\"'`]+")
+KEPT = ("base_model", "dataset", "command", "evaluation", "latency")  # of the same files, whatever else is made anew
+_LICENSE_FIELDS = ("license", "license_name", "license_link")
+_DESCRIBED = ("*.safetensors", "*.safetensors.index.json", "config.json", "*.py")
 _MEASURED = {"evaluation": ("evaluation", "hf-prune evaluate"), "latency": ("points", "hf-prune bench")}
 
 
@@ -103,37 +106,27 @@ class PruningCardData:
 def read_card_data(folder: str | Path, **more: Any) -> PruningCardData:
     """What a checkpoint's own files say.
 
+    What an earlier card of the same files said of base model, data, license, command, scores and timings stays if
+    ``more`` does not say otherwise.
+
     Args:
         folder: A folder that ``hf-prune prune`` or ``train`` wrote.
         **more: Other fields of :class:`PruningCardData`; ``evaluation`` and ``latency`` may be paths of JSON files. A
             ``base_model`` lends its license if none is given; it may be a folder too, which lends nothing else.
 
     Raises:
-        CheckpointError: If the folder has no report.
-        DataError: If a file is no JSON.
+        CheckpointError: If the folder has no report, and ``more`` neither.
+        DataError: If a file is no JSON, or not what it should be.
     """
     folder = Path(folder)
-    path, training = (folder / name for name in REPORTS)
-    found: dict[str, Any] = {}
-    if training.is_file():
-        found["training"] = _read(training)
-        found["report"] = found["training"]["sparsity"]
-        found["evaluation"] = {key: found["training"][key] for key in ("dense", "comparison")}
-        found["evaluation"]["evaluation"] = found["training"]["pruned"]
-    elif path.is_file():
-        found["report"] = _read(path)
-    else:
-        raise CheckpointError(
-            f"{folder} has neither sparsity_report.json nor training_report.json: expected a folder that hf-prune "
-            f"prune or train wrote, whose numbers were counted"
-        )
+    found = _reports(folder, more.get("report"))
     config = _read(folder / "config.json")
     masks = folder / MASK_FILE
     settings = (config.get(RECORD) or {}).get("pruning_config")
     weights = next(iter(sorted(folder.glob("model*.safetensors"))), None)
-    found["rounded"] = is_rounded(folder)
     if weights is not None and is_packed(weights):
         found["config"], _ = read_pruning(unseal(weights).get("pruning", {}), weights)
+        found["rounded"] = is_rounded(folder)
     elif masks.is_file():
         found["config"] = StoredMasks(masks).config
     if found.get("config") is None and settings is not None:
@@ -146,13 +139,12 @@ def read_card_data(folder: str | Path, **more: Any) -> PruningCardData:
     found["tokens"] = any(name.endswith("ForCausalLM") for name in config.get("architectures") or [])
     found["name"] = folder.resolve().name
     found["versions"] = {name: importlib.metadata.version(name) for name in ("hf_prune", "torch", "transformers")}
+    if (old := stored_card_data(folder, found["checksums"])) is not None:
+        keys = [*KEPT, "versions", "name", *(() if more.get("base_model") else _LICENSE_FIELDS)]
+        found |= {key: value for key in keys if (value := getattr(old, key)) is not None}
     for key, value in more.items():
-        if key in _MEASURED and isinstance(value, str | Path):
-            found[key] = _read(Path(value))
-            if not isinstance(found[key], dict) or _MEASURED[key][0] not in found[key]:
-                raise DataError(
-                    f"{value} is not what {_MEASURED[key][1]} --json printed: it has no {_MEASURED[key][0]!r}"
-                )
+        if key in _MEASURED and value is not None:
+            found[key] = _measured(key, value)
         elif value is not None:
             found[key] = value
     if (base := found.get("base_model")) is not None:
@@ -163,15 +155,76 @@ def read_card_data(folder: str | Path, **more: Any) -> PruningCardData:
     return PruningCardData(**found)
 
 
+def _reports(folder: Path, report: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What the reports in a folder say; of a training if it is one on the same weights."""
+    path, training = (folder / name for name in REPORTS)
+    trained = _read(training) if training.is_file() else None
+    if trained is not None and (report is None or _counts(trained["sparsity"]) == _counts(report)):
+        evaluation = {"evaluation": trained["pruned"], **{key: trained[key] for key in ("dense", "comparison")}}
+        return {"training": trained, "report": trained["sparsity"], "evaluation": evaluation}
+    if report is None and not path.is_file():
+        raise CheckpointError(
+            f"{folder} has neither sparsity_report.json nor training_report.json: expected a folder that hf-prune "
+            f"prune or train wrote, whose numbers were counted"
+        )
+    return {"report": report or _read(path)}
+
+
+def _counts(report: Mapping[str, Any]) -> tuple[Any, ...]:
+    if (structure := report.get("structure")) is not None:  # the rest of the report is of the larger model
+        return (structure["parameters"],)
+    return report["parameters"], report["nonzero"]
+
+
+def _measured(key: str, value: Any) -> dict[str, Any]:
+    """What was measured, if it is what we know how to show."""
+    found = _read(Path(value)) if isinstance(value, str | Path) else value
+    inner, command = _MEASURED[key]
+    part = found.get(inner) if isinstance(found, Mapping) else None
+    if key == "evaluation" and isinstance(part, Mapping):
+        wanted = ("perplexity",) if "perplexity" in part else ("accuracy", "standard_error", "n")
+        right = all(isinstance(part.get(name), int | float) for name in wanted)
+    else:
+        right = key == "latency" and isinstance(part, list)
+    if not right:
+        where = value if isinstance(value, str | Path) else f"{key}={str(value)[:60]}"
+        raise DataError(f"{where} is not what {command} --json printed: it has no {inner!r} with its numbers")
+    return dict(found)
+
+
+def stored_card_data(folder: Path, sums: Mapping[str, str] | None = None) -> PruningCardData | None:
+    """What the card in a folder was rendered from; None if that is not there, damaged, or not of these files.
+
+    Args:
+        folder: A checkpoint.
+        sums: Its :func:`checksums`, if they are known.
+    """
+    try:
+        data = PruningCardData.from_dict(json.loads(read_text(folder / CARD_DATA)))
+    except (HfPruneError, OSError, AttributeError, TypeError, ValueError):
+        return None
+    return data if dict(data.checksums) == (checksums(folder) if sums is None else sums) else None
+
+
 def has_report(folder: Path) -> bool:
     """Whether a folder has what a card can be made of."""
     return any((folder / name).is_file() for name in REPORTS)
 
 
+def is_rounded(folder: Path) -> bool:
+    """Whether a checkpoint was written with ``values="int8"``.
+
+    Raises:
+        CheckpointError: If it is damaged.
+    """
+    first = next(iter(sorted(folder.glob("model*.safetensors"))), None)
+    return first is not None and is_packed(first) and unseal(first).get("values", "exact") != "exact"
+
+
 def checksums(folder: Path) -> dict[str, str]:
-    """SHA-256 of a checkpoint's weights, masks and config, by name."""
+    """SHA-256 of a checkpoint's weights, masks, config, index and code, by name."""
     found = {}
-    for path in sorted([*folder.glob("*.safetensors"), folder / "config.json"]):
+    for path in sorted(p for pattern in _DESCRIBED for p in folder.glob(pattern)):
         digest = hashlib.sha256()
         with path.open("rb") as file:
             while part := file.read(CHUNK_BYTES):
@@ -231,14 +284,26 @@ def _read(path: Path) -> Any:
         raise DataError(f"{path} is no JSON file: {error}") from error
 
 
+class _Loader(yaml.SafeLoader):
+    """As YAML 1.2 has it: ``no`` is the code of Norwegian, and not false."""
+
+
+_BOOL = "tag:yaml.org,2002:bool"
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != _BOOL]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(_BOOL, re.compile(r"(?:true|True|TRUE|false|False|FALSE)\Z"), list("tTfF"))
+
+
 def split_card(text: str) -> tuple[dict[str, Any], str]:
     """Metadata and body of a card."""
-    text = text.replace("\r\n", "\n")
+    text = text.removeprefix("\N{BOM}").replace("\r\n", "\n")
     match = _FRONT.match(text)
     if match is None:
         return {}, text
     try:
-        metadata = yaml.safe_load(match[1]) or {}
+        metadata = yaml.load(match[1], _Loader) or {}
     except yaml.YAMLError as error:
         raise DataError(f"the metadata of the card so far is no YAML: {error}; mend README.md first") from error
     if not isinstance(metadata, dict):

@@ -142,7 +142,7 @@ def _scores(data: PruningCardData) -> dict[str, Any] | None:
     if dense is not None:
         rows.append(["dense", *_figures(dense)])
     if "accuracy" not in score:
-        note = f"Measured on {where}, {score.get('tokens', 0):,} tokens."
+        note = f"Measured on {where}, {score.get('n_tokens', 0):,} tokens."
         return {"names": ["perplexity"], "rows": rows, "note": note}
     note = f"Measured on {where}, {_plain(score.get('split') or 'all of it')}; ± is one standard error."
     if comparison is not None:

@@ -17,18 +17,18 @@ from hf_prune.card_data import (
     checksums,
     is_license,
     is_link,
+    is_rounded,
     read_card_data,
     split_card,
 )
 from hf_prune.card_text import card_text
 from hf_prune.checkpoint import CARD_DATA
 from hf_prune.errors import CheckpointError, DataError
-from hf_prune.files import write_json, write_text
+from hf_prune.files import read_text, write_json, write_text
 from hf_prune.hub import is_repo_id
 from hf_prune.masking import MaskStore
 from hf_prune.plots import write_plots
-from hf_prune.recount import is_rounded, recounted
-from hf_prune.report import sparsity_report, weight_histogram
+from hf_prune.report import SparsityReport, sparsity_report, weight_histogram
 from hf_prune.shrinking import RECORD
 from hf_prune.structures import structure_report
 
@@ -68,15 +68,16 @@ def merge_cards(mine: str, theirs: str) -> str:
 
 
 def without_facts(card: str) -> str:
-    """A card without our part and the facts, for files that it does not describe.
+    """A card without our part, the facts and the scores, for files that it does not describe.
 
     Raises:
         DataError: If its metadata is no YAML.
     """
     metadata, body = split_card(card)
-    kept = {key: value for key, value in metadata.items() if key not in _ours(metadata)}
     parts = _around(body)
-    return _join(kept, body if parts is None else f"{parts[0].rstrip()}\n\n{parts[2].lstrip()}".strip() + "\n")
+    return _join(
+        _others(metadata), body if parts is None else f"{parts[0].rstrip()}\n\n{parts[2].lstrip()}".strip() + "\n"
+    )
 
 
 def check_card(folder: Path) -> None:
@@ -87,7 +88,7 @@ def check_card(folder: Path) -> None:
         DataError: If its metadata is no YAML.
     """
     path = folder / "README.md"
-    said = read_facts(path.read_text(encoding="utf-8")).get("sha256") if path.is_file() else None
+    said = read_facts(read_text(path)).get("sha256") if path.is_file() else None
     if said is not None and said != checksums(folder):
         raise CheckpointError(
             f"{path} describes other files than those beside it: run hf-prune card {folder} --write, or delete it"
@@ -97,30 +98,73 @@ def check_card(folder: Path) -> None:
 def _merge(new: dict[str, Any], text: str, old: str) -> str:
     """A card of new metadata and a new text in our part, the rest as of an old one."""
     metadata, body = split_card(old)
-    kept = {key: value for key, value in metadata.items() if key not in _ours(metadata)}
-    merged = {**kept, **{key: value for key, value in new.items() if key not in kept or key in _OURS}}
+    kept = _others(metadata)
+    if "license" in kept:  # the author's, and whatever belongs to it
+        new = {key: value for key, value in new.items() if key not in _LICENSE}
+    merged = {**kept, **{key: value for key, value in new.items() if key not in kept or key == FACTS}}
     for key in ("base_model", "datasets", "tags"):
         if key in new:
             merged[key] = _with(kept.get(key), new[key], replace=key != "tags")
+    if isinstance(index := kept.get("model-index"), list):
+        merged["model-index"] = [*index, *new.get("model-index", [])]
     if parts := _around(body):
         body = f"{parts[0]}{text}{parts[2]}"
     else:
         body = f"{body.rstrip()}\n\n{text}\n".lstrip()
-    return _join(merged, body)
+    order = dict.fromkeys([*metadata, *merged])  # as it was: a card that is made again changes where facts do
+    return _join({key: merged[key] for key in order if key in merged}, body)
+
+
+def _others(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """A card's metadata without what we wrote into it: the facts, the scores and the license that they name."""
+    facts = metadata.get(FACTS)
+    facts = facts if isinstance(facts, dict) else {}
+    kept = {key: value for key, value in metadata.items() if key != FACTS}
+    if "license" in facts and facts["license"] == kept.get("license"):
+        kept = {key: value for key, value in kept.items() if key not in _LICENSE}
+    score = facts.get("score")
+    if isinstance(index := kept.get("model-index"), list) and isinstance(score, dict) and "dataset" in score:
+        ours = [id(result) for result, _ in results_of(index, score)]
+        index = [_less(entry, ours) if isinstance(entry, dict) else entry for entry in index]
+        kept["model-index"] = [entry for entry in index if entry]
+        if not kept["model-index"]:
+            del kept["model-index"]
+    return kept
+
+
+def _less(entry: dict[str, Any], gone: list[int]) -> dict[str, Any]:
+    """An entry of a ``model-index`` without some results; nothing if none is left."""
+    if not isinstance(entry.get("results"), list):
+        return entry
+    left = [result for result in entry["results"] if id(result) not in gone]
+    return {**entry, "results": left} if left else {}
+
+
+def results_of(index: Any, score: Mapping[str, Any]) -> list[tuple[Any, Any]]:
+    """The results in a ``model-index`` that are ours by data and metric, and their values.
+
+    Args:
+        index: The ``model-index``; what is not as the Hub has it is passed over.
+        score: What a card's facts say of the score.
+    """
+    kind, found = "accuracy" if "accuracy" in score else "perplexity", []
+    for entry in index if isinstance(index, list) else []:
+        for result in (entry.get("results") if isinstance(entry, dict) else None) or []:
+            try:
+                values = [metric["value"] for metric in result["metrics"] if metric["type"] == kind]
+                if values and result["dataset"]["type"] == score["dataset"]:
+                    found.append((result, values[0]))
+            except (KeyError, TypeError):
+                continue
+    return found
+
+
+_LICENSE = ("license", "license_name", "license_link")
 
 
 def _join(metadata: Mapping[str, Any], body: str) -> str:
     front = yaml.safe_dump(dict(metadata), sort_keys=False, allow_unicode=True, width=10**6)
     return f"---\n{front}---\n\n{body.lstrip()}" if metadata else body.lstrip()
-
-
-def _ours(metadata: Mapping[str, Any]) -> tuple[str, ...]:
-    """What of a card's metadata we wrote: the facts, and the scores if the facts have any."""
-    facts = metadata.get(FACTS)
-    return _OURS if isinstance(facts, dict) and "score" in facts else (FACTS,)
-
-
-_OURS = ("model-index", FACTS)
 
 
 def _around(body: str) -> tuple[str, str, str] | None:
@@ -154,14 +198,24 @@ def write_card(folder: str | Path, data: PruningCardData) -> str:
         DataError: If the metadata of the card so far, or a fact, is not as the Hub wants it.
     """
     path = Path(folder) / "README.md"
-    text = render_card(data, path.read_text(encoding="utf-8") if path.is_file() else None)
+    text = render_card(data, read_text(path) if path.is_file() else None)
     write_json(path.with_name(CARD_DATA), data.to_dict())
     write_text(path, text)
     return text
 
 
+def full_report(model: Any) -> SparsityReport:
+    """What is zero in a model, and what was taken out of it."""
+    report = sparsity_report(model)
+    if getattr(getattr(model, "config", None), RECORD, None) is not None:
+        report = dataclasses.replace(report, structure=structure_report(model))
+    return report
+
+
 def describe_model(model: Any, folder: str | Path, *, plots: bool = True, **more: Any) -> str:
     """Count what is zero in a model, and write the report and the card into the folder that it was saved in.
+
+    Values that were rounded as they were saved are loaded again, and counted as they are now.
 
     Args:
         model: The model.
@@ -171,21 +225,26 @@ def describe_model(model: Any, folder: str | Path, *, plots: bool = True, **more
 
     Returns:
         The card.
+
+    Raises:
+        DataError: If the card so far is no YAML, or a fact is not as the Hub wants it; the folder is as it was.
     """
-    report = sparsity_report(model)
-    if getattr(getattr(model, "config", None), RECORD, None) is not None:
-        report = dataclasses.replace(report, structure=structure_report(model))
-    values, rounded = report.to_dict(), is_rounded(Path(folder))
-    if rounded:
-        values = recounted(values, Path(folder))
+    folder = Path(folder)
+    if is_rounded(folder):
+        model = type(model).from_pretrained(folder)
+    report, store = full_report(model), MaskStore.of(model)
+    draws = plots and store is not None and report.structure is None
     if plots:
-        for name in PICTURES:
-            (Path(folder) / name).unlink(missing_ok=True)
-        store = MaskStore.of(model)
-        if store is not None and report.structure is None and not rounded:
-            write_plots(Path(folder), report, None, weight_histogram(model, list(store.masks)), report.model_name)
-    write_json(Path(folder) / "sparsity_report.json", values)
-    return write_card(folder, read_card_data(folder, **more))
+        more["pictures"] = PICTURES if draws else {}
+    data = read_card_data(folder, **{**more, "report": report.to_dict()})
+    path = folder / "README.md"
+    render_card(data, read_text(path) if path.is_file() else None)  # errors come before anything is written
+    for name in PICTURES if plots else ():
+        (folder / name).unlink(missing_ok=True)
+    if draws and store is not None:
+        write_plots(folder, report, None, weight_histogram(model, list(store.masks)), report.model_name)
+    write_json(folder / "sparsity_report.json", report.to_dict())
+    return write_card(folder, data)
 
 
 def read_metadata(text: str) -> dict[str, Any]:
@@ -256,8 +315,10 @@ def _facts(data: PruningCardData, text: str) -> dict[str, Any]:
         facts = {key: report[key] for key in ("parameters", "nonzero", "target_parameters", "removed")}
         facts["nm_patterns"] = list(report.get("nm_patterns") or [])
     facts |= {"files": dict(data.files), "sha256": dict(data.checksums), "text": _checksum(text)}
+    if data.license:
+        facts["license"] = data.license
     if (score := (data.evaluation or {}).get("evaluation")) is not None:
-        keys = ("accuracy", "standard_error", "perplexity", "n", "split", "data_fingerprint")
+        keys = ("accuracy", "perplexity", "standard_error", "n", "window", "split", "data_fingerprint")
         facts["score"] = {key: score[key] for key in keys if score.get(key) is not None}
         if data.dataset:
             facts["score"]["dataset"] = data.dataset

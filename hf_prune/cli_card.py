@@ -34,11 +34,16 @@ def card(
         bool, typer.Option("--write", help="Write README.md into the folder; what its author wrote stays.")
     ] = False,
 ) -> None:
-    """Make a model card from what was measured; facts that are missing are left out."""
-    from hf_prune.cards import read_card_data, render_card, write_card
+    """Make a model card: zeros are counted, scores and timings read; facts that are missing are left out."""
+    start([str(folder)])
+    from hf_prune.auto import load_native
+    from hf_prune.cards import full_report, read_card_data, render_card, write_card
+    from hf_prune.files import read_text, write_json
 
+    report = full_report(load_native(str(folder))).to_dict()
     data = read_card_data(
         folder,
+        report=report,
         evaluation=evaluation,
         latency=latency,
         base_model=base_model,
@@ -49,10 +54,11 @@ def card(
     )
     if write:
         write_card(folder, data)
+        write_json(folder / "sparsity_report.json", data.report)
         typer.echo(f"Saved in {folder / 'README.md'}.")
         return
     old = folder / "README.md"
-    typer.echo(render_card(data, old.read_text(encoding="utf-8") if old.is_file() else None))
+    typer.echo(render_card(data, read_text(old) if old.is_file() else None))
 
 
 def verify(
@@ -71,14 +77,18 @@ def verify(
 
     def score(folder: str) -> dict[str, Any]:
         from hf_prune.cards import read_facts
+        from hf_prune.files import read_text
         from hf_prune.workflows import evaluate_checkpoint, evaluate_language_model
 
-        said = read_facts((Path(folder) / "README.md").read_text(encoding="utf-8"))["score"]
+        said = read_facts(read_text(Path(folder) / "README.md"))["score"]
         which = split or said.get("split")
         if is_language_model(model_class(folder)):
-            texts = TextData(data or WIKITEXT, text_column or "text")
-            return evaluate_language_model(folder, texts, which or "test").to_dict()
-        labelled = LabelledData(data or SST2, split_names(text_column or "sentence"), label_column)
+            texts = TextData(data or said.get("dataset") or WIKITEXT, text_column or "text")
+            window, n = said.get("window"), said.get("n")
+            return evaluate_language_model(folder, texts, which or "test", window=window, limit=n).to_dict()
+        labelled = LabelledData(
+            data or said.get("dataset") or SST2, split_names(text_column or "sentence"), label_column
+        )
         return evaluate_checkpoint(folder, labelled, which or "validation").to_dict()
 
     result = verify_checkpoint(source, revision=revision, score=score if evaluate else None)

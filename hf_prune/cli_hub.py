@@ -28,9 +28,16 @@ def push(
     message: Annotated[str, typer.Option(help="Of the commit.")] = "Upload pruned model",
     as_json: AsJson = False,
 ) -> None:
-    """Upload a checkpoint to the Hub, in one commit."""
+    """Upload a checkpoint to the Hub, in one commit, with a card if hf-prune made the folder."""
+    from hf_prune.card_data import has_report
     from hf_prune.push import push_checkpoint
 
+    made = None
+    if has_report(folder) and not (folder / "README.md").is_file():
+        from hf_prune.auto import load_native
+        from hf_prune.cards import full_report, read_card_data, render_card
+
+        made = render_card(read_card_data(folder, report=full_report(load_native(str(folder))).to_dict(), name=repo))
     result = push_checkpoint(
         folder,
         repo,
@@ -40,5 +47,6 @@ def push(
         force=force,
         dry_run=dry_run,
         commit_message=message,
+        card=made,
     )
     typer.echo(json.dumps(result.to_dict(), indent=2) if as_json else str(result))

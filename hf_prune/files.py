@@ -12,6 +12,8 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from hf_prune.errors import DataError
+
 # Unpickling runs code from the file; nobody here opens one, or passes it on.
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".dill")
 _OTHER_WEIGHTS = (".h5", ".msgpack")  # of TensorFlow and Flax: not the ones that are written
@@ -40,6 +42,18 @@ def write_text(path: str | os.PathLike[str], text: str) -> Path:
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8", newline="\n")
     return Path(path)
+
+
+def read_text(path: str | os.PathLike[str]) -> str:
+    """The text of a file, without a byte order mark.
+
+    Raises:
+        DataError: If it is not in UTF-8.
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{os.fspath(path)} is not in UTF-8: {error.reason}; save it as UTF-8") from error
 
 
 def write_json(path: str | os.PathLike[str], values: Any) -> Path:

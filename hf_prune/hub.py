@@ -13,6 +13,7 @@ from huggingface_hub.errors import (
     EntryNotFoundError,
     HfHubHTTPError,
     HFValidationError,
+    LocalEntryNotFoundError,
     LocalTokenNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
@@ -21,19 +22,19 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 
 from hf_prune.errors import DataError, HubError
-from hf_prune.files import PICKLES
+from hf_prune.files import PICKLES, read_text
 from hf_prune.sources import check_hub_reachable
 
 Result = TypeVar("Result")
 
-_TRIES = 4
+TRIES = 4
 _TOKEN = re.compile(r"hf_\w{6,}")
 
 
 def card_of(repo_id: str, *, revision: str | None = None, token: str | bool | None = None) -> str | None:
     """The card that a repository has; None if it has none, or is not there."""
     path = asking(lambda: hf_hub_download(repo_id, "README.md", revision=revision, token=token), repo_id, missing=True)
-    return None if path is None else Path(path).read_text(encoding="utf-8")
+    return None if path is None else read_text(path)
 
 
 def download_checkpoint(repo_id: str, revision: str | None = None) -> Path:
@@ -89,15 +90,24 @@ def card_of_base(repo_id: str) -> str | None:
     return Path(path).read_text(encoding="utf-8", errors="replace")
 
 
-def asking(ask: Callable[[], Result], repo_id: str, *, missing: bool = False) -> Any:
+def asking(ask: Callable[[], Result], repo_id: str, *, missing: bool = False, tries: int = TRIES) -> Any:
     """What the Hub answers, tried again where a fault may pass; None for what is not there, if that is fine.
+
+    Args:
+        ask: Asks.
+        repo_id: What it is about, for messages.
+        missing: Whether it may not be there.
+        tries: How often, where it must not happen twice.
 
     Raises:
         HubError: If it refuses, or cannot be reached.
     """
-    for attempt in range(_TRIES):
+    for attempt in range(tries):
         try:
             return ask()
+        except LocalEntryNotFoundError:  # neither the cache has it, nor does the Hub answer
+            if attempt == tries - 1:
+                raise HubError("the Hub cannot be reached: check the network, and try again") from None
         except (RepositoryNotFoundError, RevisionNotFoundError, EntryNotFoundError) as error:
             status = getattr(getattr(error, "response", None), "status_code", None)
             if missing and status != 401:
@@ -121,12 +131,16 @@ def asking(ask: Callable[[], Result], repo_id: str, *, missing: bool = False) ->
                 raise HubError(
                     f"this token may not write to {repo_id}: use one with write access, or a repository of your own"
                 ) from None
-            if status < 500 or attempt == _TRIES - 1:
+            if status == 412:
+                raise HubError(
+                    f"{repo_id} was changed in the meantime, or has this commit already: look at it, and try again"
+                ) from None
+            if status < 500 or attempt == tries - 1:
                 raise HubError(f"the Hub refused it for {repo_id}: {_clean(error)}") from None
         except Exception as error:
             if not _is_network(error):
                 raise
-            if attempt == _TRIES - 1:
+            if attempt == tries - 1:
                 raise HubError(
                     f"the Hub cannot be reached ({type(error).__name__}): check the network; what has arrived is not "
                     f"sent again by the next try"

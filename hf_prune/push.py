@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -12,15 +13,21 @@ from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, hf_hub_download
 
-from hf_prune.card_data import has_report, read_card_data
-from hf_prune.cards import check_card, merge_cards, render_card, without_facts
+from hf_prune.card_data import stored_card_data
+from hf_prune.cards import check_card, merge_cards, read_facts, render_card, without_facts
+from hf_prune.checkpoint import CARD_DATA, REPORTS
 from hf_prune.errors import CheckpointError, DataError, HubError
-from hf_prune.files import PICKLES
-from hf_prune.hub import asking, card_of, full_repo_id
+from hf_prune.files import PICKLES, read_text
+from hf_prune.hub import TRIES, asking, card_of, full_repo_id
+from hf_prune.remote_code import FILE
 from hf_prune.tables import format_count, format_table
 
 _OWN = (".gitattributes", "README.md")  # what a new repository may have
-_WEIGHTS = re.compile(r"(model.*|pruning_masks)\.safetensors|model.*\.safetensors\.index\.json")
+# Of an earlier checkpoint: weights, what was counted in them, what reads them.
+_EARLIER = re.compile(
+    r"(model[^/]*|pruning_masks)\.safetensors|model[^/]*\.safetensors\.index\.json|"
+    + "|".join(map(re.escape, (*REPORTS, CARD_DATA, FILE)))
+)
 
 
 @dataclass(frozen=True)
@@ -76,14 +83,16 @@ def push_checkpoint(
     dry_run: bool = False,
     commit_message: str = "Upload pruned model",
     token: str | bool | None = None,
+    card: str | None = None,
 ) -> PushResult:
     """Upload a checkpoint's folder to a model repository, all in one commit.
 
     A repository that does not exist is created. Large files that arrived before a fault are not sent again by the next
-    try. Weights of an earlier checkpoint that the new one does not have are deleted by the same commit.
+    try. Weights of an earlier checkpoint that the new one does not have are deleted by the same commit, which is
+    refused if somebody else commits in the meantime.
 
-    The card is the folder's ``README.md``, or made of the folder's report. Where that has no words of its author, those
-    of the repository's card stay.
+    The card is the folder's ``README.md``; one that was made for the folder's name gets that of the repository. Where
+    it has no words of its author, those of the repository's card stay.
 
     Args:
         folder: A checkpoint: ``config.json`` and weights as safetensors.
@@ -95,6 +104,7 @@ def push_checkpoint(
         dry_run: Upload nothing; say what would be.
         commit_message: Of the commit.
         token: Of the Hub; None takes the one you are logged in with.
+        card: A card for a folder that has none.
 
     Returns:
         What was uploaded; print it.
@@ -103,7 +113,7 @@ def push_checkpoint(
         CheckpointError: If the folder holds no checkpoint, or its card describes other files.
         DataError: If the metadata of a card is no YAML.
         HubError: If nobody is logged in, may not write there, the Hub cannot be reached, or the repository holds
-            something else, or is public where ``private`` is asked for. The repository is as it was.
+            something else, or is public where ``private`` is asked for. Its files are as they were.
     """
     folder = Path(folder)
     files, skipped = _files(folder)
@@ -112,8 +122,8 @@ def push_checkpoint(
     if not dry_run:
         repo_id = full_repo_id(repo_id, token)
     there = _present(api, repo_id, revision, force, folder, private=private, dry_run=dry_run)
-    removed = tuple(sorted(name for name in there if _WEIGHTS.fullmatch(name) and name not in files))
-    text = _card(folder, repo_id, _their_card(repo_id, revision, token, dry_run=dry_run))
+    removed = tuple(sorted(name for name in there if _EARLIER.fullmatch(name) and name not in files))
+    text = _card(folder, repo_id, card, _their_card(repo_id, revision, token, dry_run=dry_run))
     contents: dict[str, str | bytes] = {name: str(path) for name, path in files.items()}
     sizes = {name: path.stat().st_size for name, path in files.items()}
     if text is not None:
@@ -124,13 +134,22 @@ def push_checkpoint(
     asking(lambda: api.create_repo(repo_id, private=private, exist_ok=True), repo_id)
     if revision is not None and revision != "main":
         asking(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True), repo_id)
+    head = asking(lambda: api.model_info(repo_id, revision=revision), repo_id)
+    if {each.rfilename for each in head.siblings or []} - set(_OWN) != set(there) - set(_OWN):
+        raise HubError(f"{repo_id} was changed in the meantime: look at it, and try again")
     operations: list[Any] = [CommitOperationAdd(name, content) for name, content in contents.items()]
     operations += [CommitOperationDelete(name) for name in removed]
     commit = asking(
         lambda: api.create_commit(
-            repo_id, operations, commit_message=commit_message, revision=revision, create_pr=create_pr
+            repo_id,
+            operations,
+            commit_message=commit_message,
+            revision=revision,
+            create_pr=create_pr,
+            parent_commit=head.sha,
         ),
         repo_id,
+        tries=1 if create_pr else TRIES,  # what has a parent cannot be committed twice
     )
     return PushResult(repo_id, sizes, removed, skipped, commit.oid, commit.pr_url or commit.commit_url, text)
 
@@ -219,15 +238,16 @@ def _their_card(repo_id: str, revision: str | None, token: str | bool | None, *,
         return None  # what is there is not known then
 
 
-def _card(folder: Path, repo_id: str, theirs: str | None) -> str | None:
+def _card(folder: Path, repo_id: str, card: str | None, theirs: str | None) -> str | None:
     """The card to upload, beside one that the repository has; None leaves that one as it is."""
     path = folder / "README.md"
-    if path.is_file():
-        mine = path.read_text(encoding="utf-8")
-        return mine if theirs is None else merge_cards(mine, theirs)
-    if has_report(folder):
-        return render_card(read_card_data(folder, name=repo_id), theirs)
-    return None if theirs is None else without_facts(theirs)
+    mine = read_text(path) if path.is_file() else card
+    if mine is None:
+        return None if theirs is None else without_facts(theirs)
+    data = stored_card_data(folder) if path.is_file() and read_facts(mine) else None
+    if data is not None and data.name == folder.resolve().name:
+        mine = render_card(dataclasses.replace(data, name=repo_id), mine)
+    return mine if theirs is None else merge_cards(mine, theirs)
 
 
 def _files(folder: Path) -> tuple[dict[str, Path], tuple[str, ...]]:
@@ -266,9 +286,12 @@ def _to_upload(folder: Path) -> tuple[dict[str, Path], tuple[str, ...]]:
 def _present(
     api: HfApi, repo_id: str, revision: str | None, force: bool, folder: Path, *, private: bool | None, dry_run: bool
 ) -> list[str]:
-    """The files of a repository, if it may be overwritten."""
+    """The files of a branch, which begins as the main one if it is not there yet, if they may be overwritten."""
     try:
         info = asking(lambda: api.model_info(repo_id, revision=revision), repo_id, missing=True)
+        if info is None and revision is not None:
+            revision = None
+            info = asking(lambda: api.model_info(repo_id), repo_id, missing=True)
     except HubError:
         if dry_run:  # whether it exists is not known then
             return []

@@ -23,6 +23,7 @@ from hf_prune.config import PruningConfig
 from hf_prune.distillation import Distillation
 from hf_prune.distributed import processes
 from hf_prune.errors import ConfigError, MaskError
+from hf_prune.files import read_text
 from hf_prune.masking import MaskStore
 from hf_prune.mixin import prunable
 from hf_prune.pipeline import resolve_config
@@ -31,6 +32,7 @@ from hf_prune.sites import find_sites
 from hf_prune.training import TrainingPruner
 from hf_prune.training_state import check_training, load_training, save_training
 
+_GENERATED = "<!-- This model card has been generated automatically"  # of the Trainer: until the author removes it
 _HANDLES = "_hf_prune_hooks"  # where a model keeps the handles of hooks while it is trained
 
 
@@ -398,9 +400,15 @@ class PruningTrainer(Trainer):
         return super()._determine_best_metric(metrics, trial)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """The Trainer's card, with what was counted in the model: ``push_to_hub`` uploads it."""
-        super().create_model_card(*args, **kwargs)
+        """The Trainer's card, with what was counted in the model: ``push_to_hub`` uploads it.
+
+        A card that the author has taken over, by removing the comment that the Trainer's begin with, stays but for our
+        part.
+        """
         folder = Path(str(self.args.output_dir))
+        card = folder / "README.md"
+        if not card.is_file() or _GENERATED in read_text(card):
+            super().create_model_card(*args, **kwargs)
         if self.is_world_process_zero() and self._prunes and (folder / "config.json").is_file():
             describe_model(self.model, folder, name=self.hub_model_id or folder.name)
 

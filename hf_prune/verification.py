@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,11 +10,10 @@ from typing import Any
 
 from hf_prune.card_data import checksums
 from hf_prune.card_text import counted_lines
-from hf_prune.cards import read_facts, read_metadata, text_checksum
-from hf_prune.errors import CheckpointError
+from hf_prune.cards import full_report, read_facts, read_metadata, results_of, text_checksum
+from hf_prune.errors import CheckpointError, ConfigError
+from hf_prune.files import read_text
 from hf_prune.hub import download_checkpoint
-from hf_prune.shrinking import RECORD
-from hf_prune.structures import structure_report
 from hf_prune.tables import format_table
 
 _SHA256 = re.compile("[0-9a-f]{64}")
@@ -29,15 +27,19 @@ class Difference:
         name: Which one.
         said: What the card says.
         found: What was counted.
+        tolerance: How far apart numbers may be.
     """
 
     name: str
     said: Any
     found: Any
+    tolerance: float = 0.0
 
     @property
     def is_same(self) -> bool:
         """Whether the card is right."""
+        if self.tolerance and isinstance(self.said, int | float) and isinstance(self.found, int | float):
+            return abs(self.said - self.found) <= self.tolerance
         return bool(self.said == self.found)
 
 
@@ -82,7 +84,9 @@ def _show(value: Any) -> str:
 def verify_checkpoint(
     source: str, *, revision: str | None = None, score: Callable[[str], dict[str, Any]] | None = None
 ) -> Verification:
-    """Count everything again that a card gives to programs.
+    """Count everything again that a card gives to programs, and compare its text with it.
+
+    A score that is measured again may differ by a tenth of its standard error: another machine rounds otherwise.
 
     Args:
         source: A folder, or a repository on the Hub, which is downloaded.
@@ -91,13 +95,16 @@ def verify_checkpoint(
 
     Raises:
         CheckpointError: If the card has no facts, or the files are damaged or do not belong together.
+        ConfigError: If a revision of a folder is asked for.
+        HubError: If the repository is not there, or the Hub cannot be reached.
     """
     from hf_prune.auto import load_native
-    from hf_prune.report import sparsity_report
 
+    if revision is not None and Path(source).is_dir():
+        raise ConfigError(f"{source} is a folder and has no revisions: leave --revision out")
     folder = Path(source) if Path(source).is_dir() else download_checkpoint(source, revision)
     card = folder / "README.md"
-    text = card.read_text(encoding="utf-8") if card.is_file() else ""
+    text = read_text(card) if card.is_file() else ""
     facts = read_facts(text)
     if not facts:
         raise CheckpointError(
@@ -107,21 +114,17 @@ def verify_checkpoint(
     said = facts.get("score")
     if score is not None and not isinstance(said, dict):
         raise CheckpointError(f"the card of {source} gives no score to verify: leave --evaluate out")
-    model = load_native(str(folder))
-    report = sparsity_report(model)
-    shrunk = getattr(model.config, RECORD, None) is not None
-    if shrunk:
-        report = dataclasses.replace(report, structure=structure_report(model))
-    counted = report.to_dict()
+    report = full_report(load_native(str(folder))).to_dict()
+    shrunk = report["structure"] is not None
     sizes = {path.name: path.stat().st_size for path in sorted(folder.glob("*.safetensors"))}
+    counted = {**report, "parameters": report["structure"]["parameters"]} if shrunk else report
     found = [Difference(key, facts.get(key), counted[key]) for key in _COUNTED[: 1 if shrunk else None]]
     found += _by_name("bytes of", facts.get("files"), sizes)
     found += _by_name("SHA-256 of", facts.get("sha256"), checksums(folder))
     found.append(Difference("SHA-256 of the text", facts.get("text"), text_checksum(text)))
-    found += _shown(text, counted, sizes, said)
+    found += _shown(text, report, sizes, said)
     if score is not None and said is not None:
-        again = score(str(folder))
-        found += [Difference(key, value, again.get(key)) for key, value in said.items() if key != "dataset"]
+        found += _again(said, score(str(folder)))
     return Verification(source, tuple(found))
 
 
@@ -133,27 +136,27 @@ def _by_name(what: str, said: Any, found: Mapping[str, Any]) -> list[Difference]
     return [Difference(f"{what} {name}", said.get(name), found.get(name)) for name in sorted({*said, *found}, key=str)]
 
 
+def _again(said: Mapping[str, Any], found: Mapping[str, Any]) -> list[Difference]:
+    error = said.get("standard_error")
+    near = error / 10 if isinstance(error, int | float) else 0.0
+    tolerances = {"accuracy": near, "perplexity": near, "standard_error": near}
+    return [
+        Difference(key, value, found.get(key), tolerances.get(key, 0.0))
+        for key, value in said.items()
+        if key != "dataset"
+    ]
+
+
 def _shown(text: str, report: Mapping[str, Any], files: Mapping[str, int], score: Any) -> list[Difference]:
     """What a card's text and its ``model-index`` show that is not what was counted, or what the facts say."""
     there = set(text.splitlines())
     try:
         lines = counted_lines(report, files, score)
-        index = [] if score is None else _index(read_metadata(text), score)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         return [Difference("scores", f"{type(error).__name__}: {error}", "what cards have")]
-    return [Difference(f"line on {what}", "missing", line) for what, line in lines.items() if line not in there] + index
-
-
-def _index(metadata: Mapping[str, Any], score: Mapping[str, Any]) -> list[Difference]:
-    """The scores that the Hub shows of the card's own data; others, on other data, are the author's."""
-    if "dataset" not in score:
-        return []
-    kind = "accuracy" if "accuracy" in score else "perplexity"
-    values = [
-        metric["value"]
-        for entry in metadata.get("model-index") or []
-        for result in entry["results"]
-        for metric in result["metrics"]
-        if (result["dataset"]["type"], metric["type"]) == (score["dataset"], kind)
-    ]
-    return [Difference(f"{kind} in model-index", value, score[kind]) for value in values or [None]]
+    found = [Difference(f"line on {what}", "missing", line) for what, line in lines.items() if line not in there]
+    if score is not None and "dataset" in score:
+        kind = "accuracy" if "accuracy" in score else "perplexity"
+        values = [value for _, value in results_of(read_metadata(text).get("model-index"), score)]
+        found += [Difference(f"{kind} in model-index", value, score[kind]) for value in values or [None]]
+    return found

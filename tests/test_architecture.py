@@ -92,7 +92,6 @@ LAYERS = (
         "migration",
         "plots",
         "push",
-        "recount",
         "training_state",
     ),
     (

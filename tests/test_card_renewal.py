@@ -81,63 +81,40 @@ def test_same_values_keep_what_was_measured_and_describe_the_new_files(folder, t
     assert all(line.strip().startswith(changing) for line in different)
 
 
-def test_rounded_values_lose_what_was_measured_before(folder, tmp_path):
+def test_after_rounding_everything_is_counted_anew(folder, tmp_path):
     weights = load_file(folder / "model.safetensors")
     kept = weights["classifier.weight"].nonzero()[0]
     weights["classifier.weight"][tuple(kept)] = 1e-6  # will be rounded to zero
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     write_card(folder, read_card_data(folder, **FACTS, evaluation=SCORES, latency=LATENCY))
-    report = compress_checkpoint(folder, tmp_path / "small", values="int8")
-    new = card_of(tmp_path / "small")
-    assert "README.md describes the new files; what was measured before the rounding is gone from it." in str(report)
-    assert set(report.left) == {"layers.png", "weights.png"}
-    assert not any((tmp_path / "small" / name).exists() for name in report.left)
-    assert "score" not in read_facts(new)
-    assert "model-index" not in front(new)
+    small = tmp_path / "small"
+    report = compress_checkpoint(folder, small, values="int8")
+    assert "What hf_prune wrote in README.md is gone: hf-prune card FOLDER --write counts anew." in str(report)
+    assert set(report.left) == {"layers.png", "weights.png", "sparsity_report.json", "pruning_card.json"}
+    assert not any((small / name).exists() for name in report.left)
+    assert RepoCard(card_of(small)).text.strip() == "# Mine\n\nBefore.\n\nAfter."
+    assert "model-index" not in front(card_of(small))
+    command(["card", small, "--write"])
+    new = card_of(small)
     assert not any(gone in new for gone in ("70.00", "12.3 ms", ".png"))
-    assert "hf-prune prune a &lt;b&gt;" in new
     assert "were rounded to int8, which is lossy." in new
-    assert "Before." in new
-    assert "After." in new
-    assert verify_checkpoint(str(tmp_path / "small")).is_right  # zeros that rounding made are counted
-    counts = [json.loads((f / "sparsity_report.json").read_text())["nonzero"] for f in (folder, tmp_path / "small")]
+    assert verify_checkpoint(str(small)).is_right  # zeros that rounding made are counted
+    counts = [json.loads((f / "sparsity_report.json").read_text())["nonzero"] for f in (folder, small)]
     assert counts[0] - counts[1] == 1
-
-
-def test_rounding_ends_what_a_training_measured(folder, tmp_path):
-    sparsity = json.loads((folder / "sparsity_report.json").read_text())
-    (folder / "training_report.json").write_text(json.dumps({"sparsity": sparsity, "pruned": {}}))
-    (folder / "sparsity_report.json").unlink()
-    report = compress_checkpoint(folder, tmp_path / "small", values="int8")
-    assert "training_report.json" in report.left
-    assert verify_checkpoint(str(tmp_path / "small")).is_right
-
-
-def test_a_card_of_other_weights_is_taken_out(folder, tmp_path):
-    weights = load_file(folder / "model.safetensors")
-    weights["classifier.bias"] += 1
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    assert "What hf_prune wrote in README.md is gone" in str(compress_checkpoint(folder, tmp_path / "small"))
-    assert read_facts(card_of(tmp_path / "small")) == {}
-    assert not (tmp_path / "small" / "pruning_card.json").exists()
+    decompress_checkpoint(small, tmp_path / "again")
+    assert "were rounded to int8, which is lossy." in card_of(tmp_path / "again")
+    assert verify_checkpoint(str(tmp_path / "again")).is_right
 
 
 @pytest.mark.parametrize("values", ["exact", "int8"])
-@pytest.mark.parametrize("report", [None, "{", '{"tensors": []}'])
-def test_without_a_report_what_we_wrote_is_taken_out(folder, tmp_path, values, report):
-    if report is None:
-        (folder / "sparsity_report.json").unlink()
-    else:
-        (folder / "sparsity_report.json").write_text(report)
+def test_a_card_of_other_weights_is_taken_out(folder, tmp_path, values):
+    weights = load_file(folder / "model.safetensors")
+    weights["classifier.bias"] += 1
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
     found = compress_checkpoint(folder, tmp_path / "small", values=values)
-    new = card_of(tmp_path / "small")
     assert "What hf_prune wrote in README.md is gone" in str(found)
-    assert read_facts(new) == {}
-    assert "model-index" not in front(new)
-    assert BEGIN not in new
-    assert END not in new
-    assert RepoCard(new).text.strip() == "# Mine\n\nBefore.\n\nAfter."
-    assert ("sparsity_report.json" in found.left) == (values == "int8" and report is not None)
+    assert read_facts(card_of(tmp_path / "small")) == {}
+    assert not (tmp_path / "small" / "pruning_card.json").exists()
 
 
 @pytest.mark.parametrize(
@@ -159,4 +136,4 @@ def test_a_card_with_damaged_metadata_is_copied_and_said_so(folder, tmp_path):
 def test_the_command_says_what_became_of_the_card(folder, tmp_path, capsys):
     command(["compress", folder, tmp_path / "small", "--values", "int8"])
     said = capsys.readouterr().out
-    assert "what was measured before the rounding is gone from it.\nNot copied: layers.png, weights.png." in said
+    assert "counts anew.\nNot copied: sparsity_report.json, layers.png, weights.png, pruning_card.json." in said

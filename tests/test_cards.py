@@ -147,7 +147,7 @@ def test_what_is_missing_is_left_out(made, scores, field, trace):
         ("---\nlicense: mit\n---\n# x", {"license": "mit"}),
         ("---\nlicense: 'all rights: mine'\n---", {}),
         ("---\nlicense: [mit, apache-2.0]\n---", {}),
-        ("---\nlicense: no\n---", {}),
+        ("---\nlicense: true\n---", {}),
         ("---\n{a: [\n---\n", {}),
         ("no metadata", {}),
         (None, {}),
@@ -324,7 +324,7 @@ def test_verify_finds_words_that_are_wrong(folder, run, scores):
         (f"| this model | {100 * accuracy:.2f}", "| this model | 99.99", [text, "line on scores"]),
         ("Nothing was timed.", "It is twice as fast.", [text]),
         (f"value: {accuracy}", "value: 0.99", ["accuracy in model-index"]),
-        ("    metrics:", "    figures:", ["scores"]),
+        ("    metrics:", "    figures:", ["accuracy in model-index"]),
         ("\n      type: me/data", "\n      type: me/other", ["accuracy in model-index"]),
         ("  removed:", "  gone:", ["removed"]),
         ("  - '2:4'\n", "", ["nm_patterns"]),
@@ -344,18 +344,89 @@ def test_verify_reads_cards_with_other_line_ends(folder):
     assert different(folder) == []
 
 
-def test_scores_of_an_earlier_card_do_not_stay(folder, scores):
+def test_what_was_measured_stays_as_long_as_the_files_do(folder, scores):
     write_card(folder, read_card_data(folder, evaluation=scores, dataset="me/data", base_model="me/first"))
-    assert "model-index" in front((folder / "README.md").read_text())
-    write_card(folder, read_card_data(folder, base_model="me/second", dataset="me/data"))
+    first = (folder / "README.md").read_text()
+    write_card(folder, read_card_data(folder, base_model="me/second", command="hf-prune x"))
+    text = (folder / "README.md").read_text()
+    assert front(text)["model-index"] == front(first)["model-index"]
+    assert read_facts(text)["score"] == read_facts(first)["score"]
+    assert front(text)["base_model"] == "me/second"
+    change_weight(folder, one_more_zero)
+    (folder / "pruning_masks.safetensors").unlink()
+    write_card(folder, read_card_data(folder))
     text = (folder / "README.md").read_text()
     assert "model-index" not in front(text)
-    assert front(text)["base_model"] == "me/second"
-    own = "---\nmodel-index: [mine]\nbase_model: [me/second, me/third]\ntags: mine\n---\n"
-    metadata = front(render_card(read_card_data(folder, base_model="me/second"), own))
-    assert metadata["model-index"] == ["mine"]
+    assert "score" not in read_facts(text)
+    assert "hf-prune x" not in text
+
+
+def test_metadata_of_the_author(folder, scores):
+    own = """---
+model-index:
+- name: mine
+  results:
+  - {task: {type: x}, dataset: {name: y, type: me/other}, metrics: [{type: accuracy, value: 0.5}]}
+base_model: [me/second, me/third]
+tags: mine
+language: no
+---
+"""
+    data = read_card_data(folder, base_model="me/second")
+    metadata = front(render_card(data, own))
     assert metadata["base_model"] == ["me/second", "me/third"]
     assert metadata["tags"] == ["mine", "pruned", "sparse", "hf_prune"]
+    assert metadata["language"] == "no"
+    scored = read_card_data(folder, evaluation=scores, dataset="me/data", license="mit")
+    both = render_card(scored, own)
+    assert [entry["name"] for entry in front(both)["model-index"]] == ["mine", "checkpoint"]
+    assert render_card(scored, both) == both
+    assert [entry["name"] for entry in front(render_card(data, both))["model-index"]] == ["mine"]
+    assert "model-index" not in front(without_facts(render_card(scored)))
+    assert "\N{BOM}" not in render_card(data, "\N{BOM}" + own)
+
+
+def test_licenses_come_and_go_whole(folder):
+    ours = render_card(read_card_data(folder, license="other", license_name="gemma", license_link="https://x.org/l"))
+    assert front(ours)["license_name"] == "gemma"
+    again = front(render_card(read_card_data(folder, license="mit"), ours))
+    assert {k: v for k, v in again.items() if k.startswith("license")} == {"license": "mit"}
+    theirs = front(merge_cards(ours, "---\nlicense: apache-2.0\n---\n"))
+    assert {k: v for k, v in theirs.items() if k.startswith("license")} == {"license": "apache-2.0"}
+
+
+def test_cards_that_cannot_be_read(folder, run):
+    (folder / "README.md").write_bytes(b"\xff\xfe\x00#")
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    for words in (("card", folder, "--write"), ("verify", folder), ("push", folder, "me/x", "--dry-run")):
+        assert "is not in UTF-8" in run(*words, code=1)
+    (folder / "README.md").write_text("---\na: [\n---\n")
+    model = prunable(models.tiny_classifier()).prune(0.5)
+    with pytest.raises(DataError, match="no YAML"):
+        describe_model(model, folder)
+    (folder / "README.md").write_bytes(before["README.md"])
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+
+
+def test_the_command_counts_and_does_not_believe_reports(folder, run):
+    """A report of other weights, and one of a training on others."""
+    report = json.loads((folder / "sparsity_report.json").read_text())
+    trained = {"sparsity": {**report, "nonzero": 1}, "pruned": {"accuracy": 0.99, "standard_error": 0.1, "n": 9}}
+    (folder / "training_report.json").write_text(json.dumps({**trained, "dense": None, "comparison": None}))
+    (folder / "sparsity_report.json").write_text(json.dumps({**report, "nonzero": 5, "removed": 6}))
+    run("card", folder, "--write")
+    assert "99.00" not in (folder / "README.md").read_text()
+    assert read_facts((folder / "README.md").read_text())["nonzero"] == report["nonzero"]
+    assert "The card is right." in run("verify", folder)
+    assert "has no revisions" in run("verify", folder, "--revision", "x", code=1)
+
+
+def test_scores_measured_again_may_round_otherwise(folder, scores):
+    write_card(folder, read_card_data(folder, evaluation=scores))
+    said = read_facts((folder / "README.md").read_text())["score"]
+    for shift, right in ((0.05, True), (0.2, False)):
+        found = {**said, "accuracy": said["accuracy"] + shift * said["standard_error"]}
+        assert verify_checkpoint(str(folder), score=lambda _, found=found: found).is_right is right
 
 
 def test_cards_are_merged_and_taken_apart(folder, scores):
@@ -393,7 +464,6 @@ def test_what_rounding_made_zero_is_counted(tmp_path):
     card = describe_model(model, tmp_path)
     assert read_facts(card)["nonzero"] == sparsity_report(model).nonzero - 1
     assert "were rounded to int8" in card
-    assert "![" not in card
     assert verify_checkpoint(str(tmp_path)).is_right
 
 
@@ -406,7 +476,7 @@ def test_marks_in_the_wrong_order_cost_no_words(folder):
 
 @pytest.mark.parametrize("option", ["evaluation", "latency"])
 def test_files_that_are_no_measurements(folder, tmp_path, option):
-    for text in ("[]", '{"accuracy": 1.0}'):
+    for text in ("[]", '{"accuracy": 1.0}', '{"evaluation": {}, "points": 1}', '{"evaluation": {"accuracy": "1"}}'):
         (tmp_path / "x.json").write_text(text)
         with pytest.raises(DataError, match="is not what hf-prune"):
             read_card_data(folder, **{option: tmp_path / "x.json"})

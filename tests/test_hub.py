@@ -9,14 +9,10 @@ from safetensors.torch import save_file
 
 from hf_prune import (
     CheckpointError,
-    HubError,
     prunable,
     prune,
     push_checkpoint,
-    read_card_data,
     shrink,
-    sparsity_report,
-    write_card,
 )
 from hf_prune.cards import describe_model, read_facts
 from hf_prune.files import write_json
@@ -168,27 +164,53 @@ assert AutoConfig.from_pretrained("{REPO}").model_type == "bert"
 
 
 def test_cards_of_pushed_folders(hub, client, folders, tmp_path):
-    """One is made of a report; the words of the repository's card stay; a card of other files is refused."""
-    folder = shutil.copytree(folders / "small", tmp_path / "folder")
-    write_json(folder / "sparsity_report.json", sparsity_report(prune(models.tiny_classifier(), 0.5)).to_dict())
+    """One is made where there is a report; the words of the repository's stay; one of other files is refused."""
+    folder = shutil.copytree(folders / "small", tmp_path / "gpt2")
+    write_json(folder / "sparsity_report.json", {})  # which is not believed
     hub.put(f"{USER}/made", {"README.md": b"# Words of the repository\n"})
     client("push", folder, "made")
     card = hub.files(f"{USER}/made")["README.md"].decode()
     assert "# Words of the repository" in card
-    assert f"# {USER}/made" in card
+    assert "Whole units were taken out" in card
     assert not (folder / "README.md").exists()
-    write_card(folder, read_card_data(folder))
-    assert "# Words of the repository" in client("push", folder, f"{USER}/made", "--dry-run")
+    client("card", folder, "--write")
+    said = client("push", folder, f"{USER}/made", "--dry-run")
+    assert "# Words of the repository" in said
+    assert f'from_pretrained("{USER}/made")' in said
+    assert "gpt2" not in said.replace(str(folder), "")
     (folder / "config.json").write_text((folder / "config.json").read_text() + " ")
     commits = len(hub.repos["model", f"{USER}/made"].commits)
     assert "describes other files than those beside it" in client("push", folder, "made", code=1)
-    (folder / "README.md").unlink()
-    (folder / "sparsity_report.json").unlink()
+    for name in ("README.md", "sparsity_report.json", "pruning_card.json"):
+        (folder / name).unlink()
     client("push", folder, "made")
-    card = hub.files(f"{USER}/made")["README.md"].decode()
+    files = hub.files(f"{USER}/made")
+    card = files["README.md"].decode()
     assert "# Words of the repository" in card
-    assert (read_facts(card), "weights that were pruned" in card) == ({}, False)
+    assert (read_facts(card), "Whole units" in card) == ({}, False)
+    assert "sparsity_report.json" not in files
     assert len(hub.repos["model", f"{USER}/made"].commits) == commits + 1
+
+
+def test_a_new_branch_begins_as_the_main_one(hub, client, folders):
+    """So what is in the way there is in the way here."""
+    client("push", folders / "pruned", REPO)
+    hub.put(REPO, {**hub.files(REPO), "model-00001-of-00002.safetensors": b"old", "models/a.safetensors": b"other"})
+    assert "already and public" in client("push", folders / "pruned", REPO, "--private", "--revision", "secret", code=1)
+    assert "holds a model of type 'bert', and" in client("push", folders / "llama", REPO, "--revision", "v2", code=1)
+    assert set(hub.repos["model", REPO].refs) == {"main"}
+    client("push", folders / "small", REPO, "--revision", "v2")
+    files = hub.files(REPO, "v2")
+    assert {"model.safetensors", "models/a.safetensors"} <= set(files)
+    assert not {"pruning_masks.safetensors", "model-00001-of-00002.safetensors"} & set(files)
+    assert "pruning_masks.safetensors" in hub.files(REPO)
+
+
+def test_a_card_that_cannot_be_asked_for_is_not_overwritten(hub, client, folders):
+    hub.put(REPO, {"README.md": b"# Words\n"})
+    hub.fail("(GET|HEAD) .*/resolve/.*/README.md", "500", times=100)
+    assert "the Hub cannot be reached" in client("push", folders / "pruned", REPO, code=1)
+    assert hub.files(REPO)["README.md"] == b"# Words\n"
 
 
 def test_private_means_private(hub, client, folders):
@@ -350,4 +372,3 @@ def test_a_token_in_a_message_is_not_printed():
     from hf_prune.hub import _clean
 
     assert TOKEN not in _clean(RuntimeError(f"denied for {TOKEN} at\n x"))
-    assert issubclass(HubError, RuntimeError)
