@@ -1,6 +1,8 @@
 """A stand-in for the Hub on the loopback interface: enough of its protocol for the real ``huggingface_hub`` client.
 
-Repositories are lists of commits in memory. Faults can be injected: errors, cut connections, wrong bytes.
+Repositories are lists of commits in memory. As on the Hub, a commit goes to a branch that exists (404 otherwise; a new
+one starts at the head of ``main``), and one whose header names a ``parentCommit`` only onto that head (412 otherwise).
+Faults can be injected: errors, cut connections, lost answers, wrong bytes.
 """
 
 from __future__ import annotations
@@ -102,7 +104,8 @@ class Fault:
 
     Args:
         pattern: Of ``"METHOD /path"``.
-        kind: ``"500"``, ``"drop"`` (the connection is cut in the middle), ``"damage"`` (one byte is wrong), ``"slow"``.
+        kind: ``"500"``; ``"drop"``: the connection is cut in the middle, and nothing is changed; ``"lost"``: what was
+            asked for is done, and the connection is cut before the answer; ``"damage"``: one byte is wrong; ``"slow"``.
         times: How often.
     """
 
@@ -139,7 +142,7 @@ class Hub:
         repo.add({path: Stored(data, path.endswith(_LFS)) for path, data in files.items()}, "put")
 
     def fail(self, pattern: str, kind: str, times: int = 1) -> None:
-        """Have the next requests that match go wrong."""
+        """Have the next requests that match go wrong, see :class:`Fault`."""
         self.faults.append(Fault(pattern, kind, times))
 
     def fault_for(self, request: str) -> str | None:
@@ -199,6 +202,7 @@ def run_client(hub: Hub, home: Path, *command: str, token: str | None = TOKEN, c
 class _Handler(BaseHTTPRequestHandler):
     hub: Hub
     protocol_version = "HTTP/1.1"
+    answer_is_lost = False
 
     def log_message(self, format: str, *args: Any) -> None:
         """Be silent."""
@@ -221,6 +225,7 @@ class _Handler(BaseHTTPRequestHandler):
             time.sleep(1.0)
         if fault == "drop" and self.command in ("PUT", "POST"):
             return self._cut()
+        self.answer_is_lost = fault == "lost"
         for method, pattern, action in _ROUTES:
             if method == self.command or (method == "GET" and self.command == "HEAD"):
                 if (match := re.fullmatch(pattern, path)) is not None:
@@ -240,6 +245,8 @@ class _Handler(BaseHTTPRequestHandler):
     # --- answers ---------------------------------------------------------------------------------------------
 
     def _send(self, data: bytes, status: int = 200, **headers: str) -> None:
+        if self.answer_is_lost:
+            return self._cut()
         self.send_response(status)
         for name, value in {"Content-Type": "application/json", **headers}.items():
             self.send_header(name.replace("_", "-"), value)
@@ -360,18 +367,28 @@ class _Handler(BaseHTTPRequestHandler):
         return self._send(b"")
 
     def commit(self, parts: Any, query: Any, body: bytes, fault: str | None) -> None:
+        """Onto the head of a branch that exists; if the header has a ``parentCommit``, only while that is the head.
+
+        A proposal starts at its ``parentCommit``, wherever the branch is.
+        """
         if (found := self._find(parts)) is None or not self._may_write(parts["owner"]):
             return None
         repo_id, repo = found
-        parent = repo.at(parts["rev"])
+        parent = repo.at(parts["rev"]) if parts["rev"] in repo.refs else None
         if parent is None:
-            return self._error(404, "RevisionNotFound", f"no revision {parts['rev']}")
-        files, message = dict(parent.files), ""
+            return self._error(404, "RevisionNotFound", f"no branch {parts['rev']}")
+        files, message, proposal = dict(parent.files), "", query.get("create_pr") == "1"
         for line in body.splitlines():
             item = json.loads(line)
             value = item["value"]
             if item["key"] == "header":
                 message = value["summary"]
+                named = value.get("parentCommit")
+                if named not in (None, parent.oid):
+                    older = repo.at(named) if proposal else None
+                    if older is None:
+                        return self._error(412, "", f"{parts['rev']} is at {parent.oid}, and not at {named}")
+                    files = dict(older.files)
             elif item["key"] == "file":
                 files[value["path"]] = Stored(base64.b64decode(value["content"]), False)
             elif item["key"] == "lfsFile":
@@ -382,7 +399,7 @@ class _Handler(BaseHTTPRequestHandler):
                 files.pop(value["path"], None)
         answer: dict[str, Any] = {"success": True, "hookOutput": ""}
         ref = parts["rev"]
-        if query.get("create_pr") == "1":
+        if proposal:
             number = sum(name.startswith("refs/pr/") for name in repo.refs) + 1
             ref = f"refs/pr/{number}"
             answer["pullRequestUrl"] = f"{self.hub.url}/{repo_id}/discussions/{number}"
@@ -390,12 +407,14 @@ class _Handler(BaseHTTPRequestHandler):
         return self._json({**answer, "commitOid": new.oid, "commitUrl": f"{self.hub.url}/{repo_id}/commit/{new.oid}"})
 
     def branch(self, parts: Any, query: Any, body: bytes, fault: str | None) -> None:
+        """A new branch, at the starting point that the request names, or at the head of ``main``."""
         if (found := self._find(parts)) is None or not self._may_write(parts["owner"]):
             return None
         start = found[1].at(json.loads(body or b"{}").get("startingPoint") or "main")
         if parts["rev"] in found[1].refs:
             return self._error(409, "", "the branch exists")
-        assert start is not None
+        if start is None:
+            return self._error(404, "RevisionNotFound", "no such starting point")
         found[1].refs[parts["rev"]] = start.oid
         return self._json({})
 
