@@ -206,6 +206,18 @@ def test_a_new_branch_begins_as_the_main_one(hub, client, folders):
     assert "pruning_masks.safetensors" in hub.files(REPO)
 
 
+def test_a_commit_is_not_made_twice(hub, client, folders):
+    """Neither when the answer is lost, nor onto what somebody else has committed; a proposal not either."""
+    client("push", folders / "pruned", REPO)
+    commits = len(hub.repos["model", REPO].commits)
+    for options in ([], ["--create-pr"]):
+        hub.fail("POST .*/commit/", "lost")
+        said = client("push", folders / "pruned", REPO, *options, code=1)
+        assert ("has this commit already" if not options else "the Hub cannot be reached") in said
+        commits += 1
+        assert len(hub.repos["model", REPO].commits) == commits
+
+
 def test_a_card_that_cannot_be_asked_for_is_not_overwritten(hub, client, folders):
     hub.put(REPO, {"README.md": b"# Words\n"})
     hub.fail("(GET|HEAD) .*/resolve/.*/README.md", "500", times=100)
@@ -337,6 +349,7 @@ AutoPrunedModelForCausalLM.from_pretrained("{tmp_path / "folder"}").push_to_hub(
 def test_the_trainer_pushes_our_card(hub, client, tmp_path):
     client(
         f"""
+from pathlib import Path
 from tests.test_trainer import Sentences, arguments, config, models
 from hf_prune import PruningTrainer
 run = PruningTrainer(
@@ -345,8 +358,14 @@ run = PruningTrainer(
 )
 run.train()
 run.push_to_hub()
+card = Path("{tmp_path / "out" / "README.md"}")
+text = card.read_text()
+begin, end = text.index("<!-- This model card"), text.index("-->") + 3
+card.write_text(text[:begin] + text[end:] + "\\nMy own words.\\n")
+run.push_to_hub()
 """
     )
+    assert "My own words." in hub.files(f"{USER}/trained")["README.md"].decode()
     files = hub.files(f"{USER}/trained")
     assert {"model.safetensors", "pruning_masks.safetensors", "sparsity_report.json"} <= set(files)
     card = files["README.md"].decode()
