@@ -29,9 +29,9 @@ from hf_prune.checkpoint import (
     staged_checkpoint,
 )
 from hf_prune.errors import CheckpointError, ConfigError
-from hf_prune.files import copy_beside
+from hf_prune.files import copy_beside, source_and_target
 from hf_prune.masking import MaskStore
-from hf_prune.packed_files import INDEX, SINGLE, Item, PackedFiles, file_paths, packed_item, write_shards
+from hf_prune.packed_files import INDEX, Item, PackedFiles, file_paths, packed_item, write_shards
 from hf_prune.packed_format import CODECS, VALUES, is_packed
 from hf_prune.packing import pack
 from hf_prune.remote_code import FILE, add_remote_code, auto_classes
@@ -104,7 +104,7 @@ def compress_checkpoint(
     """
     _check_choice("codec", codec, CODECS)
     _check_choice("values", values, VALUES)
-    origin, target = _folders(source, folder)
+    origin, target = source_and_target(source, folder)
     paths, index = file_paths(origin)
     if any(is_packed(path) for path in paths):
         raise CheckpointError(f"{origin} is compressed already: expected a dense checkpoint")
@@ -187,7 +187,7 @@ def decompress_checkpoint(
     Raises:
         CheckpointError: If the source is damaged or not compressed.
     """
-    origin, target = _folders(source, folder)
+    origin, target = source_and_target(source, folder)
     paths, _ = file_paths(origin)
     files = PackedFiles(paths)
     config, structure = _own_config(origin)
@@ -216,16 +216,6 @@ def decompress_checkpoint(
 def _check_choice(setting: str, value: str, known: tuple[str, ...]) -> None:
     if value not in known:
         raise ConfigError(f"{setting} is {value!r}: expected one of {', '.join(known)}")
-
-
-def _folders(source: str | os.PathLike[str], folder: str | os.PathLike[str]) -> tuple[Path, Path]:
-    origin, target = Path(source), Path(folder)
-    if not origin.is_dir():
-        raise CheckpointError(f"{os.fspath(source)} is no folder: expected one with config.json and {SINGLE}")
-    refuse_file(target)
-    if origin.resolve() == target.resolve():
-        raise CheckpointError(f"{os.fspath(folder)} would replace itself: name another folder")
-    return origin, target
 
 
 def read_config(folder: Path) -> dict[str, Any]:
