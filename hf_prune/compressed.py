@@ -89,7 +89,9 @@ def compress_checkpoint(
         source: A folder with safetensors files, in one or more parts, and the masks beside them if there are any.
         folder: Where to, another folder; at once or not at all.
         codec: ``"zstd"``, or ``"none"`` for values that lie in the file as they are.
-        values: ``"int8"`` rounds the values of pruned weights to 255 steps for each output, which is lossy.
+        values: ``"int8"``, which is lossy, rounds the values of pruned weights to 255 steps for each index of the first
+            dimension: outputs of Linear, inputs of GPT-2's Conv1D. Of an N:M pattern that runs down the columns of a
+            matrix it is the second dimension.
         shard_bytes: Of a file, at most, unless one tensor has more.
         remote_code: Put a file beside the weights by which ``from_pretrained(…, trust_remote_code=True)`` loads them
             where hf_prune is not installed.
