@@ -29,9 +29,9 @@ from hf_prune.checkpoint import (
     staged_checkpoint,
 )
 from hf_prune.errors import CheckpointError, ConfigError
-from hf_prune.files import copy_beside
+from hf_prune.files import copy_beside, source_and_target
 from hf_prune.masking import MaskStore
-from hf_prune.packed_files import INDEX, SINGLE, Item, PackedFiles, file_paths, packed_item, write_shards
+from hf_prune.packed_files import INDEX, Item, PackedFiles, file_paths, packed_item, write_shards
 from hf_prune.packed_format import CODECS, VALUES, is_packed
 from hf_prune.packing import pack
 from hf_prune.remote_code import FILE, add_remote_code, auto_classes
@@ -89,7 +89,9 @@ def compress_checkpoint(
         source: A folder with safetensors files, in one or more parts, and the masks beside them if there are any.
         folder: Where to, another folder; at once or not at all.
         codec: ``"zstd"``, or ``"none"`` for values that lie in the file as they are.
-        values: ``"int8"`` rounds the values of pruned weights to 255 steps for each output, which is lossy.
+        values: ``"int8"``, which is lossy, rounds the values of pruned weights to 255 steps for each index of the first
+            dimension: outputs of Linear, inputs of GPT-2's Conv1D. Of an N:M pattern that runs down the columns of a
+            matrix it is the second dimension.
         shard_bytes: Of a file, at most, unless one tensor has more.
         remote_code: Put a file beside the weights by which ``from_pretrained(…, trust_remote_code=True)`` loads them
             where hf_prune is not installed.
@@ -104,7 +106,7 @@ def compress_checkpoint(
     """
     _check_choice("codec", codec, CODECS)
     _check_choice("values", values, VALUES)
-    origin, target = _folders(source, folder)
+    origin, target = source_and_target(source, folder)
     paths, index = file_paths(origin)
     if any(is_packed(path) for path in paths):
         raise CheckpointError(f"{origin} is compressed already: expected a dense checkpoint")
@@ -187,7 +189,7 @@ def decompress_checkpoint(
     Raises:
         CheckpointError: If the source is damaged or not compressed.
     """
-    origin, target = _folders(source, folder)
+    origin, target = source_and_target(source, folder)
     paths, _ = file_paths(origin)
     files = PackedFiles(paths)
     config, structure = _own_config(origin)
@@ -216,16 +218,6 @@ def decompress_checkpoint(
 def _check_choice(setting: str, value: str, known: tuple[str, ...]) -> None:
     if value not in known:
         raise ConfigError(f"{setting} is {value!r}: expected one of {', '.join(known)}")
-
-
-def _folders(source: str | os.PathLike[str], folder: str | os.PathLike[str]) -> tuple[Path, Path]:
-    origin, target = Path(source), Path(folder)
-    if not origin.is_dir():
-        raise CheckpointError(f"{os.fspath(source)} is no folder: expected one with config.json and {SINGLE}")
-    refuse_file(target)
-    if origin.resolve() == target.resolve():
-        raise CheckpointError(f"{os.fspath(folder)} would replace itself: name another folder")
-    return origin, target
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from hf_prune.errors import DataError
+from hf_prune.errors import CheckpointError, DataError
 
 # Unpickling runs code from the file; nobody here opens one, or passes it on.
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".dill")
@@ -173,6 +173,22 @@ def move_into(
     for name in sorted(new, key=lambda name: rank.get(name, 0)):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (staging / name).replace(folder / name)
+
+
+def source_and_target(source: str | os.PathLike[str], folder: str | os.PathLike[str]) -> tuple[Path, Path]:
+    """The folder of a checkpoint and the one that a new checkpoint made of it goes to.
+
+    Raises:
+        CheckpointError: If the first is no folder, the second is a file, or they are the same, by whatever names.
+    """
+    origin, target = Path(source), Path(folder)
+    if not origin.is_dir():
+        raise CheckpointError(f"{os.fspath(source)} is no folder: expected one with config.json and model.safetensors")
+    if target.is_file():
+        raise CheckpointError(f"{os.fspath(folder)} is a file: expected a folder to save into")
+    if target.exists() and origin.samefile(target):
+        raise CheckpointError(f"{os.fspath(folder)} would replace itself: name another folder")
+    return origin, target
 
 
 def copy_beside(

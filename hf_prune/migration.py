@@ -4,6 +4,9 @@
 * ``parametrizations.weight.original`` with a mask beside it, of ``torch.nn.utils.parametrize``;
 * the ``sparse-bitmask`` format that ``compressed-tensors`` had up to 0.14;
 * ``pruned_heads`` in configs of transformers 4, which transformers 5 does not know any more.
+
+In place of a weight that is missing, transformers makes up random numbers. So none gets lost: what stands for a weight
+and cannot be turned into one is refused.
 """
 
 from __future__ import annotations
@@ -25,9 +28,9 @@ from torch import Tensor
 from hf_prune.checkpoint import MASK_FILE, save_masks, staged_checkpoint, weight_files
 from hf_prune.compressed import read_config, write_config
 from hf_prune.errors import CheckpointError
-from hf_prune.files import PICKLES, copy_beside
+from hf_prune.files import PICKLES, copy_beside, source_and_target
 from hf_prune.masking import MaskStore
-from hf_prune.packed_files import INDEX
+from hf_prune.packed_files import INDEX, SINGLE, read_index
 from hf_prune.sites import find_sites
 from hf_prune.structure import METHOD, structure_config
 from hf_prune.torch_prune import masked_weight
@@ -38,6 +41,9 @@ _PARAMETRIZED = re.compile(r"(.+)\.parametrizations\.(\w+)\.original")
 _BITMASK = ("bitmask", "compressed", "row_offsets", "shape")
 _FOREIGN = ("compression_config", "sparsity_config")  # of configs, besides quantization_config
 _QUANTIZED = re.compile(r".*\.(weight_scale|weight_zero_point|weight_packed|input_scale|qweight|qzeros)")
+_MASK = re.compile(r"(.+)_mask")
+_PARAMETRIZATION = re.compile(r"(.+)\.parametrizations\.(\w+)\..+")
+_BITMASK_PART = re.compile(r"(.+)\.(bitmask|compressed|row_offsets)")
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -49,8 +55,9 @@ class MigrationReport:
         masks: How many weights have a mask now.
         formats: What was found.
         heads: Heads that the config names as taken out.
-        left: Tensors, files and folders that were not carried over.
+        left: Files and folders that were not carried over, and tensors that are no weights.
         scaled: Weights whose mask had values besides 0 and 1, by which they were multiplied.
+        unmasked: Weights that were a ``weight_orig`` without a mask, and have none now.
     """
 
     masks: int
@@ -58,6 +65,7 @@ class MigrationReport:
     heads: int
     left: tuple[str, ...]
     scaled: tuple[str, ...] = ()
+    unmasked: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -72,6 +80,8 @@ class MigrationReport:
                 f"Masks with values besides 0 and 1 scaled their weights, as torch.nn.utils.prune does, and now say "
                 f"where those are not 0: {', '.join(self.scaled)}."
             )
+        if self.unmasked:
+            lines.append(f"Found without a mask, and carried over as they were: {', '.join(self.unmasked)}.")
         lines.append(f"Not carried over: {', '.join(self.left)}." if self.left else "Everything was carried over.")
         return "\n".join(lines)
 
@@ -87,10 +97,10 @@ def migrate_checkpoint(source: str | Path, out: str | Path) -> MigrationReport:
         What was carried over; print it.
 
     Raises:
-        CheckpointError: If there is nothing of a known kind, a file is damaged, all it has is a pickle, or weights are
-            quantized.
+        CheckpointError: If there is nothing of a known kind, a file is damaged or missing, all it has is a pickle, or
+            weights are quantized or cannot be made of what is there; or if ``out`` is ``source``.
     """
-    source, out = Path(source), Path(out)
+    source, out = source_and_target(source, out)
     config = read_config(source)
     _refuse_quantized(source, config)
     tensors: dict[str, Tensor] = {}
@@ -108,7 +118,12 @@ def migrate_checkpoint(source: str | Path, out: str | Path) -> MigrationReport:
         )
     if quantized := [name for name in tensors if _QUANTIZED.fullmatch(name)]:
         raise CheckpointError(f"{source} has quantized weights, see {quantized[0]}: dequantize them first")
-    weights, masks, formats, scaled, left = _decode(tensors)
+    if files and Path(files[0]).name != SINGLE and (lost := set(read_index(source / INDEX)) - set(tensors)):
+        raise CheckpointError(
+            f"{source / INDEX} names {min(lost)}, and no file has it: download or save the checkpoint again"
+        )
+    found = _decode(tensors, config)
+    formats, left = found.formats, found.left
     heads = _heads(source, config.pop("pruned_heads", None))
     if heads:
         formats.append("pruned_heads")
@@ -124,13 +139,16 @@ def migrate_checkpoint(source: str | Path, out: str | Path) -> MigrationReport:
     elif (config.get("quantization_config") or {}).get("quant_method") != METHOD:
         config.pop("quantization_config", None)
     with staged_checkpoint(out) as staging:
-        save_file({n: t.contiguous() for n, t in weights.items()}, staging / "model.safetensors", {"format": "pt"})
-        if masks:
-            save_masks(MaskStore(masks), staging / MASK_FILE)
+        save_file({n: t.contiguous() for n, t in found.weights.items()}, staging / SINGLE, {"format": "pt"})
+        if found.masks:
+            save_masks(MaskStore(found.masks), staging / MASK_FILE)
         write_config(staging, config)
         own = ("config.json", INDEX, *(Path(file).name for file in files))
         left += copy_beside(source, staging, own, [out], ["model*.safetensors", MASK_FILE])
-    return MigrationReport(len(masks), tuple(formats), sum(map(len, heads.values())), tuple(left), tuple(scaled))
+    gone = sum(map(len, heads.values()))
+    return MigrationReport(
+        len(found.masks), tuple(formats), gone, tuple(left), tuple(found.scaled), tuple(found.unmasked)
+    )
 
 
 def _refuse_quantized(source: Path, config: Mapping[str, Any]) -> None:
@@ -168,40 +186,104 @@ def _heads(source: Path, found: Any) -> dict[int, list[int]]:
         ) from error
 
 
-def _decode(
-    tensors: Mapping[str, Tensor],
-) -> tuple[dict[str, Tensor], dict[str, Tensor], list[str], list[str], list[str]]:
-    """Plain weights, masks, the formats that were found, weights that their masks scaled, and what is left over."""
-    rest, weights, masks, formats, scaled = dict(tensors), {}, {}, [], []
+@dataclass
+class _Decoded:
+    """Plain weights, masks, the formats that were found, and what became of the tensors that are neither."""
+
+    weights: dict[str, Tensor]
+    masks: dict[str, Tensor]
+    formats: list[str]
+    scaled: list[str]
+    unmasked: list[str]
+    left: list[str]
+
+
+def _decode(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> _Decoded:
+    """What tensors stand for.
+
+    Raises:
+        CheckpointError: If some stand for a weight that cannot be made of them.
+    """
+    rest, found = dict(tensors), _Decoded({}, {}, [], [], [], [])
 
     def take(name: str, weight: Tensor, mask: Tensor, kind: str) -> None:
         _check_float(name, weight)
-        weights[name], masks[name] = masked_weight(name, weight, mask)
+        found.weights[name], found.masks[name] = masked_weight(name, weight, mask)
         if not bool(((mask == 0) | (mask == 1)).all()):
             if kind != _PRUNE:
                 raise CheckpointError(
                     f"the mask of {name} has values besides 0 and 1, and how its parametrization uses them is not "
                     f"known: bake it in first, with remove_parametrizations"
                 )
-            scaled.append(name)
-        if kind not in formats:
-            formats.append(kind)
+            found.scaled.append(name)
+        if kind not in found.formats:
+            found.formats.append(kind)
 
     for key in list(tensors):
         if (match := _TORCH.fullmatch(key)) and f"{match[1]}_mask" in rest:
             take(match[1], rest.pop(key), rest.pop(f"{match[1]}_mask"), _PRUNE)
         elif match := _PARAMETRIZED.fullmatch(key):
             base = f"{match[1]}.parametrizations.{match[2]}."
-            found = [k for k in rest if re.fullmatch(re.escape(base) + r"\d+\.mask", k)]
-            if len(found) == 1:
-                take(f"{match[1]}.{match[2]}", rest.pop(key), rest.pop(found[0]), "parametrizations")
+            if [k for k in rest if k.startswith(base) and k != key] == [f"{base}0.mask"]:  # alone, and the first one
+                take(f"{match[1]}.{match[2]}", rest.pop(key), rest.pop(f"{base}0.mask"), "parametrizations")
         elif key.endswith(".bitmask") and all(f"{key[:-8]}.{part}" in rest for part in _BITMASK):
             parts = {part: rest.pop(f"{key[:-8]}.{part}") for part in _BITMASK}
             weight, mask = _from_bitmask(key[:-8], parts)
             take(key[:-8], weight, mask, "sparse-bitmask")
-    odd = re.compile(r".*(_orig|_mask|\.bitmask|\.compressed|\.row_offsets)|.*\.parametrizations\..*")
-    left = sorted(key for key in rest if odd.fullmatch(key))
-    return {**{k: t for k, t in rest.items() if k not in left}, **weights}, masks, formats, scaled, left
+    _settle(rest, found, config)
+    found.weights = {**rest, **found.weights}
+    return found
+
+
+def _settle(rest: dict[str, Tensor], found: _Decoded, config: Mapping[str, Any]) -> None:
+    """Take out of the other tensors what is stored as pruning tools do and is incomplete.
+
+    Raises:
+        CheckpointError: If it stands for a weight that cannot be made of it.
+    """
+    kinds = (_TORCH, _MASK, _PARAMETRIZATION, _BITMASK_PART)
+    odd = {key: match for key in sorted(rest) for kind in kinds if (match := kind.fullmatch(key))}
+    own = _own_names(config) if odd else set()  # weight_norm of transformers' own is a parametrization, for one
+    for key, match in odd.items():
+        if key in own:
+            continue
+        kind, tensor = match.re, rest.pop(key)
+        name = f"{match[1]}.{match[2]}" if kind is _PARAMETRIZATION else match[1]
+        if name in rest or name in found.weights:
+            found.left.append(key)
+        elif kind is _TORCH and f"{name}_u" not in rest:
+            _check_float(name, tensor)
+            found.weights[name] = tensor
+            found.unmasked.append(name)
+            if _PRUNE not in found.formats:
+                found.formats.append(_PRUNE)
+        elif kind is _MASK and name not in own and name.rpartition(".")[2] not in ("weight", "bias"):
+            found.left.append(key)
+        else:
+            what = {
+                _TORCH: f"is of a spectral norm, as {name}_u says: expected {name}; call remove_spectral_norm",
+                _MASK: f"is a mask without a weight: expected {name}_orig or {name}",
+                _PARAMETRIZATION: "is of a parametrization other than one mask: bake it in first, with "
+                "remove_parametrizations",
+                _BITMASK_PART: f"is of a sparse-bitmask weight, and not all of {', '.join(_BITMASK)} are there",
+            }[kind]
+            raise CheckpointError(f"what {name} is cannot be told: {key} {what}, and save the checkpoint again")
+
+
+def _own_names(config: Mapping[str, Any]) -> set[str]:
+    """Names of the tensors of the model that a config describes; none if transformers cannot make it."""
+    import transformers
+
+    settings = dict(copy.deepcopy(config))
+    settings.pop("quantization_config", None)
+    cls = getattr(transformers, str(next(iter(config.get("architectures") or ()), "")), None)
+    if not isinstance(cls, type) or not issubclass(cls, transformers.PreTrainedModel):
+        return set()
+    try:
+        with torch.device("meta"):
+            return set(cls(transformers.AutoConfig.for_model(settings.pop("model_type"), **settings)).state_dict())
+    except (ArithmeticError, AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError):
+        return set()
 
 
 def _check_float(name: str, values: Tensor) -> None:

@@ -50,7 +50,7 @@ def pack(tensor: Tensor, mask: Tensor | None = None, *, codec: str = "zstd", val
         mask: Like the tensor, True = keep; by default what is not +0.0 is kept.
         codec: ``"zstd"``, or ``"none"`` for sections that can be used where they lie in the file.
         values: ``"int8"`` rounds what stays to 255 steps for each index of the first dimension, if something was
-            removed.
+            removed; of the second one where a matrix is stored column by column, as N:M patterns down its columns are.
 
     Returns:
         uint8, one-dimensional, of a length that 8 divides.

@@ -7,7 +7,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch.nn.utils import prune as torch_prune
-from transformers import AutoModelForSequenceClassification
+from transformers import (
+    AutoModelForAudioClassification,
+    AutoModelForSequenceClassification,
+    Wav2Vec2Config,
+    Wav2Vec2ForSequenceClassification,
+)
 
 from hf_prune import (
     AutoPrunedModelForSequenceClassification,
@@ -132,22 +137,135 @@ def test_pruned_heads_of_transformers_4(tmp_path):
         torch.testing.assert_close(loaded(**batch).logits, expected, rtol=0, atol=1e-6)
 
 
-def test_what_is_left_is_named(tmp_path, dense):
-    _, masks = dense
+def test_a_weight_without_a_mask_is_carried_over_and_what_is_left_is_no_weight(tmp_path, dense):
+    model, masks = dense
 
     def change(tensors):
         for name, mask in masks.items():
             tensors |= as_torch(name, tensors.pop(name), mask)
-        tensors["classifier.odd_orig"] = torch.ones(2)
-        tensors["classifier.parametrizations.weight.original"] = tensors.pop("classifier.weight")
+        tensors["classifier.weight_orig"] = tensors.pop("classifier.weight")
+        tensors["classifier.bias_mask"] = torch.ones(2)
+        tensors["classifier.attn_mask"] = torch.ones(2)
 
     rewrite(tmp_path / "old", tmp_path / "plain", change)
     (tmp_path / "old" / "training_args.bin").write_bytes(b"a pickle")
     report = migrate_checkpoint(tmp_path / "old", tmp_path / "new")
-    left = {"classifier.odd_orig", "classifier.parametrizations.weight.original", "training_args.bin"}
-    assert set(report.left) == left
-    assert "Not carried over: " in str(report)
+    assert set(report.left) == {"classifier.attn_mask", "classifier.bias_mask", "training_args.bin"}
+    assert (report.masks, report.unmasked) == (2, ("classifier.weight",))
+    assert "Found without a mask, and carried over as they were: classifier.weight.\nNot carried over: " in str(report)
     assert not (tmp_path / "new" / "training_args.bin").exists()
+    loaded, info = AutoModelForSequenceClassification.from_pretrained(tmp_path / "new", output_loading_info=True)
+    assert not any(info.values())
+    for name, value in model.state_dict().items():
+        assert models.same_bits(loaded.state_dict()[name], value)
+
+
+def test_weights_without_any_mask(tmp_path, dense):
+    def change(tensors):
+        tensors["classifier.weight_orig"] = tensors.pop("classifier.weight")
+
+    rewrite(tmp_path / "old", tmp_path / "plain", change)
+    report = migrate_checkpoint(tmp_path / "old", tmp_path / "new")
+    assert (report.masks, report.formats, report.left) == (0, ("torch.nn.utils.prune",), ())
+    _, info = AutoModelForSequenceClassification.from_pretrained(tmp_path / "new", output_loading_info=True)
+    assert not any(info.values())
+
+
+ONLY = "other than one mask: bake it in first, with remove_parametrizations"
+
+
+@pytest.mark.parametrize(
+    ("parts", "match"),
+    [
+        (["parametrizations.weight.original"], ONLY),
+        (["parametrizations.weight.original", "parametrizations.weight.1.mask"], ONLY),
+        (["parametrizations.weight.original", "parametrizations.weight.0.mask", "parametrizations.weight.1.k"], ONLY),
+        (
+            ["parametrizations.weight.original", "parametrizations.weight.0.mask", "parametrizations.weight.1.mask"],
+            ONLY,
+        ),
+        (["parametrizations.weight.original0", "parametrizations.weight.original1"], ONLY),
+        (["weight_orig", "weight_u"], r"is of a spectral norm, as classifier\.weight_u says"),
+        (["weight_mask"], "is a mask without a weight"),
+        (["weight.compressed", "weight.bitmask", "weight.shape"], "is of a sparse-bitmask weight, and not all of"),
+    ],
+)
+def test_what_is_no_weight_any_more_is_refused(tmp_path, dense, parts, match):
+    """Left out, transformers would make up random weights in its place."""
+    _, masks = dense
+
+    def change(tensors):
+        tensors |= as_torch(NAMES[0], tensors.pop(NAMES[0]), masks[NAMES[0]])
+        weight = tensors.pop("classifier.weight")
+        tensors |= {f"classifier.{part}": weight.clone() for part in parts}
+
+    rewrite(tmp_path / "old", tmp_path / "plain", change)
+    with pytest.raises(CheckpointError, match=rf"what classifier\.weight is cannot be told: .*{match}"):
+        migrate_checkpoint(tmp_path / "old", tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_parametrizations_of_transformers_own_stay(tmp_path):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    sizes |= {"conv_dim": (8,), "conv_stride": (5,), "conv_kernel": (10,), "num_conv_pos_embedding_groups": 2}
+    sizes |= {"num_conv_pos_embeddings": 4, "classifier_proj_size": 8}
+    model = Wav2Vec2ForSequenceClassification(Wav2Vec2Config(**sizes)).eval()
+    torch_prune.l1_unstructured(model.projector, "weight", amount=0.5)
+    tensors = {n: t.contiguous() for n, t in model.state_dict().items()}
+    assert any(".parametrizations.weight.original1" in name for name in tensors)
+    (tmp_path / "old").mkdir()
+    save_file(tensors, tmp_path / "old" / "model.safetensors")
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(tmp_path / "old")
+    report = migrate_checkpoint(tmp_path / "old", tmp_path / "new")
+    assert (report.masks, report.left) == (1, ())
+    loaded, info = AutoModelForAudioClassification.from_pretrained(tmp_path / "new", output_loading_info=True)
+    assert not any(info.values())
+    sound = torch.randn(1, 400)
+    with torch.no_grad():
+        assert torch.equal(loaded(sound).logits, model(sound).logits)
+
+
+def test_files_that_are_missing_are_missed(tmp_path, dense):
+    """Their weights would be made up too."""
+    _, masks = dense
+
+    def change(tensors):
+        tensors |= as_torch(NAMES[0], tensors.pop(NAMES[0]), masks[NAMES[0]])
+
+    old = tmp_path / "old"
+    rewrite(old, tmp_path / "plain", change)
+    first, second = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+    (old / "model.safetensors").rename(old / first)
+    tensors = load_file(old / first)
+    index = {"weight_map": {**dict.fromkeys(tensors, first), "classifier.weight": second}}
+    (old / "model.safetensors.index.json").write_text(json.dumps(index))
+    save_file({n: t for n, t in tensors.items() if n != "classifier.weight"}, old / first)
+    with pytest.raises(CheckpointError, match=r"names classifier\.weight, and no file has it: download or save"):
+        migrate_checkpoint(old, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    save_file({"classifier.weight": tensors["classifier.weight"]}, old / second)
+    assert migrate_checkpoint(old, tmp_path / "new").masks == 1
+
+
+def test_the_original_is_not_replaced(tmp_path, dense):
+    _, masks = dense
+
+    def change(tensors):
+        tensors |= as_torch(NAMES[0], tensors.pop(NAMES[0]), masks[NAMES[0]])
+
+    old = tmp_path / "old"
+    rewrite(old, tmp_path / "plain", change)
+    before = {path.name: path.read_bytes() for path in old.iterdir()}
+    (tmp_path / "link").symlink_to(old)
+    for out in (old, tmp_path / "link", tmp_path / "plain" / ".." / "old"):
+        with pytest.raises(CheckpointError, match="would replace itself: name another folder"):
+            migrate_checkpoint(old, out)
+    with pytest.raises(CheckpointError, match="is a file: expected a folder to save into"):
+        migrate_checkpoint(old, old / "vocab.txt")
+    with pytest.raises(CheckpointError, match=r"is no folder: expected one with config\.json"):
+        migrate_checkpoint(tmp_path / "nowhere", tmp_path / "new")
+    assert {path.name: path.read_bytes() for path in old.iterdir()} == before
 
 
 def test_soft_masks_scale_weights_as_torch_does(tmp_path):
