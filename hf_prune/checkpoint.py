@@ -422,6 +422,13 @@ def _without_torch_prune(source: Any, hub: Mapping[str, Any]) -> Iterator[tuple[
     names = [name for file in files for name in _tensor_names(file)]
     originals = {name.removesuffix("_orig") for name in names if name.endswith("_orig")}
     pruned = {name for name in originals if f"{name}_mask" in names}
+    lone = {name for name in originals - pruned if name.endswith((".weight", ".bias"))}
+    for name in sorted(lone):
+        if name not in names and f"{name}_u" not in names:  # which spectral norms have
+            raise CheckpointError(
+                f"{source} has {name}_orig and no {name}_mask, so transformers would make {name} up: write it anew by "
+                f"hf-prune migrate, which carries it over"
+            )
     if not pruned:
         yield None
         return

@@ -590,6 +590,10 @@ def test_names_that_only_look_like_masks(tmp_path):
     loaded = load(tmp_path)
     assert dict(loaded.masks) == {}
     assert_unchanged(loaded, snapshot(source))
+    del weights["bert.pooler.dense.weight"]
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"would make bert\.pooler\.dense\.weight up"):
+        load(tmp_path)
 
 
 # --- companions ------------------------------------------------------------------------------------
