@@ -98,7 +98,7 @@ def check_card(folder: Path) -> None:
 def _merge(new: dict[str, Any], text: str, old: str) -> str:
     """A card of new metadata and a new text in our part, the rest as of an old one."""
     metadata, body = split_card(old)
-    kept = _others(metadata)
+    kept = _others(metadata, (new.get(FACTS) or {}).get("score"))
     if "license" in kept:  # the author's, and whatever belongs to it
         new = {key: value for key, value in new.items() if key not in _LICENSE}
     merged = {**kept, **{key: value for key, value in new.items() if key not in kept or key == FACTS}}
@@ -115,26 +115,28 @@ def _merge(new: dict[str, Any], text: str, old: str) -> str:
     return _join({key: merged[key] for key in order if key in merged}, body)
 
 
-def _others(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """A card's metadata without what we wrote into it: the facts, the scores and the license that they name."""
+def _others(metadata: Mapping[str, Any], score: Any = None) -> dict[str, Any]:
+    """A card's metadata without what we wrote into it: the facts, and the scores and the license that they name.
+
+    Nor are there results on the data of a new score, of which a model has one.
+    """
     facts = metadata.get(FACTS)
     facts = facts if isinstance(facts, dict) else {}
     kept = {key: value for key, value in metadata.items() if key != FACTS}
     if "license" in facts and facts["license"] == kept.get("license"):
         kept = {key: value for key, value in kept.items() if key not in _LICENSE}
-    score = facts.get("score")
-    if isinstance(index := kept.get("model-index"), list) and isinstance(score, dict) and "dataset" in score:
-        ours = [id(result) for result, _ in results_of(index, score)]
-        index = [_less(entry, ours) if isinstance(entry, dict) else entry for entry in index]
-        kept["model-index"] = [entry for entry in index if entry]
+    if isinstance(index := kept.get("model-index"), list):
+        scores = [each for each in (facts.get("score"), score) if isinstance(each, dict) and "dataset" in each]
+        ours = [id(result) for each in scores for result, _ in results_of(index, each)]
+        kept["model-index"] = [entry for entry in (_less(each, ours) for each in index) if entry]
         if not kept["model-index"]:
             del kept["model-index"]
     return kept
 
 
-def _less(entry: dict[str, Any], gone: list[int]) -> dict[str, Any]:
+def _less(entry: Any, gone: list[int]) -> Any:
     """An entry of a ``model-index`` without some results; nothing if none is left."""
-    if not isinstance(entry.get("results"), list):
+    if not isinstance(entry, dict) or not isinstance(entry.get("results"), list):
         return entry
     left = [result for result in entry["results"] if id(result) not in gone]
     return {**entry, "results": left} if left else {}

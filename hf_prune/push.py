@@ -121,7 +121,7 @@ def push_checkpoint(
     check_card(folder)
     if not dry_run:
         repo_id = full_repo_id(repo_id, token)
-    there = _present(api, repo_id, revision, force, folder, private=private, dry_run=dry_run)
+    there, parent = _present(api, repo_id, revision, force, folder, private=private, dry_run=dry_run)
     removed = tuple(sorted(name for name in there if _EARLIER.fullmatch(name) and name not in files))
     text = _card(folder, repo_id, card, _their_card(repo_id, revision, token, dry_run=dry_run))
     contents: dict[str, str | bytes] = {name: str(path) for name, path in files.items()}
@@ -134,9 +134,6 @@ def push_checkpoint(
     asking(lambda: api.create_repo(repo_id, private=private, exist_ok=True), repo_id)
     if revision is not None and revision != "main":
         asking(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True), repo_id)
-    head = asking(lambda: api.model_info(repo_id, revision=revision), repo_id)
-    if {each.rfilename for each in head.siblings or []} - set(_OWN) != set(there) - set(_OWN):
-        raise HubError(f"{repo_id} was changed in the meantime: look at it, and try again")
     operations: list[Any] = [CommitOperationAdd(name, content) for name, content in contents.items()]
     operations += [CommitOperationDelete(name) for name in removed]
     commit = asking(
@@ -146,7 +143,7 @@ def push_checkpoint(
             commit_message=commit_message,
             revision=revision,
             create_pr=create_pr,
-            parent_commit=head.sha,
+            parent_commit=parent,
         ),
         repo_id,
         tries=1 if create_pr else TRIES,  # what has a parent cannot be committed twice
@@ -285,8 +282,12 @@ def _to_upload(folder: Path) -> tuple[dict[str, Path], tuple[str, ...]]:
 
 def _present(
     api: HfApi, repo_id: str, revision: str | None, force: bool, folder: Path, *, private: bool | None, dry_run: bool
-) -> list[str]:
-    """The files of a branch, which begins as the main one if it is not there yet, if they may be overwritten."""
+) -> tuple[list[str], str | None]:
+    """The files and the head of a branch, which begins as the main one if it is not there yet.
+
+    Raises:
+        HubError: If it may not be overwritten.
+    """
     try:
         info = asking(lambda: api.model_info(repo_id, revision=revision), repo_id, missing=True)
         if info is None and revision is not None:
@@ -294,12 +295,13 @@ def _present(
             info = asking(lambda: api.model_info(repo_id), repo_id, missing=True)
     except HubError:
         if dry_run:  # whether it exists is not known then
-            return []
+            return [], None
         raise
     _check_private(repo_id, info, private)
     names = [] if info is None else [each.rfilename for each in info.siblings or []]
+    head = None if info is None else info.sha
     if force or not set(names) - set(_OWN):
-        return names
+        return names, head
     if "config.json" not in names:
         raise HubError(
             f"{repo_id} holds {', '.join(sorted(set(names) - set(_OWN))[:3])} and no config.json: it is no model of "
@@ -312,7 +314,7 @@ def _present(
             f"{repo_id} holds a model of type {found!r}, and {folder} one of type {own!r}: choose another name, or "
             f"pass force=True (--force) to overwrite it"
         )
-    return names
+    return names, head
 
 
 def _check_private(repo_id: str, info: Any, private: bool | None) -> None:

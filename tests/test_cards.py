@@ -384,6 +384,8 @@ language: no
     assert [entry["name"] for entry in front(render_card(data, both))["model-index"]] == ["mine"]
     assert "model-index" not in front(without_facts(render_card(scored)))
     assert "\N{BOM}" not in render_card(data, "\N{BOM}" + own)
+    same = render_card(scored, own.replace("me/other", "me/data"))
+    assert [entry["name"] for entry in front(same)["model-index"]] == ["checkpoint"]
 
 
 def test_licenses_come_and_go_whole(folder):
