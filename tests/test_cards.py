@@ -230,7 +230,7 @@ def test_nothing_from_outside_becomes_markup(made):
     [
         ({"license": "all rights: mine"}, "license is"),
         ({"license_link": "javascript:x"}, "license_link is"),
-        ({"base_model": "../x"}, "base_model is"),
+        ({"base_model": "../no-folder-of-this-name"}, "base_model is"),
         ({"base_model": "/home/me/model"}, "base_model is"),
         ({"dataset": "a/b/c"}, "dataset is"),
     ],
