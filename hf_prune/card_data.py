@@ -29,7 +29,7 @@ _FRONT = re.compile(r"\A---\n(.*?)\n---\n?", re.DOTALL)
 _LICENSE = re.compile(r"[\w.-]+")
 _LINK = re.compile(r"https?://[^\s<>\"'`]+")
 KEPT = ("base_model", "dataset", "command", "evaluation", "latency")  # of the same files, whatever else is made anew
-_LICENSE_FIELDS = ("license", "license_name", "license_link")
+LICENSE_FIELDS = ("license", "license_name", "license_link")
 _DESCRIBED = ("*.safetensors", "*.safetensors.index.json", "config.json", "*.py")
 _MEASURED = {"evaluation": ("evaluation", "hf-prune evaluate"), "latency": ("points", "hf-prune bench")}
 
@@ -125,8 +125,9 @@ def read_card_data(folder: str | Path, **more: Any) -> PruningCardData:
     settings = (config.get(RECORD) or {}).get("pruning_config")
     weights = next(iter(sorted(folder.glob("model*.safetensors"))), None)
     if weights is not None and is_packed(weights):
-        found["config"], _ = read_pruning(unseal(weights).get("pruning", {}), weights)
-        found["rounded"] = is_rounded(folder)
+        described = unseal(weights)
+        found["config"], _ = read_pruning(described.get("pruning", {}), weights)
+        found["rounded"] = _rounds(described)
     elif masks.is_file():
         found["config"] = StoredMasks(masks).config
     if found.get("config") is None and settings is not None:
@@ -140,7 +141,7 @@ def read_card_data(folder: str | Path, **more: Any) -> PruningCardData:
     found["name"] = folder.resolve().name
     found["versions"] = {name: importlib.metadata.version(name) for name in ("hf_prune", "torch", "transformers")}
     if (old := stored_card_data(folder, found["checksums"])) is not None:
-        keys = [*KEPT, "versions", "name", *(() if more.get("base_model") else _LICENSE_FIELDS)]
+        keys = [*KEPT, "versions", "name", *(() if more.get("base_model") else LICENSE_FIELDS)]
         found |= {key: value for key in keys if (value := getattr(old, key)) is not None}
     for key, value in more.items():
         if key in _MEASURED and value is not None:
@@ -218,7 +219,11 @@ def is_rounded(folder: Path) -> bool:
         CheckpointError: If it is damaged.
     """
     first = next(iter(sorted(folder.glob("model*.safetensors"))), None)
-    return first is not None and is_packed(first) and unseal(first).get("values", "exact") != "exact"
+    return first is not None and is_packed(first) and _rounds(unseal(first))
+
+
+def _rounds(described: Mapping[str, Any]) -> bool:
+    return bool(described.get("values", "exact") != "exact")
 
 
 def checksums(folder: Path) -> dict[str, str]:

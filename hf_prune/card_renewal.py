@@ -7,7 +7,7 @@ from pathlib import Path
 
 import jinja2
 
-from hf_prune.card_data import KEPT, PICTURES, PruningCardData, read_card_data, stored_card_data
+from hf_prune.card_data import KEPT, LICENSE_FIELDS, PICTURES, read_card_data, stored_card_data
 from hf_prune.cards import BEGIN, FACTS, without_facts, write_card
 from hf_prune.checkpoint import CARD_DATA, REPORTS
 from hf_prune.errors import DataError, HfPruneError
@@ -45,9 +45,9 @@ def renew_card(folder: Path, source: Path, name: str, *, lossy: bool = False) ->
     old = None if lossy else stored_card_data(source)
     try:
         if old is not None:
-            kept = {key: getattr(old, key) for key in (*KEPT, "report", "versions")}
+            kept = {key: getattr(old, key) for key in (*KEPT, *LICENSE_FIELDS, "report", "versions")}
             title = name if old.name == source.name else old.name
-            data = read_card_data(folder, **kept, **_license(old), name=title)
+            data = read_card_data(folder, **kept, name=title)
             write_card(folder, dataclasses.replace(data, rounded=old.rounded or data.rounded))
             return "README.md describes the new files.", tuple(gone)
     except _UNKNOWN:
@@ -55,7 +55,3 @@ def renew_card(folder: Path, source: Path, name: str, *, lossy: bool = False) ->
     write_text(path, left)
     (folder / CARD_DATA).unlink(missing_ok=True)
     return "What hf_prune wrote in README.md is gone: hf-prune card FOLDER --write counts anew.", tuple(gone)
-
-
-def _license(data: PruningCardData) -> dict[str, str | None]:
-    return {"license": data.license, "license_name": data.license_name, "license_link": data.license_link}

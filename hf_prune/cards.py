@@ -12,6 +12,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
 from hf_prune.card_data import (
+    LICENSE_FIELDS,
     PICTURES,
     PruningCardData,
     checksums,
@@ -100,7 +101,7 @@ def _merge(new: dict[str, Any], text: str, old: str) -> str:
     metadata, body = split_card(old)
     kept = _others(metadata, (new.get(FACTS) or {}).get("score"))
     if "license" in kept:  # the author's, and whatever belongs to it
-        new = {key: value for key, value in new.items() if key not in _LICENSE}
+        new = {key: value for key, value in new.items() if key not in LICENSE_FIELDS}
     merged = {**kept, **{key: value for key, value in new.items() if key not in kept or key == FACTS}}
     for key in ("base_model", "datasets", "tags"):
         if key in new:
@@ -124,7 +125,7 @@ def _others(metadata: Mapping[str, Any], score: Any = None) -> dict[str, Any]:
     facts = facts if isinstance(facts, dict) else {}
     kept = {key: value for key, value in metadata.items() if key != FACTS}
     if "license" in facts and facts["license"] == kept.get("license"):
-        kept = {key: value for key, value in kept.items() if key not in _LICENSE}
+        kept = {key: value for key, value in kept.items() if key not in LICENSE_FIELDS}
     if isinstance(index := kept.get("model-index"), list):
         scores = [each for each in (facts.get("score"), score) if isinstance(each, dict) and "dataset" in each]
         ours = [id(result) for each in scores for result, _ in results_of(index, each)]
@@ -159,9 +160,6 @@ def results_of(index: Any, score: Mapping[str, Any]) -> list[tuple[Any, Any]]:
             except (KeyError, TypeError):
                 continue
     return found
-
-
-_LICENSE = ("license", "license_name", "license_link")
 
 
 def _join(metadata: Mapping[str, Any], body: str) -> str:
@@ -199,10 +197,18 @@ def write_card(folder: str | Path, data: PruningCardData) -> str:
     Raises:
         DataError: If the metadata of the card so far, or a fact, is not as the Hub wants it.
     """
-    path = Path(folder) / "README.md"
-    text = render_card(data, read_text(path) if path.is_file() else None)
-    write_json(path.with_name(CARD_DATA), data.to_dict())
-    write_text(path, text)
+    folder = Path(folder)
+    return _write(folder, data, _rendered(folder, data))
+
+
+def _rendered(folder: Path, data: PruningCardData) -> str:
+    path = folder / "README.md"
+    return render_card(data, read_text(path) if path.is_file() else None)
+
+
+def _write(folder: Path, data: PruningCardData, text: str) -> str:
+    write_json(folder / CARD_DATA, data.to_dict())
+    write_text(folder / "README.md", text)
     return text
 
 
@@ -239,14 +245,13 @@ def describe_model(model: Any, folder: str | Path, *, plots: bool = True, **more
     if plots:
         more["pictures"] = PICTURES if draws else {}
     data = read_card_data(folder, **{**more, "report": report.to_dict()})
-    path = folder / "README.md"
-    render_card(data, read_text(path) if path.is_file() else None)  # errors come before anything is written
+    text = _rendered(folder, data)  # errors come before anything is written
     for name in PICTURES if plots else ():
         (folder / name).unlink(missing_ok=True)
     if draws and store is not None:
         write_plots(folder, report, None, weight_histogram(model, list(store.masks)), report.model_name)
     write_json(folder / "sparsity_report.json", report.to_dict())
-    return write_card(folder, data)
+    return _write(folder, data, text)
 
 
 def read_metadata(text: str) -> dict[str, Any]:

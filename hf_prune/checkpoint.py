@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor
 from hf_prune.bypass import bypassed_layers
 from hf_prune.config import PruningConfig
 from hf_prune.errors import CheckpointError
-from hf_prune.files import atomic_path, move_into, staged_folder
+from hf_prune.files import atomic_path, move_into, refuse_file, staged_folder
 from hf_prune.masking import MaskStore
 from hf_prune.packed_files import PackedFiles, read_index
 from hf_prune.packed_format import is_packed
@@ -223,16 +223,6 @@ def staged_checkpoint(folder: str | os.PathLike[str]) -> contextlib.AbstractCont
 def place_checkpoint(staging: Path, folder: Path, arrived: Collection[Path] = ()) -> None:
     """Have a folder become, or replace the weights of, a checkpoint; see ``files.move_into``."""
     move_into(staging, folder, _WEIGHTS, _COMPLETES, arrived)
-
-
-def refuse_file(folder: str | os.PathLike[str]) -> None:
-    """Make sure that a checkpoint can be saved there.
-
-    Raises:
-        CheckpointError: If it is a file.
-    """
-    if Path(folder).is_file():
-        raise CheckpointError(f"{os.fspath(folder)} is a file: expected a folder to save into")
 
 
 def has_tokenizer(source: str, *, local_files_only: bool = False) -> bool:

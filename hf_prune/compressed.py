@@ -24,12 +24,11 @@ from hf_prune.checkpoint import (
     StoredMasks,
     pruning_of,
     read_pruning,
-    refuse_file,
     save_masks,
     staged_checkpoint,
 )
 from hf_prune.errors import CheckpointError, ConfigError
-from hf_prune.files import copy_beside, source_and_target
+from hf_prune.files import copy_beside, refuse_file, source_and_target
 from hf_prune.masking import MaskStore
 from hf_prune.packed_files import INDEX, Item, PackedFiles, file_paths, packed_item, write_shards
 from hf_prune.packed_format import CODECS, VALUES, is_packed

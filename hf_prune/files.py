@@ -175,6 +175,16 @@ def move_into(
         (staging / name).replace(folder / name)
 
 
+def refuse_file(folder: str | os.PathLike[str]) -> None:
+    """Make sure that a checkpoint can be saved there.
+
+    Raises:
+        CheckpointError: If it is a file.
+    """
+    if Path(folder).is_file():
+        raise CheckpointError(f"{os.fspath(folder)} is a file: expected a folder to save into")
+
+
 def source_and_target(source: str | os.PathLike[str], folder: str | os.PathLike[str]) -> tuple[Path, Path]:
     """The folder of a checkpoint and the one that a new checkpoint made of it goes to.
 
@@ -184,8 +194,7 @@ def source_and_target(source: str | os.PathLike[str], folder: str | os.PathLike[
     origin, target = Path(source), Path(folder)
     if not origin.is_dir():
         raise CheckpointError(f"{os.fspath(source)} is no folder: expected one with config.json and model.safetensors")
-    if target.is_file():
-        raise CheckpointError(f"{os.fspath(folder)} is a file: expected a folder to save into")
+    refuse_file(target)
     if target.exists() and origin.samefile(target):
         raise CheckpointError(f"{os.fspath(folder)} would replace itself: name another folder")
     return origin, target

@@ -19,7 +19,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hf_prune.errors import CheckpointError
 from hf_prune.packed_format import SUFFIX, check_files
-from hf_prune.structure import COMPRESSED, METHOD, VERSION, compressed_config, is_ours, structure_config
+from hf_prune.structure import COMPRESSED, METHOD, VERSION, compressed_config, is_ours, is_structure, structure_config
 from hf_prune.unpacking import unpack
 
 
@@ -48,11 +48,7 @@ class HfPruneConfig(QuantizationConfigMixin):
                 f"{VERSION}; update hf_prune"
             )
         structure = {} if structure is None else structure
-        fits = isinstance(structure, dict) and all(
-            isinstance(name, str) and isinstance(n, int) and not isinstance(n, bool) and n >= 0
-            for name, n in structure.items()
-        )
-        if not fits:
+        if not is_structure(structure):
             raise CheckpointError(
                 f"the structure in the checkpoint's quantization_config is {structure!r}: expected numbers of heads "
                 f"and neurons by module; save or download it again"

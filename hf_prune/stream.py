@@ -16,11 +16,12 @@ from torch import Tensor
 from hf_prune import __version__
 from hf_prune.activations import CACHE_BYTES, NO_BATCHES, Batches
 from hf_prune.calibration import require_batches, weight_seed
-from hf_prune.checkpoint import MASK_FILE, StoredMasks, find_file, refuse_file
+from hf_prune.checkpoint import MASK_FILE, StoredMasks, find_file
 from hf_prune.config import ALLOCATIONS, CALIBRATED_ALLOCATIONS, PruningConfig
 from hf_prune.criteria.base import CURVATURE, GRADIENTS, INPUTS, TRAINED, WeightStats
 from hf_prune.distributed import processes
 from hf_prune.errors import CalibrationError, CheckpointError, ConfigError
+from hf_prune.files import refuse_file
 from hf_prune.masking import MaskStore
 from hf_prune.partial import Partial
 from hf_prune.pipeline import resolve_config

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -277,6 +278,16 @@ def tiny_sentences(n: int = 40, seed: int = 0) -> dict[str, list]:
     rng = random.Random(seed)
     sentences = [" ".join(f"w{rng.randrange(VOCAB - 4)}" for _ in range(rng.randint(1, 12))) for _ in range(n)]
     return {"sentence": sentences, "label": [rng.randrange(2) for _ in range(n)]}
+
+
+def save_classifier_and_data(root: Path, seed: int) -> None:
+    """A classifier with its tokenizer in ``root/dense``, and labelled sentences in ``root/data``."""
+    tiny_classifier(seed=seed).save_pretrained(root / "dense")
+    tiny_tokenizer().save_pretrained(root / "dense")
+    (root / "data").mkdir()
+    rows = tiny_sentences(40)
+    lines = [f"{text}\t{label}" for text, label in zip(rows["sentence"], rows["label"], strict=True)]
+    (root / "data" / "dev.tsv").write_text("\n".join(["sentence\tlabel", *lines]) + "\n")
 
 
 def tiny_moe(seed: int = 0, **settings: Any) -> SwitchTransformersForConditionalGeneration:

@@ -24,12 +24,7 @@ FACTS = {"base_model": "me/base", "license": "mit", "dataset": "me/data", "comma
 def made(tmp_path_factory):
     """A pruned checkpoint with a card that has all there can be, and the author's own words around it."""
     root = tmp_path_factory.mktemp("renewal")
-    models.tiny_classifier(seed=4).save_pretrained(root / "dense")
-    models.tiny_tokenizer().save_pretrained(root / "dense")
-    (root / "data").mkdir()
-    rows = models.tiny_sentences(40)
-    lines = [f"{text}\t{label}" for text, label in zip(rows["sentence"], rows["label"], strict=True)]
-    (root / "data" / "dev.tsv").write_text("\n".join(["sentence\tlabel", *lines]) + "\n")
+    models.save_classifier_and_data(root, seed=4)
     command(["prune", root / "dense", "--sparsity", "0.6", "--out", root / "pruned", "--plots"])
     (root / "pruned" / "README.md").write_text("---\nlanguage: en\n---\n\n# Mine\n\nBefore.\n")
     write_card(root / "pruned", read_card_data(root / "pruned", **FACTS, evaluation=SCORES, latency=LATENCY))

@@ -32,12 +32,7 @@ from tests import models
 def made(tmp_path_factory):
     """Checkpoints by the command, one with zeros and one with fewer neurons, and the scores of the first."""
     root = tmp_path_factory.mktemp("cards")
-    models.tiny_classifier(seed=4).save_pretrained(root / "dense")
-    models.tiny_tokenizer().save_pretrained(root / "dense")
-    (root / "data").mkdir()
-    rows = models.tiny_sentences(40)
-    lines = [f"{text}\t{label}" for text, label in zip(rows["sentence"], rows["label"], strict=True)]
-    (root / "data" / "dev.tsv").write_text("\n".join(["sentence\tlabel", *lines]) + "\n")
+    models.save_classifier_and_data(root, seed=4)
     for words in (
         ["prune", root / "dense", "--granularity", "2:4", "--out", root / "pruned", "--plots"],
         ["prune", root / "dense", "--granularity", "head,neuron", "--scope", "global", "--out", root / "small"],

@@ -226,15 +226,20 @@ def test_parametrizations_of_transformers_own_stay(tmp_path):
         assert torch.equal(loaded(sound).logits, model(sound).logits)
 
 
-def test_files_that_are_missing_are_missed(tmp_path, dense):
-    """Their weights would be made up too."""
+def pruned_by_torch(tmp_path, dense):
+    """A checkpoint whose first weight has a mask."""
     _, masks = dense
 
     def change(tensors):
         tensors |= as_torch(NAMES[0], tensors.pop(NAMES[0]), masks[NAMES[0]])
 
-    old = tmp_path / "old"
-    rewrite(old, tmp_path / "plain", change)
+    rewrite(tmp_path / "old", tmp_path / "plain", change)
+    return tmp_path / "old"
+
+
+def test_files_that_are_missing_are_missed(tmp_path, dense):
+    """Their weights would be made up too."""
+    old = pruned_by_torch(tmp_path, dense)
     first, second = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
     (old / "model.safetensors").rename(old / first)
     tensors = load_file(old / first)
@@ -249,13 +254,7 @@ def test_files_that_are_missing_are_missed(tmp_path, dense):
 
 
 def test_the_original_is_not_replaced(tmp_path, dense):
-    _, masks = dense
-
-    def change(tensors):
-        tensors |= as_torch(NAMES[0], tensors.pop(NAMES[0]), masks[NAMES[0]])
-
-    old = tmp_path / "old"
-    rewrite(old, tmp_path / "plain", change)
+    old = pruned_by_torch(tmp_path, dense)
     before = {path.name: path.read_bytes() for path in old.iterdir()}
     (tmp_path / "link").symlink_to(old)
     for out in (old, tmp_path / "link", tmp_path / "plain" / ".." / "old"):
