@@ -12,12 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from hf_prune.checkpoint import CARD_DATA, MASK_FILE, REPORTS, StoredMasks, read_pruning
 from hf_prune.config import PruningConfig
 from hf_prune.errors import CheckpointError, DataError, HfPruneError
 from hf_prune.files import read_text
+from hf_prune.front_matter import split_card
 from hf_prune.hub import card_of_base
 from hf_prune.packed_format import is_packed, unseal
 from hf_prune.shards import CHUNK_BYTES
@@ -25,7 +24,6 @@ from hf_prune.shrinking import RECORD
 from hf_prune.structure import is_ours
 
 PICTURES = {"layers.png": "Sparsity by layer", "weights.png": "Histogram of the weights"}
-_FRONT = re.compile(r"\A---\n(.*?)\n---\n?", re.DOTALL)
 _LICENSE = re.compile(r"[\w.-]+")
 _LINK = re.compile(r"https?://[^\s<>\"'`]+")
 KEPT = ("base_model", "dataset", "command", "evaluation", "latency")  # of the same files, whatever else is made anew
@@ -287,30 +285,3 @@ def _read(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DataError(f"{path} is no JSON file: {error}") from error
-
-
-class _Loader(yaml.SafeLoader):
-    """As YAML 1.2 has it: ``no`` is the code of Norwegian, and not false."""
-
-
-_BOOL = "tag:yaml.org,2002:bool"
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != _BOOL]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(_BOOL, re.compile(r"(?:true|True|TRUE|false|False|FALSE)\Z"), list("tTfF"))
-
-
-def split_card(text: str) -> tuple[dict[str, Any], str]:
-    """Metadata and body of a card."""
-    text = text.removeprefix("\N{BOM}").replace("\r\n", "\n")
-    match = _FRONT.match(text)
-    if match is None:
-        return {}, text
-    try:
-        metadata = yaml.load(match[1], _Loader) or {}
-    except yaml.YAMLError as error:
-        raise DataError(f"the metadata of the card so far is no YAML: {error}; mend README.md first") from error
-    if not isinstance(metadata, dict):
-        raise DataError("the metadata of the card so far is no mapping: mend README.md first")
-    return metadata, text[match.end() :]

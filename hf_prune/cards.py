@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
 from hf_prune.card_data import (
@@ -20,12 +19,12 @@ from hf_prune.card_data import (
     is_link,
     is_rounded,
     read_card_data,
-    split_card,
 )
 from hf_prune.card_text import card_text
 from hf_prune.checkpoint import CARD_DATA
 from hf_prune.errors import CheckpointError, DataError
 from hf_prune.files import read_text, write_json, write_text
+from hf_prune.front_matter import join_card, split_card
 from hf_prune.hub import is_repo_id
 from hf_prune.masking import MaskStore
 from hf_prune.plots import write_plots
@@ -76,7 +75,7 @@ def without_facts(card: str) -> str:
     """
     metadata, body = split_card(card)
     parts = _around(body)
-    return _join(
+    return join_card(
         _others(metadata), body if parts is None else f"{parts[0].rstrip()}\n\n{parts[2].lstrip()}".strip() + "\n"
     )
 
@@ -113,7 +112,7 @@ def _merge(new: dict[str, Any], text: str, old: str) -> str:
     else:
         body = f"{body.rstrip()}\n\n{text}\n".lstrip()
     order = dict.fromkeys([*metadata, *merged])  # as it was: a card that is made again changes where facts do
-    return _join({key: merged[key] for key in order if key in merged}, body)
+    return join_card({key: merged[key] for key in order if key in merged}, body)
 
 
 def _others(metadata: Mapping[str, Any], score: Any = None) -> dict[str, Any]:
@@ -160,11 +159,6 @@ def results_of(index: Any, score: Mapping[str, Any]) -> list[tuple[Any, Any]]:
             except (KeyError, TypeError):
                 continue
     return found
-
-
-def _join(metadata: Mapping[str, Any], body: str) -> str:
-    front = yaml.safe_dump(dict(metadata), sort_keys=False, allow_unicode=True, width=10**6)
-    return f"---\n{front}---\n\n{body.lstrip()}" if metadata else body.lstrip()
 
 
 def _around(body: str) -> tuple[str, str, str] | None:

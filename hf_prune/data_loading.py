@@ -203,8 +203,13 @@ def _download(repo_id: str, config: str | None) -> Mapping[str, Dataset]:
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
 
+    from hf_prune.hub import check_data_card
+
     try:
+        check_data_card(repo_id)
         splits: Mapping[str, Dataset] = load_dataset(repo_id, config)
+    except DataError:
+        raise
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         name = f"{repo_id}:{config}" if config else repo_id
         raise DataError(f"data set {name!r} cannot be loaded from the Hugging Face Hub: {error}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import time
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from hf_prune.errors import DataError, HubError
 from hf_prune.files import PICKLES, read_text
+from hf_prune.front_matter import read_yaml, split_card
 from hf_prune.sources import check_hub_reachable
 
 Result = TypeVar("Result")
@@ -35,6 +37,23 @@ def card_of(repo_id: str, *, revision: str | None = None, token: str | bool | No
     """The card that a repository has; None if it has none, or is not there."""
     path = asking(lambda: hf_hub_download(repo_id, "README.md", revision=revision, token=token), repo_id, missing=True)
     return None if path is None else read_text(path)
+
+
+def check_data_card(repo_id: str) -> None:
+    """See that other libraries can safely read what a data set's repository says of itself in YAML.
+
+    Raises:
+        DataError: If they cannot.
+        OSError: If the Hub does not give it.
+    """
+    for name, read in (("README.md", split_card), (".huggingface.yaml", _read_settings)):
+        with contextlib.suppress(EntryNotFoundError):
+            path = Path(hf_hub_download(repo_id, name, repo_type="dataset"))
+            read(path.read_text(encoding="utf-8", errors="replace"), f"{name} of data set {repo_id!r}")
+
+
+def _read_settings(text: str, what: str) -> Any:
+    return read_yaml(text, what, "use another data set, or download it and name the folder of its files")
 
 
 def download_checkpoint(repo_id: str, revision: str | None = None) -> Path:

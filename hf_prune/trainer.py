@@ -24,6 +24,7 @@ from hf_prune.distillation import Distillation
 from hf_prune.distributed import processes
 from hf_prune.errors import ConfigError, MaskError
 from hf_prune.files import read_text
+from hf_prune.front_matter import split_card
 from hf_prune.masking import MaskStore
 from hf_prune.mixin import prunable
 from hf_prune.pipeline import resolve_config
@@ -407,7 +408,9 @@ class PruningTrainer(Trainer):
         """
         folder = Path(str(self.args.output_dir))
         card = folder / "README.md"
-        if not card.is_file() or _GENERATED in read_text(card):
+        text = read_text(card) if card.is_file() else ""
+        if not text or _GENERATED in text:
+            split_card(text)  # which may have come with a checkpoint: checked before transformers reads it
             super().create_model_card(*args, **kwargs)
         if self.is_world_process_zero() and self._prunes and (folder / "config.json").is_file():
             describe_model(self.model, folder, name=self.hub_model_id or folder.name)

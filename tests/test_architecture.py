@@ -14,7 +14,18 @@ ROOT = Path(__file__).resolve().parents[1] / "hf_prune"
 # A module imports from its own layer and from earlier ones, never from a later one.
 # A name stands for its submodules too: "criteria" is every module in hf_prune/criteria/.
 LAYERS = (
-    ("errors", "files", "loading_hook", "overlap", "packed_format", "spill", "structure", "tables", "unpacking"),
+    (
+        "errors",
+        "files",
+        "front_matter",
+        "loading_hook",
+        "overlap",
+        "packed_format",
+        "spill",
+        "structure",
+        "tables",
+        "unpacking",
+    ),
     (
         "distributed",
         "packed_loading",
@@ -126,6 +137,15 @@ FAMILIES = ("criteria", "granularities")  # registries: one entry, one file, no 
 
 FORBIDDEN_MODULES = ("pickle", "_pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve")
 FORBIDDEN_CALLS = ("eval", "exec", "builtins.eval", "builtins.exec", "torch.load", "torch.serialization.load")
+YAML_READERS = (
+    "RepoCard",
+    "ModelCard",
+    "DatasetCard",
+    "SpaceCard",
+    "metadata_load",
+    "metadata_update",
+    "metadata_save",
+)
 HEAVY = ("torch", "transformers", "gradio", "matplotlib")
 
 
@@ -162,10 +182,20 @@ def imported(node: ast.AST, module: str, is_package: bool) -> list[tuple[str, st
     return [(f"{prefix}.{a.name}", a.asname or a.name) for a in node.names]
 
 
-def import_problem(module: str, name: str, is_package: bool) -> str | None:
-    """Why ``module`` may not import the dotted ``name``, or None if it may."""
+def unsafe_import(module: str, name: str) -> str | None:
+    """Why nobody but a module made for it may import the dotted ``name``, or None."""
     if name.partition(".")[0] in FORBIDDEN_MODULES:
         return f"imports {name}: unpickling runs code from the file, use safetensors or JSON"
+    reads_yaml = name.partition(".")[0] in ("yaml", "ruamel") or name.rpartition(".")[2] in YAML_READERS
+    if reads_yaml and module != "hf_prune.front_matter":
+        return f"imports {name}: YAML of strangers is read by front_matter alone"
+    return None
+
+
+def import_problem(module: str, name: str, is_package: bool) -> str | None:
+    """Why ``module`` may not import the dotted ``name``, or None if it may."""
+    if (unsafe := unsafe_import(module, name)) is not None:
+        return unsafe
     parts = name.split(".")
     if parts[0] != "hf_prune" or module == "hf_prune":  # the top package names everything, lazily
         return None
@@ -213,6 +243,15 @@ def test_module_keeps_the_rules(module):
     assert problems(path.read_text(encoding="utf-8"), module, path.name == "__init__.py") == []
 
 
+@pytest.mark.parametrize("path", sorted((ROOT.parent / "space").glob("*.py")), ids=lambda path: path.stem)
+def test_the_space_unpickles_nothing_and_reads_no_yaml(path):
+    nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+    names = [name for node in nodes for name, _ in imported(node, f"space.{path.stem}", False)]
+    assert [each for each in (unsafe_import(f"space.{path.stem}", name) for name in names) if each] == []
+    called = {ast.unparse(node.func) for node in nodes if isinstance(node, ast.Call)}
+    assert called.isdisjoint(FORBIDDEN_CALLS)
+
+
 def test_no_name_is_in_two_layers():
     assert len(LAYER_OF) == sum(len(names) for names in LAYERS)
 
@@ -238,6 +277,10 @@ def test_no_name_is_in_two_layers():
         ("novel", "", "hf_prune.novel is in no layer: add 'novel' to LAYERS"),
         ("plan", "import pickle", "imports pickle"),
         ("plan", "from pickle import loads", "imports pickle.loads"),
+        ("plan", "import yaml", "imports yaml: YAML of strangers is read by front_matter alone"),
+        ("cards", "from yaml import safe_load", "imports yaml.safe_load: YAML"),
+        ("cards", "from huggingface_hub import ModelCard", "imports huggingface_hub.ModelCard: YAML"),
+        ("cards", "from huggingface_hub.repocard import metadata_load", "metadata_load: YAML"),
         ("plan", "import torch\ntorch.load('x')", "hf_prune.plan:2 calls torch.load"),
         ("plan", "import torch as t\nt.load('x')", "calls torch.load"),
         ("plan", "from torch import load as read\nread('x')", "calls torch.load"),
@@ -263,6 +306,8 @@ def test_checker_finds(module, source, message):
         ("plan", "import json\nfrom json import load\nload(f)"),
         ("checkpoint", "from hf_prune import __version__"),
         ("criteria.a", "from hf_prune.criteria.base import Criterion\nfrom .base import WeightStats"),
+        ("front_matter", "import yaml"),
+        ("cards", "from huggingface_hub import ModelCardData"),
         ("cli", "from hf_prune import hub\nfrom hf_prune.criteria.magnitude import Magnitude"),
     ],
 )

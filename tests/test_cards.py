@@ -405,6 +405,27 @@ def test_cards_that_cannot_be_read(folder, run):
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
 
 
+@pytest.mark.parametrize("bomb", ["a: &a [x, x]\nb: [*a, *a]", "a: &a {k: 1}\nb: {<<: [*a, *a]}", "a: " + "[" * 5000])
+def test_yaml_bombs_of_a_base_model_and_of_a_card(folder, run, tmp_path, bomb):
+    """Half a kilobyte of aliases stands for gigabytes, and brackets for an endless recursion."""
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "README.md").write_text(f"---\nlicense: mit\n{bomb}\n---\n")
+    assert "license:" not in run("card", folder, "--base-model", base)
+    (folder / "README.md").write_text(f"---\nhf_prune: {{}}\n{bomb}\n---\n")
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    for words in (
+        ("card", folder),
+        ("card", folder, "--write"),
+        ("verify", folder),
+        ("push", folder, "me/x", "--dry-run"),
+    ):
+        assert "which no card needs" in run(*words, code=1)
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+    run("compress", folder, tmp_path / "small")
+    assert (tmp_path / "small" / "README.md").read_bytes() == before["README.md"]
+
+
 def test_the_command_counts_and_does_not_believe_reports(folder, run):
     """A report of other weights, and one of a training on others."""
     report = json.loads((folder / "sparsity_report.json").read_text())
