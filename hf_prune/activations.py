@@ -25,7 +25,7 @@ from hf_prune.padding import Padding
 from hf_prune.plan import PlannedTensor, PruningPlan
 from hf_prune.progress import Bar
 from hf_prune.replay import Replay, Stack, outer_lists
-from hf_prune.running import device_of, eval_mode, no_cache, no_logits, on_device
+from hf_prune.running import device_of, eval_mode, no_cache, no_logits, on_device, run_model
 from hf_prune.spill import Shelf
 from hf_prune.sums import InputSum
 from hf_prune.targets import is_finite
@@ -336,7 +336,7 @@ class InputReader:
     def _call(self, batch: Mapping[str, Any], options: Mapping[str, Any]) -> Any:
         inputs = on_device(self.model, batch)
         with self.padding.of(inputs):
-            return self.model(**{**options, **inputs})
+            return run_model(self.model, {**options, **inputs})
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,7 +16,7 @@ from hf_prune.distributed import add_up, all_or_none, check_same_batches, proces
 from hf_prune.errors import CalibrationError
 from hf_prune.plan import PruningPlan
 from hf_prune.progress import Bar
-from hf_prune.running import eval_mode, on_device
+from hf_prune.running import eval_mode, on_device, run_model
 from hf_prune.sensitivity import prediction, token_mask
 from hf_prune.sums import sum_dtype
 from hf_prune.targets import is_finite
@@ -245,7 +245,7 @@ def _examples(batch: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 def _example_loss(model: nn.Module, inputs: Mapping[str, Any], generator: torch.Generator) -> Tensor:
     inputs = _without_labels(model, inputs)
     with torch.enable_grad():
-        return _checked(prediction(model(**inputs), token_mask(model, inputs), generator))
+        return _checked(prediction(run_model(model, inputs), token_mask(model, inputs), generator))
 
 
 def _without_labels(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -267,7 +267,7 @@ def _without_labels(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, An
 def _loss(model: nn.Module, batch: Mapping[str, Any]) -> tuple[int, Tensor]:
     inputs = on_device(model, batch)
     with torch.enable_grad():
-        loss = getattr(model(**inputs), "loss", None)
+        loss = getattr(run_model(model, inputs), "loss", None)
     if loss is None:
         raise CalibrationError(
             f"the model returned no loss for a batch with {', '.join(sorted(inputs))}: "

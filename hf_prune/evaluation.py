@@ -16,7 +16,7 @@ from hf_prune.config import check_positive
 from hf_prune.data_loading import check_columns, column, fingerprint, load_sst2
 from hf_prune.errors import ConfigError, DataError
 from hf_prune.progress import Bar
-from hf_prune.running import eval_mode
+from hf_prune.running import eval_mode, run_model
 
 if TYPE_CHECKING:
     import evaluate
@@ -445,7 +445,7 @@ def _predict(
         for start in Bar(starts, desc=title, progress=bool(progress)):
             batch = _pad(tokenizer, [examples[i] for i in order[start : start + batch_size]], side)
             inputs = {name: tensor.to(device) for name, tensor in batch.items()}
-            logits = _check_logits(getattr(model(**inputs), "logits", None), model)
+            logits = _check_logits(getattr(run_model(model, inputs, DataError), "logits", None), model)
             # (batch, num_labels) -> (batch,); -1 marks NaN, found without waiting for the device at every batch
             parts.append(logits.argmax(dim=-1).masked_fill(logits.isnan().any(dim=-1), -1))
     predicted = torch.cat(parts).tolist()

@@ -17,7 +17,7 @@ from hf_prune.config import check_positive
 from hf_prune.errors import ConfigError, DataError
 from hf_prune.evaluation import context_length
 from hf_prune.progress import Bar
-from hf_prune.running import eval_mode, on_device
+from hf_prune.running import eval_mode, on_device, run_model
 from hf_prune.sums import sum_dtype
 from hf_prune.texts import joined_tokens
 
@@ -383,7 +383,7 @@ def _nlls(logits: Tensor, targets: Tensor) -> Tensor:
 def _logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
     """(batch, seq, vocab)."""
     options = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
-    logits = getattr(model(**on_device(model, {"input_ids": ids}), **options), "logits", None)
+    logits = getattr(run_model(model, {**on_device(model, {"input_ids": ids}), **options}, DataError), "logits", None)
     if not isinstance(logits, Tensor) or logits.shape[:-1] != ids.shape or logits.shape[-1] <= int(ids.max()):
         found = f"logits of shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else "no logits"
         raise DataError(f"{type(model).__name__} returns {found} for {tuple(ids.shape)} tokens: {_EXPECTED}")

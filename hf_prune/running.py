@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -10,7 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_prune.errors import CalibrationError
+from hf_prune.errors import CalibrationError, HfPruneError
+
+_MAKE = (
+    "calibration=hf_prune.text_batches(texts, tokenizer) makes a list of them from texts; a single batch goes in a "
+    "list, calibration=[batch]"
+)
+_DECODER_KEYS = {"labels", "decoder_input_ids", "decoder_inputs_embeds", "decoder_outputs", "decoder_features"}
+# What models raise on inputs that they cannot take; an exception of somebody's own, as of a hook that stops, passes.
+_TROUBLE = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+_OPTION = re.compile(r"output_.*|return_.*|use_cache|kwargs|args|logits_to_keep|past_key_values|cache_position")
 
 
 @contextmanager
@@ -26,15 +37,104 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 def on_device(model: nn.Module, batch: object) -> dict[str, Any]:
-    """A batch as keyword arguments, on the model's device.
+    """A batch as keyword arguments, on the model's device; a decoder that is given nothing gets the encoder's text.
 
     Raises:
-        CalibrationError: If it is no mapping.
+        CalibrationError: If it is no mapping with tensors, or the decoder cannot get that text.
     """
     if not isinstance(batch, Mapping):
-        raise CalibrationError(f"a calibration batch is a {type(batch).__name__}: expected a dict of model inputs")
+        raise CalibrationError(
+            f"a calibration batch is a {type(batch).__name__}: expected a dict of model inputs; {_MAKE}"
+        )
+    if not any(isinstance(value, Tensor) for value in batch.values()):
+        raise CalibrationError(
+            f"a calibration batch holds no tensors (found: {', '.join(map(str, batch))}): expected model inputs; "
+            f"{_MAKE}"
+        )
+    mask = batch.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.dim() == 2 and not bool(mask.any()):
+        raise CalibrationError(
+            f"a calibration batch is nothing but padding (attention_mask {tuple(mask.shape)} is 0 everywhere): "
+            f"expected at least one token; leave out texts that are empty"
+        )
+    ids = batch.get("input_ids")
+    if isinstance(ids, Tensor) and ids.dim() < 2:
+        raise CalibrationError(
+            f"a calibration batch holds input_ids of shape {tuple(ids.shape)}: expected (batch, seq); {_MAKE}"
+        )
     device = device_of(model)
-    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+    inputs = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+    return {**inputs, **_decoder_inputs(model, inputs)} if _lacks_decoder_inputs(model, inputs) else inputs
+
+
+def run_model(model: nn.Module, inputs: Mapping[str, Any], error_class: type[HfPruneError] = CalibrationError) -> Any:
+    """What a model puts out for a batch.
+
+    Args:
+        model: The model.
+        inputs: Its keyword arguments.
+        error_class: What to raise.
+
+    Raises:
+        HfPruneError: If the model raises, of ``error_class``: it says what the batch holds and what the model takes.
+    """
+    try:
+        return model(**inputs)
+    except (HfPruneError, torch.OutOfMemoryError):
+        raise
+    except _TROUBLE as error:
+        said = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+        takes = [name for name in inspect.signature(model.forward).parameters if not _OPTION.fullmatch(name)]
+        held = [
+            f"{k} {tuple(v.shape)}" if isinstance(v, Tensor) else k for k, v in inputs.items() if not _OPTION.match(k)
+        ]
+        hint = ""
+        if _decodes(model) and not _DECODER_KEYS & inputs.keys():
+            hint = "; it has a decoder, so add labels or decoder_input_ids to each batch"
+        raise error_class(
+            f"{type(model).__name__} cannot run a batch of {', '.join(held)} ({type(error).__name__}: {said}): "
+            f"expected what its forward takes, {', '.join(takes)}{hint}"
+        ) from error
+
+
+def _lacks_decoder_inputs(model: nn.Module, batch: object) -> bool:
+    """Whether a batch is a text for the encoder, and nothing for the decoder beside it."""
+    if not _decodes(model) or not isinstance(batch, Mapping) or _DECODER_KEYS & batch.keys():
+        return False
+    ids = batch.get("input_ids")
+    known = inspect.signature(model.forward).parameters
+    return isinstance(ids, Tensor) and ids.dim() == 2 and "decoder_input_ids" in known
+
+
+def _decodes(model: nn.Module) -> bool:
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
+def _decoder_inputs(model: Any, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The encoder's text as the decoder reads one: a token further right, behind the one that starts it."""
+    ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+    tables = [part.get_input_embeddings() for part in (model.get_encoder(), model.get_decoder())]
+    sizes = [getattr(table, "num_embeddings", None) for table in tables]
+    shifted = _shifted(model, ids) if sizes[0] == sizes[1] else None
+    if shifted is None:
+        vocabularies = f"its encoder knows {sizes[0]} tokens and its decoder {sizes[1]}"
+        why = "its config names no token that starts a text" if sizes[0] == sizes[1] else vocabularies
+        raise CalibrationError(
+            f"a calibration batch holds {', '.join(inputs)}, and the decoder of {type(model).__name__} cannot read the "
+            f"same text, since {why}: add labels or decoder_input_ids to each batch"
+        )
+    return {"decoder_input_ids": shifted} | ({} if mask is None else {"decoder_attention_mask": mask})
+
+
+def _shifted(model: Any, ids: Tensor) -> Tensor | None:
+    """(batch, seq) as the model itself makes decoder inputs of labels; None if nothing says what starts a text."""
+    if hasattr(model, "prepare_decoder_input_ids_from_labels"):
+        with contextlib.suppress(ValueError):  # where the config names no first token
+            return model.prepare_decoder_input_ids_from_labels(labels=ids)
+    settings = [model.config, getattr(model.config, "decoder", None)]
+    names = ("decoder_start_token_id", "bos_token_id", "pad_token_id")
+    start = next((found for n in names for c in settings if isinstance(found := getattr(c, n, None), int)), None)
+    return None if start is None else torch.cat([torch.full_like(ids[:, :1], start), ids[:, :-1]], 1)
 
 
 def device_of(model: nn.Module) -> torch.device:

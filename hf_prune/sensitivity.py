@@ -27,6 +27,7 @@ from hf_prune.distributed import add_up, all_or_none, share
 from hf_prune.errors import CalibrationError
 from hf_prune.padding import first_tensor
 from hf_prune.progress import Bar
+from hf_prune.running import on_device
 from hf_prune.spill import Shelf
 from hf_prune.sums import sum_dtype
 from hf_prune.targets import is_finite, output_rows
@@ -114,7 +115,7 @@ def measure_sensitivity(
             generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{index}".encode()))
             with torch.enable_grad():
                 outputs = reader.forward(batch)
-                value = prediction(outputs, token_mask(reader.model, batch), generator)
+                value = prediction(outputs, token_mask(reader.model, on_device(reader.model, batch)), generator)
                 if not value.requires_grad:
                     raise CalibrationError(
                         "what the model puts out for a calibration batch depends on none of the weights to be pruned: "

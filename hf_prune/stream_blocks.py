@@ -10,7 +10,7 @@ import torch
 
 from hf_prune.activations import InputReader
 from hf_prune.criteria.base import INPUTS
-from hf_prune.errors import HfPruneError
+from hf_prune.errors import CalibrationError, HfPruneError
 from hf_prune.plan import PlannedTensor, PruningPlan
 from hf_prune.progress import Bar
 from hf_prune.sequential import prune_one
@@ -65,10 +65,13 @@ def prune_blocks(
                     bar.note(tensor.target.module)
                     bar.update()
                 reader.finish(step)
-    except (RuntimeError, NotImplementedError) as error:
-        if isinstance(error, HfPruneError):
+    except (RuntimeError, CalibrationError) as error:
+        cause = error.__cause__ if isinstance(error, CalibrationError) else error
+        if not isinstance(cause, RuntimeError) or isinstance(cause, HfPruneError):
             raise
-        raise explained(model, error) from error
+        if (told := explained(model, cause)) is cause:
+            raise
+        raise told from cause
 
 
 def _prune_step(

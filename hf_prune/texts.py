@@ -20,6 +20,10 @@ def text_batches(
 ) -> list[dict[str, Tensor]]:
     """Unlabelled texts as padded batches, for criteria and repairs that learn from the inputs of each layer.
 
+    A decoder beside an encoder (T5, BART, Marian) reads the encoder's text unless a batch has ``labels`` or
+    ``decoder_input_ids``. Where it writes something else, as in translation, pass what it is to write as ``labels``:
+    ``tokenizer(texts, text_target=translations, padding=True, return_tensors="pt")`` is such a batch.
+
     Args:
         texts: A list of texts, or a column of a data set.
         tokenizer: A tokenizer with a padding token.

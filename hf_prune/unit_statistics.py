@@ -17,7 +17,7 @@ from hf_prune.calibration import batched, differentiable
 from hf_prune.distributed import add_up, all_or_none, share
 from hf_prune.errors import CalibrationError
 from hf_prune.progress import Bar
-from hf_prune.running import eval_mode, on_device
+from hf_prune.running import eval_mode, on_device, run_model
 from hf_prune.sensitivity import named_logits, prediction, token_mask
 from hf_prune.sites import Site
 from hf_prune.sums import sum_dtype
@@ -93,11 +93,11 @@ def gate_statistics(
         numbered = share(list(enumerate(batches)))
         for index, batch in Bar(numbered, desc="Units", progress=progress):
             found.clear()
-            inputs = without_labels(batch)
-            size[0] = len(batched(on_device(model, inputs)))
+            inputs = without_labels(on_device(model, batch))
+            size[0] = len(batched(inputs))
             generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{index}".encode()))
             with torch.enable_grad():
-                value = prediction(model(**on_device(model, inputs)), token_mask(model, inputs), generator)
+                value = prediction(run_model(model, inputs), token_mask(model, inputs), generator)
             if not value.requires_grad:
                 raise CalibrationError(
                     "what the model puts out for a calibration batch depends on none of the units to be pruned"
@@ -148,14 +148,14 @@ def layer_losses(
     examples = 0
     with eval_mode(model), all_or_none():
         for batch in Bar(share(list(batches)), desc="Layers", progress=progress):
-            inputs = on_device(model, without_labels(batch))
+            inputs = without_labels(on_device(model, batch))
             mask = token_mask(model, inputs)
-            dense = [y.float().cpu() for y in named_logits(model(**inputs))]
+            dense = [y.float().cpu() for y in named_logits(run_model(model, inputs))]
             examples += len(dense[0])
             for i, layer in enumerate(layers.values()):
                 bypass(layer)
                 try:
-                    without = named_logits(model(**inputs))
+                    without = named_logits(run_model(model, inputs))
                 finally:
                     restore(layer)
                 totals[i] += sum(
