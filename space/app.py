@@ -2,7 +2,7 @@
 
 Settings come from the environment: ``HF_PRUNE_SPACE_MODEL`` and ``HF_PRUNE_SPACE_DATA`` name folders with the model of
 the first tab and with labelled sentences that fit it; what a Space was pushed with lies beside this file, and without
-either the demo's are made.
+either the demo's are made. ``HF_PRUNE_SPACE_HOSTS`` lists names under which it may be opened, besides localhost.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ import time
 from pathlib import Path
 
 import gradio as gr
+from guard import OwnPagesOnly, own_names
 from pages import CSS, THEME, build
+from starlette.middleware import Middleware
 from studio import Limits, Studio
 
 HERE = Path(__file__).parent
@@ -70,6 +72,7 @@ def main() -> None:
             max_file_size="1mb",
             share=False,
             server_name="0.0.0.0" if studio.public else "127.0.0.1",  # here, a push is yours
+            app_kwargs={"middleware": [Middleware(OwnPagesOnly, names=own_names(os.environ))]},
             inbrowser=os.environ.get("HF_PRUNE_SPACE_OPEN") == "1",
         )
 

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable
 from html import escape
 from typing import Any
-from urllib.parse import urlsplit
 
 import gradio as gr
 from studio import Studio
@@ -67,11 +66,3 @@ def canceller(studio: Studio) -> Callable[..., str]:
         return "Cancelling: what you had stays." if studio.cancel(visitor(request)) else "Nothing of yours is running."
 
     return cancel
-
-
-def from_this_page(request: gr.Request) -> bool:
-    """Whether the browser says that no other site sent this: the cookie of a login goes along with those as well."""
-    origin, site = request.headers.get("origin"), request.headers.get("sec-fetch-site")
-    if origin and urlsplit(origin).netloc != request.headers.get("host"):
-        return False
-    return site in (None, "same-origin", "none")

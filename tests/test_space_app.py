@@ -7,6 +7,8 @@ import os
 import re
 import shutil
 import time
+import urllib.error
+import urllib.request
 import zipfile
 from pathlib import Path
 
@@ -195,13 +197,29 @@ def test_strangers_do_not_push_with_the_token_of_the_space(on_a_space, hub):
     assert ("model", f"{USER}/stolen") not in hub.repos
 
 
-def test_other_sites_do_not_push_with_a_login(on_a_space, hub):
-    """A hostile page can have a browser send the cookie of a login; the browser then says where it comes from."""
-    for headers in ({"origin": "https://evil.example"}, {"sec-fetch-site": "cross-site"}):
-        visitor = gradio_client.Client(on_a_space[0], verbose=False, headers=headers)
-        prune(visitor)
-        with pytest.raises(Exception, match="from this page only"):
-            visitor.predict("stolen", True, api_name="/push")
+ENDPOINTS = ("/", "/config", "/theme.css", "/gradio_api/info", "/gradio_api/upload", "/gradio_api/queue/join")
+ENDPOINTS += (
+    "/gradio_api/call/push_from_here",
+    "/gradio_api/run/push",
+    "/gradio_api/call/cancel",
+    "/login/huggingface",
+)
+
+
+@pytest.mark.parametrize("path", ENDPOINTS)
+def test_no_endpoint_answers_to_other_names_and_other_pages(app, on_a_space, path):
+    """A page whose name was rebound to this machine, and one that has a browser send the cookie of a login."""
+    rebound = [{"Host": "evil.example"}, {"Host": "evil.example:7860", "Origin": "http://evil.example:7860"}]
+    foreign = [{"Origin": "https://evil.example"}, {"Origin": "null"}, {"Sec-Fetch-Site": "cross-site"}]
+    for address, _ in (app, on_a_space):
+        for headers in rebound + foreign:
+            for data in (None, b'{"data": ["stolen", true], "session_hash": "x"}'):
+                request = urllib.request.Request(address + path, data, {"Content-Type": "application/json", **headers})
+                with pytest.raises(urllib.error.HTTPError) as refused:
+                    urllib.request.urlopen(request, timeout=30)
+                assert refused.value.code == 403
+                words = b"is not a name of this app" if headers in rebound else b"another page"
+                assert words in refused.value.read()
 
 
 def test_a_private_push_does_not_go_into_a_public_repository(app, hub):

@@ -1,0 +1,85 @@
+"""Who may talk to the app: programs, and pages of its own under a name of its own.
+
+A page elsewhere can give its name this machine's address and then pass for a page of this app, which pushes with this
+machine's token. Such a page has a name that is not ours. Other pages say where they come from.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Mapping
+from typing import Any
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers
+from starlette.responses import PlainTextResponse
+
+
+class OwnPagesOnly:
+    """ASGI middleware that refuses requests to a name that is not the app's, and those of other sites' pages.
+
+    Args:
+        app: What it guards.
+        names: Hosts that are the app's, besides this machine and bare addresses, which nobody can claim for themselves.
+    """
+
+    def __init__(self, app: Any, names: frozenset[str] = frozenset()) -> None:
+        self.app, self.names = app, names
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Pass on, or refuse."""
+        reason = refusal(Headers(scope=scope), self.names) if scope["type"] in ("http", "websocket") else None
+        if reason is None:
+            await self.app(scope, receive, send)
+        elif scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008, "reason": reason[:120]})
+        else:
+            await PlainTextResponse(reason, status_code=403)(scope, receive, send)
+
+
+def own_names(environment: Mapping[str, str]) -> frozenset[str]:
+    """The app's hosts: those of its Space, and those that ``HF_PRUNE_SPACE_HOSTS`` lists, with commas."""
+    listed = ",".join(environment.get(name, "") for name in ("SPACE_HOST", "HF_PRUNE_SPACE_HOSTS"))
+    return frozenset(name.strip().lower() for name in listed.split(",") if name.strip())
+
+
+def refusal(headers: Mapping[str, str], names: frozenset[str]) -> str | None:
+    """Why a request is not for this app, or not from it; None if it is.
+
+    Args:
+        headers: Of the request, in lower case.
+        names: The app's hosts.
+    """
+    host, origin = headers.get("host", "").lower(), headers.get("origin")
+    name = _host_name(host)
+    if name != "localhost" and name not in names and not _is_address(name):
+        return (
+            f"{host[:100]!r} is not a name of this app: open it as localhost, or list its names in "
+            f"HF_PRUNE_SPACE_HOSTS, with commas, before you start it"
+        )
+    if origin is not None:
+        parts = urlsplit(origin.lower())
+        own = parts.netloc == host or _host_name(parts.netloc) in names
+        return None if own and parts.scheme in ("http", "https") else "this comes from another page than the app's"
+    foreign = headers.get("sec-fetch-site", "none") not in ("same-origin", "none")
+    if foreign and headers.get("sec-fetch-mode") != "navigate":  # links to the app, and frames with it, are fine
+        return "this comes from another page than the app's"
+    return None
+
+
+def _host_name(host: str) -> str:
+    """Without its port; empty if it is no host."""
+    try:
+        parts = urlsplit(f"//{host}")
+        _ = parts.port  # a ValueError if it is none
+        return (parts.hostname or "") if parts.netloc == host and "@" not in host else ""
+    except ValueError:
+        return ""
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
