@@ -15,11 +15,13 @@ from hf_prune.sources import check_data_source, check_model_source
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="A folder with a checkpoint, or a Hub id.", show_default=False)
 ]
-Data = Annotated[str, typer.Option(help="A folder with train/dev files (TSV, CSV, JSONL, parquet), or a Hub data set.")]
+Data = Annotated[
+    str, typer.Option(help="A folder with train/dev files, or a file (TSV, CSV, JSONL, parquet), or a Hub data set.")
+]
 AnyData = Annotated[
     str | None,
     typer.Option(
-        help="A folder with train/dev files, or a Hub data set; for language models also a text file. "
+        help="A folder with train/dev files, a file, or a Hub data set; for language models also a text file. "
         "[default: glue/sst2, or WikiText-2 for language models]"
     ),
 ]

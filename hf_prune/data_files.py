@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_prune.errors import DataError
+from hf_prune.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -88,6 +90,28 @@ def same_split(one: str, other: str) -> bool:
     return one == other or {one, other} <= set(_SPLIT_ALIASES)
 
 
+def refuse_same_split(source: str, one: str, other: str, doing: str, why: str) -> None:
+    """Make sure that two splits are not the same data.
+
+    Args:
+        source: A file, which is one split, a folder or a Hub id.
+        one: A split.
+        other: Another one.
+        doing: What would be done on both, for the message.
+        why: Why that is wrong.
+
+    Raises:
+        ConfigError: If they are the same.
+    """
+    if os.path.isfile(source):
+        raise ConfigError(
+            f"the file {source!r} is {doing}: expected two splits, so pass a folder with a file for each, such as "
+            f"train.tsv and dev.tsv; {why}"
+        )
+    if same_split(one, other):
+        raise ConfigError(f"the split {one!r} is {doing}: expected two; {why}")
+
+
 def resolve_split(split: str, available: Sequence[str], where: str) -> str:
     """The name under which a split is there.
 
@@ -161,14 +185,17 @@ def _read_parquet(paths: list[Path]) -> Dataset:
 
 def _read_table(path: Path, *, tabs: bool) -> dict[str, list[Any]]:
     """Columns of a TSV file, where a quote is a character like any other, or of a CSV file."""
-    with path.open(encoding="utf-8-sig", newline="") as file:
+    with path.open(encoding="utf-8-sig", newline="") as file, _long_fields():
         if tabs:
             reader = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
         else:
             reader = csv.reader(file)
         header = next(reader, [])
-        rows = []
-        for number, fields in enumerate(reader, start=1):
+        rows: list[list[str]] = []
+        found = list(reader)
+        while found and (not found[-1] or (len(header) > 1 and not "".join(found[-1]).strip())):
+            found.pop()  # blank lines at the end
+        for number, fields in enumerate(found, start=1):
             if len(fields) != len(header):
                 raise DataError(
                     f"row {number} of {path} has {len(fields)} fields, but the header has {len(header)} "
@@ -178,11 +205,24 @@ def _read_table(path: Path, *, tabs: bool) -> dict[str, list[Any]]:
     return {name: [fields[i] for fields in rows] for i, name in enumerate(header)}
 
 
+@contextmanager
+def _long_fields() -> Iterator[None]:
+    """Inside, a field may have more than the 131,072 characters that Python's reader stops at."""
+    before = csv.field_size_limit(2**31 - 1)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(before)
+
+
 def _read_jsonl(path: Path) -> dict[str, list[Any]]:
     """Columns of a file with one JSON object a line; None where an object lacks a key."""
     rows: list[dict[str, Any]] = []
     with path.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, start=1):
+        lines = list(file)
+        while lines and not lines[-1].strip():
+            lines.pop()
+        for number, line in enumerate(lines, start=1):
             try:
                 row = json.loads(line)
             except json.JSONDecodeError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_prune.data_files import TABLES, data_files, load_folder, read_tables, read_text, resolve_split, text_files
 from hf_prune.errors import DataError
-from hf_prune.sources import cached_splits, check_hub_reachable, hub_repository, local_folder
+from hf_prune.sources import cached_splits, check_hub_reachable, check_table, hub_repository, local_folder
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -52,11 +53,12 @@ def load_classification(
     """Load labelled texts from a local folder, the cache of ``datasets``, or the Hub, and check every row.
 
     A folder holds one file, or a set of shards, per split: ``train.tsv`` (tabs, no quoting, as GLUE
-    writes it), ``.csv``, ``.jsonl`` or ``.parquet``. A data set from the Hub that is already cached is
-    read from the cache and needs no network. Local files are read into memory.
+    writes it), ``.csv``, ``.jsonl`` or ``.parquet``. Such a file by itself is a split, whatever its name.
+    A data set from the Hub that is already cached is read from the cache and needs no network. Local
+    files are read into memory.
 
     Args:
-        source: Path of a folder, or a Hub id ``owner/name``, with ``:config`` at the end if it has several
+        source: Path of a folder or a file, or a Hub id ``owner/name``, with ``:config`` at the end if it has several
             configurations. ``glue/task`` is short for ``nyu-mll/glue:task``. A folder wins over a Hub id.
         split: Name of the split; ``validation``, ``dev`` and ``val`` mean the same.
         text_columns: The columns that hold text.
@@ -74,9 +76,14 @@ def load_classification(
         >>> load_classification("glue/mrpc", "train", text_columns=("sentence1", "sentence2"))  # doctest: +SKIP
     """
     source = os.fspath(source)
-    folder = local_folder(source, "data")
-    dataset = _load_hub(source, split) if folder is None else load_folder(folder, split)
     where = f"split {split!r} of {source!r}"
+    if os.path.isfile(source):
+        check_table(source)
+        dataset, where = read_tables([Path(source)]), repr(source)
+    elif (folder := local_folder(source, "data")) is None:
+        dataset = _load_hub(source, split)
+    else:
+        dataset = load_folder(folder, split)
     if label_column is not None and label_column not in dataset.column_names:
         raise DataError(
             f"{where} has no column {label_column!r} (found: {', '.join(dataset.column_names)}), and without labels it "
@@ -227,14 +234,17 @@ def _check_texts(texts: list[Any], name: str, where: str) -> None:
 
 def _check_labels(labels: list[Any], name: str, where: str) -> list[int] | list[str]:
     """Labels as integers, or as strings if the first one is a string that is no integer."""
-    integers = _as_integer(labels[0]) is not None or not isinstance(labels[0], str)
+    integers = _is_number(labels[0]) or not isinstance(labels[0], str)
     checked: list[Any] = []
     for number, label in enumerate(labels, start=1):
         integer = _as_integer(label)
         if label is None or label == "":
             raise DataError(f"row {number} of {where}: {name!r} is empty, expected a label: fill it in or drop the row")
         if integers and integer is None:
-            raise DataError(f"row {number} of {where}: label {label!r} is not an integer: repair or drop that row")
+            hint = "; a column of numbers to predict (regression) has no classes" if _is_number(label) else ""
+            raise DataError(
+                f"row {number} of {where}: label {label!r} is not an integer: repair or drop that row{hint}"
+            )
         if not integers and (integer is not None or not isinstance(label, str)):
             raise DataError(
                 f"row {number} of {where}: label {label!r} is a number, but row 1 has the string {labels[0]!r}: "
@@ -247,9 +257,18 @@ def _check_labels(labels: list[Any], name: str, where: str) -> list[int] | list[
 
 
 def _as_integer(label: Any) -> int | None:
-    if isinstance(label, int):
+    """A class number; tables with gaps in other columns write it as 1.0."""
+    if isinstance(label, int) or (isinstance(label, float) and label.is_integer()):
         return int(label)
-    return int(label) if isinstance(label, str) and re.fullmatch(r"-?[0-9]+", label.strip()) else None
+    match = re.fullmatch(r"(-?[0-9]+)(\.0+)?", label.strip()) if isinstance(label, str) else None
+    return int(match[1]) if match else None
+
+
+def _is_number(label: Any) -> bool:
+    try:
+        return math.isfinite(float(label))
+    except (TypeError, ValueError):
+        return False
 
 
 def _raise_unlabelled(labels: list[int], where: str) -> None:

@@ -288,14 +288,16 @@ def classification_batches(
     for name, value in (("n", n), ("batch_size", batch_size), ("max_length", max_length)):
         check_positive(name, value)
     _check_padding(tokenizer)
-    chosen = dataset.select(drawn(len(dataset), seed)[:n])
+    rows = drawn(len(dataset), seed)[:n]
+    chosen = dataset.select(rows)
     examples = _tokenize(tokenizer, chosen, text_columns, max_length)
     batches = [
         _pad(tokenizer, examples[start : start + batch_size], tokenizer.padding_side)
         for start in range(0, len(examples), batch_size)
     ]
     if label_column is not None:
-        labels = torch.tensor(_label_ids(chosen, label_column, label2id or {}, None))
+        every = _label_ids(dataset, label_column, label2id or {}, None)  # so that errors name rows of the data
+        labels = torch.tensor([every[row] for row in rows])
         for batch, part in zip(batches, labels.split(batch_size), strict=True):
             batch["labels"] = part
     return batches
@@ -408,22 +410,38 @@ def _tokenize(
     return [{name: encoded[name][i] for name in names} for i in range(len(dataset))]
 
 
+def check_labels(dataset: Dataset, label_column: str, model: PreTrainedModel) -> None:
+    """Make sure that every label is a class of a model, before some rows are chosen and lose their numbers.
+
+    Raises:
+        DataError: If one is not.
+    """
+    _label_ids(dataset, label_column, _label2id(model), _num_labels(model))
+
+
 def _label_ids(dataset: Dataset, label_column: str, label2id: Mapping[str, int], num_labels: int | None) -> list[int]:
-    """Class numbers, checked against the classes of the model if their number is known."""
+    """Class numbers, checked against the classes of the model if their number is known; names in any case."""
     check_columns(dataset, [label_column], "the data set")
+    folded: dict[str, set[int]] = {}
+    for name, number in label2id.items():
+        folded.setdefault(name.strip().casefold(), set()).add(number)
     ids = []
-    for number, label in enumerate(column(dataset, label_column), start=1):
+    for row, label in enumerate(column(dataset, label_column), start=1):
         if isinstance(label, str):
-            if label not in label2id:
+            alike = folded.get(label.strip().casefold(), set())
+            if label not in label2id and len(alike) != 1:
                 known = ", ".join(map(repr, label2id)) or "none"
                 raise DataError(
-                    f"row {number}: label {label!r} is not in label2id (known: {known}): use those names, or class "
+                    f"row {row}: label {label!r} is not in label2id (known: {known}): use those names, or class "
                     "numbers, in the data"
                 )
-            label = label2id[label]
+            label = label2id.get(label, next(iter(alike)))
         if not isinstance(label, int) or label < 0 or (num_labels is not None and label >= num_labels):
             limit = "0 or more" if num_labels is None else f"0 to {num_labels - 1}"
-            raise DataError(f"row {number}: label {label!r} is no class, expected {limit}: drop or renumber such rows")
+            hint = "; numbers to predict (regression) have no accuracy" if isinstance(label, float) else ""
+            raise DataError(
+                f"row {row}: label {label!r} is no class, expected {limit}: drop or renumber such rows{hint}"
+            )
         ids.append(int(label))
     return ids
 

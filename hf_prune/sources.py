@@ -85,6 +85,10 @@ def check_data_source(source: str | os.PathLike[str]) -> None:
         hf_prune.errors.DataError: no such folder: './no-such-data'. Pass a folder ...
     """
     source = os.fspath(source)
+    if os.path.isfile(source):
+        check_table(source)
+        return
+    _refuse_missing_file(source, "a file")
     if local_folder(source, "data") is None and cached_splits(*hub_repository(source)) is None:
         check_hub_reachable(f"data set {source!r}")
 
@@ -104,12 +108,27 @@ def check_text_source(source: str | os.PathLike[str]) -> None:
         hf_prune.errors.DataError: no such file or folder: './no-such-file.txt'. Pass a text file, ...
     """
     if not os.path.isfile(source):
-        if os.fspath(source).endswith((".txt", ".raw", ".tokens", *TABLES)):
-            raise DataError(
-                f"no such file or folder: {os.fspath(source)!r}. Pass a text file, a folder that holds data, or a Hub "
-                f"id (owner/name)"
-            )
+        _refuse_missing_file(os.fspath(source), "a text file")
         check_data_source(source)
+
+
+def check_table(path: str) -> None:
+    """Make sure that a file is a table.
+
+    Raises:
+        DataError: If its name ends otherwise.
+    """
+    if not path.endswith(TABLES):
+        raise DataError(
+            f"{path!r} is no table: expected a file that ends in {', '.join(TABLES)}, or a folder with one per split"
+        )
+
+
+def _refuse_missing_file(source: str, what: str) -> None:
+    if source.endswith((".txt", ".raw", ".tokens", *TABLES)) and not os.path.exists(source):
+        raise DataError(
+            f"no such file or folder: {source!r}. Pass {what}, a folder that holds data, or a Hub id (owner/name)"
+        )
 
 
 def model_class(source: str | os.PathLike[str]) -> str:

@@ -21,6 +21,7 @@ from hf_prune.calibration_data import LabelledData, TextData
 from hf_prune.checkpoint import copy_companions, staged_checkpoint
 from hf_prune.comparison import compare
 from hf_prune.config import PruningConfig
+from hf_prune.data_files import refuse_same_split
 from hf_prune.distillation import Distillation
 from hf_prune.errors import ConfigError
 from hf_prune.evaluation import classification_examples, context_length, evaluate_classification
@@ -33,6 +34,8 @@ from hf_prune.structures import structure_report
 from hf_prune.texts import token_windows
 from hf_prune.trainer import PruningTrainer
 from hf_prune.workflows import load_classifier, load_language_model
+
+_SEEN = "a model looks better than it is on what it was trained on"
 
 
 @dataclass(frozen=True)
@@ -122,6 +125,7 @@ def train_checkpoint(
         DataError: If the model or the data cannot be found or read.
     """
     settings = settings or TrainingSettings()
+    refuse_same_split(data.source, settings.split, score_split, "trained and scored on", _SEEN)
     model, tokenizer = (load_language_model if isinstance(data, TextData) else load_classifier)(source)
     if config is None and MaskStore.of(model) is None:
         raise ConfigError(f"{source!r} has no masks to keep: name what is to be pruned, or prune it first")
@@ -194,6 +198,7 @@ def lottery_checkpoint(
     from safetensors.torch import save_file
 
     settings = settings or TrainingSettings()
+    refuse_same_split(data.source, settings.split, score_split, "trained and scored on", _SEEN)
     model, tokenizer = load_classifier(source)
     examples = _examples(data, model, tokenizer, settings)
     scored = dataclasses.replace(settings, split=score_split)

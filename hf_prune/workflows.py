@@ -17,11 +17,11 @@ from hf_prune.calibration_data import LabelledData, TextData
 from hf_prune.checkpoint import copy_companions, has_tokenizer, staged_checkpoint
 from hf_prune.comparison import Comparison, compare
 from hf_prune.config import PruningConfig
-from hf_prune.data_files import same_split
+from hf_prune.data_files import refuse_same_split
 from hf_prune.data_loading import check_columns, load_texts
 from hf_prune.distributed import all_or_none, is_first, processes
 from hf_prune.errors import ConfigError, DataError
-from hf_prune.evaluation import Evaluation, drawn, evaluate_classification
+from hf_prune.evaluation import Evaluation, check_labels, drawn, evaluate_classification
 from hf_prune.files import write_json, write_text
 from hf_prune.perplexity import Perplexity, evaluate_perplexity
 from hf_prune.plan import PruningPlan
@@ -96,7 +96,7 @@ def evaluate_checkpoint(source: str, data: LabelledData, split: str, *, batch_si
         label_column=data.label_column,
         batch_size=batch_size,
         source=data.source,
-        split=split,
+        split="" if Path(data.source).is_file() else split,
         progress=label(source),
     )
 
@@ -235,17 +235,15 @@ def prune_to_budget(
         BudgetError: If no sparsity is within the budget; then nothing is written.
     """
     check_budget(config, max_drop)
-    if same_split(split, data.calibration_split):
-        raise ConfigError(
-            f"the split {split!r} is searched and reported on: expected two; a model looks better than it is on the "
-            f"sentences that its sparsity was chosen on"
-        )
+    why = "a model looks better than it is on the sentences that its sparsity was chosen on"
+    refuse_same_split(data.source, split, data.calibration_split, "searched and reported on", why)
     join_processes()
     model, tokenizer = load_classifier(source)
     columns: dict[str, Any] = {"text_columns": data.text_columns, "label_column": data.label_column}
     options: dict[str, Any] = {"source": label(data.source), "batch_size": batch_size, **columns}
     reported = data.load(split)
     check_columns(reported, [*data.text_columns, data.label_column], f"the split {split!r}")
+    check_labels(data.load(data.calibration_split), data.label_column, model)
     seen = data.seen(config, held_out)
     batches = data.calibration([config], model, tokenizer)
     more = data.for_polish([config], model, tokenizer, seen)
@@ -388,11 +386,9 @@ def sweep_checkpoint(
         data_name: What to call the data there.
     """
     configs = [(config or PruningConfig()).replace(criterion=name) for name in criteria]
-    if any(each.needs_data for each in configs) and same_split(split, data.calibration_split):
-        raise ConfigError(
-            f"the split {split!r} is scored and calibrated on: expected two; a criterion that has seen the labels that "
-            "it is scored on looks better than it is"
-        )
+    if any(each.needs_data for each in configs):
+        why = "a criterion that has seen the labels that it is scored on looks better than it is"
+        refuse_same_split(data.source, split, data.calibration_split, "scored and calibrated on", why)
     model, tokenizer = load_classifier(source)
     return run_sweep(
         model,

@@ -49,6 +49,16 @@ def zeros(model, part):
     return sum(int((w == 0).sum()) for w in weights) / sum(w.numel() for w in weights)
 
 
+@pytest.mark.parametrize("command", ["train", "lottery"])
+def test_training_and_scoring_on_the_same_sentences(folders, run, tmp_path, command):
+    options = (command, folders / "text", "--out", tmp_path / "out", "--sparsity", 0.5)
+    said = run(*options, "--data", folders / "data", "--split", "dev", code=1)
+    assert "error: the split 'dev' is trained and scored on: expected two" in said
+    said = run(*options, "--data", folders / "data" / "train.tsv", code=1)
+    assert "train.tsv' is trained and scored on: expected two splits, so pass a folder" in said
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_classifier_with_itself_as_teacher(folders, run, tmp_path):
     out = tmp_path / "pruned"
     said = run(

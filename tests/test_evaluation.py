@@ -565,6 +565,39 @@ def test_batches_are_cut_and_labels_mapped(tokenizer):
         classification_batches(data, tokenizer)
 
 
+def test_names_of_labels_in_any_case(bert, tokenizer):
+    data = Dataset.from_dict({"sentence": ["a", "b", "c"], "label": ["Label_2", " label_0", "LABEL_1"]})
+    assert evaluate_classification(bert, tokenizer, data).labels == (2, 0, 1)
+    batches = classification_batches(
+        data, tokenizer, label2id={"a": 0, "A": 1, "LABEL_1": 2, "label_0": 3, "Label_2": 4}
+    )
+    assert sorted(batches[0]["labels"].tolist()) == [2, 3, 4]
+
+
+def test_names_that_only_their_case_tells_apart(tokenizer):
+    data = Dataset.from_dict({"sentence": ["a", "b"], "label": ["A", "a"]})
+    assert classification_batches(data, tokenizer, label2id={"a": 0, "A": 1})[0]["labels"].sum() == 1
+    data = Dataset.from_dict({"sentence": ["a"], "label": ["á"]})
+    with pytest.raises(DataError, match="row 1: label 'á' is not in label2id"):
+        classification_batches(data, tokenizer, label2id={"a": 0, "A": 1})
+
+
+def test_rows_in_errors_are_those_of_the_data(tokenizer):
+    """Wherever the row comes in what is drawn, and whether it is drawn at all."""
+    data = Dataset.from_dict({"sentence": ["a"] * 40, "label": [0] * 36 + [-1] + [0] * 3})
+    for n in (1, 40):
+        with pytest.raises(DataError, match="row 37: label -1 is no class"):
+            classification_batches(data, tokenizer, n=n)
+
+
+def test_numbers_to_predict_are_no_classes(bert, tokenizer):
+    data = Dataset.from_dict({"sentence": ["a"], "label": [2.5]})
+    with pytest.raises(
+        DataError, match=r"row 1: label 2\.5 is no class, .*numbers to predict \(regression\) have no accur"
+    ):
+        evaluate_classification(bert, tokenizer, data)
+
+
 @pytest.mark.parametrize("name", ["n", "batch_size", "max_length"])
 def test_batch_settings_out_of_range(tokenizer, name):
     with pytest.raises(ConfigError, match=f"{name} is 0: expected an integer of at least 1"):

@@ -1,5 +1,6 @@
 """Finding models and data: local folders of every kind, the cache, and a Hub that does not answer."""
 
+import csv
 import http.server
 import json
 import os
@@ -14,8 +15,9 @@ from pathlib import Path
 import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 
+from hf_prune.data_files import refuse_same_split
 from hf_prune.data_loading import fingerprint, load_classification, load_sst2, load_texts
-from hf_prune.errors import DataError
+from hf_prune.errors import ConfigError, DataError
 from hf_prune.sources import (
     check_data_source,
     check_hub_reachable,
@@ -430,9 +432,75 @@ def test_string_labels_are_kept(tmp_path):
     assert load_classification(tmp_path, "train")["label"][:] == ["POSITIVE", "NEGATIVE"]
 
 
+def test_a_file_is_a_split_whatever_its_name(tmp_path):
+    tsv, parquet = write_tsv(tmp_path / "my reviews.tsv"), write_parquet(tmp_path / "other.parquet")
+    for path in (tsv, parquet):
+        check_data_source(path)
+        assert rows_of(load_classification(path, "validation")) == rows_of(load_classification(str(path), "train"))
+    assert rows_of(load_classification(tsv, "dev")) == ROWS
+
+
+def test_a_file_that_is_no_table(tmp_path):
+    (tmp_path / "all.txt").write_text("a\n")
+    for call in (check_data_source, lambda path: load_classification(path, "train")):
+        with pytest.raises(DataError, match=r"all\.txt' is no table: expected a file that ends in \.tsv, \.csv"):
+            call(str(tmp_path / "all.txt"))
+    with pytest.raises(DataError, match=r"no such file or folder: 'none\.csv'\. Pass a file"):
+        check_data_source("none.csv")
+
+
+@pytest.mark.parametrize("name", ["train.csv", "train.tsv", "train.jsonl"])
+@pytest.mark.parametrize("end", ["", "\n", "\n\n", "\n \n\r\n"])
+def test_long_texts_and_blank_lines_at_the_end(tmp_path, name, end):
+    """Python's reader stops at 131,072 characters; what it is set to for others stays."""
+    long = "word " * 40_000
+    lines = [("sentence", "label"), (long, "1"), ("b", "0")]
+    separator = "\t" if name.endswith("tsv") else ","
+    text = "\n".join(separator.join(line) for line in lines)
+    if name.endswith("jsonl"):
+        text = "\n".join(json.dumps({"sentence": sentence, "label": int(label)}) for sentence, label in lines[1:])
+    (tmp_path / name).write_text(text + end)
+    before = csv.field_size_limit()
+    assert rows_of(load_classification(tmp_path, "train")) == [(long, 1), ("b", 0)]
+    assert csv.field_size_limit() == before
+
+
+def test_a_blank_line_within_is_a_broken_row(tmp_path):
+    (tmp_path / "train.csv").write_text("sentence,label\na,1\n\nb,0\n")
+    with pytest.raises(DataError, match=r"row 2 of .* has 0 fields, but the header has 2"):
+        load_classification(tmp_path, "train")
+
+
+def test_texts_without_any_are_texts(tmp_path):
+    (tmp_path / "train.csv").write_text('text\na\n" "\n""\n')
+    assert load_texts(tmp_path, "train") == ["a", " ", ""]
+
+
+def test_class_numbers_that_a_table_wrote_with_a_point(tmp_path):
+    write_tsv(tmp_path / "train.tsv", [("a", "1.0"), ("b", "0.0")])
+    assert rows_of(load_classification(tmp_path, "train")) == [("a", 1), ("b", 0)]
+    (tmp_path / "dev.jsonl").write_text('{"sentence": "a", "label": 1.0}\n')
+    assert rows_of(load_classification(tmp_path, "dev")) == [("a", 1)]
+
+
+def test_two_splits_that_are_the_same(tmp_path):
+    with pytest.raises(ConfigError, match="the split 'dev' is scored twice: expected two; it lies"):
+        refuse_same_split(str(tmp_path), "dev", "validation", "scored twice", "it lies")
+    refuse_same_split(str(tmp_path), "dev", "train", "scored twice", "it lies")
+    path = write_tsv(tmp_path / "train.tsv")
+    with pytest.raises(
+        ConfigError, match=r"the file '.*train\.tsv' is scored twice: expected two splits, so pass a folder"
+    ):
+        refuse_same_split(str(path), "dev", "train", "scored twice", "it lies")
+
+
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
+        (
+            [("a", "3.8"), ("b", "1.25")],
+            r"row 1 of .*: label '3\.8' is not an integer: .* \(regression\) has no classes",
+        ),
         ([("a", 1), ("b", "")], "row 2 of split 'train' of .*: 'label' is empty, expected a label"),
         ([("a", 1), ("b", 0), ("c", "x")], "row 3 of .*: label 'x' is not an integer: repair or drop"),
         ([("a", 1), ("b", "0.5")], "row 2 of .*: label '0.5' is not an integer"),
@@ -457,7 +525,7 @@ def test_wrong_rows(tmp_path, rows, message):
         ('{"sentence": "a", "label": 1}\n{"label": 1}', "row 2 of .*: 'sentence' is None, expected text"),
         ('{"sentence": "a", "label": 1}\n{"sentence": "b"}', "row 2 of .*: 'label' is empty"),
         ('{"sentence": 5, "label": 1}', "row 1 of .*: 'sentence' is 5, expected text"),
-        ('{"sentence": "a", "label": 0.5}', "row 1 of .*: label 0.5 is not an integer"),
+        ('{"sentence": "a", "label": 0.5}', "row 1 of .*: label 0.5 is not an integer.* has no classes"),
         ('{"sentence": "a", "label": 1}\n{"sentence": "b", "label": "x"}', "a column mixes types"),
     ],
 )
