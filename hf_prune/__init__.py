@@ -87,6 +87,7 @@ _MODULES = {
     "lottery": ("LotteryResult", "LotteryRound", "find_ticket"),
     "lora": ("MergeReport", "merge_lora"),
     "schedules": ("Schedule", "register_schedule"),
+    "training": ("keep_sparse",),
     "trainer": ("PruningCallback", "PruningTrainer"),
     "unit_plan": ("UnitPlan",),
     "verification": ("Verification", "verify_checkpoint"),

@@ -28,7 +28,7 @@ from hf_prune.bypass import bypassed_layers
 from hf_prune.config import PruningConfig
 from hf_prune.errors import CheckpointError
 from hf_prune.files import atomic_path, move_into, refuse_file, staged_folder
-from hf_prune.masking import MaskStore
+from hf_prune.masking import MaskStore, warn_regrown
 from hf_prune.packed_files import PackedFiles, read_index
 from hf_prune.packed_format import is_packed
 from hf_prune.polish import PolishRecord
@@ -271,6 +271,12 @@ def save_pruned(
         )
     store = MaskStore.of(model)
     if store is not None:
+        store.check(model)
+        warn_regrown(
+            model,
+            "they are zero in what is saved, which is not the model that was trained or evaluated",
+            kwargs.get("state_dict"),
+        )
         if not any(isinstance(parameter, DTensor) for parameter in model.parameters()):
             store.apply(model)  # training steps may have moved what the masks remove
         if kwargs.get("state_dict") is not None:

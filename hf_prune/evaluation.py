@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from hf_prune.config import check_positive
 from hf_prune.data_loading import check_columns, column, fingerprint, load_sst2
 from hf_prune.errors import ConfigError, DataError
+from hf_prune.masking import warn_regrown
 from hf_prune.progress import Bar
 from hf_prune.running import eval_mode, run_model
 
@@ -222,6 +223,7 @@ def evaluate_classification(
         2
     """
     check_positive("batch_size", batch_size)
+    warn_regrown(model, "what is scored is not the model that save_pretrained() writes, in which they are zero")
     num_labels = _num_labels(model)
     _check_padding(tokenizer, model)
     max_length = _max_length(tokenizer, model, max_length)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from hf_prune.bypass import bypassed_layers
 from hf_prune.errors import DataError, ExportError
 from hf_prune.files import sync
+from hf_prune.masking import warn_regrown
 from hf_prune.running import eval_mode
 from hf_prune.speed import workload_inputs
 
@@ -89,6 +90,7 @@ def export_model(model: nn.Module, path: str | Path) -> ExportReport:
         raise ExportError("the model is not in float32, which exported files are: call model.float() first")
     if gone := bypassed_layers(model):
         raise ExportError(f"layers are switched off: {', '.join(gone)}; call shrink() first, which takes them out")
+    warn_regrown(model, "what is exported is not the model that save_pretrained() writes, in which they are zero")
     inputs = workload_inputs(model, {"batch_size": 2, "length": 8})
     other = workload_inputs(model, {"batch_size": 3, "length": 6})
     with _exportable(model):

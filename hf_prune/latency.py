@@ -16,6 +16,7 @@ from torch import nn
 from hf_prune.errors import ConfigError
 from hf_prune.export import ExportedModel
 from hf_prune.latency_inputs import check_generation, check_runs, device, dtypes, find_workloads
+from hf_prune.masking import warn_regrown
 from hf_prune.running import eval_mode
 from hf_prune.speed import forward
 from hf_prune.tables import format_table
@@ -182,6 +183,8 @@ def measure_latency(
     _check_exported(models, next(iter(native.values())))
     workloads = find_workloads(native, inputs, batch_sizes, lengths)
     check_generation(native, workloads, new_tokens)
+    for model in native.values():
+        warn_regrown(model, "what is timed is not the model that save_pretrained() writes, in which they are zero")
     points: list[LatencyPoint] = []
     with ExitStack() as context:
         context.enter_context(_threads(threads))

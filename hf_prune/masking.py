@@ -6,6 +6,7 @@ State-dict keys therefore never change, and ``save_pretrained``, ``deepcopy``, t
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from hf_prune.bypass import bypassed_layers, restore
 from hf_prune.config import PruningConfig
@@ -142,7 +144,9 @@ class MaskStore:
             zero_removed_(parameters[name], mask)
 
     def make_permanent(self, model: nn.Module) -> None:
-        """Drop the masks and leave the zeros."""
+        """Drop the masks and leave the zeros; warns if some are not zero any more."""
+        self.check(model)
+        warn_regrown(model, "they become zero now")
         self.apply(model)
         self.detach(model)
 
@@ -225,6 +229,34 @@ class Undo:
                     parameters[name].copy_(self.dense[name] if self._in_memory else self._files.get(name))
         finally:
             self._files.close()
+
+
+@torch.no_grad()
+def warn_regrown(model: nn.Module, consequence: str, weights: Mapping[str, Tensor] | None = None) -> None:
+    """Warn if weights that the masks remove are not zero any more, as after a training that knows nothing of masks.
+
+    Args:
+        model: The model; one without masks is passed over.
+        consequence: What that means for what is done to the model now.
+        weights: What to look at in place of the model's own parameters, by their names. Weights that are spread over
+            processes are passed over.
+    """
+    if (store := MaskStore.of(model)) is None:
+        return
+    grown = removed = 0
+    for name, weight in dict(model.named_parameters() if weights is None else weights).items():
+        mask = store.masks.get(name)
+        if mask is None or mask.shape != weight.shape or weight.is_meta or isinstance(weight, DTensor):
+            continue
+        removed += mask.numel() - int(mask.count_nonzero())
+        grown += int((weight.detach().ne(0) > mask.to(weight.device)).count_nonzero())
+    if grown:
+        warnings.warn(
+            f"{grown:,} of the {removed:,} weights that the masks remove ({100 * grown / removed:.2f} %) are not zero "
+            f"any more, since an optimizer or something else wrote to them: {consequence}. apply_masks() sets them to "
+            f"zero again; keep_sparse(optimizer) before a training keeps them zero",
+            stacklevel=3,
+        )
 
 
 @torch.no_grad()

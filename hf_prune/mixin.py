@@ -11,6 +11,7 @@ from types import MappingProxyType
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
@@ -30,6 +31,7 @@ from hf_prune.plan import PruningPlan
 from hf_prune.push import PushResult, push_checkpoint
 from hf_prune.report import SparsityReport, sparsity_report
 from hf_prune.shrinking import shrink_modules
+from hf_prune.training import keep_sparse
 from hf_prune.unit_plan import UnitPlan
 
 Model = TypeVar("Model", bound=PreTrainedModel)
@@ -123,6 +125,10 @@ class PrunedModelMixin(nn.Module):
         if (store := MaskStore.of(self)) is not None:
             store.apply(self)
         return self
+
+    def keep_sparse(self, optimizer: Any) -> RemovableHandle:
+        """Keep what is removed at zero after each step of an optimizer; see :func:`hf_prune.keep_sparse`."""
+        return keep_sparse(self, optimizer)
 
     def make_permanent(self: Self) -> Self:
         """Drop the masks, leave the zeros, and return the model."""

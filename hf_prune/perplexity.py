@@ -16,6 +16,7 @@ from torch import Tensor
 from hf_prune.config import check_positive
 from hf_prune.errors import ConfigError, DataError
 from hf_prune.evaluation import context_length
+from hf_prune.masking import warn_regrown
 from hf_prune.progress import Bar
 from hf_prune.running import eval_mode, on_device, run_model
 from hf_prune.sums import sum_dtype
@@ -202,6 +203,7 @@ def evaluate_perplexity(
     """
     if getattr(model.config, "is_encoder_decoder", False):
         raise DataError(f"{type(model).__name__} has an encoder: {_EXPECTED}")
+    warn_regrown(model, "what is scored is not the model that save_pretrained() writes, in which they are zero")
     lead = _bos(tokenizer, bos_in_every_window)
     window, stride = _window(model, window, stride, len(lead))
     check_positive("batch_size", batch_size)

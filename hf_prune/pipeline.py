@@ -17,7 +17,7 @@ from hf_prune.dense_outputs import DenseOutputs
 from hf_prune.distributed import is_first
 from hf_prune.errors import ConfigError
 from hf_prune.layer_budgets import learn_sparsities
-from hf_prune.masking import MaskStore, Undo
+from hf_prune.masking import MaskStore, Undo, warn_regrown
 from hf_prune.plan import PruningPlan, make_plan
 from hf_prune.polish import polish
 from hf_prune.scoring import agreed_masks
@@ -125,6 +125,7 @@ def prune(
         return plan
     progress = progress and is_first()
     store = MaskStore.of(model) or MaskStore()
+    warn_regrown(model, "they become zero now")
     if keep_dense:
         store.check_dense()
     with ExitStack() as context:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from hf_prune.config import PruningConfig
 from hf_prune.errors import HfPruneError
-from hf_prune.masking import MaskStore
+from hf_prune.masking import MaskStore, warn_regrown
 from hf_prune.structures import StructureReport
 from hf_prune.tables import format_count, format_table
 from hf_prune.targets import Target, resolve_targets
@@ -255,6 +255,7 @@ def sparsity_report(model: nn.Module, config: PruningConfig | None = None) -> Sp
         8
     """
     store = MaskStore.of(model)
+    warn_regrown(model, "they are counted as they are")
     targets = _targets(model, config, store)
     patterns = _patterns(config, store)
     dense = store.dense if store is not None and store.dense is not None else {}

@@ -14,7 +14,7 @@ from hf_prune.bypass import bypass, is_bypassed, restore
 from hf_prune.calibration import collect_stats
 from hf_prune.config import PruningConfig
 from hf_prune.dense_outputs import DenseOutputs
-from hf_prune.masking import MaskStore, Undo
+from hf_prune.masking import MaskStore, Undo, warn_regrown
 from hf_prune.polish import polish
 from hf_prune.scoring import agreed_masks
 from hf_prune.sensitivity import Sensitivity
@@ -48,6 +48,7 @@ def prune_units(
     """
     store = MaskStore.of(model) or MaskStore()
     store.check(model)
+    warn_regrown(model, "they become zero now")
     if keep_dense:
         store.check_dense()
     batches = unit_batches(config, calibration, polish_data)

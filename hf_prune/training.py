@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils.hooks import RemovableHandle
 
 from hf_prune.activations import Batches
 from hf_prune.channels import follow
@@ -78,7 +79,7 @@ class TrainingPruner:
         self.threshold, self.regularization = threshold, regularization
         #: What was learned of each weight, and the values of removed weights that may come back.
         self.learned: dict[str, dict[str, Tensor]] = {"score": {}, "latent": {}}
-        self._parts: dict[str, Tensor] = {}
+        self._parts: dict[str, tuple[Tensor, Tensor]] = {}  # masks, and this process's parts of them
         self._gone: float | None = None  # sparsity when the model was shrunk
         self._gradients: dict[str, Tensor] = {}
         self._moves = config is not None and config.criterion in MOVEMENT
@@ -263,7 +264,6 @@ class TrainingPruner:
                     }
         for tensors in self.learned.values():
             tensors.update({name: cut(name, tensor) for name, tensor in tensors.items()})
-        self._parts.clear()
 
     def apply(self) -> None:
         """Set every removed weight to zero."""
@@ -318,7 +318,6 @@ class TrainingPruner:
             with eval_mode(self.model):
                 with torch.enable_grad():
                     prune(self.model, config, calibration=self.calibration)
-            self._parts.clear()
             self._count()
             return
         masks = self._chosen(config, store)
@@ -407,7 +406,6 @@ class TrainingPruner:
             store.masks[name] = mask
         store.config = self.config
         store.attach(self.model)
-        self._parts.clear()
         self._count()
 
     def _count(self) -> None:
@@ -452,15 +450,19 @@ class TrainingPruner:
             yield name, parameter
 
     def _part(self, name: str, parameter: nn.Parameter) -> Tensor | None:
-        """This process's part of a mask."""
+        """This process's part of a mask, as the mask and the parameter are now."""
         store = MaskStore.of(self.model)
-        if store is None or name not in store.masks:
+        mask = None if store is None else store.masks.get(name)
+        if store is None or mask is None:
             return None
-        if name not in self._parts:
-            if store.masks[name].shape != parameter.shape:
+        local = _local(parameter)
+        known, part = self._parts.get(name, (None, mask))
+        if known is not mask or part.shape != local.shape or part.device != local.device:
+            if mask.shape != parameter.shape:
                 store.check(self.model)
-            self._parts[name] = _part_of(store.masks[name], parameter)
-        return self._parts[name]
+            part = _part_of(mask, parameter)
+            self._parts[name] = mask, part
+        return part
 
     def _whole_weight(self, name: str) -> Tensor:
         parameter = dict(self._named())[name].detach()
@@ -503,12 +505,55 @@ class TrainingPruner:
                 continue
             kind, _, name = key.partition(":")
             self.learned[kind][name] = _part_of(tensor, parameters[name])
-        self._parts.clear()
         if store is None:
             MaskStore.detach(self.model)
         else:
             store.attach(self.model)
         self._removed = None
+
+
+def keep_sparse(model: nn.Module, optimizer: Any) -> RemovableHandle:
+    """Keep what is removed at zero in a training loop of your own: masks are applied after each step of the optimizer.
+
+    They are those that the model has at that step, so it can be pruned further on the way. A :class:`PruningTrainer`
+    does this by itself, and a ``PruningCallback()`` has any other ``Trainer`` do it.
+
+    Args:
+        model: A model with masks.
+        optimizer: Any ``torch.optim.Optimizer`` of its parameters, also as ``accelerate`` wraps it.
+
+    Returns:
+        A handle, whose ``remove()`` ends it.
+
+    Raises:
+        MaskError: If the model has no masks.
+        ConfigError: If the optimizer is of another kind.
+
+    Example:
+        >>> from hf_prune import prune
+        >>> model = prune(nn.Linear(4, 4), 0.5)
+        >>> optimizer = torch.optim.AdamW(model.parameters())
+        >>> _ = keep_sparse(model, optimizer)
+        >>> model(torch.ones(1, 4)).sum().backward()
+        >>> optimizer.step()
+        >>> int((model.weight == 0).sum())
+        8
+    """
+    if MaskStore.of(model) is None:
+        raise MaskError(
+            f"this {type(model).__name__} has no masks, so there is nothing to keep at zero: prune it first, load it "
+            f"with AutoPrunedModelFor…, or adopt its zeros with adopt_zeros()"
+        )
+    inner = optimizer
+    while not hasattr(inner, "_optimizer_step_post_hooks") and hasattr(inner, "optimizer"):
+        inner = inner.optimizer  # accelerate's wrapper has no hooks of its own
+    if not hasattr(inner, "_optimizer_step_post_hooks"):
+        raise ConfigError(
+            f"found a {type(optimizer).__name__}: expected a torch.optim.Optimizer; call apply_masks() after each step "
+            f"of any other"
+        )
+    pruner = TrainingPruner(model, None, 0)
+    return inner.register_step_post_hook(lambda *_: pruner.apply())
 
 
 def _local(tensor: Tensor) -> Tensor:
