@@ -13,6 +13,7 @@ from hf_prune import loading_hook
 __version__ = "0.1.0"
 
 _MODULES = {
+    "adoption": ("AdoptionReport", "adopt_zeros"),
     "architectures": ("Channels", "Heads", "Neurons", "Stack", "list_architectures", "register_architecture"),
     "auto": (
         "AutoPrunedModel",

@@ -499,7 +499,7 @@ app.command(epilog="Example: hf-prune verify MODEL --evaluate --data glue/sst2")
 app.command(epilog="Example: hf-prune push pruned me/bert-sst2-80 --dry-run")(push)
 app.command(epilog="Example: hf-prune compress pruned small")(compress)
 app.command(epilog="Example: hf-prune decompress small pruned")(decompress)
-app.command(epilog="Example: hf-prune migrate old new")(migrate)
+app.command(epilog="Examples: hf-prune migrate old new  |  hf-prune migrate sparse out --adopt-zeros")(migrate)
 app.command(epilog="Example: hf-prune space --open")(space)
 
 

@@ -7,6 +7,9 @@ from typing import Annotated
 
 import typer
 
+from hf_prune.cli_options import start
+from hf_prune.errors import ConfigError
+
 Out = Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.", show_default=False)]
 
 
@@ -50,8 +53,29 @@ def migrate(
         Path, typer.Argument(metavar="DIR", help="A folder that another tool wrote.", show_default=False)
     ],
     out: Out,
+    adopt_zeros: Annotated[
+        bool,
+        typer.Option("--adopt-zeros", help="It has no masks but zeros in plain weights: make masks of those."),
+    ] = False,
+    min_sparsity: Annotated[
+        float | None,
+        typer.Option(
+            help="With --adopt-zeros: weights with a smaller share of zeros get no mask. [default: 0.01]",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Carry a checkpoint over that torch.nn.utils.prune, parametrize, compressed-tensors or transformers 4 pruned."""
-    from hf_prune.migration import migrate_checkpoint
+    if min_sparsity is not None and not adopt_zeros:
+        raise ConfigError("--min-sparsity says which zeros to adopt: add --adopt-zeros, or leave it out")
+    if adopt_zeros:
+        from hf_prune.workflows import adopt_checkpoint
 
-    typer.echo(f"{migrate_checkpoint(folder, out)}\nSaved: {out}")
+        start([str(folder)])
+        settings = {} if min_sparsity is None else {"min_sparsity": min_sparsity}
+        text = str(adopt_checkpoint(folder, out, **settings))
+    else:
+        from hf_prune.migration import migrate_checkpoint
+
+        text = str(migrate_checkpoint(folder, out))
+    typer.echo(f"{text}\nSaved: {out}")

@@ -130,7 +130,8 @@ def migrate_checkpoint(source: str | Path, out: str | Path) -> MigrationReport:
     if not formats:
         raise CheckpointError(
             f"{source} has none of weight_orig and weight_mask, parametrizations, sparse-bitmask weights or "
-            f"pruned_heads: it needs no migration, or is of a kind that is not known"
+            f"pruned_heads: it needs no migration, or is of a kind that is not known; zeros without masks become masks "
+            f"with hf-prune migrate --adopt-zeros"
         )
     for key in _FOREIGN:
         config.pop(key, None)

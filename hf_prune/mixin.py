@@ -18,6 +18,7 @@ from transformers.conversion_mapping import (
     register_checkpoint_conversion_mapping,
 )
 
+from hf_prune.adoption import AdoptionReport, adopt_zeros
 from hf_prune.calibration import Batches
 from hf_prune.cards import describe_model
 from hf_prune.checkpoint import load_pruned, save_pruned
@@ -125,6 +126,10 @@ class PrunedModelMixin(nn.Module):
         if (store := MaskStore.of(self)) is not None:
             store.apply(self)
         return self
+
+    def adopt_zeros(self, **settings: Any) -> AdoptionReport:
+        """Turn zeros that another tool left into masks; see :func:`hf_prune.adopt_zeros`."""
+        return adopt_zeros(self, **settings)
 
     def keep_sparse(self, optimizer: Any) -> RemovableHandle:
         """Keep what is removed at zero after each step of an optimizer; see :func:`hf_prune.keep_sparse`."""

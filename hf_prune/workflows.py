@@ -11,10 +11,11 @@ from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer
 
+from hf_prune.adoption import MIN_SPARSITY, AdoptionReport, adopt_zeros
 from hf_prune.auto import load_native
 from hf_prune.budget import SparsitySearch, check_budget, find_sparsity
 from hf_prune.calibration_data import LabelledData, TextData
-from hf_prune.checkpoint import copy_companions, has_tokenizer, staged_checkpoint
+from hf_prune.checkpoint import CARD_DATA, REPORTS, copy_companions, has_tokenizer, staged_checkpoint
 from hf_prune.comparison import Comparison, compare
 from hf_prune.config import PruningConfig
 from hf_prune.data_files import refuse_same_split
@@ -22,7 +23,7 @@ from hf_prune.data_loading import check_columns, load_texts
 from hf_prune.distributed import all_or_none, is_first, processes
 from hf_prune.errors import ConfigError, DataError
 from hf_prune.evaluation import Evaluation, check_labels, drawn, evaluate_classification
-from hf_prune.files import write_json, write_text
+from hf_prune.files import copy_beside, source_and_target, write_json, write_text
 from hf_prune.perplexity import Perplexity, evaluate_perplexity
 from hf_prune.plan import PruningPlan
 from hf_prune.plots import write_plots
@@ -307,6 +308,26 @@ def _streamed_batches(source: str, data: LabelledData | TextData) -> list[dict[s
         tokenizer.pad_token = tokenizer.eos_token
     texts = load_texts(data.source, data.calibration_split, text_column=data.text_columns[0])
     return text_batches([texts[i] for i in drawn(len(texts))[: data.calibration_samples]], tokenizer)
+
+
+def adopt_checkpoint(
+    source: str | os.PathLike[str], out: str | os.PathLike[str], *, min_sparsity: float = MIN_SPARSITY
+) -> AdoptionReport:
+    """Write a checkpoint, in which another tool left zeros, with masks of them; see :func:`hf_prune.adopt_zeros`.
+
+    Args:
+        source: Its folder.
+        out: The folder for the new one; what lies beside the weights comes along.
+        min_sparsity: Weights with a smaller share of zeros get no mask.
+    """
+    source, out = source_and_target(source, out)
+    model = load_native(str(source))
+    report = adopt_zeros(model, min_sparsity=min_sparsity)
+    with staged_checkpoint(out) as staging:
+        model.save_pretrained(staging)
+        own = [path.name for path in staging.iterdir()]
+        left = copy_beside(source, staging, own, [out], ["model*.safetensors*", *REPORTS, CARD_DATA])
+    return dataclasses.replace(report, left={**report.left, **dict.fromkeys(left, "which was not carried over")})
 
 
 def join_processes() -> None:

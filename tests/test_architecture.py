@@ -78,6 +78,7 @@ LAYERS = (
     ),
     ("pipeline", "distillation"),
     (
+        "adoption",
         "report",
         "structures",
         "calibration_data",
