@@ -68,7 +68,7 @@ _MODULES = {
     "export": ("ExportReport", "ExportedModel", "export_model"),
     "granularities.base": ("Granularity",),
     "latency": ("LatencyPoint", "LatencyResult", "measure_latency"),
-    "masking": ("MaskStore",),
+    "masking": ("MaskStore", "drop_masks"),
     "mixin": ("PrunedModelMixin", "prunable", "shrink"),
     "perplexity": ("Perplexity", "PerplexityComparison", "compare_perplexity", "evaluate_perplexity"),
     "pipeline": ("prune",),

@@ -29,6 +29,7 @@ from hf_prune.config import PruningConfig
 from hf_prune.errors import CheckpointError
 from hf_prune.files import atomic_path, move_into, refuse_file, staged_folder
 from hf_prune.masking import MaskStore, warn_regrown
+from hf_prune.offloading import values_of
 from hf_prune.packed_files import PackedFiles, read_index
 from hf_prune.packed_format import is_packed
 from hf_prune.polish import PolishRecord
@@ -262,6 +263,8 @@ def save_pruned(
 
     Raises:
         CheckpointError: If ``folder`` is a file, or a layer is switched off and not taken out.
+        MaskError: If the masks no longer fit the model.
+        PlanError: If weights were never loaded.
     """
     pruned_class = model.__class__
     if bypassed := bypassed_layers(model):
@@ -269,6 +272,10 @@ def save_pruned(
             f"layers are switched off, which a checkpoint cannot say: {', '.join(bypassed)}; call shrink() first, "
             f"which takes them out"
         )
+    places = set(getattr(model, "hf_device_map", {}).values())
+    if kwargs.get("state_dict") is None and not places & {"cpu", "disk"} and any(p.is_meta for p in model.parameters()):
+        # transformers reads offloaded weights only where from_pretrained has offloaded them
+        kwargs["state_dict"] = {name: values_of(model, name, tensor) for name, tensor in model.state_dict().items()}
     store = MaskStore.of(model)
     if store is not None:
         store.check(model)

@@ -17,7 +17,7 @@ from hf_prune.data_loading import check_columns, column, fingerprint, load_sst2
 from hf_prune.errors import ConfigError, DataError
 from hf_prune.masking import warn_regrown
 from hf_prune.progress import Bar
-from hf_prune.running import eval_mode, run_model
+from hf_prune.running import device_of, eval_mode, run_model
 
 if TYPE_CHECKING:
     import evaluate
@@ -458,7 +458,7 @@ def _predict(
     """Predicted class of each example, in the order of ``examples``."""
     order = sorted(range(len(examples)), key=lambda i: -len(examples[i]["input_ids"]))
     side = "left" if model.config.model_type in _PADDED_LEFT else "right"
-    device = next(model.parameters()).device
+    device = device_of(model)
     parts: list[Tensor] = []
     starts, title = range(0, len(order), batch_size), progress if isinstance(progress, str) else "Scoring"
     with eval_mode(model), torch.inference_mode():

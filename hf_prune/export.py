@@ -18,6 +18,7 @@ from hf_prune.bypass import bypassed_layers
 from hf_prune.errors import DataError, ExportError
 from hf_prune.files import sync
 from hf_prune.masking import warn_regrown
+from hf_prune.offloading import refuse_offloaded
 from hf_prune.running import eval_mode
 from hf_prune.speed import workload_inputs
 
@@ -81,6 +82,7 @@ def export_model(model: nn.Module, path: str | Path) -> ExportReport:
     Raises:
         ExportError: If a package is missing, the suffix is another one, the model cannot be exported, or the file puts
             out something else than PyTorch.
+        PlanError: If weights are offloaded.
     """
     path = Path(path)
     if path.suffix not in SUFFIXES:
@@ -90,6 +92,7 @@ def export_model(model: nn.Module, path: str | Path) -> ExportReport:
         raise ExportError("the model is not in float32, which exported files are: call model.float() first")
     if gone := bypassed_layers(model):
         raise ExportError(f"layers are switched off: {', '.join(gone)}; call shrink() first, which takes them out")
+    refuse_offloaded(model, "export_model()")
     warn_regrown(model, "what is exported is not the model that save_pretrained() writes, in which they are zero")
     inputs = workload_inputs(model, {"batch_size": 2, "length": 8})
     other = workload_inputs(model, {"batch_size": 3, "length": 6})

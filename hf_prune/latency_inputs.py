@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from hf_prune.errors import ConfigError, PlanError
+from hf_prune.running import device_of
 from hf_prune.speed import forward, workload_inputs
 
 
@@ -130,7 +131,7 @@ def _given(inputs: Mapping[str, Any], model: nn.Module) -> Workload:
     tensors = {k: v for k, v in inputs.items() if isinstance(v, Tensor) and v.ndim}
     if not tensors:
         raise ConfigError(f"inputs= holds no tensor: found {dict(inputs)}, expected keyword arguments of the models")
-    where = next(model.parameters()).device
+    where = device_of(model)
     ids = tensors.get("input_ids")
     return Workload(
         batch_size=len(next(iter(tensors.values()))),

@@ -7,7 +7,7 @@ State-dict keys therefore never change, and ``save_pretrained``, ``deepcopy``, t
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING
@@ -19,6 +19,8 @@ from torch.distributed.tensor import DTensor
 from hf_prune.bypass import bypassed_layers, restore
 from hf_prune.config import PruningConfig
 from hf_prune.errors import MaskError
+from hf_prune.offloading import refuse_offloaded, values_of
+from hf_prune.registry import unknown_name
 from hf_prune.spill import Shelf
 
 if TYPE_CHECKING:
@@ -121,24 +123,35 @@ class MaskStore:
             MaskError: If a masked parameter is gone or has another shape.
         """
         parameters = dict(model.named_parameters())
-        for name, mask in self.masks.items():
-            parameter = parameters.get(name)
-            if parameter is None or parameter.shape != mask.shape:
-                found = "no parameter" if parameter is None else f"shape {tuple(parameter.shape)}"
-                raise MaskError(
-                    f"the mask of {name!r} has shape {tuple(mask.shape)}, but the model has {found} there: the model "
-                    f"was changed after pruning; call discard_masks() or make_permanent() before changing it"
-                )
+        misfits = [n for n, mask in self.masks.items() if n not in parameters or parameters[n].shape != mask.shape]
+        if misfits:
+            name = misfits[0]
+            found = f"shape {tuple(parameters[name].shape)}" if name in parameters else "no parameter"
+            raise MaskError(
+                f"the mask of {name!r} has shape {tuple(self.masks[name].shape)}, but the model has {found} there: the "
+                f"model was changed after pruning; drop_masks({', '.join(map(repr, misfits))}) leaves the other masks"
+            )
 
     def apply(self, model: nn.Module) -> None:
         """Set every removed weight to exact zero; needed after anything that writes weights, such as a training step.
 
+        Weights that accelerate has offloaded cannot be written, nor does a training reach them: it is made sure that
+        theirs are zero.
+
         Raises:
-            MaskError: If a masked parameter is gone or has another shape.
+            MaskError: If a masked parameter is gone or has another shape, or is offloaded and not zero where it should.
         """
         self.check(model)
         parameters = dict(model.named_parameters())
         for name, mask in self.masks.items():
+            if parameters[name].is_meta and bool(values_of(model, name, parameters[name]).cpu()[~mask.cpu()].any()):
+                raise MaskError(
+                    f"{name} is offloaded, and has non-zero weights that its mask removes: load the model without "
+                    f"offloading, and apply the masks there"
+                )
+        for name, mask in self.masks.items():
+            if parameters[name].is_meta:
+                continue
             if mask.device != parameters[name].device:
                 mask = self.masks[name] = mask.to(parameters[name].device)
             zero_removed_(parameters[name], mask)
@@ -150,11 +163,48 @@ class MaskStore:
         self.apply(model)
         self.detach(model)
 
+    def drop(self, model: nn.Module, names: Collection[str]) -> None:
+        """Drop the masks and dense values of some weights, which stay as they are.
+
+        Args:
+            model: The model.
+            names: Of parameters; they need not be there any more.
+
+        Raises:
+            UnknownNameError: If one has no mask.
+        """
+        if unknown := [name for name in names if name not in self.masks]:
+            raise unknown_name("mask", unknown[0], self.masks)
+        for tensors in (self.masks, self.dense or {}):
+            for name in names:
+                tensors.pop(name, None)
+        if self.masks:
+            self.attach(model)
+        else:
+            self.detach(model)
+
+    def follow_resize(self, model: nn.Module, before: Mapping[str, torch.Size]) -> None:
+        """Have masks follow weights that grew or became shorter at the end: what is new there is kept.
+
+        Args:
+            model: The model.
+            before: The shapes of its parameters when the masks fitted them.
+        """
+        for name, parameter in model.named_parameters():
+            added = torch.ones_like(parameter, dtype=torch.bool)
+            for tensors, new in ((self.masks, added), (self.dense or {}, parameter)):
+                if name in tensors and tensors[name].shape == before.get(name) != parameter.shape:
+                    common = tuple(slice(min(sizes)) for sizes in zip(parameter.shape, before[name], strict=True))
+                    old, tensors[name] = tensors[name], new.detach().clone()
+                    tensors[name][common] = old[common].to(new.device)
+        self.attach(model)
+
     def discard(self, model: nn.Module) -> None:
         """Drop the masks and give the dense weights back, bit for bit.
 
         Raises:
             MaskError: If the dense weights were not kept, or the masks no longer fit the model.
+            PlanError: If weights are offloaded.
         """
         if self.dense is None:
             raise MaskError(
@@ -162,6 +212,7 @@ class MaskStore:
                 "make_permanent() drops the masks and leaves the zeros"
             )
         self.check(model)
+        refuse_offloaded(model, "giving dense weights back")
         parameters = dict(model.named_parameters())
         with torch.no_grad():
             for name, weight in self.dense.items():
@@ -173,6 +224,32 @@ class MaskStore:
     def view(self) -> Mapping[str, Tensor]:
         """The masks, read-only as a mapping."""
         return MappingProxyType(self.masks)
+
+
+def drop_masks(model: nn.Module, *names: str) -> None:
+    """Drop the masks of some weights, as after one of them was replaced; the others stay.
+
+    The weights keep their values, and are weights like any other from then on: what was removed of them may be trained.
+
+    Args:
+        model: Any module with masks.
+        *names: Of parameters, as in ``model.masks``.
+
+    Raises:
+        MaskError: If there are no masks.
+        UnknownNameError: If one has no mask.
+
+    Example:
+        >>> from hf_prune import prune
+        >>> model = prune(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)), 0.5)
+        >>> model[1] = nn.Linear(4, 3)
+        >>> drop_masks(model, "1.weight")
+        >>> list(MaskStore.of(model).masks)
+        ['0.weight']
+    """
+    if (store := MaskStore.of(model)) is None:
+        raise MaskError(f"this {type(model).__name__} has no masks, so there are none to drop")
+    store.drop(model, names)
 
 
 class Undo:

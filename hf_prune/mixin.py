@@ -26,7 +26,7 @@ from hf_prune.compressed import save_compressed
 from hf_prune.config import PruningConfig
 from hf_prune.errors import ConfigError
 from hf_prune.hub import full_repo_id, is_downloaded
-from hf_prune.masking import MaskStore
+from hf_prune.masking import MaskStore, drop_masks
 from hf_prune.pipeline import prune
 from hf_prune.plan import PruningPlan
 from hf_prune.push import PushResult, push_checkpoint
@@ -150,6 +150,23 @@ class PrunedModelMixin(nn.Module):
         if (store := MaskStore.of(self)) is not None:
             store.discard(self)
         return self
+
+    def drop_masks(self: Self, *names: str) -> Self:
+        """Drop the masks of some weights, as after one was replaced, and return the model.
+
+        Raises:
+            UnknownNameError: If one has no mask.
+        """
+        drop_masks(self, *names)
+        return self
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
+        """As of ``PreTrainedModel``. Masks follow: tokens that stay keep theirs, and new ones are kept."""
+        before = {name: parameter.shape for name, parameter in self.named_parameters()}
+        resized = super().resize_token_embeddings(*args, **kwargs)  # type: ignore[misc]
+        if (store := MaskStore.of(self)) is not None:
+            store.follow_resize(self, before)
+        return resized
 
     def shrink(self: Self) -> Self:
         """Take out every head, neuron, channel and layer pruned as a whole; returns the model; see :func:`shrink`."""

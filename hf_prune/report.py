@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from hf_prune.config import PruningConfig
 from hf_prune.errors import HfPruneError
 from hf_prune.masking import MaskStore, warn_regrown
+from hf_prune.offloading import values_of
 from hf_prune.structures import StructureReport
 from hf_prune.tables import format_count, format_table
 from hf_prune.targets import Target, resolve_targets
@@ -248,7 +249,8 @@ def sparsity_report(model: nn.Module, config: PruningConfig | None = None) -> Sp
         The report. Where the dense weights were kept, it has their statistics as well.
 
     Raises:
-        PlanError: If ``config`` is given and does not match the model.
+        PlanError: If ``config`` is given and does not match the model, or weights are not loaded; those that accelerate
+            has offloaded are read.
 
     Example:
         >>> print(sparsity_report(torch.nn.Linear(4, 2)).target_parameters)
@@ -261,7 +263,7 @@ def sparsity_report(model: nn.Module, config: PruningConfig | None = None) -> Sp
     dense = store.dense if store is not None and store.dense is not None else {}
     tensors = []
     for name, parameter in model.named_parameters():
-        weight, target = parameter.detach(), targets.get(name)
+        weight, target = values_of(model, name, parameter), targets.get(name)
         is_target = name in (targets if store is None or config is not None else store.masks)
         tensors.append(
             TensorReport(
@@ -283,10 +285,10 @@ def sparsity_report(model: nn.Module, config: PruningConfig | None = None) -> Sp
 
 def _targets(model: nn.Module, config: PruningConfig | None, store: MaskStore | None) -> dict[str, Target]:
     if config is None and store is not None:
-        everything = resolve_targets(model, PruningConfig(target_modules=".*"))
+        everything = resolve_targets(model, PruningConfig(target_modules=".*"), loaded=False)
         return {t.name: t for t in everything if t.name in store.masks}
     try:
-        return {t.name: t for t in resolve_targets(model, config or PruningConfig())}
+        return {t.name: t for t in resolve_targets(model, config or PruningConfig(), loaded=False)}
     except HfPruneError:
         if config is not None:
             raise
@@ -347,7 +349,7 @@ def weight_histogram(model: nn.Module, names: list[str], bins: int = 81, limit: 
         limit: Largest absolute value of the edges; by default four standard deviations of the widest.
     """
     parameters: Mapping[str, Tensor] = dict(model.named_parameters())
-    weights = [parameters[name].detach().float().reshape(-1).cpu() for name in names]
+    weights = [values_of(model, name, parameters[name]).float().reshape(-1).cpu() for name in names]
     if limit is None:
         limit = 4 * max((float(w.std(correction=0)) for w in weights), default=0.0) or 1.0
     limit = float(np.float32(limit))  # so that a clamped weight is no further out than the last edge

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from hf_prune.bypass import is_bypassed
 from hf_prune.errors import ArchitectureError
 from hf_prune.masking import MaskStore, warn_regrown
+from hf_prune.offloading import refuse_offloaded
 from hf_prune.sites import LayerList, Site, base_prefix, find_sites, layer_lists
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -42,7 +43,9 @@ def shrink_modules(model: Model, cuts: list[tuple[str, int, Tensor]] | None = No
     Raises:
         ArchitectureError: If its architecture is not registered, or a module cannot be resized, such as one whose
             weight another module uses as well; the model is as before.
+        PlanError: If weights are offloaded.
     """
+    refuse_offloaded(model, "shrink()")
     warn_regrown(model, "the heads, neurons and channels that they belong to stay")
     lists = layer_lists(model)
     gone = {f"{layers.name}.{i}" for layers in lists for i, layer in enumerate(layers.layers) if is_bypassed(layer)}

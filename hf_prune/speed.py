@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_prune.errors import PlanError
-from hf_prune.running import eval_mode
+from hf_prune.running import device_of, eval_mode
 from hf_prune.sites import LayerList, Site
 from hf_prune.timing import quantile, speedup, time_together
 from hf_prune.unit_budget import Costs
@@ -92,7 +92,7 @@ def workload_inputs(model: nn.Module, workload: Mapping[str, int] | None) -> dic
     assert workload is not None
     config: Any = getattr(model, "config", None)
     batch, length = workload["batch_size"], workload["length"]
-    device = next(model.parameters()).device
+    device = device_of(model)
     generator = torch.Generator().manual_seed(0)
     name = getattr(model, "main_input_name", "input_ids")
     if name == "input_ids":
@@ -187,7 +187,7 @@ def measured_speedup(
 
 def forward(model: nn.Module, inputs: Mapping[str, Any]) -> Callable[[], object]:
     """A call that runs a model once, and waits until it has."""
-    cuda = next(model.parameters()).device.type == "cuda"
+    cuda = device_of(model).type == "cuda"
 
     def run() -> None:
         with torch.inference_mode():

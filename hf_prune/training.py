@@ -24,6 +24,7 @@ from hf_prune.criteria.base import LABELLED, TRAINED, WeightStats
 from hf_prune.distributed import from_first
 from hf_prune.errors import ConfigError, MaskError
 from hf_prune.masking import MaskStore, zero_removed_
+from hf_prune.offloading import refuse_offloaded
 from hf_prune.pipeline import prune
 from hf_prune.plan import make_plan
 from hf_prune.registry import CRITERIA, parse_granularity
@@ -438,7 +439,7 @@ class TrainingPruner:
         if missing := sorted(masked - found.keys()):
             raise MaskError(
                 f"{missing[0]} has a mask, and the model has no such weight: it was changed after pruning, and its "
-                f"weights would be trained without their masks"
+                f"weights would be trained without their masks; drop_masks({missing[0]!r}) leaves the others"
             )
         yield from found.items()
 
@@ -456,6 +457,8 @@ class TrainingPruner:
         if store is None or mask is None:
             return None
         local = _local(parameter)
+        if local.is_meta:
+            refuse_offloaded(self.model, "a training")
         known, part = self._parts.get(name, (None, mask))
         if known is not mask or part.shape != local.shape or part.device != local.device:
             if mask.shape != parameter.shape:

@@ -16,6 +16,7 @@ from hf_prune.activations import CACHE_BYTES, NO_BATCHES, Batches
 from hf_prune.config import PruningConfig
 from hf_prune.distributed import all_or_none, check_same_batches, from_first
 from hf_prune.errors import CalibrationError, PlanError
+from hf_prune.offloading import refuse_offloaded
 from hf_prune.plan import refuse_infinite
 from hf_prune.sensitivity import Sensitivity
 from hf_prune.sites import LayerList, Site, find_sites, layer_lists
@@ -168,9 +169,10 @@ def choose_units(
 
     Raises:
         ArchitectureError: If nobody has said where the units of such a model are.
-        PlanError: If the budget cannot be met, a weight is not finite, or nothing may go.
+        PlanError: If the budget cannot be met, a weight is not finite or offloaded, or nothing may go.
         CalibrationError: If the batches are unusable.
     """
+    refuse_offloaded(model, "pruning heads, neurons and layers")
     lists = layer_lists(model)
     sites, layers = _candidates(model, config, lists)
     parameters = parameter_costs(model, sites, layers)

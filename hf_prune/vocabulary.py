@@ -12,6 +12,7 @@ from typing import Any
 
 from hf_prune.config import check_positive
 from hf_prune.errors import ArchitectureError, DataError, PlanError
+from hf_prune.offloading import refuse_offloaded
 from hf_prune.tables import format_table
 from hf_prune.tokenizer_trim import (
     all_tokens,
@@ -144,7 +145,7 @@ def trim_vocabulary(
         ConfigError: If ``min_count`` or ``round_to`` is below 1.
         DataError: If there are no texts and nothing to keep, the texts use no token, the tokenizer has no
             ``tokenizer.json`` or more tokens than the model has rows, or a text would be split differently.
-        PlanError: If ``keep`` has ids or tokens that are not in the vocabulary.
+        PlanError: If ``keep`` has ids or tokens that are not in the vocabulary, or weights are offloaded.
         ArchitectureError: If the model has no embedding of tokens, or a tensor as long as the vocabulary whose rows may
             or may not be tokens. The model is as it was after any error.
 
@@ -157,6 +158,7 @@ def trim_vocabulary(
     corpus, keep = _checked_texts(texts, keep), list(keep)
     if not corpus and not keep:
         raise DataError("no texts and nothing to keep: expected texts of the kind that the model will see")
+    refuse_offloaded(model, "trim_vocabulary()")
     values, vocabulary = tokenizer_json(tokenizer), find_vocabulary(model)
     tokens, rows = all_tokens(values), vocabulary.rows
     if (highest := max(tokens.values())) >= rows:

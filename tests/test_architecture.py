@@ -19,6 +19,7 @@ LAYERS = (
         "files",
         "front_matter",
         "loading_hook",
+        "offloading",
         "overlap",
         "packed_format",
         "spill",

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from hf_prune import masking
-from hf_prune.errors import MaskError
-from hf_prune.masking import MaskStore, zero_removed_
+from hf_prune.errors import MaskError, UnknownNameError
+from hf_prune.masking import MaskStore, drop_masks, zero_removed_
 from hf_prune.pipeline import prune
 from tests.models import assert_unchanged, mlp, same_bits, snapshot, tiny_albert, tiny_batches
 
@@ -194,15 +194,42 @@ def test_a_changed_model_is_refused(action):
         model.fc1.weight.fill_(3.0)
     before = snapshot(model)
     message = r"the mask of 'fc2\.weight' has shape \(3, 12\), but the model has shape \(5, 12\) there: the model was "
-    with pytest.raises(
-        MaskError, match=message + r"changed after pruning; call discard_masks\(\) or make_permanent\(\) before"
-    ):
+    with pytest.raises(MaskError, match=message + r"changed after pruning; drop_masks\('fc2\.weight'\) leaves the"):
         getattr(MaskStore.of(model), action)(model)
     assert_unchanged(model, before)
     del model.fc2
     with pytest.raises(MaskError, match=r"but the model has no parameter there"):
         getattr(MaskStore.of(model), action)(model)
     assert MaskStore.of(model) is not None
+
+
+def test_dropping_the_masks_that_no_longer_fit_leaves_the_others():
+    model = prune(mlp(), 0.5, keep_dense=True)
+    fc1, dense = MaskStore.of(model).masks["fc1.weight"].clone(), MaskStore.of(model).dense["fc1.weight"].clone()
+    model.fc2 = nn.Linear(12, 5)
+    head = model.fc2.weight.detach().clone()
+    with pytest.raises(UnknownNameError, match=r"unknown mask 'fc2\.weigh'.*Did you mean 'fc2\.weight'"):
+        drop_masks(model, "fc1.weight", "fc2.weigh")
+    assert MaskStore.of(model).masks.keys() == {"fc1.weight", "fc2.weight"}
+    drop_masks(model, "fc2.weight")
+    with torch.no_grad():
+        model.fc1.weight.add_(1)
+    MaskStore.of(model).apply(model)
+    assert torch.equal(model.fc1.weight != 0, fc1)
+    assert same_bits(model.fc2.weight.detach(), head)
+    MaskStore.of(model).discard(model)
+    assert same_bits(model.fc1.weight.detach(), dense)
+    with pytest.raises(MaskError, match="this MLP has no masks, so there are none to drop"):
+        drop_masks(model, "fc1.weight")
+
+
+def test_dropping_the_last_mask():
+    model = prune(mlp(), 0.5)
+    model.fc1, model.fc2 = nn.Linear(9, 12), nn.Linear(12, 5)
+    with pytest.raises(MaskError, match=r"drop_masks\('fc1\.weight', 'fc2\.weight'\) leaves the other masks"):
+        MaskStore.of(model).apply(model)
+    drop_masks(model, "fc1.weight", "fc2.weight")
+    assert MaskStore.of(model) is None
 
 
 def test_the_masks_can_be_read_but_not_replaced():

@@ -593,3 +593,44 @@ def test_load_native_of_nothing(tmp_path):
 def test_save_pretrained_takes_its_arguments_in_the_order_of_transformers():
     ours = list(inspect.signature(PrunedModelMixin.save_pretrained).parameters)[:5]
     assert ours == list(inspect.signature(PreTrainedModel.save_pretrained).parameters)[:5]
+
+
+# --- when the model changes after pruning -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [models.tiny_llama, models.tiny_gpt2])
+@pytest.mark.parametrize("tokens", [models.VOCAB + 5, models.VOCAB - 5])
+def test_masks_follow_embeddings_that_are_resized(make, tokens, tmp_path):
+    """Llama has an output layer of its own here, in GPT-2 it is the embedding."""
+    model = prunable(make()).prune(0.5, target_modules=".*", keep_dense=True)
+    name = "lm_head.weight" if "lm_head.weight" in model.masks else "transformer.wte.weight"
+    old, dense = model.masks[name].clone(), MaskStore.of(model).dense[name].clone()
+    rows = min(tokens, models.VOCAB)
+    model.resize_token_embeddings(tokens)
+    mask = model.masks[name]
+    assert mask.shape == model.get_parameter(name).shape
+    assert torch.equal(mask[:rows], old[:rows])
+    assert mask[rows:].all()
+    new = model.get_parameter(name).detach()[rows:].clone()
+    model.save_pretrained(tmp_path)
+    again = load_native(str(tmp_path))
+    assert torch.equal(again.masks[name], mask)
+    assert torch.equal(again.get_parameter(name), model.get_parameter(name))
+    model.discard_masks()
+    assert torch.equal(model.get_parameter(name)[:rows], dense[:rows])
+    assert torch.equal(model.get_parameter(name)[rows:], new)
+
+
+def test_a_head_that_was_replaced_does_not_lock_the_other_masks(tmp_path):
+    model = prunable(models.tiny_bert()).prune(0.5)
+    model.classifier = torch.nn.Linear(16, 5)
+    model.config.num_labels = 5
+    with pytest.raises(MaskError, match=r"drop_masks\('classifier\.weight'\) leaves the other masks"):
+        model.save_pretrained(tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+    assert model.drop_masks("classifier.weight") is model
+    model.save_pretrained(tmp_path / "model")
+    again = load_native(str(tmp_path / "model"))
+    assert again.masks.keys() == model.masks.keys()
+    assert "classifier.weight" not in again.masks
+    assert again.classifier.weight.all()
