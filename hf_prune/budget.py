@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hf_prune.comparison import compare
+from hf_prune.comparison import compare, doubt_of
 from hf_prune.config import PruningConfig
 from hf_prune.distributed import from_first
 from hf_prune.errors import BudgetError, ConfigError
@@ -150,7 +150,8 @@ def find_sparsity(
         ``polish_data`` if there was any.
 
     Raises:
-        BudgetError: If no sparsity is within the budget, or none could be shown to be with so few sentences.
+        BudgetError: If no sparsity is within the budget, or none could be shown to be with so few sentences; or if the
+            dense model does not do the task, see :func:`hf_prune.comparison.doubt_of`: before anything is pruned.
         ConfigError: If ``max_drop`` or ``confidence`` is out of range, or the granularity fixes the sparsity.
         SweepError: If the model is pruned already.
         HfPruneError: As :func:`hf_prune.prune` does, before anything is measured.
@@ -166,6 +167,8 @@ def find_sparsity(
     check_points(model, [base.replace(sparsity=1 / STEPS)], calibration, polish_data)
     _check_size(len(dataset), max_drop, confidence)
     dense = evaluate_classification(model, tokenizer, dataset, **evaluation, progress=progress and "dense")
+    if doubt := doubt_of(dense, confidence):
+        raise BudgetError(f"no sparsity can be found by its drop in accuracy, since {doubt}")
     points: list[SweepPoint] = []
     within, beyond = 0, STEPS
     while beyond - within > 1:

@@ -7,6 +7,7 @@ import json
 import shutil
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -355,7 +356,7 @@ def evaluate(
     source = data or (WIKITEXT if of_language else SST2)
     (check_text_source if of_language else check_data_source)(source)
     start([])
-    from hf_prune.comparison import compare
+    from hf_prune.comparison import compare, doubt_of
     from hf_prune.perplexity import compare_perplexity
     from hf_prune.workflows import evaluate_checkpoint, evaluate_language_model
 
@@ -373,6 +374,8 @@ def evaluate(
         )
         scores = [evaluate_checkpoint(name, labelled, split, batch_size=batch_size or 32) for name in checkpoints]
         comparison = compare(scores[1], scores[0]) if against else None
+        if doubt := doubt_of(scores[-1]):
+            typer.echo(f"warning: {doubt if against else doubt.replace('the dense model', model, 1)}", err=True)
     if as_json:
         values: dict[str, Any] = {"model": model, "evaluation": scores[0].to_dict()}
         if comparison is not None:
@@ -562,11 +565,13 @@ def list_(as_json: AsJson = False) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; errors that a user can mend are one line on stderr and exit code 1."""
-    try:
-        app(arguments)
-    except (HfPruneError, OSError) as error:
-        typer.echo(f"error: {error}", err=True)
-        sys.exit(1)
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_, **__: typer.echo(f"warning: {message}", err=True)
+        try:
+            app(arguments)
+        except (HfPruneError, OSError) as error:
+            typer.echo(f"error: {error}", err=True)
+            sys.exit(1)
 
 
 @contextlib.contextmanager

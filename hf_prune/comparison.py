@@ -8,6 +8,7 @@ than the errors of the two accuracies suggest.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import asdict, dataclass
 from statistics import NormalDist
 from typing import Any
@@ -33,6 +34,7 @@ class Comparison:
         p_value: Of McNemar's exact two-sided test that both are equally accurate.
         n: Number of examples.
         confidence: Of the interval and of the bound, 0 to 1.
+        doubt: Why the drop says nothing, in words, see :func:`doubt_of`; empty if it does.
     """
 
     dense_accuracy: float
@@ -46,16 +48,18 @@ class Comparison:
     p_value: float
     n: int
     confidence: float
+    doubt: str = ""
 
     def __str__(self) -> str:
-        """One line: both accuracies, the drop with interval and bound, the test, and n."""
+        """One line: both accuracies, the drop with interval and bound, the test, and n; before it the doubt."""
         low, high = self.interval
         level = f"{100 * self.confidence:g} %"
+        warning = f"Warning: {self.doubt}.\n" if self.doubt else ""
         return (
-            f"accuracy {100 * self.dense_accuracy:.2f} % -> {100 * self.pruned_accuracy:.2f} %: drop {self.drop:.2f} "
-            f"points ({level} interval {low:.2f} to {high:.2f}, one-sided upper bound {self.upper_bound:.2f}; "
-            f"{self.only_dense_right} only dense right, {self.only_pruned_right} only pruned right, "
-            f"McNemar p = {self.p_value:.3g}, n = {self.n})"
+            f"{warning}accuracy {100 * self.dense_accuracy:.2f} % -> {100 * self.pruned_accuracy:.2f} %: "
+            f"drop {self.drop:.2f} points ({level} interval {low:.2f} to {high:.2f}, one-sided upper bound "
+            f"{self.upper_bound:.2f}; {self.only_dense_right} only dense right, {self.only_pruned_right} only pruned "
+            f"right, McNemar p = {self.p_value:.3g}, n = {self.n})"
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -110,6 +114,40 @@ def compare(dense: Evaluation, pruned: Evaluation, *, confidence: float = 0.95) 
         p_value=_mcnemar(lost, won),
         n=n,
         confidence=confidence,
+        doubt=doubt_of(dense, confidence),
+    )
+
+
+def doubt_of(dense: Evaluation, confidence: float = 0.95) -> str:
+    """Why a drop from a score says nothing about what pruning costs; empty if it does.
+
+    A model that does not do the task has nothing to lose: that is so if its classes are not those of the data, or if it
+    is not significantly better than one that always answers with the most frequent class (McNemar's exact test,
+    one-sided, on the same examples). Reversed labels are such a case.
+
+    Args:
+        dense: The score of the dense model.
+        confidence: With which it is to be better, between 0 and 1.
+
+    Example:
+        >>> doubt_of(dense)  # doctest: +SKIP
+        'the dense model is right on 8.50 % of the examples, and always answering class 1 on 52.00 %: ...'
+    """
+    if dense.classes:
+        return f"the classes differ, so the accuracy says little: {dense.classes}; check label names and their order"
+    counts = Counter(dense.labels)
+    common = min(counts, key=lambda label: (-counts[label], label))
+    pairs = list(zip(dense.predictions, dense.labels, strict=True))
+    won = sum(guess == label != common for guess, label in pairs)
+    lost = sum(guess != label == common for guess, label in pairs)
+    p_value = _tail(lost, won + lost)
+    if p_value <= 1 - confidence:
+        return ""
+    return (
+        f"the dense model is right on {100 * dense.accuracy:.2f} % of the examples, and always answering class "
+        f"{common} on {100 * counts[common] / dense.n:.2f} % (n = {dense.n:,}): it is not shown to be better "
+        f"(p = {p_value:.2g}), so a drop says nothing; check that the labels are those of this model, or score more "
+        f"examples"
     )
 
 
@@ -132,9 +170,13 @@ def _paired_drop(lost: float, won: float, n: float) -> tuple[float, float]:
 
 def _mcnemar(lost: int, won: int) -> float:
     """P-value of the exact two-sided test: ``min(lost, won)`` heads or fewer in fair tosses, doubled."""
-    tosses = lost + won
+    return min(1.0, 2 * _tail(min(lost, won), lost + won))
+
+
+def _tail(most: int, tosses: int) -> float:
+    """Probability of ``most`` heads or fewer in fair tosses."""
     term = tail = 1  # binomial coefficients, as exact integers
-    for heads in range(min(lost, won)):
+    for heads in range(most):
         term = term * (tosses - heads) // (heads + 1)
         tail += term
-    return min(1.0, 2 * tail / 2**tosses)
+    return tail / 2**tosses

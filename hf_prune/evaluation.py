@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -73,8 +74,7 @@ def _accuracy_class() -> type[evaluate.Metric]:
                 raise DataError(
                     "the accuracy of no examples is not defined: pass at least one prediction and its reference"
                 )
-            p = sum(a == b for a, b in zip(predictions, references, strict=True)) / n
-            return {"accuracy": p, "n": n, "standard_error": math.sqrt(p * (1 - p) / n)}
+            return _accuracy(predictions, references)
 
     return Accuracy
 
@@ -99,6 +99,7 @@ class Evaluation:
         dtype: Of the weights, such as ``float32``.
         max_length: Longer inputs were cut to this many tokens.
         batch_size: Examples per forward pass.
+        classes: How the classes of the model and of the data differ, in words; empty if nothing says that they do.
     """
 
     accuracy: float
@@ -113,6 +114,7 @@ class Evaluation:
     dtype: str
     max_length: int
     batch_size: int
+    classes: str = ""
 
     def __str__(self) -> str:
         """One line: accuracy and standard error in percent, n, and the data."""
@@ -125,18 +127,42 @@ class Evaluation:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Evaluation:
-        """The inverse of ``to_dict``.
+        """The inverse of ``to_dict``; the accuracy is computed anew from the predictions.
 
         Raises:
-            DataError: If a field is missing or unknown.
+            DataError: If a field is missing or unknown, or a number is not what the predictions give.
         """
         names = {field.name for field in fields(cls)}
-        if names != set(values):
+        missing, unknown = names - {"classes", *values}, set(values) - names
+        if missing or unknown:
             raise DataError(
-                f"not a saved evaluation: missing {sorted(names - set(values))}, "
-                f"unknown {sorted(set(values) - names)}: pass what Evaluation.to_dict returned"
+                f"not a saved evaluation: missing {sorted(missing)}, unknown {sorted(unknown)}: pass what "
+                f"Evaluation.to_dict returned"
             )
-        return cls(**{**values, "predictions": tuple(values["predictions"]), "labels": tuple(values["labels"])})
+        predictions, labels = tuple(values["predictions"]), tuple(values["labels"])
+        if not all(type(number) is int and number >= 0 for number in (*predictions, *labels)):
+            raise DataError("not a saved evaluation: predictions and labels are to be class numbers, 0 or more")
+        if not 0 < len(labels) == len(predictions):
+            raise DataError(f"not a saved evaluation: {len(predictions)} predictions of {len(labels)} labels")
+        counted = _accuracy(predictions, labels)
+        for name, number in counted.items():
+            if not _is_near(values[name], number):
+                raise DataError(
+                    f"{name} is {values[name]!r}, but the predictions that are saved with it give {number!r}: the file "
+                    f"was edited; measure again"
+                )
+        return cls(**{**values, **counted, "predictions": predictions, "labels": labels})
+
+
+def _accuracy(predictions: Sequence[int], labels: Sequence[int]) -> dict[str, float | int]:
+    """Share of right predictions, their number, and the standard error."""
+    n = len(labels)
+    p = sum(a == b for a, b in zip(predictions, labels, strict=True)) / n
+    return {"accuracy": p, "n": n, "standard_error": math.sqrt(p * (1 - p) / n)}
+
+
+def _is_near(said: Any, counted: float) -> bool:
+    return type(said) in (int, float) and math.isclose(said, counted, rel_tol=1e-9, abs_tol=1e-9)
 
 
 def evaluate_sst2(
@@ -224,12 +250,12 @@ def evaluate_classification(
     """
     check_positive("batch_size", batch_size)
     warn_regrown(model, "what is scored is not the model that save_pretrained() writes, in which they are zero")
-    num_labels = _num_labels(model)
+    _num_labels(model)
     _check_padding(tokenizer, model)
     max_length = _max_length(tokenizer, model, max_length)
     start = time.perf_counter()
     examples = _tokenize(tokenizer, dataset, text_columns, max_length)
-    labels = _label_ids(dataset, label_column, _label2id(model), num_labels)
+    labels = class_numbers(dataset, label_column, model)
     predictions = _predict(model, tokenizer, examples, batch_size, progress)
     seconds = time.perf_counter() - start
     score = accuracy_metric().compute(predictions=predictions, references=labels)
@@ -246,6 +272,7 @@ def evaluate_classification(
         dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
         max_length=max_length,
         batch_size=batch_size,
+        classes=_class_doubt(dataset, label_column, labels, model.config),
     )
 
 
@@ -342,6 +369,20 @@ def drawn(n: int, seed: int = 0) -> list[int]:
     return torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()
 
 
+def class_numbers(dataset: Dataset, label_column: str, model: PreTrainedModel) -> list[int]:
+    """The labels of a data set as class numbers of a model.
+
+    Args:
+        dataset: With class numbers, or keys of ``model.config.label2id``.
+        label_column: The column of the labels.
+        model: A sequence classifier.
+
+    Raises:
+        DataError: If the column is missing, or a label is not one of the model's.
+    """
+    return _label_ids(dataset, label_column, _label2id(model), _num_labels(model))
+
+
 # --- steps of an evaluation ------------------------------------------------------------------------
 
 
@@ -358,6 +399,35 @@ def _num_labels(model: PreTrainedModel) -> int:
 
 def _label2id(model: PreTrainedModel) -> dict[str, int]:
     return {str(name): int(number) for name, number in (model.config.label2id or {}).items()}
+
+
+_UNNAMED = re.compile(r"(label[\W_]*)?\d*")  # what classes are called that nobody has named
+
+
+def _class_doubt(dataset: Dataset, label_column: str, labels: Sequence[int], config: Any) -> str:
+    """How the classes of data and model differ, as far as their number and their names tell; empty if they do not."""
+    names = {int(number): str(name) for number, name in (config.id2label or {}).items()}
+    pairs = set(zip(column(dataset, label_column), labels, strict=True))
+    said = sorted((name, number) for name, number in pairs if isinstance(name, str))
+    for name, number in said:
+        if names.get(number, name).casefold() != name.casefold():
+            return f"class {number} is {name!r} in the model's label2id, and {names[number]!r} in its id2label"
+    if said:
+        return ""
+    there = getattr(dataset.features[label_column], "names", None)
+    count = len(set(labels)) if there is None else len(there)
+    if count != config.num_labels:
+        which = f", of which {_some(sorted(set(labels)))} occur" if there is None else ""
+        return f"the model has {config.num_labels} classes, and the data {count}{which}"
+    for number, name in enumerate(there or ()):
+        a, b = ("".join(filter(str.isalnum, text.casefold())) for text in (name, names.get(number, "")))
+        if not (_UNNAMED.fullmatch(a) or _UNNAMED.fullmatch(b) or a.startswith(b) or b.startswith(a)):
+            return f"class {number} is {names[number]!r} to the model, and {name!r} in the data"
+    return ""
+
+
+def _some(values: Sequence[Any], most: int = 5) -> str:
+    return ", ".join(map(str, values[:most])) + (", …" if len(values) > most else "")
 
 
 def _check_padding(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel | None = None) -> None:
@@ -410,15 +480,6 @@ def _tokenize(
     encoded = tokenizer(*(column(dataset, name) for name in text_columns), truncation=True, max_length=max_length)
     names = [name for name in encoded if name in tokenizer.model_input_names]
     return [{name: encoded[name][i] for name in names} for i in range(len(dataset))]
-
-
-def check_labels(dataset: Dataset, label_column: str, model: PreTrainedModel) -> None:
-    """Make sure that every label is a class of a model, before some rows are chosen and lose their numbers.
-
-    Raises:
-        DataError: If one is not.
-    """
-    _label_ids(dataset, label_column, _label2id(model), _num_labels(model))
 
 
 def _label_ids(dataset: Dataset, label_column: str, label2id: Mapping[str, int], num_labels: int | None) -> list[int]:

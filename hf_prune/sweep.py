@@ -6,13 +6,13 @@ settings are never mixed in.
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import hashlib
-import io
 import json
+import math
 import os
 import time
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +21,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hf_prune.calibration import Batches, require_batches
-from hf_prune.comparison import Comparison, compare
+from hf_prune.comparison import Comparison, compare, doubt_of
 from hf_prune.config import PruningConfig
 from hf_prune.data_loading import fingerprint
-from hf_prune.errors import ConfigError, SweepError
-from hf_prune.evaluation import Evaluation, evaluate_classification
+from hf_prune.errors import ConfigError, DataError, SweepError
+from hf_prune.evaluation import Evaluation, class_numbers, evaluate_classification
 from hf_prune.files import write_json, write_text
 from hf_prune.masking import MaskStore
 from hf_prune.pipeline import prune
@@ -33,7 +33,7 @@ from hf_prune.plan import PruningPlan
 from hf_prune.plots import plot_tradeoff, save_figure
 from hf_prune.registry import parse_granularity
 from hf_prune.report import sparsity_report
-from hf_prune.tables import format_table
+from hf_prune.tables import format_csv, format_table
 from hf_prune.unit_plan import UnitPlan, unit_batches
 
 if TYPE_CHECKING:
@@ -78,9 +78,17 @@ class SweepPoint:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], dense: Evaluation, confidence: float) -> SweepPoint:
-        """The point that :meth:`to_dict` described; the comparison is computed anew from the predictions."""
+        """The point that :meth:`to_dict` described; score and comparison are computed anew from the predictions.
+
+        Raises:
+            DataError: If a number is out of range, or not what the predictions give.
+        """
         evaluation = Evaluation.from_dict(values["evaluation"])
         fields = {f.name: values[f.name] for f in dataclasses.fields(cls)}
+        for name in ("sparsity", "target_sparsity", "model_sparsity", "remaining", "prune_seconds"):
+            value, most = fields[name], 1 if name.endswith("sparsity") else math.inf
+            if type(value) not in (int, float) or not (0 <= value <= most and math.isfinite(value)):
+                raise DataError(f"{name} is {value!r}: expected a number from 0 to {most:g}")
         fields |= {"evaluation": evaluation, "comparison": compare(dense, evaluation, confidence=confidence)}
         return cls(**fields)
 
@@ -106,11 +114,19 @@ class SweepResult:
     confidence: float
 
     @property
+    def doubt(self) -> str:
+        """Why no drop here says what pruning costs, in words: the dense model does not do the task; else empty."""
+        return doubt_of(self.dense, self.confidence)
+
+    @property
     def sweet_spot(self) -> SweepPoint | None:
         """The largest sparsity whose drop is, with the stated confidence, at most the tolerance; or None.
 
-        Decided by the one-sided upper bound of the paired drop; between criteria, by the smaller drop.
+        Decided by the one-sided upper bound of the paired drop; between criteria, by the smaller drop. None as well if
+        a drop says nothing, see :attr:`doubt`.
         """
+        if self.doubt:
+            return None
         within = [p for p in self.points if p.sparsity > 0 and p.comparison.upper_bound <= self.tolerance]
         return max(within, key=lambda p: (p.model_sparsity, -p.comparison.drop), default=None)
 
@@ -123,6 +139,7 @@ class SweepResult:
             "parameters": self.parameters,
             "tolerance": self.tolerance,
             "confidence": self.confidence,
+            "doubt": self.doubt,
             "sweet_spot": None if best is None else {"criterion": best.criterion, "sparsity": best.sparsity},
             "dense": self.dense.to_dict(),
             "points": [p.to_dict() for p in self.points],
@@ -166,11 +183,8 @@ class SweepResult:
 
     def to_csv(self) -> str:
         """:meth:`rows` as CSV."""
-        rows, text = self.rows(), io.StringIO()
-        writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        return text.getvalue()
+        rows = self.rows()
+        return format_csv(list(rows[0]), rows)
 
     def __str__(self) -> str:
         cells = [
@@ -193,7 +207,8 @@ class SweepResult:
             f"n = {self.dense.n} ({where}); drop in points against the dense model on the same examples, its standard "
             f"error and {percent} interval paired, p by McNemar's exact test."
         )
-        return "\n".join([format_table(header, cells), note, self.verdict()])
+        warning = [f"Warning: {self.doubt}."] if self.doubt else []
+        return "\n".join([*warning, format_table(header, cells), note, self.verdict()])
 
     def verdict(self) -> str:
         """One sentence that names the sweet spot, or says why there is none."""
@@ -206,6 +221,8 @@ class SweepResult:
             )
         if not self.points:
             return "Sweet spot: none, since nothing was pruned."
+        if self.doubt:
+            return f"Sweet spot: none is named, since {self.doubt}."
         lowest = min(self.points, key=lambda p: p.comparison.upper_bound)
         return (
             f"Sweet spot: none of these. The best bound is at {100 * lowest.sparsity:g} % with {lowest.criterion}: at "
@@ -278,7 +295,7 @@ def run_sweep(
         The result.
 
     Raises:
-        SweepError: If the model is pruned already, or ``out`` holds results of other settings.
+        SweepError: If the model is pruned already, or ``out`` holds results of other settings, or such as were edited.
         HfPruneError: As :func:`hf_prune.prune` does, for any of the points and before the first is measured.
     """
     if out is not None and Path(out).exists() and not Path(out).is_dir():
@@ -297,13 +314,23 @@ def run_sweep(
     settings = _settings(model, dataset, base, calibration, polish_data, tokenizer, name, score)
     folder = None if out is None else Path(out)
     results = None if folder is None else folder / "results.json"
-    found = None if results is None or restart else _read(results, settings, confidence)
+    found = None
+    if results is not None and not restart:
+        found = _read(results, settings, confidence, parameters)
     if found is not None:
         dense, points, calibrated = found
+        if dense.labels != tuple(class_numbers(dataset, score.get("label_column", "label"), model)):
+            raise SweepError(
+                f"{results} has other labels than the data: it was edited; choose another folder, or restart to "
+                f"measure everything anew"
+            )
         settings = {**settings, "calibration": settings["calibration"] or calibrated}
     else:
         points = []
         dense = evaluate_classification(model, tokenizer, dataset, **score, progress=progress and "dense")
+
+    if doubt := doubt_of(dense, confidence):  # said before the minutes that pruning takes
+        warnings.warn(f"{doubt}; no sweet spot will be named", UserWarning, stacklevel=2)
 
     def result() -> SweepResult:
         order = {(p.config.criterion, p.config.sparsity): i for i, p in enumerate(plans)}
@@ -467,7 +494,7 @@ def weights_digest(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
 
 
 def _read(
-    path: Path, settings: Mapping[str, Any], confidence: float
+    path: Path, settings: Mapping[str, Any], confidence: float, parameters: int
 ) -> tuple[Evaluation, list[SweepPoint], str | None] | None:
     """Earlier results that belong to the same settings: dense score, points, and digest of their calibration."""
     if not path.exists():
@@ -477,9 +504,28 @@ def _read(
         _check_same_settings(path, found["format_version"], dict(found["settings"]), settings)
         dense = Evaluation.from_dict(found["dense"])
         points = [SweepPoint.from_dict(p, dense, confidence) for p in found["points"]]
+        _check_counts(points, parameters)
+        if dense.data_fingerprint != settings["data"]:
+            raise DataError(
+                f"data_fingerprint is {dense.data_fingerprint!r}, and that of the data {settings['data']!r}"
+            )
         return dense, points, found["settings"].get("calibration")
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise SweepError(f"{path} is no sweep result: {error!r}; choose another folder, or restart") from error
+    except (AttributeError, DataError, KeyError, TypeError, ValueError) as error:
+        what = error if isinstance(error, DataError) else repr(error)
+        raise SweepError(f"{path} is no sweep result: {what}; choose another folder, or restart") from error
+
+
+def _check_counts(points: Sequence[SweepPoint], parameters: int) -> None:
+    """What a point says of its zeros must add up, and no point may be there twice."""
+    for point in points:
+        counted = round(point.model_sparsity * parameters)
+        if point.remaining != parameters - counted or point.model_sparsity > point.target_sparsity:
+            raise DataError(
+                f"remaining is {point.remaining!r} at {100 * point.sparsity:g} %, but {counted:,} of {parameters:,} "
+                f"parameters are said to be zero: the file was edited"
+            )
+    if len({(p.criterion, p.sparsity) for p in points}) < len(points):
+        raise DataError("a criterion and sparsity is there twice: the file was edited")
 
 
 def _check_same_settings(path: Path, version: object, theirs: dict[str, Any], settings: Mapping[str, Any]) -> None:

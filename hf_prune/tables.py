@@ -1,8 +1,13 @@
-"""Plain-text tables and numbers for people."""
+"""Plain-text tables, CSV, and numbers for people."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import csv
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+_FORMULAS = tuple("=+-@\t\r\n＝＋－＠")  # a spreadsheet runs what begins so
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
@@ -20,6 +25,32 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int
     ]
     lines.insert(1, ["-" * w for w in widths])
     return "\n".join("  ".join(line).rstrip() for line in lines)
+
+
+def format_csv(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
+    """Rows as CSV; a text that a spreadsheet would run as a formula gets an apostrophe before it.
+
+    Args:
+        columns: Which of the values, in this order.
+        rows: Numbers and texts by column.
+
+    Example:
+        >>> print(format_csv(["name", "drop"], [{"name": "=1+1", "drop": -0.5}]), end="")
+        name,drop
+        '=1+1,-0.5
+    """
+
+    def safe(cell: Any) -> Any:
+        if not isinstance(cell, str):
+            return cell
+        mark = "'" if cell.lstrip(" ").startswith(_FORMULAS) else ""
+        return mark + cell.replace("\r", " ")  # which the csv module of older Pythons does not quote
+
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    for cells in (columns, *([row[name] for name in columns] for row in rows)):
+        writer.writerow([safe(cell) for cell in cells])
+    return text.getvalue()
 
 
 def format_count(number: float) -> str:

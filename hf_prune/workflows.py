@@ -22,7 +22,7 @@ from hf_prune.data_files import refuse_same_split
 from hf_prune.data_loading import check_columns, load_texts
 from hf_prune.distributed import all_or_none, is_first, processes
 from hf_prune.errors import ConfigError, DataError
-from hf_prune.evaluation import Evaluation, check_labels, drawn, evaluate_classification
+from hf_prune.evaluation import Evaluation, class_numbers, drawn, evaluate_classification
 from hf_prune.files import copy_beside, source_and_target, write_json, write_text
 from hf_prune.perplexity import Perplexity, evaluate_perplexity
 from hf_prune.plan import PruningPlan
@@ -244,7 +244,7 @@ def prune_to_budget(
     options: dict[str, Any] = {"source": label(data.source), "batch_size": batch_size, **columns}
     reported = data.load(split)
     check_columns(reported, [*data.text_columns, data.label_column], f"the split {split!r}")
-    check_labels(data.load(data.calibration_split), data.label_column, model)
+    class_numbers(data.load(data.calibration_split), data.label_column, model)  # refuses, and names rows of the data
     seen = data.seen(config, held_out)
     batches = data.calibration([config], model, tokenizer)
     more = data.for_polish([config], model, tokenizer, seen)

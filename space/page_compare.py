@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from html import escape
 from typing import Any
 
 import gradio as gr
@@ -77,8 +78,9 @@ def compare_tab(studio: Studio) -> None:
         """The accuracy of both on the same held-out sentences, with the interval of the drop."""
         found = studio.score(visitor(request), teller(progress))
         c, n = found["comparison"], found["dense"]["n"]
+        doubt = f"**Warning:** {escape(c['doubt'])}.\n\n" if c["doubt"] else ""
         return (
-            f"On {n} held-out sentences: dense **{100 * c['dense_accuracy']:.1f} %**, pruned "
+            f"{doubt}On {n} held-out sentences: dense **{100 * c['dense_accuracy']:.1f} %**, pruned "
             f"**{100 * c['pruned_accuracy']:.1f} %**. Drop {c['drop']:.1f} points, 95 % interval "
             f"{c['interval'][0]:.1f} to {c['interval'][1]:.1f}, p = {c['p_value']:.2g} (paired, McNemar)."
         )

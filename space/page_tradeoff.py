@@ -74,8 +74,11 @@ def tradeoff_tab(studio: Studio, results: Mapping[str, Any]) -> None:
         """The chart, the sweet spot, the table, and the file of the points."""
         points = [p for p in data["points"] if p["method"] in (shown or [])]
         best = tradeoff.sweet_spot(points, axis, float(tolerance))
+        doubt = next((p["doubt"] for p in points if p.get("doubt")), "")
         words = (
-            f"No point has a drop of at most {tolerance:g} points with 95 % confidence."
+            f"**Warning:** no sweet spot is named, since {escape(doubt)}."
+            if doubt
+            else f"No point has a drop of at most {tolerance:g} points with 95 % confidence."
             if best is None
             else f"**Sweet spot:** {best['method']} at {100 * best['sparsity']:.0f} %: drop {best['drop']:.1f} points, "
             f"with 95 % confidence at most {best['drop_bound']:.1f}; {best['file_bytes'] / 1e6:.1f} MB, "

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,6 +14,7 @@ from studio import Studio
 from work import WHAT, Dense, Tell, fixed_sparsity, make_config, make_pruned, score, time_both
 
 from hf_prune import compare
+from hf_prune.tables import format_csv
 
 FIELDS = (
     "method", "sparsity", "accuracy", "drop", "drop_standard_error", "drop_bound", "n", "parameters", "nonzero",
@@ -77,18 +76,21 @@ def measure(
                 "speedup_high": ratio.high,
                 "faster": ratio.low > SURELY_FASTER,
                 "seconds": round(pruned.seconds, 2),
+                "doubt": drop.doubt,
             }
 
 
 def sweet_spot(points: Sequence[Mapping[str, Any]], axis: str, tolerance: float) -> Mapping[str, Any] | None:
     """The sparsest, smallest or fastest point whose drop is, with 95 % confidence, at most the tolerance; or None.
 
+    None as well if the drops say nothing, since the dense model does not do the task.
+
     Args:
         points: To choose from.
         axis: ``"sparsity"``, ``"size"`` or ``"time"``.
         tolerance: Points of accuracy.
     """
-    within = [p for p in points if p["drop_bound"] <= tolerance]
+    within = [p for p in points if p["drop_bound"] <= tolerance and not p.get("doubt")]
     rank = {
         "sparsity": lambda p: p["sparsity"],
         "size": lambda p: -p["file_bytes"],
@@ -101,11 +103,7 @@ def sweet_spot(points: Sequence[Mapping[str, Any]], axis: str, tolerance: float)
 
 def to_csv(points: Sequence[Mapping[str, Any]]) -> str:
     """All numbers of the points."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, FIELDS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(points)
-    return text.getvalue()
+    return format_csv(FIELDS, points)
 
 
 def write_csv(points: Sequence[Mapping[str, Any]], folder: Path) -> Path:

@@ -7,12 +7,12 @@ from datasets import Dataset
 
 import hf_prune.sweep
 from hf_prune import PruningConfig, classification_batches, find_sparsity, prune
-from hf_prune.errors import ConfigError
+from hf_prune.errors import BudgetError, ConfigError
 from tests import models
 from tests.models import assert_unchanged, snapshot
 
 TOKENIZER = models.tiny_tokenizer()
-DATA = Dataset.from_dict(models.tiny_sentences(60))
+DATA = Dataset.from_dict(models.answered_sentences(60))
 QUICK = {"epochs": 1, "learning_rate": 0.001}
 
 
@@ -50,3 +50,19 @@ def test_polish_data_without_a_polish_is_refused(monkeypatch):
     monkeypatch.setattr("hf_prune.budget.evaluate_classification", lambda *_, **__: pytest.fail("measured"))
     with pytest.raises(ConfigError, match="polish_data is given, but there is no polish: set polish='distill'"):
         search(models.tiny_classifier(), polish_data=batches(16))
+
+
+def test_nothing_is_searched_for_where_a_drop_says_nothing(monkeypatch):
+    """Reversed labels, and classes that are not those of the model, before anything is pruned."""
+    monkeypatch.setattr("hf_prune.budget.measure_point", lambda *_, **__: pytest.fail("pruned"))
+    model = models.tiny_classifier()
+    before = snapshot(model)
+    labels = [1 - y for y in DATA["label"]]
+    reversed_ = Dataset.from_dict({"sentence": DATA["sentence"][:], "label": labels})
+    with pytest.raises(
+        BudgetError, match=r"no sparsity can be found by its drop in accuracy, since .* right on 10.00 %"
+    ):
+        find_sparsity(model, TOKENIZER, reversed_, max_drop=99.0)
+    assert_unchanged(model, before)
+    with pytest.raises(BudgetError, match="the model has 3 classes, and the data 2"):
+        search(models.tiny_classifier(num_labels=3))

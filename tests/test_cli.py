@@ -73,7 +73,11 @@ class Done(NamedTuple):
 def folders(tmp_path_factory) -> dict[str, str]:
     """A classifier with its tokenizer, labelled data, a language model and an image classifier."""
     root = tmp_path_factory.mktemp("cli")
-    models.tiny_classifier(seed=4).save_pretrained(root / "text")
+    classifier = models.tiny_classifier(seed=4)
+    answered = {
+        name: models.answered_sentences(n, seed, classifier) for name, n, seed in (("train", 60, 1), ("dev", 48, 0))
+    }
+    classifier.save_pretrained(root / "text")
     models.tiny_tokenizer().save_pretrained(root / "text")
     models.tiny_gpt2().save_pretrained(root / "gpt2")
     models.tiny_tokenizer().save_pretrained(root / "gpt2")
@@ -86,8 +90,7 @@ def folders(tmp_path_factory) -> dict[str, str]:
     for split, n, seed in (("train", 60, 1), ("test", 40, 0)):
         (root / "texts" / f"{split}.txt").write_text("\n".join(models.tiny_sentences(n, seed)["sentence"]))
     (root / "data").mkdir()
-    for split, n, seed in (("train", 32, 1), ("dev", 48, 0)):
-        rows = models.tiny_sentences(n, seed)
+    for split, rows in answered.items():
         lines = [f"{text}\t{label}" for text, label in zip(rows["sentence"], rows["label"], strict=True)]
         (root / "data" / f"{split}.tsv").write_text("\n".join(["sentence\tlabel", *lines]) + "\n")
     return {name: str(root / name) for name in ("text", "gpt2", "llama", "mlm", "vit", "data", "texts")}
@@ -332,12 +335,12 @@ def test_a_polish_of_a_sweep_sees_more_than_calibration(hf_prune, folders, tmp_p
     arguments = ["sweep", folders["text"], "--data", folders["data"], "--calibration-samples", 8, "--sparsity", 0.5]
     done = hf_prune(*arguments, "--polish", "distill", "--out", tmp_path / "with")
     assert done.code == 0, done.err
-    assert [sum(len(b["input_ids"]) for b in seen[0][key]) for key in ("calibration", "polish_data")] == [8, 32]
+    assert [sum(len(b["input_ids"]) for b in seen[0][key]) for key in ("calibration", "polish_data")] == [8, 40]
     assert hf_prune(*arguments, "--out", tmp_path / "without").code == 0
     assert seen[1]["polish_data"] is None
 
 
-@pytest.mark.parametrize(("most", "held_out", "polished"), [(22, 8, 22), (4096, 8, 24), (4096, 2000, 20)])
+@pytest.mark.parametrize(("most", "held_out", "polished"), [(22, 20, 22), (4096, 20, 40), (4096, 2000, 20)])
 def test_a_polish_within_a_budget_sees_no_held_out_sentence(
     hf_prune, folders, tmp_path, monkeypatch, most, held_out, polished
 ):
@@ -411,6 +414,34 @@ def test_other_columns(hf_prune, folders, tmp_path):
     done = hf_prune(*arguments, "--text-column", "text", "--label-column", "stars")
     assert json.loads(done.out)["evaluation"]["n"] == 48
     assert "has no column 'label' (found: text, stars)" in error_of(hf_prune(*arguments))
+
+
+@pytest.mark.filterwarnings("default:the dense model")
+def test_labels_that_are_not_the_models_are_warned_of(hf_prune, folders, tmp_path):
+    """Reversed: everywhere a warning comes first, and nothing is called a success."""
+    data = tmp_path / "data"
+    data.mkdir()
+    for path in Path(folders["data"]).iterdir():
+        head, *rows = path.read_text().splitlines()
+        rows = [f"{row[:-1]}{1 - int(row[-1])}" for row in rows]
+        (data / path.name).write_text("\n".join([head, *rows]) + "\n")
+    text, wrong = (
+        folders["text"],
+        "is right on 8.33 % of the examples, and always answering class 0 on 50.00 % (n = 48)",
+    )
+    done = hf_prune("evaluate", text, "--data", data, "--json")
+    assert done.err.startswith(f"warning: {text} {wrong}")
+    assert json.loads(done.out)["evaluation"]["accuracy"] < 0.1
+    done = hf_prune("evaluate", text, "--data", data, "--against", text)
+    assert done.err.startswith(f"warning: the dense model {wrong}")
+    assert done.out.count("Warning: the dense model") == 1
+    done = hf_prune("sweep", text, "--data", data, "--sparsity", 0.9, "--tolerance", 100, "--out", tmp_path / "swept")
+    assert f"warning: the dense model {wrong}" in done.err
+    assert "Sweet spot: none is named" in done.out
+    options = ["--max-drop", 99, "--calibration-samples", 8, "--out", tmp_path / "out"]
+    error = error_of(hf_prune("prune", text, "--data", data, *options))
+    assert error.startswith("no sparsity can be found by its drop in accuracy, since the dense model is right on")
+    assert not (tmp_path / "out").exists()
 
 
 # --- sweep -----------------------------------------------------------------------------------------
@@ -766,12 +797,12 @@ def test_a_classifier_needs_labels_for_gradients_only(hf_prune, folders, tmp_pat
 def bert(tmp_path):
     """A checkpoint of a registered architecture, with a tokenizer and data."""
     folder, data = tmp_path / "bert", tmp_path / "data"
-    model = models.tiny_bert()
+    model = models.tiny_classifier()
     model.save_pretrained(folder)
     models.tiny_tokenizer().save_pretrained(folder)
     data.mkdir()
     for name in ("train", "dev"):
-        rows = models.tiny_sentences(60, seed=len(name))
+        rows = models.answered_sentences(60, len(name), model)
         lines = [f"{s}\t{y}" for s, y in zip(rows["sentence"], rows["label"], strict=True)]
         (data / f"{name}.tsv").write_text("sentence\tlabel\n" + "\n".join(lines) + "\n")
     return folder, data

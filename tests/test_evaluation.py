@@ -1,5 +1,6 @@
 """Accuracy of one model, and of two models on the same examples."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -32,7 +33,7 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
-from hf_prune.comparison import compare
+from hf_prune.comparison import compare, doubt_of
 from hf_prune.errors import ConfigError, DataError
 from hf_prune.evaluation import (
     Evaluation,
@@ -430,6 +431,85 @@ def test_foreign_record():
         Evaluation.from_dict({**values, "extra": 1})
 
 
+@pytest.mark.parametrize(
+    ("edits", "message"),
+    [
+        (
+            {"accuracy": 0.99},
+            "accuracy is 0.99, but the predictions that are saved with it give 0.75: the file was edited",
+        ),
+        ({"accuracy": math.nan}, "accuracy is nan"),
+        ({"accuracy": True}, "accuracy is True"),
+        ({"n": 400}, "n is 400, but the predictions that are saved with it give 4"),
+        ({"standard_error": 0.0}, "standard_error is 0.0"),
+        ({"predictions": [1, 1, 1, 1]}, "accuracy is 0.75, but the predictions that are saved with it give 1.0"),
+        ({"labels": [1, 1, 1, 0]}, "accuracy is 0.75"),
+        ({"labels": [1, 1, 1, -1]}, "are to be class numbers"),
+        ({"predictions": [1, 1, 1, False]}, "are to be class numbers"),
+        ({"predictions": [1, 1, 1]}, "3 predictions of 4 labels"),
+        ({"predictions": [], "labels": []}, "0 predictions of 0 labels"),
+    ],
+)
+def test_a_saved_score_is_counted_again(edits, message):
+    values = result([1, 1, 1, 0], [1, 1, 1, 1]).to_dict()
+    assert Evaluation.from_dict({k: v for k, v in values.items() if k != "classes"}).accuracy == 0.75
+    with pytest.raises(DataError, match=message):
+        Evaluation.from_dict({**values, **edits})
+
+
+# --- whether a drop from it says anything ----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("id2label", "names", "doubt"),
+    [
+        (None, ["0", "1", "2"], ""),
+        (None, ["no", "maybe", "yes"], ""),
+        (["negative", "NEUTRAL", "Positive"], ["neg", "neutral", "pos"], ""),
+        (["no", "yes", "maybe"], ["no", "maybe", "yes"], "class 1 is 'yes' to the model, and 'maybe' in the data"),
+        (["a", "b", "c"], ["x", "b", "c"], "class 0 is 'a' to the model, and 'x' in the data"),
+        (None, ["a", "b", "c", "d"], "the model has 3 classes, and the data 4"),
+        (None, None, ""),
+        (None, 2, "the model has 3 classes, and the data 2, of which 0, 1 occur"),
+        (["no", "yes", "maybe"], "texts", ""),
+        (["no", "maybe", "yes"], "swapped", "class 2 is 'maybe' in the model's label2id, and 'yes' in its id2label"),
+    ],
+)
+def test_classes_that_differ_are_told(bert, tokenizer, monkeypatch, id2label, names, doubt):
+    data = make_data(classes=names if isinstance(names, int) else 3)
+    if id2label is not None:
+        monkeypatch.setattr(bert.config, "id2label", dict(enumerate(id2label)))
+    if isinstance(names, list):
+        data = data.cast_column("label", ClassLabel(names=names))
+    if isinstance(names, str):
+        ids = {"no": 0, "yes": 1, "maybe": 2}
+        monkeypatch.setattr(bert.config, "label2id", ids)
+        rows = {"sentence": data["sentence"][:], "label": [["no", "yes", "maybe"][y] for y in data["label"]]}
+        data = Dataset.from_dict(rows)
+    found = evaluate_classification(bert, tokenizer, data)
+    assert found.classes == doubt
+    if doubt:
+        assert f"the classes differ, so the accuracy says little: {doubt}; check" in doubt_of(found)
+
+
+def test_a_model_that_is_no_better_than_the_most_frequent_class():
+    """By hand: with 5 and 0 such examples the one-sided p is 1/32, with 4 and 0 1/16, with 8 and 1 10/512."""
+    truth = [0] * 12 + [1] * 8
+    assert doubt_of(result([0] * 12 + [1] * 5 + [0] * 3, truth)) == ""
+    assert "(p = 0.062)" in doubt_of(result([0] * 12 + [1] * 4 + [0] * 4, truth))
+    assert doubt_of(result([0] * 12 + [1] * 4 + [0] * 4, truth), 0.9) == ""
+    assert doubt_of(result([1] + [0] * 11 + [1] * 8, truth)) == ""
+    assert "(p = 0.02)" in doubt_of(result([1] + [0] * 11 + [1] * 8, truth), 0.99)
+    reversed_ = result([1 - y for y in truth], truth)
+    assert doubt_of(reversed_).startswith(
+        "the dense model is right on 0.00 % of the examples, and always answering class 0 on 60.00 % (n = 20): it is "
+        "not shown to be better (p = 1)"
+    )
+    assert compare(reversed_, result(truth, truth)).doubt == doubt_of(reversed_)
+    assert compare(result(truth, truth), reversed_).doubt == ""
+    assert "p = 1" in doubt_of(result([1, 1], [1, 1]))  # of one class nothing can be told
+
+
 # --- comparison ------------------------------------------------------------------------------------
 
 
@@ -495,10 +575,11 @@ def test_comparison_is_antisymmetric_and_ordered(cells):
 
 def test_comparison_in_words_and_as_json():
     found = compare(*paired(4, 3, 1, 2), confidence=0.9)
-    assert str(found) == (
+    assert str(dataclasses.replace(found, doubt="")) == (
         "accuracy 70.00 % -> 50.00 %: drop 20.00 points (90 % interval -12.94 to 46.28, one-sided upper bound 39.74; "
         "3 only dense right, 1 only pruned right, McNemar p = 0.625, n = 10)"
     )
+    assert str(found).startswith(f"Warning: {found.doubt}.\naccuracy 70.00 %")
     values = json.loads(json.dumps(found.to_dict()))
     assert values["interval"] == list(found.interval)
     assert {**values, "interval": tuple(values["interval"])} == vars(found)

@@ -285,6 +285,7 @@ def test_the_sweet_spot(space):
     assert spot(points, "time", 10) is points[3]
     assert spot(points, "sparsity", 0.1) is None
     assert spot(points[:2], "time", 2) is None  # neither is faster
+    assert spot([{**p, "doubt": "its labels are reversed"} for p in points], "sparsity", 2) is None
 
 
 def test_points_are_measured(space, make):
@@ -302,7 +303,7 @@ def test_points_are_measured(space, make):
     assert points[1]["nonzero"] < points[0]["nonzero"]
     assert not list(studio.folder.glob("*/config.json"))  # nothing is left behind
     rows = space.tradeoff.to_csv(points).splitlines()
-    assert rows[0].split(",") == list(points[0])
+    assert [*rows[0].split(","), "doubt"] == list(points[0])
     assert len(rows) == 5
 
 

@@ -7,6 +7,7 @@ import csv
 import dataclasses
 import io
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ from tests import models
 from tests.models import assert_unchanged, snapshot
 
 TOKENIZER = models.tiny_tokenizer()
-DATA = Dataset.from_dict(models.tiny_sentences(60))
+DATA = Dataset.from_dict(models.answered_sentences(60))
 NAMES = {"results.json", "results.csv", "tradeoff.png"}
 
 
@@ -116,10 +117,10 @@ def test_other_settings_come_from_the_config(model):
 
 
 def test_evaluation_options_arrive(model):
-    result = sweep(model, batch_size=7, max_length=5, source="here", split="dev", text_columns=("sentence",))
+    result = sweep(model, batch_size=7, max_length=20, source="here", split="dev", text_columns=("sentence",))
     for evaluation in (result.dense, *(p.evaluation for p in result.points)):
         found = (evaluation.batch_size, evaluation.max_length, evaluation.source, evaluation.split)
-        assert found == (7, 5, "here", "dev")
+        assert found == (7, 20, "here", "dev")
 
 
 def test_sparsity_zero_is_the_dense_model(model, scored):
@@ -293,13 +294,13 @@ def _change_weights(model: Any) -> None:
 
 
 OTHER: dict[str, tuple[dict[str, Any], str]] = {
-    "data": ({"dataset": Dataset.from_dict(models.tiny_sentences(60, seed=1))}, r"data was '\w+', now '\w+'"),
+    "data": ({"dataset": Dataset.from_dict(models.answered_sentences(60, seed=1))}, r"data was '\w+', now '\w+'"),
     "fewer": ({"dataset": DATA.select(range(50))}, r"n was 60, now 50"),
     "scope": ({"config": PruningConfig(scope="global")}, r"config.scope was 'layer', now 'global'"),
     "seed": ({"config": PruningConfig(seed=1)}, r"config.seed was 0, now 1"),
     "targets": ({"config": PruningConfig(target_modules=["query"])}, r"config.target_modules was 'all-linear', now"),
     "batches": ({"batch_size": 3}, r"evaluation.batch_size was None, now 3"),
-    "length": ({"max_length": 4}, r"evaluation.max_length was None, now 4"),
+    "length": ({"max_length": 20}, r"evaluation.max_length was None, now 20"),
 }
 
 
@@ -329,8 +330,8 @@ def test_other_settings_are_refused(model, scored, tmp_path, monkeypatch, what):
 
 def test_a_removed_option_is_refused_too(model, tmp_path):
     """What the earlier sweep set, and this one does not, differs as well."""
-    sweep(model, tmp_path, max_length=4)
-    with pytest.raises(SweepError, match=r"evaluation.max_length was 4, now None"):
+    sweep(model, tmp_path, max_length=20)
+    with pytest.raises(SweepError, match=r"evaluation.max_length was 20, now None"):
         sweep(model, tmp_path)
 
 
@@ -367,18 +368,48 @@ DAMAGE: dict[str, Callable[[str], str]] = {
 }
 
 
+# What an editor can change that makes a worse model look better: measured things are computed anew, or refused.
+DAMAGE |= {
+    "accuracy": _edit(lambda v: v["points"][0]["evaluation"].update(accuracy=0.999)),
+    "dense accuracy": _edit(lambda v: v["dense"].update(accuracy=0.5)),
+    "all right": _edit(lambda v: v["points"][1]["evaluation"].update(predictions=v["dense"]["labels"])),
+    "labels": _edit(lambda v: [e.update(labels=e["predictions"], accuracy=1.0, standard_error=0.0)
+                               for e in [v["dense"], *(p["evaluation"] for p in v["points"])]]),
+    "fingerprint": _edit(lambda v: [e.update(data_fingerprint="f")
+                                    for e in [v["dense"], *(p["evaluation"] for p in v["points"])]]),
+    "remaining": _edit(lambda v: v["points"][0].update(remaining=1)),
+    "sparsity": _edit(lambda v: v["points"][0].update(sparsity=7.0)),
+    "nan": _edit(lambda v: v["points"][0].update(model_sparsity=float("nan"))),
+    "share": _edit(lambda v: v["points"][0].update(target_sparsity=0.0)),
+    "seconds": _edit(lambda v: v["points"][0].update(prune_seconds=-1.0)),
+    "twice": _edit(lambda v: v["points"].append(v["points"][0])),
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damaged_results_are_refused(model, scored, tmp_path, damage):
     sweep(model, tmp_path)
     path = tmp_path / "results.json"
     path.write_text(DAMAGE[damage](path.read_text()))
     before = path.read_bytes()
-    with pytest.raises(SweepError, match=r"results.json (is no sweep result|holds results of other settings)"):
+    with pytest.raises(SweepError, match=r"results.json (is no sweep|holds results of other|has other labels)"):
         sweep(model, tmp_path)
     assert path.read_bytes() == before
     assert len(scored) == 3
     sweep(model, tmp_path, restart=True)
     assert len(scored) == 6
+
+
+def test_comparisons_are_computed_anew(model, scored, tmp_path):
+    first = sweep(model, tmp_path)
+    path = tmp_path / "results.json"
+    values = json.loads(path.read_text())
+    values["points"][0]["comparison"] |= {"drop": -40.5, "upper_bound": -30.0, "doubt": "x"}
+    values |= {"sweet_spot": {"criterion": "magnitude", "sparsity": 0.99}, "parameters": 1}
+    path.write_text(json.dumps(values))
+    assert sweep(model, tmp_path) == first
+    assert json.loads(path.read_text()) == json.loads(json.dumps(first.to_dict()))
+    assert len(scored) == 3
 
 
 def test_newer_format_is_refused(model, tmp_path):
@@ -424,6 +455,37 @@ def test_csv_json_and_table_agree(written):
     assert str(result).endswith(result.verdict())
 
 
+def test_texts_in_csv_are_no_formulas():
+    result = result_of(('=HYPERLINK("http://x.org";"a")', 0.5, 0, 40))
+    _, row = csv.DictReader(io.StringIO(result.to_csv()))
+    assert row["criterion"] == '\'=HYPERLINK("http://x.org";"a")'
+    assert float(row["drop"]) == result.points[0].comparison.drop == -4
+
+
+def test_reversed_labels_have_no_sweet_spot(model, tmp_path, scored):
+    """A model that is wrong nearly always gains by pruning: a warning before it, and no sweet spot after it."""
+    reversed_ = Dataset.from_dict({"sentence": DATA["sentence"][:], "label": [1 - y for y in DATA["label"]]})
+    with pytest.warns(UserWarning, match=r"right on 10.00 % .* class 0 on 50.00 % .*no sweet spot will be named"):
+        result = sweep(model, tmp_path, reversed_, tolerance=100)
+    assert result.points[-1].comparison.upper_bound < 100
+    assert result.sweet_spot is None
+    assert str(result).startswith("Warning: the dense model is right on 10.00 %")
+    assert result.verdict().startswith("Sweet spot: none is named, since the dense model is right on 10.00 %")
+    values = json.loads((tmp_path / "results.json").read_text())
+    assert values["sweet_spot"] is None
+    assert values["doubt"] == result.doubt == result.points[0].comparison.doubt
+    with pytest.warns(UserWarning, match="no sweet spot will be named"):
+        assert sweep(model, tmp_path, reversed_, tolerance=100) == result
+    assert len(scored) == 3
+
+
+def test_classes_that_differ_have_no_sweet_spot():
+    three = models.tiny_classifier(num_labels=3)
+    with pytest.warns(UserWarning, match="the model has 3 classes, and the data 2, of which 0, 1 occur"):
+        result = sweep(three, sparsities=[0.3], tolerance=100)
+    assert result.sweet_spot is None
+
+
 def test_json_names_the_sweet_spot(written):
     result, _ = written
     every = dataclasses.replace(result, tolerance=100)
@@ -435,11 +497,13 @@ def result_of(*points: tuple[str, float, int, int], tolerance: float = 2.0, n: i
     """Hand-made points: criterion, sparsity, examples that only the dense, and only the pruned model gets right."""
 
     def evaluation(lost: int, won: int) -> Evaluation:
-        right = [True] * (n // 2) + [False] * (n // 2)  # of the dense model
-        right[:lost], right[n // 2 : n // 2 + won] = [False] * lost, [True] * won
-        p = sum(right) / n
-        predictions = tuple(int(not r) for r in right)
-        return Evaluation(p, n, 0.01, predictions, (0,) * n, "dev", "s", "0" * 16, 1.0, "float32", 8, 32)
+        dense = 3 * n // 4
+        right = [True] * dense + [False] * (n - dense)
+        right[:lost], right[dense : dense + won] = [False] * lost, [True] * won
+        p, labels = sum(right) / n, tuple(i % 2 for i in range(n))
+        predictions = tuple(y if r else 1 - y for y, r in zip(labels, right, strict=True))
+        error = math.sqrt(p * (1 - p) / n)
+        return Evaluation(p, n, error, predictions, labels, "dev", "s", "0" * 16, 1.0, "float32", 8, 32)
 
     dense = evaluation(0, 0)
     made = tuple(
