@@ -97,13 +97,14 @@ def adopt_zeros(
     shares, left, masks = {}, {}, {}
     for target in targets:
         weight = parameters[target.name].detach()
-        if every and id(parameters[target.name]) in tables:
-            continue
         mask = weight != 0
         share = 1 - int(mask.count_nonzero()) / target.size
         if not share:
             continue
-        if share < least and target.name not in store.masks:
+        if every and id(parameters[target.name]) in tables and target.name not in store.masks:
+            if share >= least:
+                left[target.name] = f"of which {100 * share:.2f} % is zero: embeddings are not taken unless named"
+        elif share < least and target.name not in store.masks:
             left[target.name] = f"of which {100 * share:.3f} % is zero, less than min_sparsity={least:g}"
         elif share == 1 and every and target.name not in store.masks:
             left[target.name] = "which is zero throughout, as if it were yet to be trained: name it in target_modules"

@@ -119,6 +119,7 @@ def test_zeros_that_nobody_meant_are_left_and_said():
         model.get_output_embeddings().weight[:3] = 0.0  # padding rows, tied to the embeddings
     report = adopt_zeros(copy.deepcopy(model))
     assert report.adopted.keys() == {NAME}
+    assert "word_embeddings.weight, of which 6.25 % is zero: embeddings are not taken unless named" in str(report)
     assert f"Left as it is: {start}, which is zero throughout, as if it were yet to be trained" in str(report)
     assert f"{few}, of which 0.195 % is zero, less than min_sparsity=0.01" in str(report)
     assert adopt_zeros(copy.deepcopy(model), min_sparsity=0).adopted.keys() == {NAME, few}
