@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from hf_prune.building import limited_building
 from hf_prune.bypass import bypassed_layers
 from hf_prune.config import PruningConfig
 from hf_prune.errors import CheckpointError
@@ -346,14 +347,16 @@ def load_pruned(load: Callable[..., Any], source: Any, *args: Any, **kwargs: Any
     hub = {key: kwargs[key] for key in _HUB_KEYS if kwargs.get(key) is not None}
     with _without_torch_prune(source, hub) as converted:
         if converted is None:
-            loaded = load(source, *args, **kwargs)
+            with limited_to_files(source, hub):
+                loaded = load(source, *args, **kwargs)
             path = find_file(source, MASK_FILE, hub)
             store = load_masks(path) if path is not None else None
             store = _with_packed_masks(store, weight_files(source, hub))
         else:
             weights, masks = converted
             kwargs = {key: value for key, value in kwargs.items() if key not in _HUB_KEYS}
-            loaded = load(weights, *args, **kwargs)
+            with limited_to_files(source, hub):
+                loaded = load(weights, *args, **kwargs)
             markers, info = load(masks, *args, **{**kwargs, "output_loading_info": True})
             store = MaskStore(_masks_from_markers(markers, info))
     if store is not None:
@@ -363,6 +366,36 @@ def load_pruned(load: Callable[..., Any], source: Any, *args: Any, **kwargs: Any
             store.masks = {name: m for name, m in store.masks.items() if shapes.get(name, m.shape) == m.shape}
         _attach(model, store, source)
     return loaded
+
+
+@contextlib.contextmanager
+def limited_to_files(source: Any, hub: Mapping[str, Any]) -> Iterator[None]:
+    """Within this context, a config of the Hub builds no model far larger than its weight files can fill.
+
+    The limits are far above what any checkpoint needs: 16 values for each byte (1,024 of packed files), 100 modules for
+    each tensor. A user's own folder is not limited.
+
+    Args:
+        source: Folder or Hub id.
+        hub: How the Hub is asked.
+
+    Raises:
+        DataError: If it would build more.
+    """
+    own = os.path.isdir(source) and Path(source).absolute().parent.name != "snapshots"  # what the Hub's client made
+    files = [] if own else weight_files(source, hub)
+    if not files:
+        yield
+        return
+    size, tensors = sum(map(os.path.getsize, files)), sum(len(_tensor_names(file)) for file in files)
+    with limited_building(
+        str(source),
+        f"its weight files hold {tensors:,} tensors in {size:,} bytes; if you trust it, load a folder that it is in",
+        parameters=(1024 if is_packed(files[0]) else 16) * size + 100_000_000,
+        modules=100 * tensors + 10_000,
+        buffer_bytes=4 * size + 4_000_000_000,
+    ):
+        yield
 
 
 def _with_packed_masks(store: MaskStore | None, files: Sequence[str]) -> MaskStore | None:

@@ -30,7 +30,7 @@ from transformers.core_model_loading import (
 )
 
 from hf_prune.auto import native_class
-from hf_prune.checkpoint import find_file, weight_files
+from hf_prune.checkpoint import find_file, limited_to_files, weight_files
 from hf_prune.errors import CheckpointError, PlanError
 from hf_prune.replay import replaced_forward
 from hf_prune.shards import Shards, read_tensor
@@ -89,7 +89,7 @@ def load_skeleton(source: str) -> Skeleton:
     if config.dtype is None:  # as from_pretrained does
         floating = (entry.torch_dtype for entry in shards.entries.values() if entry.dtype.endswith(("F16", "F32")))
         config.dtype = next(floating, None)
-    with init_empty_weights(include_buffers=False), _EmptyOnMeta():
+    with limited_to_files(source, hub), init_empty_weights(include_buffers=False), _EmptyOnMeta():
         model = native._from_config(config)
     if any(buffer.is_meta for buffer in model.buffers()):
         with init_empty_weights(include_buffers=False):

@@ -47,7 +47,7 @@ def make(folder: Path, limits: Limits | None = None) -> tuple[Studio, gr.Blocks]
         model, data = str(assets.model_dir), str(assets.data_dir)
     sentences = (HERE / "sentences.txt").read_text(encoding="utf-8").splitlines()
     studio = Studio(folder, demo=model, data=data, sentences=sentences, limits=limits, public=on_a_space, **names)
-    studio.load(studio.names[0])
+    studio.check_own()
     results = json.loads((HERE / "results.json").read_text(encoding="utf-8"))
     return studio, build(studio, results, login=on_a_space)
 
@@ -64,17 +64,20 @@ def main() -> None:
         studio, demo = make(Path(folder))
         threading.Thread(target=_let_go, args=(studio,), daemon=True).start()
         demo.queue(max_size=32, default_concurrency_limit=4, api_open=False)
-        demo.launch(
-            theme=THEME,
-            css=CSS,
-            ssr_mode=False,
-            footer_links=["api", "settings"],
-            max_file_size="1mb",
-            share=False,
-            server_name="0.0.0.0" if studio.public else "127.0.0.1",  # here, a push is yours
-            app_kwargs={"middleware": [Middleware(OwnPagesOnly, names=own_names(os.environ))]},
-            inbrowser=os.environ.get("HF_PRUNE_SPACE_OPEN") == "1",
-        )
+        try:
+            demo.launch(
+                theme=THEME,
+                css=CSS,
+                ssr_mode=False,
+                footer_links=["api", "settings"],
+                max_file_size="1mb",
+                share=False,
+                server_name="0.0.0.0" if studio.public else "127.0.0.1",  # here, a push is yours
+                app_kwargs={"middleware": [Middleware(OwnPagesOnly, names=own_names(os.environ))]},
+                inbrowser=os.environ.get("HF_PRUNE_SPACE_OPEN") == "1",
+            )
+        finally:
+            studio.close()
 
 
 if __name__ == "__main__":

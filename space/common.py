@@ -14,7 +14,7 @@ from studio import Studio
 
 from hf_prune import HfPruneError
 
-HEAVY = {"concurrency_id": "heavy", "concurrency_limit": 1}
+HEAVY = {"concurrency_id": "heavy", "concurrency_limit": 3}  # one that takes long is not waited for
 LIGHT = {"concurrency_id": "light", "concurrency_limit": 4}
 _log = logging.getLogger("hf_prune.space")
 

@@ -6,13 +6,12 @@ import fnmatch
 import json
 import math
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
-from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from hf_prune import DataError
 
@@ -20,8 +19,8 @@ _ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 _FILES = (
     "*.safetensors", "config.json", "tokenizer*.json", "special_tokens_map.json", "vocab.*", "merges.txt", "*.model"
 )  # fmt: skip
-_LARGEST_CARD = 1_000_000
-_LARGEST_NUMBER, _MOST_LAYERS = 2_000_000, 128  # in a config: more is no model that fits here
+_LARGEST_TEXT = 1_000_000  # of config.json and README.md
+_LARGEST_NUMBER, _MOST_LAYERS, _MOST_LABELS = 2_000_000, 128, 100  # in a config: more is no model that fits here
 
 
 def fetch_model(name: str, most_bytes: int, token: str | bool | None, cache: Path | None) -> Path:
@@ -36,11 +35,7 @@ def fetch_model(name: str, most_bytes: int, token: str | bool | None, cache: Pat
     Raises:
         DataError: If it is of another kind, too large, or cannot be had.
     """
-    if not _ID.fullmatch(name) or ".." in name:
-        raise DataError(
-            f"{name[:100]!r} is no model of the Hub: expected owner/name, such as "
-            f"distilbert/distilbert-base-uncased-finetuned-sst-2-english"
-        )
+    check_name(name)
     try:
         info = HfApi(token=token).model_info(name, files_metadata=True, timeout=15)
         files = {f.rfilename: f.size for f in info.siblings or [] if "/" not in f.rfilename}
@@ -49,11 +44,12 @@ def fetch_model(name: str, most_bytes: int, token: str | bool | None, cache: Pat
             raise DataError(f"{name} has no weights as safetensors, and pickles are never opened: choose another one")
         if sum(math.inf if size is None else size for size in wanted.values()) > most_bytes:
             raise DataError(f"{name} is too large for this page: its files take more than {most_bytes / 1e6:.0f} MB")
-        if any(set(path) & set("*?[]") for path in wanted) or (files.get("README.md") or 0) > _LARGEST_CARD:
+        largest = max(files.get(path) or 0 for path in ("README.md", "config.json"))
+        if any(set(path) & set("*?[]") for path in wanted) or largest > _LARGEST_TEXT:
             raise DataError(f"{name} has files with names or of sizes that no model needs: choose another one")
         where: dict[str, Any] = {"revision": info.sha, "token": token, "cache_dir": cache}
         path = Path(hf_hub_download(name, "config.json", **where))
-        check_config(name, json.loads(path.read_text(encoding="utf-8")))
+        check_config(name, _read_json(name, path))
         return Path(snapshot_download(name, allow_patterns=list(wanted), **where))
     except DataError:
         raise
@@ -67,22 +63,24 @@ def fetch_model(name: str, most_bytes: int, token: str | bool | None, cache: Pat
         raise DataError(f"the Hub cannot be reached for {name} ({type(error).__name__}): try again later") from None
 
 
-def check_size(name: str, folder: Path, most: int) -> None:
-    """Refuse a model by what its config would build, before anything is built; and one that is no classifier.
+def check_name(name: str) -> None:
+    """Refuse what cannot be the id of a model.
 
     Raises:
-        DataError: If it has more parameters, or its outputs are no probabilities of classes.
+        DataError: If it is no ``owner/name``.
     """
-    config = AutoConfig.from_pretrained(folder)
-    if config.num_labels < 2 or config.problem_type in ("regression", "multi_label_classification"):
-        raise DataError(f"{name} does not choose one of several classes: expected a classifier with two or more")
-    with torch.device("meta"):
-        model = AutoModelForSequenceClassification.from_config(config)
-    if sum(p.numel() for p in model.parameters()) > most:
+    if not _ID.fullmatch(name) or ".." in name:
         raise DataError(
-            f"{name} is too large for this page: expected at most {most / 1e6:.0f} million parameters; prune it on "
-            f"your own machine with `hf-prune prune`"
+            f"{name[:100]!r} is no model of the Hub: expected owner/name, such as "
+            f"distilbert/distilbert-base-uncased-finetuned-sst-2-english"
         )
+
+
+def _read_json(name: str, path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        raise DataError(f"the config.json of {name} cannot be read: choose another model") from None
 
 
 def check_config(name: str, config: Any) -> None:
@@ -92,8 +90,24 @@ def check_config(name: str, config: Any) -> None:
         DataError: If it is one of those.
     """
     kinds = (config.get("architectures") if isinstance(config, dict) else None) or ["a model without a class"]
-    if not str(kinds[0]).endswith("ForSequenceClassification"):
-        raise DataError(f"{name} is {str(kinds[0])[:80]}: expected a text classifier (…ForSequenceClassification)")
-    for key, value in config.items():
-        if isinstance(value, int) and (value > _LARGEST_NUMBER or ("layer" in key and value > _MOST_LAYERS)):
-            raise DataError(f"{name} is too large for this page: its config says {key[:60]} = {value}")
+    kind = str(kinds[0] if isinstance(kinds, list) else kinds)
+    if not kind.endswith("ForSequenceClassification"):
+        raise DataError(f"{name} is {kind[:80]}: expected a text classifier (…ForSequenceClassification)")
+    for key in ("id2label", "label2id"):
+        if len(config.get(key) or ()) > _MOST_LABELS:
+            raise DataError(f"{name} is too large for this page: it knows more than {_MOST_LABELS} classes")
+    for key, value in _numbers("", config):
+        if abs(value) > _LARGEST_NUMBER or ("layer" in key and value > _MOST_LAYERS):
+            raise DataError(f"{name} is too large for this page: its config says {key[:60]} = {value:.12g}")
+
+
+def _numbers(key: str, value: Any) -> Iterator[tuple[str, float]]:
+    """Every number in a config, with the name nearest to it; infinities aside."""
+    if isinstance(value, dict):
+        for inner, each in value.items():
+            yield from _numbers(inner, each)
+    elif isinstance(value, list):
+        for each in value:
+            yield from _numbers(key, each)
+    elif isinstance(value, int | float) and math.isfinite(value):
+        yield key, value

@@ -16,9 +16,11 @@ import tempfile
 from pathlib import Path
 
 import torch
-from studio import DEMO, Limits, Studio
+from studio import DEMO, Limits
 from tradeoff import measure
+from work import held_out, load_dense
 
+from hf_prune import load_classification
 from hf_prune.demo import prepare_demo
 
 HERE = Path(__file__).parent
@@ -42,15 +44,13 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     assets = prepare_demo()
     with tempfile.TemporaryDirectory() as folder:
-        limits = Limits(seconds=float("inf"), calibration=args.calibration)
-        studio = Studio(Path(folder), demo=assets.model_dir, data=assets.data_dir, sentences=[], limits=limits)
-        dense = studio.load(DEMO)
+        dense = load_dense(DEMO, Path(assets.model_dir), None, Limits().parameters)
+        texts = load_classification(str(assets.data_dir), "train")["sentence"][: args.calibration]
+        data = held_out(str(assets.data_dir), assets.heldout_size)
         points = []
         for what, how, repair in METHODS:
             sparsities = [0.5] if what.endswith("(2:4)") else SPARSITIES
-            for point in measure(
-                studio, dense, [(what, how, repair)], sparsities, assets.heldout_size, lambda *_: None
-            ):
+            for point in measure(dense, [(what, how, repair)], sparsities, data, texts, Path(folder), lambda *_: None):
                 points.append(point)
                 print(json.dumps(point), flush=True)
     packages = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("hf_prune", "torch", "transformers"))

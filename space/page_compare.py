@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from html import escape
 from typing import Any
 
@@ -31,7 +32,7 @@ def compare_tab(studio: Studio) -> None:
     def both(text: str, request: gr.Request) -> str:
         """The probabilities that both models give to a sentence, as HTML."""
         pruned, dense, after = studio.probabilities(visitor(request), [text or ""])
-        return views.side_by_side((text or "").strip(), pruned.dense.labels, dense[0].tolist(), after[0].tolist())
+        return views.side_by_side((text or "").strip(), pruned.labels, dense[0], after[0])
 
     gr.on([ask.click, text.submit], both, text, answer, api_name="compare", **LIGHT)
 
@@ -63,10 +64,9 @@ def compare_tab(studio: Studio) -> None:
         """How often both models agree, and the sentences on which they do not."""
         texts = [line.strip() for line in (many or "").splitlines() if line.strip()]
         pruned, dense, after = studio.probabilities(visitor(request), texts)
-        labels = pruned.dense.labels
-        differ = [i for i in range(len(texts)) if int(dense[i].argmax()) != int(after[i].argmax())]
+        differ = [i for i in range(len(texts)) if _best(dense[i]) != _best(after[i])]
         table = [
-            [texts[i], *(f"{labels[int(p[i].argmax())]} ({100 * float(p[i].max()):.0f} %)" for p in (dense, after))]
+            [texts[i], *(f"{pruned.labels[_best(p[i])]} ({100 * max(p[i]):.0f} %)" for p in (dense, after))]
             for i in differ
         ]
         return [f"They disagree on **{len(differ)} of {len(texts)}** sentences.", table]
@@ -86,3 +86,7 @@ def compare_tab(studio: Studio) -> None:
         )
 
     score.click(scored, None, said, api_name="score", **HEAVY)
+
+
+def _best(probabilities: Sequence[float]) -> int:
+    return max(range(len(probabilities)), key=probabilities.__getitem__)

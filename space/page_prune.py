@@ -9,18 +9,8 @@ from typing import Any
 import gradio as gr
 import views
 from common import HEAVY, LIGHT, canceller, in_words, teller, visitor
-from studio import Studio
-from work import (
-    WHAT,
-    Pruned,
-    can_repair,
-    criteria_for,
-    fixed_sparsity,
-    make_config,
-    removed_parts,
-)
-
-from hf_prune.explain import speed_reasons
+from studio import Pruned, Studio
+from work import WHAT, can_repair, criteria_for, fixed_sparsity, make_config
 
 
 def prune_tab(studio: Studio) -> dict[str, Any]:
@@ -127,7 +117,7 @@ def wire(studio: Studio, choose: Mapping[str, Any], seen: Sequence[Any]) -> None
         """Prune a copy of a model; what is shown of it, and the numbers."""
         config = make_config(what, how, repair is True, sparsity)
         pruned = studio.prune(visitor(request), str(model or "").strip(), config, teller(progress))
-        return [_summary(pruned), pruned.facts(), *_pictures(pruned)]
+        return [_summary(pruned), dict(pruned.facts), *_pictures(pruned)]
 
     run = choose["start"].click(
         prune,
@@ -145,23 +135,23 @@ def wire(studio: Studio, choose: Mapping[str, Any], seen: Sequence[Any]) -> None
 
 
 def _summary(pruned: Pruned) -> str:
-    facts, gone = pruned.facts(), removed_parts(pruned.units)
-    name = escape(pruned.dense.name, quote=False)
-    lines = [f"### {name} is pruned ({pruned.seconds:.1f} s)"]
+    facts = pruned.facts
+    name = escape(pruned.name, quote=False)
+    lines = [f"### {name} is pruned ({facts['seconds']:.1f} s)"]
     before, after = facts["parameters_before"], facts["nonzero"]
     lines.append(
         f"**{after:,} of {before:,}** parameters are left and not zero ({100 * (1 - after / before):.1f} % gone)."
     )
-    if pruned.structure is not None:
-        parts = [f"{count:,} {kind}s" for kind, count in gone.items() if count]
-        layers = [f"{was - now} of {was} layers" for now, was in pruned.structure.layers.values() if now < was]
+    if pruned.layers is not None:
+        parts = [f"{count:,} {kind}s" for kind, count in pruned.parts.items() if count]
+        layers = [f"{was - now} of {was} layers" for now, was in pruned.layers if now < was]
         lines.append(f"Taken out: {', '.join([*parts, *layers]) or 'nothing'}. It is really smaller.")
         lines.append("Smaller matrices are less work: measure under **2 See** how much faster it is here.")
     else:
         lines.append(
             "Zeros alone bring no speed-up: a dense kernel multiplies by zero like by any other number. What they "
-            f"bring is a smaller file: {pruned.file_bytes / 1e6:.1f} MB compressed, "
-            f"{pruned.dense.file_bytes / 1e6:.1f} MB dense."
+            f"bring is a smaller file: {facts['file_bytes_compressed'] / 1e6:.1f} MB compressed, "
+            f"{facts['file_bytes_before'] / 1e6:.1f} MB dense."
         )
     lines.append("Go on: **2 See** what is left, **3 Compare** its answers, **5 Publish** it.")
     return "\n\n".join(lines)
@@ -202,7 +192,7 @@ def see_tab(studio: Studio) -> list[Any]:
         """Time the dense and the pruned model in turns: rows, and what they mean."""
         result = studio.measure(visitor(request), teller(progress))
         pruned = studio.pruned(visitor(request))
-        return [views.latency_rows(result), _speed(pruned)]
+        return [views.latency_rows(result["points"]), _speed(pruned)]
 
     measure.click(timed, None, [times, words], api_name="measure", **HEAVY)
     return [sizes, weights, units, layers, times, words]
@@ -210,7 +200,7 @@ def see_tab(studio: Studio) -> list[Any]:
 
 def _pictures(pruned: Pruned) -> list[Any]:
     return [
-        views.sizes(pruned.facts()),
+        views.sizes(pruned.facts),
         views.histogram(*pruned.histograms),
         views.unit_maps(pruned.units),
         views.layers(pruned.gone),
@@ -221,13 +211,13 @@ def _pictures(pruned: Pruned) -> list[Any]:
 
 def _speed(pruned: Pruned) -> str:
     """Whether it is faster, and why not."""
-    lines = [escape(line.strip(), quote=False) for line in speed_reasons(pruned.model)]
-    result = pruned.latency
-    if result is None:
+    lines = [escape(line, quote=False) for line in pruned.reasons]
+    if pruned.latency is None:
         lines.append("Nothing was timed yet: press the button.")
     else:
+        timed, point = pruned.latency["latency"], pruned.latency["points"][1]
         lines.append(
-            f"{result.rounds} rounds in turns, {result.dtype}, {result.device}, {result.threads} thread(s). "
-            + (" ".join(result.doubts()) or f"Pruned is {result.points[1].verdict} as fast, with its 95 % interval.")
+            f"{timed['rounds']} rounds in turns, {timed['dtype']}, {timed['device']}, {timed['threads']} thread(s). "
+            + (" ".join(pruned.latency["doubts"]) or f"Pruned is {point['verdict']} as fast, with its 95 % interval.")
         )
     return "\n\n".join(lines)

@@ -57,8 +57,8 @@ def publish_tab(studio: Studio, login: bool) -> None:
         if token is None:
             raise gr.Error("log in with Hugging Face first", title="Not pushed", print_exception=False)
         result = studio.push(visitor(request), (name or "").strip(), token, bool(private))
-        total = sum(result.files.values()) / 1e6
-        return f"Pushed {len(result.files)} files, {total:.1f} MB, to [{result.repo_id}]({result.url})."
+        total = sum(result["files"].values()) / 1e6
+        return f"Pushed {len(result['files'])} files, {total:.1f} MB, to [{result['repo_id']}]({result['url']})."
 
     if login:
 

@@ -106,21 +106,17 @@ def tradeoff_tab(studio: Studio, results: Mapping[str, Any]) -> None:
         count = len(which or []) * len(how_much or [])
         if not 0 < count <= MOST_POINTS:
             raise gr.Error(f"these are {count} points: choose 1 to {MOST_POINTS}", print_exception=False)
-        tell = teller(progress)
-        with studio.job(visitor(request), tell):
-            dense = studio.load(studio.names[0])
-            chosen = [tradeoff.parse_method(name) for name in which]
-            shares = [int(s.split()[0]) / 100 for s in how_much]
-            points: list[dict[str, Any]] = []
-            try:
-                for point in tradeoff.measure(studio, dense, chosen, shares, SWEEP_SENTENCES, tell):
-                    points.append(point)
-            except HfPruneError as error:  # cancelled, or out of time: what was measured is shown
-                if not points:
-                    raise
-                gr.Warning(f"Only {len(points)} of {count} points were measured: {escape(str(error))}")
+        chosen = [tradeoff.parse_method(name) for name in which]
+        shares = [int(s.split()[0]) / 100 for s in how_much]
+        points: list[dict[str, Any]] = []
+        try:
+            studio.sweep(visitor(request), chosen, shares, SWEEP_SENTENCES, teller(progress), points)
+        except HfPruneError as error:  # cancelled, or out of time: what was measured is shown
+            if not points:
+                raise
+            gr.Warning(f"Only {len(points)} of {count} points were measured: {escape(str(error))}")
         accuracy = points[0]["accuracy"] + points[0]["drop"]
-        found = {"dense": {"accuracy": accuracy, "file_bytes": dense.file_bytes}, "points": points}
+        found = {"dense": {"accuracy": accuracy, "file_bytes": studio.own_bytes()}, "points": points}
         return [found, gr.Dropdown(value=list(which))]
 
     go.click(sweep, [which, how_much], [state, shown], api_name="sweep", show_progress_on=spot, **HEAVY)

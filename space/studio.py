@@ -1,7 +1,8 @@
 """What the Space does, without its pages: models, what visitors prune of them, and what is measured of both.
 
-Dense models are shared and never changed; each visitor has at most one pruned copy, under a key of their own. Memory,
-inputs and time are bounded by :class:`Limits`.
+Models are loaded and run in processes of their own, see :mod:`children`: a job in a new one, which ends with it,
+and which a visitor can end; what was pruned stays in its process until the visitor goes. What anybody may use is
+bounded by :class:`Limits`.
 """
 
 from __future__ import annotations
@@ -11,35 +12,21 @@ import re
 import shutil
 import threading
 import time
-import zipfile
-from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+import uuid
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from fetch import check_size, fetch_model
-from work import Dense, Pruned, Tell, make_pruned, probabilities_of, score, scores, time_both
+from children import Child, Children, EndedError
+from fetch import check_name
+from huggingface_hub.file_download import repo_folder_name
 
-from hf_prune import (
-    ConfigError,
-    DataError,
-    HfPruneError,
-    LatencyResult,
-    PruningConfig,
-    listen_to_progress,
-    load_classification,
-    plot_layer_sparsity,
-    plot_weight_histogram,
-    prunable,
-    push_checkpoint,
-)
-from hf_prune.cards import describe_model
-from hf_prune.plots import save_figure
-from hf_prune.push import PushResult
-from hf_prune.workflows import load_classifier
+from hf_prune import ConfigError, DataError, PruningConfig, load_classification
+
+Tell = Callable[[str, float], object]
 
 DEMO = "Demo model (film reviews)"
 LISTED = (
@@ -55,10 +42,14 @@ class Limits:
     Args:
         parameters: Of a model.
         download_bytes: Of a model's files.
-        dense_models: How many are kept in memory.
-        pruned_bytes: Of all visitors' pruned models together; the one not used for longest goes first.
+        downloads: How many models' files are kept, where strangers visit.
+        memory_bytes: That one process may use, where the system can limit that (Linux).
+        visitors: Whose pruned models are kept; the one not used for longest goes first.
+        kept_bytes: Memory of all visitors' models together.
         idle_seconds: After which a visitor's model goes.
         seconds: That one job may take.
+        answer_seconds: That an answer of what was pruned may take.
+        upload_seconds: That a push may take.
         characters: Of a sentence.
         sentences: At once.
         calibration: Sentences that calibrated criteria see.
@@ -67,14 +58,50 @@ class Limits:
 
     parameters: int = 150_000_000
     download_bytes: int = 700_000_000
-    dense_models: int = 2
-    pruned_bytes: int = 2_000_000_000
+    downloads: int = 4
+    memory_bytes: int = 3_000_000_000
+    visitors: int = 24
+    kept_bytes: int = 4_000_000_000
     idle_seconds: float = 1800
     seconds: float = 180
+    answer_seconds: float = 60
+    upload_seconds: float = 900
     characters: int = 1000
     sentences: int = 200
     calibration: int = 64
     scored: int = 400
+
+
+@dataclass
+class Pruned:
+    """What a visitor made of a model: where it is, and what is shown of it."""
+
+    child: Child
+    model: Mapping[str, Any]
+    folder: Path
+    config: PruningConfig
+    facts: Mapping[str, Any]
+    labels: Sequence[str]
+    parts: Mapping[str, int]
+    layers: Sequence[Sequence[int]] | None
+    histograms: Sequence[Mapping[str, Any]]
+    units: Mapping[str, list[bool]]
+    gone: Mapping[str, float]
+    reasons: Sequence[str]
+    used: float = field(default_factory=time.monotonic)
+    reading: threading.Lock = field(default_factory=threading.Lock)  # held while others read its folder
+    latency: dict[str, Any] | None = None
+    evaluation: dict[str, Any] | None = None
+
+    @property
+    def name(self) -> str:
+        """Of the dense model."""
+        return str(self.model["name"])
+
+    @property
+    def memory(self) -> int:
+        """Bytes that are kept for it: the weights of both models, or what its process says if that is more."""
+        return max(self.child.memory, self.facts["memory_bytes_before"] + self.facts["memory_bytes"])
 
 
 class Studio:
@@ -89,8 +116,9 @@ class Studio:
         limits: What visitors may ask for.
         name: What the model of ``demo`` is called.
         data_name: What its sentences are called.
-        public: Whether strangers visit: then no token of the machine is used, and downloads are deleted when the
-            model goes.
+        public: Whether strangers visit: then no token of the machine is used, and downloads are deleted when others
+            come.
+        children: Start the processes; None for those of this studio alone.
     """
 
     def __init__(
@@ -104,45 +132,40 @@ class Studio:
         public: bool = True,
         name: str = DEMO,
         data_name: str = "Rotten Tomatoes",
+        children: Children | None = None,
     ) -> None:
         self.limits = limits or Limits()
         self.sentences = list(sentences)
         self.data = None if data is None else str(data)
-        self._split = functools.cache(functools.partial(load_classification, self.data or ""))
+        self._train = functools.cache(functools.partial(load_classification, self.data or "", "train"))
         self.public = public
         self.names = [*([] if demo is None else [name]), *LISTED]
         self._data_name = data_name
         self._demo, self.folder = demo, folder
-        self._dense: OrderedDict[str, Dense] = OrderedDict()
+        self._children = children or Children(secrets=not public)
         self._pruned: OrderedDict[str, Pruned] = OrderedDict()
         self._jobs: dict[str, threading.Event] = {}
-        self._loading, self._changing = threading.Lock(), threading.Lock()
+        self._downloads: OrderedDict[str, None] = OrderedDict()
+        self._reading: Counter[str] = Counter()
+        self._changing = threading.RLock()
+
+    def close(self) -> None:
+        """All visitors leave, and their jobs end."""
+        for visitor in [*self._jobs, *self._pruned]:
+            self.forget(visitor)
 
     # --- jobs -----------------------------------------------------------------------------------------
 
     @contextmanager
-    def job(self, visitor: str, tell: Tell) -> Iterator[None]:
-        """Something long: it tells how far it is, can be cancelled, and ends when its time is over."""
+    def job(self, visitor: str) -> Iterator[threading.Event]:
+        """Something long, of which a visitor has one at a time; what is yielded is set when it is cancelled."""
         stopped = threading.Event()
         with self._changing:
             if visitor in self._jobs:
                 raise ConfigError("something of yours is still running: wait for it, or cancel it")
             self._jobs[visitor] = stopped
-        end = time.monotonic() + self.limits.seconds
-
-        def listen(title: str, done: int, total: int | None) -> None:
-            if stopped.is_set():
-                raise ConfigError("cancelled; nothing has changed")
-            if time.monotonic() > end:
-                raise ConfigError(
-                    f"this took longer than the {self.limits.seconds:.0f} seconds that one visitor may use, and was "
-                    f"stopped; nothing has changed. Choose another criterion or a smaller model"
-                )
-            tell(title, done / total if total else 0.0)
-
         try:
-            with listen_to_progress(listen):
-                yield
+            yield stopped
         finally:
             with self._changing:
                 del self._jobs[visitor]
@@ -155,48 +178,76 @@ class Studio:
             job.set()
         return job is not None
 
+    def _work(
+        self, visitor: str, name: str, what: str, given: Mapping[str, Any], tell: Tell, points: list[Any] | None = None
+    ) -> tuple[Child, dict[str, Any], Any]:
+        """A job with a model, in a new process: that, how the model is had, and what came of it."""
+
+        def hear(kind: str, value: Any) -> None:
+            if kind == "progress":
+                tell(*value)
+            elif points is not None:
+                points.append(value)
+
+        with self.job(visitor) as stopped, self._source(name) as model:
+            child = self._children.start(self.limits.memory_bytes)
+            try:
+                wanted = {"model": model, **given}
+                return child, model, child.ask(what, wanted, seconds=self.limits.seconds, stopped=stopped, hear=hear)
+            except BaseException:
+                child.end()
+                raise
+
     # --- models ---------------------------------------------------------------------------------------
 
-    def load(self, name: str) -> Dense:
-        """A dense model, from memory if it is there.
+    def check_own(self) -> None:
+        """See that the first model can be loaded.
 
         Raises:
             DataError: If it is no text classifier, too large, or cannot be had.
         """
-        with self._loading:
-            if name not in self._dense:
-                self._dense[name] = self._read(name)
-                while len(self._dense) > self.limits.dense_models:
-                    _, gone = self._dense.popitem(last=False)
-                    if self.public and gone.base_model is not None:
-                        shutil.rmtree(gone.folder.parents[1], ignore_errors=True)  # with what its links point to
-            self._dense.move_to_end(name)
-            return self._dense[name]
+        child, _, _ = self._work("", self.names[0], "check", {}, lambda *_: None)
+        child.end()
+
+    @contextmanager
+    def _source(self, name: str) -> Iterator[dict[str, Any]]:
+        """How a process has a model. Where strangers visit, downloads that few want are deleted afterwards."""
+        own = self._is_own(name)
+        cache = self.folder / "hub" if self.public and not own else None
+        if not own:
+            check_name(name)
+        with self._changing:
+            self._reading[name] += 1
+        found = False
+        try:
+            yield {
+                "name": name,
+                "folder": str(self._demo) if own else None,
+                "download_bytes": self.limits.download_bytes,
+                "token": False if self.public else None,
+                "cache": None if cache is None else str(cache),
+                "parameters": self.limits.parameters,
+            }
+            found = True
+        finally:
+            with self._changing:
+                self._reading[name] -= 1
+                if cache is not None:
+                    self._tidy(cache, name, found)
+
+    def _tidy(self, cache: Path, name: str, found: bool) -> None:
+        if found:
+            self._downloads[name] = None
+            self._downloads.move_to_end(name)
+        gone = [] if found or name in self._downloads else [name]
+        gone += [each for each in list(self._downloads)[: max(0, len(self._downloads) - self.limits.downloads)]]
+        for each in gone:
+            if not self._reading[each]:
+                self._downloads.pop(each, None)
+                shutil.rmtree(cache / repo_folder_name(repo_id=each, repo_type="model"), ignore_errors=True)
 
     def _is_own(self, name: str) -> bool:
         return self._demo is not None and name == self.names[0]
-
-    def _read(self, name: str) -> Dense:
-        base_model = None
-        if self._is_own(name):
-            folder = Path(str(self._demo))
-        else:
-            token, cache = (False, self.folder / "hub") if self.public else (None, None)
-            folder, base_model = fetch_model(name, self.limits.download_bytes, token, cache), name
-        try:
-            check_size(name, folder, self.limits.parameters)
-            model, tokenizer = load_classifier(str(folder))
-        except BaseException as error:
-            if self.public and base_model is not None:
-                shutil.rmtree(folder.parents[1], ignore_errors=True)
-            if isinstance(error, HfPruneError):  # in the visitor's words, not the machine's
-                raise DataError(str(error).replace(str(folder), name)) from None
-            if not isinstance(error, Exception):
-                raise
-            reason = " ".join(str(error).split())[:300].replace(str(folder), name)
-            raise DataError(f"{name} cannot be loaded: {type(error).__name__}: {reason}") from None
-        size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-        return Dense(name, prunable(model).eval(), tokenizer, folder, base_model, size)
 
     # --- pruning --------------------------------------------------------------------------------------
 
@@ -206,33 +257,21 @@ class Studio:
         Raises:
             HfPruneError: If it cannot be done, was cancelled or took too long; the visitor keeps what they had.
         """
-        with self.job(visitor, tell):
-            tell("Loading the model", 0.0)
-            dense = self.load(name)
-            pruned = make_pruned(dense, config, self.texts(), self.folder, tell)
+        folder = self.folder / uuid.uuid4().hex
         try:
-            self._keep(visitor, pruned)
+            given = {"config": config.to_dict(), "texts": self.texts(), "folder": str(folder)}
+            child, model, shown = self._work(visitor, name, "prune", given, tell)
         except BaseException:
-            shutil.rmtree(pruned.folder, ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)
             raise
+        pruned = Pruned(child, model, folder, config, **shown)
+        self._keep(visitor, pruned)
         return pruned
 
     def texts(self) -> list[str]:
         """What calibrated criteria learn from."""
-        if self.data is None:
-            return self.sentences[: self.limits.calibration]
-        return self._split("train")["sentence"][: self.limits.calibration]
-
-    def held_out(self, n: int | None = None) -> Any:
-        """Labelled sentences that the demo's model was not trained on.
-
-        Raises:
-            DataError: If there are none.
-        """
-        if self.data is None:
-            raise DataError("there are no labelled sentences to score on")
-        data = self._split("dev")
-        return data.select(range(min(len(data), n or self.limits.scored)))
+        found = self.sentences if self.data is None else self._train()["sentence"]
+        return list(found[: self.limits.calibration])
 
     def pruned(self, visitor: str) -> Pruned:
         """What a visitor has.
@@ -261,19 +300,11 @@ class Studio:
     def _keep(self, visitor: str, pruned: Pruned) -> None:
         with self._changing:
             self._drop(visitor)
-            self._drop_idle()
             self._pruned[visitor] = pruned
-            while len(self._pruned) > 1 and self._held() > self.limits.pruned_bytes:
-                self._drop(next(iter(self._pruned)))
-
-    def _held(self) -> int:
-        """Bytes of all that visitors have, dense models that are kept for them alone included."""
-        dense = {id(p.dense): p.dense.memory for p in self._pruned.values()}
-        shared = {id(each) for each in self._dense.values()}
-        return sum(p.memory for p in self._pruned.values()) + sum(n for i, n in dense.items() if i not in shared)
+            self._drop_idle()
 
     def drop_idle(self) -> None:
-        """Let go what nobody has used for long."""
+        """Let go what nobody has used for long, and what there is no memory for."""
         with self._changing:
             self._drop_idle()
 
@@ -281,35 +312,91 @@ class Studio:
         now = time.monotonic()
         for visitor in [v for v, p in self._pruned.items() if now - p.used > self.limits.idle_seconds]:
             self._drop(visitor)
+        while len(self._pruned) > 1 and (
+            len(self._pruned) > self.limits.visitors
+            or sum(p.memory for p in self._pruned.values()) > self.limits.kept_bytes
+        ):
+            self._drop(next(iter(self._pruned)))
 
     def _drop(self, visitor: str) -> None:
         gone = self._pruned.pop(visitor, None)
-        if gone is not None and gone.files.locked():  # it is being packed or uploaded: afterwards
+        if gone is not None and (gone.child.turn.locked() or gone.reading.locked()):  # afterwards
             threading.Thread(target=_remove, args=(gone,), daemon=True).start()
         elif gone is not None:
             _remove(gone)
 
+    def _ask(self, visitor: str, pruned: Pruned, what: str, given: Mapping[str, Any]) -> Any:
+        """Have the process with a visitor's model do something short."""
+        try:
+            return pruned.child.ask(what, given, seconds=self.limits.answer_seconds)
+        except EndedError as error:
+            with self._changing:
+                if self._pruned.get(visitor) is pruned:
+                    self._drop(visitor)
+            raise EndedError(f"{error}. Your pruned model went with it: prune one again") from None
+
     # --- what it cost and what it brought ---------------------------------------------------------------
 
-    def measure(self, visitor: str, tell: Tell) -> LatencyResult:
-        """Time the dense and the pruned model in turns."""
+    def measure(self, visitor: str, tell: Tell) -> dict[str, Any]:
+        """Time the dense and the pruned model in turns: the points, what is doubtful, and the whole of it."""
         pruned = self.pruned(visitor)
-        with self.job(visitor, tell):
-            tell("Timing both in turns", 0.3)
-            pruned.latency = time_both(pruned)
+        pruned.latency = self._with_both(visitor, pruned, "measure", {}, tell)
         return pruned.latency
 
     def score(self, visitor: str, tell: Tell) -> dict[str, Any]:
         """Score both on the same held-out sentences; the demo's model only, whose labels they have."""
         pruned = self.pruned(visitor)
-        if not self._is_own(pruned.dense.name):
+        if not self._is_own(pruned.name):
             raise DataError(f"the held-out sentences fit {self.names[0]} only: other models know other labels")
-        with self.job(visitor, tell):
-            data, name = self.held_out(), self._data_name
-            pruned.evaluation = scores(score(pruned.dense, data, name), score(pruned, data, name))
+        given = {"data": self._labelled(), "data_name": self._data_name, "n": self.limits.scored}
+        pruned.evaluation = self._with_both(visitor, pruned, "score", given, tell)
         return pruned.evaluation
 
-    def probabilities(self, visitor: str, texts: Sequence[str]) -> tuple[Pruned, torch.Tensor, torch.Tensor]:
+    def _with_both(
+        self, visitor: str, pruned: Pruned, what: str, given: Mapping[str, Any], tell: Tell
+    ) -> dict[str, Any]:
+        with pruned.reading:
+            child, _, found = self._work(visitor, pruned.name, what, {**given, "folder": str(pruned.folder)}, tell)
+        child.end()
+        return dict(found)
+
+    def _labelled(self) -> str:
+        if self.data is None:
+            raise DataError("there are no labelled sentences to score on")
+        return self.data
+
+    def sweep(
+        self,
+        visitor: str,
+        methods: Sequence[tuple[str, str, bool]],
+        sparsities: Sequence[float],
+        n: int,
+        tell: Tell,
+        points: list[dict[str, Any]],
+    ) -> None:
+        """Measure points of the first model.
+
+        Args:
+            visitor: Whose job it is.
+            methods: What goes, how it is chosen, and whether what stays is repaired.
+            sparsities: Of each.
+            n: Held-out sentences to score on.
+            tell: Hears what is being done.
+            points: Gets each as soon as it is measured, also where an error ends it.
+        """
+        root = self.folder / uuid.uuid4().hex
+        given = {"methods": methods, "sparsities": sparsities, "texts": self.texts(), "data": self._labelled(), "n": n}
+        try:
+            child, _, _ = self._work(visitor, self.names[0], "sweep", {**given, "root": str(root)}, tell, points)
+            child.end()
+        finally:
+            shutil.rmtree(root, ignore_errors=True)
+
+    def own_bytes(self) -> int:
+        """Of the files of the first model's weights."""
+        return sum(path.stat().st_size for path in Path(str(self._demo)).glob("*.safetensors"))
+
+    def probabilities(self, visitor: str, texts: Sequence[str]) -> tuple[Pruned, list[list[float]], list[list[float]]]:
         """What both models make of sentences: (sentences, classes) each.
 
         Raises:
@@ -323,8 +410,8 @@ class Studio:
         if (longest := max(map(len, texts))) > self.limits.characters:
             raise DataError(f"a sentence has {longest} characters: expected at most {self.limits.characters}")
         pruned = self.pruned(visitor)
-        tokenizer = pruned.dense.tokenizer
-        return pruned, *(probabilities_of(model, tokenizer, texts) for model in (pruned.dense.model, pruned.model))
+        dense, after = self._ask(visitor, pruned, "ask", {"texts": texts})
+        return pruned, dense, after
 
     # --- publishing -------------------------------------------------------------------------------------
 
@@ -335,32 +422,30 @@ class Studio:
             HfPruneError: If there is no model, or the name is none.
         """
         pruned = self._named(visitor, name)
-        with pruned.files:
-            return _write_card(pruned, name), pruned.folder
+        return str(self._ask(visitor, pruned, "card", _measured(pruned, name))), pruned.folder
 
     def archive(self, visitor: str, name: str) -> Path:
         """The checkpoint with its card, as a zip file; the one before goes."""
         pruned = self._named(visitor, name)
-        with pruned.files:
-            _write_card(pruned, name)
-            shutil.rmtree(_archives(pruned.folder), ignore_errors=True)
-            path = _archives(pruned.folder) / f"{name.rpartition('/')[2]}.zip"
-            path.parent.mkdir()
-            with zipfile.ZipFile(path, "w") as file:  # the weights are packed already
-                for each in sorted(pruned.folder.iterdir()):
-                    file.write(each, each.name)
-            return path
+        path = _archives(pruned.folder) / f"{name.rpartition('/')[2]}.zip"
+        self._ask(visitor, pruned, "archive", {"path": str(path), **_measured(pruned, name)})
+        return path
 
-    def push(self, visitor: str, repo: str, token: str, private: bool) -> PushResult:
-        """Upload it to the account that a token belongs to.
+    def push(self, visitor: str, repo: str, token: str, private: bool) -> dict[str, Any]:
+        """Upload it to the account that a token belongs to, from a process that has not seen the model.
 
         Raises:
             HfPruneError: If it cannot be, or the repository is there and public, and a private one was asked for.
         """
         pruned = self._named(visitor, repo)
-        with pruned.files:
-            _write_card(pruned, repo)
-            return push_checkpoint(pruned.folder, repo, private=private, token=token)
+        with pruned.reading:
+            self.card(visitor, repo)
+            child = self._children.start(self.limits.memory_bytes)
+            try:
+                given = {"folder": str(pruned.folder), "repo": repo, "token": token, "private": private}
+                return dict(child.ask("push", given, seconds=self.limits.upload_seconds))
+            finally:
+                child.end()
 
     def _named(self, visitor: str, name: str) -> Pruned:
         if not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", name):
@@ -368,27 +453,15 @@ class Studio:
         return self.pruned(visitor)
 
 
-def _write_card(pruned: Pruned, name: str) -> str:
-    (pruned.folder / "README.md").unlink(missing_ok=True)
-    title = f"{pruned.dense.name}, {pruned.config.criterion}"
-    before, after = pruned.histograms
-    save_figure(plot_weight_histogram(before, after, title), pruned.folder / "weights.png")
-    if pruned.structure is None:
-        save_figure(plot_layer_sparsity(pruned.report, title), pruned.folder / "layers.png")
-    return describe_model(
-        pruned.model,
-        pruned.folder,
-        plots=False,
-        name=name.rpartition("/")[2],
-        config=pruned.config,
-        base_model=pruned.dense.base_model,
-        evaluation=pruned.evaluation,
-        latency=None if pruned.latency is None else pruned.latency.to_dict(),
-    )
+def _measured(pruned: Pruned, name: str) -> dict[str, Any]:
+    """What a card is given."""
+    latency = None if pruned.latency is None else pruned.latency["latency"]
+    return {"name": name, "latency": latency, "evaluation": pruned.evaluation}
 
 
 def _remove(pruned: Pruned) -> None:
-    with pruned.files:
+    with pruned.reading, pruned.child.turn:
+        pruned.child.end()
         shutil.rmtree(pruned.folder, ignore_errors=True)
         shutil.rmtree(_archives(pruned.folder), ignore_errors=True)
 

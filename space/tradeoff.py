@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import shutil
 import time
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from studio import Studio
 from work import WHAT, Dense, Tell, fixed_sparsity, make_config, make_pruned, score, time_both
 
 from hf_prune import compare
@@ -29,15 +29,26 @@ def method_name(what: str, how: str, repair: bool) -> str:
 
 
 def measure(
-    studio: Studio,
     dense: Dense,
     methods: Sequence[tuple[str, str, bool]],
     sparsities: Sequence[float],
-    n: int,
+    data: Any,
+    texts: Sequence[str],
+    root: Path,
     tell: Tell,
 ) -> Iterator[dict[str, Any]]:
-    """A point for every method and sparsity, each pruned from the dense weights."""
-    data, done = studio.held_out(n), 0
+    """A point for every method and sparsity, each pruned from the dense weights.
+
+    Args:
+        dense: The model.
+        methods: What goes, how it is chosen, and whether what stays is repaired.
+        sparsities: Of each.
+        data: Labelled sentences to score on.
+        texts: To calibrate with.
+        root: Where pruned models are saved for a moment.
+        tell: Hears what is being done.
+    """
+    done = 0
     dense_score = score(dense, data, "held out")
     total = len(methods) * len(sparsities)
     for what, how, repair in methods:
@@ -49,12 +60,12 @@ def measure(
                 tell(f"{name} at {100 * sparsity:.0f} %: {title.lower()}", share)
 
             config = make_config(what, how, repair, sparsity)
-            pruned = make_pruned(dense, config, studio.texts(), studio.folder, step)
+            pruned = make_pruned(dense, config, texts, root / uuid.uuid4().hex, step)
             try:
                 step("scoring", 0.0)
                 drop = compare(dense_score, score(pruned, data, "held out"))
                 step("timing", 0.0)
-                timed = time_both(pruned)
+                timed = time_both(dense.model, pruned.model)
             finally:
                 shutil.rmtree(pruned.folder, ignore_errors=True)
             ratio = timed.points[1].against

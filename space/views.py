@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -10,8 +11,6 @@ from typing import Any
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from hf_prune import LatencyResult
-from hf_prune.report import WeightHistogram
 from hf_prune.tables import format_count
 
 GREY, BLUE, ORANGE, TEXT, GRID = "#8a94a3", "#2f81c7", "#d9731a", "#7c8796", "rgba(128,140,155,0.25)"
@@ -37,17 +36,17 @@ def figure_of(figure: go.Figure, height: int, **layout: Any) -> go.Figure:
     return figure
 
 
-def histogram(before: WeightHistogram, after: WeightHistogram) -> go.Figure:
+def histogram(before: Mapping[str, Any], after: Mapping[str, Any]) -> go.Figure:
     """Weights that are not zero, before and after."""
     figure = go.Figure()
     for name, found, colour in (("dense", before, GREY), ("pruned", after, BLUE)):
-        middle = (found.edges[1:] + found.edges[:-1]) / 2
-        total = int(found.counts.sum()) + found.zeros
+        middle = [(a + b) / 2 for a, b in itertools.pairwise(found["edges"])]
+        total = sum(found["counts"]) + found["zeros"]
         figure.add_trace(
             go.Scatter(
-                x=middle.tolist(),
-                y=found.counts.tolist(),
-                name=f"{name}: {100 * found.zeros / max(total, 1):.1f} % of {format_count(total)} are zero",
+                x=middle,
+                y=found["counts"],
+                name=f"{name}: {100 * found['zeros'] / max(total, 1):.1f} % of {format_count(total)} are zero",
                 line={"color": colour, "shape": "hvh", "width": 2},
                 fill="tozeroy",
                 fillcolor=f"rgba({int(colour[1:3], 16)},{int(colour[3:5], 16)},{int(colour[5:7], 16)},0.25)",
@@ -150,16 +149,16 @@ def _bytes(facts: Mapping[str, Any], *keys: str) -> list[str]:
     return [f"{format_count(facts[key])}B" for key in keys]
 
 
-def latency_rows(result: LatencyResult) -> list[list[str]]:
+def latency_rows(points: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     """Rows for a table: model, median, quartiles, verdict."""
     return [
         [
-            p.model,
-            f"{1e3 * p.median:.2f} ms",
-            f"{1e3 * p.low:.2f} to {1e3 * p.high:.2f} ms",
-            p.verdict,
+            p["model"],
+            f"{1e3 * p['median']:.2f} ms",
+            f"{1e3 * p['low']:.2f} to {1e3 * p['high']:.2f} ms",
+            p["verdict"],
         ]
-        for p in result.points
+        for p in points
     ]
 
 

@@ -4,40 +4,47 @@ from __future__ import annotations
 
 import copy
 import shutil
-import threading
 import time
-import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from hf_prune import (
     CRITERIA,
     ConfigError,
+    DataError,
     Evaluation,
+    HfPruneError,
     LatencyResult,
     PruningConfig,
     SparsityReport,
     StructureReport,
     compare,
     evaluate_classification,
+    load_classification,
     measure_latency,
+    prunable,
     shrink,
     sparsity_report,
     structure_report,
     text_batches,
     weight_histogram,
 )
+from hf_prune.building import limited_building
 from hf_prune.config import UNIT_CRITERIA_OF, UNITS
 from hf_prune.criteria.base import CURVATURE, LABELLED, TRAINED
 from hf_prune.evaluation import context_length
 from hf_prune.report import WeightHistogram
 from hf_prune.sites import find_sites
+from hf_prune.workflows import load_classifier
 
 Tell = Callable[[str, float], object]
+_MOST_MODULES, _MOST_BUFFER_BYTES = 20_000, 200_000_000  # a classifier of 24 layers has 500, and next to no buffers
+_OUT_OF_MEMORY = ("can't allocate memory", "cannot allocate memory", "not enough memory")
 
 WHAT: Mapping[str, str | tuple[str, ...]] = {
     "Single weights": "unstructured",
@@ -98,10 +105,6 @@ class Pruned(Weights):
     histograms: tuple[WeightHistogram, WeightHistogram]
     seconds: float
     file_bytes: int
-    used: float = field(default_factory=time.monotonic)
-    files: threading.Lock = field(default_factory=threading.Lock)  # held while its folder is written or read
-    latency: LatencyResult | None = None
-    evaluation: dict[str, Any] | None = None
 
     @property
     def tokenizer(self) -> Any:
@@ -122,8 +125,8 @@ class Pruned(Weights):
             "file_bytes_before": self.dense.file_bytes,
             "file_bytes_compressed": self.file_bytes,
             "seconds": round(self.seconds, 2),
-            "latency": None if self.latency is None else self.latency.to_dict(),
-            "score": None if self.evaluation is None else self.evaluation["comparison"],
+            "latency": None,
+            "score": None,
         }
 
 
@@ -180,14 +183,66 @@ def make_config(what: str, how: str, repair: bool, sparsity: float) -> PruningCo
     return config
 
 
-def make_pruned(dense: Dense, config: PruningConfig, sentences: Sequence[str], root: Path, tell: Tell) -> Pruned:
+def load_dense(name: str, folder: Path, base_model: str | None, most: int) -> Dense:
+    """The model and the tokenizer in a folder.
+
+    Args:
+        name: What it is called.
+        folder: Where it is.
+        base_model: Its id on the Hub, if it has one.
+        most: Parameters that it may have.
+
+    Raises:
+        DataError: If it does not choose one of several classes, is too large, or cannot be loaded.
+    """
+    try:
+        check_size(name, folder, most)
+        model, tokenizer = load_classifier(str(folder))
+    except HfPruneError as error:  # in the visitor's words, not the machine's
+        raise DataError(str(error).replace(str(folder), name)) from None
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        reason = " ".join(str(error).split())[:300].replace(str(folder), name)
+        raise DataError(f"{name} cannot be loaded: {type(error).__name__}: {reason}") from None
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    return Dense(name, prunable(model).eval(), tokenizer, folder, base_model, size)
+
+
+def check_size(name: str, folder: Path, most: int) -> None:
+    """Refuse a model by what its config would build, and one that is no classifier: on the meta device, counting.
+
+    Raises:
+        DataError: If it has more parameters, modules or buffers, or its outputs are no probabilities of classes.
+    """
+    config = AutoConfig.from_pretrained(folder)
+    if config.num_labels < 2 or config.problem_type in ("regression", "multi_label_classification"):
+        raise DataError(f"{name} does not choose one of several classes: expected a classifier with two or more")
+    advice = "it is too large for this page; prune it on your own machine with `hf-prune prune`"
+    limits = {"parameters": most, "modules": _MOST_MODULES, "buffer_bytes": _MOST_BUFFER_BYTES}
+    with torch.device("meta"), limited_building(name, advice, **limits):
+        AutoModelForSequenceClassification.from_config(config)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether there was not enough memory, in the words of Python, PyTorch or the system."""
+    return isinstance(error, MemoryError) or any(words in str(error).lower() for words in _OUT_OF_MEMORY)
+
+
+def held_out(data: str, n: int) -> Any:
+    """Labelled sentences that the demo's model was not trained on, at most so many."""
+    found = load_classification(data, "dev")
+    return found.select(range(min(len(found), n)))
+
+
+def make_pruned(dense: Dense, config: PruningConfig, sentences: Sequence[str], folder: Path, tell: Tell) -> Pruned:
     """A pruned copy, counted and saved. Heads, neurons and layers are taken out.
 
     Args:
         dense: Of which; it is not changed.
         config: How.
         sentences: What calibrated criteria learn from.
-        root: Where its folder is made.
+        folder: Where it is saved.
         tell: Hears what is being done.
     """
     tell("Reading sentences to learn from", 0.0)
@@ -210,7 +265,6 @@ def make_pruned(dense: Dense, config: PruningConfig, sentences: Sequence[str], r
         report = sparsity_report(model)
     after = weight_histogram(model, [t.name for t in report.targets], limit=float(before.edges[-1]))
     tell("Saving", 0.95)
-    folder = root / uuid.uuid4().hex
     try:
         model.save_pretrained(folder, compressed=True)
         dense.tokenizer.save_pretrained(folder)
@@ -242,10 +296,10 @@ def unit_map(model: Any) -> dict[str, list[bool]]:
     return found
 
 
-def time_both(pruned: Pruned) -> LatencyResult:
+def time_both(dense: Any, pruned: Any) -> LatencyResult:
     """One sentence of 64 tokens, or what the model can read if that is less; the two models in turns."""
-    models = {"dense": pruned.dense.model, "pruned": pruned.model}
-    return measure_latency(models, batch_sizes=[1], lengths=[_length(pruned.dense.model, 64)], rounds=30)
+    models = {"dense": dense, "pruned": pruned}
+    return measure_latency(models, batch_sizes=[1], lengths=[_length(dense, 64)], rounds=30)
 
 
 def score(model: Dense | Pruned, data: Any, source: str) -> Evaluation:

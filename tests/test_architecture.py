@@ -49,6 +49,7 @@ LAYERS = (
     ("criteria", "granularities", "allocation"),
     (
         "activations",
+        "building",
         "bypass",
         "calibration",
         "dense_outputs",
