@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate.utils import convert_file_size_to_int
 from torch import Tensor
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 from hf_prune.card_renewal import renew_card
 from hf_prune.checkpoint import (
@@ -31,7 +31,7 @@ from hf_prune.errors import CheckpointError, ConfigError
 from hf_prune.files import copy_beside, refuse_file, source_and_target
 from hf_prune.masking import MaskStore
 from hf_prune.packed_files import INDEX, Item, PackedFiles, file_paths, packed_item, write_shards
-from hf_prune.packed_format import CODECS, VALUES, is_packed
+from hf_prune.packed_format import CODECS, SPELLED, VALUES, is_packed
 from hf_prune.packing import pack
 from hf_prune.remote_code import FILE, add_remote_code, auto_classes
 from hf_prune.shards import Entry, Shards, read_tensor
@@ -41,8 +41,7 @@ from hf_prune.tables import format_count
 from hf_prune.unpacking import unpack
 
 SHARD_BYTES = 5 << 30
-_LEAF = "weight"  # which transformers can be told to unpack, see quantizer.py
-_SPELLED = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+_LEAF = "weight"
 _OWN = (MASK_FILE, "config.json", INDEX, FILE)  # written anew, or not at all
 
 
@@ -111,12 +110,12 @@ def compress_checkpoint(
         raise CheckpointError(f"{origin} is compressed already: expected a dense checkpoint")
     shards = Shards(paths, index)
     masks = StoredMasks(origin / MASK_FILE) if (origin / MASK_FILE).is_file() else None
-    mine = [name for name in masks or () if name in shards.entries and _can_pack(shards.entries[name])]
     if (suffixed := [name for name in shards.entries if name.endswith("_packed")]) and any(
         name.removesuffix("_packed") in shards.entries for name in suffixed
     ):
         raise CheckpointError(f"{origin} has a tensor named {suffixed[0]}, which compressed checkpoints use themselves")
     config, structure = _own_config(origin)
+    mine = _masks_of_files(masks, shards, config) if masks is not None else set()
     classes = auto_classes(config) if remote_code else {}
     config["quantization_config"] = compressed_config(structure)
     described: dict[str, Any] = {"tensors": len(shards.entries), "values": values}
@@ -268,9 +267,33 @@ def _weights_size(folder: Path) -> int:
     return sum(path.stat().st_size for name in ("model*.safetensors", MASK_FILE) for path in folder.glob(name))
 
 
+def _masks_of_files(masks: Mapping[str, Tensor], shards: Shards, config: Mapping[str, Any]) -> set[str]:
+    """The masks that belong to the weights of the same name in the files, and not only to parameters of the model.
+
+    transformers renames, splits and permutes the weights of some model types while it loads them, so that a name may
+    stand for one weight in the files and for another, or its rows in another order, in the model.
+    """
+    same = {name for name in masks if name in shards.entries and _can_pack(shards.entries[name])}
+    if len(same) == len(masks) and not any(map(get_checkpoint_conversion_mapping, _kinds(config))):
+        return same  # a mask that does not fit is then an error
+    return {name for name in same if _fits(masks[name], read_tensor(shards.folder, shards.entries[name]))}
+
+
+def _fits(mask: Tensor, weight: Tensor) -> bool:
+    return mask.shape == weight.shape and not bool((weight.ne(0) & ~mask).any())
+
+
+def _kinds(config: Any) -> Iterator[str]:
+    """By what transformers looks up conversions: types of a model and its parts, and classes."""
+    if isinstance(config, dict):
+        yield from (name for name in (config.get("model_type"), *(config.get("architectures") or ())) if name)
+        for part in config.values():
+            yield from _kinds(part)
+
+
 def _can_pack(entry: Entry) -> bool:
     leaf = entry.name.rpartition(".")[2]
-    return leaf == _LEAF and entry.dtype in _SPELLED.values()
+    return leaf == _LEAF and entry.dtype in SPELLED.values()
 
 
 def _packed(folder: Path, entry: Entry, mask: Tensor | None, codec: str, values: str) -> list[Item]:
@@ -287,7 +310,7 @@ def _packed(folder: Path, entry: Entry, mask: Tensor | None, codec: str, values:
         except CheckpointError as error:
             raise CheckpointError(f"{entry.name} cannot be packed: {error}") from error
         if mask is not None or len(data) < entry.size or not entry.size:
-            return packed_item(entry.name, data)
+            return packed_item(entry.name, entry.dtype, data)
     return [_plain(folder, entry)]
 
 
@@ -307,4 +330,4 @@ def _dense(files: PackedFiles) -> Iterator[list[Item]]:
             yield [_plain(files.shards.folder, plain[name])]
         elif name in files.headers:
             tensor = unpack(files.data(name), files.headers[name])
-            yield [Item(name, _SPELLED[tensor.dtype], tuple(tensor.shape), bytes_of(tensor))]
+            yield [Item(name, SPELLED[tensor.dtype], tuple(tensor.shape), bytes_of(tensor))]

@@ -43,9 +43,9 @@ class Item(NamedTuple):
     data: Any
 
 
-def packed_item(name: str, data: np.ndarray) -> list[Item]:
-    """The two tensors that stand for one packed weight."""
-    return [Item(name, "F32", (0,), b""), Item(name + SUFFIX, "U8", (len(data),), data.data)]
+def packed_item(name: str, dtype: str, data: np.ndarray) -> list[Item]:
+    """The two tensors that stand for one packed weight; transformers takes a checkpoint's dtype from the first one."""
+    return [Item(name, dtype, (0,), b""), Item(name + SUFFIX, "U8", (len(data),), data.data)]
 
 
 def write_shards(

@@ -26,6 +26,7 @@ CODECS = ("none", "zstd")
 VALUES = ("exact", "int8")
 LAYOUTS = ("full", "bits", "gaps", "groups")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+SPELLED = dict(zip(DTYPES, ("F32", "BF16", "F16", "F64"), strict=True))  # by safetensors
 MAGIC = b"hfp1"
 HEAD = struct.Struct("<4s10BxxQ")
 _MAX_DIMENSIONS = 8

@@ -8,17 +8,18 @@ while it is being imported itself.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers.core_model_loading import ConversionOps, _IdentityOp
+from safetensors import safe_open
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hf_prune.errors import CheckpointError
-from hf_prune.packed_format import SUFFIX, check_files
+from hf_prune.packed_format import HEADER_BYTES, SPELLED, SUFFIX, check_files, read_header
 from hf_prune.structure import COMPRESSED, METHOD, VERSION, compressed_config, is_ours, is_structure, structure_config
 from hf_prune.unpacking import unpack
 
@@ -64,50 +65,74 @@ class HfPruneConfig(QuantizationConfigMixin):
         return structure_config(self.structure) if self.compressed is None else compressed_config(self.structure)
 
 
-class Unpack(ConversionOps):
-    """Puts packed weights in the place of the empty ones beside them; weights that are not packed pass."""
+class PackedSlice:
+    """A packed weight as transformers sees the tensors of a file: what is asked of it is read when it is asked for.
 
-    dtype: torch.dtype | None = None  # of the parameter, see PackedQuantizer.get_new_dtype
+    Args:
+        packed: Its bytes, as ``get_slice`` of safetensors gives them.
+    """
 
-    def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """What the checkpoint has for one parameter, by pattern, as dense weights under the patterns of weights."""
-        lists = {name: found if isinstance(found, list) else [found] for name, found in input_dict.items()}
-        result = {}
-        for name, weights in lists.items():
-            if name.endswith(SUFFIX) and name.removesuffix(SUFFIX) in lists:
-                continue
-            packed = lists.get(name + SUFFIX, [])
-            if sum(not weight.numel() for weight in weights) != len(packed) and packed:
-                raise CheckpointError(f"{len(packed)} packed weights do not fit {len(weights)} weights of {name}")
-            waiting = (each.cpu().numpy() for each in packed)  # transformers may have put them on another device
-            result[name] = [
-                unpack(next(waiting)).to(weight.device, self.dtype) if packed and not weight.numel() else weight
-                for weight in weights
-            ]
-        return result
+    def __init__(self, packed: Any) -> None:
+        self._packed = packed
+        header = read_header(packed[:HEADER_BYTES].numpy(), packed.get_shape()[0])
+        self._shape, self._dtype = header.shape, header.dtype
 
-    @property
-    def reverse_op(self) -> ConversionOps:
-        """Saved weights are dense, and compressed afterwards if at all."""
-        return _IdentityOp()
+    def get_shape(self) -> list[int]:
+        """Of the weight."""
+        return list(self._shape)
+
+    def get_dtype(self) -> str:
+        """Of the weight, as safetensors spells it."""
+        return SPELLED[self._dtype]
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        """The weight, or a part of it."""
+        return unpack(self._packed[...].numpy())[index]
 
 
-def _without_unpacking(conversion: Any) -> Any:
-    """What transformers goes back through when it saves the model: its own steps, since nothing is packed then."""
-    operations = getattr(conversion, "operations", ())
-    if not any(isinstance(operation, Unpack) for operation in operations):
-        return conversion
-    if not (own := [operation for operation in operations if not isinstance(operation, Unpack)]):
-        return None
-    sources = [name for name in conversion._original_source_patterns if not name.endswith(SUFFIX)]
-    return conversion.copy(sources, conversion._original_target_patterns.copy(), operations=own)
+def dense_tensors(paths: Sequence[str]) -> dict[str, Any]:
+    """The tensors of packed files under the names that they have in a dense checkpoint, none of them read yet."""
+    slices: dict[str, Any] = {}
+    for path in paths:
+        file = safe_open(path, framework="pt")
+        slices |= {name: file.get_slice(name) for name in file.keys()}  # no mapping
+    for name in [name for name in slices if name + SUFFIX in slices]:
+        slices[name] = PackedSlice(slices.pop(name + SUFFIX))
+    return slices
+
+
+def take_dense_tensors() -> None:
+    """Have transformers take the tensors of a checkpoint from a quantizer that has ``dense_tensors``.
+
+    A quantizer can add steps to the conversions by which transformers fuses, splits and renames the tensors of many
+    model types while it loads them. Those go by names and shapes of a dense checkpoint, so for a packed one it takes
+    steps before them: what transformers has for GGUF files, a state dict made by the quantizer, but only for these.
+    """
+    from transformers.modeling_utils import PreTrainedModel
+
+    load = PreTrainedModel._load_pretrained_model
+    if hasattr(load, "takes_dense_tensors"):
+        return
+
+    @functools.wraps(load)
+    def load_dense(
+        model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        make = getattr(load_config.hf_quantizer, "dense_tensors", None)
+        if state_dict is None and checkpoint_files and make is not None:
+            state_dict = make(checkpoint_files)
+            # or offloaded weights would be looked for in the files
+            checkpoint_files = None if state_dict is not None else checkpoint_files
+        return load(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
+
+    load_dense.takes_dense_tensors = True  # type: ignore[attr-defined]
+    PreTrainedModel._load_pretrained_model = staticmethod(load_dense)  # type: ignore[method-assign]
 
 
 class PackedQuantizer(HfQuantizer):
     """Checks files of packed weights before anything is read of them, and unpacks those."""
 
     quantization_config: HfPruneConfig
-    serialized_names = {"weight": ["weight", "weight_packed"]}  # noqa: RUF012 # as the base class has it
 
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
@@ -116,26 +141,19 @@ class PackedQuantizer(HfQuantizer):
             raise CheckpointError("the checkpoint is of a shrunk model: pip install hf_prune, and import it first")
         if self.quantization_config.compressed is not None and checkpoint_files is not None:
             check_files(checkpoint_files)
+        take_dense_tensors()
         return model
 
-    def get_load_operations(self) -> dict[str, Any]:
-        """What transformers runs on the tensors of ``serialized_names``."""
-        return {} if self.quantization_config.compressed is None else {"dequantize": lambda quantizer: Unpack()}
+    def dense_tensors(self, paths: Sequence[str]) -> dict[str, Any] | None:
+        """The state dict to load, None to take the files as they are."""
+        return dense_tensors(paths) if self.quantization_config.compressed is not None else None
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
-        """Plain weights are cast as always; packed ones when they are unpacked."""
-        kind = param.get_dtype() if hasattr(param, "get_dtype") else str(param.dtype)
-        if kind in ("U8", "torch.uint8"):
-            for operation in getattr(converter, "operations", ()):
-                if isinstance(operation, Unpack):
-                    operation.dtype = dtype
-            return None
-        return dtype if kind.startswith(("F", "BF", "torch.f", "torch.bf")) else None
+        """That of the model, as without a quantizer."""
+        return dtype
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         """What is loaded is an ordinary model, which is saved as one."""
-        used = getattr(model, "_weight_conversions", None) or []
-        model._weight_conversions = [kept for each in used if (kept := _without_unpacking(each)) is not None]
         if is_ours(getattr(model.config, "auto_map", None)):
             del model.config.auto_map
         model.__class__ = getattr(model, "native_class", type(model))

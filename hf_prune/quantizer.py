@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from hf_prune.packed_loading import HfPruneConfig, PackedQuantizer, register
+from hf_prune.packed_loading import HfPruneConfig, PackedQuantizer, register, take_dense_tensors
 
 
 class HfPruneQuantizer(PackedQuantizer):
@@ -29,6 +29,7 @@ class HfPruneQuantizer(PackedQuantizer):
             from hf_prune.shrinking import resize
 
             resize(model, self.quantization_config.structure)
+        take_dense_tensors()
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:

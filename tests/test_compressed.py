@@ -878,7 +878,8 @@ def test_loading_takes_the_dense_model_and_one_tensor(large, kind):
     assert done.returncode == 0, done.stderr
     dense = sum(tensors) + plain
     assert dense > 90e6
-    assert 0.9 * dense < int(done.stdout) <= dense + masks + (2 if masks else 1) * max(tensors)
+    threads = 4 * (2 << 20)  # pieces that each thread works on, and its allocator does not give back
+    assert 0.9 * dense < int(done.stdout) <= dense + masks + (2 if masks else 1) * max(tensors) + threads
 
 
 # --- the command line ------------------------------------------------------------------------------
