@@ -6,6 +6,7 @@ With ``--fork``, it imports everything and then only makes copies of itself; see
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import itertools
 import json
 import os
@@ -44,6 +45,7 @@ except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
 
 Say = Callable[[str, Any], None]
+_DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of Linux
 
 
 class Desk:
@@ -195,13 +197,14 @@ def serve(requests: BinaryIO, answers: BinaryIO) -> None:
             write({"done": done, "memory": _private_bytes()})
         except BrokenPipeError:
             return
-        except HfPruneError as error:
-            write({"error": [type(error).__name__, str(error)]})
         except Exception as error:
             if work.is_out_of_memory(error):
                 raise  # what is left of the heap is good for nothing; the app says it in words
-            traceback.print_exc()
-            write({"error": ["", type(error).__name__]})
+            if isinstance(error, HfPruneError):
+                write({"error": [type(error).__name__, str(error)]})
+            else:
+                traceback.print_exc()
+                write({"error": ["", type(error).__name__]})
 
 
 def _limit_memory(most: int) -> None:
@@ -239,6 +242,7 @@ def fork(control: socket.socket) -> None:
             pid = os.fork()
             if pid == 0:
                 control.close()
+                ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
                 try:
                     serve(os.fdopen(files[0], "rb"), os.fdopen(files[1], "wb"))
                 finally:

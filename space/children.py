@@ -53,7 +53,7 @@ class Child:
         self._write({"memory_bytes": memory_bytes})
 
     def _listen(self) -> None:
-        with contextlib.suppress(OSError, ValueError), self._answers:
+        with contextlib.suppress(OSError, ValueError, RecursionError), self._answers:
             while (line := self._answers.readline(_LONGEST_LINE)).endswith(b"\n"):
                 self._said.put(json.loads(line))
         self._said.put(None)
@@ -188,18 +188,19 @@ class Children:
             process, self._ready = self._ready, None
             if control is not None:
                 control.close()  # it then ends what it forked, and itself
-            elif process is not None:
-                process.kill()
             if process is not None:
-                process.wait()
+                with process:  # waits for it
+                    if control is None:
+                        process.kill()
 
     def _popen(self, *words: str, **streams: Any) -> subprocess.Popen[bytes]:
         return subprocess.Popen([*_PROGRAM, *words], env=self._environment, **({"stdout": 2} | streams))
 
     def _forked(self, memory_bytes: int) -> Child:
         (theirs, requests), (answers, ours) = os.pipe(), os.pipe()
+        control = self._control
         try:
-            number = self._command(b"start", [theirs, ours])
+            number = self._command(control, b"start", [theirs, ours])
         except OSError:
             os.close(requests)
             os.close(answers)
@@ -210,16 +211,16 @@ class Children:
 
         def kill() -> None:
             with contextlib.suppress(OSError):  # with what forked it, it went itself
-                self._command(number, [])
+                self._command(control, number, [])
 
         return Child(os.fdopen(requests, "wb"), os.fdopen(answers, "rb"), kill, memory_bytes)
 
-    def _command(self, word: bytes, files: list[int]) -> bytes:
+    def _command(self, control: socket.socket | None, word: bytes, files: list[int]) -> bytes:
         with self._lock:
-            if self._control is None:
+            if control is None or control is not self._control:
                 raise OSError("there is nothing that forks")
-            socket.send_fds(self._control, [word], files)
-            if not (answer := self._control.recv(64)):
+            socket.send_fds(control, [word], files)
+            if not (answer := control.recv(64)):
                 raise OSError("what forks has ended")
             return answer
 

@@ -20,7 +20,7 @@ _FILES = (
     "*.safetensors", "config.json", "tokenizer*.json", "special_tokens_map.json", "vocab.*", "merges.txt", "*.model"
 )  # fmt: skip
 _LARGEST_TEXT = 1_000_000  # of config.json and README.md
-_LARGEST_NUMBER, _MOST_LAYERS, _MOST_LABELS = 2_000_000, 128, 100  # in a config: more is no model that fits here
+_LARGEST_NUMBER, _MOST_LAYERS = 2_000_000, 128  # in a config: more is no model that fits here
 
 
 def fetch_model(name: str, most_bytes: int, token: str | bool | None, cache: Path | None) -> Path:
@@ -93,9 +93,6 @@ def check_config(name: str, config: Any) -> None:
     kind = str(kinds[0] if isinstance(kinds, list) else kinds)
     if not kind.endswith("ForSequenceClassification"):
         raise DataError(f"{name} is {kind[:80]}: expected a text classifier (…ForSequenceClassification)")
-    for key in ("id2label", "label2id"):
-        if len(config.get(key) or ()) > _MOST_LABELS:
-            raise DataError(f"{name} is too large for this page: it knows more than {_MOST_LABELS} classes")
     for key, value in _numbers("", config):
         if abs(value) > _LARGEST_NUMBER or ("layer" in key and value > _MOST_LAYERS):
             raise DataError(f"{name} is too large for this page: its config says {key[:60]} = {value:.12g}")

@@ -8,7 +8,7 @@ from typing import Any
 
 import gradio as gr
 import views
-from common import HEAVY, LIGHT, canceller, in_words, teller, visitor
+from common import HEAVY, QUICK, canceller, in_words, teller, visitor
 from studio import Pruned, Studio
 from work import WHAT, can_repair, criteria_for, fixed_sparsity, make_config
 
@@ -101,7 +101,7 @@ def wire(studio: Studio, choose: Mapping[str, Any], seen: Sequence[Any]) -> None
         api_name="choices",
         preprocess=False,  # as below
         show_progress="hidden",
-        **LIGHT,
+        **QUICK,
     )
 
     @in_words

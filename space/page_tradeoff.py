@@ -9,7 +9,7 @@ from typing import Any
 import gradio as gr
 import tradeoff
 import views
-from common import HEAVY, LIGHT, canceller, in_words, teller, visitor
+from common import HEAVY, QUICK, canceller, in_words, teller, visitor
 from studio import Studio
 
 from hf_prune import HfPruneError
@@ -90,7 +90,7 @@ def tradeoff_tab(studio: Studio, results: Mapping[str, Any]) -> None:
     outputs = [spot, chart, table, file]
     settings = [state, axis, tolerance, shown]
     # Without triggers: when the page opens, and when a setting or the points change.
-    gr.on(None, draw, settings, outputs, api_name="tradeoff", trigger_mode="always_last", **LIGHT)
+    gr.on(None, draw, settings, outputs, api_name="tradeoff", trigger_mode="always_last", **QUICK)
 
     @in_words
     def sweep(
@@ -130,4 +130,4 @@ def tradeoff_tab(studio: Studio, results: Mapping[str, Any]) -> None:
             gr.Dropdown(value=methods),
         ]
 
-    again.click(earlier, None, [state, shown], api_name="earlier", **LIGHT)
+    again.click(earlier, None, [state, shown], api_name="earlier", **QUICK)

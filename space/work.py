@@ -43,8 +43,9 @@ from hf_prune.sites import find_sites
 from hf_prune.workflows import load_classifier
 
 Tell = Callable[[str, float], object]
+_MOST_CLASSES, _LONGEST_LABEL = 100, 100
 _MOST_MODULES, _MOST_BUFFER_BYTES = 20_000, 200_000_000  # a classifier of 24 layers has 500, and next to no buffers
-_OUT_OF_MEMORY = ("can't allocate memory", "cannot allocate memory", "not enough memory")
+_OUT_OF_MEMORY = ("can't allocate memory", "cannot allocate memory", "not enough memory", "can't start new thread")
 
 WHAT: Mapping[str, str | tuple[str, ...]] = {
     "Single weights": "unstructured",
@@ -87,7 +88,7 @@ class Dense(Weights):
     @property
     def labels(self) -> list[str]:
         """Names of the classes."""
-        return [self.model.config.id2label[i] for i in range(self.model.config.num_labels)]
+        return [str(self.model.config.id2label[i])[:_LONGEST_LABEL] for i in range(self.model.config.num_labels)]
 
 
 @dataclass
@@ -198,12 +199,12 @@ def load_dense(name: str, folder: Path, base_model: str | None, most: int) -> De
     try:
         check_size(name, folder, most)
         model, tokenizer = load_classifier(str(folder))
-    except HfPruneError as error:  # in the visitor's words, not the machine's
-        raise DataError(str(error).replace(str(folder), name)) from None
     except Exception as error:
         if is_out_of_memory(error):
-            raise
-        reason = " ".join(str(error).split())[:300].replace(str(folder), name)
+            raise MemoryError from None
+        reason = " ".join(str(error).split())[:400].replace(str(folder), name)  # in the visitor's words
+        if isinstance(error, HfPruneError):
+            raise DataError(reason) from None
         raise DataError(f"{name} cannot be loaded: {type(error).__name__}: {reason}") from None
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     return Dense(name, prunable(model).eval(), tokenizer, folder, base_model, size)
@@ -215,9 +216,11 @@ def check_size(name: str, folder: Path, most: int) -> None:
     Raises:
         DataError: If it has more parameters, modules or buffers, or its outputs are no probabilities of classes.
     """
-    config = AutoConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if config.num_labels < 2 or config.problem_type in ("regression", "multi_label_classification"):
         raise DataError(f"{name} does not choose one of several classes: expected a classifier with two or more")
+    if config.num_labels > _MOST_CLASSES:
+        raise DataError(f"{name} knows {config.num_labels} classes: expected at most {_MOST_CLASSES} on this page")
     advice = "it is too large for this page; prune it on your own machine with `hf-prune prune`"
     limits = {"parameters": most, "modules": _MOST_MODULES, "buffer_bytes": _MOST_BUFFER_BYTES}
     with torch.device("meta"), limited_building(name, advice, **limits):

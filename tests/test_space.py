@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sys
 import time
 import zipfile
@@ -465,6 +466,170 @@ print("SAID" + json.dumps(said) + "END")
     for name in hostile:
         assert "is no model of the Hub" in said[name]
     assert not any("evil.py" in request or "more/" in request for request in hub.log)
+
+
+# --- hostile models -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def dotted(tiny, tmp_path):
+    """A tokenizer that makes a billion characters of a dot."""
+    folder = shutil.copytree(tiny[0], tmp_path / "dotted")
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    longer = {"type": "Replace", "pattern": {"String": "."}, "content": "." * 10}
+    tokenizer["normalizer"] = {"type": "Sequence", "normalizers": [longer] * 9}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    return folder
+
+
+def only_linux():
+    if not sys.platform.startswith("linux"):
+        pytest.skip("memory is limited on Linux only")
+
+
+def test_memory_and_time_of_a_process_are_limited(space, make, dotted):
+    only_linux()
+    studio = make({"memory_bytes": 300_000_000}, demo=dotted, data=None, sentences=["w1 ."])
+    with pytest.raises(
+        HfPruneError, match=r"most likely it needs more than the 0\.3 GB of memory that one visitor may"
+    ):
+        studio.prune("a", space.studio.DEMO, PruningConfig(0.5), silent)
+    studio = make({"memory_bytes": 10_000_000}, demo=dotted, data=None, sentences=["w1"])  # too little to load anything
+    with pytest.raises(HfPruneError, match="needs more than"):
+        studio.prune("a", space.studio.DEMO, PruningConfig(0.5), silent)
+    studio = make({"seconds": 1.5}, demo=dotted, data=None, sentences=["w1 ."])
+    with pytest.raises(HfPruneError, match="took longer than the 2 seconds"):
+        studio.prune("a", space.studio.DEMO, PruningConfig(0.5), silent)
+    assert not studio._pruned
+    assert not [each for each in studio.folder.glob("*") if each.is_dir()]
+
+
+def test_while_one_hangs_others_are_served_and_it_can_be_cancelled(space, make, dotted):
+    studio = make(demo=dotted, data=None, sentences=["w1 ."])
+    served = []
+
+    def meanwhile(title, share):
+        """What others do while the tokenizer of this one is busy."""
+        if title == "Reading sentences to learn from":
+            studio.sentences = ["w1"]
+            for name in "bc":
+                studio.prune(name, space.studio.DEMO, PruningConfig(0.5), silent)
+                served.append(studio.probabilities(name, ["w1", "w2"])[1])
+            assert studio.cancel("a")
+
+    with pytest.raises(HfPruneError, match="cancelled; nothing has changed"):
+        studio.prune("a", space.studio.DEMO, PruningConfig(0.5), meanwhile)
+    assert len(served) == 2
+    with pytest.raises(DataError, match="no pruned model of yours"):
+        studio.pruned("a")
+    assert studio.pruned("b")
+
+
+def test_a_sentence_that_a_model_cannot_take_ends_its_process_alone(space, make, dotted):
+    only_linux()
+    limits = {"memory_bytes": 300_000_000}
+    studio = make(limits, demo=dotted, data=None, sentences=["w1"])
+    for name in "ab":
+        studio.prune(name, space.studio.DEMO, PruningConfig(0.5), silent)
+    folder = studio.pruned("a").folder
+    with pytest.raises(HfPruneError, match="Your pruned model went with it: prune one again"):
+        studio.probabilities("a", ["a dot."])
+    with pytest.raises(DataError, match="no pruned model of yours"):
+        studio.pruned("a")
+    assert not folder.exists()
+    assert len(studio.probabilities("b", ["w1"])[1]) == 1
+    studio.limits = space.studio.Limits(answer_seconds=0.0)
+    with pytest.raises(HfPruneError, match=r"took longer than the 0 seconds.*went with it"):
+        studio.probabilities("b", ["w1"])
+
+
+def test_processes_that_are_killed_are_replaced(space, make):
+    """The one that forks is gone, and with it all that it forked."""
+    only_linux()
+    studio = make(children=space.children.Children(secrets=False))
+    try:
+        studio.prune("a", space.studio.DEMO, PruningConfig(0.5), silent)
+        studio._children._ready.kill()
+        with pytest.raises(HfPruneError, match="went with it"):
+            studio.probabilities("a", ["w1"])
+        studio.prune("a", space.studio.DEMO, PruningConfig(0.5), silent)
+        assert len(studio.probabilities("a", ["w1"])[1]) == 1
+    finally:
+        studio.close()
+        studio._children.close()
+
+
+def test_where_nothing_can_be_forked_a_process_is_kept_ready(space, make, monkeypatch):
+    """As on macOS and Windows."""
+    monkeypatch.setattr(space.children, "FORKS", False)
+    studio = make(children=space.children.Children(secrets=False))
+    try:
+        studio.prune("a", space.studio.DEMO, PruningConfig(0.5), silent)
+        assert len(studio.probabilities("a", ["w1"])[1]) == 1
+    finally:
+        studio.close()
+        studio._children.close()
+
+
+def test_processes_of_strangers_do_not_know_the_secrets_of_the_machine(space, monkeypatch):
+    for name in ("HF_TOKEN", "OAUTH_CLIENT_SECRET", "MY_API_KEY"):
+        monkeypatch.setenv(name, "hf_secret")
+    monkeypatch.setattr(space.children.Children, "prepare", lambda self: None)
+    assert "hf_secret" not in space.children.Children(secrets=False)._environment.values()
+    assert space.children.Children(secrets=True)._environment["HF_TOKEN"] == "hf_secret"
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"num_hidden_groups": 10**7}, "num_hidden_groups = 10000000"),
+        ({"block_sizes": [4, 4, 10**7]}, "block_sizes = 10000000"),
+        ({"text_config": {"deep": [{"vocab_size": 1e300}]}}, r"vocab_size = 1e\+300"),
+        ({"num_hidden_layers": 129}, "num_hidden_layers = 129"),
+        ({"hidden_size": -(10**7)}, "hidden_size = -10000000"),
+        ({"architectures": []}, "a model without a class"),
+        ({"architectures": "BertModel"}, "is BertModel"),
+        ({"architectures": {"0": 1}}, "expected a text classifier"),
+        ({"architectures": [None]}, "is None"),
+    ],
+)
+def test_configs_that_are_refused_unread(space, values, said):
+    config = {"architectures": ["BertForSequenceClassification"], "layer_norm_eps": 1e-12, "pad_token_id": None}
+    space.fetch.check_config("me/x", config)
+    with pytest.raises(DataError, match=f"me/x .*{said}"):
+        space.fetch.check_config("me/x", {**config, **values})
+
+
+@pytest.mark.parametrize("text", ["[" * 10**5, "{", "\ud800"])
+def test_configs_that_are_no_json(space, tmp_path, text):
+    (tmp_path / "config.json").write_bytes(text.encode("utf-8", "surrogatepass"))
+    with pytest.raises(DataError, match=r"the config\.json of me/x cannot be read"):
+        space.fetch._read_json("me/x", tmp_path / "config.json")
+    for other in (None, [], 1, "x"):
+        with pytest.raises(DataError, match="a model without a class"):
+            space.fetch.check_config("me/x", other)
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"num_hidden_layers": 10_000}, "builds more than 20,000 (modules|tensors), and was stopped there"),
+        ({"vocab_size": 10**9}, "builds more than 150,000,000 parameters"),
+        ({"id2label": {str(i): "a" for i in range(101)}}, "knows 101 classes: expected at most 100"),
+        ({"id2label": {"0": "score"}}, "does not choose one of several classes"),
+        ({"id2label": 3}, "cannot be loaded"),
+        ({"hidden_size": "x"}, "cannot be loaded"),
+        ({"hidden_size": 0}, "cannot be loaded"),
+        ({"model_type": "unknown", "auto_map": {"AutoConfig": "evil.Config"}}, "cannot be loaded"),
+    ],
+)
+def test_models_that_are_refused_unbuilt(space, tiny, tmp_path, values, said):
+    folder = shutil.copytree(tiny[0], tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **values}))
+    with pytest.raises(DataError, match=said) as error:
+        space.work.load_dense("me/x", folder, None, 150_000_000)
+    assert str(folder) not in str(error.value)
 
 
 def test_whole_layers_are_seen_to_go(space, dense, tmp_path):
