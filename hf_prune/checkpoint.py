@@ -489,6 +489,13 @@ def _without_torch_prune(source: Any, hub: Mapping[str, Any]) -> Iterator[tuple[
         yield results[0], results[1]
 
 
+def size_of_weights(source: str | os.PathLike[str]) -> int | None:
+    """How many bytes the files of weights and masks of a checkpoint have; None where it has no safetensors files."""
+    files = weight_files(source, {})
+    masks = find_file(source, MASK_FILE, {})
+    return sum(os.path.getsize(file) for file in [*files, *([masks] if masks else [])]) if files else None
+
+
 def weight_files(source: Any, hub: Mapping[str, Any]) -> list[str]:
     """The safetensors files of a checkpoint; none for formats of other kinds.
 

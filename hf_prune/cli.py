@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import shutil
 import sys
@@ -254,6 +255,10 @@ def prune(
             f"--shrink and --no-shrink are for head, neuron, layer, row, column and channel, not for granularity "
             f"{settings.granularity!r}: leave them out"
         )
+    from hf_prune.plan import sparsity_notes
+
+    for note in sparsity_notes(settings) if max_drop is None and not dry_run else []:
+        typer.echo(f"note: {note}", err=True)
     if threads is not None:
         import torch
 
@@ -469,12 +474,13 @@ def report(
     """Count what is zero in a checkpoint, tensor by tensor and in total."""
     start([model, *([dense] if dense else [])])
     from hf_prune.auto import load_native
+    from hf_prune.checkpoint import size_of_weights
     from hf_prune.plots import write_plots
     from hf_prune.report import sparsity_report, weight_histogram
     from hf_prune.workflows import label
 
     pruned = load_native(model)
-    result = sparsity_report(pruned)
+    result = dataclasses.replace(sparsity_report(pruned), file_bytes=size_of_weights(model))
     names = [t.name for t in result.targets]
     before = None
     if dense is not None:

@@ -29,6 +29,9 @@ def push(
     as_json: AsJson = False,
 ) -> None:
     """Upload a checkpoint to the Hub, in one commit, with a card if hf-prune made the folder."""
+    from hf_prune.hub import check_repo_id
+
+    check_repo_id(repo)
     from hf_prune.card_data import has_report
     from hf_prune.push import push_checkpoint
 

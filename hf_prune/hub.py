@@ -84,6 +84,27 @@ def is_repo_id(text: str) -> bool:
     return True
 
 
+def check_repo_id(repo_id: str) -> None:
+    """Make sure that a text can be the id of a repository, without asking the Hub.
+
+    Raises:
+        HubError: If it cannot.
+    """
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise HubError(f"{repo_id!r} is no name for a repository: {_clean(error)}") from None
+
+
+def answers(repo_id: str) -> bool:
+    """Whether the Hub answers at all, found out in less than a second."""
+    try:
+        check_hub_reachable(f"repository {repo_id!r}")
+    except DataError:
+        return False
+    return True
+
+
 def is_downloaded(source: str) -> bool:
     """Whether a model's name is that of a repository, its config in the cache, and not that of a folder."""
     if not is_repo_id(source) or Path(source).exists():

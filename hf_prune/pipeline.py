@@ -18,7 +18,7 @@ from hf_prune.distributed import is_first
 from hf_prune.errors import ConfigError
 from hf_prune.layer_budgets import learn_sparsities
 from hf_prune.masking import MaskStore, Undo, warn_regrown
-from hf_prune.plan import PruningPlan, make_plan
+from hf_prune.plan import PruningPlan, make_plan, warn_of
 from hf_prune.polish import polish
 from hf_prune.scoring import agreed_masks
 from hf_prune.sequential import prune_in_order
@@ -123,6 +123,8 @@ def prune(
     plan = make_plan(model, config)
     if dry_run and (calibration is None or not config.learns_allocation):
         return plan
+    if not dry_run:
+        warn_of(plan.notes)
     progress = progress and is_first()
     store = MaskStore.of(model) or MaskStore()
     warn_regrown(model, "they become zero now")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+from warnings import warn
 
 from torch import Tensor, nn
 
@@ -18,8 +19,17 @@ from hf_prune.masking import MaskStore
 from hf_prune.registry import CRITERIA, parse_granularity
 from hf_prune.sites import sites_of_channels
 from hf_prune.tables import format_count, format_table
-from hf_prune.targets import Target, is_finite, resolve_targets, uncovered_matrices
+from hf_prune.targets import (
+    Target,
+    divisible,
+    is_finite,
+    parametrized_linears,
+    passed_over,
+    resolve_targets,
+    uncovered_matrices,
+)
 
+_MUCH = 0.1  # share of the matrices that a config means and that stay dense: so much is worth a warning
 _ROUNDING = 0.005  # the same sparsity in another scope may round to this much less of the weights
 
 
@@ -58,6 +68,7 @@ class PruningPlan:
         total_bytes: Their size in memory.
         element_size: Bytes of one target weight (of the first target).
         uncovered: Sizes of matrices that no config can target (see ``targets.uncovered_matrices``), by name.
+        notes: Sentences about what the settings mean and leave dense all the same.
     """
 
     config: PruningConfig
@@ -68,6 +79,7 @@ class PruningPlan:
     total_bytes: int
     element_size: int
     uncovered: Mapping[str, int]
+    notes: tuple[str, ...] = ()
 
     @property
     def criterion(self) -> Criterion:
@@ -115,6 +127,7 @@ class PruningPlan:
             "removed_parameters": self.removed_parameters,
             "removed_parameters_is_exact": self.is_exact,
             "uncovered_parameters": sum(self.uncovered.values()),
+            "notes": [*self.notes, *sparsity_notes(self.config)],
             "tensors": [
                 {
                     "name": t.target.name,
@@ -170,6 +183,7 @@ class PruningPlan:
                 f"Not covered: {count:,} parameters in {len(self.uncovered)} matrices outside Linear, Conv1D and "
                 f"convolutions, such as {first}."
             )
+        lines += [*self.notes, *sparsity_notes(config)]
         return "\n".join(lines)
 
 
@@ -214,10 +228,12 @@ def make_plan(
     if granularity.spec == "channel":
         following = followers(sites_of_channels(model))  # they lose what the convolution before them loses
         targets = [t for t in targets if t.name not in following] or targets
-    misfits = [f"{t.module} {t.shape}: {why}" for t in targets if (why := granularity.misfit(t))]
-    if misfits:
+    every = len(targets)
+    targets, left_out = divisible(targets, config)
+    if not targets:
+        misfits = [f"{name} {why}" for name, why in left_out.items()]
         raise PlanError(
-            f"granularity {granularity.spec!r} does not divide {len(misfits)} of {len(targets)} targets: "
+            f"granularity {granularity.spec!r} does not divide {len(misfits)} of {every} targets: "
             f"{_some(misfits)}. Choose another granularity, or list those modules in exclude_modules"
         )
     parameters = dict(model.named_parameters())
@@ -241,7 +257,59 @@ def make_plan(
         total_bytes=sum(p.numel() * p.element_size() for p in parameters.values()),
         element_size=parameters[targets[0].name].element_size(),
         uncovered=uncovered_matrices(model),
+        notes=coverage_notes(model, config, targets, left_out),
     )
+
+
+def warn_of(notes: Sequence[str]) -> None:
+    """Say, in one warning, what a plan leaves dense."""
+    if notes:
+        warn(" ".join(notes), stacklevel=3)
+
+
+def sparsity_notes(config: PruningConfig) -> list[str]:
+    """What a sparsity of 0 or 1 means, if it is one."""
+    if config.sparsity == 0:
+        return ["A sparsity of 0 removes nothing."]
+    if config.sparsity == 1:
+        return ["A sparsity of 1 removes everything that may go: what is left of the targets is their biases."]
+    return []
+
+
+def coverage_notes(
+    model: nn.Module, config: PruningConfig, targets: Sequence[Target], left_out: Mapping[str, str]
+) -> tuple[str, ...]:
+    """Sentences about what a config means and leaves dense all the same.
+
+    Position embeddings, class tokens and the convolution that cuts an image in patches are matrices too: of common
+    models without fused experts they are up to 6 %, and not worth a sentence.
+
+    Args:
+        model: Any torch module.
+        config: The settings.
+        targets: What is pruned.
+        left_out: Why the granularity does not divide others, by module name.
+    """
+    notes = []
+    if left_out:
+        misfits = _some([f"{name} {why}" for name, why in left_out.items()])
+        notes.append(f"Left dense, since granularity {config.granularity!r} does not divide them: {misfits}.")
+    missed = passed_over(model, config, targets)
+    if computed := parametrized_linears(missed, model):
+        notes.append(
+            f"Left dense, since their weights are computed from others (weight norm or another parametrization): "
+            f"{_some(computed)}; torch.nn.utils.parametrize.remove_parametrizations makes plain weights of them."
+        )
+    dense = sum(missed.values())
+    whole = sum(t.size for t in targets) + dense
+    if dense and dense >= _MUCH * whole:
+        largest = ", ".join(f"{name} ({size:,})" for name, size in list(missed.items())[:3])
+        notes.append(
+            f"{_percent(dense, whole)} of the {whole:,} weights in matrices of {type(model).__name__} stay dense, the "
+            f"largest {largest}: pruning covers Linear and Conv1D, convolutions that target_modules names, and no "
+            f"fused experts."
+        )
+    return tuple(notes)
 
 
 def refuse_infinite(weights: Mapping[str, Tensor]) -> None:

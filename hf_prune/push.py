@@ -18,10 +18,11 @@ from hf_prune.cards import check_card, merge_cards, read_facts, render_card, wit
 from hf_prune.checkpoint import CARD_DATA, REPORTS
 from hf_prune.errors import CheckpointError, DataError, HubError
 from hf_prune.files import PICKLES, read_text
-from hf_prune.hub import TRIES, asking, card_of, full_repo_id
+from hf_prune.hub import TRIES, answers, asking, card_of, check_repo_id, full_repo_id
 from hf_prune.remote_code import FILE
 from hf_prune.tables import format_count, format_table
 
+_SECONDS = 2.0  # that a dry run waits for an answer
 _OWN = (".gitattributes", "README.md")  # what a new repository may have
 # Of an earlier checkpoint: weights, what was counted in them, what reads them.
 _EARLIER = re.compile(
@@ -42,6 +43,7 @@ class PushResult:
         commit: The commit's id; None if nothing was uploaded.
         url: Where to look at it.
         card: The model card, if there is one.
+        asked: Whether the Hub said what the repository holds; of a dry run, it need not have answered.
     """
 
     repo_id: str
@@ -51,6 +53,7 @@ class PushResult:
     commit: str | None
     url: str | None
     card: str | None
+    asked: bool = True
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -65,6 +68,8 @@ class PushResult:
         total = f"{format_count(sum(self.files.values()))}B"
         if self.commit is None:
             lines.append(f"{len(self.files)} files, {total}, would go to {self.repo_id}. Nothing was uploaded.")
+            if not self.asked:
+                lines.append("The Hub did not say what that repository holds, so what would be replaced is not known.")
             if self.card:
                 lines.append(f"\nThe card:\n\n{self.card}")
         else:
@@ -116,21 +121,24 @@ def push_checkpoint(
             something else, or is public where ``private`` is asked for. Its files are as they were.
     """
     folder = Path(folder)
+    check_repo_id(repo_id)
     files, skipped = _files(folder)
     api = HfApi(token=token)
     check_card(folder)
     if not dry_run:
         repo_id = full_repo_id(repo_id, token)
-    there, parent = _present(api, repo_id, revision, force, folder, private=private, dry_run=dry_run)
+    found = _present(api, repo_id, revision, force, folder, private=private, dry_run=dry_run)
+    there, parent = found or ([], None)
     removed = tuple(sorted(name for name in there if _EARLIER.fullmatch(name) and name not in files))
-    text = _card(folder, repo_id, card, _their_card(repo_id, revision, token, dry_run=dry_run))
+    theirs = _their_card(repo_id, revision, token, dry_run=dry_run) if found is not None else None
+    text = _card(folder, repo_id, card, theirs)
     contents: dict[str, str | bytes] = {name: str(path) for name, path in files.items()}
     sizes = {name: path.stat().st_size for name, path in files.items()}
     if text is not None:
         contents["README.md"] = text.encode()
         sizes["README.md"] = len(contents["README.md"])
     if dry_run:
-        return PushResult(repo_id, sizes, removed, skipped, None, None, text)
+        return PushResult(repo_id, sizes, removed, skipped, None, None, text, found is not None)
     asking(lambda: api.create_repo(repo_id, private=private, exist_ok=True), repo_id)
     if revision is not None and revision != "main":
         asking(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True), repo_id)
@@ -180,6 +188,7 @@ def push_space(
         DataError: If a folder is not there.
         HubError: As :func:`push_checkpoint`.
     """
+    check_repo_id(repo_id)
     files: dict[str, Path | bytes] = {path.name: path for path in sorted(app.iterdir()) if path.is_file()}
     skipped: list[str] = []
     package = Path(__file__).parent
@@ -197,12 +206,16 @@ def push_space(
     api = HfApi(token=token)
     if not dry_run:
         repo_id = full_repo_id(repo_id, token)
+    info, asked = None, not dry_run or answers(repo_id)
+    once: dict[str, Any] = {"timeout": _SECONDS} if dry_run else {}
+    tries = 1 if dry_run else TRIES
     try:
-        info = asking(lambda: api.repo_info(repo_id, repo_type="space"), repo_id, missing=True)
+        if asked:
+            info = asking(lambda: api.repo_info(repo_id, repo_type="space", **once), repo_id, missing=True, tries=tries)
     except HubError:
         if not dry_run:
             raise
-        info = None  # whether it exists is not known then
+        asked = False  # whether it exists is not known then
     _check_private(repo_id, info, private)
     there = [] if info is None else [each.rfilename for each in info.siblings or []]
     if not force and set(there) - set(_OWN) and "hf_prune/__init__.py" not in there:
@@ -212,7 +225,7 @@ def push_space(
         )
     removed = tuple(sorted(n for n in there if n.startswith(("hf_prune/", "demo/")) and n not in files))
     if dry_run:
-        return PushResult(repo_id, sizes, removed, tuple(skipped), None, None, None)
+        return PushResult(repo_id, sizes, removed, tuple(skipped), None, None, None, asked)
     asking(
         lambda: api.create_repo(repo_id, repo_type="space", space_sdk="gradio", private=private, exist_ok=True), repo_id
     )
@@ -282,20 +295,26 @@ def _to_upload(folder: Path) -> tuple[dict[str, Path], tuple[str, ...]]:
 
 def _present(
     api: HfApi, repo_id: str, revision: str | None, force: bool, folder: Path, *, private: bool | None, dry_run: bool
-) -> tuple[list[str], str | None]:
+) -> tuple[list[str], str | None] | None:
     """The files and the head of a branch, which begins as the main one if it is not there yet.
+
+    A dry run asks once, for no more than seconds: None if the Hub does not say.
 
     Raises:
         HubError: If it may not be overwritten.
     """
+    if dry_run and not answers(repo_id):
+        return None
+    once: dict[str, Any] = {"timeout": _SECONDS} if dry_run else {}
+    tries = 1 if dry_run else TRIES
     try:
-        info = asking(lambda: api.model_info(repo_id, revision=revision), repo_id, missing=True)
+        info = asking(lambda: api.model_info(repo_id, revision=revision, **once), repo_id, missing=True, tries=tries)
         if info is None and revision is not None:
             revision = None
-            info = asking(lambda: api.model_info(repo_id), repo_id, missing=True)
+            info = asking(lambda: api.model_info(repo_id, **once), repo_id, missing=True, tries=tries)
     except HubError:
-        if dry_run:  # whether it exists is not known then
-            return [], None
+        if dry_run:
+            return None
         raise
     _check_private(repo_id, info, private)
     names = [] if info is None else [each.rfilename for each in info.siblings or []]

@@ -21,11 +21,69 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
+_UNITS = "'head', 'neuron' or 'layer'"
+_ROWS = "'row', 'column' or 'channel'"
+# What other libraries call things, by what is asked for.
+_THEIR_WORDS: dict[str, dict[str, str]] = {
+    "criterion": {
+        **dict.fromkeys(("l1", "l2", "ln", "norm", "abs", "absolute", "weight", "l1_unstructured"), "'magnitude'"),
+        **dict.fromkeys(("random_unstructured", "rand"), "'random'"),
+        **dict.fromkeys(("ln_structured", "l1_structured", "l2_structured"), f"'magnitude' with granularity {_ROWS}"),
+        "random_structured": f"'random' with granularity {_ROWS}",
+        "global_unstructured": "'magnitude' with scope='global'",
+        **dict.fromkeys(("gradient", "grad", "sensitivity", "first_order"), "'taylor' or 'snip'"),
+        **dict.fromkeys(
+            ("hessian", "obs", "obert", "second_order", "optimal_brain_surgeon"), "'sparsegpt' or 'fisher'"
+        ),
+        **dict.fromkeys(("obd", "optimal_brain_damage"), "'fisher_diagonal'"),
+        "owl": "'wanda' with allocation='owl'",
+    },
+    "granularity": {
+        **dict.fromkeys(("structured", "structural", "unit", "units"), _UNITS),
+        **dict.fromkeys(("head", "heads", "attention", "attention_head", "attention_heads"), "'head'"),
+        **dict.fromkeys(("neuron", "neurons", "ffn", "mlp", "intermediate"), "'neuron'"),
+        **dict.fromkeys(("layers", "depth", "transformer_block"), "'layer'"),
+        **dict.fromkeys(("ln_structured", "l1_structured", "random_structured", "rows", "columns"), _ROWS),
+        **dict.fromkeys(("filter", "filters", "channels", "kernel", "out_channels"), "'channel'"),
+        **dict.fromkeys(("semi_structured", "semistructured", "sparse24", "n:m", "nm"), "'2:4'"),
+        **dict.fromkeys(
+            ("l1_unstructured", "random_unstructured", "global_unstructured", "element", "weight", "fine", "none"),
+            "'unstructured'",
+        ),
+        **dict.fromkeys(("block", "blocks", "blockwise", "block_sparse"), "'block:16x1'"),
+    },
+    "scope": {
+        **dict.fromkeys(("local", "tensor", "matrix", "per_layer", "layerwise", "uniform"), "'layer'"),
+        **dict.fromkeys(("model", "network", "global_unstructured", "all"), "'global'"),
+        **dict.fromkeys(("output", "per_output", "neuron"), "'row'"),
+    },
+    "setting": {
+        **dict.fromkeys(
+            ("amount", "ratio", "pruning_ratio", "prune_ratio", "fraction", "percentage", "target_sparsity"),
+            "'sparsity'",
+        ),
+        **dict.fromkeys(("final_sparsity", "sparsity_level", "sparsity_ratio", "prune_amount"), "'sparsity'"),
+        **dict.fromkeys(("density", "keep_ratio"), "'sparsity', 1 less that share"),
+        **dict.fromkeys(("method", "importance", "metric", "score", "pruning_method", "algorithm"), "'criterion'"),
+        **dict.fromkeys(("pattern", "mask_structure", "structure", "pruning_type", "sparsity_type"), "'granularity'"),
+        **dict.fromkeys(("targets", "modules", "layers", "include", "module_names", "parameters"), "'target_modules'"),
+        **dict.fromkeys(("ignore", "exclude", "ignored_layers", "excluded_modules", "skip"), "'exclude_modules'"),
+        **dict.fromkeys(("global_pruning", "pruning_scope"), "'scope'"),
+        **dict.fromkeys(("iterations", "num_steps", "iterative_steps", "pruning_steps"), "'steps'"),
+        **dict.fromkeys(("random_state", "random_seed"), "'seed'"),
+        **dict.fromkeys(("dataset", "data", "dataloader", "calibration_data"), "calibration=, an argument of prune()"),
+    },
+}
+
+
 def unknown_name(kind: str, name: object, valid: Iterable[str]) -> UnknownNameError:
-    """The error for a name that does not exist, with the valid ones and the closest of them."""
+    """The error for a name that does not exist, with the valid ones, and what was meant or the closest of them."""
     valid = list(valid)
+    word = str(name).strip().lower().replace("-", "_").replace(" ", "_")
+    words = next((words for key, words in _THEIR_WORDS.items() if key in kind), {})
     close = difflib.get_close_matches(str(name), valid, n=1)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
+    meant = words.get(word) or (repr(close[0]) if close else None)
+    hint = "" if meant is None else f" Did you mean {meant}?"
     return UnknownNameError(f"unknown {kind} {name!r}: expected one of {', '.join(valid)}.{hint}")
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,12 +18,15 @@ from hf_prune.config import PruningConfig
 from hf_prune.errors import HfPruneError
 from hf_prune.masking import MaskStore, warn_regrown
 from hf_prune.offloading import values_of
+from hf_prune.plan import coverage_notes
+from hf_prune.registry import parse_granularity
 from hf_prune.structures import StructureReport
 from hf_prune.tables import format_count, format_table
-from hf_prune.targets import Target, resolve_targets
+from hf_prune.targets import Target, divisible, resolve_targets
 
 _CHUNK = 1 << 18  # numbers looked at together
-NM_PATTERNS = ((1, 2), (1, 4), (2, 4), (2, 8), (4, 8), (8, 16))
+NM_PATTERNS = ((2, 4),)  # what sparse tensor cores read
+_USED = 0.5  # share of the places of such a pattern that hold a weight; below, it is there by accident
 
 
 @dataclass(frozen=True)
@@ -88,12 +92,16 @@ class SparsityReport:
         tensors: Every parameter once, tied ones under their first name.
         polish: What each training after a pruning did, in one sentence; empty if there was none.
         structure: What is left after what was pruned as a whole was taken out; None if nothing was.
+        notes: Sentences about what the settings mean and leave dense all the same, such as fused experts.
+        file_bytes: Size of the files that weights and masks were loaded from, where that is known.
     """
 
     model_name: str
     tensors: tuple[TensorReport, ...]
     polish: str = ""
     structure: StructureReport | None = None
+    notes: tuple[str, ...] = ()
+    file_bytes: int | None = None
 
     @property
     def targets(self) -> tuple[TensorReport, ...]:
@@ -175,7 +183,9 @@ class SparsityReport:
             "model_sparsity": self.model_sparsity,
             "nm_patterns": list(self.nm_patterns),
             "bytes": self.bytes,
+            "file_bytes": self.file_bytes,
             "polish": self.polish,
+            "notes": list(self.notes),
             "structure": None if self.structure is None else self.structure.to_dict(),
             "tensors": [{**dataclasses.asdict(t), "sparsity": t.sparsity} for t in self.tensors],
         }
@@ -230,10 +240,15 @@ class SparsityReport:
             lines.append(f"N:M: every target satisfies {', '.join(self.nm_patterns)}.")
         if self.polish:
             lines.append(self.polish)
+        lines += self.notes
         if self.structure is not None:
             lines.append(self.structure.summary())
+            if self.file_bytes is not None:
+                lines.append(f"Size: {format_count(self.file_bytes)}B in files.")
         else:
-            lines.append(f"Size: {format_count(self.bytes)}B dense; zeros are stored like any other number.")
+            files = "" if self.file_bytes is None else f"{format_count(self.file_bytes)}B in files, "
+            stored = "" if files else "; zeros are stored like any other number"
+            lines.append(f"Size: {files}{format_count(self.bytes)}B dense{stored}.")
         return "\n".join(lines)
 
 
@@ -259,7 +274,7 @@ def sparsity_report(model: nn.Module, config: PruningConfig | None = None) -> Sp
     store = MaskStore.of(model)
     warn_regrown(model, "they are counted as they are")
     targets = _targets(model, config, store)
-    patterns = _patterns(config, store)
+    asked = config or (store.config if store is not None else None)
     dense = store.dense if store is not None and store.dense is not None else {}
     tensors = []
     for name, parameter in model.named_parameters():
@@ -272,15 +287,20 @@ def sparsity_report(model: nn.Module, config: PruningConfig | None = None) -> Sp
                 is_target=is_target,
                 parameters=weight.numel(),
                 nonzero=int(weight.count_nonzero()),
-                nm_patterns=() if target is None else nm_patterns(target, weight, patterns),
+                nm_patterns=() if target is None else nm_patterns(target, weight, asked),
                 bytes=weight.numel() * weight.element_size(),
                 after=WeightStatistics.of(weight) if is_target else None,
                 before=WeightStatistics.of(dense[name]) if name in dense else None,
             )
         )
-    return SparsityReport(
-        type(model).__name__, tuple(tensors), " ".join(map(str, store.polishes)) if store is not None else ""
-    )
+    meant = config or (PruningConfig() if store is None else store.config)
+    notes: tuple[str, ...] = ()
+    if meant is not None and not meant.removes_units:
+        with contextlib.suppress(HfPruneError):  # what the settings mean is not there any more
+            left_out = divisible(resolve_targets(model, meant), meant)[1]
+            notes = coverage_notes(model, meant, list(targets.values()), left_out)
+    polishes = " ".join(map(str, store.polishes)) if store is not None else ""
+    return SparsityReport(type(model).__name__, tuple(tensors), polishes, notes=notes)
 
 
 def _targets(model: nn.Module, config: PruningConfig | None, store: MaskStore | None) -> dict[str, Target]:
@@ -295,32 +315,27 @@ def _targets(model: nn.Module, config: PruningConfig | None, store: MaskStore | 
         return {}
 
 
-def _patterns(config: PruningConfig | None, store: MaskStore | None) -> list[tuple[int, int]]:
-    """The N:M patterns to look for: the one that was asked for, and common ones."""
-    return patterns_of(config or (store.config if store is not None else None))
+def nm_patterns(target: Target, weight: Tensor, asked: PruningConfig | None = None) -> tuple[str, ...]:
+    """The N:M patterns that a weight satisfies: the one that was asked for, and those that hardware knows.
 
-
-def patterns_of(asked: PruningConfig | None) -> list[tuple[int, int]]:
-    """The N:M patterns that a report on such a pruning looks for: common ones, and the one that was asked for."""
-    granularity = "" if asked is None or isinstance(asked.granularity, tuple) else asked.granularity
-    own = granularity.split(":") if ":" in granularity else []
-    pattern = [(int(own[0]), int(own[1]))] if own and own[0].isdigit() else []
-    return list(dict.fromkeys([*pattern, *NM_PATTERNS]))
-
-
-def nm_patterns(target: Target, weight: Tensor, patterns: Sequence[tuple[int, int]] = NM_PATTERNS) -> tuple[str, ...]:
-    """The N:M patterns that a weight satisfies.
+    Sparse weights satisfy many patterns by accident: of the latter, only those count that are well used.
 
     Args:
         target: Which weight it is.
         weight: Its values, in its own layout.
-        patterns: The (N, M) to look for.
+        asked: The settings that it was pruned by.
     """
+    granularity = None if asked is None or asked.removes_units else parse_granularity(asked.granularity)
+    own = []
+    if granularity is not None and granularity.pool is not None and granularity.fixed_sparsity is not None:
+        own = [(round((1 - granularity.fixed_sparsity) * granularity.pool), granularity.pool)]
     matrix = target.matrix(weight)
-    found = [(n, m) for n, m in patterns if target.inputs % m == 0]
+    nonzero = int(weight.count_nonzero())
+    used = [(n, m) for n, m in NM_PATTERNS if nonzero >= _USED * n / m * weight.numel()]
+    found = [(n, m) for n, m in dict.fromkeys([*own, *used]) if target.inputs % m == 0]
     for rows in matrix.split(max(1, _CHUNK // matrix.shape[1])):
-        nonzero = rows != 0
-        found = [(n, m) for n, m in found if int(nonzero.reshape(-1, m).sum(1, dtype=torch.int32).max()) <= n]
+        kept = rows != 0
+        found = [(n, m) for n, m in found if int(kept.reshape(-1, m).sum(1, dtype=torch.int32).max()) <= n]
     return tuple(f"{n}:{m}" for n, m in found)
 
 

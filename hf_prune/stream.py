@@ -25,7 +25,7 @@ from hf_prune.files import refuse_file
 from hf_prune.masking import MaskStore
 from hf_prune.partial import Partial
 from hf_prune.pipeline import resolve_config
-from hf_prune.plan import PlannedTensor, PruningPlan, make_plan
+from hf_prune.plan import PlannedTensor, PruningPlan, make_plan, warn_of
 from hf_prune.progress import Bar
 from hf_prune.registry import CRITERIA
 from hf_prune.report import SparsityReport
@@ -103,6 +103,7 @@ def prune_stream(
         if all(of.get(name) == value for name, value in key.items()):
             return report
     skeleton, plan, old_masks = _prepare(source, config)
+    warn_of(plan.notes)
     partial = Partial(out)
     partial.begin({**key, "weights": skeleton.shards.fingerprint()}, restart)
     output = Output(skeleton, plan, old_masks, partial)

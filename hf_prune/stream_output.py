@@ -28,7 +28,7 @@ from hf_prune.files import write_text
 from hf_prune.masking import zero_removed_
 from hf_prune.partial import Partial
 from hf_prune.plan import PlannedTensor, PruningPlan, refuse_infinite
-from hf_prune.report import SparsityReport, TensorReport, WeightStatistics, nm_patterns, patterns_of
+from hf_prune.report import SparsityReport, TensorReport, WeightStatistics, nm_patterns
 from hf_prune.shards import Entry, header_bytes, read_parts, read_rows, read_tensor, write_all, write_tensor
 from hf_prune.skeleton import Skeleton
 from hf_prune.sources import check_model_source
@@ -223,7 +223,7 @@ class Output:
 
     def _report(self, name: str, target: Target | None, weight: Tensor | None, nonzero: int = 0) -> dict[str, Any]:
         parameter = self._parameters[name]
-        found = () if target is None or weight is None else nm_patterns(target, weight, patterns_of(self.plan.config))
+        found = () if target is None or weight is None else nm_patterns(target, weight, self.plan.config)
         return dataclasses.asdict(
             TensorReport(
                 name=name,
@@ -248,9 +248,9 @@ class Output:
                 shutil.copyfile(path, staging / name)
         copy_companions(source, staging, **hub)
         self._join_masks(staging / MASK_FILE)
-        report = report_of(self.plan.model_name, list(self._parameters), self.reports)
+        report = report_of(self.plan.model_name, list(self._parameters), self.reports, self.plan.notes)
         write_text(staging / REPORT_FILE, report.to_json())
-        place(self.partial, out, list(self._parameters), self.plan.model_name)
+        place(self.partial, out, list(self._parameters), report)
         return report
 
     def _join_masks(self, path: Path) -> None:
@@ -269,7 +269,9 @@ def _masked_targets(model: Any, masks: Mapping[str, Tensor]) -> list[Target]:
     return [target for target in every if target.name in masks]
 
 
-def report_of(model_name: str, names: Sequence[str], reports: Mapping[str, Mapping[str, Any]]) -> SparsityReport:
+def report_of(
+    model_name: str, names: Sequence[str], reports: Mapping[str, Mapping[str, Any]], notes: Sequence[str]
+) -> SparsityReport:
     """A report from what the journal says of each parameter."""
 
     def statistics(values: Mapping[str, float] | None) -> WeightStatistics | None:
@@ -289,13 +291,15 @@ def report_of(model_name: str, names: Sequence[str], reports: Mapping[str, Mappi
             )
             for name in names
         ),
+        notes=tuple(notes),
     )
 
 
-def place(partial: Partial, out: Path, names: Sequence[str], model_name: str) -> None:
+def place(partial: Partial, out: Path, names: Sequence[str], report: SparsityReport) -> None:
     """Move a finished checkpoint to where it belongs, in such a way that an interruption can be made good."""
     files = sorted(str(path.relative_to(partial.staging)) for path in partial.staging.rglob("*") if path.is_file())
-    partial.add({"placing": files, "names": list(names), "model": model_name})
+    described = {"names": list(names), "model": report.model_name, "notes": list(report.notes)}
+    partial.add({"placing": files, **described})
     place_checkpoint(partial.staging, out.resolve())
     partial.remove()
 
@@ -313,7 +317,7 @@ def finish_placing(out: Path) -> tuple[dict[str, str], SparsityReport] | None:
     reports: dict[str, dict[str, Any]] = {}
     for record in partial.records:
         reports |= record.get("tensors", {})
-    found = dict(partial.key), report_of(last["model"], last["names"], reports)
+    found = dict(partial.key), report_of(last["model"], last["names"], reports, last.get("notes", ()))
     partial.remove()
     return found
 

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from hf_prune.config import PruningConfig
 from hf_prune.errors import PlanError
-from hf_prune.registry import unknown_name
+from hf_prune.registry import parse_granularity, unknown_name
 
 ALL_LINEAR = "all-linear"
+_RAW_CHANNELS = 4  # a convolution of no more reads pixels or samples
 _CHUNK = 1 << 18  # weights looked at together
 
 
@@ -212,6 +213,68 @@ def uncovered_matrices(model: nn.Module) -> dict[str, int]:
     covered |= {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     matrices = {name: p for name, p in model.named_parameters() if id(p) not in covered}
     return {name: p.numel() for name, p in matrices.items() if sum(size > 1 for size in p.shape) > 1}
+
+
+def divisible(targets: list[Target], config: PruningConfig) -> tuple[list[Target], dict[str, str]]:
+    """The targets that a granularity divides into units, and why it does not divide the others, by module name."""
+    granularity = parse_granularity(config.granularity)
+    misfits = {t.name: (t, why) for t in targets if (why := granularity.misfit(t)) is not None}
+    left_out = {t.module: f"{t.shape}: {why}" for t, why in misfits.values()}
+    return [t for t in targets if t.name not in misfits], left_out
+
+
+def passed_over(model: nn.Module, config: PruningConfig, targets: Collection[Target]) -> dict[str, int]:
+    """Matrices that a config means and that are no targets all the same: sizes by parameter name, largest first.
+
+    By default these are fused experts and the like, convolutions, parametrized layers, and what the granularity does
+    not divide; not embeddings, of pixels by a convolution either, the output embedding, and what ``exclude_modules``
+    names.
+
+    Args:
+        model: Any torch module.
+        config: Its ``target_modules`` and ``exclude_modules``.
+        targets: What it leads to.
+    """
+    head = _output_embedding(model) if config.target_modules == ALL_LINEAR else None
+    taken = {t.name for t in targets}
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    sizes = uncovered_matrices(model)
+    owner = {name: owner_of(name) for name in sizes}
+    for module_name, (module, layout) in _prunable_modules(model):
+        weight = module._parameters["weight"]
+        assert weight is not None
+        name = names[id(weight)]
+        embeds = isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and module.in_channels <= _RAW_CHANNELS
+        excluded = config.exclude_modules == ALL_LINEAR and layout != "conv"
+        if name not in taken and module is not head and not embeds and not excluded:
+            owner[name], sizes[name] = module_name, weight.numel()
+
+    def means(pattern: str | tuple[str, ...], name: str) -> bool:
+        return pattern != ALL_LINEAR and module_matches(name, pattern)
+
+    meant = [
+        name
+        for name in sizes
+        if (config.target_modules == ALL_LINEAR or means(config.target_modules, owner[name]))
+        and not (config.exclude_modules and means(config.exclude_modules, owner[name]))
+    ]
+    return {name: sizes[name] for name in sorted(meant, key=lambda name: -sizes[name])}
+
+
+def owner_of(name: str) -> str:
+    """The module whose parameter that is, or is computed from: ``x.parametrizations.weight.original1`` is of ``x``."""
+    return re.split(r"\.?parametrizations\.", name)[0] if "parametrizations." in name else name.rpartition(".")[0]
+
+
+def parametrized_linears(names: Collection[str], model: nn.Module) -> list[str]:
+    """Modules, among the owners of some parameters, that are Linear and whose weight is computed from these."""
+    found = []
+    for name in names:
+        owner = owner_of(name)
+        module = model.get_submodule(owner)
+        if isinstance(module, nn.Linear) and "weight" not in module._parameters and owner not in found:
+            found.append(owner)
+    return found
 
 
 def is_finite(tensor: Tensor) -> bool:

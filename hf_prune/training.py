@@ -26,7 +26,7 @@ from hf_prune.errors import ConfigError, MaskError
 from hf_prune.masking import MaskStore, zero_removed_
 from hf_prune.offloading import refuse_offloaded
 from hf_prune.pipeline import prune
-from hf_prune.plan import make_plan
+from hf_prune.plan import coverage_notes, make_plan, warn_of
 from hf_prune.registry import CRITERIA, parse_granularity
 from hf_prune.running import eval_mode
 from hf_prune.schedules import Schedule
@@ -34,7 +34,7 @@ from hf_prune.scoring import compute_masks
 from hf_prune.shrinking import shrink_modules
 from hf_prune.sites import sites_of_channels
 from hf_prune.structured import unit_masks
-from hf_prune.targets import resolve_targets
+from hf_prune.targets import divisible, resolve_targets
 from hf_prune.unit_plan import choose_units, unit_sites
 
 _ROUNDING = 0.005  # of a sparsity, in small pools
@@ -151,7 +151,9 @@ class TrainingPruner:
         """Parameters whose zeros are counted: the targets, or the matrices of heads and neurons."""
         if config.removes_units:
             return [part.name for site in unit_sites(self.model, config) for part in site.parts]
-        return [target.name for target in resolve_targets(self.model, config, loaded=not self.is_sharded)]
+        targets, left_out = divisible(resolve_targets(self.model, config, loaded=not self.is_sharded), config)
+        warn_of(coverage_notes(self.model, config, targets, left_out))
+        return [target.name for target in targets]
 
     # --- each step ----------------------------------------------------------------------------------------
 

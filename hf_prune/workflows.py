@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import inspect
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import transformers
 from transformers import AutoConfig, AutoTokenizer
 
 from hf_prune.adoption import MIN_SPARSITY, AdoptionReport, adopt_zeros
@@ -18,6 +20,7 @@ from hf_prune.calibration_data import LabelledData, TextData
 from hf_prune.checkpoint import CARD_DATA, REPORTS, copy_companions, has_tokenizer, staged_checkpoint
 from hf_prune.comparison import Comparison, compare
 from hf_prune.config import PruningConfig
+from hf_prune.criteria.base import LABELLED
 from hf_prune.data_files import refuse_same_split
 from hf_prune.data_loading import check_columns, load_texts
 from hf_prune.distributed import all_or_none, is_first, processes
@@ -29,12 +32,20 @@ from hf_prune.plan import PruningPlan
 from hf_prune.plots import write_plots
 from hf_prune.report import SparsityReport, sparsity_report, weight_histogram
 from hf_prune.sites import find_sites
-from hf_prune.sources import check_model_source, is_language_model
+from hf_prune.sources import check_model_source, is_language_model, model_class
 from hf_prune.stream import check_streamable, prune_stream
 from hf_prune.structures import structure_report
 from hf_prune.sweep import SweepResult, run_sweep
 from hf_prune.texts import text_batches, token_windows
 from hf_prune.unit_plan import UnitPlan
+
+_OTHER_INPUTS = {
+    "pixel_values": "images",
+    "pixel_values_videos": "videos",
+    "input_features": "audio",
+    "input_values": "audio",
+    "input_points": "points",
+}
 
 
 def load_classifier(source: str) -> tuple[Any, Any]:
@@ -72,11 +83,28 @@ def load_language_model(source: str) -> tuple[Any, Any]:
 
 def _load(source: str) -> tuple[Any, Any]:
     offline = check_model_source(source)
+    _refuse_other_inputs(source)
     if not has_tokenizer(source, local_files_only=offline):
         raise DataError(
             f"{source!r} has no tokenizer: save it beside the model with tokenizer.save_pretrained({source!r})"
         )
     return load_native(source), AutoTokenizer.from_pretrained(source, local_files_only=offline)
+
+
+def _refuse_other_inputs(source: str) -> None:
+    """Make sure that a model reads texts, and texts only."""
+    name = model_class(source)
+    cls = getattr(transformers, name, None)
+    if cls is None:  # code of its own: seen when it is loaded
+        return
+    takes = inspect.signature(cls.forward).parameters
+    others = [f"{what} ({key})" for key, what in _OTHER_INPUTS.items() if key in takes]
+    if others and ("input_ids" not in takes or not name.endswith("ForSequenceClassification")):
+        raise DataError(
+            f"{source!r} is a {name}, which learns from {' and '.join(others)}, and the commands have texts only: "
+            f"prune it in Python, with calibration=batches, a list of dicts with what its processor makes of them, or "
+            f"choose a criterion without data, such as magnitude"
+        )
 
 
 def evaluate_checkpoint(source: str, data: LabelledData, split: str, *, batch_size: int = 32) -> Evaluation:
@@ -194,7 +222,8 @@ def _with_calibration(
     """A model, and where there is data its tokenizer and its calibration batches."""
     if data is None:
         return load_native(source), None, None
-    model, tokenizer = (load_language_model if isinstance(data, TextData) else load_classifier)(source)
+    load = load_language_model if isinstance(data, TextData) else load_classifier if config.needs & LABELLED else _load
+    model, tokenizer = load(source)
     return model, tokenizer, data.calibration([config], model, tokenizer)
 
 
@@ -295,6 +324,7 @@ def stream_checkpoint(
 def _streamed_batches(source: str, data: LabelledData | TextData) -> list[dict[str, Any]]:
     """Calibration batches for a model that is not there."""
     offline = check_model_source(source)
+    _refuse_other_inputs(source)
     if not has_tokenizer(source, local_files_only=offline):
         raise DataError(f"{source!r} has no tokenizer, which calibration on texts needs: save it beside the model")
     tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=offline)

@@ -1,6 +1,7 @@
 """Push and load with the real client library, against a Hub on the loopback interface."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -9,6 +10,7 @@ from safetensors.torch import save_file
 
 from hf_prune import (
     CheckpointError,
+    HubError,
     prunable,
     prune,
     push_checkpoint,
@@ -391,3 +393,38 @@ def test_a_token_in_a_message_is_not_printed():
     from hf_prune.hub import _clean
 
     assert TOKEN not in _clean(RuntimeError(f"denied for {TOKEN} at\n x"))
+
+
+@pytest.mark.parametrize("endpoint", ["http://127.0.0.1:9", "http://does-not-exist.invalid"])
+def test_a_dry_run_needs_no_hub(folders, monkeypatch, endpoint):
+    """It asks once whether the Hub answers, and not again and again."""
+    monkeypatch.setenv("HF_ENDPOINT", endpoint)
+    monkeypatch.setattr("time.sleep", lambda _: pytest.fail("tried again"))
+    monkeypatch.setattr("hf_prune.push.asking", lambda *_, **__: pytest.fail("asked all the same"))
+    result = push_checkpoint(folders / "pruned", REPO, dry_run=True)
+    assert not result.asked
+    assert "model.safetensors" in result.files
+    assert "The Hub did not say what that repository holds" in str(result)
+
+
+@pytest.mark.parametrize("name", ["a b/c", "me/x/y", "me/-x", "me/x.git", "me/" + "x" * 97, "", "me/a--b"])
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_names_that_no_repository_can_have(folders, monkeypatch, name, dry_run):
+    monkeypatch.setattr("hf_prune.push.asking", lambda *_, **__: pytest.fail("asked the Hub"))
+    with pytest.raises(HubError, match=rf"^{re.escape(repr(name))} is no name for a repository: "):
+        push_checkpoint(folders / "pruned", name, dry_run=dry_run)
+
+
+def test_a_hub_that_fails_is_asked_once_by_a_dry_run(hub, folders, monkeypatch):
+    """A proxy may answer in its place."""
+    calls = []
+
+    def failing(self, *args, **kwargs):
+        calls.append(kwargs)
+        raise ConnectionError("no")
+
+    monkeypatch.setattr("hf_prune.push.answers", lambda _: True)
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", failing)
+    assert not push_checkpoint(folders / "pruned", REPO, dry_run=True).asked
+    assert len(calls) == 1
+    assert calls[0]["timeout"] <= 2

@@ -1,10 +1,13 @@
 """The plan: exact counts, a table to read, and every refusal before anything changes."""
 
 import json
+import re
+import warnings
 
 import pytest
 import torch
 from torch import nn
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from hf_prune.config import PruningConfig
 from hf_prune.errors import MaskError, PlanError
@@ -12,6 +15,8 @@ from hf_prune.masking import MaskStore
 from hf_prune.pipeline import prune
 from hf_prune.plan import make_plan
 from hf_prune.report import sparsity_report
+from hf_prune.stream import prune_stream
+from hf_prune.training import TrainingPruner
 from tests import models
 from tests.models import assert_unchanged, mlp, snapshot
 
@@ -112,17 +117,37 @@ def test_to_dict_is_json():
     }
 
 
-def test_n_m_that_does_not_divide_is_refused():
+def test_what_a_granularity_does_not_divide_stays_dense_and_is_named():
     model = models.tiny_resnet()
-    message = (
-        r"granularity '2:4' does not divide 1 of \d+ targets: .*\(8, 3, 7, 7\): its 3 inputs are no multiple of 4\. "
-    )
-    with pytest.raises(
-        PlanError, match=message + "Choose another granularity, or list those modules in exclude_modules"
-    ):
-        make_plan(model, PruningConfig(granularity="2:4", target_modules=".*"))
+    before = snapshot(model)
     stem = "resnet.embedder.embedder.convolution"
-    assert make_plan(model, PruningConfig(granularity="2:4", target_modules=".*", exclude_modules=[stem])).remove > 0
+    sentence = (
+        rf"Left dense, since granularity '2:4' does not divide them: {stem} \(8, 3, 7, 7\): its 3 inputs are no "
+        r"multiple of 4\."
+    )
+    plan = make_plan(model, PruningConfig(granularity="2:4", target_modules=".*"))
+    assert re.search(sentence, str(plan))
+    assert any(re.search(sentence, note) for note in plan.to_dict()["notes"])
+    with pytest.warns(UserWarning, match=sentence):
+        prune(model, granularity="2:4", target_modules=".*")
+    assert torch.equal(model.get_submodule(stem).weight, before[f"{stem}.weight"])
+    assert f"{stem}.weight" not in MaskStore.of(model).masks
+    assert sparsity_report(model).nm_patterns == ("2:4",)
+    plan = make_plan(
+        models.tiny_resnet(), PruningConfig(granularity="2:4", target_modules=".*", exclude_modules=[stem])
+    )
+    assert plan.remove > 0
+    assert not plan.notes
+
+
+@pytest.mark.parametrize("settings", [{}, {"scope": "global"}, {"criterion": "taylor"}], ids=str)
+def test_a_head_that_blocks_do_not_divide_stays_dense(bert, settings):
+    head = bert.classifier.weight.detach().clone()
+    with pytest.warns(UserWarning, match=r"classifier \(2, 16\): its 2 outputs are no multiple of 16"):
+        prune(bert, 0.5, granularity="block:16x1", calibration=models.tiny_batches(bert), **settings)
+    assert torch.equal(bert.classifier.weight, head)
+    assert "classifier.weight" not in MaskStore.of(bert).masks
+    assert sparsity_report(bert).target_sparsity == 0.5
 
 
 def test_n_m_may_not_cross_the_positions_of_a_kernel():
@@ -136,6 +161,8 @@ def test_n_m_may_not_cross_the_positions_of_a_kernel():
     [
         ("block:5x1", r"its 12 outputs are no multiple of 5; fc2 .* its 3 outputs"),
         ("block:1x5", r"its 8 inputs are no"),
+        ("block:1x32", r"its 8 inputs are no multiple of 32; fc2 .* its 12 inputs"),
+        ("block:64x64", r"its 12 outputs are no multiple of 64"),
     ],
 )
 def test_blocks_that_do_not_divide_are_refused(granularity, message):
@@ -227,3 +254,107 @@ def test_matrices_that_no_config_can_target_are_named():
     assert "Not covered: 192 parameters in 1 matrices outside Linear, Conv1D and convolutions, such as" in str(plan)
     assert plan.to_dict()["uncovered_parameters"] == 192
     assert "Not covered" not in str(prune(mlp(), 0.5, dry_run=True))
+
+
+def mixtral():
+    config = MixtralConfig(
+        vocab_size=48,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_local_experts=4,
+    )
+    return models.fill(MixtralForCausalLM(config))
+
+
+def experts_left_out(model):
+    """Counted by hand: all matrices of experts and routers, and all that lie in Linears but the output embedding."""
+    sizes = {name: p.numel() for name, p in model.named_parameters() if p.dim() > 1}
+    dense = sum(n for name, n in sizes.items() if "experts" in name or ".gate." in name)
+    rest = sum(n for name, n in sizes.items() if "self_attn" in name)
+    return dense / (dense + rest), dense + rest
+
+
+def test_fused_experts_that_stay_dense_are_named_once():
+    model = mixtral()
+    share, whole = experts_left_out(model)
+    sentence = (
+        rf"{100 * share:.2f} % of the {whole:,} weights in matrices of MixtralForCausalLM stay dense, the largest "
+        r"model\.layers\.0\.mlp\.experts\.gate_up_proj \(4,096\), model\.layers\.1\.mlp\.experts\.gate_up_proj .*fused"
+    )
+    assert share > 0.8
+    assert re.search(sentence, str(prune(model, 0.5, dry_run=True)))
+    with pytest.warns(UserWarning, match=sentence) as caught:
+        prune(model, 0.5, criterion="wanda", scope="row", calibration=models.tiny_batches(model))
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+    assert re.search(sentence, sparsity_report(model).summary())
+    assert re.search(sentence, sparsity_report(mixtral()).summary())
+
+
+def test_streaming_and_training_say_what_stays_dense(tmp_path):
+    models.tiny_resnet().save_pretrained(tmp_path / "dense")
+    with pytest.warns(UserWarning, match=r"99\.00 % of the 4,784 weights in matrices of ResNet") as caught:
+        prune_stream(tmp_path / "dense", PruningConfig(0.5), tmp_path / "out")
+    assert len(caught) == 1
+    with pytest.warns(UserWarning, match=r"99\.00 % of the 4,784 weights in matrices of ResNet") as caught:
+        TrainingPruner(models.tiny_resnet(), PruningConfig(0.5), steps=4)
+    assert len(caught) == 1
+
+
+def test_who_names_modules_is_told_only_of_those(recwarn):
+    prune(mixtral(), 0.5, target_modules=["q_proj", "k_proj"])
+    prune(mixtral(), 0.5, exclude_modules=["experts", "gate"])
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match=r"stay dense, the largest model\.layers\.0\.mlp\.experts\.gate_up_proj"):
+        prune(mixtral(), 0.5, target_modules=["q_proj", "experts"])
+
+
+def test_convolutions_that_nobody_named():
+    with pytest.warns(
+        UserWarning, match=r"99\.00 % of the 4,784 weights in matrices of ResNetFor.*convolutions that targ"
+    ):
+        prune(models.tiny_resnet(), 0.5)
+
+
+@pytest.mark.parametrize("kind", [*sorted(set(models.TRANSFORMERS) - {"resnet"}), "vit", "moe"])
+def test_ordinary_models_are_pruned_without_a_word(kind, recwarn):
+    build = {**models.TRANSFORMERS, "vit": models.tiny_vit, "moe": models.tiny_moe}[kind]
+    model = build()
+    prune(model, 0.5)
+    assert not sparsity_report(model).notes
+    assert not recwarn.list
+
+
+def old_weight_norm(module):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        torch.nn.utils.weight_norm(module)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [old_weight_norm, torch.nn.utils.parametrizations.weight_norm, torch.nn.utils.parametrizations.orthogonal],
+)
+def test_layers_whose_weights_are_computed_are_named(change):
+    """One in ten thousand weights, and still somebody meant it."""
+    model = nn.ModuleDict({"wide": nn.Linear(256, 256), "small": nn.Linear(4, 4)})
+    change(model["small"])
+    before = snapshot(model)
+    with pytest.warns(
+        UserWarning, match=r"Left dense, since their weights are computed .*: small; torch\.nn\.utils\.para"
+    ):
+        prune(model, 0.5)
+    assert list(MaskStore.of(model).masks) == ["wide.weight"]
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters() if name.startswith("small"))
+    plain = nn.ModuleDict({"wide": nn.Linear(256, 256), "small": nn.Linear(4, 4)})
+    change(plain["small"])
+    prune(plain, 0.5, exclude_modules=["small"])
+
+
+def test_sparsities_that_remove_nothing_or_everything():
+    assert "A sparsity of 0 removes nothing." in str(prune(mlp(), 0.0, dry_run=True))
+    assert "A sparsity of 1 removes everything that may go" in str(prune(mlp(), 1.0, dry_run=True))
+    assert "A sparsity of" not in str(prune(mlp(), 0.5, dry_run=True))

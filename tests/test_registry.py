@@ -1,11 +1,13 @@
 """Registries find their files by themselves, and a wrong name says what would be right."""
 
+import re
 import sys
 
 import pytest
 
+from hf_prune.config import PruningConfig
 from hf_prune.errors import ConfigError, UnknownNameError
-from hf_prune.registry import CRITERIA, GRANULARITIES, Registry, parse_granularity, unknown_name
+from hf_prune.registry import _THEIR_WORDS, CRITERIA, GRANULARITIES, Registry, parse_granularity, unknown_name
 
 
 @pytest.fixture
@@ -59,6 +61,46 @@ def test_the_closest_name_is_suggested_only_if_it_is_close():
     )
     assert "Did you mean" not in str(unknown_name("fruit", "xyz", ["pear", "apple"]))
     assert isinstance(unknown_name("fruit", 1, iter(["a"])), ConfigError)
+
+
+@pytest.mark.parametrize(
+    ("settings", "meant"),
+    [
+        ({"granularity": "structured"}, "'head', 'neuron' or 'layer'"),
+        ({"granularity": "heads"}, "'head'"),
+        ({"granularity": ("attention_heads", "neuron")}, "'head'"),
+        ({"granularity": "random_unstructured"}, "'unstructured'"),
+        ({"granularity": "Semi-Structured"}, "'2:4'"),
+        ({"granularity": "filters"}, "'channel'"),
+        ({"criterion": "l1"}, "'magnitude'"),
+        ({"criterion": "L1_Unstructured"}, "'magnitude'"),
+        ({"criterion": "random_unstructured"}, "'random'"),
+        ({"criterion": "ln_structured"}, "'magnitude' with granularity 'row', 'column' or 'channel'"),
+        ({"criterion": "global_unstructured"}, "'magnitude' with scope='global'"),
+        ({"criterion": "l2", "granularity": "head"}, "'magnitude'"),
+        ({"scope": "local"}, "'layer'"),
+        ({"amount": 0.5}, "'sparsity'"),
+        ({"pruning_ratio": 0.5}, "'sparsity'"),
+        ({"ignore": ["head"]}, "'exclude_modules'"),
+        ({"magnitud": 1}, None),
+        ({"criterion": "magnitud"}, "'magnitude'"),  # the closest, as ever
+    ],
+)
+def test_words_of_other_libraries_lead_to_ours(settings, meant):
+    with pytest.raises(UnknownNameError) as caught:
+        PruningConfig.from_dict(settings)
+    said = str(caught.value)
+    assert said.endswith(f" Did you mean {meant}?") if meant else "Did you mean" not in said
+
+
+def test_what_other_libraries_say_is_none_of_our_words():
+    """Else the suggestion would never be seen; and what is suggested exists."""
+    for criterion, words in {"criterion": CRITERIA.names(), "granularity": GRANULARITIES.names()}.items():
+        assert not set(_THEIR_WORDS[criterion]) & (set(words) - {"block", "n:m"})
+    for suggestion in _THEIR_WORDS["criterion"].values():
+        first = re.match("'(\\w+)'", suggestion)
+        assert first is not None
+        assert first[1] in CRITERIA.names()
 
 
 def test_what_the_library_offers():

@@ -11,7 +11,7 @@ from torch import nn
 
 from hf_prune import PruningConfig, prunable, prune, sparsity_report, weight_histogram
 from hf_prune.errors import PlanError
-from hf_prune.report import NM_PATTERNS, WeightStatistics
+from hf_prune.report import WeightStatistics
 from tests import models
 
 
@@ -111,7 +111,9 @@ def test_dict_and_json_agree_and_hold_everything(report):
         "model_sparsity": 0.3,
         "nm_patterns": [],
         "bytes": 80,
+        "file_bytes": None,
         "polish": "",
+        "notes": [],
         "structure": None,
     }
     assert [t["name"] for t in tensors] == [t.name for t in report.tensors]
@@ -233,11 +235,11 @@ def test_bytes_follow_the_dtype(dtype):
 # --- N:M -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("pattern", [f"{n}:{m}" for n, m in NM_PATTERNS])
+@pytest.mark.parametrize("pattern", ["1:2", "1:4", "2:4", "2:8", "4:8", "8:16"])
 def test_pruned_to_a_pattern_satisfies_it(pattern):
     model = prune(models.tiny_bert(), granularity=pattern)
     report = sparsity_report(model)
-    assert pattern in report.nm_patterns
+    assert report.nm_patterns[0] == pattern
     assert f"N:M: every target satisfies {', '.join(report.nm_patterns)}." in str(report)
     weight = model.get_parameter(report.targets[0].name)
     with torch.no_grad():
@@ -246,27 +248,43 @@ def test_pruned_to_a_pattern_satisfies_it(pattern):
         assert pattern not in sparsity_report(model).nm_patterns
 
 
-def brute_force_patterns(matrix: torch.Tensor) -> tuple[str, ...]:
-    found = []
-    for n, m in NM_PATTERNS:
-        rows = [row[i : i + m] for row in (matrix != 0).tolist() for i in range(0, len(row), m)]
-        if matrix.shape[1] % m == 0 and all(sum(row) <= n for row in rows):
-            found.append(f"{n}:{m}")
-    return tuple(found)
+def brute_force_patterns(matrix: torch.Tensor, n: int = 2, m: int = 4) -> tuple[str, ...]:
+    rows = [row[i : i + m] for row in (matrix != 0).tolist() for i in range(0, len(row), m)]
+    fits = matrix.shape[1] % m == 0 and all(sum(row) <= n for row in rows)
+    return (f"{n}:{m}",) if fits and sum(map(sum, rows)) >= matrix.numel() * n / m / 2 else ()
 
 
 def test_patterns_against_brute_force():
     generator = torch.Generator().manual_seed(0)
     seen = set()
-    for columns in (6, 8, 12, 16, 32):
-        for density in (0.05, 0.2, 0.5, 1):
-            layer = nn.Linear(columns, 4)
+    for columns in (4, 6, 8, 12):
+        for density in (0.05, 0.2, 0.4, 0.5, 1) * 4:
+            layer = nn.Linear(columns, 2)
             with torch.no_grad():
-                layer.weight.copy_(torch.rand(4, columns, generator=generator) < density)
+                layer.weight.copy_(torch.rand(2, columns, generator=generator) < density)
             found = sparsity_report(layer).tensors[0].nm_patterns
             assert found == brute_force_patterns(layer.weight)
-            seen |= set(found)
-    assert len(seen) > 3
+            seen.add(found)
+    assert len(seen) == 2
+
+
+def test_patterns_that_sparse_weights_satisfy_by_accident_are_not_named():
+    """At 95 % few runs of 16 have more than 8 weights, and of this matrix none has; nobody made it so."""
+    torch.manual_seed(0)
+    model = prune(nn.Linear(64, 8), 0.95)
+    kept = (model.weight != 0).reshape(-1, 4).sum(1)
+    assert kept.max() <= 2
+    report = sparsity_report(model)
+    assert report.nm_patterns == report.targets[0].nm_patterns == ()
+    assert "N:M:" not in str(report)
+
+
+def test_a_pattern_that_hardware_knows_is_named_whoever_made_it():
+    model = nn.Linear(8, 2)
+    with torch.no_grad():
+        model.weight[:, ::2] = 0
+    assert sparsity_report(model).nm_patterns == ("2:4",)
+    assert sparsity_report(prune(nn.Linear(8, 2), granularity="1:4")).nm_patterns == ("1:4", "2:4")
 
 
 def test_patterns_run_along_the_inputs_of_conv1d():

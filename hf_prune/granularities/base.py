@@ -56,7 +56,7 @@ class Granularity(ABC):
         out = target.matrix_shape[0]
         if out % rows:
             return f"its {out} outputs are no multiple of {rows}"
-        if columns < target.matrix_shape[1] and target.inputs % columns:
+        if columns != target.matrix_shape[1] and target.inputs % columns:
             return f"its {target.inputs} inputs are no multiple of {columns}"
         if self.pool is not None and target.inputs % self.pool:
             return f"its {target.inputs} inputs are no multiple of {self.pool}"
