@@ -8,32 +8,33 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 from warnings import warn
 
 import torch
 from torch import Tensor, nn
 
-from hf_prune.distributed import all_or_none, processes, share
+from hf_prune.distributed import add_up, all_or_none, from_first, share
 from hf_prune.errors import CalibrationError
-from hf_prune.padding import Padding
+from hf_prune.padding import Padding, first_tensor
 from hf_prune.plan import PlannedTensor, PruningPlan
 from hf_prune.progress import Bar
-from hf_prune.replay import Replay, Stack, outer_lists
+from hf_prune.replay import Event, NotAlikeError, Replay, Stack, fingerprint, has_nan, outer_lists, replayable
 from hf_prune.running import device_of, eval_mode, no_cache, no_logits, on_device, run_model
 from hf_prune.spill import Shelf
 from hf_prune.sums import InputSum
-from hf_prune.targets import is_finite
+from hf_prune.targets import is_finite, prunable_modules
 
 Batches = Iterable[Mapping[str, Any]]
 NO_BATCHES = "calibration has no batches: expected at least one; a used-up generator yields none"
 
 Statistics = dict[str, dict[str, Tensor]]
+Result = TypeVar("Result")
 _NUMBER = re.compile(r"\d+")
 
 CACHE_BYTES = 256 * 2**20  # of what finished blocks put out, in memory; what is beyond it goes to a temporary folder
@@ -74,18 +75,27 @@ class InputReader:
             on_device(model, batch)
         wanted = {t.target.name for t in plan.tensors}
         names = {id(parameter): name for name, parameter in model.named_parameters() if name in wanted}
+        multiply = {id(module) for _, (module, _) in prunable_modules(model)}
+        # Modules that multiply with a target, and all that have it: a tied embedding looks its rows up.
         self.holders: dict[str, list[nn.Module]] = {name: [] for name in wanted}
+        self.users: dict[str, list[nn.Module]] = {name: [] for name in wanted}
         for module in model.modules():
-            name = names.get(id(module._parameters.get("weight")))
-            if name is not None:
-                self.holders[name].append(module)
+            for parameter in module._parameters.values():
+                if (name := names.get(id(parameter))) is not None:
+                    self.users[name].append(module)
+                    if id(module) in multiply and parameter is module._parameters.get("weight"):
+                        self.holders[name].append(module)
         self.tensors = plan.tensors
-        self.reuse = reuse
-        self.replay = Replay()
+        self.replay = Replay(reuse)
         self.padding = Padding(model)
         self.signatures: dict[str, tuple[int, ...]] = {}
         self.once: set[int] = set()
         self.current = 0  # the number of the batch that is running
+        kinds = [_kind(batch) for batch in self.batches]
+        self._kinds = [kinds.index(kind) for kind in kinds]  # of each batch, by the first one of its kind
+        self._unlike = (
+            False  # what the first batches of their kinds have shown does not hold for the one that is running
+        )
         self._options = no_cache(model)
         self._without_logits = {**self._options, **no_logits(model, wanted)}
         self.tokens: dict[str, int] = {}
@@ -138,47 +148,51 @@ class InputReader:
         """
         by_module = {id(module): t for t in self.tensors for module in self.holders[t.target.name]}
         steps: list[list[PlannedTensor]] = []
-        seen: set[str] = set()
-        last: list[Tensor] = []  # the last input: kept alive, so that no other tensor can take its place
+        seen: dict[str, int] = {}  # by name, which input it got first
+        last: list[tuple[Tensor, object]] = []  # the last input: kept alive, so that no other tensor can take its place
         tokens = [0]
         signatures: dict[str, list[int]] = {}
+        calls: dict[int, dict[int, int]] = {}  # how often each module was called, in the order of the first calls
 
         def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x, tensor = first_input(args, kwargs), by_module[id(module)]
-            same = bool(last) and last[0] is x
+            same = bool(last) and last[0][0] is x and last[0][1] == _version(x)
             tokens[0] += not same
-            last[:] = [x]
             name = tensor.target.name
-            signatures.setdefault(name, []).append(tokens[0])
+            if self.current in calls:
+                signatures.setdefault(name, []).append(tokens[0])
+            last[:] = [(x, _version(x))]
             if name not in seen:
-                seen.add(name)
-                if same and steps:
+                seen[name] = tokens[0]
+                if steps and seen[steps[-1][0].target.name] == tokens[0]:
                     steps[-1].append(tensor)
                 else:
                     steps.append([tensor])
 
+        def count(module: nn.Module, _: Any) -> None:
+            of_batch = calls[self.current]
+            of_batch[id(module)] = of_batch.get(id(module), 0) + 1
+
         targets = [module for modules in self.holders.values() for module in modules]
         lists = outer_lists(self.model, {id(module) for module in targets})
-        calls: dict[int, int] = {}
-
-        def count(module: nn.Module, _: Any) -> None:
-            calls[id(module)] = calls.get(id(module), 0) + 1
-
-        order: list[int] = []
         for index, batch in enumerate(self.batches):
+            first = self._kinds[index] == index
+            if not first and len(seen) == len(self.tensors):
+                continue
+            self.current = index
             with ExitStack() as hooks:
                 for module in targets:
                     hooks.callback(module.register_forward_pre_hook(note, with_kwargs=True).remove)
-                if index == 0:
+                if first:
+                    calls[index] = {}
                     for module in self.model.modules():
                         hooks.callback(module.register_forward_pre_hook(count).remove)
                 self._forward(batch)
-            if index == 0:
-                self.signatures = {name: tuple(tokens) for name, tokens in signatures.items()}
-                order = list(calls)
-            if len(seen) == len(self.tensors):
-                break
-        self.once = {key for key, number in calls.items() if number == 1}
+            last.clear()
+        self.signatures = {name: tuple(numbers) for name, numbers in signatures.items()}
+        called = {key for of_batch in calls.values() for key in of_batch}
+        self.once = {key for key in called if all(of_batch.get(key, 1) == 1 for of_batch in calls.values())}
+        steps = [part for step in steps for part in self._apart(step)]
         missing = [t for t in self.tensors if t.target.name not in seen]
         if missing and warned:
             names = ", ".join(t.target.name for t in missing[:3]) + (", …" if len(missing) > 3 else "")
@@ -188,13 +202,37 @@ class InputReader:
                 stacklevel=2,
             )
         steps += [[t] for t in missing]
-        if self.reuse:
-            for blocks_of_list in lists:
-                if all(calls.get(id(block)) == 1 for block in blocks_of_list):
-                    ordered = sorted(blocks_of_list, key=lambda block: order.index(id(block)))
-                    targets_of = [self._targets_in(block) for block in ordered]
-                    self.replay.stacks.append(Stack(ordered, targets_of, self._shelf()))
+        for blocks in lists:
+            if (stack := self._stack(blocks, calls)) is not None:
+                self.replay.stacks.append(stack)
         return steps
+
+    def _apart(self, step: Sequence[PlannedTensor]) -> Iterator[list[PlannedTensor]]:
+        """Targets that get the same input, but for those that change it in another place, as tied and shared ones."""
+        together: list[PlannedTensor] = []
+        for tensor in step:
+            (user, *others) = self.users[tensor.target.name]
+            if others or id(user) not in self.once:
+                if together:
+                    yield together
+                yield [tensor]
+                together = []
+            else:
+                together.append(tensor)
+        if together:
+            yield together
+
+    def _stack(self, blocks: Sequence[nn.Module], calls: Mapping[int, Mapping[int, int]]) -> Stack | None:
+        """The blocks of a list as a stack, if batches call all of them once and in the same order, or none."""
+        by_id = {id(block): block for block in blocks}
+        orders = {kind: [key for key in of_batch if key in by_id] for kind, of_batch in calls.items()}
+        kinds = {kind for kind, order in orders.items() if order}
+        found = [orders[kind] for kind in kinds]
+        once = all(calls[kind][key] == 1 for kind in kinds for key in orders[kind])
+        if not found or not once or any(order != found[0] or len(order) != len(by_id) for order in found):
+            return None
+        ordered = [by_id[key] for key in found[0]]
+        return Stack(ordered, [self._targets_in(block) for block in ordered], frozenset(kinds), self._shelf())
 
     def _targets_in(self, block: nn.Module) -> set[str]:
         inside = {id(module) for module in block.modules()}
@@ -218,8 +256,65 @@ class InputReader:
 
         :meth:`gather` does so on the way; done apart, the weights of one block suffice at a time.
         """
-        if self.replay.behind():
-            self._run([], frozenset(), range(len(self.batches)))
+        while self.replay.behind():
+            self.repeated(lambda: self.run([], range(len(self.batches))))
+
+    def repeated(self, attempt: Callable[[], Result]) -> Result:
+        """What a function returns that runs batches; called again where replayed blocks turn out to make a difference.
+
+        Args:
+            attempt: Starts from nothing each time.
+        """
+        while True:
+            try:
+                return attempt()
+            except NotAlikeError:  # from now on, what made the difference is computed
+                continue
+
+    def verify(self) -> bool:
+        """Whether the blocks of all stacks may be replayed, wherever pruning has come to."""
+        return all([all(self._check(stack)) for stack in self.replay.stacks])
+
+    def _check(self, stack: Stack) -> list[bool]:
+        """Which blocks of a stack may be replayed; tried if nobody has."""
+        if stack.alike is None:
+            with all_or_none():
+                alike = replayable(stack, self._trace)
+            stack.alike = from_first(torch.tensor(alike)).tolist()  # the same in all processes
+        return stack.alike
+
+    def _trace(self, index: int) -> list[Event]:
+        """What happens while a batch runs: calls and uses of targets, and blocks that return."""
+        events: list[Event] = []
+
+        def note_call(key: Hashable, layout: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+            x = first_input(args, kwargs)
+            rows = x.movedim(1, -1) if layout == "conv" else self.padding.rows(module, x)
+            events.append((key, fingerprint(rows)))
+
+        def note_use(key: Hashable, *_: Any) -> None:
+            events.append((key, None))
+
+        def note_block(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            events.append((id(module), self._fingerprint(module, first_tensor(output))))
+
+        with ExitStack() as hooks, torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(0)
+            for name, modules in self.users.items():
+                for module in modules:
+                    hooks.callback(module.register_forward_pre_hook(partial(note_use, ("use", name))).remove)
+            for t in self.tensors:
+                for module in self.holders[t.target.name]:
+                    hook = partial(note_call, ("call", t.target.name), t.target.layout)
+                    hooks.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+            for stack in self.replay.stacks:
+                for block in stack.blocks:
+                    hooks.callback(block.register_forward_hook(note_block, with_kwargs=True).remove)
+            self._forward(self.batches[index])
+        return events
+
+    def _fingerprint(self, module: nn.Module, x: Any) -> Tensor | None:
+        return fingerprint(self.padding.rows(module, x)) if isinstance(x, Tensor) and x.dim() else None
 
     # --- statistics ---------------------------------------------------------------------------------
 
@@ -234,10 +329,7 @@ class InputReader:
         Raises:
             CalibrationError: If an input is not finite.
         """
-        if self.replay.unchecked:
-            firsts = range(min(processes()[1], len(self.batches)))  # the first of each process
-            self.replay.check(lambda: self._run(tensors, needs, firsts, record=False))
-        sums = self._run(tensors, needs, range(len(self.batches)), progress=progress)
+        sums = self.repeated(lambda: self._sums(tensors, needs, progress))
         found = {}
         for t in tensors:
             name = t.target.name
@@ -246,31 +338,34 @@ class InputReader:
             check_finite(name, found[name])
         return found
 
-    def _run(
-        self,
-        tensors: Sequence[PlannedTensor],
-        needs: frozenset[str],
-        batches: Sequence[int],
-        progress: bool = False,
-        record: bool = True,
-    ) -> dict[str, InputSum]:
+    def _sums(self, tensors: Sequence[PlannedTensor], needs: frozenset[str], progress: bool) -> dict[str, InputSum]:
         sums: dict[str, InputSum] = {}
-        by_signature: dict[tuple[int, ...], str] = {}
+        by_signature: dict[tuple[int, ...], _Leader] = {}
+        leaders: list[_Leader] = []
         watchers: list[Watcher] = []
         for t in tensors:
-            name = t.target.name
+            name, layout = t.target.name, t.target.layout
             signature = self.signatures.get(name)
-            if signature is not None and signature in by_signature:  # the same inputs: gathered once
-                sums[name] = sums[by_signature[signature]]
-                continue
-            if signature is not None:
-                by_signature[signature] = name
-            sums[name] = InputSum(needs, t.target.matrix_shape[1])
-            watchers += [Watcher(module, self._reader(sums[name], t.target.layout)) for module in self.holders[name]]
-        self.run(watchers, batches, progress, record)
-        device = device_of(self.model)
-        for total in {id(total): total for total in sums.values()}.values():
-            total.add_others(device)
+            leader = by_signature.get(signature) if signature is not None else None
+            if leader is None:
+                sums[name] = InputSum(needs, t.target.matrix_shape[1])
+                leader = _Leader(sums[name], self.padding, layout)
+                leaders.append(leader)
+                if signature is not None:
+                    by_signature[signature] = leader
+                call = leader.add
+            else:  # the same inputs: gathered once
+                sums[name] = leader.total
+                call = leader.follower()
+            watchers += [Watcher(module, call) for module in self.holders[name]]
+
+        def after_batch() -> None:
+            agreed = [leader.end_batch() for leader in leaders]
+            self._unlike |= not all(agreed)
+
+        self.run(watchers, range(len(self.batches)), progress, after_batch=after_batch)
+        for leader in leaders:
+            leader.total.add_others(self.device)
         return sums
 
     def run(
@@ -290,11 +385,17 @@ class InputReader:
             record: Have blocks that are finished put out what later runs replay.
             after_batch: Called after each batch.
         """
+        if record:
+            for stack in self.replay.behind():
+                self._check(stack)
+        if self.replay.active:
+            watchers = [replace(watcher, call=self._guarded(watcher.call)) for watcher in watchers]
         stop_after: set[object] | None = None
-        # A run may stop early only if no further call is to come, as far as the first batch shows.
+        # A run may stop early only if no further call is to come, as far as the first batches show.
         if all(id(watcher.module) in self.once for watcher in watchers):
             stop_after = {watcher for watcher in watchers if watcher.waits}
         advancing = self.replay.behind() if record else []
+        self._unlike = False
         with ExitStack() as hooks:
             left: set[object] = set()
             for watcher in watchers:
@@ -308,21 +409,45 @@ class InputReader:
             with all_or_none():
                 for index in Bar(share(batches), desc="Calibrating", progress=progress):
                     self.current = index
+                    left.clear()
                     left |= stop_after or set()
-                    try:
-                        self._forward(self.batches[index])
-                    except _Stop:
-                        pass
-                    if after_batch is not None:
+                    self._run_one(index)
+                    if after_batch is not None and not self._unlike:
                         after_batch()
+                    if self._unlike:
+                        break
+        if int(add_up(torch.tensor(int(self._unlike)))):  # in any process
+            self.replay.give_up()
+            self.signatures.clear()
+            raise NotAlikeError
         for stack in advancing:
-            self.replay.stop_recording(stack, len(self.batches))
+            self.replay.stop_recording(stack, sum(kind in stack.kinds for kind in self._kinds))
 
-    def _reader(self, total: InputSum, layout: str) -> Callable[..., None]:
-        def read(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _: Any) -> None:
-            total.add(self.padding.rows(module, first_input(args, kwargs), layout))
+    def _run_one(self, index: int) -> None:
+        """Run a batch, and say if it does not go as replayed blocks expect."""
+        self.replay.start_batch()
+        stopped = False
+        try:
+            self._forward(self.batches[index])
+        except _Stop:
+            stopped = True
+        except Exception:
+            if not self.replay.active:
+                raise
+            self._unlike = True
+        self._unlike |= not self.replay.is_complete(self._kinds[index], stopped)
 
-        return read
+    def _guarded(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        """What a watcher calls, unless NaN comes to it, as it does from blocks that are replayed."""
+
+        def guarded(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+            for x in (first_input(args, kwargs), None if output is None else first_tensor(output)):
+                if isinstance(x, Tensor) and has_nan(x) and has_nan(self.padding.rows(module, x)):
+                    self._unlike = True
+                    raise _Stop
+            return call(module, args, kwargs, output)
+
+        return guarded
 
     @torch.no_grad()
     def _forward(self, batch: Mapping[str, Any]) -> None:
@@ -337,6 +462,44 @@ class InputReader:
         inputs = on_device(self.model, batch)
         with self.padding.of(inputs):
             return run_model(self.model, {**options, **inputs})
+
+
+class _Leader:
+    """Gathers the inputs of a target, for others as well that get the same tensors, and sees that they do.
+
+    Args:
+        total: Where they are added.
+        padding: Knows which rows count.
+        layout: As in :class:`~hf_prune.targets.Target`.
+    """
+
+    def __init__(self, total: InputSum, padding: Padding, layout: str) -> None:
+        self.total = total
+        self._padding, self._layout = padding, layout
+        self._seen: list[tuple[Tensor, object]] = []  # of the batch that is running
+        self._followers: list[list[tuple[Tensor, object]]] = []
+
+    def add(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _: Any) -> None:
+        x = first_input(args, kwargs)
+        self.total.add(self._padding.rows(module, x, self._layout))
+        self._seen.append((x, _version(x)))
+
+    def follower(self) -> Callable[..., None]:
+        seen: list[tuple[Tensor, object]] = []
+        self._followers.append(seen)
+
+        def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _: Any) -> None:
+            x = first_input(args, kwargs)
+            seen.append((x, _version(x)))
+
+        return note
+
+    def end_batch(self) -> bool:
+        """Whether all have seen the same tensors."""
+        every = [[(id(x), version) for x, version in seen] for seen in (self._seen, *self._followers)]
+        for seen in (self._seen, *self._followers):
+            seen.clear()
+        return all(seen == every[0] for seen in every)
 
 
 @dataclass(frozen=True, eq=False)
@@ -398,3 +561,16 @@ def check_finite(name: str, statistics: Mapping[str, Tensor]) -> None:
 def first_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
     """What a module multiplies: its first argument."""
     return args[0] if args else next(iter(kwargs.values()))
+
+
+def _version(x: Tensor) -> object:
+    """Changes with every operation in place; of a tensor that does not count them it is like no other."""
+    return object() if x.is_inference() else x._version
+
+
+def _kind(batch: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What batches have in common that a model is likely to treat alike: names, dtypes and dimensions."""
+    return tuple(
+        (name, type(value), (value.dtype, value.dim()) if isinstance(value, Tensor) else None)
+        for name, value in sorted(batch.items())
+    )

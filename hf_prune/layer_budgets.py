@@ -96,6 +96,16 @@ def weighted_grams(
     reader: InputReader, step: list[PlannedTensor], sensitivity: Sensitivity
 ) -> Iterator[tuple[PlannedTensor, Tensor]]:
     """The Gram matrix of what flows into each target, tokens weighed by how much the predictions depend on them."""
+    sums = reader.repeated(lambda: _weighted_sums(reader, step, sensitivity))
+    for t in step:
+        found = sums.pop(t.target.name)
+        found.add_others(reader.device)
+        gram = found.statistics({"input_gram"}, reader.device)["input_gram"]
+        check_finite(t.target.name, {"input_gram": gram})
+        yield t, gram
+
+
+def _weighted_sums(reader: InputReader, step: list[PlannedTensor], sensitivity: Sensitivity) -> dict[str, InputSum]:
     sums = {t.target.name: InputSum({"input_gram"}, t.target.matrix_shape[1]) for t in step}
     calls: dict[tuple[str, int], int] = {}
 
@@ -113,12 +123,7 @@ def weighted_grams(
         Watcher(module, watch(t.target.name, t.target.layout)) for t in step for module in reader.holders[t.target.name]
     ]
     reader.run(watchers, range(len(reader.batches)))
-    for t in step:
-        found = sums.pop(t.target.name)
-        found.add_others(reader.device)
-        gram = found.statistics({"input_gram"}, reader.device)["input_gram"]
-        check_finite(t.target.name, {"input_gram": gram})
-        yield t, gram
+    return sums
 
 
 @torch.no_grad()

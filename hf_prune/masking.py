@@ -298,12 +298,16 @@ class Undo:
         return self
 
     @torch.no_grad()
+    def restore(self) -> None:
+        """Give back every weight that was put aside; the copies stay."""
+        parameters = dict(self._model.named_parameters())
+        for name in self._names:
+            parameters[name].copy_(self.dense[name] if self._in_memory else self._files.get(name))
+
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
             if kind is not None:
-                parameters = dict(self._model.named_parameters())
-                for name in self._names:
-                    parameters[name].copy_(self.dense[name] if self._in_memory else self._files.get(name))
+                self.restore()
         finally:
             self._files.close()
 

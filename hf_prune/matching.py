@@ -7,8 +7,8 @@ the layer then corrects the stream as well. Tokens count as much as the predicti
 ``sensitivity.py``.
 
 The dense model's outputs are recorded one block at a time, just before the block is pruned; what its blocks put out is
-kept for the next one. So there is no second copy of the weights. Where blocks cannot be told apart, everything is
-recorded at the start.
+kept for the next one. So there is no second copy of the weights. Where blocks cannot be told apart or replayed,
+everything is recorded at the start.
 """
 
 from __future__ import annotations
@@ -60,17 +60,23 @@ class DenseGoals:
         sensitivity: Weights of the tokens.
         cache_bytes: How much is kept in memory, of what blocks put out and of what targets put out; the rest goes to a
             temporary folder.
+        reuse: Whether finished blocks may return what they put out before.
     """
 
     def __init__(
-        self, model: nn.Module, plan: PruningPlan, batches: Batches, sensitivity: Sensitivity, cache_bytes: int
+        self,
+        model: nn.Module,
+        plan: PruningPlan,
+        batches: Batches,
+        sensitivity: Sensitivity,
+        cache_bytes: int,
+        reuse: bool = True,
     ) -> None:
         self._batches = list(batches)
         self._sensitivity = sensitivity
-        self._dense = InputReader(
-            model, plan, self._batches, reuse=_replays(model, plan, batches), cache_bytes=cache_bytes
-        )
+        self._dense = InputReader(model, plan, self._batches, reuse=reuse, cache_bytes=cache_bytes)
         self._dense.order(warned=False)
+        self._dense.replay.enabled = reuse and self._dense.verify()
         self._cache_bytes = cache_bytes
         self._goals = Shelf(cache_bytes)
         self._anchors: dict[str, _Anchor | None] = {}
@@ -89,6 +95,9 @@ class DenseGoals:
 
         Args:
             steps: As of :meth:`InputReader.order`.
+
+        Raises:
+            NotAlikeError: If a block could not be replayed after all.
         """
 
         def block(step: list[PlannedTensor]) -> int:
@@ -97,12 +106,13 @@ class DenseGoals:
 
         groups = [(key, list(found)) for key, found in itertools.groupby(steps, block)]
         keys = [key for key, _ in groups]
-        holders = [module for modules in self._dense.holders.values() for module in modules]
-        shared = len(holders) != len(self._dense.holders)  # a weight with two users changes in both when it is pruned
+        shared = any(len(users) != 1 for users in self._dense.users.values())  # pruned in one, a weight changes in all
         # A target outside of the blocks is computed in every run: those before a block must be dense as long.
         early = id(None) in keys[:-1]
-        if not self._dense.replay.stacks or len(set(keys)) != len(keys) or shared or early:
+        replays = self._dense.replay.enabled and self._dense.replay.stacks
+        if not replays or len(set(keys)) != len(keys) or shared or early:
             groups = [(id(None), list(steps))]
+            self._dense.replay.enabled = False  # there is no later run
         for _, group in groups:
             self._record([t for step in group for t in step])
             yield group
@@ -170,24 +180,7 @@ class DenseGoals:
         needs = frozenset({"input_gram", "input_norm", "input_mean"})
         matched = [t for t in tensors if t.target.name in self._anchors]
         rest = [t for t in tensors if t.target.name not in self._anchors]
-        sums = {t.target.name: InputSum(needs, *reversed(t.target.matrix_shape)) for t in matched}
-        calls: dict[tuple[str, int], int] = {}
-
-        def add(name: str, x: Tensor, z: Tensor) -> None:
-            key = (name, reader.current)
-            call = calls[key] = calls.get(key, -1) + 1
-            goal = self._goals.get(key)[call]
-            if goal.shape != z.shape:
-                raise CalibrationError(
-                    f"{name} put out {tuple(z.shape)} for a calibration batch, and {tuple(goal.shape)} when the model "
-                    f"was dense: objective='loss' needs a model that treats every token alike; use objective='layer'"
-                )
-            weight = self._sensitivity.weights(*key, call).to(x.device)
-            sums[name].add(x, 1 - TOKEN_SHARE + TOKEN_SHARE * weight, goal.float() - z.float())
-
-        if matched:
-            watchers = [w for t in matched for w in self._watchers(t, add, reader)]
-            reader.run(watchers, range(len(self._batches)), progress)
+        sums = reader.repeated(lambda: self._sums(reader, matched, needs, progress)) if matched else {}
         found = reader.gather(rest, needs, progress) if rest else {}
         for t in matched:
             name = t.target.name
@@ -204,6 +197,29 @@ class DenseGoals:
         for name, values in found.items():
             values["output_weight"] = self._sensitivity.outputs[name]
         return found
+
+    def _sums(
+        self, reader: InputReader, tensors: Sequence[PlannedTensor], needs: frozenset[str], progress: bool
+    ) -> dict[str, InputSum]:
+        sums = {t.target.name: InputSum(needs, *reversed(t.target.matrix_shape)) for t in tensors}
+        calls: dict[tuple[str, int], int] = {}
+
+        def add(name: str, x: Tensor, z: Tensor) -> None:
+            key = (name, reader.current)
+            call = calls[key] = calls.get(key, -1) + 1
+            goals = self._goals.get(key) if key in self._goals else []
+            if call >= len(goals) or goals[call].shape != z.shape:
+                then = tuple(goals[call].shape) if call < len(goals) else "nothing"
+                raise CalibrationError(
+                    f"{name} put out {tuple(z.shape)} for a calibration batch, and {then} when the model was dense: "
+                    f"objective='loss' needs a model that treats every token alike; use objective='layer'"
+                )
+            weight = self._sensitivity.weights(*key, call).to(x.device)
+            sums[name].add(x, 1 - TOKEN_SHARE + TOKEN_SHARE * weight, goals[call].float() - z.float())
+
+        watchers = [w for t in tensors for w in self._watchers(t, add, reader)]
+        reader.run(watchers, range(len(self._batches)), progress)
+        return sums
 
     # --- where to compare ---------------------------------------------------------------------------
 
@@ -262,16 +278,3 @@ class DenseGoals:
         firsts = range(min(processes()[1], len(self._batches)))
         self._dense.run(watchers, firsts, record=False)
         return seen
-
-
-def _replays(model: nn.Module, plan: PruningPlan, batches: Batches) -> bool:
-    """Whether blocks can return what they put out before, as the first batch of each process tells."""
-    firsts = list(itertools.islice(batches, processes()[1]))
-    with InputReader(model, plan, firsts) as reader:
-        steps = reader.order(warned=False)
-        before = len(reader.replay.stacks)
-        for step in steps:
-            reader.gather(step, frozenset({"input_norm"}))
-            reader.finish(step)
-        reader.tokens.clear()
-        return before > 0 and len(reader.replay.stacks) == before

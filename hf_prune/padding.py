@@ -78,8 +78,11 @@ class Padding:
 
 
 def first_tensor(output: Any) -> Any:
-    """What a module hands on: its output, or the first part of it."""
-    return output if isinstance(output, Tensor) else output[0]
+    """What a module hands on: its output, or the first part of it; None if that is nothing."""
+    if isinstance(output, Tensor):
+        return output
+    parts = list(output.values()) if isinstance(output, Mapping) else output
+    return parts[0] if isinstance(parts, list | tuple) and parts else None
 
 
 def _mask(mask: Any) -> Tensor | None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from hf_prune.masking import Undo, zero_removed_
 from hf_prune.matching import DenseGoals
 from hf_prune.plan import PlannedTensor, PruningPlan
 from hf_prune.progress import Bar
+from hf_prune.replay import NotAlikeError
 from hf_prune.scoring import agreed_masks
 from hf_prune.sensitivity import Sensitivity, measure_sensitivity
 
@@ -59,6 +61,28 @@ def prune_in_order(
         CalibrationError: If batches are missing or unusable.
     """
     batches = list(require_batches(plan, calibration))
+    attempt = partial(_prune, model, plan, batches, old_masks, undo, progress, cache_bytes, sensitivity, given)
+    try:
+        return attempt(reuse=True)
+    except NotAlikeError:  # what the dense model put out can only be recorded before it is pruned
+        undo.restore()
+        return attempt(reuse=False)
+
+
+def _prune(
+    model: nn.Module,
+    plan: PruningPlan,
+    batches: Sequence[Mapping[str, Any]],
+    old_masks: Mapping[str, Tensor],
+    undo: Undo,
+    progress: bool,
+    cache_bytes: int,
+    sensitivity: Sensitivity | None,
+    given: Mapping[str, Tensor] | None,
+    *,
+    reuse: bool,
+) -> dict[str, Tensor]:
+    """:func:`prune_in_order`, whose finished blocks may return what they put out before, or are computed."""
     known: Mapping[str, WeightStats] = {}
     if given is None and (gradients := plan.needs & GRADIENTS):  # taken on the dense model
         dense_config = plan.config.replace(repair=None, objective="layer")
@@ -86,7 +110,7 @@ def prune_in_order(
             bar.update()
 
     with ExitStack() as context:
-        reader = context.enter_context(InputReader(model, plan, batches, cache_bytes=cache_bytes))
+        reader = context.enter_context(InputReader(model, plan, batches, reuse, cache_bytes))
         bar: Bar[object] = context.enter_context(
             Bar(total=len(plan.tensors), desc="Pruning", unit="weight", progress=progress)
         )
@@ -99,7 +123,7 @@ def prune_in_order(
         if sensitivity is None:
             sensitivity = measure_sensitivity(reader, plan.config.seed, progress, cache_bytes)
             context.callback(sensitivity.close)
-        goals = context.enter_context(DenseGoals(model, plan, batches, sensitivity, cache_bytes))
+        goals = context.enter_context(DenseGoals(model, plan, batches, sensitivity, cache_bytes, reuse))
         for segment in goals.segments(steps):
             for step in segment:
                 prune_step(step, goals.gather(reader, step), bar)

@@ -96,7 +96,7 @@ def resolve_targets(model: nn.Module, config: PruningConfig, *, loaded: bool = T
                 f"{name or type(module).__name__} was pruned with torch.nn.utils.prune: call "
                 f"hf_prune.from_torch_prune(model) first, which adopts its masks"
             )
-    prunable = dict(_prunable_modules(model))
+    prunable = dict(prunable_modules(model))
     every_name = [name for name, _ in model.named_modules(remove_duplicate=False)]
     for setting in ("target_modules", "exclude_modules"):
         _check_matches(setting, getattr(config, setting), every_name, prunable)
@@ -137,7 +137,8 @@ def module_matches(name: str, pattern: str | Collection[str]) -> bool:
     return any(name == suffix or name.endswith(f".{suffix}") for suffix in pattern)
 
 
-def _prunable_modules(model: nn.Module) -> Iterator[tuple[str, tuple[nn.Module, str]]]:
+def prunable_modules(model: nn.Module) -> Iterator[tuple[str, tuple[nn.Module, str]]]:
+    """Modules that multiply with a weight that can be pruned: name, module and layout, in their order."""
     from transformers.pytorch_utils import Conv1D
 
     for name, module in model.named_modules():
@@ -209,7 +210,7 @@ def uncovered_matrices(model: nn.Module) -> dict[str, int]:
     Args:
         model: Any torch module.
     """
-    covered = {id(p) for _, (module, _) in _prunable_modules(model) for p in module.parameters(recurse=False)}
+    covered = {id(p) for _, (module, _) in prunable_modules(model) for p in module.parameters(recurse=False)}
     covered |= {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     matrices = {name: p for name, p in model.named_parameters() if id(p) not in covered}
     return {name: p.numel() for name, p in matrices.items() if sum(size > 1 for size in p.shape) > 1}
@@ -315,8 +316,9 @@ def bias_names(model: nn.Module, targets: Collection[Target]) -> dict[str, str]:
         bias = module._parameters.get("bias")
         if bias is not None:
             users[id(bias)] = users.get(id(bias), 0) + 1
-        if (name := names.get(id(module._parameters.get("weight")))) in wanted:
+    for _, (module, _) in prunable_modules(model):  # a tied embedding has no say
+        if (name := names.get(id(module._parameters["weight"]))) in wanted:
             assert name is not None
-            found.setdefault(name, []).append(bias)
+            found.setdefault(name, []).append(module._parameters.get("bias"))
     single = {name: biases[0] for name, biases in found.items() if len(biases) == 1}
     return {name: names[id(b)] for name, b in single.items() if b is not None and users[id(b)] == 1}

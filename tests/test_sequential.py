@@ -219,43 +219,6 @@ def test_tied_weights_sum_over_both_modules():
     assert int((model.first.weight == 0).sum()) == 32
 
 
-class Skips(nn.Module):
-    """The last block sees the output of the first one too: finished blocks must not be replayed."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
-
-    def forward(self, x):
-        first = torch.tanh(self.blocks[0](x))
-        second = torch.tanh(self.blocks[1](first))
-        third = torch.tanh(self.blocks[2](second))
-        return self.blocks[3](third + 2 * first)
-
-
-def test_blocks_that_cannot_be_replayed_are_noticed():
-    model = models.fill(Skips())
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(10)
-    batches = [{"x": torch.randn(5, 8)} for _ in range(3)]
-    found = []
-    for reuse in (True, False):
-        clone = copy.deepcopy(model)
-        plan = make_plan(clone, PruningConfig(criterion="alps"))
-        grams = {}
-        with InputReader(clone, plan, batches, reuse=reuse) as reader:
-            for step in reader.order():
-                grams |= reader.gather(step, frozenset({"input_gram"}))
-                with torch.no_grad():
-                    clone.get_parameter(step[0].target.name).mul_(0.5)
-                reader.finish(step)
-            assert reader.replay.stacks == []
-        found.append(grams)
-    for name, values in found[0].items():
-        assert torch.equal(values["input_gram"], found[1][name]["input_gram"])
-
-
 @pytest.mark.parametrize("settings", [{"criterion": "sparsegpt"}, {"criterion": "taylor", "repair": "least_squares"}])
 @pytest.mark.parametrize("error", [Interrupted, KeyboardInterrupt])
 def test_an_exception_midway_leaves_the_model_bit_for_bit(settings, error, monkeypatch):
