@@ -42,6 +42,7 @@ class AutoPrunedModel:
         Raises:
             CheckpointError: If the masks are damaged or do not fit the weights.
         """
+        kwargs.setdefault("trust_remote_code", False)  # else transformers asks, and anything in a pipe can say yes
         auto = getattr(transformers, cls._auto_class)
         loaded = load_pruned(auto.from_pretrained, pretrained_model_name_or_path, *args, **kwargs)
         prunable(loaded[0] if isinstance(loaded, tuple) else loaded)
@@ -50,6 +51,7 @@ class AutoPrunedModel:
     @classmethod
     def from_config(cls, config: Any, **kwargs: Any) -> Any:
         """A model with random weights from a transformers config."""
+        kwargs.setdefault("trust_remote_code", False)
         return prunable(getattr(transformers, cls._auto_class).from_config(config, **kwargs))
 
 
@@ -113,7 +115,8 @@ def native_class(source: str) -> Any:
     """
     offline = check_model_source(source)
     try:
-        architectures = transformers.AutoConfig.from_pretrained(source, local_files_only=offline).architectures or []
+        config = transformers.AutoConfig.from_pretrained(source, local_files_only=offline, trust_remote_code=False)
+        architectures = config.architectures or []
     except (KeyError, ValueError) as error:
         raise DataError(
             f"the config of {source!r} is of no model that transformers knows: {_first_line(error)}"
@@ -125,6 +128,27 @@ def native_class(source: str) -> Any:
             f"such as BertForSequenceClassification; load it with an AutoPrunedModelFor… class instead"
         )
     return native
+
+
+def load_tokenizer(source: str, *, local_files_only: bool = False) -> Any:
+    """The tokenizer of a checkpoint; code that lies beside it is not run.
+
+    Args:
+        source: Folder or Hub id.
+        local_files_only: Whether the Hub is not asked.
+
+    Raises:
+        DataError: If it needs such code, or cannot be read.
+    """
+    try:
+        return transformers.AutoTokenizer.from_pretrained(
+            source, local_files_only=local_files_only, trust_remote_code=False
+        )
+    except ValueError as error:
+        raise DataError(
+            f"the tokenizer of {source!r} cannot be loaded: {_first_line(error)}; if it needs code of its own that you "
+            f"trust, load model and tokenizer in Python with trust_remote_code=True"
+        ) from error
 
 
 def _first_line(error: Exception) -> str:

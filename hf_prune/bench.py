@@ -6,9 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
 
-from hf_prune.auto import load_native
+from hf_prune.auto import load_native, load_tokenizer
 from hf_prune.calibration_data import LabelledData
 from hf_prune.checkpoint import has_tokenizer
 from hf_prune.errors import ConfigError, DataError
@@ -84,7 +83,7 @@ def load_tokenizers(models: Mapping[str, Any], sources: Sequence[str]) -> dict[s
         offline = check_model_source(source)
         if not has_tokenizer(source, local_files_only=offline):
             raise DataError(f"{source!r} has no tokenizer, which scoring needs: save one beside the model")
-        found[name] = AutoTokenizer.from_pretrained(source, local_files_only=offline)
+        found[name] = load_tokenizer(source, local_files_only=offline)
     return found
 
 

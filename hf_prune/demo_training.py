@@ -81,7 +81,7 @@ def _load_encoder(sources: Mapping[str, Path]) -> tuple[Any, Any]:
     weights = load_file(sources["model.safetensors"])
     del weights["embeddings.position_ids"]  # a constant that the file still carries and the model no longer has
     model.base_model.load_state_dict(weights)
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     # The file asks for sentences cut and padded to 128 tokens, its authors' setting for sentence vectors.
     tokenizer.backend_tokenizer.no_padding()
     tokenizer.backend_tokenizer.no_truncation()

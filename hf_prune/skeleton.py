@@ -76,7 +76,7 @@ def load_skeleton(source: str) -> Skeleton:
     """
     native = native_class(source)
     hub = {"local_files_only": check_model_source(source)}
-    config = AutoConfig.from_pretrained(source, **hub)
+    config = AutoConfig.from_pretrained(source, trust_remote_code=False, **hub)
     if getattr(config, "quantization_config", None) is not None:
         raise CheckpointError(f"{source!r} is quantized: expected plain weights; prune before quantizing")
     files = weight_files(source, hub)

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from transformers import AutoTokenizer
-
-from hf_prune.auto import load_native
+from hf_prune.auto import load_native, load_tokenizer
 from hf_prune.checkpoint import copy_companions, has_tokenizer, staged_checkpoint
 from hf_prune.data_loading import load_texts
 from hf_prune.errors import DataError
@@ -75,7 +73,7 @@ def trim_checkpoint(
     offline = check_model_source(source)
     if not has_tokenizer(source, local_files_only=offline):
         raise DataError(f"{source!r} has no tokenizer: expected one beside the model, whose tokens can be counted")
-    model, tokenizer = load_native(source), AutoTokenizer.from_pretrained(source, local_files_only=offline)
+    model, tokenizer = load_native(source), load_tokenizer(source, local_files_only=offline)
     result = trim_vocabulary(model, tokenizer, texts, keep=keep, min_count=min_count, round_to=round_to)
     if out is None:
         return result

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig
 
 from hf_prune.adoption import MIN_SPARSITY, AdoptionReport, adopt_zeros
-from hf_prune.auto import load_native
+from hf_prune.auto import load_native, load_tokenizer
 from hf_prune.budget import SparsitySearch, check_budget, find_sparsity
 from hf_prune.calibration_data import LabelledData, TextData
 from hf_prune.checkpoint import CARD_DATA, REPORTS, copy_companions, has_tokenizer, staged_checkpoint
@@ -88,7 +88,7 @@ def _load(source: str) -> tuple[Any, Any]:
         raise DataError(
             f"{source!r} has no tokenizer: save it beside the model with tokenizer.save_pretrained({source!r})"
         )
-    return load_native(source), AutoTokenizer.from_pretrained(source, local_files_only=offline)
+    return load_native(source), load_tokenizer(source, local_files_only=offline)
 
 
 def _refuse_other_inputs(source: str) -> None:
@@ -327,9 +327,9 @@ def _streamed_batches(source: str, data: LabelledData | TextData) -> list[dict[s
     _refuse_other_inputs(source)
     if not has_tokenizer(source, local_files_only=offline):
         raise DataError(f"{source!r} has no tokenizer, which calibration on texts needs: save it beside the model")
-    tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=offline)
+    tokenizer = load_tokenizer(source, local_files_only=offline)
     if isinstance(data, TextData):
-        text = AutoConfig.from_pretrained(source, local_files_only=offline).get_text_config()
+        text = AutoConfig.from_pretrained(source, local_files_only=offline, trust_remote_code=False).get_text_config()
         length = min(data.window, getattr(text, "max_position_embeddings", None) or data.window)
         return token_windows(data.load(data.calibration_split), tokenizer, n=data.calibration_samples, length=length)
     if len(data.text_columns) != 1:

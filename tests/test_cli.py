@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -36,7 +37,10 @@ from hf_prune import (
     sparsity_report,
     workflows,
 )
+from hf_prune.auto import load_tokenizer
 from hf_prune.cli import app, main
+from hf_prune.errors import DataError
+from hf_prune.files import write_json
 from hf_prune.registry import CRITERIA, GRANULARITIES
 from hf_prune.tables import format_count
 from tests import models
@@ -932,3 +936,54 @@ def test_options_for_units_that_make_no_sense(hf_prune, bert, tmp_path, argument
     done = hf_prune("prune", bert[0], *arguments, "--out", tmp_path / "out")
     assert message in error_of(done)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def with_code(folders, tmp_path):
+    """A model type of its own, and a classifier whose tokenizer has code of its own; either would leave a file."""
+    marker = tmp_path / "was run"
+    code = f"open({str(marker)!r}, 'w').close()\n"
+    for name in ("model", "tokenizer"):
+        shutil.copytree(folders["text"], tmp_path / name)
+        (tmp_path / name / "own.py").write_text(code + "class Own: pass\n")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    auto = {key: "own.Own" for key in ("AutoConfig", "AutoModelForSequenceClassification")}
+    write_json(tmp_path / "model" / "config.json", {**config, "model_type": "own", "auto_map": auto})
+    path = tmp_path / "tokenizer" / "tokenizer_config.json"
+    values = {
+        **json.loads(path.read_text()),
+        "tokenizer_class": "Own",
+        "auto_map": {"AutoTokenizer": ["own.Own", None]},
+    }
+    write_json(path, values)
+    write_json(tmp_path / "model" / "tokenizer_config.json", values)
+    yield {name: str(tmp_path / name) for name in ("model", "tokenizer")}
+    assert not marker.exists()
+
+
+def test_nobody_is_asked_whether_to_run_code(hf_prune, folders, with_code, monkeypatch, tmp_path):
+    """What comes in by a pipe would be the answer."""
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+    out, model = ("--out", tmp_path / "out"), with_code["model"]
+    data = ("--data", folders["data"])
+    for command in (
+        ("report", model),
+        ("prune", model, *out),
+        ("prune", model, "--stream", *out),
+        ("prune", model, "--criterion", "wanda", *data, *out),
+        ("evaluate", model, *data),
+        ("train", model, *data, *out),
+        ("bench", model),
+        ("trim-vocab", model, "--texts", folders["data"], *out),
+        ("evaluate", with_code["tokenizer"], *data),
+        ("prune", with_code["tokenizer"], "--criterion", "wanda", "--stream", *data, *out),
+        ("bench", with_code["tokenizer"], *data),
+        ("trim-vocab", with_code["tokenizer"], "--texts", folders["data"], *out),
+    ):
+        done = hf_prune(*command)
+        if model in command:  # transformers has a tokenizer of its own for the other one
+            assert (done.code, done.err[:7]) == (1, "error: "), command
+    with pytest.raises(DataError, match="load model and tokenizer in Python with trust_remote_code=True"):
+        load_tokenizer(model)
+    with pytest.raises(ValueError, match="trust_remote_code=True"):
+        AutoPrunedModelForSequenceClassification.from_pretrained(model)
