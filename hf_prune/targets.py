@@ -241,7 +241,7 @@ def passed_over(model: nn.Module, config: PruningConfig, targets: Collection[Tar
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     sizes = uncovered_matrices(model)
     owner = {name: owner_of(name) for name in sizes}
-    for module_name, (module, layout) in _prunable_modules(model):
+    for module_name, (module, layout) in prunable_modules(model):
         weight = module._parameters["weight"]
         assert weight is not None
         name = names[id(weight)]
