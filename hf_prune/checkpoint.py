@@ -34,10 +34,11 @@ from hf_prune.offloading import values_of
 from hf_prune.packed_files import PackedFiles, read_index
 from hf_prune.packed_format import is_packed
 from hf_prune.polish import PolishRecord
-from hf_prune.shrinking import RECORD, structure_of
+from hf_prune.shrinking import RECORD, is_shrunk, resize, structure_of
 from hf_prune.sources import check_model_source
 from hf_prune.structure import structure_config
 from hf_prune.torch_prune import masked_weight
+from hf_prune.wrapping import adapters, plain_name
 
 MASK_FILE = "pruning_masks.safetensors"
 MASK_FORMAT = "hf_prune.masks"
@@ -83,8 +84,9 @@ def save_masks(store: MaskStore, path: str | os.PathLike[str]) -> None:
         store: The masks and the settings that made them.
         path: The file.
     """
-    packed = {name: torch.from_numpy(pack(mask)) for name, mask in store.masks.items()}
-    entries = {name: {"shape": list(m.shape), "kept": int(m.count_nonzero())} for name, m in store.masks.items()}
+    masks = {plain_name(name): mask for name, mask in store.masks.items()}  # as state dicts have it
+    packed = {name: torch.from_numpy(pack(mask)) for name, mask in masks.items()}
+    entries = {name: {"shape": list(m.shape), "kept": int(m.count_nonzero())} for name, m in masks.items()}
     with atomic_path(path) as temporary:
         save_file(packed, temporary, mask_metadata(entries, store.config, store.polishes))
 
@@ -263,7 +265,8 @@ def save_pruned(
         **kwargs: Passed to ``save``.
 
     Raises:
-        CheckpointError: If ``folder`` is a file, or a layer is switched off and not taken out.
+        CheckpointError: If ``folder`` is a file, a layer is switched off and not taken out, or the model carries
+            adapters of a ``PeftModel`` around it; or if a part of it is shrunk in a way that cannot be described.
         MaskError: If the masks no longer fit the model.
         PlanError: If weights were never loaded.
     """
@@ -277,6 +280,13 @@ def save_pruned(
     if kwargs.get("state_dict") is None and not places & {"cpu", "disk"} and any(p.is_meta for p in model.parameters()):
         # transformers reads offloaded weights only where from_pretrained has offloaded them
         kwargs["state_dict"] = {name: values_of(model, name, tensor) for name, tensor in model.state_dict().items()}
+    only_adapters = getattr(model, "_hf_peft_config_loaded", False)  # what transformers then saves
+    if (adapted := adapters(model)) and not only_adapters:
+        raise CheckpointError(
+            f"{next(iter(adapted.values()))} carries adapters, and no {dense_class.__name__} could load what would be "
+            f"saved: merge them first, with hf_prune.merge_lora, or save the adapters alone, with the PeftModel's own "
+            f"save_pretrained"
+        )
     store = MaskStore.of(model)
     if store is not None:
         store.check(model)
@@ -293,27 +303,55 @@ def save_pruned(
     try:
         with staged_checkpoint(folder) as staging:
             save(model, staging, **kwargs)
-            _describe_structure(model, dense_class, staging)
-            if store is not None:
-                save_masks(store, staging / MASK_FILE)
+            if not only_adapters:
+                _describe_structure(model, dense_class, staging)
+                if store is not None:
+                    save_masks(store, staging / MASK_FILE)
     finally:
         model.__class__ = pruned_class
 
 
 def _describe_structure(model: Any, dense_class: Any, folder: Path) -> None:
     """Write into a saved config what it alone does not tell; nothing if it does."""
-    if getattr(getattr(model, "config", None), RECORD, None) is None:
-        return
-    structure = structure_of(model, lambda: dense_class(copy.deepcopy(model.config)))
-    if not structure:
+    if not is_shrunk(model):
         return
     path = folder / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
-    config["quantization_config"] = structure_config(structure)
-    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    told = json.loads(path.read_text(encoding="utf-8"))
+    told |= {key: part.config.to_dict() for key, part in _stray_configs(model).items()}
+    described = type(model.config).from_dict(copy.deepcopy(told))
+    structure = structure_of(model, lambda: dense_class(copy.deepcopy(described)))
+    with torch.device("meta"):
+        again = dense_class(described)
+        resize(again, structure)
+    shapes = {plain_name(name): tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    others = {name: tuple(parameter.shape) for name, parameter in again.named_parameters()}
+    if differing := [name for name in {**shapes, **others} if shapes.get(name) != others.get(name)]:
+        name = differing[0]
+        raise CheckpointError(
+            f"{name} has the shape {shapes.get(name)}, and {others.get(name)} in the {dense_class.__name__} that "
+            f"config.json can describe (None: there is none): nothing was saved, since it could not be loaded; save "
+            f"the part that was shrunk by itself, with its own save_pretrained"
+        )
+    if structure:
+        told["quantization_config"] = structure_config(structure)
+    path.write_text(json.dumps(told, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _stray_configs(model: Any) -> dict[str, Any]:
+    """The shrunk models inside a model whose configs its own does not hold but copies of, by the key of the copy."""
+    own = {key: getattr(model.config, key, None) for key in getattr(model.config, "sub_configs", {})}
+    found: dict[str, Any] = {}
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if getattr(config, RECORD, None) is None or config is model.config or any(config is c for c in own.values()):
+            continue
+        if len(keys := [key for key, copied in own.items() if type(copied) is type(config)]) == 1:
+            found.setdefault(keys[0], module)
+    return found
 
 
 def _masked(state: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    masks = {**masks, **{plain_name(name): mask for name, mask in masks.items()}}
     return {
         name: tensor.masked_fill(~masks[name].to(tensor.device), 0) if name in masks else tensor
         for name, tensor in state.items()

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_prune.errors import MaskError
 from hf_prune.masking import MaskStore
 from hf_prune.mixin import prunable
-
-_INSIDE = (".base_layer.", ".original_module.")  # where PEFT keeps the weights that it adds to, or trains a copy of
+from hf_prune.wrapping import unadapted_name, without_wrappers
 
 
 @dataclass(frozen=True)
@@ -51,43 +52,44 @@ def merge_lora(model: Any, *, evaluate: Callable[[Any], float] | None = None) ->
     """Merge LoRA adapters into a sparse model, and apply its masks again (plain merging fills the zeros).
 
     Args:
-        model: A ``PeftModel`` around a model that has masks; it is used up, as by ``merge_and_unload``.
+        model: A ``PeftModel`` around a model that has masks, whether that was pruned before or through the
+            ``PeftModel``; it is used up, as by ``merge_and_unload``.
         evaluate: Scores a model, larger is better; called before and after, so that the cost is known.
 
     Returns:
         The model and what the merge cost; print it.
 
     Raises:
-        MaskError: If the model is no ``PeftModel``, or the model inside has no masks.
+        MaskError: If the model is no ``PeftModel``, or the model inside has no masks, or none that fit.
 
     Example:
         >>> report = merge_lora(peft_model, evaluate=accuracy)  # doctest: +SKIP
         >>> report.model.save_pretrained("merged")  # doctest: +SKIP
     """
+    model = without_wrappers(model)
     if not hasattr(model, "merge_and_unload") or not hasattr(model, "get_base_model"):
         raise MaskError(f"expected a PeftModel with LoRA adapters, found a {type(model).__name__}")
-    store = MaskStore.of(model.get_base_model())
-    if store is None:
+    found = MaskStore.of(model.get_base_model())
+    if found is None:
         raise MaskError(
-            "the model inside the adapters has no masks: prune it before get_peft_model(), or load it with "
-            "AutoPrunedModelFor…, which brings them back; without masks call merge_and_unload()"
+            "the model inside the adapters has no masks: prune it, or load it with AutoPrunedModelFor…, which brings "
+            "them back; without masks call merge_and_unload()"
         )
+    found.check(model.get_base_model())
     before = None if evaluate is None else float(evaluate(model))
-    dense = {}
+    store = dataclasses.replace(found, masks={}, dense=None)
+    for name, mask in found.masks.items():
+        name = unadapted_name(name)  # a layer that was copied to be trained has two, and ends up as one
+        store.masks[name] = mask & store.masks.get(name, mask).to(mask.device)
+    if found.dense is not None:
+        store.dense = {unadapted_name(name): weight for name, weight in reversed(found.dense.items())}
+    sparse: dict[str, Tensor] = {}
     for name, parameter in model.get_base_model().named_parameters():
-        for inside in _INSIDE:
-            name = name.replace(inside, ".")
-        if name in store.masks:
-            dense[name] = parameter.detach().clone()
-    if missing := sorted(store.masks.keys() - dense.keys()):
-        raise MaskError(
-            f"{missing[0]} has a mask, and the model inside the adapters no such weight: it was changed after pruning; "
-            f"discard the masks, or prune it anew"
-        )
+        if (name := unadapted_name(name)) in store.masks and name not in sparse:
+            sparse[name] = parameter.detach().clone()
     merged = model.merge_and_unload()
-    store.check(merged)
     change, kept = 0.0, 0.0
-    for name, weight in dense.items():
+    for name, weight in sparse.items():
         square = (merged.get_parameter(name).detach().float() - weight.float()).square()
         change += float(square.sum())
         kept += float(square[store.masks[name].to(square.device)].sum())

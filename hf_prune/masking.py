@@ -1,11 +1,13 @@
-"""MaskStore: the masks live beside the module tree, the weights stay plain parameters with exact zeros.
+"""MaskStore: each mask lives beside its weight, in the module that holds it; weights stay plain parameters with zeros.
 
-State-dict keys therefore never change, and ``save_pretrained``, ``deepcopy``, tied weights,
-``torch.compile`` and wrappers work as on any model.
+State-dict keys therefore never change, and ``save_pretrained``, ``deepcopy``, tied weights and ``torch.compile`` work
+as on any model. It does not matter either by what a model was pruned: itself, a wrapper or a holder around it, or a
+part of it. Whoever looks at a module sees the masks of all weights inside it, under the names that it gives them.
 """
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -22,19 +24,40 @@ from hf_prune.errors import MaskError
 from hf_prune.offloading import refuse_offloaded, values_of
 from hf_prune.registry import unknown_name
 from hf_prune.spill import Shelf
+from hf_prune.wrapping import plain_name
 
 if TYPE_CHECKING:
     from hf_prune.polish import PolishRecord
     from hf_prune.speed import SpeedRecord
 
-_ATTRIBUTE = "_hf_prune_masks"
+_ATTRIBUTE = "_hf_prune_masks"  # of modules that hold weights with masks
+_ROSTER = "_hf_prune_roster"  # of what was pruned: the masks that were inside it, to notice if one has gone
 _INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _CHUNK = 1 << 16
 
 
+@dataclass(eq=False)
+class _Pruning:
+    """How masks came about, shared by all of them."""
+
+    config: PruningConfig | None
+    polishes: tuple[PolishRecord, ...]
+    speed: SpeedRecord | None
+    time: int = field(default_factory=time.time_ns)  # the last one counts where parts of a model had different ones
+
+
+@dataclass(eq=False)
+class _Held:
+    """What a module has of it: masks and dense weights by the names of its own parameters."""
+
+    pruning: _Pruning
+    masks: dict[str, Tensor] = field(default_factory=dict)
+    dense: dict[str, Tensor] = field(default_factory=dict)
+
+
 @dataclass
 class MaskStore:
-    """The masks of one model.
+    """The masks of one model, or of a part or a holder of one: what :meth:`of` gathers and :meth:`attach` hands out.
 
     Args:
         masks: Bool masks shaped like their parameters, by parameter name; True = keep.
@@ -42,6 +65,7 @@ class MaskStore:
         config: The settings of the last pruning, None if the masks came from elsewhere.
         polishes: What each training after a pruning did, the first one first.
         speed: The speed-up that the last pruning was to bring, and what was measured.
+        replaced: Names of masks whose module is not part of the model any more; they fit nothing.
     """
 
     masks: dict[str, Tensor] = field(default_factory=dict)
@@ -49,20 +73,99 @@ class MaskStore:
     config: PruningConfig | None = None
     polishes: tuple[PolishRecord, ...] = ()
     speed: SpeedRecord | None = None
+    replaced: frozenset[str] = frozenset()
 
     @staticmethod
     def of(model: nn.Module) -> MaskStore | None:
-        """The store attached to a model, or None."""
-        return model.__dict__.get(_ATTRIBUTE)
+        """The masks of the weights inside a module, by the names that it gives them; None if there are none."""
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        masks: dict[str, Tensor] = {}
+        dense: dict[str, Tensor] = {}
+        prunings: dict[int, _Pruning] = {}
+        rosters: dict[str, _Held] = {}
+        found = set()
+        for prefix, module in model.named_modules():
+            rosters |= {f"{prefix}.{name}".removeprefix("."): h for name, h in module.__dict__.get(_ROSTER, {}).items()}
+            held: _Held | None = module.__dict__.get(_ATTRIBUTE)
+            if held is None:
+                continue
+            found.add(id(held))
+            if held.masks:
+                prunings[id(held.pruning)] = held.pruning
+            for own, gathered in ((held.masks, masks), (held.dense, dense)):
+                for key, tensor in own.items():
+                    name = names.get(id(module._parameters.get(key)), f"{prefix}.{key}".removeprefix("."))
+                    old = gathered.get(name, tensor)  # of a tied weight that was pruned by another holder as well
+                    gathered[name] = tensor if old is tensor or gathered is dense else tensor & old.to(tensor.device)
+        lost = {
+            name: held.masks[name.rpartition(".")[2]]
+            for name, held in rosters.items()
+            if id(held) not in found and name not in masks and name.rpartition(".")[2] in held.masks
+        }
+        dense |= {n: rosters[n].dense[k] for n in lost if (k := n.rpartition(".")[2]) in rosters[n].dense}
+        if not masks and not lost:
+            return None
+        last: list[_Pruning] = sorted(prunings.values(), key=lambda pruning: pruning.time)
+        return MaskStore(
+            masks | lost,
+            dense or None,
+            config=last[-1].config if last else None,
+            polishes=tuple(dict.fromkeys(record for pruning in last for record in pruning.polishes)),
+            speed=last[-1].speed if last else None,
+            replaced=frozenset(lost),
+        )
 
     def attach(self, model: nn.Module) -> None:
-        """Hang the store on a model: a plain attribute, invisible to state dicts."""
-        model.__dict__[_ATTRIBUTE] = self
+        """Hand the masks out to the modules that hold the weights; those inside the model have no others afterwards.
+
+        They are plain attributes, invisible to state dicts.
+
+        Args:
+            model: Whose names the masks go by; wrappers inside it may be left out of them.
+
+        Raises:
+            MaskError: If there is no parameter of that name.
+        """
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        known = set(names.values()) | {plain_name(name) for name in names.values()}
+        if missing := [name for name in self.masks if name not in known and name not in self.replaced]:
+            raise MaskError(f"{missing[0]!r} has a mask, and {type(model).__name__} has no such parameter")
+        self._clear(model)
+        pruning = _Pruning(self.config, self.polishes, self.speed)
+        roster = {
+            name: _Held(pruning, {name.rpartition(".")[2]: self.masks[name]})
+            for name in self.replaced & self.masks.keys()
+        }
+        for prefix, module in model.named_modules():
+            for key, parameter in module._parameters.items():
+                if (name := names.get(id(parameter), "")) in self.replaced:
+                    continue
+                keep, dense = _named(self.masks, name), _named(self.dense or {}, name)
+                if keep is None and dense is None:
+                    continue
+                held: _Held = module.__dict__.setdefault(_ATTRIBUTE, _Held(pruning))
+                held.pruning = pruning
+                if keep is not None:
+                    held.masks[key] = keep
+                    roster[f"{prefix}.{key}".removeprefix(".")] = held
+                if dense is not None:
+                    held.dense[key] = dense
+        model.__dict__[_ROSTER] = roster
+
+    @staticmethod
+    def _clear(model: nn.Module) -> None:
+        for module in model.modules():
+            module.__dict__.pop(_ROSTER, None)
+            if (held := module.__dict__.get(_ATTRIBUTE)) is not None:
+                held.masks.clear()
+                held.dense.clear()
 
     @staticmethod
     def detach(model: nn.Module) -> None:
-        """Leave a model without a store; its weights stay as they are."""
-        model.__dict__.pop(_ATTRIBUTE, None)
+        """Leave a model without masks; its weights stay as they are."""
+        MaskStore._clear(model)
+        for module in model.modules():
+            module.__dict__.pop(_ATTRIBUTE, None)
 
     def update(
         self,
@@ -89,10 +192,10 @@ class MaskStore:
         parameters = dict(model.named_parameters())
         if keep_dense:
             self.check_dense()
+        if keep_dense or self.dense is not None:
             self.dense = self.dense or {}
-        if self.dense is not None:
             for name in dict.fromkeys([*masks, *weights, *dense]):
-                if name not in self.dense:
+                if name not in self.dense and name not in self.masks:
                     self.dense[name] = dense[name] if name in dense else parameters[name].detach().clone()
         for name, mask in masks.items():
             old = self.masks.get(name)
@@ -110,7 +213,7 @@ class MaskStore:
         Raises:
             MaskError: If a weight was pruned without keeping its dense values.
         """
-        if self.masks and self.dense is None:
+        if self.masks.keys() - (self.dense or {}).keys():
             raise MaskError(
                 "keep_dense=True, but the model was pruned before without it, so its dense weights are gone: "
                 "reload the model and pass keep_dense=True at the first pruning"
@@ -123,10 +226,16 @@ class MaskStore:
             MaskError: If a masked parameter is gone or has another shape.
         """
         parameters = dict(model.named_parameters())
-        misfits = [n for n, mask in self.masks.items() if n not in parameters or parameters[n].shape != mask.shape]
+        misfits = [
+            name
+            for name, mask in self.masks.items()
+            if name in self.replaced or name not in parameters or parameters[name].shape != mask.shape
+        ]
         if misfits:
             name = misfits[0]
             found = f"shape {tuple(parameters[name].shape)}" if name in parameters else "no parameter"
+            if name in parameters and parameters[name].shape == self.masks[name].shape:
+                found = "another module"
             raise MaskError(
                 f"the mask of {name!r} has shape {tuple(self.masks[name].shape)}, but the model has {found} there: the "
                 f"model was changed after pruning; drop_masks({', '.join(map(repr, misfits))}) leaves the other masks"
@@ -143,6 +252,7 @@ class MaskStore:
         """
         self.check(model)
         parameters = dict(model.named_parameters())
+        moved: dict[int, Tensor] = {}
         for name, mask in self.masks.items():
             if parameters[name].is_meta and bool(values_of(model, name, parameters[name]).cpu()[~mask.cpu()].any()):
                 raise MaskError(
@@ -153,8 +263,11 @@ class MaskStore:
             if parameters[name].is_meta:
                 continue
             if mask.device != parameters[name].device:
-                mask = self.masks[name] = mask.to(parameters[name].device)
-            zero_removed_(parameters[name], mask)
+                moved[id(mask)] = self.masks[name] = mask.to(parameters[name].device)
+            zero_removed_(parameters[name], self.masks[name])
+        for module in model.modules() if moved else ():
+            if (held := module.__dict__.get(_ATTRIBUTE)) is not None:
+                held.masks = {key: moved.get(id(mask), mask) for key, mask in held.masks.items()}
 
     def make_permanent(self, model: nn.Module) -> None:
         """Drop the masks and leave the zeros; warns if some are not zero any more."""
@@ -197,6 +310,7 @@ class MaskStore:
                     common = tuple(slice(min(sizes)) for sizes in zip(parameter.shape, before[name], strict=True))
                     old, tensors[name] = tensors[name], new.detach().clone()
                     tensors[name][common] = old[common].to(new.device)
+                    self.replaced -= {name}
         self.attach(model)
 
     def discard(self, model: nn.Module) -> None:
@@ -206,12 +320,12 @@ class MaskStore:
             MaskError: If the dense weights were not kept, or the masks no longer fit the model.
             PlanError: If weights are offloaded.
         """
-        if self.dense is None:
+        self.check(model)
+        if self.dense is None or self.masks.keys() - self.dense.keys():
             raise MaskError(
                 "the dense weights were not kept: pass keep_dense=True to prune(), or reload the model; "
                 "make_permanent() drops the masks and leaves the zeros"
             )
-        self.check(model)
         refuse_offloaded(model, "giving dense weights back")
         parameters = dict(model.named_parameters())
         with torch.no_grad():
@@ -250,6 +364,17 @@ def drop_masks(model: nn.Module, *names: str) -> None:
     if (store := MaskStore.of(model)) is None:
         raise MaskError(f"this {type(model).__name__} has no masks, so there are none to drop")
     store.drop(model, names)
+
+
+def mask_of(model: nn.Module, name: str) -> Tensor | None:
+    """The mask of one parameter, without looking at the whole model."""
+    holder, _, key = name.rpartition(".")
+    held: _Held | None = model.get_submodule(holder).__dict__.get(_ATTRIBUTE)
+    return None if held is None else held.masks.get(key)
+
+
+def _named(tensors: Mapping[str, Tensor], name: str) -> Tensor | None:
+    return tensors.get(name, tensors.get(plain_name(name)))
 
 
 class Undo:

@@ -34,6 +34,7 @@ from hf_prune.report import SparsityReport, sparsity_report
 from hf_prune.shrinking import shrink_modules
 from hf_prune.training import keep_sparse
 from hf_prune.unit_plan import UnitPlan
+from hf_prune.wrapping import sole_model
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 Self = TypeVar("Self", bound="PrunedModelMixin")
@@ -347,7 +348,8 @@ def shrink(model: Model) -> Model:
     that ``save_pretrained`` describes what its config alone does not tell.
 
     Args:
-        model: A ``PreTrainedModel`` of an architecture in the table; see ``hf_prune.register_architecture``.
+        model: A ``PreTrainedModel`` of an architecture in the table, see ``hf_prune.register_architecture``; or a
+            wrapper or holder of one.
 
     Returns:
         The same object; ``model.config.pruned_structure`` says what was taken out.
@@ -364,7 +366,8 @@ def shrink(model: Model) -> Model:
         >>> shrink(model).config.intermediate_size
         12
     """
-    return shrink_modules(prunable(model))
+    shrink_modules(prunable(sole_model(model)))  # type: ignore[type-var]
+    return model
 
 
 @functools.cache

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import ExitStack
-from typing import Any, Literal, TypeVar, overload
+from typing import Any, Literal, TypeVar, cast, overload
 
 from torch import Tensor, nn
 
@@ -26,6 +26,7 @@ from hf_prune.sites import sites_of_channels
 from hf_prune.stepwise import masks_before_repair, prune_in_steps
 from hf_prune.structured import prune_units
 from hf_prune.unit_plan import UnitPlan, make_unit_plan
+from hf_prune.wrapping import sole_model, unwrapped
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -74,7 +75,9 @@ def prune(
 ) -> Model | PruningPlan | UnitPlan:
     """Prune a model in place.
 
-    Pruning again only ever adds zeros: 0.3 and then 0.5 removes 0.5 in all.
+    Pruning again only ever adds zeros: 0.3 and then 0.5 removes 0.5 in all. That holds however a model is passed: the
+    masks are those of its weights, and the same inside ``DataParallel``, a ``PeftModel``, any module that holds the
+    model, or a part of it. Adapters are never pruned, nor the copies that ``modules_to_save`` trains.
 
     Where ``torch.distributed`` is initialised, as by ``accelerate.PartialState()``, calibration is shared: every
     process calls this with the same model and the same batches, runs its share of them, and gets the masks that one
@@ -117,7 +120,7 @@ def prune(
         return _prune_units(
             model, config, calibration, keep_dense, dry_run, progress and is_first(), cache_bytes, polish_data
         )
-    wrapper, model = model, getattr(model, "_orig_mod", model)  # torch.compile wraps the model
+    wrapper, model = model, cast("Model", unwrapped(model))
     if polish_data is not None and config.polish is None:
         raise ConfigError("polish_data is given, but there is no polish: set polish='distill', or leave it out")
     plan = make_plan(model, config)
@@ -172,9 +175,9 @@ def prune(
         if dense is not None:
             kept = {name: mask & store.masks.get(name, mask).to(mask.device) for name, mask in masks.items()}
             record = polish(model, {**store.masks, **kept}, dense, undo, config, progress)
-        store.update(model, masks, {}, config, keep_dense, undo.dense)
         if record is not None:
             store.polishes = (*store.polishes, record)
+        store.update(model, masks, {}, config, keep_dense, undo.dense)
     return wrapper
 
 
@@ -189,7 +192,7 @@ def _prune_units(
     polish_data: Batches | None,
 ) -> Model | UnitPlan:
     """:func:`prune` for heads, neurons and layers."""
-    inner = getattr(model, "_orig_mod", model)  # torch.compile wraps the model
+    inner = sole_model(model)
     if polish_data is not None and config.polish is None:
         raise ConfigError("polish_data is given, but there is no polish: set polish='distill', or leave it out")
     if dry_run:

@@ -206,7 +206,7 @@ def make_plan(
     learned: Mapping[str, float] | None = None,
     *,
     loaded: bool = True,
-    anew: bool = False,
+    masks: Mapping[str, Tensor] | None = None,
 ) -> PruningPlan:
     """Resolve a config on a model; the model is not changed.
 
@@ -216,7 +216,7 @@ def make_plan(
         learned: The sparsity of every target, for an allocation that is learned from data.
         loaded: Whether its weights are there. False for a model on the meta device; nobody has then seen whether
             they are finite.
-        anew: Leave the masks of earlier prunings out of account.
+        masks: Those of earlier prunings that count, in place of the model's own.
 
     Raises:
         PlanError: If no target matches, a weight cannot be divided into units, a weight has NaN or
@@ -241,12 +241,10 @@ def make_plan(
         refuse_infinite({t.name: parameters[t.name].detach() for t in targets})
     _refuse_inputs(model, targets, config)
     _refuse_wide_units(targets, granularity, config)
-    store = MaskStore.of(model)
-    masks = {}
-    if store is not None and not anew:
+    if masks is None and (store := MaskStore.of(model)) is not None:
         store.check(model)
         masks = store.masks
-    tensors, remove = _count(targets, config, granularity, masks, learned)
+    tensors, remove = _count(targets, config, granularity, masks or {}, learned)
     _refuse_regrowth(tensors, remove, config)
     return PruningPlan(
         config=config,

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from hf_prune.architectures import list_architectures
 from hf_prune.bypass import is_bypassed
 from hf_prune.errors import ArchitectureError
 from hf_prune.masking import MaskStore, warn_regrown
@@ -44,6 +45,7 @@ def shrink_modules(model: Model, cuts: list[tuple[str, int, Tensor]] | None = No
         ArchitectureError: If its architecture is not registered, or a module cannot be resized, such as one whose
             weight another module uses as well; the model is as before.
         PlanError: If weights are offloaded.
+        MaskError: If the masks no longer fit the model.
     """
     refuse_offloaded(model, "shrink()")
     warn_regrown(model, "the heads, neurons and channels that they belong to stay")
@@ -59,13 +61,17 @@ def shrink_modules(model: Model, cuts: list[tuple[str, int, Tensor]] | None = No
     units = {site.name: site.units for site in sites}
     kept = {site.name: index for site in sites if (index := _living(model, site)) is not None}
     changes = _resized(model, sites, kept)
+    if (store := MaskStore.of(model)) is not None:
+        store.check(model)
+    MaskStore.detach(model)
     _commit(model, sites, kept, changes)
     if cuts is not None:
         cuts += _cuts(sites, kept)
     renamed = _remove_layers(model, lists, gone)
-    store = MaskStore.of(model)
     speed, settings = (None, None) if store is None else (store.speed, store.config)
-    _update_store(model, sites, kept, gone, renamed)
+    if store is not None:
+        _cut_masks(store, sites, kept, gone, renamed)
+        store.attach(model)
     _record(model, before, units, kept, lists, gone, renamed)
     if speed is not None and (record := getattr(model.config, RECORD, None)) is not None:
         record["speed"] = speed.to_dict()
@@ -85,16 +91,34 @@ def resize(model: nn.Module, units: Mapping[str, int]) -> None:
     Raises:
         ArchitectureError: If a site is unknown, or has fewer units.
     """
-    sites = {site.name: site for site in find_sites(model)}
+    parts = _parts(model)
+    known = {prefix + site.name: site.units for prefix, (_, sites) in parts.items() for site in sites}
     for name, number in units.items():
-        if name not in sites or not 0 <= number <= sites[name].units:
-            found = f"{sites[name].units} units" if name in sites else "no such site"
+        if not 0 <= number <= known.get(name, -1):
+            found = f"{known[name]} units" if name in known else "no such site"
             raise ArchitectureError(
                 f"the checkpoint has {number} units at {name}, and {type(model).__name__} has {found} there: its "
                 f"config and its structure do not belong together"
             )
-    kept = {name: torch.arange(number) for name, number in units.items()}
-    _commit(model, list(sites.values()), kept, _resized(model, list(sites.values()), kept))
+    for prefix, (part, sites) in parts.items():
+        kept = {site.name: torch.arange(units[prefix + site.name]) for site in sites if prefix + site.name in units}
+        _commit(part, sites, kept, _resized(part, sites, kept))
+
+
+def _parts(model: nn.Module) -> dict[str, tuple[nn.Module, list[Site]]]:
+    """The model and its sites, or the models inside one that is not in the table of architectures: by their names."""
+    from transformers import PreTrainedModel
+
+    found: dict[str, tuple[nn.Module, list[Site]]] = {}
+    inside: set[nn.Module] = set()
+    for name, part in model.named_modules():
+        if part in inside or not isinstance(part, PreTrainedModel):
+            continue
+        if part.config.model_type in list_architectures():
+            prefix = f"{name}.".removeprefix(base_prefix(model)) if name else ""
+            found[prefix] = part, find_sites(part)
+            inside.update(part.modules())
+    return found or {"": (model, find_sites(model))}
 
 
 def take_out_layers(model: nn.Module) -> None:
@@ -269,13 +293,10 @@ def _remove_layers(model: nn.Module, lists: list[LayerList], gone: set[str]) -> 
 # --- what is said of it ---------------------------------------------------------------------------------------
 
 
-def _update_store(
-    model: nn.Module, sites: list[Site], kept: Mapping[str, Tensor], gone: set[str], renamed: Mapping[str, str]
+def _cut_masks(
+    store: MaskStore, sites: list[Site], kept: Mapping[str, Tensor], gone: set[str], renamed: Mapping[str, str]
 ) -> None:
     """Have the masks follow their weights."""
-    store = MaskStore.of(model)
-    if store is None:
-        return
     masks = dict(store.masks)
     for name, dim, index in _cuts(sites, kept):
         if name in masks:
@@ -283,8 +304,6 @@ def _update_store(
     masks = {_new_name(name, renamed): mask for name, mask in masks.items() if not _inside(name, gone)}
     store.dense = None
     store.masks = {name: mask for name, mask in masks.items() if not bool(mask.all())}
-    if not store.masks:
-        store.make_permanent(model)
 
 
 def _inside(name: str, layers: set[str]) -> bool:
@@ -359,5 +378,14 @@ def structure_of(model: nn.Module, dense: Callable[[], nn.Module]) -> dict[str, 
         Units by site, of those sites that differ.
     """
     with torch.device("meta"):
-        told = {site.name: site.units for site in find_sites(dense())}
-    return {site.name: site.units for site in find_sites(model) if site.units != told.get(site.name)}
+        told = _sizes(dense())
+    return {name: units for name, units in _sizes(model).items() if units != told.get(name)}
+
+
+def _sizes(model: nn.Module) -> dict[str, int]:
+    return {prefix + site.name: site.units for prefix, (_, sites) in _parts(model).items() for site in sites}
+
+
+def is_shrunk(model: nn.Module) -> bool:
+    """Whether something was taken out of a model, or of one inside it."""
+    return any(getattr(getattr(module, "config", None), RECORD, None) is not None for module in model.modules())

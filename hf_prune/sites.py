@@ -16,6 +16,7 @@ from hf_prune.architectures import Channels, Heads, Stack, architecture_of, list
 from hf_prune.channels import channel_sites
 from hf_prune.errors import ArchitectureError
 from hf_prune.parts import Part, Site
+from hf_prune.wrapping import adapters
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,15 @@ def layer_lists(model: nn.Module) -> list[LayerList]:
     """The stacks of layers that a model has.
 
     Raises:
-        ArchitectureError: If its architecture is not registered, or its modules are not where the table says.
+        ArchitectureError: If its architecture is not registered, or its modules are not where the table says, or carry
+            adapters.
     """
+    for name in adapters(model).values():
+        raise ArchitectureError(
+            f"{name or type(model).__name__} carries adapters, which would go on writing into what is taken out: "
+            f"expected a plain {type(model).__name__}; merge them first, with hf_prune.merge_lora or "
+            f"merge_and_unload(), or prune before get_peft_model()"
+        )
     stacks, prefix = [entry for entry in _entries(model) if isinstance(entry, Stack)], base_prefix(model)
     found = []
     for stack in stacks:

@@ -201,9 +201,8 @@ def _prepare(source: str, config: PruningConfig) -> tuple[Skeleton, PruningPlan,
                 f"the masks of {source} do not fit the model: {name!r} has a mask, and the model has no such "
                 f"parameter; delete {MASK_FILE} to prune without masks"
             )
-    if masks:
-        MaskStore(cast("dict[str, Tensor]", masks)).attach(skeleton.model)
-    return skeleton, make_plan(skeleton.model, config, loaded=False), masks
+    MaskStore(cast("dict[str, Tensor]", masks)).check(skeleton.model)
+    return skeleton, make_plan(skeleton.model, config, loaded=False, masks=masks), masks
 
 
 # --- without data ----------------------------------------------------------------------------------

@@ -79,10 +79,10 @@ def prune_units(
         if dense is not None:
             kept = {name: mask & store.masks.get(name, mask).to(mask.device) for name, mask in masks.items()}
             record = polish(model, {**store.masks, **kept}, dense, undo, config, progress)
-        store.update(model, masks, {}, config, keep_dense, undo.dense)
         store.speed = plan.speed
         if record is not None:
             store.polishes = (*store.polishes, record)
+        store.update(model, masks, {}, config, keep_dense, undo.dense)
         switched.pop_all()
     return model
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from hf_prune.config import PruningConfig
 from hf_prune.errors import PlanError
 from hf_prune.registry import parse_granularity, unknown_name
+from hf_prune.wrapping import adapters, unadapted_name
 
 ALL_LINEAR = "all-linear"
 _RAW_CHANNELS = 4  # a convolution of no more reads pixels or samples
@@ -79,7 +80,8 @@ class Target:
 def resolve_targets(model: nn.Module, config: PruningConfig, *, loaded: bool = True) -> list[Target]:
     """The weights that a config means on a model, in the order of its modules.
 
-    Tied weights and shared modules appear once, under the name that ``named_parameters()`` gives them.
+    Tied weights and shared modules appear once, under the name that ``named_parameters()`` gives them. Adapters are
+    none; what they adapt goes by the name of its layer, with or without ``.base_layer``.
 
     Args:
         model: Any torch module.
@@ -98,16 +100,18 @@ def resolve_targets(model: nn.Module, config: PruningConfig, *, loaded: bool = T
             )
     prunable = dict(prunable_modules(model))
     every_name = [name for name, _ in model.named_modules(remove_duplicate=False)]
+    if adapted := bool(adapters(model)):
+        every_name += [unadapted_name(name) for name in every_name]
     for setting in ("target_modules", "exclude_modules"):
         _check_matches(setting, getattr(config, setting), every_name, prunable)
-    default_out = _output_embedding(model)
+    heads = _output_embeddings(model)
     aliases: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        aliases.setdefault(id(module), []).append(name)
+        aliases.setdefault(id(module), []).extend({name, unadapted_name(name)} if adapted else {name})
 
     def means(pattern: str | tuple[str, ...], module: nn.Module, layout: str) -> bool:
         if pattern == ALL_LINEAR:
-            return layout != "conv" and module is not default_out
+            return layout != "conv" and module not in heads
         return any(module_matches(name, pattern) for name in aliases[id(module)])
 
     names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -141,7 +145,10 @@ def prunable_modules(model: nn.Module) -> Iterator[tuple[str, tuple[nn.Module, s
     """Modules that multiply with a weight that can be pruned: name, module and layout, in their order."""
     from transformers.pytorch_utils import Conv1D
 
+    added = adapters(model)
     for name, module in model.named_modules():
+        if module in added:
+            continue
         if not isinstance(getattr(module, "_parameters", {}).get("weight"), nn.Parameter):
             continue
         if isinstance(module, nn.Linear):
@@ -152,16 +159,24 @@ def prunable_modules(model: nn.Module) -> Iterator[tuple[str, tuple[nn.Module, s
             yield name, (module, "conv")
 
 
-def _output_embedding(model: nn.Module) -> nn.Module | None:
-    get = getattr(model, "get_output_embeddings", None)
-    return get() if get is not None else None
+def _output_embeddings(model: nn.Module) -> set[nn.Module]:
+    """Those of the model and of models inside it, themselves or what adapters wrap."""
+    found: set[nn.Module] = set()
+    for module in model.modules():
+        try:
+            head = getattr(module, "get_output_embeddings", lambda: None)()
+        except (AttributeError, NotImplementedError):  # a model without
+            continue
+        if isinstance(head, nn.Module):
+            found |= {head, *head.modules()}
+    return found
 
 
 def _check_matches(setting: str, pattern: str | tuple[str, ...], names: list[str], prunable: Collection[str]) -> None:
     """A name that matches nothing is a typing error, and would silently protect or prune nothing."""
     if pattern == ALL_LINEAR or not pattern:
         return
-    known = sorted({name.rsplit(".", 1)[-1] for name in prunable})
+    known = sorted({unadapted_name(name).rsplit(".", 1)[-1] for name in prunable})
     if isinstance(pattern, str):
         if not any(module_matches(name, pattern) for name in names):
             raise PlanError(
@@ -211,6 +226,7 @@ def uncovered_matrices(model: nn.Module) -> dict[str, int]:
         model: Any torch module.
     """
     covered = {id(p) for _, (module, _) in prunable_modules(model) for p in module.parameters(recurse=False)}
+    covered |= {id(p) for module in adapters(model) for p in module.parameters(recurse=False)}
     covered |= {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     matrices = {name: p for name, p in model.named_parameters() if id(p) not in covered}
     return {name: p.numel() for name, p in matrices.items() if sum(size > 1 for size in p.shape) > 1}
@@ -236,7 +252,7 @@ def passed_over(model: nn.Module, config: PruningConfig, targets: Collection[Tar
         config: Its ``target_modules`` and ``exclude_modules``.
         targets: What it leads to.
     """
-    head = _output_embedding(model) if config.target_modules == ALL_LINEAR else None
+    heads = _output_embeddings(model) if config.target_modules == ALL_LINEAR else set()
     taken = {t.name for t in targets}
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     sizes = uncovered_matrices(model)
@@ -247,7 +263,7 @@ def passed_over(model: nn.Module, config: PruningConfig, targets: Collection[Tar
         name = names[id(weight)]
         embeds = isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and module.in_channels <= _RAW_CHANNELS
         excluded = config.exclude_modules == ALL_LINEAR and layout != "conv"
-        if name not in taken and module is not head and not embeds and not excluded:
+        if name not in taken and module not in heads and not embeds and not excluded:
             owner[name], sizes[name] = module_name, weight.numel()
 
     def means(pattern: str | tuple[str, ...], name: str) -> bool:

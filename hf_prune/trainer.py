@@ -88,8 +88,9 @@ class PruningCallback(TrainerCallback):
         config = self.config
         if config is not None and hasattr(model, "peft_config"):
             raise ConfigError(
-                "the model is a PeftModel, and pruning would go for its adapters as well: prune the model before "
-                "get_peft_model(), train without a pruning_config, and merge with hf_prune.merge_lora"
+                "the model is a PeftModel, whose own weights are not trained, so there is nothing to prune step by "
+                "step: call hf_prune.prune(model, …) first, train without a pruning_config, and merge with "
+                "hf_prune.merge_lora"
             )
         if config is None and MaskStore.of(model) is None and self.resume_from is None:
             if self.is_needed:

@@ -23,7 +23,7 @@ from hf_prune.config import MOVEMENT, PruningConfig
 from hf_prune.criteria.base import LABELLED, TRAINED, WeightStats
 from hf_prune.distributed import from_first
 from hf_prune.errors import ConfigError, MaskError
-from hf_prune.masking import MaskStore, zero_removed_
+from hf_prune.masking import MaskStore, mask_of, zero_removed_
 from hf_prune.offloading import refuse_offloaded
 from hf_prune.pipeline import prune
 from hf_prune.plan import coverage_notes, make_plan, warn_of
@@ -36,12 +36,12 @@ from hf_prune.sites import sites_of_channels
 from hf_prune.structured import unit_masks
 from hf_prune.targets import divisible, resolve_targets
 from hf_prune.unit_plan import choose_units, unit_sites
+from hf_prune.wrapping import plain_name
 
 _ROUNDING = 0.005  # of a sparsity, in small pools
 _SHRUNK = "sparsity when shrunk"  # in the state
 _MEMORY = 0.9  # of running averages, by a step
 _SCORE_PATH = 6.6  # how far soft movement can pull a score in a whole schedule: far enough in half of it
-_WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.")  # what others put into names
 
 
 class TrainingPruner:
@@ -165,9 +165,8 @@ class TrainingPruner:
             step: The optimizer step that comes next, counted from 1.
             scale: What the loss was multiplied by, as for float16. Gradients that overflowed teach nothing.
         """
-        store = MaskStore.of(self.model)
         exchanged = self.schedule.exchanges and self.schedule.is_due(step, self.steps)
-        for name, parameter in self._parameters(store):
+        for name, parameter in self._parameters(MaskStore.of(self.model)):
             if parameter.grad is None:
                 continue
             self._receive(name, parameter, exchanged, scale)
@@ -285,7 +284,7 @@ class TrainingPruner:
         if store is None:
             return 0.0
         names = self._targets if self.config is not None else store.masks.keys()
-        sizes = {name: p.numel() for name, p in self._named() if name in names}
+        sizes = {name: p.numel() for name, p in self.model.named_parameters() if name in names}
         gone = sum(int((~mask).sum()) for name, mask in store.masks.items() if name in sizes)
         return gone / max(1, sum(sizes.values()))
 
@@ -364,7 +363,7 @@ class TrainingPruner:
                 scores = {n: s * self.model.get_parameter(n).detach().abs() for n, s in scores.items()}
             units, _ = choose_units(self.model, config, scores=scores if self._moves or self._averages else None)
             return unit_masks(self.model, units)
-        plan = make_plan(self.model, config, loaded=not self.is_sharded, anew=self._moves)
+        plan = make_plan(self.model, config, loaded=not self.is_sharded, masks={} if self._moves else store.masks)
         needs = CRITERIA.get(config.criterion).needs
         stats = {}
         for tensor in plan.tensors:
@@ -401,7 +400,7 @@ class TrainingPruner:
         return masks
 
     def _set_masks(self, store: MaskStore, masks: Mapping[str, Tensor]) -> None:
-        parameters = dict(self._named())
+        parameters = dict(self.model.named_parameters())
         for name, mask in masks.items():
             mask = from_first(mask)
             if self._moves:
@@ -437,47 +436,38 @@ class TrainingPruner:
         names = self._watched | masked | (self._targets if self.schedule.exchanges else set())
         if not names:
             return
-        found = {name: parameter for name, parameter in self._named() if name in names}
-        if missing := sorted(masked - found.keys()):
+        found = {name: parameter for name, parameter in self.model.named_parameters() if name in names}
+        if missing := sorted((masked - found.keys()) | (store.replaced if store is not None else set())):
             raise MaskError(
                 f"{missing[0]} has a mask, and the model has no such weight: it was changed after pruning, and its "
                 f"weights would be trained without their masks; drop_masks({missing[0]!r}) leaves the others"
             )
         yield from found.items()
 
-    def _named(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Parameters by the names that they have without wrappers inside the model."""
-        for name, parameter in self.model.named_parameters():
-            for wrapper in _WRAPPERS:
-                name = name.replace(wrapper, "")
-            yield name, parameter
-
     def _part(self, name: str, parameter: nn.Parameter) -> Tensor | None:
         """This process's part of a mask, as the mask and the parameter are now."""
-        store = MaskStore.of(self.model)
-        mask = None if store is None else store.masks.get(name)
-        if store is None or mask is None:
+        if (mask := mask_of(self.model, name)) is None:
             return None
         local = _local(parameter)
         if local.is_meta:
             refuse_offloaded(self.model, "a training")
         known, part = self._parts.get(name, (None, mask))
         if known is not mask or part.shape != local.shape or part.device != local.device:
-            if mask.shape != parameter.shape:
+            if mask.shape != parameter.shape and (store := MaskStore.of(self.model)) is not None:
                 store.check(self.model)
             part = _part_of(mask, parameter)
             self._parts[name] = mask, part
         return part
 
     def _whole_weight(self, name: str) -> Tensor:
-        parameter = dict(self._named())[name].detach()
+        parameter = dict(self.model.named_parameters())[name].detach()
         whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
         latent = self.learned["latent"].get(name)
         return whole if latent is None else whole + self._whole(latent, name)
 
     def _whole(self, part: Tensor, name: str) -> Tensor:
         """All processes' parts of a tensor that lies as a parameter does."""
-        parameter = dict(self._named())[name]
+        parameter = dict(self.model.named_parameters())[name]
         if not isinstance(parameter, DTensor):
             return part
         return DTensor.from_local(
@@ -488,9 +478,10 @@ class TrainingPruner:
 
     def state(self) -> dict[str, Tensor]:
         """What a training that goes on needs besides weights and masks; every process has to call this."""
+        # wrappers inside the model need not be there when the training goes on
         shrunk = {} if self._gone is None else {_SHRUNK: torch.tensor(self._gone, dtype=torch.float64)}
         return shrunk | {
-            f"{kind}:{name}": self._whole(tensor, name).cpu().contiguous()
+            f"{kind}:{plain_name(name)}": self._whole(tensor, name).cpu().contiguous()
             for kind, tensors in self.learned.items()
             for name, tensor in tensors.items()
         }
@@ -502,13 +493,15 @@ class TrainingPruner:
             state: What :meth:`state` gave.
             store: The masks; None if nothing was pruned yet.
         """
-        parameters = dict(self._named())
+        parameters = dict(self.model.named_parameters())
+        names = {plain_name(name): name for name in parameters}
         self.learned = {"score": {}, "latent": {}}
         self._gone = float(state[_SHRUNK]) if _SHRUNK in state else None
         for key, tensor in state.items():
             if key == _SHRUNK:
                 continue
-            kind, _, name = key.partition(":")
+            kind, _, plain = key.partition(":")
+            name = names[plain]
             self.learned[kind][name] = _part_of(tensor, parameters[name])
         if store is None:
             MaskStore.detach(self.model)

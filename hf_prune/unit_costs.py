@@ -112,9 +112,9 @@ def variant(model: nn.Module, kept: Mapping[str, int], gone: Sequence[str] = ())
         kept: Units by site.
         gone: Names of layers that it lacks.
     """
-    memo: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    store = MaskStore.of(model)
-    memo[id(store)] = store
+    store = MaskStore.of(model) or MaskStore()
+    masks = (*store.masks.values(), *(store.dense or {}).values())
+    memo: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers(), *masks)}
     twin = copy.deepcopy(model, memo)
     for name in gone:
         bypass(twin.get_submodule(name))

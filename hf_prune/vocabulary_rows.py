@@ -179,17 +179,17 @@ def take_rows(model: Any, vocabulary: Vocabulary, ids: Mapping[int, int]) -> Non
         new[id(tensor)] = nn.Parameter(values, requires_grad=tensor.requires_grad) if is_parameter else values
     store = MaskStore.of(model)
     dims = {name: dim for name, _, dim in vocabulary.tensors}
-    masks = {} if store is None else {n: taken(m, dims[n]) for n, m in store.masks.items() if n in dims}
-    dense = {} if store is None else {n: taken(w, dims[n]) for n, w in (store.dense or {}).items() if n in dims}
     if store is not None:
-        store.masks.update(masks)
-        (store.dense or {}).update(dense)
+        store.masks |= {n: taken(m, dims[n]) for n, m in store.masks.items() if n in dims}
+        store.dense = store.dense and {n: taken(w, dims[n]) if n in dims else w for n, w in store.dense.items()}
     for module in model.modules():
         mine = [*module._parameters.items(), *module._buffers.items()]
         for name, tensor in [(n, t) for n, t in mine if t is not None and id(t) in new]:
             setattr(module, name, new[id(tensor)])
             if name == "weight":
                 _resize(module, rows, ids)
+    if store is not None:
+        store.attach(model)
     for holder in _holders(model):
         _renumber_settings(holder, rows, ids)
 

@@ -43,6 +43,7 @@ LAYERS = (
         "unit_budget",
         "unit_curves",
         "units",
+        "wrapping",
     ),
     ("config", "packed_files", "remote_code"),
     ("targets", "architectures", "parts", "channels", "sites"),

@@ -343,7 +343,7 @@ def test_refused_plans_change_nothing(bert, settings, message):
     with pytest.raises(PlanError, match=message):
         prune(bert, **settings)
     assert_unchanged(bert, before)
-    assert MaskStore.of(bert) is store
+    assert {n: id(m) for n, m in MaskStore.of(bert).masks.items()} == {n: id(m) for n, m in store.masks.items()}
     assert all(id(mask) == early[name][0] and torch.equal(mask, early[name][1]) for name, mask in store.masks.items())
     assert store.config == PruningConfig(0.3)
 
@@ -376,4 +376,4 @@ def test_compiled_model_is_pruned_itself():
     compiled = torch.compile(model, backend="eager")
     assert prune(compiled, 0.5) is compiled
     assert MaskStore.of(model) is not None
-    assert MaskStore.of(compiled) is None
+    assert MaskStore.of(compiled).masks["_orig_mod.fc1.weight"] is MaskStore.of(model).masks["fc1.weight"]

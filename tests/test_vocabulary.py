@@ -337,6 +337,7 @@ def test_masks_are_cut_too(make):
     name = next(n for n in store.masks if "query" not in n)
     masks, dense = store.masks[name].clone(), store.dense[name].clone()
     kept = list(trim_vocabulary(model, tokenizer, CORPUS).ids)
+    store = MaskStore.of(model)
     store.check(model)
     assert torch.equal(store.masks[name], masks[kept])
     store.discard(model)

@@ -1,0 +1,85 @@
+"""What lies around a model and inside it without being the model: wrappers, and PEFT's adapters."""
+
+from __future__ import annotations
+
+import re
+import sys
+from typing import Any
+
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+_WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.")  # what others put into names
+_ADAPTED = re.compile(r"\.(base_layer|original_module|modules_to_save\.[^.]+)(?=\.|$)")  # what PEFT does
+
+
+def without_wrappers(model: nn.Module) -> nn.Module:
+    """The model inside ``DataParallel``, ``DistributedDataParallel`` and ``torch.compile``."""
+    while True:
+        if isinstance(model, nn.DataParallel | DistributedDataParallel):
+            model = model.module
+        elif isinstance(inner := model._modules.get("_orig_mod"), nn.Module):
+            model = inner
+        else:
+            return model
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside wrappers, and inside a ``PeftModel``: whatever is done to it is done to those as well."""
+    inner: Any = without_wrappers(model)
+    while callable(getattr(type(inner), "get_base_model", None)):
+        inner = without_wrappers(inner.get_base_model())
+    return inner
+
+
+def sole_model(module: nn.Module) -> nn.Module:
+    """The one transformers model inside a module that is none itself, such as a holder; else what it is."""
+    from transformers import PreTrainedModel
+
+    model = unwrapped(module)
+    if isinstance(model, PreTrainedModel):
+        return model
+    found = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
+    inside = {id(part) for outer in found for part in list(outer.modules())[1:]}
+    outermost = [part for part in found if id(part) not in inside]
+    return outermost[0] if len(outermost) == 1 else model
+
+
+def plain_name(name: str) -> str:
+    """The name of a parameter without what wrappers inside a model add to it."""
+    for wrapper in _WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name
+
+
+def unadapted_name(name: str) -> str:
+    """The name that a module or parameter has without adapters, and once they are merged."""
+    return _ADAPTED.sub("", name)
+
+
+def adapters(model: nn.Module) -> dict[nn.Module, str]:
+    """The modules inside a model that are PEFT's and hold what it trains, with the name of the layer they belong to.
+
+    Besides LoRA's matrices and their kin these are the copies that ``modules_to_save`` makes; what they adapt or are
+    copies of belongs to the model.
+    """
+    if "peft" not in sys.modules:
+        return {}
+    from peft import PeftModel
+    from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    kept = {PeftModel: "base_model", BaseTuner: "model", BaseTunerLayer: "base_layer"}
+    kept |= {AuxiliaryTrainingWrapper: "original_module"}
+    found: dict[nn.Module, str] = {}
+    own: set[nn.Module] = set()
+    for name, module in model.named_modules():
+        base = next((attribute for kind, attribute in kept.items() if isinstance(module, kind)), None)
+        if base is None:
+            continue
+        for child_name, child in module.named_children():
+            if child_name == base:
+                own |= {child} if base in ("base_layer", "original_module") else set()
+            else:
+                found |= dict.fromkeys(child.modules(), name)
+    return {module: name for module, name in found.items() if module not in own}
