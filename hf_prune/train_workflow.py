@@ -7,7 +7,7 @@ import copy
 import dataclasses
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from transformers import DataCollatorWithPadding, PreTrainedModel, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
 from hf_prune.calibration_data import LabelledData, TextData
 from hf_prune.checkpoint import copy_companions, staged_checkpoint
@@ -31,10 +30,13 @@ from hf_prune.masking import MaskStore
 from hf_prune.perplexity import compare_perplexity, evaluate_perplexity
 from hf_prune.report import SparsityReport, sparsity_report
 from hf_prune.structures import structure_report
+from hf_prune.sweep import weights_digest
 from hf_prune.texts import token_windows
 from hf_prune.trainer import PruningTrainer
+from hf_prune.training_state import check_run, last_whole_checkpoint
 from hf_prune.workflows import load_classifier, load_language_model
 
+RUN_FILE = "training_run.json"
 _SEEN = "a model looks better than it is on what it was trained on"
 
 
@@ -147,9 +149,23 @@ def train_checkpoint(
             calibration=calibration,
             shrink_at=shrink_at,
         )
-        last = get_last_checkpoint(str(checkpoints)) if checkpoints is not None and checkpoints.is_dir() else None
+        last = None
+        if checkpoints is not None:
+            run = {
+                "model": weights_digest(model.named_parameters()),
+                "model config": type(model).__name__,
+                "data": _digest_of(examples),
+                "calibration data": _digest_of(calibration or []),
+                "pruning config": None if config is None else config.to_dict(),
+                "teacher": None if trainer.teacher is None else weights_digest(trainer.teacher.named_parameters()),
+                "distillation": None if distillation is None else dataclasses.asdict(distillation),
+                "shrink_at": shrink_at,
+                **dataclasses.asdict(settings),
+            }
+            check_run(checkpoints / RUN_FILE, run)
+            last = last_whole_checkpoint(checkpoints)
         with contextlib.redirect_stdout(sys.stderr):  # progress is no result
-            result = trainer.train(resume_from_checkpoint=last)
+            result = trainer.train(resume_from_checkpoint=None if last is None else str(last))
         trained: Any = trainer.model
     trained.eval()
     report = sparsity_report(trained)
@@ -245,6 +261,14 @@ def _examples(
     length = min(data.window, context_length(model) or data.window)
     windows = token_windows(data.load(settings.split), tokenizer, n=1 << 40, length=length, batch_size=1, labels=True)
     return [{name: tensor[0] for name, tensor in window.items()} for window in windows]
+
+
+def _digest_of(examples: Sequence[Mapping[str, Any]]) -> str:
+    """Of what is learned from: names, and numbers in their order."""
+    tensors = (
+        (f"{i}.{name}", torch.as_tensor(x)) for i, each in enumerate(examples) for name, x in sorted(each.items())
+    )
+    return weights_digest(tensors)
 
 
 def _arguments(settings: TrainingSettings, folder: Path, *, saves: bool) -> TrainingArguments:

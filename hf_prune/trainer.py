@@ -31,7 +31,7 @@ from hf_prune.pipeline import resolve_config
 from hf_prune.shrinking import RECORD, resize, simplify_config
 from hf_prune.sites import find_sites
 from hf_prune.training import TrainingPruner
-from hf_prune.training_state import check_training, load_training, save_training
+from hf_prune.training_state import check_training, last_whole_checkpoint, load_training, save_training
 
 _GENERATED = "<!-- This model card has been generated automatically"  # of the Trainer: until the author removes it
 _HANDLES = "_hf_prune_hooks"  # where a model keeps the handles of hooks while it is trained
@@ -383,6 +383,24 @@ class PruningTrainer(Trainer):
         if getattr(getattr(self.teacher, "config", None), "is_encoder_decoder", False):
             return batch
         return {name: value for name, value in batch.items() if name != "labels"}
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> Any:
+        """Train; ``resume_from_checkpoint=True`` goes on from the newest checkpoint that is whole.
+
+        Args:
+            resume_from_checkpoint: As of ``Trainer.train``.
+            trial: As of ``Trainer.train``.
+            ignore_keys_for_eval: As of ``Trainer.train``.
+        """
+        if resume_from_checkpoint is True and self._prunes:
+            last = last_whole_checkpoint(Path(str(self.args.output_dir)))
+            resume_from_checkpoint = True if last is None else str(last)
+        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self._prunes:

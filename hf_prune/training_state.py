@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from warnings import warn
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from hf_prune.checkpoint import MASK_FILE, load_masks, save_masks
 from hf_prune.errors import CheckpointError
-from hf_prune.files import atomic_path
+from hf_prune.files import atomic_path, write_json
 from hf_prune.masking import MaskStore
 
 STATE_FILE = "pruning_state.safetensors"
@@ -72,6 +73,61 @@ def load_training(folder: Path, facts: Mapping[str, Any]) -> tuple[MaskStore | N
                 f"would not go on as they began; use the same setting, or begin anew"
             )
     return load_masks(folder / MASK_FILE) if MASK_FILE in files else None, state
+
+
+def last_whole_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint of a run that was saved to the end; None if there is none.
+
+    Newer ones that an interruption left incomplete are passed over with a warning, and written anew when the training
+    gets there.
+
+    Args:
+        folder: Where the checkpoints of the run are.
+    """
+    numbered = [(int(path.name[11:]), path) for path in folder.glob("checkpoint-*") if path.name[11:].isdecimal()]
+    for _, path in sorted(numbered, reverse=True):
+        try:
+            check_training(path)
+        except CheckpointError as error:
+            warn(f"passing over a checkpoint that is not whole: {error}", stacklevel=2)
+        else:
+            return path
+    return None
+
+
+def check_run(path: Path, run: Mapping[str, Any]) -> None:
+    """Make sure that a training goes on as it began, and say in a file what it is.
+
+    Args:
+        path: The file, beside the checkpoints.
+        run: What must not change, plain values for JSON.
+
+    Raises:
+        CheckpointError: If something has changed, or checkpoints are there and nothing says what of.
+    """
+    advice = "use the same again, or another folder for the checkpoints"
+    now = json.loads(json.dumps(dict(run)))
+    if path.is_file():
+        try:
+            before = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise CheckpointError(f"{path} is damaged: {error}; {advice}") from error
+        if not isinstance(before, dict):
+            raise CheckpointError(f"{path} holds a JSON {type(before).__name__}: expected an object; {advice}")
+        for name in dict.fromkeys([*now, *before]):
+            if before.get(name) != now.get(name):
+                raise CheckpointError(
+                    f"{path.parent} has checkpoints of a training with {name} = {before.get(name)!r}, and this one has "
+                    f"{now.get(name)!r}: two trainings would be mixed; {advice}"
+                )
+    elif any(path.parent.glob("checkpoint-*")):
+        raise CheckpointError(
+            f"{path.parent} has checkpoints and no {path.name}, which says of which training they are: name another "
+            f"folder"
+        )
+    else:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, now)
 
 
 def check_training(folder: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Tensor]]:

@@ -1,7 +1,9 @@
 """hf-prune train and hf-prune lottery, from a folder to a folder."""
 
 import json
+import re
 import runpy
+import warnings
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from hf_prune.cli import main
+from hf_prune.training_state import last_whole_checkpoint
 from tests import models
 
 
@@ -100,13 +103,47 @@ def test_a_language_model_goes_on_from_its_checkpoints(folders, run, tmp_path):
     assert "perplexity" in whole
     checkpoints = sorted((tmp_path / "c").glob("checkpoint-*"), key=lambda p: int(p.name.partition("-")[2]))
     assert len(checkpoints) == 2
-    for path in checkpoints[1].iterdir():  # as if it had been interrupted before the last one
-        path.unlink()
-    checkpoints[1].rmdir()
-    run(*command, "--out", tmp_path / "b", "--checkpoints", tmp_path / "c")
+    (checkpoints[1] / "pruning_state.safetensors").unlink()  # as if it had been killed while it saved the last one
+    with pytest.warns(UserWarning, match=rf"passing over a checkpoint that is not whole: .*{checkpoints[1].name} has"):
+        assert last_whole_checkpoint(tmp_path / "c") == checkpoints[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        run(*command, "--out", tmp_path / "b", "--checkpoints", tmp_path / "c")
+    assert (checkpoints[1] / "pruning_state.safetensors").is_file()
     weights = [AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in "ab"]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     assert zeros(AutoModelForCausalLM.from_pretrained(tmp_path / "a"), "q_proj") == pytest.approx(0.5, abs=0.01)
+
+
+def test_two_trainings_are_not_mixed(folders, run, tmp_path):
+    """Whatever makes it another training, the folder says what it began as and stays as it was."""
+    command = ["train", folders / "text", "--data", folders / "data", "--sparsity", 0.5, "--batch-size", 32]
+    command += ["--checkpoints", tmp_path / "c", "--out", tmp_path / "out"]
+    run(*command)
+    models.tiny_classifier(seed=5).save_pretrained(tmp_path / "other")
+    models.tiny_tokenizer().save_pretrained(tmp_path / "other")
+    before = {path: path.read_bytes() for path in (tmp_path / "c").rglob("*") if path.is_file()}
+    saved = (tmp_path / "out" / "model.safetensors").read_bytes()
+    other = ["train", tmp_path / "other", *command[2:]]
+    for changed, name in (
+        (other, "model = '"),
+        ([*command, "--split", "dev", "--score-split", "train"], "data = '"),
+        ([*command, "--learning-rate", 1e-3], "learning_rate = 5e-05, and this one has 0.001"),
+        ([*command, "--seed", 3], "seed = 0, and this one has 3|pruning config = "),
+        ([*command, "--sparsity", 0.6], "pruning config = "),
+        ([*command, "--epochs", 2], r"epochs = 1\.0, and this one has 2\.0"),
+        ([*command, "--teacher", "self"], "teacher = None"),
+    ):
+        said = run(*changed, code=1)
+        assert re.search(rf"has checkpoints of a training with ({name}).*two trainings would be mixed", said), said
+    assert {path: path.read_bytes() for path in (tmp_path / "c").rglob("*") if path.is_file()} == before
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == saved
+    (tmp_path / "c" / "training_run.json").write_text("[1]")
+    assert "holds a JSON list: expected an object" in run(*command, code=1)
+    (tmp_path / "c" / "training_run.json").write_text("{")
+    assert "training_run.json is damaged" in run(*command, code=1)
+    (tmp_path / "c" / "training_run.json").unlink()
+    assert "has checkpoints and no training_run.json" in run(*command, code=1)
 
 
 def test_lottery(folders, run, tmp_path):
