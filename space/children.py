@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import hf_prune.errors
 from hf_prune import HfPruneError
@@ -43,7 +43,7 @@ class Child:
         memory_bytes: What it may use.
     """
 
-    def __init__(self, requests: BinaryIO, answers: BinaryIO, kill: Callable[[], None], memory_bytes: int) -> None:
+    def __init__(self, requests: IO[bytes], answers: IO[bytes], kill: Callable[[], None], memory_bytes: int) -> None:
         self.memory = 0  # bytes that it has for itself, as of its last answer
         self.turn = threading.Lock()  # held by who asks it something
         self._requests, self._answers, self._kill = requests, answers, kill
@@ -150,7 +150,7 @@ class Children:
         self._environment["PYTHONPATH"] = os.pathsep.join(filter(None, own))
         self._lock = threading.Lock()
         self._control: socket.socket | None = None  # where forking is asked for
-        self._ready: subprocess.Popen[bytes] | None = None  # what forks, or is the next one itself
+        self._ready: subprocess.Popen[Any] | None = None  # what forks, or is the next one itself
         self.prepare()
 
     def prepare(self) -> None:
@@ -193,7 +193,7 @@ class Children:
                     if control is None:
                         process.kill()
 
-    def _popen(self, *words: str, **streams: Any) -> subprocess.Popen[bytes]:
+    def _popen(self, *words: str, **streams: Any) -> subprocess.Popen[Any]:
         return subprocess.Popen([*_PROGRAM, *words], env=self._environment, **({"stdout": 2} | streams))
 
     def _forked(self, memory_bytes: int) -> Child:
@@ -225,6 +225,6 @@ class Children:
             return answer
 
 
-def _kill(process: subprocess.Popen[bytes]) -> None:
+def _kill(process: subprocess.Popen[Any]) -> None:
     process.kill()
     process.wait()

@@ -15,7 +15,7 @@ from studio import Studio
 from hf_prune import HfPruneError
 
 # One that takes long is not waited for: models run in processes of their own.
-HEAVY = {"concurrency_id": "heavy", "concurrency_limit": 3}
+HEAVY = {"concurrency_id": "heavy", "concurrency_limit": 4}
 LIGHT = {"concurrency_id": "light", "concurrency_limit": 16}
 QUICK = {"concurrency_id": "quick", "concurrency_limit": None}  # what asks no model
 _log = logging.getLogger("hf_prune.space")
