@@ -7,17 +7,19 @@ import hashlib
 import importlib.metadata
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hf_prune.checkpoint import CARD_DATA, MASK_FILE, REPORTS, StoredMasks, read_pruning
+from huggingface_hub import try_to_load_from_cache
+
+from hf_prune.card_checks import check_evaluation, check_latency, check_report, check_sizes
+from hf_prune.checkpoint import CARD_DATA, COMPANIONS, MASK_FILE, REPORTS, StoredMasks, read_pruning
 from hf_prune.config import PruningConfig
 from hf_prune.errors import CheckpointError, DataError, HfPruneError
-from hf_prune.files import read_text
 from hf_prune.front_matter import split_card
-from hf_prune.hub import card_of_base
+from hf_prune.hub import card_of_base, is_repo_id
 from hf_prune.packed_format import is_packed, unseal
 from hf_prune.shards import CHUNK_BYTES
 from hf_prune.shrinking import RECORD
@@ -28,7 +30,9 @@ _LICENSE = re.compile(r"[\w.-]+")
 _LINK = re.compile(r"https?://[^\s<>\"'`]+")
 KEPT = ("base_model", "dataset", "command", "evaluation", "latency")  # of the same files, whatever else is made anew
 LICENSE_FIELDS = ("license", "license_name", "license_link")
-_DESCRIBED = ("*.safetensors", "*.safetensors.index.json", "config.json", "*.py")
+_DESCRIBED = ("*.safetensors", "*.safetensors.index.json", "config.json", "*.py", *COMPANIONS)
+_BESIDE = (*REPORTS, *PICTURES)  # drawn and counted; a checkpoint is the same without them
+_WEIGHTS = re.compile(r"[^/]+\.safetensors")
 _MEASURED = {"evaluation": ("evaluation", "hf-prune evaluate"), "latency": ("points", "hf-prune bench")}
 
 
@@ -80,6 +84,16 @@ class PruningCardData:
     rounded: bool = False
     versions: Mapping[str, str] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        """Refuse what cannot be true.
+
+        Raises:
+            DataError: If a number is out of range, contradicts another one, or is missing.
+        """
+        for name, check in _CHECKS.items():
+            if (value := getattr(self, name)) is not None:
+                _check(check, value, f"the {name} of a card")
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; predictions of single examples are left out."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
@@ -117,7 +131,34 @@ def read_card_data(folder: str | Path, **more: Any) -> PruningCardData:
         DataError: If a file is no JSON, or not what it should be.
     """
     folder = Path(folder)
-    found = _reports(folder, more.get("report"))
+    found = _reports(folder, more.get("report")) | counted_facts(folder)
+    found["pictures"] = {name: text for name, text in PICTURES.items() if (folder / name).is_file()}
+    found["name"] = folder.resolve().name
+    found["versions"] = {name: importlib.metadata.version(name) for name in ("hf_prune", "torch", "transformers")}
+    if (old := stored_card_data(folder, found["checksums"])) is not None:
+        keys = [*KEPT, "versions", "name", *(() if more.get("base_model") else LICENSE_FIELDS)]
+        found |= {key: value for key in keys if (value := getattr(old, key)) is not None}
+    for key, value in more.items():
+        if key in _MEASURED and value is not None:
+            found[key] = _measured(key, value, weights_digest(found["checksums"]), folder)
+        elif value is not None:
+            found[key] = value
+    if (base := found.get("base_model")) is not None:
+        if "license" not in found:
+            found |= inherited_license(base)
+        if Path(base).is_dir():  # and no Hub id
+            del found["base_model"]
+    return PruningCardData(**found)
+
+
+def counted_facts(folder: Path) -> dict[str, Any]:
+    """The fields of :class:`PruningCardData` that a checkpoint's files tell by themselves, reports apart.
+
+    Raises:
+        CheckpointError: If they are damaged.
+        DataError: If ``config.json`` is no JSON.
+    """
+    found: dict[str, Any] = {"rounded": False, "config": None}
     config = _read(folder / "config.json")
     masks = folder / MASK_FILE
     settings = (config.get(RECORD) or {}).get("pruning_config")
@@ -134,24 +175,8 @@ def read_card_data(folder: str | Path, **more: Any) -> PruningCardData:
     found["remote_code"] = is_ours(config.get("auto_map"))
     found["files"] = {p.name: p.stat().st_size for p in sorted(folder.glob("*.safetensors"))}
     found["checksums"] = checksums(folder)
-    found["pictures"] = {name: text for name, text in PICTURES.items() if (folder / name).is_file()}
     found["tokens"] = any(name.endswith("ForCausalLM") for name in config.get("architectures") or [])
-    found["name"] = folder.resolve().name
-    found["versions"] = {name: importlib.metadata.version(name) for name in ("hf_prune", "torch", "transformers")}
-    if (old := stored_card_data(folder, found["checksums"])) is not None:
-        keys = [*KEPT, "versions", "name", *(() if more.get("base_model") else LICENSE_FIELDS)]
-        found |= {key: value for key in keys if (value := getattr(old, key)) is not None}
-    for key, value in more.items():
-        if key in _MEASURED and value is not None:
-            found[key] = _measured(key, value)
-        elif value is not None:
-            found[key] = value
-    if (base := found.get("base_model")) is not None:
-        if "license" not in found:
-            found |= inherited_license(base)
-        if Path(base).is_dir():  # and no Hub id
-            del found["base_model"]
-    return PruningCardData(**found)
+    return found
 
 
 def _reports(folder: Path, report: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -175,8 +200,8 @@ def _counts(report: Mapping[str, Any]) -> tuple[Any, ...]:
     return report["parameters"], report["nonzero"]
 
 
-def _measured(key: str, value: Any) -> dict[str, Any]:
-    """What was measured, if it is what we know how to show."""
+def _measured(key: str, value: Any, weights: str | None, folder: Path) -> dict[str, Any]:
+    """What was measured, if it is what we know how to show, and of these weights: a file must say of which."""
     found = _read(Path(value)) if isinstance(value, str | Path) else value
     inner, command = _MEASURED[key]
     part = found.get(inner) if isinstance(found, Mapping) else None
@@ -185,10 +210,48 @@ def _measured(key: str, value: Any) -> dict[str, Any]:
         right = all(isinstance(part.get(name), int | float) for name in wanted)
     else:
         right = key == "latency" and isinstance(part, list)
+    where = value if isinstance(value, str | Path) else f"{key}={str(value)[:60]}"
     if not right:
-        where = value if isinstance(value, str | Path) else f"{key}={str(value)[:60]}"
         raise DataError(f"{where} is not what {command} --json printed: it has no {inner!r} with its numbers")
+    _check(_CHECKS[key], found, str(where))
+    measured = measured_of(found)
+    if weights is not None and weights not in measured and (measured or isinstance(value, str | Path)):
+        which = "are others than those" if measured else "are not said to be those"
+        raise DataError(f"the weights that {where} is about {which} of {folder}: run {command} again, on this folder")
     return dict(found)
+
+
+def measured_of(found: Mapping[str, Any]) -> list[str]:
+    """The digests of the weights that scores or timings are said to be of; of timings not that of the dense model."""
+    said = found.get("weights")
+    if isinstance(said, Mapping):
+        return [each for each in list(said.values())[len(said) > 1 :] if isinstance(each, str)]
+    return [said] if isinstance(said, str) else []
+
+
+_CHECKS = {"report": check_report, "files": check_sizes, "evaluation": check_evaluation, "latency": check_latency}
+
+
+def _check(check: Callable[[Mapping[str, Any]], None], value: Any, where: str) -> None:
+    try:
+        check(value)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        what = error if isinstance(error, DataError) else f"not as hf_prune writes it: {error!r}"
+        raise DataError(f"{where} cannot be true: {what}") from error
+
+
+def load_card_data(folder: Path) -> PruningCardData:
+    """What the card in a folder says that it was rendered from.
+
+    Raises:
+        DataError: If that is not there, no JSON, or cannot be true.
+    """
+    path = folder / CARD_DATA
+    values = _read(path)
+    try:
+        return PruningCardData.from_dict(values)
+    except (HfPruneError, AttributeError, TypeError, ValueError) as error:
+        raise DataError(f"{path} is not what a card is rendered from: {error}") from error
 
 
 def stored_card_data(folder: Path, sums: Mapping[str, str] | None = None) -> PruningCardData | None:
@@ -199,10 +262,24 @@ def stored_card_data(folder: Path, sums: Mapping[str, str] | None = None) -> Pru
         sums: Its :func:`checksums`, if they are known.
     """
     try:
-        data = PruningCardData.from_dict(json.loads(read_text(folder / CARD_DATA)))
-    except (HfPruneError, OSError, AttributeError, TypeError, ValueError):
+        data = load_card_data(folder)
+    except HfPruneError:
         return None
-    return data if dict(data.checksums) == (checksums(folder) if sums is None else sums) else None
+    others = set(differing(data.checksums, checksums(folder) if sums is None else sums))
+    return None if others - set(_BESIDE) else data
+
+
+def differing(said: Mapping[str, Any], found: Mapping[str, str]) -> list[str]:
+    """Names of the files that a card describes, and that are others now.
+
+    A card that was made before there was a tokenizer, or a report or picture that it does not name, describes none.
+
+    Args:
+        said: SHA-256 by name, of the card.
+        found: The same of the files.
+    """
+    free = {*_BESIDE, *(() if set(said) & set(COMPANIONS) else COMPANIONS)}
+    return sorted(name for name in {*said, *(set(found) - free)} if said.get(name) != found.get(name))
 
 
 def has_report(folder: Path) -> bool:
@@ -224,16 +301,47 @@ def _rounds(described: Mapping[str, Any]) -> bool:
     return bool(described.get("values", "exact") != "exact")
 
 
-def checksums(folder: Path) -> dict[str, str]:
-    """SHA-256 of a checkpoint's weights, masks, config, index and code, by name."""
+def checksums(folder: Path, patterns: Sequence[str] = (*_DESCRIBED, *_BESIDE)) -> dict[str, str]:
+    """SHA-256 of a checkpoint's weights, masks, config, index, code, tokenizer, reports and pictures, by name."""
     found = {}
-    for path in sorted(p for pattern in _DESCRIBED for p in folder.glob(pattern)):
+    for path in sorted({p for pattern in patterns for p in folder.glob(pattern)}):
         digest = hashlib.sha256()
         with path.open("rb") as file:
             while part := file.read(CHUNK_BYTES):
                 digest.update(part)
         found[path.name] = digest.hexdigest()
     return found
+
+
+def with_reports(data: PruningCardData, folder: Path) -> PruningCardData:
+    """The same facts with the checksums of the reports and pictures that lie in a folder now."""
+    rest = {name: found for name, found in data.checksums.items() if name not in _BESIDE}
+    return dataclasses.replace(data, checksums={**rest, **checksums(folder, _BESIDE)})
+
+
+def weights_digest(sums: Mapping[str, str]) -> str | None:
+    """One SHA-256 for all files of weights, as ``sha256sum *.safetensors | sha256sum`` gives it without the masks.
+
+    Args:
+        sums: SHA-256 by name; None is returned if there are no weights among them.
+    """
+    lines = [f"{sums[name]}  {name}\n" for name in sorted(sums) if _WEIGHTS.fullmatch(name) and name != MASK_FILE]
+    return hashlib.sha256("".join(lines).encode()).hexdigest() if lines else None
+
+
+def measured_weights(source: str) -> str | None:
+    """The :func:`weights_digest` of a folder, or of what was downloaded of a repository.
+
+    Args:
+        source: Folder or Hub id; None is returned where there are no safetensors.
+    """
+    folder = Path(source)
+    if not folder.is_dir():
+        path = try_to_load_from_cache(source, "config.json") if is_repo_id(source) else None
+        if not isinstance(path, str):
+            return None
+        folder = Path(path).parent
+    return weights_digest(checksums(folder, ("*.safetensors",)))
 
 
 def inherited_license(base_model: str) -> dict[str, str]:

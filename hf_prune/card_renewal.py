@@ -4,10 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import jinja2
 
-from hf_prune.card_data import KEPT, LICENSE_FIELDS, PICTURES, read_card_data, stored_card_data
+from hf_prune.card_data import (
+    KEPT,
+    LICENSE_FIELDS,
+    PICTURES,
+    PruningCardData,
+    checksums,
+    read_card_data,
+    stored_card_data,
+    weights_digest,
+)
 from hf_prune.cards import BEGIN, FACTS, without_facts, write_card
 from hf_prune.checkpoint import CARD_DATA, REPORTS
 from hf_prune.errors import DataError, HfPruneError
@@ -47,6 +57,7 @@ def renew_card(folder: Path, source: Path, name: str, *, lossy: bool = False) ->
         if old is not None:
             kept = {key: getattr(old, key) for key in (*KEPT, *LICENSE_FIELDS, "report", "versions")}
             title = name if old.name == source.name else old.name
+            kept |= _of_the_same_values(old, kept, folder)
             data = read_card_data(folder, **kept, name=title)
             write_card(folder, dataclasses.replace(data, rounded=old.rounded or data.rounded))
             return "README.md describes the new files.", tuple(gone)
@@ -55,3 +66,16 @@ def renew_card(folder: Path, source: Path, name: str, *, lossy: bool = False) ->
     write_text(path, left)
     (folder / CARD_DATA).unlink(missing_ok=True)
     return "What hf_prune wrote in README.md is gone: hf-prune card FOLDER --write counts anew.", tuple(gone)
+
+
+def _of_the_same_values(old: PruningCardData, kept: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """What was measured, said of the files that hold the same values now."""
+    before, now = weights_digest(old.checksums), weights_digest(checksums(folder))
+    found = {}
+    for key in ("evaluation", "latency"):
+        said = (kept[key] or {}).get("weights")
+        if isinstance(said, dict):
+            found[key] = {**kept[key], "weights": {n: now if each == before else each for n, each in said.items()}}
+        elif said == before is not None:
+            found[key] = {**kept[key], "weights": now}
+    return found

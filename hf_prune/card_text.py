@@ -44,31 +44,6 @@ def card_text(data: PruningCardData) -> str:
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
 
-def counted_lines(
-    report: Mapping[str, Any], files: Mapping[str, int], score: Mapping[str, Any] | None = None
-) -> dict[str, str]:
-    """The lines of a card's text that can be found again from a checkpoint, by what they are about.
-
-    Args:
-        report: What was counted, as of ``SparsityReport.to_dict()``.
-        files: Sizes in bytes, by name.
-        score: What the card gives to programs of the scores, if it does.
-
-    Raises:
-        KeyError, TypeError, ValueError: If the score lacks what a card has, or it is no number.
-    """
-    lines = {row[0]: _row(row) for row in _layers(report)}
-    lines |= {f"sentence {number}": f"* {text}" for number, text in enumerate(_counted(report), 1)}
-    lines["sizes"] = _row(_size(report, files))
-    if score is not None:
-        lines["scores"] = _row(["this model", *_figures(score)])
-    return lines
-
-
-def _row(cells: list[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
 def _size(report: Mapping[str, Any], files: Mapping[str, int]) -> list[str]:
     """Cells of a row: parameters, those that are not zero unless units were taken out, in memory, on disk."""
     structure = report.get("structure")
@@ -151,6 +126,8 @@ def _scores(data: PruningCardData) -> dict[str, Any] | None:
             f" On the same examples the drop is {comparison['drop']:.2f} points ({100 * comparison['confidence']:g} % "
             f"interval {low:.2f} to {high:.2f}); McNemar's exact p = {comparison['p_value']:.3g}."
         )
+        if comparison.get("doubt"):
+            note += f" Warning: {_plain(comparison['doubt'])}."
     return {"names": ["accuracy", "n"], "rows": rows, "note": note}
 
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jinja2
 from huggingface_hub import EvalResult, ModelCardData
 
 from hf_prune.card_data import (
@@ -15,10 +16,13 @@ from hf_prune.card_data import (
     PICTURES,
     PruningCardData,
     checksums,
+    differing,
     is_license,
     is_link,
     is_rounded,
+    load_card_data,
     read_card_data,
+    with_reports,
 )
 from hf_prune.card_text import card_text
 from hf_prune.checkpoint import CARD_DATA
@@ -81,17 +85,31 @@ def without_facts(card: str) -> str:
 
 
 def check_card(folder: Path) -> None:
-    """See that a folder's card, if it has one of ours, describes these very files.
+    """See that a folder's card, if it has one of ours, describes these very files, and is what it was rendered from.
 
     Raises:
         CheckpointError: If it describes others.
         DataError: If its metadata is no YAML.
     """
     path = folder / "README.md"
-    said = read_facts(read_text(path)).get("sha256") if path.is_file() else None
-    if said is not None and said != checksums(folder):
+    text = read_text(path) if path.is_file() else ""
+    facts = read_facts(text)
+    if not facts and our_part(text) is None:
+        return
+    said = facts.get("sha256")
+    if others := differing(said if isinstance(said, dict) else {}, checksums(folder)):
         raise CheckpointError(
-            f"{path} describes other files than those beside it: run hf-prune card {folder} --write, or delete it"
+            f"{path} describes other files than those beside it ({', '.join(map(str, others[:3]))}): run hf-prune card "
+            f"{folder} --write, or delete it"
+        )
+    try:
+        rendered = render_card(load_card_data(folder), text)
+    except (DataError, jinja2.UndefinedError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{error}: run hf-prune card {folder} --write") from error
+    if our_part(rendered) != our_part(text) or read_metadata(rendered) != read_metadata(text):
+        raise CheckpointError(
+            f"{path} is not what {CARD_DATA} beside it says, so one of them was edited: run hf-prune card {folder} "
+            f"--write"
         )
 
 
@@ -192,18 +210,16 @@ def write_card(folder: str | Path, data: PruningCardData) -> str:
         DataError: If the metadata of the card so far, or a fact, is not as the Hub wants it.
     """
     folder = Path(folder)
-    return _write(folder, data, _rendered(folder, data))
+    data = with_reports(data, folder)
+    text = _rendered(folder, data)
+    write_json(folder / CARD_DATA, data.to_dict())
+    write_text(folder / "README.md", text)
+    return text
 
 
 def _rendered(folder: Path, data: PruningCardData) -> str:
     path = folder / "README.md"
     return render_card(data, read_text(path) if path.is_file() else None)
-
-
-def _write(folder: Path, data: PruningCardData, text: str) -> str:
-    write_json(folder / CARD_DATA, data.to_dict())
-    write_text(folder / "README.md", text)
-    return text
 
 
 def full_report(model: Any) -> SparsityReport:
@@ -239,13 +255,13 @@ def describe_model(model: Any, folder: str | Path, *, plots: bool = True, **more
     if plots:
         more["pictures"] = PICTURES if draws else {}
     data = read_card_data(folder, **{**more, "report": report.to_dict()})
-    text = _rendered(folder, data)  # errors come before anything is written
+    _rendered(folder, data)  # errors come before anything is written
     for name in PICTURES if plots else ():
         (folder / name).unlink(missing_ok=True)
     if draws and store is not None:
         write_plots(folder, report, None, weight_histogram(model, list(store.masks)), report.model_name)
     write_json(folder / "sparsity_report.json", report.to_dict())
-    return _write(folder, data, text)
+    return write_card(folder, data)
 
 
 def read_metadata(text: str) -> dict[str, Any]:
@@ -255,8 +271,14 @@ def read_metadata(text: str) -> dict[str, Any]:
 
 def text_checksum(text: str) -> str | None:
     """SHA-256 of our part of a card, in hexadecimal digits; None if it has none."""
+    ours = our_part(text)
+    return None if ours is None else _checksum(ours)
+
+
+def our_part(text: str) -> str | None:
+    """What is between our marks in a card, the marks included; None if they are not there."""
     parts = _around(split_card(text)[1])
-    return None if parts is None else _checksum(parts[1])
+    return None if parts is None else parts[1]
 
 
 def read_facts(text: str) -> dict[str, Any]:

@@ -50,7 +50,7 @@ _WEIGHTS = ("model*.safetensors",)
 # Without its config.json nobody loads a checkpoint, so a half-replaced one is an error and never a mixture.
 _COMPLETES = ("model*.safetensors.index.json", MASK_FILE, "config.json")
 # What a checkpoint has besides weights and config: tokenizers and processors.
-_COMPANIONS = (
+COMPANIONS = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -247,7 +247,7 @@ def copy_companions(source: str, folder: Path, *, local_files_only: bool = False
         folder: Where to.
         local_files_only: Look in the cache only, not on the Hub.
     """
-    for name in _COMPANIONS:
+    for name in COMPANIONS:
         if (path := find_file(source, name, {"local_files_only": local_files_only})) is not None:
             shutil.copyfile(path, folder / name)
 

@@ -382,9 +382,17 @@ def evaluate(
         if doubt := doubt_of(scores[-1]):
             typer.echo(f"warning: {doubt if against else doubt.replace('the dense model', model, 1)}", err=True)
     if as_json:
-        values: dict[str, Any] = {"model": model, "evaluation": scores[0].to_dict()}
+        from hf_prune.card_data import measured_weights
+
+        weights = measured_weights(model)
+        values: dict[str, Any] = {"model": model, "weights": weights, "evaluation": scores[0].to_dict()}
         if comparison is not None:
-            values |= {"against": against, "dense": scores[1].to_dict(), "comparison": comparison.to_dict()}
+            values |= {
+                "against": against,
+                "against_weights": measured_weights(str(against)),
+                "dense": scores[1].to_dict(),
+                "comparison": comparison.to_dict(),
+            }
         typer.echo(json.dumps(values, indent=2))
         return
     for name, score in zip(checkpoints, scores, strict=True):

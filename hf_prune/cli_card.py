@@ -52,13 +52,14 @@ def card(
         command=command,
         name=name,
     )
+    old = folder / "README.md"
+    text = render_card(data, read_text(old) if old.is_file() else None)  # errors come before anything is written
     if write:
-        write_card(folder, data)
         write_json(folder / "sparsity_report.json", data.report)
+        write_card(folder, data)
         typer.echo(f"Saved in {folder / 'README.md'}.")
         return
-    old = folder / "README.md"
-    typer.echo(render_card(data, read_text(old) if old.is_file() else None))
+    typer.echo(text)
 
 
 def verify(

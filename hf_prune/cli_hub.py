@@ -38,9 +38,9 @@ def push(
     made = None
     if has_report(folder) and not (folder / "README.md").is_file():
         from hf_prune.auto import load_native
-        from hf_prune.cards import full_report, read_card_data, render_card
+        from hf_prune.cards import full_report, read_card_data
 
-        made = render_card(read_card_data(folder, report=full_report(load_native(str(folder))).to_dict(), name=repo))
+        made = read_card_data(folder, report=full_report(load_native(str(folder))).to_dict(), name=repo)
     result = push_checkpoint(
         folder,
         repo,

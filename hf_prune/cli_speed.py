@@ -84,7 +84,11 @@ def bench(
     if plot is not None:
         save_figure(plot_latency(result, accuracies, "hf-prune bench"), plot)
     if as_json:
-        typer.echo(json.dumps({**result.to_dict(), "accuracies": accuracies, "notes": notes}, indent=2))
+        from hf_prune.card_data import measured_weights
+
+        weights = {name: measured_weights(source) for name, source in zip(loaded, models, strict=True)}
+        values = {**result.to_dict(), "weights": weights, "accuracies": accuracies, "notes": notes}
+        typer.echo(json.dumps(values, indent=2))
         return
     typer.echo("\n".join([str(result), *notes]))
     for name, accuracy in accuracies.items():

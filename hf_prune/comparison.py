@@ -99,16 +99,14 @@ def compare(dense: Evaluation, pruned: Evaluation, *, confidence: float = 0.95) 
     pairs = [(a == y, b == y) for a, b, y in zip(dense.predictions, pruned.predictions, dense.labels, strict=True)]
     lost, won = pairs.count((True, False)), pairs.count((False, True))
     _, standard_error = _paired_drop(lost, won, n)
-    adjusted, adjusted_error = _paired_drop(lost + 0.5, won + 0.5, n + 2)
-    two_sided = NormalDist().inv_cdf((1 + confidence) / 2) * adjusted_error
-    one_sided = NormalDist().inv_cdf(confidence) * adjusted_error
+    interval, upper_bound = interval_of(lost, won, n, confidence)
     return Comparison(
         dense_accuracy=dense.accuracy,
         pruned_accuracy=pruned.accuracy,
         drop=100 * (lost - won) / n,
         drop_standard_error=100 * standard_error,
-        interval=(100 * max(-1.0, adjusted - two_sided), 100 * min(1.0, adjusted + two_sided)),
-        upper_bound=100 * min(1.0, adjusted + one_sided),
+        interval=interval,
+        upper_bound=upper_bound,
         only_dense_right=lost,
         only_pruned_right=won,
         p_value=_mcnemar(lost, won),
@@ -116,6 +114,22 @@ def compare(dense: Evaluation, pruned: Evaluation, *, confidence: float = 0.95) 
         confidence=confidence,
         doubt=doubt_of(dense, confidence),
     )
+
+
+def interval_of(lost: int, won: int, n: int, confidence: float) -> tuple[tuple[float, float], float]:
+    """The two-sided interval of a drop and its one-sided upper bound, in points, see :func:`compare`.
+
+    Args:
+        lost: Examples that only the dense model gets right.
+        won: Examples that only the pruned model gets right.
+        n: All examples.
+        confidence: Between 0 and 1.
+    """
+    adjusted, error = _paired_drop(lost + 0.5, won + 0.5, n + 2)
+    two_sided = NormalDist().inv_cdf((1 + confidence) / 2) * error
+    one_sided = NormalDist().inv_cdf(confidence) * error
+    interval = 100 * max(-1.0, adjusted - two_sided), 100 * min(1.0, adjusted + two_sided)
+    return interval, 100 * min(1.0, adjusted + one_sided)
 
 
 def doubt_of(dense: Evaluation, confidence: float = 0.95) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, hf_hub_download
 
-from hf_prune.card_data import stored_card_data
+from hf_prune.card_data import PruningCardData, load_card_data
 from hf_prune.cards import check_card, merge_cards, read_facts, render_card, without_facts
 from hf_prune.checkpoint import CARD_DATA, REPORTS
 from hf_prune.errors import CheckpointError, DataError, HubError
@@ -88,7 +88,7 @@ def push_checkpoint(
     dry_run: bool = False,
     commit_message: str = "Upload pruned model",
     token: str | bool | None = None,
-    card: str | None = None,
+    card: PruningCardData | None = None,
 ) -> PushResult:
     """Upload a checkpoint's folder to a model repository, all in one commit.
 
@@ -109,13 +109,14 @@ def push_checkpoint(
         dry_run: Upload nothing; say what would be.
         commit_message: Of the commit.
         token: Of the Hub; None takes the one you are logged in with.
-        card: A card for a folder that has none.
+        card: What to make a card of for a folder that has none.
 
     Returns:
         What was uploaded; print it.
 
     Raises:
-        CheckpointError: If the folder holds no checkpoint, or its card describes other files.
+        CheckpointError: If the folder holds no checkpoint, or its card describes other files, or is not what
+            ``pruning_card.json`` says.
         DataError: If the metadata of a card is no YAML.
         HubError: If nobody is logged in, may not write there, the Hub cannot be reached, or the repository holds
             something else, or is public where ``private`` is asked for. Its files are as they were.
@@ -129,14 +130,17 @@ def push_checkpoint(
         repo_id = full_repo_id(repo_id, token)
     found = _present(api, repo_id, revision, force, folder, private=private, dry_run=dry_run)
     there, parent = found or ([], None)
-    removed = tuple(sorted(name for name in there if _EARLIER.fullmatch(name) and name not in files))
     theirs = _their_card(repo_id, revision, token, dry_run=dry_run) if found is not None else None
-    text = _card(folder, repo_id, card, theirs)
+    text, described = _card(folder, repo_id, card, theirs)
     contents: dict[str, str | bytes] = {name: str(path) for name, path in files.items()}
     sizes = {name: path.stat().st_size for name, path in files.items()}
     if text is not None:
         contents["README.md"] = text.encode()
         sizes["README.md"] = len(contents["README.md"])
+    if described is not None:
+        contents[CARD_DATA] = (json.dumps(described.to_dict(), indent=2) + "\n").encode()
+        sizes[CARD_DATA] = len(contents[CARD_DATA])
+    removed = tuple(sorted(name for name in there if _EARLIER.fullmatch(name) and name not in contents))
     if dry_run:
         return PushResult(repo_id, sizes, removed, skipped, None, None, text, found is not None)
     asking(lambda: api.create_repo(repo_id, private=private, exist_ok=True), repo_id)
@@ -248,16 +252,23 @@ def _their_card(repo_id: str, revision: str | None, token: str | bool | None, *,
         return None  # what is there is not known then
 
 
-def _card(folder: Path, repo_id: str, card: str | None, theirs: str | None) -> str | None:
-    """The card to upload, beside one that the repository has; None leaves that one as it is."""
-    path = folder / "README.md"
-    mine = read_text(path) if path.is_file() else card
+def _card(
+    folder: Path, repo_id: str, card: PruningCardData | None, theirs: str | None
+) -> tuple[str | None, PruningCardData | None]:
+    """The card to upload, beside one that the repository has, and what it is rendered from if that is new.
+
+    Without a card, that of the repository stays as it is.
+    """
+    path, data = folder / "README.md", card
+    mine = read_text(path) if path.is_file() else None if card is None else render_card(card)
     if mine is None:
-        return None if theirs is None else without_facts(theirs)
-    data = stored_card_data(folder) if path.is_file() and read_facts(mine) else None
-    if data is not None and data.name == folder.resolve().name:
-        mine = render_card(dataclasses.replace(data, name=repo_id), mine)
-    return mine if theirs is None else merge_cards(mine, theirs)
+        return None if theirs is None else without_facts(theirs), None
+    if path.is_file():
+        data = load_card_data(folder) if read_facts(mine) else None
+        if data is not None and data.name == folder.resolve().name:
+            data = dataclasses.replace(data, name=repo_id)
+            mine = render_card(data, mine)
+    return mine if theirs is None else merge_cards(mine, theirs), data
 
 
 def _files(folder: Path) -> tuple[dict[str, Path], tuple[str, ...]]:

@@ -2,21 +2,49 @@
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
+import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-from hf_prune.card_data import checksums
-from hf_prune.card_text import counted_lines
-from hf_prune.cards import full_report, read_facts, read_metadata, results_of, text_checksum
-from hf_prune.errors import CheckpointError, ConfigError
+import jinja2
+
+from hf_prune.card_data import (
+    PICTURES,
+    PruningCardData,
+    counted_facts,
+    differing,
+    load_card_data,
+    measured_of,
+    weights_digest,
+)
+from hf_prune.cards import (
+    BEGIN,
+    END,
+    FACTS,
+    full_report,
+    our_part,
+    read_facts,
+    read_metadata,
+    render_card,
+    results_of,
+    text_checksum,
+)
+from hf_prune.errors import CheckpointError, ConfigError, DataError
 from hf_prune.files import read_text
 from hf_prune.hub import download_checkpoint
+from hf_prune.shrinking import RECORD
+from hf_prune.sites import base_prefix, find_sites, layer_lists
 from hf_prune.tables import format_table
 
 _SHA256 = re.compile("[0-9a-f]{64}")
+_COUNTED = ("parameters", "nonzero", "target_parameters", "removed", "nm_patterns")
+_SURE = 2.0  # a speed-up beyond what became smaller, times this, is none that was measured
 
 
 @dataclass(frozen=True)
@@ -50,10 +78,12 @@ class Verification:
     Args:
         source: The folder or repository.
         facts: All facts of the card.
+        claims: What the card says besides, and nobody can count in the files.
     """
 
     source: str
     facts: tuple[Difference, ...]
+    claims: tuple[str, ...] = ()
 
     @property
     def is_right(self) -> bool:
@@ -62,7 +92,12 @@ class Verification:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        return {"source": self.source, "is_right": self.is_right, "facts": [vars(fact) for fact in self.facts]}
+        return {
+            "source": self.source,
+            "is_right": self.is_right,
+            "facts": [vars(fact) for fact in self.facts],
+            "claims": list(self.claims),
+        }
 
     def __str__(self) -> str:
         rows = [
@@ -70,7 +105,8 @@ class Verification:
         ]
         wrong = sum(not fact.is_same for fact in self.facts)
         end = "The card is right." if not wrong else f"{wrong} of {len(self.facts)} facts of the card are wrong."
-        return f"{format_table(['fact', 'card', 'counted', ''], rows, left=1)}\n{end}"
+        claims = f"\nNot counted, since files do not tell: {', '.join(self.claims)}." if self.claims else ""
+        return f"{format_table(['fact', 'card', 'counted', ''], rows, left=1)}\n{end}{claims}"
 
 
 def _show(value: Any) -> str:
@@ -84,9 +120,11 @@ def _show(value: Any) -> str:
 def verify_checkpoint(
     source: str, *, revision: str | None = None, score: Callable[[str], dict[str, Any]] | None = None
 ) -> Verification:
-    """Count everything again that a card gives to programs, and compare its text with it.
+    """Count everything again, render the card anew from it, and compare the whole of what hf_prune writes in cards.
 
-    A score that is measured again may differ by a tenth of its standard error: another machine rounds otherwise.
+    That is what lies between our marks, and the metadata that is ours. What files do not tell (scores unless they are
+    measured again, timings, names) is taken from ``pruning_card.json``, and named. A score that is measured again may
+    differ by a tenth of its standard error: another machine rounds otherwise.
 
     Args:
         source: A folder, or a repository on the Hub, which is downloaded.
@@ -114,26 +152,210 @@ def verify_checkpoint(
     said = facts.get("score")
     if score is not None and not isinstance(said, dict):
         raise CheckpointError(f"the card of {source} gives no score to verify: leave --evaluate out")
-    report = full_report(load_native(str(folder))).to_dict()
+    model = load_native(str(folder))
+    report = full_report(model).to_dict()
     shrunk = report["structure"] is not None
-    sizes = {path.name: path.stat().st_size for path in sorted(folder.glob("*.safetensors"))}
     counted = {**report, "parameters": report["structure"]["parameters"]} if shrunk else report
     found = [Difference(key, facts.get(key), counted[key]) for key in _COUNTED[: 1 if shrunk else None]]
-    found += _by_name("bytes of", facts.get("files"), sizes)
-    found += _by_name("SHA-256 of", facts.get("sha256"), checksums(folder))
+    files = counted_facts(folder)
+    found += _by_name("bytes of", facts.get("files"), files["files"])
+    found += _sums(facts.get("sha256"), files["checksums"])
     found.append(Difference("SHA-256 of the text", facts.get("text"), text_checksum(text)))
-    found += _shown(text, report, sizes, said)
-    if score is not None and said is not None:
+    found += _structure(model)
+    claims: tuple[str, ...] = ()
+    try:
+        data = load_card_data(folder)
+        expected = render_card(_recounted(data, report, files), text)
+        found += [*_rendered(expected, text, facts), *_stored(data, expected, text), *_measured(data, files)]
+        claims = _claims(data)
+    except (DataError, jinja2.UndefinedError, AttributeError, KeyError, TypeError, ValueError) as error:
+        found.append(Difference("what the card is rendered from", str(error), "the facts in pruning_card.json"))
+    found += _around(text)
+    if score is not None and isinstance(said, dict):
         found += _again(said, score(str(folder)))
-    return Verification(source, tuple(found))
-
-
-_COUNTED = ("parameters", "nonzero", "target_parameters", "removed", "nm_patterns")
+    return Verification(source, tuple(found), claims)
 
 
 def _by_name(what: str, said: Any, found: Mapping[str, Any]) -> list[Difference]:
     said = said if isinstance(said, dict) else {}
     return [Difference(f"{what} {name}", said.get(name), found.get(name)) for name in sorted({*said, *found}, key=str)]
+
+
+def _sums(said: Any, found: Mapping[str, str]) -> list[Difference]:
+    said = said if isinstance(said, dict) else {}
+    names = {*(name for name in said if name in found), *differing(said, found)}
+    return [Difference(f"SHA-256 of {name}", said.get(name), found.get(name)) for name in sorted(names, key=str)]
+
+
+def _recounted(data: PruningCardData, report: Mapping[str, Any], files: Mapping[str, Any]) -> PruningCardData:
+    """The facts with everything that the files tell in place of what was stored."""
+    there = {name: text for name, text in PICTURES.items() if name in data.pictures and name in files["checksums"]}
+    sums = {name: each for name, each in files["checksums"].items() if name in data.checksums}
+    return dataclasses.replace(
+        data,
+        **{**files, "rounded": data.rounded or files["rounded"], "checksums": sums},
+        report={**report, "polish": data.report.get("polish") or report["polish"]},
+        pictures=there,
+    )
+
+
+def _rendered(expected: str, text: str, facts: Mapping[str, Any]) -> Iterator[Difference]:
+    """Our part line by line, and the metadata that is ours key by key."""
+    theirs, ours = (str(our_part(each)).splitlines() for each in (text, expected))
+    match = difflib.SequenceMatcher(None, theirs, ours, autojunk=False)
+    for kind, a, b, c, d in match.get_opcodes():
+        for i in range(0 if kind == "equal" else max(b - a, d - c)):
+            said, right = (
+                lines[k + i] if k + i < end else "nothing" for lines, k, end in ((theirs, a, b), (ours, c, d))
+            )
+            yield Difference(f"line {a + i + 1} of the text", said, right)
+    yield Difference("lines of the text", len(theirs), len(ours))
+    checked = {*_COUNTED, "files", "sha256", "text"}
+    for name, right in read_facts(expected).items():
+        if name not in checked:
+            yield Difference(name, facts.get(name), right)
+    for name in set(facts) - set(read_facts(expected)) - checked:
+        yield Difference(str(name), facts[name], None)
+    front, metadata = read_metadata(expected), read_metadata(text)
+    for name in sorted({*front, *metadata} - {FACTS}, key=str):
+        yield Difference(f"{name} in the metadata", metadata.get(name), front.get(name))
+
+
+def _stored(data: PruningCardData, expected: str, text: str) -> Iterator[Difference]:
+    """What ``pruning_card.json`` says that is not so, though the card may be right."""
+    stored = render_card(data, text)
+    (said, right) = ({**read_facts(each), "files": {}, "sha256": {}} for each in (stored, expected))
+    same = our_part(stored) == our_part(expected) and said == right
+    yield Difference("pruning_card.json", "the same" if same else "another card", "the same")
+
+
+def _measured(data: PruningCardData, files: Mapping[str, Any]) -> Iterator[Difference]:
+    """Whether scores and timings are of these weights, where they say of which."""
+    weights = weights_digest(files["checksums"])
+    for name, measured in (("evaluation", data.evaluation), ("latency", data.latency)):
+        if measured is not None and (said := measured_of(measured)):
+            yield Difference(f"SHA-256 of the weights of the {name}", weights if weights in said else said[0], weights)
+
+
+def _claims(data: PruningCardData) -> tuple[str, ...]:
+    speed = (data.report.get("structure") or {}).get("speed")
+    found = {
+        "sizes of the dense model": data.report.get("structure"),
+        "scores (add --evaluate)": data.evaluation,
+        "timings": data.latency or speed,
+        "what training did": data.training,
+        "the base model": data.base_model,
+        "the command": data.command,
+    }
+    return tuple(name for name, value in found.items() if value is not None)
+
+
+# --- what was taken out -------------------------------------------------------------------------------------
+
+
+def _structure(model: Any) -> Iterator[Difference]:
+    """Whether the model can have been as large, and become as much faster, as its config says."""
+    record = getattr(model.config, RECORD, None)
+    if not isinstance(record, dict):
+        return
+    parameters = {name: p for name, p in model.named_parameters(remove_duplicate=False)}
+    sites, units = find_sites(model), record.get("units", {})
+    before = {site.name: units.get(site.name, {}).get("before", site.units) for site in sites}
+    for site in sites:
+        if site.config and site.name in units:  # a config whose size is not that of now tells that of the dense model
+            size = getattr(model.config, site.config[0], None)
+            dense = size // site.per_unit[0] if isinstance(size, int) else site.units
+            if dense != site.units:
+                yield Difference(f"{site.kind}s before at {site.name}, in config.json", before[site.name], dense)
+    each = {site.name: site.parameters_per_unit(parameters) for site in sites if site.units}
+    grown = {name: (before[name] - site.units) * each[name] for site in sites if (name := site.name) in each}
+    total: float = sum(p.numel() for p in model.parameters()) + sum(grown.values())
+    ratio = max([before[site.name] / max(1, site.units) for site in sites], default=1.0)
+    for stack in layer_lists(model):
+        entry = record.get("layers", {}).get(stack.name.removeprefix(base_prefix(model)), {})
+        gone = entry.get("before", len(stack.layers)) - len(stack.layers)
+        sizes = [
+            sum(p.numel() for p in layer.parameters())
+            + sum(grown.get(s.name, 0) for s in sites if (stack.name, i) in s.layers)
+            for i, layer in enumerate(stack.layers)
+        ]
+        total += gone * max(sizes) if sizes else math.inf
+        ratio *= (len(stack.layers) + gone) / max(1, len(stack.layers))
+    if any(site.kind == "channel" for site in sites):  # what two blocks share grows with both
+        total *= ratio
+    said = record.get("parameters_before")
+    right = isinstance(said, int) and said <= total
+    yield Difference("parameters before, in config.json", said, said if right else f"at most {total:,.0f}")
+    if (speed := record.get("speed")) is not None:
+        faster = speed.get("measured") if isinstance(speed, dict) else None
+        right = isinstance(faster, int | float) and 0 < faster <= _SURE * ratio
+        yield Difference("speed-up, in config.json", faster, faster if right else f"at most {_SURE * ratio:.3g}")
+
+
+# --- what is around our part --------------------------------------------------------------------------------
+
+
+def _around(text: str) -> Iterator[Difference]:
+    """What would hide our part, or stand in its place: marks, markup that is not closed, other results on the data."""
+    for mark in (BEGIN, END):
+        yield Difference(f"marks {mark[5:-4]}", text.count(mark), 1)
+    yield Difference("markup around our part", _unclosed(text.partition(BEGIN)[0]), "none")
+    metadata = read_metadata(text)
+    score = read_facts(text).get("score")
+    if not isinstance(score, dict) or "dataset" not in score:
+        return
+    index = metadata.get("model-index")
+    ours = [id(result) for result, _ in results_of(index, score)][:1]
+    for entry in index if isinstance(index, list) else []:
+        results = entry.get("results") if isinstance(entry, dict) else None
+        for result in results if isinstance(results, list) else []:
+            if id(result) in ours:
+                yield Difference("metrics of our result", len(result["metrics"]), 1)
+            elif isinstance(result, dict) and _same_data(result, score["dataset"]):
+                yield Difference("another result on the same data", str(result.get("metrics")), "none")
+
+
+def _same_data(result: Mapping[str, Any], dataset: str) -> bool:
+    """Whether a result is on our data, however that is spelled."""
+    described = result.get("dataset")
+    values = list(described.values()) if isinstance(described, dict) else [described]
+    names = {_letters(part) for value in values for part in (str(value), str(value).rpartition("/")[2])}
+    return bool(names & {_letters(dataset), _letters(dataset.rpartition("/")[2])})
+
+
+def _letters(text: str) -> str:
+    return "".join(filter(str.isalnum, text.casefold()))
+
+
+_FENCED = r"^ {0,3}(`{3,}|~{3,})(?![`~])[^\n]*\n.*?^ {0,3}\1[`~]*[ \t]*$"
+_CODE = re.compile(rf"{_FENCED}|(?<!`)(`+)(?!`)[^`]+\2(?!`)", re.MULTILINE | re.DOTALL)
+_OPEN = re.compile(r"^ {0,3}(?:`{3,}|~{3,})|<!--|<\?|<!\[", re.MULTILINE)
+_FREE = frozenset({"p", "li", "dt", "dd", "td", "th", "tr", "br", "hr", "img", "input", "wbr", "source", "col"})
+_HARMLESS = frozenset({"align", "lang", "dir", "id"})
+
+
+def _unclosed(before: str) -> str:
+    """What is opened before our part, not closed, and could hide it."""
+    before = re.sub(r"<!--.*?-->", "", _CODE.sub("", before), flags=re.DOTALL)
+    if (found := _OPEN.search(before)) is not None:
+        return found[0].strip()
+    opened: list[tuple[str, str]] = []
+
+    class Reader(HTMLParser):
+        def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+            harmless = tag in ("div", "center", "section", "span") and _HARMLESS.issuperset(n for n, _ in attributes)
+            if tag not in _FREE:
+                opened.append((tag, "" if harmless else f"<{tag}>"))
+
+        def handle_endtag(self, tag: str) -> None:
+            for place in range(len(opened) - 1, -1, -1):
+                if opened[place][0] == tag:
+                    del opened[place:]
+                    return
+
+    reader = Reader(convert_charrefs=True)
+    reader.feed(before)
+    return next((shown for _, shown in opened if shown), "none")
 
 
 def _again(said: Mapping[str, Any], found: Mapping[str, Any]) -> list[Difference]:
@@ -145,18 +367,3 @@ def _again(said: Mapping[str, Any], found: Mapping[str, Any]) -> list[Difference
         for key, value in said.items()
         if key != "dataset"
     ]
-
-
-def _shown(text: str, report: Mapping[str, Any], files: Mapping[str, int], score: Any) -> list[Difference]:
-    """What a card's text and its ``model-index`` show that is not what was counted, or what the facts say."""
-    there = set(text.splitlines())
-    try:
-        lines = counted_lines(report, files, score)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        return [Difference("scores", f"{type(error).__name__}: {error}", "what cards have")]
-    found = [Difference(f"line on {what}", "missing", line) for what, line in lines.items() if line not in there]
-    if score is not None and "dataset" in score:
-        kind = "accuracy" if "accuracy" in score else "perplexity"
-        values = [value for _, value in results_of(read_metadata(text).get("model-index"), score)]
-        found += [Difference(f"{kind} in model-index", value, score[kind]) for value in values or [None]]
-    return found

@@ -99,6 +99,7 @@ LAYERS = (
         "torch_prune",
         "training",
         "checkpoint",
+        "card_checks",
         "card_data",
         "card_text",
         "cards",

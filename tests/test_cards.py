@@ -1,7 +1,9 @@
 """Cards say what was measured and nothing else; verify finds every number that is not so."""
 
 import dataclasses
+import hashlib
 import json
+import re
 import shutil
 import time
 from pathlib import Path
@@ -21,7 +23,7 @@ from hf_prune import (
     verify_checkpoint,
     write_card,
 )
-from hf_prune.cards import BEGIN, END, describe_model, merge_cards, read_facts, without_facts
+from hf_prune.cards import BEGIN, END, check_card, describe_model, merge_cards, our_part, read_facts, without_facts
 from hf_prune.cli import main
 from hf_prune.compressed import compress_checkpoint
 from hf_prune.shards import Shards
@@ -283,7 +285,7 @@ def test_verify_finds_what_differs(folder, run, scores, made):
     (folder / "README.md").write_text(text.replace(f"accuracy: {facts['score']['accuracy']}", "accuracy: 0.125"))
     wrong = run("verify", folder, "--evaluate", "--data", made / "data", "--json", code=1)
     wrong_names = [f["name"] for f in json.loads(wrong)["facts"] if f["said"] != f["found"]]
-    assert wrong_names == ["line on scores", "accuracy in model-index", "accuracy"]
+    assert wrong_names == ["score", "accuracy"]
 
 
 def different(folder):
@@ -310,27 +312,333 @@ def test_verify_finds_words_that_are_wrong(folder, run, scores):
     matrix = "bert.encoder.layer.0.output.dense.weight"
     row = next(line for line in card.splitlines() if line.startswith(f"| {matrix}"))
     accuracy = facts["score"]["accuracy"]
-    text = "SHA-256 of the text"
+    text, line, index = "SHA-256 of the text", "line of the text", "model-index in the metadata"
+    other = "another result on the same data"
     for old, new, names in (
-        (row, row.replace("50.00 %", "90.00 %"), [text, f"line on {matrix}"]),
-        (f"| this model | {facts['parameters']:,} |", "| this model | 1 |", [text, "line on sizes"]),
-        (f"* {facts['removed']:,} of", "* 9 of", [text, "line on sentence 1"]),
-        ("pattern 2:4", "pattern 1:4", [text, "line on sentence 2"]),
-        (f"| this model | {100 * accuracy:.2f}", "| this model | 99.99", [text, "line on scores"]),
-        ("Nothing was timed.", "It is twice as fast.", [text]),
-        (f"value: {accuracy}", "value: 0.99", ["accuracy in model-index"]),
-        ("    metrics:", "    figures:", ["accuracy in model-index"]),
-        ("\n      type: me/data", "\n      type: me/other", ["accuracy in model-index"]),
-        ("  removed:", "  gone:", ["removed"]),
+        (row, row.replace("50.00 %", "90.00 %"), [text, line]),
+        (f"| this model | {facts['parameters']:,} |", "| this model | 1 |", [text, line]),
+        (f"* {facts['removed']:,} of", "* 9 of", [text, line]),
+        ("pattern 2:4", "pattern 1:4", [text, line]),
+        (f"| this model | {100 * accuracy:.2f}", "| this model | 99.99", [text, line]),
+        ("Nothing was timed.", "It is twice as fast.", [text, line]),
+        (f"value: {accuracy}", "value: 0.99", [index]),
+        ("    metrics:", "    figures:", [index, other]),
+        ("\n      type: me/data", "\n      type: me/other", [index, other]),
+        ("  removed:", "  gone:", ["removed", "gone"]),
         ("  - '2:4'\n", "", ["nm_patterns"]),
         ("  sha256:\n    config.json", "  sha256:\n    x", ["SHA-256 of config.json", "SHA-256 of x"]),
-        ("  text:", "  more:", [text]),
-        ("  files:\n", "  files: 7\n  more:\n", ["bytes of model.safetensors", "bytes of pruning_masks.safetensors"]),
-        ("    standard_error: ", "    standard_error: about ", ["scores"]),
+        ("  text:", "  more:", [text, "more"]),
+        ("  files:\n", "  files: 7\n  more:\n", [*(f"bytes of {name}" for name in facts["files"]), "more"]),
+        ("    standard_error: ", "    standard_error: about ", ["score"]),
+        ("library_name: transformers\n", "", ["library_name in the metadata"]),
+        ("- sparse\n", "", ["tags in the metadata"]),
+        ("datasets:\n- me/data\n", "", ["datasets in the metadata"]),
+        ("datasets:\n- me/data\n", "datasets:\n- me/other\n", ["datasets in the metadata"]),
     ):
         assert card.count(old) == 1, old
         (folder / "README.md").write_text(card.replace(old, new))
-        assert different(folder) == names
+        found = dict.fromkeys(re.sub(r"line \d+ of", "line of", name) for name in different(folder))
+        assert list(found) == names
+
+
+def reseal(folder, change):
+    """What somebody does who knows the format: change our part, and write its SHA-256 anew."""
+    card = (folder / "README.md").read_text()
+    ours = our_part(card)
+    new = card.replace(ours, changed := change(ours))
+    facts = read_facts(card)
+    (folder / "README.md").write_text(new.replace(facts["text"], hashlib.sha256(changed.encode()).hexdigest()))
+
+
+LIES = {
+    "in a comment": lambda ours: ours.replace("## Size", "99 %\n<!--\n## Size").replace("## Speed", "-->\n## Speed"),
+    "one more line": lambda ours: ours.replace("## Size", "It is as good as the dense model.\n\n## Size"),
+    "one line less": lambda ours: ours.replace("  and may change answers for some groups", ""),
+    "speed": lambda ours: ours.replace("Nothing was timed.", "It is twice as fast."),
+    "the dense model": lambda ours: re.sub(r"\| dense \| [\d.]+ %", "| dense | 12.00 %", ours),
+    "paper": lambda ours: ours.replace("Han et al. 2015", "Me et al. 2026"),
+    "name": lambda ours: ours.replace("# checkpoint", "# another"),
+    "license of words": lambda ours: ours.replace("The limits, biases and", "No limits, biases or"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_verify_renders_the_card_anew(folder, scores, lie):
+    """Every counted line is there, and its SHA-256 right: what else is said is a lie all the same."""
+    write_card(folder, read_card_data(folder, evaluation=scores, dataset="me/data"))
+    before = (folder / "README.md").read_text()
+    assert different(folder) == []
+    reseal(folder, LIES[lie])
+    assert (folder / "README.md").read_text() != before
+    found = different(folder)
+    assert found
+    assert all(re.fullmatch(r"line \d+ of the text|lines of the text|text", name) for name in found)
+    with pytest.raises(CheckpointError, match=r"is not what pruning_card.json beside it says, so one of them"):
+        check_card(folder)
+
+
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        ("<details><summary>More</summary>\n\n", "markup around our part"),
+        ("<div style='display:none'>\n\n", "markup around our part"),
+        ("<template>\n\n", "markup around our part"),
+        ("<?\n\n", "markup around our part"),
+        ("<![CDATA[\n", "markup around our part"),
+        ("text <!-- and\n\n", "markup around our part"),
+        ("````\ncode\n```\n", "markup around our part"),
+        (f"{BEGIN}\n\nAll is well.\n\n", "marks hf_prune: begin"),
+        ("<details>\n`</details>`\n", "markup around our part"),
+        ("<div align='center'>\n\n# Mine <br> <img src=x>\n", None),
+        ("<details><summary>x</summary>y</details>\n<!-- a -->\n```html\n<details>\n```\n`<details>`\n", None),
+    ],
+)
+def test_nothing_may_hide_our_part(folder, words, name):
+    write_card(folder, read_card_data(folder))
+    front_, begin, rest = (folder / "README.md").read_text().partition(BEGIN)
+    (folder / "README.md").write_text(f"{front_}{words}{begin}{rest}")
+    found = different(folder)
+    assert (name in found) if name else found == []
+    (folder / "README.md").write_text(f"{front_}{begin}{rest}\n{BEGIN}\nAll is well.\n{END}\n")
+    assert {"marks hf_prune: begin", "marks hf_prune: end"} <= set(different(folder))
+
+
+@pytest.mark.parametrize(
+    "result",
+    [
+        "{dataset: {type: me/data}, metrics: [{type: Accuracy, value: 0.99}]}",
+        "{dataset: {type: ME/Data}, metrics: [{type: accuracy, value: 0.99}]}",
+        "{dataset: {type: glue, config: data}, metrics: [{type: acc, value: 0.99}]}",
+        "{dataset: {type: x, name: 'me: data'}, metrics: [{type: top-1, value: 0.99}]}",
+        "{dataset: me/data, metrics: [{type: accuracy, value: 0.99}]}",
+        "{dataset: {type: me/data}, metrics: [{type: accuracy, value: 0.99}]}",
+    ],
+)
+def test_a_second_result_on_the_same_data(folder, scores, result):
+    write_card(folder, read_card_data(folder, evaluation=scores, dataset="me/data"))
+    card = (folder / "README.md").read_text()
+    (folder / "README.md").write_text(card.replace("  results:\n", f"  results:\n  - {result}\n"))
+    assert set(different(folder)) & {"another result on the same data", "model-index in the metadata"}
+    other = "{dataset: {type: me/other}, metrics: [{type: accuracy, value: 0.5}]}"
+    (folder / "README.md").write_text(
+        card.replace("model-index:\n", f"model-index:\n- {{name: a, results: [{other}]}}\n")
+    )
+    assert different(folder) == []
+
+
+def test_a_second_metric_in_our_result(folder, scores):
+    write_card(folder, read_card_data(folder, evaluation=scores, dataset="me/data"))
+    card = (folder / "README.md").read_text()
+    (folder / "README.md").write_text(
+        card.replace("    metrics:\n", "    metrics:\n    - {type: Accuracy, value: 0.99}\n")
+    )
+    assert different(folder) == ["model-index in the metadata", "metrics of our result"]
+
+
+def edit(path, change):
+    values = json.loads(path.read_text())
+    change(values)
+    path.write_text(json.dumps(values))
+
+
+STORED = {
+    "accuracy": lambda v: v.update(evaluation={"evaluation": {**v["evaluation"]["evaluation"], "accuracy": 0.99,
+                                                             "standard_error": (0.99 * 0.01 / 40) ** 0.5}}),
+    "report": lambda v: v["report"].update(polish="It was trained."),
+    "name": lambda v: v.update(name="me/better"),
+    "command": lambda v: v.update(command="hf-prune prune other"),
+    "speed": lambda v: v.update(latency={"points": [{"model": "a", "batch_size": 1, "length": 8, "median": 0.001}],
+                                         "rounds": 3, "threads": 1, "dtype": "float32", "device": "cpu", "torch": "2"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", STORED)
+def test_an_edited_source_of_the_card_is_found_and_not_published(folder, scores, run, what):
+    write_card(folder, read_card_data(folder, evaluation=scores, dataset="me/data"))
+    edit(folder / "pruning_card.json", STORED[what])
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    assert different(folder)
+    assert "so one of them was edited" in run("push", folder, "me/x", "--dry-run", code=1)
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+
+
+def test_a_card_needs_what_it_was_rendered_from(folder, run):
+    write_card(folder, read_card_data(folder))
+    edit(folder / "pruning_card.json", lambda v: v["report"].update(nonzero=3))
+    assert different(folder) == ["what the card is rendered from"]
+    assert "nonzero is 3, and the tensors of the report have" in run("push", folder, "me/x", "--dry-run", code=1)
+    (folder / "pruning_card.json").unlink()
+    assert different(folder) == ["what the card is rendered from"]
+    assert "is no JSON file" in run("push", folder, "me/x", "--dry-run", code=1)
+    card = (folder / "README.md").read_text()
+    (folder / "README.md").write_text(card[card.index(BEGIN) :])
+    assert "describes other files" in run("push", folder, "me/x", "--dry-run", code=1)
+
+
+def test_a_pushed_card_is_rendered_from_what_goes_with_it(folder, monkeypatch, tmp_path):
+    from hf_prune import push
+
+    write_card(folder, read_card_data(folder))
+    text, data = push._card(folder, "me/x", None, None)
+    out = shutil.copytree(folder, tmp_path / "out")
+    (out / "README.md").write_text(text)
+    (out / "pruning_card.json").write_text(json.dumps(data.to_dict()))
+    assert data.name == "me/x"
+    assert different(out) == []
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "sparsity_report.json", "layers.png"])
+def test_tokenizer_report_and_pictures_are_covered(folder, name):
+    write_card(folder, read_card_data(folder))
+    data = (folder / name).read_bytes()
+    for change in (lambda path: path.write_bytes(data + b"\n"), Path.unlink):
+        change(folder / name)
+        assert f"SHA-256 of {name}" in different(folder)
+        with pytest.raises(CheckpointError, match=f"describes other files than those beside it .{name}.: run hf-prune"):
+            check_card(folder)
+        (folder / name).write_bytes(data)
+    assert different(folder) == []
+    (folder / "added_tokens.json").write_text('{"w1": 7}')
+    assert different(folder) == ["SHA-256 of added_tokens.json"]
+
+
+def test_a_tokenizer_that_comes_later_is_no_lie(folder):
+    """As with model.push_to_hub() and then tokenizer.push_to_hub()."""
+    kept = {p.name: p.read_bytes() for p in folder.glob("tokenizer*")}
+    for name in kept:
+        (folder / name).unlink()
+    write_card(folder, read_card_data(folder))
+    for name, data in kept.items():
+        (folder / name).write_bytes(data)
+    assert different(folder) == []
+
+
+def test_a_forged_record_of_what_was_taken_out(made, tmp_path, run):
+    folder = shutil.copytree(made / "small", tmp_path / "small")
+    honest = json.loads((folder / "config.json").read_text())["pruned_structure"]
+    speed = {"asked": 250.0, "predicted": 250.0, "low": 249.0, "high": 251.0, "rounds": 9, "batch_size": 1, "length": 8,
+             "threads": 1, "dtype": "float32", "device": "cpu"}  # fmt: skip
+    for forged, name in (
+        ({"parameters_before": 1_000_000_000}, "parameters before, in config.json"),
+        ({"parameters_before": honest["parameters_before"] + 1}, "parameters before, in config.json"),
+        ({"parameters_before": "many"}, None),
+        ({"speed": {**speed, "measured": 250.0}}, "speed-up, in config.json"),
+        ({"speed": {**speed, "measured": -2.0}}, None),
+        ({"speed": {**speed, "measured": 1.5}}, ""),
+    ):
+        edit(folder / "config.json", lambda v, forged=forged: v.update(pruned_structure={**honest, **forged}))
+        if name is None:
+            assert "the report of a card cannot be true" in run("card", folder, "--write", code=1)
+            continue
+        run("card", folder, "--write")
+        assert different(folder) == ([name] if name else [])
+    assert "timings" in verify_checkpoint(str(folder)).claims
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"accuracy": 7.0}, "accuracy is 7.0: expected a number from 0 to 1"),
+        ({"accuracy": float("nan")}, "accuracy is nan: expected a number from 0 to 1"),
+        ({"accuracy": -0.1}, "accuracy is -0.1"),
+        ({"accuracy": True}, "accuracy is True"),
+        ({"n": -5}, "n is -5: expected a whole number, 1 or more"),
+        ({"n": 40.5}, "n is 40.5"),
+        ({"n": 41}, "n is 41, and there are 40 predictions of 40 labels"),
+        ({"accuracy": 0.99}, "accuracy is 0.99, and the predictions give"),
+        ({"standard_error": float("inf")}, "standard_error is inf"),
+        ({"standard_error": 0.0001}, "standard_error is 0.0001, and accuracy and n give"),
+    ],
+)
+def test_scores_that_cannot_be(folder, scores, run, changes, message):
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    for part in ("evaluation", "dense"):
+        values = json.loads(scores.read_text())
+        values[part] |= changes
+        path = scores.with_name(f"{part}.json")
+        path.write_text(json.dumps(values))
+        error = run("card", folder, "--evaluation", path, "--write", code=1)
+        assert f"{path} cannot be true: {message}" in error
+        with pytest.raises(DataError, match=re.escape(message)):
+            dataclasses.replace(read_card_data(folder), evaluation=values)
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"drop": -40.5}, "drop is -40.5, and the accuracies give"),
+        ({"interval": [5.0, -5.0]}, "interval is [5.0, -5.0]: expected two numbers from -100 to 100"),
+        ({"interval": [-1.0, 1.0]}, "an end of the interval is -1.0, and the examples that only one model gets right"),
+        ({"p_value": 2}, "p_value is 2: expected a number from 0 to 1"),
+        ({"n": 9}, "the comparison is of n = 9, and the scores of others"),
+        ({"only_pruned_right": 40}, "only_pruned_right is 40"),
+        ({"confidence": 1.0}, "confidence is 1.0"),
+    ],
+)
+def test_comparisons_that_cannot_be(folder, scores, run, changes, message):
+    edit(scores, lambda v: v["comparison"].update(changes))
+    assert message in run("card", folder, "--evaluation", scores, code=1)
+
+
+def test_a_drop_that_says_nothing_is_said_to(folder, scores):
+    assert "Warning" not in render_card(read_card_data(folder, evaluation=scores))
+    edit(scores, lambda v: v["comparison"].update(doubt="the labels | are reversed"))
+    assert "Warning: the labels &#124; are reversed." in render_card(read_card_data(folder, evaluation=scores))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"perplexity": 0.5}, "perplexity is 0.5: expected a number of 1 or more"),
+        ({"perplexity": float("inf")}, "perplexity is inf"),
+        ({"n_tokens": 0}, "n_tokens is 0"),
+        ({"window_nll": [1.0], "window_tokens": [7]}, "and the windows give"),
+    ],
+)
+def test_perplexities_that_cannot_be(folder, changes, message):
+    score = {"perplexity": 20.0, "n": 3, "n_tokens": 30, "standard_error": None}
+    assert read_card_data(folder, evaluation={"evaluation": score}).evaluation
+    with pytest.raises(DataError, match=re.escape(message)):
+        read_card_data(folder, evaluation={"evaluation": {**score, **changes}})
+
+
+def test_timings_that_cannot_be(folder):
+    point = {"model": "dense", "batch_size": 1, "length": 8, "median": 0.1, "against": None}
+    faster = {**point, "model": "pruned", "median": 0.05, "against": {"value": 2.1, "is_real": True}}
+    how = {"rounds": 9, "threads": 1, "dtype": "float32", "device": "cpu", "torch": "2"}
+    assert read_card_data(folder, latency={"points": [point, faster], **how}).latency
+    for wrong, message in (
+        ({"points": [], **how}, "expected at least one timing"),
+        ({"points": [{**point, "median": 0.0}], **how}, "median is 0.0: expected a number above 0"),
+        ({"points": [point], **how, "rounds": 0}, "rounds is 0"),
+        ({"points": [point, {**faster, "against": {"value": 250.0, "is_real": True}}], **how}, "and the times give 2"),
+        ({"points": [{}], **how}, "not as hf_prune writes it: KeyError"),
+    ):
+        with pytest.raises(DataError, match=message):
+            read_card_data(folder, latency=wrong)
+
+
+def test_scores_and_timings_of_other_weights_are_refused(made, folder, scores, run, tmp_path):
+    weights = json.loads(scores.read_text())["weights"]
+    sums = "".join(f"{hashlib.sha256((folder / n).read_bytes()).hexdigest()}  {n}\n" for n in ["model.safetensors"])
+    assert weights == hashlib.sha256(sums.encode()).hexdigest()  # by hand
+    assert json.loads(scores.read_text())["against_weights"] != weights
+    bench = run("bench", made / "dense", folder, "--rounds", 3, "--length", 8, "--json")
+    (tmp_path / "bench.json").write_text(bench)
+    run("card", folder, "--evaluation", scores, "--latency", tmp_path / "bench.json", "--write")
+    assert different(folder) == []
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    for path, option in ((scores, "--evaluation"), (tmp_path / "bench.json", "--latency")):
+        error = run("card", made / "small", option, path, "--write", code=1)
+        assert f"the weights that {path} is about are others than those of {made / 'small'}" in error
+        edit(path, lambda v: v.pop("weights"))
+        assert "are not said to be those" in run("card", folder, option, path, "--write", code=1)
+    assert not (made / "small" / "README.md").exists()
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+    compress_checkpoint(folder, tmp_path / "small")
+    assert different(tmp_path / "small") == []
+    assert read_facts((tmp_path / "small" / "README.md").read_text())["score"]
 
 
 def test_verify_reads_cards_with_other_line_ends(folder):
