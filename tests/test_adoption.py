@@ -2,6 +2,7 @@
 
 import copy
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ from hf_prune.cli import app
 from tests import models
 from tests.models import assert_unchanged, conv_net, mlp, same_bits, snapshot
 
+WRAPPERS = [nn.DataParallel, partial(torch.compile, backend="eager"), lambda model: nn.ModuleDict({"inner": model})]
 NAME = "bert.encoder.layer.0.intermediate.dense.weight"
 
 
@@ -71,6 +73,15 @@ def test_convolutions_conv1d_and_patterns_are_adopted_as_well():
     MaskStore.of(model).make_permanent(model)
     adopt_zeros(model)
     assert "2:4" in sparsity_report(model).nm_patterns
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS)
+def test_whatever_lies_around_the_model(wrap):
+    model = mlp()
+    gone = emptied(model, "fc1.weight")
+    adopt_zeros(wrap(model))
+    assert MaskStore.of(model).masks.keys() == {"fc1.weight"}
+    assert torch.equal(MaskStore.of(model).masks["fc1.weight"], ~gone)
 
 
 def test_what_comes_later_keeps_them(tmp_path):

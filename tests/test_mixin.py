@@ -256,6 +256,7 @@ def test_a_process_without_hf_prune_loads_every_kind(tmp_path):
         assert torch.equal(load_file(tmp_path / name / "logits.safetensors")["logits"], values)
 
 
+@pytest.mark.filterwarnings("ignore:.* stay dense, the largest:UserWarning")  # convolutions of Segformer
 @pytest.mark.parametrize("own", [PrunedNeoX, PrunedSegformer])
 def test_own_class_whose_weights_are_renamed_by_class_name(tmp_path, own):
     """transformers looks such renamings up by the class's name; without them a head would be random."""
@@ -634,3 +635,20 @@ def test_a_head_that_was_replaced_does_not_lock_the_other_masks(tmp_path):
     assert again.masks.keys() == model.masks.keys()
     assert "classifier.weight" not in again.masks
     assert again.classifier.weight.all()
+
+
+def test_adapters_that_come_later_do_not_lock_the_masks():
+    peft = pytest.importorskip("peft", reason="needs peft")
+    model = prunable(models.tiny_bert()).prune(0.5)
+    masks = list(model.masks.values())
+    model.add_adapter(peft.LoraConfig(r=4, target_modules=["query", "value"]))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    model.keep_sparse(optimizer)
+    model(**models.tiny_batches(model)[0]).logits.sum().backward()
+    optimizer.step()
+    assert sum("base_layer" in name for name in model.masks) == 4
+    assert all(torch.equal(now, then) for now, then in zip(model.masks.values(), masks, strict=True))
+    assert all(torch.equal(model.get_parameter(name) != 0, mask) for name, mask in model.masks.items())
+    adapted = [name for name in model.masks if "base_layer" in name]
+    assert model.drop_masks(*adapted).masks.keys().isdisjoint(adapted)
+    assert len(model.masks) == len(masks) - 4

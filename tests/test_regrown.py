@@ -2,12 +2,13 @@
 
 import copy
 import warnings
+from functools import partial
 
 import pytest
 import torch
 from accelerate import Accelerator
 from datasets import Dataset
-from torch import distributed
+from torch import distributed, nn
 from torch.distributed.fsdp import fully_shard
 from torch.optim import LBFGS, SGD, AdamW
 
@@ -30,6 +31,7 @@ from hf_prune import (
 from tests import models
 from tests.models import mlp, same_bits, snapshot
 
+WRAPPERS = [nn.DataParallel, partial(torch.compile, backend="eager"), lambda model: nn.ModuleDict({"inner": model})]
 OPTIMIZERS = {
     "adamw": lambda p: AdamW(p, 0.1, foreach=False),
     "foreach": lambda p: AdamW(p, 0.1, foreach=True),
@@ -214,6 +216,20 @@ def test_weights_that_fsdp_spreads_over_processes():
             assert not model.get_parameter(name).full_tensor()[~mask].any()
     finally:
         distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS)
+def test_whatever_lies_around_the_model(wrap):
+    model = prune(mlp(), 0.5)
+    wrapper = wrap(model)
+    optimizer = AdamW(wrapper.parameters(), 0.1)
+    handle = keep_sparse(wrapper, optimizer)
+    train(model, optimizer)
+    assert not grown(model)
+    handle.remove()
+    train(model, optimizer)
+    with pytest.warns(UserWarning, match=f"^{grown(model)} of the"):
+        sparsity_report(wrapper)
 
 
 def test_what_cannot_be_kept_is_refused():
