@@ -27,15 +27,16 @@ from torch.distributed.tensor import DTensor
 from hf_prune.building import limited_building
 from hf_prune.bypass import bypassed_layers
 from hf_prune.config import PruningConfig
-from hf_prune.errors import CheckpointError
+from hf_prune.errors import CheckpointError, PlanError
 from hf_prune.files import atomic_path, move_into, refuse_file, staged_folder
 from hf_prune.masking import MaskStore, warn_regrown
 from hf_prune.offloading import values_of
 from hf_prune.packed_files import PackedFiles, read_index
 from hf_prune.packed_format import is_packed
 from hf_prune.polish import PolishRecord
+from hf_prune.quantized import refuse_quantized
 from hf_prune.shrinking import RECORD, is_shrunk, resize, structure_of
-from hf_prune.sources import check_model_source
+from hf_prune.sources import check_model_source, holds_adapters
 from hf_prune.structure import structure_config
 from hf_prune.torch_prune import masked_weight
 from hf_prune.wrapping import adapters, plain_name
@@ -374,8 +375,8 @@ def load_pruned(load: Callable[..., Any], source: Any, *args: Any, **kwargs: Any
         What ``load`` returned, its model with masks attached.
 
     Raises:
-        CheckpointError: If masks are damaged or do not fit the weights.
-        DataError: If the source cannot be found, at once also where there is no network.
+        CheckpointError: If masks are damaged or do not fit the weights, or the weights would be quantized.
+        DataError: If it holds adapters and no model; or if it cannot be found, at once also where there is no network.
     """
     if source is None:
         return load(source, *args, **kwargs)
@@ -383,6 +384,13 @@ def load_pruned(load: Callable[..., Any], source: Any, *args: Any, **kwargs: Any
         place = {key: kwargs[key] for key in ("revision", "cache_dir") if key in kwargs}
         kwargs["local_files_only"] = check_model_source(source, **place)
     hub = {key: kwargs[key] for key in _HUB_KEYS if kwargs.get(key) is not None}
+    if find_file(source, "config.json", hub) is None:
+        if (adapter_config := find_file(source, "adapter_config.json", hub)) is not None:
+            raise holds_adapters(os.fspath(source), adapter_config)
+    if asked := [key for key in ("quantization_config", "load_in_4bit", "load_in_8bit") if kwargs.get(key)]:
+        files = weight_files(source, hub)
+        if find_file(source, MASK_FILE, hub) is not None or (files and is_packed(files[0])):
+            raise _sparse_and_quantized(source, asked[0])
     with _without_torch_prune(source, hub) as converted:
         if converted is None:
             with limited_to_files(source, hub):
@@ -447,7 +455,18 @@ def _with_packed_masks(store: MaskStore | None, files: Sequence[str]) -> MaskSto
     return MaskStore(masks | (store.masks if store is not None else {}), config=config, polishes=polishes)
 
 
+def _sparse_and_quantized(source: Any, how: str) -> CheckpointError:
+    return CheckpointError(
+        f"{source} is sparse, and would be loaded quantized, as {how} says; quantized weights have no masks, and their "
+        f"zeros need not stay: load it without {how}, or with transformers' own class, which knows nothing of masks"
+    )
+
+
 def _attach(model: Any, store: MaskStore, source: Any) -> None:
+    try:
+        refuse_quantized(model)
+    except PlanError as error:
+        raise _sparse_and_quantized(source, "its config") from error
     parameters = dict(model.named_parameters())
     saved = model.config.architectures or []
     if saved and not any(cls.__name__ in saved for cls in type(model).__mro__):

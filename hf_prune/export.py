@@ -19,6 +19,7 @@ from hf_prune.errors import DataError, ExportError
 from hf_prune.files import sync
 from hf_prune.masking import warn_regrown
 from hf_prune.offloading import refuse_offloaded
+from hf_prune.quantized import refuse_quantized
 from hf_prune.running import eval_mode
 from hf_prune.speed import workload_inputs
 
@@ -82,9 +83,10 @@ def export_model(model: nn.Module, path: str | Path) -> ExportReport:
     Raises:
         ExportError: If a package is missing, the suffix is another one, the model cannot be exported, or the file puts
             out something else than PyTorch.
-        PlanError: If weights are offloaded.
+        PlanError: If weights are offloaded or quantized.
     """
     path = Path(path)
+    refuse_quantized(model)
     if path.suffix not in SUFFIXES:
         raise ExportError(f"{path} ends in {path.suffix!r}: expected .onnx, or .xml for OpenVINO")
     _need("onnx", "onnxscript", *(("openvino",) if path.suffix == ".xml" else ("onnxruntime",)))

@@ -16,6 +16,7 @@ from hf_prune.architectures import Channels, Heads, Stack, architecture_of, list
 from hf_prune.channels import channel_sites
 from hf_prune.errors import ArchitectureError
 from hf_prune.parts import Part, Site
+from hf_prune.quantized import refuse_quantized
 from hf_prune.wrapping import adapters
 
 
@@ -40,7 +41,9 @@ def layer_lists(model: nn.Module) -> list[LayerList]:
     Raises:
         ArchitectureError: If its architecture is not registered, or its modules are not where the table says, or carry
             adapters.
+        PlanError: If it is quantized.
     """
+    refuse_quantized(model)
     for name in adapters(model).values():
         raise ArchitectureError(
             f"{name or type(model).__name__} carries adapters, which would go on writing into what is taken out: "

@@ -32,6 +32,7 @@ from transformers.core_model_loading import (
 from hf_prune.auto import native_class
 from hf_prune.checkpoint import find_file, limited_to_files, weight_files
 from hf_prune.errors import CheckpointError, PlanError
+from hf_prune.quantized import EXPECTED, method_of_config
 from hf_prune.replay import replaced_forward
 from hf_prune.shards import Shards, read_tensor
 from hf_prune.sources import check_model_source
@@ -77,8 +78,13 @@ def load_skeleton(source: str) -> Skeleton:
     native = native_class(source)
     hub = {"local_files_only": check_model_source(source)}
     config = AutoConfig.from_pretrained(source, trust_remote_code=False, **hub)
+    if (method := method_of_config(config)) is not None:
+        raise CheckpointError(f"{source!r} is quantized with {method!r}: {EXPECTED}")
     if getattr(config, "quantization_config", None) is not None:
-        raise CheckpointError(f"{source!r} is quantized: expected plain weights; prune before quantizing")
+        raise CheckpointError(
+            f"{source!r} is compressed or shrunk, so its weights do not lie in its files as they are in the model: "
+            f"prune without streaming"
+        )
     files = weight_files(source, hub)
     if not files:
         raise CheckpointError(

@@ -52,6 +52,8 @@ def check_model_source(
     source = os.fspath(model_id)
     if local_folder(source, "a model") is not None:
         if not os.path.isfile(os.path.join(source, "config.json")):
+            if os.path.isfile(adapters := os.path.join(source, "adapter_config.json")):
+                raise holds_adapters(source, adapters)
             raise DataError(
                 f"{source!r} is a folder without config.json (found: {listing(Path(source))}): "
                 "pass the folder that save_pretrained wrote"
@@ -67,6 +69,25 @@ def check_model_source(
             raise
         return True
     return False
+
+
+def holds_adapters(source: str, adapter_config: str | os.PathLike[str]) -> DataError:
+    """The error for a checkpoint of adapters alone, which says where the model is that they belong to.
+
+    Args:
+        source: Folder or Hub id.
+        adapter_config: Its ``adapter_config.json``.
+    """
+    try:
+        base = json.loads(Path(adapter_config).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError):
+        base = None
+    return DataError(
+        f"{source!r} holds the adapters of a PeftModel and no model (no config.json): load the model that they belong "
+        f"to, {base or 'which adapter_config.json does not name'}, lay them on it with "
+        f"peft.PeftModel.from_pretrained(model, {source!r}), and merge them with hf_prune.merge_lora, or with "
+        f"merge_and_unload() if the model is dense; what then is saved is a model"
+    )
 
 
 def check_data_source(source: str | os.PathLike[str]) -> None:

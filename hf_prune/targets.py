@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from hf_prune.config import PruningConfig
 from hf_prune.errors import PlanError
+from hf_prune.quantized import EXPECTED, refuse_quantized
 from hf_prune.registry import parse_granularity, unknown_name
 from hf_prune.wrapping import adapters, unadapted_name
 
@@ -90,7 +91,8 @@ def resolve_targets(model: nn.Module, config: PruningConfig, *, loaded: bool = T
 
     Raises:
         PlanError: If a name matches no module, if nothing is left to prune, if a weight is not loaded
-            or not of a floating-point type, or if torch.nn.utils.prune holds masks of its own.
+            or not of a plain floating-point type, or the model is quantized, or if torch.nn.utils.prune holds masks
+            of its own.
     """
     for name, module in model.named_modules():
         if "weight_orig" in module._parameters and "weight_mask" in module._buffers:
@@ -98,6 +100,7 @@ def resolve_targets(model: nn.Module, config: PruningConfig, *, loaded: bool = T
                 f"{name or type(module).__name__} was pruned with torch.nn.utils.prune: call "
                 f"hf_prune.from_torch_prune(model) first, which adopts its masks"
             )
+    refuse_quantized(model)
     prunable = dict(prunable_modules(model))
     every_name = [name for name, _ in model.named_modules(remove_duplicate=False)]
     if adapted := bool(adapters(model)):
@@ -202,10 +205,7 @@ def _check_weight(module_name: str, weight: Tensor, loaded: bool) -> None:
             f"pruning, or list the module in exclude_modules"
         )
     if not weight.is_floating_point() or weight.element_size() < 2:
-        raise PlanError(
-            f"{module_name}.weight is {weight.dtype}: expected float32, float64, float16 or bfloat16; "
-            f"prune before quantizing"
-        )
+        raise PlanError(f"{module_name}.weight is {weight.dtype}: {EXPECTED}")
 
 
 def _available(prunable: dict[str, tuple[nn.Module, str]]) -> str:

@@ -10,6 +10,7 @@ from torch.nn.utils import prune as torch_prune
 
 from hf_prune.errors import CheckpointError, MaskError
 from hf_prune.masking import MaskStore
+from hf_prune.quantized import refuse_quantized
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -54,6 +55,7 @@ def from_torch_prune(model: Model, *, keep_dense: bool = False) -> Model:
         The model.
 
     Raises:
+        PlanError: If the model is quantized.
         MaskError: If nothing in the model was pruned that way, or the model has masks of hf_prune already.
 
     Example:
@@ -61,6 +63,7 @@ def from_torch_prune(model: Model, *, keep_dense: bool = False) -> Model:
         >>> sorted(name for name, _ in from_torch_prune(layer).named_parameters())
         ['bias', 'weight']
     """
+    refuse_quantized(model)
     if MaskStore.of(model) is not None:
         raise MaskError("the model has masks of hf_prune already: call make_permanent() or discard_masks() first")
     pruned = [

@@ -13,6 +13,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from hf_prune.errors import ArchitectureError
 from hf_prune.masking import MaskStore
+from hf_prune.quantized import refuse_quantized
 
 # Settings that hold token ids, in configs, generation configs and attributes of modules.
 _ID_KEY = re.compile(
@@ -36,7 +37,9 @@ def find_vocabulary(model: Any) -> Vocabulary:
 
     Raises:
         ArchitectureError: If there is none, or a tensor that may be one.
+        PlanError: If the model is quantized.
     """
+    refuse_quantized(model)
     name = type(model).__name__
     embedding = _embedding(model, "get_input_embeddings")
     if not isinstance(embedding, nn.Embedding):

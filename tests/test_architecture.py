@@ -33,6 +33,7 @@ LAYERS = (
         "packing",
         "partial",
         "progress",
+        "quantized",
         "registry",
         "schedules",
         "repair",
