@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING
@@ -201,11 +201,15 @@ class MaskStore:
             old = self.masks.get(name)
             self.masks[name] = mask if old is None else mask & old.to(mask.device)
         self.config = config
-        self.attach(model)  # before any weight is written, so that an interruption can be undone
-        with torch.no_grad():
+
+        @torch.no_grad()
+        def commit() -> None:
+            self.attach(model)
             for name, weight in weights.items():
                 parameters[name].copy_(weight)
-        self.apply(model)
+            self.apply(model)
+
+        _to_the_end(commit)
 
     def check_dense(self) -> None:
         """Make sure that dense weights can still be kept.
@@ -377,8 +381,19 @@ def _named(tensors: Mapping[str, Tensor], name: str) -> Tensor | None:
     return tensors.get(name, tensors.get(plain_name(name)))
 
 
+def _to_the_end(do: Callable[[], None]) -> None:
+    """Do what may be done again; what interrupts it, as Ctrl-C does, is raised when it is done."""
+    try:
+        do()
+    except BaseException:
+        do()
+        raise
+
+
 class Undo:
     """Weights as they were before an operation; a context that gives them back, bit for bit, if it ends in an error.
+
+    So it does with the masks, if it has put a weight aside.
 
     Args:
         model: The model.
@@ -392,6 +407,7 @@ class Undo:
         self._in_memory = in_memory
         self._files = Shelf(0)
         self._names: list[str] = []
+        self._before = MaskStore.of(model)
 
     def save(self, name: str, weight: Tensor) -> None:
         """Put a copy of a weight aside, before it changes; later changes leave that copy."""
@@ -424,15 +440,19 @@ class Undo:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Give back every weight that was put aside; the copies stay."""
+        """Give back every weight that was put aside, and the masks; the copies stay."""
         parameters = dict(self._model.named_parameters())
         for name in self._names:
             parameters[name].copy_(self.dense[name] if self._in_memory else self._files.get(name))
+        if self._names and self._before is None:
+            MaskStore.detach(self._model)
+        elif self._names and self._before is not None:
+            self._before.attach(self._model)
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
             if kind is not None:
-                self.restore()
+                _to_the_end(self.restore)
         finally:
             self._files.close()
 

@@ -1,5 +1,8 @@
 """The whole story: reference values, torch's own pruning, and pruning again and again."""
 
+import itertools
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -377,3 +380,49 @@ def test_compiled_model_is_pruned_itself():
     assert prune(compiled, 0.5) is compiled
     assert MaskStore.of(model) is not None
     assert MaskStore.of(compiled).masks["_orig_mod.fc1.weight"] is MaskStore.of(model).masks["fc1.weight"]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # a folder goes when it is forgotten
+@pytest.mark.parametrize(
+    ("settings", "again"), [({}, False), ({}, True), ({"repair": "least_squares"}, True), ({"keep_dense": True}, True)]
+)
+def test_ctrl_c_leaves_a_model_before_or_after_and_never_between(settings, again):
+    """Interrupted at every other line of the steps that write, in turn: either nothing has happened, or all of it."""
+    batches = [{"x": torch.randn(4, 6, generator=torch.Generator().manual_seed(0))}]
+
+    def build():
+        model = models.mlp(inputs=6, hidden=4, labels=2)
+        return prune(model, 0.2, keep_dense="keep_dense" in settings) if again else model
+
+    def state(model):
+        store = MaskStore.of(model)
+        masks = {} if store is None else {name: mask.tolist() for name, mask in store.masks.items()}
+        return {name: p.tolist() for name, p in model.named_parameters()}, masks, store and store.config
+
+    before, done = build(), prune(build(), 0.5, calibration=batches, **settings)
+    allowed = (state(before), state(done))
+    assert allowed[0] != allowed[1]
+    seen = set()
+    for number in itertools.count(step=2):
+        model, left = build(), [number]
+
+        def interrupt(frame, event, _, left=left):
+            if not frame.f_code.co_filename.endswith("masking.py"):
+                return None
+            if event == "line" and left is not None:
+                left[0] -= 1
+                if left[0] == -1:
+                    raise KeyboardInterrupt
+            return interrupt
+
+        sys.settrace(interrupt)
+        try:
+            prune(model, 0.5, calibration=batches, **settings)
+        except KeyboardInterrupt:
+            seen.add(state(model)[1] == allowed[1][1])
+        else:
+            break
+        finally:
+            sys.settrace(None)
+        assert state(model) in allowed, number
+    assert seen == {False, True}
