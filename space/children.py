@@ -21,10 +21,11 @@ from pathlib import Path
 from typing import IO, Any
 
 import hf_prune.errors
-from hf_prune import HfPruneError
+from hf_prune import ConfigError, HfPruneError
 
 _PROGRAM = [sys.executable, str(Path(__file__).parent / "child.py")]
 _LONGEST_LINE = 64_000_000  # of what a child says
+_PATIENCE = 5.0  # seconds that somebody waits for their turn: nobody keeps many waiting
 _SECRET = re.compile("TOKEN|SECRET|PASSWORD|KEY", re.IGNORECASE)
 FORKS = sys.platform == "linux"
 
@@ -82,17 +83,23 @@ class Child:
             hear: Gets what the child says before it is done: of which kind, and what.
 
         Raises:
+            ConfigError: If it is busy with something else.
             HfPruneError: What the function raised.
             EndedError: If the process ended: it was stopped, took too long, or needed too much memory.
             RuntimeError: If something went wrong in the child that nobody foresaw.
         """
-        with self.turn:
+        if not self.turn.acquire(timeout=_PATIENCE):
+            raise ConfigError("something of yours is still running: wait for it")
+        try:
+            if self._ended:
+                raise EndedError("this was stopped with what you had running before")
             self._write({"do": what, "with": dict(given)})
-            try:
-                answer = self._answer(seconds, stopped, hear)
-            except BaseException:
-                self.end()  # what it would still say belongs to nobody
-                raise
+            answer = self._answer(seconds, stopped, hear)
+        except BaseException:
+            self.end()  # what it would still say belongs to nobody
+            raise
+        finally:
+            self.turn.release()
         if "error" in answer:
             name, text = answer["error"]
             kind = getattr(hf_prune.errors, name, None)

@@ -543,12 +543,25 @@ def test_a_sentence_that_a_model_cannot_take_ends_its_process_alone(space, make,
         studio.probabilities("b", ["w1"])
 
 
+def test_one_visitor_does_not_keep_many_requests_waiting(space, make, monkeypatch):
+    monkeypatch.setattr(space.children, "_PATIENCE", 0.01)
+    studio = make()
+    pruned = studio.prune("a", space.studio.DEMO, PruningConfig(0.5), silent)
+    with pruned.child.turn, pytest.raises(ConfigError, match="something of yours is still running: wait for it"):
+        studio.probabilities("a", ["w1"])
+    assert len(studio.probabilities("a", ["w1"])[1]) == 1
+    pruned.child.end()
+    with pytest.raises(HfPruneError, match=r"was stopped with what you had running before\. Your pruned model went"):
+        studio.probabilities("a", ["w1"])
+
+
 def test_processes_that_are_killed_are_replaced(space, make):
     """The one that forks is gone, and with it all that it forked."""
     only_linux()
     studio = make()
     studio.prune("a", space.studio.DEMO, PruningConfig(0.5), silent)
     space.started._ready.kill()
+    space.started._ready.wait()
     with pytest.raises(HfPruneError, match="went with it"):
         studio.probabilities("a", ["w1"])
     studio.prune("a", space.studio.DEMO, PruningConfig(0.5), silent)
