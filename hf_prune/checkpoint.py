@@ -35,6 +35,7 @@ from hf_prune.packed_files import PackedFiles, read_index
 from hf_prune.packed_format import is_packed
 from hf_prune.polish import PolishRecord
 from hf_prune.quantized import refuse_quantized
+from hf_prune.shards import Shards, read_tensor
 from hf_prune.shrinking import RECORD, is_shrunk, resize, structure_of
 from hf_prune.sources import check_model_source, holds_adapters
 from hf_prune.structure import structure_config
@@ -160,15 +161,15 @@ class StoredMasks(Mapping[str, Tensor]):
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = path
+        self.path = Path(path)
         try:
-            with safe_open(path, "np") as file:
-                text = (file.metadata() or {}).get(_HEADER, "{}")
-                names = set(file.keys())
-        except (OSError, SafetensorError) as error:
+            shards = Shards([self.path])  # its header has all names: safetensors would read it again for each mask
+        except OSError as error:
             raise CheckpointError(f"{path} cannot be read as safetensors: {error}") from error
+        self._places = shards.entries
+        names = set(self._places)
         try:
-            header = json.loads(text)
+            header = json.loads(shards.shards[self.path.name].metadata.get(_HEADER, "{}"))
             found = (header.get("format"), header.get("version"))
         except (AttributeError, RecursionError, ValueError) as error:
             raise CheckpointError(f"{path} is damaged: its header is no JSON object: {error}") from error
@@ -190,10 +191,8 @@ class StoredMasks(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         entry = self._entries[name]
         try:
-            with safe_open(self.path, "np") as file:
-                bits = file.get_tensor(name)
-            return _unpack(bits, **entry)
-        except (AttributeError, OSError, OverflowError, SafetensorError, TypeError, ValueError) as error:
+            return _unpack(read_tensor(self.path.parent, self._places[name]).numpy(), **entry)
+        except (AttributeError, OSError, OverflowError, RuntimeError, TypeError, ValueError) as error:
             raise _damaged(self.path, error) from error
 
     def __iter__(self) -> Iterator[str]:

@@ -77,12 +77,13 @@ class Entry:
 
 @dataclass(frozen=True)
 class Shard:
-    """One file: its size, the bytes before the first tensor, and its tensors in their order."""
+    """One file: its size, the bytes before the first tensor, its tensors in their order, and what else it says."""
 
     name: str
     size: int
     header: bytes
     entries: tuple[Entry, ...]
+    metadata: Mapping[str, str]
 
 
 class Shards:
@@ -227,12 +228,18 @@ def _read_shard(path: Path) -> Shard:
             f"{path} cannot be read as safetensors: {error}; download or save the checkpoint again"
         ) from error
     entries = []
-    for name, value in json.loads(header[_LENGTH.size :]).items():
-        if name != "__metadata__":
-            start, end = value["data_offsets"]
-            shape = tuple(value["shape"])
-            entries.append(Entry(name, path.name, value["dtype"], shape, len(header) + start, end - start))
-    return Shard(path.name, size, header, tuple(sorted(entries, key=lambda entry: (entry.start, entry.size))))
+    described = json.loads(header[_LENGTH.size :])
+    metadata = described.pop("__metadata__", None) or {}
+    for name, value in described.items():
+        start, end = value["data_offsets"]
+        shape = tuple(value["shape"])
+        if max(shape, default=0) >= 1 << 63:  # beside a zero, which lets it pass
+            raise CheckpointError(
+                f"{path} says that {name} has the shape {list(shape)}: expected sizes below 2^63; download or save the "
+                f"checkpoint again"
+            )
+        entries.append(Entry(name, path.name, value["dtype"], shape, len(header) + start, end - start))
+    return Shard(path.name, size, header, tuple(sorted(entries, key=lambda entry: (entry.start, entry.size))), metadata)
 
 
 def _read_into(file: Any, entry: Entry, start: int, tensor: Tensor) -> None:

@@ -34,7 +34,14 @@ from hf_prune import (
     prunable,
 )
 from hf_prune import files as files_module
-from hf_prune.checkpoint import MASK_FILE, copy_companions, load_masks, save_masks, staged_checkpoint
+from hf_prune.checkpoint import (
+    MASK_FILE,
+    copy_companions,
+    load_masks,
+    mask_metadata,
+    save_masks,
+    staged_checkpoint,
+)
 from hf_prune.errors import CheckpointError, DataError
 from tests import models
 from tests.models import assert_unchanged, same_bits, snapshot
@@ -396,6 +403,25 @@ def test_side_file_that_is_no_safetensors(saved, content):
     (saved / MASK_FILE).write_bytes(broken[content])
     with pytest.raises(CheckpointError, match=r"pruning_masks.safetensors cannot be read as safetensors"):
         load(saved)
+
+
+@pytest.mark.parametrize("shape", [[-1, -8], [1 << 62, 1 << 62, 0], [1 << 70, 0], [2.0, 4], "ab", None, [[8]]])
+def test_side_file_whose_shapes_make_no_sense(tmp_path, shape):
+    empty = shape not in ([-1, -8], [2.0, 4], [[8]])
+    tensors = {"w": torch.zeros(0 if empty else 1, dtype=torch.uint8)}
+    save_file(tensors, tmp_path / MASK_FILE, mask_metadata({"w": {"shape": shape, "kept": 0}}, None))
+    with pytest.raises(CheckpointError, match=r"pruning_masks.safetensors is damaged: .*; restore it, or delete it"):
+        load_masks(tmp_path / MASK_FILE)
+
+
+def test_the_header_of_a_side_file_is_read_once(tmp_path, monkeypatch):
+    masks = {f"layer.{number}": torch.rand(4, 5) > 0.5 for number in range(50)}
+    save_masks(MaskStore(masks), tmp_path / MASK_FILE)
+    opened = []
+    monkeypatch.setattr("hf_prune.shards.safe_open", lambda *args: opened.append(args) or safe_open(*args))
+    found = load_masks(tmp_path / MASK_FILE).masks
+    assert len(opened) == 1
+    assert all(torch.equal(found[name], mask) for name, mask in masks.items())
 
 
 def test_any_flipped_byte_is_noticed_or_harmless(saved, pruned):

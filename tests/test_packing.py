@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hf_prune import unpacking
 from hf_prune.errors import CheckpointError
-from hf_prune.packed_format import CODECS, MAX_EXPANSION, read_header
+from hf_prune.packed_format import CODECS, LAYOUTS, MAGIC, MAX_EXPANSION, VALUES, read_header
 from hf_prune.packing import pack
 from hf_prune.unpacking import unpack, unpack_mask
 from tests.models import same_bits
@@ -294,6 +294,31 @@ def test_counts_that_lie_are_refused(layout, codec):
             unpack(head(data, 16, wrong, "Q"))
     with pytest.raises(CheckpointError, match="is damaged"):
         unpack(head(data, 24, 10, "Q"))
+
+
+def empty_weight(shape: tuple[int, ...], values: str, scales: int = 0) -> np.ndarray:
+    """A weight without elements that claims int8 scales, all zeros, for its rows."""
+    frame = zstandard.ZstdCompressor().compress
+    sections = [frame(b""), frame(bytes(scales)), frame(b"")] if values == "int8" else [b"", *[frame(b"")] * 4]
+    layout = LAYOUTS.index("bits" if values == "int8" else "full")
+    text = struct.pack(HEAD, MAGIC, CODECS.index("zstd"), 0, layout, VALUES.index(values), 0, 0, 0, 0, 0, len(shape), 0)
+    text += struct.pack(f"<{len(shape) + len(sections)}Q", *shape, *map(len, sections))
+    return np.frombuffer(b"".join(part + bytes(-len(part) % 8) for part in [text, *sections]), dtype=np.uint8)
+
+
+def test_scales_of_rows_without_elements_are_bounded():
+    rows = 1 << 20
+    data = empty_weight((rows, 0), "int8", 4 * rows)
+    with pytest.raises(CheckpointError, match=rf"{len(data)} bytes claim .* \[{rows}, 0\], sections of {4 * rows} b"):
+        unpack(data)
+    assert unpack(empty_weight((2, 0), "int8", 8)).shape == (2, 0)
+
+
+@pytest.mark.parametrize("shape", [(1 << 63, 0), (0, 1 << 63), (1 << 40, 1 << 40, 0), ((1 << 64) - 1, 0)])
+def test_shapes_that_torch_cannot_hold_are_refused(shape):
+    with pytest.raises(CheckpointError, match="claim to be a weight of shape"):
+        unpack(empty_weight(shape, "exact"))
+    assert unpack(empty_weight((1 << 62, 0), "exact")).shape == (1 << 62, 0)
 
 
 @pytest.mark.parametrize("layout", SIZES)

@@ -104,3 +104,10 @@ def test_what_is_no_safetensors_file_is_refused(tmp_path, data):
     (tmp_path / "model.safetensors").write_bytes(data)
     with pytest.raises(CheckpointError, match=r"model.safetensors cannot be read as safetensors: .*; download or save"):
         Shards([tmp_path / "model.safetensors"])
+
+
+@pytest.mark.parametrize("shape", [[1 << 63, 0], [0, (1 << 64) - 1]])
+def test_shapes_that_torch_cannot_hold_are_refused(tmp_path, shape):
+    (tmp_path / "model.safetensors").write_bytes(header_bytes({"a": ("F32", shape, 0)}, {}))
+    with pytest.raises(CheckpointError, match=r"a has the shape \[\d+, \d+\]: expected sizes below 2\^63; download"):
+        Shards([tmp_path / "model.safetensors"])
