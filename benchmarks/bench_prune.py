@@ -5,6 +5,10 @@ same weights. All methods take turns in one process on one thread; before each, 
 back (not timed). Peak memory is measured for each method in a process of its own.
 
     python benchmarks/bench_prune.py --rounds 7
+
+With ``--layers``, how the time grows with the number of layers, of tiny ones, instead.
+
+    python benchmarks/bench_prune.py --layers 500 1000 2000
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ import argparse
 import multiprocessing
 import platform
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +28,7 @@ from torch.nn.utils import prune as torch_prune
 from transformers import DistilBertConfig, DistilBertForSequenceClassification
 
 from hf_prune import MaskStore, prune
+from hf_prune.checkpoint import MASK_FILE, load_masks, save_masks
 from hf_prune.tables import format_table
 
 SPARSITY = 0.5
@@ -126,12 +132,48 @@ def measure(rounds: int) -> dict[str, list[float]]:
     return seconds
 
 
+def growth(counts: list[int]) -> None:
+    """What each layer costs, of so many tiny ones: the same for all, unless something looks at all layers for each."""
+    steps: dict[str, Callable[[nn.Module, list[dict[str, torch.Tensor]]], object]] = {
+        "magnitude": lambda model, batches: prune(model, SPARSITY),
+        "wanda, one pass": lambda model, batches: prune(
+            model, SPARSITY, criterion="wanda", calibration_order="one_pass", calibration=batches
+        ),
+        "masks saved and loaded": lambda model, batches: _save_and_load(model),
+    }
+    rows = []
+    for count in counts:
+        torch.manual_seed(0)
+        model = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(count)))
+        batches = [{"input": torch.randn(4, 8)} for _ in range(2)]
+        row = [str(count)]
+        for step in steps.values():
+            start = time.perf_counter()
+            step(model, batches)
+            row.append(f"{1e3 * (time.perf_counter() - start) / count:.3f}")
+        rows.append(row)
+    print(format_table(["layers", *(f"{name}, ms each" for name in steps)], rows))
+
+
+def _save_and_load(model: nn.Module) -> None:
+    store = MaskStore.of(model)
+    assert store is not None
+    with tempfile.TemporaryDirectory() as folder:
+        save_masks(store, Path(folder) / MASK_FILE)
+        load_masks(Path(folder) / MASK_FILE)
+
+
 def main() -> None:
     """Measure and print, goals included, reached or not."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--layers", type=int, nargs="+")
+    arguments = parser.parse_args()
+    rounds = arguments.rounds
     torch.set_num_threads(1)
+    if arguments.layers:
+        growth(arguments.layers)
+        return
     print(f"torch {torch.__version__}, {platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, 1 thread")
     seconds = measure(rounds)
 

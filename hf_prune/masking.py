@@ -406,7 +406,7 @@ class Undo:
         self._model = model
         self._in_memory = in_memory
         self._files = Shelf(0)
-        self._names: list[str] = []
+        self._names: dict[str, None] = {}  # in their order
         self._before = MaskStore.of(model)
 
     def save(self, name: str, weight: Tensor) -> None:
@@ -417,7 +417,7 @@ class Undo:
             self.dense[name] = weight.detach().clone()
         else:
             self._files.put(name, weight.detach())
-        self._names.append(name)
+        self._names[name] = None
 
     @torch.no_grad()
     def write(self, masks: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:

@@ -27,6 +27,7 @@ def agreed_masks(
     stats: Mapping[str, WeightStats],
     old_masks: Mapping[str, Tensor],
     given: Mapping[str, Tensor] | None = None,
+    biases: Mapping[str, str] | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """:func:`compute_masks`, and of several processes that calibrate together each gets what the first one computed.
 
@@ -34,9 +35,9 @@ def agreed_masks(
     that differ would never be noticed. Without calibration processes need not wait for one another.
     """
     if not plan.needs:
-        return compute_masks(model, plan, stats, old_masks, given)
+        return compute_masks(model, plan, stats, old_masks, given, biases=biases)
     with all_or_none():
-        found = compute_masks(model, plan, stats, old_masks, given)
+        found = compute_masks(model, plan, stats, old_masks, given, biases=biases)
     masks, weights = ({name: from_first(tensor) for name, tensor in tensors.items()} for tensors in found)
     return masks, weights
 
@@ -49,6 +50,7 @@ def compute_masks(
     old_masks: Mapping[str, Tensor],
     given: Mapping[str, Tensor] | None = None,
     whole: Mapping[str, Tensor] | None = None,
+    biases: Mapping[str, str] | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The masks that a plan leads to, without touching the model.
 
@@ -59,17 +61,19 @@ def compute_masks(
         old_masks: Masks of earlier prunings, by parameter name.
         given: Masks that are known already, of which only the repair is left.
         whole: The weights by name, where the model does not hold them whole.
+        biases: What :func:`bias_names` says, if it was asked: it walks through the whole model.
 
     Returns:
         Bool masks, and the weights and biases that the criterion or the repair gave new values, both in the
         parameters' own layouts, by name.
     """
-    parameters = dict(model.named_parameters()) if whole is None else whole
+    parameter = model.get_parameter if whole is None else whole.__getitem__  # often of one target among thousands
     criterion, granularity = plan.criterion, plan.granularity
-    biases = bias_names(model, [t.target for t in plan.tensors]) if plan.config.repair is not None else {}
+    if biases is None:
+        biases = bias_names(model, [t.target for t in plan.tensors]) if plan.config.repair is not None else {}
 
     def matrix(target: Target) -> Tensor:
-        return target.matrix(parameters[target.name].detach())
+        return target.matrix(parameter(target.name).detach())
 
     def old_matrix(target: Target) -> Tensor | None:
         old = old_masks.get(target.name)
@@ -104,13 +108,13 @@ def compute_masks(
                 keep if old is None else keep & old.to(keep.device),
                 stat.input_gram,
                 stat.input_mean,
-                None if bias is None else parameters[bias].detach(),
+                None if bias is None else parameter(bias).detach(),
                 stat.output_change,
                 stat.change_products,
                 start=repaired,
             )
             if bias is not None and new_bias is not None:
-                weights[bias] = new_bias.to(parameters[bias].dtype)
+                weights[bias] = new_bias.to(parameter(bias).dtype)
         masks[name] = target.native(keep)
         if repaired is not None:
             if not is_finite(repaired):

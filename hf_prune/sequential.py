@@ -21,6 +21,7 @@ from hf_prune.progress import Bar
 from hf_prune.replay import NotAlikeError
 from hf_prune.scoring import agreed_masks
 from hf_prune.sensitivity import Sensitivity, measure_sensitivity
+from hf_prune.targets import bias_names
 
 _SHELVES = 4  # that share the memory: outputs of blocks, pruned and dense, goals, sensitivities
 
@@ -89,6 +90,8 @@ def _prune(
         known = collect_stats(model, dataclasses.replace(plan, config=dense_config), batches, progress)
         assert gradients <= plan.criterion.needs
     parameters = dict(model.named_parameters())
+    targets = [tensor.target for tensor in plan.tensors]
+    biases = bias_names(model, targets) if plan.config.repair is not None else {}
     masks: dict[str, Tensor] = {}
     if plan.config.objective == "loss":
         cache_bytes //= _SHELVES
@@ -96,7 +99,8 @@ def _prune(
     def prune_step(step: list[PlannedTensor], gathered: dict[str, dict[str, Tensor]], bar: Any) -> None:
         for tensor in step:
             name = tensor.target.name
-            mask, weights = prune_one(model, plan, tensor, gathered.pop(name), old_masks, known.get(name), given)
+            found = gathered.pop(name)
+            mask, weights = prune_one(model, plan, tensor, found, old_masks, known.get(name), given, biases)
             for changed in {name, *weights}:
                 undo.save(changed, parameters[changed])
             masks[name] = mask
@@ -139,6 +143,7 @@ def prune_one(
     old_masks: Mapping[str, Tensor],
     known: WeightStats | None = None,
     given: Mapping[str, Tensor] | None = None,
+    biases: Mapping[str, str] | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The mask of one target, and by name its weight and bias where these get new values.
 
@@ -150,9 +155,10 @@ def prune_one(
         old_masks: Masks of earlier prunings, by parameter name.
         known: Its other statistics.
         given: Masks that are known already.
+        biases: The names of the biases of targets, as of :func:`compute_masks`.
     """
     name = tensor.target.name
     stats = dataclasses.replace(known or WeightStats(seed=weight_seed(plan, name)), **gathered)
     part = dataclasses.replace(plan, tensors=(tensor,))
-    masks, weights = agreed_masks(model, part, {name: stats}, old_masks, given)
+    masks, weights = agreed_masks(model, part, {name: stats}, old_masks, given, biases)
     return masks[name], weights

@@ -219,7 +219,7 @@ def _prune_tensors(output: Output, plan: PruningPlan, progress: bool) -> None:
             continue
         lazy.hold([target.name])
         if cut is None:
-            mask, _ = prune_one(output.skeleton.model, plan, tensor, {}, output.old_masks)
+            mask, _ = prune_one(output.skeleton.model, plan, tensor, {}, output.old_masks, biases=output.biases)
         else:
             part = functools.partial(_chunks, output, plan, tensor)
             keep = keep_above(part, tensor.units, cut[0], cut[1][i])

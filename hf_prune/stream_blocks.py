@@ -84,7 +84,9 @@ def _prune_step(
         name = tensor.target.name
         bias = output.biases.get(name)
         lazy.hold([name] if bias is None else [name, bias])
-        mask, new = prune_one(reader.model, plan, tensor, gathered.pop(name), output.old_masks)
+        mask, new = prune_one(
+            reader.model, plan, tensor, gathered.pop(name), output.old_masks, None, None, output.biases
+        )
         output.write(tensor, lazy[name], mask, new)
     lazy.release()
     return list(step)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from hf_prune import scoring
 from hf_prune.activations import InputReader
 from hf_prune.calibration import collect_stats
 from hf_prune.config import PruningConfig
@@ -393,3 +394,20 @@ def test_text_batches_need_a_padding_token():
     tokenizer.pad_token = None
     with pytest.raises(DataError, match="the tokenizer has no padding token: set one"):
         text_batches(["w1"], tokenizer)
+
+
+def test_a_target_does_not_cost_a_walk_through_the_model(monkeypatch):
+    """Thousands of layers would cost its square."""
+    model, batches = models.tiny_bert(), [{"input_ids": torch.arange(12).view(2, 6)}]
+    compute, walks = scoring.compute_masks, []
+
+    def guarded(model, *arguments, **more):
+        with monkeypatch.context() as patch:
+            for walk in ("named_parameters", "named_modules", "modules", "parameters"):
+                patch.setattr(model, walk, lambda *_, walk=walk: walks.append(walk))
+            return compute(model, *arguments, **more)
+
+    monkeypatch.setattr(scoring, "compute_masks", guarded)
+    prune(model, 0.5, criterion="wanda", repair="least_squares", calibration=batches)
+    assert len(MaskStore.of(model).masks) > 2
+    assert not walks

@@ -687,7 +687,12 @@ def test_the_driver_is_used_for_what_learns_from_inputs(tmp_path, monkeypatch):
     model = models.tiny_llama()
     source, pruned = saved(model, tmp_path / "source"), []
     prune_one = stream_blocks.prune_one
-    monkeypatch.setattr(stream_blocks, "prune_one", lambda *a: (pruned.append(a[2].target.name), prune_one(*a))[1])
+
+    def noted(*arguments: Any, **more: Any) -> Any:
+        pruned.append(arguments[2].target.name)
+        return prune_one(*arguments, **more)
+
+    monkeypatch.setattr(stream_blocks, "prune_one", noted)
     prune_stream(source, 0.5, tmp_path / "out", criterion="wanda", calibration=models.tiny_batches(model))
     assert len(pruned) == 14
     assert [name.split(".")[2] for name in pruned] == ["0"] * 7 + ["1"] * 7
