@@ -25,6 +25,7 @@ from hf_prune.sequential import prune_in_order
 from hf_prune.sites import sites_of_channels
 from hf_prune.stepwise import masks_before_repair, prune_in_steps
 from hf_prune.structured import prune_units
+from hf_prune.targets import refuse_read_only
 from hf_prune.unit_plan import UnitPlan, make_unit_plan
 from hf_prune.wrapping import sole_model, unwrapped
 
@@ -127,6 +128,7 @@ def prune(
     if dry_run and (calibration is None or not config.learns_allocation):
         return plan
     if not dry_run:
+        refuse_read_only(model)
         warn_of(plan.notes)
     progress = progress and is_first()
     store = MaskStore.of(model) or MaskStore()
@@ -197,6 +199,7 @@ def _prune_units(
         raise ConfigError("polish_data is given, but there is no polish: set polish='distill', or leave it out")
     if dry_run:
         return make_unit_plan(inner, config, calibration, progress, cache_bytes)
+    refuse_read_only(inner)
     prune_units(
         inner,
         config,

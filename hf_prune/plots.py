@@ -50,7 +50,7 @@ def plot_weight_histogram(before: WeightHistogram | None, after: WeightHistogram
     axes.set_ylim(bottom=max(0.5, lowest / 3), top=3 * total)  # a bin of one weight is visible
     axes.set_yscale("log")
     axes.legend(frameon=False, loc="upper left")
-    return figure
+    return _literal(figure)
 
 
 def plot_layer_sparsity(report: SparsityReport, title: str) -> Figure:
@@ -77,7 +77,7 @@ def plot_layer_sparsity(report: SparsityReport, title: str) -> Figure:
     axes.set(title=title, xlabel="sparsity (% of the weights)")
     axes.grid(axis="y", visible=False)
     figure.legend(frameon=False, loc="outside lower center")
-    return figure
+    return _literal(figure)
 
 
 def plot_tradeoff(
@@ -126,7 +126,7 @@ def plot_tradeoff(
     axes.set(xlabel="sparsity of the targets (%)", ylabel="accuracy (%)")
     axes.set_title(f"{title}\n{subtitle}", fontsize=10)
     axes.legend(frameon=False, loc="best")
-    return figure
+    return _literal(figure)
 
 
 def plot_latency(result: LatencyResult, accuracies: Mapping[str, float], title: str) -> Figure:
@@ -172,7 +172,7 @@ def plot_latency(result: LatencyResult, accuracies: Mapping[str, float], title: 
     what = f"medians and {'95 % intervals' if accuracies else 'quartiles'}{hollow}"
     setting = f"{result.rounds} rounds in turns, {result.dtype}, {result.device}, {result.threads} thread(s)"
     figure.suptitle(f"{title}\n{setting}\n{what}", fontsize=10)
-    return figure
+    return _literal(figure)
 
 
 def _draw_speedup(axes: Any, point: LatencyPoint, number: int, accuracy: float) -> None:
@@ -226,6 +226,19 @@ def write_plots(
     """
     save_figure(plot_layer_sparsity(report, f"Sparsity per layer: {name}"), folder / "layers.png")
     save_figure(plot_weight_histogram(before, after, f"Weights of the targets: {name}"), folder / "weights.png")
+
+
+def _literal(figure: Figure) -> Figure:
+    """The same figure, whose texts say what they say: a dollar sign in a name begins no formula.
+
+    The numbers of a logarithmic axis are formulas, and are written when it is drawn.
+    """
+    from matplotlib.text import Text
+
+    for text in figure.findobj(Text):
+        if "$" in text.get_text() and r"\mathdefault" not in text.get_text():
+            text.set_parse_math(False)
+    return figure
 
 
 def _figure(width: float, height: float) -> tuple[Figure, Any]:

@@ -8,10 +8,12 @@ so that M consecutive columns are M consecutive inputs.
 
 from __future__ import annotations
 
+import bisect
 import math
 import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -230,6 +232,32 @@ def uncovered_matrices(model: nn.Module) -> dict[str, int]:
     covered |= {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     matrices = {name: p for name, p in model.named_parameters() if id(p) not in covered}
     return {name: p.numel() for name, p in matrices.items() if sum(size > 1 for size in p.shape) > 1}
+
+
+def refuse_read_only(model: nn.Module) -> None:
+    """Make sure that weights can be written to; where they are a file mapped for reading, the process would be killed.
+
+    Only Linux says so; elsewhere nothing is looked at.
+
+    Raises:
+        PlanError: If one cannot.
+    """
+    maps = Path("/proc/self/maps")
+    if not maps.is_file():
+        return
+    ends, writable = [], []
+    for line in maps.read_text().splitlines():
+        addresses, permissions, *_ = line.split()
+        ends.append(int(addresses.partition("-")[2], 16))
+        writable.append("w" in permissions)
+    for name, parameter in model.named_parameters():
+        if type(parameter) is nn.Parameter and parameter.device.type == "cpu" and parameter.numel():
+            found = bisect.bisect_right(ends, parameter.data_ptr())
+            if found < len(ends) and not writable[found]:
+                raise PlanError(
+                    f"{name} lies in memory that cannot be written to, as a file does that was mapped for reading: "
+                    f"give the model a copy of it first, parameter.data = parameter.data.clone()"
+                )
 
 
 def divisible(targets: list[Target], config: PruningConfig) -> tuple[list[Target], dict[str, str]]:

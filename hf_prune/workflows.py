@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from warnings import warn
 
 import transformers
 from transformers import AutoConfig
@@ -401,7 +402,10 @@ def _pruned_into(
             copy_companions(source, staging, local_files_only=check_model_source(source))
             write_text(staging / "sparsity_report.json", report.to_json())
             if after is not None:
-                write_plots(staging, report, before, after, name or label(source))
+                try:
+                    write_plots(staging, report, before, after, name or label(source))
+                except Exception as error:  # of whatever draws: what was pruned is not lost for a picture
+                    warn(f"no plots, since drawing them failed ({type(error).__name__}: {error})", stacklevel=2)
         yield report, staging
 
 

@@ -987,3 +987,26 @@ def test_nobody_is_asked_whether_to_run_code(hf_prune, folders, with_code, monke
         load_tokenizer(model)
     with pytest.raises(ValueError, match="trust_remote_code=True"):
         AutoPrunedModelForSequenceClassification.from_pretrained(model)
+
+
+def test_names_with_dollar_signs_in_plots(hf_prune, folders, tmp_path):
+    """They would begin formulas, which fail to be drawn when everything else is done."""
+    for name in ("$", "a$b$c", r"$\frac{$"):
+        source = tmp_path / name
+        shutil.copytree(folders["text"], source)
+        done = hf_prune("prune", source, "--plots", "--out", tmp_path / f"out {name}")
+        assert (done.code, done.err) == (0, "")
+        assert (tmp_path / f"out {name}" / "weights.png").read_bytes().startswith(PNG)
+
+
+def test_a_picture_that_fails_does_not_cost_the_checkpoint(hf_prune, folders, tmp_path, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("no ink")
+
+    monkeypatch.setattr(workflows, "write_plots", fail)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        done = hf_prune("prune", folders["text"], "--plots", "--out", tmp_path / "out")
+    assert done.code == 0
+    assert "warning: no plots, since drawing them failed (RuntimeError: no ink)" in done.err
+    assert (tmp_path / "out" / "model.safetensors").is_file()

@@ -2,7 +2,9 @@
 
 import itertools
 import sys
+from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from torch import nn
@@ -426,3 +428,24 @@ def test_ctrl_c_leaves_a_model_before_or_after_and_never_between(settings, again
             sys.settrace(None)
         assert state(model) in allowed, number
     assert seen == {False, True}
+
+
+@pytest.mark.filterwarnings("ignore:The given NumPy array is not writable:UserWarning")
+@pytest.mark.skipif(not Path("/proc/self/maps").is_file(), reason="only Linux says what can be written to")
+@pytest.mark.parametrize("settings", [{}, {"repair": "least_squares"}, {"granularity": "head"}], ids=str)
+def test_weights_that_are_a_file_mapped_for_reading_are_refused(tmp_path, settings):
+    """Writing to them would kill the process."""
+    model = models.tiny_bert()
+    weight = model.bert.encoder.layer[1].output.dense.weight
+    weight.detach().numpy().tofile(tmp_path / "weight")
+    mapped = numpy.memmap(tmp_path / "weight", numpy.float32, "r", shape=tuple(weight.shape))
+    weight.data = torch.from_numpy(mapped)
+    with pytest.raises(PlanError, match=r"layer\.1\.output\.dense\.weight lies in memory that cannot be written to"):
+        prune(model, 0.5, calibration=models.tiny_batches(model), **settings)
+    assert MaskStore.of(model) is None
+    weight.data = weight.data.clone()
+    prune(model, 0.5, calibration=models.tiny_batches(model), **settings)
+    private = numpy.memmap(tmp_path / "weight", numpy.float32, "c", shape=tuple(weight.shape))
+    other = models.tiny_bert()
+    other.bert.encoder.layer[1].output.dense.weight.data = torch.from_numpy(private)
+    prune(other, 0.5)
