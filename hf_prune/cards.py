@@ -27,7 +27,7 @@ from hf_prune.card_data import (
 from hf_prune.card_text import card_text
 from hf_prune.checkpoint import CARD_DATA
 from hf_prune.errors import CheckpointError, DataError
-from hf_prune.files import read_text, write_json, write_text
+from hf_prune.files import read_text, refuse_links, write_json, write_text
 from hf_prune.front_matter import join_card, split_card
 from hf_prune.hub import is_repo_id
 from hf_prune.masking import MaskStore
@@ -219,6 +219,7 @@ def write_card(folder: str | Path, data: PruningCardData) -> str:
 
 def _rendered(folder: Path, data: PruningCardData) -> str:
     path = folder / "README.md"
+    refuse_links(folder, [path.name])
     return render_card(data, read_text(path) if path.is_file() else None)
 
 

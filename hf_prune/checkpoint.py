@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
+import glob
 import json
+import logging
 import math
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -28,9 +32,10 @@ from hf_prune.building import limited_building
 from hf_prune.bypass import bypassed_layers
 from hf_prune.config import PruningConfig
 from hf_prune.errors import CheckpointError, PlanError
-from hf_prune.files import atomic_path, move_into, refuse_file, staged_folder
+from hf_prune.files import MARK, atomic_path, copy_beside, is_left_out, staged_folder
 from hf_prune.masking import MaskStore, warn_regrown
 from hf_prune.offloading import values_of
+from hf_prune.outputs import SAVE, check_output, output_lock, own_files, refuse_file, say_replaced, write_mark
 from hf_prune.packed_files import PackedFiles, read_index
 from hf_prune.packed_format import is_packed
 from hf_prune.polish import PolishRecord
@@ -42,16 +47,32 @@ from hf_prune.structure import structure_config
 from hf_prune.torch_prune import masked_weight
 from hf_prune.wrapping import adapters, plain_name
 
+_log = logging.getLogger(__name__)
+
 MASK_FILE = "pruning_masks.safetensors"
 MASK_FORMAT = "hf_prune.masks"
 MASK_VERSION = 1
 _HEADER = "hf_prune"
 REPORTS = ("sparsity_report.json", "training_report.json")
 CARD_DATA = "pruning_card.json"  # what a card was rendered from
-_WEIGHTS = ("model*.safetensors",)
-# Without its config.json nobody loads a checkpoint, so a half-replaced one is an error and never a mixture.
-_COMPLETES = ("model*.safetensors.index.json", MASK_FILE, "config.json")
-# What a checkpoint has besides weights and config: tokenizers and processors.
+# As transformers names weights, whole, in parts, and in variants: model.fp16-00001-of-00002.safetensors.
+_WEIGHTS = re.compile(
+    r"model(?:\.(?P<variant>[^/]+?))?(?:-\d{5}-of-\d{5})?\.safetensors|"
+    r"model\.safetensors\.index(?:\.(?P<of>[^/]+))?\.json"
+)
+# What describes the weights it lies beside, and no others.
+_OF_WEIGHTS = (
+    *REPORTS,
+    CARD_DATA,
+    "layers.png",
+    "weights.png",
+    "sparsity_search.json",
+    "vocabulary_report.json",
+    "lottery.json",
+    "ticket.safetensors",
+    "modeling_hf_prune.py",
+)
+# Tokenizers and processors that a card vouches for, by the names that most have.
 COMPANIONS = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -68,6 +89,9 @@ COMPANIONS = (
     "processor_config.json",
     "video_preprocessor_config.json",
 )
+# Weights in forms that are not written here: after a pruning they are those of the model before.
+_OTHER_FORMS = (".gguf", ".ggml", ".onnx", ".onnx_data", ".ot", ".safetensors", ".tflite", ".xml")
+_LARGEST_COMPANION = 100_000_000  # bytes; a vocabulary has a few tens of millions
 _VOCABULARIES = (
     "tokenizer.json",
     "vocab.txt",
@@ -212,21 +236,112 @@ def _unpack(bits: np.ndarray, shape: list[int], kept: int) -> Tensor:
     return torch.from_numpy(mask).view(shape)
 
 
-def staged_checkpoint(folder: str | os.PathLike[str]) -> contextlib.AbstractContextManager[Path]:
+@contextlib.contextmanager
+def staged_checkpoint(
+    folder: str | os.PathLike[str],
+    command: str = SAVE,
+    *,
+    overwrite: bool = False,
+    variant: str | None = None,
+    beside: Collection[str | os.PathLike[str] | None] = (),
+) -> Iterator[Path]:
     """A temporary folder that becomes, or replaces the weights of, a checkpoint; see ``files.staged_folder``.
 
-    Reports on weights that are replaced go with them.
+    Weights of other variants and files of others stay. What describes weights that are replaced goes with them, and so
+    does what the same command had written besides.
+
+    Args:
+        folder: Where the checkpoint belongs.
+        command: What writes it, see ``outputs.check_output``. ``"save_pretrained"`` replaces what it writes, as
+            transformers does, and of other weights only what we wrote.
+        overwrite: Replace what is in the way.
+        variant: Of the weights, as of ``save_pretrained``.
+        beside: As of ``outputs.check_output``.
 
     Raises:
-        CheckpointError: If ``folder`` is a file.
+        CheckpointError: If ``folder`` is a file, or weights that somebody else wrote would go. If something got in the
+            way of a command in the meantime, its result is kept beside the folder, under the name in the message.
     """
+    folder = Path(folder)
     refuse_file(folder)
-    return staged_folder(folder, stale=(*_WEIGHTS, *REPORTS, CARD_DATA), last=_COMPLETES)
+    stale: list[str] = []
+    last: list[str] = []
+    wait = 600.0 if command == SAVE else 0.0
+    with output_lock(folder, command, wait), staged_folder(folder, stale, last) as staging:
+        yield staging
+        if command != SAVE:
+            try:
+                check_output(folder, command, overwrite=overwrite, beside=beside)
+            except CheckpointError as error:
+                kept = staging.rename(folder.with_name(f"{folder.name}-{staging.name[-10:-4]}"))
+                raise CheckpointError(f"{error}. The result is in {kept}") from None
+        stale += finish_checkpoint(staging, folder, command, overwrite=overwrite, variant=variant)
+        if command != SAVE or _has_weights(staging, variant):  # and not adapters alone, say
+            last += completing(variant)
 
 
-def place_checkpoint(staging: Path, folder: Path, arrived: Collection[Path] = ()) -> None:
-    """Have a folder become, or replace the weights of, a checkpoint; see ``files.move_into``."""
-    move_into(staging, folder, _WEIGHTS, _COMPLETES, arrived)
+def completing(variant: str | None = None) -> tuple[str, ...]:
+    """The files without which nobody loads a checkpoint: a half-replaced one is an error and never a mixture."""
+    index = f"model.safetensors.index.{variant}.json" if variant else "model.safetensors.index.json"
+    return index, MASK_FILE, "config.json"
+
+
+def finish_checkpoint(
+    staging: Path, folder: Path, command: str, *, overwrite: bool = False, variant: str | None = None
+) -> list[str]:
+    """Mark a checkpoint that is ready as an output of a command.
+
+    Args:
+        staging: The checkpoint.
+        folder: Where it belongs.
+        command: As of :func:`staged_checkpoint`.
+        overwrite: As of :func:`staged_checkpoint`.
+        variant: As of :func:`staged_checkpoint`.
+
+    Returns:
+        Glob patterns of files that have to go from the folder.
+
+    Raises:
+        CheckpointError: As :func:`staged_checkpoint`.
+    """
+    written = {path.relative_to(staging).as_posix() for path in staging.rglob("*") if path.is_file()} - {MARK}
+    present = {path.name for path in folder.iterdir() if path.is_file()} if folder.is_dir() else set()
+    own = own_files(folder)
+    replaces = command != SAVE or _has_weights(staging, variant)
+    gone = {name for name in present - written if replaces and is_weights(name, variant)}
+    foreign = sorted(name for name in gone if name not in own and name.endswith(".safetensors"))
+    if command == SAVE and foreign and not overwrite:
+        raise CheckpointError(
+            f"{folder} holds {', '.join(foreign[:3])}, which this save would delete and did not write: save into "
+            f"another folder, take the file out, or pass overwrite=True"
+        )
+    if command != SAVE:
+        gone |= own.keys() - written
+        if written & {"tokenizer.json", "tokenizer_config.json"}:  # its files make sense together only
+            gone |= (present & tokenizer_files()) - written
+    if replaces and (command != SAVE or not _other_variants(folder, variant)):
+        gone |= present & {*_OF_WEIGHTS, MASK_FILE} - written
+    kept = {name: said for name, said in own.items() if name not in gone} if command == SAVE else None
+    write_mark(staging, command, written - set(_OF_WEIGHTS), kept)
+    if command != SAVE:  # who calls save_pretrained knows
+        say_replaced(folder, {*gone, *written})
+    return [glob.escape(name) for name in sorted(gone)]
+
+
+def is_weights(name: str, variant: str | None = None) -> bool:
+    """Whether a file in a checkpoint's folder has weights of a variant, or is the index of its parts."""
+    match = _WEIGHTS.fullmatch(name)
+    return match is not None and (match["variant"] or match["of"]) == variant
+
+
+def _has_weights(folder: Path, variant: str | None) -> bool:
+    return any(is_weights(path.name, variant) for path in folder.iterdir())
+
+
+def _other_variants(folder: Path, variant: str | None) -> list[str]:
+    """Weights in a folder that we saved as another variant, with the masks that lie there."""
+    names = sorted(own_files(folder))
+    return [n for n in names if n.endswith(".safetensors") and _WEIGHTS.fullmatch(n) and not is_weights(n, variant)]
 
 
 def has_tokenizer(source: str, *, local_files_only: bool = False) -> bool:
@@ -236,24 +351,129 @@ def has_tokenizer(source: str, *, local_files_only: bool = False) -> bool:
         source: Folder or Hub id.
         local_files_only: Look in the cache only, not on the Hub.
     """
-    return any(find_file(source, name, {"local_files_only": local_files_only}) for name in _VOCABULARIES)
+    from transformers.models.auto.tokenization_auto import get_tokenizer_config
+
+    hub = {"local_files_only": local_files_only}
+    config = get_tokenizer_config(source, local_files_only=local_files_only)
+    if "AutoTokenizer" in (config.get("auto_map") or ()):  # code of its own reads files of its own
+        return True
+    names = _vocabulary_names(str(config.get("tokenizer_class") or _tokenizer_of(source, hub)))
+    if names is not None and not names:  # bytes or characters are its vocabulary
+        return bool(config)
+    return any(find_file(source, name, hub) for name in dict.fromkeys(("tokenizer.json", *(names or _VOCABULARIES))))
 
 
-def copy_companions(source: str, folder: Path, *, local_files_only: bool = False) -> None:
-    """Copy a checkpoint's tokenizer and processor files, whichever it has.
+def _tokenizer_of(source: str, hub: Mapping[str, Any]) -> str | None:
+    """The class of tokenizers that goes with a checkpoint's kind of model."""
+    from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
+
+    path = find_file(source, "config.json", hub)
+    config = json.loads(Path(path).read_text(encoding="utf-8")) if path is not None else {}
+    return config.get("tokenizer_class") or TOKENIZER_MAPPING_NAMES.get(str(config.get("model_type")))
+
+
+def _vocabulary_names(class_name: str) -> set[str] | None:
+    """The files that a class of tokenizers reads its vocabulary from; None if the class is not known."""
+    from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
+
+    for name in (class_name, class_name.removesuffix("Fast")):
+        try:
+            found = tokenizer_class_from_name(name).vocab_files_names  # type: ignore[union-attr]
+        except (AttributeError, ImportError):  # unknown, or a package that it needs is missing
+            continue
+        return set(found.values()) - {"tokenizer_config.json"}
+    return None
+
+
+@functools.cache
+def tokenizer_files() -> frozenset[str]:
+    """Names of all files that tokenizers of transformers write."""
+    from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
+
+    classes = {name for name in TOKENIZER_MAPPING_NAMES.values() if name}
+    more = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+    return frozenset({*_VOCABULARIES, *more, *(file for name in classes for file in _vocabulary_names(name) or ())})
+
+
+def copy_companions(source: str, folder: Path) -> tuple[str, ...]:
+    """Copy what a checkpoint has beside its weights: tokenizers, processors, modules, code; and say what stays behind.
+
+    Those are pickles, hidden files, weights in other forms, what is very large, and its card, which describes the
+    weights as they were. What is in ``folder`` already is not replaced.
 
     Args:
         source: Folder or Hub id.
         folder: Where to.
-        local_files_only: Look in the cache only, not on the Hub.
+
+    Returns:
+        What was not copied, apart from what belongs to the weights.
     """
-    for name in COMPANIONS:
-        if (path := find_file(source, name, {"local_files_only": local_files_only})) is not None:
-            shutil.copyfile(path, folder / name)
+    offline = check_model_source(source)
+    own = {*(path.name for path in folder.iterdir()), *_OF_WEIGHTS, MASK_FILE, "config.json"}
+    root, more = Path(source), set[str]()
+    if not root.is_dir():
+        root, more = _download_companions(source, own, offline)
+    modules = _module_folders(root)
+    own |= {path.name for path in root.iterdir() if is_weights(path.name)}
+    left = copy_beside(root, folder, own, skip=lambda name, path: _stays_behind(name, path.stat().st_size, modules))
+    left = tuple(sorted({*left, *more}))
+    if left:
+        _log.warning("Not copied from %s: %s.", source, ", ".join(left))
+    return left
+
+
+def _download_companions(source: str, own: Collection[str], offline: bool) -> tuple[Path, set[str]]:
+    """The folder of a Hub id in the cache, with its companions, and names of what was not downloaded."""
+    from huggingface_hub import HfApi
+
+    config = find_file(source, "config.json", {"local_files_only": offline})
+    if config is None:
+        raise CheckpointError(f"{source} has no config.json: expected a model of transformers")
+    root = Path(config).parent  # named like the commit
+    try:
+        siblings = [] if offline else HfApi().model_info(source, revision=root.name, files_metadata=True).siblings
+    except Exception as error:  # of whichever HTTP library: what was made is not lost for it
+        _log.warning("The Hub does not list the files of %s (%s): only those in the cache are copied.", source, error)
+        siblings = []
+    found = {each.rfilename: each.size or 0 for each in siblings or [] if ".." not in each.rfilename.split("/")}
+    hub = {"revision": root.name, "local_files_only": offline}
+    if "modules.json" in found:
+        find_file(source, "modules.json", hub)
+    modules, left = _module_folders(root), set()
+    for name, size in found.items():
+        if name in own or is_weights(name) or name == ".gitattributes":
+            continue
+        if is_left_out(Path(name)) or _stays_behind(Path(name), size, modules):
+            left.add(name)
+        elif find_file(source, name, hub) is None:
+            left.add(name)
+    return root, left
+
+
+def _stays_behind(name: Path, size: int, modules: Collection[str]) -> bool:
+    """Whether a file describes or holds weights as they were before; modules of sentence-transformers do not."""
+    if name.parts[0] in modules and len(name.parts) > 1:
+        return False
+    return name.as_posix() == "README.md" or name.suffix.lower() in _OTHER_FORMS or size > _LARGEST_COMPANION
+
+
+def _module_folders(root: Path) -> set[str]:
+    """Folders of the modules that sentence-transformers puts behind a model."""
+    try:
+        modules = json.loads((root / "modules.json").read_text(encoding="utf-8"))
+        return {Path(module["path"]).parts[0] for module in modules if module["path"]}
+    except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError):
+        return set()
 
 
 def save_pruned(
-    model: nn.Module, dense_class: type, save: Callable[..., Any], folder: str | os.PathLike[str], **kwargs: Any
+    model: nn.Module,
+    dense_class: type,
+    save: Callable[..., Any],
+    folder: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    **kwargs: Any,
 ) -> None:
     """Save a model as its dense class would, with the masks beside it.
 
@@ -262,11 +482,13 @@ def save_pruned(
         dense_class: The class that the checkpoint names, so that plain transformers loads it.
         save: The class's own unbound ``save_pretrained``.
         folder: Where to; files of other names stay.
+        overwrite: Also delete weights in the way that were written by others.
         **kwargs: Passed to ``save``.
 
     Raises:
         CheckpointError: If ``folder`` is a file, a layer is switched off and not taken out, or the model carries
-            adapters of a ``PeftModel`` around it; or if a part of it is shrunk in a way that cannot be described.
+            adapters of a ``PeftModel`` around it; if a part of it is shrunk in a way that cannot be described; or if
+            weights that others wrote would be deleted, or masks differ from those of another variant in the folder.
         MaskError: If the masks no longer fit the model.
         PlanError: If weights were never loaded.
     """
@@ -288,6 +510,8 @@ def save_pruned(
             f"save_pretrained"
         )
     store = MaskStore.of(model)
+    variant = kwargs.get("variant")
+    _check_variants(store, Path(folder), variant)
     if store is not None:
         store.check(model)
         warn_regrown(
@@ -301,7 +525,7 @@ def save_pruned(
             kwargs["state_dict"] = _masked(kwargs["state_dict"], store.masks)
     model.__class__ = dense_class
     try:
-        with staged_checkpoint(folder) as staging:
+        with staged_checkpoint(folder, overwrite=overwrite, variant=variant) as staging:
             save(model, staging, **kwargs)
             if not only_adapters:
                 _describe_structure(model, dense_class, staging)
@@ -309,6 +533,20 @@ def save_pruned(
                     save_masks(store, staging / MASK_FILE)
     finally:
         model.__class__ = pruned_class
+
+
+def _check_variants(store: MaskStore | None, folder: Path, variant: str | None) -> None:
+    """Make sure that masks are those of the other variants of the weights that stay in a folder."""
+    if not (others := _other_variants(folder, variant)):
+        return
+    path = folder / MASK_FILE
+    stored = dict(StoredMasks(path)) if path.is_file() else {}
+    masks = {} if store is None else store.masks
+    if stored.keys() != masks.keys() or not all(torch.equal(stored[name], mask.cpu()) for name, mask in masks.items()):
+        raise CheckpointError(
+            f"{folder} holds {others[0]}, whose masks are not those of this model, and both would share {MASK_FILE}: "
+            f"save into another folder"
+        )
 
 
 def _describe_structure(model: Any, dense_class: Any, folder: Path) -> None:

@@ -37,6 +37,7 @@ from hf_prune.cli_options import (
     Label,
     Model,
     Objective,
+    Overwrite,
     Polish,
     Repair,
     Restart,
@@ -48,6 +49,7 @@ from hf_prune.cli_options import (
     Text,
     read_config,
     read_workload,
+    show_notices,
     split_names,
     split_numbers,
     start,
@@ -58,6 +60,7 @@ from hf_prune.cli_train import lottery, train
 from hf_prune.cli_trim import trim_vocab
 from hf_prune.config import UNIT_CRITERIA_OF, UNIT_SCOPES, UNITS, PruningConfig
 from hf_prune.errors import ConfigError, DataError, HfPruneError
+from hf_prune.outputs import check_file, check_output, say_replaced
 from hf_prune.registry import CRITERIA, GRANULARITIES
 from hf_prune.sources import check_data_source, check_text_source, is_language_model, model_class
 from hf_prune.tables import format_table
@@ -87,6 +90,7 @@ def common(
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it.")] = False,
 ) -> None:
     """Prune Hugging Face models, see what it costs and what it brings, and save the result."""
+    show_notices()
 
 
 @app.command(epilog="Example: hf-prune demo --out my-first-pruning")
@@ -95,6 +99,7 @@ def demo(
         "hf-prune-demo"
     ),
     restart: Restart = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Prune a small sentiment classifier from start to end; needs no Hub and no data of yours."""
     from hf_prune.demo import prepare_demo
@@ -109,7 +114,9 @@ def demo(
     _say_if_continuing(out, restart)
     model, data = str(assets.model_dir), LabelledData(str(assets.data_dir))
     with _resumable():
-        result = sweep_checkpoint(model, data, out, restart=restart, name="demo model", data_name="Rotten Tomatoes")
+        result = sweep_checkpoint(
+            model, data, out, restart=restart, name="demo model", data_name="Rotten Tomatoes", overwrite=overwrite
+        )
     typer.echo(f"{result}\n{_sweep_files(out)}")
     best = result.sweet_spot
     sparsity = best.sparsity if best is not None else min(p.sparsity for p in result.points)
@@ -117,7 +124,9 @@ def demo(
     pruned = out / "pruned"
     typer.echo(f"\nPruning at {100 * sparsity:g} %, {chosen}. The same by hand:")
     typer.echo(f"  {program} prune {assets.model_dir} --sparsity {sparsity:g} --out {pruned} --plots\n")
-    report = prune_checkpoint(model, PruningConfig(sparsity=sparsity), pruned, plots=True, name="demo model")
+    report = prune_checkpoint(
+        model, PruningConfig(sparsity=sparsity), pruned, plots=True, name="demo model", overwrite=overwrite
+    )
     typer.echo(report.summary())
     typer.echo(
         f"\nSaved, with its report and two plots, in {pruned}. Plain transformers loads it:\n"
@@ -213,6 +222,7 @@ def prune(
         ),
     ] = False,
     restart: Annotated[bool, typer.Option("--restart", help="With --stream: begin anew instead of resuming.")] = False,
+    overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
     """Prune a checkpoint and save it as one that plain transformers loads."""
@@ -286,7 +296,8 @@ def prune(
         return
     if stream:
         with _resumable():
-            report = stream_checkpoint(model, settings, out, data=texts if of_language else labelled, restart=restart)
+            chosen = texts if of_language else labelled
+            report = stream_checkpoint(model, settings, out, data=chosen, restart=restart, overwrite=overwrite)
         text, values = str(report), report.to_dict()
     elif max_drop is None:
         report = prune_checkpoint(
@@ -297,6 +308,7 @@ def prune(
             polish_samples=polish_samples,
             plots=plots,
             shrink=shrink,
+            overwrite=overwrite,
         )
         text, values = str(report), report.to_dict()
     else:
@@ -310,6 +322,7 @@ def prune(
             split=split,
             batch_size=batch_size,
             plots=plots,
+            overwrite=overwrite,
         )
         text = f"{search}\nOn {split}, which had no say: {reported}\n\n{report}"
         values = {
@@ -435,6 +448,7 @@ def sweep(
     calibration_split: CalibrationSplit = "train",
     calibration_samples: CalibrationSamples = 128,
     restart: Restart = False,
+    overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
     """Prune at several sparsities, score each, and name the sweet spot; resumes where it was interrupted."""
@@ -468,6 +482,7 @@ def sweep(
             tolerance=tolerance,
             batch_size=batch_size,
             restart=restart,
+            overwrite=overwrite,
         )
     typer.echo(json.dumps(result.to_dict(), indent=2) if as_json else f"{result}\n{_sweep_files(out)}")
 
@@ -477,13 +492,18 @@ def report(
     model: Model,
     dense: Annotated[str | None, typer.Option(help="The dense checkpoint, for statistics before pruning.")] = None,
     plots: Annotated[Path | None, typer.Option(help="Folder for weights.png and layers.png.")] = None,
+    overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
     """Count what is zero in a checkpoint, tensor by tensor and in total."""
     start([model, *([dense] if dense else [])])
+    from hf_prune.plots import PLOTS, is_drawn, write_plots
+
+    if plots is not None:
+        drawn = [path for name in PLOTS if is_drawn(path := plots / name)]
+        check_output(plots, "report", [model, dense], overwrite=overwrite, beside=drawn)
     from hf_prune.auto import load_native
     from hf_prune.checkpoint import size_of_weights
-    from hf_prune.plots import write_plots
     from hf_prune.report import sparsity_report, weight_histogram
     from hf_prune.workflows import label
 
@@ -502,6 +522,7 @@ def report(
         before = weight_histogram(original, names)
     if plots is not None:
         after = weight_histogram(pruned, names, limit=None if before is None else float(before.edges[-1]))
+        say_replaced(plots, PLOTS)
         write_plots(plots, result, before, after, label(model))
     typer.echo(result.to_json() if as_json else str(result))
 
@@ -522,14 +543,17 @@ app.command(epilog="Example: hf-prune space --open")(space)
 
 @app.command(epilog="Example: hf-prune export pruned pruned.onnx")
 def export(
-    model: Model, out: Annotated[Path, typer.Argument(metavar="FILE", help="FILE.onnx, or FILE.xml for OpenVINO.")]
+    model: Model,
+    out: Annotated[Path, typer.Argument(metavar="FILE", help="FILE.onnx, or FILE.xml for OpenVINO.")],
+    overwrite: Overwrite = False,
 ) -> None:
     """Write a checkpoint, masked or shrunk, as ONNX or for OpenVINO, and compare its outputs with PyTorch's."""
     start([model])
+    check_file(out, overwrite=overwrite)
     from hf_prune.auto import load_native
     from hf_prune.export import export_model
 
-    typer.echo(str(export_model(load_native(model).float(), out)))
+    typer.echo(str(export_model(load_native(model).float(), out, overwrite=overwrite)))
 
 
 @app.command(name="list", epilog="Example: hf-prune list --json")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from hf_prune.cli_options import start
+from hf_prune.cli_options import Overwrite, start
 from hf_prune.errors import ConfigError
 
 Out = Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.", show_default=False)]
@@ -28,11 +28,12 @@ def compress(
             "--remote-code", help="Add a file for trust_remote_code=True, which loads it where hf_prune is missing."
         ),
     ] = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Write a pruned checkpoint small; with hf_prune imported, plain transformers loads it."""
     from hf_prune.compressed import compress_checkpoint
 
-    report = compress_checkpoint(folder, out, codec=codec, values=values, remote_code=remote_code)
+    report = compress_checkpoint(folder, out, codec=codec, values=values, remote_code=remote_code, overwrite=overwrite)
     typer.echo(f"{report}\nSaved: {out}")
 
 
@@ -41,11 +42,12 @@ def decompress(
         Path, typer.Argument(metavar="DIR", help="A folder with a compressed checkpoint.", show_default=False)
     ],
     out: Out,
+    overwrite: Overwrite = False,
 ) -> None:
     """Write a compressed checkpoint dense, for plain transformers alone."""
     from hf_prune.compressed import decompress_checkpoint
 
-    typer.echo(f"{decompress_checkpoint(folder, out)}\nSaved: {out}")
+    typer.echo(f"{decompress_checkpoint(folder, out, overwrite=overwrite)}\nSaved: {out}")
 
 
 def migrate(
@@ -64,6 +66,7 @@ def migrate(
             show_default=False,
         ),
     ] = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Carry a checkpoint over that torch.nn.utils.prune, parametrize, compressed-tensors or transformers 4 pruned."""
     if min_sparsity is not None and not adopt_zeros:
@@ -73,9 +76,9 @@ def migrate(
 
         start([str(folder)])
         settings = {} if min_sparsity is None else {"min_sparsity": min_sparsity}
-        text = str(adopt_checkpoint(folder, out, **settings))
+        text = str(adopt_checkpoint(folder, out, overwrite=overwrite, **settings))
     else:
         from hf_prune.migration import migrate_checkpoint
 
-        text = str(migrate_checkpoint(folder, out))
+        text = str(migrate_checkpoint(folder, out, overwrite=overwrite))
     typer.echo(f"{text}\nSaved: {out}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -33,7 +34,39 @@ Split = Annotated[str, typer.Option(help="The split to score.")]
 Text = Annotated[str, typer.Option(help="Text column, or two separated by a comma.")]
 Label = Annotated[str, typer.Option(help="Label column.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Sentences scored at once.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of text.")]
+
+
+class _Notices(logging.Handler):
+    """Prints what the library has to say besides results: not into JSON."""
+
+    err = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print a line."""
+        typer.echo(self.format(record), err=self.err)
+
+
+_NOTICES = _Notices()
+
+
+def show_notices(as_json: bool = False) -> bool:
+    """Print what the library has to say besides results, such as what it replaced and did not copy.
+
+    Args:
+        as_json: Whether results are printed for programs; then it goes to stderr.
+    """
+    _NOTICES.err = as_json
+    logging.getLogger("hf_prune").addHandler(_NOTICES)  # which is there once, however often it is added
+    return as_json
+
+
+AsJson = Annotated[bool, typer.Option("--json", callback=show_notices, help="Print JSON for programs instead of text.")]
+Overwrite = Annotated[
+    bool,
+    typer.Option(
+        "--overwrite", help="Replace what is in the way; otherwise only an earlier output of this command is replaced."
+    ),
+]
 Restart = Annotated[bool, typer.Option("--restart", help="Measure everything anew instead of resuming.")]
 Config = Annotated[Path | None, typer.Option(help="JSON file with a PruningConfig; other options override it.")]
 Granularity = Annotated[
@@ -82,10 +115,10 @@ def start(models: Sequence[str], data: str | None = None) -> None:
         check_model_source(model)
     if data is not None:
         check_data_source(data)
-    from transformers.utils import logging
+    from transformers.utils import logging as chatter
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    chatter.set_verbosity_error()
+    chatter.disable_progress_bar()
 
 
 def read_config(path: Path | None, **settings: Any) -> PruningConfig:

@@ -10,8 +10,9 @@ from typing import Annotated
 import typer
 
 from hf_prune.calibration_data import LabelledData
-from hf_prune.cli_options import AsJson, Label, Model, Text, split_names, start
+from hf_prune.cli_options import AsJson, Label, Model, Overwrite, Text, split_names, start
 from hf_prune.errors import ConfigError
+from hf_prune.outputs import check_file, say_replaced
 
 EXPORTED = (".onnx", ".xml")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -51,6 +52,7 @@ def bench(
     text_column: Text = "sentence",
     label_column: Label = "label",
     plot: Annotated[Path | None, typer.Option(help="Picture to write: PNG, SVG or PDF.")] = None,
+    overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
     """Time checkpoints in turns, and say which differences are real."""
@@ -60,6 +62,8 @@ def bench(
         raise ConfigError("--data scores the models for the picture: add --plot FILE.png, or leave it out")
     if plot is not None and plot.suffix not in PICTURES:
         raise ConfigError(f"--plot is {str(plot)!r}: expected a file that ends in {', '.join(PICTURES)}")
+    if plot is not None:
+        check_file(plot, overwrite=overwrite)
     from hf_prune.bench import load_alike, load_tokenizers, score_all, zero_notes
     from hf_prune.latency import measure_latency
     from hf_prune.plots import plot_latency, save_figure
@@ -82,6 +86,7 @@ def bench(
         accuracies = score_all(loaded, tokenizers, labelled, split)
     notes = zero_notes(loaded)
     if plot is not None:
+        say_replaced(plot.parent, [plot.name])
         save_figure(plot_latency(result, accuracies, "hf-prune bench"), plot)
     if as_json:
         from hf_prune.card_data import measured_weights

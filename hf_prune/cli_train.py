@@ -22,6 +22,7 @@ from hf_prune.cli_options import (
     Granularity,
     Label,
     Model,
+    Overwrite,
     Repair,
     Scope,
     Seed,
@@ -102,6 +103,7 @@ def train(
     ] = None,
     config: Config = None,
     seed: Seed = None,
+    overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
     """Train a checkpoint while it is pruned."""
@@ -159,6 +161,7 @@ def train(
         distillation=None if teacher is None else Distillation(**learned),
         shrink_at=None if shrink_at is None else _moment("--shrink-at", shrink_at),
         checkpoints=checkpoints,
+        overwrite=overwrite,
     )
     typer.echo(json.dumps(report.to_dict(), indent=2) if as_json else f"{report}\nSaved in {out}.")
 
@@ -182,6 +185,7 @@ def lottery(
     batch_size: Batch = 32,
     bf16: Bf16 = False,
     seed: Seed = None,
+    overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
     """Search a lottery ticket: train, prune, go back to early weights, and again."""
@@ -202,6 +206,7 @@ def lottery(
         score_split=score_split,
         rounds=rounds,
         rewind_to=rewind_to,
+        overwrite=overwrite,
     )
     typer.echo(json.dumps(result.to_dict(), indent=2) if as_json else f"{result}\nSaved in {out}.")
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from hf_prune.cli_options import AnyText, AsJson, Model, split_names, start
+from hf_prune.cli_options import AnyText, AsJson, Model, Overwrite, split_names, start
 from hf_prune.errors import ConfigError, DataError
 from hf_prune.sources import check_text_source, is_language_model, model_class
 
@@ -32,6 +32,7 @@ def trim_vocab(
     round_to: Annotated[int, typer.Option(min=1, help="Make the number of tokens a multiple of this.")] = 8,
     out: Annotated[Path | None, typer.Option(help="Folder for the smaller checkpoint.", show_default=False)] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be left, and write nothing.")] = False,
+    overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
     """Take out embedding rows that no text uses, and rebuild the tokenizer to match."""
@@ -47,7 +48,10 @@ def trim_vocab(
 
     columns = split_names(text_column or ("text" if is_language_model(model_class(model)) else "sentence"))
     corpus = read_corpus(texts, split_names(split), columns) if texts else None
-    result = trim_checkpoint(model, None if dry_run else out, corpus, keep=keep, min_count=min_count, round_to=round_to)
+    target = None if dry_run else out
+    result = trim_checkpoint(
+        model, target, corpus, keep=keep, min_count=min_count, round_to=round_to, overwrite=overwrite
+    )
     saved = "Nothing was written." if dry_run else f"Saved in {out}."
     typer.echo(json.dumps(result.to_dict(), indent=2) if as_json else f"{result}\n{saved}")
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,8 +27,9 @@ from hf_prune.checkpoint import (
     staged_checkpoint,
 )
 from hf_prune.errors import CheckpointError, ConfigError
-from hf_prune.files import copy_beside, refuse_file, source_and_target
+from hf_prune.files import copy_beside, scratch_folder
 from hf_prune.masking import MaskStore
+from hf_prune.outputs import SAVE, check_output, output_lock, refuse_file, source_folder
 from hf_prune.packed_files import INDEX, Item, PackedFiles, file_paths, packed_item, write_shards
 from hf_prune.packed_format import CODECS, SPELLED, VALUES, is_packed
 from hf_prune.packing import pack
@@ -80,12 +80,13 @@ def compress_checkpoint(
     values: str = "exact",
     shard_bytes: int = SHARD_BYTES,
     remote_code: bool = False,
+    overwrite: bool = False,
 ) -> CompressionReport:
     """Write a dense checkpoint as a compressed one; after ``import hf_prune``, plain ``from_pretrained`` loads it.
 
     Args:
         source: A folder with safetensors files, in one or more parts, and the masks beside them if there are any.
-        folder: Where to, another folder; at once or not at all.
+        folder: Where to: a new or empty folder, or an earlier output; at once or not at all.
         codec: ``"zstd"``, or ``"none"`` for values that lie in the file as they are.
         values: ``"int8"``, which is lossy, rounds the values of pruned weights to 255 steps for each index of the first
             dimension: outputs of Linear, inputs of GPT-2's Conv1D. Of an N:M pattern that runs down the columns of a
@@ -93,10 +94,11 @@ def compress_checkpoint(
         shard_bytes: Of a file, at most, unless one tensor has more.
         remote_code: Put a file beside the weights by which ``from_pretrained(…, trust_remote_code=True)`` loads them
             where hf_prune is not installed.
+        overwrite: Replace what is in the way in ``folder``.
 
     Raises:
-        CheckpointError: If the source is damaged, compressed already, or its masks do not fit; or if ``remote_code``
-            is asked of a shrunk model or one that is not of transformers.
+        CheckpointError: If the source is damaged, compressed already, or its masks do not fit; if ``remote_code`` is
+            asked of a shrunk model or one that is not of transformers; or if something is in the way.
         ConfigError: If a setting is unknown.
 
     Example:
@@ -104,7 +106,15 @@ def compress_checkpoint(
     """
     _check_choice("codec", codec, CODECS)
     _check_choice("values", values, VALUES)
-    origin, target = source_and_target(source, folder)
+    origin = source_folder(source)
+    target = check_output(folder, "compress", [origin], overwrite=overwrite)
+    with staged_checkpoint(target, "compress", overwrite=overwrite) as staging:
+        return _compress(origin, staging, target, codec, values, shard_bytes, remote_code)
+
+
+def _compress(
+    origin: Path, staging: Path, target: Path, codec: str, values: str, shard_bytes: int, remote_code: bool
+) -> CompressionReport:
     paths, index = file_paths(origin)
     if any(is_packed(path) for path in paths):
         raise CheckpointError(f"{origin} is compressed already: expected a dense checkpoint")
@@ -121,20 +131,19 @@ def compress_checkpoint(
     described: dict[str, Any] = {"tensors": len(shards.entries), "values": values}
     if masks is not None and mine:
         described["pruning"] = pruning_of(masks.config, masks.polishes)
-    with staged_checkpoint(target) as staging:
-        left = _copy_rest(origin, staging, target, paths)
-        items = (
-            _packed(shards.folder, entry, masks[entry.name] if masks and entry.name in mine else None, codec, values)
-            for entry in shards.entries.values()
-        )
-        write_shards(staging, items, shard_bytes, described)
-        if masks is not None and (rest := {name: masks[name] for name in masks if name not in mine}):
-            save_masks(MaskStore(rest, config=masks.config, polishes=masks.polishes), staging / MASK_FILE)
-        if classes:
-            add_remote_code(staging, config, classes)
-        write_config(staging, config)
-        card, stale = renew_card(staging, origin.resolve(), target.resolve().name, lossy=values != "exact")
-        after = _weights_size(staging)
+    left = _copy_rest(origin, staging, paths)
+    items = (
+        _packed(shards.folder, entry, masks[entry.name] if masks and entry.name in mine else None, codec, values)
+        for entry in shards.entries.values()
+    )
+    write_shards(staging, items, shard_bytes, described)
+    if masks is not None and (rest := {name: masks[name] for name in masks if name not in mine}):
+        save_masks(MaskStore(rest, config=masks.config, polishes=masks.polishes), staging / MASK_FILE)
+    if classes:
+        add_remote_code(staging, config, classes)
+    write_config(staging, config)
+    card, stale = renew_card(staging, origin.resolve(), target.resolve().name, lossy=values != "exact")
+    after = _weights_size(staging)
     return CompressionReport(_weights_size(origin), after, values != "exact", (*left, *stale), card)
 
 
@@ -146,6 +155,7 @@ def save_compressed(
     values: str = "exact",
     max_shard_size: int | str | None = None,
     remote_code: bool = False,
+    overwrite: bool = False,
 ) -> CompressionReport:
     """Save a checkpoint dense into a folder that is gone afterwards, and compressed into the one that stays.
 
@@ -156,9 +166,10 @@ def save_compressed(
         values: As of :func:`compress_checkpoint`.
         max_shard_size: Of a file, such as ``"2GB"``.
         remote_code: As of :func:`compress_checkpoint`.
+        overwrite: Also delete weights in the way that were written by others.
 
     Raises:
-        CheckpointError: If ``folder`` is a file, or a weight cannot be packed.
+        CheckpointError: If ``folder`` is a file, a weight cannot be packed, or weights that others wrote would go.
         ConfigError: If a setting is unknown.
     """
     _check_choice("codec", codec, CODECS)
@@ -167,27 +178,32 @@ def save_compressed(
     limit = SHARD_BYTES if max_shard_size is None else convert_file_size_to_int(max_shard_size)
     target = Path(folder).resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp") as dense:
-        save(Path(dense))
-        return compress_checkpoint(
-            dense, target, codec=codec, values=values, shard_bytes=limit, remote_code=remote_code
-        )
+    with output_lock(target, SAVE, 600.0), scratch_folder(target) as dense:
+        save(dense)
+        with staged_checkpoint(target, overwrite=overwrite) as staging:
+            return _compress(dense, staging, target, codec, values, limit, remote_code)
 
 
 def decompress_checkpoint(
-    source: str | os.PathLike[str], folder: str | os.PathLike[str], *, shard_bytes: int = SHARD_BYTES
+    source: str | os.PathLike[str],
+    folder: str | os.PathLike[str],
+    *,
+    shard_bytes: int = SHARD_BYTES,
+    overwrite: bool = False,
 ) -> CompressionReport:
     """Write a compressed checkpoint as a dense one, with its masks beside it, which transformers loads alone.
 
     Args:
         source: A folder that :func:`compress_checkpoint` wrote.
-        folder: Where to, another folder; at once or not at all.
+        folder: Where to: a new or empty folder, or an earlier output; at once or not at all.
         shard_bytes: Of a file, at most, unless one tensor has more.
+        overwrite: Replace what is in the way in ``folder``.
 
     Raises:
-        CheckpointError: If the source is damaged or not compressed.
+        CheckpointError: If the source is damaged or not compressed, or something is in the way.
     """
-    origin, target = source_and_target(source, folder)
+    origin = source_folder(source)
+    target = check_output(folder, "decompress", [origin], overwrite=overwrite)
     paths, _ = file_paths(origin)
     files = PackedFiles(paths)
     config, structure = _own_config(origin)
@@ -202,8 +218,8 @@ def decompress_checkpoint(
         rest = StoredMasks(origin / MASK_FILE)
         masks |= dict(rest)
         pruning, polishes = pruning or rest.config, polishes or rest.polishes
-    with staged_checkpoint(target) as staging:
-        left = _copy_rest(origin, staging, target, paths)
+    with staged_checkpoint(target, "decompress", overwrite=overwrite) as staging:
+        left = _copy_rest(origin, staging, paths)
         write_shards(staging, _dense(files), shard_bytes)
         if masks:
             save_masks(MaskStore(masks, config=pruning, polishes=polishes), staging / MASK_FILE)
@@ -257,10 +273,10 @@ def _own_config(folder: Path) -> tuple[dict[str, Any], dict[str, int]]:
     return config, structure
 
 
-def _copy_rest(source: Path, staging: Path, target: Path, weights: Sequence[Path]) -> tuple[str, ...]:
+def _copy_rest(source: Path, staging: Path, weights: Sequence[Path]) -> tuple[str, ...]:
     """Tokenizers, cards and what else lies beside the weights; what was left out."""
     own = (*_OWN, *(path.name for path in weights))
-    return copy_beside(source, staging, own, [target], ["model*.safetensors"])
+    return copy_beside(source, staging, own, ["model*.safetensors"])
 
 
 def _weights_size(folder: Path) -> int:

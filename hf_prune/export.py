@@ -19,6 +19,7 @@ from hf_prune.errors import DataError, ExportError
 from hf_prune.files import sync
 from hf_prune.masking import warn_regrown
 from hf_prune.offloading import refuse_offloaded
+from hf_prune.outputs import check_file, say_replaced
 from hf_prune.quantized import refuse_quantized
 from hf_prune.running import eval_mode
 from hf_prune.speed import workload_inputs
@@ -66,7 +67,7 @@ def first_output(outputs: Any) -> Any:
     return logits if logits is not None else outputs[0]
 
 
-def export_model(model: nn.Module, path: str | Path) -> ExportReport:
+def export_model(model: nn.Module, path: str | Path, *, overwrite: bool = False) -> ExportReport:
     """Write a model as ONNX (``.onnx``) or for OpenVINO (``.xml``, with a ``.bin`` beside it), and check it.
 
     The file has the batch size and the number of tokens as free dimensions, and one output, the logits. It is run once
@@ -76,11 +77,13 @@ def export_model(model: nn.Module, path: str | Path) -> ExportReport:
     Args:
         model: A transformers model of text, images or sound; in float32.
         path: The file.
+        overwrite: Replace it, and what belongs to it, if it is there.
 
     Returns:
         What was written, and how close it is.
 
     Raises:
+        CheckpointError: If it is there already.
         ExportError: If a package is missing, the suffix is another one, the model cannot be exported, or the file puts
             out something else than PyTorch.
         PlanError: If weights are offloaded or quantized.
@@ -89,6 +92,8 @@ def export_model(model: nn.Module, path: str | Path) -> ExportReport:
     refuse_quantized(model)
     if path.suffix not in SUFFIXES:
         raise ExportError(f"{path} ends in {path.suffix!r}: expected .onnx, or .xml for OpenVINO")
+    for each in (path, path.with_suffix(".bin") if path.suffix == ".xml" else path.with_name(f"{path.name}.data")):
+        check_file(each, overwrite=overwrite)
     _need("onnx", "onnxscript", *(("openvino",) if path.suffix == ".xml" else ("onnxruntime",)))
     if any(p.dtype != torch.float32 for p in model.parameters()):
         raise ExportError("the model is not in float32, which exported files are: call model.float() first")
@@ -119,6 +124,7 @@ def export_model(model: nn.Module, path: str | Path) -> ExportReport:
                 f"run by {runtime}, the exported model puts out something else than PyTorch: they differ by "
                 f"{difference:.2g}; nothing was written"
             )
+        say_replaced(path.parent, (file.name for file in Path(name).iterdir()))
         for file in sorted(Path(name).iterdir(), key=lambda file: file == written):  # what it refers to first
             sync(file)
             file.replace(path.parent / file.name)

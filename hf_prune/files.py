@@ -6,9 +6,11 @@ import contextlib
 import ctypes
 import json
 import os
+import re
 import shutil
+import stat
 import uuid
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,10 @@ from hf_prune.errors import CheckpointError, DataError
 
 # Unpickling runs code from the file; nobody here opens one, or passes it on.
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".dill")
+MARK = ".hf_prune.json"  # in an output: what wrote it
+_OLD = ".old"
+_LIVE: set[Path] = set()  # hidden folders that this process works in
+_SILENT = (MARK, "__pycache__")  # nobody misses them
 _OTHER_WEIGHTS = (".h5", ".msgpack")  # of TensorFlow and Flax: not the ones that are written
 
 
@@ -24,9 +30,10 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A temporary file beside ``path`` that takes its place when the block ends without an error.
 
     Args:
-        path: The file to write; its folder is made if needed.
+        path: The file to write; its folder is made if needed. A link is replaced, not followed.
     """
-    path = Path(path).resolve()
+    path = Path(path)
+    path = path.parent.resolve() / path.name
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(path)
     try:
@@ -69,41 +76,95 @@ def staged_folder(
 
     A new folder appears by one rename. An existing one is exchanged for the new one by one rename as well where the
     system can do that (Linux); files that the block did not write stay unless ``stale`` names them. Elsewhere, files
-    are replaced one by one, each at once, and a reader that needs a file of ``last`` to make sense of the others sees
-    the old set, no complete set, or the new set, never a mixture.
+    are replaced one by one; an error on the way puts the old ones back, and a reader that needs a file of ``last`` to
+    make sense of the others sees the old set, no complete set, or the new set, never a mixture. If the process is
+    killed on the way, the next one that writes there puts the old ones back; until then the new files lie whole in a
+    hidden folder beside it, and the old ones in another.
+
+    Modes, owners, groups and times of folders stay, and so do modes and owners of the files that are replaced.
 
     Args:
         folder: Where the files belong.
-        stale: Glob patterns of files that go if the block did not write them.
+        stale: Glob patterns of files that go if the block did not write them; read when it ends.
         last: Glob patterns of files that are taken away before anything is replaced, and arrive after it, in this
-            order; what arrives last goes first.
+            order; what arrives last goes first; read when the block ends.
     """
     folder = Path(folder).resolve()
     folder.parent.mkdir(parents=True, exist_ok=True)
-    staging = _temporary(folder)
-    staging.mkdir()
-    try:
+    with scratch_folder(folder) as staging:
         yield staging
-        if not _exchange(staging, folder, [*stale, *last]):
-            move_into(staging, folder, stale, last)
+        place_folder(staging, folder, stale, last)
+
+
+@contextlib.contextmanager
+def scratch_folder(folder: Path) -> Iterator[Path]:
+    """A hidden folder beside another one, which is gone afterwards; unless it holds what could not be put back."""
+    scratch = _temporary(folder)
+    scratch.mkdir()
+    _LIVE.add(scratch)
+    try:
+        yield scratch
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        if not _old(scratch).exists():
+            shutil.rmtree(scratch, ignore_errors=True)
+        _LIVE.discard(scratch)
 
 
-def _exchange(staging: Path, folder: Path, replaced: Sequence[str]) -> bool:
-    """Give a folder's name to another one that has all its files but those to replace; False if that cannot be done.
+def remove_leftovers(folder: Path) -> None:
+    """Remove what killed processes left beside a folder, and put back what they had taken out of it.
+
+    Nobody else may be writing into the folder; see ``outputs.output_lock``.
+    """
+    pattern = re.compile(rf"\.{re.escape(folder.name)}\.[0-9a-f]{{12}}\.tmp(?P<old>{_OLD})?")
+    found = {path: match for path in folder.parent.iterdir() if (match := pattern.fullmatch(path.name))}
+    for path in sorted(found, key=lambda path: found[path]["old"] is None):  # what is to be put back comes first
+        if path.is_dir() and path not in _LIVE and path.with_name(path.name.removesuffix(_OLD)) not in _LIVE:
+            if found[path]["old"]:
+                put_back(path.with_name(path.name.removesuffix(_OLD)), folder)
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def place_folder(staging: Path, folder: Path, stale: Sequence[str] = (), last: Sequence[str] = ()) -> None:
+    """Have a folder's files move into another one, as :func:`staged_folder` says; what is left of it may go.
+
+    Args:
+        staging: What is moved, on the same file system.
+        folder: Where to; made by one rename if it does not exist.
+        stale: As for :func:`staged_folder`.
+        last: As for :func:`staged_folder`.
+
+    Raises:
+        CheckpointError: If a folder has the name of a file; or if an error on the way could not be made good, and then
+            it says where everything is.
+    """
+    if put_back(staging, folder):  # what an earlier call had begun
+        return
+    for path in _files_of(staging):
+        sync(staging / path)
+    if not folder.exists():
+        staging.rename(folder)
+        return
+    new = _files_of(staging)
+    for name in new:
+        if (folder / name).is_dir():
+            raise CheckpointError(f"{folder / name} is a folder: expected a file, or nothing, of that name")
+        _resemble(staging / name, folder / name, folder)
+    matches = (path for pattern in (*stale, *last) for path in folder.glob(pattern))
+    gone = {path.relative_to(folder) for path in matches if not path.is_dir()}
+    if not _exchange(staging, folder, gone):
+        _move_into(staging, folder, gone, new, last)
+
+
+def _exchange(staging: Path, folder: Path, gone: Collection[Path]) -> bool:
+    """Give a folder's name to another one that has all its files but those that go; False if that cannot be done.
 
     What stays is in both by a hard link, so that who has a file open goes on writing to it.
     """
-    if not folder.exists() or _inside(folder) or (swap := _swap_names()) is None:
+    if _inside(folder) or (swap := _swap_names()) is None:
         return False
-    gone = {path.relative_to(folder) for pattern in replaced for path in folder.glob(pattern)}
-    for path in (path for path in staging.rglob("*") if path.is_file()):
-        sync(path)
     try:
         _link_missing(folder, staging, gone)
-        shutil.copymode(folder, staging)
-    except OSError:  # a file system without links
+    except OSError:  # a file system without links, or a subfolder that may not be listed
         return False
     if not swap(staging, folder):
         return False
@@ -121,15 +182,45 @@ def _inside(folder: Path) -> bool:
 
 
 def _link_missing(source: Path, target: Path, gone: Collection[Path]) -> None:
-    for path in source.rglob("*"):
-        name = path.relative_to(source)
-        if name in gone or os.path.lexists(target / name):
-            continue
-        if path.is_dir() and not path.is_symlink():
-            (target / name).mkdir(parents=True)
-        else:
-            (target / name).parent.mkdir(parents=True, exist_ok=True)
-            os.link(path, target / name, follow_symlinks=False)
+    """Link what a folder has and another one lacks into that one, and make its folders alike.
+
+    Raises:
+        OSError: If not everything can be listed, linked, or be made alike.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    folders = []
+    for place, subfolders, files in os.walk(source, onerror=refuse):
+        here = Path(place)
+        folders.append(here)
+        (target / here.relative_to(source)).mkdir(exist_ok=True)
+        for name in (*files, *(each for each in subfolders if (here / each).is_symlink())):
+            path = (here / name).relative_to(source)
+            if path not in gone and not os.path.lexists(target / path):
+                os.link(source / path, target / path, follow_symlinks=False)
+    for here in reversed(folders):  # whose times change with what is put into them
+        there = target / here.relative_to(source)
+        _give(there, here)
+        shutil.copystat(here, there)
+
+
+def _give(path: Path, model: Path) -> None:
+    """Have a file or folder belong to whom another one belongs."""
+    wanted, found = model.stat(), path.stat()
+    if hasattr(os, "chown") and (wanted.st_uid, wanted.st_gid) != (found.st_uid, found.st_gid):
+        os.chown(path, wanted.st_uid, wanted.st_gid)
+
+
+def _resemble(new: Path, old: Path, folder: Path) -> None:
+    """Give a file the mode and owner of the one that it replaces, or else the group of a setgid folder."""
+    with contextlib.suppress(PermissionError):  # of somebody else's, who let us write
+        if old.is_file() and not old.is_symlink():
+            _give(new, old)
+            shutil.copymode(old, new)
+        elif hasattr(os, "chown") and folder.stat().st_mode & stat.S_ISGID:
+            os.chown(new, -1, folder.stat().st_gid)
 
 
 def _swap_names() -> Callable[[Path, Path], bool] | None:
@@ -142,100 +233,133 @@ def _swap_names() -> Callable[[Path, Path], bool] | None:
     return lambda a, b: rename(here, os.fsencode(a), here, os.fsencode(b), exchange) == 0
 
 
-def move_into(
-    staging: Path,
-    folder: Path,
-    stale: Sequence[str] = (),
-    last: Sequence[str] = (),
-    arrived: Collection[Path] = (),
-) -> None:
-    """Move a folder's files into another folder, as :func:`staged_folder` says.
+def _move_into(staging: Path, folder: Path, gone: Collection[Path], new: Sequence[Path], last: Sequence[str]) -> None:
+    """Replace a folder's files one by one; the old ones are put aside until all is done.
 
-    Args:
-        staging: What is moved, on the same file system.
-        folder: Where to; made by one rename if it does not exist.
-        stale: As for :func:`staged_folder`.
-        last: As for :func:`staged_folder`.
-        arrived: Files that an earlier call has moved, before it was interrupted.
+    The new ones stay in ``staging`` as well, by hard links, so that whatever happens one of the two is whole.
     """
-    new = sorted(p.relative_to(staging) for p in staging.rglob("*") if p.is_file())
-    for name in new:
-        sync(staging / name)
-    if not folder.exists():
-        staging.rename(folder)
-        return
-    for pattern in (*reversed(last), *stale):
-        for old in list(folder.glob(pattern)):
-            name = old.relative_to(folder)
-            if name not in arrived and (pattern in last or name not in new):
-                old.unlink(missing_ok=True)
-    rank = {name: i for i, pattern in enumerate(last, start=1) for name in new if name.match(pattern)}
-    for name in sorted(new, key=lambda name: rank.get(name, 0)):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (staging / name).replace(folder / name)
+    rank = {name: i for i, pattern in enumerate(last, start=1) for name in {*gone, *new} if name.match(pattern)}
+
+    def order(name: Path) -> tuple[int, Path]:
+        return rank.get(name, 0), name
+
+    going = sorted((name for name in {*gone, *new} if os.path.lexists(folder / name)), key=order, reverse=True)
+    coming = sorted(new, key=order)
+    aside = _old(staging)
+    try:
+        (aside / "files").mkdir(parents=True)
+        plan = {"going": [str(name) for name in going], "coming": [str(name) for name in coming]}
+        write_json(aside / "plan.json", plan)
+        for name in going:
+            _rename(folder / name, aside / "files" / name)
+        for name in coming:
+            _link_or_rename(staging / name, folder / name)
+        (aside / "plan.json").rename(aside / "done.json")
+    except BaseException as error:
+        try:
+            put_back(staging, folder)
+        except BaseException as again:
+            raise CheckpointError(
+                f"{folder} could not be written ({error!r}), and the files taken out of it could not be put back "
+                f"({again!r}): they are in {aside / 'files'}, and the new ones are in {staging} and {folder}"
+            ) from error
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
 
 
-def refuse_file(folder: str | os.PathLike[str]) -> None:
-    """Make sure that a checkpoint can be saved there.
+def put_back(staging: Path, folder: Path) -> bool:
+    """Undo what :func:`_move_into` did, however far it came; unless all is in its place, which is returned."""
+    aside = _old(staging)
+    try:
+        plan = json.loads((aside / "plan.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        plan = {"coming": [], "going": []}
+    done = (aside / "done.json").exists() or (
+        bool(plan["coming"]) and all(_has_arrived(staging / name, folder / name) for name in plan["coming"])
+    )
+    if done:
+        shutil.rmtree(aside, ignore_errors=True)
+        return True
+    for name in reversed(plan["coming"]):
+        taken = name not in plan["going"] or os.path.lexists(aside / "files" / name)
+        if taken and os.path.lexists(folder / name):
+            if os.path.lexists(staging / name):
+                (folder / name).unlink()
+            else:
+                _rename(folder / name, staging / name)
+    for name in reversed(plan["going"]):
+        if os.path.lexists(aside / "files" / name):
+            _rename(aside / "files" / name, folder / name)
+    (aside / "plan.json").unlink(missing_ok=True)
+    shutil.rmtree(aside, ignore_errors=True)
+    return False
 
-    Raises:
-        CheckpointError: If it is a file.
-    """
-    if Path(folder).is_file():
-        raise CheckpointError(f"{os.fspath(folder)} is a file: expected a folder to save into")
+
+def _has_arrived(path: Path, target: Path) -> bool:
+    return target.exists() and (not path.exists() or target.samefile(path))
 
 
-def source_and_target(source: str | os.PathLike[str], folder: str | os.PathLike[str]) -> tuple[Path, Path]:
-    """The folder of a checkpoint and the one that a new checkpoint made of it goes to.
+def _rename(path: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    path.rename(target)
 
-    Raises:
-        CheckpointError: If the first is no folder, the second is a file, or they are the same, by whatever names.
-    """
-    origin, target = Path(source), Path(folder)
-    if not origin.is_dir():
-        raise CheckpointError(f"{os.fspath(source)} is no folder: expected one with config.json and model.safetensors")
-    refuse_file(target)
-    if target.exists() and origin.samefile(target):
-        raise CheckpointError(f"{os.fspath(folder)} would replace itself: name another folder")
-    return origin, target
+
+def _link_or_rename(path: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(path, target)
+    except (AttributeError, NotImplementedError, OSError):  # a file system without links
+        path.rename(target)
+
+
+def _files_of(folder: Path) -> list[Path]:
+    return sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+
+
+def _old(staging: Path) -> Path:
+    """Where files go that are replaced from a folder."""
+    return staging.with_name(staging.name + _OLD)
 
 
 def copy_beside(
-    source: Path, folder: Path, own: Collection[str] = (), ours: Collection[Path] = (), stale: Sequence[str] = ()
+    source: Path,
+    folder: Path,
+    own: Collection[str] = (),
+    stale: Sequence[str] = (),
+    skip: Callable[[Path, Path], bool] = lambda name, path: False,
 ) -> tuple[str, ...]:
     """Copy what lies beside the weights of a checkpoint, in its subfolders too: tokenizers, cards, modules.
 
     Not copied: hidden files, pickles, weights of TensorFlow and Flax, folders named ``checkpoint-…``, symbolic links
-    that lead out of the checkpoint (a snapshot of the Hub's cache has its files in the cache) or to folders, and
-    whatever is neither file nor folder.
+    that lead out of the checkpoint (a snapshot of the Hub's cache has its files in the cache) or to folders, whatever
+    is neither file nor folder, and what may not be read.
 
     Args:
         source: The checkpoint.
         folder: Where to; files that are there already are replaced.
         own: Names in the source itself that the caller sees to.
-        ours: Folders that belong to what is being written, and may lie in the source.
         stale: Glob patterns of names in the source itself that are left out.
+        skip: Whether to leave out a file more, by its path in the checkpoint and on the disk.
 
     Returns:
         Paths of what was not copied, those of the caller apart.
     """
     source = source.resolve()
-    inside = [source, *(parent.parent / "blobs" for parent in source.parents if parent.name == "snapshots")]
-    skipped = {path.resolve() for path in (folder, *ours)}
     left: list[str] = []
 
     def visit(here: Path) -> None:
         for path in sorted(here.iterdir()):
             name = path.relative_to(source)
             top = here == source
-            if (top and path.name in own) or path in skipped:
+            if (top and path.name in own) or path.name in _SILENT:
                 continue
             refused = (
-                path.name.startswith(".")
+                is_left_out(name)
                 or (path.is_dir() and (path.is_symlink() or path.name.startswith("checkpoint-")))
-                or path.suffix.lower() in (*PICKLES, *_OTHER_WEIGHTS)
                 or (top and any(path.match(pattern) for pattern in stale))
-                or not any(Path(os.path.realpath(path)).is_relative_to(place) for place in inside)
+                or leads_out(path, source)
+                or (path.is_file() and skip(name, path))
+                or not os.access(path, os.R_OK)
             )
             if path.is_dir() and not refused:
                 visit(path)
@@ -247,6 +371,35 @@ def copy_beside(
 
     visit(source)
     return tuple(left)
+
+
+def leads_out(path: Path, folder: Path) -> bool:
+    """Whether a path in a folder is a link to elsewhere; a snapshot of the Hub's cache has its files in the cache."""
+    folder = folder.resolve()
+    inside = [folder, *(parent.parent / "blobs" for parent in folder.parents if parent.name == "snapshots")]
+    return not any(Path(os.path.realpath(path)).is_relative_to(place) for place in inside)
+
+
+def refuse_links(folder: Path, names: Iterable[str]) -> None:
+    """Make sure that files of a folder are in it, where what they say is copied, shown or written anew.
+
+    Args:
+        folder: The folder.
+        names: Which files; they need not be there.
+
+    Raises:
+        CheckpointError: If one is a link that leads out of the folder.
+    """
+    for path in (folder / name for name in names):
+        if path.is_symlink() and leads_out(path, folder):
+            raise CheckpointError(
+                f"{path} links to a file outside of {folder}, {os.path.realpath(path)}: copy it, or take it out"
+            )
+
+
+def is_left_out(name: Path) -> bool:
+    """Whether a file is never copied, by its path in a checkpoint: hidden, a pickle, weights of another framework."""
+    return any(part.startswith(".") for part in name.parts) or name.suffix.lower() in (*PICKLES, *_OTHER_WEIGHTS)
 
 
 def sync(path: Path) -> None:

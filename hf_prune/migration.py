@@ -28,8 +28,9 @@ from torch import Tensor
 from hf_prune.checkpoint import MASK_FILE, save_masks, staged_checkpoint, weight_files
 from hf_prune.compressed import read_config, write_config
 from hf_prune.errors import CheckpointError
-from hf_prune.files import PICKLES, copy_beside, source_and_target
+from hf_prune.files import PICKLES, copy_beside
 from hf_prune.masking import MaskStore
+from hf_prune.outputs import check_output, source_folder
 from hf_prune.packed_files import INDEX, SINGLE, read_index
 from hf_prune.sites import find_sites
 from hf_prune.structure import METHOD, structure_config
@@ -86,21 +87,24 @@ class MigrationReport:
         return "\n".join(lines)
 
 
-def migrate_checkpoint(source: str | Path, out: str | Path) -> MigrationReport:
+def migrate_checkpoint(source: str | Path, out: str | Path, *, overwrite: bool = False) -> MigrationReport:
     """Write a checkpoint of another tool's kind as one of ours.
 
     Args:
         source: Its folder: ``config.json`` and safetensors; pickles are not opened.
-        out: The folder for the new one.
+        out: The folder for the new one: new, empty, or an earlier output.
+        overwrite: Replace what is in the way in ``out``.
 
     Returns:
         What was carried over; print it.
 
     Raises:
         CheckpointError: If there is nothing of a known kind, a file is damaged or missing, all it has is a pickle, or
-            weights are quantized or cannot be made of what is there; or if ``out`` is ``source``.
+            weights are quantized or cannot be made of what is there; or if ``out`` is ``source``, or something is in
+            the way.
     """
-    source, out = source_and_target(source, out)
+    source = source_folder(source)
+    out = check_output(out, "migrate", [source], overwrite=overwrite)
     config = read_config(source)
     _refuse_quantized(source, config)
     tensors: dict[str, Tensor] = {}
@@ -139,13 +143,13 @@ def migrate_checkpoint(source: str | Path, out: str | Path) -> MigrationReport:
         config["quantization_config"] = structure_config(_structure(config, heads))
     elif (config.get("quantization_config") or {}).get("quant_method") != METHOD:
         config.pop("quantization_config", None)
-    with staged_checkpoint(out) as staging:
+    with staged_checkpoint(out, "migrate", overwrite=overwrite) as staging:
         save_file({n: t.contiguous() for n, t in found.weights.items()}, staging / SINGLE, {"format": "pt"})
         if found.masks:
             save_masks(MaskStore(found.masks), staging / MASK_FILE)
         write_config(staging, config)
         own = ("config.json", INDEX, *(Path(file).name for file in files))
-        left += copy_beside(source, staging, own, [out], ["model*.safetensors", MASK_FILE])
+        left += copy_beside(source, staging, own, ["model*.safetensors", MASK_FILE])
     gone = sum(map(len, heads.values()))
     return MigrationReport(
         len(found.masks), tuple(formats), gone, tuple(left), tuple(found.scaled), tuple(found.unmasked)

@@ -188,6 +188,7 @@ class PrunedModelMixin(nn.Module):
         codec: str = "zstd",
         values: str = "exact",
         remote_code: bool = False,
+        overwrite: bool = False,
         **kwargs: Any,
     ) -> None:
         """Save as the dense class would, with the masks beside the weights; at once or not at all.
@@ -205,11 +206,14 @@ class PrunedModelMixin(nn.Module):
             values: Of packed weights: ``"exact"``, or ``"int8"``, which rounds what pruning left and is lossy.
             remote_code: Of packed weights: put a file beside them by which ``from_pretrained(…,
                 trust_remote_code=True)`` loads them where hf_prune is not installed.
+            overwrite: Also delete weights that are in the way and were written by others, such as parts of another
+                checkpoint. Files of the same names are replaced in any case, and those of other variants stay.
             **kwargs: As of ``PreTrainedModel.save_pretrained``.
 
         Raises:
-            CheckpointError: If ``save_directory`` is a file, or a weight cannot be packed; or if ``remote_code`` is
-                asked of a shrunk model or one that is not of transformers.
+            CheckpointError: If ``save_directory`` is a file, or has weights of others that would be deleted; if a
+                weight cannot be packed; or if ``remote_code`` is asked of a shrunk model or one that is not of
+                transformers.
             ConfigError: If ``codec`` or ``values`` is unknown, or ``remote_code`` is asked of a dense checkpoint.
         """
         if remote_code and not compressed:
@@ -229,9 +233,10 @@ class PrunedModelMixin(nn.Module):
                 values=values,
                 max_shard_size=kwargs.get("max_shard_size"),
                 remote_code=remote_code,
+                overwrite=overwrite,
             )
         elif is_main_process:
-            save_pruned(self, native, save, save_directory, state_dict=state_dict, **kwargs)
+            save_pruned(self, native, save, save_directory, overwrite=overwrite, state_dict=state_dict, **kwargs)
         else:
             save(self, save_directory, is_main_process=False, state_dict=state_dict, **kwargs)
         if push_to_hub and is_main_process:

@@ -1,7 +1,8 @@
 """The unfinished result of a long run: a hidden folder beside the output, with a journal of what is done.
 
-Each line of the journal is a JSON object and is on the disk before the next step begins. A line that was cut off by an
-interruption does not count. The first line says what the result is of; only the same run continues it.
+Each line of the journal is a JSON object with its checksum, and is on the disk before the next step begins. A line that
+was cut off by an interruption or is damaged does not count, nor does what follows it. The first line says what the
+result is of; only the same run continues it.
 """
 
 from __future__ import annotations
@@ -9,14 +10,15 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from hf_prune.errors import CheckpointError
-from hf_prune.files import sync
+from hf_prune.files import put_back, sync
 
-_FORMAT = 1
+_FORMAT = 2
 _JOURNAL = "journal.jsonl"
 
 
@@ -35,21 +37,25 @@ class Partial:
     """
 
     def __init__(self, out: Path) -> None:
-        out = out.resolve()
+        self.out = out = out.resolve()
         self.folder = out.with_name(f".{out.name}.partial")
         self.staging = self.folder / "checkpoint"
         self.scratch = self.folder / "scratch"
         self.key, self.records = self._read()
 
     def _read(self) -> tuple[dict[str, str], list[dict[str, Any]]]:
+        values: list[dict[str, Any]] = []
+        self._end = 0  # of the lines that count
         try:
-            lines = (self.folder / _JOURNAL).read_text(encoding="utf-8").split("\n")
+            lines = (self.folder / _JOURNAL).read_bytes().splitlines(keepends=True)
         except FileNotFoundError:
             return {}, []
-        try:
-            values = [json.loads(line) for line in lines[:-1]]  # what follows the last line break was cut off
-        except ValueError:
-            return {}, []
+        for line in lines:
+            text, _, checksum = line.rpartition(b" ")
+            if checksum != _checksum(text):
+                break
+            values.append(json.loads(text))
+            self._end += len(line)
         if not values or values[0].pop("format", None) != _FORMAT:
             return {}, []
         return values[0], values[1:]
@@ -65,12 +71,7 @@ class Partial:
             CheckpointError: If there is an unfinished result of something else.
         """
         if self.key and not restart:
-            if different := [name for name, value in key.items() if self.key.get(name) != value]:
-                raise CheckpointError(
-                    f"{self.folder} holds an unfinished result of another run, which differs in "
-                    f"{' and '.join(different)}: repeat that run to finish it, pass restart=True (--restart) to begin "
-                    f"anew, or delete the folder"
-                )
+            self.check(key)
             shutil.rmtree(self.scratch, ignore_errors=True)
             self.scratch.mkdir()
             self._mend()
@@ -81,13 +82,27 @@ class Partial:
         self.key, self.records = dict(key), []
         self._append({"format": _FORMAT, **key})
 
+    def check(self, key: Mapping[str, str]) -> None:
+        """Make sure that what an earlier run left, if anything, is of the same.
+
+        Args:
+            key: As of :meth:`begin`, or a part of it.
+
+        Raises:
+            CheckpointError: If it is of something else.
+        """
+        if self.key and (different := [name for name, value in key.items() if self.key.get(name) != value]):
+            raise CheckpointError(
+                f"{self.folder} holds an unfinished result of another run, which differs in "
+                f"{' and '.join(different)}: repeat that run to finish it, pass restart=True (--restart) to begin "
+                f"anew, or delete the folder"
+            )
+
     def _mend(self) -> None:
-        """Drop a line that was cut off, so that the next one is not glued to it."""
+        """Drop lines that do not count, so that the next one is not glued to them."""
         path = self.folder / _JOURNAL
-        data = path.read_bytes()
-        end = data.rfind(b"\n") + 1
-        if end < len(data):
-            os.truncate(path, end)
+        if self._end < path.stat().st_size:
+            os.truncate(path, self._end)
 
     def add(self, record: dict[str, Any], *written: Path) -> None:
         """Say that something is done, once the files that it wrote are on the disk."""
@@ -97,13 +112,20 @@ class Partial:
         self.records.append(record)
 
     def _append(self, record: Mapping[str, Any]) -> None:
-        with (self.folder / _JOURNAL).open("a", encoding="utf-8", newline="\n") as file:
-            file.write(json.dumps(record) + "\n")
+        text = json.dumps(record).encode()
+        with (self.folder / _JOURNAL).open("ab") as file:
+            file.write(text + b" " + _checksum(text))
             file.flush()
             os.fsync(file.fileno())
 
     def remove(self) -> None:
-        """Delete it."""
+        """Delete it; what it was taking out of the folder of the result is put back first."""
         if self.folder.exists():
+            put_back(self.staging, self.out)
             shutil.rmtree(self.folder)
         self.key, self.records = {}, []
+
+
+def _checksum(text: bytes) -> bytes:
+    """How a line ends, after a space."""
+    return f"{zlib.crc32(text):08x}\n".encode()

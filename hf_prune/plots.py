@@ -207,9 +207,19 @@ def save_figure(figure: Figure, path: Path) -> Path:
         figure: What to write.
         path: Where to, such as ``tradeoff.png``.
     """
+    kind = path.suffix.removeprefix(".")
+    mark = {"Software": "hf_prune"} if kind == "png" else None  # by which is_drawn knows it
     with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=150, format=path.suffix.removeprefix("."))
+        figure.savefig(temporary, dpi=150, format=kind, metadata=mark)
     return path
+
+
+def is_drawn(path: Path) -> bool:
+    """Whether a file is a PNG that :func:`save_figure` wrote."""
+    return path.is_file() and b"Software\0hf_prune" in path.read_bytes()[:4096]
+
+
+PLOTS = ("layers.png", "weights.png")
 
 
 def write_plots(

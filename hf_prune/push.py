@@ -17,7 +17,7 @@ from hf_prune.card_data import PruningCardData, load_card_data
 from hf_prune.cards import check_card, merge_cards, read_facts, render_card, without_facts
 from hf_prune.checkpoint import CARD_DATA, REPORTS
 from hf_prune.errors import CheckpointError, DataError, HubError
-from hf_prune.files import PICKLES, read_text
+from hf_prune.files import MARK, PICKLES, read_text, refuse_links
 from hf_prune.hub import TRIES, answers, asking, card_of, check_repo_id, full_repo_id
 from hf_prune.remote_code import FILE
 from hf_prune.tables import format_count, format_table
@@ -291,13 +291,14 @@ def _is_made(of_the_package: bool, path: str) -> bool:
 def _to_upload(folder: Path) -> tuple[dict[str, Path], tuple[str, ...]]:
     """What is uploaded of a folder, by path in it, and what is not: pickles, hidden files, checkpoints."""
     files, skipped = {}, []
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() or p.is_symlink()):
+        refuse_links(folder, [path.relative_to(folder).as_posix()])
         name = path.relative_to(folder).as_posix()
+        if path.name == MARK:
+            continue
         parts = name.split("/")
-        if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
-            raise CheckpointError(f"{path} links to a file outside of {folder}: copy it, or take it out")
         hidden = any(part.startswith(".") for part in parts)
-        if hidden or parts[0].startswith("checkpoint-") or path.suffix.lower() in PICKLES:
+        if hidden or parts[0].startswith("checkpoint-") or path.suffix.lower() in PICKLES or not path.is_file():
             skipped.append(name)
         else:
             files[name] = path

@@ -21,8 +21,9 @@ from hf_prune.config import ALLOCATIONS, CALIBRATED_ALLOCATIONS, PruningConfig
 from hf_prune.criteria.base import CURVATURE, GRADIENTS, INPUTS, TRAINED, WeightStats
 from hf_prune.distributed import processes
 from hf_prune.errors import CalibrationError, CheckpointError, ConfigError
-from hf_prune.files import refuse_file
+from hf_prune.files import refuse_links
 from hf_prune.masking import MaskStore
+from hf_prune.outputs import check_output, writes_alone
 from hf_prune.partial import Partial
 from hf_prune.pipeline import resolve_config
 from hf_prune.plan import PlannedTensor, PruningPlan, make_plan, warn_of
@@ -35,9 +36,10 @@ from hf_prune.sequential import prune_one
 from hf_prune.skeleton import LazyWeights, Skeleton, load_skeleton
 from hf_prune.sources import check_model_source
 from hf_prune.stream_blocks import prune_blocks
-from hf_prune.stream_output import Output, digest_of, finish_placing
+from hf_prune.stream_output import COPIED, Output, digest_of, finish_placing, is_placing
 
 
+@writes_alone("prune")
 def prune_stream(
     source: str | os.PathLike[str],
     config: PruningConfig | float | None,
@@ -47,6 +49,7 @@ def prune_stream(
     progress: bool = False,
     cache_bytes: int = CACHE_BYTES,
     restart: bool = False,
+    overwrite: bool = False,
     **settings: Any,
 ) -> SparsityReport:
     """Prune a checkpoint into a folder without ever holding its model.
@@ -62,12 +65,13 @@ def prune_stream(
     Args:
         source: Folder or Hub id of a checkpoint in safetensors files. Masks of an earlier pruning are respected.
         config: The settings, or just the sparsity.
-        out: The folder, which may be the source itself.
+        out: The folder: new, empty, or an earlier output.
         calibration: Batches, for criteria and repairs that learn from inputs; see :func:`hf_prune.text_batches`.
             Labels are not needed.
         progress: Show a progress bar.
         cache_bytes: How much of what finished blocks put out is kept in memory; the rest goes to the hidden folder.
         restart: Begin anew, whatever an interrupted run left.
+        overwrite: Replace what is in the way in ``out``.
         **settings: Fields of :class:`PruningConfig`, in place of, or on top of, ``config``.
 
     Returns:
@@ -79,7 +83,7 @@ def prune_stream(
         PlanError: If the settings do not fit the model, or it cannot be run block by block.
         CalibrationError: If calibration data is missing or unusable.
         CheckpointError: If the source is damaged, does not fit its config or is no safetensors checkpoint, or if an
-            interrupted run of other settings is in the way.
+            interrupted run of other settings or something else is in the way. Then nothing is placed or replaced.
         DataError: If the source cannot be found.
 
     Example:
@@ -88,7 +92,9 @@ def prune_stream(
     config = resolve_config(config, settings)
     source, out = os.fspath(source), Path(out)
     check_streamable(config)
-    refuse_file(out)
+    partial = Partial(out)
+    if not (placing := is_placing(partial)):  # whose run had looked at it
+        check_output(out, "prune", [source], overwrite=overwrite)
     batches: list[Mapping[str, Any]] = []
     if config.needs & INPUTS:
         batches = _batches(config, calibration)
@@ -98,13 +104,14 @@ def prune_stream(
         "calibration data": _checksum(batches),
         "version": __version__,
     }
-    if (placed := finish_placing(out)) is not None and not restart:
-        of, report = placed
-        if all(of.get(name) == value for name, value in key.items()):
-            return report
+    if not restart:
+        partial.check(key)
+        if placing:
+            return finish_placing(partial, out)
     skeleton, plan, old_masks = _prepare(source, config)
     warn_of(plan.notes)
-    partial = Partial(out)
+    if placing:
+        finish_placing(partial, out)
     partial.begin({**key, "weights": skeleton.shards.fingerprint()}, restart)
     output = Output(skeleton, plan, old_masks, partial)
     if not output.is_sound():  # someone else changed what an interrupted run left
@@ -115,7 +122,7 @@ def prune_stream(
         prune_blocks(output, plan, batches, cache_bytes, partial.scratch, progress)
     else:
         _prune_tensors(output, plan, progress)
-    return output.finish(source, out)
+    return output.finish(source, out, overwrite)
 
 
 def plan_stream(source: str | os.PathLike[str], config: PruningConfig) -> PruningPlan:
@@ -191,6 +198,8 @@ def _batches(config: PruningConfig, calibration: Batches | None) -> list[Mapping
 
 
 def _prepare(source: str, config: PruningConfig) -> tuple[Skeleton, PruningPlan, Mapping[str, Tensor]]:
+    if os.path.isdir(source):
+        refuse_links(Path(source), COPIED)
     skeleton = load_skeleton(source)
     path = find_file(source, MASK_FILE, {"local_files_only": check_model_source(source)})
     masks: Mapping[str, Tensor] = MappingProxyType({}) if path is None else StoredMasks(path)

@@ -16,16 +16,18 @@ from torch import Tensor
 
 from hf_prune.checkpoint import (
     MASK_FILE,
+    completing,
     copy_companions,
     find_file,
+    finish_checkpoint,
     mask_metadata,
     pack,
-    place_checkpoint,
 )
 from hf_prune.config import PruningConfig
 from hf_prune.errors import CheckpointError
-from hf_prune.files import write_text
+from hf_prune.files import place_folder, write_text
 from hf_prune.masking import zero_removed_
+from hf_prune.outputs import check_output
 from hf_prune.partial import Partial
 from hf_prune.plan import PlannedTensor, PruningPlan, refuse_infinite
 from hf_prune.report import SparsityReport, TensorReport, WeightStatistics, nm_patterns
@@ -34,11 +36,12 @@ from hf_prune.skeleton import Skeleton
 from hf_prune.sources import check_model_source
 from hf_prune.targets import Target, bias_names, resolve_targets
 
+COMMAND = "prune"
 REPORT_FILE = "sparsity_report.json"
 _BITS = "masks.bits"
-_CONFIGS = ("config.json", "generation_config.json")
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
+COPIED = ("config.json", "generation_config.json", _INDEX)  # as they are
 
 
 class Output:
@@ -239,17 +242,18 @@ class Output:
 
     # --- the end ------------------------------------------------------------------------------------
 
-    def finish(self, source: str, out: Path) -> SparsityReport:
+    def finish(self, source: str, out: Path, overwrite: bool) -> SparsityReport:
         """Add the other files, and put the checkpoint where it belongs."""
         staging = self.partial.staging
         hub = {"local_files_only": check_model_source(source)}
-        for name in (*_CONFIGS, *(() if _SINGLE in self.skeleton.shards.shards else (_INDEX,))):
+        for name in COPIED[:-1] if _SINGLE in self.skeleton.shards.shards else COPIED:
             if (path := find_file(source, name, hub)) is not None:
                 shutil.copyfile(path, staging / name)
-        copy_companions(source, staging, **hub)
+        copy_companions(source, staging)
         self._join_masks(staging / MASK_FILE)
         report = report_of(self.plan.model_name, list(self._parameters), self.reports, self.plan.notes)
         write_text(staging / REPORT_FILE, report.to_json())
+        check_output(out, COMMAND, overwrite=overwrite)
         place(self.partial, out, list(self._parameters), report)
         return report
 
@@ -297,29 +301,31 @@ def report_of(
 
 def place(partial: Partial, out: Path, names: Sequence[str], report: SparsityReport) -> None:
     """Move a finished checkpoint to where it belongs, in such a way that an interruption can be made good."""
-    files = sorted(str(path.relative_to(partial.staging)) for path in partial.staging.rglob("*") if path.is_file())
+    gone = finish_checkpoint(partial.staging, out, COMMAND)
     described = {"names": list(names), "model": report.model_name, "notes": list(report.notes)}
-    partial.add({"placing": files, **described})
-    place_checkpoint(partial.staging, out.resolve())
-    partial.remove()
+    staged = partial.staging.stat()
+    folder = [staged.st_dev, staged.st_ino]
+    partial.add({"placing": gone, "folder": folder, **described})
+    finish_placing(partial, out)
 
 
-def finish_placing(out: Path) -> tuple[dict[str, str], SparsityReport] | None:
-    """Finish what an interruption of :func:`place` left: what it is of, and its report; None if there is nothing."""
-    partial = Partial(out)
-    if not partial.records or "placing" not in partial.records[-1]:
-        return None
+def is_placing(partial: Partial) -> bool:
+    """Whether an interruption of :func:`place` left something to finish."""
+    return bool(partial.records) and "placing" in partial.records[-1]
+
+
+def finish_placing(partial: Partial, out: Path) -> SparsityReport:
+    """Finish what :func:`place` began; the report of the checkpoint."""
     last = partial.records[-1]
-    if partial.staging.exists():
-        left = {str(path.relative_to(partial.staging)) for path in partial.staging.rglob("*") if path.is_file()}
-        arrived = [Path(name) for name in last["placing"] if name not in left]
-        place_checkpoint(partial.staging, out.resolve(), arrived)
+    there = out.stat() if out.exists() else None
+    placed = there is not None and [there.st_dev, there.st_ino] == last["folder"]  # staging is the old one then
+    if partial.staging.exists() and not placed:
+        place_folder(partial.staging, out.resolve(), last["placing"], completing())
     reports: dict[str, dict[str, Any]] = {}
     for record in partial.records:
         reports |= record.get("tensors", {})
-    found = dict(partial.key), report_of(last["model"], last["names"], reports, last.get("notes", ()))
     partial.remove()
-    return found
+    return report_of(last["model"], last["names"], reports, last.get("notes", ()))
 
 
 def digest_of(value: Any) -> str:

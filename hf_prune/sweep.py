@@ -28,6 +28,7 @@ from hf_prune.errors import ConfigError, DataError, SweepError
 from hf_prune.evaluation import Evaluation, class_numbers, evaluate_classification
 from hf_prune.files import write_json, write_text
 from hf_prune.masking import MaskStore
+from hf_prune.outputs import check_output, say_replaced, writes_alone
 from hf_prune.pipeline import prune
 from hf_prune.plan import PruningPlan
 from hf_prune.plots import plot_tradeoff, save_figure
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedModel
 
+FILES = ("results.json", "results.csv", "tradeoff.png")
 FORMAT_VERSION = 1
 _TOKENIZED = 64  # sentences by whose tokens tokenizers are told apart
 # of a model's config: where it came from, and what a forward pass with labels fills in
@@ -248,6 +250,7 @@ class SweepResult:
         return files
 
 
+@writes_alone("sweep")
 def run_sweep(
     model: PreTrainedModel,
     tokenizer: Any,
@@ -262,6 +265,7 @@ def run_sweep(
     confidence: float = 0.95,
     out: str | os.PathLike[str] | None = None,
     restart: bool = False,
+    overwrite: bool = False,
     name: str = "",
     source: str = "",
     split: str = "",
@@ -285,6 +289,7 @@ def run_sweep(
         out: Folder for ``results.json``, ``results.csv`` and ``tradeoff.png``; points that it already has are
             not measured again.
         restart: Ignore what ``out`` has.
+        overwrite: Write into ``out`` also if there is something else in it; files of other names stay.
         name: What to call the model in results.
         source: Where the data is from, for results.
         split: Which split it is, for results.
@@ -296,10 +301,14 @@ def run_sweep(
 
     Raises:
         SweepError: If the model is pruned already, or ``out`` holds results of other settings, or such as were edited.
+        CheckpointError: If ``out`` holds something else.
         HfPruneError: As :func:`hf_prune.prune` does, for any of the points and before the first is measured.
     """
     if out is not None and Path(out).exists() and not Path(out).is_dir():
         raise SweepError(f"{out} is a file: expected a folder for the results")
+    if out is not None:
+        earlier = (Path(out) / "results.json").is_file()  # which is looked at below, unless it is to be replaced
+        check_output(out, "sweep", overwrite=overwrite or earlier)
     base = config or PruningConfig()
     if sparsities is None:
         fixed = None if base.removes_units else parse_granularity(base.granularity).fixed_sparsity
@@ -339,6 +348,8 @@ def run_sweep(
 
     done = {(p.criterion, p.sparsity) for p in points}
     if results is not None:
+        if found is None:
+            say_replaced(results.parent, FILES)
         write_json(results, result().to_dict())
     for point_config in configs:
         if (point_config.criterion, point_config.sparsity) in done:

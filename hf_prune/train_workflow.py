@@ -27,6 +27,7 @@ from hf_prune.evaluation import classification_examples, context_length, evaluat
 from hf_prune.files import write_json
 from hf_prune.lottery import LotteryResult, find_ticket
 from hf_prune.masking import MaskStore
+from hf_prune.outputs import check_output, writes_alone
 from hf_prune.perplexity import compare_perplexity, evaluate_perplexity
 from hf_prune.report import SparsityReport, sparsity_report
 from hf_prune.structures import structure_report
@@ -95,6 +96,7 @@ class TrainingReport:
         return "\n".join([*lines, f"Trained for {self.steps:,} steps in {self.seconds:.0f} s."])
 
 
+@writes_alone("train")
 def train_checkpoint(
     source: str,
     config: PruningConfig | None,
@@ -107,6 +109,7 @@ def train_checkpoint(
     distillation: Distillation | None = None,
     shrink_at: int | float | None = None,
     checkpoints: Path | None = None,
+    overwrite: bool = False,
 ) -> TrainingReport:
     """Train a checkpoint while it is pruned, into a folder: weights, masks, tokenizer, ``training_report.json``.
 
@@ -121,13 +124,16 @@ def train_checkpoint(
         distillation: How much of the loss comes from the teacher.
         shrink_at: See :class:`hf_prune.PruningCallback`.
         checkpoints: A folder for checkpoints of the training; one that has some goes on from the last one.
+        overwrite: Replace what is in the way in ``out``.
 
     Raises:
+        CheckpointError: If ``out`` is the source, or something is in the way.
         ConfigError: If settings contradict one another.
         DataError: If the model or the data cannot be found or read.
     """
     settings = settings or TrainingSettings()
     refuse_same_split(data.source, settings.split, score_split, "trained and scored on", _SEEN)
+    check_output(out, "train", [source, teacher], overwrite=overwrite, beside=[checkpoints])
     model, tokenizer = (load_language_model if isinstance(data, TextData) else load_classifier)(source)
     if config is None and MaskStore.of(model) is None:
         raise ConfigError(f"{source!r} has no masks to keep: name what is to be pruned, or prune it first")
@@ -181,10 +187,14 @@ def train_checkpoint(
         steps=trainer.state.global_step,
         seconds=float(result.metrics.get("train_runtime", 0.0)),
     )
-    _save(source, trained, out, {"training_report.json": found.to_dict()})
+    with staged_checkpoint(out, "train", overwrite=overwrite, beside=[checkpoints]) as staging:
+        trained.save_pretrained(staging)
+        copy_companions(source, staging)
+        write_json(staging / "training_report.json", found.to_dict())
     return found
 
 
+@writes_alone("lottery")
 def lottery_checkpoint(
     source: str,
     config: PruningConfig,
@@ -195,6 +205,7 @@ def lottery_checkpoint(
     score_split: str = "validation",
     rounds: int = 5,
     rewind_to: int = 0,
+    overwrite: bool = False,
 ) -> LotteryResult:
     """Search a lottery ticket, starting from the weights of a checkpoint; see :func:`hf_prune.find_ticket`.
 
@@ -210,11 +221,16 @@ def lottery_checkpoint(
         score_split: The split to score after each round.
         rounds: How often is pruned.
         rewind_to: After how many steps the early weights are taken.
+        overwrite: Replace what is in the way in ``out``.
+
+    Raises:
+        CheckpointError: If ``out`` is the source, or something is in the way.
     """
     from safetensors.torch import save_file
 
     settings = settings or TrainingSettings()
     refuse_same_split(data.source, settings.split, score_split, "trained and scored on", _SEEN)
+    check_output(out, "lottery", [source], overwrite=overwrite)
     model, tokenizer = load_classifier(source)
     examples = _examples(data, model, tokenizer, settings)
     scored = dataclasses.replace(settings, split=score_split)
@@ -238,7 +254,7 @@ def lottery_checkpoint(
             result = find_ticket(model, make_trainer, config, rounds=rounds, rewind_to=rewind_to)
     shared: dict[int, str] = {}
     ticket = {n: t for n, t in result.ticket.items() if shared.setdefault(t.data_ptr(), n) == n}
-    with staged_checkpoint(out) as staging:
+    with staged_checkpoint(out, "lottery", overwrite=overwrite) as staging:
         model.eval().save_pretrained(staging)
         copy_companions(source, staging)
         save_file({name: tensor.contiguous() for name, tensor in ticket.items()}, staging / "ticket.safetensors")
@@ -311,13 +327,3 @@ def _score(data: LabelledData | TextData, model: Any, tokenizer: Any, split: str
         source=data.source,
         split=split,
     )
-
-
-def _save(source: str, model: Any, out: Path, reports: Mapping[str, Any]) -> None:
-    if out.is_file():
-        raise ConfigError(f"{out} is a file: expected a folder to save into")
-    with staged_checkpoint(out) as staging:
-        model.save_pretrained(staging)
-        copy_companions(source, staging)
-        for name, values in reports.items():
-            write_json(staging / name, values)

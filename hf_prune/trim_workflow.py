@@ -6,26 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hf_prune.auto import load_native, load_tokenizer
-from hf_prune.checkpoint import copy_companions, has_tokenizer, staged_checkpoint
+from hf_prune.checkpoint import copy_companions, has_tokenizer, staged_checkpoint, tokenizer_files
 from hf_prune.data_loading import load_texts
 from hf_prune.errors import DataError
 from hf_prune.files import write_json
+from hf_prune.outputs import check_output, writes_alone
 from hf_prune.sources import check_model_source
 from hf_prune.vocabulary import TrimResult, trim_vocabulary
-
-# What tokenizers save; files of the old one must not lie beside the new one.
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.txt",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-)
 
 
 def read_corpus(sources: Sequence[str], splits: Sequence[str], columns: Sequence[str]) -> list[str]:
@@ -48,6 +35,7 @@ def read_corpus(sources: Sequence[str], splits: Sequence[str], columns: Sequence
     ]
 
 
+@writes_alone("trim-vocab")
 def trim_checkpoint(
     source: str,
     out: Path | None,
@@ -56,20 +44,25 @@ def trim_checkpoint(
     keep: Sequence[str] = (),
     min_count: int = 1,
     round_to: int | None = None,
+    overwrite: bool = False,
 ) -> TrimResult:
     """Trim the vocabulary of a checkpoint into a folder: weights, the new tokenizer, ``vocabulary_report.json``.
 
     Args:
         source: Folder or Hub id.
-        out: The folder, which may be the source itself; None to only see what would be left.
+        out: The folder: new, empty, or an earlier output; None to only see what would be left.
         texts: See :func:`hf_prune.trim_vocabulary`, also for the other settings.
         keep: Tokens that stay in any case.
         min_count: Tokens that are used less often go too.
         round_to: Make the number of tokens a multiple of this.
+        overwrite: Replace what is in the way in ``out``.
 
     Raises:
+        CheckpointError: If ``out`` is the source, or something is in the way.
         DataError: If the source cannot be found, or has no tokenizer.
     """
+    if out is not None:
+        check_output(out, "trim-vocab", [source], overwrite=overwrite)
     offline = check_model_source(source)
     if not has_tokenizer(source, local_files_only=offline):
         raise DataError(f"{source!r} has no tokenizer: expected one beside the model, whose tokens can be counted")
@@ -77,14 +70,11 @@ def trim_checkpoint(
     result = trim_vocabulary(model, tokenizer, texts, keep=keep, min_count=min_count, round_to=round_to)
     if out is None:
         return result
-    with staged_checkpoint(out) as staging:
+    with staged_checkpoint(out, "trim-vocab", overwrite=overwrite) as staging:
         model.save_pretrained(staging)
-        copy_companions(source, staging, local_files_only=offline)
-        for name in _TOKENIZER_FILES:
+        copy_companions(source, staging)
+        for name in tokenizer_files():  # of the old one must not lie beside the new one
             (staging / name).unlink(missing_ok=True)
         result.tokenizer.save_pretrained(staging)
         write_json(staging / "vocabulary_report.json", result.to_dict())
-        written = {path.name for path in staging.iterdir()}
-    for name in set(_TOKENIZER_FILES) - written:  # of a tokenizer that was in the folder before
-        (out / name).unlink(missing_ok=True)
     return result

@@ -27,7 +27,8 @@ from hf_prune.data_loading import check_columns, load_texts
 from hf_prune.distributed import all_or_none, is_first, processes
 from hf_prune.errors import ConfigError, DataError
 from hf_prune.evaluation import Evaluation, class_numbers, drawn, evaluate_classification
-from hf_prune.files import copy_beside, source_and_target, write_json, write_text
+from hf_prune.files import copy_beside, write_json, write_text
+from hf_prune.outputs import check_output, source_folder, writes_alone
 from hf_prune.perplexity import Perplexity, evaluate_perplexity
 from hf_prune.plan import PruningPlan
 from hf_prune.plots import write_plots
@@ -164,6 +165,7 @@ def evaluate_language_model(
     )
 
 
+@writes_alone("prune")
 def prune_checkpoint(
     source: str,
     config: PruningConfig,
@@ -174,30 +176,36 @@ def prune_checkpoint(
     plots: bool = False,
     name: str = "",
     shrink: bool | None = None,
+    overwrite: bool = False,
 ) -> SparsityReport:
     """Prune a checkpoint into a folder: weights, masks, tokenizer, report and, if asked for, plots.
 
     Args:
         source: Folder or Hub id.
         config: The settings.
-        out: The folder, which may be the source itself.
+        out: The folder: new, empty, or an earlier output.
         data: Labelled texts, or texts for a language model, for criteria that need them.
         polish_samples: How many of them a polish trains on; by default 4,096 labelled texts (without their labels), or
             the windows that calibration sees. Those of calibration are among them.
         plots: Also write ``weights.png`` and ``layers.png``.
         name: What to call the model in plots.
         shrink: Take out what was pruned as a whole, or leave it in, masked. None: take out heads, neurons and layers.
+        overwrite: Replace what is in the way in ``out``.
 
     Returns:
         The report, which lies in the folder as ``sparsity_report.json``.
+
+    Raises:
+        CheckpointError: If ``out`` is the source, or something is in the way.
     """
+    check_output(out, "prune", [source], overwrite=overwrite)
     join_processes()
     if polish_samples is not None and config.polish is None:
         raise ConfigError(f"polish_samples is {polish_samples}, but there is no polish: set polish, or leave it out")
     data = data if config.needs_data else None
     model, tokenizer, batches = _with_calibration(source, data, config)
     more = None if data is None else data.for_polish([config], model, tokenizer, polish_samples)
-    with _pruned_into(model, source, config, out, batches, plots, name, more, shrink) as (report, _):
+    with _pruned_into(model, source, config, out, batches, plots, name, more, shrink, overwrite) as (report, _):
         return report
 
 
@@ -228,6 +236,7 @@ def _with_calibration(
     return model, tokenizer, data.calibration([config], model, tokenizer)
 
 
+@writes_alone("prune")
 def prune_to_budget(
     source: str,
     config: PruningConfig,
@@ -240,6 +249,7 @@ def prune_to_budget(
     batch_size: int = 32,
     plots: bool = False,
     name: str = "",
+    overwrite: bool = False,
 ) -> tuple[SparsitySearch, Comparison, SparsityReport]:
     """Prune a checkpoint as far as a drop in accuracy allows, and save it as :func:`prune_checkpoint` does.
 
@@ -250,7 +260,7 @@ def prune_to_budget(
     Args:
         source: Folder or Hub id of a dense sequence classifier.
         config: All settings but the sparsity.
-        out: The folder, which may be the source itself.
+        out: The folder: new, empty, or an earlier output.
         data: Labelled texts.
         max_drop: Largest accepted drop, in points of accuracy.
         held_out: How many sentences the search scores.
@@ -258,13 +268,16 @@ def prune_to_budget(
         batch_size: Examples scored at once.
         plots: Also write ``weights.png`` and ``layers.png``.
         name: What to call the model in plots.
+        overwrite: Replace what is in the way in ``out``.
 
     Returns:
         The search and the comparison on ``split``, which lie in the folder as ``sparsity_search.json``, and the report.
 
     Raises:
         BudgetError: If no sparsity is within the budget; then nothing is written.
+        CheckpointError: If ``out`` is the source, or something is in the way.
     """
+    check_output(out, "prune", [source], overwrite=overwrite)
     check_budget(config, max_drop)
     why = "a model looks better than it is on the sentences that its sparsity was chosen on"
     refuse_same_split(data.source, split, data.calibration_split, "searched and reported on", why)
@@ -297,7 +310,8 @@ def prune_to_budget(
         )
 
     dense = score(f"dense, {split}")
-    with _pruned_into(model, source, search.config, out, batches, plots, name, more) as (report, staging):
+    made = _pruned_into(model, source, search.config, out, batches, plots, name, more, overwrite=overwrite)
+    with made as (report, staging):
         comparison = compare(dense, score(f"pruned, {split}"))
         if staging is not None:
             values = {**search.to_dict(), "reported": {"split": split, **comparison.to_dict()}}
@@ -305,21 +319,30 @@ def prune_to_budget(
     return search, comparison, report
 
 
+@writes_alone("prune")
 def stream_checkpoint(
-    source: str, config: PruningConfig, out: Path, *, data: LabelledData | TextData | None = None, restart: bool = False
+    source: str,
+    config: PruningConfig,
+    out: Path,
+    *,
+    data: LabelledData | TextData | None = None,
+    restart: bool = False,
+    overwrite: bool = False,
 ) -> SparsityReport:
     """Prune a checkpoint into a folder without holding its model; see :func:`hf_prune.prune_stream`.
 
     Args:
         source: Folder or Hub id.
         config: The settings.
-        out: The folder, which may be the source itself.
+        out: The folder: new, empty, or an earlier output.
         data: Texts, for criteria that learn from inputs; their labels are not looked at.
         restart: Begin anew, whatever an interrupted run left.
+        overwrite: Replace what is in the way in ``out``.
     """
     check_streamable(config)
+    check_output(out, "prune", [source], overwrite=overwrite)
     batches = _streamed_batches(source, data) if config.needs and data is not None else None
-    return prune_stream(source, config, out, calibration=batches, progress=True, restart=restart)
+    return prune_stream(source, config, out, calibration=batches, progress=True, restart=restart, overwrite=overwrite)
 
 
 def _streamed_batches(source: str, data: LabelledData | TextData) -> list[dict[str, Any]]:
@@ -342,7 +365,11 @@ def _streamed_batches(source: str, data: LabelledData | TextData) -> list[dict[s
 
 
 def adopt_checkpoint(
-    source: str | os.PathLike[str], out: str | os.PathLike[str], *, min_sparsity: float = MIN_SPARSITY
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    min_sparsity: float = MIN_SPARSITY,
+    overwrite: bool = False,
 ) -> AdoptionReport:
     """Write a checkpoint, in which another tool left zeros, with masks of them; see :func:`hf_prune.adopt_zeros`.
 
@@ -350,14 +377,19 @@ def adopt_checkpoint(
         source: Its folder.
         out: The folder for the new one; what lies beside the weights comes along.
         min_sparsity: Weights with a smaller share of zeros get no mask.
+        overwrite: Replace what is in the way in ``out``.
+
+    Raises:
+        CheckpointError: If ``out`` is the source, or something is in the way.
     """
-    source, out = source_and_target(source, out)
+    source = source_folder(source)
+    out = check_output(out, "migrate", [source], overwrite=overwrite)
     model = load_native(str(source))
     report = adopt_zeros(model, min_sparsity=min_sparsity)
-    with staged_checkpoint(out) as staging:
+    with staged_checkpoint(out, "migrate", overwrite=overwrite) as staging:
         model.save_pretrained(staging)
         own = [path.name for path in staging.iterdir()]
-        left = copy_beside(source, staging, own, [out], ["model*.safetensors*", *REPORTS, CARD_DATA])
+        left = copy_beside(source, staging, own, ["model*.safetensors*", *REPORTS, CARD_DATA])
     return dataclasses.replace(report, left={**report.left, **dict.fromkeys(left, "which was not carried over")})
 
 
@@ -380,6 +412,7 @@ def _pruned_into(
     name: str,
     polish_data: list[dict[str, Any]] | None = None,
     shrink: bool | None = None,
+    overwrite: bool = False,
 ) -> Iterator[tuple[SparsityReport, Path | None]]:
     """Prune and save; the block may add files to the folder, which then appears at once.
 
@@ -396,10 +429,11 @@ def _pruned_into(
     after = weight_histogram(model, names, limit=float(before.edges[-1])) if plots else None
     if shrinks:
         report = dataclasses.replace(report, structure=structure_report(model.shrink()))
-    with all_or_none(), staged_checkpoint(out) if is_first() else contextlib.nullcontext() as staging:
+    writes = staged_checkpoint(out, "prune", overwrite=overwrite) if is_first() else contextlib.nullcontext()
+    with all_or_none(), writes as staging:
         if staging is not None:
             model.save_pretrained(staging)
-            copy_companions(source, staging, local_files_only=check_model_source(source))
+            copy_companions(source, staging)
             write_text(staging / "sparsity_report.json", report.to_json())
             if after is not None:
                 try:
@@ -409,6 +443,7 @@ def _pruned_into(
         yield report, staging
 
 
+@writes_alone("sweep")
 def sweep_checkpoint(
     source: str,
     data: LabelledData,
@@ -423,6 +458,7 @@ def sweep_checkpoint(
     restart: bool = False,
     name: str = "",
     data_name: str = "",
+    overwrite: bool = False,
 ) -> SweepResult:
     """Sweep over a checkpoint; see :func:`hf_prune.run_sweep`.
 
@@ -439,7 +475,9 @@ def sweep_checkpoint(
         restart: Measure everything anew.
         name: What to call the model in tables and plots.
         data_name: What to call the data there.
+        overwrite: Replace results of other settings, or of somebody else, in ``out``.
     """
+    check_output(out, "sweep", [source], overwrite=True)  # what is in it, run_sweep looks at
     configs = [(config or PruningConfig()).replace(criterion=name) for name in criteria]
     if any(each.needs_data for each in configs):
         why = "a criterion that has seen the labels that it is scored on looks better than it is"
@@ -464,6 +502,7 @@ def sweep_checkpoint(
         text_columns=data.text_columns,
         label_column=data.label_column,
         batch_size=batch_size,
+        overwrite=overwrite,
     )
 
 

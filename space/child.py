@@ -131,7 +131,7 @@ class Desk:
         shutil.rmtree(file.parent, ignore_errors=True)
         file.parent.mkdir()
         with zipfile.ZipFile(file, "w") as packed:  # the weights are packed already
-            for each in sorted(folder.iterdir()):
+            for each in sorted(path for path in folder.iterdir() if not path.name.startswith(".")):
                 packed.write(each, each.name)
 
     def measure(self, model: Mapping[str, Any], folder: str) -> dict[str, Any]:

@@ -17,7 +17,8 @@ from hf_prune import DataError
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 _FILES = (
-    "*.safetensors", "config.json", "tokenizer*.json", "special_tokens_map.json", "vocab.*", "merges.txt", "*.model"
+    "*.safetensors", "config.json", "tokenizer*.json", "special_tokens_map.json", "vocab*", "merges.txt", "*.model",
+    "*.spm", "bpe.codes", "dict.txt", "normalizer.json", "added_tokens.json", "chat_template.jinja"
 )  # fmt: skip
 _LARGEST_TEXT = 1_000_000  # of config.json and README.md
 _LARGEST_NUMBER, _MOST_LAYERS = 2_000_000, 128  # in a config: more is no model that fits here

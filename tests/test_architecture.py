@@ -30,6 +30,7 @@ LAYERS = (
     (
         "distributed",
         "packed_loading",
+        "outputs",
         "packing",
         "partial",
         "progress",

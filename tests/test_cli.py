@@ -209,6 +209,7 @@ def test_prune_end_to_end(hf_prune, folders, tmp_path):
     assert_pruned_like(out, PruningConfig(sparsity=0.5))
     written = {p.name for p in out.iterdir()}
     assert written == {
+        ".hf_prune.json",
         "config.json",
         "model.safetensors",
         "pruning_masks.safetensors",
@@ -424,17 +425,17 @@ def test_a_polish_within_a_budget_sees_no_held_out_sentence(
     assert "unlabelled examples" in json.loads((tmp_path / "sparsity_report.json").read_text())["polish"]
 
 
-def test_out_may_be_the_model_itself(hf_prune, folders, tmp_path):
-    models.tiny_classifier(seed=4).save_pretrained(tmp_path)
-    models.tiny_tokenizer().save_pretrained(tmp_path)
-    assert hf_prune("prune", tmp_path, "--sparsity", 0.3, "--out", tmp_path).code == 0
-    assert hf_prune("prune", tmp_path, "--sparsity", 0.6, "--out", tmp_path).code == 0
-    assert_pruned_like(tmp_path, PruningConfig(sparsity=0.6))
-    assert AutoTokenizer.from_pretrained(tmp_path)("w1").input_ids == [2, 5, 3]
+def test_pruning_goes_on_from_a_pruned_model(hf_prune, folders, tmp_path):
+    models.tiny_classifier(seed=4).save_pretrained(tmp_path / "dense")
+    models.tiny_tokenizer().save_pretrained(tmp_path / "dense")
+    assert hf_prune("prune", tmp_path / "dense", "--sparsity", 0.3, "--out", tmp_path / "a").code == 0
+    assert hf_prune("prune", tmp_path / "a", "--sparsity", 0.6, "--out", tmp_path / "b").code == 0
+    assert_pruned_like(tmp_path / "b", PruningConfig(sparsity=0.6))
+    assert AutoTokenizer.from_pretrained(tmp_path / "b")("w1").input_ids == [2, 5, 3]
     assert "below what earlier pruning already removed" in error_of(
-        hf_prune("prune", tmp_path, "--sparsity", 0.2, "--out", tmp_path)
+        hf_prune("prune", tmp_path / "b", "--sparsity", 0.2, "--out", tmp_path / "a")
     )
-    assert_pruned_like(tmp_path, PruningConfig(sparsity=0.6))
+    assert_pruned_like(tmp_path / "a", PruningConfig(sparsity=0.3))
 
 
 @pytest.mark.parametrize(("kind", "auto"), [("vit", AutoModelForImageClassification), ("gpt2", AutoModelForCausalLM)])
@@ -718,7 +719,7 @@ def test_more_user_errors(hf_prune, folders, tmp_path):
     assert "do not fit its config" in error_of(hf_prune("report", wrong)).replace("\n", " ")
     (tmp_path / "file").write_text("x")
     sweep = ["sweep", text, "--data", data, "--out", tmp_path / "file"]
-    assert "is a file: expected a folder for the results" in error_of(hf_prune(*sweep))
+    assert "is a file: expected a folder to save into" in error_of(hf_prune(*sweep))
 
 
 def test_version(hf_prune):

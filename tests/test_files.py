@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from hf_prune import files
+from hf_prune.errors import CheckpointError
 from hf_prune.files import atomic_path, staged_folder, write_json, write_text
 
 STALE, LAST = ("w*.bin",), ("w*.index", "masks", "config")
@@ -120,55 +121,189 @@ def test_every_file_is_on_the_disk_before_it_takes_its_place(tmp_path, monkeypat
     assert set(happened[: happened.index("in place")]) >= {"w1.bin", "config", "x"}
 
 
-KILLED = """
-import os, sys
-from pathlib import Path
-from hf_prune import files
-from hf_prune.files import staged_folder
-
-out, steps, swaps = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "swap"
-swap = files._swap_names() if swaps else None
-
-def step(real):
-    def do(*args, **kwargs):
-        global steps
-        if steps == 0:
-            os._exit(9)
-        steps -= 1
-        return real(*args, **kwargs)
-    return do
-
-files._swap_names = lambda: swap and step(swap)
-with staged_folder(out, ("w*.bin",), ("w*.index", "masks", "config")) as staging:
-    for name in ("w1.bin", "w.index", "masks", "config", "extra"):
-        (staging / name).write_text("new")
-    for place, name in ((Path, "unlink"), (Path, "replace"), (os, "link"), (os, "rmdir"), (files, "sync")):
-        setattr(place, name, step(getattr(place, name)))
-"""
+CHANGES = [
+    (Path, "rename"),
+    (Path, "unlink"),
+    (Path, "replace"),
+    (Path, "mkdir"),
+    (os, "link"),
+    (files, "sync"),
+    (files, "_give"),
+    (files, "write_json"),
+]
+OLD = dict.fromkeys(("w1.bin", "w2.bin", "w.index", "masks", "config", "notes", "sub/notes", "sub/shared"), "old")
+NEW = dict.fromkeys(("w1.bin", "w.index", "masks", "config", "extra", "sub/shared", "sub/new"), "new")
+AFTER = {**NEW, "notes": "old", "sub/notes": "old"}
+WAYS = ["swap", "one by one", "no links"]
 
 
-@pytest.mark.parametrize("way", ["swap", "one by one"])
-def test_killed_at_any_step_the_folder_is_old_incomplete_or_new(tmp_path, way):
-    """By one rename where the system has it; else what completes the set goes first and comes last."""
+def save(out: Path, way: str, steps: int, fault: Callable[[], None], patch: pytest.MonkeyPatch) -> None:
+    """Save a new set over an old one, with a fault after so many changes of the disk."""
+    swap = files._swap_names() if way == "swap" else None
+    left = iter(range(steps))
+
+    def step(real):
+        def do(*args, **kwargs):
+            if next(left, None) is None:
+                fault()
+            return real(*args, **kwargs)
+
+        return do
+
+    def refuse(*args, **kwargs):
+        raise OSError("Operation not supported")
+
+    patch.setattr(files, "_swap_names", lambda: swap and step(swap))
+    if way == "no links":
+        patch.setattr(os, "link", refuse)
+    with staged_folder(out, STALE, LAST) as staging:
+        put(staging, NEW)
+        for place, name in CHANGES:
+            patch.setattr(place, name, step(getattr(place, name)))
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+def test_after_an_error_at_any_step_the_folder_is_old_or_new(tmp_path, monkeypatch, way, error):
+    """What was taken out of it is put back, and nothing is left beside it."""
+
+    def fault():
+        if not raised:
+            raised.append(True)
+            raise error("disk full")
+
     states = []
-    for steps in range(30):
+    for steps in range(200):
+        out, raised = tmp_path / str(steps) / "out", []
+        put(out, OLD)
+        with monkeypatch.context() as patch:
+            try:
+                save(out, way, steps, fault, patch)
+            except error:
+                states.append("error")
+            else:
+                states.append("saved")
+        assert contents(out) in ([OLD, AFTER] if states[-1] == "error" else [AFTER])
+        assert [path.name for path in out.parent.iterdir()] == ["out"]
+        if not raised:
+            break
+    assert not raised
+    assert states.count("error") > 5
+    print(f"{len(states) - 1} faults, {states.count('error')} of them errors: the old set or the new one was there")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks a process to kill")
+@pytest.mark.parametrize("way", WAYS)
+def test_killed_at_any_step_the_old_set_or_the_new_one_is_whole(tmp_path, monkeypatch, way):
+    """In the folder, or beside it until the next process writes there; never a mixture that somebody could read."""
+    states = []
+    for steps in range(200):
         out = tmp_path / str(steps) / "out"
-        names = ("w1.bin", "w2.bin", "w.index", "masks", "config", "notes", "sub/notes")
-        put(out, dict.fromkeys(names, "old"))
-        before = contents(out)
-        code = subprocess.run([sys.executable, "-c", KILLED, str(out), str(steps), way], check=False).returncode
+        put(out, OLD)
+        if (child := os.fork()) == 0:
+            code = 1
+            try:
+                save(out, way, steps, lambda: os._exit(9), monkeypatch)
+                code = 0
+            finally:
+                os._exit(code)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        assert code in (0, 9)
         after = contents(out)
-        if after == before:
-            states.append("old")
-        elif "config" not in after:
-            states.append("incomplete")
-        else:
-            new = dict.fromkeys(["config", "extra", "masks", "w.index", "w1.bin"], "new")
-            assert after == {**new, "notes": "old", "sub/notes": "old"}
-            states.append("new")
+        states.append("old" if after == OLD else "new" if after == AFTER else "incomplete")
+        if states[-1] == "incomplete":
+            assert "config" not in after
+            beside = [contents(path) for path in out.parent.glob(".out.*.tmp")]
+            assert way == "no links" or NEW in beside
+        files.remove_leftovers(out)
+        assert [path.name for path in out.parent.iterdir()] == ["out"]
+        assert contents(out) == (AFTER if states[-1] == "new" else OLD)
         if code == 0:
             break
-        assert code == 9
+    assert code == 0
     assert states.count("old") > 5
-    assert sorted(set(states), key=states.index) == ["old", *([] if way == "swap" else ["incomplete"]), "new"]
+    assert ("incomplete" in states) is (way != "swap")
     assert states == sorted(states, key=["old", "incomplete", "new"].index)
+    print(f"{len(states) - 1} kills: the old set or the new one was there, or was put back")
+
+
+def test_what_cannot_be_put_back_is_kept_and_named(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    put(out, OLD)
+    monkeypatch.setattr(files, "_swap_names", lambda: None)
+
+    def full(*args):
+        raise OSError("Input/output error")
+
+    def fail(patch):
+        with staged_folder(out, STALE, LAST) as staging:
+            put(staging, NEW)
+            patch.setattr(files, "_link_or_rename", full)
+            patch.setattr(files, "put_back", lambda *args: full() if files._old(args[0]).exists() else None)
+
+    with pytest.raises(CheckpointError, match="could not be put back") as caught, monkeypatch.context() as patch:
+        fail(patch)
+    (kept,) = tmp_path.glob(".out.*.tmp")
+    assert contents(kept) == NEW
+    assert str(kept) in str(caught.value)
+    assert str(kept) + ".old" in str(caught.value)
+    files.remove_leftovers(out)  # as the next run does
+    assert contents(tmp_path) == {f"out/{name}": text for name, text in OLD.items()}
+
+
+def test_leftovers_of_others_stay(tmp_path):
+    put(tmp_path, {".out.mine.tmp/x": "1", ".other.0123456789ab.tmp/x": "1", ".out.0123456789ab.tmp": "a file"})
+    before = contents(tmp_path)
+    files.remove_leftovers(tmp_path / "out")
+    assert contents(tmp_path) == before
+
+
+def test_a_folder_in_the_place_of_a_file_stays(tmp_path):
+    put(tmp_path, {"out/config/mine": "old"})
+    with pytest.raises(CheckpointError, match="config is a folder: expected a file, or nothing"):
+        with staged_folder(tmp_path / "out", STALE, LAST) as staging:
+            put(staging, NEW)
+    assert contents(tmp_path) == {"out/config/mine": "old"}
+
+
+# --- what is not ours ------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(os.name != "posix", reason="modes and owners of POSIX")
+@pytest.mark.parametrize("way", WAYS)
+def test_modes_owners_and_times_stay(tmp_path, monkeypatch, way):
+    out = tmp_path / "out"
+    put(out, OLD)
+    for name, mode in ((".", 0o2700), ("sub", 0o750), ("config", 0o600), ("sub/shared", 0o640), ("notes", 0o604)):
+        (out / name).chmod(mode)
+    others = (1234, 2345) if os.getuid() == 0 else (os.getuid(), os.getgid())
+    for name in (".", "sub", "config"):
+        os.chown(out / name, *others)
+    (out / ".").chmod(0o2700)
+    os.utime(out / "sub", (1e9, 1e9))
+    save(out, way, 10_000, lambda: None, monkeypatch)
+    monkeypatch.undo()
+    assert contents(out) == AFTER
+    for name, mode in ((".", 0o2700), ("sub", 0o750), ("config", 0o600), ("sub/shared", 0o640), ("notes", 0o604)):
+        assert (out / name).stat().st_mode & 0o7777 == mode, name
+    for name in (".", "sub", "config"):
+        assert ((out / name).stat().st_uid, (out / name).stat().st_gid) == others
+    assert (out / "extra").stat().st_gid == others[1]  # as in a setgid folder
+    if way == "swap":
+        assert (out / "sub").stat().st_mtime == 1e9
+
+
+def test_a_subfolder_that_may_not_be_listed_keeps_what_it_has(tmp_path, monkeypatch):
+    put(tmp_path / "out", {**OLD, "closed/x": "old"})
+    scandir = os.scandir
+
+    def listed(path="."):
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "scandir", listed)
+        with staged_folder(tmp_path / "out", STALE, LAST) as staging:
+            put(staging, NEW)
+    assert contents(tmp_path / "out") == {**AFTER, "closed/x": "old"}

@@ -36,8 +36,10 @@ from hf_prune import (
     text_batches,
 )
 from hf_prune import checkpoint as checkpoints
+from hf_prune import files as files_module
 from hf_prune.auto import load_native
 from hf_prune.data_loading import load_texts
+from hf_prune.outputs import MARK
 from hf_prune.partial import Partial
 from tests import models
 
@@ -160,8 +162,10 @@ def test_files_are_those_of_the_source_with_zeros(size, tmp_path):
     out = tmp_path / "out"
     prune_stream(source, 0.5, out)
     added = {checkpoints.MASK_FILE, "sparsity_report.json"}
-    assert {path.name for path in out.iterdir()} == {path.name for path in source.iterdir()} | added
+    assert {path.name for path in out.iterdir()} == {path.name for path in source.iterdir()} | added | {MARK}
     for path in source.iterdir():
+        if path.name == MARK:
+            continue
         if path.suffix != ".safetensors":
             assert filecmp.cmp(path, out / path.name, shallow=False)
         else:
@@ -232,13 +236,13 @@ def test_the_plan_is_that_of_the_model_and_reads_no_weight(tmp_path, monkeypatch
     assert plan_stream(source, config) == load_native(str(source)).plan(config)
 
 
-def test_out_may_be_the_source(tmp_path):
-    source, kept = saved(models.tiny_bert(), tmp_path / "source"), tmp_path / "kept"
-    shutil.copytree(source, kept)
-    (source / "notes.txt").write_text("mine")
-    prune_stream(source, 0.5, source)
-    prune_stream(kept, 0.5, tmp_path / "out")
-    assert contents(source) == contents(tmp_path / "out") | {"notes.txt": b"mine"}
+def test_out_is_not_the_source(tmp_path):
+    source = saved(models.tiny_bert(), tmp_path / "source")
+    before = contents(source)
+    for overwrite in (False, True):
+        with pytest.raises(CheckpointError, match="source would replace itself: name another folder"):
+            prune_stream(source, 0.5, source, overwrite=overwrite)
+    assert contents(source) == before
     assert nothing_hidden(tmp_path)
 
 
@@ -371,29 +375,54 @@ def test_another_run_in_the_way_is_refused_and_can_be_dropped(tmp_path, stop_bef
 
 
 @pytest.mark.parametrize("moved", [0, 1, 3, 6])
-@pytest.mark.parametrize("in_place", [False, True], ids=["another folder", "the source itself"])
-def test_a_move_into_a_folder_that_was_interrupted_is_finished(moved, in_place, tmp_path, monkeypatch):
-    source, old = saved(models.tiny_llama(), tmp_path / "source"), models.tiny_bert()
+@pytest.mark.parametrize("ends", ["error", "kill"])
+def test_a_move_into_a_folder_that_was_interrupted_is_finished(moved, ends, tmp_path, monkeypatch):
+    source, out = saved(models.tiny_llama(), tmp_path / "source"), saved(models.tiny_bert(), tmp_path / "out", "1GB")
     prune_stream(source, 0.5, tmp_path / "expected")
-    out = source if in_place else saved(old, tmp_path / "out", "1GB")
-    replace, left = Path.replace, [moved]
+    old = contents(out)
+    monkeypatch.setattr(files_module, "_swap_names", lambda: None)
+    place, left = files_module._link_or_rename, [moved]
 
-    def counted(self: Path, target: Path) -> Path:
-        if self.parent.name == "checkpoint" and target.parent.name != "checkpoint":
-            if left[0] == 0:
-                raise Stop
-            left[0] -= 1
-        return replace(self, target)
+    def counted(path: Path, target: Path) -> None:
+        if left[0] == 0:
+            raise Stop
+        left[0] -= 1
+        place(path, target)
 
-    monkeypatch.setattr(Path, "replace", counted)
-    with pytest.raises(Stop):
-        prune_stream(source, 0.5, out)
-    assert not (out / "config.json").exists()  # so nobody takes it for a checkpoint
-    left[0] = -1
+    with monkeypatch.context() as patch:
+        patch.setattr(files_module, "_link_or_rename", counted)
+        if ends == "kill":  # nothing is put back
+            patch.setattr(files_module, "put_back", lambda staging, folder: None)
+        with pytest.raises(Stop):
+            prune_stream(source, 0.5, out, overwrite=True)
+    if ends == "kill":
+        assert not (out / "config.json").exists()  # so nobody takes it for a checkpoint
+    else:
+        assert contents(out) == old
+    with pytest.raises(CheckpointError, match="which differs in settings: repeat that run"):
+        prune_stream(source, 0.7, out, overwrite=True)  # which neither places nor replaces anything
+    with pytest.raises(ConfigError, match="streaming does not train"):
+        prune_stream(source, 0.7, out, overwrite=True, restart=True, criterion="movement")
+    assert (out / "config.json").exists() is (ends == "error")
     report = prune_stream(source, 0.5, out)
     assert contents(out) == contents(tmp_path / "expected")
     assert report.target_sparsity == 0.5
     assert report.targets[0].before is not None
+    assert nothing_hidden(tmp_path)
+
+
+def test_a_run_that_begins_anew_finishes_what_was_placed_first(tmp_path, monkeypatch):
+    source, out = saved(models.tiny_llama(), tmp_path / "source"), tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(stream_output, "place_folder", lambda *args: (_ for _ in ()).throw(Stop))
+        with pytest.raises(Stop):
+            prune_stream(source, 0.5, out)
+    assert not out.exists()
+    with pytest.raises(PlanError, match="unknown module 'nobody'"):
+        prune_stream(source, 0.7, out, restart=True, target_modules=["nobody"])
+    assert not out.exists()
+    prune_stream(source, 0.7, out, restart=True)
+    assert load_native(str(out)).pruning_config.sparsity == 0.7
     assert nothing_hidden(tmp_path)
 
 

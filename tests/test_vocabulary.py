@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 
 import pytest
 import torch
@@ -587,11 +588,14 @@ def test_command(run, folder):
     assert not list(folder.glob(".*"))
 
 
-def test_command_in_place_leaves_no_old_vocabulary(run, folder):
-    run(folder / "model", "--texts", folder / "data", "--out", folder / "model")
-    assert not (folder / "model" / "vocab.txt").exists()
-    size = AutoModel.from_pretrained(folder / "model").config.vocab_size
-    assert len(AutoTokenizer.from_pretrained(folder / "model")) == size
+def test_command_over_another_model_leaves_no_old_vocabulary(run, folder):
+    shutil.copytree(folder / "model", folder / "other")
+    arguments = [folder / "model", "--texts", folder / "data", "--out", folder / "other"]
+    assert "which hf-prune trim-vocab did not write: name a new" in run(*arguments, code=1)
+    run(*arguments, "--overwrite")
+    assert not (folder / "other" / "vocab.txt").exists()
+    size = AutoModel.from_pretrained(folder / "other").config.vocab_size
+    assert len(AutoTokenizer.from_pretrained(folder / "other")) == size
 
 
 def test_command_dry_run_json_and_keep(run, folder):
