@@ -36,7 +36,7 @@ from hf_prune.files import MARK, atomic_path, copy_beside, is_left_out, staged_f
 from hf_prune.masking import MaskStore, warn_regrown
 from hf_prune.offloading import values_of
 from hf_prune.outputs import SAVE, check_output, output_lock, own_files, refuse_file, say_replaced, write_mark
-from hf_prune.packed_files import PackedFiles, read_index
+from hf_prune.packed_files import INDEX, SINGLE, PackedFiles, read_index, refuse_weights_elsewhere
 from hf_prune.packed_format import is_packed
 from hf_prune.polish import PolishRecord
 from hf_prune.quantized import refuse_quantized
@@ -794,11 +794,14 @@ def weight_files(source: Any, hub: Mapping[str, Any]) -> list[str]:
     """The safetensors files of a checkpoint; none for formats of other kinds.
 
     Raises:
-        CheckpointError: If all it has is a pickle.
+        CheckpointError: If all it has is a pickle, or its config names other files.
     """
-    if (single := find_file(source, "model.safetensors", hub)) is not None:
+    single = find_file(source, SINGLE, hub)
+    if (config := find_file(source, "config.json", hub)) is not None:
+        refuse_weights_elsewhere(Path(config), INDEX if single is None else SINGLE)
+    if single is not None:
         return [single]
-    if (index := find_file(source, "model.safetensors.index.json", hub)) is not None:
+    if (index := find_file(source, INDEX, hub)) is not None:
         shards = sorted(set(read_index(Path(index)).values()))
         return [path for shard in shards if (path := find_file(source, shard, hub)) is not None]
     for name in ("pytorch_model.bin", "pytorch_model.bin.index.json"):

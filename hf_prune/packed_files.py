@@ -121,12 +121,34 @@ def file_paths(folder: str | Path) -> tuple[list[Path], Path | None]:
         CheckpointError: If there are none, or the index is damaged or leads out of the folder.
     """
     folder = Path(folder)
+    refuse_weights_elsewhere(folder / "config.json", SINGLE if (folder / SINGLE).is_file() else INDEX)
     if (folder / SINGLE).is_file():
         return [folder / SINGLE], None
     index = folder / INDEX
     if not index.is_file():
         raise CheckpointError(f"{folder} has no weights: expected {SINGLE} or {INDEX}")
     return [folder / name for name in sorted(set(read_index(index).values()))], index
+
+
+def refuse_weights_elsewhere(config: Path, found: str) -> None:
+    """Make sure that transformers reads the file that is read here.
+
+    Args:
+        config: The ``config.json`` of the checkpoint, there or not.
+        found: The name of the file, or of the index of several.
+
+    Raises:
+        CheckpointError: If the config names another one.
+    """
+    try:
+        named = json.loads(config.read_text(encoding="utf-8")).get("transformers_weights")
+    except (AttributeError, OSError, RecursionError, ValueError):
+        return  # whoever reads it for what it says complains
+    if named not in (None, found):
+        raise CheckpointError(
+            f"{config} says that the weights are in {named!r} (transformers_weights), and not in {found}: expected "
+            f"{SINGLE} or {INDEX}; give the file that name and take the key out of the config"
+        )
 
 
 def read_index(path: Path) -> dict[str, str]:

@@ -21,6 +21,7 @@ from hf_prune.checkpoint import MASK_FILE, load_masks, save_masks
 from hf_prune.masking import MaskStore
 from hf_prune.mixin import pruned_class
 from hf_prune.packed_files import PackedFiles
+from hf_prune.skeleton import load_skeleton
 
 _TEXT = {"hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
 _TEXT |= {"num_key_value_heads": 2, "head_dim": 8, "vocab_size": 50, "bos_token_id": 1, "eos_token_id": 2}
@@ -203,3 +204,20 @@ def test_the_dtype_is_that_of_the_weights_where_the_config_has_none(tmp_path):
     compress_checkpoint(tmp_path / "dense", tmp_path / "small", shard_bytes=1)
     load = transformers.MixtralForCausalLM.from_pretrained
     assert bits(load(tmp_path / "small").state_dict()) == bits(load(tmp_path / "dense").state_dict())
+
+
+def test_weights_that_the_config_says_are_elsewhere_are_refused_by_all(tmp_path):
+    """transformers would load one file, and everything here another one."""
+    source = tmp_path / "source"
+    model = tiny("CLIPVisionModel")
+    model.save_pretrained(source)
+    (source / "other.safetensors").write_bytes((source / SINGLE).read_bytes())
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "transformers_weights": "other.safetensors"}))
+    load = pruned_class(transformers.CLIPVisionModel).from_pretrained
+    for use in (load, partial(compress_checkpoint, folder=tmp_path / "out"), load_skeleton):
+        with pytest.raises(CheckpointError, match=r"are in 'other.safetensors' .*, and not in model.safetensors"):
+            use(str(source))
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+    (source / "config.json").write_text(json.dumps({**config, "transformers_weights": SINGLE}))
+    assert bits(load(source).masks) == bits(model.masks)
