@@ -47,6 +47,7 @@ from hf_prune.cli_options import (
     Steps,
     Targets,
     Text,
+    echo,
     read_config,
     read_workload,
     show_notices,
@@ -81,7 +82,7 @@ app = typer.Typer(
 
 def _version(asked: bool) -> None:
     if asked:
-        typer.echo(__version__)
+        echo(__version__)
         raise typer.Exit
 
 
@@ -107,28 +108,28 @@ def demo(
 
     begin = time.perf_counter()
     start([])
-    assets = prepare_demo(echo=typer.echo)
+    assets = prepare_demo(echo=echo)
     program = "hf-prune" if shutil.which("hf-prune") else sys.argv[0]
     arguments = [program, "sweep", str(assets.model_dir), "--data", str(assets.data_dir), "--out", str(out)]
-    typer.echo(f"\nScoring it at several sparsities. The same by hand:\n  {' '.join(arguments)}\n")
+    echo(f"\nScoring it at several sparsities. The same by hand:\n  {' '.join(arguments)}\n")
     _say_if_continuing(out, restart)
     model, data = str(assets.model_dir), LabelledData(str(assets.data_dir))
     with _resumable():
         result = sweep_checkpoint(
             model, data, out, restart=restart, name="demo model", data_name="Rotten Tomatoes", overwrite=overwrite
         )
-    typer.echo(f"{result}\n{_sweep_files(out)}")
+    echo(f"{result}\n{_sweep_files(out)}")
     best = result.sweet_spot
     sparsity = best.sparsity if best is not None else min(p.sparsity for p in result.points)
     chosen = "the sweet spot" if best is not None else "the smallest of them, since there is no sweet spot"
     pruned = out / "pruned"
-    typer.echo(f"\nPruning at {100 * sparsity:g} %, {chosen}. The same by hand:")
-    typer.echo(f"  {program} prune {assets.model_dir} --sparsity {sparsity:g} --out {pruned} --plots\n")
+    echo(f"\nPruning at {100 * sparsity:g} %, {chosen}. The same by hand:")
+    echo(f"  {program} prune {assets.model_dir} --sparsity {sparsity:g} --out {pruned} --plots\n")
     report = prune_checkpoint(
         model, PruningConfig(sparsity=sparsity), pruned, plots=True, name="demo model", overwrite=overwrite
     )
-    typer.echo(report.summary())
-    typer.echo(
+    echo(report.summary())
+    echo(
         f"\nSaved, with its report and two plots, in {pruned}. Plain transformers loads it:\n"
         f"  AutoModelForSequenceClassification.from_pretrained({str(pruned)!r})\n"
         f"Done in {time.perf_counter() - begin:.0f} s."
@@ -268,7 +269,7 @@ def prune(
     from hf_prune.plan import sparsity_notes
 
     for note in sparsity_notes(settings) if max_drop is None and not dry_run else []:
-        typer.echo(f"note: {note}", err=True)
+        echo(f"note: {note}", err=True)
     if threads is not None:
         import torch
 
@@ -292,7 +293,7 @@ def prune(
     if out is None or dry_run:
         chosen = texts if of_language else labelled
         plan = plan_stream(model, settings) if stream else plan_checkpoint(model, settings, data=chosen)
-        typer.echo(json.dumps(plan.to_dict(), indent=2) if as_json else str(plan))
+        echo(json.dumps(plan.to_dict(), indent=2) if as_json else str(plan))
         return
     if stream:
         with _resumable():
@@ -331,7 +332,7 @@ def prune(
             "report": report.to_dict(),
         }
     if is_first():  # of the processes that accelerate launch started
-        typer.echo(json.dumps(values, indent=2) if as_json else f"{text}\nSaved in {out}.")
+        echo(json.dumps(values, indent=2) if as_json else f"{text}\nSaved in {out}.")
 
 
 @app.command(
@@ -393,7 +394,7 @@ def evaluate(
         scores = [evaluate_checkpoint(name, labelled, split, batch_size=batch_size or 32) for name in checkpoints]
         comparison = compare(scores[1], scores[0]) if against else None
         if doubt := doubt_of(scores[-1]):
-            typer.echo(f"warning: {doubt if against else doubt.replace('the dense model', model, 1)}", err=True)
+            echo(f"warning: {doubt if against else doubt.replace('the dense model', model, 1)}", err=True)
     if as_json:
         from hf_prune.card_data import measured_weights
 
@@ -406,12 +407,12 @@ def evaluate(
                 "dense": scores[1].to_dict(),
                 "comparison": comparison.to_dict(),
             }
-        typer.echo(json.dumps(values, indent=2))
+        echo(json.dumps(values, indent=2))
         return
     for name, score in zip(checkpoints, scores, strict=True):
-        typer.echo(f"{name}: {score}")
+        echo(f"{name}: {score}")
     if comparison is not None:
-        typer.echo(str(comparison))
+        echo(str(comparison))
 
 
 @app.command(
@@ -484,7 +485,7 @@ def sweep(
             restart=restart,
             overwrite=overwrite,
         )
-    typer.echo(json.dumps(result.to_dict(), indent=2) if as_json else f"{result}\n{_sweep_files(out)}")
+    echo(json.dumps(result.to_dict(), indent=2) if as_json else f"{result}\n{_sweep_files(out)}")
 
 
 @app.command(epilog="Example: hf-prune report pruned --dense MODEL --plots plots")
@@ -524,7 +525,7 @@ def report(
         after = weight_histogram(pruned, names, limit=None if before is None else float(before.edges[-1]))
         say_replaced(plots, PLOTS)
         write_plots(plots, result, before, after, label(model))
-    typer.echo(result.to_json() if as_json else str(result))
+    echo(result.to_json() if as_json else str(result))
 
 
 app.command(epilog="Example: hf-prune bench MODEL pruned --batch 1,32 --length 64 --threads 1")(bench)
@@ -553,7 +554,7 @@ def export(
     from hf_prune.auto import load_native
     from hf_prune.export import export_model
 
-    typer.echo(str(export_model(load_native(model).float(), out, overwrite=overwrite)))
+    echo(str(export_model(load_native(model).float(), out, overwrite=overwrite)))
 
 
 @app.command(name="list", epilog="Example: hf-prune list --json")
@@ -589,26 +590,26 @@ def list_(as_json: AsJson = False) -> None:
                 for name, (needs, text, paper) in UNIT_CRITERIA_OF.items()
             ],
         }
-        typer.echo(json.dumps(values, indent=2))
+        echo(json.dumps(values, indent=2))
         return
     rows = [[c.name, _needs(c), c.description, c.paper] for c in criteria]
-    typer.echo(format_table(["criterion", "needs", "what it keeps", "paper"], rows, left=4) + "\n")
+    echo(format_table(["criterion", "needs", "what it keeps", "paper"], rows, left=4) + "\n")
     rows = [[g.usage, ", ".join(sorted(g.scopes)), g.description, g.paper] for g in granularities]
-    typer.echo(format_table(["granularity", "scopes", "what goes together", "paper"], rows, left=4) + "\n")
+    echo(format_table(["granularity", "scopes", "what goes together", "paper"], rows, left=4) + "\n")
     rows = [[name, ", ".join(UNIT_SCOPES), text] for name, text in UNITS.items()]
-    typer.echo(format_table(["taken out whole", "scopes", "what it is"], rows, left=3) + "\n")
+    echo(format_table(["taken out whole", "scopes", "what it is"], rows, left=3) + "\n")
     rows = [[name, needs, text, paper] for name, (needs, text, paper) in UNIT_CRITERIA_OF.items()]
-    typer.echo(format_table(["their criterion", "needs", "what it keeps", "paper"], rows, left=4))
+    echo(format_table(["their criterion", "needs", "what it keeps", "paper"], rows, left=4))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; errors that a user can mend are one line on stderr and exit code 1."""
     with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_, **__: typer.echo(f"warning: {message}", err=True)
+        warnings.showwarning = lambda message, *_, **__: echo(f"warning: {message}", err=True)
         try:
             app(arguments)
         except (HfPruneError, OSError) as error:
-            typer.echo(f"error: {error}", err=True)
+            echo(f"error: {error}", err=True)
             sys.exit(1)
 
 
@@ -618,7 +619,7 @@ def _resumable() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        typer.echo("\nInterrupted. The same command continues where it was.", err=True)
+        echo("\nInterrupted. The same command continues where it was.", err=True)
         raise typer.Exit(130) from None
 
 
@@ -632,7 +633,7 @@ def _needs(criterion: type[Criterion]) -> str:
 
 def _say_if_continuing(out: Path, restart: bool) -> None:
     if (out / "results.json").exists() and not restart:
-        typer.echo(f"Continuing with what {out} has; --restart measures everything anew.", err=True)
+        echo(f"Continuing with what {out} has; --restart measures everything anew.", err=True)
 
 
 def _sweep_files(out: Path) -> str:

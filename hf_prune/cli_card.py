@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from hf_prune.calibration_data import LabelledData, TextData
-from hf_prune.cli_options import SST2, WIKITEXT, AnyData, AnyText, AsJson, Label, split_names, start
+from hf_prune.cli_options import SST2, WIKITEXT, AnyData, AnyText, AsJson, Label, echo, split_names, start
 from hf_prune.sources import is_language_model, model_class
 
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A folder that prune or train wrote.", show_default=False)]
@@ -57,9 +57,9 @@ def card(
     if write:
         write_json(folder / "sparsity_report.json", data.report)
         write_card(folder, data)
-        typer.echo(f"Saved in {folder / 'README.md'}.")
+        echo(f"Saved in {folder / 'README.md'}.")
         return
-    typer.echo(text)
+    echo(text)
 
 
 def verify(
@@ -93,6 +93,6 @@ def verify(
         return evaluate_checkpoint(folder, labelled, which or "validation").to_dict()
 
     result = verify_checkpoint(source, revision=revision, score=score if evaluate else None)
-    typer.echo(json.dumps(result.to_dict(), indent=2) if as_json else str(result))
+    echo(json.dumps(result.to_dict(), indent=2) if as_json else str(result))
     if not result.is_right:
         raise typer.Exit(1)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from hf_prune.cli_options import Overwrite, start
+from hf_prune.cli_options import Overwrite, echo, start
 from hf_prune.errors import ConfigError
 
 Out = Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.", show_default=False)]
@@ -34,7 +34,7 @@ def compress(
     from hf_prune.compressed import compress_checkpoint
 
     report = compress_checkpoint(folder, out, codec=codec, values=values, remote_code=remote_code, overwrite=overwrite)
-    typer.echo(f"{report}\nSaved: {out}")
+    echo(f"{report}\nSaved: {out}")
 
 
 def decompress(
@@ -47,7 +47,7 @@ def decompress(
     """Write a compressed checkpoint dense, for plain transformers alone."""
     from hf_prune.compressed import decompress_checkpoint
 
-    typer.echo(f"{decompress_checkpoint(folder, out, overwrite=overwrite)}\nSaved: {out}")
+    echo(f"{decompress_checkpoint(folder, out, overwrite=overwrite)}\nSaved: {out}")
 
 
 def migrate(
@@ -81,4 +81,4 @@ def migrate(
         from hf_prune.migration import migrate_checkpoint
 
         text = str(migrate_checkpoint(folder, out, overwrite=overwrite))
-    typer.echo(f"{text}\nSaved: {out}")
+    echo(f"{text}\nSaved: {out}")

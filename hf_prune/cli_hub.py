@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from hf_prune.cli_options import AsJson
+from hf_prune.cli_options import AsJson, echo
 
 
 def push(
@@ -52,4 +52,4 @@ def push(
         commit_message=message,
         card=made,
     )
-    typer.echo(json.dumps(result.to_dict(), indent=2) if as_json else str(result))
+    echo(json.dumps(result.to_dict(), indent=2) if as_json else str(result))

@@ -12,6 +12,7 @@ import typer
 from hf_prune.config import ALLOCATIONS, OBJECTIVES, POLISHES, REPAIRS, SCOPES, UNIT_KINDS, PruningConfig
 from hf_prune.errors import ConfigError
 from hf_prune.sources import check_data_source, check_model_source
+from hf_prune.tables import printable
 
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="A folder with a checkpoint, or a Hub id.", show_default=False)
@@ -43,7 +44,7 @@ class _Notices(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print a line."""
-        typer.echo(self.format(record), err=self.err)
+        echo(self.format(record), err=self.err)
 
 
 _NOTICES = _Notices()
@@ -107,6 +108,16 @@ CalibrationSamples = Annotated[int, typer.Option(min=1, help="How many sentences
 
 SST2 = "glue/sst2"
 WIKITEXT = "Salesforce/wikitext:wikitext-2-raw-v1"
+
+
+def echo(message: object = "", *, err: bool = False) -> None:
+    """Print a line, in which names and texts of strangers cannot control the terminal.
+
+    Args:
+        message: What to print.
+        err: To standard error.
+    """
+    typer.echo(printable(str(message)), err=err)
 
 
 def start(models: Sequence[str], data: str | None = None) -> None:

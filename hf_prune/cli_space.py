@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from hf_prune.cli_options import echo
 from hf_prune.errors import DataError
 from hf_prune.sources import check_data_source, check_model_source
 
@@ -44,7 +45,7 @@ def space(
         if model is None:
             from hf_prune.demo import prepare_demo
 
-            assets = prepare_demo(echo=typer.echo)
+            assets = prepare_demo(echo=echo)
             model, data = str(assets.model_dir), str(assets.data_dir)
             names: dict[str, str] = {}
         else:
@@ -52,7 +53,7 @@ def space(
         result = push_space(
             app_folder(), push, model=model, data=data, names=names, private=private, force=force, dry_run=dry_run
         )
-        typer.echo(str(result))
+        echo(str(result))
         return
     for package in ("gradio", "plotly"):
         if importlib.util.find_spec(package) is None:
@@ -62,7 +63,7 @@ def space(
     os.environ.update({name: value for name, value in settings.items() if value is not None})
     folder = app_folder()
     sys.path.insert(0, str(folder))
-    typer.echo("Starting; stop it with Ctrl-C.")
+    echo("Starting; stop it with Ctrl-C.")
     runpy.run_path(str(folder / "app.py"), run_name="__main__")
 
 

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from hf_prune.calibration_data import LabelledData
-from hf_prune.cli_options import AsJson, Label, Model, Overwrite, Text, split_names, start
+from hf_prune.cli_options import AsJson, Label, Model, Overwrite, Text, echo, split_names, start
 from hf_prune.errors import ConfigError
 from hf_prune.outputs import check_file, say_replaced
 
@@ -93,13 +93,13 @@ def bench(
 
         weights = {name: measured_weights(source) for name, source in zip(loaded, models, strict=True)}
         values = {**result.to_dict(), "weights": weights, "accuracies": accuracies, "notes": notes}
-        typer.echo(json.dumps(values, indent=2))
+        echo(json.dumps(values, indent=2))
         return
-    typer.echo("\n".join([str(result), *notes]))
+    echo("\n".join([str(result), *notes]))
     for name, accuracy in accuracies.items():
-        typer.echo(f"{name}: {100 * accuracy:.2f} % right on {split} of {data}")
+        echo(f"{name}: {100 * accuracy:.2f} % right on {split} of {data}")
     if plot is not None:
-        typer.echo(f"Drawn: {plot}")
+        echo(f"Drawn: {plot}")
 
 
 def explain(
@@ -128,7 +128,7 @@ def explain(
         measured = measure_latency(
             loaded, batch_sizes=sizes[0], lengths=sizes[1], rounds=rounds, warmup=warmup, threads=threads
         )
-    typer.echo(explain_speed(list(loaded.values())[-1], measured))
+    echo(explain_speed(list(loaded.values())[-1], measured))
 
 
 def _whole(option: str, text: str) -> Sequence[int]:

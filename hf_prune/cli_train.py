@@ -28,6 +28,7 @@ from hf_prune.cli_options import (
     Seed,
     Targets,
     Text,
+    echo,
     read_config,
     split_names,
     start,
@@ -163,7 +164,7 @@ def train(
         checkpoints=checkpoints,
         overwrite=overwrite,
     )
-    typer.echo(json.dumps(report.to_dict(), indent=2) if as_json else f"{report}\nSaved in {out}.")
+    echo(json.dumps(report.to_dict(), indent=2) if as_json else f"{report}\nSaved in {out}.")
 
 
 def lottery(
@@ -208,7 +209,7 @@ def lottery(
         rewind_to=rewind_to,
         overwrite=overwrite,
     )
-    typer.echo(json.dumps(result.to_dict(), indent=2) if as_json else f"{result}\nSaved in {out}.")
+    echo(json.dumps(result.to_dict(), indent=2) if as_json else f"{result}\nSaved in {out}.")
 
 
 def _moment(option: str, text: str) -> int | float:

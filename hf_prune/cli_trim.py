@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from hf_prune.cli_options import AnyText, AsJson, Model, Overwrite, split_names, start
+from hf_prune.cli_options import AnyText, AsJson, Model, Overwrite, echo, split_names, start
 from hf_prune.errors import ConfigError, DataError
 from hf_prune.sources import check_text_source, is_language_model, model_class
 
@@ -53,7 +53,7 @@ def trim_vocab(
         model, target, corpus, keep=keep, min_count=min_count, round_to=round_to, overwrite=overwrite
     )
     saved = "Nothing was written." if dry_run else f"Saved in {out}."
-    typer.echo(json.dumps(result.to_dict(), indent=2) if as_json else f"{result}\n{saved}")
+    echo(json.dumps(result.to_dict(), indent=2) if as_json else f"{result}\n{saved}")
 
 
 def _read_lines(path: Path) -> list[str]:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+# Of terminals, and what turns the direction of letters round; line ends and tabs are left.
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 _FORMULAS = tuple("=+-@\t\r\n＝＋－＠")  # a spreadsheet runs what begins so
 
 
@@ -60,3 +63,13 @@ def format_count(number: float) -> str:
             return f"{number:.3g} {unit}" if abs(number) < 100 else f"{number:.0f} {unit}"
         number /= 1000
     raise AssertionError
+
+
+def printable(text: str) -> str:
+    r"""A text for a terminal, in which nothing but line ends and tabs controls it: strangers' names say ``\x1b[2J``.
+
+    Example:
+        >>> printable("a\x1b[2Jb")
+        'a\\x1b[2Jb'
+    """
+    return _CONTROLS.sub(lambda match: match[0].encode("unicode_escape").decode(), text)

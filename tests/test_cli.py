@@ -42,7 +42,7 @@ from hf_prune.cli import app, main
 from hf_prune.errors import DataError
 from hf_prune.files import write_json
 from hf_prune.registry import CRITERIA, GRANULARITIES
-from hf_prune.tables import format_count
+from hf_prune.tables import format_count, printable
 from tests import models
 
 COMMANDS = (
@@ -1011,3 +1011,24 @@ def test_a_picture_that_fails_does_not_cost_the_checkpoint(hf_prune, folders, tm
     assert done.code == 0
     assert "warning: no plots, since drawing them failed (RuntimeError: no ink)" in done.err
     assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_names_of_strangers_do_not_control_the_terminal(hf_prune, folders, tmp_path):
+    """Of folders, of classes, of labels: they are shown, in errors as in results."""
+    evil = "\x1b]0;owned\x07\x1b[2J\u202egpj.\x9b31m"
+    done = hf_prune("report", f"./{evil}")
+    assert done.code == 1
+    assert r"\x1b]0;owned\x07\x1b[2J\u202egpj.\x9b31m" in done.err
+    source = tmp_path / "a\x1b[2Jb"
+    shutil.copytree(folders["text"], source)
+    config = json.loads((source / "config.json").read_text())
+    write_json(source / "config.json", {**config, "architectures": ["Evil\x1b[31m"]})
+    for command in (("report", source), ("evaluate", source, "--data", folders["data"])):
+        done = hf_prune(*command)
+        assert done.code == 1
+        assert "\x1b" not in done.out + done.err
+        assert r"\x1b[" in done.err
+    write_json(source / "config.json", config)
+    done = hf_prune("evaluate", source, "--data", folders["data"])
+    assert (done.code, r"a\x1b[2Jb" in done.out, "\x1b" in done.out + done.err) == (0, True, False)
+    assert printable("ä\tb\n€ 日本\r") == "ä\tb\n€ 日本\\r"
