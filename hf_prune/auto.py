@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 
 from hf_prune.checkpoint import load_pruned
 from hf_prune.errors import CheckpointError, DataError
@@ -121,7 +122,12 @@ def native_class(source: str) -> Any:
         raise DataError(
             f"the config of {source!r} is of no model that transformers knows: {_first_line(error)}"
         ) from error
-    native = getattr(transformers, architectures[0], None) if architectures else None
+    except (AttributeError, TypeError, StrictDataclassError) as error:  # valid JSON of a shape that nobody expected
+        raise DataError(
+            f"the config.json of {source!r} is none that save_pretrained wrote: {_first_line(error)}"
+        ) from error
+    named = isinstance(architectures, list | tuple) and bool(architectures) and isinstance(architectures[0], str)
+    native = getattr(transformers, architectures[0], None) if named else None
     if native is None:
         raise DataError(
             f"the config of {source!r} names the class {architectures or 'of no model'}: expected one of transformers, "

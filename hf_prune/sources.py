@@ -183,9 +183,11 @@ def model_class(source: str | os.PathLike[str]) -> str:
     try:
         config = json.loads(Path(path).read_text(encoding="utf-8"))
         names = config.get("architectures") or [""]
+        if not isinstance(names, list) or not isinstance(names[0], str):
+            raise ValueError(f"its architectures are {names!r}, expected a list with the name of a class")
     except (ValueError, AttributeError) as error:
         raise DataError(f"the config.json of {os.fspath(source)!r} is no JSON object: {error}") from error
-    return str(names[0])
+    return names[0]
 
 
 def is_language_model(class_name: str) -> bool:

@@ -1032,3 +1032,26 @@ def test_names_of_strangers_do_not_control_the_terminal(hf_prune, folders, tmp_p
     done = hf_prune("evaluate", source, "--data", folders["data"])
     assert (done.code, r"a\x1b[2Jb" in done.out, "\x1b" in done.out + done.err) == (0, True, False)
     assert printable("ä\tb\n€ 日本\r") == "ä\tb\n€ 日本\\r"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "null",
+        "[]",
+        "1",
+        '"a"',
+        '{"model_type": []}',
+        '{"model_type": "bert", "architectures": "Bert"}',
+        '{"model_type": "bert", "architectures": {"a": 1}}',
+        '{"model_type": "bert", "architectures": [null]}',
+        '{"model_type": "bert", "architectures": ["BertForSequenceClassification"], "num_hidden_layers": "x"}',
+        '{"model_type": "bert", "architectures": ["BertForSequenceClassification"], "id2label": []}',
+    ],
+)
+def test_configs_of_unexpected_shapes(hf_prune, folders, tmp_path, text):
+    shutil.copytree(folders["text"], tmp_path / "model")
+    (tmp_path / "model" / "config.json").write_text(text)
+    for command in (("report",), ("prune", "--dry-run"), ("prune", "--stream", "--dry-run"), ("card",), ("verify",)):
+        done = hf_prune(command[0], tmp_path / "model", *command[1:])
+        assert (done.code, done.err[:7]) == (1, "error: "), command
