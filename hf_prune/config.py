@@ -26,6 +26,7 @@ OBJECTIVES = ("layer", "loss")
 POLISHES = ("distill",)
 POLISH_DEFAULTS: Mapping[str, float] = MappingProxyType({"epochs": 2, "learning_rate": 2e-4})
 DEFAULT_SPARSITY = 0.5
+_LONGEST_PATTERN, _DEEPEST_PATTERN, _MOST_REPEATS = 2000, 11, 5  # of regular expressions for names of modules
 UNITS: Mapping[str, str] = MappingProxyType(
     {
         "head": "attention heads, of grouped queries the whole group",
@@ -515,14 +516,49 @@ def _check_polish(polish: object) -> dict[str, float] | None:
     return {"epochs": found["epochs"], "learning_rate": float(rate)}
 
 
+def _check_pattern(name: str, pattern: str) -> None:
+    """Make sure that a regular expression is one, and cannot take forever: configs come from checkpoints of others.
+
+    What repeats a group that repeats something, or that has alternatives, may try all ways to divide a name among them.
+    """
+    if len(pattern) > _LONGEST_PATTERN:
+        raise ConfigError(
+            f"{name} is a regular expression of {len(pattern):,} characters: expected at most {_LONGEST_PATTERN:,}; "
+            f"list the modules instead"
+        )
+    plain = re.sub(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]", "x", pattern, flags=re.DOTALL)  # neither escapes nor sets
+    groups, repeats = [False], 0
+    for i, character in enumerate(plain):
+        after = plain[i + 1 : i + 2]
+        if character == "(":
+            groups.append(False)
+        elif character == ")" and len(groups) > 1:
+            inner = groups.pop()
+            if inner and after and after in "*+{":
+                raise ConfigError(
+                    f"{name}={pattern!r} repeats a group that has repetitions or alternatives, which can take forever "
+                    f"to match: write it without, or list the modules"
+                )
+            groups[-1] = groups[-1] or inner
+        elif character in "*+{|":
+            groups[-1] = True
+            repeats += character != "|"
+        if len(groups) > _DEEPEST_PATTERN or repeats > _MOST_REPEATS:
+            raise ConfigError(
+                f"{name}={pattern[:60]!r} has more than {_DEEPEST_PATTERN - 1} groups inside one another or "
+                f"{_MOST_REPEATS} repetitions, which can take forever to match: list the modules instead"
+            )
+    try:
+        re.compile(pattern)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ConfigError(f"{name}={pattern!r} is not a regular expression: {error}") from error
+
+
 def _check_modules(name: str, modules: object) -> str | tuple[str, ...]:
     if modules is None or (isinstance(modules, str) and not modules):
         return ()
     if isinstance(modules, str):
-        try:
-            re.compile(modules)
-        except re.error as error:
-            raise ConfigError(f"{name}={modules!r} is not a regular expression: {error}") from error
+        _check_pattern(name, modules)
         return modules
     names = tuple(modules) if isinstance(modules, Iterable) else (modules,)
     if not all(isinstance(entry, str) and entry for entry in names):

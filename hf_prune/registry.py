@@ -53,7 +53,7 @@ _THEIR_WORDS: dict[str, dict[str, str]] = {
         **dict.fromkeys(("block", "blocks", "blockwise", "block_sparse"), "'block:16x1'"),
     },
     "scope": {
-        **dict.fromkeys(("local", "tensor", "matrix", "per_layer", "layerwise", "uniform"), "'layer'"),
+        **dict.fromkeys(("local", "per_layer", "layerwise", "uniform"), "'layer'"),
         **dict.fromkeys(("model", "network", "global_unstructured", "all"), "'global'"),
         **dict.fromkeys(("output", "per_output", "neuron"), "'row'"),
     },

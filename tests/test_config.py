@@ -231,3 +231,43 @@ def test_a_dict_without_version_is_read():
     values = {"sparsity": 0.3, "target_modules": ["a"]}
     assert PruningConfig.from_dict(values) == PruningConfig(0.3, target_modules=("a",))
     assert values == {"sparsity": 0.3, "target_modules": ["a"]}
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        (r"(a+)+b", "repeats a group that has repetitions or alternatives"),
+        (r"(?:.*x)*", "repeats a group"),
+        (r"((a|a))*b", "repeats a group"),
+        (r"(a|ab){2,}c", "repeats a group"),
+        (r"([a-z]+\.)*x", "repeats a group"),
+        (r".*" * 6 + "x", "has more than 10 groups inside one another or 5 repetitions"),
+        ("(" * 5000, "is a regular expression of 5,000 characters: expected at most 2,000"),
+        ("(" * 500 + ")" * 500, "has more than 10 groups inside one another"),
+        ("a" * 2001, "of 2,001 characters"),
+        (r"a{99999999999999999999}", "is not a regular expression"),
+        (r"(a", "is not a regular expression"),
+        ("[a", "is not a regular expression"),
+    ],
+)
+@pytest.mark.parametrize("setting", ["target_modules", "exclude_modules"])
+def test_patterns_that_can_take_forever_are_refused(setting, pattern, message):
+    """Configs lie in checkpoints of others."""
+    with pytest.raises(ConfigError, match=message):
+        PruningConfig(**{setting: pattern})
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        r".*",
+        r".*\.(q|k|v)_proj",
+        r"model\.layers\.(1?\d|2[0-3])\.mlp\..*",
+        r"(?!lm_head).*[(+|*]?.*",
+        r"(ab){2}\(\+\|\)",
+        r"[]*+|)(]x*",
+        r"encoder\.layer\.\d+\.(attention\.self\.(query|key)|output\.dense)",
+    ],
+)
+def test_patterns_that_people_write_are_taken(pattern):
+    assert PruningConfig(target_modules=pattern).target_modules == pattern
