@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -148,18 +149,26 @@ def push_checkpoint(
         asking(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True), repo_id)
     operations: list[Any] = [CommitOperationAdd(name, content) for name, content in contents.items()]
     operations += [CommitOperationDelete(name) for name in removed]
-    commit = asking(
-        lambda: api.create_commit(
+    try:
+        commit = asking(
+            lambda: api.create_commit(
+                repo_id,
+                operations,
+                commit_message=commit_message,
+                revision=revision,
+                create_pr=create_pr,
+                parent_commit=parent,
+            ),
             repo_id,
-            operations,
-            commit_message=commit_message,
-            revision=revision,
-            create_pr=create_pr,
-            parent_commit=parent,
-        ),
-        repo_id,
-        tries=1 if create_pr else TRIES,  # what has a parent cannot be committed twice
-    )
+            tries=1 if create_pr else TRIES,  # what has a parent cannot be committed twice
+        )
+    except HubError:
+        head = None if create_pr else _head_with(api, repo_id, revision, contents, removed, parent)
+        if head is None:
+            raise
+        return PushResult(  # the commit is there, and only the answer was lost
+            repo_id, sizes, removed, skipped, head, f"{api.endpoint}/{repo_id}/commit/{head}", text
+        )
     return PushResult(repo_id, sizes, removed, skipped, commit.oid, commit.pr_url or commit.commit_url, text)
 
 
@@ -346,6 +355,36 @@ def _present(
             f"pass force=True (--force) to overwrite it"
         )
     return names, head
+
+
+def _head_with(
+    api: HfApi,
+    repo_id: str,
+    revision: str | None,
+    contents: Mapping[str, str | bytes],
+    removed: Sequence[str],
+    parent: str | None,
+) -> str | None:
+    """The head of a branch, if it is a new one and has just these files, byte for byte; None if not."""
+    try:
+        head = asking(lambda: api.model_info(repo_id, revision=revision), repo_id).sha
+        found = asking(lambda: api.get_paths_info(repo_id, [*contents, *removed], revision=head), repo_id)
+    except HubError:
+        return None
+    there = {each.path: each for each in found}
+    if head == parent or set(there) != set(contents):
+        return None
+    for name, content in contents.items():
+        data = content if isinstance(content, bytes) else Path(content).read_bytes()
+        lfs = there[name].lfs
+        own = (
+            hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+            if lfs is None
+            else hashlib.sha256(data).hexdigest()
+        )
+        if own != (there[name].blob_id if lfs is None else lfs.sha256):
+            return None
+    return str(head)
 
 
 def _check_private(repo_id: str, info: Any, private: bool | None) -> None:
