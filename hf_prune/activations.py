@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -24,7 +24,7 @@ from hf_prune.errors import CalibrationError
 from hf_prune.padding import Padding, first_tensor
 from hf_prune.plan import PlannedTensor, PruningPlan
 from hf_prune.progress import Bar
-from hf_prune.replay import Event, NotAlikeError, Replay, Stack, fingerprint, has_nan, outer_lists, replayable
+from hf_prune.replay import NotAlikeError, Replay, Stack, Tracer, has_nan, outer_lists
 from hf_prune.running import device_of, eval_mode, no_cache, no_logits, on_device, run_model
 from hf_prune.spill import Shelf
 from hf_prune.sums import InputSum
@@ -204,7 +204,7 @@ class InputReader:
         steps += [[t] for t in missing]
         for blocks in lists:
             if (stack := self._stack(blocks, calls)) is not None:
-                self.replay.stacks.append(stack)
+                self.replay.add(stack)
         return steps
 
     def _apart(self, step: Sequence[PlannedTensor]) -> Iterator[list[PlannedTensor]]:
@@ -232,11 +232,9 @@ class InputReader:
         if not found or not once or any(order != found[0] or len(order) != len(by_id) for order in found):
             return None
         ordered = [by_id[key] for key in found[0]]
-        return Stack(ordered, [self._targets_in(block) for block in ordered], frozenset(kinds), self._shelf())
-
-    def _targets_in(self, block: nn.Module) -> set[str]:
-        inside = {id(module) for module in block.modules()}
-        return {name for name, modules in self.holders.items() if any(id(module) in inside for module in modules)}
+        names = {id(module): name for name, modules in self.holders.items() for module in modules}
+        targets = [{names[key] for module in block.modules() if (key := id(module)) in names} for block in ordered]
+        return Stack(ordered, targets, frozenset(kinds), self._shelf())
 
     @property
     def device(self) -> torch.device:
@@ -279,42 +277,20 @@ class InputReader:
         """Which blocks of a stack may be replayed; tried if nobody has."""
         if stack.alike is None:
             with all_or_none():
-                alike = replayable(stack, self._trace)
+                alike = self.replay.check(stack, self._tracer())
             stack.alike = from_first(torch.tensor(alike)).tolist()  # the same in all processes
         return stack.alike
 
-    def _trace(self, index: int) -> list[Event]:
-        """What happens while a batch runs: calls and uses of targets, and blocks that return."""
-        events: list[Event] = []
+    def _tracer(self) -> Tracer:
+        layouts = {id(m): t.target.layout for t in self.tensors for m in self.holders[t.target.name]}
 
-        def note_call(key: Hashable, layout: str, module: nn.Module, args: Any, kwargs: Any) -> None:
-            x = first_input(args, kwargs)
-            rows = x.movedim(1, -1) if layout == "conv" else self.padding.rows(module, x)
-            events.append((key, fingerprint(rows)))
+        def read(module: nn.Module, x: Any) -> Tensor | None:
+            if not isinstance(x, Tensor) or x.dim() == 0:
+                return None
+            return x.movedim(1, -1) if layouts.get(id(module)) == "conv" else self.padding.rows(module, x)
 
-        def note_use(key: Hashable, *_: Any) -> None:
-            events.append((key, None))
-
-        def note_block(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            events.append((id(module), self._fingerprint(module, first_tensor(output))))
-
-        with ExitStack() as hooks, torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(0)
-            for name, modules in self.users.items():
-                for module in modules:
-                    hooks.callback(module.register_forward_pre_hook(partial(note_use, ("use", name))).remove)
-            for t in self.tensors:
-                for module in self.holders[t.target.name]:
-                    hook = partial(note_call, ("call", t.target.name), t.target.layout)
-                    hooks.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
-            for stack in self.replay.stacks:
-                for block in stack.blocks:
-                    hooks.callback(block.register_forward_hook(note_block, with_kwargs=True).remove)
-            self._forward(self.batches[index])
-        return events
-
-    def _fingerprint(self, module: nn.Module, x: Any) -> Tensor | None:
-        return fingerprint(self.padding.rows(module, x)) if isinstance(x, Tensor) and x.dim() else None
+        blocks = [block for stack in self.replay.stacks for block in stack.blocks]
+        return Tracer(lambda i: self._forward(self.batches[i]), self.holders, self.users, blocks, read)
 
     # --- statistics ---------------------------------------------------------------------------------
 

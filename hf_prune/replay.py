@@ -16,9 +16,8 @@ What does not pass is computed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -27,6 +26,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from hf_prune.distributed import add_up
+from hf_prune.padding import first_tensor
 from hf_prune.spill import Shelf
 
 Event = tuple[object, Tensor | None]  # what happened in a run, and a fingerprint of the values that it happened to
@@ -38,46 +38,61 @@ class NotAlikeError(Exception):
     """A run with replayed blocks went another way than one in which they are computed; never leaves the package."""
 
 
-@dataclass(eq=False)
 class Stack:
     """Blocks that run one after the other.
 
     Args:
         blocks: In the order of their calls.
-        targets: Names of the parameters in each block that have yet to be pruned.
+        targets: Names of the parameters in each block that are to be pruned.
         kinds: Which kinds of batches call them; the others call none.
-        outputs: What the last of the blocks that are not computed any more put out, for each batch.
+        outputs: Where what the last of the blocks that are not computed any more puts out is kept, for each batch.
+
+    Attributes:
         replayed: How many blocks are not computed any more.
         alike: For each block, whether it and those before it may be replayed; None as long as nobody has checked.
-        before: For each block, targets that are called before it returns.
-        users: For each block, targets whose weights are used in any way before it returns, as by a tied embedding.
+        used: By target, the first block that returns after the target's weight was used in any way, as by a tied
+            embedding; known once it has been checked.
         recorded: How often a run in progress has recorded each batch.
         called: Which of the blocks that are not computed any more the running batch has called.
     """
 
-    blocks: list[nn.Module]
-    targets: list[set[str]]
-    kinds: frozenset[int]
-    outputs: Shelf
-    replayed: int = 0
-    alike: list[bool] | None = None
-    before: list[set[str]] = field(default_factory=list)
-    users: list[set[str]] = field(default_factory=list)
-    recorded: dict[int, int] = field(default_factory=dict)
-    called: list[int] = field(default_factory=list)
+    def __init__(
+        self, blocks: Sequence[nn.Module], targets: Sequence[set[str]], kinds: frozenset[int], outputs: Shelf
+    ) -> None:
+        self.blocks, self.kinds, self.outputs = list(blocks), kinds, outputs
+        self.replayed = 0
+        self.alike: list[bool] | None = None
+        self.used: dict[str, int] = {}
+        self.recorded: dict[int, int] = {}
+        self.called: list[int] = []
+        self._waiting = [set(names) for names in targets]  # targets without their final weights, by block
+        self._finished = 0  # blocks, of which none is waiting
 
-    def goal(self, finished: Collection[str]) -> int:
-        """How many blocks may be replayed once these targets have their final weights."""
-        done = next((i for i, names in enumerate(self.targets) if names), len(self.blocks))
+    def finish(self, finished: Collection[str]) -> None:
+        """Say which targets have their final weights in all."""
+        while self._finished < len(self.blocks) and self._waiting[self._finished].issubset(finished):
+            self._finished += 1
+
+    @property
+    def goal(self) -> int:
+        """How many blocks may be replayed by now."""
         if self.alike is None:
-            return done
-        able = (n for n in range(1, done + 1) if self.alike[n - 1] and self.before[n - 1] <= set(finished))
-        return max(able, default=0)
+            return self._finished
+        return next((n for n in range(self._finished, 0, -1) if self.alike[n - 1]), 0)
+
+    def wait_for(self, called: Mapping[str, int]) -> None:
+        """Say what else is called before blocks return, and must have its final weights before they are replayed.
+
+        Args:
+            called: By target, the first block that returns afterwards.
+        """
+        for name, block in called.items():
+            self._waiting[block].add(name)
+        self._finished = 0
 
     def compute(self) -> None:
         """Compute every block from now on."""
         self.alike = [False] * len(self.blocks)
-        self.before, self.users = [set() for _ in self.blocks], [set() for _ in self.blocks]
         self.forget()
 
     def forget(self) -> None:
@@ -86,11 +101,11 @@ class Stack:
         self.recorded.clear()
         self.replayed = 0
 
-    def install(self, hooks: ExitStack, number: int, current: Callable[[], object], output: Callable[[], Any]) -> None:
-        """Have the first blocks return what the last of them put out, and NaN.
+    @contextmanager
+    def replaying(self, number: int, current: Callable[[], object], output: Callable[[], Any]) -> Iterator[None]:
+        """Inside, the first blocks return what the last of them put out, and NaN.
 
         Args:
-            hooks: Has them computed again at its end.
             number: How many.
             current: Tells which batch is running.
             output: Reads what the last of them put out for it.
@@ -105,8 +120,15 @@ class Stack:
                 poison[:] = [(current(), tree_map(_poisoned, output()))]
             return poison[0][1]
 
-        for i, block in enumerate(self.blocks[:number]):
-            hooks.enter_context(replaced_forward(block, partial(replay, i)))
+        replaced = self.blocks[:number]
+        own = [block.__dict__.get("forward") for block in replaced]
+        try:
+            for i, block in enumerate(replaced):
+                block.__dict__["forward"] = partial(replay, i)
+            yield
+        finally:
+            for block, forward in zip(replaced, own, strict=True):
+                _set_forward(block, forward)
 
 
 class Replay:
@@ -123,33 +145,48 @@ class Replay:
         self.enabled = enabled
         self.stacks: list[Stack] = []
         self._finished: set[str] = set()
+        self._block_of: dict[int, nn.Module] = {}
 
     @property
     def active(self) -> bool:
         """Whether any block is not computed any more."""
         return any(stack.replayed for stack in self.stacks)
 
+    def add(self, stack: Stack) -> None:
+        """Add a stack."""
+        self.stacks.append(stack)
+        for block in stack.blocks:
+            for module in block.modules():
+                self._block_of.setdefault(id(module), block)
+
     def block_of(self, modules: Iterable[nn.Module]) -> nn.Module | None:
         """The block of a stack that holds all of some modules."""
-        wanted = {id(module) for module in modules}
-        for stack in self.stacks:
-            for block in stack.blocks:
-                if wanted <= {id(module) for module in block.modules()}:
-                    return block
-        return None
+        blocks = [self._block_of.get(id(module)) for module in modules]
+        return blocks[0] if blocks and all(block is blocks[0] for block in blocks) else None
 
     def finish(self, names: set[str]) -> None:
         """Say that these targets have their final weights, so that blocks without others need not run again."""
         self._finished |= names
         for stack in self.stacks:
-            for left in stack.targets:
-                left -= names
-            if stack.replayed and names & stack.users[stack.replayed - 1]:
+            stack.finish(self._finished)
+            if any(stack.used.get(name, len(stack.blocks)) < stack.replayed for name in names):
                 stack.forget()  # what was recorded was put out with the weights before
 
     def behind(self) -> list[Stack]:
         """The stacks with blocks that could be replayed and have yet to be recorded."""
-        return [stack for stack in self.stacks if self.enabled and stack.goal(self._finished) > stack.replayed]
+        return [stack for stack in self.stacks if self.enabled and stack.goal > stack.replayed]
+
+    def check(self, stack: Stack, trace: Tracer) -> list[bool]:
+        """Find out which blocks of a stack may be replayed, and make use of it.
+
+        Args:
+            stack: The stack.
+            trace: Runs batches.
+        """
+        alike, called = replayable(stack, trace)
+        stack.wait_for(called)
+        stack.finish(self._finished)
+        return alike
 
     def install(self, hooks: ExitStack, current: Callable[[], int]) -> None:
         """Have blocks return what they put out before.
@@ -159,7 +196,9 @@ class Replay:
             current: Tells the number of the batch that is running.
         """
         for stack in self.stacks:
-            stack.install(hooks, stack.replayed, current, partial(_get, stack.outputs, current))
+            if stack.replayed:
+                output = partial(_get, stack.outputs, current)
+                hooks.enter_context(stack.replaying(stack.replayed, current, output))
 
     def start_batch(self) -> None:
         """Say that a batch begins to run."""
@@ -194,7 +233,7 @@ class Replay:
             stack.outputs.put(current(), output)
             stack.recorded[current()] = stack.recorded.get(current(), 0) + 1
 
-        return stack.blocks[stack.goal(self._finished) - 1], record
+        return stack.blocks[stack.goal - 1], record
 
     def stop_recording(self, stack: Stack, batches: int) -> None:
         """Replay what was recorded, if every batch that should called the block, once.
@@ -206,7 +245,7 @@ class Replay:
         once = sum(number == 1 for number in stack.recorded.values())
         found = torch.tensor([once, len(stack.recorded) - once])
         if add_up(found).tolist() == [batches, 0]:
-            stack.replayed = stack.goal(self._finished)
+            stack.replayed = stack.goal
         else:
             stack.compute()
         stack.recorded.clear()
@@ -223,63 +262,149 @@ class Replay:
             stack.outputs.close()
 
 
-def replayable(stack: Stack, trace: Callable[[int], list[Event]]) -> list[bool]:
-    """For each block of a stack, whether all goes on as if it were computed, where it and those before are replayed.
+class Tracer:
+    """Runs batches and tells what happens on the way.
 
     Args:
-        stack: The stack, which gets to know what comes before its blocks return; nothing in the model is replayed.
-        trace: Runs the first batch of a kind, and tells what happened: ``("call", name)`` and ``("use", name)`` of
-            targets, and the ids of blocks as they return.
+        run: Runs the first batch of a kind.
+        calls: Modules that multiply with targets, by name.
+        users: All modules that have them.
+        blocks: Of all stacks.
+        read: What a module gets, without padding: (tokens, features).
     """
-    alike = [True] * len(stack.blocks)
-    stack.before, stack.users = [set() for _ in stack.blocks], [set() for _ in stack.blocks]
+
+    def __init__(
+        self,
+        run: Callable[[int], object],
+        calls: Mapping[str, Iterable[nn.Module]],
+        users: Mapping[str, Iterable[nn.Module]],
+        blocks: Iterable[nn.Module],
+        read: Callable[[nn.Module, Any], Tensor | None],
+    ) -> None:
+        self._run, self._read = run, read
+        self._modules = [(("call", name), module) for name, modules in calls.items() for module in modules]
+        self._users = [(("use", name), module) for name, modules in users.items() for module in modules]
+        self._blocks = list(blocks)
+        self._events: list[Event] = []
+        self._start: nn.Module | None = None
+        self._stop: nn.Module | None = None
+
+    @contextmanager
+    def watching(self) -> Iterator[Tracer]:
+        """A context in which it can be called."""
+        with ExitStack() as hooks:
+            for key, module in self._users:
+                hooks.callback(module.register_forward_pre_hook(partial(self._note, key)).remove)
+            for key, module in self._modules:
+                hooks.callback(module.register_forward_pre_hook(partial(self._note_call, key), with_kwargs=True).remove)
+            for block in self._blocks:
+                hooks.callback(block.register_forward_hook(self._note_block).remove)
+            yield self
+
+    def __call__(self, kind: int, start: nn.Module | None = None, stop: nn.Module | None = None) -> list[Event]:
+        """What happens while a batch runs: calls and uses of targets, and blocks that return.
+
+        Args:
+            kind: The batch.
+            start: A block after whose return it counts; None for the start of the run.
+            stop: A block with whose return the run ends.
+        """
+        self._events, self._start, self._stop = [], start, stop
+        with torch.random.fork_rng(devices=[]), suppress(_Return):
+            torch.default_generator.manual_seed(0)
+            self._run(kind)
+        return self._events
+
+    def _note(self, key: object, *_: Any) -> None:
+        if self._start is None:
+            self._events.append((key, None))
+
+    def _note_call(self, key: object, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if self._start is None:
+            x = args[0] if args else next(iter(kwargs.values()))
+            self._events.append((key, fingerprint(self._read(module, x))))
+
+    def _note_block(self, module: nn.Module, args: Any, output: Any) -> None:
+        if module is self._start:
+            self._start = None
+        elif self._start is None:
+            self._events.append((id(module), fingerprint(self._read(module, first_tensor(output)))))
+        if module is self._stop:
+            raise _Return
+
+
+class _Return(Exception):
+    """All that was asked for has happened."""
+
+
+def replayable(stack: Stack, trace: Tracer) -> tuple[list[bool], dict[str, int]]:
+    """For each block of a stack, whether all goes on as if it were computed, where it and those before are replayed.
+
+    First each block is tried with what comes until the next one returns: where that holds for all of them, it holds for
+    what comes later. From the last one for which it does not hold, all are tried to the end.
+
+    Args:
+        stack: The stack, of which nothing is replayed.
+        trace: Runs batches.
+
+    Returns:
+        A flag for each block, and by target the first block that returns after it was called.
+    """
+    alike, size = [True] * len(stack.blocks), len(stack.blocks)
+    called: dict[str, int] = {}
+    stack.used = {}
     for kind in sorted(stack.kinds):
         stack.outputs.close()
         with ExitStack() as hooks:
             for i, block in enumerate(stack.blocks):
                 hooks.callback(block.register_forward_hook(partial(_keep, stack.outputs, i)).remove)
-            whole = trace(kind)
-        for i, block in enumerate(stack.blocks):
-            for what, name in (key for key, _ in _until(whole, block) if isinstance(key, tuple)):
-                (stack.before if what == "call" else stack.users)[i].add(name)
-        with _other_inputs(stack.blocks[0]), suppress(Exception):
-            trace(kind)
-        for i in reversed(range(len(stack.blocks))):  # so that what these blocks leave behind stays out of date
-            if alike[i]:
-                with ExitStack() as hooks:
-                    stack.install(hooks, i + 1, lambda: 0, partial(stack.outputs.get, i))
-                    alike[i] = _same(whole, _attempt(trace, kind), stack.blocks[i])
+            with trace.watching():
+                whole = trace(kind)
+        places = {key: i for i, (key, _) in enumerate(whole) if isinstance(key, int)}
+        if any(id(block) not in places for block in stack.blocks):
+            return [False] * size, called  # pruning has made it leave midway
+        ends = [places[id(block)] + 1 for block in stack.blocks]
+        number = 0  # of the block that returns next
+        for place, (key, _) in enumerate(whole[: ends[-1]]):
+            number += place >= ends[number]
+            if isinstance(key, tuple):
+                first = called if key[0] == "call" else stack.used
+                first[key[1]] = min(number, first.get(key[1], size))
+
+        def goes_on(
+            i: int, stop: int | None, kind: int = kind, whole: list[Event] = whole, ends: list[int] = ends
+        ) -> bool:
+            """Whether blocks can be replayed, as far as what happens until another one returns."""
+            expected = whole[ends[i] : None if stop is None else ends[stop]]
+            with stack.replaying(i + 1, lambda: 0, partial(stack.outputs.get, i)):
+                try:
+                    found = trace(kind, stack.blocks[i], None if stop is None else stack.blocks[stop])
+                except Exception:
+                    return False
+            return _same(expected, found)
+
+        # Backwards, so that what the replayed blocks have left behind stays out of date.
+        with trace.watching():
+            _run_on_other_inputs(stack.blocks[0], trace, kind)
+            failed = [i for i in reversed(range(size)) if not goes_on(i, i + 1 if i + 1 < size else None)]
+            if failed:
+                _run_on_other_inputs(stack.blocks[0], trace, kind)
+                for i in reversed(range(failed[0] + 1)):
+                    alike[i] = alike[i] and goes_on(i, None)
     stack.forget()
     stack.called.clear()
-    return alike
-
-
-def _attempt(trace: Callable[[int], list[Event]], kind: int) -> list[Event]:
-    """What happens when a batch runs; nothing, if that fails."""
-    try:
-        return trace(kind)
-    except Exception:
-        return []
-
-
-def _get(outputs: Shelf, current: Callable[[], int]) -> Any:
-    return outputs.get(current())
+    return alike, called
 
 
 def _keep(outputs: Shelf, key: int, module: nn.Module, args: Any, output: Any) -> None:
     outputs.put(key, output)
 
 
-def _until(events: Sequence[Event], block: nn.Module) -> Sequence[Event]:
-    """What happened until a block returned."""
-    end = next((i for i, (key, _) in enumerate(events) if key == id(block)), len(events))
-    return events[:end]
+def _get(outputs: Shelf, current: Callable[[], int]) -> Any:
+    return outputs.get(current())
 
 
-def _same(expected: Sequence[Event], found: Sequence[Event], block: nn.Module) -> bool:
-    """Whether a block returned, and the same happened from then on."""
-    expected = expected[len(_until(expected, block)) :]
-    found = found[len(_until(found, block)) :]
+def _same(expected: Sequence[Event], found: Sequence[Event]) -> bool:
     return len(expected) == len(found) and all(
         a == b and _close(x, y) for (a, x), (b, y) in zip(expected, found, strict=True)
     )
@@ -320,9 +445,8 @@ def has_nan(value: Any) -> bool:
     return bool(value.sum().isnan()) and bool(value.isnan().any())
 
 
-@contextmanager
-def _other_inputs(block: nn.Module) -> Iterator[None]:
-    """Inside, a block gets other values than the model hands it."""
+def _run_on_other_inputs(block: nn.Module, trace: Tracer, kind: int) -> None:
+    """Run a batch while a block gets other values than the model hands it; whether that works does not matter."""
 
     def disturb(value: Any) -> Any:
         if not isinstance(value, Tensor) or not value.is_floating_point() or value.numel() < 2:
@@ -335,7 +459,9 @@ def _other_inputs(block: nn.Module) -> Iterator[None]:
 
     handle = block.register_forward_pre_hook(hook, with_kwargs=True)
     try:
-        yield
+        trace(kind)
+    except Exception:
+        pass
     finally:
         handle.remove()
 
@@ -361,7 +487,11 @@ def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator
     try:
         yield
     finally:
-        if own is None:
-            del module.__dict__["forward"]
-        else:
-            module.__dict__["forward"] = own
+        _set_forward(module, own)
+
+
+def _set_forward(module: nn.Module, own: Callable[..., Any] | None) -> None:
+    if own is None:
+        del module.__dict__["forward"]
+    else:
+        module.__dict__["forward"] = own
