@@ -41,6 +41,8 @@ from transformers import (
     ViTForImageClassification,
 )
 
+from hf_prune.masking import MaskStore
+
 VOCAB = 48
 
 
@@ -239,6 +241,16 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     return torch.equal(
         a.detach().contiguous().view(-1).view(torch.uint8), b.detach().contiguous().view(-1).view(torch.uint8)
     )
+
+
+def assert_same_masks(model: nn.Module, store: MaskStore | None) -> None:
+    """The masks, and how they came about, are those of an earlier ``MaskStore.of(model)``."""
+    now = MaskStore.of(model)
+    assert (now is None) == (store is None)
+    if now is not None and store is not None:
+        assert now.masks.keys() == store.masks.keys()
+        assert all(torch.equal(mask, store.masks[name]) for name, mask in now.masks.items())
+        assert (now.config, now.polishes, now.speed) == (store.config, store.polishes, store.speed)
 
 
 def assert_unchanged(model: nn.Module, before: dict[str, Tensor]) -> None:

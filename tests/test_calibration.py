@@ -14,7 +14,7 @@ from hf_prune.masking import MaskStore
 from hf_prune.pipeline import prune
 from hf_prune.plan import make_plan
 from tests import models
-from tests.models import assert_unchanged, mlp, snapshot, tiny_batches
+from tests.models import assert_same_masks, assert_unchanged, mlp, snapshot, tiny_batches
 
 
 def collect(model: nn.Module, batches, criterion: str = "taylor", **settings):
@@ -150,7 +150,7 @@ def test_an_exception_midway_leaves_the_model_as_before(kind):
         prune(model, 0.5, criterion="taylor", calibration=failing(tiny_batches(model)))
     assert state(model) == was
     assert_unchanged(model, before)
-    assert MaskStore.of(model) is store
+    assert_same_masks(model, store)
     assert store.config.sparsity == 0.1
 
 

@@ -18,7 +18,7 @@ from hf_prune.pipeline import prune
 from hf_prune.plan import make_plan
 from hf_prune.report import sparsity_report
 from tests import models
-from tests.models import assert_unchanged, same_bits, snapshot, tiny_batches
+from tests.models import assert_same_masks, assert_unchanged, same_bits, snapshot, tiny_batches
 from tests.test_calibration import Interrupted, state, unusual
 from tests.test_sequential import padded
 
@@ -383,7 +383,7 @@ def test_an_exception_midway_leaves_the_model_bit_for_bit(error, settings, monke
         prune(model, 0.5, calibration=tiny_batches(model, sizes=(4,) * 4), polish=QUICK, **settings)
     assert_unchanged(model, before)
     assert state(model) == was
-    assert MaskStore.of(model) is store
+    assert_same_masks(model, store)
     assert all(torch.equal(parameter.grad, torch.ones_like(parameter)) for parameter in model.parameters())
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
 

@@ -19,7 +19,7 @@ from hf_prune.plan import make_plan
 from hf_prune.sequential import prune_in_order
 from hf_prune.texts import text_batches
 from tests import models
-from tests.models import assert_unchanged, same_bits, snapshot, tiny_batches
+from tests.models import assert_same_masks, assert_unchanged, same_bits, snapshot, tiny_batches
 from tests.test_calibration import Interrupted, failing, state, unusual
 
 KINDS = ["bert", "distilbert", "gpt2", "llama", "t5", "albert", "bert_mlm"]
@@ -240,7 +240,7 @@ def test_an_exception_midway_leaves_the_model_bit_for_bit(settings, error, monke
     assert calls == [6]
     assert_unchanged(model, before)
     assert state(model) == was
-    assert MaskStore.of(model) is store
+    assert_same_masks(model, store)
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
