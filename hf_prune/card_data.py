@@ -20,6 +20,7 @@ from hf_prune.config import PruningConfig
 from hf_prune.errors import CheckpointError, DataError, HfPruneError
 from hf_prune.front_matter import split_card
 from hf_prune.hub import card_of_base, is_repo_id
+from hf_prune.packed_files import INDEX, SINGLE, file_paths
 from hf_prune.packed_format import is_packed, unseal
 from hf_prune.shards import CHUNK_BYTES
 from hf_prune.shrinking import RECORD
@@ -162,7 +163,7 @@ def counted_facts(folder: Path) -> dict[str, Any]:
     config = _read(folder / "config.json")
     masks = folder / MASK_FILE
     settings = (config.get(RECORD) or {}).get("pruning_config")
-    weights = next(iter(sorted(folder.glob("model*.safetensors"))), None)
+    weights = _first_file(folder)
     if weights is not None and is_packed(weights):
         described = unseal(weights)
         found["config"], _ = read_pruning(described.get("pruning", {}), weights)
@@ -293,8 +294,15 @@ def is_rounded(folder: Path) -> bool:
     Raises:
         CheckpointError: If it is damaged.
     """
-    first = next(iter(sorted(folder.glob("model*.safetensors"))), None)
+    first = _first_file(folder)
     return first is not None and is_packed(first) and _rounds(unseal(first))
+
+
+def _first_file(folder: Path) -> Path | None:
+    """The file of weights that is loaded, or the first of several; of a variant where there is nothing else."""
+    if (folder / SINGLE).is_file() or (folder / INDEX).is_file():
+        return file_paths(folder)[0][0]
+    return next(iter(sorted(folder.glob("model*.safetensors"))), None)
 
 
 def _rounds(described: Mapping[str, Any]) -> bool:

@@ -17,6 +17,7 @@ from transformers.conversion_mapping import _build_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightConverter
 
 from hf_prune import CheckpointError, compress_checkpoint, decompress_checkpoint, prunable
+from hf_prune.card_data import counted_facts
 from hf_prune.checkpoint import MASK_FILE, load_masks, save_masks
 from hf_prune.masking import MaskStore
 from hf_prune.mixin import pruned_class
@@ -217,7 +218,8 @@ def test_weights_that_the_config_says_are_elsewhere_are_refused_by_all(tmp_path)
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps({**config, "transformers_weights": "other.safetensors"}))
     load = pruned_class(transformers.CLIPVisionModel).from_pretrained
-    for use in (load, partial(compress_checkpoint, folder=tmp_path / "out"), load_skeleton):
+    verify = lambda folder: counted_facts(Path(folder))  # noqa: E731  # what cards and verify count
+    for use in (load, partial(compress_checkpoint, folder=tmp_path / "out"), load_skeleton, verify):
         with pytest.raises(CheckpointError, match=r"are in 'other.safetensors' .*, and not in model.safetensors"):
             use(str(source))
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
