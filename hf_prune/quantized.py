@@ -34,8 +34,11 @@ def refuse_quantized(model: nn.Module) -> None:
         if isinstance(buffer := module._buffers.get("weight"), Tensor):
             weights["weight"] = buffer
         for key, tensor in weights.items():
-            if (found := _foreign(tensor)) is not None:
-                raise PlanError(f"{prefix}.{key}".removeprefix(".") + f" is {found}: {EXPECTED}")
+            name = f"{prefix}.{key}".removeprefix(".")
+            if tensor.layout != torch.strided:
+                raise PlanError(f"{name} is stored as {tensor.layout}: expected a dense tensor; call to_dense() on it")
+            if (found := _foreign(tensor, multiplies=key == "weight")) is not None:
+                raise PlanError(f"{name} is {found}: {EXPECTED}")
 
 
 def method_of_config(config: Any) -> str | None:
@@ -66,8 +69,8 @@ def _method_of_model(module: nn.Module) -> str | None:
     return found
 
 
-def _foreign(weight: Tensor) -> str | None:
-    """What a weight is if it is no plain one."""
+def _foreign(weight: Tensor, multiplies: bool) -> str | None:
+    """What a weight is if it is no plain one; whole numbers and truth values are, where nothing multiplies by them."""
     for kind in type(weight).__mro__:
         if kind in (Tensor, nn.Parameter, DTensor):
             break
@@ -75,6 +78,7 @@ def _foreign(weight: Tensor) -> str | None:
             return f"a {type(weight).__name__}, which says {weight.dtype}"
     if hasattr(weight, "quant_state") or hasattr(weight, "SCB"):  # of bitsandbytes, in any type
         return f"a {type(weight).__name__} of {weight.dtype}"
-    if weight.dim() > 1 and weight.dtype != torch.bool and weight.element_size() == 1:
+    narrow = weight.dtype != torch.bool and weight.element_size() == 1
+    if weight.dim() > 1 and (narrow or (multiplies and not weight.is_floating_point())):
         return str(weight.dtype)
     return None

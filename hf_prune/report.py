@@ -19,6 +19,7 @@ from hf_prune.errors import HfPruneError
 from hf_prune.masking import MaskStore, warn_regrown
 from hf_prune.offloading import values_of
 from hf_prune.plan import coverage_notes
+from hf_prune.quantized import refuse_quantized
 from hf_prune.registry import parse_granularity
 from hf_prune.structures import StructureReport
 from hf_prune.tables import format_count, format_table
@@ -264,13 +265,14 @@ def sparsity_report(model: nn.Module, config: PruningConfig | None = None) -> Sp
         The report. Where the dense weights were kept, it has their statistics as well.
 
     Raises:
-        PlanError: If ``config`` is given and does not match the model, or weights are not loaded; those that accelerate
-            has offloaded are read.
+        PlanError: If ``config`` is given and does not match the model, or weights are quantized or not loaded; those
+            that accelerate has offloaded are read.
 
     Example:
         >>> print(sparsity_report(torch.nn.Linear(4, 2)).target_parameters)
         8
     """
+    refuse_quantized(model)
     store = MaskStore.of(model)
     warn_regrown(model, "they are counted as they are")
     targets = _targets(model, config, store)

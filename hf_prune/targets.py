@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from hf_prune.config import PruningConfig
 from hf_prune.errors import PlanError
-from hf_prune.quantized import EXPECTED, refuse_quantized
+from hf_prune.quantized import refuse_quantized
 from hf_prune.registry import parse_granularity, unknown_name
 from hf_prune.wrapping import adapters, unadapted_name
 
@@ -206,8 +206,6 @@ def _check_weight(module_name: str, weight: Tensor, loaded: bool) -> None:
             f"{module_name}.weight has no elements (shape {tuple(weight.shape)}): gather partitioned weights before "
             f"pruning, or list the module in exclude_modules"
         )
-    if not weight.is_floating_point() or weight.element_size() < 2:
-        raise PlanError(f"{module_name}.weight is {weight.dtype}: {EXPECTED}")
 
 
 def _available(prunable: dict[str, tuple[nn.Module, str]]) -> str:
@@ -251,7 +249,8 @@ def refuse_read_only(model: nn.Module) -> None:
         ends.append(int(addresses.partition("-")[2], 16))
         writable.append("w" in permissions)
     for name, parameter in model.named_parameters():
-        if type(parameter) is nn.Parameter and parameter.device.type == "cpu" and parameter.numel():
+        plain = type(parameter) is nn.Parameter and parameter.layout == torch.strided
+        if plain and parameter.device.type == "cpu" and parameter.numel():
             found = bisect.bisect_right(ends, parameter.data_ptr())
             if found < len(ends) and not writable[found]:
                 raise PlanError(

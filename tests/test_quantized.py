@@ -14,11 +14,14 @@ from hf_prune import (
     DataError,
     PlanError,
     PruningConfig,
+    explain_speed,
     export_model,
     from_torch_prune,
     prunable,
     prune,
     shrink,
+    sparsity_report,
+    structure_report,
 )
 from hf_prune.auto import load_native
 from hf_prune.quantized import refuse_quantized
@@ -90,17 +93,34 @@ def with_dtype(dtype):
     return change
 
 
+def in_layout(layout):
+    def change(model):
+        module = model.model.layers[0].mlp.up_proj
+        module.weight = nn.Parameter(module.weight.detach().to_sparse(layout=layout), requires_grad=False)
+        return model
+
+    return change
+
+
 FORMATS = [
     (rounded, r"up_proj\.weight is a Rounded, which says torch\.float32"),
     (packed, r"up_proj is a Packed, which has qweight for a weight"),
     (said("quantization_config", {"quant_method": "gptq"}), r"LlamaForCausalLM.* is quantized with 'gptq'"),
     (said("is_quantized", True), r"LlamaForCausalLM.* is quantized with 'an unnamed method'"),
     (with_dtype(torch.float8_e4m3fn), r"up_proj\.weight is torch\.float8_e4m3fn"),
-    (with_dtype(torch.uint8), r"up_proj\.weight is torch\.uint8"),
+    *(
+        (with_dtype(dtype), rf"up_proj\.weight is {dtype}")
+        for dtype in (torch.uint8, torch.int16, torch.int32, torch.complex64, torch.bool)
+    ),
+]
+FOUND = [(change, f"{found}.*{WORDS}") for change, found in FORMATS] + [
+    (in_layout(layout), rf"up_proj\.weight is stored as {layout}: expected a dense tensor; call to_dense\(\) on it")
+    for layout in (torch.sparse_coo, torch.sparse_csr)
 ]
 
 
-@pytest.mark.parametrize(("change", "found"), FORMATS)
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+@pytest.mark.parametrize(("change", "message"), FOUND)
 @pytest.mark.parametrize(
     "act",
     [
@@ -114,12 +134,15 @@ FORMATS = [
         lambda m: export_model(m, "nowhere"),
         lambda m: TrainingPruner(m, PruningConfig(0.5), 10),
         lambda m: TrainingPruner(m, PruningConfig(0.5, granularity="neuron"), 10),
+        sparsity_report,
+        structure_report,
+        explain_speed,
     ],
 )
-def test_other_formats_are_refused_everywhere(change, found, act):
+def test_other_formats_are_refused_everywhere(change, message, act):
     model = change(models.tiny_llama())
     state = {name: id(parameter) for name, parameter in model.named_parameters()}
-    with pytest.raises(PlanError, match=f"{found}.*{WORDS}"):
+    with pytest.raises(PlanError, match=message):
         act(model)
     assert {name: id(parameter) for name, parameter in model.named_parameters()} == state
     assert not (model.lm_head.weight == 0).any()
@@ -132,6 +155,7 @@ def test_what_is_plain_is_not_refused():
     model = prunable(models.tiny_llama())
     model.model.layers[0].mlp.up_proj.weight = Tagged(model.model.layers[0].mlp.up_proj.weight.detach())
     model.register_parameter("steps", nn.Parameter(torch.zeros(2, 2, dtype=torch.int64), requires_grad=False))
+    model.register_buffer("weight", torch.zeros(4, dtype=torch.int64))
     model.register_buffer("causal", torch.ones(1, 1, 4, 4, dtype=torch.uint8))
     model.is_quantized = False  # as dequantize=True leaves it
     model.config.quantization_config = {"quant_method": "hf_prune", "format_version": 1, "structure": {}}
@@ -145,8 +169,9 @@ def test_quanto(tmp_path):
     pytest.importorskip("optimum.quanto", reason="needs optimum-quanto")
     models.tiny_llama().save_pretrained(tmp_path)
     model = LlamaForCausalLM.from_pretrained(tmp_path, quantization_config=QuantoConfig(weights="int8"))
-    with pytest.raises(PlanError, match=f"is quantized with 'quanto': {WORDS}"):
-        prune(model, 0.5)
+    for act in (lambda m: prune(m, 0.5), sparsity_report):
+        with pytest.raises(PlanError, match=f"is quantized with 'quanto': {WORDS}"):
+            act(model)
     del model.hf_quantizer, model.config.quantization_config
     model.is_quantized = False
     with pytest.raises(PlanError, match=f"weight is a .*Tensor, which says torch.float32: {WORDS}"):
