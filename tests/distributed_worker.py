@@ -163,8 +163,8 @@ def main(rank: int, size: int, folder: str) -> None:
     model = models.tiny_bert()
     compute = scoring.compute_masks
 
-    def opinion(*arguments: Any) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        masks, weights = compute(*arguments)
+    def opinion(*arguments: Any, **keywords: Any) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        masks, weights = compute(*arguments, **keywords)
         return {name: mask ^ (rank == 1) for name, mask in masks.items()}, weights
 
     with mock.patch.object(scoring, "compute_masks", opinion):

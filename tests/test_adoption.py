@@ -194,7 +194,8 @@ def test_the_command_writes_the_masks_beside_the_same_weights(tmp_path, sparse):
     assert old.keys() == new.keys()
     assert all(same_bits(new[name], tensor + 0.0) for name, tensor in old.items())
     assert {path.name for path in out.iterdir()} == {path.name for path in source.iterdir()} | {
-        "pruning_masks.safetensors"
+        "pruning_masks.safetensors",
+        ".hf_prune.json",
     }
     again = CliRunner().invoke(app, ["prune", str(out), "--sparsity", "0.7", "--out", str(tmp_path / "more")])
     assert again.exit_code == 0, again.output

@@ -464,8 +464,8 @@ def test_evaluate_alone_and_against(hf_prune, folders, tmp_path):
     assert text[1].startswith(f"{folders['text']}: accuracy {100 * values['dense']['accuracy']:.2f} %")
     alone = hf_prune("evaluate", tmp_path, "--data", folders["data"], "--split", "train", "--batch-size", 5, "--json")
     alone = json.loads(alone.out)
-    assert alone.keys() == {"model", "evaluation"}
-    assert (alone["evaluation"]["n"], alone["evaluation"]["batch_size"]) == (32, 5)
+    assert alone.keys() == {"model", "weights", "evaluation"}
+    assert (alone["evaluation"]["n"], alone["evaluation"]["batch_size"]) == (60, 5)
 
 
 def test_other_columns(hf_prune, folders, tmp_path):
@@ -808,7 +808,7 @@ def test_a_language_model_is_scored_by_perplexity(hf_prune, folders, tmp_path):
     assert hf_prune("prune", folders["llama"], "--sparsity", 0.8, "--out", tmp_path).code == 0
     arguments = ["evaluate", tmp_path, "--data", folders["texts"], "--window", 12, "--batch-size", 3]
     values = json.loads(hf_prune(*arguments, "--against", folders["llama"], "--json").out)
-    assert values.keys() == {"model", "evaluation", "against", "dense", "comparison"}
+    assert values.keys() == {"model", "weights", "evaluation", "against", "against_weights", "dense", "comparison"}
     pruned, dense = values["evaluation"], values["dense"]
     assert (pruned["window"], pruned["batch_size"], pruned["split"], pruned["source"]) == (12, 3, "test", "texts")
     assert pruned["n"] == dense["n"] > 10
@@ -837,8 +837,8 @@ def test_language_models_default_to_wikitext(hf_prune, folders, tmp_path, monkey
 
 
 def test_a_classifier_needs_labels_for_gradients_only(hf_prune, folders, tmp_path):
-    rows = models.tiny_sentences(32, 1)["sentence"]
-    (tmp_path / "train.tsv").write_text("\n".join(["sentence", *rows]) + "\n")
+    rows = (Path(folders["data"]) / "train.tsv").read_text().splitlines()
+    (tmp_path / "train.tsv").write_text("\n".join(row.split("\t")[0] for row in rows) + "\n")
     arguments = ["prune", folders["text"], "--data", tmp_path, "--criterion"]
     assert hf_prune(*arguments, "wanda", "--out", tmp_path / "out").code == 0
     other = hf_prune(
@@ -860,6 +860,9 @@ def bert(tmp_path):
     """A checkpoint of a registered architecture, with a tokenizer and data."""
     folder, data = tmp_path / "bert", tmp_path / "data"
     model = models.tiny_classifier()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.masked_fill_(parameter == 0, 0.01)  # zeros of its own would count as removed
     model.save_pretrained(folder)
     models.tiny_tokenizer().save_pretrained(folder)
     data.mkdir()

@@ -86,6 +86,7 @@ def test_labels_are_never_replaced_by_the_text():
     assert not torch.equal(model.get_parameter(name), other.get_parameter(name))
 
 
+@pytest.mark.filterwarnings("ignore:.* stay dense, the largest:UserWarning")  # Whisper's convolutions
 @pytest.mark.parametrize(
     ("model", "batch", "message"),
     [
