@@ -55,6 +55,9 @@ class _Held:
     dense: dict[str, Tensor] = field(default_factory=dict)
 
 
+_Holders = list[tuple[_Held, str]]  # of one mask, with the name that each has for its weight
+
+
 @dataclass
 class MaskStore:
     """The masks of one model, or of a part or a holder of one: what :meth:`of` gathers and :meth:`attach` hands out.
@@ -78,14 +81,16 @@ class MaskStore:
     @staticmethod
     def of(model: nn.Module) -> MaskStore | None:
         """The masks of the weights inside a module, by the names that it gives them; None if there are none."""
+        _renew(model)
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         masks: dict[str, Tensor] = {}
         dense: dict[str, Tensor] = {}
         prunings: dict[int, _Pruning] = {}
-        rosters: dict[str, _Held] = {}
+        rosters: dict[str, _Holders] = {}
         found = set()
         for prefix, module in model.named_modules():
-            rosters |= {f"{prefix}.{name}".removeprefix("."): h for name, h in module.__dict__.get(_ROSTER, {}).items()}
+            roster: dict[str, _Holders] = module.__dict__.get(_ROSTER, {})
+            rosters |= {f"{prefix}.{name}".removeprefix("."): holders for name, holders in roster.items()}
             held: _Held | None = module.__dict__.get(_ATTRIBUTE)
             if held is None:
                 continue
@@ -97,12 +102,12 @@ class MaskStore:
                     name = names.get(id(module._parameters.get(key)), f"{prefix}.{key}".removeprefix("."))
                     old = gathered.get(name, tensor)  # of a tied weight that was pruned by another holder as well
                     gathered[name] = tensor if old is tensor or gathered is dense else tensor & old.to(tensor.device)
-        lost = {
-            name: held.masks[name.rpartition(".")[2]]
-            for name, held in rosters.items()
-            if id(held) not in found and name not in masks and name.rpartition(".")[2] in held.masks
-        }
-        dense |= {n: rosters[n].dense[k] for n in lost if (k := n.rpartition(".")[2]) in rosters[n].dense}
+        lost: dict[str, Tensor] = {}
+        for name, holders in rosters.items():
+            held, key = holders[0]
+            if name not in masks and key in held.masks and not any(id(holder) in found for holder, _ in holders):
+                lost[name] = held.masks[key]
+                dense |= {name: held.dense[key]} if key in held.dense else {}
         if not masks and not lost:
             return None
         last: list[_Pruning] = sorted(prunings.values(), key=lambda pruning: pruning.time)
@@ -132,11 +137,11 @@ class MaskStore:
             raise MaskError(f"{missing[0]!r} has a mask, and {type(model).__name__} has no such parameter")
         self._clear(model)
         pruning = _Pruning(self.config, self.polishes, self.speed)
-        roster = {
-            name: _Held(pruning, {name.rpartition(".")[2]: self.masks[name]})
-            for name in self.replaced & self.masks.keys()
-        }
-        for prefix, module in model.named_modules():
+        roster: dict[str, _Holders] = {}
+        for name in self.replaced & self.masks.keys():
+            key = name.rpartition(".")[2]
+            roster[name] = [(_Held(pruning, {key: self.masks[name]}), key)]
+        for module in model.modules():
             for key, parameter in module._parameters.items():
                 if (name := names.get(id(parameter), "")) in self.replaced:
                     continue
@@ -147,13 +152,14 @@ class MaskStore:
                 held.pruning = pruning
                 if keep is not None:
                     held.masks[key] = keep
-                    roster[f"{prefix}.{key}".removeprefix(".")] = held
+                    roster.setdefault(name, []).append((held, key))  # several, where a weight is tied
                 if dense is not None:
                     held.dense[key] = dense
         model.__dict__[_ROSTER] = roster
 
     @staticmethod
     def _clear(model: nn.Module) -> None:
+        _renew(model)
         for module in model.modules():
             module.__dict__.pop(_ROSTER, None)
             if (held := module.__dict__.get(_ATTRIBUTE)) is not None:
@@ -375,6 +381,18 @@ def mask_of(model: nn.Module, name: str) -> Tensor | None:
     holder, _, key = name.rpartition(".")
     held: _Held | None = model.get_submodule(holder).__dict__.get(_ATTRIBUTE)
     return None if held is None else held.masks.get(key)
+
+
+def _renew(model: nn.Module) -> None:
+    """Hand out the masks of models that earlier versions pickled: there the whole store was an attribute of one."""
+    old = [
+        (m, m.__dict__.pop(_ATTRIBUTE)) for m in model.modules() if isinstance(m.__dict__.get(_ATTRIBUTE), MaskStore)
+    ]
+    for module, store in reversed(old):  # parts come after what they are parts of
+        inner = MaskStore.of(module)
+        store.masks = {**(inner.masks if inner is not None else {}), **store.masks}
+        store.replaced = frozenset(store.masks) - {name for name, _ in module.named_parameters()}
+        store.attach(module)
 
 
 def _named(tensors: Mapping[str, Tensor], name: str) -> Tensor | None:

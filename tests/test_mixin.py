@@ -18,6 +18,8 @@ import transformers
 from safetensors.torch import load_file
 from transformers import (
     AlbertForSequenceClassification,
+    BartConfig,
+    BartForConditionalGeneration,
     BertConfig,
     BertForMultipleChoice,
     BertForPreTraining,
@@ -599,15 +601,33 @@ def test_save_pretrained_takes_its_arguments_in_the_order_of_transformers():
 # --- when the model changes after pruning -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("make", [models.tiny_llama, models.tiny_gpt2])
+def _tiny_bart():
+    sizes = {f"{side}_{what}": n for side in ("encoder", "decoder") for what, n in (("layers", 1), ("ffn_dim", 16))}
+    config = BartConfig(
+        vocab_size=models.VOCAB, d_model=16, encoder_attention_heads=2, decoder_attention_heads=2, **sizes
+    )
+    return models.fill(BartForConditionalGeneration(config))
+
+
+@pytest.mark.filterwarnings("ignore:Moving the following attributes")  # by transformers, of generation settings
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (models.tiny_llama, "lm_head.weight"),
+        (models.tiny_gpt2, "transformer.wte.weight"),
+        (models.tiny_t5, "shared.weight"),
+        (_tiny_bart, "model.shared.weight"),
+    ],
+)
 @pytest.mark.parametrize("tokens", [models.VOCAB + 5, models.VOCAB - 5])
-def test_masks_follow_embeddings_that_are_resized(make, tokens, tmp_path):
-    """Llama has an output layer of its own here, in GPT-2 it is the embedding."""
+def test_masks_follow_embeddings_that_are_resized(make, name, tokens, tmp_path):
+    """Llama has an output layer of its own here; in the others it is the embedding, which two of them have thrice."""
     model = prunable(make()).prune(0.5, target_modules=".*", keep_dense=True)
-    name = "lm_head.weight" if "lm_head.weight" in model.masks else "transformer.wte.weight"
+    names = set(model.masks)
     old, dense = model.masks[name].clone(), MaskStore.of(model).dense[name].clone()
     rows = min(tokens, models.VOCAB)
     model.resize_token_embeddings(tokens)
+    assert set(model.masks) == names
     mask = model.masks[name]
     assert mask.shape == model.get_parameter(name).shape
     assert torch.equal(mask[:rows], old[:rows])

@@ -203,6 +203,35 @@ def test_a_tied_weight_has_one_mask():
     assert float((model.lm_head.weight == 0).float().mean()) == pytest.approx(0.7, abs=0.01)
 
 
+def test_a_tied_weight_keeps_its_mask_as_long_as_one_holds_it():
+    model = prune(models.tiny_llama(tie_word_embeddings=True), 0.5, target_modules=["lm_head"])
+    (mask,) = MaskStore.of(model).masks.values()
+    model.lm_head = nn.Linear(16, models.VOCAB, bias=False)
+    assert MaskStore.of(model).masks.keys() == {"model.embed_tokens.weight"}
+    MaskStore.of(model).apply(model)
+    assert model.lm_head.weight.all()
+    assert torch.equal(model.model.embed_tokens.weight != 0, mask)
+    model.model.embed_tokens = nn.Embedding(models.VOCAB, 16)
+    with pytest.raises(MaskError, match=r"the mask of 'model.embed_tokens.weight' .* has another module there"):
+        MaskStore.of(model).apply(model)
+
+
+def test_masks_of_what_earlier_versions_pickled():
+    """There what was pruned had one object with all masks, which had fewer fields, as an attribute."""
+    part = prune(models.mlp(), 0.5)
+    masks = {name: mask.clone() for name, mask in MaskStore.of(part).masks.items()}
+    MaskStore.detach(part)
+    old = MaskStore(dict(masks))
+    del old.replaced
+    part.__dict__["_hf_prune_masks"] = old
+    assert MaskStore.of(copy.deepcopy(part)).masks.keys() == masks.keys()
+    holder = Holder(part)
+    models.assert_same_masks(part, MaskStore(masks))
+    assert MaskStore.of(holder).masks.keys() == {f"inner.{name}" for name in masks}
+    prune(holder, 0.7)
+    assert zeros(part)["fc1.weight"] > 0.6 * part.fc1.weight.numel()
+
+
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_a_copy_shares_nothing(copied):
     model = prunable(models.tiny_bert())
