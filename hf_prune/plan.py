@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from warnings import warn
@@ -207,6 +207,7 @@ def make_plan(
     *,
     loaded: bool = True,
     masks: Mapping[str, Tensor] | None = None,
+    only: Collection[str] | None = None,
 ) -> PruningPlan:
     """Resolve a config on a model; the model is not changed.
 
@@ -217,13 +218,14 @@ def make_plan(
         loaded: Whether its weights are there. False for a model on the meta device; nobody has then seen whether
             they are finite.
         masks: Those of earlier prunings that count, in place of the model's own.
+        only: Whole names of modules, of those that the config means; None for all of them.
 
     Raises:
         PlanError: If no target matches, a weight cannot be divided into units, a weight has NaN or
             infinite values, or the model is already sparser than the config asks for.
         MaskError: If the masks of an earlier pruning no longer fit the model.
     """
-    targets = resolve_targets(model, config, loaded=loaded)
+    targets = resolve_targets(model, config, loaded=loaded, only=only)
     granularity = parse_granularity(config.granularity)
     if granularity.spec == "channel":
         following = followers(sites_of_channels(model))  # they lose what the convolution before them loses

@@ -80,7 +80,9 @@ class Target:
         return matrix.contiguous()
 
 
-def resolve_targets(model: nn.Module, config: PruningConfig, *, loaded: bool = True) -> list[Target]:
+def resolve_targets(
+    model: nn.Module, config: PruningConfig, *, loaded: bool = True, only: Collection[str] | None = None
+) -> list[Target]:
     """The weights that a config means on a model, in the order of its modules.
 
     Tied weights and shared modules appear once, under the name that ``named_parameters()`` gives them. Adapters are
@@ -90,6 +92,7 @@ def resolve_targets(model: nn.Module, config: PruningConfig, *, loaded: bool = T
         model: Any torch module.
         config: Its ``target_modules`` and ``exclude_modules``.
         loaded: Whether its weights have to be there. False for a model on the meta device, whose weights come later.
+        only: Whole names of modules, of those that the config means; None for all of them.
 
     Raises:
         PlanError: If a name matches no module, if nothing is left to prune, if a weight is not loaded
@@ -123,6 +126,8 @@ def resolve_targets(model: nn.Module, config: PruningConfig, *, loaded: bool = T
     targets: dict[int, Target] = {}
     for module_name, (module, layout) in prunable.items():
         if means(config.exclude_modules, module, layout) or not means(config.target_modules, module, layout):
+            continue
+        if only is not None and not any(name in only for name in aliases[id(module)]):
             continue
         weight = module._parameters["weight"]
         assert weight is not None

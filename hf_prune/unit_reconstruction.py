@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor, nn
@@ -149,14 +148,13 @@ def inner_plan(model: nn.Module, config: PruningConfig, names: Sequence[str], sp
         names: The parameters.
         sparsity: The share of their weights that goes.
     """
-    modules = [re.escape(name.removesuffix(".weight")) for name in names]
     inner = PruningConfig(
         sparsity,
-        target_modules="|".join(modules),
+        target_modules=".*",
         seed=config.seed,
         repair=config.repair,
         objective=config.objective if config.repair is not None else "layer",
         calibration_order=config.calibration_order,
         polish=config.polish,
     )
-    return make_plan(model, inner)
+    return make_plan(model, inner, only={name.removesuffix(".weight") for name in names})

@@ -15,6 +15,7 @@ from hf_prune.sites import find_sites
 from hf_prune.speed import workload_inputs
 from hf_prune.timing import Timings
 from hf_prune.unit_costs import flops
+from hf_prune.unit_reconstruction import inner_plan
 from hf_prune.unit_statistics import gate_statistics, layer_losses
 from tests.architecture_models import MODELS, tiny
 from tests.models import tiny_albert
@@ -489,3 +490,21 @@ def test_the_report_counts_what_has_gone():
     shrink(model)
     assert report.remaining == model.num_parameters()
     assert report.parameters == before
+
+
+def test_a_repair_of_units_knows_no_limit_of_layers():
+    """The settings of the repair inside name the matrices one by one: far more than fit in a pattern of a user."""
+    model, inputs = tiny("bert", num_hidden_layers=24)
+    settings = PruningConfig(
+        0.5, granularity=("head", "neuron"), scope="global", repair="least_squares", calibration_order="one_pass"
+    )
+    prune(model, settings, calibration=batches_for(inputs, 1))
+    assert MaskStore.of(model).masks
+
+
+def test_an_inner_plan_means_exactly_the_matrices_that_it_is_given():
+    model = torch.nn.Module()
+    model.a = torch.nn.Linear(2, 2)
+    model.b = torch.nn.ModuleDict({"a": torch.nn.Linear(2, 2), "x": torch.nn.ModuleDict({"a": torch.nn.Linear(2, 2)})})
+    for name in ("a.weight", "b.a.weight", "b.x.a.weight"):
+        assert list(inner_plan(model, PruningConfig(), [name]).remove) == [name]
