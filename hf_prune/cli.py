@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import shutil
 import sys
@@ -30,6 +31,7 @@ from hf_prune.cli_options import (
     BatchSize,
     CalibrationSamples,
     CalibrationSplit,
+    Command,
     Config,
     Data,
     Exclude,
@@ -78,6 +80,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+command = functools.partial(app.command, cls=Command)
 
 
 def _version(asked: bool) -> None:
@@ -94,7 +97,7 @@ def common(
     show_notices()
 
 
-@app.command(epilog="Example: hf-prune demo --out my-first-pruning")
+@command(epilog="Example: hf-prune demo --out my-first-pruning")
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for results, plots and the pruned checkpoint.")] = Path(
         "hf-prune-demo"
@@ -136,7 +139,7 @@ def demo(
     )
 
 
-@app.command(
+@command(
     epilog="Examples: hf-prune prune MODEL --sparsity 0.5 --out pruned  |  hf-prune prune MODEL --granularity 2:4 "
     "--criterion taylor --data glue/sst2 --out pruned  |  hf-prune prune MODEL --sparsity 0.5 --dry-run  |  "
     "hf-prune prune MODEL --max-drop 1.0 --criterion alps --data glue/sst2 --out pruned  |  "
@@ -335,7 +338,7 @@ def prune(
         echo(json.dumps(values, indent=2) if as_json else f"{text}\nSaved in {out}.")
 
 
-@app.command(
+@command(
     epilog="Examples: hf-prune evaluate pruned --data glue/sst2 --against MODEL  |  "
     "hf-prune evaluate LANGUAGE_MODEL --data wiki.test.raw --window 512"
 )
@@ -415,7 +418,7 @@ def evaluate(
         echo(str(comparison))
 
 
-@app.command(
+@command(
     epilog="Example: hf-prune sweep distilbert/distilbert-base-uncased-finetuned-sst-2-english "
     "--sparsity 0,0.3,0.5,0.6,0.8 --criterion magnitude --data glue/sst2"
 )
@@ -488,7 +491,7 @@ def sweep(
     echo(json.dumps(result.to_dict(), indent=2) if as_json else f"{result}\n{_sweep_files(out)}")
 
 
-@app.command(epilog="Example: hf-prune report pruned --dense MODEL --plots plots")
+@command(epilog="Example: hf-prune report pruned --dense MODEL --plots plots")
 def report(
     model: Model,
     dense: Annotated[str | None, typer.Option(help="The dense checkpoint, for statistics before pruning.")] = None,
@@ -528,21 +531,21 @@ def report(
     echo(result.to_json() if as_json else str(result))
 
 
-app.command(epilog="Example: hf-prune bench MODEL pruned --batch 1,32 --length 64 --threads 1")(bench)
-app.command(epilog="Example: hf-prune explain pruned --against MODEL")(explain)
-app.command(epilog="Example: hf-prune trim-vocab MODEL --texts glue/sst2 --out smaller")(trim_vocab)
-app.command(epilog="Example: hf-prune train MODEL --sparsity 0.8 --teacher self --data glue/sst2 --out pruned")(train)
-app.command(epilog="Example: hf-prune lottery MODEL --sparsity 0.8 --rounds 5 --data glue/sst2 --out ticket")(lottery)
-app.command(epilog="Example: hf-prune card pruned --evaluation scores.json --base-model ID --write")(card)
-app.command(epilog="Example: hf-prune verify MODEL --evaluate --data glue/sst2")(verify)
-app.command(epilog="Example: hf-prune push pruned me/bert-sst2-80 --dry-run")(push)
-app.command(epilog="Example: hf-prune compress pruned small")(compress)
-app.command(epilog="Example: hf-prune decompress small pruned")(decompress)
-app.command(epilog="Examples: hf-prune migrate old new  |  hf-prune migrate sparse out --adopt-zeros")(migrate)
-app.command(epilog="Example: hf-prune space --open")(space)
+command(epilog="Example: hf-prune bench MODEL pruned --batch 1,32 --length 64 --threads 1")(bench)
+command(epilog="Example: hf-prune explain pruned --against MODEL")(explain)
+command(epilog="Example: hf-prune trim-vocab MODEL --texts glue/sst2 --out smaller")(trim_vocab)
+command(epilog="Example: hf-prune train MODEL --sparsity 0.8 --teacher self --data glue/sst2 --out pruned")(train)
+command(epilog="Example: hf-prune lottery MODEL --sparsity 0.8 --rounds 5 --data glue/sst2 --out ticket")(lottery)
+command(epilog="Example: hf-prune card pruned --evaluation scores.json --base-model ID --write")(card)
+command(epilog="Example: hf-prune verify MODEL --evaluate --data glue/sst2")(verify)
+command(epilog="Example: hf-prune push pruned me/bert-sst2-80 --dry-run")(push)
+command(epilog="Example: hf-prune compress pruned small")(compress)
+command(epilog="Example: hf-prune decompress small pruned")(decompress)
+command(epilog="Examples: hf-prune migrate old new  |  hf-prune migrate sparse out --adopt-zeros")(migrate)
+command(epilog="Example: hf-prune space --open")(space)
 
 
-@app.command(epilog="Example: hf-prune export pruned pruned.onnx")
+@command(epilog="Example: hf-prune export pruned pruned.onnx")
 def export(
     model: Model,
     out: Annotated[Path, typer.Argument(metavar="FILE", help="FILE.onnx, or FILE.xml for OpenVINO.")],
@@ -557,7 +560,7 @@ def export(
     echo(str(export_model(load_native(model).float(), out, overwrite=overwrite)))
 
 
-@app.command(name="list", epilog="Example: hf-prune list --json")
+@command(name="list", epilog="Example: hf-prune list --json")
 def list_(as_json: AsJson = False) -> None:
     """List criteria and granularities, with a description and the paper."""
     criteria = [CRITERIA.get(name) for name in CRITERIA.names()]

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+import typer.core
 
 from hf_prune.config import ALLOCATIONS, OBJECTIVES, POLISHES, REPAIRS, SCOPES, UNIT_KINDS, PruningConfig
 from hf_prune.errors import ConfigError
+from hf_prune.registry import meant_by
 from hf_prune.sources import check_data_source, check_model_source
 from hf_prune.tables import printable
 
@@ -118,6 +121,21 @@ def echo(message: object = "", *, err: bool = False) -> None:
         err: To standard error.
     """
     typer.echo(printable(str(message)), err=err)
+
+
+class Command(typer.core.TyperCommand):
+    """A command that knows what other tools call its options."""
+
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
+        """Read the arguments, once none of them is an option of another tool."""
+        options = {option for param in self.get_params(ctx) for option in (*param.opts, *param.secondary_opts)}
+        for option in (arg.partition("=")[0] for arg in args[: args.index("--") if "--" in args else None]):
+            if option.startswith("--") and option not in options:
+                meant = meant_by("setting", option[2:], [name[2:].replace("-", "_") for name in options])
+                ours = re.sub(r"^'(\w+)'", lambda name: f"--{name[1].replace('_', '-')}", meant or "")
+                if ours.split(",")[0] in options:
+                    ctx.fail(f"No such option: {option} (did you mean {ours}?)")
+        return super().parse_args(ctx, args)
 
 
 def start(models: Sequence[str], data: str | None = None) -> None:

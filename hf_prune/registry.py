@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import pkgutil
+import re
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Generic, TypeVar
 
@@ -23,6 +24,7 @@ T = TypeVar("T")
 
 _UNITS = "'head', 'neuron' or 'layer'"
 _ROWS = "'row', 'column' or 'channel'"
+_PRUNING = re.compile(r"^(pruning|prune|pruner)_|_(pruning|prune|pruner|sparsity)$")
 # What other libraries call things, by what is asked for.
 _THEIR_WORDS: dict[str, dict[str, str]] = {
     "criterion": {
@@ -43,6 +45,7 @@ _THEIR_WORDS: dict[str, dict[str, str]] = {
         **dict.fromkeys(("head", "heads", "attention", "attention_head", "attention_heads"), "'head'"),
         **dict.fromkeys(("neuron", "neurons", "ffn", "mlp", "intermediate"), "'neuron'"),
         **dict.fromkeys(("layers", "depth", "transformer_block"), "'layer'"),
+        "width": "'head' and 'neuron'",
         **dict.fromkeys(("ln_structured", "l1_structured", "random_structured", "rows", "columns"), _ROWS),
         **dict.fromkeys(("filter", "filters", "channels", "kernel", "out_channels"), "'channel'"),
         **dict.fromkeys(("semi_structured", "semistructured", "sparse24", "n:m", "nm"), "'2:4'"),
@@ -66,6 +69,8 @@ _THEIR_WORDS: dict[str, dict[str, str]] = {
         **dict.fromkeys(("density", "keep_ratio"), "'sparsity', 1 less that share"),
         **dict.fromkeys(("method", "importance", "metric", "score", "pruning_method", "algorithm"), "'criterion'"),
         **dict.fromkeys(("pattern", "mask_structure", "structure", "pruning_type", "sparsity_type"), "'granularity'"),
+        "dim": f"'granularity', {_ROWS}",
+        **dict.fromkeys(("n", "m"), "'granularity', such as '2:4'"),
         **dict.fromkeys(("targets", "modules", "layers", "include", "module_names", "parameters"), "'target_modules'"),
         **dict.fromkeys(("ignore", "exclude", "ignored_layers", "excluded_modules", "skip"), "'exclude_modules'"),
         **dict.fromkeys(("global_pruning", "pruning_scope"), "'scope'"),
@@ -76,13 +81,26 @@ _THEIR_WORDS: dict[str, dict[str, str]] = {
 }
 
 
+def meant_by(kind: str, name: object, valid: Iterable[str]) -> str | None:
+    """What a name that does not exist is called here, or the closest one that exists; None if nothing is close.
+
+    Args:
+        kind: What it is a name of, such as a criterion or a setting.
+        name: The name.
+        valid: Names that exist.
+    """
+    words = next((words for key, words in _THEIR_WORDS.items() if key in kind), {})
+    known = {**words, **{each: repr(each) for each in valid}}
+    word = str(name).strip().lower().replace("-", "_").replace(" ", "_") if words else str(name)
+    bare = _PRUNING.sub("", word) if words else word  # structured_pruning, pruning_scope
+    close = difflib.get_close_matches(bare, known, n=1)
+    return next((known[each] for each in (word, bare, *close) if each in known), None)
+
+
 def unknown_name(kind: str, name: object, valid: Iterable[str]) -> UnknownNameError:
     """The error for a name that does not exist, with the valid ones, and what was meant or the closest of them."""
     valid = list(valid)
-    word = str(name).strip().lower().replace("-", "_").replace(" ", "_")
-    words = next((words for key, words in _THEIR_WORDS.items() if key in kind), {})
-    close = difflib.get_close_matches(str(name), valid, n=1)
-    meant = words.get(word) or (repr(close[0]) if close else None)
+    meant = meant_by(kind, name, valid)
     hint = "" if meant is None else f" Did you mean {meant}?"
     return UnknownNameError(f"unknown {kind} {name!r}: expected one of {', '.join(valid)}.{hint}")
 

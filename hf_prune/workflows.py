@@ -18,7 +18,7 @@ from hf_prune.adoption import MIN_SPARSITY, AdoptionReport, adopt_zeros
 from hf_prune.auto import load_native, load_tokenizer
 from hf_prune.budget import SparsitySearch, check_budget, find_sparsity
 from hf_prune.calibration_data import LabelledData, TextData
-from hf_prune.checkpoint import CARD_DATA, REPORTS, copy_companions, has_tokenizer, staged_checkpoint
+from hf_prune.checkpoint import CARD_DATA, REPORTS, copy_companions, has_tokenizer, staged_checkpoint, weight_files
 from hf_prune.comparison import Comparison, compare
 from hf_prune.config import PruningConfig
 from hf_prune.criteria.base import LABELLED
@@ -29,6 +29,7 @@ from hf_prune.errors import ConfigError, DataError
 from hf_prune.evaluation import Evaluation, class_numbers, drawn, evaluate_classification
 from hf_prune.files import copy_beside, write_json, write_text
 from hf_prune.outputs import check_output, source_folder, writes_alone
+from hf_prune.packed_files import INDEX
 from hf_prune.perplexity import Perplexity, evaluate_perplexity
 from hf_prune.plan import PruningPlan
 from hf_prune.plots import write_plots
@@ -388,7 +389,11 @@ def adopt_checkpoint(
     report = adopt_zeros(model, min_sparsity=min_sparsity)
     with staged_checkpoint(out, "migrate", overwrite=overwrite) as staging:
         model.save_pretrained(staging)
-        own = [path.name for path in staging.iterdir()]
+        own = [
+            INDEX,
+            *(path.name for path in staging.iterdir()),
+            *(Path(file).name for file in weight_files(source, {})),
+        ]
         left = copy_beside(source, staging, own, ["model*.safetensors*", *REPORTS, CARD_DATA])
     return dataclasses.replace(report, left={**report.left, **dict.fromkeys(left, "which was not carried over")})
 

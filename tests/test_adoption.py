@@ -202,6 +202,18 @@ def test_the_command_writes_the_masks_beside_the_same_weights(tmp_path, sparse):
     assert not (load_masks(tmp_path / "more" / "pruning_masks.safetensors").masks[NAME] & sparse).any()
 
 
+def test_shards_that_became_one_file_are_not_called_left(tmp_path, sparse):
+    source, out = tmp_path / "shards", tmp_path / "out"
+    models.tiny_bert().bfloat16().from_pretrained(tmp_path / "sparse").save_pretrained(source, max_shard_size="5KB")
+    (source / "model.fp16.safetensors").write_bytes(b"another variant")
+    assert len(list(source.glob("model-*"))) > 1
+    result = CliRunner().invoke(app, ["migrate", str(source), str(out), "--adopt-zeros"])
+    assert result.exit_code == 0, result.output
+    left = [line for line in result.output.splitlines() if line.startswith("Left")]
+    assert left == ["Left as it is: model.fp16.safetensors, which was not carried over."]
+    assert len(list(out.glob("model*"))) == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [

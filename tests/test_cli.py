@@ -804,6 +804,23 @@ def test_calibration_of_a_language_model_has_settings(hf_prune, folders, tmp_pat
     assert all(not torch.equal(found[0], other) for other in found[1:])
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["prune", "x", "--amount", "0.3"], "No such option: --amount (did you mean --sparsity?)"),
+        (["sweep", "x", "--pruning-ratio=0.3"], "No such option: --pruning-ratio (did you mean --sparsity?)"),
+        (["prune", "x", "--density", "1"], "--density (did you mean --sparsity, 1 less that share?)"),
+        (["prune", "x", "--sparsty", "1"], "--sparsty (did you mean --sparsity?)"),
+        (["prune", "x", "--n", "2", "--m", "4"], "--n (did you mean --granularity, such as '2:4'?)"),
+        (["report", "x", "--amount", "0.3"], "No such option: --amount"),  # it has nothing of the kind
+    ],
+)
+def test_options_of_other_tools_lead_to_ours(hf_prune, arguments, message):
+    done = hf_prune(*arguments)
+    assert done.code == 2
+    assert done.err.strip().endswith(message)
+
+
 def test_a_language_model_is_scored_by_perplexity(hf_prune, folders, tmp_path):
     assert hf_prune("prune", folders["llama"], "--sparsity", 0.8, "--out", tmp_path).code == 0
     arguments = ["evaluate", tmp_path, "--data", folders["texts"], "--window", 12, "--batch-size", 3]

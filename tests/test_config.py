@@ -75,6 +75,11 @@ def test_a_percentage_is_recognised():
         ("granularity", "unstructered", r"unknown granularity .*Did you mean 'unstructured'\?"),
         ("scope", "tensor", r"unknown scope 'tensor': expected one of row, layer, global\.$"),
         ("scope", 3, r"unknown scope 3"),
+        ("granularity", "structured_pruning", r"Did you mean 'head', 'neuron' or 'layer'\?"),
+        ("granularity", "structued", r"Did you mean 'head', 'neuron' or 'layer'\?"),
+        ("granularity", "width_pruning", r"Did you mean 'head' and 'neuron'\?"),
+        ("granularity", "unstructured-pruning", r"Did you mean 'unstructured'\?"),
+        ("criterion", "magnitude_pruning", r"Did you mean 'magnitude'\?"),
         ("allocation", "uniforn", r"unknown allocation 'uniforn': .*uniform, erk, owl, fisher, .* Did you mean"),
     ],
 )
