@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -87,7 +88,8 @@ class Site:
         return self.producers + self.consumers
 
     def parameters_per_unit(self, parameters: Mapping[str, Tensor]) -> int:
-        """How many parameters go with one unit."""
-        return sum(
-            len(p.offsets) * p.width * parameters[p.name].numel() // parameters[p.name].shape[p.dim] for p in self.parts
-        )
+        """How many parameters go with one unit, also where none is left."""
+        shapes = {part: list(parameters[part.name].shape) for part in self.parts}
+        for part, shape in shapes.items():
+            del shape[part.dim]
+        return sum(len(part.offsets) * part.width * math.prod(shape) for part, shape in shapes.items())

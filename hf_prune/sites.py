@@ -136,19 +136,22 @@ def _heads(model: nn.Module, layers: LayerList, number: int, heads: Heads) -> Si
     if query == key == value:
         total = _length(model, query, "out")
         units = total // (3 * size)
-        producers = _outputs(model, query, units, 3, total)
+        producers = _outputs(model, query, units, 3, total, size)
         values = tuple(replace(part, offsets=part.offsets[2:]) for part in producers)
-        queries = units
+        group = 1
     else:
         units = _length(model, key, "out") // size
-        queries = _length(model, query, "out") // size
-        parts = [_outputs(model, name, units, 1, _length(model, name, "out")) for name in (query, key, value)]
+        group = _length(model, query, "out") // size // units if units else _group(model, heads)
+        parts = [
+            _outputs(model, name, units, 1, _length(model, name, "out"), size * (group if name == query else 1))
+            for name in (query, key, value)
+        ]
         producers, values = tuple(part for found in parts for part in found), parts[2]
     if heads.bias is not None and number == 0:
         producers += (Part(f"{attention}.{heads.bias}.weight", 1, 1),)
-    consumers = (_input(model, out, units),)
+    consumers = (_input(model, out, units, size * group),)
     counts = tuple((f"{attention}.{count}".rpartition(".")[0], count.rpartition(".")[2]) for count in heads.counts)
-    per_unit = (queries // max(units, 1), 1)[: len(heads.config)]
+    per_unit = (group, 1)[: len(heads.config)]
     return Site(
         name=out.removeprefix(base_prefix(model)),
         kind="head",
@@ -165,6 +168,12 @@ def _heads(model: nn.Module, layers: LayerList, number: int, heads: Heads) -> Si
     )
 
 
+def _group(model: nn.Module, heads: Heads) -> int:
+    """How many queries the config gives each key, for a layer that has none left."""
+    queries, keys = [getattr(model.config, name, None) for name in (*heads.config, "", "")[:2]]
+    return queries // keys if queries and keys else 1
+
+
 def _neurons(model: nn.Module, layers: LayerList, number: int) -> Site:
     neurons, layer = layers.stack.neurons, f"{layers.name}.{number}"
     ups = [name for name in (f"{layer}.{up}" for up in neurons.up) if _get(model, name) is not None]
@@ -175,14 +184,14 @@ def _neurons(model: nn.Module, layers: LayerList, number: int) -> Site:
             f"expects its feed-forward network: register the architecture under another config.model_type"
         )
     units = _length(model, down, "in")
-    parts = [_outputs(model, name, units, 1, _length(model, name, "out")) for name in ups]
+    parts = [_outputs(model, name, units, 1, _length(model, name, "out"), 1) for name in ups]
     return Site(
         name=down.removeprefix(base_prefix(model)),
         kind="neuron",
         layers=((layers.name, number),),
         units=units,
         producers=tuple(part for found in parts for part in found),
-        consumers=(_input(model, down, units),),
+        consumers=(_input(model, down, units, 1),),
         values=(),
         counts=(),
         minimum=0 if isinstance(_module(model, down), nn.Linear) else 1,  # Conv1D cannot flatten what is empty
@@ -192,11 +201,11 @@ def _neurons(model: nn.Module, layers: LayerList, number: int) -> Site:
     )
 
 
-def _outputs(model: nn.Module, name: str, units: int, projections: int, total: int) -> tuple[Part, ...]:
-    """The weight and the bias of a module whose outputs are units, evenly."""
+def _outputs(model: nn.Module, name: str, units: int, projections: int, total: int, width: int) -> tuple[Part, ...]:
+    """The weight and the bias of a module whose outputs are units, evenly; each of ``width`` where none is left."""
     _check_divides(model, name, total, units * projections)
     each = total // projections
-    width = each // units if units else 0
+    width = each // units if units else width
     offsets = tuple(range(0, total, each)) if each else (0,) * projections
     module = _module(model, name)
     weight = Part(f"{name}.weight", _dims(module)[0], width, offsets)
@@ -205,10 +214,10 @@ def _outputs(model: nn.Module, name: str, units: int, projections: int, total: i
     return weight, Part(f"{name}.bias", 0, width, offsets)
 
 
-def _input(model: nn.Module, name: str, units: int) -> Part:
+def _input(model: nn.Module, name: str, units: int, width: int) -> Part:
     total = _length(model, name, "in")
     _check_divides(model, name, total, units)
-    return Part(f"{name}.weight", _dims(_module(model, name))[1], total // units if units else 0)
+    return Part(f"{name}.weight", _dims(_module(model, name))[1], total // units if units else width)
 
 
 def _check_divides(model: nn.Module, name: str, total: int, units: int) -> None:

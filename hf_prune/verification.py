@@ -267,8 +267,7 @@ def _structure(model: Any) -> Iterator[Difference]:
             dense = size // site.per_unit[0] if isinstance(size, int) else site.units
             if dense != site.units:
                 yield Difference(f"{site.kind}s before at {site.name}, in config.json", before[site.name], dense)
-    each = {site.name: site.parameters_per_unit(parameters) for site in sites if site.units}
-    grown = {name: (before[name] - site.units) * each[name] for site in sites if (name := site.name) in each}
+    grown = {site.name: (before[site.name] - site.units) * site.parameters_per_unit(parameters) for site in sites}
     total: float = sum(p.numel() for p in model.parameters()) + sum(grown.values())
     ratio = max([before[site.name] / max(1, site.units) for site in sites], default=1.0)
     for stack in layer_lists(model):
@@ -276,7 +275,7 @@ def _structure(model: Any) -> Iterator[Difference]:
         gone = entry.get("before", len(stack.layers)) - len(stack.layers)
         sizes = [
             sum(p.numel() for p in layer.parameters())
-            + sum(grown.get(s.name, 0) for s in sites if (stack.name, i) in s.layers)
+            + sum(grown[s.name] for s in sites if (stack.name, i) in s.layers)
             for i, layer in enumerate(stack.layers)
         ]
         total += gone * max(sizes) if sizes else math.inf

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
@@ -16,9 +17,11 @@ from hf_prune import (
     CheckpointError,
     DataError,
     PruningCardData,
+    PruningConfig,
     prunable,
     read_card_data,
     render_card,
+    shrink,
     sparsity_report,
     verify_checkpoint,
     write_card,
@@ -27,6 +30,7 @@ from hf_prune.cards import BEGIN, END, check_card, describe_model, merge_cards, 
 from hf_prune.cli import main
 from hf_prune.compressed import compress_checkpoint
 from hf_prune.shards import Shards
+from hf_prune.sites import find_sites
 from tests import models
 
 
@@ -827,3 +831,20 @@ def test_cards_of_real_runs_are_what_their_facts_say(folder):
     assert render_card(data) == (folder / "README.md").read_text()
     assert all((folder / name).is_file() for name in data.pictures)
     assert data.evaluation["comparison"]["n"] == 872
+
+
+@pytest.mark.parametrize("model_type", ["bert", "llama", "gpt2"])
+@pytest.mark.parametrize("kind", ["head", "neuron"])
+def test_a_layer_that_lost_all_units_is_no_lie(model_type, kind, tmp_path):
+    model = prunable(getattr(models, f"tiny_{model_type}")())
+    site = [site for site in find_sites(model) if site.kind == kind][-1]
+    with torch.no_grad():
+        for part in site.parts:
+            model.get_parameter(part.name).mul_(1e-4)
+    model.prune(PruningConfig(granularity=(kind,), sparsity=0.5, scope="global"))
+    shrink(model)
+    left = next(each.units for each in find_sites(model) if each.name == site.name)
+    assert left == site.minimum
+    model.save_pretrained(tmp_path / "small")
+    describe_model(model, tmp_path / "small", plots=False)
+    assert different(tmp_path / "small") == []
