@@ -10,7 +10,7 @@ from huggingface_hub.errors import StrictDataclassError
 from hf_prune.checkpoint import load_pruned
 from hf_prune.errors import CheckpointError, DataError
 from hf_prune.mixin import prunable
-from hf_prune.sources import check_model_source
+from hf_prune.sources import check_model_source, class_of_transformers
 
 
 class AutoPrunedModel:
@@ -96,9 +96,9 @@ def load_native(source: str) -> Any:
         DataError: If the source cannot be found, or its config names no class of transformers.
         CheckpointError: If the masks are damaged or do not fit the weights.
     """
-    native = native_class(source)
+    native, offline = native_class(source), check_model_source(source)
     try:
-        return prunable(load_pruned(native.from_pretrained, source, local_files_only=check_model_source(source)))
+        return prunable(load_pruned(native.from_pretrained, source, local_files_only=offline, trust_remote_code=False))
     except RuntimeError as error:
         if isinstance(error, CheckpointError):
             raise
@@ -127,11 +127,11 @@ def native_class(source: str) -> Any:
             f"the config.json of {source!r} is none that save_pretrained wrote: {_first_line(error)}"
         ) from error
     named = isinstance(architectures, list | tuple) and bool(architectures) and isinstance(architectures[0], str)
-    native = getattr(transformers, architectures[0], None) if named else None
+    native = class_of_transformers(architectures[0]) if named else None
     if native is None:
         raise DataError(
-            f"the config of {source!r} names the class {architectures or 'of no model'}: expected one of transformers, "
-            f"such as BertForSequenceClassification; load it with an AutoPrunedModelFor… class instead"
+            f"the config of {source!r} names the class {architectures or 'of no model'}: expected a model of "
+            f"transformers, such as BertForSequenceClassification; load it with an AutoPrunedModelFor… class instead"
         )
     return native
 

@@ -75,9 +75,13 @@ def _load_encoder(sources: Mapping[str, Path]) -> tuple[Any, Any]:
     folder = sources["config.json"].parent
     labels = {0: "NEGATIVE", 1: "POSITIVE"}
     config = AutoConfig.from_pretrained(
-        folder, id2label=labels, label2id={name: index for index, name in labels.items()}, local_files_only=True
+        folder,
+        id2label=labels,
+        label2id={name: index for index, name in labels.items()},
+        local_files_only=True,
+        trust_remote_code=False,
     )
-    model = AutoModelForSequenceClassification.from_config(config)
+    model = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
     weights = load_file(sources["model.safetensors"])
     del weights["embeddings.position_ids"]  # a constant that the file still carries and the model no longer has
     model.base_model.load_state_dict(weights)

@@ -33,6 +33,7 @@ from hf_prune.masking import MaskStore
 from hf_prune.outputs import check_output, source_folder
 from hf_prune.packed_files import INDEX, SINGLE, read_index
 from hf_prune.sites import find_sites
+from hf_prune.sources import class_of_transformers
 from hf_prune.structure import METHOD, structure_config
 from hf_prune.torch_prune import masked_weight
 
@@ -281,8 +282,8 @@ def _own_names(config: Mapping[str, Any]) -> set[str]:
 
     settings = dict(copy.deepcopy(config))
     settings.pop("quantization_config", None)
-    cls = getattr(transformers, str(next(iter(config.get("architectures") or ()), "")), None)
-    if not isinstance(cls, type) or not issubclass(cls, transformers.PreTrainedModel):
+    cls = class_of_transformers(next(iter(config.get("architectures") or ()), None))
+    if cls is None:
         return set()
     try:
         with torch.device("meta"):
@@ -328,7 +329,7 @@ def _structure(config: Mapping[str, Any], heads: Mapping[int, list[int]]) -> dic
         raise CheckpointError("config.json names no model_type, so where its heads are is not known")
     try:
         with torch.device("meta"):
-            model = AutoModel.from_config(AutoConfig.for_model(kind, **settings))
+            model = AutoModel.from_config(AutoConfig.for_model(kind, **settings), trust_remote_code=False)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"config.json describes no model that transformers knows: {error}") from error
     found = {}

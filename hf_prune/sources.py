@@ -12,7 +12,7 @@ import socket
 import threading
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hf_prune.data_files import TABLES, listing
 from hf_prune.errors import DataError
@@ -188,6 +188,23 @@ def model_class(source: str | os.PathLike[str]) -> str:
     except (ValueError, AttributeError) as error:
         raise DataError(f"the config.json of {os.fspath(source)!r} is no JSON object: {error}") from error
     return names[0]
+
+
+def class_of_transformers(name: object) -> Any | None:
+    """The class of models that a config names, or None if transformers has no model by that name.
+
+    Whoever writes a config chooses the name: Auto classes run code that lies beside it, and pipelines and configs are
+    no models.
+
+    Args:
+        name: Such as ``"BertForSequenceClassification"``.
+    """
+    import transformers
+    from torch import nn
+
+    cls = getattr(transformers, name, None) if isinstance(name, str) else None
+    is_model = isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)
+    return cls if is_model and cls.forward is not nn.Module.forward else None  # bases compute nothing
 
 
 def is_language_model(class_name: str) -> bool:

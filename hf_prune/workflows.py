@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 from warnings import warn
 
-import transformers
 from transformers import AutoConfig
 
 from hf_prune.adoption import MIN_SPARSITY, AdoptionReport, adopt_zeros
@@ -35,7 +34,7 @@ from hf_prune.plan import PruningPlan
 from hf_prune.plots import write_plots
 from hf_prune.report import SparsityReport, sparsity_report, weight_histogram
 from hf_prune.sites import find_sites
-from hf_prune.sources import check_model_source, is_language_model, model_class
+from hf_prune.sources import check_model_source, class_of_transformers, is_language_model, model_class
 from hf_prune.stream import check_streamable, prune_stream
 from hf_prune.structures import structure_report
 from hf_prune.sweep import SweepResult, run_sweep
@@ -97,8 +96,8 @@ def _load(source: str) -> tuple[Any, Any]:
 def _refuse_other_inputs(source: str) -> None:
     """Make sure that a model reads texts, and texts only."""
     name = model_class(source)
-    cls = getattr(transformers, name, None)
-    if cls is None:  # code of its own: seen when it is loaded
+    cls = class_of_transformers(name)
+    if cls is None:  # code of its own, or no model: seen when it is loaded
         return
     takes = inspect.signature(cls.forward).parameters
     others = [f"{what} ({key})" for key, what in _OTHER_INPUTS.items() if key in takes]

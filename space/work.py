@@ -224,7 +224,7 @@ def check_size(name: str, folder: Path, most: int) -> None:
     advice = "it is too large for this page; prune it on your own machine with `hf-prune prune`"
     limits = {"parameters": most, "modules": _MOST_MODULES, "buffer_bytes": _MOST_BUFFER_BYTES}
     with torch.device("meta"), limited_building(name, advice, **limits):
-        AutoModelForSequenceClassification.from_config(config)
+        AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -250,6 +250,51 @@ def test_module_keeps_the_rules(module):
     assert problems(path.read_text(encoding="utf-8"), module, path.name == "__init__.py") == []
 
 
+def calls_that_may_run_code(source: str) -> list[int]:
+    """Lines that load or build by a class that data may choose, without saying that code beside it is not run.
+
+    Not so where the class is that of an object that is there, or that this one is derived from.
+    """
+    tree = ast.parse(source)
+    parents = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
+    found = []
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Attribute) or node.attr not in ("from_pretrained", "from_config"):
+            continue
+        if ast.unparse(node.value).startswith(("type(", "super(")):
+            continue
+        call, function = parents[node], parents[node]
+        while not isinstance(function, ast.FunctionDef | ast.Module):
+            function = parents[function]
+        said = {k.arg for k in call.keywords} if isinstance(call, ast.Call) else set()
+        by_default = None in said and "kwargs.setdefault('trust_remote_code', False)" in ast.unparse(function)
+        if "trust_remote_code" not in said and not by_default:
+            found.append(node.lineno)
+    return found
+
+
+@pytest.mark.parametrize("path", sorted([*ROOT.rglob("*.py"), *(ROOT.parent / "space").glob("*.py")]), ids=str)
+def test_loading_runs_no_code_of_a_checkpoint_unless_told_to(path):
+    assert calls_that_may_run_code(path.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize(
+    ("source", "lines"),
+    [
+        ("AutoModel.from_pretrained(x)", [1]),
+        ("cls.from_pretrained(x, **kwargs)", [1]),
+        ("load(auto.from_pretrained, x)", [1]),
+        ("load = auto.from_config", [1]),
+        ("AutoModel.from_pretrained(x, trust_remote_code=False)", []),
+        ("load(auto.from_pretrained, x, trust_remote_code=False)", []),
+        ("type(model).from_pretrained(x)", []),
+        ("def f(**kwargs):\n kwargs.setdefault('trust_remote_code', False)\n a.from_config(x, **kwargs)", []),
+    ],
+)
+def test_the_search_for_loading_that_may_run_code(source, lines):
+    assert calls_that_may_run_code(source) == lines
+
+
 @pytest.mark.parametrize("path", sorted((ROOT.parent / "space").glob("*.py")), ids=lambda path: path.stem)
 def test_the_space_unpickles_nothing_and_reads_no_yaml(path):
     nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))

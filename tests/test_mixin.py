@@ -579,13 +579,60 @@ def test_load_native(tmp_path):
     assert same_masks(loaded, AutoPrunedModelForCausalLM.from_pretrained(tmp_path))
 
 
-@pytest.mark.parametrize("architectures", [None, [], ["MyOwnModel"]])
+@pytest.mark.parametrize(
+    "architectures",
+    [
+        None,
+        [],
+        {},
+        [1],
+        [None],
+        [["x"]],
+        *(
+            [name]
+            for name in (
+                "MyOwnModel",
+                "",
+                "__name__",
+                "pipeline",
+                "logging",
+                "Trainer",
+                "BertConfig",
+                "BertTokenizer",
+                "BertModel\0",
+                "PreTrainedModel",
+                "BertPreTrainedModel",
+                "AutoModel",
+                "AutoTokenizer",
+                "AutoModelForSeq2SeqLM",
+            )
+        ),
+    ],
+)
 def test_load_native_of_an_unknown_class(tmp_path, architectures):
     models.tiny_bert().save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": architectures}))
-    with pytest.raises(DataError, match=r"names the class .*: expected one of transformers, such as BertFor"):
+    with pytest.raises(DataError, match=r"names the class|is none that save_pretrained wrote"):
         load_native(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "auto", ["AutoModelForSeq2SeqLM", "AutoModelForVideoClassification", "AutoConfig", "AutoProcessor"]
+)
+def test_load_native_runs_no_code_of_a_checkpoint(tmp_path, monkeypatch, auto):
+    """Not even where everything that asks for consent is told yes."""
+    asked = []
+    monkeypatch.setattr("builtins.input", lambda *_: asked.append(1) or "y")
+    models.tiny_bert().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config |= {"architectures": [auto], "auto_map": {auto: "evil.Evil"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\nclass Evil: pass\n")
+    with pytest.raises(DataError, match="expected a model of transformers, such as BertForSequence"):
+        load_native(str(tmp_path))
+    assert not asked
+    assert not (tmp_path / "ran").exists()
 
 
 def test_load_native_of_nothing(tmp_path):
