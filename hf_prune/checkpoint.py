@@ -17,6 +17,7 @@ import os
 import re
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -511,7 +512,15 @@ def save_pruned(
         )
     store = MaskStore.of(model)
     variant = kwargs.get("variant")
-    _check_variants(store, Path(folder), variant)
+    if not only_adapters:
+        _check_variants(store, Path(folder), variant)
+    elif store is not None:
+        warnings.warn(
+            f"this {dense_class.__name__} carries adapters, so transformers saves these alone: neither its other "
+            f"weights nor its {len(store.masks)} masks are in {folder}. hf_prune.merge_lora(model) before saving "
+            f"makes one sparse model of both, and model.delete_adapter(...) takes the adapters out",
+            stacklevel=3,
+        )
     if store is not None:
         store.check(model)
         warn_regrown(
@@ -533,6 +542,24 @@ def save_pruned(
                     save_masks(store, staging / MASK_FILE)
     finally:
         model.__class__ = pruned_class
+
+
+def refuse_adapters_alone(model: Any, what: str) -> None:
+    """Make sure that saving a model saves a model, and not the adapters that ``add_adapter`` has put inside it.
+
+    Args:
+        model: The model.
+        what: What is asked of its checkpoint, for the message.
+
+    Raises:
+        CheckpointError: If it carries adapters.
+    """
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise CheckpointError(
+            f"{what} is for whole models, and of this {type(model).__name__}, which carries adapters, transformers "
+            f"saves these alone: merge them first, with hf_prune.merge_lora(model), or take them out, with "
+            f"model.delete_adapter(...)"
+        )
 
 
 def _check_variants(store: MaskStore | None, folder: Path, variant: str | None) -> None:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from hf_prune.errors import MaskError
 from hf_prune.masking import MaskStore
 from hf_prune.mixin import prunable
-from hf_prune.wrapping import unadapted_name, without_wrappers
+from hf_prune.wrapping import adapters, unadapted_name, unload_adapters, without_wrappers
 
 
 @dataclass(frozen=True)
@@ -52,30 +52,35 @@ def merge_lora(model: Any, *, evaluate: Callable[[Any], float] | None = None) ->
     """Merge LoRA adapters into a sparse model, and apply its masks again (plain merging fills the zeros).
 
     Args:
-        model: A ``PeftModel`` around a model that has masks, whether that was pruned before or through the
-            ``PeftModel``; it is used up, as by ``merge_and_unload``.
+        model: A model that has masks and adapters: a ``PeftModel`` around it, whether it was pruned before or through
+            that, or one with adapters of ``add_adapter``. It is used up, as by ``merge_and_unload``.
         evaluate: Scores a model, larger is better; called before and after, so that the cost is known.
 
     Returns:
         The model and what the merge cost; print it.
 
     Raises:
-        MaskError: If the model is no ``PeftModel``, or the model inside has no masks, or none that fit.
+        MaskError: If the model has no adapters that can be merged, or no masks, or none that fit.
 
     Example:
         >>> report = merge_lora(peft_model, evaluate=accuracy)  # doctest: +SKIP
         >>> report.model.save_pretrained("merged")  # doctest: +SKIP
     """
     model = without_wrappers(model)
-    if not hasattr(model, "merge_and_unload") or not hasattr(model, "get_base_model"):
-        raise MaskError(f"expected a PeftModel with LoRA adapters, found a {type(model).__name__}")
-    found = MaskStore.of(model.get_base_model())
+    wrapped = hasattr(model, "merge_and_unload") and hasattr(model, "get_base_model")
+    if not wrapped and (not adapters(model) or hasattr(model, "get_base_model")):
+        raise MaskError(
+            f"expected a PeftModel with LoRA adapters, or a model with those of add_adapter(), found a "
+            f"{type(model).__name__} with none that can be merged"
+        )
+    base = model.get_base_model() if wrapped else model
+    found = MaskStore.of(base)
     if found is None:
         raise MaskError(
             "the model inside the adapters has no masks: prune it, or load it with AutoPrunedModelFor…, which brings "
-            "them back; without masks call merge_and_unload()"
+            "them back; without masks call merge_and_unload() of a PeftModel"
         )
-    found.check(model.get_base_model())
+    found.check(base)
     before = None if evaluate is None else float(evaluate(model))
     store = dataclasses.replace(found, masks={}, dense=None)
     for name, mask in found.masks.items():
@@ -84,10 +89,13 @@ def merge_lora(model: Any, *, evaluate: Callable[[Any], float] | None = None) ->
     if found.dense is not None:
         store.dense = {unadapted_name(name): weight for name, weight in reversed(found.dense.items())}
     sparse: dict[str, Tensor] = {}
-    for name, parameter in model.get_base_model().named_parameters():
+    for name, parameter in base.named_parameters():
         if (name := unadapted_name(name)) in store.masks and name not in sparse:
             sparse[name] = parameter.detach().clone()
-    merged = model.merge_and_unload()
+    if wrapped:
+        merged = model.merge_and_unload()
+    else:
+        unload_adapters(merged := model)
     change, kept = 0.0, 0.0
     for name, weight in sparse.items():
         square = (merged.get_parameter(name).detach().float() - weight.float()).square()

@@ -21,7 +21,7 @@ from transformers.conversion_mapping import (
 from hf_prune.adoption import AdoptionReport, adopt_zeros
 from hf_prune.calibration import Batches
 from hf_prune.cards import describe_model
-from hf_prune.checkpoint import load_pruned, save_pruned
+from hf_prune.checkpoint import load_pruned, refuse_adapters_alone, save_pruned
 from hf_prune.compressed import save_compressed
 from hf_prune.config import PruningConfig
 from hf_prune.errors import ConfigError
@@ -34,7 +34,7 @@ from hf_prune.report import SparsityReport, sparsity_report
 from hf_prune.shrinking import shrink_modules
 from hf_prune.training import keep_sparse
 from hf_prune.unit_plan import UnitPlan
-from hf_prune.wrapping import sole_model
+from hf_prune.wrapping import sole_model, unload_adapters
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 Self = TypeVar("Self", bound="PrunedModelMixin")
@@ -169,6 +169,12 @@ class PrunedModelMixin(nn.Module):
             store.follow_resize(self, before)
         return resized
 
+    def delete_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """As of ``PreTrainedModel``. Where the last adapter goes, the layers that held it are plain ones again."""
+        super().delete_adapter(*args, **kwargs)  # type: ignore[misc]
+        if not self._hf_peft_config_loaded:
+            unload_adapters(self)
+
     def shrink(self: Self) -> Self:
         """Take out every head, neuron, channel and layer pruned as a whole; returns the model; see :func:`shrink`."""
         return shrink_modules(self)
@@ -194,7 +200,8 @@ class PrunedModelMixin(nn.Module):
         """Save as the dense class would, with the masks beside the weights; at once or not at all.
 
         A compressed checkpoint is smaller and has the masks in the weights. Plain ``from_pretrained`` loads it after
-        ``import hf_prune``, and refuses it without.
+        ``import hf_prune``, and refuses it without. Of a model with adapters of ``add_adapter``, transformers saves
+        these alone, and a warning says so: call :func:`hf_prune.merge_lora` or ``delete_adapter`` first to save it all.
 
         Args:
             save_directory: The folder.
@@ -212,12 +219,14 @@ class PrunedModelMixin(nn.Module):
 
         Raises:
             CheckpointError: If ``save_directory`` is a file, or has weights of others that would be deleted; if a
-                weight cannot be packed; or if ``remote_code`` is asked of a shrunk model or one that is not of
-                transformers.
+                weight cannot be packed; if adapters alone would be saved compressed, or uploaded; or if ``remote_code``
+                is asked of a shrunk model or one that is not of transformers.
             ConfigError: If ``codec`` or ``values`` is unknown, or ``remote_code`` is asked of a dense checkpoint.
         """
         if remote_code and not compressed:
             raise ConfigError("remote_code=True without compressed=True: any transformers loads a dense checkpoint")
+        if compressed or push_to_hub:
+            refuse_adapters_alone(self, "compressed=True" if compressed else "push_to_hub=True")
         hub = {
             key: kwargs.pop(key)
             for key in ("repo_id", "commit_message", "private", "create_pr", "revision", "force")
@@ -283,6 +292,7 @@ class PrunedModelMixin(nn.Module):
             CheckpointError: If the model cannot be saved.
             HubError: If it cannot be uploaded; the repository is as it was.
         """
+        refuse_adapters_alone(self, "push_to_hub()")
         repo_id = full_repo_id(repo_id, token)
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary) / "model"

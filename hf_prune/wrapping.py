@@ -83,3 +83,25 @@ def adapters(model: nn.Module) -> dict[nn.Module, str]:
             else:
                 found |= dict.fromkeys(child.modules(), name)
     return {module: name for module, name in found.items() if module not in own}
+
+
+def unload_adapters(model: nn.Module) -> None:
+    """Merge what adapters are active into the layers inside a model, and put these in the place of PEFT's, in place.
+
+    That is what ``merge_and_unload`` does, for models without a ``PeftModel`` around them.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, AuxiliaryTrainingWrapper):
+                setattr(parent, name, child.unload_and_optionally_merge_module(True, False, None))
+            elif isinstance(child, BaseTunerLayer):
+                if child.active_adapters:
+                    child.merge()  # type: ignore[operator]
+                setattr(parent, name, child.get_base_layer())
+    if hasattr(model, "peft_config"):
+        del model.peft_config
+    if getattr(model, "_hf_peft_config_loaded", False):  # what transformers goes by
+        model._hf_peft_config_loaded = False  # type: ignore[assignment]
