@@ -99,7 +99,7 @@ def unload_adapters(model: nn.Module) -> None:
                 setattr(parent, name, child.unload_and_optionally_merge_module(True, False, None))
             elif isinstance(child, BaseTunerLayer):
                 if child.active_adapters:
-                    child.merge()  # type: ignore[operator]
+                    child.merge()
                 setattr(parent, name, child.get_base_layer())
     if hasattr(model, "peft_config"):
         del model.peft_config
