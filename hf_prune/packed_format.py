@@ -34,7 +34,9 @@ HEADER_BYTES = HEAD.size + 8 * (_MAX_DIMENSIONS + 1 + 8)  # no header of a weigh
 ALIGNMENT = 8
 # Nobody has to believe that a few bytes stand for a terabyte: writers pad to this, readers refuse what is beyond it.
 MAX_EXPANSION = 1024
-MOST_SECTIONS = 4  # times that, what is unpacked on the way to the weight: scales, positions and steps of int8
+# Scales, positions and steps of int8 take at most so many bytes for each byte of the weight and of this, which is for
+# rows without elements: padding of a file bears out its weights, and not what is unpacked on the way to them.
+MOST_SECTIONS, _SPARE = 4, 1024
 ESCAPE = 255  # of a gap: that many zeros, and no value after them
 TABLE = 16  # a plane of at most so many different bytes is written two to a byte: Huffman codes have no half bits
 LEAST_PAIRED = 64  # values; with fewer, the length of a section would not tell how it is written
@@ -213,8 +215,7 @@ def read_header(data: Any, size: int | None = None) -> Header:
     if dense > size * MAX_EXPANSION or math.prod(max(length, 1) for length in shape) >= 1 << 63:
         raise damaged(f"{size} bytes claim to be a weight of shape {list(shape)}, {dense} bytes")
     _check_counts(header)
-    # of int8, a scale for each row, however short the rows are
-    if (unpacked := sum(_lengths(header, 0))) > size * MAX_EXPANSION * MOST_SECTIONS:
+    if (unpacked := sum(_lengths(header, 0))) > MOST_SECTIONS * (dense + _SPARE):
         raise damaged(f"{size} bytes claim to be a weight of shape {list(shape)}, sections of {unpacked} bytes")
     return header
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import struct
+import sys
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from hf_prune import unpacking
 from hf_prune.errors import CheckpointError
 from hf_prune.packed_format import CODECS, LAYOUTS, MAGIC, MAX_EXPANSION, VALUES, read_header
 from hf_prune.packing import pack
+from hf_prune.remote_code import modeling_source
 from hf_prune.unpacking import unpack, unpack_mask
 from tests.models import same_bits
 from tests.reference import packing as reference
@@ -306,12 +309,40 @@ def empty_weight(shape: tuple[int, ...], values: str, scales: int = 0) -> np.nda
     return np.frombuffer(b"".join(part + bytes(-len(part) % 8) for part in [text, *sections]), dtype=np.uint8)
 
 
-def test_scales_of_rows_without_elements_are_bounded():
-    rows = 1 << 20
-    data = empty_weight((rows, 0), "int8", 4 * rows)
+@pytest.mark.parametrize("rows", [1025, 1 << 20])
+@pytest.mark.parametrize("padding", [0, 1 << 20])
+def test_scales_of_rows_without_elements_are_bounded(rows, padding):
+    """However long the file is: there is nothing that they could scale."""
+    data = np.concatenate([empty_weight((rows, 0), "int8", 4 * rows), np.zeros(padding, dtype=np.uint8)])
     with pytest.raises(CheckpointError, match=rf"{len(data)} bytes claim .* \[{rows}, 0\], sections of {4 * rows} b"):
         unpack(data)
     assert unpack(empty_weight((2, 0), "int8", 8)).shape == (2, 0)
+
+
+@pytest.mark.parametrize("shape", [(4000, 1), (4000,), (1, 4000), (1000, 2, 2)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("values", VALUES)
+def test_what_is_packed_is_never_refused_for_its_sections(shape, dtype, values):
+    """A scale for each row is more than a weight of one column in half precision."""
+    mask = torch.arange(4000).reshape(shape) % 10 > 0
+    data = pack(mask.to(dtype), mask, values=values)
+    assert read_header(data).values == values
+    assert torch.equal(unpack(data), mask.to(dtype))
+
+
+def test_the_reader_that_travels_with_checkpoints_refuses_the_same(tmp_path):
+    path = tmp_path / "modeling.py"
+    path.write_text(modeling_source([]), encoding="utf-8")
+    spec = importlib.util.spec_from_file_location("modeling_of_a_checkpoint", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        del sys.modules[spec.name]
+    data = np.concatenate([empty_weight((1 << 20, 0), "int8", 4 << 20), np.zeros(1 << 20, dtype=np.uint8)])
+    with pytest.raises(module.CheckpointError, match=r"\[1048576, 0\], sections of 4194304 bytes"):
+        module.unpack(data)
 
 
 @pytest.mark.parametrize("shape", [(1 << 63, 0), (0, 1 << 63), (1 << 40, 1 << 40, 0), ((1 << 64) - 1, 0)])
