@@ -52,6 +52,7 @@ _MODULES = {
         "HfPruneError",
         "HubError",
         "MaskError",
+        "ModelTypeError",
         "PlanError",
         "SweepError",
         "UnknownNameError",

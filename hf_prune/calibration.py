@@ -16,7 +16,7 @@ from hf_prune.distributed import add_up, all_or_none, check_same_batches, proces
 from hf_prune.errors import CalibrationError
 from hf_prune.plan import PruningPlan
 from hf_prune.progress import Bar
-from hf_prune.running import eval_mode, on_device, run_model
+from hf_prune.running import batches_of, eval_mode, on_device, run_model
 from hf_prune.sensitivity import prediction, token_mask
 from hf_prune.sums import sum_dtype
 from hf_prune.targets import is_finite
@@ -97,7 +97,8 @@ def _require_batches(plan: PruningPlan, calibration: Batches | None) -> Batches:
             f"{who} needs calibration data, and got none: pass calibration=batches, "
             f"an iterable of dicts with the model's inputs{labels}"
         )
-    return calibration if processes()[1] == 1 else list(calibration)
+    batches: Batches = batches_of(calibration)
+    return batches if processes()[1] == 1 else list(batches)
 
 
 def _gradients(

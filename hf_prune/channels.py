@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from hf_prune.architectures import Channels
 from hf_prune.errors import ArchitectureError
-from hf_prune.parts import Part, Site
+from hf_prune.parts import Part, Site, plain_weights
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -45,12 +45,10 @@ def channel_sites(model: nn.Module, entries: Sequence[Channels], prefix: str) ->
 
 def _site(modules: Mapping[str, nn.Module], names: Sequence[str], prefix: str) -> Site:
     *chain, reader = names
-    parts = [[Part(f"{name}.{key}", 0, 1) for key in modules[name]._parameters] for name in chain]
-    parts = [[p for p in each if _tensor(modules, p.name) is not None] for each in parts]
-    lengths = {p.name: len(t) for each in parts for p in each if (t := _tensor(modules, p.name)) is not None}
-    weight = _tensor(modules, f"{reader}.weight")
-    assert weight is not None
-    units = weight.shape[1]
+    tensors = {name: plain_weights(name, modules[name]) for name in names}
+    parts = [[Part(f"{name}.{key}", 0, 1) for key in tensors[name]] for name in chain]
+    lengths = {f"{name}.{key}": len(tensor) for name in chain for key, tensor in tensors[name].items()}
+    units = tensors[reader]["weight"].shape[1]
     if set(lengths.values()) != {units} or getattr(modules[reader], "groups", 1) != 1:
         raise ArchitectureError(
             f"{reader} reads {units} channels, and what computes them has {lengths}: expected as many everywhere, and "
@@ -83,11 +81,6 @@ def _counts(module: nn.Module) -> tuple[str, ...]:
     if isinstance(module, _CONVOLUTIONS):
         return ("out_channels", "in_channels", "groups") if module.groups > 1 else ("out_channels",)
     return ("out_features",)
-
-
-def _tensor(modules: Mapping[str, nn.Module], name: str) -> Tensor | None:
-    holder, _, key = name.rpartition(".")
-    return modules[holder]._parameters[key]
 
 
 def _is_row(tensor: Tensor | None) -> bool:

@@ -6,6 +6,7 @@
     ├── ConfigError       (ValueError)    a setting is unknown, out of range, or contradicts another
     │   └── UnknownNameError              a name that no registry entry has
     ├── PlanError         (ValueError)    the settings do not fit this model
+    ├── ModelTypeError    (TypeError)     what was passed is no model, or none of the kind that is needed
     ├── ArchitectureError (ValueError)    nobody has said where this model's heads, neurons and layers are
     ├── CalibrationError  (ValueError)    calibration data is missing or unusable
     ├── MaskError         (RuntimeError)  the masks do not allow what was asked
@@ -37,6 +38,10 @@ class UnknownNameError(ConfigError):
 
 class PlanError(HfPruneError, ValueError):
     """The settings do not fit this model; nothing was changed."""
+
+
+class ModelTypeError(HfPruneError, TypeError):
+    """What was passed is no model, or none of the kind that is needed."""
 
 
 class ArchitectureError(HfPruneError, ValueError):

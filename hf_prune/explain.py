@@ -31,17 +31,14 @@ def speed_reasons(model: nn.Module) -> list[str]:
     """What the shapes and the zeros of a model are worth, in lines."""
     zeros = sparsity_report(model)
     try:
-        structure: StructureReport | None = structure_report(model)
-    except ArchitectureError:
-        structure = None
-    return [*_shapes(structure, zeros), *_zeros(zeros)]
+        shapes = _shapes(structure_report(model))
+    except ArchitectureError as error:
+        unknown = f"where the heads and neurons of a {zeros.model_name} are is not known"
+        shapes = [f"Shapes: {unknown}, so they are not counted: {error}."]
+    return [*shapes, *_zeros(zeros)]
 
 
-def _shapes(structure: StructureReport | None, zeros: SparsityReport) -> list[str]:
-    if structure is None:
-        return [
-            f"Shapes: where the heads and neurons of a {zeros.model_name} are is not known, so they are not counted."
-        ]
+def _shapes(structure: StructureReport) -> list[str]:
     if structure.parameters == structure.parameters_before:
         return [
             "Shapes: those of the dense model. Nothing was taken out, so a dense kernel does all of the work it did."

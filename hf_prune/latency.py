@@ -21,6 +21,7 @@ from hf_prune.running import eval_mode
 from hf_prune.speed import forward
 from hf_prune.tables import format_table
 from hf_prune.timing import Ratio, Timings, quantile, speedup, time_together
+from hf_prune.wrapping import check_is_model
 
 
 @dataclass(frozen=True)
@@ -178,8 +179,10 @@ def measure_latency(
     Example:
         >>> print(measure_latency({"dense": dense, "pruned": pruned}, batch_sizes=[1, 32]))  # doctest: +SKIP
     """
+    native = {name: model for name, model in models.items() if not isinstance(model, ExportedModel)}
+    for model in native.values():
+        check_is_model(model)
     _check(models, batch_sizes, lengths, rounds, warmup, threads, new_tokens)
-    native = {name: model for name, model in models.items() if isinstance(model, nn.Module)}
     _check_exported(models, next(iter(native.values())))
     workloads = find_workloads(native, inputs, batch_sizes, lengths)
     check_generation(native, workloads, new_tokens)

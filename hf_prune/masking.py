@@ -24,7 +24,7 @@ from hf_prune.errors import MaskError
 from hf_prune.offloading import refuse_offloaded, values_of
 from hf_prune.registry import unknown_name
 from hf_prune.spill import Shelf
-from hf_prune.wrapping import plain_name
+from hf_prune.wrapping import check_is_model, plain_name
 
 if TYPE_CHECKING:
     from hf_prune.polish import PolishRecord
@@ -80,7 +80,12 @@ class MaskStore:
 
     @staticmethod
     def of(model: nn.Module) -> MaskStore | None:
-        """The masks of the weights inside a module, by the names that it gives them; None if there are none."""
+        """The masks of the weights inside a module, by the names that it gives them; None if there are none.
+
+        Raises:
+            ModelTypeError: If it is no model.
+        """
+        check_is_model(model)
         _renew(model)
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         masks: dict[str, Tensor] = {}

@@ -24,7 +24,7 @@ from hf_prune.cards import describe_model
 from hf_prune.checkpoint import load_pruned, refuse_adapters_alone, save_pruned
 from hf_prune.compressed import save_compressed
 from hf_prune.config import PruningConfig
-from hf_prune.errors import ConfigError
+from hf_prune.errors import ConfigError, ModelTypeError
 from hf_prune.hub import full_repo_id, is_downloaded
 from hf_prune.masking import MaskStore, drop_masks
 from hf_prune.pipeline import prune
@@ -34,7 +34,7 @@ from hf_prune.report import SparsityReport, sparsity_report
 from hf_prune.shrinking import shrink_modules
 from hf_prune.training import keep_sparse
 from hf_prune.unit_plan import UnitPlan
-from hf_prune.wrapping import sole_model, unload_adapters
+from hf_prune.wrapping import check_is_model, sole_model, unload_adapters
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 Self = TypeVar("Self", bound="PrunedModelMixin")
@@ -345,12 +345,13 @@ def prunable(model: Model) -> Model:
         The same object.
 
     Raises:
-        TypeError: If it is no ``PreTrainedModel``; :func:`hf_prune.prune` takes any torch module.
+        ModelTypeError: If it is no ``PreTrainedModel``; :func:`hf_prune.prune` takes any torch module.
     """
+    check_is_model(model)
     if not isinstance(model, PreTrainedModel):
-        raise TypeError(
-            f"found a {type(model).__name__}: expected a transformers PreTrainedModel; unwrap it first, or call "
-            f"hf_prune.prune(model), which takes any torch module"
+        raise ModelTypeError(
+            f"found a {type(model).__name__}: expected a transformers PreTrainedModel; unwrap it, or pass what is "
+            f"inside, one model at a time; hf_prune.prune(model) takes any torch module"
         )
     model.__class__ = pruned_class(type(model))  # type: ignore[arg-type]
     return model
@@ -370,7 +371,7 @@ def shrink(model: Model) -> Model:
         The same object; ``model.config.pruned_structure`` says what was taken out.
 
     Raises:
-        TypeError: If it is no ``PreTrainedModel``.
+        ModelTypeError: If it is no ``PreTrainedModel``.
         ArchitectureError: If its architecture is not registered, or a module cannot be resized.
 
     Example:

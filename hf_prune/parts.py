@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from hf_prune.errors import ArchitectureError
 
 
 @dataclass(frozen=True)
@@ -93,3 +95,27 @@ class Site:
         for part, shape in shapes.items():
             del shape[part.dim]
         return sum(len(part.offsets) * part.width * math.prod(shape) for part, shape in shapes.items())
+
+
+def plain_weights(name: str, module: nn.Module) -> dict[str, nn.Parameter]:
+    """The weight and the bias of a module, as far as it has them.
+
+    Args:
+        name: Of the module, for the message.
+        module: The module.
+
+    Raises:
+        ArchitectureError: If one is there, but is no parameter: units could not be taken out of it.
+    """
+    found = {}
+    for key in ("weight", "bias"):
+        parameter = module._parameters.get(key)
+        if parameter is not None:
+            found[key] = parameter
+        elif isinstance(getattr(module, key, None), Tensor):
+            raise ArchitectureError(
+                f"{key} of {name} ({type(module).__name__}) is computed from others or a buffer, so no heads, neurons "
+                f"or channels can be counted in it or taken out of it: expected a parameter; "
+                f"torch.nn.utils.parametrize.remove_parametrizations(module, {key!r}) makes one of what is parametrized"
+            )
+    return found

@@ -201,9 +201,9 @@ def evaluate_perplexity(
         >>> print(evaluate_perplexity(model, tokenizer, texts, window=512, limit=40))  # doctest: +SKIP
         perplexity 22.35 ± 0.93 (n = 40 windows of 512 tokens, data 6b86b273ff34fce1)
     """
+    warn_regrown(model, "what is scored is not the model that save_pretrained() writes, in which they are zero")
     if getattr(model.config, "is_encoder_decoder", False):
         raise DataError(f"{type(model).__name__} has an encoder: {_EXPECTED}")
-    warn_regrown(model, "what is scored is not the model that save_pretrained() writes, in which they are zero")
     lead = _bos(tokenizer, bos_in_every_window)
     window, stride = _window(model, window, stride, len(lead))
     check_positive("batch_size", batch_size)

@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from hf_prune.errors import PlanError
 from hf_prune.structure import METHOD
+from hf_prune.wrapping import check_is_model
 
 EXPECTED = "expected float32, float64, float16 or bfloat16; prune before quantizing"
 # What modules of GPTQ, AWQ, HQQ, compressed-tensors and torch.ao have in place of a weight.
@@ -21,8 +22,10 @@ def refuse_quantized(model: nn.Module) -> None:
     """Make sure that the weights of a model are plain floating-point numbers.
 
     Raises:
+        ModelTypeError: If it is no model.
         PlanError: If the model or one inside it is quantized, or a weight is in a format of another kind.
     """
+    check_is_model(model)
     for prefix, module in model.named_modules():
         name = prefix or type(model).__name__
         if (method := _method_of_model(module)) is not None:

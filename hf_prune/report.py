@@ -23,7 +23,7 @@ from hf_prune.quantized import refuse_quantized
 from hf_prune.registry import parse_granularity
 from hf_prune.structures import StructureReport
 from hf_prune.tables import format_count, format_table
-from hf_prune.targets import Target, divisible, resolve_targets
+from hf_prune.targets import Target, divisible, refuse_torch_masks, resolve_targets
 
 _CHUNK = 1 << 18  # numbers looked at together
 NM_PATTERNS = ((2, 4),)  # what sparse tensor cores read
@@ -265,14 +265,15 @@ def sparsity_report(model: nn.Module, config: PruningConfig | None = None) -> Sp
         The report. Where the dense weights were kept, it has their statistics as well.
 
     Raises:
-        PlanError: If ``config`` is given and does not match the model, or weights are quantized or not loaded; those
-            that accelerate has offloaded are read.
+        PlanError: If ``config`` is given and does not match the model, or weights are quantized, masked by
+            ``torch.nn.utils.prune`` or not loaded; those that accelerate has offloaded are read.
 
     Example:
         >>> print(sparsity_report(torch.nn.Linear(4, 2)).target_parameters)
         8
     """
     refuse_quantized(model)
+    refuse_torch_masks(model)
     store = MaskStore.of(model)
     warn_regrown(model, "they are counted as they are")
     targets = _targets(model, config, store)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import re
+import reprlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_prune.errors import CalibrationError, HfPruneError
+from hf_prune.wrapping import check_is_model
 
 _MAKE = (
     "calibration=hf_prune.text_batches(texts, tokenizer) makes a list of them from texts; a single batch goes in a "
@@ -26,7 +28,8 @@ _OPTION = re.compile(r"output_.*|return_.*|use_cache|kwargs|args|logits_to_keep|
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside, and every module's own flag back afterwards."""
+    """Eval mode inside, and every module's own flag back afterwards; a ModelTypeError if it is no model."""
+    check_is_model(model)
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -34,6 +37,23 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+def batches_of(calibration: object) -> Any:
+    """Calibration data, if it can be iterated over.
+
+    Raises:
+        CalibrationError: If it cannot.
+    """
+    try:
+        iter(calibration)  # type: ignore[call-overload]
+    except TypeError as error:
+        hint = "call it first, and pass what it returns" if callable(calibration) else _MAKE
+        raise CalibrationError(
+            f"calibration data is {reprlib.repr(calibration)}, of type {type(calibration).__name__}: expected a list "
+            f"of batches; {hint}"
+        ) from error
+    return calibration
 
 
 def on_device(model: nn.Module, batch: object) -> dict[str, Any]:

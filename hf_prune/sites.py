@@ -15,8 +15,9 @@ from torch import nn
 from hf_prune.architectures import Channels, Heads, Stack, architecture_of, list_architectures
 from hf_prune.channels import channel_sites
 from hf_prune.errors import ArchitectureError
-from hf_prune.parts import Part, Site
+from hf_prune.parts import Part, Site, plain_weights
 from hf_prune.quantized import refuse_quantized
+from hf_prune.targets import refuse_torch_masks
 from hf_prune.wrapping import adapters
 
 
@@ -41,9 +42,10 @@ def layer_lists(model: nn.Module) -> list[LayerList]:
     Raises:
         ArchitectureError: If its architecture is not registered, or its modules are not where the table says, or carry
             adapters.
-        PlanError: If it is quantized.
+        PlanError: If it is quantized, or torch.nn.utils.prune holds masks.
     """
     refuse_quantized(model)
+    refuse_torch_masks(model)
     for name in adapters(model).values():
         raise ArchitectureError(
             f"{name or type(model).__name__} carries adapters, which would go on writing into what is taken out: "
@@ -148,6 +150,7 @@ def _heads(model: nn.Module, layers: LayerList, number: int, heads: Heads) -> Si
         ]
         producers, values = tuple(part for found in parts for part in found), parts[2]
     if heads.bias is not None and number == 0:
+        plain_weights(f"{attention}.{heads.bias}", _module(model, f"{attention}.{heads.bias}"))
         producers += (Part(f"{attention}.{heads.bias}.weight", 1, 1),)
     consumers = (_input(model, out, units, size * group),)
     counts = tuple((f"{attention}.{count}".rpartition(".")[0], count.rpartition(".")[2]) for count in heads.counts)
@@ -230,7 +233,13 @@ def _check_divides(model: nn.Module, name: str, total: int, units: int) -> None:
 
 def _length(model: nn.Module, name: str, side: str) -> int:
     module = _module(model, name)
-    return module._parameters["weight"].shape[_dims(module)[side == "in"]]  # type: ignore[union-attr]
+    weight = plain_weights(name, module).get("weight")
+    if weight is None:
+        raise ArchitectureError(
+            f"{name} of {type(model).__name__} is a {type(module).__name__} without a weight: expected a Linear, as in "
+            f"the table of architectures; register the architecture under another config.model_type"
+        )
+    return weight.shape[_dims(module)[side == "in"]]
 
 
 def _dims(module: nn.Module) -> tuple[int, int]:

@@ -16,6 +16,7 @@ from hf_prune.config import PruningConfig
 from hf_prune.dense_outputs import DenseOutputs
 from hf_prune.masking import MaskStore, Undo, warn_regrown
 from hf_prune.polish import polish
+from hf_prune.running import batches_of
 from hf_prune.scoring import agreed_masks
 from hf_prune.sensitivity import Sensitivity
 from hf_prune.sequential import prune_in_order
@@ -63,7 +64,7 @@ def prune_units(
         if config.polish is not None:
             inner = inner_plan(model, config, [name for name in plan.weights if model.get_parameter(name).numel()])
             cache_bytes //= 2  # one half for the polish, one for the repair
-            data = batches if polish_data is None else list(polish_data)
+            data = batches if polish_data is None else list(batches_of(polish_data))
             assert data is not None
             dense = context.enter_context(DenseOutputs(model, inner, data, cache_bytes, progress))
         assert plan.choice is not None

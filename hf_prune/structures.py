@@ -107,11 +107,11 @@ def structure_report(model: nn.Module) -> StructureReport:
     Raises:
         ArchitectureError: If nobody has said where the units of such a model are.
     """
-    config: Any = model.config
+    store = MaskStore.of(model)
+    config: Any = getattr(model, "config", None)
     record = getattr(config, RECORD, None) or {}
     parameters = sum(p.numel() for p in model.parameters())
     before = {name: entry["before"] for name, entry in record.get("units", {}).items()}
-    store = MaskStore.of(model)
     speed = store.speed if store is not None and store.speed is not None else record.get("speed")
     prefix, layers = base_prefix(model), {}
     for each in layer_lists(model):

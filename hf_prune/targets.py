@@ -95,17 +95,13 @@ def resolve_targets(
         only: Whole names of modules, of those that the config means; None for all of them.
 
     Raises:
+        ModelTypeError: If it is no model.
         PlanError: If a name matches no module, if nothing is left to prune, if a weight is not loaded
             or not of a plain floating-point type, or the model is quantized, or if torch.nn.utils.prune holds masks
             of its own.
     """
-    for name, module in model.named_modules():
-        if "weight_orig" in module._parameters and "weight_mask" in module._buffers:
-            raise PlanError(
-                f"{name or type(module).__name__} was pruned with torch.nn.utils.prune: call "
-                f"hf_prune.from_torch_prune(model) first, which adopts its masks"
-            )
     refuse_quantized(model)
+    refuse_torch_masks(model)
     prunable = dict(prunable_modules(model))
     every_name = [name for name, _ in model.named_modules(remove_duplicate=False)]
     if adapted := bool(adapters(model)):
@@ -142,6 +138,20 @@ def resolve_targets(
             f"{config.exclude_modules!r}: {type(model).__name__} has {_available(prunable)}"
         )
     return list(targets.values())
+
+
+def refuse_torch_masks(model: nn.Module) -> None:
+    """Make sure that no weight is computed from masks of another tool.
+
+    Raises:
+        PlanError: If torch.nn.utils.prune holds masks.
+    """
+    for name, module in model.named_modules():
+        if "weight_orig" in module._parameters and "weight_mask" in module._buffers:
+            raise PlanError(
+                f"{name or type(module).__name__} was pruned with torch.nn.utils.prune: call "
+                f"hf_prune.from_torch_prune(model) first, which adopts its masks"
+            )
 
 
 def module_matches(name: str, pattern: str | Collection[str]) -> bool:

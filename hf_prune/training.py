@@ -28,7 +28,7 @@ from hf_prune.offloading import refuse_offloaded
 from hf_prune.pipeline import prune
 from hf_prune.plan import coverage_notes, make_plan, warn_of
 from hf_prune.registry import CRITERIA, parse_granularity
-from hf_prune.running import eval_mode
+from hf_prune.running import batches_of, eval_mode
 from hf_prune.schedules import Schedule
 from hf_prune.scoring import compute_masks
 from hf_prune.shrinking import shrink_modules
@@ -76,7 +76,7 @@ class TrainingPruner:
         self.config = config
         self.steps = steps
         self.schedule = Schedule.parse("one_shot" if config is None or config.schedule is None else config.schedule)
-        self.calibration = None if calibration is None else list(calibration)
+        self.calibration = None if calibration is None else list(batches_of(calibration))
         self.threshold, self.regularization = threshold, regularization
         #: What was learned of each weight, and the values of removed weights that may come back.
         self.learned: dict[str, dict[str, Tensor]] = {"score": {}, "latent": {}}

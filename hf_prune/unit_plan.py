@@ -18,6 +18,7 @@ from hf_prune.distributed import all_or_none, check_same_batches, from_first
 from hf_prune.errors import CalibrationError, PlanError
 from hf_prune.offloading import refuse_offloaded
 from hf_prune.plan import refuse_infinite
+from hf_prune.running import batches_of
 from hf_prune.sensitivity import Sensitivity
 from hf_prune.sites import LayerList, Site, find_sites, layer_lists
 from hf_prune.speed import SpeedRecord, latency_costs, measured_speedup, workload_inputs
@@ -218,7 +219,7 @@ def unit_batches(
         CalibrationError: If they are needed and missing, or the processes have different ones.
     """
     with all_or_none():
-        batches = None if calibration is None else list(calibration)
+        batches = None if calibration is None else list(batches_of(calibration))
         who = f"criterion {config.criterion!r}" if config.learns_units else ""
         who = who or (f"repair={config.repair!r}" if config.repair is not None else "")
         who = who or ("polish" if config.polish is not None and polish_data is None else "")

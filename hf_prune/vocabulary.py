@@ -26,6 +26,7 @@ from hf_prune.tokenizer_trim import (
     used_tokens,
 )
 from hf_prune.vocabulary_rows import find_vocabulary, fixed_ids, named_ids, take_rows
+from hf_prune.wrapping import check_is_model
 
 
 @dataclass(frozen=True)
@@ -153,6 +154,7 @@ def trim_vocabulary(
         >>> result = trim_vocabulary(model, tokenizer, ["a good film", "a bad film"])  # doctest: +SKIP
         >>> result.model.save_pretrained("small"), result.tokenizer.save_pretrained("small")  # doctest: +SKIP
     """
+    check_is_model(model)
     check_positive("min_count", min_count)
     check_positive("round_to", 1 if round_to is None else round_to)
     corpus, keep = _checked_texts(texts, keep), list(keep)

@@ -2,19 +2,48 @@
 
 from __future__ import annotations
 
+import os
 import re
+import reprlib
 import sys
 from typing import Any
 
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from hf_prune.errors import ModelTypeError
+
 _WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.")  # what others put into names
 _ADAPTED = re.compile(r"\.(base_layer|original_module|modules_to_save\.[^.]+)(?=\.|$)")  # what PEFT does
 
 
+def check_is_model(model: object) -> None:
+    """Make sure that a model was passed, and not its name, config or pipeline.
+
+    Raises:
+        ModelTypeError: If it is no torch module.
+    """
+    if isinstance(model, nn.Module):
+        return
+    found = f"found {reprlib.repr(model)}, of type {type(model).__name__}"
+    if isinstance(model, str | os.PathLike):
+        hint = f"load it first, with hf_prune.AutoPrunedModelFor….from_pretrained({reprlib.repr(os.fspath(model))})"
+    elif isinstance(getattr(model, "model", None), nn.Module):  # a pipeline, or a trainer
+        found, hint = f"found a {type(model).__name__}", "pass the model that it holds, its .model"
+    elif hasattr(model, "model_type"):
+        found, hint = f"found a {type(model).__name__}", "make a model of it, or load one with from_pretrained"
+    else:
+        hint = "load one with hf_prune.AutoPrunedModelFor….from_pretrained"
+    raise ModelTypeError(f"{found}: expected a model, that is a torch.nn.Module; {hint}")
+
+
 def without_wrappers(model: nn.Module) -> nn.Module:
-    """The model inside ``DataParallel``, ``DistributedDataParallel`` and ``torch.compile``."""
+    """The model inside ``DataParallel``, ``DistributedDataParallel`` and ``torch.compile``.
+
+    Raises:
+        ModelTypeError: If it is no model.
+    """
+    check_is_model(model)
     while True:
         if isinstance(model, nn.DataParallel | DistributedDataParallel):
             model = model.module

@@ -68,6 +68,7 @@ def test_errors_are_also_what_they_resemble():
         assert issubclass(getattr(hf_prune, name), ValueError)
     for name in ("MaskError", "CheckpointError", "SweepError"):
         assert issubclass(getattr(hf_prune, name), RuntimeError)
+    assert issubclass(hf_prune.ModelTypeError, TypeError)
     assert issubclass(hf_prune.UnknownNameError, hf_prune.ConfigError)
 
 

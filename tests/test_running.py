@@ -199,3 +199,26 @@ def test_scoring_with_a_model_that_raises(monkeypatch):
         evaluate_classification(classifier, tokenizer, data)
     with pytest.raises(DataError, match=told.replace("1,", r"\d,")):
         evaluate_perplexity(decoder, tokenizer, ["w1 w2 w3 w4 w5 w6 w7 w8"], window=4)
+
+
+@pytest.mark.parametrize(
+    ("calibration", "message"),
+    [
+        (3, "calibration data is 3, of type int: expected a list of batches; .*text_batches"),
+        (texts, "calibration data is <function .*: expected a list of batches; call it first, and pass what it"),
+    ],
+)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"criterion": "wanda", "scope": "row"},
+        {"criterion": "taylor"},
+        {"granularity": "neuron", "criterion": "taylor", "scope": "global"},
+    ],
+)
+def test_calibration_data_that_cannot_be_iterated_over(calibration, message, settings):
+    model = tiny_bert()
+    before = snapshot(model)
+    with pytest.raises(CalibrationError, match=message):
+        prune(model, 0.5, calibration=calibration, **settings)
+    assert_unchanged(model, before)

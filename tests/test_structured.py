@@ -18,7 +18,7 @@ from hf_prune.unit_costs import flops
 from hf_prune.unit_reconstruction import inner_plan
 from hf_prune.unit_statistics import gate_statistics, layer_losses
 from tests.architecture_models import MODELS, tiny
-from tests.models import tiny_albert
+from tests.models import assert_unchanged, snapshot, tiny_albert, tiny_resnet
 
 CRITERIA = ("fisher", "magnitude", "random", "reconstruction", "taylor")
 KINDS = (("head",), ("neuron",), ("layer",), ("head", "neuron"), ("head", "neuron", "layer"))
@@ -509,3 +509,77 @@ def test_an_inner_plan_means_exactly_the_matrices_that_it_is_given():
     for name in ("a.weight", "b.a.weight", "b.x.a.weight"):
         plan = inner_plan(model, PruningConfig(), [name])
         assert [tensor.target.name for tensor in plan.tensors] == [name]
+
+
+# --- what is no parameter ----------------------------------------------------------------------------
+
+
+def as_buffer(module, key):
+    values = getattr(module, key).detach()
+    delattr(module, key)
+    module.register_buffer(key, values)
+
+
+CHANGES = {
+    "weight norm": lambda module: torch.nn.utils.parametrizations.weight_norm(module),
+    "old weight norm": lambda module: torch.nn.utils.weight_norm(module),
+    "spectral norm": lambda module: torch.nn.utils.parametrizations.spectral_norm(module),
+    "buffer": lambda module: as_buffer(module, "weight"),
+    "buffer of biases": lambda module: as_buffer(module, "bias"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated:FutureWarning")
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+@pytest.mark.parametrize("name", ["attention.self.value", "intermediate.dense", "output.dense"])
+def test_units_of_weights_that_are_no_parameters_are_refused(change, name):
+    model = tiny("bert")[0]
+    change(model.get_submodule(f"bert.encoder.layer.1.{name}"))
+    before = snapshot(model)
+    for act in (
+        lambda: prune(model, 0.5, granularity="neuron", scope="global"),
+        lambda: prune(model, 0.5, granularity="head", scope="global"),
+        lambda: shrink(model),
+        lambda: hf_prune.structure_report(model),
+    ):
+        with pytest.raises(
+            ArchitectureError, match=rf"(weight|bias) of .*layer.1.{name} .* is computed from others or"
+        ):
+            act()
+    assert "are not counted: " in hf_prune.explain_speed(model)
+    assert_unchanged(model, before)
+
+
+def test_channels_of_weights_that_are_no_parameters_are_refused():
+    model = tiny_resnet()
+    name = find_sites(model)[0].producers[0].name.removesuffix(".weight")
+    torch.nn.utils.parametrizations.weight_norm(model.get_submodule(name))
+    before = snapshot(model)
+    with pytest.raises(ArchitectureError, match=rf"weight of {name} .* is computed from others or a buffer"):
+        prune(model, 0.5, granularity="channel")
+    assert_unchanged(model, before)
+
+
+def test_units_of_what_another_tool_masked_are_refused():
+    model = tiny("bert")[0]
+    torch.nn.utils.prune.l1_unstructured(model.bert.encoder.layer[0].output.dense, "weight", 0.5)
+    before = snapshot(model)
+    for act in (
+        lambda: prune(model, 0.5, granularity="neuron", scope="global"),
+        lambda: hf_prune.structure_report(model),
+        lambda: hf_prune.sparsity_report(model),
+    ):
+        with pytest.raises(
+            PlanError, match=r"output.dense was pruned with torch.nn.utils.prune: call .*from_torch_prune"
+        ):
+            act()
+    assert_unchanged(model, before)
+
+
+def test_units_of_a_module_without_a_weight_are_refused():
+    model = tiny("bert")[0]
+    model.bert.encoder.layer[0].intermediate.dense = torch.nn.Identity()
+    with pytest.raises(
+        ArchitectureError, match=r"intermediate.dense of Bert.* is a Identity without a weight: expected"
+    ):
+        hf_prune.structure_report(model)

@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from datasets import Dataset
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import (
@@ -21,6 +22,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+import hf_prune
 from hf_prune import (
     ArchitectureError,
     CheckpointError,
@@ -430,3 +432,55 @@ def test_units_are_not_taken_out_under_adapters(lora, act):
     with pytest.raises(ArchitectureError, match=r"query carries adapters, .*; merge them first"):
         act(wrapped)
     models.assert_unchanged(wrapped, before)
+
+
+class Pipeline:
+    """Holds a model, as pipelines of transformers do."""
+
+    def __init__(self):
+        self.model = models.mlp()
+
+
+@pytest.mark.parametrize(
+    ("passed", "message"),
+    [
+        ("acme/model", r"found 'acme/model', of type str: expected a model, .*from_pretrained\('acme/model'\)"),
+        (None, "found None, of type NoneType: expected a model, .*; load one with hf_prune.AutoPrunedModelFor"),
+        (3, "found 3, of type int: expected a model"),
+        (
+            BertConfig(),
+            "found a BertConfig: expected a model, .*; make a model of it, or load one",
+        ),
+        (Pipeline(), "found a Pipeline: expected a model, .*; pass the model that it holds, its .model"),
+    ],
+)
+@pytest.mark.parametrize(
+    "act",
+    [
+        lambda m: prune(m, 0.5),
+        lambda m: prune(m, 0.5, granularity="neuron", scope="global"),
+        hf_prune.adopt_zeros,
+        hf_prune.drop_masks,
+        hf_prune.explain_speed,
+        hf_prune.from_torch_prune,
+        hf_prune.prunable,
+        hf_prune.merge_lora,
+        hf_prune.shrink,
+        hf_prune.sparsity_report,
+        hf_prune.structure_report,
+        lambda m: hf_prune.export_model(m, "nowhere.onnx"),
+        lambda m: hf_prune.keep_sparse(m, torch.optim.SGD([torch.zeros(1)])),
+        lambda m: hf_prune.trim_vocabulary(m, models.tiny_tokenizer(), ["a"]),
+        lambda m: hf_prune.evaluate_perplexity(m, models.tiny_tokenizer(), ["a b c d"]),
+        lambda m: hf_prune.evaluate_classification(m, models.tiny_tokenizer(), Dataset.from_dict({"label": [0]})),
+        lambda m: hf_prune.measure_latency({"a": m, "b": m}),
+    ],
+)
+def test_what_is_no_model_is_refused(passed, message, act):
+    with pytest.raises(hf_prune.ModelTypeError, match=message):
+        act(passed)
+
+
+def test_two_models_are_not_shrunk_at_once():
+    with pytest.raises(TypeError, match=r"found a ModuleDict: expected .*pass what is inside, one model at a time"):
+        shrink(nn.ModuleDict({"a": models.tiny_bert(), "b": models.tiny_bert()}))
