@@ -24,10 +24,11 @@ from hf_prune.errors import CalibrationError
 from hf_prune.padding import Padding, first_tensor
 from hf_prune.plan import PlannedTensor, PruningPlan
 from hf_prune.progress import Bar
-from hf_prune.replay import NotAlikeError, Replay, Stack, Tracer, has_nan, outer_lists
+from hf_prune.replay import NotAlikeError, Replay, Stack, Tracer, outer_lists
 from hf_prune.running import device_of, eval_mode, no_cache, no_logits, on_device, run_model
 from hf_prune.spill import Shelf
 from hf_prune.sums import InputSum
+from hf_prune.tainted import Tainted
 from hf_prune.targets import is_finite, prunable_modules
 
 Batches = Iterable[Mapping[str, Any]]
@@ -93,13 +94,18 @@ class InputReader:
         self.current = 0  # the number of the batch that is running
         kinds = [_kind(batch) for batch in self.batches]
         self._kinds = [kinds.index(kind) for kind in kinds]  # of each batch, by the first one of its kind
-        self._unlike = (
-            False  # what the first batches of their kinds have shown does not hold for the one that is running
-        )
+        self._samples = sorted({i for kind in set(self._kinds) for i in self._extremes(kind)})
+        self._unlike = False  # what the samples have shown does not hold for the batch that is running
         self._options = no_cache(model)
         self._without_logits = {**self._options, **no_logits(model, wanted)}
         self.tokens: dict[str, int] = {}
         self._context = ExitStack()
+
+    def _extremes(self, kind: int) -> Iterator[int]:
+        """The first, the smallest and the largest batch of a kind: some models treat long inputs in another way."""
+        numbers = [i for i, of_batch in enumerate(self._kinds) if of_batch == kind]
+        sizes = {i: sum(v.numel() for v in self.batches[i].values() if isinstance(v, Tensor)) for i in numbers}
+        yield from (kind, min(numbers, key=sizes.__getitem__), max(numbers, key=sizes.__getitem__))
 
     def __enter__(self) -> InputReader:
         self._context.enter_context(eval_mode(self.model))
@@ -176,14 +182,14 @@ class InputReader:
         targets = [module for modules in self.holders.values() for module in modules]
         lists = outer_lists(self.model, {id(module) for module in targets})
         for index, batch in enumerate(self.batches):
-            first = self._kinds[index] == index
-            if not first and len(seen) == len(self.tensors):
+            sample = index in self._samples
+            if not sample and len(seen) == len(self.tensors):
                 continue
             self.current = index
             with ExitStack() as hooks:
                 for module in targets:
                     hooks.callback(module.register_forward_pre_hook(note, with_kwargs=True).remove)
-                if first:
+                if sample:
                     calls[index] = {}
                     for module in self.model.modules():
                         hooks.callback(module.register_forward_pre_hook(count).remove)
@@ -225,16 +231,17 @@ class InputReader:
     def _stack(self, blocks: Sequence[nn.Module], calls: Mapping[int, Mapping[int, int]]) -> Stack | None:
         """The blocks of a list as a stack, if batches call all of them once and in the same order, or none."""
         by_id = {id(block): block for block in blocks}
-        orders = {kind: [key for key in of_batch if key in by_id] for kind, of_batch in calls.items()}
-        kinds = {kind for kind, order in orders.items() if order}
-        found = [orders[kind] for kind in kinds]
-        once = all(calls[kind][key] == 1 for kind in kinds for key in orders[kind])
-        if not found or not once or any(order != found[0] or len(order) != len(by_id) for order in found):
+        orders = {batch: [key for key in of_batch if key in by_id] for batch, of_batch in calls.items()}
+        samples = [batch for batch, order in orders.items() if order]
+        kinds = frozenset(self._kinds[batch] for batch in samples)
+        alike = [orders[batch] == orders[samples[0]] for batch in calls if self._kinds[batch] in kinds]
+        once = all(calls[batch][key] == 1 for batch in samples for key in orders[batch])
+        if not samples or not once or not all(alike) or len(orders[samples[0]]) != len(by_id):
             return None
-        ordered = [by_id[key] for key in found[0]]
+        ordered = [by_id[key] for key in orders[samples[0]]]
         names = {id(module): name for name, modules in self.holders.items() for module in modules}
         targets = [{names[key] for module in block.modules() if (key := id(module)) in names} for block in ordered]
-        return Stack(ordered, targets, frozenset(kinds), self._shelf())
+        return Stack(ordered, targets, kinds, samples, self._shelf())
 
     @property
     def device(self) -> torch.device:
@@ -414,11 +421,11 @@ class InputReader:
         self._unlike |= not self.replay.is_complete(self._kinds[index], stopped)
 
     def _guarded(self, call: Callable[..., Any]) -> Callable[..., Any]:
-        """What a watcher calls, unless NaN comes to it, as it does from blocks that are replayed."""
+        """What a watcher calls, unless what comes to it depends on what blocks that are replayed would put out."""
 
         def guarded(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
             for x in (first_input(args, kwargs), None if output is None else first_tensor(output)):
-                if isinstance(x, Tensor) and has_nan(x) and has_nan(self.padding.rows(module, x)):
+                if isinstance(x, Tainted):
                     self._unlike = True
                     raise _Stop
             return call(module, args, kwargs, output)

@@ -2,14 +2,14 @@
 
 A model is run from its start for every target, which is slow for the last layers of a deep one. So the blocks of a
 stack (the elements of a ModuleList) that are finished, because all targets in them are pruned, are not computed again.
-The last of them returns what it put out before, and those in front of it return NaN. That is right where later modules
-see nothing of the finished blocks but the output of the last one, which is checked twice:
+The last of them returns what it put out before, and those in front of it return tensors that are tainted. That is right
+where later modules see nothing of the finished blocks but the output of the last one, which is checked twice:
 
-* Before a stack is replayed, on one batch of each kind, for each of its blocks: all that flows into later targets and
-  out of later blocks must be what it is when every block is computed. Before that, the stack runs once on other inputs,
-  so that anything that blocks leave behind for others is out of date.
-* In every run, for every batch: the finished blocks are called once each, in order, nothing fails, and no NaN reaches
-  what is being watched.
+* Before a stack is replayed, on the first, the smallest and the largest batch of each kind, for each of its blocks: all
+  that flows into later targets and out of later blocks must be what it is when every block is computed. Before that,
+  the stack runs once on other inputs, so that anything that blocks leave behind for others is out of date.
+* In every run, for every batch: the finished blocks are called once each, in order, nothing fails, nothing goes by what
+  is tainted, and nothing tainted reaches what is being watched.
 
 What does not pass is computed.
 """
@@ -28,6 +28,7 @@ from torch.utils._pytree import tree_map
 from hf_prune.distributed import add_up
 from hf_prune.padding import first_tensor
 from hf_prune.spill import Shelf
+from hf_prune.tainted import Tainted, tainted
 
 Event = tuple[object, Tensor | None]  # what happened in a run, and a fingerprint of the values that it happened to
 _DIRECTIONS = 8  # of a fingerprint
@@ -45,6 +46,7 @@ class Stack:
         blocks: In the order of their calls.
         targets: Names of the parameters in each block that are to be pruned.
         kinds: Which kinds of batches call them; the others call none.
+        samples: Batches of these kinds, on which it is tried whether blocks may be replayed.
         outputs: Where what the last of the blocks that are not computed any more puts out is kept, for each batch.
 
     Attributes:
@@ -57,9 +59,14 @@ class Stack:
     """
 
     def __init__(
-        self, blocks: Sequence[nn.Module], targets: Sequence[set[str]], kinds: frozenset[int], outputs: Shelf
+        self,
+        blocks: Sequence[nn.Module],
+        targets: Sequence[set[str]],
+        kinds: frozenset[int],
+        samples: Sequence[int],
+        outputs: Shelf,
     ) -> None:
-        self.blocks, self.kinds, self.outputs = list(blocks), kinds, outputs
+        self.blocks, self.kinds, self.samples, self.outputs = list(blocks), kinds, list(samples), outputs
         self.replayed = 0
         self.alike: list[bool] | None = None
         self.used: dict[str, int] = {}
@@ -103,22 +110,22 @@ class Stack:
 
     @contextmanager
     def replaying(self, number: int, current: Callable[[], object], output: Callable[[], Any]) -> Iterator[None]:
-        """Inside, the first blocks return what the last of them put out, and NaN.
+        """Inside, the first blocks return what the last of them put out, and tainted tensors.
 
         Args:
             number: How many.
             current: Tells which batch is running.
             output: Reads what the last of them put out for it.
         """
-        poison: list[tuple[object, Any]] = []  # one copy for all blocks: a deep model reads it once for each batch
+        stand_ins: list[tuple[object, Any]] = []  # one copy for all blocks: a deep model reads it once for each batch
 
         def replay(i: int, *_: Any, **__: Any) -> Any:
             self.called.append(i)
             if i == number - 1:
                 return output()
-            if not poison or poison[0][0] != current():
-                poison[:] = [(current(), tree_map(_poisoned, output()))]
-            return poison[0][1]
+            if not stand_ins or stand_ins[0][0] != current():
+                stand_ins[:] = [(current(), tree_map(tainted, output()))]
+            return stand_ins[0][1]
 
         replaced = self.blocks[:number]
         own = [block.__dict__.get("forward") for block in replaced]
@@ -266,7 +273,7 @@ class Tracer:
     """Runs batches and tells what happens on the way.
 
     Args:
-        run: Runs the first batch of a kind.
+        run: Runs a batch.
         calls: Modules that multiply with targets, by name.
         users: All modules that have them.
         blocks: Of all stacks.
@@ -322,15 +329,20 @@ class Tracer:
     def _note_call(self, key: object, module: nn.Module, args: Any, kwargs: Any) -> None:
         if self._start is None:
             x = args[0] if args else next(iter(kwargs.values()))
-            self._events.append((key, fingerprint(self._read(module, x))))
+            self._events.append((key, self._fingerprint(module, x)))
 
     def _note_block(self, module: nn.Module, args: Any, output: Any) -> None:
         if module is self._start:
             self._start = None
         elif self._start is None:
-            self._events.append((id(module), fingerprint(self._read(module, first_tensor(output)))))
+            self._events.append((id(module), self._fingerprint(module, first_tensor(output))))
         if module is self._stop:
             raise _Return
+
+    def _fingerprint(self, module: nn.Module, x: Any) -> Tensor | None:
+        if isinstance(x, Tainted):
+            raise NotAlikeError
+        return fingerprint(self._read(module, x))
 
 
 class _Return(Exception):
@@ -353,13 +365,13 @@ def replayable(stack: Stack, trace: Tracer) -> tuple[list[bool], dict[str, int]]
     alike, size = [True] * len(stack.blocks), len(stack.blocks)
     called: dict[str, int] = {}
     stack.used = {}
-    for kind in sorted(stack.kinds):
+    for batch in stack.samples:
         stack.outputs.close()
         with ExitStack() as hooks:
             for i, block in enumerate(stack.blocks):
                 hooks.callback(block.register_forward_hook(partial(_keep, stack.outputs, i)).remove)
             with trace.watching():
-                whole = trace(kind)
+                whole = trace(batch)
         places = {key: i for i, (key, _) in enumerate(whole) if isinstance(key, int)}
         if any(id(block) not in places for block in stack.blocks):
             return [False] * size, called  # pruning has made it leave midway
@@ -372,23 +384,23 @@ def replayable(stack: Stack, trace: Tracer) -> tuple[list[bool], dict[str, int]]
                 first[key[1]] = min(number, first.get(key[1], size))
 
         def goes_on(
-            i: int, stop: int | None, kind: int = kind, whole: list[Event] = whole, ends: list[int] = ends
+            i: int, stop: int | None, batch: int = batch, whole: list[Event] = whole, ends: list[int] = ends
         ) -> bool:
             """Whether blocks can be replayed, as far as what happens until another one returns."""
             expected = whole[ends[i] : None if stop is None else ends[stop]]
             with stack.replaying(i + 1, lambda: 0, partial(stack.outputs.get, i)):
                 try:
-                    found = trace(kind, stack.blocks[i], None if stop is None else stack.blocks[stop])
+                    found = trace(batch, stack.blocks[i], None if stop is None else stack.blocks[stop])
                 except Exception:
                     return False
             return _same(expected, found)
 
         # Backwards, so that what the replayed blocks have left behind stays out of date.
         with trace.watching():
-            _run_on_other_inputs(stack.blocks[0], trace, kind)
+            _run_on_other_inputs(stack.blocks[0], trace, batch)
             failed = [i for i in reversed(range(size)) if not goes_on(i, i + 1 if i + 1 < size else None)]
             if failed:
-                _run_on_other_inputs(stack.blocks[0], trace, kind)
+                _run_on_other_inputs(stack.blocks[0], trace, batch)
                 for i in reversed(range(failed[0] + 1)):
                     alike[i] = alike[i] and goes_on(i, None)
     stack.forget()
@@ -432,17 +444,6 @@ def _close(a: Tensor | None, b: Tensor | None) -> bool:
         return False
     near = (a - b).abs() <= _TOLERANCE * a[:, :1]
     return bool((near | (a == b) | (a.isnan() & b.isnan())).all())
-
-
-def _poisoned(value: Any) -> Any:
-    return torch.full_like(value, torch.nan) if isinstance(value, Tensor) and value.is_floating_point() else value
-
-
-def has_nan(value: Any) -> bool:
-    """Whether a tensor has a NaN: one fast sum, and a close look only if that has."""
-    if not isinstance(value, Tensor) or not value.is_floating_point() or value.is_meta:
-        return False
-    return bool(value.sum().isnan()) and bool(value.isnan().any())
 
 
 def _run_on_other_inputs(block: nn.Module, trace: Tracer, kind: int) -> None:

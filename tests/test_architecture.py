@@ -25,6 +25,7 @@ LAYERS = (
         "spill",
         "structure",
         "tables",
+        "tainted",
         "unpacking",
     ),
     (

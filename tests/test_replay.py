@@ -1,6 +1,7 @@
 """Finished blocks are replayed only where that changes nothing, whatever a model does between and after its blocks."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from hf_prune.plan import make_plan
 from hf_prune.replay import NotAlikeError, Replay, fingerprint
 from hf_prune.replay import _close as close
 from hf_prune.stream import prune_stream
+from hf_prune.tainted import Tainted, TaintedError, tainted
 from tests import models
 from tests.models import same_bits, tiny_batches
 
@@ -263,7 +265,64 @@ class Heads(nn.Module):
         return logits
 
 
+class Late(nn.Module):
+    """Long inputs, and the first ones are short, go by the output of the first block once more at the end."""
+
+    def __init__(self, use: str) -> None:
+        super().__init__()
+        self.blocks, self.out, self.rows, self.use = linears(3), nn.Linear(WIDTH, 4), nn.Embedding(WIDTH, WIDTH), use
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = early = torch.relu(self.blocks[0](x)) * 3
+        for block in self.blocks[1:]:
+            x = torch.relu(block(x))
+        if self.use == "gate":  # of values, not of length; what is compared with NaN is False
+            x = torch.where(early.mean(-1, keepdim=True) > 4, torch.zeros_like(x), x)
+        elif x.shape[1] <= 4:
+            pass
+        elif self.use == "index":
+            x = x + self.rows(early.argmax(-1)) * 3
+        elif self.use == "number":
+            x = x + torch.nan_to_num(early)
+        elif self.use == "fill":
+            x = x.masked_fill(early > early.mean(), 0.0)
+        elif self.use == "write":
+            x = x.clone()
+            x[early > 1] = 0.0
+        elif self.use == "branch" and bool(early.mean() > -1):
+            x = x * x
+        return self.out(x)
+
+
+class Keeps(nn.Linear):
+    """Keeps something of long inputs in itself."""
+
+    kept: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(super().forward(x)) * 2
+        if x.shape[1] > 4:
+            self.kept = y.mean((0, 1))
+        return y
+
+
+class LateState(nn.Module):
+    """Long inputs read what the first block has kept of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks, self.out = nn.ModuleList(Keeps(WIDTH, WIDTH) for _ in range(3)), nn.Linear(WIDTH, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return self.out(x if x.shape[1] <= 4 else x + self.blocks[0].kept)
+
+
+LATE = ["gate", "index", "number", "fill", "write", "branch"]
 ZOO = {
+    **{f"late_{use}": functools.partial(Late, use) for use in LATE},
+    "late_state": LateState,
     "plain": Plain,
     "past": Past,
     "unet": UNet,
@@ -301,6 +360,9 @@ def batches_for(kind: str) -> list[dict[str, Tensor]]:
     generator = torch.Generator().manual_seed(1)
     if kind == "heads":
         return [{"ids": torch.randint(WIDTH, (24,), generator=generator)} for _ in range(4)]
+    if kind.startswith("late"):
+        scales = {3: 1.0, 4: 1.0, 9: 6.0, 12: 6.0}
+        return [{"x": torch.randn(4, n, WIDTH, generator=generator) * scale} for n, scale in scales.items()]
     batches = [{"x": torch.randn(24, WIDTH, generator=generator)} for _ in range(4)]
     if kind in ("early_exit", "switch"):  # the first one goes through all blocks, the last one leaves midway
         batches[0]["x"] *= 0.7 if kind == "early_exit" else 1.0
@@ -331,7 +393,7 @@ def without_replaying(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("settings", ["sparsegpt", "least_squares"])
-@pytest.mark.parametrize("kind", sorted(set(ZOO) - {"early_exit", "early_rows"}))
+@pytest.mark.parametrize("kind", sorted(set(ZOO) - {"early_exit", "early_rows"} - {f"late_{use}" for use in LATE[1:]}))
 def test_the_objective_loss_gives_what_it_gives_without_replaying(kind, settings, monkeypatch):
     batches, values = batches_for(kind), {**SETTINGS[settings], "objective": "loss"}
     once = prune(make(kind), 0.5, calibration=batches, **values)
@@ -409,7 +471,7 @@ def test_what_is_read_past_finished_blocks_is_computed():
         assert replays(kind)[0] == [[False, False, True]], kind
 
 
-def test_a_batch_that_leaves_midway_ends_replaying():
+def test_blocks_that_batches_may_leave_midway_are_not_replayed():
     model, batches = make("early_exit"), batches_for("early_exit")
     calls = []
     for batch in batches:
@@ -418,7 +480,50 @@ def test_a_batch_that_leaves_midway_ends_replaying():
         handle.remove()
         assert calls  # by the first one, at least
     assert 0 < len(calls) < len(batches)
-    assert replays("early_exit") == ([[False] * 4], [0])
+    assert replays("early_exit") == ([[True, False, False, False]], [1])
+
+
+@pytest.mark.parametrize("use", LATE)
+def test_what_only_some_batches_do_ends_replaying(use):
+    assert replays(f"late_{use}")[0] == [[True, False, False]] if use != "gate" else [[False] * 3]
+
+
+def test_what_is_computed_from_tainted_tensors_is_tainted():
+    x, y = tainted(torch.ones(3, 4)), torch.ones(3, 4)
+    assert bool(torch.isnan(x.as_subclass(Tensor)).all())
+    assert tainted(torch.arange(3)).as_subclass(Tensor).tolist() == [0, 1, 2]
+    assert tainted("anything") == "anything"
+    assert (x.shape, x.dtype, x.dim(), len(x), x.size(0)) == ((3, 4), torch.float32, 2, 3, 3)
+    found = [x + y, y + x, x > 0, x.argmax(-1), torch.where(x > 0, y, y), torch.nan_to_num(x), y.masked_fill(x > 0, 1)]
+    found += [
+        x.sum(),
+        x[0],
+        torch.cat([y, x]),
+        nn.functional.linear(y, x),
+        nn.Linear(4, 2)(x),
+        y[tainted(torch.arange(2))],
+    ]
+    assert all(isinstance(value, Tainted) for value in found)
+    leaks = [
+        lambda: bool((x > 0).any()),
+        lambda: x.sum().item(),
+        lambda: float(x[0, 0]),
+        lambda: x.tolist(),
+        lambda: x.numpy(),
+        lambda: torch.equal(x, y),
+        lambda: x.nonzero(),
+        lambda: y[x > 0],
+        lambda: y.masked_select(x > 0),
+        lambda: y.add_(x),
+        lambda: y.copy_(x),
+        lambda: y.__iadd__(x),
+        lambda: y.__setitem__(x > 0, 0.0),
+        lambda: torch.add(y, x, out=torch.empty(3, 4)),
+    ]
+    for leak in leaks:
+        with pytest.raises(TaintedError):
+            leak()
+    assert torch.equal(y, torch.ones(3, 4))
 
 
 def test_a_difference_in_one_feature_counts_beside_massive_activations():
