@@ -22,7 +22,7 @@ class LabelledData:
     """Where labelled texts are, and which of them calibration may see.
 
     Args:
-        source: A folder or a Hub data set, as for :func:`hf_prune.load_classification`.
+        source: A file, a folder or a Hub data set, as for :func:`hf_prune.load_classification`.
         text_columns: One text column, or two for pairs.
         label_column: The label column.
         calibration_split: What calibrated criteria learn from.
@@ -38,6 +38,10 @@ class LabelledData:
     def load(self, split: str) -> Dataset:
         """One split."""
         return load_classification(self.source, split, text_columns=self.text_columns, label_column=self.label_column)
+
+    def load_unlabelled(self, split: str) -> Dataset:
+        """The texts of one split, whose labels are not looked at: of text files, a text for each line."""
+        return load_classification(self.source, split, text_columns=self.text_columns, label_column=None)
 
     def held_out(self, n: int, seen: int | None = None) -> Dataset:
         """Examples of the calibration split that share no five words in a row with those that were seen.
@@ -86,9 +90,7 @@ class LabelledData:
 
         label_column = self.label_column if any(config.needs & LABELLED for config in configs) else None
         return classification_batches(
-            load_classification(
-                self.source, self.calibration_split, text_columns=self.text_columns, label_column=label_column
-            ),
+            (self.load if label_column else self.load_unlabelled)(self.calibration_split),
             tokenizer,
             n=n or self.calibration_samples,
             text_columns=self.text_columns,

@@ -49,6 +49,7 @@ from hf_prune.cli_options import (
     Steps,
     Targets,
     Text,
+    check_texts,
     echo,
     read_config,
     read_workload,
@@ -65,7 +66,7 @@ from hf_prune.config import UNIT_CRITERIA_OF, UNIT_SCOPES, UNITS, PruningConfig
 from hf_prune.errors import ConfigError, DataError, HfPruneError
 from hf_prune.outputs import check_file, check_output, say_replaced
 from hf_prune.registry import CRITERIA, GRANULARITIES
-from hf_prune.sources import check_data_source, check_text_source, is_language_model, model_class
+from hf_prune.sources import is_language_model, model_class
 from hf_prune.tables import format_table
 
 if TYPE_CHECKING:
@@ -285,7 +286,10 @@ def prune(
     source = data or (WIKITEXT if of_language else SST2)
     learns = settings.learns_allocation or settings.learns_units
     if (learns if dry_run else settings.needs_data) or max_drop is not None:
-        (check_text_source if of_language else check_data_source)(source)
+        from hf_prune.criteria.base import LABELLED
+
+        with_labels = max_drop is not None or (not of_language and bool(settings.needs & LABELLED))
+        check_texts([model], source, labelled=with_labels)
     from hf_prune.distributed import is_first
     from hf_prune.stream import plan_stream
     from hf_prune.workflows import plan_checkpoint, prune_checkpoint, prune_to_budget, stream_checkpoint
@@ -376,7 +380,7 @@ def evaluate(
             f"--window and --limit are for language models, and {model!r} is a {classes[0]}: leave them out"
         )
     source = data or (WIKITEXT if of_language else SST2)
-    (check_text_source if of_language else check_data_source)(source)
+    check_texts(checkpoints, source, labelled=not of_language)
     start([])
     from hf_prune.comparison import compare, doubt_of
     from hf_prune.perplexity import compare_perplexity

@@ -12,9 +12,9 @@ import typer
 import typer.core
 
 from hf_prune.config import ALLOCATIONS, OBJECTIVES, POLISHES, REPAIRS, SCOPES, UNIT_KINDS, PruningConfig
-from hf_prune.errors import ConfigError
+from hf_prune.errors import ConfigError, HfPruneError
 from hf_prune.registry import meant_by
-from hf_prune.sources import check_data_source, check_model_source
+from hf_prune.sources import check_data_source, check_model_source, check_text_source
 from hf_prune.tables import printable
 
 Model = Annotated[
@@ -26,7 +26,7 @@ Data = Annotated[
 AnyData = Annotated[
     str | None,
     typer.Option(
-        help="A folder with train/dev files, a file, or a Hub data set; for language models also a text file. "
+        help="A folder with train/dev files, a file, or a Hub data set; where no labels are needed, text files too. "
         "[default: glue/sst2, or WikiText-2 for language models]"
     ),
 ]
@@ -137,13 +137,42 @@ class Command(typer.core.TyperCommand):
                     ctx.fail(f"No such option: {option} (did you mean {ours}?)")
         return super().parse_args(ctx, args)
 
+    def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
+        """Run the command; errors name its options and not what they are called in Python."""
+        try:
+            return super().invoke(ctx)
+        except HfPruneError as error:
+            names = {param.name: param.opts[0] for param in self.get_params(ctx) if "_" in (param.name or "")}
+            names |= {"text_columns": names["text_column"]} if "text_column" in names else {}
+            spelled = re.compile(rf"(?<![\w.'/\"-])({'|'.join(names)})(?![\w.'/\"(-])")
+            if names:
+                error.args = tuple(
+                    spelled.sub(lambda name: names[name[1]], arg) if isinstance(arg, str) else arg for arg in error.args
+                )
+            raise
+
+
+def check_texts(models: Sequence[str], data: str, *, labelled: bool) -> None:
+    """Make sure that models can do something with texts, and then that these are there.
+
+    Args:
+        models: Folders or Hub ids.
+        data: Where the texts are.
+        labelled: Whether their labels are needed.
+    """
+    from hf_prune.workflows import check_reads_texts
+
+    for model in models:
+        check_reads_texts(model, labelled=labelled)
+    (check_data_source if labelled else check_text_source)(data)
+
 
 def start(models: Sequence[str], data: str | None = None) -> None:
-    """Look for what is asked for, before the seconds that loading the libraries takes; then silence their chatter."""
+    """Look for what is asked for, labelled data too, before the libraries are loaded; then silence their chatter."""
     for model in models:
         check_model_source(model)
     if data is not None:
-        check_data_source(data)
+        check_texts(models, data, labelled=True)
     from transformers.utils import logging as chatter
 
     chatter.set_verbosity_error()

@@ -28,6 +28,7 @@ from hf_prune.cli_options import (
     Seed,
     Targets,
     Text,
+    check_texts,
     echo,
     read_config,
     split_names,
@@ -35,7 +36,7 @@ from hf_prune.cli_options import (
 )
 from hf_prune.errors import ConfigError
 from hf_prune.schedules import schedule_names
-from hf_prune.sources import check_data_source, check_text_source, is_language_model, model_class
+from hf_prune.sources import is_language_model, model_class
 
 Out = Annotated[Path, typer.Option(help="Folder for the trained checkpoint.", show_default=False)]
 Sparsity = Annotated[float | None, typer.Option(help="Share of the weights removed in the end. [default: 0.5]")]
@@ -137,7 +138,7 @@ def train(
     start([model, *([teacher] if teacher not in (None, "self") else [])])
     of_language = is_language_model(model_class(model))
     source = data or (WIKITEXT if of_language else SST2)
-    (check_text_source if of_language else check_data_source)(source)
+    check_texts([model], source, labelled=not of_language)
     from hf_prune.distillation import Distillation
     from hf_prune.train_workflow import TrainingSettings, train_checkpoint
 

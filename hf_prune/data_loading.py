@@ -62,7 +62,8 @@ def load_classification(
             configurations. ``glue/task`` is short for ``nyu-mll/glue:task``. A folder wins over a Hub id.
         split: Name of the split; ``validation``, ``dev`` and ``val`` mean the same.
         text_columns: The columns that hold text.
-        label_column: The column that holds the class: integers from 0, or strings. None for texts without labels.
+        label_column: The column that holds the class: integers from 0, or strings. None for texts without labels: then
+            text files do as well, in which every line that is not blank is a text.
 
     Returns:
         A data set with the text columns and the label column only. Labels written as digits become
@@ -78,16 +79,21 @@ def load_classification(
     source = os.fspath(source)
     where = f"split {split!r} of {source!r}"
     if os.path.isfile(source):
+        where = repr(source)
+        if label_column is None and not source.endswith(TABLES):
+            return _lines(Path(source), text_columns)
         check_table(source)
-        dataset, where = read_tables([Path(source)]), repr(source)
+        dataset = read_tables([Path(source)])
     elif (folder := local_folder(source, "data")) is None:
         dataset = _load_hub(source, split)
+    elif label_column is None and (files := text_files(folder)) and not data_files(folder):
+        return _lines(files[resolve_split(split, list(files), repr(source))], text_columns)
     else:
         dataset = load_folder(folder, split)
     if label_column is not None and label_column not in dataset.column_names:
         raise DataError(
             f"{where} has no column {label_column!r} (found: {', '.join(dataset.column_names)}), and without labels it "
-            "cannot be scored: name the label column, or use a labelled split (train, validation)"
+            "cannot be scored: name it with label_column, or use a labelled split (train, validation)"
         )
     check_columns(dataset, text_columns, where)
     dataset = dataset.select_columns([*text_columns, *([] if label_column is None else [label_column])])
@@ -145,7 +151,8 @@ def load_texts(source: str | os.PathLike[str], split: str = "train", *, text_col
         dataset = load_folder(folder, split)
     if text_column not in dataset.column_names:
         raise DataError(
-            f"{where} has no column {text_column!r} (found: {', '.join(dataset.column_names)}): name the text column"
+            f"{where} has no column {text_column!r} (found: {', '.join(dataset.column_names)}): name it with "
+            "text_column"
         )
     texts = column(dataset, text_column)
     if not texts:
@@ -221,6 +228,21 @@ def _download(repo_id: str, config: str | None) -> Mapping[str, Dataset]:
         name = f"{repo_id}:{config}" if config else repo_id
         raise DataError(f"data set {name!r} cannot be loaded from the Hugging Face Hub: {error}") from error
     return splits
+
+
+def _lines(path: Path, text_columns: Sequence[str]) -> Dataset:
+    """The lines of a text file as rows."""
+    from datasets import Dataset
+
+    if len(text_columns) != 1:
+        raise DataError(
+            f"{str(path)!r} is a text file, which has no columns, and text_columns names {len(text_columns)} of them: "
+            f"name one, or pass a table"
+        )
+    lines = [line for text in read_text(path) for line in text.splitlines() if line.strip()]
+    if not lines:
+        raise DataError(f"{str(path)!r} has no text: expected at least one line that is not blank")
+    return Dataset.from_dict({text_columns[0]: lines})
 
 
 # --- rows ------------------------------------------------------------------------------------------

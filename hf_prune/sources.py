@@ -141,7 +141,8 @@ def check_table(path: str) -> None:
     """
     if not path.endswith(TABLES):
         raise DataError(
-            f"{path!r} is no table: expected a file that ends in {', '.join(TABLES)}, or a folder with one per split"
+            f"{path!r} is no table, and labels are needed: expected a file that ends in {', '.join(TABLES)}, or a "
+            f"folder with one per split"
         )
 
 

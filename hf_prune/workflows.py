@@ -22,7 +22,7 @@ from hf_prune.comparison import Comparison, compare
 from hf_prune.config import PruningConfig
 from hf_prune.criteria.base import LABELLED
 from hf_prune.data_files import refuse_same_split
-from hf_prune.data_loading import check_columns, load_texts
+from hf_prune.data_loading import check_columns, column
 from hf_prune.distributed import all_or_none, is_first, processes
 from hf_prune.errors import ConfigError, DataError
 from hf_prune.evaluation import Evaluation, class_numbers, drawn, evaluate_classification
@@ -59,12 +59,9 @@ def load_classifier(source: str) -> tuple[Any, Any]:
     Raises:
         DataError: If it cannot be found or is of another kind.
     """
+    _refuse_other_kinds(source, model_class(source))
     model, tokenizer = _load(source)
-    if not type(model).__name__.endswith("ForSequenceClassification"):
-        raise DataError(
-            f"{source!r} is a {type(model).__name__}: expected a …ForSequenceClassification to score by accuracy, or a "
-            f"…ForCausalLM by perplexity"
-        )
+    _refuse_other_kinds(source, type(model).__name__)
     return model, tokenizer
 
 
@@ -93,6 +90,29 @@ def _load(source: str) -> tuple[Any, Any]:
     return load_native(source), load_tokenizer(source, local_files_only=offline)
 
 
+def check_reads_texts(source: str, *, labelled: bool) -> None:
+    """Make sure that a checkpoint can do something with texts, before any are looked for.
+
+    Args:
+        source: Folder or Hub id.
+        labelled: Whether it is to be a classifier, since their labels are asked for.
+
+    Raises:
+        DataError: If it cannot be found, reads something else, or is no classifier.
+    """
+    _refuse_other_inputs(source)
+    if labelled:
+        _refuse_other_kinds(source, model_class(source))
+
+
+def _refuse_other_kinds(source: str, name: str) -> None:
+    if name and not name.endswith("ForSequenceClassification"):  # without one: seen when it is loaded
+        raise DataError(
+            f"{source!r} is a {name}: expected a …ForSequenceClassification, which has labels and is scored by "
+            f"accuracy, or a …ForCausalLM, which is scored by perplexity"
+        )
+
+
 def _refuse_other_inputs(source: str) -> None:
     """Make sure that a model reads texts, and texts only."""
     name = model_class(source)
@@ -104,8 +124,8 @@ def _refuse_other_inputs(source: str) -> None:
     if others and ("input_ids" not in takes or not name.endswith("ForSequenceClassification")):
         raise DataError(
             f"{source!r} is a {name}, which learns from {' and '.join(others)}, and the commands have texts only: "
-            f"prune it in Python, with calibration=batches, a list of dicts with what its processor makes of them, or "
-            f"choose a criterion without data, such as magnitude"
+            f"prune it in Python, with calibration=batches, a list of dicts with what its processor makes of them, and "
+            f"score it there, or choose a criterion without data, such as magnitude"
         )
 
 
@@ -360,7 +380,7 @@ def _streamed_batches(source: str, data: LabelledData | TextData) -> list[dict[s
         raise ConfigError(f"found {len(data.text_columns)} text columns: expected one, since streaming reads texts")
     if tokenizer.pad_token is None:  # any will do: what is padded does not count
         tokenizer.pad_token = tokenizer.eos_token
-    texts = load_texts(data.source, data.calibration_split, text_column=data.text_columns[0])
+    texts = column(data.load_unlabelled(data.calibration_split), data.text_columns[0])
     return text_batches([texts[i] for i in drawn(len(texts))[: data.calibration_samples]], tokenizer)
 
 

@@ -218,7 +218,7 @@ def test_shards_that_became_one_file_are_not_called_left(tmp_path, sparse):
     ("arguments", "match"),
     [
         (["--min-sparsity", "0.5"], "add --adopt-zeros, or leave it out"),
-        (["--adopt-zeros", "--min-sparsity", "0.9"], "less than min_sparsity=0.9"),
+        (["--adopt-zeros", "--min-sparsity", "0.9"], "less than --min-sparsity=0.9"),
         ([], "become masks with hf-prune migrate --adopt-zeros"),
     ],
 )

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageClassification,
@@ -587,7 +588,8 @@ USER_ERRORS: dict[str, tuple[list[str], str]] = {
     "out is a file": (["prune", "{text}", "--out", "{data}/dev.tsv"], "dev.tsv is a file: expected a folder"),
     "scoring": (
         ["evaluate", "{mlm}", "--data", "{data}"],
-        "is a BertForMaskedLM: expected a …ForSequenceClassification to score by accuracy, or a …ForCausalLM by perpl",
+        "is a BertForMaskedLM: expected a …ForSequenceClassification, which has labels and is scored by accuracy, or a "
+        "…ForCausalLM, which is scored by perplexity",
     ),
     "sweeping": (["sweep", "{gpt2}", "--data", "{data}", "--out", "x"], "is a GPT2LMHeadModel"),
     "taylor of a masked LM": (
@@ -596,7 +598,7 @@ USER_ERRORS: dict[str, tuple[list[str], str]] = {
     ),
     "column of a LM": (
         ["prune", "{gpt2}", "--criterion", "wanda", "--data", "{data}", "--out", "x"],
-        "has no column 'text' (found: sentence, label): name the text column",
+        "has no column 'text' (found: sentence, label): name it with --text-column",
     ),
     "window of a LM": (["evaluate", "{gpt2}", "--data", "{texts}", "--window", "25"], "has only 24 positions"),
     "window of a classifier": (
@@ -802,6 +804,57 @@ def test_calibration_of_a_language_model_has_settings(hf_prune, folders, tmp_pat
         weights = AutoModelForCausalLM.from_pretrained(tmp_path / str(len(found))).state_dict()
         found.append(torch.cat([(w == 0).flatten() for name, w in weights.items() if "proj" in name]))
     assert all(not torch.equal(found[0], other) for other in found[1:])
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["prune", "--criterion", "wanda", "--out", "x"],
+        ["prune", "--criterion", "taylor", "--data", "none.txt", "--out", "x"],
+        ["prune", "--repair", "least_squares", "--out", "x"],
+        ["prune", "--criterion", "wanda", "--scope", "row", "--stream", "--out", "x"],
+        ["prune", "--max-drop", "1", "--out", "x"],
+        ["evaluate"],
+        ["sweep", "--data", "none.txt"],
+        ["train", "--out", "x"],
+        ["lottery", "--out", "x"],
+        ["bench", "--data", "none", "--plot", "x.png"],
+    ],
+    ids=" ".join,
+)
+def test_models_of_other_inputs_are_refused_before_texts_are_looked_for(
+    hf_prune, folders, tmp_path, monkeypatch, arguments
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    command, *options = arguments
+    error = error_of(hf_prune(command, folders["vit"], *options))
+    assert "is a ViTForImageClassification, which learns from images (pixel_values)" in error
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("options", [["--criterion", "wanda"], ["--criterion", "wanda", "--scope", "row", "--stream"]])
+def test_text_files_do_where_no_labels_are_needed(hf_prune, folders, tmp_path, options):
+    """Every line is a text, whatever the model; as a column of a table, the lines lead to the same weights."""
+    t5 = tmp_path / "t5"
+    models.tiny_t5().save_pretrained(t5)
+    models.tiny_tokenizer().save_pretrained(t5)
+    lines = models.tiny_sentences(8, 1)["sentence"]
+    (tmp_path / "a.txt").write_text("\n\n".join(lines) + "\n")
+    (tmp_path / "a.tsv").write_text("\n".join(["line", *lines]) + "\n")
+    for model in (t5, folders["mlm"]):
+        weights = []
+        for data in ("a.txt", "a.tsv"):
+            out = tmp_path / f"{Path(model).name}-{data}"
+            column = ["--text-column", "line"]
+            done = hf_prune("prune", model, *options, "--data", tmp_path / data, *column, "--out", out)
+            assert done.code == 0, done.err
+            weights.append(load_file(out / "model.safetensors"))
+        assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    error = error_of(hf_prune("prune", t5, *options, "--data", tmp_path / "a.tsv", "--out", tmp_path / "x"))
+    assert "has no column 'sentence' (found: line): name the columns with --text-column and --label-column" in error
+    error = error_of(hf_prune("prune", t5, "--criterion", "taylor", "--data", tmp_path / "a.txt", "--out", "x"))
+    assert "is a T5ForConditionalGeneration: expected a …ForSequenceClassification, which has labels" in error
 
 
 @pytest.mark.parametrize(

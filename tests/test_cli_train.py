@@ -128,7 +128,7 @@ def test_two_trainings_are_not_mixed(folders, run, tmp_path):
     for changed, name in (
         (other, "model = '"),
         ([*command, "--split", "dev", "--score-split", "train"], "data = '"),
-        ([*command, "--learning-rate", 1e-3], "learning_rate = 5e-05, and this one has 0.001"),
+        ([*command, "--learning-rate", 1e-3], "--learning-rate = 5e-05, and this one has 0.001"),
         ([*command, "--seed", 3], "seed = 0, and this one has 3|pruning config = "),
         ([*command, "--sparsity", 0.6], "pruning config = "),
         ([*command, "--epochs", 2], r"epochs = 1\.0, and this one has 2\.0"),

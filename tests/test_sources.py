@@ -443,7 +443,7 @@ def test_a_file_is_a_split_whatever_its_name(tmp_path):
 def test_a_file_that_is_no_table(tmp_path):
     (tmp_path / "all.txt").write_text("a\n")
     for call in (check_data_source, lambda path: load_classification(path, "train")):
-        with pytest.raises(DataError, match=r"all\.txt' is no table: expected a file that ends in \.tsv, \.csv"):
+        with pytest.raises(DataError, match=r"all\.txt' is no table, and labels are needed: expected a file that"):
             call(str(tmp_path / "all.txt"))
     with pytest.raises(DataError, match=r"no such file or folder: 'none\.csv'\. Pass a file"):
         check_data_source("none.csv")
@@ -533,6 +533,22 @@ def test_wrong_jsonl(tmp_path, text, message):
     (tmp_path / "train.jsonl").write_text(text)
     with pytest.raises(DataError, match=message):
         load_classification(tmp_path, "train")
+
+
+@pytest.mark.parametrize("source", ["one.txt", "", "notes.md"])
+def test_lines_of_text_files_are_texts_without_labels(tmp_path, source):
+    for name in ("one.txt", "notes.md", "train.txt"):
+        (tmp_path / name).write_text("good film\n\n  \nbad film\n")
+    dataset = load_classification(tmp_path / source, "train", text_columns=("any",), label_column=None)
+    assert dataset.to_dict() == {"any": ["good film", "bad film"]}
+
+
+def test_text_files_without_lines_or_for_pairs(tmp_path):
+    (tmp_path / "a.txt").write_text("\n \n")
+    with pytest.raises(DataError, match=r"a\.txt' has no text: expected at least one line that is not blank"):
+        load_classification(tmp_path / "a.txt", "train", label_column=None)
+    with pytest.raises(DataError, match=r"which has no columns, and text_columns names 2 of them: name one, or"):
+        load_classification(tmp_path / "a.txt", "train", text_columns=("a", "b"), label_column=None)
 
 
 def test_missing_text_column(tmp_path):
@@ -632,10 +648,10 @@ def test_columns_of_text(tmp_path):
     assert load_texts(tmp_path / "a" / "train-00000-of-00001.parquet", text_column="sentence") == sentences
     assert load_texts(write_tsv(tmp_path / "any.tsv"), text_column="sentence") == sentences
     with pytest.raises(
-        DataError, match=r"split 'train' of .* has no column 'text' \(found: sentence, label\): name the"
+        DataError, match=r"split 'train' of .* has no column 'text' \(found: sentence, label\): name it with text_col"
     ):
         load_texts(tmp_path / "a")
-    with pytest.raises(DataError, match=r"any.tsv' has no column 'text' \(found: sentence, label\): name the text col"):
+    with pytest.raises(DataError, match=r"any.tsv' has no column 'text' \(found: sentence, label\): name it with te"):
         load_texts(tmp_path / "any.tsv")
     with pytest.raises(DataError, match=r"row 1 of .*'label' is 1, expected text"):
         load_texts(tmp_path / "a", text_column="label")
