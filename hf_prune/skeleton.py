@@ -19,7 +19,7 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -36,7 +36,9 @@ from hf_prune.quantized import EXPECTED, method_of_config
 from hf_prune.replay import replaced_forward
 from hf_prune.shards import Shards, read_tensor
 from hf_prune.sources import check_model_source
+from hf_prune.targets import prunable_modules
 
+_DEVICE = Tensor.device.__get__  # what a TorchFunctionMode is told of ``tensor.device``
 _INDEX = "model.safetensors.index.json"
 
 
@@ -47,7 +49,8 @@ class Skeleton:
     Args:
         model: In eval mode; buffers that no file has are as its class computes them.
         shards: The files.
-        keys: The names in the files of each parameter, by its name in the model; several if tied ones were all saved.
+        keys: The names in the files of each parameter, by its name in the model; several if tied ones were all saved,
+            none if its class computes it. Such a one is there, and not on the meta device.
         buffers: The names in the files of buffers.
         dtypes: What each parameter has in a loaded model.
     """
@@ -148,7 +151,8 @@ def _match(model: Any, shards: Shards, source: str) -> tuple[dict[str, tuple[str
             keys[first[id(state[name])]].append(key)
         else:
             buffers[name] = key
-    if missing := [name for name, found in keys.items() if not found]:
+    missing = [name for name, found in keys.items() if not found]
+    if missing := [name for name in missing if name not in set(_compute_left_out(model, missing))]:
         pruned = any(f"{name}_orig" in shards.entries for name in missing)
         hint = "it was pruned with torch.nn.utils.prune: load it once without streaming" if pruned else "found others"
         raise CheckpointError(
@@ -164,6 +168,42 @@ def _match(model: Any, shards: Shards, source: str) -> tuple[dict[str, tuple[str
             stacklevel=4,
         )
     return {name: tuple(found) for name, found in keys.items()}, buffers
+
+
+def _compute_left_out(model: Any, names: Sequence[str]) -> list[str]:
+    """Compute parameters that files may lack since their class computes them, such as sinusoids of positions.
+
+    Args:
+        model: Its parameters are on the meta device; those that could be computed are not afterwards.
+        names: Those that the files lack.
+
+    Returns:
+        The names of those that were computed: what begins at random is none, nor what can be pruned.
+    """
+    allowed = model._keys_to_ignore_on_load_missing or ()
+    prunable = {id(module._parameters["weight"]) for _, (module, _) in prunable_modules(model)}
+    computed = []
+    for name in names:
+        holder, _, key = name.rpartition(".")
+        module, parameter = model.get_submodule(holder), model.get_parameter(name)
+        if id(parameter) in prunable or not any(re.search(pattern, name) for pattern in allowed):
+            continue
+        parts = [holder[:end] for end in range(len(holder) + 1) if end in (0, len(holder)) or holder[end] == "."]
+        owners = [part for part in map(model.get_submodule, parts) if isinstance(part, PreTrainedModel)]
+        values = []
+        for seed in (0, 1):
+            module._parameters[key] = nn.Parameter(
+                torch.full_like(parameter, seed, device="cpu"), requires_grad=parameter.requires_grad
+            )
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                owners[-1]._init_weights(module)
+            values.append(module._parameters[key])
+        if torch.equal(*values):
+            computed.append(name)
+        else:
+            module._parameters[key] = parameter
+    return computed
 
 
 def _dtypes(model: Any) -> dict[str, torch.dtype]:
@@ -208,13 +248,13 @@ class LazyWeights:
         self.model = skeleton.model
         self._read = read
         self.read_rows = read_rows
-        self._empty = dict(self.model.named_parameters())
+        self._empty = {name: p for name, p in self.model.named_parameters() if p.is_meta}
         self.names = {id(parameter): name for name, parameter in self._empty.items()}
         self._places: dict[str, list[tuple[nn.Module, str]]] = {name: [] for name in self._empty}
         self._of: dict[nn.Module, list[str]] = {}
         for module in self.model.modules():
             for attribute, parameter in module._parameters.items():
-                if parameter is not None:
+                if id(parameter) in self.names:
                     self._places[self.names[id(parameter)]].append((module, attribute))
                     self._of.setdefault(module, []).append(self.names[id(parameter)])
         head = self.model.get_output_embeddings() if hasattr(self.model, "get_output_embeddings") else None
@@ -290,13 +330,15 @@ def _shape_only(outputs: int, x: Tensor) -> Tensor:
 
 
 class _Rows(TorchFunctionMode):
-    """Look-ups in an embedding whose weights are not there read just the rows."""
+    """Look-ups in an embedding whose weights are not there read just the rows, and ids are made where those will be."""
 
     def __init__(self, lazy: LazyWeights) -> None:
         super().__init__()
         self._lazy = lazy
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func == _DEVICE and id(args[0]) in self._lazy.names:
+            return torch.device("cpu")
         if func is nn.functional.embedding and len(args) > 1 and id(args[1]) in self._lazy.names and args[1].is_meta:
             ids, weight = args[:2]
             rows, where = ids.unique(return_inverse=True)

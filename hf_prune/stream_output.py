@@ -131,13 +131,18 @@ class Output:
         """Make the files, with everything in them that is not pruned."""
         names = {key: name for name, keys in self.skeleton.keys.items() for key in keys}
         masked = {t.name: t for t in _masked_targets(self.skeleton.model, self.old_masks) if t.name not in self.targets}
+        computed = {  # in no file
+            name: self._report(name, None, None, int(self._parameters[name].count_nonzero()))
+            for name, keys in self.skeleton.keys.items()
+            if not keys
+        }
         bits = self.partial.folder / _BITS
         bits.touch()
         os.truncate(bits, self._bits_size)
         for shard in self.skeleton.shards.shards.values():
             if shard.name in self._copied:
                 continue
-            reports: dict[str, dict[str, Any]] = {}
+            reports = dict(computed)
             kept: dict[str, int] = {}
             path = self.partial.staging / shard.name
             with path.open("wb", buffering=0) as file:

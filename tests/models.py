@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from transformers import (
     AlbertConfig,
     AlbertForSequenceClassification,
+    BartConfig,
+    BartForConditionalGeneration,
     BertConfig,
     BertForMaskedLM,
     BertForSequenceClassification,
@@ -29,6 +31,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MarianConfig,
+    MarianMTModel,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     ResNetConfig,
@@ -114,6 +118,26 @@ def tiny_llama(seed: int = 0, **settings: Any) -> LlamaForCausalLM:
     values = {"vocab_size": VOCAB, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
     values |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 24}
     return _build(lambda: LlamaForCausalLM(LlamaConfig(**{**values, **settings})), seed)
+
+
+def _seq2seq_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    values = {"vocab_size": VOCAB, "d_model": 16, "max_position_embeddings": 24, "pad_token_id": 3}
+    sizes = (("layers", 1), ("ffn_dim", 24), ("attention_heads", 2))
+    values |= {f"{side}_{name}": n for side in ("encoder", "decoder") for name, n in sizes}
+    return {**values, "decoder_start_token_id": 3, "eos_token_id": 0, **settings}
+
+
+def tiny_bart(seed: int = 0, **settings: Any) -> BartForConditionalGeneration:
+    """Encoder and decoder with learned positions, whose numbers are made on the device of their embedding."""
+    return _build(lambda: BartForConditionalGeneration(BartConfig(**_seq2seq_settings(settings))), seed)
+
+
+def tiny_marian(seed: int = 0, **settings: Any) -> MarianMTModel:
+    """Encoder and decoder with sinusoidal positions: parameters that are computed, and not saved."""
+    model: Any = _build(lambda: MarianMTModel(MarianConfig(**_seq2seq_settings(settings))), seed)
+    for part in (model.model.encoder, model.model.decoder):
+        part.embed_positions.weight.data = part.embed_positions.create_weight()
+    return model
 
 
 def tiny_t5(seed: int = 0, **settings: Any) -> T5ForConditionalGeneration:

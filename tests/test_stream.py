@@ -45,6 +45,7 @@ from tests import models
 
 SHARED = os.environ.get("HF_PRUNE_SHARED")
 BUILDERS = {**models.TRANSFORMERS, "vit": models.tiny_vit, "moe": models.tiny_moe}
+BUILDERS |= {"bart": models.tiny_bart, "marian": models.tiny_marian}
 DATA_FREE = {
     "layer": {"sparsity": 0.5},
     "row": {"sparsity": 0.37, "scope": "row"},
@@ -628,6 +629,22 @@ def test_calibration_data_is_asked_for_before_anything_is_written(tmp_path):
         prune_stream(source, 0.5, tmp_path / "out", criterion="wanda")
     with pytest.raises(CalibrationError, match="calibration has no batches"):
         prune_stream(source, 0.5, tmp_path / "out", criterion="wanda", calibration=[])
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_what_a_class_would_begin_at_random_is_no_weight(tmp_path, monkeypatch):
+    """Transformers does not warn of some parameters that files lack; only those that are computed need no file."""
+    model = models.tiny_bart()
+    missing = ["model.encoder.embed_positions.weight", "model.encoder.layers.0.fc1.weight"]
+    source = tmp_path / "source"
+    kept = {n: v.clone() for n, v in model.state_dict().items() if n not in (*missing, "lm_head.weight")}
+    kept = {n: v for n, v in kept.items() if "embed_tokens" not in n}
+    model.save_pretrained(source, state_dict=kept)
+    monkeypatch.setattr(type(model), "_keys_to_ignore_on_load_missing", ["embed_positions", "fc1"])
+    state = torch.get_rng_state()
+    with pytest.raises(CheckpointError, match=r"has no weights for 2 of .*model.encoder.embed_positions.weight, .*fc1"):
+        prune_stream(source, 0.5, tmp_path / "out")
+    assert torch.equal(torch.get_rng_state(), state)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
