@@ -34,6 +34,7 @@ from hf_prune.structures import structure_report
 from hf_prune.sweep import weights_digest
 from hf_prune.texts import token_windows
 from hf_prune.trainer import PruningTrainer
+from hf_prune.training_facts import config_facts
 from hf_prune.training_state import check_run, last_whole_checkpoint
 from hf_prune.workflows import load_classifier, load_language_model
 
@@ -159,7 +160,7 @@ def train_checkpoint(
         if checkpoints is not None:
             run = {
                 "model": weights_digest(model.named_parameters()),
-                "model config": type(model).__name__,
+                "model config": config_facts(model),
                 "data": _digest_of(examples),
                 "calibration data": _digest_of(calibration or []),
                 "pruning config": None if config is None else config.to_dict(),

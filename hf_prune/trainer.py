@@ -7,6 +7,7 @@ checkpoints go only when the new one is complete.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from functools import partial
 from pathlib import Path
@@ -31,7 +32,8 @@ from hf_prune.pipeline import resolve_config
 from hf_prune.shrinking import RECORD, resize, simplify_config
 from hf_prune.sites import find_sites
 from hf_prune.training import TrainingPruner
-from hf_prune.training_state import check_training, last_whole_checkpoint, load_training, save_training
+from hf_prune.training_facts import data_facts, model_facts, run_facts
+from hf_prune.training_state import check_same_run, check_training, last_whole_checkpoint, load_training, save_training
 
 _GENERATED = "<!-- This model card has been generated automatically"  # of the Trainer: until the author removes it
 _HANDLES = "_hf_prune_hooks"  # where a model keeps the handles of hooks while it is trained
@@ -51,6 +53,8 @@ class PruningCallback(TrainerCallback):
             out; not before the schedule ends. The rest of the training is faster then.
         threshold: Of ``soft_movement``: a weight goes if the sigmoid of its score is below.
         regularization: Of ``soft_movement``: how hard scores are pulled down.
+        allow_changes: Go on from a checkpoint also if the settings, the data or the model are not those that the
+            training began with; by default that is refused.
 
     Example:
         >>> config = PruningConfig(sparsity=0.8, schedule="cubic")
@@ -65,8 +69,11 @@ class PruningCallback(TrainerCallback):
         shrink_at: int | float | None = None,
         threshold: float = 0.1,
         regularization: float = 1.0,
+        allow_changes: bool = False,
     ) -> None:
         self.shrink_at = shrink_at
+        self.allow_changes = allow_changes
+        self.run: dict[str, Any] | None = None  # what makes this training the one that it is
         self.config = None if pruning_config is None else resolve_config(pruning_config, {})
         self.pruner: TrainingPruner | None = None
         self.resume_from: str | None = None
@@ -102,11 +109,15 @@ class PruningCallback(TrainerCallback):
             prunable(model)
         self.pruner = TrainingPruner(model, config, state.max_steps, calibration=self._calibration, **self._settings)
         self.check_shrinking(state)
+        folder = Path(self.resume_from or _checkpoint_folder(args, state)) if state.global_step else None
         if self._watches:
             self._check_plain_trainer(args, state)
-        if state.global_step:
-            folder = self.resume_from or _checkpoint_folder(args, state)
-            self._restore(Path(folder))
+            data, tokenizer = getattr(kwargs.get("train_dataloader"), "dataset", None), kwargs.get("processing_class")
+            self.run = run_facts(args, model, data, tokenizer=tokenizer, **self.own_facts())
+            if folder is not None:  # whose weights are in the model already
+                self.check_run(folder, check_training(folder)[1])
+        if folder is not None:
+            self._restore(folder)
         elif self.pruner.config is not None and self.pruner.schedule.span(state.max_steps)[0] == 0:
             self.pruner.after_step(0)
         self.pruner.apply()
@@ -178,7 +189,26 @@ class PruningCallback(TrainerCallback):
         if writes:
             if not folder.is_dir():
                 raise MaskError(f"{folder} is no folder: expected the Trainer's checkpoint there; use a PruningTrainer")
-            save_training(folder, MaskStore.of(self.pruner.model), state, self._facts())
+            now = {"run": self.run, "weights_now": model_facts(self.pruner.model)}
+            save_training(folder, MaskStore.of(self.pruner.model), state, {**self._facts(), **now})
+
+    def own_facts(self) -> dict[str, Any]:
+        """What a training must share besides what any ``Trainer`` has."""
+        return {"calibration": data_facts(self._calibration), "shrink_at": self.shrink_at}
+
+    def check_run(self, folder: Path, before: dict[str, Any]) -> None:
+        """Refuse to go on from a checkpoint of another training, unless changes are allowed.
+
+        Args:
+            folder: The checkpoint.
+            before: The settings that it was made with.
+
+        Raises:
+            CheckpointError: If settings, data or model differ.
+        """
+        assert self.run is not None
+        if not self.allow_changes:
+            self.run = check_same_run(folder, before, self.run)
 
     def shrinking_step(self, state: TrainerState) -> int | None:
         """After which step the model is shrunk."""
@@ -277,6 +307,7 @@ class PruningTrainer(Trainer):
         shrink_at: See :class:`PruningCallback`.
         threshold: See :class:`PruningCallback`.
         regularization: See :class:`PruningCallback`.
+        allow_changes: See :class:`PruningCallback`.
         **kwargs: As of ``Trainer``.
 
     Raises:
@@ -299,6 +330,7 @@ class PruningTrainer(Trainer):
         shrink_at: int | float | None = None,
         threshold: float = 0.1,
         regularization: float = 1.0,
+        allow_changes: bool = False,
         **kwargs: Any,
     ) -> None:
         if distillation is not None and teacher is None:
@@ -315,6 +347,7 @@ class PruningTrainer(Trainer):
             shrink_at=shrink_at,
             threshold=threshold,
             regularization=regularization,
+            allow_changes=allow_changes,
         )
         self.pruning._watches = False
         self.pruning.is_needed = teacher is None and not hasattr(self.model, "peft_config")
@@ -400,11 +433,24 @@ class PruningTrainer(Trainer):
         if resume_from_checkpoint is True and self._prunes:
             last = last_whole_checkpoint(Path(str(self.args.output_dir)))
             resume_from_checkpoint = True if last is None else str(last)
+        assert isinstance(self.model, nn.Module)
+        if self.pruning.run is None or not resume_from_checkpoint:  # going on, the model is not as it began any more
+            self.pruning.run = run_facts(
+                self.args,
+                self.model,
+                self.train_dataset,
+                tokenizer=self.processing_class,
+                collator=self.data_collator,
+                optimizer=self.optimizer,
+                teacher=self.teacher,
+                distillation=None if self.teacher is None else dataclasses.asdict(self.distillation),
+                **self.pruning.own_facts(),
+            )
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self._prunes:
-            check_training(Path(resume_from_checkpoint))
+            self.pruning.check_run(Path(resume_from_checkpoint), check_training(Path(resume_from_checkpoint))[1])
             if model is None and self.pruning.shrink_at is not None:
                 _resize_like(self.model, resume_from_checkpoint)
         self.pruning.resume_from = resume_from_checkpoint

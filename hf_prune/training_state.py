@@ -7,6 +7,7 @@ interruption left incomplete, or whose files were exchanged, is refused instead 
 from __future__ import annotations
 
 import json
+import reprlib
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +22,7 @@ from hf_prune.checkpoint import MASK_FILE, load_masks, save_masks
 from hf_prune.errors import CheckpointError
 from hf_prune.files import atomic_path, write_json
 from hf_prune.masking import MaskStore
+from hf_prune.training_facts import differences
 
 STATE_FILE = "pruning_state.safetensors"
 _HEADER = "hf_prune"
@@ -36,6 +38,7 @@ _NAMED = (
     "optimizer_*/*",
 )
 _CHUNK = 1 << 22
+_TOLD = 5  # differences that a message names
 
 
 def save_training(folder: Path, store: MaskStore | None, state: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
@@ -52,7 +55,7 @@ def save_training(folder: Path, store: MaskStore | None, state: Mapping[str, Ten
         save_masks(store, folder / MASK_FILE)
     header = {"format": _FORMAT, "version": _VERSION, "facts": dict(facts), "files": _files(folder)}
     with atomic_path(folder / STATE_FILE) as temporary:
-        save_file(dict(state), temporary, {_HEADER: json.dumps(header, sort_keys=True)})
+        save_file(dict(state), temporary, {_HEADER: json.dumps(header, sort_keys=True, default=str)})
 
 
 def load_training(folder: Path, facts: Mapping[str, Any]) -> tuple[MaskStore | None, dict[str, Tensor]]:
@@ -114,12 +117,11 @@ def check_run(path: Path, run: Mapping[str, Any]) -> None:
             raise CheckpointError(f"{path} is damaged: {error}; {advice}") from error
         if not isinstance(before, dict):
             raise CheckpointError(f"{path} holds a JSON {type(before).__name__}: expected an object; {advice}")
-        for name in dict.fromkeys([*now, *before]):
-            if before.get(name) != now.get(name):
-                raise CheckpointError(
-                    f"{path.parent} has checkpoints of a training with {name} = {before.get(name)!r}, and this one has "
-                    f"{now.get(name)!r}: two trainings would be mixed; {advice}"
-                )
+        for name, old, new in differences(before, now):
+            raise CheckpointError(
+                f"{path.parent} has checkpoints of a training with {name} = {old!r}, and this one has {new!r}: two "
+                f"trainings would be mixed; {advice}"
+            )
     elif any(path.parent.glob("checkpoint-*")):
         raise CheckpointError(
             f"{path.parent} has checkpoints and no {path.name}, which says of which training they are: name another "
@@ -128,6 +130,44 @@ def check_run(path: Path, run: Mapping[str, Any]) -> None:
     else:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, now)
+
+
+def check_same_run(folder: Path, facts: Mapping[str, Any], run: Mapping[str, Any]) -> dict[str, Any]:
+    """Make sure that a checkpoint is of this training.
+
+    The weights in memory may be those that the training began with, or those of the checkpoint.
+
+    Args:
+        folder: The checkpoint.
+        facts: The settings it was made with.
+        run: Of now, from :func:`hf_prune.training_facts.run_facts`.
+
+    Returns:
+        What the training is from its beginning on.
+
+    Raises:
+        CheckpointError: If something differs.
+    """
+    now = json.loads(json.dumps(dict(run), default=str))
+    before, reached = facts.get("run"), facts.get("weights_now")
+    if not (isinstance(before, dict) and isinstance(reached, dict)):
+        warn(
+            f"{folder} does not say what it was trained with (an earlier version made it): whether arguments, data and "
+            f"model are the same was not checked",
+            stacklevel=2,
+        )
+        return now
+    compared = before | reached if now["weights"] == reached.get("weights") else before
+    if None in (now["weights"], compared.get("weights")):  # spread over processes: not told
+        now, compared = {**now, "weights": None}, {**compared, "weights": None}
+    if found := list(differences(compared, now)):
+        told = "; ".join(f"{name} was {reprlib.repr(old)}, now {reprlib.repr(new)}" for name, old, new in found[:_TOLD])
+        more = f"; and {len(found) - _TOLD} more" if len(found) > _TOLD else ""
+        raise CheckpointError(
+            f"{folder} is of another training ({told}{more}): two trainings would be mixed; use the same again, begin "
+            f"anew, or pass allow_changes=True to go on with what differs"
+        )
+    return before
 
 
 def check_training(folder: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Tensor]]:

@@ -111,6 +111,7 @@ LAYERS = (
         "migration",
         "plots",
         "push",
+        "training_facts",
         "training_state",
     ),
     (

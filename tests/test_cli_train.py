@@ -3,6 +3,7 @@
 import json
 import re
 import runpy
+import shutil
 import warnings
 from pathlib import Path
 
@@ -129,8 +130,8 @@ def test_two_trainings_are_not_mixed(folders, run, tmp_path):
         (other, "model = '"),
         ([*command, "--split", "dev", "--score-split", "train"], "data = '"),
         ([*command, "--learning-rate", 1e-3], "--learning-rate = 5e-05, and this one has 0.001"),
-        ([*command, "--seed", 3], "seed = 0, and this one has 3|pruning config = "),
-        ([*command, "--sparsity", 0.6], "pruning config = "),
+        ([*command, "--seed", 3], "seed = 0, and this one has 3|pruning config: seed = "),
+        ([*command, "--sparsity", 0.6], r"pruning config: sparsity = 0\.5"),
         ([*command, "--epochs", 2], r"epochs = 1\.0, and this one has 2\.0"),
         ([*command, "--teacher", "self"], "teacher = None"),
     ):
@@ -138,6 +139,11 @@ def test_two_trainings_are_not_mixed(folders, run, tmp_path):
         assert re.search(rf"has checkpoints of a training with ({name}).*two trainings would be mixed", said), said
     assert {path: path.read_bytes() for path in (tmp_path / "c").rglob("*") if path.is_file()} == before
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == saved
+    config = json.loads((folders / "text" / "config.json").read_text())
+    shutil.copytree(folders / "text", tmp_path / "dropout")
+    (tmp_path / "dropout" / "config.json").write_text(json.dumps({**config, "hidden_dropout_prob": 0.4}))
+    said = run("train", tmp_path / "dropout", *command[2:], code=1)
+    assert re.search(r"model config: hidden_dropout_prob = 0\.\d+, and this one has 0\.4", said), said
     (tmp_path / "c" / "training_run.json").write_text("[1]")
     assert "holds a JSON list: expected an object" in run(*command, code=1)
     (tmp_path / "c" / "training_run.json").write_text("{")

@@ -22,7 +22,7 @@ from hf_prune import (
     prune,
 )
 from hf_prune.checkpoint import MASK_FILE, load_masks
-from hf_prune.training_state import STATE_FILE
+from hf_prune.training_state import STATE_FILE, save_training
 from tests import models
 
 STEPS = 12
@@ -423,6 +423,81 @@ def test_other_settings_are_refused_when_going_on(tmp_path):
     again = trainer(tmp_path, pruning=config(sparsity=0.5))
     with pytest.raises(CheckpointError, match="pruning_config="):
         again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-10"))
+
+
+class Noisy(Sentences):
+    """Other tokens each time."""
+
+    def __getitem__(self, i):
+        sample = super().__getitem__(i)
+        return {**sample, "input_ids": sample["input_ids"] + torch.randint(0, 2, (1,))}
+
+
+def test_another_training_is_not_gone_on_with(tmp_path):
+    """Whatever changes the result is compared before anything is loaded, and may differ only if one says so."""
+
+    def going_on(model=None, **settings):
+        training = {"save_strategy": "steps", "save_steps": 1, **settings.pop("training", {})}
+        return trainer(tmp_path, model, training=training, **settings)
+
+    going_on().train()
+    begun = str(tmp_path / "checkpoint-10")
+    files = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    reached = BertForSequenceClassification.from_pretrained(begun)
+    for settings, match in (
+        ({"training": {"learning_rate": 1e-3}}, r"arguments: learning_rate was 0\.01, now 0\.001"),
+        ({"training": {"seed": 7}}, "arguments: seed was 3, now 7"),
+        ({"training": {"weight_decay": 0.3}}, "weight_decay was 0.0, now 0.3"),
+        ({"training": {"lr_scheduler_type": "constant"}}, "lr_scheduler_type was 'linear', now 'constant'"),
+        ({"training": {"optim": "sgd"}}, "optim was"),
+        ({"training": {"per_device_train_batch_size": 2}}, "per_device_train_batch_size was 4, now 2"),
+        ({"training": {"gradient_accumulation_steps": 2}}, "gradient_accumulation_steps was 1, now 2"),
+        ({"train_dataset": Sentences(length=7)}, "data: samples was"),
+        ({"train_dataset": Sentences(90)}, "data: length was 96, now 90"),
+        ({"train_dataset": Noisy()}, "data: samples was '[0-9a-f]*', now None"),
+        ({"model": models.tiny_bert(seed=4)}, "weights was"),
+        (
+            {"model": models.tiny_bert(hidden_dropout_prob=0.5)},
+            r"config: hidden_dropout_prob was 0\.\d+, now 0\.5",
+        ),
+        ({"teacher": models.tiny_bert(seed=4)}, "teacher was None"),
+        ({"processing_class": models.tiny_tokenizer()}, "tokenizer was None"),
+    ):
+        again = going_on(**settings)
+        weights = [parameter.clone() for parameter in again.model.parameters()]
+        with pytest.raises(CheckpointError, match=match):
+            again.train(resume_from_checkpoint=begun)
+        assert all(map(torch.equal, again.model.parameters(), weights))
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == files
+    going_on(reached).train(resume_from_checkpoint=begun)  # the weights are those of the checkpoint
+    again = going_on()  # and it still says how the training began
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-11"))
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-11"))  # a model that was trained in the meantime
+    going_on(training={"seed": 7, "logging_steps": 2}, allow_changes=True).train(resume_from_checkpoint=begun)
+
+
+def test_the_callback_alone_refuses_another_training(tmp_path):
+    def make_it(**settings):
+        training = arguments(tmp_path, save_strategy="steps", save_steps=4, **settings)
+        return Trainer(models.tiny_bert(), training, train_dataset=Sentences(), callbacks=[PruningCallback(config())])
+
+    make_it().train()
+    with pytest.raises(CheckpointError, match=r"weight_decay was 0\.0, now 0\.1"):
+        make_it(weight_decay=0.1).train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
+    make_it().train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
+
+
+def test_a_checkpoint_that_does_not_say_its_training_is_gone_on_with_and_warned_of(tmp_path, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            "hf_prune.trainer.save_training",
+            lambda folder, store, state, facts: save_training(
+                folder, store, state, {k: v for k, v in facts.items() if k not in ("run", "weights_now")}
+            ),
+        )
+        make(tmp_path, "plain").train()
+    with pytest.warns(UserWarning, match="does not say what it was trained with"):
+        make(tmp_path, "plain").train(resume_from_checkpoint=str(tmp_path / "checkpoint-10"))
 
 
 def test_the_best_checkpoint_is_one_that_is_pruned_to_the_end(tmp_path):
