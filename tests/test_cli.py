@@ -647,7 +647,10 @@ def test_exit_codes_of_the_process(folders, tmp_path):
 def test_ctrl_c_is_exit_code_130_and_the_sweep_resumes(hf_prune, folders, tmp_path):
     arguments = ["sweep", folders["text"], "--data", folders["data"], "--out", str(tmp_path), "--batch-size", "1"]
     many = ",".join(f"{i / 400:g}" for i in range(1, 400))
-    command = [sys.executable, "-c", "from hf_prune.cli import main; main()", *arguments, "--sparsity", many]
+    # A shell starts what it runs in the background deaf to Ctrl-C, and children inherit that: tests may run there.
+    listen = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    code = f"{listen}from hf_prune.cli import main; main()"
+    command = [sys.executable, "-c", code, *arguments, "--sparsity", many]
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
     results, deadline = tmp_path / "results.json", time.monotonic() + 90
@@ -656,7 +659,10 @@ def test_ctrl_c_is_exit_code_130_and_the_sweep_resumes(hf_prune, folders, tmp_pa
             break
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    try:
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 130
     assert out == ""
     assert "Traceback" not in err
