@@ -532,6 +532,11 @@ def save_pruned(
             store.apply(model)  # training steps may have moved what the masks remove
         if kwargs.get("state_dict") is not None:
             kwargs["state_dict"] = _masked(kwargs["state_dict"], store.masks)
+    if not only_adapters:
+        if any(plain_name(f"{name}.") != f"{name}." for name, _ in model.named_modules()):
+            kwargs["state_dict"] = kwargs.get("state_dict") or model.state_dict()
+        if kwargs.get("state_dict") is not None:  # names are those of the class, without what wrappers add
+            kwargs["state_dict"] = {plain_name(name): tensor for name, tensor in kwargs["state_dict"].items()}
     model.__class__ = dense_class
     try:
         with staged_checkpoint(folder, overwrite=overwrite, variant=variant) as staging:
@@ -655,27 +660,30 @@ def load_pruned(load: Callable[..., Any], source: Any, *args: Any, **kwargs: Any
         files = weight_files(source, hub)
         if find_file(source, MASK_FILE, hub) is not None or (files and is_packed(files[0])):
             raise _sparse_and_quantized(source, asked[0])
+    asked_for_info = kwargs.pop("output_loading_info", False)
     with _without_torch_prune(source, hub) as converted:
         if converted is None:
-            with limited_to_files(source, hub):
-                loaded = load(source, *args, **kwargs)
             path = find_file(source, MASK_FILE, hub)
             store = load_masks(path) if path is not None else None
             store = _with_packed_masks(store, weight_files(source, hub))
+            if asked_for_info or store is not None:
+                kwargs["output_loading_info"] = True
+            with limited_to_files(source, hub):
+                loaded = load(source, *args, **kwargs)
         else:
             weights, masks = converted
             kwargs = {key: value for key, value in kwargs.items() if key not in _HUB_KEYS}
             with limited_to_files(source, hub):
-                loaded = load(weights, *args, **kwargs)
-            markers, info = load(masks, *args, **{**kwargs, "output_loading_info": True})
-            store = MaskStore(_masks_from_markers(markers, info))
+                loaded = load(weights, *args, **kwargs, output_loading_info=True)
+            markers, found = load(masks, *args, **kwargs, output_loading_info=True)
+            store = MaskStore(_masks_from_markers(markers, found))
+    model, info = loaded if isinstance(loaded, tuple) else (loaded, {})
     if store is not None:
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
         if kwargs.get("ignore_mismatched_sizes"):  # those weights are new, and have no mask
             shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
             store.masks = {name: m for name, m in store.masks.items() if shapes.get(name, m.shape) == m.shape}
-        _attach(model, store, source)
-    return loaded
+        _attach(model, store, source, info)
+    return loaded if asked_for_info else model
 
 
 @contextlib.contextmanager
@@ -726,7 +734,7 @@ def _sparse_and_quantized(source: Any, how: str) -> CheckpointError:
     )
 
 
-def _attach(model: Any, store: MaskStore, source: Any) -> None:
+def _attach(model: Any, store: MaskStore, source: Any, info: Mapping[str, Any]) -> None:
     try:
         refuse_quantized(model)
     except PlanError as error:
@@ -735,6 +743,13 @@ def _attach(model: Any, store: MaskStore, source: Any) -> None:
     saved = model.config.architectures or []
     if saved and not any(cls.__name__ in saved for cls in type(model).__mro__):
         store.masks = _masks_of_base_model(model, store.masks, parameters) or store.masks
+    if random := sorted(store.masks.keys() & set(info.get("missing_keys", ()))):
+        others = sorted(info.get("unexpected_keys", ()))
+        raise CheckpointError(
+            f"{source} has masks for {len(random)} weights that are not in its files, such as {random[0]!r}, so they "
+            f"would be random{f', and {others[0]!r}, which the model has not' if others else ''}: load the class that "
+            f"was saved, and if it is this one, save the checkpoint again"
+        )
     for name, mask in store.masks.items():
         if name not in parameters or parameters[name].shape != mask.shape:
             found = "no such parameter" if name not in parameters else f"shape {tuple(parameters[name].shape)}"

@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 from datasets import Dataset
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import (
@@ -25,6 +26,8 @@ from transformers import (
 import hf_prune
 from hf_prune import (
     ArchitectureError,
+    AutoPrunedModelForCausalLM,
+    AutoPrunedModelForSequenceClassification,
     CheckpointError,
     MaskError,
     MaskStore,
@@ -264,6 +267,38 @@ def test_a_module_that_is_replaced_is_noticed_and_its_mask_does_not_fall_on_the_
     part.classifier = nn.Linear(16, 2)
     with pytest.raises(MaskError, match=r"the mask of 'inner.classifier.weight'"):
         prune(holder, 0.6)
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+@pytest.mark.parametrize("given", [False, True])
+def test_layers_that_are_wrapped_are_saved_under_their_own_names(tmp_path, compressed, given):
+    """As by ``torch.compile`` of each layer, which is how people compile only what is repeated."""
+    model = prunable(models.tiny_llama(tie_word_embeddings=True, num_hidden_layers=2)).prune(0.5)
+    plain, masks = models.snapshot(model), dict(model.masks)
+    for i, layer in enumerate(model.model.layers):
+        model.model.layers[i] = torch.compile(layer, backend="eager")
+    model.save_pretrained(tmp_path, compressed=compressed, state_dict=model.state_dict() if given else None)
+    again = AutoPrunedModelForCausalLM.from_pretrained(tmp_path)
+    models.assert_unchanged(again, plain)
+    assert again.masks.keys() == masks.keys()
+    assert all(torch.equal(again.masks[name], mask) for name, mask in masks.items())
+
+
+def test_masks_of_weights_that_would_be_random_are_not_blamed(tmp_path):
+    model = prunable(models.tiny_bert()).prune(0.5)
+    model.save_pretrained(tmp_path)
+    tensors = {
+        name.replace("layer.0", "layer.0._orig_mod"): tensor
+        for name, tensor in load_file(tmp_path / "model.safetensors").items()
+    }
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    match = (
+        r"has masks for 6 weights that are not in its files, such as 'bert.*, and 'bert.*_orig_mod.*save the checkpoint"
+    )
+    for load in (type(model), AutoPrunedModelForSequenceClassification):
+        with pytest.raises(CheckpointError, match=match) as caught:
+            load.from_pretrained(tmp_path)
+        assert "delete" not in str(caught.value)
 
 
 def test_a_composite_model_loads_with_a_part_that_was_shrunk(tmp_path):
