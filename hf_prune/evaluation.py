@@ -6,6 +6,7 @@ import functools
 import math
 import re
 import time
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
@@ -401,7 +402,7 @@ def _label2id(model: PreTrainedModel) -> dict[str, int]:
     return {str(name): int(number) for name, number in (model.config.label2id or {}).items()}
 
 
-_UNNAMED = re.compile(r"(label[\W_]*)?\d*")  # what classes are called that nobody has named
+_UNNAMED = re.compile(r"(?:label ?)?(\d*)")  # what classes are called that nobody has named
 
 
 def _class_doubt(dataset: Dataset, label_column: str, labels: Sequence[int], config: Any) -> str:
@@ -410,7 +411,7 @@ def _class_doubt(dataset: Dataset, label_column: str, labels: Sequence[int], con
     pairs = set(zip(column(dataset, label_column), labels, strict=True))
     said = sorted((name, number) for name, number in pairs if isinstance(name, str))
     for name, number in said:
-        if names.get(number, name).casefold() != name.casefold():
+        if _folded(names.get(number, name)) != _folded(name):
             return f"class {number} is {name!r} in the model's label2id, and {names[number]!r} in its id2label"
     if said:
         return ""
@@ -419,11 +420,29 @@ def _class_doubt(dataset: Dataset, label_column: str, labels: Sequence[int], con
     if count != config.num_labels:
         which = f", of which {_some(sorted(set(labels)))} occur" if there is None else ""
         return f"the model has {config.num_labels} classes, and the data {count}{which}"
-    for number, name in enumerate(there or ()):
-        a, b = ("".join(filter(str.isalnum, text.casefold())) for text in (name, names.get(number, "")))
-        if not (_UNNAMED.fullmatch(a) or _UNNAMED.fullmatch(b) or a.startswith(b) or b.startswith(a)):
-            return f"class {number} is {names[number]!r} to the model, and {name!r} in the data"
+    theirs, ours = [_folded(name) for name in there or ()], [_folded(names.get(i, "")) for i in range(count)]
+    plain = [_numbered(side) for side in (theirs, ours)]  # True: the names are but the numbers of the classes
+    if there is None or plain in ([True, True], [True, None], [None, True]):
+        return ""
+    for number, name in enumerate(theirs):
+        alike = [own for own in ours if own.startswith(name) or name.startswith(own)]  # "neg" is "negative"
+        if name != ours[number] and (name in ours or alike != [ours[number]]):
+            return f"class {number} is {names.get(number)!r} to the model, and {there[number]!r} in the data"
     return ""
+
+
+def _folded(name: str) -> str:
+    """A name as it is compared: in any case and width, with one kind of space between words."""
+    text = unicodedata.normalize("NFKC", name).casefold().strip()
+    return re.sub(r"(?<=[^\W_])[\s_-]+(?=[^\W_])", " ", text)
+
+
+def _numbered(names: Sequence[str]) -> bool | None:
+    """Whether numbers that stand for names are those of the classes, from 0 or from 1; None if they are real names."""
+    found = [match[1] for name in names if (match := _UNNAMED.fullmatch(name))]
+    if len(found) < len(names):
+        return None
+    return any(all(text in ("", str(i + first)) for i, text in enumerate(found)) for first in (0, 1))
 
 
 def _some(values: Sequence[Any], most: int = 5) -> str:
