@@ -7,8 +7,9 @@ from typing import Any, ClassVar
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 
-from hf_prune.checkpoint import load_pruned
-from hf_prune.errors import CheckpointError, DataError
+from hf_prune.checkpoint import find_file, load_pruned
+from hf_prune.errors import CheckpointError, DataError, HfPruneError
+from hf_prune.files import read_config
 from hf_prune.mixin import prunable
 from hf_prune.sources import check_model_source, class_of_transformers
 
@@ -99,9 +100,9 @@ def load_native(source: str) -> Any:
     native, offline = native_class(source), check_model_source(source)
     try:
         return prunable(load_pruned(native.from_pretrained, source, local_files_only=offline, trust_remote_code=False))
-    except RuntimeError as error:
-        if isinstance(error, CheckpointError):
-            raise
+    except HfPruneError:
+        raise
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise CheckpointError(f"the weights of {source!r} do not fit its config: {_first_line(error)}") from error
 
 
@@ -115,6 +116,8 @@ def native_class(source: str) -> Any:
         DataError: If the source cannot be found, or its config names no class of transformers.
     """
     offline = check_model_source(source)
+    if (path := find_file(source, "config.json", {"local_files_only": offline})) is not None:
+        read_config(path, DataError)
     try:
         config = transformers.AutoConfig.from_pretrained(source, local_files_only=offline, trust_remote_code=False)
         architectures = config.architectures or []
@@ -150,7 +153,7 @@ def load_tokenizer(source: str, *, local_files_only: bool = False) -> Any:
         return transformers.AutoTokenizer.from_pretrained(
             source, local_files_only=local_files_only, trust_remote_code=False
         )
-    except ValueError as error:
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
         raise DataError(
             f"the tokenizer of {source!r} cannot be loaded: {_first_line(error)}; if it needs code of its own that you "
             f"trust, load model and tokenizer in Python with trust_remote_code=True"

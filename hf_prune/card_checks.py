@@ -36,8 +36,27 @@ def check_report(report: Mapping[str, Any]) -> None:
     ):
         if report[name] != counted:
             raise DataError(f"{name} is {report[name]!r}, and the tensors of the report have {counted:,}: count again")
+    patterns = report.get("nm_patterns") or []
+    if not isinstance(patterns, list | tuple) or not all(isinstance(each, str) for each in patterns):
+        raise DataError(f"nm_patterns is {patterns!r:.100}: expected a list of patterns such as '2:4'")
     if (structure := report.get("structure")) is not None:
         check_structure(structure)
+
+
+def check_training(training: Mapping[str, Any]) -> None:
+    """Whether a training has steps, a report that adds up, and scores in range.
+
+    Args:
+        training: As of ``training_report.json``.
+
+    Raises:
+        DataError: If not.
+    """
+    _whole(training, "steps", 0)
+    check_report(training["sparsity"])
+    check_evaluation(
+        {"evaluation": training["pruned"], "dense": training["dense"], "comparison": training["comparison"]}
+    )
 
 
 def check_structure(structure: Mapping[str, Any]) -> None:

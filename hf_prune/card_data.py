@@ -5,19 +5,20 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import importlib.metadata
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 from huggingface_hub import try_to_load_from_cache
 
-from hf_prune.card_checks import check_evaluation, check_latency, check_report, check_sizes
+from hf_prune.card_checks import check_evaluation, check_latency, check_report, check_sizes, check_training
 from hf_prune.checkpoint import CARD_DATA, COMPANIONS, MASK_FILE, REPORTS, StoredMasks, read_pruning
 from hf_prune.config import PruningConfig
 from hf_prune.errors import CheckpointError, DataError, HfPruneError
+from hf_prune.files import read_config, read_json_object
 from hf_prune.front_matter import split_card
 from hf_prune.hub import card_of_base, is_repo_id
 from hf_prune.packed_files import INDEX, SINGLE, file_paths
@@ -91,6 +92,9 @@ class PruningCardData:
         Raises:
             DataError: If a number is out of range, contradicts another one, or is missing.
         """
+        for name, hint in get_type_hints(type(self)).items():
+            if not _is_of(value := getattr(self, name), hint):
+                raise DataError(f"the {name} of a card is {value!r:.100}: expected {_spelled(hint)}")
         for name, check in _CHECKS.items():
             if (value := getattr(self, name)) is not None:
                 _check(check, value, f"the {name} of a card")
@@ -160,7 +164,7 @@ def counted_facts(folder: Path) -> dict[str, Any]:
         DataError: If ``config.json`` is no JSON.
     """
     found: dict[str, Any] = {"rounded": False, "config": None}
-    config = _read(folder / "config.json")
+    config = read_config(folder / "config.json", DataError)
     masks = folder / MASK_FILE
     settings = (config.get(RECORD) or {}).get("pruning_config")
     weights = _first_file(folder)
@@ -172,7 +176,7 @@ def counted_facts(folder: Path) -> dict[str, Any]:
         found["config"] = StoredMasks(masks).config
     if found.get("config") is None and settings is not None:
         found["config"] = PruningConfig.from_dict(settings)
-    found["needs_plugin"] = config.get("quantization_config", {}).get("quant_method") == "hf_prune"
+    found["needs_plugin"] = (config.get("quantization_config") or {}).get("quant_method") == "hf_prune"
     found["remote_code"] = is_ours(config.get("auto_map"))
     found["files"] = {p.name: p.stat().st_size for p in sorted(folder.glob("*.safetensors"))}
     found["checksums"] = checksums(folder)
@@ -183,7 +187,9 @@ def counted_facts(folder: Path) -> dict[str, Any]:
 def _reports(folder: Path, report: Mapping[str, Any] | None) -> dict[str, Any]:
     """What the reports in a folder say; of a training if it is one on the same weights."""
     path, training = (folder / name for name in REPORTS)
-    trained = _read(training) if training.is_file() else None
+    trained = read_json_object(training, DataError) if training.is_file() else None
+    if trained is not None:
+        _check(check_training, trained, str(training))
     if trained is not None and (report is None or _counts(trained["sparsity"]) == _counts(report)):
         evaluation = {"evaluation": trained["pruned"], **{key: trained[key] for key in ("dense", "comparison")}}
         return {"training": trained, "report": trained["sparsity"], "evaluation": evaluation}
@@ -192,7 +198,9 @@ def _reports(folder: Path, report: Mapping[str, Any] | None) -> dict[str, Any]:
             f"{folder} has neither sparsity_report.json nor training_report.json: expected a folder that hf-prune "
             f"prune or train wrote, whose numbers were counted"
         )
-    return {"report": report or _read(path)}
+    if report is None:
+        _check(check_report, report := read_json_object(path, DataError), str(path))
+    return {"report": report}
 
 
 def _counts(report: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -203,7 +211,7 @@ def _counts(report: Mapping[str, Any]) -> tuple[Any, ...]:
 
 def _measured(key: str, value: Any, weights: str | None, folder: Path) -> dict[str, Any]:
     """What was measured, if it is what we know how to show, and of these weights: a file must say of which."""
-    found = _read(Path(value)) if isinstance(value, str | Path) else value
+    found = read_json_object(value, DataError) if isinstance(value, str | Path) else value
     inner, command = _MEASURED[key]
     part = found.get(inner) if isinstance(found, Mapping) else None
     if key == "evaluation" and isinstance(part, Mapping):
@@ -230,7 +238,26 @@ def measured_of(found: Mapping[str, Any]) -> list[str]:
     return [said] if isinstance(said, str) else []
 
 
-_CHECKS = {"report": check_report, "files": check_sizes, "evaluation": check_evaluation, "latency": check_latency}
+_CHECKS = {
+    "report": check_report,
+    "files": check_sizes,
+    "evaluation": check_evaluation,
+    "latency": check_latency,
+    "training": check_training,
+}
+
+
+def _is_of(value: Any, hint: Any) -> bool:
+    """Whether a value is of a type, one of several, or a mapping to values of a type."""
+    if isinstance(hint, UnionType):
+        return any(_is_of(value, each) for each in get_args(hint))
+    inner = get_args(hint)
+    right = isinstance(value, get_origin(hint) or hint)
+    return right and (not inner or inner[1] is Any or all(isinstance(each, inner[1]) for each in value.values()))
+
+
+def _spelled(hint: Any) -> str:
+    return hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint).replace("collections.abc.", "")
 
 
 def _check(check: Callable[[Mapping[str, Any]], None], value: Any, where: str) -> None:
@@ -248,7 +275,9 @@ def load_card_data(folder: Path) -> PruningCardData:
         DataError: If that is not there, no JSON, or cannot be true.
     """
     path = folder / CARD_DATA
-    values = _read(path)
+    if not path.is_file():
+        raise DataError(f"{path} is no JSON file: it is not there")
+    values = read_json_object(path, DataError)
     try:
         return PruningCardData.from_dict(values)
     except (HfPruneError, AttributeError, TypeError, ValueError) as error:
@@ -394,10 +423,3 @@ def is_license(value: Any) -> bool:
 def is_link(value: str) -> bool:
     """Whether it is an address that a card may lead to."""
     return _LINK.fullmatch(value) is not None
-
-
-def _read(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} is no JSON file: {error}") from error

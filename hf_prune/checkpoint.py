@@ -33,7 +33,7 @@ from hf_prune.building import limited_building
 from hf_prune.bypass import bypassed_layers
 from hf_prune.config import PruningConfig
 from hf_prune.errors import CheckpointError, PlanError
-from hf_prune.files import MARK, atomic_path, copy_beside, is_left_out, staged_folder
+from hf_prune.files import MARK, atomic_path, copy_beside, is_left_out, read_config, read_json_object, staged_folder
 from hf_prune.masking import MaskStore, warn_regrown
 from hf_prune.offloading import values_of
 from hf_prune.outputs import SAVE, check_output, output_lock, own_files, refuse_file, say_replaced, write_mark
@@ -351,11 +351,13 @@ def has_tokenizer(source: str, *, local_files_only: bool = False) -> bool:
     Args:
         source: Folder or Hub id.
         local_files_only: Look in the cache only, not on the Hub.
-    """
-    from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
+    Raises:
+        CheckpointError: If what says so is damaged.
+    """
     hub = {"local_files_only": local_files_only}
-    config = get_tokenizer_config(source, local_files_only=local_files_only)
+    path = find_file(source, "tokenizer_config.json", hub)
+    config = {} if path is None else read_json_object(path)
     if "AutoTokenizer" in (config.get("auto_map") or ()):  # code of its own reads files of its own
         return True
     names = _vocabulary_names(str(config.get("tokenizer_class") or _tokenizer_of(source, hub)))
@@ -369,7 +371,7 @@ def _tokenizer_of(source: str, hub: Mapping[str, Any]) -> str | None:
     from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 
     path = find_file(source, "config.json", hub)
-    config = json.loads(Path(path).read_text(encoding="utf-8")) if path is not None else {}
+    config = read_config(path) if path is not None else {}
     return config.get("tokenizer_class") or TOKENIZER_MAPPING_NAMES.get(str(config.get("model_type")))
 
 

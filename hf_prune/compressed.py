@@ -27,7 +27,7 @@ from hf_prune.checkpoint import (
     staged_checkpoint,
 )
 from hf_prune.errors import CheckpointError, ConfigError
-from hf_prune.files import copy_beside, scratch_folder
+from hf_prune.files import copy_beside, read_config, scratch_folder
 from hf_prune.masking import MaskStore
 from hf_prune.outputs import SAVE, check_output, output_lock, refuse_file, source_folder
 from hf_prune.packed_files import INDEX, Item, PackedFiles, file_paths, packed_item, write_shards
@@ -234,26 +234,6 @@ def _check_choice(setting: str, value: str, known: tuple[str, ...]) -> None:
         raise ConfigError(f"{setting} is {value!r}: expected one of {', '.join(known)}")
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """The ``config.json`` of a checkpoint.
-
-    Raises:
-        CheckpointError: If it is missing, or damaged.
-    """
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(
-            f"{path} is missing: expected a whole checkpoint, as save_pretrained writes it"
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is damaged: {error}; download or save the checkpoint again") from error
-    if not isinstance(config, dict) or not isinstance(config.get("quantization_config") or {}, dict):
-        raise CheckpointError(f"{path} is damaged: it is no object; download or save the checkpoint again")
-    return config
-
-
 def write_config(folder: Path, config: Mapping[str, Any]) -> None:
     """Write the ``config.json`` of a checkpoint that is being made."""
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -261,7 +241,7 @@ def write_config(folder: Path, config: Mapping[str, Any]) -> None:
 
 def _own_config(folder: Path) -> tuple[dict[str, Any], dict[str, int]]:
     """The config of a checkpoint that is not quantized otherwise, and the sizes of a shrunk model."""
-    config = read_config(folder)
+    config = read_config(folder / "config.json")
     described = config.get("quantization_config") or {}
     if (method := described.get("quant_method", METHOD)) != METHOD:
         raise CheckpointError(f"{folder} is quantized with {method!r}: expected plain weights")

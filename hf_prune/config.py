@@ -399,7 +399,7 @@ class PruningConfig:
         """
         try:
             values = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (RecursionError, ValueError) as error:
             raise ConfigError(f"not JSON: {error}") from error
         if not isinstance(values, dict):
             raise ConfigError(f"found a JSON {type(values).__name__}: expected an object of settings")

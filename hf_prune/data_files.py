@@ -225,7 +225,7 @@ def _read_jsonl(path: Path) -> dict[str, list[Any]]:
         for number, line in enumerate(lines, start=1):
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError as error:
+            except (RecursionError, ValueError) as error:
                 raise DataError(f"row {number} of {path} is not JSON ({error}): expected one object a line") from None
             if not isinstance(row, dict):
                 raise DataError(f"row {number} of {path} is {line.strip()[:40]!r}: expected a JSON object")

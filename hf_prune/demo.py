@@ -320,7 +320,7 @@ def _damage(folder: Path) -> str | None:
         expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
     except FileNotFoundError:
         return f"{_MANIFEST} is missing"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (AttributeError, KeyError, OSError, RecursionError, TypeError, ValueError):
         return f"{_MANIFEST} cannot be read"
     unlisted = sorted(set(_REQUIRED) - set(expected))
     if unlisted:

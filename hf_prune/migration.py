@@ -26,9 +26,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hf_prune.checkpoint import MASK_FILE, save_masks, staged_checkpoint, weight_files
-from hf_prune.compressed import read_config, write_config
+from hf_prune.compressed import write_config
 from hf_prune.errors import CheckpointError
-from hf_prune.files import PICKLES, copy_beside
+from hf_prune.files import PICKLES, copy_beside, read_config
 from hf_prune.masking import MaskStore
 from hf_prune.outputs import check_output, source_folder
 from hf_prune.packed_files import INDEX, SINGLE, read_index
@@ -106,7 +106,7 @@ def migrate_checkpoint(source: str | Path, out: str | Path, *, overwrite: bool =
     """
     source = source_folder(source)
     out = check_output(out, "migrate", [source], overwrite=overwrite)
-    config = read_config(source)
+    config = read_config(source / "config.json")
     _refuse_quantized(source, config)
     tensors: dict[str, Tensor] = {}
     files = weight_files(str(source), {})

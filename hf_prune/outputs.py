@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 from hf_prune.errors import CheckpointError
-from hf_prune.files import MARK, remove_leftovers, write_json
+from hf_prune.files import MARK, read_json_object, remove_leftovers, write_json
 
 try:
     import fcntl
@@ -245,9 +245,8 @@ def _acquire(path: Path, folder: Path, command: str, wait: float) -> int | None:
 
 def _owner(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads((path / _OWNER).read_text(encoding="utf-8"))
-        return found if isinstance(found, dict) else {}
-    except (OSError, ValueError):
+        return read_json_object(path / _OWNER)
+    except CheckpointError:
         return {}
 
 
@@ -279,10 +278,10 @@ def own_files(folder: Path) -> dict[str, tuple[int, str]]:
 def _read_mark(folder: Path) -> dict[str, Any] | None:
     """What a mark says; None without one, or where it is damaged."""
     try:
-        mark = json.loads((folder / MARK).read_text(encoding="utf-8"))
+        mark = read_json_object(folder / MARK)
         said = mark["kind"], mark["version"]
         files = {str(name): (int(size), str(digest)) for name, (size, digest) in mark["files"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (AttributeError, CheckpointError, KeyError, TypeError, ValueError):
         return None
     outside = any(os.path.isabs(name) or ".." in Path(name).parts for name in files)
     return None if said != (_KIND, _VERSION) or outside else {"command": str(mark.get("command")), "files": files}

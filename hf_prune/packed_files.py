@@ -16,6 +16,7 @@ import numpy as np
 from torch import Tensor
 
 from hf_prune.errors import CheckpointError
+from hf_prune.files import read_json_object
 from hf_prune.packed_format import (
     FILE_VERSION,
     FORMAT,
@@ -141,8 +142,8 @@ def refuse_weights_elsewhere(config: Path, found: str) -> None:
         CheckpointError: If the config names another one.
     """
     try:
-        named = json.loads(config.read_text(encoding="utf-8")).get("transformers_weights")
-    except (AttributeError, OSError, RecursionError, ValueError):
+        named = read_json_object(config).get("transformers_weights")
+    except CheckpointError:
         return  # whoever reads it for what it says complains
     if named not in (None, found):
         raise CheckpointError(
@@ -158,12 +159,10 @@ def read_index(path: Path) -> dict[str, str]:
         CheckpointError: If it is missing, damaged or leads out of its folder.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_json_object(path)
         weight_map = dict(found["weight_map"])
         dict(found.get("metadata") or {})  # transformers takes it for one
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} is missing: download or save the checkpoint again") from error
-    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} is damaged: {error!r}; download or save the checkpoint again") from error
     for name, shard in weight_map.items():
         plain = isinstance(shard, str) and shard.endswith(".safetensors") and not set(shard) & set("/\\:\0")

@@ -54,7 +54,10 @@ class Partial:
             text, _, checksum = line.rpartition(b" ")
             if checksum != _checksum(text):
                 break
-            values.append(json.loads(text))
+            try:
+                values.append(json.loads(text))
+            except (RecursionError, ValueError):
+                break
             self._end += len(line)
         if not values or values[0].pop("format", None) != _FORMAT:
             return {}, []

@@ -18,7 +18,7 @@ from hf_prune.card_data import PruningCardData, load_card_data
 from hf_prune.cards import check_card, merge_cards, read_facts, render_card, without_facts
 from hf_prune.checkpoint import CARD_DATA, REPORTS
 from hf_prune.errors import CheckpointError, DataError, HubError
-from hf_prune.files import MARK, PICKLES, read_text, refuse_links
+from hf_prune.files import MARK, PICKLES, read_config, read_text, refuse_links
 from hf_prune.hub import TRIES, answers, asking, card_of, check_repo_id, full_repo_id
 from hf_prune.remote_code import FILE
 from hf_prune.tables import format_count, format_table
@@ -393,8 +393,4 @@ def _check_private(repo_id: str, info: Any, private: bool | None) -> None:
 
 
 def _model_type(path: Path) -> Any:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path} is no JSON: {error}") from error
-    return config.get("model_type") if isinstance(config, dict) else None
+    return read_config(path).get("model_type")

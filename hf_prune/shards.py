@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from hf_prune.errors import CheckpointError
+from hf_prune.files import read_json_object
 from hf_prune.spill import bytes_of
 
 CHUNK_BYTES = 1 << 20  # copied at a time; a multiple of every element's size
@@ -110,7 +111,7 @@ class Shards:
                     )
                 self.entries[entry.name] = entry
         if index is not None:
-            self._check(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"])
+            self._check(read_json_object(index)["weight_map"])
 
     def _check(self, weight_map: Mapping[str, str]) -> None:
         for name, shard in weight_map.items():

@@ -6,7 +6,6 @@ for less than a second, and then say what was wanted, what went wrong and what t
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import threading
@@ -15,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_prune.data_files import TABLES, listing
-from hf_prune.errors import DataError
+from hf_prune.errors import CheckpointError, DataError
+from hf_prune.files import read_config, read_json_object
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -79,8 +79,8 @@ def holds_adapters(source: str, adapter_config: str | os.PathLike[str]) -> DataE
         adapter_config: Its ``adapter_config.json``.
     """
     try:
-        base = json.loads(Path(adapter_config).read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except (OSError, ValueError, AttributeError):
+        base = read_json_object(adapter_config).get("base_model_name_or_path")
+    except CheckpointError:
         base = None
     return DataError(
         f"{source!r} holds the adapters of a PeftModel and no model (no config.json): load the model that they belong "
@@ -182,12 +182,9 @@ def model_class(source: str | os.PathLike[str]) -> str:
                 f"model {os.fspath(source)!r} cannot be loaded from the Hugging Face Hub: {error}"
             ) from error
     try:
-        config = json.loads(Path(path).read_text(encoding="utf-8"))
-        names = config.get("architectures") or [""]
-        if not isinstance(names, list) or not isinstance(names[0], str):
-            raise ValueError(f"its architectures are {names!r}, expected a list with the name of a class")
-    except (ValueError, AttributeError) as error:
-        raise DataError(f"the config.json of {os.fspath(source)!r} is no JSON object: {error}") from error
+        names: list[str] = read_config(path, DataError).get("architectures") or [""]
+    except DataError as error:
+        raise DataError(f"the config.json of {os.fspath(source)!r} is no JSON object of a model: {error}") from error
     return names[0]
 
 
@@ -203,7 +200,7 @@ def class_of_transformers(name: object) -> Any | None:
     import transformers
     from torch import nn
 
-    cls = getattr(transformers, name, None) if isinstance(name, str) else None
+    cls: Any = getattr(transformers, name, None) if isinstance(name, str) else None
     is_model = isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)
     return cls if is_model and cls.forward is not nn.Module.forward else None  # bases compute nothing
 

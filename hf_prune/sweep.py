@@ -26,7 +26,7 @@ from hf_prune.config import PruningConfig
 from hf_prune.data_loading import fingerprint
 from hf_prune.errors import ConfigError, DataError, SweepError
 from hf_prune.evaluation import Evaluation, class_numbers, evaluate_classification
-from hf_prune.files import write_json, write_text
+from hf_prune.files import read_json_object, write_json, write_text
 from hf_prune.masking import MaskStore
 from hf_prune.outputs import check_output, say_replaced, writes_alone
 from hf_prune.pipeline import prune
@@ -511,7 +511,7 @@ def _read(
     if not path.exists():
         return None
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_json_object(path, DataError)
         _check_same_settings(path, found["format_version"], dict(found["settings"]), settings)
         dense = Evaluation.from_dict(found["dense"])
         points = [SweepPoint.from_dict(p, dense, confidence) for p in found["points"]]

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from hf_prune.checkpoint import MASK_FILE, load_masks, save_masks
 from hf_prune.errors import CheckpointError
-from hf_prune.files import atomic_path, write_json
+from hf_prune.files import atomic_path, read_json_object, write_json
 from hf_prune.masking import MaskStore
 from hf_prune.training_facts import differences
 
@@ -112,11 +112,9 @@ def check_run(path: Path, run: Mapping[str, Any]) -> None:
     now = json.loads(json.dumps(dict(run)))
     if path.is_file():
         try:
-            before = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise CheckpointError(f"{path} is damaged: {error}; {advice}") from error
-        if not isinstance(before, dict):
-            raise CheckpointError(f"{path} holds a JSON {type(before).__name__}: expected an object; {advice}")
+            before = read_json_object(path)
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}; {advice}") from error
         for name, old, new in differences(before, now):
             raise CheckpointError(
                 f"{path.parent} has checkpoints of a training with {name} = {old!r}, and this one has {new!r}: two "
@@ -194,7 +192,7 @@ def check_training(folder: Path) -> tuple[dict[str, Any], dict[str, Any], dict[s
             state = {name: file.get_tensor(name) for name in file.keys()}
         found = (header["format"], header["version"])
         files, before = dict(header["files"]), dict(header["facts"])
-    except (OSError, SafetensorError, AttributeError, KeyError, TypeError, ValueError) as error:
+    except (OSError, SafetensorError, AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} is damaged: {error!r}; {advice}") from error
     if found != (_FORMAT, _VERSION):
         raise CheckpointError(f"{path} has format and version {found}: expected {(_FORMAT, _VERSION)}; update hf_prune")

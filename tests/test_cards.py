@@ -26,6 +26,7 @@ from hf_prune import (
     verify_checkpoint,
     write_card,
 )
+from hf_prune.card_data import load_card_data
 from hf_prune.cards import BEGIN, END, check_card, describe_model, merge_cards, our_part, read_facts, without_facts
 from hf_prune.cli import main
 from hf_prune.compressed import compress_checkpoint
@@ -848,3 +849,50 @@ def test_a_layer_that_lost_all_units_is_no_lie(model_type, kind, tmp_path):
     model.save_pretrained(tmp_path / "small")
     describe_model(model, tmp_path / "small", plots=False)
     assert different(tmp_path / "small") == []
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "values"),
+    [
+        ("config.json", None, [None, [], 5, "x", True]),
+        ("config.json", "architectures", [[1], -1, "x"]),
+        ("config.json", "quantization_config", [5, [1], "x"]),
+        ("training_report.json", None, [None, [], 5, {}, {"steps": 1}, {"steps": 1, "sparsity": 5}]),
+        ("sparsity_report.json", None, [None, [], 5, {}]),
+        ("sparsity_report.json", "nm_patterns", [-1, [1], "2:4"]),
+        ("sparsity_report.json", "tensors", [-1, [1], None, {}]),
+    ],
+)
+def test_json_that_is_not_ours_makes_no_card(folder, name, key, values):
+    path = folder / name
+    whole = json.loads(path.read_text()) if path.is_file() else {}
+    for value in values:
+        told = value if key is None else {**whole, key: value}
+        path.write_text(json.dumps(told))
+        with pytest.raises((CheckpointError, DataError), match=re.escape(name)):
+            read_card_data(folder)
+        path.write_text("[" * 50_000)
+        with pytest.raises(DataError, match="is no JSON file"):
+            read_card_data(folder)
+
+
+@pytest.mark.parametrize(
+    ("key", "values"),
+    [
+        ("name", [5, None, [1]]),
+        ("files", [[1], 5, None, "x", {"a": "b"}]),
+        ("checksums", [None, [1], "x", -1, {"a": 1}]),
+        ("training", [{}, 5, {"steps": "x"}]),
+        ("versions", [None, {"torch": 2}]),
+        ("tokens", ["yes", 1]),
+    ],
+)
+def test_facts_of_cards_have_types(folder, key, values):
+    write_card(folder, read_card_data(folder))
+    path = folder / "pruning_card.json"
+    told = json.loads(path.read_text())
+    for value in values:
+        path.write_text(json.dumps({**told, key: value}))
+        with pytest.raises(DataError, match=rf"is not what a card is rendered from: the {key} of a card"):
+            load_card_data(folder)
+        assert read_card_data(folder).name == folder.name  # made anew

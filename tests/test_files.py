@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from hf_prune import files
-from hf_prune.errors import CheckpointError
+from hf_prune.errors import CheckpointError, DataError
 from hf_prune.files import atomic_path, staged_folder, write_json, write_text
 
 STALE, LAST = ("w*.bin",), ("w*.index", "masks", "config")
@@ -307,3 +307,58 @@ def test_a_subfolder_that_may_not_be_listed_keeps_what_it_has(tmp_path, monkeypa
         with staged_folder(tmp_path / "out", STALE, LAST) as staging:
             put(staging, NEW)
     assert contents(tmp_path / "out") == {**AFTER, "closed/x": "old"}
+
+
+# --- JSON of others --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"", "is no JSON file"),
+        (b"{", "is no JSON file"),
+        (b"\xff{}", "is no JSON file"),
+        (b"[" * 100_000, "is no JSON file: .*recursion"),
+        (b'{"a":' * 100_000, "is no JSON file: .*recursion"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "is no JSON file: .*digits"),
+        (b"null", "holds a JSON NoneType: expected an object"),
+        (b"[]", "holds a JSON list: expected an object"),
+        (b"5", "holds a JSON int"),
+        (b'"x"', "holds a JSON str"),
+        (b"true", "holds a JSON bool"),
+        (b"NaN", "holds a JSON float"),
+        (b" " * 2000, "it has more than 1,000 bytes"),
+    ],
+)
+@pytest.mark.parametrize("error", [CheckpointError, DataError])
+def test_json_of_others_is_an_object_of_bounded_size_or_our_error(tmp_path, monkeypatch, text, message, error):
+    if len(text) == 2000:
+        monkeypatch.setattr(files, "_LARGEST_JSON", 1000)
+    path = tmp_path / "config.json"
+    path.write_bytes(text)
+    for read in (files.read_json_object, files.read_config):
+        with pytest.raises(error, match=rf"config\.json is damaged, .*{message}"):
+            read(path, error)
+    with pytest.raises(error, match="is missing: expected a whole checkpoint"):
+        files.read_json_object(tmp_path / "nothing.json", error)
+    with pytest.raises(error, match="is no JSON file"):
+        files.read_json_object(tmp_path, error)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        *(("architectures", value, "a list of names") for value in (5, -1, "BertModel", {}, [1], [None], [["x"]])),
+        *(("model_type", value, "a name") for value in (5, [1], {"a": 1}, False)),
+        *(("quantization_config", value, "an object") for value in (5, [1], "x", True)),
+        ("auto_map", [1], "an object"),
+        ("hf_prune", "x", "an object"),
+    ],
+)
+def test_configs_of_other_shapes_are_our_errors(tmp_path, key, value, expected):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({key: value}))
+    with pytest.raises(CheckpointError, match=rf"its {key} is .*, expected {expected}; download"):
+        files.read_config(path)
+    path.write_text(json.dumps({key: None}))
+    assert files.read_config(path) == {key: None}

@@ -613,7 +613,7 @@ def test_load_native_of_an_unknown_class(tmp_path, architectures):
     models.tiny_bert().save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": architectures}))
-    with pytest.raises(DataError, match=r"names the class|is none that save_pretrained wrote"):
+    with pytest.raises(DataError, match=r"names the class|is .*, expected a list of names"):
         load_native(str(tmp_path))
 
 
