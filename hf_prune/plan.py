@@ -23,11 +23,13 @@ from hf_prune.targets import (
     Target,
     divisible,
     is_finite,
+    owner_of,
     parametrized_linears,
     passed_over,
     resolve_targets,
     uncovered_matrices,
 )
+from hf_prune.wrapping import copied_modules
 
 _MUCH = 0.1  # share of the matrices that a config means and that stay dense: so much is worth a warning
 _ROUNDING = 0.005  # the same sparsity in another scope may round to this much less of the weights
@@ -277,7 +279,11 @@ def sparsity_notes(config: PruningConfig) -> list[str]:
 
 
 def coverage_notes(
-    model: nn.Module, config: PruningConfig, targets: Sequence[Target], left_out: Mapping[str, str]
+    model: nn.Module,
+    config: PruningConfig,
+    targets: Sequence[Target],
+    left_out: Mapping[str, str],
+    masked: Collection[str] = (),
 ) -> tuple[str, ...]:
     """Sentences about what a config means and leaves dense all the same.
 
@@ -289,12 +295,19 @@ def coverage_notes(
         config: The settings.
         targets: What is pruned.
         left_out: Why the granularity does not divide others, by module name.
+        masked: Parameters that have masks already.
     """
     notes = []
     if left_out:
         misfits = _some([f"{name} {why}" for name, why in left_out.items()])
         notes.append(f"Left dense, since granularity {config.granularity!r} does not divide them: {misfits}.")
-    missed = passed_over(model, config, targets)
+    missed = {name: size for name, size in passed_over(model, config, targets).items() if name not in masked}
+    copies = copied_modules(model)
+    if copied := {copies[m] for name in missed if (m := model.get_submodule(owner_of(name))) in copies}:
+        notes.append(
+            f"Not pruned, since modules_to_save trains copies of them: {_some(sorted(copied))}; prune before the "
+            f"adapters are added, or after they are merged."
+        )
     if computed := parametrized_linears(missed, model):
         notes.append(
             f"Left dense, since their weights are computed from others (weight norm or another parametrization): "

@@ -301,7 +301,8 @@ def sparsity_report(model: nn.Module, config: PruningConfig | None = None) -> Sp
     if meant is not None and not meant.removes_units:
         with contextlib.suppress(HfPruneError):  # what the settings mean is not there any more
             left_out = divisible(resolve_targets(model, meant), meant)[1]
-            notes = coverage_notes(model, meant, list(targets.values()), left_out)
+            masked = store.masks.keys() if store is not None else ()
+            notes = coverage_notes(model, meant, list(targets.values()), left_out, masked)
     polishes = " ".join(map(str, store.polishes)) if store is not None else ""
     return SparsityReport(type(model).__name__, tuple(tensors), polishes, notes=notes)
 

@@ -22,7 +22,7 @@ from hf_prune.config import PruningConfig
 from hf_prune.errors import PlanError
 from hf_prune.quantized import refuse_quantized
 from hf_prune.registry import parse_granularity, unknown_name
-from hf_prune.wrapping import adapters, unadapted_name
+from hf_prune.wrapping import adapters, copied_modules, unadapted_name
 
 ALL_LINEAR = "all-linear"
 _RAW_CHANNELS = 4  # a convolution of no more reads pixels or samples
@@ -86,7 +86,8 @@ def resolve_targets(
     """The weights that a config means on a model, in the order of its modules.
 
     Tied weights and shared modules appear once, under the name that ``named_parameters()`` gives them. Adapters are
-    none; what they adapt goes by the name of its layer, with or without ``.base_layer``.
+    none; what they adapt goes by the name of its layer, with or without ``.base_layer``. Nor are modules of which
+    ``modules_to_save`` trains copies, which run in their place.
 
     Args:
         model: Any torch module.
@@ -133,9 +134,11 @@ def resolve_targets(
             _check_weight(module_name, weight, loaded)
             targets[id(weight)] = Target(names[id(weight)], module_name, layout, tuple(weight.shape))
     if not targets:
+        copied = ", ".join(dict.fromkeys(copied_modules(model).values()))
         raise PlanError(
             f"no target matched target_modules={config.target_modules!r} with exclude_modules="
             f"{config.exclude_modules!r}: {type(model).__name__} has {_available(prunable)}"
+            f"{f', and modules_to_save trains copies of {copied}' if copied else ''}"
         )
     return list(targets.values())
 
@@ -165,9 +168,9 @@ def prunable_modules(model: nn.Module) -> Iterator[tuple[str, tuple[nn.Module, s
     """Modules that multiply with a weight that can be pruned: name, module and layout, in their order."""
     from transformers.pytorch_utils import Conv1D
 
-    added = adapters(model)
+    others = adapters(model).keys() | copied_modules(model).keys()
     for name, module in model.named_modules():
-        if module in added:
+        if module in others:
             continue
         if not isinstance(getattr(module, "_parameters", {}).get("weight"), nn.Parameter):
             continue
@@ -297,8 +300,9 @@ def passed_over(model: nn.Module, config: PruningConfig, targets: Collection[Tar
     heads = _output_embeddings(model) if config.target_modules == ALL_LINEAR else set()
     taken = {t.name for t in targets}
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    sizes = uncovered_matrices(model)
-    owner = {name: owner_of(name) for name in sizes}
+    sizes = {n: size for n, size in uncovered_matrices(model).items() if model.get_submodule(owner_of(n)) not in heads}
+    copied = copied_modules(model)
+    owner = {name: copied.get(model.get_submodule(owner_of(name)), owner_of(name)) for name in sizes}
     for module_name, (module, layout) in prunable_modules(model):
         weight = module._parameters["weight"]
         assert weight is not None

@@ -114,6 +114,19 @@ def adapters(model: nn.Module) -> dict[nn.Module, str]:
     return {module: name for module, name in found.items() if module not in own}
 
 
+def copied_modules(model: nn.Module) -> dict[nn.Module, str]:
+    """The modules inside a model of which ``modules_to_save`` trains copies, with the name of what holds both.
+
+    The copies run in their place, and take it when adapters are merged.
+    """
+    if "peft" not in sys.modules:
+        return {}
+    from peft.utils.other import ModulesToSaveWrapper
+
+    wrappers = [(name, m) for name, m in model.named_modules() if isinstance(m, ModulesToSaveWrapper)]
+    return {module: name for name, m in wrappers if len(m.modules_to_save) for module in m.original_module.modules()}
+
+
 def unload_adapters(model: nn.Module) -> None:
     """Merge what adapters are active into the layers inside a model, and put these in the place of PEFT's, in place.
 

@@ -31,6 +31,7 @@ from hf_prune import (
     CheckpointError,
     MaskError,
     MaskStore,
+    PlanError,
     drop_masks,
     merge_lora,
     prunable,
@@ -370,6 +371,10 @@ def lora():
 ADAPTED = "base_model.model.bert.encoder.layer.0.attention.self.query.base_layer.weight"
 
 
+COPIED = "ignore:Not pruned, since modules_to_save trains copies of them:UserWarning"
+
+
+@pytest.mark.filterwarnings(COPIED)
 @pytest.mark.parametrize(
     "settings",
     [
@@ -389,7 +394,25 @@ def test_adapters_are_no_targets(lora, settings):
     assert not any(count for name, count in found.items() if "lora_" in name or "modules_to_save" in name)
     same = prune(models.tiny_bert(), **({} if "granularity" in settings else {"sparsity": 0.5}), **settings)
     base = wrapped.get_base_model()
-    assert len(MaskStore.of(base).masks) == len(MaskStore.of(same).masks)
+    assert len(MaskStore.of(base).masks) == len(MaskStore.of(same).masks.keys() - {"classifier.weight"})
+
+
+def test_a_module_that_does_not_run_is_no_target_and_its_trained_copy_stays_as_it_is(lora):
+    wrapped = lora(models.tiny_bert(), modules_to_save=["classifier"])
+    with pytest.warns(
+        UserWarning, match=r"^Not pruned, since modules_to_save trains copies of them: \S*classifier; prune"
+    ):
+        prune(wrapped, 0.5)
+    assert not any("classifier" in name for name in MaskStore.of(wrapped).masks)
+    report = sparsity_report(wrapped)
+    assert any("Not pruned, since modules_to_save" in note for note in report.notes)
+    trained = wrapped.base_model.model.classifier.modules_to_save["default"].weight
+    trained.data += 1
+    assert torch.equal(merge_lora(wrapped).model.classifier.weight, trained)
+    wrapped = lora(prune(models.tiny_bert(), 0.5), modules_to_save=["classifier"])
+    assert not sparsity_report(wrapped).notes  # pruned before
+    with pytest.raises(PlanError, match=r"no target .* and modules_to_save trains copies of \S*classifier"):
+        prune(wrapped, 0.6, target_modules=["classifier"])
 
 
 @pytest.mark.parametrize("criterion", ["wanda", "taylor", "sparsegpt"])
@@ -418,6 +441,7 @@ def test_adapters_of_other_kinds_are_no_targets(kind):
     assert len(changed) == 14
 
 
+@pytest.mark.filterwarnings(COPIED)
 @pytest.mark.parametrize("order", ["before", "through", "inside", "twice"])
 def test_merging_finds_the_masks_whichever_handle_was_pruned(lora, tmp_path, order):
     model = models.tiny_bert()
@@ -432,7 +456,7 @@ def test_merging_finds_the_masks_whichever_handle_was_pruned(lora, tmp_path, ord
     merged = report.model
     assert report.sparsity == pytest.approx(0.5 if order in ("before", "through") else 0.6, abs=0.01)
     assert wrapped.merge_and_unload() is merged
-    assert len(merged.masks) == 14
+    assert len(merged.masks) == (14 if order in ("before", "twice") else 13)
     assert all(not merged.get_parameter(name).detach()[~mask].any() for name, mask in merged.masks.items())
     assert not any("base_layer" in name for name in merged.state_dict())
     merged.save_pretrained(tmp_path / "m")
