@@ -520,6 +520,7 @@ def _check_pattern(name: str, pattern: str) -> None:
     """Make sure that a regular expression is one, and cannot take forever: configs come from checkpoints of others.
 
     What repeats a group that repeats something, or that has alternatives, may try all ways to divide a name among them.
+    What is optional is a repetition too. What passes and is slow all the same has a time limit where it is matched.
     """
     if len(pattern) > _LONGEST_PATTERN:
         raise ConfigError(
@@ -540,7 +541,9 @@ def _check_pattern(name: str, pattern: str) -> None:
                     f"to match: write it without, or list the modules"
                 )
             groups[-1] = groups[-1] or inner
-        elif character in "*+{|":
+        elif character == "?" and plain[i - 1 : i] in ("(", "*", "+", "?", "}"):
+            continue  # it says of which kind a group or a repetition is
+        elif character in "*+?{|":
             groups[-1] = True
             repeats += character != "|"
         if len(groups) > _DEEPEST_PATTERN or repeats > _MOST_REPEATS:
@@ -548,9 +551,12 @@ def _check_pattern(name: str, pattern: str) -> None:
                 f"{name}={pattern[:60]!r} has more than {_DEEPEST_PATTERN - 1} groups inside one another or "
                 f"{_MOST_REPEATS} repetitions, which can take forever to match: list the modules instead"
             )
+    import regex  # which matches, since it has a time limit; re tells better what is wrong
+
     try:
         re.compile(pattern)
-    except (re.error, RecursionError, OverflowError) as error:
+        regex.compile(pattern)
+    except (re.error, regex.error, RecursionError, OverflowError) as error:
         raise ConfigError(f"{name}={pattern!r} is not a regular expression: {error}") from error
 
 

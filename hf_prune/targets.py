@@ -15,6 +15,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import regex
 import torch
 from torch import Tensor, nn
 
@@ -27,6 +28,7 @@ from hf_prune.wrapping import adapters, copied_modules, unadapted_name
 ALL_LINEAR = "all-linear"
 _RAW_CHANNELS = 4  # a convolution of no more reads pixels or samples
 _CHUNK = 1 << 18  # weights looked at together
+_SECONDS = 1.0  # that matching a name may take
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,12 @@ def resolve_targets(
     for name, module in model.named_modules(remove_duplicate=False):
         aliases.setdefault(id(module), []).extend({name, unadapted_name(name)} if adapted else {name})
 
-    def means(pattern: str | tuple[str, ...], module: nn.Module, layout: str) -> bool:
+    wanted, excluded = (
+        pattern if isinstance(pattern, str) else frozenset(pattern)
+        for pattern in (config.target_modules, config.exclude_modules)
+    )
+
+    def means(pattern: str | Collection[str], module: nn.Module, layout: str) -> bool:
         if pattern == ALL_LINEAR:
             return layout != "conv" and module not in heads
         return any(module_matches(name, pattern) for name in aliases[id(module)])
@@ -122,7 +129,7 @@ def resolve_targets(
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     targets: dict[int, Target] = {}
     for module_name, (module, layout) in prunable.items():
-        if means(config.exclude_modules, module, layout) or not means(config.target_modules, module, layout):
+        if means(excluded, module, layout) or not means(wanted, module, layout):
             continue
         if only is not None and not any(name in only for name in aliases[id(module)]):
             continue
@@ -158,10 +165,27 @@ def refuse_torch_masks(model: nn.Module) -> None:
 
 
 def module_matches(name: str, pattern: str | Collection[str]) -> bool:
-    """Whether a module is meant: a regular expression for the whole name, or a list of suffixes."""
-    if isinstance(pattern, str):
-        return re.fullmatch(pattern, name) is not None
-    return any(name == suffix or name.endswith(f".{suffix}") for suffix in pattern)
+    """Whether a module is meant: a regular expression for the whole name, or suffixes, fastest as a set.
+
+    Raises:
+        PlanError: If the regular expression takes longer than names are worth.
+    """
+    if not isinstance(pattern, str):
+        return any(suffix in pattern for suffix in _suffixes(name))
+    try:
+        return regex.fullmatch(pattern, name, timeout=_SECONDS) is not None
+    except TimeoutError as error:
+        raise PlanError(
+            f"{pattern[:60]!r} takes longer than {_SECONDS:g} s to match with {name!r}: list the modules instead"
+        ) from error
+
+
+def _suffixes(name: str) -> Iterator[str]:
+    """A name, and what of it follows each dot."""
+    yield name
+    while "." in name:
+        name = name.partition(".")[2]
+        yield name
 
 
 def prunable_modules(model: nn.Module) -> Iterator[tuple[str, tuple[nn.Module, str]]]:
@@ -208,8 +232,9 @@ def _check_matches(setting: str, pattern: str | tuple[str, ...], names: list[str
                 f"there are {', '.join(known)}"
             )
         return
+    there = {suffix for name in names for suffix in _suffixes(name)}
     for suffix in pattern:
-        if not any(module_matches(name, (suffix,)) for name in names):
+        if suffix not in there:
             raise PlanError(f"{setting}: {unknown_name('module', suffix, known)}")
 
 

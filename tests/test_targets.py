@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from hf_prune import targets
 from hf_prune.config import PruningConfig
 from hf_prune.errors import PlanError
 from hf_prune.targets import Target, is_finite, module_matches, resolve_targets
@@ -12,8 +13,8 @@ from tests import models
 from tests.reference.pruning import reference_matrix
 
 
-def names(model: nn.Module, targets="all-linear", excluded=()) -> list[str]:
-    config = PruningConfig(target_modules=targets, exclude_modules=excluded)
+def names(model: nn.Module, meant="all-linear", excluded=()) -> list[str]:
+    config = PruningConfig(target_modules=meant, exclude_modules=excluded)
     return [target.module for target in resolve_targets(model, config)]
 
 
@@ -246,3 +247,19 @@ def test_empty_weight_is_refused():
     model[0].weight = nn.Parameter(torch.empty(0, 4))
     with pytest.raises(PlanError, match=r"0\.weight has no elements \(shape \(0, 4\)\): gather partitioned weights"):
         resolve_targets(model, PruningConfig())
+
+
+def test_a_pattern_that_takes_too_long_is_stopped(monkeypatch):
+    """Alternatives are no repetition, and can take forever all the same: configs come from checkpoints of others."""
+    monkeypatch.setattr(targets, "_SECONDS", 0.01)
+    pattern = PruningConfig(target_modules="(?:a|[ac]|aa)" * 30 + "[x-z]").target_modules
+    model = nn.ModuleDict({"a" * 50: nn.Linear(2, 2)})
+    with pytest.raises(PlanError, match=r"takes longer than 0.01 s to match with 'a+': list the modules instead"):
+        resolve_targets(model, PruningConfig(target_modules=pattern))
+
+
+def test_names_mean_what_follows_a_dot():
+    names = ["a", "b.a", "b.ba", "b.a.c", "ab.a"]
+    assert [name for name in names if targets.module_matches(name, ("a",))] == ["a", "b.a", "ab.a"]
+    assert [name for name in names if targets.module_matches(name, {"b.a"})] == ["b.a"]
+    assert not targets.module_matches("a..b", ("b.",))
