@@ -24,11 +24,21 @@ from hf_prune.card_data import (
     read_card_data,
     with_reports,
 )
+from hf_prune.card_surroundings import (
+    BEGIN,
+    END,
+    FACTS,
+    in_any_order,
+    not_plain,
+    parts_of,
+    results_of,
+    surroundings,
+)
 from hf_prune.card_text import card_text
 from hf_prune.checkpoint import CARD_DATA
 from hf_prune.errors import CheckpointError, DataError
-from hf_prune.files import read_text, refuse_links, write_json, write_text
-from hf_prune.front_matter import join_card, split_card
+from hf_prune.files import refuse_links, write_json, write_text
+from hf_prune.front_matter import join_card, read_card, split_card
 from hf_prune.hub import is_repo_id
 from hf_prune.masking import MaskStore
 from hf_prune.plots import write_plots
@@ -36,16 +46,14 @@ from hf_prune.report import SparsityReport, sparsity_report, weight_histogram
 from hf_prune.shrinking import RECORD
 from hf_prune.structures import structure_report
 
-BEGIN, END = "<!-- hf_prune: begin -->", "<!-- hf_prune: end -->"
-FACTS = "hf_prune"  # the key of the metadata that programs read
-
 
 def render_card(data: PruningCardData, old: str | None = None) -> str:
     """The text of ``README.md``.
 
     Args:
         data: The facts.
-        old: The card so far. What its author wrote outside of our marks stays, and so does metadata that is not ours.
+        old: The card so far. What its author wrote outside of our marks stays, below our part if it could hide
+            that, and so does metadata that is not ours.
 
     Raises:
         DataError: If metadata is not as the Hub wants it.
@@ -65,7 +73,7 @@ def merge_cards(mine: str, theirs: str) -> str:
         DataError: If the metadata of either is no YAML.
     """
     metadata, body = split_card(mine)
-    parts = _around(body)
+    parts = parts_of(body)
     if parts is None or (parts[0] + parts[2]).strip():
         return mine
     return _merge(metadata, parts[1], theirs)
@@ -78,7 +86,7 @@ def without_facts(card: str) -> str:
         DataError: If its metadata is no YAML.
     """
     metadata, body = split_card(card)
-    parts = _around(body)
+    parts = parts_of(body)
     return join_card(
         _others(metadata), body if parts is None else f"{parts[0].rstrip()}\n\n{parts[2].lstrip()}".strip() + "\n"
     )
@@ -92,7 +100,7 @@ def check_card(folder: Path) -> None:
         DataError: If its metadata is no YAML.
     """
     path = folder / "README.md"
-    text = read_text(path) if path.is_file() else ""
+    text = read_card(path) if path.is_file() else ""
     facts = read_facts(text)
     if not facts and our_part(text) is None:
         return
@@ -106,7 +114,14 @@ def check_card(folder: Path) -> None:
         rendered = render_card(load_card_data(folder), text)
     except (DataError, jinja2.UndefinedError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{error}: run hf-prune card {folder} --write") from error
-    if our_part(rendered) != our_part(text) or read_metadata(rendered) != read_metadata(text):
+    for name, there, expected in surroundings(text):
+        if there != expected:
+            raise CheckpointError(
+                f"{path} does not show what hf_prune wrote, or contradicts it: {name}: {there}, expected {expected}; "
+                f"edit it, or run hf-prune card {folder} --write"
+            )
+    said, right = (in_any_order(read_metadata(each)) for each in (text, rendered))
+    if our_part(rendered) != our_part(text) or said != right:
         raise CheckpointError(
             f"{path} is not what {CARD_DATA} beside it says, so one of them was edited: run hf-prune card {folder} "
             f"--write"
@@ -119,16 +134,18 @@ def _merge(new: dict[str, Any], text: str, old: str) -> str:
     kept = _others(metadata, (new.get(FACTS) or {}).get("score"))
     if "license" in kept:  # the author's, and whatever belongs to it
         new = {key: value for key, value in new.items() if key not in LICENSE_FIELDS}
+        new[FACTS] = {key: value for key, value in new.get(FACTS, {}).items() if key != "license"}
     merged = {**kept, **{key: value for key, value in new.items() if key not in kept or key == FACTS}}
     for key in ("base_model", "datasets", "tags"):
         if key in new:
             merged[key] = _with(kept.get(key), new[key], replace=key != "tags")
     if isinstance(index := kept.get("model-index"), list):
         merged["model-index"] = [*index, *new.get("model-index", [])]
-    if parts := _around(body):
-        body = f"{parts[0]}{text}{parts[2]}"
-    else:
-        body = f"{body.rstrip()}\n\n{text}\n".lstrip()
+    before, _, after = parts_of(body) or ("", "", "\n\n" + body.strip("\n"))
+    if not_plain(before) is not None:  # it could hide our part
+        before, after = "", "\n\n" + before.strip("\n") + "\n\n" + after.lstrip("\n")
+    after = after.rstrip() + "\n"
+    body = f"{before}{text}{after}"
     order = dict.fromkeys([*metadata, *merged])  # as it was: a card that is made again changes where facts do
     return join_card({key: merged[key] for key in order if key in merged}, body)
 
@@ -158,32 +175,6 @@ def _less(entry: Any, gone: list[int]) -> Any:
         return entry
     left = [result for result in entry["results"] if id(result) not in gone]
     return {**entry, "results": left} if left else {}
-
-
-def results_of(index: Any, score: Mapping[str, Any]) -> list[tuple[Any, Any]]:
-    """The results in a ``model-index`` that are ours by data and metric, and their values.
-
-    Args:
-        index: The ``model-index``; what is not as the Hub has it is passed over.
-        score: What a card's facts say of the score.
-    """
-    kind, found = "accuracy" if "accuracy" in score else "perplexity", []
-    for entry in index if isinstance(index, list) else []:
-        for result in (entry.get("results") if isinstance(entry, dict) else None) or []:
-            try:
-                values = [metric["value"] for metric in result["metrics"] if metric["type"] == kind]
-                if values and result["dataset"]["type"] == score["dataset"]:
-                    found.append((result, values[0]))
-            except (KeyError, TypeError):
-                continue
-    return found
-
-
-def _around(body: str) -> tuple[str, str, str] | None:
-    """What is before our part of a card, that part, and what is after it; None if there is none."""
-    before, _, rest = body.partition(BEGIN)
-    ours, end, after = rest.partition(END)
-    return (before, f"{BEGIN}{ours}{END}", after) if end else None
 
 
 def _with(old: Any, new: Any, *, replace: bool) -> Any:
@@ -220,7 +211,7 @@ def write_card(folder: str | Path, data: PruningCardData) -> str:
 def _rendered(folder: Path, data: PruningCardData) -> str:
     path = folder / "README.md"
     refuse_links(folder, [path.name])
-    return render_card(data, read_text(path) if path.is_file() else None)
+    return render_card(data, read_card(path) if path.is_file() else None)
 
 
 def full_report(model: Any) -> SparsityReport:
@@ -278,7 +269,7 @@ def text_checksum(text: str) -> str | None:
 
 def our_part(text: str) -> str | None:
     """What is between our marks in a card, the marks included; None if they are not there."""
-    parts = _around(split_card(text)[1])
+    parts = parts_of(split_card(text)[1])
     return None if parts is None else parts[1]
 
 

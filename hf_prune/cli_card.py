@@ -38,7 +38,8 @@ def card(
     start([str(folder)])
     from hf_prune.auto import load_native
     from hf_prune.cards import full_report, read_card_data, render_card, write_card
-    from hf_prune.files import read_text, write_json
+    from hf_prune.files import write_json
+    from hf_prune.front_matter import read_card
 
     report = full_report(load_native(str(folder))).to_dict()
     data = read_card_data(
@@ -53,7 +54,7 @@ def card(
         name=name,
     )
     old = folder / "README.md"
-    text = render_card(data, read_text(old) if old.is_file() else None)  # errors come before anything is written
+    text = render_card(data, read_card(old) if old.is_file() else None)  # errors come before anything is written
     if write:
         write_json(folder / "sparsity_report.json", data.report)
         write_card(folder, data)
@@ -78,10 +79,10 @@ def verify(
 
     def score(folder: str) -> dict[str, Any]:
         from hf_prune.cards import read_facts
-        from hf_prune.files import read_text
+        from hf_prune.front_matter import read_card
         from hf_prune.workflows import evaluate_checkpoint, evaluate_language_model
 
-        said = read_facts(read_text(Path(folder) / "README.md"))["score"]
+        said = read_facts(read_card(Path(folder) / "README.md"))["score"]
         which = split or said.get("split")
         if is_language_model(model_class(folder)):
             texts = TextData(data or said.get("dataset") or WIKITEXT, text_column or "text")

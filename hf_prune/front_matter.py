@@ -6,6 +6,8 @@ how deep it may be is bounded, and whatever is wrong with it is a :class:`DataEr
 
 from __future__ import annotations
 
+import collections
+import os
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -13,8 +15,11 @@ from typing import Any
 import yaml
 
 from hf_prune.errors import DataError
+from hf_prune.files import read_text
 
-MOST_CHARACTERS = 500_000  # cards with hundreds of benchmark results have a third of that
+MOST_CHARACTERS = 200_000  # cards with hundreds of benchmark results have less
+MOST_VALUES = 10_000  # keys, values, lists and mappings; PyYAML reads them within a second
+MOST_OF_A_CARD = 500_000  # characters of metadata and body
 DEEPEST = 32
 _FRONT = re.compile(r"\A\s*---\n(.*?)\n---[ \t]*(?:\n|\Z)", re.DOTALL)  # as the Hub's own client finds it
 _BOOL, _FLOAT, _INT, _MERGE, _VALUE = (
@@ -26,6 +31,7 @@ class _Loader(yaml.SafeLoader):
     """As YAML 1.2 has it: ``no`` is the code of Norwegian and not false, ``12:30`` no number."""
 
     depth = 0
+    values = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         event = self.peek_event()
@@ -35,7 +41,10 @@ class _Loader(yaml.SafeLoader):
             self._refuse(f"the tag {event.tag!r}", event.start_mark)
         if self.depth == DEEPEST:
             self._refuse(f"more than {DEEPEST} levels", event.start_mark)
+        if self.values == MOST_VALUES:
+            self._refuse(f"more than {MOST_VALUES:,} values", event.start_mark)
         self.depth += 1
+        self.values += 1
         try:
             node = super().compose_node(parent, index)
         finally:
@@ -43,6 +52,13 @@ class _Loader(yaml.SafeLoader):
         if node.tag == _MERGE:
             self._refuse("the merge key '<<'", event.start_mark)
         return node
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        found = super().construct_mapping(node, deep=deep)
+        if len(found) != len(node.value):  # PyYAML takes the last one, others the first
+            [(name, _)] = collections.Counter(str(key.value) for key, _ in node.value).most_common(1)
+            self._refuse(f"the key {name!r} twice", node.start_mark)
+        return found
 
     def _refuse(self, what: str, mark: Any) -> None:
         raise yaml.MarkedYAMLError(problem=f"{what[:80]}, which no card needs", problem_mark=mark)
@@ -68,6 +84,18 @@ class _Dumper(yaml.SafeDumper):
         return True
 
 
+def read_card(path: str | os.PathLike[str]) -> str:
+    """The text of a card, which has a bounded size.
+
+    Raises:
+        DataError: If it is not in UTF-8, or too large.
+    """
+    size = os.stat(path).st_size
+    if size > 4 * MOST_OF_A_CARD:  # bytes of the longest characters
+        raise DataError(f"{os.fspath(path)} has {size:,} bytes: expected a card of at most {4 * MOST_OF_A_CARD:,}")
+    return read_text(path)
+
+
 def split_card(text: str, what: str = "the card so far") -> tuple[dict[str, Any], str]:
     """Metadata and body of a card.
 
@@ -76,9 +104,13 @@ def split_card(text: str, what: str = "the card so far") -> tuple[dict[str, Any]
         what: What it is called in messages.
 
     Raises:
-        DataError: If the metadata is no YAML mapping, has anchors, aliases, merge keys or tags, or is too large or too
-            deep.
+        DataError: If the metadata is no YAML mapping, has anchors, aliases, merge keys, tags or a key twice, or if that
+            or the card is too large, or too deep.
     """
+    if len(text) > MOST_OF_A_CARD:
+        raise DataError(
+            f"{what} has {len(text):,} characters: expected at most {MOST_OF_A_CARD:,}; mend README.md first"
+        )
     text = text.removeprefix("\N{BOM}").replace("\r\n", "\n").replace("\r", "\n")
     match = _FRONT.match(text)
     if match is None:

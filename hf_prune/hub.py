@@ -23,8 +23,8 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 
 from hf_prune.errors import DataError, HubError
-from hf_prune.files import PICKLES, read_text
-from hf_prune.front_matter import read_yaml, split_card
+from hf_prune.files import PICKLES
+from hf_prune.front_matter import read_card, read_yaml, split_card
 from hf_prune.sources import check_hub_reachable
 
 Result = TypeVar("Result")
@@ -36,7 +36,7 @@ _TOKEN = re.compile(r"hf_\w{6,}")
 def card_of(repo_id: str, *, revision: str | None = None, token: str | bool | None = None) -> str | None:
     """The card that a repository has; None if it has none, or is not there."""
     path = asking(lambda: hf_hub_download(repo_id, "README.md", revision=revision, token=token), repo_id, missing=True)
-    return None if path is None else read_text(path)
+    return None if path is None else read_card(path)
 
 
 def check_data_card(repo_id: str) -> None:

@@ -18,7 +18,8 @@ from hf_prune.card_data import PruningCardData, load_card_data
 from hf_prune.cards import check_card, merge_cards, read_facts, render_card, without_facts
 from hf_prune.checkpoint import CARD_DATA, REPORTS
 from hf_prune.errors import CheckpointError, DataError, HubError
-from hf_prune.files import MARK, PICKLES, read_config, read_text, refuse_links
+from hf_prune.files import MARK, PICKLES, read_config, refuse_links
+from hf_prune.front_matter import read_card
 from hf_prune.hub import TRIES, answers, asking, card_of, check_repo_id, full_repo_id
 from hf_prune.remote_code import FILE
 from hf_prune.tables import format_count, format_table
@@ -269,7 +270,7 @@ def _card(
     Without a card, that of the repository stays as it is.
     """
     path, data = folder / "README.md", card
-    mine = read_text(path) if path.is_file() else None if card is None else render_card(card)
+    mine = read_card(path) if path.is_file() else None if card is None else render_card(card)
     if mine is None:
         return None if theirs is None else without_facts(theirs), None
     if path.is_file():

@@ -24,8 +24,7 @@ from hf_prune.config import PruningConfig
 from hf_prune.distillation import Distillation
 from hf_prune.distributed import processes
 from hf_prune.errors import ConfigError, MaskError
-from hf_prune.files import read_text
-from hf_prune.front_matter import split_card
+from hf_prune.front_matter import read_card, split_card
 from hf_prune.masking import MaskStore
 from hf_prune.mixin import prunable
 from hf_prune.pipeline import resolve_config
@@ -473,7 +472,7 @@ class PruningTrainer(Trainer):
         """
         folder = Path(str(self.args.output_dir))
         card = folder / "README.md"
-        text = read_text(card) if card.is_file() else ""
+        text = read_card(card) if card.is_file() else ""
         if not text or _GENERATED in text:
             split_card(text)  # which may have come with a checkpoint: checked before transformers reads it
             super().create_model_card(*args, **kwargs)

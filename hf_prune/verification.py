@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
+import itertools
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -23,20 +22,17 @@ from hf_prune.card_data import (
     measured_of,
     weights_digest,
 )
+from hf_prune.card_surroundings import FACTS, in_any_order, other_data, surroundings
 from hf_prune.cards import (
-    BEGIN,
-    END,
-    FACTS,
     full_report,
     our_part,
     read_facts,
     read_metadata,
     render_card,
-    results_of,
     text_checksum,
 )
 from hf_prune.errors import CheckpointError, ConfigError, DataError
-from hf_prune.files import read_text
+from hf_prune.front_matter import read_card
 from hf_prune.hub import download_checkpoint
 from hf_prune.shrinking import RECORD
 from hf_prune.sites import base_prefix, find_sites, layer_lists
@@ -95,7 +91,7 @@ class Verification:
         return {
             "source": self.source,
             "is_right": self.is_right,
-            "facts": [vars(fact) for fact in self.facts],
+            "facts": [{key: _json(value) for key, value in vars(fact).items()} for fact in self.facts],
             "claims": list(self.claims),
         }
 
@@ -107,6 +103,15 @@ class Verification:
         end = "The card is right." if not wrong else f"{wrong} of {len(self.facts)} facts of the card are wrong."
         claims = f"\nNot counted, since files do not tell: {', '.join(self.claims)}." if self.claims else ""
         return f"{format_table(['fact', 'card', 'counted', ''], rows, left=1)}\n{end}{claims}"
+
+
+def _json(value: Any) -> Any:
+    """A value of YAML, which has dates and keys of any kind."""
+    if isinstance(value, dict):
+        return {str(key): _json(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_json(each) for each in value]
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
 
 
 def _show(value: Any) -> str:
@@ -142,7 +147,7 @@ def verify_checkpoint(
         raise ConfigError(f"{source} is a folder and has no revisions: leave --revision out")
     folder = Path(source) if Path(source).is_dir() else download_checkpoint(source, revision)
     card = folder / "README.md"
-    text = read_text(card) if card.is_file() else ""
+    text = read_card(card) if card.is_file() else ""
     facts = read_facts(text)
     if not facts:
         raise CheckpointError(
@@ -167,10 +172,10 @@ def verify_checkpoint(
         data = load_card_data(folder)
         expected = render_card(_recounted(data, report, files), text)
         found += [*_rendered(expected, text, facts), *_stored(data, expected, text), *_measured(data, files)]
-        claims = _claims(data)
+        claims = (*_claims(data), *(f"the author's result on {name}" for name in other_data(text)))
     except (DataError, jinja2.UndefinedError, AttributeError, KeyError, TypeError, ValueError) as error:
         found.append(Difference("what the card is rendered from", str(error), "the facts in pruning_card.json"))
-    found += _around(text)
+    found += [Difference(*each) for each in surroundings(text)]
     if score is not None and isinstance(said, dict):
         found += _again(said, score(str(folder)))
     return Verification(source, tuple(found), claims)
@@ -202,23 +207,27 @@ def _recounted(data: PruningCardData, report: Mapping[str, Any], files: Mapping[
 def _rendered(expected: str, text: str, facts: Mapping[str, Any]) -> Iterator[Difference]:
     """Our part line by line, and the metadata that is ours key by key."""
     theirs, ours = (str(our_part(each)).splitlines() for each in (text, expected))
-    match = difflib.SequenceMatcher(None, theirs, ours, autojunk=False)
-    for kind, a, b, c, d in match.get_opcodes():
-        for i in range(0 if kind == "equal" else max(b - a, d - c)):
-            said, right = (
-                lines[k + i] if k + i < end else "nothing" for lines, k, end in ((theirs, a, b), (ours, c, d))
-            )
-            yield Difference(f"line {a + i + 1} of the text", said, right)
-    yield Difference("lines of the text", len(theirs), len(ours))
+    lengths, start = (len(theirs), len(ours)), _alike(theirs, ours)
+    end = _alike(theirs[start:][::-1], ours[start:][::-1])
+    theirs, ours = theirs[start : len(theirs) - end], ours[start : len(ours) - end]
+    for i, (said, right) in enumerate(itertools.zip_longest(theirs, ours, fillvalue="nothing"), start + 1):
+        if said != right:
+            yield Difference(f"line {i} of the text", said, right)
+    yield Difference("lines of the text", *lengths)
     checked = {*_COUNTED, "files", "sha256", "text"}
     for name, right in read_facts(expected).items():
         if name not in checked:
             yield Difference(name, facts.get(name), right)
     for name in set(facts) - set(read_facts(expected)) - checked:
         yield Difference(str(name), facts[name], None)
-    front, metadata = read_metadata(expected), read_metadata(text)
+    front, metadata = (in_any_order(read_metadata(each)) for each in (expected, text))
     for name in sorted({*front, *metadata} - {FACTS}, key=str):
         yield Difference(f"{name} in the metadata", metadata.get(name), front.get(name))
+
+
+def _alike(some: Sequence[str], others: Sequence[str]) -> int:
+    """How many lines at the beginning are the same."""
+    return next((i for i, (a, b) in enumerate(zip(some, others, strict=False)) if a != b), min(len(some), len(others)))
 
 
 def _stored(data: PruningCardData, expected: str, text: str) -> Iterator[Difference]:
@@ -289,72 +298,6 @@ def _structure(model: Any) -> Iterator[Difference]:
         faster = speed.get("measured") if isinstance(speed, dict) else None
         right = isinstance(faster, int | float) and 0 < faster <= _SURE * ratio
         yield Difference("speed-up, in config.json", faster, faster if right else f"at most {_SURE * ratio:.3g}")
-
-
-# --- what is around our part --------------------------------------------------------------------------------
-
-
-def _around(text: str) -> Iterator[Difference]:
-    """What would hide our part, or stand in its place: marks, markup that is not closed, other results on the data."""
-    for mark in (BEGIN, END):
-        yield Difference(f"marks {mark[5:-4]}", text.count(mark), 1)
-    yield Difference("markup around our part", _unclosed(text.partition(BEGIN)[0]), "none")
-    metadata = read_metadata(text)
-    score = read_facts(text).get("score")
-    if not isinstance(score, dict) or "dataset" not in score:
-        return
-    index = metadata.get("model-index")
-    ours = [id(result) for result, _ in results_of(index, score)][:1]
-    for entry in index if isinstance(index, list) else []:
-        results = entry.get("results") if isinstance(entry, dict) else None
-        for result in results if isinstance(results, list) else []:
-            if id(result) in ours:
-                yield Difference("metrics of our result", len(result["metrics"]), 1)
-            elif isinstance(result, dict) and _same_data(result, score["dataset"]):
-                yield Difference("another result on the same data", str(result.get("metrics")), "none")
-
-
-def _same_data(result: Mapping[str, Any], dataset: str) -> bool:
-    """Whether a result is on our data, however that is spelled."""
-    described = result.get("dataset")
-    values = list(described.values()) if isinstance(described, dict) else [described]
-    names = {_letters(part) for value in values for part in (str(value), str(value).rpartition("/")[2])}
-    return bool(names & {_letters(dataset), _letters(dataset.rpartition("/")[2])})
-
-
-def _letters(text: str) -> str:
-    return "".join(filter(str.isalnum, text.casefold()))
-
-
-_FENCED = r"^ {0,3}(`{3,}|~{3,})(?![`~])[^\n]*\n.*?^ {0,3}\1[`~]*[ \t]*$"
-_CODE = re.compile(rf"{_FENCED}|(?<!`)(`+)(?!`)[^`]+\2(?!`)", re.MULTILINE | re.DOTALL)
-_OPEN = re.compile(r"^ {0,3}(?:`{3,}|~{3,})|<!--|<\?|<!\[", re.MULTILINE)
-_FREE = frozenset({"p", "li", "dt", "dd", "td", "th", "tr", "br", "hr", "img", "input", "wbr", "source", "col"})
-_HARMLESS = frozenset({"align", "lang", "dir", "id"})
-
-
-def _unclosed(before: str) -> str:
-    """What is opened before our part, not closed, and could hide it."""
-    before = re.sub(r"<!--.*?-->", "", _CODE.sub("", before), flags=re.DOTALL)
-    if (found := _OPEN.search(before)) is not None:
-        return found[0].strip()
-    opened: list[tuple[str, str]] = []
-
-    class Reader(HTMLParser):
-        def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-            harmless = tag in ("div", "center", "section", "span") and _HARMLESS.issuperset(n for n, _ in attributes)
-            if tag not in _FREE:
-                opened.append((tag, "" if harmless else f"<{tag}>"))
-
-        def handle_endtag(self, tag: str) -> None:
-            for place in range(len(opened) - 1, -1, -1):
-                if opened[place][0] == tag:
-                    del opened[place:]
-                    return
-
-    reader = Reader(convert_charrefs=True)
-    reader.feed(before)
-    return next((shown for _, shown in opened if shown), "none")
 
 
 def _again(said: Mapping[str, Any], found: Mapping[str, Any]) -> list[Difference]:

@@ -103,6 +103,7 @@ LAYERS = (
         "training",
         "checkpoint",
         "card_checks",
+        "card_surroundings",
         "card_data",
         "card_text",
         "cards",

@@ -1,6 +1,7 @@
 """Cards say what was measured and nothing else; verify finds every number that is not so."""
 
 import dataclasses
+import datetime
 import hashlib
 import json
 import re
@@ -27,9 +28,11 @@ from hf_prune import (
     write_card,
 )
 from hf_prune.card_data import load_card_data
+from hf_prune.card_surroundings import surroundings
 from hf_prune.cards import BEGIN, END, check_card, describe_model, merge_cards, our_part, read_facts, without_facts
 from hf_prune.cli import main
 from hf_prune.compressed import compress_checkpoint
+from hf_prune.front_matter import MOST_OF_A_CARD, join_card, split_card
 from hf_prune.shards import Shards
 from hf_prune.sites import find_sites
 from tests import models
@@ -207,8 +210,8 @@ def test_the_authors_own_words_and_metadata_stay(folder):
     (folder / "README.md").write_text(f"{text}\nWords after.\n")
     write_card(folder, dataclasses.replace(data, command="hf-prune again"))
     text = (folder / "README.md").read_text()
-    assert text.index("Words before.") < text.index(BEGIN) < text.index("hf-prune again") < text.index(END)
-    assert text.index(END) < text.index("Words after.")
+    assert text.index(BEGIN) < text.index("hf-prune again") < text.index(END) < text.index("Words before.")
+    assert text.index("Words before.") < text.index("Words after.")
     assert text.count(BEGIN) == 1
     metadata = front(text)
     assert (metadata["license"], metadata["language"]) == ("apache-2.0", "en")
@@ -327,7 +330,7 @@ def test_verify_finds_words_that_are_wrong(folder, run, scores):
         (f"| this model | {100 * accuracy:.2f}", "| this model | 99.99", [text, line]),
         ("Nothing was timed.", "It is twice as fast.", [text, line]),
         (f"value: {accuracy}", "value: 0.99", [index]),
-        ("    metrics:", "    figures:", [index, other]),
+        ("    metrics:", "    figures:", [index, "a result that is not as the Hub has it"]),
         ("\n      type: me/data", "\n      type: me/other", [index, other]),
         ("  removed:", "  gone:", ["removed", "gone"]),
         ("  - '2:4'\n", "", ["nm_patterns"]),
@@ -382,30 +385,66 @@ def test_verify_renders_the_card_anew(folder, scores, lie):
         check_card(folder)
 
 
-@pytest.mark.parametrize(
-    ("words", "name"),
-    [
-        ("<details><summary>More</summary>\n\n", "markup around our part"),
-        ("<div style='display:none'>\n\n", "markup around our part"),
-        ("<template>\n\n", "markup around our part"),
-        ("<?\n\n", "markup around our part"),
-        ("<![CDATA[\n", "markup around our part"),
-        ("text <!-- and\n\n", "markup around our part"),
-        ("````\ncode\n```\n", "markup around our part"),
-        (f"{BEGIN}\n\nAll is well.\n\n", "marks hf_prune: begin"),
-        ("<details>\n`</details>`\n", "markup around our part"),
-        ("<div align='center'>\n\n# Mine <br> <img src=x>\n", None),
-        ("<details><summary>x</summary>y</details>\n<!-- a -->\n```html\n<details>\n```\n`<details>`\n", None),
-    ],
-)
-def test_nothing_may_hide_our_part(folder, words, name):
+BEFORE = [
+    "<details>", "<div style='display:none'>", "<!-- -->", "<!--><details>-->", "text <!-- and", "<?", "<![CDATA[",
+    "<!A", "````\ncode\n```",
+    "~~~", "`\n\n<div hidden>\n\n`", "$$", "[^1]:\n\n    x", "[a]: <", "[![", ":::", "> a", "- a",
+    "* a", "+ a", "1. a", "1) a", "    a", "\ta", " a", "a | b", "| a |", "&lt;", "\\", "#a", "####### a", "===", "---",
+    "a\u202eb", "a\u200bb", "\u2028", "# <li hidden>", "{a", "a\n" * 2000, "x" * 3000, "\x00", "[a](b)",
+]  # fmt: skip
+
+
+def test_nothing_may_hide_our_part(folder):
+    """Readers of Markdown and HTML differ, so none is imitated: before our part stands plain text, or nothing."""
     write_card(folder, read_card_data(folder))
-    front_, begin, rest = (folder / "README.md").read_text().partition(BEGIN)
-    (folder / "README.md").write_text(f"{front_}{words}{begin}{rest}")
+    card = (folder / "README.md").read_text()
+    front_, begin, rest = card.partition(BEGIN)
+    data = load_card_data(folder)
+    assert different(folder) == []
+    for words in ("", "\n\n", '# Title\n\nA few words: 99 %, "so" (they) say; it\'s R&D.\nMore of it!\n\n', "Über\n"):
+        text = f"{front_}{words}{begin}{rest}"
+        assert [each for each in surroundings(text) if each[1] != each[2]] == []
+        assert render_card(data, text) == f"{front_}{words.lstrip()}{begin}{rest}"  # it stays where it is
+    for words in BEFORE:
+        text = f"{front_}{words}\n\n{begin}{rest}"
+        assert [name for name, there, expected in surroundings(text) if there != expected] == ["text before our part"]
+        again = render_card(data, text)
+        assert again.startswith(f"{front_}{begin}"), words
+        assert again.rstrip().endswith(f"{END}\n\n{words}".rstrip())
+        assert [each for each in surroundings(again) if each[1] != each[2]] == []
+    for words in (" ", "\t", "words "):
+        found = [name for name, there, expected in surroundings(f"{front_}{words}{begin}{rest}") if there != expected]
+        assert found == ["text before our part"]
+    for words in ("<style>h1 {display: none}</style>", "< SCRIPT>", "<LINK rel=x>", "<base href=x>", "</style>"):
+        found = [name for name, there, expected in surroundings(f"{card}\n{words}\n") if there != expected]
+        assert found == ["tags that change our part"]
+    (folder / "README.md").write_text(f"{front_}<details>\n\n{begin}{rest}\n{BEGIN}\nAll is well.\n{END}\n")
     found = different(folder)
-    assert (name in found) if name else found == []
-    (folder / "README.md").write_text(f"{front_}{begin}{rest}\n{BEGIN}\nAll is well.\n{END}\n")
-    assert {"marks hf_prune: begin", "marks hf_prune: end"} <= set(different(folder))
+    assert {"text before our part", "marks hf_prune: begin", "marks hf_prune: end"} <= set(found)
+    with pytest.raises(CheckpointError, match="does not show what hf_prune wrote, or contradicts it: marks"):
+        check_card(folder)
+    (folder / "README.md").write_text(f"{front_}<details>\n\n{begin}{rest}")
+    with pytest.raises(CheckpointError, match=r"text before our part: '<details>', which can hide it: move it below"):
+        check_card(folder)
+
+
+def test_a_body_of_any_kind_is_read_in_linear_time(folder):
+    """Half a megabyte of what made readers of markup slow; without an end if any step were quadratic."""
+    write_card(folder, read_card_data(folder))
+    card = (folder / "README.md").read_text()
+    front_, begin, rest = card.partition(BEGIN)
+    for piece in ("<!--", "```a\n", "<a ", "<", "x\n", "# ", "[", BEGIN, END):
+        words = piece * (450_000 // len(piece))
+        for text in (f"{front_}{words}{begin}{rest}", f"{card}{words}"):
+            assert list(surroundings(text))
+    (folder / "README.md").write_text(card.replace(END, "x\ny\n" * 100_000 + END))
+    assert "lines of the text" in different(folder)
+    (folder / "README.md").write_text(card + "x" * MOST_OF_A_CARD)
+    with pytest.raises(DataError, match=r"characters: expected at most 500,000; mend README\.md first"):
+        verify_checkpoint(str(folder))
+    (folder / "README.md").write_text(card + "x" * 5 * MOST_OF_A_CARD)
+    with pytest.raises(DataError, match=r"README\.md has 2,50.* bytes: expected a card of at most 2,000,000"):
+        verify_checkpoint(str(folder))
 
 
 @pytest.mark.parametrize(
@@ -423,12 +462,116 @@ def test_a_second_result_on_the_same_data(folder, scores, result):
     write_card(folder, read_card_data(folder, evaluation=scores, dataset="me/data"))
     card = (folder / "README.md").read_text()
     (folder / "README.md").write_text(card.replace("  results:\n", f"  results:\n  - {result}\n"))
-    assert set(different(folder)) & {"another result on the same data", "model-index in the metadata"}
+    assert set(different(folder)) & {
+        "another result on the same data",
+        "a result that is not as the Hub has it",
+        "model-index in the metadata",
+    }
     other = "{dataset: {type: me/other}, metrics: [{type: accuracy, value: 0.5}]}"
     (folder / "README.md").write_text(
         card.replace("model-index:\n", f"model-index:\n- {{name: a, results: [{other}]}}\n")
     )
     assert different(folder) == []
+
+
+OURS = {"dataset": {"type": "me/sst2", "name": "me/sst2"}, "metrics": [{"type": "accuracy", "value": 0.75}]}
+
+
+def theirs(type_="x", metrics=({"type": "acc", "value": 0.99},), **more):
+    return {"dataset": {"type": type_, **more}, "metrics": list(metrics)}
+
+
+def result_lies(*results, **metadata):
+    score = {"accuracy": 0.75, "dataset": "me/sst2"}
+    index = [{"name": "a", "results": list(results)}]
+    text = join_card({"model-index": index, **metadata, "hf_prune": {"score": score}}, f"{BEGIN}\n{END}\n")
+    return [name for name, there, expected in surroundings(text) if there != expected]
+
+
+def test_results_are_compared_by_structure_and_in_any_order():
+    same, odd = "another result on the same data", "a result that is not as the Hub has it"
+    for spelled in (
+        theirs("ｓｓｔ２"),
+        theirs("ѕst2"),
+        theirs("SST-2"),
+        theirs("you/sst_2"),
+        theirs("glue", config="sst2"),
+        theirs(name="SST2 (validation)"),
+        theirs(name="SЅT-2"),
+        theirs(name="dev set: ＳＳＴ２"),
+        theirs(args={"of": ["stanfordnlp/sst2"]}),
+        theirs("me/sst2", metrics=[]),
+    ):
+        assert result_lies(spelled, OURS) == result_lies(OURS, spelled) == [same], spelled
+    for shape in (
+        {"metrics": []},
+        {**theirs(), "dataset": None},
+        {**theirs(), "dataset": [theirs()["dataset"]]},
+        [theirs()],
+        {"a": theirs()},
+        None,
+        "sst2",
+        {**theirs(), "accuracy": 1},
+        theirs(metrics=[["acc", 1]]),
+        theirs(3),
+        theirs(metrics=[{"type": "acc"}]),
+        theirs(name=["sst2"]),
+        theirs(more="sst2"),
+    ):
+        assert result_lies(shape, OURS) == result_lies(OURS, shape) == [odd], shape
+    for honest in (
+        theirs("imdb", name="IMDb"),
+        theirs("glue", name="GLUE", config="mnli", split="test"),
+        theirs("ru", name="Русский SuperGLUE"),
+        theirs("me/sst2-german", args={"num_fewshot": 5}),
+    ):
+        assert result_lies(honest, OURS) == result_lies(OURS, honest) == [], honest
+    entry = {"name": "b", "results": [theirs("imdb")]}
+    own = {"name": "a", "results": [OURS]}
+    for index in (
+        {"a": own},
+        [[own]],
+        [own, {**entry, "accuracy": 1}],
+        [own, {"name": "b", "results": {"a": theirs()}}],
+        "99 %",
+    ):
+        assert odd in result_lies(**{"model-index": index}), index
+    for key in ("Model-Index", "model_index", "eval_results", "Results", "accuracy", "METRICS"):
+        assert result_lies(OURS, **{key: [theirs()]}) == [f"results under {key!r} in the metadata"]
+    for value in (["accuracy: 0.99"], [0.99], {"accuracy": 0.99}, 0.99, ["0.99"]):
+        assert result_lies(OURS, metrics=value) == ["results under 'metrics' in the metadata"]
+    assert result_lies(OURS, metrics=["accuracy", "f1", "evaluate-metric/rouge"]) == []
+    assert result_lies({**OURS, "metrics": [*OURS["metrics"], {"type": "acc", "value": 1}]}) == [
+        "metrics of our result"
+    ]
+
+
+def test_results_of_the_author_on_other_data_stand_anywhere(folder, scores):
+    write_card(folder, read_card_data(folder, evaluation=scores, dataset="me/data", license="mit"))
+    path = folder / "README.md"
+    metadata, body = split_card(path.read_text())
+    (ours,) = metadata["model-index"]
+    other = theirs("imdb", name="IMDb")
+    for index in (
+        [{"name": "b", "results": [other]}, ours],
+        [ours, {"name": "b", "results": [other]}],
+        [{**ours, "results": [*ours["results"], other]}],
+        [{**ours, "results": [other, *ours["results"]]}],
+    ):
+        path.write_text(join_card({**metadata, "model-index": index}, body))
+        verified = verify_checkpoint(str(folder))
+        assert verified.is_right, index
+        assert "the author's result on IMDb" in verified.claims
+        check_card(folder)
+    path.write_text(join_card({**metadata, "when": datetime.date(2024, 2, 29), "a": {1: [None]}}, body))
+    said = {
+        fact["name"]: fact["said"] for fact in json.loads(json.dumps(verify_checkpoint(str(folder)).to_dict()))["facts"]
+    }
+    assert (said["when in the metadata"], said["a in the metadata"]) == ("2024-02-29", {"1": [None]})
+    path.write_text(join_card({**metadata, "license": "apache-2.0"}, body))
+    assert "license in the metadata" in different(folder)
+    with pytest.raises(CheckpointError, match=r"license in the metadata: apache-2\.0, expected mit"):
+        check_card(folder)
 
 
 def test_a_second_metric_in_our_result(folder, scores):

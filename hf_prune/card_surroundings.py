@@ -1,0 +1,195 @@
+"""What surrounds our part of a card: it may neither hide that part, nor say something else of the same data."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from hf_prune.front_matter import split_card
+
+BEGIN, END = "<!-- hf_prune: begin -->", "<!-- hf_prune: end -->"
+FACTS = "hf_prune"  # the key of the metadata that programs read
+
+# Before our part, only what no reader of Markdown takes for the beginning of something that goes on: much else can.
+_LINE = re.compile(r"(?:#{1,6} )?[^\W\d_][^<>`$\[\]|~\\{}^]*")
+_MOST_BEFORE = 2_000
+_TAGS = re.compile(r"<\s*/?(?:style|script|link|base)\b", re.IGNORECASE)  # reach beyond where they stand
+_TELLING = frozenset(
+    {"modelindex", "evalresult", "evalresults", "evaluation", "evaluationresults", "result", "results", "benchmark",
+     "benchmarks", "accuracy", "perplexity", "score", "scores", "f1"}
+)  # fmt: skip
+_METRIC = re.compile(r"[A-Za-z][\w/-]*")
+_ANY = frozenset({"train", "training", "validation", "valid", "val", "dev", "test", "split", "set", "dataset", "data"})
+
+
+def surroundings(text: str) -> Iterator[tuple[str, Any, Any]]:
+    """What is around our part: its name, what is there, and what is expected; the two differ where it is no good.
+
+    Args:
+        text: The card.
+
+    Raises:
+        DataError: If its metadata cannot be read.
+    """
+    metadata, body = split_card(text)
+    for mark in (BEGIN, END):
+        yield f"marks {mark[5:-4]}", text.count(mark), 1
+    odd = not_plain(body.partition(BEGIN)[0])
+    yield "text before our part", "plain" if odd is None else f"{odd}, which can hide it: move it below", "plain"
+    tag = _TAGS.search(body)
+    yield "tags that change our part", tag[0] if tag else "none", "none"
+    facts = metadata.get(FACTS)
+    score = facts.get("score") if isinstance(facts, dict) else None
+    if isinstance(facts, dict) and "license" in facts:
+        yield "license in the metadata", metadata.get("license"), facts["license"]
+    if isinstance(score, dict) and "dataset" in score:
+        yield from _other_results(metadata, score)
+
+
+def not_plain(before: str) -> str | None:
+    """What of a text could change how the text below is shown: anything but headings and plain paragraphs."""
+    if len(before.strip()) > _MOST_BEFORE:
+        return f"{len(before.strip()):,} characters"
+    for line in before.split("\n"):
+        if line.strip(" \t") and not (_LINE.fullmatch(line) and line.isprintable()):
+            return repr(line.strip()[:60])
+    if before.rpartition("\n")[2]:
+        return "text or space on the line where our part begins"
+    return None
+
+
+def parts_of(body: str) -> tuple[str, str, str] | None:
+    """What is before our part of a card, that part, and what is after it; None if there is none."""
+    before, _, rest = body.partition(BEGIN)
+    ours, end, after = rest.partition(END)
+    return (before, f"{BEGIN}{ours}{END}", after) if end else None
+
+
+def results_of(index: Any, score: Mapping[str, Any]) -> list[tuple[Any, Any]]:
+    """The results in a ``model-index`` that are ours by data and metric, and their values.
+
+    Args:
+        index: The ``model-index``; what is not as the Hub has it is passed over.
+        score: What a card's facts say of the score.
+    """
+    kind, found = "accuracy" if "accuracy" in score else "perplexity", []
+    for _, result in _each_result(index):
+        try:
+            values = [metric["value"] for metric in result["metrics"] if metric["type"] == kind]
+            if values and result["dataset"]["type"] == score["dataset"]:
+                found.append((result, values[0]))
+        except (KeyError, TypeError):
+            continue
+    return found
+
+
+def in_any_order(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Metadata to compare: which results there are matters, and not in which order or how many entries they stand."""
+    if "model-index" not in metadata:
+        return dict(metadata)
+    found = sorted(repr(_sorted(each)) for each in _each_result(metadata["model-index"]))
+    return {**metadata, "model-index": found}
+
+
+def other_data(text: str) -> list[str]:
+    """The data of the author's own results, for a card that has one of ours."""
+    metadata = split_card(text)[0]
+    facts = metadata.get(FACTS)
+    score = facts.get("score") if isinstance(facts, dict) else None
+    if not isinstance(score, dict):
+        return []
+    ours = [id(result) for result, _ in results_of(metadata.get("model-index"), score)]
+    found = []
+    for _, result in _each_result(metadata.get("model-index")):
+        if id(result) not in ours and isinstance(result, dict) and isinstance(data := result.get("dataset"), dict):
+            found.append(str(data.get("name", data.get("type")))[:60])
+    return list(dict.fromkeys(found))
+
+
+def _other_results(metadata: Mapping[str, Any], score: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    index = metadata.get("model-index")
+    ours = [id(result) for result, _ in results_of(index, score)][:1]
+    for key, value in metadata.items():
+        name = _letters(str(key))
+        if name in ("metric", "metrics"):
+            each = value if isinstance(value, list) else [value]
+            right = value is None or all(isinstance(one, str) and _METRIC.fullmatch(one) for one in each)
+        else:
+            right = key == "model-index" or name not in _TELLING
+        if not right:
+            yield f"results under {key!r} in the metadata", str(value)[:60], "none"
+    for entry, result in _each_result(index):
+        if id(result) in ours:
+            yield "metrics of our result", len(result["metrics"]), 1
+        elif not _is_shaped(entry, result):
+            yield "a result that is not as the Hub has it", str(result)[:60], "task, dataset and metrics"
+        elif _same_data(result["dataset"], score["dataset"]):
+            yield "another result on the same data", str(result.get("metrics"))[:60], "none"
+
+
+def _each_result(index: Any) -> Iterator[tuple[Any, Any]]:
+    """Every entry without its results, and each of these; what is no entry stands for itself."""
+    for entry in index if isinstance(index, list) else [] if index is None else [index]:
+        results = entry.get("results") if isinstance(entry, dict) else None
+        if isinstance(results, list):
+            rest = {key: value for key, value in entry.items() if key != "results"}
+            yield from ((rest, result) for result in results)
+        else:
+            yield {}, entry
+
+
+def _is_shaped(entry: Mapping[str, Any], result: Any) -> bool:
+    if not isinstance(result, dict) or not {"name"}.issuperset(entry):
+        return False
+    data, metrics = result.get("dataset"), result.get("metrics")
+    return (
+        {"task", "dataset", "metrics", "source"}.issuperset(result)
+        and isinstance(data, dict)
+        and isinstance(data.get("type"), str)
+        and isinstance(data.get("name", ""), str)
+        and {"type", "name", "config", "split", "revision", "args"}.issuperset(data)
+        and isinstance(metrics, list)
+        and all(isinstance(each, dict) and isinstance(each.get("type"), str) and "value" in each for each in metrics)
+    )
+
+
+def _same_data(data: Mapping[str, Any], dataset: str) -> bool:
+    """Whether a result is on our data, however that is spelled."""
+    if not data["type"].isascii():  # which no Hub id is
+        return True
+    ours = {_letters(dataset), _letters(dataset.rpartition("/")[2])}
+    return any(_is_mixed(text) or ours & _spellings(text) for text in _texts(data))
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, dict | list):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from _texts(each)
+    else:
+        yield unicodedata.normalize("NFKC", str(value))
+
+
+def _spellings(text: str) -> set[str]:
+    words = [word for word in re.split(r"[\W_]+", text.casefold()) if word not in _ANY]
+    return {_letters(text), _letters(text.rpartition("/")[2]), "".join(words)}
+
+
+def _is_mixed(text: str) -> bool:
+    """Whether a word has letters of Latin and of another script, which look alike."""
+    for word in re.findall(r"\w+", text):
+        scripts = {unicodedata.name(letter, "").split(" ")[0] for letter in word if letter.isalpha()}
+        if "LATIN" in scripts and scripts & {"CYRILLIC", "GREEK", "ARMENIAN", "CHEROKEE", "LISU", "COPTIC"}:
+            return True
+    return False
+
+
+def _letters(text: str) -> str:
+    return "".join(filter(str.isalnum, unicodedata.normalize("NFKC", text).casefold()))
+
+
+def _sorted(value: Any) -> Any:
+    if isinstance(value, dict):
+        return sorted(((str(key), _sorted(each)) for key, each in value.items()), key=lambda pair: pair[0])
+    return [_sorted(each) for each in value] if isinstance(value, list | tuple) else value
