@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from hf_prune.masking import MaskStore
+from hf_prune.masking import MaskStore, warn_regrown
 from hf_prune.shrinking import RECORD, structure_of
 from hf_prune.sites import base_prefix, find_sites, layer_lists
 from hf_prune.speed import SpeedRecord
@@ -107,6 +107,7 @@ def structure_report(model: nn.Module) -> StructureReport:
     Raises:
         ArchitectureError: If nobody has said where the units of such a model are.
     """
+    warn_regrown(model, "where a whole unit was removed, shrink() would not take it out")
     store = MaskStore.of(model)
     config: Any = getattr(model, "config", None)
     record = getattr(config, RECORD, None) or {}

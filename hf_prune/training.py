@@ -525,7 +525,7 @@ def keep_sparse(model: nn.Module, optimizer: Any) -> RemovableHandle:
 
     Raises:
         MaskError: If the model has no masks.
-        ConfigError: If the optimizer is of another kind.
+        ConfigError: If it is no optimizer, or one of other parameters.
 
     Example:
         >>> from hf_prune import prune
@@ -537,18 +537,25 @@ def keep_sparse(model: nn.Module, optimizer: Any) -> RemovableHandle:
         >>> int((model.weight == 0).sum())
         8
     """
-    if MaskStore.of(model) is None:
+    if (store := MaskStore.of(model)) is None:
         raise MaskError(
             f"this {type(model).__name__} has no masks, so there is nothing to keep at zero: prune it first, load it "
             f"with AutoPrunedModelFor…, or adopt its zeros with adopt_zeros()"
         )
-    inner = optimizer
+    inner = optimizer if hasattr(optimizer, "param_groups") else None  # a scheduler has an optimizer, and is none
     while not hasattr(inner, "_optimizer_step_post_hooks") and hasattr(inner, "optimizer"):
         inner = inner.optimizer  # accelerate's wrapper has no hooks of its own
     if not hasattr(inner, "_optimizer_step_post_hooks"):
         raise ConfigError(
             f"found a {type(optimizer).__name__}: expected a torch.optim.Optimizer; call apply_masks() after each step "
             f"of any other"
+        )
+    written = {id(parameter) for group in inner.param_groups for parameter in group["params"]}
+    if not any(id(p) in written for name, p in model.named_parameters() if name in store.masks):
+        raise ConfigError(
+            f"this {type(optimizer).__name__} holds none of the {len(store.masks)} weights with masks of this "
+            f"{type(model).__name__}: expected the optimizer that trains them; if none does, as where adapters alone "
+            f"are trained, their zeros stay without it"
         )
     pruner = TrainingPruner(model, None, 0)
     return inner.register_step_post_hook(lambda *_: pruner.apply())

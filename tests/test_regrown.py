@@ -27,6 +27,7 @@ from hf_prune import (
     prune,
     shrink,
     sparsity_report,
+    structure_report,
 )
 from tests import models
 from tests.models import mlp, same_bits, snapshot
@@ -82,6 +83,7 @@ def look_at(model, how, folder):
         "save": lambda: model.save_pretrained(folder),
         "compress": lambda: model.save_pretrained(folder, compressed=True),
         "report": model.sparsity_report,
+        "structure": lambda: structure_report(model),
         "accuracy": lambda: evaluate_classification(model, models.tiny_tokenizer(), rows),
         "perplexity": lambda: evaluate_perplexity(model, models.tiny_tokenizer(), ["w1 w2 " * 20], window=8),
         "time": lambda: measure_latency({"m": model}, lengths=[4], rounds=2, warmup=0),
@@ -99,6 +101,7 @@ def look_at(model, how, folder):
         ("save", "they are zero in what is saved, which is not the model that was trained or evaluated"),
         ("compress", "they are zero in what is saved, which is not the model that was trained or evaluated"),
         ("report", "they are counted as they are"),
+        ("structure", r"where a whole unit was removed, shrink\(\) would not take it out"),
         ("accuracy", r"what is scored is not the model that save_pretrained\(\) writes"),
         ("perplexity", r"what is scored is not the model that save_pretrained\(\) writes"),
         ("time", r"what is timed is not the model that save_pretrained\(\) writes"),
@@ -240,6 +243,11 @@ def test_what_cannot_be_kept_is_refused():
     prune(model, 0.5)
     with pytest.raises(ConfigError, match=r"found a list: expected a torch\.optim\.Optimizer"):
         keep_sparse(model, [optimizer])
+    with pytest.raises(ConfigError, match=r"found a StepLR: expected a torch\.optim\.Optimizer"):
+        keep_sparse(model, torch.optim.lr_scheduler.StepLR(optimizer, 1))
+    for others in (mlp().parameters(), [model.fc1.bias]):
+        with pytest.raises(ConfigError, match="this AdamW holds none of the 2 weights with masks of this MLP"):
+            keep_sparse(model, AdamW(others, 0.1))
     assert not optimizer._optimizer_step_post_hooks
 
 
