@@ -200,18 +200,33 @@ class InputReader:
         self.once = {key for key in called if all(of_batch.get(key, 1) == 1 for of_batch in calls.values())}
         steps = [part for step in steps for part in self._apart(step)]
         missing = [t for t in self.tensors if t.target.name not in seen]
-        if missing and warned:
-            names = ", ".join(t.target.name for t in missing[:3]) + (", …" if len(missing) > 3 else "")
-            warn(
-                f"no calibration batch reached {len(missing)} of {len(self.tensors)} targets ({names}): they are "
-                f"pruned as if all their inputs were alike",
-                stacklevel=2,
-            )
+        if missing:
+            self._tell_of_missing(missing, called, warned)
         steps += [[t] for t in missing]
         for blocks in lists:
             if (stack := self._stack(blocks, calls)) is not None:
                 self.replay.add(stack)
         return steps
+
+    def _tell_of_missing(self, missing: Sequence[PlannedTensor], called: set[int], warned: bool) -> None:
+        """Refuse, or warn of, targets that no batch reaches, and say where what holds them ran without calling them."""
+        names = ", ".join(t.target.name for t in missing[:3]) + (", …" if len(missing) > 3 else "")
+        found = f"no calibration batch reached {len(missing)} of {len(self.tensors)} targets ({names}): "
+        passed = {}
+        for t in missing:
+            holder = self.model.get_submodule(t.target.module.rpartition(".")[0])
+            if id(holder) in called and t.target.module:
+                passed[t.target.module] = f"{type(holder).__module__}.{type(holder).__name__}"
+        kinds = ", ".join(sorted(set(passed.values())))
+        if any(module.endswith(".base_layer") for module in passed):
+            raise CalibrationError(
+                f"{found}the adapters around them ({kinds}) read their weights without calling them, so nothing flows "
+                f"into them; prune before get_peft_model(), or merge_and_unload() first, or choose a criterion without "
+                f"data"
+            )
+        if warned:
+            why = f"; {kinds} ran without calling {', '.join(list(passed)[:3])}" if passed else ""
+            warn(f"{found}they are pruned as if all their inputs were alike{why}", stacklevel=3)
 
     def _apart(self, step: Sequence[PlannedTensor]) -> Iterator[list[PlannedTensor]]:
         """Targets that get the same input, but for those that change it in another place, as tied and shared ones."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_prune.errors import CalibrationError, HfPruneError
-from hf_prune.wrapping import check_is_model
+from hf_prune.wrapping import check_is_model, sole_model, unwrapped
 
 _MAKE = (
     "calibration=hf_prune.text_batches(texts, tokenizer) makes a list of them from texts; a single batch goes in a "
@@ -88,7 +88,7 @@ def on_device(model: nn.Module, batch: object) -> dict[str, Any]:
 
 
 def run_model(model: nn.Module, inputs: Mapping[str, Any], error_class: type[HfPruneError] = CalibrationError) -> Any:
-    """What a model puts out for a batch.
+    """What a model puts out for a batch, whose tensors it takes by name, or as one mapping.
 
     Args:
         model: The model.
@@ -99,7 +99,7 @@ def run_model(model: nn.Module, inputs: Mapping[str, Any], error_class: type[HfP
         HfPruneError: If the model raises, of ``error_class``: it says what the batch holds and what the model takes.
     """
     try:
-        return model(**inputs)
+        return model(dict(inputs)) if _takes_features(model, inputs) else model(**inputs)
     except (HfPruneError, torch.OutOfMemoryError):
         raise
     except _TROUBLE as error:
@@ -111,10 +111,23 @@ def run_model(model: nn.Module, inputs: Mapping[str, Any], error_class: type[HfP
         hint = ""
         if _decodes(model) and not _DECODER_KEYS & inputs.keys():
             hint = "; it has a decoder, so add labels or decoder_input_ids to each batch"
+        holder = unwrapped(model)
+        if (inner := sole_model(holder)) is not holder:
+            name = next(name for name, module in holder.named_modules() if module is inner)
+            hint = f"; or pass what it holds as {name!r}, a {type(inner).__name__}, whose masks are those of the whole"
         raise error_class(
             f"{type(model).__name__} cannot run a batch of {', '.join(held)} ({type(error).__name__}: {said}): "
             f"expected what its forward takes, {', '.join(takes)}{hint}"
         ) from error
+
+
+def _takes_features(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
+    """Whether a module around a model takes the batch itself, in one piece, as a ``SentenceTransformer`` does."""
+    parameters = inspect.signature(model.forward).parameters
+    pieces = [
+        p for p in parameters.values() if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+    ]
+    return len(pieces) == 1 and not inputs.keys() & parameters.keys() and sole_model(model) is not model
 
 
 def _lacks_decoder_inputs(model: nn.Module, batch: object) -> bool:

@@ -28,6 +28,7 @@ from hf_prune import (
     ArchitectureError,
     AutoPrunedModelForCausalLM,
     AutoPrunedModelForSequenceClassification,
+    CalibrationError,
     CheckpointError,
     MaskError,
     MaskStore,
@@ -543,3 +544,78 @@ def test_what_is_no_model_is_refused(passed, message, act):
 def test_two_models_are_not_shrunk_at_once():
     with pytest.raises(TypeError, match=r"found a ModuleDict: expected .*pass what is inside, one model at a time"):
         shrink(nn.ModuleDict({"a": models.tiny_bert(), "b": models.tiny_bert()}))
+
+
+# --- calibration through them ------------------------------------------------------------------------------------
+
+
+class Features(nn.Sequential):
+    """Takes the batch in one piece and adds to it, as a SentenceTransformer does."""
+
+    def __init__(self, model):
+        super().__init__(model, models.fill(nn.Linear(16, 4), 1))
+
+    def forward(self, input, **options):
+        hidden = self[0](input_ids=input["input_ids"], attention_mask=input["attention_mask"]).last_hidden_state
+        input["embedding"] = self[1](hidden[:, 0])
+        return input
+
+
+def features():
+    return [{name: batch[name] for name in ("input_ids", "attention_mask")} for batch in models.tiny_batches(bert())]
+
+
+def bert():
+    return models.fill(BertModel(models.tiny_bert().config, add_pooling_layer=False)).eval()
+
+
+@pytest.mark.parametrize("settings", [{"criterion": "wanda", "scope": "row"}, {"criterion": "sparsegpt"}])
+def test_what_takes_a_batch_in_one_piece_is_calibrated_with_it(settings):
+    holder, plain, batches = Features(bert()), bert(), features()
+    prune(holder, 0.5, calibration=batches, **settings)
+    prune(plain, 0.5, calibration=features(), **settings)
+    found, expected = MaskStore.of(holder[0]).masks, MaskStore.of(plain).masks
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], mask) for name, mask in expected.items())
+    assert "1.weight" in MaskStore.of(holder).masks
+    assert all(batch.keys() == {"input_ids", "attention_mask"} for batch in batches)
+
+
+def test_a_holder_that_does_not_take_the_batch_names_what_it_holds():
+    holder = Holder(bert())
+    before = models.snapshot(holder)
+    with pytest.raises(CalibrationError, match=r"Holder cannot run .*; or pass what it holds as 'inner', a BertModel"):
+        prune(holder, 0.5, criterion="wanda", scope="row", calibration=features())
+    models.assert_unchanged(holder, before)
+
+
+@pytest.mark.filterwarnings("ignore:One of the base layers adapted", "ignore:Sparse invariant checks")  # by peft
+@pytest.mark.parametrize("kind", ["HRAConfig", "ShiraConfig"])
+def test_adapters_that_do_not_call_what_they_adapt_are_not_calibrated_through(kind):
+    peft = pytest.importorskip("peft", reason="needs peft")
+    model = peft.get_peft_model(models.tiny_llama(), getattr(peft, kind)(r=2, target_modules=["q_proj", "v_proj"]))
+    before, batches = models.snapshot(model), models.tiny_batches(models.tiny_llama())
+    message = r"reached 4 of 14 targets .*: the adapters around them \(peft.tuners.* read their weights without calling"
+    with pytest.raises(CalibrationError, match=message):
+        prune(model, 0.5, criterion="wanda", scope="row", calibration=batches)
+    models.assert_unchanged(model, before)
+    prune(model, 0.5)  # needs no inputs
+    assert sum("base_layer" in name for name in MaskStore.of(model).masks) == 4
+
+
+class Pooled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.out = nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.out(self.attention(x, x, x, need_weights=False)[0])
+
+
+@pytest.mark.filterwarnings("ignore:.* stay dense")
+def test_a_module_that_reads_the_weights_of_others_is_named_in_the_warning():
+    batches = [{"x": torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))}]
+    message = r"reached 1 of 2 targets \(attention.out_proj.weight\): .*MultiheadAttention ran without calling"
+    with pytest.warns(UserWarning, match=message):
+        prune(models.fill(Pooled()), 0.5, criterion="wanda", scope="row", calibration=batches)
