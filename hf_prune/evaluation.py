@@ -80,6 +80,14 @@ def _accuracy_class() -> type[evaluate.Metric]:
     return Accuracy
 
 
+_KINDS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("split", "source", "data_fingerprint", "dtype", "classes"), (str,)),
+    **dict.fromkeys(("max_length", "batch_size"), (int,)),
+    "seconds": (float, int),
+}
+_KIND_NAMES = {str: "a text", int: "a whole number, 0 or more", float: "a number, 0 or more"}
+
+
 # --- evaluation ------------------------------------------------------------------------------------
 
 
@@ -140,6 +148,13 @@ class Evaluation:
                 f"not a saved evaluation: missing {sorted(missing)}, unknown {sorted(unknown)}: pass what "
                 f"Evaluation.to_dict returned"
             )
+        for name, kinds in _KINDS.items():
+            value = values.get(name, "")
+            if type(value) not in kinds or (str not in kinds and not 0 <= value < 1e15):
+                raise DataError(f"not a saved evaluation: {name} is {value!r}: expected {_KIND_NAMES[kinds[0]]}")
+        for name in ("predictions", "labels"):
+            if not isinstance(values[name], (list, tuple)):
+                raise DataError(f"not a saved evaluation: {name} is {values[name]!r}: expected a list of class numbers")
         predictions, labels = tuple(values["predictions"]), tuple(values["labels"])
         if not all(type(number) is int and number >= 0 for number in (*predictions, *labels)):
             raise DataError("not a saved evaluation: predictions and labels are to be class numbers, 0 or more")
@@ -273,7 +288,7 @@ def evaluate_classification(
         dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
         max_length=max_length,
         batch_size=batch_size,
-        classes=_class_doubt(dataset, label_column, labels, model.config),
+        classes=class_doubt(dataset, label_column, labels, model.config),
     )
 
 
@@ -405,8 +420,15 @@ def _label2id(model: PreTrainedModel) -> dict[str, int]:
 _UNNAMED = re.compile(r"(?:label ?)?(\d*)")  # what classes are called that nobody has named
 
 
-def _class_doubt(dataset: Dataset, label_column: str, labels: Sequence[int], config: Any) -> str:
-    """How the classes of data and model differ, as far as their number and their names tell; empty if they do not."""
+def class_doubt(dataset: Dataset, label_column: str, labels: Sequence[int], config: Any) -> str:
+    """How the classes of data and model differ, as far as their number and their names tell; empty if they do not.
+
+    Args:
+        dataset: The data.
+        label_column: The column of the labels.
+        labels: Its class numbers.
+        config: Of the model.
+    """
     names = {int(number): str(name) for number, name in (config.id2label or {}).items()}
     pairs = set(zip(column(dataset, label_column), labels, strict=True))
     said = sorted((name, number) for name, number in pairs if isinstance(name, str))

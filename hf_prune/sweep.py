@@ -11,9 +11,11 @@ import hashlib
 import json
 import math
 import os
+import re
+import reprlib
 import time
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,8 +26,8 @@ from hf_prune.calibration import Batches, require_batches
 from hf_prune.comparison import Comparison, compare, doubt_of
 from hf_prune.config import PruningConfig
 from hf_prune.data_loading import fingerprint
-from hf_prune.errors import ConfigError, DataError, SweepError
-from hf_prune.evaluation import Evaluation, class_numbers, evaluate_classification
+from hf_prune.errors import ConfigError, DataError, HfPruneError, SweepError
+from hf_prune.evaluation import Evaluation, class_doubt, class_numbers, evaluate_classification
 from hf_prune.files import read_json_object, write_json, write_text
 from hf_prune.masking import MaskStore
 from hf_prune.outputs import check_output, say_replaced, writes_alone
@@ -43,6 +45,8 @@ if TYPE_CHECKING:
 
 FILES = ("results.json", "results.csv", "tradeoff.png")
 FORMAT_VERSION = 1
+_LARGEST = 1e15  # of any number in a result
+_ROUNDED = 1000  # of so many weights one may become zero because a repair rounds it
 _TOKENIZED = 64  # sentences by whose tokens tokenizers are told apart
 # of a model's config: where it came from, and what a forward pass with labels fills in
 _NOT_SETTINGS = ("_name_or_path", "transformers_version", "architectures", "problem_type")
@@ -83,13 +87,18 @@ class SweepPoint:
         """The point that :meth:`to_dict` described; score and comparison are computed anew from the predictions.
 
         Raises:
-            DataError: If a number is out of range, or not what the predictions give.
+            DataError: If a value is of another type or out of range, or not what the predictions give.
         """
+        if not isinstance(values, dict) or not isinstance(values.get("evaluation"), dict):
+            raise DataError(f"a point is {reprlib.repr(values)}: expected an object with a score")
+        if not isinstance(values["criterion"], str):
+            raise DataError(f"criterion is {values['criterion']!r}: expected a name")
         evaluation = Evaluation.from_dict(values["evaluation"])
         fields = {f.name: values[f.name] for f in dataclasses.fields(cls)}
         for name in ("sparsity", "target_sparsity", "model_sparsity", "remaining", "prune_seconds"):
             value, most = fields[name], 1 if name.endswith("sparsity") else math.inf
-            if type(value) not in (int, float) or not (0 <= value <= most and math.isfinite(value)):
+            types = (int,) if name == "remaining" else (int, float)
+            if type(value) not in types or not (0 <= value <= most and value < _LARGEST):
                 raise DataError(f"{name} is {value!r}: expected a number from 0 to {most:g}")
         fields |= {"evaluation": evaluation, "comparison": compare(dense, evaluation, confidence=confidence)}
         return cls(**fields)
@@ -324,15 +333,21 @@ def run_sweep(
     folder = None if out is None else Path(out)
     results = None if folder is None else folder / "results.json"
     found = None
-    if results is not None and not restart:
-        found = _read(results, settings, confidence, parameters)
+    if results is not None and not restart and results.exists():
+        column = score.get("label_column", "label")
+        labels = class_numbers(dataset, column, model)
+        known = {(plan.config.criterion, plan.config.sparsity): plan for plan in plans}
+
+        def plan_of(point: SweepPoint) -> PruningPlan | UnitPlan:
+            key = (point.criterion, point.sparsity)
+            if key not in known:  # of an earlier sweep
+                known[key] = prune(model, base.replace(criterion=key[0], sparsity=key[1]), dry_run=True)
+            return known[key]
+
+        fresh = {"classes": class_doubt(dataset, column, labels, model.config), "source": source, "split": split}
+        found = _read(results, settings, confidence, model, labels, fresh, plan_of)
     if found is not None:
         dense, points, calibrated = found
-        if dense.labels != tuple(class_numbers(dataset, score.get("label_column", "label"), model)):
-            raise SweepError(
-                f"{results} has other labels than the data: it was edited; choose another folder, or restart to "
-                f"measure everything anew"
-            )
         settings = {**settings, "calibration": settings["calibration"] or calibrated}
     else:
         points = []
@@ -505,38 +520,79 @@ def weights_digest(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
 
 
 def _read(
-    path: Path, settings: Mapping[str, Any], confidence: float, parameters: int
-) -> tuple[Evaluation, list[SweepPoint], str | None] | None:
-    """Earlier results that belong to the same settings: dense score, points, and digest of their calibration."""
-    if not path.exists():
-        return None
+    path: Path,
+    settings: Mapping[str, Any],
+    confidence: float,
+    model: PreTrainedModel,
+    labels: list[int],
+    fresh: Mapping[str, str],
+    plan_of: Callable[[SweepPoint], PruningPlan | UnitPlan],
+) -> tuple[Evaluation, list[SweepPoint], str | None]:
+    """Earlier results that belong to the same settings: dense score, points, and digest of their calibration.
+
+    Anybody may have edited them: what can be counted again is, and no text of theirs is shown.
+    """
     try:
         found = read_json_object(path, DataError)
+        for name, kind in (("settings", dict), ("dense", dict), ("points", list)):
+            if not isinstance(found.get(name), kind):
+                raise DataError(f"expected an object that has {name}")
         _check_same_settings(path, found["format_version"], dict(found["settings"]), settings)
-        dense = Evaluation.from_dict(found["dense"])
-        points = [SweepPoint.from_dict(p, dense, confidence) for p in found["points"]]
-        _check_counts(points, parameters)
+        calibrated = found["settings"].get("calibration")
+        if not (calibrated is None or (isinstance(calibrated, str) and re.fullmatch("[0-9a-f]{16}", calibrated))):
+            raise DataError(f"calibration is {calibrated!r}: expected 16 hexadecimal digits")
+        dense = dataclasses.replace(Evaluation.from_dict(found["dense"]), **fresh)
+        if dense.labels != tuple(labels):
+            raise SweepError(
+                f"{path} has other labels than the data: it was edited; choose another folder, or restart to measure "
+                f"everything anew"
+            )
         if dense.data_fingerprint != settings["data"]:
             raise DataError(
                 f"data_fingerprint is {dense.data_fingerprint!r}, and that of the data {settings['data']!r}"
             )
-        return dense, points, found["settings"].get("calibration")
-    except (AttributeError, DataError, KeyError, TypeError, ValueError) as error:
-        what = error if isinstance(error, DataError) else repr(error)
+        points = [SweepPoint.from_dict(p, dense, confidence) for p in found["points"]]
+        points = [dataclasses.replace(p, evaluation=dataclasses.replace(p.evaluation, **fresh)) for p in points]
+        if (highest := max(max(e.predictions) for e in (dense, *(p.evaluation for p in points)))) >= (
+            classes := model.config.num_labels
+        ):
+            raise DataError(
+                f"a prediction is class {highest}, and the model has {classes} classes: the file was edited"
+            )
+        _check_counts(points, model, plan_of)
+        return dense, points, calibrated
+    except SweepError:
+        raise
+    except (AttributeError, HfPruneError, KeyError, OverflowError, RecursionError, TypeError, ValueError) as error:
+        what = error if isinstance(error, HfPruneError) else repr(error)
         raise SweepError(f"{path} is no sweep result: {what}; choose another folder, or restart") from error
 
 
-def _check_counts(points: Sequence[SweepPoint], parameters: int) -> None:
-    """What a point says of its zeros must add up, and no point may be there twice."""
+def _check_counts(
+    points: Sequence[SweepPoint], model: PreTrainedModel, plan_of: Callable[[SweepPoint], PruningPlan | UnitPlan]
+) -> None:
+    """What a point says of its zeros must be what its pruning makes, and no point may be there twice."""
+    total = sum(parameter.numel() for parameter in model.parameters())
     for point in points:
-        counted = round(point.model_sparsity * parameters)
-        if point.remaining != parameters - counted or point.model_sparsity > point.target_sparsity:
+        zeros, plan = total - point.remaining, plan_of(point)
+        fits = 0 <= zeros and _is_share(point.model_sparsity, zeros, total)
+        if isinstance(plan, PruningPlan):
+            least, targets = plan.removed_parameters, plan.target_parameters
+            there = sum(int((model.get_parameter(t.target.name) == 0).sum()) for t in plan.tensors)
+            most = least + there + targets // _ROUNDED if plan.is_exact else targets
+            fits = fits and least <= zeros <= most and _is_share(point.target_sparsity, zeros, targets)
+        if not fits or point.model_sparsity > point.target_sparsity:
             raise DataError(
-                f"remaining is {point.remaining!r} at {100 * point.sparsity:g} %, but {counted:,} of {parameters:,} "
-                f"parameters are said to be zero: the file was edited"
+                f"remaining is {point.remaining!r}, target_sparsity {point.target_sparsity!r} and model_sparsity "
+                f"{point.model_sparsity!r} at {100 * point.sparsity:g} % with {point.criterion!r}, which is not what "
+                f"this pruning leaves of {total:,} parameters: the file was edited"
             )
     if len({(p.criterion, p.sparsity) for p in points}) < len(points):
         raise DataError("a criterion and sparsity is there twice: the file was edited")
+
+
+def _is_share(said: float, part: int, whole: int) -> bool:
+    return math.isclose(said, part / whole, rel_tol=1e-9, abs_tol=1e-12)
 
 
 def _check_same_settings(path: Path, version: object, theirs: dict[str, Any], settings: Mapping[str, Any]) -> None:
@@ -546,10 +602,10 @@ def _check_same_settings(path: Path, version: object, theirs: dict[str, Any], se
     flat_theirs, flat_ours = _flatten(theirs), _flatten(ours)
     every = [key for key in {**flat_ours, **flat_theirs} if key != "model"]
     differing = [key for key in every if flat_theirs.get(key) != flat_ours.get(key)]
-    if version != FORMAT_VERSION or differing:
+    if type(version) is not int or version != FORMAT_VERSION or differing:
         details = "; ".join(f"{key} was {flat_theirs.get(key)!r}, now {flat_ours.get(key)!r}" for key in differing)
         raise SweepError(
-            f"{path} holds results of other settings ({details or f'format {version}'}), which cannot stand in one "
+            f"{path} holds results of other settings ({details or f'format {version!r}'}), which cannot stand in one "
             f"table: choose another folder, or restart to measure everything anew"
         )
 

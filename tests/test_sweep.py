@@ -383,6 +383,28 @@ DAMAGE |= {
     "share": _edit(lambda v: v["points"][0].update(target_sparsity=0.0)),
     "seconds": _edit(lambda v: v["points"][0].update(prune_seconds=-1.0)),
     "twice": _edit(lambda v: v["points"].append(v["points"][0])),
+    "sparser": _edit(lambda v: v["points"][1].update(sparsity=0.95)),
+    "swapped": _edit(lambda v: [v["points"][i].update(sparsity=s) for i, s in ((0, 0.6), (1, 0.3))]),
+    "criterion": _edit(lambda v: v["points"][1].update(criterion="\x1b[2J")),
+    "no name": _edit(lambda v: v["points"][1].update(criterion=["magnitude"])),
+    "another point": _edit(lambda v: v["points"].append({**v["points"][1], "criterion": "random", "sparsity": 0.99})),
+    "counts": _edit(lambda v: v["points"][1].update(target_sparsity=0.99, model_sparsity=0.9,
+                                                    remaining=v["parameters"] - round(0.9 * v["parameters"]))),
+    "targets": _edit(lambda v: v["points"][1].update(target_sparsity=0.9)),
+    "truth": _edit(lambda v: v["points"][1].update(prune_seconds=True)),
+    "huge": _edit(lambda v: v["points"][1].update(prune_seconds=10**400)),
+    "no class": _edit(lambda v: v["points"][1]["evaluation"].update(predictions=[9] * 60, accuracy=0.0,
+                                                                    standard_error=0.0)),
+    "class text": _edit(lambda v: v["dense"].update(classes=5)),
+    "source": _edit(lambda v: v["dense"].update(source=["a"])),
+    "length": _edit(lambda v: v["points"][0]["evaluation"].update(max_length="x")),
+    "time": _edit(lambda v: v["dense"].update(seconds=-1)),
+    "prediction text": _edit(lambda v: v["dense"].update(predictions="x")),
+    "version": _edit(lambda v: v.update(format_version=True)),
+    "point list": _edit(lambda v: v.update(points={})),
+    "calibration": _edit(lambda v: v["settings"].update(calibration="\x1b[2J")),
+    "null": lambda text: "null",
+    "deep": lambda text: "[" * 100_000,
 }  # fmt: skip
 
 
@@ -392,8 +414,11 @@ def test_damaged_results_are_refused(model, scored, tmp_path, damage):
     path = tmp_path / "results.json"
     path.write_text(DAMAGE[damage](path.read_text()))
     before = path.read_bytes()
-    with pytest.raises(SweepError, match=r"results.json (is no sweep|holds results of other|has other labels)"):
+    with pytest.raises(
+        SweepError, match=r"results.json (is no sweep|holds results of other|has other labels)"
+    ) as caught:
         sweep(model, tmp_path)
+    assert "\x1b" not in str(caught.value)
     assert path.read_bytes() == before
     assert len(scored) == 3
     sweep(model, tmp_path, restart=True)
@@ -406,6 +431,7 @@ def test_comparisons_are_computed_anew(model, scored, tmp_path):
     values = json.loads(path.read_text())
     values["points"][0]["comparison"] |= {"drop": -40.5, "upper_bound": -30.0, "doubt": "x"}
     values |= {"sweet_spot": {"criterion": "magnitude", "sparsity": 0.99}, "parameters": 1}
+    values["dense"] |= {"classes": "\x1b[31mx", "source": "\x1b[2J", "split": "\x1b[2J"}
     path.write_text(json.dumps(values))
     assert sweep(model, tmp_path) == first
     assert json.loads(path.read_text()) == json.loads(json.dumps(first.to_dict()))
