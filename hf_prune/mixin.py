@@ -361,7 +361,8 @@ def shrink(model: Model) -> Model:
     """Take out of a model, in place, every head, neuron, channel and layer pruned as a whole.
 
     Its tensors become smaller, its outputs stay the same. It gets the methods of :class:`PrunedModelMixin` as well, so
-    that ``save_pretrained`` describes what its config alone does not tell.
+    that ``save_pretrained`` describes what its config alone does not tell. Of a part of a composite model that cannot
+    reach the whole: call ``prunable(whole)`` first, else transformers saves the whole as something no class loads.
 
     Args:
         model: A ``PreTrainedModel`` of an architecture in the table, see ``hf_prune.register_architecture``; or a
