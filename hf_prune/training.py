@@ -542,7 +542,7 @@ def keep_sparse(model: nn.Module, optimizer: Any) -> RemovableHandle:
             f"this {type(model).__name__} has no masks, so there is nothing to keep at zero: prune it first, load it "
             f"with AutoPrunedModelFor…, or adopt its zeros with adopt_zeros()"
         )
-    inner = optimizer if hasattr(optimizer, "param_groups") else None  # a scheduler has an optimizer, and is none
+    inner: Any = optimizer if hasattr(optimizer, "param_groups") else None  # a scheduler has an optimizer, and is none
     while not hasattr(inner, "_optimizer_step_post_hooks") and hasattr(inner, "optimizer"):
         inner = inner.optimizer  # accelerate's wrapper has no hooks of its own
     if not hasattr(inner, "_optimizer_step_post_hooks"):
