@@ -103,6 +103,7 @@ def prune(
         The model, or the plan for ``dry_run``.
 
     Raises:
+        ModelTypeError: If it is no model: its name, a config, a pipeline.
         ConfigError: If a setting is invalid.
         PlanError: If the settings do not fit the model.
         CalibrationError: If calibration data is missing or unusable.
