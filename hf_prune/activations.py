@@ -14,13 +14,13 @@ from dataclasses import dataclass, replace
 from functools import partial
 from types import TracebackType
 from typing import Any, TypeVar
-from warnings import warn
 
 import torch
 from torch import Tensor, nn
 
 from hf_prune.distributed import add_up, all_or_none, from_first, share
 from hf_prune.errors import CalibrationError
+from hf_prune.notices import warn_user
 from hf_prune.padding import Padding, first_tensor
 from hf_prune.plan import PlannedTensor, PruningPlan
 from hf_prune.progress import Bar
@@ -135,11 +135,10 @@ class InputReader:
             if 0 < tokens < kinds[name][1][1] and len(counts[kinds[name]]) > 1
         ]
         if few:
-            warn(
+            warn_user(
                 f"{len(few)} of {len(self.tensors)} targets are experts that saw fewer calibration tokens than they "
                 f"have inputs ({'; '.join(few[:3])}{'; …' if len(few) > 3 else ''}): their statistics are uncertain, "
                 f"and only damping makes up for it; calibrate on more texts, or name them in exclude_modules",
-                stacklevel=3,
             )
 
     # --- the order ----------------------------------------------------------------------------------
@@ -226,7 +225,7 @@ class InputReader:
             )
         if warned:
             why = f"; {kinds} ran without calling {', '.join(list(passed)[:3])}" if passed else ""
-            warn(f"{found}they are pruned as if all their inputs were alike{why}", stacklevel=3)
+            warn_user(f"{found}they are pruned as if all their inputs were alike{why}")
 
     def _apart(self, step: Sequence[PlannedTensor]) -> Iterator[list[PlannedTensor]]:
         """Targets that get the same input, but for those that change it in another place, as tied and shared ones."""

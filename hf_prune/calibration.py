@@ -293,6 +293,6 @@ def batched(inputs: Mapping[str, Any]) -> Tensor:
     tensors = {key: value for key, value in inputs.items() if isinstance(value, Tensor) and value.dim() > 0}
     if not tensors:
         raise CalibrationError(
-            f"a calibration batch holds no tensors (found: {', '.join(inputs)}): expected model inputs"
+            f"a calibration batch holds no tensors (found: {', '.join(inputs) or 'nothing'}): expected model inputs"
         )
     return tensors.get("labels", next(iter(tensors.values())))

@@ -17,7 +17,6 @@ import os
 import re
 import shutil
 import tempfile
-import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,6 +34,7 @@ from hf_prune.config import PruningConfig
 from hf_prune.errors import CheckpointError, PlanError
 from hf_prune.files import MARK, atomic_path, copy_beside, is_left_out, read_config, read_json_object, staged_folder
 from hf_prune.masking import MaskStore, warn_regrown
+from hf_prune.notices import warn_user
 from hf_prune.offloading import values_of
 from hf_prune.outputs import SAVE, check_output, output_lock, own_files, refuse_file, say_replaced, write_mark
 from hf_prune.packed_files import INDEX, SINGLE, PackedFiles, read_index, refuse_weights_elsewhere
@@ -517,11 +517,10 @@ def save_pruned(
     if not only_adapters:
         _check_variants(store, Path(folder), variant)
     elif store is not None:
-        warnings.warn(
+        warn_user(
             f"this {dense_class.__name__} carries adapters, so transformers saves these alone: neither its other "
             f"weights nor its {len(store.masks)} masks are in {folder}. hf_prune.merge_lora(model) before saving "
             f"makes one sparse model of both, and model.delete_adapter(...) takes the adapters out",
-            stacklevel=3,
         )
     if store is not None:
         store.check(model)

@@ -8,7 +8,6 @@ part of it. Whoever looks at a module sees the masks of all weights inside it, u
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -21,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from hf_prune.bypass import bypassed_layers, restore
 from hf_prune.config import PruningConfig
 from hf_prune.errors import MaskError
+from hf_prune.notices import warn_user
 from hf_prune.offloading import refuse_offloaded, values_of
 from hf_prune.registry import unknown_name
 from hf_prune.spill import Shelf
@@ -500,11 +500,10 @@ def warn_regrown(model: nn.Module, consequence: str, weights: Mapping[str, Tenso
         removed += mask.numel() - int(mask.count_nonzero())
         grown += int((weight.detach().ne(0) > mask.to(weight.device)).count_nonzero())
     if grown:
-        warnings.warn(
+        warn_user(
             f"{grown:,} of the {removed:,} weights that the masks remove ({100 * grown / removed:.2f} %) are not zero "
             f"any more, since an optimizer or something else wrote to them: {consequence}. apply_masks() sets them to "
-            f"zero again; keep_sparse(optimizer) before a training keeps them zero",
-            stacklevel=3,
+            f"zero again; keep_sparse(optimizer) before a training keeps them zero"
         )
 
 

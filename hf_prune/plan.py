@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
-from warnings import warn
 
 from torch import Tensor, nn
 
@@ -16,6 +15,7 @@ from hf_prune.criteria.base import CURVATURE, INPUTS, WIDEST_FISHER_BLOCK, Crite
 from hf_prune.errors import PlanError
 from hf_prune.granularities.base import Granularity
 from hf_prune.masking import MaskStore
+from hf_prune.notices import CoverageWarning, warn_user
 from hf_prune.registry import CRITERIA, parse_granularity
 from hf_prune.sites import sites_of_channels
 from hf_prune.tables import format_count, format_table
@@ -266,7 +266,7 @@ def make_plan(
 def warn_of(notes: Sequence[str]) -> None:
     """Say, in one warning, what a plan leaves dense."""
     if notes:
-        warn(" ".join(notes), stacklevel=3)
+        warn_user(" ".join(notes), CoverageWarning)
 
 
 def sparsity_notes(config: PruningConfig) -> list[str]:
@@ -316,13 +316,20 @@ def coverage_notes(
     dense = sum(missed.values())
     whole = sum(t.size for t in targets) + dense
     if dense and dense >= _MUCH * whole:
-        largest = ", ".join(f"{name} ({size:,})" for name, size in list(missed.items())[:3])
+        explained = {*left_out, *computed}
+        others = {name: size for name, size in missed.items() if owner_of(name) not in explained}
+        covers = "pruning covers Linear and Conv1D, convolutions that target_modules names, and no fused experts"
+        reason = f": {covers}" if len(others) == len(missed) else f". Of {_largest(others)}: {covers}" if others else ""
         notes.append(
             f"{_percent(dense, whole)} of the {whole:,} weights in matrices of {type(model).__name__} stay dense, the "
-            f"largest {largest}: pruning covers Linear and Conv1D, convolutions that target_modules names, and no "
-            f"fused experts."
+            f"largest {_largest(missed)}{reason}."
         )
     return tuple(notes)
+
+
+def _largest(sizes: Mapping[str, int]) -> str:
+    """The first three of names with their sizes, which begin with the largest."""
+    return ", ".join(f"{name} ({size:,})" for name, size in list(sizes.items())[:3])
 
 
 def refuse_infinite(weights: Mapping[str, Tensor]) -> None:

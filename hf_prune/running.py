@@ -40,11 +40,15 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 def batches_of(calibration: object) -> Any:
-    """Calibration data, if it can be iterated over.
+    """Calibration data, if it can be iterated over and is not a single batch.
 
     Raises:
-        CalibrationError: If it cannot.
+        CalibrationError: If it cannot, or is one.
     """
+    if isinstance(calibration, Mapping) and calibration:
+        is_batch = any(isinstance(value, Tensor) for value in calibration.values())
+        what = f"a {'single batch' if is_batch else type(calibration).__name__} of {', '.join(map(str, calibration))}"
+        raise CalibrationError(f"calibration data is {what}: expected a list of batches; {_MAKE}")
     try:
         iter(calibration)  # type: ignore[call-overload]
     except TypeError as error:
@@ -68,8 +72,8 @@ def on_device(model: nn.Module, batch: object) -> dict[str, Any]:
         )
     if not any(isinstance(value, Tensor) for value in batch.values()):
         raise CalibrationError(
-            f"a calibration batch holds no tensors (found: {', '.join(map(str, batch))}): expected model inputs; "
-            f"{_MAKE}"
+            f"a calibration batch holds no tensors (found: {', '.join(map(str, batch)) or 'nothing'}): expected model "
+            f"inputs; {_MAKE}"
         )
     mask = batch.get("attention_mask")
     if isinstance(mask, Tensor) and mask.dim() == 2 and not bool(mask.any()):

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
 from typing import Any
-from warnings import warn
 
 import torch
 from accelerate import init_empty_weights
@@ -32,6 +31,7 @@ from transformers.core_model_loading import (
 from hf_prune.auto import native_class
 from hf_prune.checkpoint import find_file, limited_to_files, weight_files
 from hf_prune.errors import CheckpointError, PlanError
+from hf_prune.notices import warn_user
 from hf_prune.quantized import EXPECTED, method_of_config
 from hf_prune.replay import replaced_forward
 from hf_prune.shards import Shards, read_tensor
@@ -162,10 +162,9 @@ def _match(model: Any, shards: Shards, source: str) -> tuple[dict[str, tuple[str
         )
     ignored = model._keys_to_ignore_on_load_unexpected or ()
     if strange := [key for key in unknown if not any(re.search(pattern, key) for pattern in ignored)]:
-        warn(
+        warn_user(
             f"{len(strange)} tensors of {source!r} are not of {type(model).__name__}, and are copied as they are: "
             f"{_some(strange)}",
-            stacklevel=4,
         )
     return {name: tuple(found) for name, found in keys.items()}, buffers
 

@@ -14,7 +14,6 @@ import os
 import re
 import reprlib
 import time
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +29,7 @@ from hf_prune.errors import ConfigError, DataError, HfPruneError, SweepError
 from hf_prune.evaluation import Evaluation, class_doubt, class_numbers, evaluate_classification
 from hf_prune.files import read_json_object, write_json, write_text
 from hf_prune.masking import MaskStore
+from hf_prune.notices import warn_user
 from hf_prune.outputs import check_output, say_replaced, writes_alone
 from hf_prune.pipeline import prune
 from hf_prune.plan import PruningPlan
@@ -354,7 +354,7 @@ def run_sweep(
         dense = evaluate_classification(model, tokenizer, dataset, **score, progress=progress and "dense")
 
     if doubt := doubt_of(dense, confidence):  # said before the minutes that pruning takes
-        warnings.warn(f"{doubt}; no sweet spot will be named", UserWarning, stacklevel=2)
+        warn_user(f"{doubt}; no sweet spot will be named")
 
     def result() -> SweepResult:
         order = {(p.config.criterion, p.config.sparsity): i for i, p in enumerate(plans)}

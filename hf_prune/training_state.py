@@ -12,7 +12,6 @@ import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-from warnings import warn
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -22,6 +21,7 @@ from hf_prune.checkpoint import MASK_FILE, load_masks, save_masks
 from hf_prune.errors import CheckpointError
 from hf_prune.files import atomic_path, read_json_object, write_json
 from hf_prune.masking import MaskStore
+from hf_prune.notices import warn_user
 from hf_prune.training_facts import differences
 
 STATE_FILE = "pruning_state.safetensors"
@@ -92,7 +92,7 @@ def last_whole_checkpoint(folder: Path) -> Path | None:
         try:
             check_training(path)
         except CheckpointError as error:
-            warn(f"passing over a checkpoint that is not whole: {error}", stacklevel=2)
+            warn_user(f"passing over a checkpoint that is not whole: {error}")
         else:
             return path
     return None
@@ -149,10 +149,9 @@ def check_same_run(folder: Path, facts: Mapping[str, Any], run: Mapping[str, Any
     now = json.loads(json.dumps(dict(run), default=str))
     before, reached = facts.get("run"), facts.get("weights_now")
     if not (isinstance(before, dict) and isinstance(reached, dict)):
-        warn(
+        warn_user(
             f"{folder} does not say what it was trained with (an earlier version made it): whether arguments, data and "
             f"model are the same was not checked",
-            stacklevel=2,
         )
         return now
     compared = before | reached if now["weights"] == reached.get("weights") else before

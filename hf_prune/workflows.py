@@ -9,7 +9,6 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
-from warnings import warn
 
 from transformers import AutoConfig
 
@@ -27,6 +26,7 @@ from hf_prune.distributed import all_or_none, is_first, processes
 from hf_prune.errors import ConfigError, DataError
 from hf_prune.evaluation import Evaluation, class_numbers, drawn, evaluate_classification
 from hf_prune.files import copy_beside, write_json, write_text
+from hf_prune.notices import reported, warn_user
 from hf_prune.outputs import check_output, source_folder, writes_alone
 from hf_prune.packed_files import INDEX
 from hf_prune.perplexity import Perplexity, evaluate_perplexity
@@ -186,6 +186,7 @@ def evaluate_language_model(
 
 
 @writes_alone("prune")
+@reported()
 def prune_checkpoint(
     source: str,
     config: PruningConfig,
@@ -257,6 +258,7 @@ def _with_calibration(
 
 
 @writes_alone("prune")
+@reported()
 def prune_to_budget(
     source: str,
     config: PruningConfig,
@@ -340,6 +342,7 @@ def prune_to_budget(
 
 
 @writes_alone("prune")
+@reported()
 def stream_checkpoint(
     source: str,
     config: PruningConfig,
@@ -463,7 +466,7 @@ def _pruned_into(
                 try:
                     write_plots(staging, report, before, after, name or label(source))
                 except Exception as error:  # of whatever draws: what was pruned is not lost for a picture
-                    warn(f"no plots, since drawing them failed ({type(error).__name__}: {error})", stacklevel=2)
+                    warn_user(f"no plots, since drawing them failed ({type(error).__name__}: {error})")
         yield report, staging
 
 

@@ -19,6 +19,7 @@ LAYERS = (
         "files",
         "front_matter",
         "loading_hook",
+        "notices",
         "offloading",
         "overlap",
         "packed_format",

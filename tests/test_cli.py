@@ -880,6 +880,14 @@ def test_options_of_other_tools_lead_to_ours(hf_prune, arguments, message):
     assert done.err.strip().endswith(message)
 
 
+@pytest.mark.parametrize("options", [[], ["--stream"], ["--dry-run"]])
+def test_what_stays_dense_is_said_once(hf_prune, tmp_path, options):
+    models.tiny_resnet().save_pretrained(tmp_path / "resnet")
+    done = hf_prune("prune", tmp_path / "resnet", *options, "--out", tmp_path / "out")
+    assert done.code == 0
+    assert (done.out + done.err).count("stay dense, the largest") == 1
+
+
 def test_a_language_model_is_scored_by_perplexity(hf_prune, folders, tmp_path):
     assert hf_prune("prune", folders["llama"], "--sparsity", 0.8, "--out", tmp_path).code == 0
     arguments = ["evaluate", tmp_path, "--data", folders["texts"], "--window", 12, "--batch-size", 3]

@@ -12,6 +12,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 from hf_prune.config import PruningConfig
 from hf_prune.errors import MaskError, PlanError
 from hf_prune.masking import MaskStore
+from hf_prune.mixin import prunable
 from hf_prune.pipeline import prune
 from hf_prune.plan import make_plan
 from hf_prune.report import sparsity_report
@@ -292,6 +293,52 @@ def test_fused_experts_that_stay_dense_are_named_once():
     assert caught[0].filename == __file__
     assert re.search(sentence, sparsity_report(model).summary())
     assert re.search(sentence, sparsity_report(mixtral()).summary())
+
+
+class Mixed(nn.Module):
+    """A Linear that 2:3 divides, one that it does not, and a matrix of no module that is known."""
+
+    def __init__(self, table: bool = True) -> None:
+        super().__init__()
+        self.even, self.odd = nn.Linear(6, 4), nn.Linear(4, 5)
+        if table:
+            self.table = nn.Parameter(torch.ones(3, 3))
+
+
+@pytest.mark.parametrize(
+    ("settings", "table", "sentence"),
+    [
+        ({"granularity": "2:3"}, False, r"45\.45 % of the 44 .* the largest odd\.weight \(20\)\.$"),
+        (
+            {"granularity": "2:3"},
+            True,
+            r"54\.72 % of the 53 .* the largest odd\.weight \(20\), table \(9\)\. Of table \(9\): pruning covers Lin",
+        ),
+        ({}, True, r"16\.98 % of the 53 .* the largest table \(9\): pruning covers Linear and"),
+    ],
+)
+def test_the_reason_why_matrices_stay_dense_is_theirs(settings, table, sentence):
+    """A Linear that a granularity does not divide is covered by pruning: another sentence says why it stays."""
+    model = Mixed(table)
+    with pytest.warns(UserWarning, match=sentence) as caught:
+        prune(model, **settings)
+    (warning,) = caught
+    assert ("does not divide them: odd (5, 4)" in str(warning.message)) == bool(settings)
+    assert warning.filename == __file__
+
+
+def test_warnings_name_the_line_of_the_user():
+    """Whatever lies between it and the place where something was found: methods, decorators, loops."""
+    model = prunable(mixtral())
+    with pytest.warns(UserWarning, match="stay dense") as caught:
+        model.prune(0.5)
+    assert [warning.filename for warning in caught] == [__file__]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(1)
+    with pytest.warns(UserWarning, match="not zero any more") as caught:
+        sparsity_report(model)
+    assert [warning.filename for warning in caught] == [__file__]
 
 
 def test_streaming_and_training_say_what_stays_dense(tmp_path):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
@@ -136,7 +136,12 @@ EVERY_PATH = [
     [
         ("a text", "a calibration batch is a str"),
         (["a text", "another one"], "a calibration batch is a str"),
-        (texts()[0], "a calibration batch is a str"),  # one batch that is in no list
+        (texts()[0], "calibration data is a single batch of input_ids, attention_mask: expected a list of batches"),
+        (
+            DatasetDict(train=Dataset.from_dict({"text": ["a"]})),
+            "calibration data is a DatasetDict of train: expected a list of batches",
+        ),
+        ([{}], r"a calibration batch holds no tensors \(found: nothing\)"),
         ([[4, 5, 6], [7, 8]], "a calibration batch is a list"),
         (Dataset.from_dict({"text": ["a", "b"]}), r"a calibration batch holds no tensors \(found: text\)"),
         (
@@ -145,7 +150,7 @@ EVERY_PATH = [
         ),
         ([{"input_ids": [[4, 5], [6, 7]]}] * 2, r"a calibration batch holds no tensors \(found: input_ids\)"),
     ],
-    ids=range(7),
+    ids=range(9),
 )
 def test_what_is_no_list_of_batches_leads_to_text_batches(settings, batches, message):
     model = tiny_bert()
