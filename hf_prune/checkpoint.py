@@ -542,6 +542,10 @@ def save_pruned(
     try:
         with staged_checkpoint(folder, overwrite=overwrite, variant=variant) as staging:
             save(model, staging, **kwargs)
+            if only_adapters and (path := staging / "adapter_model.safetensors").is_file():
+                tensors = load_file(path)
+                if any(plain_name(name) != name for name in tensors):  # PEFT looks for them by the names of modules
+                    save_file({plain_name(name): t for name, t in tensors.items()}, path, {"format": "pt"})
             if not only_adapters:
                 _describe_structure(model, dense_class, staging)
                 if store is not None:

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from hf_prune import CheckpointError, MaskError, MaskStore, PruningTrainer, merge_lora, prunable, prune
 from tests import models
@@ -103,6 +104,18 @@ def test_saving_with_adapters_says_what_is_not_saved(tmp_path):
         with pytest.raises(CheckpointError, match=match):
             refused()
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.filterwarnings("ignore:this BertForSequenceClassification carries adapters:UserWarning")
+def test_adapters_inside_compiled_layers_are_saved_under_their_own_names(tmp_path):
+    model = injected(prunable(models.tiny_bert()).prune(0.5))
+    expected = model.get_adapter_state_dict()
+    layers = model.bert.encoder.layer
+    layers[0] = torch.compile(layers[0], backend="eager")
+    model.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    assert saved.keys() == {f"base_model.model.{name}" for name in expected}
+    assert all(torch.equal(saved[f"base_model.model.{name}"], tensor) for name, tensor in expected.items())
 
 
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config`:UserWarning")  # by peft, of the second
