@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from hf_prune.auto import load_native, load_tokenizer
 from hf_prune.calibration_data import LabelledData
 from hf_prune.checkpoint import has_tokenizer
-from hf_prune.errors import ConfigError, DataError
+from hf_prune.errors import ConfigError, DataError, PlanError
 from hf_prune.evaluation import evaluate_classification
 from hf_prune.explain import SOME_ZEROS
 from hf_prune.export import SUFFIXES, ExportedModel
@@ -110,11 +111,14 @@ def zero_notes(models: Mapping[str, Any]) -> list[str]:
     """A sentence for each model that has many zeros and is not smaller than the first one.
 
     Args:
-        models: Models by name; of exported ones nothing is said.
+        models: Models by name; of exported and quantized ones nothing is said.
     """
     counted: dict[str, Any] = {name: model for name, model in models.items() if isinstance(model, torch.nn.Module)}
     size = next((model.num_parameters() for model in counted.values()), 0)
-    shares = {name: sparsity_report(model).target_sparsity for name, model in counted.items()}
+    shares: dict[str, float] = {}
+    for name, model in counted.items():
+        with contextlib.suppress(PlanError):  # its weights are no plain numbers, which can be timed all the same
+            shares[name] = sparsity_report(model).target_sparsity
     return [
         f"In {name}, {100 * share:.1f} % of the weights that can be pruned are zero, and it is no smaller: zeros alone "
         f"bring no speed on dense kernels."

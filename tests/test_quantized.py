@@ -24,6 +24,7 @@ from hf_prune import (
     structure_report,
 )
 from hf_prune.auto import load_native
+from hf_prune.bench import zero_notes
 from hf_prune.quantized import refuse_quantized
 from hf_prune.skeleton import load_skeleton
 from hf_prune.training import TrainingPruner
@@ -220,3 +221,9 @@ def test_adapters_alone_are_no_model(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{")
     with pytest.raises(DataError, match="does not name"):
         load_native(str(tmp_path))
+
+
+def test_quantized_models_are_timed_without_a_word_on_zeros():
+    sparse, quantized = prunable(models.tiny_llama()).prune(0.5), with_dtype(torch.float8_e4m3fn)(models.tiny_llama())
+    (note,) = zero_notes({"sparse": sparse, "quantized": quantized})
+    assert note.startswith("In sparse, 50.0 % of the weights")
