@@ -37,7 +37,15 @@ from hf_prune.masking import MaskStore, warn_regrown
 from hf_prune.notices import warn_user
 from hf_prune.offloading import values_of
 from hf_prune.outputs import SAVE, check_output, output_lock, own_files, refuse_file, say_replaced, write_mark
-from hf_prune.packed_files import INDEX, SINGLE, PackedFiles, read_index, refuse_weights_elsewhere
+from hf_prune.packed_files import (
+    ADAPTERS,
+    INDEX,
+    SINGLE,
+    PackedFiles,
+    adapters_beside,
+    read_index,
+    refuse_weights_elsewhere,
+)
 from hf_prune.packed_format import is_packed
 from hf_prune.polish import PolishRecord
 from hf_prune.quantized import refuse_quantized
@@ -841,9 +849,11 @@ def weight_files(source: Any, hub: Mapping[str, Any]) -> list[str]:
     """The safetensors files of a checkpoint; none for formats of other kinds.
 
     Raises:
-        CheckpointError: If all it has is a pickle, or its config names other files.
+        CheckpointError: If all it has is a pickle, its config names other files, or adapters lie beside them.
     """
     single = find_file(source, SINGLE, hub)
+    if find_file(source, ADAPTERS, hub) is not None and (single or find_file(source, INDEX, hub)) is not None:
+        raise adapters_beside(source)
     if (config := find_file(source, "config.json", hub)) is not None:
         refuse_weights_elsewhere(Path(config), INDEX if single is None else SINGLE)
     if single is not None:

@@ -67,7 +67,7 @@ from hf_prune.errors import ConfigError, DataError, HfPruneError
 from hf_prune.outputs import check_file, check_output, say_replaced
 from hf_prune.registry import CRITERIA, GRANULARITIES
 from hf_prune.sources import is_language_model, model_class
-from hf_prune.tables import format_table
+from hf_prune.tables import format_table, in_one_line
 
 if TYPE_CHECKING:
     from hf_prune.criteria.base import Criterion
@@ -612,11 +612,11 @@ def list_(as_json: AsJson = False) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; errors that a user can mend are one line on stderr and exit code 1."""
     with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_, **__: echo(f"warning: {message}", err=True)
+        warnings.showwarning = lambda message, *_, **__: echo(f"warning: {in_one_line(str(message))}", err=True)
         try:
             app(arguments)
         except (HfPruneError, OSError) as error:
-            echo(f"error: {error}", err=True)
+            echo(f"error: {in_one_line(str(error))}", err=True)
             sys.exit(1)
 
 

@@ -7,6 +7,7 @@ how deep it may be is bounded, and whatever is wrong with it is a :class:`DataEr
 from __future__ import annotations
 
 import collections
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -75,6 +76,14 @@ for _tag, _pattern, _first in (
      "-+.0123456789"),
 ):  # fmt: skip
     _Loader.add_implicit_resolver(_tag, re.compile(_pattern), list(_first))
+
+
+def _float(loader: _Loader, node: Any) -> float:
+    value = float(loader.construct_yaml_float(node))
+    return math.nan if math.isnan(value) else value  # one for all: so that what holds it equals what holds it
+
+
+_Loader.add_constructor(_FLOAT, _float)
 
 
 class _Dumper(yaml.SafeDumper):

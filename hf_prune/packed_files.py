@@ -33,6 +33,7 @@ from hf_prune.shards import Entry, Shards, header_bytes, read_tensor, write_all
 from hf_prune.unpacking import unpack_mask
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+ADAPTERS = "adapter_config.json"
 
 
 class Item(NamedTuple):
@@ -119,9 +120,11 @@ def file_paths(folder: str | Path) -> tuple[list[Path], Path | None]:
     """The safetensors files of a folder, and their index if there is one.
 
     Raises:
-        CheckpointError: If there are none, or the index is damaged or leads out of the folder.
+        CheckpointError: If there are none, adapters lie beside them, or the index is damaged or leads out of the folder.
     """
     folder = Path(folder)
+    if (folder / ADAPTERS).is_file():
+        raise adapters_beside(folder)
     refuse_weights_elsewhere(folder / "config.json", SINGLE if (folder / SINGLE).is_file() else INDEX)
     if (folder / SINGLE).is_file():
         return [folder / SINGLE], None
@@ -129,6 +132,19 @@ def file_paths(folder: str | Path) -> tuple[list[Path], Path | None]:
     if not index.is_file():
         raise CheckpointError(f"{folder} has no weights: expected {SINGLE} or {INDEX}")
     return [folder / name for name in sorted(set(read_index(index).values()))], index
+
+
+def adapters_beside(source: object) -> CheckpointError:
+    """The error for a model with an ``adapter_config.json`` beside it, which changes what transformers loads.
+
+    Args:
+        source: Folder or Hub id.
+    """
+    return CheckpointError(
+        f"{source} holds a model and {ADAPTERS} beside it, by which transformers loads adapters, onto the weights that "
+        f"it names, and not the model alone: expected one of them; move {ADAPTERS} and its weights to a folder of "
+        f"their own, and lay them on the model with peft.PeftModel.from_pretrained(model, folder)"
+    )
 
 
 def refuse_weights_elsewhere(config: Path, found: str) -> None:

@@ -8,8 +8,14 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-# Of terminals, and what turns the direction of letters round; line ends and tabs are left.
-_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+# Of terminals, what turns the direction of letters round, takes no room or ends lines elsewhere, and what no terminal
+# can be sent; line ends and tabs are left.
+_HIDDEN = (
+    r"\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f"
+    r"\u3164\ud800-\udfff\ufeff\uffa0\ufff9-\ufffb\U000e0000-\U000e007f"
+)
+_CONTROLS = re.compile(f"[{_HIDDEN}]")
+_OF_A_CELL = re.compile(rf"[{_HIDDEN}\n\t]")
 _FORMULAS = tuple("=+-@\t\r\n＝＋－＠")  # a spreadsheet runs what begins so
 
 
@@ -21,6 +27,7 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int
         rows: Cells, as many per row as there are titles.
         left: How many leading columns are aligned left; the others are numbers, aligned right.
     """
+    rows = [[in_one_line(cell) for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     lines = [
         [cell.ljust(w) if i < left else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))]
@@ -72,4 +79,18 @@ def printable(text: str) -> str:
         >>> printable("a\x1b[2Jb")
         'a\\x1b[2Jb'
     """
-    return _CONTROLS.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+    return _CONTROLS.sub(_escaped, text)
+
+
+def in_one_line(text: str) -> str:
+    r"""A text of a stranger among others on one line of a terminal: line ends and tabs are spelled out too.
+
+    Example:
+        >>> in_one_line("a\nerror: b")
+        'a\\nerror: b'
+    """
+    return _OF_A_CELL.sub(_escaped, text)
+
+
+def _escaped(match: re.Match[str]) -> str:
+    return match[0].encode("unicode_escape").decode()

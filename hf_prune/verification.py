@@ -64,7 +64,7 @@ class Difference:
         """Whether the card is right."""
         if self.tolerance and isinstance(self.said, int | float) and isinstance(self.found, int | float):
             return abs(self.said - self.found) <= self.tolerance
-        return bool(self.said == self.found)
+        return bool(_json(self.said) == _json(self.found))  # NaN is NaN
 
 
 @dataclass(frozen=True)
@@ -106,12 +106,13 @@ class Verification:
 
 
 def _json(value: Any) -> Any:
-    """A value of YAML, which has dates and keys of any kind."""
+    """For JSON, which has neither NaN nor dates and keys of any kind: YAML has."""
     if isinstance(value, dict):
         return {str(key): _json(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
         return [_json(each) for each in value]
-    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
+    infinite = isinstance(value, float) and not math.isfinite(value)
+    return value if not infinite and (value is None or isinstance(value, bool | int | float | str)) else str(value)
 
 
 def _show(value: Any) -> str:

@@ -94,9 +94,13 @@ def check_config(name: str, config: Any) -> None:
     kind = str(kinds[0] if isinstance(kinds, list) else kinds)
     if not kind.endswith("ForSequenceClassification"):
         raise DataError(f"{name} is {kind[:80]}: expected a text classifier (…ForSequenceClassification)")
-    for key, value in _numbers("", config):
+    try:
+        numbers = list(_numbers("", config))
+    except RecursionError:
+        raise DataError(f"the config.json of {name} is too deep for any model: choose another model") from None
+    for key, value in numbers:
         if abs(value) > _LARGEST_NUMBER or ("layer" in key and value > _MOST_LAYERS):
-            raise DataError(f"{name} is too large for this page: its config says {key[:60]} = {value:.12g}")
+            raise DataError(f"{name} is too large for this page: its config says {key[:60]} = {str(value)[:20]}")
 
 
 def _numbers(key: str, value: Any) -> Iterator[tuple[str, float]]:
@@ -107,5 +111,5 @@ def _numbers(key: str, value: Any) -> Iterator[tuple[str, float]]:
     elif isinstance(value, list):
         for each in value:
             yield from _numbers(key, each)
-    elif isinstance(value, int | float) and math.isfinite(value):
+    elif isinstance(value, int) or (isinstance(value, float) and math.isfinite(value)):
         yield key, value

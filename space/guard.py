@@ -58,9 +58,9 @@ def refusal(headers: Mapping[str, str], names: frozenset[str]) -> str | None:
             f"HF_PRUNE_SPACE_HOSTS, with commas, before you start it"
         )
     if origin is not None:
-        parts = urlsplit(origin.lower())
-        own = parts.netloc == host or _host_name(parts.netloc) in names
-        return None if own and parts.scheme in ("http", "https") else "this comes from another page than the app's"
+        scheme, _, netloc = origin.lower().partition("://")
+        own = netloc == host or _host_name(netloc) in names
+        return None if own and scheme in ("http", "https") else "this comes from another page than the app's"
     foreign = headers.get("sec-fetch-site", "none") not in ("same-origin", "none")
     if foreign and headers.get("sec-fetch-mode") != "navigate":  # links to the app, and frames with it, are fine
         return "this comes from another page than the app's"

@@ -38,6 +38,8 @@ from hf_prune import (
     prunable,
     shrink,
 )
+from hf_prune.auto import load_native
+from hf_prune.card_data import counted_facts
 from hf_prune.checkpoint import MASK_FILE, StoredMasks
 from hf_prune.cli import app
 from hf_prune.compressed import compress_checkpoint, decompress_checkpoint
@@ -46,6 +48,7 @@ from hf_prune.outputs import MARK
 from hf_prune.packed_files import INDEX, SINGLE, PackedFiles, file_paths
 from hf_prune.packed_format import is_packed
 from hf_prune.remote_code import modeling_source
+from hf_prune.skeleton import load_skeleton
 from tests import models
 from tests.models import assert_unchanged, same_bits, snapshot, tiny_batches
 
@@ -897,3 +900,22 @@ def test_commands(folders, tmp_path):
     done = runner.invoke(app, ["decompress", str(folders["dense"]), str(tmp_path / "no")])
     assert isinstance(done.exception, CheckpointError)
     assert os.listdir(tmp_path).sort() == ["dense", "int8", "small"].sort()
+
+
+def test_adapters_beside_a_model_are_named(tmp_path):
+    """By them transformers loads other weights than the files of the model have."""
+    model = tmp_path / "model"
+    prunable(models.tiny_bert()).prune(0.5).save_pretrained(model)
+    (model / "adapter_config.json").write_text(
+        json.dumps({"base_model_name_or_path": "acme/other", "peft_type": "LORA"})
+    )
+    before = {path.name: path.read_bytes() for path in model.iterdir()}
+    for read in (load_native, load_skeleton, counted_facts, AutoPrunedModelForSequenceClassification.from_pretrained):
+        with pytest.raises(
+            CheckpointError, match=r"holds a model and adapter_config.json beside it, .*: expected one of"
+        ):
+            read(model if read is counted_facts else str(model))
+    with pytest.raises(CheckpointError, match=r"adapter_config.json beside it"):
+        compress_checkpoint(model, tmp_path / "small")
+    assert {path.name: path.read_bytes() for path in model.iterdir()} == before
+    assert not (tmp_path / "small").exists()

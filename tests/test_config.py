@@ -280,3 +280,11 @@ def test_patterns_that_can_take_forever_are_refused(setting, pattern, message):
 )
 def test_patterns_that_people_write_are_taken(pattern):
     assert PruningConfig(target_modules=pattern).target_modules == pattern
+
+
+@pytest.mark.parametrize(
+    "granularity", ["block:1x" + "9" * 5000, "9" * 5000 + "x1", "2:" + "4" * 5000, "9" * 5000 + ":4"]
+)
+def test_numbers_in_granularities_that_no_integer_holds(granularity):
+    with pytest.raises(ConfigError, match="granularity"):
+        PruningConfig(granularity=granularity)

@@ -1,5 +1,6 @@
 """What the Space does behind its pages: models, visitors, limits, and what the Hub gives it."""
 
+import functools
 import json
 import re
 import shutil
@@ -597,6 +598,9 @@ def test_processes_of_strangers_do_not_know_the_secrets_of_the_machine(space, mo
         ({"block_sizes": [4, 4, 10**7]}, "block_sizes = 10000000"),
         ({"text_config": {"deep": [{"vocab_size": 1e300}]}}, r"vocab_size = 1e\+300"),
         ({"num_hidden_layers": 129}, "num_hidden_layers = 129"),
+        ({"x": 10**400}, "x = 1000"),
+        ({"x": [-(10**4000)]}, "x = -1000"),
+        ({"x": functools.reduce(lambda inner, _: [inner], range(3000), 1)}, "is too deep for any model"),
         ({"hidden_size": -(10**7)}, "hidden_size = -10000000"),
         ({"architectures": []}, "a model without a class"),
         ({"architectures": "BertModel"}, "is BertModel"),

@@ -66,6 +66,10 @@ def test_a_name_that_is_rebound(guard, host, origin):
         {"origin": "http://localhost:8000"},  # another program's page on this machine
         {"origin": "null"},
         {"origin": ""},
+        {"origin": "http://["},
+        {"origin": "http://[::1"},
+        {"origin": "http://localhost:x"},
+        {"origin": "//"},
         {"origin": "http://localhost:7860.evil.example"},
         {"origin": "file://localhost:7860"},
         {"origin": f"http://{HERE}@evil.example"},

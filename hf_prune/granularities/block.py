@@ -27,5 +27,5 @@ class Block(Granularity):
     @classmethod
     def parse(cls, text: str) -> Block | None:
         """Read ``"block:16x1"``, or ``"16x1"`` for short."""
-        match = re.fullmatch(r"(?:block:)?(\d+)x(\d+)", text)
+        match = re.fullmatch(r"(?:block:)?(\d{1,18})x(\d{1,18})", text)
         return cls(int(match[1]), int(match[2])) if match else None

@@ -30,5 +30,5 @@ class NM(Granularity):
     @classmethod
     def parse(cls, text: str) -> NM | None:
         """Read ``"2:4"``."""
-        match = re.fullmatch(r"(\d+):(\d+)", text)
+        match = re.fullmatch(r"(\d{1,18}):(\d{1,18})", text)
         return cls(int(match[1]), int(match[2])) if match else None
