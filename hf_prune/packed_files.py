@@ -120,7 +120,7 @@ def file_paths(folder: str | Path) -> tuple[list[Path], Path | None]:
     """The safetensors files of a folder, and their index if there is one.
 
     Raises:
-        CheckpointError: If there are none, adapters lie beside them, or the index is damaged or leads out of the folder.
+        CheckpointError: If there are none, adapters lie beside them, or the index is damaged or leads elsewhere.
     """
     folder = Path(folder)
     if (folder / ADAPTERS).is_file():
