@@ -860,7 +860,13 @@ def weight_files(source: Any, hub: Mapping[str, Any]) -> list[str]:
         return [single]
     if (index := find_file(source, INDEX, hub)) is not None:
         shards = sorted(set(read_index(Path(index)).values()))
-        return [path for shard in shards if (path := find_file(source, shard, hub)) is not None]
+        paths = {shard: find_file(source, shard, hub) for shard in shards}
+        if missing := [shard for shard, path in paths.items() if path is None]:
+            raise CheckpointError(
+                f"{missing[0]} is missing from {source}, and the index says that weights are in it: download or save "
+                f"the checkpoint again"
+            )
+        return [path for path in paths.values() if path is not None]
     for name in ("pytorch_model.bin", "pytorch_model.bin.index.json"):
         if find_file(source, name, hub) is not None:
             raise CheckpointError(

@@ -919,3 +919,12 @@ def test_adapters_beside_a_model_are_named(tmp_path):
         compress_checkpoint(model, tmp_path / "small")
     assert {path.name: path.read_bytes() for path in model.iterdir()} == before
     assert not (tmp_path / "small").exists()
+
+
+def test_a_missing_shard_is_named(tmp_path):
+    models.tiny_bert().save_pretrained(tmp_path, max_shard_size="10KB")
+    shard = max(tmp_path.glob("model-*.safetensors"))
+    shard.unlink()
+    for read in (load_native, load_skeleton, AutoPrunedModelForSequenceClassification.from_pretrained):
+        with pytest.raises(CheckpointError, match=rf"{shard.name} is missing from .*, and the index says that weights"):
+            read(str(tmp_path))
