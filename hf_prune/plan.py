@@ -303,10 +303,11 @@ def coverage_notes(
         notes.append(f"Left dense, since granularity {config.granularity!r} does not divide them: {misfits}.")
     missed = {name: size for name, size in passed_over(model, config, targets).items() if name not in masked}
     copies = copied_modules(model)
-    if copied := {copies[m] for name in missed if (m := model.get_submodule(owner_of(name))) in copies}:
+    owners = {owner_of(name): model.get_submodule(owner_of(name)) for name in missed}
+    if copied := {owner: copies[module] for owner, module in owners.items() if module in copies}:
         notes.append(
-            f"Not pruned, since modules_to_save trains copies of them: {_some(sorted(copied))}; prune before the "
-            f"adapters are added, or after they are merged."
+            f"Not pruned, since modules_to_save trains copies of them: {_some(sorted(set(copied.values())))}; prune "
+            f"before the adapters are added, or after they are merged."
         )
     if computed := parametrized_linears(missed, model):
         notes.append(
@@ -316,7 +317,7 @@ def coverage_notes(
     dense = sum(missed.values())
     whole = sum(t.size for t in targets) + dense
     if dense and dense >= _MUCH * whole:
-        explained = {*left_out, *computed}
+        explained = {*left_out, *computed, *copied}
         others = {name: size for name, size in missed.items() if owner_of(name) not in explained}
         covers = "pruning covers Linear and Conv1D, convolutions that target_modules names, and no fused experts"
         reason = f": {covers}" if len(others) == len(missed) else f". Of {_largest(others)}: {covers}" if others else ""
