@@ -159,8 +159,9 @@ def _add(
     sums: Sequence[Tensor], pieces: Sequence[Piece], names: Sequence[str], examples: Sequence[tuple[Tensor | None, ...]]
 ) -> None:
     """Add the products of some examples' gradients."""
+    places = {name: place for place, name in enumerate(names)}
     for total, piece in zip(sums, pieces, strict=True):
-        target, place = piece.tensor.target, names.index(piece.tensor.target.name)
+        target, place = piece.tensor.target, places[piece.tensor.target.name]
         rows = [target.matrix(g)[piece.rows].float() for each in examples if (g := each[place]) is not None]
         if not rows:
             continue
@@ -228,7 +229,7 @@ def prune_by_fisher(
 
     def finish(tensors: Sequence[PlannedTensor]) -> None:
         with all_or_none():
-            sources = {name: partial(iter, parts) for name, parts in scores.items()}
+            sources = {t.target.name: partial(iter, scores[t.target.name]) for t in tensors}
             kept = {t.target.name: t.target.native(keep) for t, keep in keep_units(plan, tensors, sources)}
         for tensor in tensors:
             name = tensor.target.name

@@ -525,7 +525,7 @@ def _read(
     confidence: float,
     model: PreTrainedModel,
     labels: list[int],
-    fresh: Mapping[str, str],
+    fresh: Mapping[str, Any],
     plan_of: Callable[[SweepPoint], PruningPlan | UnitPlan],
 ) -> tuple[Evaluation, list[SweepPoint], str | None]:
     """Earlier results that belong to the same settings: dense score, points, and digest of their calibration.
@@ -553,9 +553,9 @@ def _read(
             )
         points = [SweepPoint.from_dict(p, dense, confidence) for p in found["points"]]
         points = [dataclasses.replace(p, evaluation=dataclasses.replace(p.evaluation, **fresh)) for p in points]
-        if (highest := max(max(e.predictions) for e in (dense, *(p.evaluation for p in points)))) >= (
-            classes := model.config.num_labels
-        ):
+        highest = max(max(e.predictions) for e in (dense, *(p.evaluation for p in points)))
+        classes = int(model.config.num_labels or 0)
+        if highest >= classes:
             raise DataError(
                 f"a prediction is class {highest}, and the model has {classes} classes: the file was edited"
             )

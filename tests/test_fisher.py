@@ -136,6 +136,21 @@ def test_many_runs_find_what_one_finds(monkeypatch, kind, scope):
         torch.testing.assert_close(weight, found[1][name], rtol=1e-4, atol=1e-6)
 
 
+def test_a_finished_weight_looks_at_no_other(monkeypatch):
+    """The cost of each is that of its own scores, however many weights there are."""
+    keep, seen = fisher_module.keep_units, []
+
+    def watched(plan, tensors, sources):
+        seen.append(([t.target.name for t in tensors], list(sources)))
+        return keep(plan, tensors, sources)
+
+    monkeypatch.setattr(fisher_module, "keep_units", watched)
+    model = mlp()
+    prune(model, 0.5, criterion="fisher", calibration=tiny_batches(model))
+    assert len(seen) > 1
+    assert all(own == given for own, given in seen)
+
+
 def test_no_more_than_the_budget_is_gathered_at_once(monkeypatch):
     sizes = []
     gather = fisher_module.gather_blocks
