@@ -859,12 +859,14 @@ def weight_files(source: Any, hub: Mapping[str, Any]) -> list[str]:
     if single is not None:
         return [single]
     if (index := find_file(source, INDEX, hub)) is not None:
-        shards = sorted(set(read_index(Path(index)).values()))
+        weight_map = read_index(Path(index))
+        shards = sorted(set(weight_map.values()))
         paths = {shard: find_file(source, shard, hub) for shard in shards}
         if missing := [shard for shard, path in paths.items() if path is None]:
+            name = next(name for name, shard in weight_map.items() if shard == missing[0])
             raise CheckpointError(
-                f"{missing[0]} is missing from {source}, and the index says that weights are in it: download or save "
-                f"the checkpoint again"
+                f"{missing[0]} is missing from {source}, and the index says that weights are in it: it names {name}, "
+                f"and no file has it: download or save the checkpoint again"
             )
         return [path for path in paths.values() if path is not None]
     for name in ("pytorch_model.bin", "pytorch_model.bin.index.json"):
