@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from hf_prune.comparison import interval_of
+from hf_prune.comparison import interval_of, mcnemar
 from hf_prune.errors import DataError
 
 _ROUNDED = 0.005  # how far a number may be off that somebody wrote down with two digits
-_NOISE = 3.0  # by what factor a speed-up, the median of ratios, may differ from the ratio of the medians
+_MOST = 10**12  # examples and tokens
+_LONGEST = 4_000  # characters of a name or a path
+_NOISE = 1.5  # by what factor a speed-up, the median of ratios, may differ from the ratio of the medians
 
 
 def check_report(report: Mapping[str, Any]) -> None:
@@ -91,27 +93,46 @@ def check_evaluation(evaluation: Mapping[str, Any]) -> None:
     for part in (score, dense):
         if part is not None:
             (_check_perplexity if "perplexity" in part else _check_accuracy)(part)
-    if comparison is None or score is None or "perplexity" in score:
+            _are_texts(part, "split", "source", "data_fingerprint", "dtype")
+    if score is not None and dense is not None and ("perplexity" in score) != ("perplexity" in dense):
+        raise DataError("dense is another kind of score: expected two accuracies or two perplexities")
+    if score is not None and dense is not None and score.get("n") != dense.get("n"):
+        raise DataError(
+            f"n is {score.get('n')!r}, and of the dense model {dense.get('n')!r}: expected the same examples"
+        )
+    if comparison is None or score is None:
+        return
+    if dense is None or not isinstance(comparison, Mapping):
+        raise DataError("the comparison is with nothing: expected the score of the dense model as well")
+    _are_texts(comparison, "doubt")
+    if "perplexity" in score:
         return
     n = _whole(comparison, "n", 1) if "n" in comparison else score["n"]
-    if n != score["n"] or (dense is not None and n != dense["n"]):
+    if n != score["n"]:
         raise DataError(f"the comparison is of n = {n}, and the scores of others: expected the same examples")
-    _real(comparison, "p_value", 0, 1)
-    _real(comparison, "confidence", 0, 1, open_=True)
+    p_value = _real(comparison, "p_value", 0, 1)
+    _real(comparison, "confidence", 0.5, 1, open_=True)
     drop = _real(comparison, "drop", -100, 100)
-    low, high = comparison["interval"]
-    if not -100 <= low <= high <= 100:
+    _is_same("drop", drop, 100 * (dense["accuracy"] - score["accuracy"]), "the accuracies give")
+    if type(comparison["interval"]) not in (list, tuple) or len(comparison["interval"]) != 2:
+        raise DataError(f"interval is {comparison['interval']!r:.60}: expected two numbers")
+    low, high = (_real({"interval": end}, "interval", -100, 100) for end in comparison["interval"])
+    if low > high:
         raise DataError(f"interval is {[low, high]!r}: expected two numbers from -100 to 100, the smaller one first")
-    if dense is not None:
-        _is_same("drop", drop, 100 * (dense["accuracy"] - score["accuracy"]), "the accuracies give")
+    if dense["accuracy"] == score["accuracy"] and p_value < 1:
+        raise DataError(f"p_value is {p_value!r}, and the drop is 0: expected 1")
     lost, won = (comparison.get(name) for name in ("only_dense_right", "only_pruned_right"))
     if lost is not None and won is not None:
         _whole(comparison, "only_dense_right", 0, n)
         _whole(comparison, "only_pruned_right", 0, n - lost)
         which = "the examples that only one model gets right give"
         _is_same("drop", drop, 100 * (lost - won) / n, which)
+        if abs(p_value - mcnemar(lost, won)) > 0.01 * mcnemar(lost, won):
+            raise DataError(f"p_value is {p_value!r}, and {which} {mcnemar(lost, won):.3g}: measure again")
         for end, counted in zip((low, high), interval_of(lost, won, n, comparison["confidence"])[0], strict=True):
             _is_same("an end of the interval", end, counted, which)
+    if not low - _ROUNDED <= drop <= high + _ROUNDED:
+        raise DataError(f"interval is {[low, high]!r}: expected one around the drop, {drop:g}")
 
 
 def check_latency(latency: Mapping[str, Any]) -> None:
@@ -124,17 +145,31 @@ def check_latency(latency: Mapping[str, Any]) -> None:
         DataError: If they are not.
     """
     for name in ("rounds", "threads"):
-        _whole(latency, name, 1)
+        _whole(latency, name, 1, _MOST)
+    _are_texts(latency, "dtype", "device", "torch")
+    if not isinstance(latency["points"], list | tuple):
+        raise DataError(f"points is {latency['points']!r:.60}: expected a list of timings")
     if not latency["points"]:
         raise DataError("points is []: expected at least one timing")
     first: dict[Any, float] = {}
     for point in latency["points"]:
-        _whole(point, "batch_size", 1)
-        _whole(point, "length", 0)
+        _whole(point, "batch_size", 1, _MOST)
+        _whole(point, "length", 0, _MOST)
         median = _real(point, "median", 0, open_=True)
-        dense = first.setdefault((point["batch_size"], point["length"], point.get("task")), median)
+        if "low" in point and not _real(point, "low", 0) <= median <= _real(point, "high", 0):
+            raise DataError(f"median is {median!r}: expected it between {point['low']!r} and {point['high']!r}")
+        _are_texts(point, "model", "task")
+        if not isinstance(point["model"], str):
+            raise DataError(f"model is {point['model']!r}: expected the name of the model that was timed")
+        workload = (point["batch_size"], point["length"], point.get("task"))
+        is_first = workload not in first
+        dense = first.setdefault(workload, median)
         if (against := point.get("against")) is not None:
             value = _real(against, "value", 0, open_=True)
+            if is_first:
+                raise DataError(f"the speed-up is {value!r}, and what it is against is not there: time both")
+            if type(against["is_real"]) is not bool:
+                raise DataError(f"is_real is {against['is_real']!r}: expected true or false")
             if not 1 / _NOISE <= value / (dense / median) <= _NOISE:
                 raise DataError(f"the speed-up is {value!r}, and the times give {dense / median:.3g}: measure again")
 
@@ -151,28 +186,43 @@ def check_sizes(files: Mapping[str, Any]) -> None:
 
 def _check_accuracy(score: Mapping[str, Any]) -> None:
     accuracy = _real(score, "accuracy", 0, 1)
-    n = _whole(score, "n", 1)
+    n = _whole(score, "n", 1, _MOST)
+    if "perplexity" in score:
+        raise DataError("it has an accuracy and a perplexity: expected one of them")
     predictions, labels = score.get("predictions"), score.get("labels")
-    if isinstance(predictions, Sequence) and isinstance(labels, Sequence):
+    if predictions is not None or labels is not None:
+        for name in ("predictions", "labels"):
+            if type(score.get(name)) not in (list, tuple) or not all(type(each) is int for each in score[name]):
+                raise DataError(f"{name} is {score.get(name)!r:.60}: expected a list of class numbers")
         if len(predictions) != len(labels) or len(labels) != n:
             raise DataError(f"n is {n!r}, and there are {len(predictions)} predictions of {len(labels)} labels")
         right = sum(a == b for a, b in zip(predictions, labels, strict=True)) / n
         _is_same("accuracy", accuracy, right, "the predictions give", 1e-9)
+    _is_same("accuracy", accuracy, round(accuracy * n) / n, f"the nearest share of {n:,} examples is", 1e-9)
     error = _real(score, "standard_error", 0, 0.5)
     _is_same("standard_error", error, math.sqrt(accuracy * (1 - accuracy) / n), "accuracy and n give")
 
 
 def _check_perplexity(score: Mapping[str, Any]) -> None:
     perplexity = _real(score, "perplexity", 1)
-    for name in ("n", "n_tokens"):
-        if name in score:
-            _whole(score, name, 1)
+    if "accuracy" in score:
+        raise DataError("it has an accuracy and a perplexity: expected one of them")
+    for name in ("n", "n_tokens", "window"):
+        if score.get(name) is not None:
+            _whole(score, name, 1, _MOST)
     if score.get("standard_error") is not None:
         _real(score, "standard_error", 0)
     nlls, tokens = score.get("window_nll"), score.get("window_tokens")
     if nlls and tokens and len(nlls) == len(tokens):
         mean = math.fsum(nll * count for nll, count in zip(nlls, tokens, strict=True)) / sum(tokens)
         _is_same("perplexity", perplexity / math.exp(min(mean, 700)), 1.0, "the windows give", 1e-6)
+
+
+def _are_texts(values: Mapping[str, Any], *names: str) -> None:
+    for name in names:
+        value = values.get(name)
+        if value is not None and (not isinstance(value, str) or len(value) > _LONGEST or not value.isprintable()):
+            raise DataError(f"{name} is {value!r:.60}: expected one line of at most {_LONGEST:,} characters")
 
 
 def _is_same(name: str, said: float, counted: float, what: str, tolerance: float = _ROUNDED) -> None:

@@ -230,12 +230,48 @@ def _measured(key: str, value: Any, weights: str | None, folder: Path) -> dict[s
     return dict(found)
 
 
+def recounted(
+    data: PruningCardData, files: Mapping[str, Any], report: Mapping[str, Any] | None = None
+) -> PruningCardData:
+    """The facts with everything that the files tell in place of what was stored.
+
+    Args:
+        data: The facts.
+        files: As of :func:`counted_facts`.
+        report: What was counted in the model; None leaves what was stored.
+    """
+    there = {name: text for name, text in PICTURES.items() if name in data.pictures and name in files["checksums"]}
+    sums = {name: each for name, each in files["checksums"].items() if name in data.checksums}
+    counts = data.report if report is None else {**report, "polish": data.report.get("polish") or report["polish"]}
+    return dataclasses.replace(
+        data,
+        **{**files, "rounded": data.rounded or files["rounded"], "checksums": sums},
+        report=counts,
+        pictures=there,
+    )
+
+
+def is_of_training(data: PruningCardData, name: str) -> bool:
+    """Whether scores are those that a training ended with, which says so without a digest of the weights."""
+    training = data.training
+    if name != "evaluation" or training is None or data.evaluation is None:
+        return False
+    said, trained = (
+        {k: v for k, v in each.items() if k not in ("predictions", "labels")}
+        for each in (data.evaluation["evaluation"], training["pruned"])
+    )
+    return said == trained
+
+
 def measured_of(found: Mapping[str, Any]) -> list[str]:
     """The digests of the weights that scores or timings are said to be of; of timings not that of the dense model."""
     said = found.get("weights")
-    if isinstance(said, Mapping):
-        return [each for each in list(said.values())[len(said) > 1 :] if isinstance(each, str)]
-    return [said] if isinstance(said, str) else []
+    if "points" not in found:
+        return [said] if isinstance(said, str) else []
+    if not isinstance(said, Mapping):
+        return []
+    names = list(dict.fromkeys(point["model"] for point in found["points"]))
+    return [each for name in names[len(names) > 1 :] if isinstance(each := said.get(name), str)]
 
 
 _CHECKS = {
@@ -263,7 +299,7 @@ def _spelled(hint: Any) -> str:
 def _check(check: Callable[[Mapping[str, Any]], None], value: Any, where: str) -> None:
     try:
         check(value)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
         what = error if isinstance(error, DataError) else f"not as hf_prune writes it: {error!r}"
         raise DataError(f"{where} cannot be true: {what}") from error
 

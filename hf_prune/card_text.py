@@ -112,7 +112,7 @@ def _scores(data: PruningCardData) -> dict[str, Any] | None:
     score, dense, comparison = (evaluation.get(key) for key in ("evaluation", "dense", "comparison"))
     if score is None:
         return None
-    where = _plain(f"{data.dataset or Path(str(score.get('source', ''))).name or 'its data'}")
+    where = _plain(f"{data.dataset or Path(str(score.get('source') or '')).name or 'its data'}")
     rows = [["this model", *_figures(score)]]
     if dense is not None:
         rows.append(["dense", *_figures(dense)])

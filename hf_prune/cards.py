@@ -15,13 +15,17 @@ from hf_prune.card_data import (
     LICENSE_FIELDS,
     PICTURES,
     PruningCardData,
-    checksums,
+    counted_facts,
     differing,
     is_license,
     is_link,
+    is_of_training,
     is_rounded,
     load_card_data,
+    measured_of,
     read_card_data,
+    recounted,
+    weights_digest,
     with_reports,
 )
 from hf_prune.card_surroundings import (
@@ -105,15 +109,24 @@ def check_card(folder: Path) -> None:
     if not facts and our_part(text) is None:
         return
     said = facts.get("sha256")
-    if others := differing(said if isinstance(said, dict) else {}, checksums(folder)):
+    files = counted_facts(folder)
+    if others := differing(said if isinstance(said, dict) else {}, files["checksums"]):
         raise CheckpointError(
             f"{path} describes other files than those beside it ({', '.join(map(str, others[:3]))}): run hf-prune card "
             f"{folder} --write, or delete it"
         )
     try:
-        rendered = render_card(load_card_data(folder), text)
+        data = load_card_data(folder)
+        rendered = render_card(recounted(data, files), text)
     except (DataError, jinja2.UndefinedError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{error}: run hf-prune card {folder} --write") from error
+    weights = weights_digest(files["checksums"])
+    for name, measured in (("evaluation", data.evaluation), ("latency", data.latency)):
+        if measured is not None and not is_of_training(data, name) and weights not in measured_of(measured):
+            raise CheckpointError(
+                f"the {name} in {folder / CARD_DATA} is not said to be of the weights beside it, so it was edited or "
+                f"is of others: measure again, and run hf-prune card {folder} --{name} FILE --write"
+            )
     for name, there, expected in surroundings(text):
         if there != expected:
             raise CheckpointError(

@@ -109,7 +109,7 @@ def compare(dense: Evaluation, pruned: Evaluation, *, confidence: float = 0.95) 
         upper_bound=upper_bound,
         only_dense_right=lost,
         only_pruned_right=won,
-        p_value=_mcnemar(lost, won),
+        p_value=mcnemar(lost, won),
         n=n,
         confidence=confidence,
         doubt=doubt_of(dense, confidence),
@@ -182,7 +182,7 @@ def _paired_drop(lost: float, won: float, n: float) -> tuple[float, float]:
     return (lost - won) / n, math.sqrt((lost + won) - (lost - won) ** 2 / n) / n
 
 
-def _mcnemar(lost: int, won: int) -> float:
+def mcnemar(lost: int, won: int) -> float:
     """P-value of the exact two-sided test: ``min(lost, won)`` heads or fewer in fair tosses, doubled."""
     return min(1.0, 2 * _tail(min(lost, won), lost + won))
 

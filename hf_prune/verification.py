@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import math
 import re
@@ -14,12 +13,13 @@ from typing import Any
 import jinja2
 
 from hf_prune.card_data import (
-    PICTURES,
     PruningCardData,
     counted_facts,
     differing,
+    is_of_training,
     load_card_data,
     measured_of,
+    recounted,
     weights_digest,
 )
 from hf_prune.card_surroundings import FACTS, in_any_order, other_data, surroundings
@@ -171,7 +171,7 @@ def verify_checkpoint(
     claims: tuple[str, ...] = ()
     try:
         data = load_card_data(folder)
-        expected = render_card(_recounted(data, report, files), text)
+        expected = render_card(recounted(data, files, report), text)
         found += [*_rendered(expected, text, facts), *_stored(data, expected, text), *_measured(data, files)]
         claims = (*_claims(data), *(f"the author's result on {name}" for name in other_data(text)))
     except (DataError, jinja2.UndefinedError, AttributeError, KeyError, TypeError, ValueError) as error:
@@ -191,18 +191,6 @@ def _sums(said: Any, found: Mapping[str, str]) -> list[Difference]:
     said = said if isinstance(said, dict) else {}
     names = {*(name for name in said if name in found), *differing(said, found)}
     return [Difference(f"SHA-256 of {name}", said.get(name), found.get(name)) for name in sorted(names, key=str)]
-
-
-def _recounted(data: PruningCardData, report: Mapping[str, Any], files: Mapping[str, Any]) -> PruningCardData:
-    """The facts with everything that the files tell in place of what was stored."""
-    there = {name: text for name, text in PICTURES.items() if name in data.pictures and name in files["checksums"]}
-    sums = {name: each for name, each in files["checksums"].items() if name in data.checksums}
-    return dataclasses.replace(
-        data,
-        **{**files, "rounded": data.rounded or files["rounded"], "checksums": sums},
-        report={**report, "polish": data.report.get("polish") or report["polish"]},
-        pictures=there,
-    )
 
 
 def _rendered(expected: str, text: str, facts: Mapping[str, Any]) -> Iterator[Difference]:
@@ -243,7 +231,8 @@ def _measured(data: PruningCardData, files: Mapping[str, Any]) -> Iterator[Diffe
     """Whether scores and timings are of these weights, where they say of which."""
     weights = weights_digest(files["checksums"])
     for name, measured in (("evaluation", data.evaluation), ("latency", data.latency)):
-        if measured is not None and (said := measured_of(measured)):
+        if measured is not None and not is_of_training(data, name):
+            said = measured_of(measured) or ["none"]
             yield Difference(f"SHA-256 of the weights of the {name}", weights if weights in said else said[0], weights)
 
 
@@ -254,6 +243,12 @@ def _claims(data: PruningCardData) -> tuple[str, ...]:
         "scores (add --evaluate)": data.evaluation,
         "timings": data.latency or speed,
         "what training did": data.training,
+        "the name": data.name,
+        "versions": data.versions or None,
+        "the license": data.license,
+        "the data": data.dataset,
+        "what was polished": data.report.get("polish") or None,
+        "what was rounded": data.rounded or None,
         "the base model": data.base_model,
         "the command": data.command,
     }

@@ -35,6 +35,7 @@ from hf_prune import (
     plot_weight_histogram,
     push_checkpoint,
 )
+from hf_prune.card_data import checksums, weights_digest
 from hf_prune.cards import describe_model
 from hf_prune.explain import speed_reasons
 from hf_prune.plots import save_figure
@@ -113,6 +114,11 @@ class Desk:
         save_figure(plot_weight_histogram(before, after, title), pruned.folder / "weights.png")
         if pruned.structure is None:
             save_figure(plot_layer_sparsity(pruned.report, title), pruned.folder / "layers.png")
+        weights = weights_digest(checksums(pruned.folder))  # what was measured here is of these
+        if evaluation is not None:
+            evaluation = {**evaluation, "weights": weights}
+        if latency is not None:
+            latency = {**latency, "weights": {point["model"]: weights for point in latency["points"][1:]}}
         return describe_model(
             pruned.model,
             pruned.folder,

@@ -9,6 +9,7 @@ from huggingface_hub import RepoCard
 from safetensors.torch import load_file, save_file
 
 from hf_prune import compress_checkpoint, decompress_checkpoint, read_card_data, verify_checkpoint, write_card
+from hf_prune.card_data import checksums, weights_digest
 from hf_prune.cards import BEGIN, END, read_facts
 from hf_prune.cli import main
 from tests import models
@@ -27,7 +28,10 @@ def made(tmp_path_factory):
     models.save_classifier_and_data(root, seed=4)
     command(["prune", root / "dense", "--sparsity", "0.6", "--out", root / "pruned", "--plots"])
     (root / "pruned" / "README.md").write_text("---\nlanguage: en\n---\n\n# Mine\n\nBefore.\n")
-    write_card(root / "pruned", read_card_data(root / "pruned", **FACTS, evaluation=SCORES, latency=LATENCY))
+    weights = weights_digest(checksums(root / "pruned"))
+    names = {point["model"]: weights for point in LATENCY["points"]}
+    measured = {"evaluation": {**SCORES, "weights": weights}, "latency": {**LATENCY, "weights": names}}
+    write_card(root / "pruned", read_card_data(root / "pruned", **FACTS, **measured))
     card = root / "pruned" / "README.md"
     card.write_text(card.read_text() + "\nAfter.\n")
     return root

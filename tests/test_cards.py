@@ -27,7 +27,7 @@ from hf_prune import (
     verify_checkpoint,
     write_card,
 )
-from hf_prune.card_data import load_card_data
+from hf_prune.card_data import checksums, load_card_data, weights_digest
 from hf_prune.card_surroundings import surroundings
 from hf_prune.cards import BEGIN, END, check_card, describe_model, merge_cards, our_part, read_facts, without_facts
 from hf_prune.cli import main
@@ -606,7 +606,10 @@ def test_an_edited_source_of_the_card_is_found_and_not_published(folder, scores,
     edit(folder / "pruning_card.json", STORED[what])
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
     assert different(folder)
-    assert "so one of them was edited" in run("push", folder, "me/x", "--dry-run", code=1)
+    assert re.search(
+        "so one of them was edited|is not said to be of the weights beside it|cannot be true",
+        run("push", folder, "me/x", "--dry-run", code=1),
+    )
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
 
 
@@ -690,7 +693,7 @@ def test_a_forged_record_of_what_was_taken_out(made, tmp_path, run):
         ({"accuracy": float("nan")}, "accuracy is nan: expected a number from 0 to 1"),
         ({"accuracy": -0.1}, "accuracy is -0.1"),
         ({"accuracy": True}, "accuracy is True"),
-        ({"n": -5}, "n is -5: expected a whole number, 1 or more"),
+        ({"n": -5}, "n is -5: expected a whole number, 1 to 1,000,000,000,000"),
         ({"n": 40.5}, "n is 40.5"),
         ({"n": 41}, "n is 41, and there are 40 predictions of 40 labels"),
         ({"accuracy": 0.99}, "accuracy is 0.99, and the predictions give"),
@@ -765,6 +768,71 @@ def test_timings_that_cannot_be(folder):
     ):
         with pytest.raises(DataError, match=message):
             read_card_data(folder, latency=wrong)
+
+
+def test_measurements_of_odd_shapes_are_refused_in_words(folder):
+    def score(k=75, n=100, **more):
+        accuracy = k / n
+        return {"accuracy": accuracy, "n": n, "standard_error": (accuracy * (1 - accuracy) / n) ** 0.5, **more}
+
+    even = {"drop": 0.0, "interval": [-3, 3], "confidence": 0.95, "p_value": 1.0}
+    assert read_card_data(folder, evaluation={"evaluation": score(), "dense": score(), "comparison": even}).evaluation
+    for part, message in (
+        ({"evaluation": score(accuracy=0.7501)}, "the nearest share of 100 examples is 0.75"),
+        ({"evaluation": {**score(), "n": 10**400}}, "n is 1000"),
+        ({"evaluation": score(perplexity=5.0)}, "it has an accuracy and a perplexity"),
+        ({"evaluation": score(predictions="x" * 100, labels="x" * 100)}, "predictions is 'xxx"),
+        ({"evaluation": score(1, 1, predictions=[True], labels=[1])}, r"predictions is \[True\]: expected a list"),
+        ({"evaluation": score(1, 1, labels=[1])}, "predictions is None"),
+        ({"evaluation": score(split=["a"])}, r"split is \['a'\]: expected one line"),
+        ({"evaluation": score(source="a\nb")}, "source is 'a.*expected one line"),
+        ({"evaluation": score(), "dense": score(n=200)}, "n is 100, and of the dense model 200: expected the same"),
+        ({"evaluation": score(), "dense": {"perplexity": 3.0}}, "dense is another kind of score"),
+        ({"evaluation": score(), "dense": [1]}, "not as hf_prune writes it"),
+        ({"evaluation": score(), "comparison": even}, "the comparison is with nothing"),
+        ({"evaluation": score(), "dense": score(), "comparison": {**even, "p_value": 0.1}}, "the drop is 0"),
+        ({"evaluation": score(), "dense": score(), "comparison": {**even, "interval": [1, 2]}}, "around the drop, 0"),
+        ({"evaluation": score(), "dense": score(), "comparison": {**even, "interval": "01"}}, "expected two numbers"),
+        ({"evaluation": score(), "dense": score(), "comparison": {**even, "interval": [False, True]}}, "interval is F"),
+        ({"evaluation": score(), "dense": score(), "comparison": {**even, "confidence": 0.1}}, "confidence is 0.1"),
+        ({"evaluation": score(), "dense": score(), "comparison": {**even, "doubt": {}}}, "doubt is {}"),
+        ({"evaluation": score(70), "dense": score(), "comparison": {**even, "drop": 5.0, "interval": [-2, 12],
+          "only_dense_right": 5, "only_pruned_right": 0, "p_value": 0.9}}, "p_value is 0.9, and the examples"),
+    ):  # fmt: skip
+        with pytest.raises(DataError, match=f"cannot be true: .*{message}|{message}"):
+            read_card_data(folder, evaluation=part)
+    how = {"rounds": 9, "threads": 1, "dtype": "float32", "device": "cpu", "torch": "2"}
+    point = {"model": "dense", "batch_size": 1, "length": 8, "median": 0.01}
+    faster = {**point, "model": "pruned", "median": 0.005, "against": {"value": 2.0, "is_real": True}}
+    for points, message in (
+        ([faster], "what it is against is not there"),
+        ([faster, point], "what it is against is not there"),
+        ([point, {**faster, "against": {"value": 3.1, "is_real": True}}], "and the times give 2"),
+        ([point, {**faster, "against": {"value": 2.0, "is_real": "no"}}], "is_real is 'no'"),
+        ([point, {**faster, "low": 9, "high": 1}], "median is 0.005: expected it between 9 and 1"),
+        ([{**point, "model": {}}], "model is {}"),
+        ([{**point, "model": None}], "model is None"),
+        ([{**point, "length": 10**30}], "length is 1000"),
+    ):
+        with pytest.raises(DataError, match=message):
+            read_card_data(folder, latency={"points": points, **how})
+
+
+@pytest.mark.parametrize("part", ["evaluation", "latency"])
+def test_what_was_measured_says_of_which_weights(folder, part):
+    """Who takes the digest out of ``pruning_card.json`` publishes nothing by it."""
+    found = {"evaluation": {"evaluation": {"accuracy": 0.5, "n": 4, "standard_error": 0.25}},
+             "latency": {"points": [{"model": "a", "batch_size": 1, "length": 8, "median": 0.1}], "rounds": 9,
+                         "threads": 1, "dtype": "float32", "device": "cpu", "torch": "2"}}[part]  # fmt: skip
+    weights = weights_digest(checksums(folder))
+    said = weights if part == "evaluation" else {"a": weights}
+    write_card(folder, read_card_data(folder, **{part: {**found, "weights": said}}))
+    assert different(folder) == []
+    check_card(folder)
+    edit(folder / "pruning_card.json", lambda v: v[part].pop("weights"))
+    assert different(folder) == [f"SHA-256 of the weights of the {part}"]
+    with pytest.raises(CheckpointError, match=f"the {part} in .* is not said to be of the weights beside it"):
+        check_card(folder)
 
 
 def test_scores_and_timings_of_other_weights_are_refused(made, folder, scores, run, tmp_path):
@@ -952,7 +1020,7 @@ def test_marks_in_the_wrong_order_cost_no_words(folder):
 def test_files_that_are_no_measurements(folder, tmp_path, option):
     for text in ("[]", '{"accuracy": 1.0}', '{"evaluation": {}, "points": 1}', '{"evaluation": {"accuracy": "1"}}'):
         (tmp_path / "x.json").write_text(text)
-        with pytest.raises(DataError, match="is not what hf-prune"):
+        with pytest.raises(DataError, match=r"is not what hf-prune|it holds a JSON list"):
             read_card_data(folder, **{option: tmp_path / "x.json"})
 
 
