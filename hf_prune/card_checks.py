@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hf_prune.comparison import interval_of, mcnemar
@@ -184,16 +184,20 @@ def check_sizes(files: Mapping[str, Any]) -> None:
         _whole(files, name, 0)
 
 
+def _classes(score: Mapping[str, Any], name: str) -> Sequence[int]:
+    classes = score.get(name)
+    if not isinstance(classes, list | tuple) or not all(type(each) is int for each in classes):
+        raise DataError(f"{name} is {classes!r:.60}: expected a list of class numbers")
+    return classes
+
+
 def _check_accuracy(score: Mapping[str, Any]) -> None:
     accuracy = _real(score, "accuracy", 0, 1)
     n = _whole(score, "n", 1, _MOST)
     if "perplexity" in score:
         raise DataError("it has an accuracy and a perplexity: expected one of them")
-    predictions, labels = score.get("predictions"), score.get("labels")
-    if predictions is not None or labels is not None:
-        for name in ("predictions", "labels"):
-            if type(score.get(name)) not in (list, tuple) or not all(type(each) is int for each in score[name]):
-                raise DataError(f"{name} is {score.get(name)!r:.60}: expected a list of class numbers")
+    if score.get("predictions") is not None or score.get("labels") is not None:
+        predictions, labels = _classes(score, "predictions"), _classes(score, "labels")
         if len(predictions) != len(labels) or len(labels) != n:
             raise DataError(f"n is {n!r}, and there are {len(predictions)} predictions of {len(labels)} labels")
         right = sum(a == b for a, b in zip(predictions, labels, strict=True)) / n

@@ -953,8 +953,11 @@ def test_yaml_bombs_of_a_base_model_and_of_a_card(folder, run, tmp_path, bomb):
 def test_the_command_counts_and_does_not_believe_reports(folder, run):
     """A report of other weights, and one of a training on others."""
     report = json.loads((folder / "sparsity_report.json").read_text())
-    trained = {"sparsity": {**report, "nonzero": 1}, "pruned": {"accuracy": 0.99, "standard_error": 0.1, "n": 9}}
-    (folder / "training_report.json").write_text(json.dumps({**trained, "dense": None, "comparison": None}))
+    trained = {"sparsity": {**report, "nonzero": 1}, "steps": 3, "dense": None, "comparison": None}
+    trained["pruned"] = {"accuracy": 0.99, "standard_error": 0.00995, "n": 100}
+    (folder / "training_report.json").write_text(json.dumps(trained))
+    assert "training_report.json cannot be true: nonzero is 1" in run("card", folder, "--write", code=1)
+    (folder / "training_report.json").unlink()
     (folder / "sparsity_report.json").write_text(json.dumps({**report, "nonzero": 5, "removed": 6}))
     run("card", folder, "--write")
     assert "99.00" not in (folder / "README.md").read_text()
