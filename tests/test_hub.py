@@ -362,7 +362,8 @@ run.train()
 run.push_to_hub()
 card = Path("{tmp_path / "out" / "README.md"}")
 text = card.read_text()
-begin, end = text.index("<!-- This model card"), text.index("-->") + 3
+begin = text.index("<!-- This model card")
+end = text.index("-->", begin) + 3
 card.write_text(text[:begin] + text[end:] + "\\nMy own words.\\n")
 run.push_to_hub()
 """

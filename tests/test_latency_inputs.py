@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from hf_prune import ConfigError, PlanError, measure_latency
+from hf_prune.export import ExportedModel
 from hf_prune.latency_inputs import find_workloads
 from hf_prune.timing import Timings
 from tests import models as tiny
@@ -106,7 +107,7 @@ def test_exported_models_are_compared_in_float32_on_the_cpu_only():
     with pytest.raises(
         ConfigError, match=r"m\.onnx is exported, in float32 on the CPU, and the others are in bfloat16"
     ):
-        measure_latency({"a": model, "m.onnx": lambda **_: None}, lengths=[8])
+        measure_latency({"a": model, "m.onnx": object.__new__(ExportedModel)}, lengths=[8])
 
 
 def test_too_few_rounds_are_told_and_are_json():
