@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from hf_prune.distributed import add_up, all_or_none, from_first, share
 from hf_prune.errors import CalibrationError
 from hf_prune.notices import warn_user
-from hf_prune.padding import Padding, first_tensor
+from hf_prune.padding import Padding, first_input, first_tensor
 from hf_prune.plan import PlannedTensor, PruningPlan
 from hf_prune.progress import Bar
 from hf_prune.replay import NotAlikeError, Replay, Stack, Tracer, outer_lists
@@ -388,7 +388,7 @@ class InputReader:
         if self.replay.active:
             watchers = [replace(watcher, call=self._guarded(watcher.call)) for watcher in watchers]
         stop_after: set[object] | None = None
-        # A run may stop early only if no further call is to come, as far as the first batches show.
+        # A run may stop early only if no further call is to come, as far as the samples show.
         if all(id(watcher.module) in self.once for watcher in watchers):
             stop_after = {watcher for watcher in watchers if watcher.waits}
         advancing = self.replay.behind() if record else []
@@ -553,11 +553,6 @@ def check_finite(name: str, statistics: Mapping[str, Tensor]) -> None:
             f"the inputs of {name} are not finite: expected finite values; calibrate in float32 or bfloat16, "
             f"and check the batches"
         )
-
-
-def first_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-    """What a module multiplies: its first argument."""
-    return args[0] if args else next(iter(kwargs.values()))
 
 
 def _version(x: Tensor) -> object:

@@ -14,10 +14,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from hf_prune.activations import CACHE_BYTES, Batches, InputReader, Watcher, first_input
+from hf_prune.activations import CACHE_BYTES, Batches, InputReader, Watcher
 from hf_prune.distributed import add_up, all_or_none, processes
 from hf_prune.errors import CalibrationError, PlanError
-from hf_prune.padding import first_tensor
+from hf_prune.padding import first_input, first_tensor
 from hf_prune.plan import PruningPlan
 from hf_prune.progress import Bar
 from hf_prune.replay import outer_lists, replaced_forward

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_prune.activations import CACHE_BYTES, Batches, InputReader, Watcher, check_finite, first_input
+from hf_prune.activations import CACHE_BYTES, Batches, InputReader, Watcher, check_finite
 from hf_prune.allocation import least_total, outlier_sparsities
 from hf_prune.distributed import all_or_none, from_first
+from hf_prune.padding import first_input
 from hf_prune.plan import PlannedTensor, PruningPlan
 from hf_prune.repair import damped, layer_errors, least_squares
 from hf_prune.scoring import unit_scores

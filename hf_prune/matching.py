@@ -21,10 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_prune.activations import Batches, InputReader, Statistics, Watcher, check_finite, first_input
+from hf_prune.activations import Batches, InputReader, Statistics, Watcher, check_finite
 from hf_prune.distributed import from_first, processes
 from hf_prune.errors import CalibrationError
-from hf_prune.padding import first_tensor
+from hf_prune.padding import first_input, first_tensor
 from hf_prune.plan import PlannedTensor, PruningPlan
 from hf_prune.sensitivity import Sensitivity
 from hf_prune.spill import Shelf

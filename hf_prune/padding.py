@@ -77,6 +77,11 @@ class Padding:
         return mask.reshape(-1) if fits else None
 
 
+def first_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """What a module multiplies: its first argument."""
+    return args[0] if args else next(iter(kwargs.values()))
+
+
 def first_tensor(output: Any) -> Any:
     """What a module hands on: its output, or the first part of it; None if that is nothing."""
     if isinstance(output, Tensor):

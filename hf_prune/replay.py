@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from hf_prune.distributed import add_up
-from hf_prune.padding import first_tensor
+from hf_prune.padding import first_input, first_tensor
 from hf_prune.spill import Shelf
 from hf_prune.tainted import Tainted, tainted
 
@@ -308,18 +308,18 @@ class Tracer:
                 hooks.callback(block.register_forward_hook(self._note_block).remove)
             yield self
 
-    def __call__(self, kind: int, start: nn.Module | None = None, stop: nn.Module | None = None) -> list[Event]:
+    def __call__(self, batch: int, start: nn.Module | None = None, stop: nn.Module | None = None) -> list[Event]:
         """What happens while a batch runs: calls and uses of targets, and blocks that return.
 
         Args:
-            kind: The batch.
+            batch: Its number.
             start: A block after whose return it counts; None for the start of the run.
             stop: A block with whose return the run ends.
         """
         self._events, self._start, self._stop = [], start, stop
         with torch.random.fork_rng(devices=[]), suppress(_Return):
             torch.default_generator.manual_seed(0)
-            self._run(kind)
+            self._run(batch)
         return self._events
 
     def _note(self, key: object, *_: Any) -> None:
@@ -328,8 +328,7 @@ class Tracer:
 
     def _note_call(self, key: object, module: nn.Module, args: Any, kwargs: Any) -> None:
         if self._start is None:
-            x = args[0] if args else next(iter(kwargs.values()))
-            self._events.append((key, self._fingerprint(module, x)))
+            self._events.append((key, self._fingerprint(module, first_input(args, kwargs))))
 
     def _note_block(self, module: nn.Module, args: Any, output: Any) -> None:
         if module is self._start:
@@ -446,7 +445,7 @@ def _close(a: Tensor | None, b: Tensor | None) -> bool:
     return bool((near | (a == b) | (a.isnan() & b.isnan())).all())
 
 
-def _run_on_other_inputs(block: nn.Module, trace: Tracer, kind: int) -> None:
+def _run_on_other_inputs(block: nn.Module, trace: Tracer, batch: int) -> None:
     """Run a batch while a block gets other values than the model hands it; whether that works does not matter."""
 
     def disturb(value: Any) -> Any:
@@ -460,9 +459,8 @@ def _run_on_other_inputs(block: nn.Module, trace: Tracer, kind: int) -> None:
 
     handle = block.register_forward_pre_hook(hook, with_kwargs=True)
     try:
-        trace(kind)
-    except Exception:
-        pass
+        with suppress(Exception):
+            trace(batch)
     finally:
         handle.remove()
 

@@ -22,10 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_prune.activations import CACHE_BYTES, InputReader, Watcher, first_input
+from hf_prune.activations import CACHE_BYTES, InputReader, Watcher
 from hf_prune.distributed import add_up, all_or_none, share
 from hf_prune.errors import CalibrationError
-from hf_prune.padding import first_tensor
+from hf_prune.padding import first_input, first_tensor
 from hf_prune.progress import Bar
 from hf_prune.running import on_device
 from hf_prune.spill import Shelf

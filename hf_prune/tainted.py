@@ -20,6 +20,12 @@ _SIZED_BY_VALUES = frozenset(
 )
 
 
+# Operators that write into their first operand; functions that do end with one underscore.
+_IN_PLACE = frozenset(
+    f"__{name}__" for name in "set setitem iadd isub imul itruediv ifloordiv imod ipow iand ior ixor".split()
+)
+
+
 class TaintedError(Exception):
     """A program would go by a tainted value, or write it into a tensor that is not; never leaves the package."""
 
@@ -42,8 +48,7 @@ class Tainted(Tensor):
             TaintedError: If it would leave no trace.
         """
         name, kwargs = func.__name__, kwargs or {}
-        in_place = name == "__set__" or name == "__setitem__" or name.startswith("__i") or name.endswith("_")
-        in_place = in_place and not (name.endswith("__") and name not in _IN_PLACE)
+        in_place = name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
         if kwargs.get("out") is not None or (in_place and not isinstance(args[0], Tainted)):
             raise TaintedError(f"{name} writes into another tensor")
         if name in _SIZED_BY_VALUES or (name == "__getitem__" and _picks(args[1])):
@@ -52,11 +57,6 @@ class Tainted(Tensor):
         if name not in _METADATA and not _is_tensors(result):
             raise TaintedError(f"{name} reads values")
         return result
-
-
-_IN_PLACE = frozenset(
-    f"__{name}__" for name in "set setitem iadd isub imul itruediv ifloordiv imod ipow iand ior ixor".split()
-)
 
 
 def _picks(index: Any) -> bool:

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_prune.activations import Batches, Watcher, first_input
+from hf_prune.activations import Batches, Watcher
 from hf_prune.bypass import bypass, restore
 from hf_prune.calibration import batched, differentiable
 from hf_prune.distributed import add_up, all_or_none, share
 from hf_prune.errors import CalibrationError
+from hf_prune.padding import first_input
 from hf_prune.progress import Bar
 from hf_prune.running import eval_mode, on_device, run_model
 from hf_prune.sensitivity import named_logits, prediction, token_mask
