@@ -28,6 +28,7 @@ from hf_prune.replay import NotAlikeError, Replay, Stack, Tracer, outer_lists
 from hf_prune.running import device_of, eval_mode, no_cache, no_logits, on_device, run_model
 from hf_prune.spill import Shelf
 from hf_prune.sums import InputSum
+from hf_prune.tables import first_few
 from hf_prune.tainted import Tainted
 from hf_prune.targets import is_finite, prunable_modules
 
@@ -209,7 +210,7 @@ class InputReader:
 
     def _tell_of_missing(self, missing: Sequence[PlannedTensor], called: set[int], warned: bool) -> None:
         """Refuse, or warn of, targets that no batch reaches, and say where what holds them ran without calling them."""
-        names = ", ".join(t.target.name for t in missing[:3]) + (", …" if len(missing) > 3 else "")
+        names = first_few([t.target.name for t in missing])
         found = f"no calibration batch reached {len(missing)} of {len(self.tensors)} targets ({names}): "
         passed = {}
         for t in missing:

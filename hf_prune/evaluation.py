@@ -20,6 +20,7 @@ from hf_prune.errors import ConfigError, DataError
 from hf_prune.masking import warn_regrown
 from hf_prune.progress import Bar
 from hf_prune.running import device_of, eval_mode, run_model
+from hf_prune.tables import first_few
 
 if TYPE_CHECKING:
     import evaluate
@@ -440,7 +441,7 @@ def class_doubt(dataset: Dataset, label_column: str, labels: Sequence[int], conf
     there = getattr(dataset.features[label_column], "names", None)
     count = len(set(labels)) if there is None else len(there)
     if count != config.num_labels:
-        which = f", of which {_some(sorted(set(labels)))} occur" if there is None else ""
+        which = f", of which {first_few(sorted(set(labels)), 5)} occur" if there is None else ""
         return f"the model has {config.num_labels} classes, and the data {count}{which}"
     theirs, ours = [_folded(name) for name in there or ()], [_folded(names.get(i, "")) for i in range(count)]
     plain = [_numbered(side) for side in (theirs, ours)]  # True: the names are but the numbers of the classes
@@ -465,10 +466,6 @@ def _numbered(names: Sequence[str]) -> bool | None:
     if len(found) < len(names):
         return None
     return any(all(text in ("", str(i + first)) for i, text in enumerate(found)) for first in (0, 1))
-
-
-def _some(values: Sequence[Any], most: int = 5) -> str:
-    return ", ".join(map(str, values[:most])) + (", …" if len(values) > most else "")
 
 
 def _check_padding(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel | None = None) -> None:

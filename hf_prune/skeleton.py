@@ -36,6 +36,7 @@ from hf_prune.quantized import EXPECTED, method_of_config
 from hf_prune.replay import replaced_forward
 from hf_prune.shards import Shards, read_tensor
 from hf_prune.sources import check_model_source
+from hf_prune.tables import first_few
 from hf_prune.targets import prunable_modules
 
 _DEVICE = Tensor.device.__get__  # what a TorchFunctionMode is told of ``tensor.device``
@@ -157,14 +158,14 @@ def _match(model: Any, shards: Shards, source: str) -> tuple[dict[str, tuple[str
         hint = "it was pruned with torch.nn.utils.prune: load it once without streaming" if pruned else "found others"
         raise CheckpointError(
             f"{source!r} has no weights for {len(missing)} of {len(keys)} parameters of {type(model).__name__} "
-            f"({_some(missing)}), and has {len(unknown)} that it does not know ({_some(unknown)}): {hint}; the config "
-            f"must name the class that was saved"
+            f"({first_few(missing)}), and has {len(unknown)} that it does not know "
+            f"({first_few(unknown) or 'none'}): {hint}; the config must name the class that was saved"
         )
     ignored = model._keys_to_ignore_on_load_unexpected or ()
     if strange := [key for key in unknown if not any(re.search(pattern, key) for pattern in ignored)]:
         warn_user(
             f"{len(strange)} tensors of {source!r} are not of {type(model).__name__}, and are copied as they are: "
-            f"{_some(strange)}",
+            f"{first_few(strange)}",
         )
     return {name: tuple(found) for name, found in keys.items()}, buffers
 
@@ -214,10 +215,6 @@ def _dtypes(model: Any) -> dict[str, torch.dtype]:
             if (match := pattern.search(name)) is not None:
                 dtypes[name] = exceptions[patterns[str(match.lastgroup)]]
     return dtypes
-
-
-def _some(names: Sequence[str], most: int = 3) -> str:
-    return ", ".join(names[:most]) + (", …" if len(names) > most else "") or "none"
 
 
 class LazyWeights:

@@ -37,6 +37,16 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int
     return "\n".join("  ".join(line).rstrip() for line in lines)
 
 
+def first_few(values: Sequence[object], most: int = 3) -> str:
+    """The first of some values, with an ellipsis if there are more.
+
+    Args:
+        values: What is listed.
+        most: How many.
+    """
+    return ", ".join(map(str, values[:most])) + (", …" if len(values) > most else "")
+
+
 def format_csv(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
     """Rows as CSV; a text that a spreadsheet would run as a formula gets an apostrophe before it.
 
