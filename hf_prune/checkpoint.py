@@ -109,6 +109,7 @@ _VOCABULARIES = (
     "spiece.model",
     "sentencepiece.bpe.model",
 )
+_TENSORS_UNKNOWN = 1000  # taken for the number in a file that is not safetensors; the largest GGUF files have as many
 _HUB_KEYS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
 
@@ -291,7 +292,7 @@ def staged_checkpoint(
 
 def completing(variant: str | None = None) -> tuple[str, ...]:
     """The files without which nobody loads a checkpoint: a half-replaced one is an error and never a mixture."""
-    index = f"model.safetensors.index.{variant}.json" if variant else "model.safetensors.index.json"
+    index = of_variant(INDEX, variant)
     return index, MASK_FILE, "config.json"
 
 
@@ -669,28 +670,34 @@ def load_pruned(load: Callable[..., Any], source: Any, *args: Any, **kwargs: Any
     if find_file(source, "config.json", hub) is None:
         if (adapter_config := find_file(source, "adapter_config.json", hub)) is not None:
             raise holds_adapters(os.fspath(source), adapter_config)
+    files = weight_files(source, hub, kwargs.get("variant"))
     if asked := [key for key in ("quantization_config", "load_in_4bit", "load_in_8bit") if kwargs.get(key)]:
-        files = weight_files(source, hub)
         if find_file(source, MASK_FILE, hub) is not None or (files and is_packed(files[0])):
             raise _sparse_and_quantized(source, asked[0])
     asked_for_info = kwargs.pop("output_loading_info", False)
-    with _without_torch_prune(source, hub) as converted:
+    packed = PackedFiles(files) if files and is_packed(files[0]) else None
+    gguf = find_file(source, kwargs["gguf_file"], hub) if kwargs.get("gguf_file") else None
+
+    def limited(*args: Any, **kwargs: Any) -> Any:
+        with limited_to_files(source, files if gguf is None else [gguf]):
+            return load(*args, **kwargs)
+
+    with _without_torch_prune(source, files, hub) as converted:
         if converted is None:
             path = find_file(source, MASK_FILE, hub)
             store = load_masks(path) if path is not None else None
-            store = _with_packed_masks(store, weight_files(source, hub))
-            if asked_for_info or store is not None:
+            if asked_for_info or store is not None or packed is not None:
                 kwargs["output_loading_info"] = True
-            with limited_to_files(source, hub):
-                loaded = load(source, *args, **kwargs)
+            loaded = limited(source, *args, **kwargs)
         else:
             weights, masks = converted
             kwargs = {key: value for key, value in kwargs.items() if key not in _HUB_KEYS}
-            with limited_to_files(source, hub):
-                loaded = load(weights, *args, **kwargs, output_loading_info=True)
-            markers, found = load(masks, *args, **kwargs, output_loading_info=True)
+            loaded = limited(weights, *args, **kwargs, output_loading_info=True)
+            markers, found = limited(masks, *args, **kwargs, output_loading_info=True)
             store = MaskStore(_masks_from_markers(markers, found))
     model, info = loaded if isinstance(loaded, tuple) else (loaded, {})
+    if packed is not None:
+        store = _with_packed_masks(store, packed, model)
     if store is not None:
         if kwargs.get("ignore_mismatched_sizes"):  # those weights are new, and have no mask
             shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
@@ -700,43 +707,48 @@ def load_pruned(load: Callable[..., Any], source: Any, *args: Any, **kwargs: Any
 
 
 @contextlib.contextmanager
-def limited_to_files(source: Any, hub: Mapping[str, Any]) -> Iterator[None]:
-    """Within this context, a config of the Hub builds no model far larger than its weight files can fill.
+def limited_to_files(source: Any, files: Sequence[str]) -> Iterator[None]:
+    """Within this context, a config builds no model far larger than its weight files can fill.
 
     The limits are far above what any checkpoint needs: 16 values for each byte (1,024 of packed files), 100 modules for
-    each tensor. A user's own folder is not limited.
+    each tensor.
 
     Args:
-        source: Folder or Hub id.
-        hub: How the Hub is asked.
+        source: Folder or Hub id, for messages.
+        files: Those with its weights.
 
     Raises:
         DataError: If it would build more.
     """
-    own = os.path.isdir(source) and Path(source).absolute().parent.name != "snapshots"  # what the Hub's client made
-    files = [] if own else weight_files(source, hub)
-    if not files:
-        yield
-        return
-    size, tensors = sum(map(os.path.getsize, files)), sum(len(_tensor_names(file)) for file in files)
+    size = sum(map(os.path.getsize, files))
+    tensors = sum(len(_tensor_names(file)) if file.endswith(".safetensors") else _TENSORS_UNKNOWN for file in files)
     with limited_building(
         str(source),
-        f"its weight files hold {tensors:,} tensors in {size:,} bytes; if you trust it, load a folder that it is in",
-        parameters=(1024 if is_packed(files[0]) else 16) * size + 100_000_000,
+        f"its weight files hold {tensors:,} tensors in {size:,} bytes; if you trust it, load it with transformers' own "
+        f"class, and make that prunable with hf_prune.prunable(model)",
+        parameters=(1024 if files and is_packed(files[0]) else 16) * size + 100_000_000,
         modules=100 * tensors + 10_000,
         buffer_bytes=4 * size + 4_000_000_000,
     ):
         yield
 
 
-def _with_packed_masks(store: MaskStore | None, files: Sequence[str]) -> MaskStore | None:
-    """A compressed checkpoint has the masks in its weights, and in a side file only those of other weights."""
-    if not files or not is_packed(files[0]):
+def _with_packed_masks(store: MaskStore | None, packed: PackedFiles, model: Any) -> MaskStore | None:
+    """A compressed checkpoint has the masks in its weights, and in a side file only those of other weights.
+
+    A mask that does not fit the model gets no memory: all that is ever said of it is its shape.
+    """
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    prefix = f"{model.base_model_prefix}."
+    masks = {}
+    for name, header in packed.headers.items():
+        if header.masked:
+            names = (name, name.removeprefix(prefix), prefix + name.removeprefix(prefix))
+            fits = any(shapes.get(each) == header.shape for each in names)
+            masks[name] = packed.mask(name) if fits else torch.ones((), dtype=torch.bool).expand(header.shape)
+    if not masks:
         return store
-    packed = PackedFiles(files)
-    if not (masks := packed.masks()):
-        return store
-    config, polishes = read_pruning(packed.described.get("pruning", {}), files[0])
+    config, polishes = read_pruning(packed.described.get("pruning", {}), packed.shards.folder)
     return MaskStore(masks | (store.masks if store is not None else {}), config=config, polishes=polishes)
 
 
@@ -797,13 +809,14 @@ def find_file(source: Any, filename: str, hub: Mapping[str, Any]) -> str | None:
 
 
 @contextlib.contextmanager
-def _without_torch_prune(source: Any, hub: Mapping[str, Any]) -> Iterator[tuple[Path, Path] | None]:
+def _without_torch_prune(
+    source: Any, files: Sequence[str], hub: Mapping[str, Any]
+) -> Iterator[tuple[Path, Path] | None]:
     """Two native checkpoints for one with ``*_orig`` and ``*_mask`` tensors: the masked weights, and marks.
 
     The marks are loaded as if they were weights, so that whatever transformers does to names and layouts of
     old checkpoints happens to the masks too: 0 removed, 1 kept, 2 never pruned.
     """
-    files = weight_files(source, hub)
     names = [name for file in files for name in _tensor_names(file)]
     originals = {name.removesuffix("_orig") for name in names if name.endswith("_orig")}
     pruned = {name for name in originals if f"{name}_mask" in names}
@@ -845,20 +858,26 @@ def size_of_weights(source: str | os.PathLike[str]) -> int | None:
     return sum(os.path.getsize(file) for file in [*files, *([masks] if masks else [])]) if files else None
 
 
-def weight_files(source: Any, hub: Mapping[str, Any]) -> list[str]:
+def weight_files(source: Any, hub: Mapping[str, Any], variant: str | None = None) -> list[str]:
     """The safetensors files of a checkpoint; none for formats of other kinds.
+
+    Args:
+        source: Folder or Hub id.
+        hub: How the Hub is asked.
+        variant: Of the weights, as of ``from_pretrained``.
 
     Raises:
         CheckpointError: If all it has is a pickle, its config names other files, or adapters lie beside them.
     """
-    single = find_file(source, SINGLE, hub)
-    if find_file(source, ADAPTERS, hub) is not None and (single or find_file(source, INDEX, hub)) is not None:
+    one, several = of_variant(SINGLE, variant), of_variant(INDEX, variant)
+    single = find_file(source, one, hub)
+    if find_file(source, ADAPTERS, hub) is not None and (single or find_file(source, several, hub)) is not None:
         raise adapters_beside(source)
     if (config := find_file(source, "config.json", hub)) is not None:
-        refuse_weights_elsewhere(Path(config), INDEX if single is None else SINGLE)
+        refuse_weights_elsewhere(Path(config), several if single is None else one)
     if single is not None:
         return [single]
-    if (index := find_file(source, INDEX, hub)) is not None:
+    if (index := find_file(source, several, hub)) is not None:
         weight_map = read_index(Path(index))
         shards = sorted(set(weight_map.values()))
         paths = {shard: find_file(source, shard, hub) for shard in shards}
@@ -869,14 +888,20 @@ def weight_files(source: Any, hub: Mapping[str, Any]) -> list[str]:
                 f"and no file has it: download or save the checkpoint again"
             )
         return [path for path in paths.values() if path is not None]
-    for name in ("pytorch_model.bin", "pytorch_model.bin.index.json"):
+    for name in (of_variant(each, variant) for each in ("pytorch_model.bin", "pytorch_model.bin.index.json")):
         if find_file(source, name, hub) is not None:
             raise CheckpointError(
                 f"{source} has its weights in {name}, a pickle, which can run code when it is opened: expected "
-                f"model.safetensors; if you trust it, convert it once with transformers' "
+                f"{one}; if you trust it, convert it once with transformers' "
                 f"from_pretrained(...).save_pretrained(...)"
             )
     return []
+
+
+def of_variant(name: str, variant: str | None) -> str:
+    """What transformers calls a file of weights, or their index, in a variant."""
+    stem, _, suffix = name.rpartition(".")
+    return name if variant is None else f"{stem}.{variant}.{suffix}"
 
 
 def _tensor_names(file: str) -> list[str]:

@@ -177,7 +177,6 @@ def read_index(path: Path) -> dict[str, str]:
     try:
         found = read_json_object(path)
         weight_map = dict(found["weight_map"])
-        dict(found.get("metadata") or {})  # transformers takes it for one
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} is damaged: {error!r}; download or save the checkpoint again") from error
     for name, shard in weight_map.items():
@@ -189,6 +188,11 @@ def read_index(path: Path) -> dict[str, str]:
             )
     if not weight_map:
         raise CheckpointError(f"{path} is damaged: it names no tensor; download or save the checkpoint again")
+    if not isinstance(found.get("metadata"), dict):
+        raise CheckpointError(
+            f"{path} is damaged: its metadata is {found.get('metadata')!r:.100}, and transformers loads no index "
+            f'without an object there; add "metadata": {{}} to it, or download or save the checkpoint again'
+        )
     return weight_map
 
 
@@ -241,6 +245,10 @@ class PackedFiles:
         """The bytes of a packed weight."""
         return read_tensor(self.shards.folder, self.shards.entries[name + SUFFIX]).numpy()
 
+    def mask(self, name: str) -> Tensor:
+        """The mask of a weight that was packed with one."""
+        return unpack_mask(self.data(name), self.headers[name])
+
     def masks(self) -> dict[str, Tensor]:
-        """The masks of the weights that were packed with one."""
-        return {name: unpack_mask(self.data(name), header) for name, header in self.headers.items() if header.masked}
+        """All of them."""
+        return {name: self.mask(name) for name, header in self.headers.items() if header.masked}

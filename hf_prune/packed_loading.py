@@ -9,11 +9,13 @@ while it is being imported itself.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from safetensors import safe_open
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -101,6 +103,47 @@ def dense_tensors(paths: Sequence[str]) -> dict[str, Any]:
     return slices
 
 
+def take_misfits(model: Any, tensors: dict[str, Any], mapping: Sequence[Any]) -> set[tuple[str, Any, Any]]:
+    """Take out the packed weights whose shape is not that of the model's, before memory is taken for them.
+
+    transformers compares shapes once it has the values: a small file could have it take gigabytes for nothing.
+
+    Args:
+        model: On the meta device or not.
+        tensors: What :func:`dense_tensors` found; changed in place.
+        mapping: How transformers renames and converts the tensors of this model.
+
+    Returns:
+        Name in the model, shape in the files and shape in the model of each, as transformers reports them.
+
+    Raises:
+        CheckpointError: If those that conversions join and split have more values than the model.
+    """
+    renamings = [each for each in mapping if isinstance(each, WeightRenaming)]
+    converters = [each for each in mapping if isinstance(each, WeightConverter)]
+    state, prefix = model.state_dict(), model.base_model_prefix
+    misfits, values = set(), 0
+    for name in [name for name, tensor in tensors.items() if isinstance(tensor, PackedSlice)]:
+        target, converted = rename_source_key(name, renamings, converters, prefix, state)
+        if target not in state and name in state:
+            target, converted = rename_source_key(name, [], [], prefix, state)
+        if target not in state:
+            continue  # nobody reads it
+        shape = torch.Size(tensors[name].get_shape())
+        if converted is None and shape != state[target].shape:
+            misfits.add((target, shape, state[target].shape))
+            del tensors[name]
+        else:
+            values += math.prod(shape)
+    room = sum(tensor.numel() for tensor in state.values())
+    if values > 2 * room:  # twice: some conversions might leave parts out
+        raise CheckpointError(
+            f"the packed weights stand for {values:,} values, and the model that the config describes has {room:,}: "
+            f"they do not belong together; download or save the checkpoint again"
+        )
+    return misfits
+
+
 def take_dense_tensors() -> None:
     """Have transformers take the tensors of a checkpoint from a quantizer that has ``dense_tensors``.
 
@@ -119,11 +162,16 @@ def take_dense_tensors() -> None:
         model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, *args: Any, **kwargs: Any
     ) -> Any:
         make = getattr(load_config.hf_quantizer, "dense_tensors", None)
+        misfits: set[Any] = set()
         if state_dict is None and checkpoint_files and make is not None:
             state_dict = make(checkpoint_files)
-            # or offloaded weights would be looked for in the files
-            checkpoint_files = None if state_dict is not None else checkpoint_files
-        return load(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
+            if state_dict is not None:
+                checkpoint_files = None  # or offloaded weights would be looked for in the files
+                misfits = take_misfits(model, state_dict, load_config.weight_mapping or ())
+        info, *others = load(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
+        info.missing_keys -= {name for name, *_ in misfits}
+        info.mismatched_keys |= misfits
+        return info, *others
 
     load_dense.takes_dense_tensors = True  # type: ignore[attr-defined]
     PreTrainedModel._load_pretrained_model = staticmethod(load_dense)  # type: ignore[method-assign]

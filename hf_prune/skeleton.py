@@ -99,7 +99,7 @@ def load_skeleton(source: str) -> Skeleton:
     if config.dtype is None:  # as from_pretrained does
         floating = (entry.torch_dtype for entry in shards.entries.values() if entry.dtype.endswith(("F16", "F32")))
         config.dtype = next(floating, None)
-    with limited_to_files(source, hub), init_empty_weights(include_buffers=False), _EmptyOnMeta():
+    with limited_to_files(source, files), init_empty_weights(include_buffers=False), _EmptyOnMeta():
         model = native._from_config(config)
     if any(buffer.is_meta for buffer in model.buffers()):
         with init_empty_weights(include_buffers=False):

@@ -14,10 +14,11 @@ from hf_prune.packed_format import ESCAPE, TABLE, Header, claim_fits, damaged, p
 
 _CHUNK = 1 << 16  # decoded at a time, so that positions stay in the cache
 _AT_ONCE = 1 << 20  # bytes of a section that are decompressed in one piece: new memory for more takes longer to get
+_WINDOW = 1 << 23  # bytes that zstd may keep of a longer one, as RFC 8878 recommends; ours need half a megabyte
 
 
 def unpack(data: np.ndarray, header: Header | None = None) -> Tensor:
-    """The weight that :func:`pack` packed.
+    """The weight that :func:`pack` packed; beside it, unpacking takes the memory of pieces.
 
     Args:
         data: uint8, one-dimensional.
@@ -27,22 +28,25 @@ def unpack(data: np.ndarray, header: Header | None = None) -> Tensor:
         CheckpointError: If it is damaged.
     """
     header = header or read_header(data)
-    if header.lossy:
-        return _shaped(_from_int8(data, header), header)
-    read = _value_reader(data, header)
     # numpy asks for large pages where torch does not, and to get small ones takes longer than to fill them
     make = np.empty if header.layout == "full" else np.zeros
     out = make(header.numel, dtype=_integers(header))
-    if header.layout == "full":
+    if header.lossy:
+        read_at = _int8_reader(data, header)
+        for first, where in _chunks(data, header):
+            _put(out, header, first, where, read_at(where + first))
+    elif header.layout == "full":
+        read = _value_reader(data, header)
         for start in range(0, header.numel, _CHUNK):
             part = out[start : start + _CHUNK]
             if (values := read(part)) is not part:
                 part[:] = values
     else:
+        read = _value_reader(data, header)
         space = np.empty(min(_CHUNK, header.kept), dtype=out.dtype)
         for first, where in _chunks(data, header):
-            out[first:][where] = read(space[: len(where)])
-    return _shaped(torch.from_numpy(out.view(np.uint8)).view(header.dtype), header)
+            _put(out, header, first, where, read(space[: len(where)]))
+    return torch.from_numpy(out.view(np.uint8)).view(header.dtype).view(header.shape)
 
 
 def unpack_mask(data: np.ndarray, header: Header | None = None) -> Tensor:
@@ -60,14 +64,17 @@ def unpack_mask(data: np.ndarray, header: Header | None = None) -> Tensor:
         return torch.ones(header.shape, dtype=torch.bool)
     mask = np.zeros(header.numel, dtype=bool)
     for first, where in _chunks(data, header):
-        mask[first:][where] = True
-    return _shaped(torch.from_numpy(mask), header)
+        _put(mask, header, first, where, True)
+    return torch.from_numpy(mask).view(header.shape)
 
 
-def _shaped(flat: Tensor, header: Header) -> Tensor:
+def _put(out: np.ndarray, header: Header, first: int, where: np.ndarray, values: Any) -> None:
+    """Write stored values to where they are in a weight, row by row; transposing it later would take it twice."""
     if header.transposed:
-        return flat.view(header.shape[::-1]).t().contiguous()
-    return flat.view(header.shape)
+        columns, rows = np.divmod(where + first, header.shape[0])
+        out[rows * header.shape[1] + columns] = values
+    else:
+        out[first:][where] = values
 
 
 def _section(data: np.ndarray, header: Header, index: int) -> tuple[int, Callable[[int], np.ndarray]]:
@@ -85,7 +92,7 @@ def _section(data: np.ndarray, header: Header, index: int) -> tuple[int, Callabl
             return claimed, _slices(np.frombuffer(zstandard.ZstdDecompressor().decompress(part.data), dtype=np.uint8))
     except zstandard.ZstdError as error:
         raise damaged(str(error)) from error
-    frame = zstandard.ZstdDecompressor().stream_reader(part.data)
+    frame = zstandard.ZstdDecompressor(max_window_size=_WINDOW).stream_reader(part.data)
 
     def read(count: int) -> np.ndarray:
         found = np.empty(count, dtype=np.uint8)
@@ -156,15 +163,31 @@ def _value_reader(data: np.ndarray, header: Header) -> Callable[[np.ndarray], np
     return join
 
 
-def _from_int8(data: np.ndarray, header: Header) -> Tensor:
-    length, read = _section(data, header, 1)
-    scales = torch.from_numpy(read(length).view("<f4").astype(np.float32))
-    _, read = _section(data, header, 2)
-    steps = np.zeros(header.numel, dtype=np.int8)
-    for first, where in _chunks(data, header):
-        steps[first:][where] = read(len(where)).view(np.int8)
-    rows = torch.from_numpy(steps).view(len(scales), -1) if len(scales) else torch.from_numpy(steps)
-    return (rows * scales.unsqueeze(1)).to(header.dtype).view(-1)
+def _int8_reader(data: np.ndarray, header: Header) -> Callable[[np.ndarray], np.ndarray]:
+    """Reads the stored values on from where it stopped, by their positions: each is a step times the row's scale."""
+    length, read_scales = _section(data, header, 1)
+    _, read_steps = _section(data, header, 2)
+    count = length // 4
+    scales, end = np.empty(0, dtype="<f4"), 0  # of some rows, and the first row after these
+
+    def scales_of(rows: np.ndarray) -> np.ndarray:
+        nonlocal scales, end
+        found, start = np.empty(len(rows), dtype=np.float32), 0
+        while start < len(rows):
+            if rows[start] >= end:
+                scales = read_scales(4 * min(_CHUNK, count - end)).view("<f4")
+                end += len(scales)
+            stop = int(np.searchsorted(rows, end))
+            found[start:stop] = scales[rows[start:stop] - (end - len(scales))]
+            start = stop
+        return found
+
+    def read(positions: np.ndarray) -> np.ndarray:
+        steps = read_steps(len(positions)).view(np.int8).astype(np.float32)
+        values = torch.from_numpy(steps).mul_(torch.from_numpy(scales_of(positions // (header.numel // count))))
+        return values.to(header.dtype).view(torch.uint8).numpy().view(_integers(header))
+
+    return read
 
 
 def _group_width(header: Header) -> int:

@@ -10,7 +10,7 @@ import transformers
 from torch import nn
 from transformers import AutoModelForSequenceClassification
 
-from hf_prune import AutoPrunedModelForSequenceClassification, DataError
+from hf_prune import AutoPrunedModelForSequenceClassification, CheckpointError, DataError
 from hf_prune.auto import load_native
 from hf_prune.building import limited_building
 from hf_prune.checkpoint import limited_to_files
@@ -116,9 +116,30 @@ def test_a_repository_builds_no_more_than_its_files_can_fill(cache, values, said
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
-def test_a_folder_of_ones_own_is_not_limited(cache, tmp_path):
-    shutil.copytree(cache[1], tmp_path / "mine")
-    with limited_to_files(tmp_path / "mine", {}):
+@pytest.mark.parametrize("variant", [None, "fp16"])
+def test_no_folder_builds_more_whatever_its_name_and_the_name_of_its_files(cache, tmp_path, variant):
+    load = AutoPrunedModelForSequenceClassification.from_pretrained
+    mine = tmp_path / "mine"
+    shutil.copytree(cache[1], mine)
+    if variant is not None:
+        (mine / "model.safetensors").rename(mine / f"model.{variant}.safetensors")
+    assert load(mine, variant=variant).num_parameters() < 10_000
+    config = json.loads((mine / "config.json").read_text())
+    (mine / "config.json").write_text(json.dumps({**config, "vocab_size": 10**9}))
+    with pytest.raises(DataError, match=r"builds more than 100,[0-9]+,[0-9]+ parameters.*load it with transformers'"):
+        load(mine, variant=variant)
+
+
+def test_a_pickle_of_a_variant_is_refused(cache):
+    (cache[1] / "model.safetensors").rename(cache[1] / "pytorch_model.fp16.bin")
+    with pytest.raises(CheckpointError, match=r"weights in pytorch_model\.fp16\.bin, .*expected model\.fp16\.safetens"):
+        AutoPrunedModelForSequenceClassification.from_pretrained(cache[1], variant="fp16")
+
+
+def test_files_of_other_kinds_limit_by_their_size(tmp_path):
+    (tmp_path / "model.gguf").write_bytes(bytes(1 << 20))
+    said = "more than 116,777,216 parameters.* 1,000 tensors in 1,048,576 bytes"
+    with pytest.raises(DataError, match=said), limited_to_files("it", [str(tmp_path / "model.gguf")]):
         nn.Linear(10**5, 10**5, device="meta")
-    with pytest.raises(DataError, match=r"more than 100,[0-9]+,[0-9]+ parameters"), limited_to_files(cache[1], {}):
+    with pytest.raises(DataError, match="more than 100,000,000 parameters"), limited_to_files("it", []):
         nn.Linear(10**5, 10**5, device="meta")

@@ -5,10 +5,12 @@ from __future__ import annotations
 import ast
 import hashlib
 import json
+import math
 import os
 import random
 import re
 import shutil
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+import zstandard
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -35,20 +38,27 @@ from hf_prune import (
     AutoPrunedModelForImageClassification,
     AutoPrunedModelForSequenceClassification,
     ConfigError,
+    packed_files,
+    packed_loading,
     prunable,
+    push_checkpoint,
     shrink,
 )
 from hf_prune.auto import load_native
 from hf_prune.card_data import counted_facts
+from hf_prune.cards import describe_model
 from hf_prune.checkpoint import MASK_FILE, StoredMasks
 from hf_prune.cli import app
 from hf_prune.compressed import compress_checkpoint, decompress_checkpoint
 from hf_prune.errors import CheckpointError
+from hf_prune.migration import migrate_checkpoint
 from hf_prune.outputs import MARK
 from hf_prune.packed_files import INDEX, SINGLE, PackedFiles, file_paths
-from hf_prune.packed_format import is_packed
+from hf_prune.packed_format import CODECS, HEAD, LAYOUTS, MAGIC, is_packed, read_header
 from hf_prune.remote_code import modeling_source
+from hf_prune.shards import header_bytes
 from hf_prune.skeleton import load_skeleton
+from hf_prune.verification import verify_checkpoint
 from tests import models
 from tests.models import assert_unchanged, same_bits, snapshot, tiny_batches
 
@@ -205,12 +215,16 @@ def test_two_of_four(tmp_path):
         assert_unchanged(type(model).from_pretrained(tmp_path / kind), snapshot(model))
 
 
-def test_experts_are_unpacked_before_they_are_merged(tmp_path):
+def mixtral() -> Any:
     config = MixtralConfig(
         vocab_size=48, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=2, num_local_experts=3, max_position_embeddings=24,
     )  # fmt: skip
-    model = models.fill(MixtralForCausalLM(config)).eval()
+    return models.fill(MixtralForCausalLM(config)).eval()
+
+
+def test_experts_are_unpacked_before_they_are_merged(tmp_path):
+    model = mixtral()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1 and "experts" in name:
@@ -619,6 +633,9 @@ def test_an_index_of_other_files_is_refused(sharded):
         '{"weight_map": {}}',
         "[" * 100_000,
         '{"weight_map": {"a": "a.safetensors"}, "metadata": 3}',
+        '{"weight_map": {"a": "a.safetensors"}, "metadata": []}',
+        '{"weight_map": {"a": "a.safetensors"}, "metadata": null}',
+        '{"weight_map": {"a": "a.safetensors"}}',
     ],
 )
 def test_a_damaged_index_is_refused(sharded, text):
@@ -919,6 +936,138 @@ def test_adapters_beside_a_model_are_named(tmp_path):
         compress_checkpoint(model, tmp_path / "small")
     assert {path.name: path.read_bytes() for path in model.iterdir()} == before
     assert not (tmp_path / "small").exists()
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_an_index_that_transformers_does_not_load_is_refused_everywhere(tmp_path, compressed):
+    """Without metadata: else what loads here, or is written from it, loads nowhere else."""
+    folder = tmp_path / "model"
+    prunable(models.tiny_classifier()).prune(0.5).save_pretrained(folder, max_shard_size="10KB", compressed=compressed)
+    describe_model(load_native(str(folder)), folder)
+    index = json_or_bytes(folder / INDEX)
+    (folder / INDEX).write_text(json.dumps({"weight_map": index["weight_map"], "metadata": {}}))
+    assert load_native(str(folder))  # which is enough
+    (folder / INDEX).write_text(json.dumps({"weight_map": index["weight_map"]}))
+    before = contents(folder)
+    reads = {
+        "load": lambda: AutoPrunedModelForSequenceClassification.from_pretrained(folder),
+        "load native": lambda: load_native(str(folder)),
+        "verify": lambda: verify_checkpoint(str(folder)),
+        "push": lambda: push_checkpoint(folder, "me/model", dry_run=True),
+        "stream": lambda: load_skeleton(str(folder)),
+        "migrate": lambda: migrate_checkpoint(folder, tmp_path / "out"),
+        "rewrite": lambda: (decompress_checkpoint if compressed else compress_checkpoint)(folder, tmp_path / "out"),
+    }
+    for name in reads if not compressed else reads.keys() - {"stream", "migrate"}:  # which refuse what is compressed
+        with pytest.raises(
+            CheckpointError, match=r'index\.json is damaged: its metadata is None.*add "metadata": \{\}'
+        ):
+            reads[name]()
+    assert contents(folder) == before
+    assert not (tmp_path / "out").exists()
+
+
+def zeros(shape: tuple[int, ...]) -> bytes:
+    """An honest packed weight that is all zeros, of any size, made without the memory for it."""
+    frame = zstandard.ZstdCompressor().compress(b"")
+    layout = LAYOUTS.index("gaps")
+    head = HEAD.pack(MAGIC, CODECS.index("zstd"), 0, layout, 0, 1, 0, 0, 0, 0, len(shape), 0)
+    head += struct.pack(f"<{len(shape) + 5}Q", *shape, *[len(frame)] * 5)
+    body = b"".join(part + bytes(-len(part) % 8) for part in [head, *[frame] * 5])
+    return body + bytes(max(0, -(-4 * math.prod(shape) // 1024) - len(body)))
+
+
+def with_claims(folder: Path, claims: dict[str, tuple[int, ...]]) -> None:
+    """Put weights of zeros into a compressed checkpoint."""
+    data = (folder / SINGLE).read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    metadata = header.pop("__metadata__")
+    parts = {name: data[8 + length + start : 8 + length + end] for name, (start, end) in offsets(header).items()}
+    tensors = {name: (each["dtype"], each["shape"], len(parts[name])) for name, each in header.items()}
+    for name, shape in claims.items():
+        parts |= {name: b"", name + "_packed": zeros(shape)}
+        tensors |= {
+            name: ("F32", (0,), 0),
+            name + "_packed": ("U8", (len(parts[name + "_packed"]),), len(zeros(shape))),
+        }
+    whole = header_bytes(tensors, metadata) + b"".join(parts[name] for name in tensors)
+    count = len(tensors) - sum(name.endswith("_packed") for name in tensors)
+    (folder / SINGLE).write_bytes(reseal(whole, tensors=count))
+
+
+def offsets(header: dict[str, Any]) -> dict[str, tuple[int, int]]:
+    return {name: tuple(each["data_offsets"]) for name, each in header.items()}
+
+
+WORDS = "bert.embeddings.word_embeddings.weight"
+
+
+@pytest.fixture
+def none_is_large(monkeypatch):
+    """An error where memory for more than a million values is asked for."""
+
+    def small_only(read: Any) -> Any:
+        def checked(data: Any, header: Any = None) -> Any:
+            assert read_header(data).numel < 1_000_000, "memory was taken for a weight that the model does not have"
+            return read(data, header)
+
+        return checked
+
+    monkeypatch.setattr(packed_loading, "unpack", small_only(packed_loading.unpack))
+    monkeypatch.setattr(packed_files, "unpack_mask", small_only(packed_files.unpack_mask))
+
+
+@pytest.mark.usefixtures("none_is_large")
+def test_a_weight_that_the_model_does_not_have_takes_no_memory(small):
+    """A megabyte of an honest file can stand for a gigabyte, which is taken only where the model has it."""
+    with_claims(
+        small, {WORDS: (1 << 20, 256), "other.weight": (1 << 28,), "cls.predictions.weight": (1 << 14, 1 << 14)}
+    )
+    assert (small / SINGLE).stat().st_size < 4 << 20
+    for auto in (AutoModelForSequenceClassification, AutoPrunedModelForSequenceClassification):
+        with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+            auto.from_pretrained(small)
+    with pytest.raises(CheckpointError, match="do not fit its config"):
+        load_native(str(small))
+    again, info = AutoModelForSequenceClassification.from_pretrained(
+        small, ignore_mismatched_sizes=True, output_loading_info=True
+    )
+    assert {(name, tuple(found)) for name, found, _ in info["mismatched_keys"]} == {(WORDS, (1 << 20, 256))}
+    assert not info["missing_keys"]
+    assert again.get_parameter(WORDS).numel() < 100_000
+
+
+@pytest.mark.usefixtures("none_is_large")
+def test_a_mask_that_the_model_does_not_have_takes_no_memory(small):
+    with_claims(small, {"other.weight": (1 << 28,)})
+    with pytest.raises(
+        CheckpointError, match=r"'other.weight' has a mask of shape \(268435456,\), the model has no such"
+    ):
+        AutoPrunedModelForSequenceClassification.from_pretrained(small)
+
+
+@pytest.mark.usefixtures("none_is_large")
+def test_weights_that_are_joined_are_no_larger_than_the_model(tmp_path):
+    """Experts have no shape of their own in the model: all of them together are compared with it."""
+    mixtral().save_pretrained(tmp_path / "dense")
+    compress_checkpoint(tmp_path / "dense", tmp_path / "small")
+    name = next(name for name in PackedFiles([tmp_path / "small" / SINGLE]).shards.entries if ".experts." in name)
+    with_claims(tmp_path / "small", {name.removesuffix("_packed"): (1 << 14, 1 << 14)})
+    with pytest.raises(CheckpointError, match=r"the packed weights stand for 268,.* the model .* describes has"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "small")
+
+
+def test_a_model_of_zeros_is_loaded(tmp_path):
+    """The honest extreme: a thousandth of its size, and all of it is the model's."""
+    model = prunable(BertForSequenceClassification(BertConfig(vocab_size=4000, num_hidden_layers=1)))
+    for parameter in model.parameters():
+        torch.nn.init.zeros_(parameter)
+    model.prune(0.999).save_pretrained(tmp_path / "small", compressed=True)
+    size = (tmp_path / "small" / SINGLE).stat().st_size
+    assert sum(p.numel() * 4 for p in model.parameters() if p.dim() > 1) > 200 * size
+    again = AutoPrunedModelForSequenceClassification.from_pretrained(tmp_path / "small")
+    assert not any(parameter.any() for parameter in again.parameters())
 
 
 def test_a_missing_shard_is_named(tmp_path):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import os
 import struct
+import subprocess
 import sys
 
 import numpy as np
@@ -15,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hf_prune import unpacking
+from hf_prune import packing, unpacking
 from hf_prune.errors import CheckpointError
 from hf_prune.packed_format import CODECS, LAYOUTS, MAGIC, MAX_EXPANSION, VALUES, read_header
 from hf_prune.packing import pack
@@ -239,6 +241,47 @@ def test_nothing_stands_for_more_than_its_length_allows():
     assert_reads_back(pack(torch.zeros(100_000)), torch.zeros(100_000), None)
 
 
+PEAK = """
+import sys, torch
+from hf_prune.packing import pack
+from hf_prune.unpacking import unpack
+kind, values = sys.argv[1:]
+mask = torch.zeros((1 << 21, 4), dtype=torch.bool)
+mask[:, ::2] = True
+tensor = mask.bfloat16()
+if kind == "columns":
+    tensor, mask = tensor.t().contiguous(), mask.t().contiguous()
+elif kind == "one column":
+    mask = torch.rand((1 << 23, 1)) > 0.999
+    tensor = mask.bfloat16()
+data = pack(tensor, mask, values=values)
+unpack(pack(tensor[:4096], mask[:4096], values=values))  # imports
+
+def memory(what):
+    return next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith(what))
+
+open("/proc/self/clear_refs", "w").write("5")  # the peak begins here
+before = memory("VmRSS")
+found = unpack(data)
+print(memory("VmHWM") - before, found.nbytes)
+assert torch.equal(found, tensor)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("values", VALUES)
+@pytest.mark.parametrize("kind", ["rows", "columns", "one column"])
+def test_unpacking_takes_the_dense_weight_and_no_more(kind, values):
+    """Neither for int8, nor to transpose, nor for scales that take twice the memory of the weight."""
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}  # what is freed is given back
+    words = [sys.executable, "-c", PEAK, kind, values]
+    done = subprocess.run(words, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    peak, dense = map(int, done.stdout.split())
+    assert dense == 1 << 24
+    assert 0.8 * dense < peak < dense + (6 << 20)  # pieces
+
+
 # --- damage ----------------------------------------------------------------------------------------
 
 
@@ -374,6 +417,16 @@ def test_a_frame_that_breaks_off_is_refused(monkeypatch, layout, at_once, messag
     *before, (start, end) = read_header(data).sections
     with pytest.raises(CheckpointError, match=f"is damaged: .*{message}"):
         unpack(head(data, 24 + 16 + 8 * len(before), end - start - 5, "Q"))
+
+
+def test_a_frame_that_would_keep_much_in_memory_is_refused(monkeypatch):
+    """A few bytes can ask for a window of gigabytes, beside the weight; what we write needs half a megabyte."""
+    tensor = torch.ones((5000, 4000), dtype=torch.bfloat16)
+    assert same_bits(unpack(pack(tensor)), tensor)
+    wide = zstandard.ZstdCompressionParameters(window_log=27, compression_level=1)
+    monkeypatch.setattr(packing, "_SETTINGS", [wide])
+    with pytest.raises(CheckpointError, match=r"is damaged: .*too much memory"):
+        unpack(pack(tensor))
 
 
 def test_unused_bytes_of_patterns_are_refused():
