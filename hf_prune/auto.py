@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import transformers
@@ -12,6 +14,9 @@ from hf_prune.errors import CheckpointError, DataError, HfPruneError
 from hf_prune.files import read_config
 from hf_prune.mixin import prunable
 from hf_prune.sources import check_model_source, class_of_transformers
+
+# What transformers and PyTorch raise over configs that nobody can build.
+_OF_CONFIGS = (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError)
 
 
 class AutoPrunedModel:
@@ -98,11 +103,25 @@ def load_native(source: str) -> Any:
         CheckpointError: If the masks are damaged or do not fit the weights.
     """
     native, offline = native_class(source), check_model_source(source)
-    try:
+    with explained_loading(source):
         return prunable(load_pruned(native.from_pretrained, source, local_files_only=offline, trust_remote_code=False))
+
+
+@contextlib.contextmanager
+def explained_loading(source: str) -> Iterator[None]:
+    """Within this context, what transformers and PyTorch raise over a config that fits no weights is an error of ours.
+
+    Args:
+        source: Folder or Hub id.
+
+    Raises:
+        CheckpointError: In the place of theirs.
+    """
+    try:
+        yield
     except HfPruneError:
         raise
-    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+    except (*_OF_CONFIGS, RuntimeError) as error:
         raise CheckpointError(f"the weights of {source!r} do not fit its config: {_first_line(error)}") from error
 
 
@@ -125,7 +144,7 @@ def native_class(source: str) -> Any:
         raise DataError(
             f"the config of {source!r} is of no model that transformers knows: {_first_line(error)}"
         ) from error
-    except (AttributeError, TypeError, StrictDataclassError) as error:  # valid JSON of a shape that nobody expected
+    except (*_OF_CONFIGS, StrictDataclassError) as error:  # valid JSON of a shape that nobody expected
         raise DataError(
             f"the config.json of {source!r} is none that save_pretrained wrote: {_first_line(error)}"
         ) from error

@@ -163,9 +163,9 @@ def scratch_folder(folder: Path) -> Iterator[Path]:
     try:
         yield scratch
     finally:
+        _LIVE.discard(scratch)  # first: what an interrupt leaves of it is removed by the next one
         if not _old(scratch).exists():
             shutil.rmtree(scratch, ignore_errors=True)
-        _LIVE.discard(scratch)
 
 
 def remove_leftovers(folder: Path) -> None:

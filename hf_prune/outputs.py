@@ -14,7 +14,6 @@ import inspect
 import json
 import logging
 import os
-import shutil
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -171,7 +170,11 @@ def output_lock(out: str | os.PathLike[str], command: str, wait: float = 0.0) ->
     if held in _HELD or fcntl is None or (command != SAVE and os.environ.get("RANK", "0") != "0"):
         yield
         return
+    if not folder.name:
+        raise CheckpointError(f"{folder} is the root of the file system: name a folder in it")
     path = folder.with_name(f".{folder.name}.lock")
+    if path.is_symlink() or path.is_file():
+        raise CheckpointError(f"{path} is in the way of a lock: expected nothing of that name; move it away")
     made = [parent for parent in path.parents if not parent.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = _acquire(path, folder, command, wait)
@@ -183,8 +186,10 @@ def output_lock(out: str | os.PathLike[str], command: str, wait: float = 0.0) ->
     finally:
         _HELD.discard(held)
         if lock is not None:
-            shutil.rmtree(path, ignore_errors=True)
-            os.close(lock)
+            try:
+                _remove_lock(path)
+            finally:
+                os.close(lock)
         with contextlib.suppress(OSError):  # where nothing was written
             for parent in made:
                 parent.rmdir()
@@ -237,10 +242,19 @@ def _acquire(path: Path, folder: Path, command: str, wait: float) -> int | None:
             os.close(lock)
             if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
                 raise
-            shutil.rmtree(path, ignore_errors=True)
+            _remove_lock(path)
             return None
+        except BaseException:  # Ctrl-C, say: else this process would hold it until it ends
+            os.close(lock)
+            raise
         os.close(lock)
         time.sleep(0.02)
+
+
+def _remove_lock(path: Path) -> None:
+    with contextlib.suppress(OSError):  # what else lies there is not ours
+        (path / _OWNER).unlink(missing_ok=True)
+        path.rmdir()
 
 
 def _owner(path: Path) -> dict[str, Any]:

@@ -17,9 +17,12 @@ from typing import Any
 
 from hf_prune.errors import CheckpointError
 from hf_prune.files import put_back, sync
+from hf_prune.tables import first_few
 
-_FORMAT = 2
+_FORMAT = 3
 _JOURNAL = "journal.jsonl"
+_OWN = ("checkpoint", "checkpoint.old", "scratch", "masks.bits", _JOURNAL)
+_TYPES = {"copied": list, "files": list, "folder": list, "found": list, "kept": dict, "placing": list, "tensors": dict}
 
 
 class Partial:
@@ -34,6 +37,9 @@ class Partial:
         scratch: A folder for what nobody needs later.
         key: What the result is of, as :meth:`begin` was told.
         records: What is done.
+
+    Raises:
+        CheckpointError: If something else has the name of that folder.
     """
 
     def __init__(self, out: Path) -> None:
@@ -41,7 +47,21 @@ class Partial:
         self.folder = out.with_name(f".{out.name}.partial")
         self.staging = self.folder / "checkpoint"
         self.scratch = self.folder / "scratch"
+        self._refuse_others()
         self.key, self.records = self._read()
+
+    def _refuse_others(self) -> None:
+        """Make sure that the hidden folder is one of ours, since it is deleted in the end."""
+        if not os.path.lexists(self.folder):
+            return
+        found = "no folder"
+        if self.folder.is_dir() and not self.folder.is_symlink():
+            found = first_few(sorted(path.name for path in self.folder.iterdir() if path.name not in _OWN))
+        if found:
+            raise CheckpointError(
+                f"{self.folder} would hold the unfinished result, and hf_prune did not write what is there ({found}): "
+                f"move it away, or name another output"
+            )
 
     def _read(self) -> tuple[dict[str, str], list[dict[str, Any]]]:
         values: list[dict[str, Any]] = []
@@ -55,9 +75,12 @@ class Partial:
             if checksum != _checksum(text):
                 break
             try:
-                values.append(json.loads(text))
+                record = json.loads(text)
             except (RecursionError, ValueError):
                 break
+            if not isinstance(record, dict) or not all(isinstance(record.get(k, t()), t) for k, t in _TYPES.items()):
+                break
+            values.append(record)
             self._end += len(line)
         if not values or values[0].pop("format", None) != _FORMAT:
             return {}, []

@@ -28,7 +28,7 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from hf_prune.auto import native_class
+from hf_prune.auto import explained_loading, native_class
 from hf_prune.checkpoint import find_file, limited_to_files, weight_files
 from hf_prune.errors import CheckpointError, PlanError
 from hf_prune.notices import warn_user
@@ -99,12 +99,13 @@ def load_skeleton(source: str) -> Skeleton:
     if config.dtype is None:  # as from_pretrained does
         floating = (entry.torch_dtype for entry in shards.entries.values() if entry.dtype.endswith(("F16", "F32")))
         config.dtype = next(floating, None)
-    with limited_to_files(source, files), init_empty_weights(include_buffers=False), _EmptyOnMeta():
-        model = native._from_config(config)
-    if any(buffer.is_meta for buffer in model.buffers()):
-        with init_empty_weights(include_buffers=False):
+    with explained_loading(source):
+        with limited_to_files(source, files), init_empty_weights(include_buffers=False), _EmptyOnMeta():
             model = native._from_config(config)
-    model.tie_weights()
+        if any(buffer.is_meta for buffer in model.buffers()):
+            with init_empty_weights(include_buffers=False):
+                model = native._from_config(config)
+        model.tie_weights()
     model.eval()
     keys, buffers = _match(model, shards, source)
     return Skeleton(model, shards, keys, buffers, _dtypes(model))

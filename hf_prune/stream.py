@@ -33,6 +33,7 @@ from hf_prune.report import SparsityReport
 from hf_prune.scoring import spread_units, unit_chunks
 from hf_prune.selection import find_threshold, keep_above
 from hf_prune.sequential import prune_one
+from hf_prune.shards import Shards
 from hf_prune.skeleton import LazyWeights, Skeleton, load_skeleton
 from hf_prune.sources import check_model_source
 from hf_prune.stream_blocks import prune_blocks
@@ -107,12 +108,12 @@ def prune_stream(
     if not restart:
         partial.check(key)
         if placing:
-            return finish_placing(partial, out)
+            return finish_placing(partial, out, overwrite)
     skeleton, plan, old_masks = _prepare(source, config)
     warn_of(plan.notes)
     if placing:
-        finish_placing(partial, out)
-    partial.begin({**key, "weights": skeleton.shards.fingerprint()}, restart)
+        finish_placing(partial, out, overwrite)
+    partial.begin({**key, **_fingerprints(source, skeleton)}, restart)
     output = Output(skeleton, plan, old_masks, partial)
     if not output.is_sound():  # someone else changed what an interrupted run left
         partial.begin(partial.key, restart=True)
@@ -212,6 +213,17 @@ def _prepare(source: str, config: PruningConfig) -> tuple[Skeleton, PruningPlan,
             )
     MaskStore(cast("dict[str, Tensor]", masks)).check(skeleton.model)
     return skeleton, make_plan(skeleton.model, config, loaded=False, masks=masks), masks
+
+
+def _fingerprints(source: str, skeleton: Skeleton) -> dict[str, str]:
+    """What the files say that an unfinished result was made of, apart from the data."""
+    hub = {"local_files_only": check_model_source(source)}
+    masks, config = find_file(source, MASK_FILE, hub), find_file(source, "config.json", hub)
+    return {
+        "weights": skeleton.shards.fingerprint(),
+        "masks": "" if masks is None else Shards([masks]).fingerprint(),
+        "config.json": "" if config is None else hashlib.sha256(Path(config).read_bytes()).hexdigest(),
+    }
 
 
 # --- without data ----------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -25,7 +25,7 @@ from hf_prune.checkpoint import (
 )
 from hf_prune.config import PruningConfig
 from hf_prune.errors import CheckpointError
-from hf_prune.files import place_folder, write_text
+from hf_prune.files import place_folder, put_back, write_text
 from hf_prune.masking import zero_removed_
 from hf_prune.outputs import check_output
 from hf_prune.partial import Partial
@@ -88,7 +88,10 @@ class Output:
 
     def is_sound(self) -> bool:
         """Whether the files that the journal speaks of are there, with the size that they must have."""
-        sizes = {self.partial.staging / name: self.skeleton.shards.shards[name].size for name in self._copied}
+        shards = self.skeleton.shards.shards
+        if not self._copied <= shards.keys():
+            return False
+        sizes = {self.partial.staging / name: shards[name].size for name in self._copied}
         if sizes:
             sizes[self.partial.folder / _BITS] = self._bits_size
         return all(path.is_file() and path.stat().st_size == size for path, size in sizes.items())
@@ -250,6 +253,7 @@ class Output:
     def finish(self, source: str, out: Path, overwrite: bool) -> SparsityReport:
         """Add the other files, and put the checkpoint where it belongs."""
         staging = self.partial.staging
+        _clear(staging, self.skeleton.shards.shards)
         hub = {"local_files_only": check_model_source(source)}
         for name in COPIED[:-1] if _SINGLE in self.skeleton.shards.shards else COPIED:
             if (path := find_file(source, name, hub)) is not None:
@@ -259,7 +263,7 @@ class Output:
         report = report_of(self.plan.model_name, list(self._parameters), self.reports, self.plan.notes)
         write_text(staging / REPORT_FILE, report.to_json())
         check_output(out, COMMAND, overwrite=overwrite)
-        place(self.partial, out, list(self._parameters), report)
+        place(self.partial, out, list(self._parameters), report, overwrite)
         return report
 
     def _join_masks(self, path: Path) -> None:
@@ -269,6 +273,15 @@ class Output:
         with path.open("wb", buffering=0) as file, (self.partial.folder / _BITS).open("rb") as bits:
             write_all(file, header_bytes(tensors, mask_metadata(entries, self.plan.config)))
             shutil.copyfileobj(bits, file)
+
+
+def _clear(folder: Path, kept: Container[str]) -> None:
+    """Remove what an interrupted run had put beside the weights: nobody knows whether it is whole."""
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name not in kept:
+            path.unlink()
 
 
 def _masked_targets(model: Any, masks: Mapping[str, Tensor]) -> list[Target]:
@@ -304,28 +317,41 @@ def report_of(
     )
 
 
-def place(partial: Partial, out: Path, names: Sequence[str], report: SparsityReport) -> None:
+def place(partial: Partial, out: Path, names: Sequence[str], report: SparsityReport, overwrite: bool) -> None:
     """Move a finished checkpoint to where it belongs, in such a way that an interruption can be made good."""
     gone = finish_checkpoint(partial.staging, out, COMMAND)
     described = {"names": list(names), "model": report.model_name, "notes": list(report.notes)}
     staged = partial.staging.stat()
-    folder = [staged.st_dev, staged.st_ino]
-    partial.add({"placing": gone, "folder": folder, **described})
-    finish_placing(partial, out)
+    there = {"folder": [staged.st_dev, staged.st_ino], "files": [name for name, *_ in _listed(partial.staging)]}
+    partial.add({"placing": gone, "found": _listed(out), **there, **described})
+    finish_placing(partial, out, overwrite)
+
+
+def _listed(folder: Path) -> list[list[Any]]:
+    """Names, sizes and times of a folder's files."""
+    found = [(path.relative_to(folder).as_posix(), path.lstat()) for path in folder.rglob("*") if not path.is_dir()]
+    return sorted([name, stat.st_size, stat.st_mtime_ns] for name, stat in found)
 
 
 def is_placing(partial: Partial) -> bool:
     """Whether an interruption of :func:`place` left something to finish."""
-    return bool(partial.records) and "placing" in partial.records[-1]
+    return bool(partial.records) and partial.records[-1].keys() >= {"placing", "found", "folder", "files", "names"}
 
 
-def finish_placing(partial: Partial, out: Path) -> SparsityReport:
-    """Finish what :func:`place` began; the report of the checkpoint."""
+def finish_placing(partial: Partial, out: Path, overwrite: bool) -> SparsityReport:
+    """Finish what :func:`place` began; the report of the checkpoint.
+
+    Raises:
+        CheckpointError: If something else has got in the way in the meantime.
+    """
     last = partial.records[-1]
     there = out.stat() if out.exists() else None
     placed = there is not None and [there.st_dev, there.st_ino] == last["folder"]  # staging is the old one then
-    if partial.staging.exists() and not placed:
-        place_folder(partial.staging, out.resolve(), last["placing"], completing())
+    placed = placed or put_back(partial.staging, partial.out)
+    if not placed and all((partial.staging / name).is_file() for name in last["files"]):  # else it is being deleted
+        if _listed(out) != last["found"]:
+            check_output(out, COMMAND, overwrite=overwrite)
+        place_folder(partial.staging, partial.out, last["placing"], completing())
     reports: dict[str, dict[str, Any]] = {}
     for record in partial.records:
         reports |= record.get("tensors", {})

@@ -29,6 +29,7 @@ from hf_prune.files import copy_beside, write_json, write_text
 from hf_prune.notices import reported, warn_user
 from hf_prune.outputs import check_output, source_folder, writes_alone
 from hf_prune.packed_files import INDEX
+from hf_prune.partial import Partial
 from hf_prune.perplexity import Perplexity, evaluate_perplexity
 from hf_prune.plan import PruningPlan
 from hf_prune.plots import write_plots
@@ -36,6 +37,7 @@ from hf_prune.report import SparsityReport, sparsity_report, weight_histogram
 from hf_prune.sites import find_sites
 from hf_prune.sources import check_model_source, class_of_transformers, is_language_model, model_class
 from hf_prune.stream import check_streamable, prune_stream
+from hf_prune.stream_output import is_placing
 from hf_prune.structures import structure_report
 from hf_prune.sweep import SweepResult, run_sweep
 from hf_prune.texts import text_batches, token_windows
@@ -363,7 +365,8 @@ def stream_checkpoint(
         overwrite: Replace what is in the way in ``out``.
     """
     check_streamable(config)
-    check_output(out, "prune", [source], overwrite=overwrite)
+    if not is_placing(Partial(out)):  # else an earlier run had looked at it
+        check_output(out, "prune", [source], overwrite=overwrite)
     batches = _streamed_batches(source, data) if config.needs and data is not None else None
     return prune_stream(source, config, out, calibration=batches, progress=True, restart=restart, overwrite=overwrite)
 

@@ -7,12 +7,14 @@ machine's token. Such a page has a name that is not ours. Other pages say where 
 from __future__ import annotations
 
 import ipaddress
+import re
 from collections.abc import Mapping
 from typing import Any
-from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
 from starlette.responses import PlainTextResponse
+
+_HOST = re.compile(r"(\[(?P<address>[0-9a-f:.]+)\]|(?P<name>[a-z0-9._-]+))(:[0-9]{0,5})?")
 
 
 class OwnPagesOnly:
@@ -69,12 +71,8 @@ def refusal(headers: Mapping[str, str], names: frozenset[str]) -> str | None:
 
 def _host_name(host: str) -> str:
     """Without its port; empty if it is no host."""
-    try:
-        parts = urlsplit(f"//{host}")
-        _ = parts.port  # a ValueError if it is none
-        return (parts.hostname or "") if parts.netloc == host and "@" not in host else ""
-    except ValueError:
-        return ""
+    match = _HOST.fullmatch(host)
+    return "" if match is None else match["address"] or match["name"]
 
 
 def _is_address(name: str) -> bool:

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import unittest.mock
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,13 +27,14 @@ from hf_prune import (
     compress_checkpoint,
     decompress_checkpoint,
     migrate_checkpoint,
+    outputs,
     prunable,
     prune_stream,
     run_sweep,
 )
 from hf_prune.checkpoint import MASK_FILE, copy_companions, has_tokenizer, staged_checkpoint
 from hf_prune.cli import main
-from hf_prune.files import write_json
+from hf_prune.files import staged_folder, write_json
 from hf_prune.outputs import MARK, check_file, check_output
 from hf_prune.plots import save_figure
 from hf_prune.train_workflow import train_checkpoint
@@ -303,6 +305,47 @@ def test_threads_that_save_into_one_folder_take_turns(tmp_path):
         thread.join()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert AutoPrunedModelForSequenceClassification.from_pretrained(tmp_path / "out").masks
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="locks of POSIX")
+@pytest.mark.parametrize("place", ["the owner is written", "the lock is removed", "the new folder is removed"])
+def test_ctrl_c_leaves_no_lock_behind_and_nothing_that_the_next_save_keeps(place, tmp_path, monkeypatch):
+    stop = unittest.mock.Mock(side_effect=KeyboardInterrupt)
+    with monkeypatch.context() as patch:
+        if place == "the owner is written":
+            patch.setattr(json, "dumps", stop)
+        elif place == "the lock is removed":
+            patch.setattr(outputs, "_remove_lock", stop)
+        else:
+            (tmp_path / "out").mkdir()
+            patch.setattr(shutil, "rmtree", stop)
+        with pytest.raises(KeyboardInterrupt), outputs.output_lock(tmp_path / "out", "prune"):
+            with staged_folder(tmp_path / "out") as staging:
+                (staging / "a").write_text("new")
+    assert stop.called
+    with outputs.output_lock(tmp_path / "out", "prune"):
+        pass
+    assert {path.name for path in tmp_path.iterdir()} <= {"out"}
+
+
+def test_what_has_the_name_of_a_lock_stays(source, tmp_path):
+    lock, elsewhere = tmp_path / ".out.lock", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    for make in (lambda: lock.write_text("mine"), lambda: lock.symlink_to(elsewhere)):
+        make()
+        with pytest.raises(CheckpointError, match="is in the way of a lock"):
+            WRITERS["prune"](source, tmp_path / "out")
+        assert list(elsewhere.iterdir()) == []
+        lock.unlink()
+    lock.mkdir()
+    (lock / "mine.txt").write_text("mine")
+    WRITERS["prune"](source, tmp_path / "out")
+    assert [path.name for path in lock.iterdir()] == ["mine.txt"]
+
+
+def test_the_root_of_the_file_system_is_no_output(source):
+    with pytest.raises(CheckpointError, match="is the root of the file system"):
+        WRITERS["prune"](source, "/")
 
 
 def test_where_there_are_no_locks_it_goes_without(tmp_path, monkeypatch):

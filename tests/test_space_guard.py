@@ -12,7 +12,7 @@ HERE = "localhost:7860"
 EVIL = (
     "evil.example:7860", "evil.example", "localhost.evil.example", "127.0.0.1.nip.io:7860", "evil.example@localhost",
     "localhost@evil.example", "", " ", "localhost:x", "localhost/..", "[::1", "::1", "0x7f.1", "2130706433",
-    "local host",
+    "local host", "[::1]evil.example", "[::1]80", "[localhost]",
 )  # fmt: skip
 
 

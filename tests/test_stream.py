@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import weakref
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ from hf_prune.auto import load_native
 from hf_prune.data_loading import load_texts
 from hf_prune.outputs import MARK
 from hf_prune.partial import Partial
+from hf_prune.workflows import stream_checkpoint
 from tests import models
 
 SHARED = os.environ.get("HF_PRUNE_SHARED")
@@ -81,7 +83,7 @@ def pruned_in_memory(source: Path, config: PruningConfig, out: Path, batches: An
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 def nothing_hidden(folder: Path) -> bool:
@@ -405,7 +407,7 @@ def test_a_move_into_a_folder_that_was_interrupted_is_finished(moved, ends, tmp_
     with pytest.raises(ConfigError, match="streaming does not train"):
         prune_stream(source, 0.7, out, overwrite=True, restart=True, criterion="movement")
     assert (out / "config.json").exists() is (ends == "error")
-    report = prune_stream(source, 0.5, out)
+    report = stream_checkpoint(str(source), PruningConfig(sparsity=0.5), out)
     assert contents(out) == contents(tmp_path / "expected")
     assert report.target_sparsity == 0.5
     assert report.targets[0].before is not None
@@ -425,6 +427,131 @@ def test_a_run_that_begins_anew_finishes_what_was_placed_first(tmp_path, monkeyp
     prune_stream(source, 0.7, out, restart=True)
     assert load_native(str(out)).pruning_config.sparsity == 0.7
     assert nothing_hidden(tmp_path)
+
+
+@pytest.mark.parametrize("links", [True, False])
+@pytest.mark.parametrize("deleted", [0, 1, 3, 99])
+def test_a_finished_result_stays_whole_if_only_the_cleaning_was_interrupted(deleted, links, tmp_path, monkeypatch):
+    source, out = saved(models.tiny_llama(), tmp_path / "source"), tmp_path / "out"
+    prune_stream(source, 0.5, tmp_path / "expected")
+    prune_stream(source, 0.3, out)
+    monkeypatch.setattr(files_module, "_swap_names", lambda: None)
+    if not links:
+        monkeypatch.setattr(os, "link", lambda *args: (_ for _ in ()).throw(OSError(errno.EPERM, "no links")))
+
+    remove = Partial.remove
+
+    def stopped(self: Partial) -> None:
+        if not self.records:  # what begin() calls
+            return remove(self)
+        for path in sorted(self.staging.rglob("*"))[:deleted]:
+            path.unlink()
+        raise Stop
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Partial, "remove", stopped)
+        with pytest.raises(Stop):
+            prune_stream(source, 0.5, out)
+    prune_stream(source, 0.5, out)
+    assert contents(out) == contents(tmp_path / "expected")
+    assert nothing_hidden(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "deep/notes.txt"])
+def test_what_lies_beside_the_weights_is_copied_anew_after_an_interruption(name, tmp_path, monkeypatch):
+    source, out = saved(models.tiny_llama(), tmp_path / "source"), tmp_path / "out"
+    (source / "deep").mkdir()
+    (source / name).write_text("{" + 1000 * " " + "}")
+    copy = shutil.copyfile
+
+    def stopped(path: Path, target: Path, **more: Any) -> Any:
+        if not str(path).endswith(name):
+            return copy(path, target, **more)
+        Path(target).write_text("{")
+        Path(target).with_name(".half.0123456789ab.tmp").write_text("{")
+        raise Stop
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "copyfile", stopped)
+        with pytest.raises(Stop):
+            prune_stream(source, 0.5, out)
+    prune_stream(source, 0.5, out)
+    prune_stream(source, 0.5, tmp_path / "expected")
+    assert contents(out) == contents(tmp_path / "expected")
+    assert (out / name).read_text() == (source / name).read_text()
+
+
+def test_what_got_into_the_output_before_it_was_placed_stays(tmp_path, monkeypatch):
+    source, out = saved(models.tiny_llama(), tmp_path / "source"), tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(stream_output, "place_folder", lambda *args: (_ for _ in ()).throw(Stop))
+        with pytest.raises(Stop):
+            prune_stream(source, 0.5, out)
+    out.mkdir()
+    (out / "config.json").write_text("mine")
+    with pytest.raises(CheckpointError, match=r"holds config\.json, which hf-prune prune did not write"):
+        prune_stream(source, 0.5, out)
+    assert contents(out) == {"config.json": b"mine"}
+    prune_stream(source, 0.5, out, overwrite=True)
+    prune_stream(source, 0.5, tmp_path / "expected")
+    assert contents(out) == contents(tmp_path / "expected")
+
+
+@pytest.mark.parametrize("changed", ["config.json", "masks"])
+def test_a_source_whose_config_or_masks_changed_is_another_one(changed, tmp_path, stop_before):
+    source, out = tmp_path / "source", tmp_path / "out"
+    prune_stream(saved(models.tiny_llama(), tmp_path / "dense"), 0.3, source)
+    stop_before(6)
+    with pytest.raises(Stop):
+        prune_stream(source, 0.5, out)
+    stop_before(-1)
+    if changed == "masks":
+        store = checkpoints.load_masks(source / checkpoints.MASK_FILE)
+        store.masks.popitem()
+        checkpoints.save_masks(store, source / checkpoints.MASK_FILE)
+    else:
+        config = json.loads((source / "config.json").read_text())
+        (source / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.5}))
+    with pytest.raises(CheckpointError, match=f"which differs in {changed}: repeat that run"):
+        prune_stream(source, 0.5, out)
+
+
+@pytest.mark.parametrize("what", ["file", "link", "folder"])
+def test_what_has_the_name_of_the_hidden_folder_stays(what, tmp_path):
+    source, hidden = saved(models.tiny_llama(), tmp_path / "source"), tmp_path / ".out.partial"
+    elsewhere = hidden if what == "folder" else tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "mine.txt").write_text("mine")
+    if what == "file":
+        hidden.write_text("mine")
+    elif what == "link":
+        hidden.symlink_to(elsewhere)
+    for restart in (False, True):
+        with pytest.raises(CheckpointError, match="hf_prune did not write what is there"):
+            prune_stream(source, 0.5, tmp_path / "out", restart=restart)
+    assert (elsewhere / "mine.txt").read_text() == "mine"
+    assert os.path.lexists(hidden)
+
+
+@pytest.mark.parametrize(
+    "record",
+    [None, [], 5, {"tensors": None}, {"kept": [1]}, {"copied": 5}, {"copied": ["a.safetensors"]}, {"placing": ["*"]}],
+    ids=str,
+)
+@pytest.mark.parametrize("first", [True, False])
+def test_a_journal_line_of_another_shape_does_not_count(first, record, tmp_path, stop_before):
+    source, out = saved(models.tiny_llama(), tmp_path / "source"), tmp_path / "out"
+    stop_before(6)
+    with pytest.raises(Stop):
+        prune_stream(source, 0.5, out)
+    stop_before(-1)
+    journal = tmp_path / ".out.partial" / "journal.jsonl"
+    line = json.dumps(record).encode()
+    line += b" " + f"{zlib.crc32(line):08x}\n".encode()
+    journal.write_bytes(line + journal.read_bytes() if first else journal.read_bytes() + line)
+    prune_stream(source, 0.5, out)
+    prune_stream(source, 0.5, tmp_path / "expected")
+    assert contents(out) == contents(tmp_path / "expected")
 
 
 @pytest.mark.parametrize("settings", [{}, {"criterion": "wanda"}])
@@ -559,6 +686,31 @@ def test_a_damaged_source_is_refused(size, harm, message, tmp_path):
     with pytest.raises(CheckpointError, match=message):
         prune_stream(source, 0.5, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("hidden_size", -4),
+        ("hidden_size", 0),
+        ("num_attention_heads", 0),
+        ("hidden_act", "nosuch"),
+        ("attn_implementation", "nosuch"),
+        ("pad_token_id", 99999),
+        ("vocab_size", 0),
+        ("dtype", 5),
+        ("dtype", []),
+    ],
+)
+def test_a_config_that_nobody_can_build_is_our_error(key, value, tmp_path):
+    source = saved(models.tiny_bert(), tmp_path / "source")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, key: value}))
+    for use in (lambda: prune_stream(source, 0.5, tmp_path / "out"), lambda: load_native(str(source))):
+        with pytest.raises((CheckpointError, DataError), match=r"fit|is none that save_pretrained wrote"):
+            use()
+    assert nothing_hidden(tmp_path)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_source_that_nobody_knows_is_refused(tmp_path):
