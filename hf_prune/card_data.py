@@ -19,7 +19,7 @@ from hf_prune.checkpoint import CARD_DATA, COMPANIONS, MASK_FILE, REPORTS, Store
 from hf_prune.config import PruningConfig
 from hf_prune.errors import CheckpointError, DataError, HfPruneError
 from hf_prune.files import read_config, read_json_object
-from hf_prune.front_matter import split_card
+from hf_prune.front_matter import read_card, split_card
 from hf_prune.hub import card_of_base, is_repo_id
 from hf_prune.packed_files import INDEX, SINGLE, file_paths
 from hf_prune.packed_format import is_packed, unseal
@@ -428,12 +428,12 @@ def inherited_license(base_model: str) -> dict[str, str]:
         names no license, or cannot be read.
     """
     folder = Path(base_model)
-    if folder.is_dir():
-        card = folder / "README.md"
-        text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else None
-    else:
-        text = card_of_base(base_model)
     try:
+        if folder.is_dir():
+            card = folder / "README.md"
+            text = read_card(card, errors="replace") if card.is_file() else None
+        else:
+            text = card_of_base(base_model)
         metadata = split_card(text or "")[0]
     except DataError:
         return {}

@@ -22,6 +22,7 @@ from hf_prune.cards import BEGIN, FACTS, without_facts, write_card
 from hf_prune.checkpoint import CARD_DATA, REPORTS
 from hf_prune.errors import DataError, HfPruneError
 from hf_prune.files import write_text
+from hf_prune.front_matter import read_card
 
 _UNKNOWN = (HfPruneError, OSError, jinja2.UndefinedError, AttributeError, KeyError, TypeError, ValueError)
 
@@ -45,13 +46,13 @@ def renew_card(folder: Path, source: Path, name: str, *, lossy: bool = False) ->
     for each in gone:
         (folder / each).unlink()
     path = folder / "README.md"
-    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-    if BEGIN not in text and f"\n{FACTS}:" not in text:
-        return "", tuple(gone)
     try:
+        text = read_card(path, errors="replace") if path.is_file() else ""
+        if BEGIN not in text and f"\n{FACTS}:" not in text:
+            return "", tuple(gone)
         left = without_facts(text)
-    except DataError:
-        return "README.md is as it was, also where it is wrong now: its metadata is no YAML.", tuple(gone)
+    except DataError as error:
+        return f"README.md is as it was, also where it is wrong now: {error}.", tuple(gone)
     old = None if lossy else stored_card_data(source)
     try:
         if old is not None:

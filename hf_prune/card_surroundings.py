@@ -21,7 +21,39 @@ _TELLING = frozenset(
      "benchmarks", "accuracy", "perplexity", "score", "scores", "f1"}
 )  # fmt: skip
 _METRIC = re.compile(r"[A-Za-z][\w/-]*")
-_ANY = frozenset({"train", "training", "validation", "valid", "val", "dev", "test", "split", "set", "dataset", "data"})
+_ANY = frozenset(
+    {
+        "train",
+        "training",
+        "validation",
+        "valid",
+        "val",
+        "dev",
+        "test",
+        "split",
+        "set",
+        "dataset",
+        "data",
+        "corpus",
+        "task",
+        "glue",
+        "superglue",
+        "benchmark",
+        "official",
+        "original",
+        "binary",
+        "english",
+        "en",
+        "version",
+        "v",
+        "v1",
+        "full",
+    }
+)  # words beside the name of data that do not make it another one
+_LOOKS = str.maketrans("авекмнорстухіјѕԁһԛԝγαβενικορτυχ", "abekmhopctyxijsdhqwyabevikoptux")  # Cyrillic, Greek
+_REACH = re.compile(  # what stands elsewhere, and is shown over our part
+    r"style\s*=[^>]{0,300}?(?:position\s*:|z-index|transform|margin[a-z-]*\s*:[^;>]{0,20}-)", re.IGNORECASE
+)
 
 
 def surroundings(text: str) -> Iterator[tuple[str, Any, Any]]:
@@ -38,13 +70,13 @@ def surroundings(text: str) -> Iterator[tuple[str, Any, Any]]:
         yield f"marks {mark[5:-4]}", text.count(mark), 1
     odd = not_plain(body.partition(BEGIN)[0])
     yield "text before our part", "plain" if odd is None else f"{odd}, which can hide it: move it below", "plain"
-    tag = _TAGS.search(body)
+    tag = _TAGS.search(body) or _REACH.search(body)
     yield "tags that change our part", tag[0] if tag else "none", "none"
     facts = metadata.get(FACTS)
     score = facts.get("score") if isinstance(facts, dict) else None
     if isinstance(facts, dict) and "license" in facts:
         yield "license in the metadata", metadata.get("license"), facts["license"]
-    if isinstance(score, dict) and "dataset" in score:
+    if isinstance(score, dict) and ("dataset" in score or "data" in score):
         yield from _other_results(metadata, score)
 
 
@@ -94,15 +126,14 @@ def in_any_order(metadata: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def other_data(text: str) -> list[str]:
-    """The data of the author's own results, for a card that has one of ours."""
+    """The data of the author's own results."""
     metadata = split_card(text)[0]
     facts = metadata.get(FACTS)
     score = facts.get("score") if isinstance(facts, dict) else None
-    if not isinstance(score, dict):
-        return []
-    ours = [id(result) for result, _ in results_of(metadata.get("model-index"), score)]
+    index = metadata.get("model-index")
+    ours = [id(result) for result, _ in results_of(index, score)] if isinstance(score, dict) else []
     found = []
-    for _, result in _each_result(metadata.get("model-index")):
+    for _, result in _each_result(index):
         if id(result) not in ours and isinstance(result, dict) and isinstance(data := result.get("dataset"), dict):
             found.append(str(data.get("name", data.get("type")))[:60])
     return list(dict.fromkeys(found))
@@ -125,7 +156,7 @@ def _other_results(metadata: Mapping[str, Any], score: Mapping[str, Any]) -> Ite
             yield "metrics of our result", len(result["metrics"]), 1
         elif not _is_shaped(entry, result):
             yield "a result that is not as the Hub has it", str(result)[:60], "task, dataset and metrics"
-        elif _same_data(result["dataset"], score["dataset"]):
+        elif _same_data(result, str(score.get("dataset", score.get("data")))):
             yield "another result on the same data", str(result.get("metrics"))[:60], "none"
 
 
@@ -155,12 +186,17 @@ def _is_shaped(entry: Mapping[str, Any], result: Any) -> bool:
     )
 
 
-def _same_data(data: Mapping[str, Any], dataset: str) -> bool:
-    """Whether a result is on our data, however that is spelled."""
+def _same_data(result: Mapping[str, Any], dataset: str) -> bool:
+    """Whether a result is on our data, however that is spelled, and wherever it says so."""
+    data = result["dataset"]
     if not data["type"].isascii():  # which no Hub id is
         return True
     ours = {_letters(dataset), _letters(dataset.rpartition("/")[2])}
-    return any(_is_mixed(text) or ours & _spellings(text) for text in _texts(data))
+    owner = _letters(dataset.rpartition("/")[0])
+    named = [result.get("task"), *({k: v for k, v in each.items() if k != "value"} for each in result["metrics"])]
+    return any(_is_mixed(text) or ours & _spellings(text, owner) for text in _texts(data)) or any(
+        _is_mixed(text) or ours & _runs(text) for text in _texts(named)
+    )
 
 
 def _texts(value: Any) -> Iterator[str]:
@@ -171,9 +207,23 @@ def _texts(value: Any) -> Iterator[str]:
         yield unicodedata.normalize("NFKC", str(value))
 
 
-def _spellings(text: str) -> set[str]:
-    words = [word for word in re.split(r"[\W_]+", text.casefold()) if word not in _ANY]
-    return {_letters(text), _letters(text.rpartition("/")[2]), "".join(words)}
+def _spellings(text: str, owner: str) -> set[str]:
+    """Names that a text can stand for: without the words that say nothing, and by its initials."""
+    found = {_letters(text), _letters(text.rpartition("/")[2])}
+    for cut in (r"[\W_]+", r"[\s_]+"):
+        words = [_letters(word) for word in re.split(cut, text)]
+        words = [word for word in words if word and word not in _ANY and word != owner]
+        found.add("".join(words))
+        long = [word for word in words if not re.fullmatch(r"v?\d+", word)]
+        if len(long) > 2:  # Stanford Sentiment Treebank v2
+            found.add("".join(word[0] for word in long) + "".join(w.removeprefix("v") for w in words if w not in long))
+    return found
+
+
+def _runs(text: str) -> set[str]:
+    """Words of a text, and two or three in a row as one."""
+    words = [word for word in map(_letters, re.split(r"[\W_]+", text)) if word]
+    return {"".join(words[i : i + n]) for n in (1, 2, 3) for i in range(len(words))}
 
 
 def _is_mixed(text: str) -> bool:
@@ -186,7 +236,8 @@ def _is_mixed(text: str) -> bool:
 
 
 def _letters(text: str) -> str:
-    return "".join(filter(str.isalnum, unicodedata.normalize("NFKC", text).casefold()))
+    plain = unicodedata.normalize("NFKD", unicodedata.normalize("NFKC", text).casefold().translate(_LOOKS))
+    return "".join(filter(str.isalnum, plain))
 
 
 def _sorted(value: Any) -> Any:

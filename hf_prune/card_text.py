@@ -112,7 +112,7 @@ def _scores(data: PruningCardData) -> dict[str, Any] | None:
     score, dense, comparison = (evaluation.get(key) for key in ("evaluation", "dense", "comparison"))
     if score is None:
         return None
-    where = _plain(f"{data.dataset or Path(str(score.get('source') or '')).name or 'its data'}")
+    where = _plain(data.dataset or data_name(data) or "its data")
     rows = [["this model", *_figures(score)]]
     if dense is not None:
         rows.append(["dense", *_figures(dense)])
@@ -129,6 +129,11 @@ def _scores(data: PruningCardData) -> dict[str, Any] | None:
         if comparison.get("doubt"):
             note += f" Warning: {_plain(comparison['doubt'])}."
     return {"names": ["accuracy", "n"], "rows": rows, "note": note}
+
+
+def data_name(data: PruningCardData) -> str:
+    """What the data that was scored was called, without the folders around it; empty if that was not said."""
+    return Path(str(((data.evaluation or {}).get("evaluation") or {}).get("source") or "")).name
 
 
 def _figures(score: Mapping[str, Any]) -> list[str]:

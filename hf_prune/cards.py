@@ -8,39 +8,29 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from huggingface_hub import EvalResult, ModelCardData
 
 from hf_prune.card_data import (
     LICENSE_FIELDS,
     PICTURES,
     PruningCardData,
-    counted_facts,
-    differing,
     is_license,
     is_link,
-    is_of_training,
     is_rounded,
-    load_card_data,
-    measured_of,
     read_card_data,
-    recounted,
-    weights_digest,
     with_reports,
 )
 from hf_prune.card_surroundings import (
     BEGIN,
     END,
     FACTS,
-    in_any_order,
     not_plain,
     parts_of,
     results_of,
-    surroundings,
 )
-from hf_prune.card_text import card_text
+from hf_prune.card_text import card_text, data_name
 from hf_prune.checkpoint import CARD_DATA
-from hf_prune.errors import CheckpointError, DataError
+from hf_prune.errors import DataError
 from hf_prune.files import refuse_links, write_json, write_text
 from hf_prune.front_matter import join_card, read_card, split_card
 from hf_prune.hub import is_repo_id
@@ -94,51 +84,6 @@ def without_facts(card: str) -> str:
     return join_card(
         _others(metadata), body if parts is None else f"{parts[0].rstrip()}\n\n{parts[2].lstrip()}".strip() + "\n"
     )
-
-
-def check_card(folder: Path) -> None:
-    """See that a folder's card, if it has one of ours, describes these very files, and is what it was rendered from.
-
-    Raises:
-        CheckpointError: If it describes others.
-        DataError: If its metadata is no YAML.
-    """
-    path = folder / "README.md"
-    text = read_card(path) if path.is_file() else ""
-    facts = read_facts(text)
-    if not facts and our_part(text) is None:
-        return
-    said = facts.get("sha256")
-    files = counted_facts(folder)
-    if others := differing(said if isinstance(said, dict) else {}, files["checksums"]):
-        raise CheckpointError(
-            f"{path} describes other files than those beside it ({', '.join(map(str, others[:3]))}): run hf-prune card "
-            f"{folder} --write, or delete it"
-        )
-    try:
-        data = load_card_data(folder)
-        rendered = render_card(recounted(data, files), text)
-    except (DataError, jinja2.UndefinedError, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{error}: run hf-prune card {folder} --write") from error
-    weights = weights_digest(files["checksums"])
-    for name, measured in (("evaluation", data.evaluation), ("latency", data.latency)):
-        if measured is not None and not is_of_training(data, name) and weights not in measured_of(measured):
-            raise CheckpointError(
-                f"the {name} in {folder / CARD_DATA} is not said to be of the weights beside it, so it was edited or "
-                f"is of others: measure again, and run hf-prune card {folder} --{name} FILE --write"
-            )
-    for name, there, expected in surroundings(text):
-        if there != expected:
-            raise CheckpointError(
-                f"{path} does not show what hf_prune wrote, or contradicts it: {name}: {there}, expected {expected}; "
-                f"edit it, or run hf-prune card {folder} --write"
-            )
-    said, right = (in_any_order(read_metadata(each)) for each in (text, rendered))
-    if our_part(rendered) != our_part(text) or said != right:
-        raise CheckpointError(
-            f"{path} is not what {CARD_DATA} beside it says, so one of them was edited: run hf-prune card {folder} "
-            f"--write"
-        )
 
 
 def _merge(new: dict[str, Any], text: str, old: str) -> str:
@@ -235,6 +180,11 @@ def full_report(model: Any) -> SparsityReport:
     return report
 
 
+def as_saved(model: Any, folder: Path) -> Any:
+    """A model as its checkpoint has it: loaded again if values were rounded as they were saved."""
+    return type(model).from_pretrained(folder) if is_rounded(folder) else model
+
+
 def describe_model(model: Any, folder: str | Path, *, plots: bool = True, **more: Any) -> str:
     """Count what is zero in a model, and write the report and the card into the folder that it was saved in.
 
@@ -253,8 +203,7 @@ def describe_model(model: Any, folder: str | Path, *, plots: bool = True, **more
         DataError: If the card so far is no YAML, or a fact is not as the Hub wants it; the folder is as it was.
     """
     folder = Path(folder)
-    if is_rounded(folder):
-        model = type(model).from_pretrained(folder)
+    model = as_saved(model, folder)
     report, store = full_report(model), MaskStore.of(model)
     draws = plots and store is not None and report.structure is None
     if plots:
@@ -350,6 +299,8 @@ def _facts(data: PruningCardData, text: str) -> dict[str, Any]:
         facts["score"] = {key: score[key] for key in keys if score.get(key) is not None}
         if data.dataset:
             facts["score"]["dataset"] = data.dataset
+        elif name := data_name(data):
+            facts["score"]["data"] = name
     return facts
 
 

@@ -31,8 +31,17 @@ from torch.distributed.tensor import DTensor
 from hf_prune.building import limited_building
 from hf_prune.bypass import bypassed_layers
 from hf_prune.config import PruningConfig
-from hf_prune.errors import CheckpointError, PlanError
-from hf_prune.files import MARK, atomic_path, copy_beside, is_left_out, read_config, read_json_object, staged_folder
+from hf_prune.errors import CheckpointError, DataError, PlanError
+from hf_prune.files import (
+    MARK,
+    atomic_path,
+    copy_beside,
+    is_left_out,
+    read_config,
+    read_json_object,
+    read_text,
+    staged_folder,
+)
 from hf_prune.masking import MaskStore, warn_regrown
 from hf_prune.notices import warn_user
 from hf_prune.offloading import values_of
@@ -472,9 +481,9 @@ def _stays_behind(name: Path, size: int, modules: Collection[str]) -> bool:
 def _module_folders(root: Path) -> set[str]:
     """Folders of the modules that sentence-transformers puts behind a model."""
     try:
-        modules = json.loads((root / "modules.json").read_text(encoding="utf-8"))
+        modules = json.loads(read_text(root / "modules.json"))
         return {Path(module["path"]).parts[0] for module in modules if module["path"]}
-    except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError):
+    except (DataError, OSError, ValueError, KeyError, TypeError, IndexError, RecursionError):
         return set()
 
 

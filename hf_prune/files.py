@@ -20,6 +20,7 @@ from hf_prune.errors import CheckpointError, DataError, HfPruneError
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".dill")
 MARK = ".hf_prune.json"  # in an output: what wrote it
 _LARGEST_JSON = 1 << 26  # bytes; the largest, which index the files of a model, have a tenth of it
+LARGEST_TEXT = 1 << 21  # bytes of a text that somebody else wrote; cards of hundreds of results have a tenth of it
 _CONFIG_TYPES = {
     "architectures": list,
     "auto_map": dict,
@@ -59,16 +60,27 @@ def write_text(path: str | os.PathLike[str], text: str) -> Path:
     return Path(path)
 
 
-def read_text(path: str | os.PathLike[str]) -> str:
-    """The text of a file, without a byte order mark.
+def read_text(path: str | os.PathLike[str], *, most: int = LARGEST_TEXT, errors: str = "strict") -> str:
+    """The text of a file that others may have written, without a byte order mark, and with line ends as they are here.
+
+    Args:
+        path: The file, of which no more than that is read.
+        most: How many bytes it may have.
+        errors: What becomes of bytes that are not UTF-8, as of ``bytes.decode``.
 
     Raises:
-        DataError: If it is not in UTF-8.
+        DataError: If it is larger, or not in UTF-8.
     """
+    with Path(path).open("rb") as file:
+        data = file.read(most + 1)
+    if len(data) > most:
+        size = max(len(data), os.stat(path).st_size)
+        raise DataError(f"{os.fspath(path)} has {size:,} bytes: expected a text of at most {most:,}")
     try:
-        return Path(path).read_text(encoding="utf-8-sig")
+        text = data.decode("utf-8-sig", errors)
     except UnicodeDecodeError as error:
         raise DataError(f"{os.fspath(path)} is not in UTF-8: {error.reason}; save it as UTF-8") from error
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def read_json_object(path: str | os.PathLike[str], error: type[HfPruneError] = CheckpointError) -> dict[str, Any]:

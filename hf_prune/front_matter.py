@@ -93,16 +93,17 @@ class _Dumper(yaml.SafeDumper):
         return True
 
 
-def read_card(path: str | os.PathLike[str]) -> str:
+def read_card(path: str | os.PathLike[str], *, errors: str = "strict") -> str:
     """The text of a card, which has a bounded size.
+
+    Args:
+        path: The file.
+        errors: ``"replace"`` also reads what is not in UTF-8.
 
     Raises:
         DataError: If it is not in UTF-8, or too large.
     """
-    size = os.stat(path).st_size
-    if size > 4 * MOST_OF_A_CARD:  # bytes of the longest characters
-        raise DataError(f"{os.fspath(path)} has {size:,} bytes: expected a card of at most {4 * MOST_OF_A_CARD:,}")
-    return read_text(path)
+    return read_text(path, most=4 * MOST_OF_A_CARD, errors=errors)  # bytes of the longest characters
 
 
 def split_card(text: str, what: str = "the card so far") -> tuple[dict[str, Any], str]:

@@ -49,7 +49,7 @@ def check_data_card(repo_id: str) -> None:
     for name, read in (("README.md", split_card), (".huggingface.yaml", _read_settings)):
         with contextlib.suppress(EntryNotFoundError):
             path = Path(hf_hub_download(repo_id, name, repo_type="dataset"))
-            read(path.read_text(encoding="utf-8", errors="replace"), f"{name} of data set {repo_id!r}")
+            read(read_card(path, errors="replace"), f"{name} of data set {repo_id!r}")
 
 
 def _read_settings(text: str, what: str) -> Any:
@@ -113,7 +113,11 @@ def is_downloaded(source: str) -> bool:
 
 
 def card_of_base(repo_id: str) -> str | None:
-    """The card of somebody else's repository, asked for once; None if it has none, or the Hub does not answer."""
+    """The card of somebody else's repository, asked for once; None if it has none, or the Hub does not answer.
+
+    Raises:
+        DataError: If it is too large.
+    """
     try:
         check_hub_reachable(f"the card of {repo_id!r}")
         offline = False
@@ -127,7 +131,7 @@ def card_of_base(repo_id: str) -> str | None:
         if not _is_network(error):
             raise
         return None
-    return Path(path).read_text(encoding="utf-8", errors="replace")
+    return read_card(path, errors="replace")
 
 
 def asking(ask: Callable[[], Result], repo_id: str, *, missing: bool = False, tries: int = TRIES) -> Any:

@@ -252,7 +252,7 @@ class PrunedModelMixin(nn.Module):
             token = kwargs.get("token")
             repo_id = full_repo_id(hub.pop("repo_id", Path(save_directory).name), token)
             _describe(self, Path(save_directory), repo_id)
-            push_checkpoint(save_directory, repo_id, token=token, **hub)
+            push_checkpoint(save_directory, repo_id, token=token, model=self, **hub)
 
     def push_to_hub(
         self,
@@ -309,6 +309,7 @@ class PrunedModelMixin(nn.Module):
                 force=force,
                 commit_message=commit_message,
                 token=token,
+                model=self,
             )
 
     @classmethod

@@ -15,7 +15,7 @@ from typing import Any
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, hf_hub_download
 
 from hf_prune.card_data import PruningCardData, load_card_data
-from hf_prune.cards import check_card, merge_cards, read_facts, render_card, without_facts
+from hf_prune.cards import merge_cards, read_facts, render_card, without_facts
 from hf_prune.checkpoint import CARD_DATA, REPORTS
 from hf_prune.errors import CheckpointError, DataError, HubError
 from hf_prune.files import MARK, PICKLES, read_config, refuse_links
@@ -23,6 +23,7 @@ from hf_prune.front_matter import read_card
 from hf_prune.hub import TRIES, answers, asking, card_of, check_repo_id, full_repo_id
 from hf_prune.remote_code import FILE
 from hf_prune.tables import format_count, format_table
+from hf_prune.verification import check_card, check_text
 
 _SECONDS = 2.0  # that a dry run waits for an answer
 _OWN = (".gitattributes", "README.md")  # what a new repository may have
@@ -91,6 +92,7 @@ def push_checkpoint(
     commit_message: str = "Upload pruned model",
     token: str | bool | None = None,
     card: PruningCardData | None = None,
+    model: Any = None,
 ) -> PushResult:
     """Upload a checkpoint's folder to a model repository, all in one commit.
 
@@ -99,7 +101,8 @@ def push_checkpoint(
     refused if somebody else commits in the meantime.
 
     The card is the folder's ``README.md``; one that was made for the folder's name gets that of the repository. Where
-    it has no words of its author, those of the repository's card stay.
+    it has no words of its author, those of the repository's card stay. If it is one of ours, everything in it is
+    counted again first, as :func:`hf_prune.verify_checkpoint` does.
 
     Args:
         folder: A checkpoint: ``config.json`` and weights as safetensors.
@@ -112,13 +115,14 @@ def push_checkpoint(
         commit_message: Of the commit.
         token: Of the Hub; None takes the one you are logged in with.
         card: What to make a card of for a folder that has none.
+        model: The model that the folder holds, if it is at hand: the card is compared with it; None loads it.
 
     Returns:
         What was uploaded; print it.
 
     Raises:
-        CheckpointError: If the folder holds no checkpoint, or its card describes other files, or is not what
-            ``pruning_card.json`` says.
+        CheckpointError: If the folder holds no checkpoint, or its card is not right, or would not be beside the words
+            of the repository's card.
         DataError: If the metadata of a card is no YAML.
         HubError: If nobody is logged in, may not write there, the Hub cannot be reached, or the repository holds
             something else, or is public where ``private`` is asked for. Its files are as they were.
@@ -127,7 +131,7 @@ def push_checkpoint(
     check_repo_id(repo_id)
     files, skipped = _files(folder)
     api = HfApi(token=token)
-    check_card(folder)
+    check_card(folder, model)
     if not dry_run:
         repo_id = full_repo_id(repo_id, token)
     found = _present(api, repo_id, revision, force, folder, private=private, dry_run=dry_run)
@@ -278,7 +282,15 @@ def _card(
         if data is not None and data.name == folder.resolve().name:
             data = dataclasses.replace(data, name=repo_id)
             mine = render_card(data, mine)
-    return mine if theirs is None else merge_cards(mine, theirs), data
+    text = mine if theirs is None else merge_cards(mine, theirs)
+    if data is not None:
+        which = (
+            f"the card of {folder} beside the words of the card that {repo_id} has"
+            if theirs
+            else f"the card of {folder}"
+        )
+        check_text(text, data, f"{which} is not right", "edit README.md there first, or in this folder")
+    return text, data
 
 
 def _files(folder: Path) -> tuple[dict[str, Path], tuple[str, ...]]:

@@ -14,16 +14,19 @@ import jinja2
 
 from hf_prune.card_data import (
     PruningCardData,
+    checksums,
     counted_facts,
     differing,
+    inherited_license,
     is_of_training,
     load_card_data,
     measured_of,
     recounted,
     weights_digest,
 )
-from hf_prune.card_surroundings import FACTS, in_any_order, other_data, surroundings
+from hf_prune.card_surroundings import FACTS, in_any_order, other_data, parts_of, surroundings
 from hf_prune.cards import (
+    as_saved,
     full_report,
     our_part,
     read_facts,
@@ -32,14 +35,18 @@ from hf_prune.cards import (
     text_checksum,
 )
 from hf_prune.errors import CheckpointError, ConfigError, DataError
-from hf_prune.front_matter import read_card
+from hf_prune.front_matter import read_card, split_card
 from hf_prune.hub import download_checkpoint
 from hf_prune.shrinking import RECORD
 from hf_prune.sites import base_prefix, find_sites, layer_lists
-from hf_prune.tables import format_table
+from hf_prune.tables import first_few, format_table
 
 _SHA256 = re.compile("[0-9a-f]{64}")
 _COUNTED = ("parameters", "nonzero", "target_parameters", "removed", "nm_patterns")
+_RESULTS = ".eval_results"  # where the Hub takes scores from besides a card's metadata
+_CLAIMED = ("license", "score")
+_OURS = ("library_name", "tags")  # of the metadata; all else in it, the author says
+_NOT_COUNTED = ("polish", "notes", "file_bytes", "before", "speed", "parameters_before")  # of a report
 _SURE = 2.0  # a speed-up beyond what became smaller, times this, is none that was measured
 
 
@@ -52,12 +59,14 @@ class Difference:
         said: What the card says.
         found: What was counted.
         tolerance: How far apart numbers may be.
+        claimed: Whether files do not tell it, so that ``found`` is only what the author said elsewhere.
     """
 
     name: str
     said: Any
     found: Any
     tolerance: float = 0.0
+    claimed: bool = False
 
     @property
     def is_same(self) -> bool:
@@ -97,12 +106,17 @@ class Verification:
 
     def __str__(self) -> str:
         rows = [
-            [fact.name, _show(fact.said), _show(fact.found), "" if fact.is_same else "DIFFERENT"] for fact in self.facts
+            [fact.name, _show(fact.said), "" if fact.claimed and fact.is_same else _show(fact.found), _verdict(fact)]
+            for fact in self.facts
         ]
         wrong = sum(not fact.is_same for fact in self.facts)
-        end = "The card is right." if not wrong else f"{wrong} of {len(self.facts)} facts of the card are wrong."
+        end = f"{wrong} of {len(self.facts)} facts of the card are wrong." if wrong else "What was counted is right."
         claims = f"\nNot counted, since files do not tell: {', '.join(self.claims)}." if self.claims else ""
         return f"{format_table(['fact', 'card', 'counted', ''], rows, left=1)}\n{end}{claims}"
+
+
+def _verdict(fact: Difference) -> str:
+    return "DIFFERENT" if not fact.is_same else "claimed" if fact.claimed else ""
 
 
 def _json(value: Any) -> Any:
@@ -159,7 +173,64 @@ def verify_checkpoint(
     if score is not None and not isinstance(said, dict):
         raise CheckpointError(f"the card of {source} gives no score to verify: leave --evaluate out")
     model = load_native(str(folder))
-    report = full_report(model).to_dict()
+    found, claims = _facts(folder, text, model)
+    if score is not None and isinstance(said, dict):
+        found += _again(said, score(str(folder)))
+    return Verification(source, tuple(found), claims)
+
+
+def check_card(folder: Path, model: Any = None) -> None:
+    """See that a folder's card, if it has one of ours, is right: as :func:`verify_checkpoint` does.
+
+    Args:
+        folder: A checkpoint.
+        model: The model that is saved in it, if it is at hand; None loads it.
+
+    Raises:
+        CheckpointError: If it is not, or the files are damaged.
+        DataError: If its metadata is no YAML.
+    """
+    from hf_prune.auto import load_native
+
+    path = folder / "README.md"
+    text = read_card(path) if path.is_file() else ""
+    if not read_facts(text) and our_part(text) is None:
+        return
+    advice = (
+        f"edit it, or run hf-prune card {folder} --write, with --evaluation or --latency anew where those are wrong"
+    )
+    said = read_facts(text).get("sha256")
+    if others := differing(said if isinstance(said, dict) else {}, checksums(folder)):  # which may not even load
+        raise CheckpointError(f"{path} describes other files than those beside it ({first_few(others)}): {advice}")
+    model = load_native(str(folder)) if model is None else as_saved(model, folder)
+    _refuse(_facts(folder, text, model)[0], f"{path} is not right", f"see hf-prune verify {folder}; {advice}")
+
+
+def check_text(text: str, data: PruningCardData, what: str, advice: str) -> None:
+    """See that a card says what it is rendered from, and that nothing around it hides or contradicts that.
+
+    Args:
+        text: The card.
+        data: What it is rendered from.
+        what: What is wrong if it does not, for the message.
+        advice: What to do then.
+
+    Raises:
+        CheckpointError: If it does not.
+    """
+    around = [Difference(*each) for each in surroundings(text)]
+    _refuse([*_rendered(render_card(data, text), text, read_facts(text)), *around], what, advice)
+
+
+def _refuse(facts: Sequence[Difference], what: str, advice: str) -> None:
+    wrong = [f"{fact.name}: {_show(fact.said)}, expected {_show(fact.found)}" for fact in facts if not fact.is_same]
+    if wrong:
+        raise CheckpointError(f"{what}: {'; '.join(wrong[:3])}: {advice}")
+
+
+def _facts(folder: Path, text: str, model: Any) -> tuple[list[Difference], tuple[str, ...]]:
+    """All facts of a card beside what the files, and the model in them, tell; and what is only claimed."""
+    facts, report = read_facts(text), full_report(model).to_dict()
     shrunk = report["structure"] is not None
     counted = {**report, "parameters": report["structure"]["parameters"]} if shrunk else report
     found = [Difference(key, facts.get(key), counted[key]) for key in _COUNTED[: 1 if shrunk else None]]
@@ -172,14 +243,13 @@ def verify_checkpoint(
     try:
         data = load_card_data(folder)
         expected = render_card(recounted(data, files, report), text)
-        found += [*_rendered(expected, text, facts), *_stored(data, expected, text), *_measured(data, files)]
-        claims = (*_claims(data), *(f"the author's result on {name}" for name in other_data(text)))
+        found += [*_rendered(expected, text, facts), *_stored(data, expected, text), *_reported(data.report, report)]
+        found += _measured(data, files)
+        claims = _claims(data, folder, text)
     except (DataError, jinja2.UndefinedError, AttributeError, KeyError, TypeError, ValueError) as error:
         found.append(Difference("what the card is rendered from", str(error), "the facts in pruning_card.json"))
-    found += [Difference(*each) for each in surroundings(text)]
-    if score is not None and isinstance(said, dict):
-        found += _again(said, score(str(folder)))
-    return Verification(source, tuple(found), claims)
+    around = (Difference(*each, claimed=each[0] == "license in the metadata") for each in surroundings(text))
+    return [*found, *around], claims
 
 
 def _by_name(what: str, said: Any, found: Mapping[str, Any]) -> list[Difference]:
@@ -206,12 +276,12 @@ def _rendered(expected: str, text: str, facts: Mapping[str, Any]) -> Iterator[Di
     checked = {*_COUNTED, "files", "sha256", "text"}
     for name, right in read_facts(expected).items():
         if name not in checked:
-            yield Difference(name, facts.get(name), right)
+            yield Difference(name, facts.get(name), right, claimed=name in _CLAIMED)
     for name in set(facts) - set(read_facts(expected)) - checked:
         yield Difference(str(name), facts[name], None)
     front, metadata = (in_any_order(read_metadata(each)) for each in (expected, text))
     for name in sorted({*front, *metadata} - {FACTS}, key=str):
-        yield Difference(f"{name} in the metadata", metadata.get(name), front.get(name))
+        yield Difference(f"{name} in the metadata", metadata.get(name), front.get(name), claimed=name not in _OURS)
 
 
 def _alike(some: Sequence[str], others: Sequence[str]) -> int:
@@ -227,6 +297,36 @@ def _stored(data: PruningCardData, expected: str, text: str) -> Iterator[Differe
     yield Difference("pruning_card.json", "the same" if same else "another card", "the same")
 
 
+def _reported(said: Mapping[str, Any], found: Mapping[str, Any]) -> Iterator[Difference]:
+    """What the stored report counted otherwise, number by number, whether the card shows it or not."""
+    if found["structure"] is not None:  # the rest may be of the larger model
+        said, found = said.get("structure") or {}, found["structure"]
+    theirs, ours = dict(_leaves(said)), dict(_leaves(found))
+    for name in {**ours, **theirs}:
+        there, right = theirs.get(name), ours.get(name)
+        near = 1e-6 * abs(right) + 1e-9 if isinstance(right, float) else 0.0  # sums are added up in another order
+        difference = Difference(f"{name} in pruning_card.json", there, right, near)
+        if not difference.is_same:
+            yield difference
+
+
+def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Everything that was counted in a report, by where it stands."""
+    if isinstance(value, Mapping):
+        parts = [
+            (f"{name}.{key}" if name else str(key), each) for key, each in value.items() if key not in _NOT_COUNTED
+        ]
+    elif isinstance(value, list | tuple):
+        parts = [(f"{name}[{i}]", each) for i, each in enumerate(value)]
+    else:
+        yield name, value
+        return
+    if not parts:
+        yield name, "empty"
+    for inner, each in parts:
+        yield from _leaves(each, inner)
+
+
 def _measured(data: PruningCardData, files: Mapping[str, Any]) -> Iterator[Difference]:
     """Whether scores and timings are of these weights, where they say of which."""
     weights = weights_digest(files["checksums"])
@@ -236,23 +336,33 @@ def _measured(data: PruningCardData, files: Mapping[str, Any]) -> Iterator[Diffe
             yield Difference(f"SHA-256 of the weights of the {name}", weights if weights in said else said[0], weights)
 
 
-def _claims(data: PruningCardData) -> tuple[str, ...]:
-    speed = (data.report.get("structure") or {}).get("speed")
+def _claims(data: PruningCardData, folder: Path, text: str) -> tuple[str, ...]:
+    structure = data.report.get("structure")
+    before, _, after = parts_of(split_card(text)[1]) or ("", "", "")
     found = {
-        "sizes of the dense model": data.report.get("structure"),
+        "sizes of the dense model": structure,
         "scores (add --evaluate)": data.evaluation,
-        "timings": data.latency or speed,
+        "timings": data.latency or (structure or {}).get("speed"),
         "what training did": data.training,
         "the name": data.name,
         "versions": data.versions or None,
-        "the license": data.license,
+        _license(read_metadata(text).get("license"), data.base_model): read_metadata(text).get("license"),
         "the data": data.dataset,
         "what was polished": data.report.get("polish") or None,
         "what was rounded": data.rounded or None,
         "the base model": data.base_model,
         "the command": data.command,
+        "the author's own words": (before + after).strip() or None,
+        f"the results in {_RESULTS}": (folder / _RESULTS).exists() or None,
     }
-    return tuple(name for name, value in found.items() if value is not None)
+    others = (f"the author's result on {name}" for name in other_data(text))
+    return (*(name for name, value in found.items() if value is not None), *others)
+
+
+def _license(said: Any, base: str | None) -> str:
+    """The license as a claim, beside what the card of the base model says where that is known."""
+    known = None if said is None or base is None else inherited_license(base).get("license")
+    return f"the license ({said}{f'; the card of {base} says {known}' if known else ''})"
 
 
 # --- what was taken out -------------------------------------------------------------------------------------
@@ -303,5 +413,5 @@ def _again(said: Mapping[str, Any], found: Mapping[str, Any]) -> list[Difference
     return [
         Difference(key, value, found.get(key), tolerances.get(key, 0.0))
         for key, value in said.items()
-        if key != "dataset"
+        if key not in ("dataset", "data")
     ]

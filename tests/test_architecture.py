@@ -112,11 +112,12 @@ LAYERS = (
         "hub",
         "migration",
         "plots",
-        "push",
         "training_facts",
         "training_state",
     ),
     (
+        "verification",
+        "push",
         "mixin",
         "quantizer",
         "auto",
@@ -137,7 +138,6 @@ LAYERS = (
         "lottery",
         "trim_workflow",
         "train_workflow",
-        "verification",
         "workflows",
     ),
     ("cli_options", "cli_card", "cli_compress", "cli_hub", "cli_space", "cli_speed", "cli_train", "cli_trim", "cli"),
@@ -306,6 +306,29 @@ def test_the_space_unpickles_nothing_and_reads_no_yaml(path):
     assert [each for each in (unsafe_import(f"space.{path.stem}", name) for name in names) if each] == []
     called = {ast.unparse(node.func) for node in nodes if isinstance(node, ast.Call)}
     assert called.isdisjoint(FORBIDDEN_CALLS)
+
+
+# What they read is part of the package, was written by this very process, or is a file that the user names.
+READ_WHOLE = {
+    "card_text",
+    "checkpoint",
+    "cli_options",
+    "cli_trim",
+    "demo",
+    "files",
+    "remote_code",
+    "targets",
+    "tokenizer_trim",
+}
+
+
+def test_texts_of_others_are_read_by_one_function_that_has_a_limit():
+    found = set()
+    for module, path in SOURCES.items():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "read_text":
+                found.add(module.removeprefix("hf_prune."))
+    assert found == READ_WHOLE, "read it with hf_prune.files.read_text"
 
 
 def test_no_name_is_in_two_layers():

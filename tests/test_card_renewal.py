@@ -128,7 +128,7 @@ def test_a_card_that_is_the_authors_alone_is_copied(folder, tmp_path, text):
 def test_a_card_with_damaged_metadata_is_copied_and_said_so(folder, tmp_path):
     text = f"---\na: [\n---\n{BEGIN}\nold\n{END}\n"
     (folder / "README.md").write_text(text)
-    assert "its metadata is no YAML" in str(compress_checkpoint(folder, tmp_path / "small"))
+    assert "is no YAML that can be read" in str(compress_checkpoint(folder, tmp_path / "small"))
     assert card_of(tmp_path / "small") == text
 
 

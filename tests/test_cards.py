@@ -28,13 +28,15 @@ from hf_prune import (
     write_card,
 )
 from hf_prune.card_data import checksums, load_card_data, weights_digest
+from hf_prune.card_renewal import renew_card
 from hf_prune.card_surroundings import surroundings
-from hf_prune.cards import BEGIN, END, check_card, describe_model, merge_cards, our_part, read_facts, without_facts
+from hf_prune.cards import BEGIN, END, describe_model, merge_cards, our_part, read_facts, without_facts
 from hf_prune.cli import main
 from hf_prune.compressed import compress_checkpoint
 from hf_prune.front_matter import MOST_OF_A_CARD, join_card, split_card
 from hf_prune.shards import Shards
 from hf_prune.sites import find_sites
+from hf_prune.verification import check_card
 from tests import models
 
 
@@ -272,7 +274,7 @@ def one_more_zero(weight):
 def test_verify_finds_what_differs(folder, run, scores, made):
     run("card", folder, "--evaluation", scores, "--dataset", "me/data", "--write")
     said = run("verify", folder, "--evaluate", "--data", made / "data")
-    assert "The card is right." in said
+    assert "What was counted is right." in said
     for change, name in ((one_more_zero, "nonzero"), (refill, "nonzero")):
         (folder / "pruning_masks.safetensors").rename(folder / "masks")
         change_weight(folder, change)
@@ -381,7 +383,7 @@ def test_verify_renders_the_card_anew(folder, scores, lie):
     found = different(folder)
     assert found
     assert all(re.fullmatch(r"line \d+ of the text|lines of the text|text", name) for name in found)
-    with pytest.raises(CheckpointError, match=r"is not what pruning_card.json beside it says, so one of them"):
+    with pytest.raises(CheckpointError, match=r"README\.md is not right: (line \d+ of the )?text: "):
         check_card(folder)
 
 
@@ -415,13 +417,14 @@ def test_nothing_may_hide_our_part(folder):
     for words in (" ", "\t", "words "):
         found = [name for name, there, expected in surroundings(f"{front_}{words}{begin}{rest}") if there != expected]
         assert found == ["text before our part"]
-    for words in ("<style>h1 {display: none}</style>", "< SCRIPT>", "<LINK rel=x>", "<base href=x>", "</style>"):
+    for words in ("<style>h1 {display: none}</style>", "< SCRIPT>", "<LINK rel=x>", "<base href=x>", "</style>",
+                  "<p style='position: fixed; top: 0'>99 %</p>", '<img STYLE="margin-top:-900px">'):  # fmt: skip
         found = [name for name, there, expected in surroundings(f"{card}\n{words}\n") if there != expected]
         assert found == ["tags that change our part"]
     (folder / "README.md").write_text(f"{front_}<details>\n\n{begin}{rest}\n{BEGIN}\nAll is well.\n{END}\n")
     found = different(folder)
     assert {"text before our part", "marks hf_prune: begin", "marks hf_prune: end"} <= set(found)
-    with pytest.raises(CheckpointError, match="does not show what hf_prune wrote, or contradicts it: marks"):
+    with pytest.raises(CheckpointError, match=r"README\.md is not right: marks"):
         check_card(folder)
     (folder / "README.md").write_text(f"{front_}<details>\n\n{begin}{rest}")
     with pytest.raises(CheckpointError, match=r"text before our part: '<details>', which can hide it: move it below"):
@@ -443,7 +446,7 @@ def test_a_body_of_any_kind_is_read_in_linear_time(folder):
     with pytest.raises(DataError, match=r"characters: expected at most 500,000; mend README\.md first"):
         verify_checkpoint(str(folder))
     (folder / "README.md").write_text(card + "x" * 5 * MOST_OF_A_CARD)
-    with pytest.raises(DataError, match=r"README\.md has 2,50.* bytes: expected a card of at most 2,000,000"):
+    with pytest.raises(DataError, match=r"README\.md has 2,50.* bytes: expected a text of at most 2,000,000"):
         verify_checkpoint(str(folder))
 
 
@@ -501,6 +504,15 @@ def test_results_are_compared_by_structure_and_in_any_order():
         theirs(name="dev set: ＳＳＴ２"),
         theirs(args={"of": ["stanfordnlp/sst2"]}),
         theirs("me/sst2", metrics=[]),
+        theirs(name="Stanford Sentiment Treebank v2"),
+        theirs(name="Stanford Sentiment Treebank 2 (validation)"),
+        theirs("glue/sst2"),
+        theirs(name="GLUE SST-2"),
+        theirs(name="the SST2 benchmark, binary, English".removeprefix("the ")),
+        theirs(name="ѕѕт2"),  # no letter of which is Latin
+        theirs(name="śst2"),
+        {**theirs(), "task": {"type": "text-classification", "name": "Sentiment (SST-2)"}},
+        theirs(metrics=[{"type": "acc", "name": "Accuracy on SST 2", "value": 0.99}]),
     ):
         assert result_lies(spelled, OURS) == result_lies(OURS, spelled) == [same], spelled
     for shape in (
@@ -524,6 +536,8 @@ def test_results_are_compared_by_structure_and_in_any_order():
         theirs("glue", name="GLUE", config="mnli", split="test"),
         theirs("ru", name="Русский SuperGLUE"),
         theirs("me/sst2-german", args={"num_fewshot": 5}),
+        theirs("you/sst5", name="Stanford Sentiment Treebank v5"),
+        {**theirs("imdb"), "task": {"type": "text-classification", "name": "Text Classification"}},
     ):
         assert result_lies(honest, OURS) == result_lies(OURS, honest) == [], honest
     entry = {"name": "b", "results": [theirs("imdb")]}
@@ -606,11 +620,138 @@ def test_an_edited_source_of_the_card_is_found_and_not_published(folder, scores,
     edit(folder / "pruning_card.json", STORED[what])
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
     assert different(folder)
-    assert re.search(
-        "so one of them was edited|is not said to be of the weights beside it|cannot be true",
-        run("push", folder, "me/x", "--dry-run", code=1),
-    )
+    assert "README.md is not right: " in run("push", folder, "me/x", "--dry-run", code=1)
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+
+
+COUNTED = {
+    "bytes": lambda r: r.update(bytes=7),
+    "remaining": lambda r: r.update(remaining=7),
+    "target_sparsity": lambda r: r.update(target_sparsity=0.9),
+    "model": lambda r: r.update(model="BertModel"),
+    "nm_patterns[i]": lambda r: r.update(nm_patterns=["1:4"]),
+    "tensors[i].bytes": lambda r: r["tensors"][0].update(bytes=True),
+    "tensors[i].name": lambda r: r["tensors"][0].update(name="another"),
+    "tensors[i].parameters": lambda r: [
+        r["tensors"][i].update(parameters=r["tensors"][i]["parameters"] + d, nonzero=r["tensors"][i]["nonzero"] + d)
+        for i, d in ((0, 1), (1, -1))
+    ],
+    "tensors[i].sparsity": lambda r: r["tensors"][0].update(sparsity=float("nan")),
+    "tensors[i].after.max": lambda r: next(t for t in r["tensors"] if t["is_target"])["after"].update(max=9.0),
+    "more": lambda r: r.update(more=1),
+}
+
+
+@pytest.mark.parametrize("what", COUNTED)
+def test_a_report_that_was_edited_before_the_card_was_made_is_found_and_not_published(folder, run, what):
+    """The card, its facts and its digests are those of the edited report: only counting tells."""
+    write_card(folder, read_card_data(folder))
+    check_card(folder)
+    edit(folder / "pruning_card.json", lambda v: COUNTED[what](v["report"]))
+    write_card(folder, load_card_data(folder))
+    assert f"{what} in pruning_card.json" in [re.sub(r"\[\d+\]", "[i]", name) for name in different(folder)]
+    assert "README.md is not right: " in run("push", folder, "me/x", "--dry-run", code=1)
+
+
+def test_structures_are_counted_again(made, tmp_path):
+    folder = shutil.copytree(made / "small", tmp_path / "small")
+    write_card(folder, read_card_data(folder))
+    check_card(folder)
+    edit(folder / "pruning_card.json", lambda v: v["report"]["structure"].update(bytes=7))
+    write_card(folder, load_card_data(folder))
+    assert "bytes in pruning_card.json" in different(folder)
+    with pytest.raises(CheckpointError, match=r"README\.md is not right: .*7"):
+        check_card(folder)
+
+
+def test_a_license_is_claimed_beside_that_of_the_base_model(folder, monkeypatch):
+    write_card(folder, read_card_data(folder, base_model="me/base", license="mit"))
+    for card, claim in (
+        (None, "the license (mit)"),
+        ("---\nlicense: apache-2.0\n---\n", "the license (mit; the card of me/base says apache-2.0)"),
+    ):
+        monkeypatch.setattr("hf_prune.card_data.card_of_base", lambda _, card=card: card)
+        verified = verify_checkpoint(str(folder))
+        assert verified.is_right
+        assert claim in verified.claims
+        rows = [line.split() for line in str(verified).splitlines() if line.startswith("license")]
+        assert rows
+        assert all(row[-2:] == ["mit", "claimed"] for row in rows), rows
+        assert {fact["claimed"] for fact in verified.to_dict()["facts"] if "license" in fact["name"]} == {True}
+    text = (folder / "README.md").read_text()
+    assert "The name, the base model and the license are statements of the author" in our_part(text)
+    (folder / "README.md").write_text(text.replace("license: mit\n", "license: gpl-3.0\n"))
+    assert {"license", "license in the metadata"} & set(different(folder))
+    edit(folder / "pruning_card.json", lambda v: v.update(license=None))  # the author's own words then
+    (folder / "README.md").write_text("---\nlicense: gpl-3.0\n---\n")
+    write_card(folder, load_card_data(folder))
+    assert "the license (gpl-3.0; the card of me/base says apache-2.0)" in verify_checkpoint(str(folder)).claims
+
+
+def test_scores_of_data_without_an_id_are_compared_by_its_name(folder, scores):
+    edit(scores, lambda v: v["evaluation"].update(source="/data/sst2"))
+    write_card(folder, read_card_data(folder, evaluation=scores))
+    card = (folder / "README.md").read_text()
+    index = (
+        "model-index:\n- {name: a, results: [{dataset: {type: glue, name: SST-2}, metrics: [{type: acc, value: 1}]}]}\n"
+    )
+    (folder / "README.md").write_text(card.replace("---\n", f"---\n{index}", 1))
+    assert different(folder) == ["another result on the same data"]
+    with pytest.raises(CheckpointError, match="another result on the same data"):
+        check_card(folder)
+    (folder / "README.md").write_text(card.replace("---\n", f"---\n{index.replace('SST-2', 'MNLI')}", 1))
+    assert "the author's result on MNLI" in verify_checkpoint(str(folder)).claims
+    (folder / ".eval_results").mkdir()
+    assert "the results in .eval_results" in verify_checkpoint(str(folder)).claims
+
+
+@pytest.mark.parametrize(
+    ("theirs", "name"),
+    [
+        ("# Words\n\n<style>h1 {display: none}</style>\n", "tags that change our part: <style"),
+        ("# Words\n\n<div style='position: absolute'>\n", "tags that change our part: style='position:"),
+        ("---\nmodel-index:\n- {name: a, results: [{dataset: {type: DATA}, metrics: [{type: acc, value: 1}]}]}\n"
+         "---\n", "another result on the same data"),
+        ("---\nResults: 99 %\n---\n", "results under 'Results' in the metadata"),
+        (f"Words\n{END}\n{BEGIN}\n", "marks hf_prune: begin: 2"),
+    ],
+)  # fmt: skip
+def test_words_of_the_hub_are_checked_after_they_were_merged(folder, scores, theirs, name):
+    from hf_prune import push
+
+    data = read_card_data(folder, evaluation=scores, dataset="me/data")
+    for card in (data, None):  # made just now, and written before
+        with pytest.raises(
+            CheckpointError, match=rf"the words of the card that me/x has is not right: .*{re.escape(name)}"
+        ):
+            push._card(folder, "me/x", card, theirs)
+        assert push._card(folder, "me/x", card, "# Words\n\n<b>bold</b>\n")[0].endswith("<b>bold</b>\n")
+        write_card(folder, data)
+
+
+def test_a_card_need_not_be_read_to_be_too_large(folder, made, tmp_path, monkeypatch):
+    """A terabyte that is not there: who reads it whole has no memory left."""
+    from hf_prune import hub
+
+    base = tmp_path / "base"
+    base.mkdir()
+    huge = base / "README.md"
+    with huge.open("wb") as file:
+        file.truncate(1 << 40)
+    assert read_card_data(folder, base_model=str(base)).license is None
+    monkeypatch.setattr(hub, "hf_hub_download", lambda *_, **__: str(huge))
+    monkeypatch.setattr(hub, "check_hub_reachable", lambda _: None)
+    assert read_card_data(folder, base_model="me/base").license is None
+    with pytest.raises(
+        DataError, match=r"README\.md has 1,099,511,627,776 bytes: expected a text of at most 2,000,000"
+    ):
+        hub.check_data_card("me/data")
+    write_card(folder, read_card_data(folder))
+    with (folder / "README.md").open("r+b") as file:
+        file.truncate(1 << 40)
+    said, _ = renew_card(folder, folder, "x")
+    assert "as it was, also where it is wrong now" in said
+    assert (folder / "README.md").stat().st_size == 1 << 40
 
 
 def test_a_card_needs_what_it_was_rendered_from(folder, run):
@@ -645,7 +786,7 @@ def test_tokenizer_report_and_pictures_are_covered(folder, name):
     for change in (lambda path: path.write_bytes(data + b"\n"), Path.unlink):
         change(folder / name)
         assert f"SHA-256 of {name}" in different(folder)
-        with pytest.raises(CheckpointError, match=f"describes other files than those beside it .{name}.: run hf-prune"):
+        with pytest.raises(CheckpointError, match=f"describes other files than those beside it .{name}.: edit it, or"):
             check_card(folder)
         (folder / name).write_bytes(data)
     assert different(folder) == []
@@ -831,7 +972,7 @@ def test_what_was_measured_says_of_which_weights(folder, part):
     check_card(folder)
     edit(folder / "pruning_card.json", lambda v: v[part].pop("weights"))
     assert different(folder) == [f"SHA-256 of the weights of the {part}"]
-    with pytest.raises(CheckpointError, match=f"the {part} in .* is not said to be of the weights beside it"):
+    with pytest.raises(CheckpointError, match=f"SHA-256 of the weights of the {part}: none, expected {weights[:16]}"):
         check_card(folder)
 
 
@@ -962,7 +1103,7 @@ def test_the_command_counts_and_does_not_believe_reports(folder, run):
     run("card", folder, "--write")
     assert "99.00" not in (folder / "README.md").read_text()
     assert read_facts((folder / "README.md").read_text())["nonzero"] == report["nonzero"]
-    assert "The card is right." in run("verify", folder)
+    assert "What was counted is right." in run("verify", folder)
     assert "has no revisions" in run("verify", folder, "--revision", "x", code=1)
 
 
@@ -1030,7 +1171,7 @@ def test_files_that_are_no_measurements(folder, tmp_path, option):
 def test_verify_shrunk_models(made, tmp_path, run):
     folder = shutil.copytree(made / "small", tmp_path / "small")
     run("card", folder, "--write")
-    assert "The card is right." in run("verify", folder)
+    assert "What was counted is right." in run("verify", folder)
 
 
 CARDS = sorted(p.parent for p in (Path(__file__).parents[1] / "model_cards").glob("*/card.json"))

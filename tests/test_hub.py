@@ -107,7 +107,7 @@ model.save_pretrained("{folder}", push_to_hub=True, repo_id="{USER}/saved", toke
     assert card.startswith("---\nlicense: mit\n")
     assert "# A card" in card
     assert "Zeros alone bring no speed-up" in card
-    assert "The card is right." in client("verify", f"{USER}/compressed", "--revision", "packed")
+    assert "What was counted is right." in client("verify", f"{USER}/compressed", "--revision", "packed")
     for name, private in (("named", True), ("saved", False)):
         saved = hub.files(f"{USER}/{name}")
         assert {"model.safetensors", "pruning_masks.safetensors"} <= set(saved)
@@ -137,7 +137,7 @@ expected = load_file("{tmp_path / "logits.safetensors"}")["logits"]
 assert (logits.view(torch.uint8) == expected.view(torch.uint8)).all()
 """
     )
-    assert "The card is right." in client("verify", REPO)
+    assert "What was counted is right." in client("verify", REPO)
     files = hub.files(REPO)
     weights = bytearray(files["model.safetensors"])
     weights[8 + int.from_bytes(weights[:8], "little")] ^= 1  # of a bias
@@ -374,7 +374,7 @@ run.push_to_hub()
     card = files["README.md"].decode()
     assert "generated_from_trainer" in card
     assert "weights that were pruned are zero" in card
-    assert "The card is right." in client("verify", f"{USER}/trained")
+    assert "What was counted is right." in client("verify", f"{USER}/trained")
 
 
 def test_folders_that_are_no_checkpoints(tmp_path, folders):
