@@ -15,7 +15,7 @@ FACTS = "hf_prune"  # the key of the metadata that programs read
 # Before our part, only what no reader of Markdown takes for the beginning of something that goes on: much else can.
 _LINE = re.compile(r"(?:#{1,6} )?[^\W\d_][^<>`$\[\]|~\\{}^]*")
 _MOST_BEFORE = 2_000
-_TAGS = re.compile(r"<\s*/?(?:style|script|link|base)\b", re.IGNORECASE)  # reach beyond where they stand
+_TAGS = re.compile(r"<\s*/?(?:style|script|link|base|meta|frameset)\b", re.IGNORECASE)  # reach beyond where they stand
 _TELLING = frozenset(
     {"modelindex", "evalresult", "evalresults", "evaluation", "evaluationresults", "result", "results", "benchmark",
      "benchmarks", "accuracy", "perplexity", "score", "scores", "f1"}
@@ -38,6 +38,10 @@ _ANY = frozenset(
         "task",
         "glue",
         "superglue",
+        "the",
+        "accuracy",
+        "acc",
+        "perplexity",
         "benchmark",
         "official",
         "original",
@@ -50,9 +54,12 @@ _ANY = frozenset(
         "full",
     }
 )  # words beside the name of data that do not make it another one
+_NO_NUMBER = "…"  # initials without the number at the end may be of any
 _LOOKS = str.maketrans("авекмнорстухіјѕԁһԛԝγαβενικορτυχ", "abekmhopctyxijsdhqwyabevikoptux")  # Cyrillic, Greek
-_REACH = re.compile(  # what stands elsewhere, and is shown over our part
-    r"style\s*=[^>]{0,300}?(?:position\s*:|z-index|transform|margin[a-z-]*\s*:[^;>]{0,20}-)", re.IGNORECASE
+_MOVES = r"(?:position\s*:|z-index|(?<![\w-])transform|margin[a-z-]*\s*:[^;]{0,20}-|\\|&#|/\*)"  # or what could be written so
+_REACH = re.compile(  # a tag that stands elsewhere, and is shown over our part
+    rf"""<[a-z][^<>]{{0,2000}}\sstyle\s*=\s*(?:"[^"]{{0,2000}}?{_MOVES}|'[^']{{0,2000}}?{_MOVES}|[^\s>]{{0,200}}?{_MOVES})""",
+    re.IGNORECASE,
 )
 
 
@@ -192,6 +199,7 @@ def _same_data(result: Mapping[str, Any], dataset: str) -> bool:
     if not data["type"].isascii():  # which no Hub id is
         return True
     ours = {_letters(dataset), _letters(dataset.rpartition("/")[2])}
+    ours |= {name.rstrip("0123456789") + _NO_NUMBER for name in ours}
     owner = _letters(dataset.rpartition("/")[0])
     named = [result.get("task"), *({k: v for k, v in each.items() if k != "value"} for each in result["metrics"])]
     return any(_is_mixed(text) or ours & _spellings(text, owner) for text in _texts(data)) or any(
@@ -216,7 +224,8 @@ def _spellings(text: str, owner: str) -> set[str]:
         found.add("".join(words))
         long = [word for word in words if not re.fullmatch(r"v?\d+", word)]
         if len(long) > 2:  # Stanford Sentiment Treebank v2
-            found.add("".join(word[0] for word in long) + "".join(w.removeprefix("v") for w in words if w not in long))
+            initials = "".join(word[0] for word in long)
+            found.add(initials + ("".join(w.removeprefix("v") for w in words if w not in long) or _NO_NUMBER))
     return found
 
 

@@ -418,9 +418,17 @@ def test_nothing_may_hide_our_part(folder):
         found = [name for name, there, expected in surroundings(f"{front_}{words}{begin}{rest}") if there != expected]
         assert found == ["text before our part"]
     for words in ("<style>h1 {display: none}</style>", "< SCRIPT>", "<LINK rel=x>", "<base href=x>", "</style>",
-                  "<p style='position: fixed; top: 0'>99 %</p>", '<img STYLE="margin-top:-900px">'):  # fmt: skip
+                  "<p style='position: fixed; top: 0'>99 %</p>", "<p style=pos&#105;tion:fixed>",
+                  "<p style='posi\\74ion:fixed'>", "<p style='position/**/:fixed'>", "<meta http-equiv=refresh>",
+                  '<img STYLE="margin-top:-900px">'):  # fmt: skip
         found = [name for name, there, expected in surroundings(f"{card}\n{words}\n") if there != expected]
         assert found == ["tags that change our part"]
+    for words in (
+        '<p style="text-align: center; text-transform: none">',
+        'style="x"; transform("\\n")',
+        "<b>position: 1, style=y</b>",
+    ):
+        assert [each for each in surroundings(f"{card}\n{words}\n") if each[1] != each[2]] == []
     (folder / "README.md").write_text(f"{front_}<details>\n\n{begin}{rest}\n{BEGIN}\nAll is well.\n{END}\n")
     found = different(folder)
     assert {"text before our part", "marks hf_prune: begin", "marks hf_prune: end"} <= set(found)
@@ -436,7 +444,22 @@ def test_a_body_of_any_kind_is_read_in_linear_time(folder):
     write_card(folder, read_card_data(folder))
     card = (folder / "README.md").read_text()
     front_, begin, rest = card.partition(BEGIN)
-    for piece in ("<!--", "```a\n", "<a ", "<", "x\n", "# ", "[", BEGIN, END):
+    for piece in (
+        "<!--",
+        "```a\n",
+        "<a ",
+        "<a style=",
+        "<a style='",
+        '<a style=" ',
+        "style=",
+        " style='",
+        "<",
+        "x\n",
+        "# ",
+        "[",
+        BEGIN,
+        END,
+    ):
         words = piece * (450_000 // len(piece))
         for text in (f"{front_}{words}{begin}{rest}", f"{card}{words}"):
             assert list(surroundings(text))
@@ -506,6 +529,9 @@ def test_results_are_compared_by_structure_and_in_any_order():
         theirs("me/sst2", metrics=[]),
         theirs(name="Stanford Sentiment Treebank v2"),
         theirs(name="Stanford Sentiment Treebank 2 (validation)"),
+        theirs(name="The Stanford Sentiment Treebank (v2)"),
+        theirs(name="Stanford Sentiment Treebank"),
+        theirs(name="SST-2 dev accuracy"),
         theirs("glue/sst2"),
         theirs(name="GLUE SST-2"),
         theirs(name="the SST2 benchmark, binary, English".removeprefix("the ")),
