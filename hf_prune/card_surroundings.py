@@ -56,7 +56,8 @@ _ANY = frozenset(
 )  # words beside the name of data that do not make it another one
 _NO_NUMBER = "…"  # initials without the number at the end may be of any
 _LOOKS = str.maketrans("авекмнорстухіјѕԁһԛԝγαβενικορτυχ", "abekmhopctyxijsdhqwyabevikoptux")  # Cyrillic, Greek
-_MOVES = r"(?:position\s*:|z-index|(?<![\w-])transform|margin[a-z-]*\s*:[^;]{0,20}-|\\|&#|/\*)"  # or what could be written so
+# What moves a thing to another place, or could be written so.
+_MOVES = r"(?:position\s*:|z-index|(?<![\w-])transform|margin[a-z-]*\s*:[^;]{0,20}-|\\|&#|/\*)"
 _REACH = re.compile(  # a tag that stands elsewhere, and is shown over our part
     rf"""<[a-z][^<>]{{0,2000}}\sstyle\s*=\s*(?:"[^"]{{0,2000}}?{_MOVES}|'[^']{{0,2000}}?{_MOVES}|[^\s>]{{0,200}}?{_MOVES})""",
     re.IGNORECASE,

@@ -735,7 +735,7 @@ def test_scores_of_data_without_an_id_are_compared_by_its_name(folder, scores):
     ("theirs", "name"),
     [
         ("# Words\n\n<style>h1 {display: none}</style>\n", "tags that change our part: <style"),
-        ("# Words\n\n<div style='position: absolute'>\n", "tags that change our part: style='position:"),
+        ("# Words\n\n<div style='position: absolute'>\n", "tags that change our part: <div style='position:"),
         ("---\nmodel-index:\n- {name: a, results: [{dataset: {type: DATA}, metrics: [{type: acc, value: 1}]}]}\n"
          "---\n", "another result on the same data"),
         ("---\nResults: 99 %\n---\n", "results under 'Results' in the metadata"),
