@@ -154,6 +154,7 @@ def push_checkpoint(
         asking(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True), repo_id)
     operations: list[Any] = [CommitOperationAdd(name, content) for name, content in contents.items()]
     operations += [CommitOperationDelete(name) for name in removed]
+    earlier = asking(lambda: _proposals(api, repo_id), repo_id) if create_pr else {}
     try:
         commit = asking(
             lambda: api.create_commit(
@@ -167,13 +168,15 @@ def push_checkpoint(
             repo_id,
             tries=1 if create_pr else TRIES,  # what has a parent cannot be committed twice
         )
-    except HubError:
-        head = None if create_pr else _head_with(api, repo_id, revision, contents, removed, parent)
-        if head is None:
+    except HubError:  # perhaps the commit is there, and only the answer was lost
+        if create_pr:
+            found_there = _proposal_with(api, repo_id, contents, removed, earlier)
+        else:
+            found_there = _head_with(api, repo_id, revision, contents, removed, parent)
+        if found_there is None:
             raise
-        return PushResult(  # the commit is there, and only the answer was lost
-            repo_id, sizes, removed, skipped, head, f"{api.endpoint}/{repo_id}/commit/{head}", text
-        )
+        oid, place = found_there
+        return PushResult(repo_id, sizes, removed, skipped, oid, f"{api.endpoint}/{repo_id}/{place}", text)
     return PushResult(repo_id, sizes, removed, skipped, commit.oid, commit.pr_url or commit.commit_url, text)
 
 
@@ -377,16 +380,47 @@ def _head_with(
     contents: Mapping[str, str | bytes],
     removed: Sequence[str],
     parent: str | None,
-) -> str | None:
-    """The head of a branch, if it is a new one and has just these files, byte for byte; None if not."""
+) -> tuple[str, str] | None:
+    """The head of a branch and where to look at it, if it is a new one and has just these files; None if not."""
     try:
-        head = asking(lambda: api.model_info(repo_id, revision=revision), repo_id).sha
-        found = asking(lambda: api.get_paths_info(repo_id, [*contents, *removed], revision=head), repo_id)
+        head = str(asking(lambda: api.model_info(repo_id, revision=revision), repo_id).sha)
+        is_it = head != parent and _has_files(api, repo_id, head, contents, removed)
     except HubError:
         return None
+    return (head, f"commit/{head}") if is_it else None
+
+
+def _proposals(api: HfApi, repo_id: str) -> dict[str, str]:
+    """The heads of all pull requests, by number."""
+    refs = api.list_repo_refs(repo_id, include_pull_requests=True).pull_requests or []
+    return {each.ref.rpartition("/")[2]: each.target_commit for each in refs}
+
+
+def _proposal_with(
+    api: HfApi,
+    repo_id: str,
+    contents: Mapping[str, str | bytes],
+    removed: Sequence[str],
+    earlier: Mapping[str, str],
+) -> tuple[str, str] | None:
+    """The head of a pull request and where to look at it, if it is a new one and has just these files; None if none."""
+    try:
+        for number, head in asking(lambda: _proposals(api, repo_id), repo_id).items():
+            if number not in earlier and _has_files(api, repo_id, head, contents, removed):
+                return head, f"discussions/{number}"
+    except HubError:
+        pass
+    return None
+
+
+def _has_files(
+    api: HfApi, repo_id: str, commit: str, contents: Mapping[str, str | bytes], removed: Sequence[str]
+) -> bool:
+    """Whether a commit has these files, byte for byte, and none of those that were removed."""
+    found = asking(lambda: api.get_paths_info(repo_id, [*contents, *removed], revision=commit), repo_id)
     there = {each.path: each for each in found}
-    if head == parent or set(there) != set(contents):
-        return None
+    if set(there) != set(contents):
+        return False
     for name, content in contents.items():
         data = content if isinstance(content, bytes) else Path(content).read_bytes()
         lfs = there[name].lfs
@@ -396,8 +430,8 @@ def _head_with(
             else hashlib.sha256(data).hexdigest()
         )
         if own != (there[name].blob_id if lfs is None else lfs.sha256):
-            return None
-    return str(head)
+            return False
+    return True
 
 
 def _check_private(repo_id: str, info: Any, private: bool | None) -> None:

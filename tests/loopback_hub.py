@@ -465,7 +465,14 @@ class _Handler(BaseHTTPRequestHandler):
             for name, oid in found[1].refs.items()
             if not name.startswith("refs/")
         ]
-        return self._json({"branches": branches, "tags": [], "converts": []})
+        answer: dict[str, Any] = {"branches": branches, "tags": [], "converts": []}
+        if query.get("include_prs") == "1":
+            proposals = {name: oid for name, oid in found[1].refs.items() if name.startswith("refs/pr/")}
+            listed = [
+                {"name": name.rpartition("/")[2], "ref": name, "targetCommit": o} for name, o in proposals.items()
+            ]
+            answer["pullRequests"] = listed
+        return self._json(answer)
 
     def resolve(self, parts: Any, query: Any, body: bytes, fault: str | None) -> None:
         if (found := self._find(parts)) is None:

@@ -209,15 +209,26 @@ def test_a_new_branch_begins_as_the_main_one(hub, client, folders):
 
 
 def test_a_commit_is_not_made_twice(hub, client, folders):
-    """Neither when the answer is lost, nor onto what somebody else has committed; a proposal not either."""
+    """When the answer is lost, it is looked for and found; a proposal too, and not an earlier one of the same files."""
     client("push", folders / "pruned", REPO)
     commits = len(hub.repos["model", REPO].commits)
-    for options in ([], ["--create-pr"]):
+    for options, place in (([], "/commit/"), (["--create-pr"], "/discussions/1"), (["--create-pr"], "/discussions/2")):
         hub.fail("POST .*/commit/", "lost")
-        said = client("push", folders / "pruned", REPO, *options, code=1 if options else 0)
-        assert ("Uploaded" if not options else "the Hub cannot be reached") in said
+        said = client("push", folders / "pruned", REPO, *options)
+        assert "Uploaded" in said
+        assert f"{hub.url}/{REPO}{place}" in said
         commits += 1
         assert len(hub.repos["model", REPO].commits) == commits
+
+
+def test_a_proposal_that_was_not_made_is_not_found(hub, client, folders):
+    """Though there is an earlier one of the same files."""
+    client("push", folders / "pruned", REPO)
+    assert "/discussions/1" in client("push", folders / "pruned", REPO, "--create-pr")
+    commits = len(hub.repos["model", REPO].commits)
+    hub.fail("POST .*/commit/", "drop")
+    assert "the Hub cannot be reached" in client("push", folders / "pruned", REPO, "--create-pr", code=1)
+    assert len(hub.repos["model", REPO].commits) == commits
 
 
 def test_a_card_that_cannot_be_asked_for_is_not_overwritten(hub, client, folders):
