@@ -7,7 +7,6 @@ either the demo's are made. ``HF_PRUNE_SPACE_HOSTS`` lists names under which it 
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 import threading
@@ -19,6 +18,9 @@ from guard import OwnPagesOnly, own_names
 from pages import CSS, THEME, build
 from starlette.middleware import Middleware
 from studio import Limits, Studio
+from tradeoff import read_results
+
+from hf_prune.files import read_json_object
 
 HERE = Path(__file__).parent
 
@@ -39,7 +41,7 @@ def make(folder: Path, limits: Limits | None = None) -> tuple[Studio, gr.Blocks]
         model, found = str(HERE / "demo" / "model"), HERE / "demo" / "data"
         data = str(found) if found.is_dir() else None
         if (HERE / "demo" / "names.json").is_file():
-            names = json.loads((HERE / "demo" / "names.json").read_text(encoding="utf-8"))
+            names = read_json_object(HERE / "demo" / "names.json")
     else:
         from hf_prune.demo import prepare_demo
 
@@ -48,7 +50,7 @@ def make(folder: Path, limits: Limits | None = None) -> tuple[Studio, gr.Blocks]
     sentences = (HERE / "sentences.txt").read_text(encoding="utf-8").splitlines()
     studio = Studio(folder, demo=model, data=data, sentences=sentences, limits=limits, public=on_a_space, **names)
     studio.check_own()
-    results = json.loads((HERE / "results.json").read_text(encoding="utf-8"))
+    results = read_results(HERE / "results.json")
     return studio, build(studio, results, login=on_a_space)
 
 

@@ -6,10 +6,12 @@ import functools
 import logging
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from html import escape
 from typing import Any
 
 import gradio as gr
+from guard import address_of
 from studio import Studio
 
 from hf_prune import HfPruneError
@@ -58,6 +60,12 @@ def visitor(request: gr.Request) -> str:
     if not request.session_hash:
         raise gr.Error("send a session_hash, as gradio_client does: it says whose model this is", print_exception=False)
     return str(request.session_hash)
+
+
+def place(studio: Studio, request: gr.Request) -> AbstractContextManager[None]:
+    """Within this context, who asks has something long running, and nobody else at their address."""
+    peer = request.client.host if request.client is not None else ""
+    return studio.place(address_of(request.headers.get("x-forwarded-for", ""), peer))
 
 
 def canceller(studio: Studio) -> Callable[..., str]:

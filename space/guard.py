@@ -81,3 +81,24 @@ def _is_address(name: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def address_of(forwarded: str, peer: str) -> str | None:
+    """Who asks, as far as a network tells: the last public address of those that a request came through; None if none.
+
+    Proxies append what they saw, so that what comes first is what anybody may have written. Of IPv6 it is the network,
+    of whose addresses one person has as many as they like.
+
+    Args:
+        forwarded: The header ``X-Forwarded-For``.
+        peer: Whose connection it is.
+    """
+    for text in reversed(forwarded.split(",") if forwarded else [peer]):
+        try:
+            found = ipaddress.ip_address(text.strip())
+        except ValueError:
+            continue
+        if found.is_global:
+            bits = 64 if found.version == 6 else 32
+            return str(ipaddress.ip_network((found, bits), strict=False))
+    return None

@@ -8,7 +8,7 @@ from typing import Any
 
 import gradio as gr
 import views
-from common import HEAVY, LIGHT, in_words, teller, visitor
+from common import HEAVY, LIGHT, in_words, place, teller, visitor
 from studio import Studio
 
 EXAMPLES = (
@@ -76,7 +76,8 @@ def compare_tab(studio: Studio) -> None:
     @in_words
     def scored(request: gr.Request, progress: gr.Progress = gr.Progress()) -> str:  # noqa: B008
         """The accuracy of both on the same held-out sentences, with the interval of the drop."""
-        found = studio.score(visitor(request), teller(progress))
+        with place(studio, request):
+            found = studio.score(visitor(request), teller(progress))
         c, n = found["comparison"], found["dense"]["n"]
         doubt = f"**Warning:** {escape(c['doubt'])}.\n\n" if c["doubt"] else ""
         return (

@@ -8,7 +8,7 @@ from typing import Any
 
 import gradio as gr
 import views
-from common import HEAVY, QUICK, canceller, in_words, teller, visitor
+from common import HEAVY, QUICK, canceller, in_words, place, teller, visitor
 from studio import Pruned, Studio
 from work import WHAT, can_repair, criteria_for, fixed_sparsity, make_config
 
@@ -116,7 +116,8 @@ def wire(studio: Studio, choose: Mapping[str, Any], seen: Sequence[Any]) -> None
     ) -> list[Any]:
         """Prune a copy of a model; what is shown of it, and the numbers."""
         config = make_config(what, how, repair is True, sparsity)
-        pruned = studio.prune(visitor(request), str(model or "").strip(), config, teller(progress))
+        with place(studio, request):
+            pruned = studio.prune(visitor(request), str(model or "").strip(), config, teller(progress))
         return [_summary(pruned), dict(pruned.facts), *_pictures(pruned)]
 
     run = choose["start"].click(
@@ -190,7 +191,8 @@ def see_tab(studio: Studio) -> list[Any]:
     @in_words
     def timed(request: gr.Request, progress: gr.Progress = gr.Progress()) -> list[Any]:  # noqa: B008
         """Time the dense and the pruned model in turns: rows, and what they mean."""
-        result = studio.measure(visitor(request), teller(progress))
+        with place(studio, request):
+            result = studio.measure(visitor(request), teller(progress))
         pruned = studio.pruned(visitor(request))
         return [views.latency_rows(result["points"]), _speed(pruned)]
 

@@ -9,7 +9,7 @@ from typing import Any
 import gradio as gr
 import tradeoff
 import views
-from common import HEAVY, QUICK, canceller, in_words, teller, visitor
+from common import HEAVY, QUICK, canceller, in_words, place, teller, visitor
 from studio import Studio
 
 from hf_prune import HfPruneError
@@ -110,7 +110,8 @@ def tradeoff_tab(studio: Studio, results: Mapping[str, Any]) -> None:
         shares = [int(s.split()[0]) / 100 for s in how_much]
         points: list[dict[str, Any]] = []
         try:
-            studio.sweep(visitor(request), chosen, shares, SWEEP_SENTENCES, teller(progress), points)
+            with place(studio, request):
+                studio.sweep(visitor(request), chosen, shares, SWEEP_SENTENCES, teller(progress), points)
         except HfPruneError as error:  # cancelled, or out of time: what was measured is shown
             if not points:
                 raise

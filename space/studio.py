@@ -145,6 +145,7 @@ class Studio:
         self._children = children or Children(secrets=not public)
         self._pruned: OrderedDict[str, Pruned] = OrderedDict()
         self._jobs: dict[str, threading.Event] = {}
+        self._busy: set[str] = set()  # addresses
         self._downloads: OrderedDict[str, None] = OrderedDict()
         self._reading: Counter[str] = Counter()
         self._changing = threading.RLock()
@@ -169,6 +170,32 @@ class Studio:
         finally:
             with self._changing:
                 del self._jobs[visitor]
+
+    @contextmanager
+    def place(self, address: str | None) -> Iterator[None]:
+        """Where strangers visit, one at a time of those at an address has something long running: there are few places.
+
+        Args:
+            address: None if nobody knows it.
+
+        Raises:
+            ConfigError: If somebody there has.
+        """
+        if not self.public or address is None:
+            yield
+            return
+        with self._changing:
+            if address in self._busy:
+                raise ConfigError(
+                    "something is still running for your address, in this window or another one, yours or that of "
+                    "somebody who shares it: wait for it, or cancel it"
+                )
+            self._busy.add(address)
+        try:
+            yield
+        finally:
+            with self._changing:
+                self._busy.discard(address)
 
     def cancel(self, visitor: str) -> bool:
         """Stop what a visitor has running; says whether there was anything."""

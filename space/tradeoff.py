@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import shutil
 import time
 import uuid
@@ -11,15 +12,17 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from work import WHAT, Dense, Tell, fixed_sparsity, make_config, make_pruned, score, time_both
+from work import WHAT, Dense, Tell, criteria_for, fixed_sparsity, make_config, make_pruned, score, time_both
 
-from hf_prune import compare
+from hf_prune import DataError, compare
+from hf_prune.files import read_json_object
 from hf_prune.tables import format_csv
 
 FIELDS = (
     "method", "sparsity", "accuracy", "drop", "drop_standard_error", "drop_bound", "n", "parameters", "nonzero",
     "file_bytes", "speedup", "speedup_low", "speedup_high", "faster", "seconds",
 )  # fmt: skip
+_LARGEST = 1e15  # of any number
 SURELY_FASTER = 1.05  # with 95 % confidence; less is not worth a word, and some of many would reach it by chance
 
 
@@ -91,6 +94,57 @@ def measure(
             }
 
 
+def read_results(path: Path) -> dict[str, Any]:
+    """What ``make_results.py`` wrote, each number checked, and those that follow from others counted again.
+
+    Raises:
+        DataError: If it is damaged, or a number cannot be true.
+    """
+    found = read_json_object(path, DataError)
+    try:
+        if found["format_version"] != 1 or not isinstance(found["note"], str):
+            raise DataError(f"format_version is {found['format_version']!r}: expected 1, and a note")
+        accuracy = _number(found["dense"], "accuracy", 0, 100)
+        _number(found["dense"], "file_bytes", 1, _LARGEST)
+        for point in found["points"]:
+            _check_point(point, accuracy)
+        if not found["points"]:
+            raise DataError("there are no points")
+    except (AttributeError, DataError, KeyError, TypeError) as error:
+        what = error if isinstance(error, DataError) else repr(error)
+        raise DataError(f"{path} is damaged: {what}; measure it again with make_results.py") from error
+    return found
+
+
+def _check_point(point: Mapping[str, Any], accuracy: float) -> None:
+    name = point["method"]
+    parse_method(name)  # or an error
+    for key, least, most in (
+        ("sparsity", 0, 1), ("accuracy", 0, 100), ("drop", -100, 100), ("drop_standard_error", 0, 100),
+        ("drop_bound", -100, 200), ("n", 1, _LARGEST), ("parameters", 1, _LARGEST), ("nonzero", 0, _LARGEST),
+        ("file_bytes", 1, _LARGEST), ("speedup", 0, 1000), ("speedup_low", 0, 1000), ("speedup_high", 0, 1000),
+        ("seconds", 0, _LARGEST),
+    ):  # fmt: skip
+        _number(point, key, least, most)
+    right = {
+        "drop": math.isclose(point["drop"], accuracy - point["accuracy"], abs_tol=1e-6),
+        "drop_bound": point["drop_bound"] >= point["drop"],
+        "nonzero": point["nonzero"] <= point["parameters"],
+        "speedup": point["speedup_low"] <= point["speedup"] <= point["speedup_high"],
+        "faster": point["faster"] is (point["speedup_low"] > SURELY_FASTER),
+        "doubt": isinstance(point.get("doubt", ""), str),
+    }
+    if wrong := [key for key, fits in right.items() if not fits]:
+        raise DataError(f"{wrong[0]} of {name} is {point.get(wrong[0])!r}, which the other numbers contradict")
+
+
+def _number(values: Mapping[str, Any], key: str, least: float, most: float) -> float:
+    value = values[key]
+    if type(value) not in (int, float) or not least <= value <= most:
+        raise DataError(f"{key} is {value!r}: expected a number from {least} to {most:g}")
+    return float(value)
+
+
 def sweet_spot(points: Sequence[Mapping[str, Any]], axis: str, tolerance: float) -> Mapping[str, Any] | None:
     """The sparsest, smallest or fastest point whose drop is, with 95 % confidence, at most the tolerance; or None.
 
@@ -134,5 +188,8 @@ def parse_method(name: str) -> tuple[str, str, bool]:
     """The settings behind a line of the chart."""
     how, _, what = name.partition(", ")
     repair = how.endswith(" + repair")
-    found = next(each for each in WHAT if each.lower() == what)
-    return found, how.removesuffix(" + repair"), repair
+    how = how.removesuffix(" + repair")
+    found = next((each for each in WHAT if each.lower() == what), None)
+    if found is None or how not in criteria_for(found):
+        raise DataError(f"{name[:100]!r} is no method: expected one that is on offer")
+    return found, how, repair

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import re
 import shutil
 import sys
@@ -178,6 +179,24 @@ def test_memory_is_bounded(space, make, limit):
         studio.pruned("a")
 
 
+def test_an_address_has_one_place_where_strangers_visit(make):
+    studio = make()
+    with studio.place("8.8.8.8/32"), studio.place("9.9.9.9/32"), studio.place(None), studio.place(None):
+        with pytest.raises(ConfigError, match=r"still running for your address.*wait for it, or cancel it"):
+            with studio.place("8.8.8.8/32"):
+                pass
+        with pytest.raises(ConfigError, match="still running for your address"):  # which the first has still
+            with studio.place("8.8.8.8/32"):
+                pass
+    with pytest.raises(ZeroDivisionError), studio.place("8.8.8.8/32"):
+        raise ZeroDivisionError
+    with studio.place("8.8.8.8/32"):
+        pass
+    own = make(public=False)
+    with own.place("8.8.8.8/32"), own.place("8.8.8.8/32"):
+        pass
+
+
 def test_cancelling_keeps_what_was_there(space, make):
     studio = make()
     config = PruningConfig(0.5, criterion="sparsegpt")
@@ -347,8 +366,39 @@ def test_points_are_measured(space, make):
     assert len(rows) == 5
 
 
-def test_the_committed_results_can_be_shown(space):
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("method", "magic, single weights", "'magic, single weights' is no method"),
+        ("method", "magnitude, <b>", "is no method"),
+        ("sparsity", 1.5, r"sparsity is 1\.5: expected a number from 0 to 1"),
+        ("accuracy", math.nan, "accuracy is nan"),
+        ("accuracy", True, "accuracy is True"),
+        ("accuracy", 99.0, "drop of .* which the other numbers contradict"),
+        ("drop", -5.0, "drop of .* which the other numbers contradict"),
+        ("drop_bound", -50.0, "drop_bound of .* contradict"),
+        ("nonzero", 10**9, "nonzero of .* contradict"),
+        ("speedup", 9.0, "speedup of .* contradict"),
+        ("faster", True, "faster of .* contradict"),
+        ("file_bytes", -1, "file_bytes is -1"),
+        ("doubt", 3, "doubt of .* is 3"),
+        (None, [], "is damaged: it holds a JSON list|holds a JSON list"),
+        (None, {"points": []}, "KeyError"),
+    ],
+)
+def test_results_that_were_edited_are_refused(space, tmp_path, key, value, said):
     results = json.loads((SPACE / "results.json").read_text())
+    if key is not None:
+        results["points"][1][key] = value
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps(results if key is not None else value))
+    with pytest.raises(DataError, match=said):
+        space.tradeoff.read_results(path)
+
+
+def test_the_committed_results_can_be_shown(space):
+    results = space.tradeoff.read_results(SPACE / "results.json")
+    assert results == json.loads((SPACE / "results.json").read_text())
     assert len({p["method"] for p in results["points"]}) >= 5
     for axis in ("sparsity", "size", "time"):
         best = space.tradeoff.sweet_spot(results["points"], axis, 2)

@@ -98,3 +98,20 @@ def test_names_of_a_space_and_those_that_are_listed(guard):
         assert answer(guard, {"host": HERE, "origin": f"https://{host}"}, names=names) == 200  # behind a proxy
         assert answer(guard, {"host": host, "origin": "https://evil.example"}, names=names) == 403
     assert answer(guard, {"host": "other.hf.space"}, names=names) == 403
+
+
+@pytest.mark.parametrize(
+    ("forwarded", "peer", "found"),
+    [
+        ("8.8.8.8", "10.0.0.1", "8.8.8.8/32"),
+        ("1.1.1.1, 8.8.8.8", "10.0.0.1", "8.8.8.8/32"),  # whoever writes the first part is still the last one
+        ("8.8.8.8, 10.1.2.3", "10.0.0.1", "8.8.8.8/32"),
+        ("2a00:1450:4001:80b::200e", "10.0.0.1", "2a00:1450:4001:80b::/64"),
+        ("", "8.8.8.8", "8.8.8.8/32"),
+        ("", "127.0.0.1", None),
+        ("nobody", "8.8.8.8", None),
+        ("", "", None),
+    ],
+)
+def test_the_address_of_a_visitor_is_not_what_the_visitor_writes(guard, forwarded, peer, found):
+    assert guard.address_of(forwarded, peer) == found
