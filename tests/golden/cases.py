@@ -133,7 +133,10 @@ ONE_SHOT: dict[str, tuple[str, dict[str, Any]]] = {
     "magnitude, fisher shares": ("gpt2", {"sparsity": 0.6, "allocation": "fisher"}),
     "magnitude, global, repair": ("bert", {"sparsity": 0.6, "scope": "global", **LEAST_SQUARES}),
     "random, repair, loss": ("llama", {"sparsity": 0.5, "criterion": "random", "objective": "loss", **LEAST_SQUARES}),
-    "taylor, repair, Conv1D": ("gpt2", {"sparsity": 0.5, "criterion": "taylor", **LEAST_SQUARES}),
+    "taylor, repair, Conv1D": (
+        "gpt2",
+        {"sparsity": 0.5, "criterion": "taylor", "exclude_modules": ("mlp.c_proj",), **LEAST_SQUARES},
+    ),
     "magnitude, polish": ("bert", {"sparsity": 0.7, "polish": {"epochs": 2, "learning_rate": 1e-3}}),
     "wanda, repair, polish": (
         "llama",
