@@ -6,9 +6,10 @@ back (not timed). Peak memory is measured for each method in a process of its ow
 
     python benchmarks/bench_prune.py --rounds 7
 
-With ``--layers``, how the time grows with the number of layers, of tiny ones, instead.
+With ``--layers``, how the time grows with the number of layers, of tiny ones, instead: of chains of Linears for what is
+cheap, and with ``--blocks`` of Llamas of so many blocks for what runs data or reads files.
 
-    python benchmarks/bench_prune.py --layers 500 1000 2000
+    python benchmarks/bench_prune.py --layers 500 1000 2000 --blocks 50 100 200
 """
 
 from __future__ import annotations
@@ -21,14 +22,15 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.utils import prune as torch_prune
-from transformers import DistilBertConfig, DistilBertForSequenceClassification
+from transformers import DistilBertConfig, DistilBertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
-from hf_prune import MaskStore, prune
-from hf_prune.checkpoint import MASK_FILE, load_masks, save_masks
+from hf_prune import MaskStore, compress_checkpoint, prune, prune_stream, shrink, sparsity_report
+from hf_prune.checkpoint import MASK_FILE, load_masks, save_masks, save_pruned
 from hf_prune.tables import format_table
 
 SPARSITY = 0.5
@@ -139,6 +141,8 @@ def growth(counts: list[int]) -> None:
         "wanda, one pass": lambda model, batches: prune(
             model, SPARSITY, criterion="wanda", calibration_order="one_pass", calibration=batches
         ),
+        "global": lambda model, batches: prune(model, SPARSITY + 0.1, scope="global"),
+        "report": lambda model, batches: sparsity_report(model),
         "masks saved and loaded": lambda model, batches: _save_and_load(model),
     }
     rows = []
@@ -155,6 +159,69 @@ def growth(counts: list[int]) -> None:
     print(format_table(["layers", *(f"{name}, ms each" for name in steps)], rows))
 
 
+def growth_of_blocks(counts: list[int]) -> None:
+    """What each block costs, of a Llama with so many tiny ones, by method."""
+    units = {"granularity": ("head", "neuron")}
+    whole = {"granularity": ("head", "neuron", "layer"), "scope": "global"}
+    steps = {
+        "wanda": _pruning(criterion="wanda"),
+        "sparsegpt": _pruning(criterion="sparsegpt"),
+        "alps": _pruning(criterion="alps"),
+        "taylor": _pruning(criterion="taylor"),
+        "fisher": _pruning(criterion="fisher"),
+        "repair": _pruning(criterion="magnitude", repair="least_squares"),
+        "allocation owl": _pruning(criterion="wanda", allocation="owl"),
+        "allocation fisher": _pruning(criterion="wanda", allocation="fisher"),
+        "objective loss": _pruning(criterion="wanda", objective="loss", repair="least_squares"),
+        "units, magnitude": _pruning(criterion="magnitude", **units),
+        "units, fisher": _pruning(criterion="fisher", **units),
+        "units, fisher, repair": _pruning(criterion="fisher", repair="least_squares", **units),
+        "layers, fisher": _pruning(criterion="fisher", granularity="layer", scope="global"),
+        "prune whole, shrink": lambda model, _: shrink(prune(model, SPARSITY, **whole)),
+        "prune, report": lambda model, _: sparsity_report(prune(model, SPARSITY)).to_json(),
+        "prune, save, compress": _save_and_compress,
+        "stream": _streaming(criterion="magnitude"),
+        "stream, wanda": _streaming(criterion="wanda", calibration=_tokens(labels=False)),
+    }
+    rows = []
+    for name, step in steps.items():
+        row = [name]
+        for count in counts:
+            torch.manual_seed(0)
+            sizes = {"hidden_size": 16, "intermediate_size": 32, "vocab_size": 48, "max_position_embeddings": 24}
+            heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+            model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=count, **sizes, **heads)).eval()
+            with tempfile.TemporaryDirectory() as folder:
+                start = time.process_time()
+                step(model, Path(folder))
+                row.append(f"{1e3 * (time.process_time() - start) / count:.1f}")
+        rows.append(row)
+        print(*row, flush=True)
+    print(format_table(["CPU ms for each block, of", *map(str, counts)], rows))
+
+
+def _tokens(labels: bool = True) -> list[dict[str, torch.Tensor]]:
+    ids = [torch.arange(12).view(2, 6) + i for i in range(2)]
+    return [{"input_ids": each, "labels": each} if labels else {"input_ids": each} for each in ids]
+
+
+def _pruning(**settings: Any) -> Callable[[nn.Module, Path], object]:
+    return lambda model, _: prune(model, SPARSITY, calibration=_tokens(), **settings)
+
+
+def _streaming(**settings: Any) -> Callable[[nn.Module, Path], object]:
+    def stream(model: Any, folder: Path) -> object:
+        model.save_pretrained(folder / "dense")
+        return prune_stream(folder / "dense", SPARSITY, folder / "pruned", **settings)
+
+    return stream
+
+
+def _save_and_compress(model: Any, folder: Path) -> None:
+    save_pruned(prune(model, SPARSITY), type(model), type(model).save_pretrained, folder / "dense")
+    compress_checkpoint(folder / "dense", folder / "small")
+
+
 def _save_and_load(model: nn.Module) -> None:
     store = MaskStore.of(model)
     assert store is not None
@@ -167,12 +234,16 @@ def main() -> None:
     """Measure and print, goals included, reached or not."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--layers", type=int, nargs="+")
+    parser.add_argument("--layers", type=int, nargs="+", default=[])
+    parser.add_argument("--blocks", type=int, nargs="+", default=[])
     arguments = parser.parse_args()
     rounds = arguments.rounds
     torch.set_num_threads(1)
-    if arguments.layers:
-        growth(arguments.layers)
+    if arguments.layers or arguments.blocks:
+        if arguments.layers:
+            growth(arguments.layers)
+        if arguments.blocks:
+            growth_of_blocks(arguments.blocks)
         return
     print(f"torch {torch.__version__}, {platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, 1 thread")
     seconds = measure(rounds)

@@ -69,12 +69,13 @@ class InputReader:
         folder: str | os.PathLike[str] | None = None,
     ) -> None:
         self.model = model
+        self.device = device_of(model)  # looked for once: where no weight is loaded, it is looked for in all of them
         self._shelf = partial(Shelf, cache_bytes, folder)
         self.batches = list(batches)
         if not self.batches:
             raise CalibrationError(NO_BATCHES)
         for batch in self.batches:
-            on_device(model, batch)
+            on_device(model, batch, self.device)
         wanted = {t.target.name for t in plan.tensors}
         names = {id(parameter): name for name, parameter in model.named_parameters() if name in wanted}
         multiply = {id(module) for _, (module, _) in prunable_modules(model)}
@@ -257,11 +258,6 @@ class InputReader:
         names = {id(module): name for name, modules in self.holders.items() for module in modules}
         targets = [{names[key] for module in block.modules() if (key := id(module)) in names} for block in ordered]
         return Stack(ordered, targets, kinds, samples, self._shelf())
-
-    @property
-    def device(self) -> torch.device:
-        """Where the model computes."""
-        return device_of(self.model)
 
     def block_of(self, name: str) -> nn.Module | None:
         """The block that holds a target in all its uses, where what runs before it need not be computed again."""
@@ -457,7 +453,7 @@ class InputReader:
         return self._call(batch, self._options)
 
     def _call(self, batch: Mapping[str, Any], options: Mapping[str, Any]) -> Any:
-        inputs = on_device(self.model, batch)
+        inputs = on_device(self.model, batch, self.device)
         with self.padding.of(inputs):
             return run_model(self.model, {**options, **inputs})
 

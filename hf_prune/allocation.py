@@ -9,7 +9,7 @@ import numpy as np
 
 from hf_prune.errors import PlanError
 from hf_prune.registry import unknown_name
-from hf_prune.targets import Target, module_matches
+from hf_prune.targets import Target, suffixes
 
 CAP = 0.98  # the largest share of one tensor that an allocation learned from data removes
 
@@ -62,9 +62,12 @@ def erdos_renyi_kernel(sparsity: float, targets: Sequence[Target]) -> dict[str, 
 
 def _explicit(allocation: Mapping[str, float], sparsity: float, targets: Sequence[Target]) -> dict[str, float]:
     result = {target.name: sparsity for target in targets}
+    named: dict[str, list[str]] = {}
+    for target in targets:
+        for suffix in suffixes(target.module):
+            named.setdefault(suffix, []).append(target.name)
     for module, value in sorted(allocation.items(), key=lambda item: len(item[0])):  # the more specific comes last
-        matched = [target.name for target in targets if module_matches(target.module, (module,))]
-        if not matched:
+        if not (matched := named.get(module)):
             raise PlanError(f"allocation: {unknown_name('target module', module, [t.module for t in targets])}")
         result.update(dict.fromkeys(matched, value))
     return result

@@ -198,8 +198,8 @@ def trainable(model: nn.Module, targets: Iterable[nn.Module]) -> dict[str, nn.Pa
         if any(id(module) in holding for module in parent.modules()):
             parts += [child for child in parent.children() if _is_norm(child)]
     fixed = {id(p) for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
-    wanted = {id(p) for module in parts for p in module.parameters(recurse=False) if p.is_floating_point()}
-    return {name: p for name, p in model.named_parameters() if id(p) in wanted - fixed}
+    wanted = {id(p) for module in parts for p in module.parameters(recurse=False) if p.is_floating_point()} - fixed
+    return {name: p for name, p in model.named_parameters() if id(p) in wanted}
 
 
 def _is_norm(module: nn.Module) -> bool:

@@ -109,23 +109,22 @@ class Stack:
         self.replayed = 0
 
     @contextmanager
-    def replaying(self, number: int, current: Callable[[], object], output: Callable[[], Any]) -> Iterator[None]:
+    def replaying(self, number: int, output: Callable[[], Any]) -> Iterator[None]:
         """Inside, the first blocks return what the last of them put out, and tainted tensors.
 
         Args:
             number: How many.
-            current: Tells which batch is running.
-            output: Reads what the last of them put out for it.
+            output: Reads what the last of them put out for the batch that is running.
         """
-        stand_ins: list[tuple[object, Any]] = []  # one copy for all blocks: a deep model reads it once for each batch
+        stand_ins: list[Any] = []  # one for all blocks: a deep model reads it once for each batch
 
         def replay(i: int, *_: Any, **__: Any) -> Any:
             self.called.append(i)
             if i == number - 1:
                 return output()
-            if not stand_ins or stand_ins[0][0] != current():
-                stand_ins[:] = [(current(), tree_map(tainted, output()))]
-            return stand_ins[0][1]
+            if i == 0:  # a batch begins; in another order nothing counts
+                stand_ins[:] = [tree_map(tainted, output())]
+            return stand_ins[0]
 
         replaced = self.blocks[:number]
         own = [block.__dict__.get("forward") for block in replaced]
@@ -205,7 +204,7 @@ class Replay:
         for stack in self.stacks:
             if stack.replayed:
                 output = partial(_get, stack.outputs, current)
-                hooks.enter_context(stack.replaying(stack.replayed, current, output))
+                hooks.enter_context(stack.replaying(stack.replayed, output))
 
     def start_batch(self) -> None:
         """Say that a batch begins to run."""
@@ -387,7 +386,7 @@ def replayable(stack: Stack, trace: Tracer) -> tuple[list[bool], dict[str, int]]
         ) -> bool:
             """Whether blocks can be replayed, as far as what happens until another one returns."""
             expected = whole[ends[i] : None if stop is None else ends[stop]]
-            with stack.replaying(i + 1, lambda: 0, partial(stack.outputs.get, i)):
+            with stack.replaying(i + 1, partial(stack.outputs.get, i)):
                 try:
                     found = trace(batch, stack.blocks[i], None if stop is None else stack.blocks[stop])
                 except Exception:

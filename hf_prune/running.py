@@ -60,8 +60,13 @@ def batches_of(calibration: object) -> Any:
     return calibration
 
 
-def on_device(model: nn.Module, batch: object) -> dict[str, Any]:
+def on_device(model: nn.Module, batch: object, device: torch.device | None = None) -> dict[str, Any]:
     """A batch as keyword arguments, on the model's device; a decoder that is given nothing gets the encoder's text.
+
+    Args:
+        model: The model.
+        batch: Its inputs by name.
+        device: That of the model, if it is known.
 
     Raises:
         CalibrationError: If it is no mapping with tensors, or the decoder cannot get that text.
@@ -86,7 +91,7 @@ def on_device(model: nn.Module, batch: object) -> dict[str, Any]:
         raise CalibrationError(
             f"a calibration batch holds input_ids of shape {tuple(ids.shape)}: expected (batch, seq); {_MAKE}"
         )
-    device = device_of(model)
+    device = device_of(model) if device is None else device
     inputs = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
     return {**inputs, **_decoder_inputs(model, inputs)} if _lacks_decoder_inputs(model, inputs) else inputs
 

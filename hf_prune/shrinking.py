@@ -7,7 +7,7 @@ stays. A layer goes if it is bypassed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -301,20 +301,19 @@ def _cut_masks(
     for name, dim, index in _cuts(sites, kept):
         if name in masks:
             masks[name] = masks[name].index_select(dim, index.to(masks[name].device))
-    masks = {_new_name(name, renamed): mask for name, mask in masks.items() if not _inside(name, gone)}
+    masks = {_new_name(name, renamed): mask for name, mask in masks.items() if _layer_of(name, gone) is None}
     store.dense = None
     store.masks = {name: mask for name, mask in masks.items() if not bool(mask.all())}
 
 
-def _inside(name: str, layers: set[str]) -> bool:
-    return any(name.startswith(f"{layer}.") for layer in layers)
+def _layer_of(name: str, layers: Collection[str]) -> str | None:
+    """The one of some layers that a module or parameter is in."""
+    return next((name[:end] for end, sign in enumerate(name) if sign == "." and name[:end] in layers), None)
 
 
 def _new_name(name: str, renamed: Mapping[str, str]) -> str:
-    for old, new in renamed.items():
-        if name.startswith(f"{old}."):
-            return new + name.removeprefix(old)
-    return name
+    old = _layer_of(name, renamed)
+    return name if old is None else renamed[old] + name.removeprefix(old)
 
 
 def _record(
@@ -333,7 +332,7 @@ def _record(
     old = getattr(model.config, RECORD, None) or {"format_version": 1, "parameters_before": before}
     without = {name.removeprefix(prefix) for name in gone}
     short = {a.removeprefix(prefix): b.removeprefix(prefix) for a, b in renamed.items()}
-    known = {_new_name(n, short): dict(u) for n, u in old.get("units", {}).items() if not _inside(n, without)}
+    known = {_new_name(n, short): dict(u) for n, u in old.get("units", {}).items() if _layer_of(n, without) is None}
     for name, index in kept.items():
         entry = known.setdefault(_new_name(name, short), {"before": units[name]})
         entry["kept"] = len(index)

@@ -81,8 +81,7 @@ class StructureReport:
                 lines.append(f"{name} has {now} of {before} layers left.")
         if self.speed is not None:
             lines.append(str(self.speed))
-        kinds = {site.kind: {other.units for other in self.sites if other.kind == site.kind} for site in self.sites}
-        differ = any(len(units) > 1 for units in kinds.values())
+        differ = len({(site.kind, site.units) for site in self.sites}) > len({site.kind for site in self.sites})
         why = "its layers have different sizes, which" if differ else "it has sizes that"
         lines.append(
             f"It loads with plain from_pretrained after `import hf_prune`: {why} the config of such a model cannot "

@@ -116,10 +116,7 @@ def resolve_targets(
     for name, module in model.named_modules(remove_duplicate=False):
         aliases.setdefault(id(module), []).extend({name, unadapted_name(name)} if adapted else {name})
 
-    wanted, excluded = (
-        pattern if isinstance(pattern, str) else frozenset(pattern)
-        for pattern in (config.target_modules, config.exclude_modules)
-    )
+    wanted, excluded = quick_pattern(config.target_modules), quick_pattern(config.exclude_modules)
 
     def means(pattern: str | Collection[str], module: nn.Module, layout: str) -> bool:
         if pattern == ALL_LINEAR:
@@ -164,6 +161,11 @@ def refuse_torch_masks(model: nn.Module) -> None:
             )
 
 
+def quick_pattern(pattern: str | Collection[str]) -> str | frozenset[str]:
+    """A setting of modules as :func:`module_matches` looks names up in it, however many it lists."""
+    return pattern if isinstance(pattern, str) else frozenset(pattern)
+
+
 def module_matches(name: str, pattern: str | Collection[str]) -> bool:
     """Whether a module is meant: a regular expression for the whole name, or suffixes, fastest as a set.
 
@@ -171,7 +173,7 @@ def module_matches(name: str, pattern: str | Collection[str]) -> bool:
         PlanError: If the regular expression takes longer than names are worth.
     """
     if not isinstance(pattern, str):
-        return any(suffix in pattern for suffix in _suffixes(name))
+        return any(suffix in pattern for suffix in suffixes(name))
     try:
         return regex.fullmatch(pattern, name, timeout=_SECONDS) is not None
     except TimeoutError as error:
@@ -180,7 +182,7 @@ def module_matches(name: str, pattern: str | Collection[str]) -> bool:
         ) from error
 
 
-def _suffixes(name: str) -> Iterator[str]:
+def suffixes(name: str) -> Iterator[str]:
     """A name, and what of it follows each dot."""
     yield name
     while "." in name:
@@ -232,7 +234,7 @@ def _check_matches(setting: str, pattern: str | tuple[str, ...], names: list[str
                 f"there are {', '.join(known)}"
             )
         return
-    there = {suffix for name in names for suffix in _suffixes(name)}
+    there = {suffix for name in names for suffix in suffixes(name)}
     for suffix in pattern:
         if suffix not in there:
             raise PlanError(f"{setting}: {unknown_name('module', suffix, known)}")
@@ -337,14 +339,14 @@ def passed_over(model: nn.Module, config: PruningConfig, targets: Collection[Tar
         if name not in taken and module not in heads and not embeds and not excluded:
             owner[name], sizes[name] = module_name, weight.numel()
 
-    def means(pattern: str | tuple[str, ...], name: str) -> bool:
+    def means(pattern: str | Collection[str], name: str) -> bool:
         return pattern != ALL_LINEAR and module_matches(name, pattern)
 
+    wanted, spared = quick_pattern(config.target_modules), quick_pattern(config.exclude_modules)
     meant = [
         name
         for name in sizes
-        if (config.target_modules == ALL_LINEAR or means(config.target_modules, owner[name]))
-        and not (config.exclude_modules and means(config.exclude_modules, owner[name]))
+        if (wanted == ALL_LINEAR or means(wanted, owner[name])) and not (spared and means(spared, owner[name]))
     ]
     return {name: sizes[name] for name in sorted(meant, key=lambda name: -sizes[name])}
 
@@ -356,13 +358,8 @@ def owner_of(name: str) -> str:
 
 def parametrized_linears(names: Collection[str], model: nn.Module) -> list[str]:
     """Modules, among the owners of some parameters, that are Linear and whose weight is computed from these."""
-    found = []
-    for name in names:
-        owner = owner_of(name)
-        module = model.get_submodule(owner)
-        if isinstance(module, nn.Linear) and "weight" not in module._parameters and owner not in found:
-            found.append(owner)
-    return found
+    owners = {owner: model.get_submodule(owner) for owner in map(owner_of, names)}
+    return [n for n, m in owners.items() if isinstance(m, nn.Linear) and "weight" not in m._parameters]
 
 
 def is_finite(tensor: Tensor) -> bool:

@@ -244,20 +244,22 @@ class TrainingPruner:
                 )
         self._gone = self.sparsity
         names = {id(parameter): name for name, parameter in self.model.named_parameters()}
-        cuts: list[tuple[str, int, Tensor]] = []
-        shrink_modules(self.model, cuts)
+        found: list[tuple[str, int, Tensor]] = []
+        shrink_modules(self.model, found)
+        cuts: dict[str, list[tuple[int, Tensor]]] = {}
+        for name, dim, index in found:
+            cuts.setdefault(name, []).append((dim, index))
         parameters = dict(self.model.named_parameters())
 
         def cut(name: str, tensor: Tensor) -> Tensor:
-            for _, dim, index in (c for c in cuts if c[0] == name):
+            for dim, index in cuts.get(name, ()):
                 tensor = tensor.index_select(dim, index.to(tensor.device))
             return tensor.contiguous()
 
-        changed = {name for name, _, _ in cuts}
         for group in optimizer.param_groups:
             for i, old in enumerate(group["params"]):
                 name = names[id(old)]
-                if name in changed:
+                if name in cuts:
                     group["params"][i] = parameters[name]
                     state = optimizer.state.pop(old, {})
                     optimizer.state[parameters[name]] = {
@@ -460,14 +462,14 @@ class TrainingPruner:
         return part
 
     def _whole_weight(self, name: str) -> Tensor:
-        parameter = dict(self.model.named_parameters())[name].detach()
+        parameter = self.model.get_parameter(name).detach()
         whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
         latent = self.learned["latent"].get(name)
         return whole if latent is None else whole + self._whole(latent, name)
 
     def _whole(self, part: Tensor, name: str) -> Tensor:
         """All processes' parts of a tensor that lies as a parameter does."""
-        parameter = dict(self.model.named_parameters())[name]
+        parameter = self.model.get_parameter(name)
         if not isinstance(parameter, DTensor):
             return part
         return DTensor.from_local(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -142,26 +143,32 @@ def _spend(
 ) -> Choice:
     """Give back units as long as the budget allows it, the most useful ones first."""
     kept = dict(choice.kept)
-    while True:
-        best: tuple[float, str, int] | None = None
-        for name, n in kept.items():
-            if layer_of.get(name) in choice.layers:
-                continue
-            larger = sizes[name][sizes[name] > n]
-            price = costs.sites[name][larger] - costs.sites[name][n]
-            fits = larger[price <= left]
-            if not len(fits):
-                continue
-            gain = losses[name][n] - losses[name][fits]
-            rate = gain / np.maximum(price[: len(fits)] if len(fits) == len(larger) else price[price <= left], 1e-30)
-            i = int(rate.argmax())
-            if gain[i] > 0 and (best is None or rate[i] > best[0]):
-                best = (float(rate[i]), name, int(fits[i]))
-        if best is None:
-            return Choice(kept, choice.layers)
-        _, name, n = best
-        left -= float(costs.sites[name][n] - costs.sites[name][kept[name]])
-        kept[name] = n
+    offers: list[tuple[float, int, str, int]] = []  # the best of each site, by what a unit of cost gains, highest first
+
+    def offer(number: int, name: str) -> None:
+        n = kept[name]
+        larger = sizes[name][sizes[name] > n]
+        price = costs.sites[name][larger] - costs.sites[name][n]
+        fits, price = larger[price <= left], price[price <= left]
+        if not len(fits):
+            return
+        gain = losses[name][n] - losses[name][fits]
+        rate = gain / np.maximum(price, 1e-30)
+        i = int(rate.argmax())
+        if gain[i] > 0:
+            heapq.heappush(offers, (-float(rate[i]), number, name, int(fits[i])))
+
+    for number, name in enumerate(kept):
+        if layer_of.get(name) not in choice.layers:
+            offer(number, name)
+    while offers:
+        _, number, name, n = heapq.heappop(offers)
+        price = float(costs.sites[name][n] - costs.sites[name][kept[name]])
+        if price <= left:  # else it fitted before something else was bought
+            left -= price
+            kept[name] = n
+        offer(number, name)
+    return Choice(kept, choice.layers)
 
 
 def uniform(

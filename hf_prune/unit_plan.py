@@ -23,7 +23,7 @@ from hf_prune.sensitivity import Sensitivity
 from hf_prune.sites import LayerList, Site, find_sites, layer_lists
 from hf_prune.speed import SpeedRecord, latency_costs, measured_speedup, workload_inputs
 from hf_prune.tables import format_table
-from hf_prune.targets import module_matches
+from hf_prune.targets import module_matches, quick_pattern
 from hf_prune.unit_budget import Choice, Costs, allowed_sizes, least_loss, uniform
 from hf_prune.unit_costs import LINEAR, flops, measured_costs, parameter_costs, variant
 from hf_prune.unit_curves import Curve, additive_curve, fisher_curve
@@ -110,8 +110,9 @@ class UnitPlan:
         for site in self.sites:
             left = "by data" if self.choice is None else "layer gone" if self.is_gone(site) else f"{self._left(site):,}"
             rows.append([site.name, site.kind + "s", f"{site.units:,}", left])
+        with_sites = {f"{place}.{i}" for site in self.sites for place, i in site.layers}
         for name in self.layers:
-            if not any(f"{place}.{i}" == name for site in self.sites for place, i in site.layers):
+            if name not in with_sites:
                 left = "by data" if self.choice is None else "gone" if name in self.choice.layers else "stays"
                 rows.append([name, "layer", "1", left])
         budget = next(
@@ -253,10 +254,10 @@ def unit_sites(model: nn.Module, config: PruningConfig) -> list[Site]:
         model: A transformers model of an architecture in the table.
         config: Its ``granularity`` and ``exclude_modules``.
     """
-    sites = []
+    sites, excluded = [], quick_pattern(config.exclude_modules)
     for site in find_sites(model):
         modules = {part.name.rpartition(".")[0] for part in site.parts} | {f"{name}.{i}" for name, i in site.layers}
-        spared = config.exclude_modules and any(module_matches(name, config.exclude_modules) for name in modules)
+        spared = excluded and any(module_matches(name, excluded) for name in modules)
         if site.kind in config.granularity and site.units and not spared:
             sites.append(site)
     return sites
@@ -266,18 +267,23 @@ def _candidates(
     model: nn.Module, config: PruningConfig, lists: Sequence[LayerList]
 ) -> tuple[list[Site], dict[str, tuple[str, ...]]]:
     """What may go: sites, and whole layers with the sites in them."""
+    excluded = quick_pattern(config.exclude_modules)
 
     def is_excluded(name: str) -> bool:
-        return bool(config.exclude_modules) and module_matches(name, config.exclude_modules)
+        return bool(excluded) and module_matches(name, excluded)
 
     sites = unit_sites(model, config)
+    alone: dict[str, list[str]] = {}  # sites that are in one layer only, by its name
+    for site in sites:
+        if len(site.layers) == 1:
+            ((stack, number),) = site.layers
+            alone.setdefault(f"{stack}.{number}", []).append(site.name)
     layers: dict[str, tuple[str, ...]] = {}
     for each in lists if "layer" in config.granularity else ():
         for i in range(each.stack.fixed, len(each.layers)):
             name = f"{each.name}.{i}"
-            inside = tuple(site.name for site in sites if site.layers == ((each.name, i),))
             if not each.stack.not_below and not is_excluded(name):
-                layers[name] = inside
+                layers[name] = tuple(alone.get(name, ()))
         own = [name for name in layers if name.rpartition(".")[0] == each.name]
         if len(own) == len(each.layers):  # one has to stay
             del layers[own[0]]
@@ -404,9 +410,8 @@ def _meet_speedup(
     slow, fast = None, None  # (logarithm of a budget, of how far off it was), on either side of what was asked for
     for _ in range(_TRIES):
         choice = solve(costs, budget)
-        twin = variant(
-            model, {n: k for n, k in choice.kept.items() if not _in_layers(plan, n, choice)}, [*choice.layers]
-        )
+        without = {site for layer in choice.layers for site in plan.layers[layer]}
+        twin = variant(model, {n: k for n, k in choice.kept.items() if n not in without}, [*choice.layers])
         record = measured_speedup(model, twin, inputs, config.workload)
         predicted = dense / costs.total(choice.kept, choice.layers, plan.layers)
         record = record.with_prediction(config.target_speedup, predicted)
@@ -426,7 +431,3 @@ def _meet_speedup(
             budget *= record.measured / config.target_speedup
     assert best is not None
     return best[1], best[2]
-
-
-def _in_layers(plan: UnitPlan, site: str, choice: Choice) -> bool:
-    return any(site in plan.layers[layer] for layer in choice.layers)

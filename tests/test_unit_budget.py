@@ -95,3 +95,23 @@ def test_uniform_takes_the_same_share_everywhere():
     assert uniform(costs, 25.0, sizes) == {"a": 5, "b": 10}
     assert uniform(costs, 50.0, sizes) == {"a": 10, "b": 20}
     assert uniform(costs, 0.0, sizes) == {"a": 0, "b": 0}
+
+
+def test_giving_units_back_looks_at_no_site_again_that_got_none():
+    """Sites that are all alike lose all or nothing at a price, and half of their units are given back one by one."""
+
+    class Counting(dict):
+        looks = 0
+
+        def __getitem__(self, key):
+            self.looks += 1
+            return super().__getitem__(key)
+
+    found = []
+    for number in (8, 16, 32):
+        losses = {f"{i}": np.arange(8.0, -1, -1) for i in range(number)}
+        sites = Counting({name: np.arange(9.0) for name in losses})
+        choice = least_loss(losses, Costs(0.0, sites), 4 * number, {name: allowed_sizes(8, 0, 1) for name in losses})
+        assert sum(choice.kept.values()) == 4 * number
+        found.append(sites.looks / number)
+    assert max(found) < 1.1 * min(found)
