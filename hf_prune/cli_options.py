@@ -144,7 +144,7 @@ class Command(typer.core.TyperCommand):
         except HfPruneError as error:
             names = {param.name: param.opts[0] for param in self.get_params(ctx) if "_" in (param.name or "")}
             names |= {"text_columns": names["text_column"]} if "text_column" in names else {}
-            spelled = re.compile(rf"(?<![\w.'/\"-])({'|'.join(names)})(?![\w.'/\"(-])")
+            spelled = re.compile(rf"(?<![\w.'/\"-])({'|'.join(names)})(?![\w.'/\"(-]|=True)")
             if names:
                 error.args = tuple(
                     spelled.sub(lambda name: names[name[1]], arg) if isinstance(arg, str) else arg for arg in error.args

@@ -103,6 +103,10 @@ def train(
     checkpoints: Annotated[
         Path | None, typer.Option(help="Folder for checkpoints of the training; goes on from the last one there.")
     ] = None,
+    allow_changes: Annotated[
+        bool,
+        typer.Option("--allow-changes", help="Go on there also with another model, data or learning rate."),
+    ] = False,
     config: Config = None,
     seed: Seed = None,
     overwrite: Overwrite = False,
@@ -128,6 +132,8 @@ def train(
         raise ConfigError(
             "--keep-masks prunes nothing more, which contradicts options that say what is pruned, and --config"
         )
+    if allow_changes and checkpoints is None:
+        raise ConfigError("--allow-changes is for a training that goes on: add --checkpoints, or leave it out")
     if learned and teacher is None:
         raise ConfigError(f"--{', --'.join(learned)} need a teacher: add --teacher self, or leave them out")
     settings = None
@@ -163,6 +169,7 @@ def train(
         distillation=None if teacher is None else Distillation(**learned),
         shrink_at=None if shrink_at is None else _moment("--shrink-at", shrink_at),
         checkpoints=checkpoints,
+        allow_changes=allow_changes,
         overwrite=overwrite,
     )
     echo(json.dumps(report.to_dict(), indent=2) if as_json else f"{report}\nSaved in {out}.")

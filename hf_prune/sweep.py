@@ -493,8 +493,8 @@ def _settings(
         "data": fingerprint(dataset, columns),
         "n": len(dataset),
         "config": shared,
-        "calibration": _batches_digest(calibration),
-        "polish_data": _batches_digest(polish_data),
+        "calibration": batches_digest(calibration),
+        "polish_data": batches_digest(polish_data),
         "evaluation": {k: v for k, v in sorted(score.items()) if k not in ("source", "split")},
         "versions": {"hf_prune": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
     }
@@ -504,10 +504,12 @@ def _text_digest(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def _batches_digest(batches: Batches | None) -> str | None:
+def batches_digest(batches: Batches | None) -> str | None:
+    """The :func:`weights_digest` of batches or examples, in their order; None if there are none."""
     if batches is None:
         return None
-    return weights_digest((f"{i}.{key}", x) for i, batch in enumerate(batches) for key, x in sorted(batch.items()))
+    each = ((f"{i}.{key}", x) for i, batch in enumerate(batches) for key, x in sorted(batch.items()))
+    return weights_digest((name, torch.as_tensor(x)) for name, x in each)
 
 
 def weights_digest(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:

@@ -7,7 +7,7 @@ import copy
 import dataclasses
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,13 +16,14 @@ from typing import Any
 import torch
 from transformers import DataCollatorWithPadding, PreTrainedModel, TrainingArguments
 
+from hf_prune.activations import Batches
 from hf_prune.calibration_data import LabelledData, TextData
 from hf_prune.checkpoint import copy_companions, staged_checkpoint
 from hf_prune.comparison import compare
 from hf_prune.config import PruningConfig
 from hf_prune.data_files import refuse_same_split
 from hf_prune.distillation import Distillation
-from hf_prune.errors import ConfigError
+from hf_prune.errors import CheckpointError, ConfigError
 from hf_prune.evaluation import classification_examples, context_length, evaluate_classification
 from hf_prune.files import write_json
 from hf_prune.lottery import LotteryResult, find_ticket
@@ -31,14 +32,13 @@ from hf_prune.outputs import check_output, writes_alone
 from hf_prune.perplexity import compare_perplexity, evaluate_perplexity
 from hf_prune.report import SparsityReport, sparsity_report
 from hf_prune.structures import structure_report
-from hf_prune.sweep import weights_digest
+from hf_prune.sweep import batches_digest, weights_digest
 from hf_prune.texts import token_windows
 from hf_prune.trainer import PruningTrainer
 from hf_prune.training_facts import config_facts
-from hf_prune.training_state import check_run, last_whole_checkpoint
+from hf_prune.training_state import check_old_run, last_whole_checkpoint, says_its_run
 from hf_prune.workflows import load_classifier, load_language_model
 
-RUN_FILE = "training_run.json"
 _SEEN = "a model looks better than it is on what it was trained on"
 
 
@@ -110,6 +110,7 @@ def train_checkpoint(
     distillation: Distillation | None = None,
     shrink_at: int | float | None = None,
     checkpoints: Path | None = None,
+    allow_changes: bool = False,
     overwrite: bool = False,
 ) -> TrainingReport:
     """Train a checkpoint while it is pruned, into a folder: weights, masks, tokenizer, ``training_report.json``.
@@ -124,11 +125,15 @@ def train_checkpoint(
         teacher: Folder or Hub id of a dense model of the same task; ``"self"`` is the model as it came.
         distillation: How much of the loss comes from the teacher.
         shrink_at: See :class:`hf_prune.PruningCallback`.
-        checkpoints: A folder for checkpoints of the training; one that has some goes on from the last one.
+        checkpoints: A folder for checkpoints of the training; one that has some goes on from the last one that is
+            whole.
+        allow_changes: Go on from there also if the model, the data or the settings of the training are others; not
+            with another way of pruning.
         overwrite: Replace what is in the way in ``out``.
 
     Raises:
-        CheckpointError: If ``out`` is the source, or something is in the way.
+        CheckpointError: If ``out`` is the source, or something is in the way, or the checkpoints are of another
+            training.
         ConfigError: If settings contradict one another.
         DataError: If the model or the data cannot be found or read.
     """
@@ -155,22 +160,16 @@ def train_checkpoint(
             distillation=distillation,
             calibration=calibration,
             shrink_at=shrink_at,
+            allow_changes=allow_changes,
         )
-        last = None
-        if checkpoints is not None:
-            run = {
-                "model": weights_digest(model.named_parameters()),
-                "model config": config_facts(model),
-                "data": _digest_of(examples),
-                "calibration data": _digest_of(calibration or []),
-                "pruning config": None if config is None else config.to_dict(),
-                "teacher": None if trainer.teacher is None else weights_digest(trainer.teacher.named_parameters()),
-                "distillation": None if distillation is None else dataclasses.asdict(distillation),
-                "shrink_at": shrink_at,
-                **dataclasses.asdict(settings),
-            }
-            check_run(checkpoints / RUN_FILE, run)
-            last = last_whole_checkpoint(checkpoints)
+        last = None if checkpoints is None else last_whole_checkpoint(checkpoints)
+        if last is not None and not allow_changes and not says_its_run(last):
+            if not check_old_run(last, lambda: _old_run(trainer, examples, calibration or [], distillation, settings)):
+                raise CheckpointError(
+                    f"{last} does not say of which training it is, as one of an earlier version: name another folder, "
+                    f"or pass --allow-changes (allow_changes=True) to go on from it unchecked"
+                )
+            trainer.pruning.allow_changes = True  # it was compared just now
         with contextlib.redirect_stdout(sys.stderr):  # progress is no result
             result = trainer.train(resume_from_checkpoint=None if last is None else str(last))
         trained: Any = trainer.model
@@ -280,12 +279,22 @@ def _examples(
     return [{name: tensor[0] for name, tensor in window.items()} for window in windows]
 
 
-def _digest_of(examples: Sequence[Mapping[str, Any]]) -> str:
-    """Of what is learned from: names, and numbers in their order."""
-    tensors = (
-        (f"{i}.{name}", torch.as_tensor(x)) for i, each in enumerate(examples) for name, x in sorted(each.items())
-    )
-    return weights_digest(tensors)
+def _old_run(
+    trainer: Any, examples: Batches, calibration: Batches, distillation: Distillation | None, settings: TrainingSettings
+) -> dict[str, Any]:
+    """What earlier versions wrote beside the checkpoints of a training; its checkpoints themselves say more now."""
+    config = trainer.pruning.config
+    return {
+        "model": weights_digest(trainer.model.named_parameters()),
+        "model config": config_facts(trainer.model),
+        "data": batches_digest(examples),
+        "calibration data": batches_digest(calibration),
+        "pruning config": None if config is None else config.to_dict(),
+        "teacher": None if trainer.teacher is None else weights_digest(trainer.teacher.named_parameters()),
+        "distillation": None if distillation is None else dataclasses.asdict(distillation),
+        "shrink_at": trainer.pruning.shrink_at,
+        **dataclasses.asdict(settings),
+    }
 
 
 def _arguments(settings: TrainingSettings, folder: Path, *, saves: bool) -> TrainingArguments:

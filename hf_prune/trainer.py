@@ -53,7 +53,7 @@ class PruningCallback(TrainerCallback):
         threshold: Of ``soft_movement``: a weight goes if the sigmoid of its score is below.
         regularization: Of ``soft_movement``: how hard scores are pulled down.
         allow_changes: Go on from a checkpoint also if the settings, the data or the model are not those that the
-            training began with; by default that is refused.
+            training began with; by default that is refused. What is pruned, and how, is never changed on the way.
 
     Example:
         >>> config = PruningConfig(sparsity=0.8, schedule="cubic")
@@ -185,10 +185,10 @@ class PruningCallback(TrainerCallback):
         """
         assert self.pruner is not None
         state = self.pruner.state()
+        now = {"run": self.run, "weights_now": model_facts(self.pruner.model)}
         if writes:
             if not folder.is_dir():
                 raise MaskError(f"{folder} is no folder: expected the Trainer's checkpoint there; use a PruningTrainer")
-            now = {"run": self.run, "weights_now": model_facts(self.pruner.model)}
             save_training(folder, MaskStore.of(self.pruner.model), state, {**self._facts(), **now})
 
     def own_facts(self) -> dict[str, Any]:

@@ -11,8 +11,10 @@ from typing import Any
 import numpy
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from hf_prune.distributed import processes
+from hf_prune.wrapping import plain_name
 
 # of a model's config: where it came from, and what the Trainer or a forward pass with labels fills in
 _NO_SETTINGS = ("_name_or_path", "transformers_version", "architectures", "problem_type", "use_cache", "dtype")
@@ -47,14 +49,19 @@ def config_facts(model: Any) -> dict[str, Any]:
 
 
 def model_facts(model: nn.Module) -> dict[str, Any]:
-    """Settings of a model, and a digest of some numbers of each weight; None where processes share the weights."""
-    tensors = list(model.named_parameters())
-    whole = processes()[0] == 0 and not any(t.is_meta or type(t.data) is not Tensor for _, t in tensors)
-    return {"weights": _digest(dict(tensors)) if whole else None, "model config": config_facts(model)}
+    """Settings of a model, and a digest of some numbers of each weight; every process calls this.
+
+    Weights that FSDP2 has spread over the processes are put together one by one, and are told as if they were whole.
+    Other weights are told by the first process alone, since the others may load none; what is told nowhere is None.
+    """
+    tensors = {plain_name(name): tensor.data for name, tensor in model.named_parameters()}
+    told = processes()[0] == 0 or any(isinstance(t, DTensor) for t in tensors.values())
+    whole = told and not any(t.is_meta or type(t) not in (Tensor, DTensor) for t in tensors.values())
+    return {"weights": _digest(tensors) if whole else None, "model config": config_facts(model)}
 
 
 def data_facts(data: Any) -> dict[str, Any] | None:
-    """Length of a data set, and a digest of its first, its last and some samples between.
+    """Length of a data set, and a digest: of all that a list holds, or else of the first, the last and some samples.
 
     Only the length if samples are drawn anew each time, and only the type if they come in a stream.
 
@@ -66,6 +73,8 @@ def data_facts(data: Any) -> dict[str, Any] | None:
     if not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
         return {"type": type(data).__name__}
     n = len(data)
+    if isinstance(data, (list, tuple)):
+        return {"length": n, "contents": _digest(data)}
     rows = sorted({i * (n - 1) // (_SAMPLES - 1) for i in range(_SAMPLES)}) if n else []
     states = random.getstate(), numpy.random.get_state()
     with torch.random.fork_rng(devices=[]):
@@ -146,12 +155,16 @@ def _feed(value: Any, update: Callable[[bytes], None]) -> None:
     elif isinstance(value, numpy.ndarray) and value.dtype.kind in "biufc":
         value = torch.as_tensor(numpy.ascontiguousarray(value))
     if isinstance(value, Tensor):
-        flat = value.detach().flatten()
+        whole = value.full_tensor() if isinstance(value, DTensor) else value
+        flat = whole.detach().flatten()
         picked = flat[:: max(1, flat.numel() // _SAMPLES)] if flat.numel() > 1 << 12 else flat
         update(f"{value.dtype} {tuple(value.shape)}".encode())
         update(picked.cpu().contiguous().view(torch.uint8).numpy().tobytes())
     elif isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
         update(f"[{len(value)}".encode())
+        if all(type(each) is int for each in value):  # token ids: the same as one by one, and faster
+            update(("int %d;" * len(value) % tuple(value)).encode())
+            return
         for each in value:
             _feed(each, update)
     elif isinstance(value, (*_PLAIN, bytes)):

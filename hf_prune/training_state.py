@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import reprlib
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from hf_prune.checkpoint import MASK_FILE, load_masks, save_masks
 from hf_prune.errors import CheckpointError
-from hf_prune.files import atomic_path, read_json_object, write_json
+from hf_prune.files import atomic_path, read_json_object
 from hf_prune.masking import MaskStore
 from hf_prune.notices import warn_user
 from hf_prune.training_facts import differences
@@ -37,6 +37,8 @@ _NAMED = (
     "pytorch_model_fsdp*/*",
     "optimizer_*/*",
 )
+OLD_RUN_FILE = "training_run.json"
+_ADVICE = "begin anew in another folder, or pass --allow-changes (allow_changes=True) to go on with what differs"
 _CHUNK = 1 << 22
 _TOLD = 5  # differences that a message names
 
@@ -69,12 +71,13 @@ def load_training(folder: Path, facts: Mapping[str, Any]) -> tuple[MaskStore | N
         CheckpointError: If a file is missing, damaged or another one, or a setting has changed.
     """
     files, before, state = check_training(folder)
-    for key, value in json.loads(json.dumps(dict(facts))).items():
-        if key in before and before[key] != value:
-            raise CheckpointError(
-                f"the checkpoint {folder} was made with {key}={before[key]!r}, and this training has {value!r}: masks "
-                f"would not go on as they began; use the same setting, or begin anew"
-            )
+    now = {key: value for key, value in json.loads(json.dumps(dict(facts))).items() if key in before}
+    known = {key: before[key] for key in now}
+    if known != now:
+        raise CheckpointError(
+            f"{folder} was pruned otherwise ({_told(differences(known, now)) or 'by another version'}): masks would "
+            f"not go on as they began; use the same settings, or begin anew in another folder"
+        )
     return load_masks(folder / MASK_FILE) if MASK_FILE in files else None, state
 
 
@@ -98,36 +101,28 @@ def last_whole_checkpoint(folder: Path) -> Path | None:
     return None
 
 
-def check_run(path: Path, run: Mapping[str, Any]) -> None:
-    """Make sure that a training goes on as it began, and say in a file what it is.
+def check_old_run(folder: Path, run: Callable[[], Mapping[str, Any]]) -> bool:
+    """Compare a training with what ``training_run.json`` says, where an earlier version put it beside checkpoints.
 
     Args:
-        path: The file, beside the checkpoints.
-        run: What must not change, plain values for JSON.
+        folder: The checkpoint to go on from, which does not say it by itself.
+        run: What must not have changed, plain values for JSON.
+
+    Returns:
+        Whether there is such a file.
 
     Raises:
-        CheckpointError: If something has changed, or checkpoints are there and nothing says what of.
+        CheckpointError: If something has changed.
     """
-    advice = "use the same again, or another folder for the checkpoints"
-    now = json.loads(json.dumps(dict(run)))
-    if path.is_file():
-        try:
-            before = read_json_object(path)
-        except CheckpointError as error:
-            raise CheckpointError(f"{error}; {advice}") from error
-        for name, old, new in differences(before, now):
-            raise CheckpointError(
-                f"{path.parent} has checkpoints of a training with {name} = {old!r}, and this one has {new!r}: two "
-                f"trainings would be mixed; {advice}"
-            )
-    elif any(path.parent.glob("checkpoint-*")):
-        raise CheckpointError(
-            f"{path.parent} has checkpoints and no {path.name}, which says of which training they are: name another "
-            f"folder"
-        )
-    else:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, now)
+    path = folder.parent / OLD_RUN_FILE
+    if not path.is_file():
+        return False
+    try:
+        before = read_json_object(path)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; {_ADVICE}") from error
+    _refuse_other(path, differences(before, json.loads(json.dumps(dict(run())))))
+    return True
 
 
 def check_same_run(folder: Path, facts: Mapping[str, Any], run: Mapping[str, Any]) -> dict[str, Any]:
@@ -157,14 +152,27 @@ def check_same_run(folder: Path, facts: Mapping[str, Any], run: Mapping[str, Any
     compared = before | reached if now["weights"] == reached.get("weights") else before
     if None in (now["weights"], compared.get("weights")):  # spread over processes: not told
         now, compared = {**now, "weights": None}, {**compared, "weights": None}
-    if found := list(differences(compared, now)):
-        told = "; ".join(f"{name} was {reprlib.repr(old)}, now {reprlib.repr(new)}" for name, old, new in found[:_TOLD])
-        more = f"; and {len(found) - _TOLD} more" if len(found) > _TOLD else ""
-        raise CheckpointError(
-            f"{folder} is of another training ({told}{more}): two trainings would be mixed; use the same again, begin "
-            f"anew, or pass allow_changes=True to go on with what differs"
-        )
+    _refuse_other(folder, differences(compared, now))
     return before
+
+
+def says_its_run(folder: Path) -> bool:
+    """Whether a whole checkpoint says of which training it is; those of earlier versions do not."""
+    with safe_open(folder / STATE_FILE, "pt") as file:
+        return isinstance(json.loads(file.metadata()[_HEADER])["facts"].get("run"), dict)
+
+
+def _refuse_other(path: Path, found: Iterable[tuple[str, Any, Any]]) -> None:
+    if told := _told(found):
+        raise CheckpointError(
+            f"{path} is of another training ({told}): two trainings would be mixed; use the same again, {_ADVICE}"
+        )
+
+
+def _told(differences: Iterable[tuple[str, Any, Any]]) -> str:
+    found = [f"{name} was {reprlib.repr(old)}, now {reprlib.repr(new)}" for name, old, new in differences]
+    more = [f"and {len(found) - _TOLD} more"] if len(found) > _TOLD else []
+    return "; ".join([*found[:_TOLD], *more])
 
 
 def check_training(folder: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Tensor]]:

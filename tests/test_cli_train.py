@@ -1,5 +1,6 @@
 """hf-prune train and hf-prune lottery, from a folder to a folder."""
 
+import hashlib
 import json
 import re
 import runpy
@@ -13,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from hf_prune.cli import main
-from hf_prune.training_state import last_whole_checkpoint
+from hf_prune.training_state import last_whole_checkpoint, save_training
 from tests import models
 
 
@@ -116,40 +117,90 @@ def test_a_language_model_goes_on_from_its_checkpoints(folders, run, tmp_path):
     assert zeros(AutoModelForCausalLM.from_pretrained(tmp_path / "a"), "q_proj") == pytest.approx(0.5, abs=0.01)
 
 
-def test_two_trainings_are_not_mixed(folders, run, tmp_path):
-    """Whatever makes it another training, the folder says what it began as and stays as it was."""
+@pytest.fixture
+def begun(folders, run, tmp_path):
+    """A finished training with its checkpoints, and how it was called."""
     command = ["train", folders / "text", "--data", folders / "data", "--sparsity", 0.5, "--batch-size", 32]
     command += ["--checkpoints", tmp_path / "c", "--out", tmp_path / "out"]
     run(*command)
+    return command
+
+
+def test_two_trainings_are_not_mixed(folders, run, tmp_path, begun):
+    """Whatever makes it another training, the folder says what it began as and stays as it was."""
     models.tiny_classifier(seed=5).save_pretrained(tmp_path / "other")
     models.tiny_tokenizer().save_pretrained(tmp_path / "other")
+    shutil.copytree(folders / "text", tmp_path / "dropout")
+    config = json.loads((folders / "text" / "config.json").read_text())
+    (tmp_path / "dropout" / "config.json").write_text(json.dumps({**config, "hidden_dropout_prob": 0.4}))
+    shutil.copytree(folders / "data", tmp_path / "edited")
+    lines = (tmp_path / "edited" / "train.tsv").read_text().splitlines()
+    lines[41] = lines[41][:-1] + str(1 - int(lines[41][-1]))
+    (tmp_path / "edited" / "train.tsv").write_text("\n".join(lines) + "\n")
     before = {path: path.read_bytes() for path in (tmp_path / "c").rglob("*") if path.is_file()}
     saved = (tmp_path / "out" / "model.safetensors").read_bytes()
-    other = ["train", tmp_path / "other", *command[2:]]
     for changed, name in (
-        (other, "model = '"),
-        ([*command, "--split", "dev", "--score-split", "train"], "data = '"),
-        ([*command, "--learning-rate", 1e-3], "--learning-rate = 5e-05, and this one has 0.001"),
-        ([*command, "--seed", 3], "seed = 0, and this one has 3|pruning config: seed = "),
-        ([*command, "--sparsity", 0.6], r"pruning config: sparsity = 0\.5"),
-        ([*command, "--epochs", 2], r"epochs = 1\.0, and this one has 2\.0"),
-        ([*command, "--teacher", "self"], "teacher = None"),
+        (["train", tmp_path / "other", *begun[2:]], "weights was '"),
+        (["train", tmp_path / "dropout", *begun[2:]], r"model config: hidden_dropout_prob was 0\.\d+, now 0\.4"),
+        ([*begun, "--split", "dev", "--score-split", "train"], "data: length was 64, now 24"),
+        ([*begun, "--data", tmp_path / "edited"], "data: contents was '"),  # one label in the middle
+        ([*begun, "--learning-rate", 1e-3], r"arguments: --learning-rate was 5e-05, now 0\.001"),
+        ([*begun, "--seed", 3], "arguments: seed was 0, now 3"),
+        ([*begun, "--epochs", 2], r"arguments: num_train_epochs was 1\.0, now 2\.0"),
+        ([*begun, "--teacher", "self"], "teacher was None"),
     ):
         said = run(*changed, code=1)
-        assert re.search(rf"has checkpoints of a training with ({name}).*two trainings would be mixed", said), said
+        assert re.search(
+            rf"is of another training \(.*{name}.*: two trainings would be mixed.*--allow-changes ", said
+        ), said
+    for allowed in ([], ["--allow-changes"]):
+        said = run(*begun, "--sparsity", 0.6, *allowed, code=1)
+        assert "was pruned otherwise (pruning_config: sparsity was 0.5, now 0.6)" in said
     assert {path: path.read_bytes() for path in (tmp_path / "c").rglob("*") if path.is_file()} == before
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == saved
-    config = json.loads((folders / "text" / "config.json").read_text())
-    shutil.copytree(folders / "text", tmp_path / "dropout")
-    (tmp_path / "dropout" / "config.json").write_text(json.dumps({**config, "hidden_dropout_prob": 0.4}))
-    said = run("train", tmp_path / "dropout", *command[2:], code=1)
-    assert re.search(r"model config: hidden_dropout_prob = 0\.\d+, and this one has 0\.4", said), said
-    (tmp_path / "c" / "training_run.json").write_text("[1]")
-    assert "holds a JSON list: expected an object" in run(*command, code=1)
-    (tmp_path / "c" / "training_run.json").write_text("{")
-    assert "training_run.json is damaged" in run(*command, code=1)
-    (tmp_path / "c" / "training_run.json").unlink()
-    assert "has checkpoints and no training_run.json" in run(*command, code=1)
+    assert "Saved in" in run(*begun, "--learning-rate", 1e-3, "--allow-changes")
+    assert "add --checkpoints" in run(*begun[:-4], "--out", tmp_path / "more", "--allow-changes", code=1)
+
+
+def test_checkpoints_of_earlier_versions(folders, run, tmp_path, monkeypatch, request):
+    """They say nothing of their training: a file beside them does, and is still read."""
+    monkeypatch.setattr("hf_prune.trainer.save_training", without_run)
+    begun = request.getfixturevalue("begun")
+    assert "does not say of which training it is, as one of an earlier version" in run(*begun, code=1)
+    model = AutoModelForSequenceClassification.from_pretrained(folders / "text")
+    digest = hashlib.sha256()
+    for name, weight in model.named_parameters():
+        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode() + weight.detach().numpy().tobytes())
+    before = {
+        "model": digest.hexdigest()[:16],
+        "model config": {"class": "BertForSequenceClassification", "hidden_dropout_prob": 0.1},
+        "data": "5fb5e9d401f851cf",
+        "calibration data": "e3b0c44298fc1c14",
+        "pruning config": {"sparsity": 0.5, "criterion": "magnitude"},
+        **{"teacher": None, "distillation": None, "shrink_at": None, "split": "train", "epochs": 1.0},
+        **{"learning_rate": 5e-5, "batch_size": 32, "accumulation": 1, "warmup": 0.05, "bf16": False, "seed": 0},
+    }
+    path = tmp_path / "c" / "training_run.json"
+    for text, match in (
+        ("[1]", "holds a JSON list: expected an object"),
+        ("{", "training_run.json is damaged.*--allow-changes"),
+        (json.dumps({**before, "data": "5fb5e9d401f851ce"}), "training_run.json is of another training .data was '"),
+        (json.dumps({**before, "model": "5fb5e9d401f851ce"}), "is of another training .model was '"),
+        (json.dumps({**before, "seed": 1}), "is of another training .seed was 1, now 0"),
+    ):
+        path.write_text(text)
+        said = run(*begun, code=1)
+        assert re.search(match, said), said
+    path.write_text(json.dumps(before))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(*begun)
+    path.unlink()
+    run(*begun, "--allow-changes")
+
+
+def without_run(folder, store, state, facts):
+    save_training(folder, store, state, {k: v for k, v in facts.items() if k not in ("run", "weights_now")})
 
 
 def test_lottery(folders, run, tmp_path):

@@ -421,7 +421,7 @@ def test_checkpoints_that_do_not_belong_together_are_refused(tmp_path, damage, m
 def test_other_settings_are_refused_when_going_on(tmp_path):
     make(tmp_path, "plain").train()
     again = trainer(tmp_path, pruning=config(sparsity=0.5))
-    with pytest.raises(CheckpointError, match="pruning_config="):
+    with pytest.raises(CheckpointError, match=r"pruning_config: sparsity was 0\.75, now 0\.5"):
         again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-10"))
 
 

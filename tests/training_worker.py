@@ -6,17 +6,22 @@ accelerate has no FSDP on a CPU: there the model is sharded by hand, and the ste
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import save_file
 from torch import distributed as dist
 from torch.distributed.fsdp import fully_shard
 
 from hf_prune import Distillation, MaskStore, PruningConfig, PruningTrainer, Schedule, prunable
+from hf_prune.errors import CheckpointError
 from hf_prune.training import TrainingPruner
+from hf_prune.training_facts import _digest, model_facts
+from hf_prune.training_state import check_same_run
 from tests.test_trainer import Sentences, arguments, still
 
 BATCH, STEPS = 8, 10
@@ -84,12 +89,29 @@ def by_hand(case: str, sharded: bool, folder: Path | None) -> torch.nn.Module:
         pruner.after_step(step)
         optimizer.zero_grad()
     whole = {n: p.full_tensor() if hasattr(p, "full_tensor") else p for n, p in model.named_parameters()}
+    if sharded:
+        check_weights_are_told(model, whole)
     if folder is not None:  # as the Trainer saves a sharded model: from its whole state
         prunable(model).save_pretrained(folder, state_dict={n: p.detach().clone() for n, p in whole.items()})
     state = pruner.state()
     pruner.restore(state, MaskStore.of(model))
     assert all(torch.equal(value, state[name]) for name, value in pruner.state().items())
     return model
+
+
+def check_weights_are_told(model: torch.nn.Module, whole: dict[str, torch.Tensor]) -> None:
+    """A training knows sharded weights as those of a whole model, in each process, and notices others."""
+    plain, now = still(), json.loads(json.dumps(model_facts(model)))
+    plain.load_state_dict({name: weight.detach() for name, weight in whole.items()}, strict=False)
+    reached = {"weights": _digest(dict(plain.named_parameters()))}
+    assert now["weights"] == reached["weights"]
+    check_same_run(Path(), {"run": {**now, "weights": "0"}, "weights_now": reached}, now)
+    first = next(model.parameters())
+    with torch.no_grad():
+        first.mul_(-1)  # each process its part
+        with pytest.raises(CheckpointError, match="weights was"):
+            check_same_run(Path(), {"run": now, "weights_now": reached}, model_facts(model))
+        first.mul_(-1)
 
 
 def save(model: torch.nn.Module, path: Path) -> None:
