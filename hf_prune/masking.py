@@ -408,6 +408,9 @@ def _to_the_end(do: Callable[[], None]) -> None:
     """Do what may be done again; what interrupts it, as Ctrl-C does, is raised when it is done."""
     try:
         do()
+    except KeyboardInterrupt:
+        _to_the_end(do)  # it may be pressed again
+        raise
     except BaseException:
         do()
         raise
@@ -431,6 +434,11 @@ class Undo:
         self._files = Shelf(0)
         self._names: dict[str, None] = {}  # in their order
         self._before = MaskStore.of(model)
+        self._calls: list[Callable[[], None]] = []
+
+    def calls(self, do: Callable[[], None]) -> None:
+        """Have something else undone as well, by what may be done twice, or in vain."""
+        self._calls.append(do)
 
     def save(self, name: str, weight: Tensor) -> None:
         """Put a copy of a weight aside, before it changes; later changes leave that copy."""
@@ -463,7 +471,9 @@ class Undo:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Give back every weight that was put aside, and the masks; the copies stay."""
+        """Give back every weight that was put aside, and the masks, and do what :meth:`calls` got; the copies stay."""
+        for do in self._calls:
+            do()
         parameters = dict(self._model.named_parameters())
         for name in self._names:
             parameters[name].copy_(self.dense[name] if self._in_memory else self._files.get(name))

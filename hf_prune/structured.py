@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import ExitStack
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -69,10 +70,9 @@ def prune_units(
             dense = context.enter_context(DenseOutputs(model, inner, data, cache_bytes, progress))
         assert plan.choice is not None
         gone = [layer for layer in map(model.get_submodule, sorted(plan.choice.layers)) if not is_bypassed(layer)]
-        switched = context.enter_context(ExitStack())
         for layer in gone:
+            undo.calls(partial(restore, layer))
             bypass(layer)
-            switched.callback(restore, layer)
         if repaired:
             _repair(model, config, repaired, masks, batches, store, undo, progress, cache_bytes, sensitivity)
         undo.write(masks, {})
@@ -84,7 +84,6 @@ def prune_units(
         if record is not None:
             store.polishes = (*store.polishes, record)
         store.update(model, masks, {}, config, keep_dense, undo.dense)
-        switched.pop_all()
     return model
 
 
@@ -104,8 +103,7 @@ def _repair(
     size = sum(mask.numel() for mask in given.values())
     gone = sum(int((~mask).sum()) for mask in given.values())
     given |= {name: mask for name, mask in masks.items() if name.endswith(".bias")}
-    old = sum(int((~store.masks[name]).sum()) for name in names if name in store.masks)
-    plan = inner_plan(model, config, names, max(gone, old) / size)
+    plan = inner_plan(model, config, names, gone / size)
     if config.calibration_order == "sequential":
         prune_in_order(model, plan, batches, store.masks, undo, progress, cache_bytes, sensitivity, given)
     else:

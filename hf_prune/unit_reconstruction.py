@@ -10,6 +10,7 @@ from hf_prune.activations import Batches, InputReader
 from hf_prune.config import PruningConfig
 from hf_prune.errors import PlanError
 from hf_prune.layer_budgets import weighted_grams
+from hf_prune.masking import mask_of
 from hf_prune.plan import PruningPlan, make_plan
 from hf_prune.sensitivity import Sensitivity, measure_sensitivity
 from hf_prune.sites import Site
@@ -146,8 +147,11 @@ def inner_plan(model: nn.Module, config: PruningConfig, names: Sequence[str], sp
         model: The model.
         config: The settings.
         names: The parameters.
-        sparsity: The share of their weights that goes.
+        sparsity: The share of their weights that goes; at least what earlier masks remove.
     """
+    masks = [mask for name in names if (mask := mask_of(model, name)) is not None]
+    size = sum(model.get_parameter(name).numel() for name in names)
+    sparsity = max(sparsity, sum(int((~mask).sum()) for mask in masks) / max(1, size))
     inner = PruningConfig(
         sparsity,
         target_modules=".*",

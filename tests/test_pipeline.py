@@ -14,11 +14,12 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_prune.config import PruningConfig
 from hf_prune.errors import ConfigError, MaskError, PlanError
-from hf_prune.masking import MaskStore
+from hf_prune.masking import MaskStore, zero_removed_
 from hf_prune.pipeline import prune, resolve_config
 from hf_prune.plan import PruningPlan
+from hf_prune.spill import Shelf
 from tests import models
-from tests.models import assert_unchanged, mlp, snapshot
+from tests.models import assert_same_masks, assert_unchanged, mlp, snapshot
 
 
 def masks(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -430,6 +431,36 @@ def test_ctrl_c_leaves_a_model_before_or_after_and_never_between(settings, again
             sys.settrace(None)
         assert state(model) in allowed, number
     assert seen == {False, True}
+
+
+@pytest.mark.parametrize(
+    ("settings", "where"),
+    [({}, "masking.zero_removed_"), ({"criterion": "wanda"}, "sequential.zero_removed_")],
+)
+def test_ctrl_c_pressed_again_and_again_leaves_a_model_before_or_after(settings, where, monkeypatch):
+    """Also while the last step is done to its end, or weights and masks are given back."""
+    batches = [{"x": torch.randn(4, 8, generator=torch.Generator().manual_seed(0))}]
+    before, model = (prune(mlp(), 0.2) for _ in range(2))
+    after = prune(prune(mlp(), 0.2), 0.5, calibration=batches, **settings)
+    presses = iter([False, True] + [True] * 3)
+
+    def pressed(do):
+        def wrapped(*args):
+            if next(presses, False):
+                raise KeyboardInterrupt
+            return do(*args)
+
+        return wrapped
+
+    monkeypatch.setattr(f"hf_prune.{where}", pressed(zero_removed_))
+    monkeypatch.setattr(Shelf, "get", pressed(Shelf.get))
+    with pytest.raises(KeyboardInterrupt):
+        prune(model, 0.5, calibration=batches, **settings)
+    assert next(presses, None) is None
+    expected = after if where.startswith("masking") else before
+    assert_same_masks(model, MaskStore.of(expected))
+    for name, weight in expected.named_parameters():
+        assert torch.equal(model.get_parameter(name), weight), name
 
 
 @pytest.mark.filterwarnings("ignore:The given NumPy array is not writable:UserWarning")

@@ -1,6 +1,9 @@
 """Pruning whole heads, neurons and layers: what goes, how much of it, and that it can be taken out."""
 
+import contextlib
 import copy
+import itertools
+import sys
 import zlib
 
 import pytest
@@ -450,6 +453,54 @@ def test_an_error_in_the_repair_gives_everything_back(monkeypatch):
     assert not bypassed_layers(model)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert MaskStore.of(model) is None
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # a folder goes when it is forgotten
+def test_ctrl_c_at_the_end_never_leaves_a_layer_switched_off_whose_weights_are_back():
+    """Interrupted at each of the last lines in turn: either nothing has happened, or all of it."""
+    settings = {"granularity": "layer", "scope": "global"}
+
+    def prune_until(model, line):
+        """Raise KeyboardInterrupt before a line, of those of the pruning and of its contexts; how many there were."""
+        count = itertools.count()
+
+        def trace(frame, event, _):
+            if not frame.f_code.co_filename.endswith(("structured.py", "contextlib.py")):
+                return None
+            if event == "line" and next(count) == line:
+                raise KeyboardInterrupt
+            return trace
+
+        sys.settrace(trace)
+        try:
+            prune(model, 0.5, **settings)
+        finally:
+            sys.settrace(None)
+        return next(count)
+
+    outcomes = []
+    last = prune_until(tiny("bert")[0], None)
+    for line in range(last - 90, last):
+        model = tiny("bert")[0]
+        before = snapshot(model)
+        with contextlib.suppress(KeyboardInterrupt):
+            prune_until(model, line)
+        outcomes.append(len(bypassed_layers(model)))
+        assert (MaskStore.of(model) is not None) == bool(outcomes[-1]), line
+        if not outcomes[-1]:
+            assert_unchanged(model, before)
+    assert set(outcomes) == {0, 1}
+
+
+@pytest.mark.parametrize("more", [{"repair": "least_squares"}, {"polish": {"epochs": 1}}], ids=str)
+def test_units_go_where_single_weights_have_gone_before(more):
+    model, inputs = tiny("bert")
+    prune(model, 0.2)
+    before = {name: mask.clone() for name, mask in MaskStore.of(model).masks.items()}
+    prune(model, 0.4, granularity=("head", "neuron"), calibration=batches_for(inputs, 4), **more)
+    for name, mask in MaskStore.of(model).masks.items():
+        assert not bool((mask & ~before.get(name, mask)).any()), name
+        assert not bool(model.get_parameter(name).detach()[~mask].any()), name
 
 
 def test_a_plan_says_what_goes():
