@@ -113,7 +113,7 @@ def measure(args: argparse.Namespace, job: dict[str, Any]) -> dict[str, Any]:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     from hf_prune import PruningConfig, evaluate_classification, load_classification, prune, text_batches
-    from hf_prune.plan import make_plan
+    from hf_prune.planning.make_plan import make_plan
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
     tokenizer = AutoTokenizer.from_pretrained(args.model)
@@ -157,7 +157,7 @@ def split(args: argparse.Namespace, sentences: Sequence[str]) -> tuple[list[int]
     """Training rows that are held out, and those that calibration draws from: they share no five words in a row."""
     import torch
 
-    from hf_prune.overlap import overlapping
+    from hf_prune.evaluation.data.overlap import overlapping
 
     long = [i for i, text in enumerate(sentences) if len(text.split()) >= args.min_words]
     order = [long[i] for i in torch.randperm(len(long), generator=torch.Generator().manual_seed(2**31))]
@@ -170,7 +170,7 @@ def torch_l1(model: Any, config: Any) -> None:
     """The baseline: torch.nn.utils.prune on the same modules."""
     from torch.nn.utils import prune as torch_prune
 
-    from hf_prune.targets import resolve_targets
+    from hf_prune.planning.targets import resolve_targets
 
     modules = dict(model.named_modules())
     for target in resolve_targets(model, config):
@@ -236,7 +236,7 @@ class Results:
 
     def table(self, methods: Iterable[str], amounts: Sequence[str]) -> str:
         """What was measured, a method a row."""
-        from hf_prune.tables import format_table
+        from hf_prune.utils.formatting import format_table
 
         dense = self.get("dense", "0")[0]
         lines = []

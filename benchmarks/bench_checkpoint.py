@@ -38,11 +38,12 @@ from transformers import AutoModelForSequenceClassification, BertConfig, BertFor
 from transformers.utils import logging
 
 from hf_prune import prunable
-from hf_prune.compressed import compress_checkpoint, decompress_checkpoint
-from hf_prune.packed_files import PackedFiles, file_paths
-from hf_prune.packed_format import SUFFIX
-from hf_prune.tables import format_table
-from hf_prune.unpacking import unpack
+from hf_prune.checkpoint.packed.files import PackedFiles, file_paths
+from hf_prune.checkpoint.packed.format import SUFFIX
+from hf_prune.checkpoint.packed.unpack import unpack
+from hf_prune.conversion.compression import compress_checkpoint
+from hf_prune.conversion.decompression import decompress_checkpoint
+from hf_prune.utils.formatting import format_table
 
 SETTINGS = ("0", "0.5", "0.8", "0.9", "0.95", "2:4")
 DTYPES = ("float32", "bfloat16", "float16")

@@ -31,8 +31,8 @@ from torch.nn.utils import prune as torch_prune
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_prune import PruningConfig, compare_perplexity, evaluate_perplexity, load_texts, prune, token_windows
-from hf_prune.plan import make_plan
-from hf_prune.tables import format_table
+from hf_prune.planning.make_plan import make_plan
+from hf_prune.utils.formatting import format_table
 
 L1 = "torch.nn.utils.prune L1"
 METHODS: dict[str, dict[str, Any]] = {

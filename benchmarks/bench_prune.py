@@ -30,8 +30,10 @@ from torch.nn.utils import prune as torch_prune
 from transformers import DistilBertConfig, DistilBertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from hf_prune import MaskStore, compress_checkpoint, prune, prune_stream, shrink, sparsity_report
-from hf_prune.checkpoint import MASK_FILE, load_masks, save_masks, save_pruned
-from hf_prune.tables import format_table
+from hf_prune.checkpoint.files import MASK_FILE
+from hf_prune.checkpoint.mask_file import load_masks, save_masks
+from hf_prune.checkpoint.save import save_pruned
+from hf_prune.utils.formatting import format_table
 
 SPARSITY = 0.5
 

@@ -22,13 +22,13 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for tests.reference
 
 from hf_prune import PruningConfig, load_classification, text_batches
-from hf_prune.calibration import collect_stats
+from hf_prune.calibration.statistics import collect_stats
 from hf_prune.criteria.base import WeightStats
-from hf_prune.plan import make_plan
-from hf_prune.registry import CRITERIA
-from hf_prune.repair import layer_error
-from hf_prune.scoring import Selector
-from hf_prune.tables import format_table
+from hf_prune.criteria.registry import CRITERIA
+from hf_prune.kernels.least_squares import layer_error
+from hf_prune.planning.make_plan import make_plan
+from hf_prune.pruning.selector import Selector
+from hf_prune.utils.formatting import format_table
 from tests.reference.sparsegpt import published_sparsegpt
 
 SHAPES = ((384, 384), (1536, 384), (384, 1536), (768, 768), (3072, 768), (768, 3072))

@@ -29,7 +29,7 @@ from pathlib import Path
 
 import torch
 
-from hf_prune.tables import format_table
+from hf_prune.utils.formatting import format_table
 
 MB = 10**6
 RUNS = {

@@ -125,7 +125,7 @@ def measure(args: argparse.Namespace, job: Mapping[str, Any]) -> dict[str, Any]:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     from hf_prune import PruningConfig, evaluate_classification, load_classification, prune, shrink, text_batches
-    from hf_prune.masking import MaskStore
+    from hf_prune.pruning.mask_store import MaskStore
 
     torch.set_num_threads(1)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
@@ -149,7 +149,7 @@ def measure(args: argparse.Namespace, job: Mapping[str, Any]) -> dict[str, Any]:
         shrink(model)
     found["seconds"] = time.perf_counter() - start
     if "distillation" in job["method"]:
-        from hf_prune.overlap import overlapping
+        from hf_prune.evaluation.data.overlap import overlapping
 
         every = train["sentence"]
         known = overlapping(every, [every[i] for i in held_out])
@@ -168,7 +168,7 @@ def measure(args: argparse.Namespace, job: Mapping[str, Any]) -> dict[str, Any]:
 
 def ratio(dense: Any, model: Any, workload: Mapping[str, int]) -> tuple[float, float, float]:
     """How many times as fast, with its interval."""
-    from hf_prune.speed import measured_speedup, workload_inputs
+    from hf_prune.inference.speedup import measured_speedup, workload_inputs
 
     record = measured_speedup(dense, model, workload_inputs(dense, workload), workload)
     return record.measured, record.low, record.high
@@ -186,7 +186,7 @@ def torch_pruning(
     import torch
     import torch_pruning as tp
 
-    from hf_prune.speed import measured_speedup, workload_inputs
+    from hf_prune.inference.speedup import measured_speedup, workload_inputs
 
     given = workload_inputs(model, workload)
 
@@ -237,7 +237,7 @@ def distill(student: Any, teacher: Any, texts: Sequence[str], tokenizer: Any, ra
     import torch
     from torch.nn import functional as F
 
-    from hf_prune.texts import text_batches
+    from hf_prune.evaluation.data.texts import text_batches
 
     batches = text_batches(list(texts), tokenizer, batch_size=32)
     order = torch.randperm(len(batches), generator=torch.Generator().manual_seed(seed)).tolist()
@@ -290,7 +290,7 @@ def table(args: argparse.Namespace, records: Sequence[Mapping[str, Any]]) -> str
     """What was measured."""
     import torch
 
-    from hf_prune.tables import format_table
+    from hf_prune.utils.formatting import format_table
 
     dense = cell(records, "dense", 1.0)[0]
     scores = {name: 100 * statistics.mean(map(int, dense[name])) for name in ("dev", "held out")}
@@ -383,7 +383,7 @@ def time_others(args: argparse.Namespace) -> None:
     from transformers import AutoModelForSequenceClassification, DistilBertConfig, DistilBertForSequenceClassification
 
     from hf_prune import PruningConfig, prune
-    from hf_prune.masking import MaskStore
+    from hf_prune.pruning.mask_store import MaskStore
 
     torch.set_num_threads(1)
     torch.manual_seed(0)

@@ -98,7 +98,7 @@ def measure(args: argparse.Namespace, job: Mapping[str, Any]) -> dict[str, Any]:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     from hf_prune import evaluate_classification, load_classification, prune, shrink, text_batches
-    from hf_prune.overlap import overlapping
+    from hf_prune.evaluation.data.overlap import overlapping
 
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     dense = AutoModelForSequenceClassification.from_pretrained(args.model).eval()
@@ -216,7 +216,7 @@ def drop(dense: Mapping[str, Any], found: Sequence[Mapping[str, Any]], data: str
 
 def table(args: argparse.Namespace, records: Sequence[Mapping[str, Any]]) -> str:
     """What was measured."""
-    from hf_prune.tables import format_table
+    from hf_prune.utils.formatting import format_table
 
     dense = next(record["found"] for record in records if record["job"]["method"] == "dense")
     rows = []

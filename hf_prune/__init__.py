@@ -8,18 +8,24 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from hf_prune import loading_hook
+from hf_prune import import_hook
 
 __version__ = "0.1.0"
 
 _MODULES = {
-    "adoption": ("AdoptionReport", "adopt_zeros"),
-    "architectures": ("Channels", "Heads", "Neurons", "Stack", "list_architectures", "register_architecture"),
+    "architectures.base": (
+        "Channels",
+        "Heads",
+        "Neurons",
+        "Stack",
+        "list_architectures",
+        "register_architecture",
+    ),
     "auto": (
         "AutoPrunedModel",
         "AutoPrunedModelForAudioClassification",
-        "AutoPrunedModelForCausalLM",
         "AutoPrunedModelForCTC",
+        "AutoPrunedModelForCausalLM",
         "AutoPrunedModelForImageClassification",
         "AutoPrunedModelForImageTextToText",
         "AutoPrunedModelForMaskedLM",
@@ -33,14 +39,26 @@ _MODULES = {
         "AutoPrunedModelForSpeechSeq2Seq",
         "AutoPrunedModelForTokenClassification",
     ),
-    "budget": ("SparsitySearch", "find_sparsity"),
-    "card_data": ("PruningCardData", "read_card_data"),
-    "cards": ("render_card", "write_card"),
-    "comparison": ("Comparison", "compare"),
-    "compressed": ("CompressionReport", "compress_checkpoint", "decompress_checkpoint"),
-    "config": ("PruningConfig",),
-    "criteria.base": ("Criterion", "WeightStats"),
-    "data_loading": ("load_classification", "load_sst2", "load_texts"),
+    "conversion.compression": ("compress_checkpoint",),
+    "conversion.compression_report": ("CompressionReport",),
+    "conversion.decompression": ("decompress_checkpoint",),
+    "conversion.export": (
+        "ExportReport",
+        "export_model",
+    ),
+    "conversion.migration": (
+        "MigrationReport",
+        "migrate_checkpoint",
+    ),
+    "conversion.streaming.prune_stream": (
+        "plan_stream",
+        "prune_stream",
+    ),
+    "criteria.base": (
+        "Criterion",
+        "WeightStats",
+    ),
+    "criteria.registry": ("CRITERIA",),
     "errors": (
         "ArchitectureError",
         "BudgetError",
@@ -57,49 +75,126 @@ _MODULES = {
         "SweepError",
         "UnknownNameError",
     ),
-    "evaluation": (
-        "Evaluation",
+    "evaluation.accuracy": (
         "accuracy_metric",
-        "classification_batches",
-        "classification_examples",
         "evaluate_classification",
         "evaluate_sst2",
     ),
-    "explain": ("explain_speed",),
-    "export": ("ExportReport", "ExportedModel", "export_model"),
+    "evaluation.accuracy_result": ("Evaluation",),
+    "evaluation.comparison": (
+        "Comparison",
+        "compare",
+    ),
+    "evaluation.data.classification": (
+        "classification_batches",
+        "classification_examples",
+    ),
+    "evaluation.data.loading": (
+        "load_classification",
+        "load_sst2",
+        "load_texts",
+    ),
+    "evaluation.data.texts": (
+        "text_batches",
+        "token_windows",
+    ),
+    "evaluation.explain": ("explain_speed",),
+    "evaluation.perplexity": (
+        "compare_perplexity",
+        "evaluate_perplexity",
+    ),
+    "evaluation.perplexity_result": (
+        "Perplexity",
+        "PerplexityComparison",
+    ),
+    "evaluation.plots": (
+        "plot_latency",
+        "plot_layer_sparsity",
+        "plot_tradeoff",
+        "plot_weight_histogram",
+    ),
+    "evaluation.sparsity_report": (
+        "SparsityReport",
+        "sparsity_report",
+    ),
+    "evaluation.sparsity_search": (
+        "SparsitySearch",
+        "find_sparsity",
+    ),
+    "evaluation.structure_report": (
+        "StructureReport",
+        "structure_report",
+    ),
+    "evaluation.sweep": ("run_sweep",),
+    "evaluation.sweep_point": ("SweepPoint",),
+    "evaluation.sweep_result": ("SweepResult",),
+    "evaluation.weight_statistics": ("weight_histogram",),
     "granularities.base": ("Granularity",),
-    "latency": ("LatencyPoint", "LatencyResult", "measure_latency"),
-    "masking": ("MaskStore", "drop_masks"),
-    "mixin": ("PrunedModelMixin", "prunable", "shrink"),
-    "perplexity": ("Perplexity", "PerplexityComparison", "compare_perplexity", "evaluate_perplexity"),
+    "granularities.registry": ("GRANULARITIES",),
+    "hub.card": (
+        "render_card",
+        "write_card",
+    ),
+    "hub.card_data": (
+        "PruningCardData",
+        "read_card_data",
+    ),
+    "hub.push": ("push_checkpoint",),
+    "hub.upload": ("PushResult",),
+    "hub.verification": ("Verification",),
+    "hub.verify": ("verify_checkpoint",),
+    "inference.backends": ("ExportedModel",),
+    "inference.latency": ("measure_latency",),
+    "inference.latency_result": (
+        "LatencyPoint",
+        "LatencyResult",
+    ),
+    "mixin": (
+        "PrunedModelMixin",
+        "prunable",
+        "shrink",
+    ),
     "pipeline": ("prune",),
-    "plan": ("PruningPlan",),
-    "plots": ("plot_latency", "plot_layer_sparsity", "plot_tradeoff", "plot_weight_histogram"),
-    "progress": ("listen_to_progress",),
-    "push": ("PushResult", "push_checkpoint"),
-    "registry": ("CRITERIA", "GRANULARITIES"),
-    "report": ("SparsityReport", "sparsity_report", "weight_histogram"),
-    "stream": ("plan_stream", "prune_stream"),
-    "structures": ("StructureReport", "structure_report"),
-    "sweep": ("SweepPoint", "SweepResult", "run_sweep"),
-    "texts": ("text_batches", "token_windows"),
-    "torch_prune": ("from_torch_prune",),
-    "distillation": ("Distillation",),
-    "migration": ("MigrationReport", "migrate_checkpoint"),
-    "lottery": ("LotteryResult", "LotteryRound", "find_ticket"),
-    "lora": ("MergeReport", "merge_lora"),
-    "schedules": ("Schedule", "register_schedule"),
-    "training": ("keep_sparse",),
-    "trainer": ("PruningCallback", "PruningTrainer"),
-    "unit_plan": ("UnitPlan",),
-    "verification": ("Verification", "verify_checkpoint"),
-    "vocabulary": ("TrimResult", "trim_vocabulary"),
+    "planning.config": ("PruningConfig",),
+    "planning.plan": ("PruningPlan",),
+    "planning.schedule": (
+        "Schedule",
+        "register_schedule",
+    ),
+    "pruning.adopt_zeros": (
+        "AdoptionReport",
+        "adopt_zeros",
+    ),
+    "pruning.mask_store": (
+        "MaskStore",
+        "drop_masks",
+    ),
+    "pruning.torch_prune": ("from_torch_prune",),
+    "structured.unit_plan": ("UnitPlan",),
+    "structured.vocabulary.trim": (
+        "TrimResult",
+        "trim_vocabulary",
+    ),
+    "training.callback": ("PruningCallback",),
+    "training.distillation": ("Distillation",),
+    "pruning.optimizer_hook": ("keep_sparse",),
+    "training.lora": (
+        "MergeReport",
+        "merge_lora",
+    ),
+    "training.lottery": (
+        "LotteryResult",
+        "LotteryRound",
+        "find_ticket",
+    ),
+    "training.trainer": ("PruningTrainer",),
+    "utils.progress": ("listen_to_progress",),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = sorted(_HOME)
 
-loading_hook.install()
+import_hook.install()
 
 
 def __getattr__(name: str) -> Any:

@@ -18,23 +18,25 @@ from transformers.conversion_mapping import (
     register_checkpoint_conversion_mapping,
 )
 
-from hf_prune.adoption import AdoptionReport, adopt_zeros
-from hf_prune.calibration import Batches
-from hf_prune.cards import describe_model
-from hf_prune.checkpoint import load_pruned, refuse_adapters_alone, save_pruned
-from hf_prune.compressed import save_compressed
-from hf_prune.config import PruningConfig
+from hf_prune.calibration.input_reader import Batches
+from hf_prune.checkpoint.load import load_pruned
+from hf_prune.checkpoint.save import refuse_adapters_alone, save_pruned
+from hf_prune.conversion.compression import save_compressed
 from hf_prune.errors import ConfigError, ModelTypeError
-from hf_prune.hub import full_repo_id, is_downloaded
-from hf_prune.masking import MaskStore, drop_masks
+from hf_prune.evaluation.sparsity_report import SparsityReport, sparsity_report
+from hf_prune.hub.client import full_repo_id, is_downloaded
+from hf_prune.hub.describe import describe_model
+from hf_prune.hub.push import push_checkpoint
+from hf_prune.hub.upload import PushResult
 from hf_prune.pipeline import prune
-from hf_prune.plan import PruningPlan
-from hf_prune.push import PushResult, push_checkpoint
-from hf_prune.report import SparsityReport, sparsity_report
-from hf_prune.shrinking import shrink_modules
-from hf_prune.training import keep_sparse
-from hf_prune.unit_plan import UnitPlan
-from hf_prune.wrapping import check_is_model, sole_model, unload_adapters
+from hf_prune.planning.config import PruningConfig
+from hf_prune.planning.plan import PruningPlan
+from hf_prune.pruning.adopt_zeros import AdoptionReport, adopt_zeros
+from hf_prune.pruning.mask_store import MaskStore, drop_masks
+from hf_prune.pruning.optimizer_hook import keep_sparse
+from hf_prune.structured.shrink import shrink_modules
+from hf_prune.structured.unit_plan import UnitPlan
+from hf_prune.utils.wrapping import check_is_model, sole_model, unload_adapters
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 Self = TypeVar("Self", bound="PrunedModelMixin")

@@ -8,26 +8,29 @@ from typing import Any, Literal, TypeVar, cast, overload
 
 from torch import Tensor, nn
 
-from hf_prune.activations import CACHE_BYTES, Batches
-from hf_prune.calibration import collect_stats, require_batches
-from hf_prune.channels import follow
-from hf_prune.config import PruningConfig
+from hf_prune.architectures.channels import propagate_channel_masks
+from hf_prune.architectures.find_unit_groups import find_channel_groups
+from hf_prune.calibration.dense_outputs import DenseOutputs
+from hf_prune.calibration.input_reader import CACHE_BYTES, Batches
+from hf_prune.calibration.statistics import collect_stats, require_batches
 from hf_prune.criteria.base import CURVATURE, INPUTS
-from hf_prune.dense_outputs import DenseOutputs
-from hf_prune.distributed import is_first
 from hf_prune.errors import ConfigError
-from hf_prune.layer_budgets import learn_sparsities
-from hf_prune.masking import MaskStore, Undo, warn_regrown
-from hf_prune.plan import PruningPlan, make_plan, warn_of
-from hf_prune.polish import polish
-from hf_prune.scoring import agreed_masks
-from hf_prune.sequential import prune_in_order
-from hf_prune.sites import sites_of_channels
-from hf_prune.stepwise import masks_before_repair, prune_in_steps
-from hf_prune.structured import prune_units
-from hf_prune.targets import refuse_read_only
-from hf_prune.unit_plan import UnitPlan, make_unit_plan
-from hf_prune.wrapping import sole_model, unwrapped
+from hf_prune.planning.config import PruningConfig
+from hf_prune.planning.make_plan import make_plan, warn_of
+from hf_prune.planning.plan import PruningPlan
+from hf_prune.planning.targets import refuse_read_only
+from hf_prune.pruning.compute_masks import compute_masks_synced
+from hf_prune.pruning.iterative import masks_before_repair, prune_iteratively
+from hf_prune.pruning.learned_allocation import learn_sparsities
+from hf_prune.pruning.mask_store import MaskStore, checked_masks, warn_regrown
+from hf_prune.pruning.polish import polish
+from hf_prune.pruning.sequential import prune_sequentially
+from hf_prune.pruning.transaction import WeightBackup
+from hf_prune.structured.choose_units import make_unit_plan
+from hf_prune.structured.prune_units import prune_units
+from hf_prune.structured.unit_plan import UnitPlan
+from hf_prune.utils.distributed import is_main_process
+from hf_prune.utils.wrapping import sole_model, unwrapped
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -120,18 +123,18 @@ def prune(
     _refuse_training(config, dry_run)
     if config.removes_units:
         return _prune_units(
-            model, config, calibration, keep_dense, dry_run, progress and is_first(), cache_bytes, polish_data
+            model, config, calibration, keep_dense, dry_run, progress and is_main_process(), cache_bytes, polish_data
         )
     wrapper, model = model, cast("Model", unwrapped(model))
     if polish_data is not None and config.polish is None:
         raise ConfigError("polish_data is given, but there is no polish: set polish='distill', or leave it out")
-    plan = make_plan(model, config)
+    plan = make_plan(model, config, masks=checked_masks(model))
     if dry_run and (calibration is None or not config.learns_allocation):
         return plan
     if not dry_run:
         refuse_read_only(model)
         warn_of(plan.notes)
-    progress = progress and is_first()
+    progress = progress and is_main_process()
     store = MaskStore.of(model) or MaskStore()
     warn_regrown(model, "they become zero now")
     if keep_dense:
@@ -143,7 +146,7 @@ def prune(
             learned, sensitivity = learn_sparsities(model, plan, calibration, store.masks, progress, cache_bytes)
             if sensitivity is not None:
                 context.callback(sensitivity.close)
-            plan = make_plan(model, config, learned)
+            plan = make_plan(model, config, learned, masks=store.masks)
         if dry_run:
             return plan
         dense = None
@@ -158,16 +161,16 @@ def prune(
         if config.repair is not None and (config.scope == "global" or plan.needs & CURVATURE):
             calibration = list(require_batches(plan, calibration))
             given = masks_before_repair(model, plan, calibration, store.masks, progress, cache_bytes)
-        undo = context.enter_context(Undo(model, in_memory=keep_dense or store.dense is not None))
+        undo = context.enter_context(WeightBackup(model, in_memory=keep_dense or store.dense is not None))
         if plan.needs & INPUTS and config.calibration_order == "sequential":
-            masks = prune_in_order(
+            masks = prune_sequentially(
                 model, plan, calibration, store.masks, undo, progress, cache_bytes, sensitivity, given
             )
         elif given is None and (plan.needs & CURVATURE or config.steps > 1):
-            masks = prune_in_steps(model, plan, calibration, store.masks, undo, progress, cache_bytes)
+            masks = prune_iteratively(model, plan, calibration, store.masks, undo, progress, cache_bytes)
         else:
             stats = collect_stats(model, plan, calibration, progress)
-            masks, weights = agreed_masks(model, plan, stats, store.masks, given)
+            masks, weights = compute_masks_synced(model, plan, stats, store.masks, given)
             masks = _with_followers(model, config, masks)
             if dense is None:
                 store.update(model, masks, weights, config, keep_dense)
@@ -226,7 +229,11 @@ def _refuse_training(config: PruningConfig, dry_run: bool) -> None:
 
 def _with_followers(model: nn.Module, config: PruningConfig, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Masks, and of convolutions those of the norms and depthwise convolutions that come after them."""
-    return follow(masks, sites_of_channels(model), model) if config.granularity == "channel" else dict(masks)
+    return (
+        propagate_channel_masks(masks, find_channel_groups(model), model)
+        if config.granularity == "channel"
+        else dict(masks)
+    )
 
 
 def resolve_config(config: PruningConfig | float | None, settings: Mapping[str, Any]) -> PruningConfig:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from hf_prune.packed_loading import HfPruneConfig, PackedQuantizer, register, take_dense_tensors
+from hf_prune.checkpoint.packed.quantizer import HfPruneConfig, PackedQuantizer, register, take_dense_tensors
 
 
 class HfPruneQuantizer(PackedQuantizer):
@@ -22,11 +22,11 @@ class HfPruneQuantizer(PackedQuantizer):
         self, model: Any, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
     ) -> Any:
         if self.quantization_config.compressed is not None and checkpoint_files is not None:
-            from hf_prune.packed_files import PackedFiles
+            from hf_prune.checkpoint.packed.files import PackedFiles
 
             PackedFiles(checkpoint_files)  # or an error, before memory is allocated
         if self.quantization_config.structure:
-            from hf_prune.shrinking import resize
+            from hf_prune.structured.shrink import resize
 
             resize(model, self.quantization_config.structure)
         take_dense_tensors()

@@ -20,7 +20,7 @@ from starlette.middleware import Middleware
 from studio import Limits, Studio
 from tradeoff import read_results
 
-from hf_prune.files import read_json_object
+from hf_prune.utils.json_files import read_json_object
 
 HERE = Path(__file__).parent
 
@@ -43,7 +43,7 @@ def make(folder: Path, limits: Limits | None = None) -> tuple[Studio, gr.Blocks]
         if (HERE / "demo" / "names.json").is_file():
             names = read_json_object(HERE / "demo" / "names.json")
     else:
-        from hf_prune.demo import prepare_demo
+        from hf_prune.cli.demo.demo import prepare_demo
 
         assets = prepare_demo(progress=False)
         model, data = str(assets.model_dir), str(assets.data_dir)

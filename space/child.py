@@ -35,10 +35,10 @@ from hf_prune import (
     plot_weight_histogram,
     push_checkpoint,
 )
-from hf_prune.card_data import checksums, weights_digest
-from hf_prune.cards import describe_model
-from hf_prune.explain import speed_reasons
-from hf_prune.plots import save_figure
+from hf_prune.evaluation.explain import speed_reasons
+from hf_prune.evaluation.plots import save_figure
+from hf_prune.hub.checksums import checksums, weights_digest
+from hf_prune.hub.describe import describe_model
 
 try:
     import resource

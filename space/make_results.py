@@ -21,7 +21,7 @@ from tradeoff import measure
 from work import held_out, load_dense
 
 from hf_prune import load_classification
-from hf_prune.demo import prepare_demo
+from hf_prune.cli.demo.demo import prepare_demo
 
 HERE = Path(__file__).parent
 METHODS = (

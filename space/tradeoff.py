@@ -15,8 +15,8 @@ from typing import Any
 from work import WHAT, Dense, Tell, criteria_for, fixed_sparsity, make_config, make_pruned, score, time_both
 
 from hf_prune import DataError, compare
-from hf_prune.files import read_json_object
-from hf_prune.tables import format_csv
+from hf_prune.utils.formatting import format_csv
+from hf_prune.utils.json_files import read_json_object
 
 FIELDS = (
     "method", "sparsity", "accuracy", "drop", "drop_standard_error", "drop_bound", "n", "parameters", "nonzero",

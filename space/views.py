@@ -11,7 +11,7 @@ from typing import Any
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from hf_prune.tables import format_count
+from hf_prune.utils.formatting import format_count
 
 GREY, BLUE, ORANGE, TEXT, GRID = "#8a94a3", "#2f81c7", "#d9731a", "#7c8796", "rgba(128,140,155,0.25)"
 COLOURS = (BLUE, ORANGE, "#1f9e77", "#b35fa8", "#c9a014", "#5aa9d6", "#c8504b")  # told apart by the colour-blind, too

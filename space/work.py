@@ -34,13 +34,13 @@ from hf_prune import (
     text_batches,
     weight_histogram,
 )
-from hf_prune.building import limited_building
-from hf_prune.config import UNIT_CRITERIA_OF, UNITS
+from hf_prune.architectures.find_unit_groups import find_unit_groups
+from hf_prune.checkpoint.building import limited_building
+from hf_prune.cli.workflows.loading import load_classifier
 from hf_prune.criteria.base import CURVATURE, LABELLED, TRAINED
-from hf_prune.evaluation import context_length
-from hf_prune.report import WeightHistogram
-from hf_prune.sites import find_sites
-from hf_prune.workflows import load_classifier
+from hf_prune.evaluation.data.classification import context_length
+from hf_prune.evaluation.weight_statistics import WeightHistogram
+from hf_prune.planning.choices import UNIT_CRITERIA_OF, UNITS
 
 Tell = Callable[[str, float], object]
 _MOST_CLASSES, _LONGEST_LABEL = 100, 100
@@ -292,7 +292,7 @@ def make_pruned(dense: Dense, config: PruningConfig, sentences: Sequence[str], f
 def unit_map(model: Any) -> dict[str, list[bool]]:
     """Of each attention and feed-forward network of a masked model: which heads and neurons are left."""
     parameters, found = dict(model.named_parameters()), {}
-    for site in find_sites(model):
+    for site in find_unit_groups(model):
         part = site.consumers[0]
         weight = parameters[part.name].detach().movedim(part.dim, 0)
         found[f"{site.kind} {site.name}"] = weight.reshape(site.units, -1).ne(0).any(1).tolist()

@@ -46,7 +46,7 @@ from transformers import (
 )
 
 if TYPE_CHECKING:
-    from hf_prune.masking import MaskStore
+    from hf_prune.pruning.mask_store import MaskStore
 
 VOCAB = 48
 
@@ -270,7 +270,7 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 
 def assert_same_masks(model: nn.Module, store: MaskStore | None) -> None:
     """The masks, and how they came about, are those of an earlier ``MaskStore.of(model)``."""
-    from hf_prune.masking import MaskStore  # a test builds models where hf_prune cannot be imported
+    from hf_prune.pruning.mask_store import MaskStore  # a test builds models where hf_prune cannot be imported
 
     now = MaskStore.of(model)
     assert (now is None) == (store is None)

@@ -12,12 +12,13 @@ from torch.nn.utils import prune as torch_prune
 from transformers import DistilBertConfig, DistilBertForSequenceClassification
 from transformers.pytorch_utils import Conv1D
 
-from hf_prune.config import PruningConfig
 from hf_prune.errors import ConfigError, MaskError, PlanError
-from hf_prune.masking import MaskStore, zero_removed_
+from hf_prune.kernels.zeroing import zero_removed_
 from hf_prune.pipeline import prune, resolve_config
-from hf_prune.plan import PruningPlan
-from hf_prune.spill import Shelf
+from hf_prune.planning.config import PruningConfig
+from hf_prune.planning.plan import PruningPlan
+from hf_prune.pruning.mask_store import MaskStore
+from hf_prune.utils.offload_cache import OffloadCache
 from tests import models
 from tests.models import assert_same_masks, assert_unchanged, mlp, snapshot
 
@@ -453,7 +454,7 @@ def test_ctrl_c_pressed_again_and_again_leaves_a_model_before_or_after(settings,
         return wrapped
 
     monkeypatch.setattr(f"hf_prune.{where}", pressed(zero_removed_))
-    monkeypatch.setattr(Shelf, "get", pressed(Shelf.get))
+    monkeypatch.setattr(OffloadCache, "get", pressed(OffloadCache.get))
     with pytest.raises(KeyboardInterrupt):
         prune(model, 0.5, calibration=batches, **settings)
     assert next(presses, None) is None

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from hf_prune.criteria.base import Criterion, Select, WeightStats
-from hf_prune.registry import CRITERIA
-from hf_prune.repair import damped, layer_error, least_squares
+from hf_prune.criteria.registry import CRITERIA
+from hf_prune.kernels.least_squares import damped, layer_error, least_squares
 
 _ITERATIONS = 300
 _EVERY = 3  # iterations between two looks at the support

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hf_prune.criteria.base import Criterion, WeightStats
-from hf_prune.registry import CRITERIA
+from hf_prune.criteria.registry import CRITERIA
 
 _DAMPING = 0.01  # of the mean diagonal of each block
 _LEAST_DAMPING = 1e-24

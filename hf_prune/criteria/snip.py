@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hf_prune.criteria.base import Criterion, WeightStats
-from hf_prune.registry import CRITERIA
+from hf_prune.criteria.registry import CRITERIA
 
 
 @CRITERIA.register("snip")

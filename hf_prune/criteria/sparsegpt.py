@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from hf_prune.criteria.base import Criterion, Select, WeightStats
-from hf_prune.registry import CRITERIA
-from hf_prune.repair import damped, inverse_factor_
+from hf_prune.criteria.registry import CRITERIA
+from hf_prune.kernels.least_squares import damped, inverse_factor_
 
 _BLOCK = 128  # columns whose mask is chosen together, as in the paper
 _NO_INPUT = 1e-12

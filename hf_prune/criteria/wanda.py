@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from hf_prune.criteria.base import Criterion, WeightStats
-from hf_prune.registry import CRITERIA
+from hf_prune.criteria.registry import CRITERIA
 
 _NO_INPUT = 1e-12  # inputs that are always zero rank below the others, and among themselves by magnitude
 

@@ -6,8 +6,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import ClassVar
 
-from hf_prune.targets import Target
-from hf_prune.units import Group, grid_groups
+from hf_prune.kernels.blocks import Group, grid_groups
+from hf_prune.kernels.matrix import Target
 
 ANY_SCOPE = frozenset({"row", "layer", "global"})
 

@@ -6,7 +6,7 @@ import re
 
 from hf_prune.errors import ConfigError
 from hf_prune.granularities.base import Granularity
-from hf_prune.registry import GRANULARITIES
+from hf_prune.granularities.registry import GRANULARITIES
 
 
 @GRANULARITIES.register("block")

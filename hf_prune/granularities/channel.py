@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from hf_prune.granularities.base import Granularity
-from hf_prune.registry import GRANULARITIES
-from hf_prune.targets import Target
+from hf_prune.granularities.registry import GRANULARITIES
+from hf_prune.kernels.matrix import Target
 
 
 @GRANULARITIES.register("channel")

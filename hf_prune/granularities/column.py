@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hf_prune.granularities.base import Granularity
-from hf_prune.registry import GRANULARITIES
+from hf_prune.granularities.registry import GRANULARITIES
 
 
 @GRANULARITIES.register("column")

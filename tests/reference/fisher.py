@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import T5ForConditionalGeneration
 
-from hf_prune.sensitivity import prediction
-from hf_prune.targets import Target
+from hf_prune.calibration.sensitivity import prediction
+from hf_prune.kernels.matrix import Target
 from tests.reference.pruning import reference_matrix
 
 

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from hf_prune.registry import parse_granularity
-from hf_prune.targets import Target
+from hf_prune.granularities.registry import parse_granularity
+from hf_prune.kernels.matrix import Target
 
 
 def reference_matrix(target: Target, weight: Tensor) -> Tensor:

@@ -1,0 +1,240 @@
+"""Load a checkpoint with its masks."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from hf_prune.checkpoint.building import limited_building
+from hf_prune.checkpoint.files import MASK_FILE, find_file, tensor_names, weight_files
+from hf_prune.checkpoint.mask_file import load_masks, read_pruning
+from hf_prune.checkpoint.packed.files import (
+    PackedFiles,
+)
+from hf_prune.checkpoint.packed.format import is_packed
+from hf_prune.checkpoint.sources import check_model_source, holds_adapters
+from hf_prune.errors import CheckpointError, PlanError
+from hf_prune.pruning.mask_store import MaskStore
+from hf_prune.pruning.torch_prune import masked_weight
+from hf_prune.utils.number_formats import refuse_quantized
+
+_TENSORS_UNKNOWN = 1000  # taken for the number in a file that is not safetensors; the largest GGUF files have as many
+_HUB_KEYS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+
+
+def load_pruned(load: Callable[..., Any], source: Any, *args: Any, **kwargs: Any) -> Any:
+    """Load a checkpoint with its masks, wherever they are.
+
+    Masks come from the side file, or from ``weight_orig`` and ``weight_mask`` tensors as a model pruned with
+    ``torch.nn.utils.prune`` saves them (transformers alone leaves such weights random).
+
+    Args:
+        load: A ``from_pretrained``.
+        source: Folder or Hub id, or None where ``load`` is given a state dict.
+        *args: Passed to ``load``.
+        **kwargs: Passed to ``load``.
+
+    Returns:
+        What ``load`` returned, its model with masks attached.
+
+    Raises:
+        CheckpointError: If masks are damaged or do not fit the weights, or the weights would be quantized.
+        DataError: If it holds adapters and no model; or if it cannot be found, at once also where there is no network.
+    """
+    if source is None:
+        return load(source, *args, **kwargs)
+    if not os.path.isdir(source) and not kwargs.get("local_files_only"):
+        place = {key: kwargs[key] for key in ("revision", "cache_dir") if key in kwargs}
+        kwargs["local_files_only"] = check_model_source(source, **place)
+    hub = {key: kwargs[key] for key in _HUB_KEYS if kwargs.get(key) is not None}
+    if find_file(source, "config.json", hub) is None:
+        if (adapter_config := find_file(source, "adapter_config.json", hub)) is not None:
+            raise holds_adapters(os.fspath(source), adapter_config)
+    files = weight_files(source, hub, kwargs.get("variant"))
+    if asked := [key for key in ("quantization_config", "load_in_4bit", "load_in_8bit") if kwargs.get(key)]:
+        if find_file(source, MASK_FILE, hub) is not None or (files and is_packed(files[0])):
+            raise _sparse_and_quantized(source, asked[0])
+    asked_for_info = kwargs.pop("output_loading_info", False)
+    packed = PackedFiles(files) if files and is_packed(files[0]) else None
+    gguf = find_file(source, kwargs["gguf_file"], hub) if kwargs.get("gguf_file") else None
+
+    def limited(*args: Any, **kwargs: Any) -> Any:
+        with limited_to_files(source, files if gguf is None else [gguf]):
+            return load(*args, **kwargs)
+
+    with _without_torch_prune(source, files, hub) as converted:
+        if converted is None:
+            path = find_file(source, MASK_FILE, hub)
+            store = load_masks(path) if path is not None else None
+            if asked_for_info or store is not None or packed is not None:
+                kwargs["output_loading_info"] = True
+            loaded = limited(source, *args, **kwargs)
+        else:
+            weights, masks = converted
+            kwargs = {key: value for key, value in kwargs.items() if key not in _HUB_KEYS}
+            loaded = limited(weights, *args, **kwargs, output_loading_info=True)
+            markers, found = limited(masks, *args, **kwargs, output_loading_info=True)
+            store = MaskStore(_masks_from_markers(markers, found))
+    model, info = loaded if isinstance(loaded, tuple) else (loaded, {})
+    if packed is not None:
+        store = _with_packed_masks(store, packed, model)
+    if store is not None:
+        if kwargs.get("ignore_mismatched_sizes"):  # those weights are new, and have no mask
+            shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+            store.masks = {name: m for name, m in store.masks.items() if shapes.get(name, m.shape) == m.shape}
+        _attach(model, store, source, info)
+    return loaded if asked_for_info else model
+
+
+@contextlib.contextmanager
+def limited_to_files(source: Any, files: Sequence[str]) -> Iterator[None]:
+    """Within this context, a config builds no model far larger than its weight files can fill.
+
+    The limits are far above what any checkpoint needs: 16 values for each byte (1,024 of packed files), 100 modules for
+    each tensor.
+
+    Args:
+        source: Folder or Hub id, for messages.
+        files: Those with its weights.
+
+    Raises:
+        DataError: If it would build more.
+    """
+    size = sum(map(os.path.getsize, files))
+    tensors = sum(len(tensor_names(file)) if file.endswith(".safetensors") else _TENSORS_UNKNOWN for file in files)
+    with limited_building(
+        str(source),
+        f"its weight files hold {tensors:,} tensors in {size:,} bytes; if you trust it, load it with transformers' own "
+        f"class, and make that prunable with hf_prune.prunable(model)",
+        parameters=(1024 if files and is_packed(files[0]) else 16) * size + 100_000_000,
+        modules=100 * tensors + 10_000,
+        buffer_bytes=4 * size + 4_000_000_000,
+    ):
+        yield
+
+
+def _with_packed_masks(store: MaskStore | None, packed: PackedFiles, model: Any) -> MaskStore | None:
+    """A compressed checkpoint has the masks in its weights, and in a side file only those of other weights.
+
+    A mask that does not fit the model gets no memory: all that is ever said of it is its shape.
+    """
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    prefix = f"{model.base_model_prefix}."
+    masks = {}
+    for name, header in packed.headers.items():
+        if header.masked:
+            names = (name, name.removeprefix(prefix), prefix + name.removeprefix(prefix))
+            fits = any(shapes.get(each) == header.shape for each in names)
+            masks[name] = packed.mask(name) if fits else torch.ones((), dtype=torch.bool).expand(header.shape)
+    if not masks:
+        return store
+    config, polishes = read_pruning(packed.described.get("pruning", {}), packed.shards.folder)
+    return MaskStore(masks | (store.masks if store is not None else {}), config=config, polishes=polishes)
+
+
+def _sparse_and_quantized(source: Any, how: str) -> CheckpointError:
+    return CheckpointError(
+        f"{source} is sparse, and would be loaded quantized, as {how} says; quantized weights have no masks, and their "
+        f"zeros need not stay: load it without {how}, or with transformers' own class, which knows nothing of masks"
+    )
+
+
+def _attach(model: Any, store: MaskStore, source: Any, info: Mapping[str, Any]) -> None:
+    try:
+        refuse_quantized(model)
+    except PlanError as error:
+        raise _sparse_and_quantized(source, "its config") from error
+    parameters = dict(model.named_parameters())
+    saved = model.config.architectures or []
+    if saved and not any(cls.__name__ in saved for cls in type(model).__mro__):
+        store.masks = _masks_of_base_model(model, store.masks, parameters) or store.masks
+    if random := sorted(store.masks.keys() & set(info.get("missing_keys", ()))):
+        others = sorted(info.get("unexpected_keys", ()))
+        raise CheckpointError(
+            f"{source} has masks for {len(random)} weights that are not in its files, such as {random[0]!r}, so they "
+            f"would be random{f', and {others[0]!r}, which the model has not' if others else ''}: load the class that "
+            f"was saved, and if it is this one, save the checkpoint again"
+        )
+    for name, mask in store.masks.items():
+        if name not in parameters or parameters[name].shape != mask.shape:
+            found = "no such parameter" if name not in parameters else f"shape {tuple(parameters[name].shape)}"
+            raise CheckpointError(
+                f"the masks of {source} do not fit the model: {name!r} has a mask of shape {tuple(mask.shape)}, the "
+                f"model has {found}; load the class that was saved, or delete {MASK_FILE} to load without masks"
+            )
+        weight = parameters[name].detach()
+        if not weight.is_meta and bool((weight.ne(0) & ~mask.to(weight.device)).any()):  # two bytes for each weight
+            raise CheckpointError(
+                f"the masks of {source} are not those of its weights: {name!r} has non-zero weights that its mask "
+                f"removes; restore the matching {MASK_FILE}, or delete it to load without masks"
+            )
+    store.attach(model)
+
+
+def _masks_of_base_model(
+    model: Any, masks: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter]
+) -> dict[str, Tensor]:
+    """The masks that a model of another class shares with the one saved: those of the encoder, not of the head."""
+    prefix = f"{model.base_model_prefix}."
+    names = {name: (name.removeprefix(prefix), prefix + name.removeprefix(prefix)) for name in masks}
+    in_base = {name for name, parameter in parameters.items() if model.base_model is model or name.startswith(prefix)}
+    return {name: masks[old] for old, both in names.items() for name in both if name in in_base}
+
+
+@contextlib.contextmanager
+def _without_torch_prune(
+    source: Any, files: Sequence[str], hub: Mapping[str, Any]
+) -> Iterator[tuple[Path, Path] | None]:
+    """Two native checkpoints for one with ``*_orig`` and ``*_mask`` tensors: the masked weights, and marks.
+
+    The marks are loaded as if they were weights, so that whatever transformers does to names and layouts of
+    old checkpoints happens to the masks too: 0 removed, 1 kept, 2 never pruned.
+    """
+    names = [name for file in files for name in tensor_names(file)]
+    originals = {name.removesuffix("_orig") for name in names if name.endswith("_orig")}
+    pruned = {name for name in originals if f"{name}_mask" in names}
+    lone = {name for name in originals - pruned if name.endswith((".weight", ".bias"))}
+    for name in sorted(lone):
+        if name not in names and f"{name}_u" not in names:  # which spectral norms have
+            raise CheckpointError(
+                f"{source} has {name}_orig and no {name}_mask, so transformers would make {name} up: write it anew by "
+                f"hf-prune migrate, which carries it over"
+            )
+    if not pruned:
+        yield None
+        return
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        tensors |= load_file(file)
+    weights = {n: t for n, t in tensors.items() if n.removesuffix("_orig").removesuffix("_mask") not in pruned}
+    marks = {n: torch.full_like(t, 2) if t.is_floating_point() else t for n, t in weights.items()}
+    for name in pruned:
+        weights[name], keep = masked_weight(name, tensors[f"{name}_orig"], tensors[f"{name}_mask"])
+        marks[name] = keep.to(weights[name].dtype)
+    with tempfile.TemporaryDirectory() as folder:
+        results = []
+        for kind, content in (("weights", weights), ("marks", marks)):
+            results.append(Path(folder) / kind)
+            results[-1].mkdir()
+            for extra in ("config.json", "generation_config.json"):
+                if (path := find_file(source, extra, hub)) is not None:
+                    shutil.copyfile(path, results[-1] / extra)
+            contiguous = {name: tensor.contiguous() for name, tensor in content.items()}
+            save_file(contiguous, results[-1] / "model.safetensors", {"format": "pt"})
+        yield results[0], results[1]
+
+
+def _masks_from_markers(markers: nn.Module, info: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Masks of the parameters that were in the checkpoint; a new head is random and has none."""
+    new = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}
+    found = {name: p.detach() for name, p in markers.named_parameters() if name not in new}
+    return {name: values > 0.5 for name, values in found.items() if bool((values < 1.5).any())}

@@ -1,0 +1,110 @@
+"""Load checkpoints with the class that their config names, and their tokenizers."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import transformers
+from huggingface_hub.errors import StrictDataclassError
+
+from hf_prune.checkpoint.files import find_file
+from hf_prune.checkpoint.load import load_pruned
+from hf_prune.checkpoint.sources import check_model_source, class_of_transformers
+from hf_prune.errors import CheckpointError, DataError, HfPruneError
+from hf_prune.utils.json_files import read_config
+
+# What transformers and PyTorch raise over configs that nobody can build.
+_OF_CONFIGS = (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError)
+
+
+def load_plain(source: str) -> Any:
+    """Load a checkpoint as the class of transformers that its config names, with its masks.
+
+    Args:
+        source: Folder or Hub id.
+
+    Raises:
+        DataError: If the source cannot be found, or its config names no class of transformers.
+        CheckpointError: If the masks are damaged or do not fit the weights.
+    """
+    native, offline = native_class(source), check_model_source(source)
+    with explained_loading(source):
+        return load_pruned(native.from_pretrained, source, local_files_only=offline, trust_remote_code=False)
+
+
+@contextlib.contextmanager
+def explained_loading(source: str) -> Iterator[None]:
+    """Within this context, what transformers and PyTorch raise over a config that fits no weights is an error of ours.
+
+    Args:
+        source: Folder or Hub id.
+
+    Raises:
+        CheckpointError: In the place of theirs.
+    """
+    try:
+        yield
+    except HfPruneError:
+        raise
+    except (*_OF_CONFIGS, RuntimeError) as error:
+        raise CheckpointError(f"the weights of {source!r} do not fit its config: {_first_line(error)}") from error
+
+
+def native_class(source: str) -> Any:
+    """The class of transformers that a checkpoint's config names.
+
+    Args:
+        source: Folder or Hub id.
+
+    Raises:
+        DataError: If the source cannot be found, or its config names no class of transformers.
+    """
+    offline = check_model_source(source)
+    if (path := find_file(source, "config.json", {"local_files_only": offline})) is not None:
+        read_config(path, DataError)
+    try:
+        config = transformers.AutoConfig.from_pretrained(source, local_files_only=offline, trust_remote_code=False)
+        architectures = config.architectures or []
+    except (KeyError, ValueError) as error:
+        raise DataError(
+            f"the config of {source!r} is of no model that transformers knows: {_first_line(error)}"
+        ) from error
+    except (*_OF_CONFIGS, StrictDataclassError) as error:  # valid JSON of a shape that nobody expected
+        raise DataError(
+            f"the config.json of {source!r} is none that save_pretrained wrote: {_first_line(error)}"
+        ) from error
+    named = isinstance(architectures, list | tuple) and bool(architectures) and isinstance(architectures[0], str)
+    native = class_of_transformers(architectures[0]) if named else None
+    if native is None:
+        raise DataError(
+            f"the config of {source!r} names the class {architectures or 'of no model'}: expected a model of "
+            f"transformers, such as BertForSequenceClassification; load it with an AutoPrunedModelFor… class instead"
+        )
+    return native
+
+
+def load_tokenizer(source: str, *, local_files_only: bool = False) -> Any:
+    """The tokenizer of a checkpoint; code that lies beside it is not run.
+
+    Args:
+        source: Folder or Hub id.
+        local_files_only: Whether the Hub is not asked.
+
+    Raises:
+        DataError: If it needs such code, or cannot be read.
+    """
+    try:
+        return transformers.AutoTokenizer.from_pretrained(
+            source, local_files_only=local_files_only, trust_remote_code=False
+        )
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+        raise DataError(
+            f"the tokenizer of {source!r} cannot be loaded: {_first_line(error)}; if it needs code of its own that you "
+            f"trust, load model and tokenizer in Python with trust_remote_code=True"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), repr(error))

@@ -1,0 +1,128 @@
+"""Checkpoints side by side: loaded alike, scored, and what their zeros are worth."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from hf_prune.auto import load_native
+from hf_prune.checkpoint.companions import has_tokenizer
+from hf_prune.checkpoint.native import load_tokenizer
+from hf_prune.checkpoint.sources import check_model_source
+from hf_prune.errors import ConfigError, DataError, PlanError
+from hf_prune.evaluation.accuracy import evaluate_classification
+from hf_prune.evaluation.data.splits import LabelledData
+from hf_prune.evaluation.explain import SOME_ZEROS
+from hf_prune.evaluation.sparsity_report import sparsity_report
+from hf_prune.inference.backends import SUFFIXES, ExportedModel
+
+
+def load_alike(sources: Sequence[str], dtype: str, device: str, threads: int | None = None) -> dict[str, Any]:
+    """Models of one dtype on one device, by short names that tell them apart.
+
+    Args:
+        sources: Folders or Hub ids, and exported files.
+        dtype: Such as ``"float32"``.
+        device: Such as ``"cpu"``.
+        threads: Of exported models; None for as many as PyTorch has.
+
+    Raises:
+        ConfigError: If there is no such device.
+        DataError: If a source cannot be found.
+    """
+    try:
+        where = torch.device(device)
+        torch.empty(1, device=where)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
+    found: dict[str, Any] = {}
+    for name, source in zip(short_names(sources), sources, strict=True):
+        if source.endswith(SUFFIXES):
+            found[name] = ExportedModel(source, threads or torch.get_num_threads())
+        else:
+            found[name] = load_native(source).to(where, getattr(torch, dtype)).eval()
+    return found
+
+
+def short_names(sources: Sequence[str]) -> list[str]:
+    """The last parts of names, as many as it takes to tell them apart; numbered if they are the same.
+
+    Example:
+        >>> short_names(["runs/a/model", "runs/b/model"])
+        ['a/model', 'b/model']
+        >>> short_names(["model", "model"])
+        ['model', 'model (2)']
+    """
+    parts = [source.rstrip("/").split("/") for source in sources]
+    for n in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(part[-n:]) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    seen = [names[:i].count(name) for i, name in enumerate(names)]
+    return [f"{name} ({n + 1})" if n else name for name, n in zip(names, seen, strict=True)]
+
+
+def load_tokenizers(models: Mapping[str, Any], sources: Sequence[str]) -> dict[str, Any]:
+    """The tokenizer of each classifier.
+
+    Args:
+        models: Models by name.
+        sources: Where each came from.
+
+    Raises:
+        DataError: If one is no sequence classifier, or has no tokenizer.
+    """
+    found = {}
+    for (name, model), source in zip(models.items(), sources, strict=True):
+        if not type(model).__name__.endswith("ForSequenceClassification"):
+            raise DataError(
+                f"{source!r} is a {type(model).__name__}: expected a …ForSequenceClassification to score by accuracy; "
+                f"leave out --data to time it"
+            )
+        offline = check_model_source(source)
+        if not has_tokenizer(source, local_files_only=offline):
+            raise DataError(f"{source!r} has no tokenizer, which scoring needs: save one beside the model")
+        found[name] = load_tokenizer(source, local_files_only=offline)
+    return found
+
+
+def score_all(
+    models: Mapping[str, Any], tokenizers: Mapping[str, Any], data: LabelledData, split: str
+) -> dict[str, float]:
+    """Accuracy of each classifier, 0 to 1, on the same examples.
+
+    Args:
+        models: Models by name.
+        tokenizers: Theirs.
+        data: What to score.
+        split: Which split of it.
+    """
+    dataset = data.load(split)
+    columns: dict[str, Any] = {"text_columns": data.text_columns, "label_column": data.label_column}
+    return {
+        name: evaluate_classification(model, tokenizers[name], dataset, **columns).accuracy
+        for name, model in models.items()
+    }
+
+
+def zero_notes(models: Mapping[str, Any]) -> list[str]:
+    """A sentence for each model that has many zeros and is not smaller than the first one.
+
+    Args:
+        models: Models by name; of exported and quantized ones nothing is said.
+    """
+    counted: dict[str, Any] = {name: model for name, model in models.items() if isinstance(model, torch.nn.Module)}
+    size = next((model.num_parameters() for model in counted.values()), 0)
+    shares: dict[str, float] = {}
+    for name, model in counted.items():
+        with contextlib.suppress(PlanError):  # its weights are no plain numbers, which can be timed all the same
+            shares[name] = sparsity_report(model).target_sparsity
+    return [
+        f"In {name}, {100 * share:.1f} % of the weights that can be pruned are zero, and it is no smaller: zeros alone "
+        f"bring no speed on dense kernels."
+        for name, share in shares.items()
+        if share >= SOME_ZEROS and models[name].num_parameters() >= size
+    ]

@@ -1,0 +1,114 @@
+"""Load what commands work on."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from typing import Any
+
+from hf_prune.auto import load_native
+from hf_prune.checkpoint.companions import has_tokenizer
+from hf_prune.checkpoint.native import load_tokenizer
+from hf_prune.checkpoint.sources import check_model_source, class_of_transformers, is_language_model, model_class
+from hf_prune.errors import DataError
+from hf_prune.utils.distributed import rank_and_world_size
+
+_OTHER_INPUTS = {
+    "pixel_values": "images",
+    "pixel_values_videos": "videos",
+    "input_features": "audio",
+    "input_values": "audio",
+    "input_points": "points",
+}
+
+
+def load_classifier(source: str) -> tuple[Any, Any]:
+    """A sequence classifier and its tokenizer.
+
+    Args:
+        source: Folder or Hub id.
+
+    Raises:
+        DataError: If it cannot be found or is of another kind.
+    """
+    _refuse_other_kinds(source, model_class(source))
+    model, tokenizer = load_checked(source)
+    _refuse_other_kinds(source, type(model).__name__)
+    return model, tokenizer
+
+
+def load_language_model(source: str) -> tuple[Any, Any]:
+    """A causal language model and its tokenizer.
+
+    Args:
+        source: Folder or Hub id.
+
+    Raises:
+        DataError: If it cannot be found or is of another kind.
+    """
+    model, tokenizer = load_checked(source)
+    if not is_language_model(type(model).__name__):
+        raise DataError(f"{source!r} is a {type(model).__name__}: expected a …ForCausalLM")
+    return model, tokenizer
+
+
+def load_checked(source: str) -> tuple[Any, Any]:
+    """Model and tokenizer of a checkpoint that reads texts.
+
+    Raises:
+        DataError: If it cannot be found, has no tokenizer, or reads something else.
+    """
+    offline = check_model_source(source)
+    refuse_other_inputs(source)
+    if not has_tokenizer(source, local_files_only=offline):
+        raise DataError(
+            f"{source!r} has no tokenizer: save it beside the model with tokenizer.save_pretrained({source!r})"
+        )
+    return load_native(source), load_tokenizer(source, local_files_only=offline)
+
+
+def check_reads_texts(source: str, *, labelled: bool) -> None:
+    """Make sure that a checkpoint can do something with texts, before any are looked for.
+
+    Args:
+        source: Folder or Hub id.
+        labelled: Whether it is to be a classifier, since their labels are asked for.
+
+    Raises:
+        DataError: If it cannot be found, reads something else, or is no classifier.
+    """
+    refuse_other_inputs(source)
+    if labelled:
+        _refuse_other_kinds(source, model_class(source))
+
+
+def _refuse_other_kinds(source: str, name: str) -> None:
+    if name and not name.endswith("ForSequenceClassification"):  # without one: seen when it is loaded
+        raise DataError(
+            f"{source!r} is a {name}: expected a …ForSequenceClassification, which has labels and is scored by "
+            f"accuracy, or a …ForCausalLM, which is scored by perplexity"
+        )
+
+
+def refuse_other_inputs(source: str) -> None:
+    """Make sure that a model reads texts, and texts only."""
+    name = model_class(source)
+    cls = class_of_transformers(name)
+    if cls is None:  # code of its own, or no model: seen when it is loaded
+        return
+    takes = inspect.signature(cls.forward).parameters
+    others = [f"{what} ({key})" for key, what in _OTHER_INPUTS.items() if key in takes]
+    if others and ("input_ids" not in takes or not name.endswith("ForSequenceClassification")):
+        raise DataError(
+            f"{source!r} is a {name}, which learns from {' and '.join(others)}, and the commands have texts only: "
+            f"prune it in Python, with calibration=batches, a list of dicts with what its processor makes of them, and "
+            f"score it there, or choose a criterion without data, such as magnitude"
+        )
+
+
+def join_processes() -> None:
+    """Under ``accelerate launch`` or ``torchrun``, meet the other processes, so that they calibrate together."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and rank_and_world_size()[1] == 1:
+        from accelerate import PartialState
+
+        PartialState(cpu=True)  # where the commands load models

@@ -1,0 +1,73 @@
+"""Prune a checkpoint without holding its model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig
+
+from hf_prune.checkpoint.companions import has_tokenizer
+from hf_prune.checkpoint.native import load_tokenizer
+from hf_prune.checkpoint.sources import check_model_source
+from hf_prune.cli.workflows.loading import refuse_other_inputs
+from hf_prune.conversion.streaming.journal import Journal
+from hf_prune.conversion.streaming.placing import is_placing
+from hf_prune.conversion.streaming.prune_stream import check_streamable, prune_stream
+from hf_prune.errors import ConfigError, DataError
+from hf_prune.evaluation.data.checks import column
+from hf_prune.evaluation.data.classification import sample_order
+from hf_prune.evaluation.data.splits import LabelledData, TextData
+from hf_prune.evaluation.data.texts import text_batches, token_windows
+from hf_prune.evaluation.sparsity_report import SparsityReport
+from hf_prune.planning.config import PruningConfig
+from hf_prune.utils.locks import writes_alone
+from hf_prune.utils.notices import reported
+from hf_prune.utils.output_folder import check_output
+
+
+@writes_alone("prune")
+@reported()
+def stream_checkpoint(
+    source: str,
+    config: PruningConfig,
+    out: Path,
+    *,
+    data: LabelledData | TextData | None = None,
+    restart: bool = False,
+    overwrite: bool = False,
+) -> SparsityReport:
+    """Prune a checkpoint into a folder without holding its model; see :func:`hf_prune.prune_stream`.
+
+    Args:
+        source: Folder or Hub id.
+        config: The settings.
+        out: The folder: new, empty, or an earlier output.
+        data: Texts, for criteria that learn from inputs; their labels are not looked at.
+        restart: Begin anew, whatever an interrupted run left.
+        overwrite: Replace what is in the way in ``out``.
+    """
+    check_streamable(config)
+    if not is_placing(Journal(out)):  # else an earlier run had looked at it
+        check_output(out, "prune", [source], overwrite=overwrite)
+    batches = _streamed_batches(source, data) if config.needs and data is not None else None
+    return prune_stream(source, config, out, calibration=batches, progress=True, restart=restart, overwrite=overwrite)
+
+
+def _streamed_batches(source: str, data: LabelledData | TextData) -> list[dict[str, Any]]:
+    """Calibration batches for a model that is not there."""
+    offline = check_model_source(source)
+    refuse_other_inputs(source)
+    if not has_tokenizer(source, local_files_only=offline):
+        raise DataError(f"{source!r} has no tokenizer, which calibration on texts needs: save it beside the model")
+    tokenizer = load_tokenizer(source, local_files_only=offline)
+    if isinstance(data, TextData):
+        text = AutoConfig.from_pretrained(source, local_files_only=offline, trust_remote_code=False).get_text_config()
+        length = min(data.window, getattr(text, "max_position_embeddings", None) or data.window)
+        return token_windows(data.load(data.calibration_split), tokenizer, n=data.calibration_samples, length=length)
+    if len(data.text_columns) != 1:
+        raise ConfigError(f"found {len(data.text_columns)} text columns: expected one, since streaming reads texts")
+    if tokenizer.pad_token is None:  # any will do: what is padded does not count
+        tokenizer.pad_token = tokenizer.eos_token
+    texts = column(data.load_unlabelled(data.calibration_split), data.text_columns[0])
+    return text_batches([texts[i] for i in sample_order(len(texts))[: data.calibration_samples]], tokenizer)

@@ -1,0 +1,79 @@
+"""Sweep over a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from hf_prune.cli.workflows.loading import load_classifier
+from hf_prune.evaluation.data.files import refuse_same_split
+from hf_prune.evaluation.data.splits import LabelledData
+from hf_prune.evaluation.sweep import run_sweep
+from hf_prune.evaluation.sweep_result import SweepResult
+from hf_prune.planning.config import PruningConfig
+from hf_prune.utils.formatting import display_name
+from hf_prune.utils.locks import writes_alone
+from hf_prune.utils.output_folder import check_output
+
+
+@writes_alone("sweep")
+def sweep_checkpoint(
+    source: str,
+    data: LabelledData,
+    out: Path,
+    *,
+    sparsities: Sequence[float] | None = None,
+    criteria: Sequence[str] = ("magnitude",),
+    config: PruningConfig | None = None,
+    split: str = "validation",
+    tolerance: float = 2.0,
+    batch_size: int = 32,
+    restart: bool = False,
+    name: str = "",
+    data_name: str = "",
+    overwrite: bool = False,
+) -> SweepResult:
+    """Sweep over a checkpoint; see :func:`hf_prune.run_sweep`.
+
+    Args:
+        source: Folder or Hub id of a dense sequence classifier.
+        data: What to score and calibrate on.
+        out: Folder for the results.
+        sparsities: Shares to remove; see :func:`hf_prune.run_sweep` for the default.
+        criteria: Names of criteria.
+        config: All other settings.
+        split: The split to score.
+        tolerance: Largest accepted drop, in points.
+        batch_size: Examples scored at once.
+        restart: Measure everything anew.
+        name: What to call the model in tables and plots.
+        data_name: What to call the data there.
+        overwrite: Replace results of other settings, or of somebody else, in ``out``.
+    """
+    check_output(out, "sweep", [source], overwrite=True)  # what is in it, run_sweep looks at
+    configs = [(config or PruningConfig()).replace(criterion=name) for name in criteria]
+    if any(each.needs_data for each in configs):
+        why = "a criterion that has seen the labels that it is scored on looks better than it is"
+        refuse_same_split(data.source, split, data.calibration_split, "scored and calibrated on", why)
+    model, tokenizer = load_classifier(source)
+    return run_sweep(
+        model,
+        tokenizer,
+        data.load(split),
+        sparsities=sparsities,
+        criteria=criteria,
+        config=config,
+        calibration=data.calibration(configs, model, tokenizer),
+        polish_data=data.for_polish(configs, model, tokenizer),
+        tolerance=tolerance,
+        out=out,
+        restart=restart,
+        name=name or display_name(source),
+        source=data_name or display_name(data.source),
+        split=split,
+        progress=True,
+        text_columns=data.text_columns,
+        label_column=data.label_column,
+        batch_size=batch_size,
+        overwrite=overwrite,
+    )

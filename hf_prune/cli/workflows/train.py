@@ -1,0 +1,209 @@
+"""hf-prune train and hf-prune lottery from checkpoint to files, callable from Python."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import sys
+import tempfile
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import DataCollatorWithPadding, PreTrainedModel
+
+from hf_prune.calibration.input_reader import Batches
+from hf_prune.checkpoint.companions import copy_companions
+from hf_prune.checkpoint.staging import staged_checkpoint
+from hf_prune.cli.workflows.loading import load_classifier, load_language_model
+from hf_prune.cli.workflows.train_settings import TrainingSettings, arguments, load_examples
+from hf_prune.errors import CheckpointError, ConfigError
+from hf_prune.evaluation.accuracy import evaluate_classification
+from hf_prune.evaluation.comparison import compare
+from hf_prune.evaluation.data.files import refuse_same_split
+from hf_prune.evaluation.data.splits import LabelledData, TextData
+from hf_prune.evaluation.perplexity import compare_perplexity, evaluate_perplexity
+from hf_prune.evaluation.sparsity_report import SparsityReport, sparsity_report
+from hf_prune.evaluation.structure_report import structure_report
+from hf_prune.evaluation.sweep_files import batches_digest, weights_digest
+from hf_prune.planning.config import PruningConfig
+from hf_prune.pruning.mask_store import MaskStore
+from hf_prune.training.distillation import Distillation
+from hf_prune.training.run_record import config_facts
+from hf_prune.training.state import check_old_run, last_whole_checkpoint, says_its_run
+from hf_prune.training.trainer import PruningTrainer
+from hf_prune.utils.files import write_json
+from hf_prune.utils.locks import writes_alone
+from hf_prune.utils.output_folder import check_output
+
+SEEN = "a model looks better than it is on what it was trained on"
+
+
+@dataclass(frozen=True)
+class TrainingReport:
+    """What a training with pruning did.
+
+    Args:
+        sparsity: What is zero, or was taken out.
+        dense: Score of the model as it came.
+        pruned: Score of the trained model on the same examples.
+        comparison: The two compared in pairs.
+        steps: Optimizer steps.
+        seconds: How long the training took.
+    """
+
+    sparsity: SparsityReport
+    dense: Any
+    pruned: Any
+    comparison: Any
+    steps: int
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: value.to_dict() if hasattr(value, "to_dict") else value for name, value in values.items()}
+
+    def __str__(self) -> str:
+        lines = [str(self.sparsity), "", f"before: {self.dense}", f"after:  {self.pruned}", str(self.comparison)]
+        return "\n".join([*lines, f"Trained for {self.steps:,} steps in {self.seconds:.0f} s."])
+
+
+@writes_alone("train")
+def train_checkpoint(
+    source: str,
+    config: PruningConfig | None,
+    out: Path,
+    data: LabelledData | TextData,
+    *,
+    settings: TrainingSettings | None = None,
+    score_split: str = "validation",
+    teacher: str | None = None,
+    distillation: Distillation | None = None,
+    shrink_at: int | float | None = None,
+    checkpoints: Path | None = None,
+    allow_changes: bool = False,
+    overwrite: bool = False,
+) -> TrainingReport:
+    """Train a checkpoint while it is pruned, into a folder: weights, masks, tokenizer, ``training_report.json``.
+
+    Args:
+        source: Folder or Hub id of a sequence classifier or a causal language model.
+        config: What is pruned, and by which schedule; None keeps the masks that the checkpoint has.
+        out: The folder.
+        data: What it learns from and is scored on.
+        settings: How it is trained.
+        score_split: The split to score, before and after.
+        teacher: Folder or Hub id of a dense model of the same task; ``"self"`` is the model as it came.
+        distillation: How much of the loss comes from the teacher.
+        shrink_at: See :class:`hf_prune.PruningCallback`.
+        checkpoints: A folder for checkpoints of the training; one that has some goes on from the last one that is
+            whole.
+        allow_changes: Go on from there also if the model, the data or the settings of the training are others; not
+            with another way of pruning.
+        overwrite: Replace what is in the way in ``out``.
+
+    Raises:
+        CheckpointError: If ``out`` is the source, or something is in the way, or the checkpoints are of another
+            training.
+        ConfigError: If settings contradict one another.
+        DataError: If the model or the data cannot be found or read.
+    """
+    settings = settings or TrainingSettings()
+    refuse_same_split(data.source, settings.split, score_split, "trained and scored on", SEEN)
+    check_output(out, "train", [source, teacher], overwrite=overwrite, beside=[checkpoints])
+    model, tokenizer = (load_language_model if isinstance(data, TextData) else load_classifier)(source)
+    if config is None and MaskStore.of(model) is None:
+        raise ConfigError(f"{source!r} has no masks to keep: name what is to be pruned, or prune it first")
+    examples = load_examples(data, model, tokenizer, settings)
+    calibration = None if config is None else data.calibration([config.replace(schedule=None)], model, tokenizer)
+    if config is not None and (config.criterion == "taylor" or config.learns_in_training) and config.repair is None:
+        calibration = None  # these watch the training itself
+    dense = _score(data, model, tokenizer, score_split)
+    with ExitStack() as stack:
+        folder = checkpoints or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        trainer = PruningTrainer(
+            model=model,
+            args=arguments(settings, folder, saves=checkpoints is not None),
+            train_dataset=examples,
+            data_collator=None if isinstance(data, TextData) else DataCollatorWithPadding(tokenizer),
+            pruning_config=config,
+            teacher=_teacher(teacher, model, data),
+            distillation=distillation,
+            calibration=calibration,
+            shrink_at=shrink_at,
+            allow_changes=allow_changes,
+        )
+        last = None if checkpoints is None else last_whole_checkpoint(checkpoints)
+        if last is not None and not allow_changes and not says_its_run(last):
+            if not check_old_run(last, lambda: _old_run(trainer, examples, calibration or [], distillation, settings)):
+                raise CheckpointError(
+                    f"{last} does not say of which training it is, as one of an earlier version: name another folder, "
+                    f"or pass --allow-changes (allow_changes=True) to go on from it unchecked"
+                )
+            trainer.pruning.allow_changes = True  # it was compared just now
+        with contextlib.redirect_stdout(sys.stderr):  # progress is no result
+            result = trainer.train(resume_from_checkpoint=None if last is None else str(last))
+        trained: Any = trainer.model
+    trained.eval()
+    report = sparsity_report(trained)
+    if config is not None and config.removes_units:
+        trained.shrink()
+        report = dataclasses.replace(report, structure=structure_report(trained))
+    pruned = _score(data, trained, tokenizer, score_split)
+    found = TrainingReport(
+        sparsity=report,
+        dense=dense,
+        pruned=pruned,
+        comparison=(compare_perplexity if isinstance(data, TextData) else compare)(dense, pruned),
+        steps=trainer.state.global_step,
+        seconds=float(result.metrics.get("train_runtime", 0.0)),
+    )
+    with staged_checkpoint(out, "train", overwrite=overwrite, beside=[checkpoints]) as staging:
+        trained.save_pretrained(staging)
+        copy_companions(source, staging)
+        write_json(staging / "training_report.json", found.to_dict())
+    return found
+
+
+def _old_run(
+    trainer: Any, examples: Batches, calibration: Batches, distillation: Distillation | None, settings: TrainingSettings
+) -> dict[str, Any]:
+    """What earlier versions wrote beside the checkpoints of a training; its checkpoints themselves say more now."""
+    config = trainer.pruning.config
+    return {
+        "model": weights_digest(trainer.model.named_parameters()),
+        "model config": config_facts(trainer.model),
+        "data": batches_digest(examples),
+        "calibration data": batches_digest(calibration),
+        "pruning config": None if config is None else config.to_dict(),
+        "teacher": None if trainer.teacher is None else weights_digest(trainer.teacher.named_parameters()),
+        "distillation": None if distillation is None else dataclasses.asdict(distillation),
+        "shrink_at": trainer.pruning.shrink_at,
+        **dataclasses.asdict(settings),
+    }
+
+
+def _teacher(teacher: str | None, model: PreTrainedModel, data: LabelledData | TextData) -> Any:
+    if teacher is None:
+        return None
+    if teacher == "self":
+        return copy.deepcopy(model)
+    return (load_language_model if isinstance(data, TextData) else load_classifier)(teacher)[0]
+
+
+def _score(data: LabelledData | TextData, model: Any, tokenizer: Any, split: str) -> Any:
+    if isinstance(data, TextData):
+        split = "" if Path(data.source).is_file() else split
+        return evaluate_perplexity(model.eval(), tokenizer, data.load(split or "test"), source=data.source, split=split)
+    return evaluate_classification(
+        model.eval(),
+        tokenizer,
+        data.load(split),
+        text_columns=data.text_columns,
+        label_column=data.label_column,
+        source=data.source,
+        split=split,
+    )

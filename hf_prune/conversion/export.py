@@ -1,0 +1,198 @@
+"""Models for other runtimes: ONNX by ``torch.export``, and OpenVINO; masked and shrunk models alike."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_prune.errors import ExportError
+from hf_prune.inference.backends import SUFFIXES, ExportedModel, need
+from hf_prune.inference.speedup import workload_inputs
+from hf_prune.pruning.bypass import bypassed_layers
+from hf_prune.pruning.mask_store import warn_regrown
+from hf_prune.utils.files import sync
+from hf_prune.utils.forward import eval_mode
+from hf_prune.utils.number_formats import refuse_quantized
+from hf_prune.utils.offloaded_weights import refuse_offloaded
+from hf_prune.utils.output_folder import check_file, say_replaced
+
+_TOLERANCE = 1e-3  # largest difference of an output from PyTorch's, in units of the largest output
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What an export wrote, and how close it is.
+
+    Args:
+        path: The file.
+        runtime: What ran it: ``"onnxruntime"`` or ``"openvino"``.
+        difference: Largest difference of its outputs from those of PyTorch, on inputs of another size than it was
+            exported with.
+    """
+
+    path: Path
+    runtime: str
+    difference: float
+
+    def __str__(self) -> str:
+        differ = f"its outputs differ from PyTorch's by {self.difference:.1e} at most"
+        return f"Saved {self.path}; in {self.runtime} {differ}."
+
+
+class _Logits(nn.Module):
+    """A model as a function of tensors, in a fixed order, that returns one tensor."""
+
+    def __init__(self, model: nn.Module, names: tuple[str, ...]) -> None:
+        super().__init__()
+        self.model = model
+        self.names = names
+
+    def forward(self, *values: Tensor) -> Tensor:
+        """The logits, or else the first output."""
+        return first_output(self.model(**dict(zip(self.names, values, strict=True))))
+
+
+def first_output(outputs: Any) -> Any:
+    """The logits that a model returned, or else its first output."""
+    logits = getattr(outputs, "logits", None)
+    return logits if logits is not None else outputs[0]
+
+
+def export_model(model: nn.Module, path: str | Path, *, overwrite: bool = False) -> ExportReport:
+    """Write a model as ONNX (``.onnx``) or for OpenVINO (``.xml``, with a ``.bin`` beside it), and check it.
+
+    The file has the batch size and the number of tokens as free dimensions, and one output, the logits. It is run once
+    and compared with PyTorch before it takes its place. Zeros of a masked model stay zeros; what was taken out of a
+    shrunk one is not there.
+
+    Args:
+        model: A transformers model of text, images or sound; in float32.
+        path: The file.
+        overwrite: Replace it, and what belongs to it, if it is there.
+
+    Returns:
+        What was written, and how close it is.
+
+    Raises:
+        CheckpointError: If it is there already.
+        ExportError: If a package is missing, the suffix is another one, the model cannot be exported, or the file puts
+            out something else than PyTorch.
+        PlanError: If weights are offloaded or quantized.
+    """
+    path = Path(path)
+    refuse_quantized(model)
+    if path.suffix not in SUFFIXES:
+        raise ExportError(f"{path} ends in {path.suffix!r}: expected .onnx, or .xml for OpenVINO")
+    for each in (path, path.with_suffix(".bin") if path.suffix == ".xml" else path.with_name(f"{path.name}.data")):
+        check_file(each, overwrite=overwrite)
+    need("onnx", "onnxscript", *(("openvino",) if path.suffix == ".xml" else ("onnxruntime",)))
+    if any(p.dtype != torch.float32 for p in model.parameters()):
+        raise ExportError("the model is not in float32, which exported files are: call model.float() first")
+    if gone := bypassed_layers(model):
+        raise ExportError(f"layers are switched off: {', '.join(gone)}; call shrink() first, which takes them out")
+    refuse_offloaded(model, "export_model()")
+    warn_regrown(model, "what is exported is not the model that save_pretrained() writes, in which they are zero")
+    inputs = workload_inputs(model, {"batch_size": 2, "length": 8})
+    other = workload_inputs(model, {"batch_size": 3, "length": 6})
+    with _exportable(model):
+        program = _program(model, inputs)
+        with torch.no_grad():
+            expected = first_output(model(**other))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".export-") as name:
+        written = Path(name) / path.name
+        program.save(str(written.with_suffix(".onnx")))
+        if path.suffix == ".xml":
+            import openvino
+
+            openvino.save_model(openvino.convert_model(str(written.with_suffix(".onnx"))), str(written), False)
+            written.with_suffix(".onnx").unlink()
+        found = ExportedModel(written)(**other)
+        difference = float((torch.from_numpy(found) - expected).abs().max())
+        runtime = "openvino" if path.suffix == ".xml" else "onnxruntime"
+        if not difference <= _TOLERANCE * max(1.0, float(expected.abs().max())):
+            raise ExportError(
+                f"run by {runtime}, the exported model puts out something else than PyTorch: they differ by "
+                f"{difference:.2g}; nothing was written"
+            )
+        say_replaced(path.parent, (file.name for file in Path(name).iterdir()))
+        for file in sorted(Path(name).iterdir(), key=lambda file: file == written):  # what it refers to first
+            sync(file)
+            file.replace(path.parent / file.name)
+    return ExportReport(path, runtime, difference)
+
+
+def _program(model: Any, inputs: Mapping[str, Tensor]) -> Any:
+    names = tuple(inputs)
+    free = torch.export.Dim.DYNAMIC
+    shapes = tuple({0: free, 1: free} if t.dim() == 2 else {0: free} for t in inputs.values())
+    errors = []
+    for attention in (None, "eager"):  # some models compute shapes within fused attention that cannot be traced
+        with _attention(model, attention), _quiet():
+            try:
+                return torch.onnx.export(
+                    _Logits(model, names).eval(),
+                    tuple(inputs.values()),
+                    dynamo=True,
+                    input_names=list(names),
+                    output_names=["logits"],
+                    dynamic_shapes=(shapes,),
+                    verbose=False,
+                )
+            except Exception as error:  # of many kinds, all of them torch's own
+                errors.append(error)
+    raise ExportError(
+        f"torch cannot export this {type(model).__name__}: {str(errors[-1]).strip().splitlines()[-1]}"
+    ) from errors[-1]
+
+
+@contextlib.contextmanager
+def _exportable(model: Any) -> Iterator[None]:
+    """Eval mode and no caches inside."""
+    config = model.config
+    cached = getattr(config, "use_cache", None)
+    with eval_mode(model):
+        try:
+            if cached is not None:
+                config.use_cache = False
+            yield
+        finally:
+            if cached is not None:
+                config.use_cache = cached
+
+
+@contextlib.contextmanager
+def _attention(model: Any, implementation: str | None) -> Iterator[None]:
+    """Another implementation of attention inside."""
+    before = model.config._attn_implementation
+    if implementation is None:
+        yield
+        return
+    model.set_attn_implementation(implementation)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No chatter of the exporter: what matters is checked."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

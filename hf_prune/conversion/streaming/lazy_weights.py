@@ -1,0 +1,143 @@
+"""Weights that are read when they are needed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from hf_prune.calibration.block_sequence import replaced_forward
+from hf_prune.conversion.streaming.meta_model import MetaModel
+
+_DEVICE = Tensor.device.__get__  # what a TorchFunctionMode is told of ``tensor.device``
+
+
+class LazyWeights:
+    """The weights of a model on the meta device, there while they are needed; a context in which the model runs.
+
+    A module's own weights are read when it is called and forgotten afterwards, so that a batch needs the memory of one
+    module; the operating system's cache makes reading them again for the next batch cheap. Of an
+    embedding only the rows that are looked up are read. An output embedding that nobody prunes is not read at all: it
+    puts out a tensor on the meta device.
+
+    Args:
+        skeleton: The model.
+        read: Reads a parameter by its name in the model.
+        read_rows: Reads some rows of one.
+        targets: Names of the parameters that are pruned.
+        skip_head: Whether the output embedding may be left out.
+    """
+
+    def __init__(
+        self,
+        skeleton: MetaModel,
+        read: Callable[[str], Tensor],
+        read_rows: Callable[[str, Sequence[int]], Tensor],
+        targets: Iterable[str] = (),
+        skip_head: bool = False,
+    ) -> None:
+        self.model = skeleton.model
+        self._read = read
+        self.read_rows = read_rows
+        self._empty = {name: p for name, p in self.model.named_parameters() if p.is_meta}
+        self.names = {id(parameter): name for name, parameter in self._empty.items()}
+        self._places: dict[str, list[tuple[nn.Module, str]]] = {name: [] for name in self._empty}
+        self._of: dict[nn.Module, list[str]] = {}
+        for module in self.model.modules():
+            for attribute, parameter in module._parameters.items():
+                if id(parameter) in self.names:
+                    self._places[self.names[id(parameter)]].append((module, attribute))
+                    self._of.setdefault(module, []).append(self.names[id(parameter)])
+        head = self.model.get_output_embeddings() if hasattr(self.model, "get_output_embeddings") else None
+        spare = isinstance(head, nn.Linear) and not set(self._of.get(head, ())) & set(targets)
+        self._head = head if skip_head and spare else None
+        self._loaded: set[str] = set()
+        self._users: dict[str, int] = {}
+        self._context = ExitStack()
+
+    def __enter__(self) -> LazyWeights:
+        for module in self._of:
+            if module is self._head:
+                self._context.enter_context(replaced_forward(module, partial(_shape_only, module.out_features)))
+            elif not isinstance(module, nn.Embedding):
+                self._context.callback(module.register_forward_pre_hook(self._before, with_kwargs=True).remove)
+                self._context.callback(module.register_forward_hook(self._after).remove)
+        self._context.enter_context(_Rows(self))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._context.close()
+        self.release()
+
+    def release(self) -> None:
+        """Forget all weights."""
+        self.hold(())
+        self._users.clear()
+
+    def hold(self, names: Iterable[str]) -> None:
+        """Have these weights in the model, and no others."""
+        names = set(names)
+        for name in self._loaded - names:
+            self._put(name, self._empty[name])
+        self._loaded &= names
+        for name in names:
+            self._load(name)
+
+    def __getitem__(self, name: str) -> Tensor:
+        """A weight that is there."""
+        module, attribute = self._places[name][0]
+        parameter = module._parameters[attribute]
+        assert parameter is not None
+        return parameter.detach()
+
+    def _load(self, name: str) -> None:
+        if name not in self._loaded:
+            self._put(name, nn.Parameter(self._read(name), requires_grad=False))
+            self._loaded.add(name)
+
+    def _put(self, name: str, parameter: nn.Parameter) -> None:
+        for module, attribute in self._places[name]:
+            module._parameters[attribute] = parameter
+
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        if any(isinstance(x, Tensor) and x.is_meta for x in (*args, *kwargs.values())):
+            raise NotImplementedError(f"the input of a {type(module).__name__} is on the meta device")
+        for name in self._of[module]:
+            self._users[name] = self._users.get(name, 0) + 1
+            self._load(name)
+
+    def _after(self, module: nn.Module, args: Any, output: Any) -> None:
+        for name in self._of[module]:
+            self._users[name] -= 1
+            if self._users[name] == 0 and name in self._loaded:
+                self._put(name, self._empty[name])
+                self._loaded.discard(name)
+
+
+def _shape_only(outputs: int, x: Tensor) -> Tensor:
+    return x.new_empty((*x.shape[:-1], outputs), device="meta")
+
+
+class _Rows(TorchFunctionMode):
+    """Look-ups in an embedding whose weights are not there read just the rows, and ids are made where those will be."""
+
+    def __init__(self, lazy: LazyWeights) -> None:
+        super().__init__()
+        self._lazy = lazy
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func == _DEVICE and id(args[0]) in self._lazy.names:
+            return torch.device("cpu")
+        if func is nn.functional.embedding and len(args) > 1 and id(args[1]) in self._lazy.names and args[1].is_meta:
+            ids, weight = args[:2]
+            rows, where = ids.unique(return_inverse=True)
+            return self._lazy.read_rows(self._lazy.names[id(weight)], rows.tolist())[where]
+        return func(*args, **(kwargs or {}))

@@ -1,0 +1,225 @@
+"""A model without its weights: what there is to prune, where each weight lies on the disk, and how to run it anyway.
+
+The model is built on the meta device from its config alone. Its weights are then read from the checkpoint's files when
+a module is called, and forgotten afterwards, so that it runs as its author wrote it in the memory of a few modules.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from transformers import AutoConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    build_glob_alternation,
+    dot_natural_key,
+    rename_source_key,
+)
+
+from hf_prune.checkpoint.files import find_file, weight_files
+from hf_prune.checkpoint.load import limited_to_files
+from hf_prune.checkpoint.native import explained_loading, native_class
+from hf_prune.checkpoint.shards import Shards, read_tensor
+from hf_prune.checkpoint.sources import check_model_source
+from hf_prune.errors import CheckpointError, PlanError
+from hf_prune.planning.targets import prunable_modules
+from hf_prune.utils.formatting import first_few
+from hf_prune.utils.notices import warn_user
+from hf_prune.utils.number_formats import EXPECTED, method_of_config
+
+_INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class MetaModel:
+    """A model on the meta device, and the files with its weights.
+
+    Args:
+        model: In eval mode; buffers that no file has are as its class computes them.
+        shards: The files.
+        keys: The names in the files of each parameter, by its name in the model; several if tied ones were all saved,
+            none if its class computes it. Such a one is there, and not on the meta device.
+        buffers: The names in the files of buffers.
+        dtypes: What each parameter has in a loaded model.
+    """
+
+    model: Any
+    shards: Shards
+    keys: Mapping[str, tuple[str, ...]]
+    buffers: Mapping[str, str]
+    dtypes: Mapping[str, torch.dtype]
+
+    def load_buffers(self) -> None:
+        """Read the buffers that the files have, such as the running statistics of a batch norm."""
+        for name, buffer in self.model.named_buffers():
+            if name in self.buffers:
+                buffer.copy_(read_tensor(self.shards.folder, self.shards.entries[self.buffers[name]]))
+
+
+def load_meta_model(source: str) -> MetaModel:
+    """Build a checkpoint's model without reading its weights.
+
+    Args:
+        source: Folder or Hub id, with weights in safetensors files.
+
+    Raises:
+        DataError: If the source cannot be found, or its config names no class of transformers.
+        CheckpointError: If a file is missing or damaged, or what it holds cannot be matched with the model.
+    """
+    native = native_class(source)
+    hub = {"local_files_only": check_model_source(source)}
+    config = AutoConfig.from_pretrained(source, trust_remote_code=False, **hub)
+    if (method := method_of_config(config)) is not None:
+        raise CheckpointError(f"{source!r} is quantized with {method!r}: {EXPECTED}")
+    if getattr(config, "quantization_config", None) is not None:
+        raise CheckpointError(
+            f"{source!r} is compressed or shrunk, so its weights do not lie in its files as they are in the model: "
+            f"prune without streaming"
+        )
+    files = weight_files(source, hub)
+    if not files:
+        raise CheckpointError(
+            f"{source!r} has no weights: expected model.safetensors, or {_INDEX} and the files that it names"
+        )
+    sharded = find_file(source, "model.safetensors", hub) is None
+    shards = Shards(files, find_file(source, _INDEX, hub) if sharded else None)
+    if config.dtype is None:  # as from_pretrained does
+        floating = (entry.torch_dtype for entry in shards.entries.values() if entry.dtype.endswith(("F16", "F32")))
+        config.dtype = next(floating, None)
+    with explained_loading(source):
+        with limited_to_files(source, files), init_empty_weights(include_buffers=False), _EmptyOnMeta():
+            model = native._from_config(config)
+        if any(buffer.is_meta for buffer in model.buffers()):
+            with init_empty_weights(include_buffers=False):
+                model = native._from_config(config)
+        model.tie_weights()
+    model.eval()
+    keys, buffers = _match(model, shards, source)
+    return MetaModel(model, shards, keys, buffers, _dtypes(model))
+
+
+class _EmptyOnMeta(TorchFunctionMode):
+    """Weights begin as ``torch.empty``, and take no memory here, not even for a moment; buffers begin as values."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.empty:
+            kwargs = {**(kwargs or {}), "device": "meta"}
+        return func(*args, **(kwargs or {}))
+
+
+def _match(model: Any, shards: Shards, source: str) -> tuple[dict[str, tuple[str, ...]], dict[str, str]]:
+    """Which tensor in the files is which in the model, as transformers itself tells it."""
+    transforms = get_model_conversion_mapping(model)
+    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+    converters = [t for t in transforms if isinstance(t, WeightConverter)]
+    prefix = model.base_model_prefix
+    state = model.state_dict(keep_vars=True)
+    first = {id(parameter): name for name, parameter in model.named_parameters()}
+    keys: dict[str, list[str]] = {name: [] for name in first.values()}
+    buffers: dict[str, str] = {}
+    unknown = []
+    for key in sorted(shards.entries, key=dot_natural_key):
+        name, merged = rename_source_key(key, renamings, converters, prefix, state)
+        if name not in state and key in state:
+            name, merged = rename_source_key(key, [], [], prefix, state)
+        if merged is not None:
+            raise CheckpointError(
+                f"{key} of {source!r} is part of a weight that transformers puts together when it loads the model "
+                f"({name}), so it cannot be pruned where it lies: prune without streaming"
+            )
+        if name not in state:
+            unknown.append(key)
+            continue
+        shape = shards.entries[key].shape
+        if shape != tuple(state[name].shape):
+            raise CheckpointError(
+                f"{key} of {source!r} has shape {shape}, and the model that its config describes has "
+                f"{tuple(state[name].shape)} there: the weights do not fit the config"
+            )
+        if isinstance(state[name], nn.Parameter):
+            keys[first[id(state[name])]].append(key)
+        else:
+            buffers[name] = key
+    missing = [name for name, found in keys.items() if not found]
+    if missing := [name for name in missing if name not in set(_compute_left_out(model, missing))]:
+        pruned = any(f"{name}_orig" in shards.entries for name in missing)
+        hint = "it was pruned with torch.nn.utils.prune: load it once without streaming" if pruned else "found others"
+        raise CheckpointError(
+            f"{source!r} has no weights for {len(missing)} of {len(keys)} parameters of {type(model).__name__} "
+            f"({first_few(missing)}), and has {len(unknown)} that it does not know "
+            f"({first_few(unknown) or 'none'}): {hint}; the config must name the class that was saved"
+        )
+    ignored = model._keys_to_ignore_on_load_unexpected or ()
+    if strange := [key for key in unknown if not any(re.search(pattern, key) for pattern in ignored)]:
+        warn_user(
+            f"{len(strange)} tensors of {source!r} are not of {type(model).__name__}, and are copied as they are: "
+            f"{first_few(strange)}",
+        )
+    return {name: tuple(found) for name, found in keys.items()}, buffers
+
+
+def _compute_left_out(model: Any, names: Sequence[str]) -> list[str]:
+    """Compute parameters that files may lack since their class computes them, such as sinusoids of positions.
+
+    Args:
+        model: Its parameters are on the meta device; those that could be computed are not afterwards.
+        names: Those that the files lack.
+
+    Returns:
+        The names of those that were computed: what begins at random is none, nor what can be pruned.
+    """
+    allowed = model._keys_to_ignore_on_load_missing or ()
+    prunable = {id(module._parameters["weight"]) for _, (module, _) in prunable_modules(model)}
+    computed = []
+    for name in names:
+        holder, _, key = name.rpartition(".")
+        module, parameter = model.get_submodule(holder), model.get_parameter(name)
+        if id(parameter) in prunable or not any(re.search(pattern, name) for pattern in allowed):
+            continue
+        parts = [holder[:end] for end in range(len(holder) + 1) if end in (0, len(holder)) or holder[end] == "."]
+        owners = [part for part in map(model.get_submodule, parts) if isinstance(part, PreTrainedModel)]
+        values = []
+        for seed in (0, 1):
+            module._parameters[key] = nn.Parameter(
+                torch.full_like(parameter, seed, device="cpu"), requires_grad=parameter.requires_grad
+            )
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                owners[-1]._init_weights(module)
+            values.append(module._parameters[key])
+        if torch.equal(*values):
+            computed.append(name)
+        else:
+            module._parameters[key] = parameter
+    return computed
+
+
+def _dtypes(model: Any) -> dict[str, torch.dtype]:
+    """The dtypes that a loaded model has: a few classes keep some weights in float32."""
+    dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    if exceptions := model._get_dtype_plan(model.config.dtype):
+        pattern, patterns, _ = build_glob_alternation(list(exceptions))
+        for name in dtypes:
+            if (match := pattern.search(name)) is not None:
+                dtypes[name] = exceptions[patterns[str(match.lastgroup)]]
+    return dtypes
+
+
+def explained(model: nn.Module, error: Exception) -> Exception:
+    """The error to raise for one that running a model without its weights has brought up."""
+    if "meta" not in str(error):
+        return error
+    line = next((line for line in str(error).splitlines() if line.strip()), repr(error))
+    return PlanError(
+        f"{type(model).__name__} uses weights outside of the modules that hold them, so they cannot be read when they "
+        f"are needed ({line}): prune it without streaming"
+    )

@@ -1,0 +1,290 @@
+"""prune_stream(): a checkpoint larger than the memory, pruned tensor by tensor or block by block."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from hf_prune import __version__
+from hf_prune.calibration.input_reader import CACHE_BYTES, NO_BATCHES, Batches
+from hf_prune.calibration.statistics import require_batches, weight_seed
+from hf_prune.checkpoint.files import MASK_FILE, find_file
+from hf_prune.checkpoint.mask_file import StoredMasks
+from hf_prune.checkpoint.shards import Shards
+from hf_prune.checkpoint.sources import check_model_source
+from hf_prune.conversion.streaming.blocks import prune_blocks
+from hf_prune.conversion.streaming.journal import Journal
+from hf_prune.conversion.streaming.lazy_weights import LazyWeights
+from hf_prune.conversion.streaming.meta_model import MetaModel, load_meta_model
+from hf_prune.conversion.streaming.output import COPIED, Output, digest_of
+from hf_prune.conversion.streaming.placing import finish_placing, is_placing
+from hf_prune.criteria.base import CURVATURE, GRADIENTS, INPUTS, TRAINED, WeightStats
+from hf_prune.criteria.registry import CRITERIA
+from hf_prune.errors import CalibrationError, CheckpointError, ConfigError
+from hf_prune.evaluation.sparsity_report import SparsityReport
+from hf_prune.kernels.selection import find_threshold, keep_above
+from hf_prune.pipeline import resolve_config
+from hf_prune.planning.choices import ALLOCATIONS, CALIBRATED_ALLOCATIONS
+from hf_prune.planning.config import PruningConfig
+from hf_prune.planning.make_plan import make_plan, warn_of
+from hf_prune.planning.plan import PlannedTensor, PruningPlan
+from hf_prune.pruning.compute_masks import unit_chunks
+from hf_prune.pruning.mask_store import MaskStore
+from hf_prune.pruning.selector import spread_units
+from hf_prune.pruning.sequential import prune_tensor
+from hf_prune.utils.distributed import rank_and_world_size
+from hf_prune.utils.folders import refuse_links
+from hf_prune.utils.locks import writes_alone
+from hf_prune.utils.output_folder import check_output
+from hf_prune.utils.progress import Bar
+
+
+@writes_alone("prune")
+def prune_stream(
+    source: str | os.PathLike[str],
+    config: PruningConfig | float | None,
+    out: str | os.PathLike[str],
+    *,
+    calibration: Batches | None = None,
+    progress: bool = False,
+    cache_bytes: int = CACHE_BYTES,
+    restart: bool = False,
+    overwrite: bool = False,
+    **settings: Any,
+) -> SparsityReport:
+    """Prune a checkpoint into a folder without ever holding its model.
+
+    The result is that of loading the model, pruning and saving it: the same masks, in safetensors files like those of
+    the source, one for one. Criteria without data read one weight at a time. Those that learn from inputs run the
+    batches through one block at a time, as :func:`hf_prune.prune` does in ``calibration_order="sequential"``; the
+    memory that takes is that of the largest block, of the statistics of one input, and of ``cache_bytes``.
+
+    Nothing appears at ``out`` before it is complete. An interrupted run leaves a hidden folder beside it, with which
+    the same call continues: nothing is pruned twice, and the result has the same bits.
+
+    Args:
+        source: Folder or Hub id of a checkpoint in safetensors files. Masks of an earlier pruning are respected.
+        config: The settings, or just the sparsity.
+        out: The folder: new, empty, or an earlier output.
+        calibration: Batches, for criteria and repairs that learn from inputs; see :func:`hf_prune.text_batches`.
+            Labels are not needed.
+        progress: Show a progress bar.
+        cache_bytes: How much of what finished blocks put out is kept in memory; the rest goes to the hidden folder.
+        restart: Begin anew, whatever an interrupted run left.
+        overwrite: Replace what is in the way in ``out``.
+        **settings: Fields of :class:`PruningConfig`, in place of, or on top of, ``config``.
+
+    Returns:
+        What is zero in the pruned checkpoint, counted while it was written. It lies in the folder as
+        ``sparsity_report.json``.
+
+    Raises:
+        ConfigError: If a setting is invalid, or needs the whole model at once.
+        PlanError: If the settings do not fit the model, or it cannot be run block by block.
+        CalibrationError: If calibration data is missing or unusable.
+        CheckpointError: If the source is damaged, does not fit its config or is no safetensors checkpoint, or if an
+            interrupted run of other settings or something else is in the way. Then nothing is placed or replaced.
+        DataError: If the source cannot be found.
+
+    Example:
+        >>> prune_stream("large-model", 0.5, "pruned", criterion="magnitude")  # doctest: +SKIP
+    """
+    config = resolve_config(config, settings)
+    source, out = os.fspath(source), Path(out)
+    check_streamable(config)
+    partial = Journal(out)
+    if not (placing := is_placing(partial)):  # whose run had looked at it
+        check_output(out, "prune", [source], overwrite=overwrite)
+    batches: list[Mapping[str, Any]] = []
+    if config.needs & INPUTS:
+        batches = _batches(config, calibration)
+    key = {
+        "path": os.path.abspath(source) if os.path.isdir(source) else source,
+        "settings": digest_of(config.to_dict()),
+        "calibration data": _checksum(batches),
+        "version": __version__,
+    }
+    if not restart:
+        partial.check(key)
+        if placing:
+            return finish_placing(partial, out, overwrite)
+    skeleton, plan, old_masks = _prepare(source, config)
+    warn_of(plan.notes)
+    if placing:
+        finish_placing(partial, out, overwrite)
+    partial.begin({**key, **_fingerprints(source, skeleton)}, restart)
+    output = Output(skeleton, plan, old_masks, partial)
+    if not output.is_sound():  # someone else changed what an interrupted run left
+        partial.begin(partial.key, restart=True)
+        output = Output(skeleton, plan, old_masks, partial)
+    output.copy_rest()
+    if config.needs & INPUTS:
+        prune_blocks(output, plan, batches, cache_bytes, partial.scratch, progress)
+    else:
+        _prune_tensors(output, plan, progress)
+    return output.finish(source, out, overwrite)
+
+
+def plan_stream(source: str | os.PathLike[str], config: PruningConfig) -> PruningPlan:
+    """What :func:`prune_stream` would do; no weight is read.
+
+    Raises:
+        ConfigError: If a setting needs the whole model at once.
+        PlanError: If the settings do not fit the model.
+        CheckpointError: If the source is damaged, or does not fit its config.
+    """
+    check_streamable(config)
+    return _prepare(os.fspath(source), config)[1]
+
+
+def check_streamable(config: PruningConfig) -> None:
+    """Make sure that settings can be used without holding the model.
+
+    Raises:
+        ConfigError: If they cannot.
+    """
+    if config.removes_units:
+        raise ConfigError(
+            f"granularity {config.granularity} needs the whole model in memory: expected 'unstructured', N:M or "
+            f"'block:RxC', or prune without streaming"
+        )
+    if config.learns_in_training or config.schedule is not None:
+        raise ConfigError(
+            f"criterion {config.criterion!r} and schedule={config.schedule!r}: streaming does not train; expected "
+            f"another criterion and no schedule"
+        )
+    if config.needs & GRADIENTS:
+        able = [name for name in CRITERIA.names() if not CRITERIA.get(name).needs & (GRADIENTS | CURVATURE | TRAINED)]
+        raise ConfigError(
+            f"criterion {config.criterion!r} needs gradients, which need the whole model in memory: expected one of "
+            f"{', '.join(able)}; or prune without streaming"
+        )
+    if config.needs & CURVATURE or config.polish is not None:
+        who = f"criterion {config.criterion!r}" if config.needs & CURVATURE else "polish"
+        raise ConfigError(
+            f"{who} needs gradients, which need the whole model in memory: leave it out, or prune without streaming"
+        )
+    if config.repair is not None and config.scope == "global":
+        raise ConfigError(
+            f"repair={config.repair!r} with scope='global' needs all masks before the first repair: use scope 'layer' "
+            f"or 'row', or prune without streaming"
+        )
+    if config.learns_allocation:
+        able = [name for name in ALLOCATIONS if name not in CALIBRATED_ALLOCATIONS]
+        raise ConfigError(
+            f"allocation={config.allocation!r} needs the whole model in memory: expected one of {', '.join(able)}, or "
+            f"a sparsity for each module; or prune without streaming"
+        )
+    if config.objective != "layer":
+        raise ConfigError(
+            f"objective={config.objective!r} needs gradients, which need the whole model in memory: expected 'layer'; "
+            f"or prune without streaming"
+        )
+    if config.needs & INPUTS and config.calibration_order != "sequential":
+        raise ConfigError(
+            f"calibration_order={config.calibration_order!r} needs the statistics of all weights at once: expected "
+            f"'sequential'; or prune without streaming"
+        )
+    if (count := rank_and_world_size()[1]) > 1:
+        raise ConfigError(f"found {count} processes: expected one, since streaming writes one output")
+
+
+def _batches(config: PruningConfig, calibration: Batches | None) -> list[Mapping[str, Any]]:
+    empty = PruningPlan(config, (), 0, "", 0, 0, 0, {})
+    batches = list(require_batches(empty, calibration))
+    if not batches:
+        raise CalibrationError(NO_BATCHES)
+    return batches
+
+
+def _prepare(source: str, config: PruningConfig) -> tuple[MetaModel, PruningPlan, Mapping[str, Tensor]]:
+    if os.path.isdir(source):
+        refuse_links(Path(source), COPIED)
+    skeleton = load_meta_model(source)
+    path = find_file(source, MASK_FILE, {"local_files_only": check_model_source(source)})
+    masks: Mapping[str, Tensor] = MappingProxyType({}) if path is None else StoredMasks(path)
+    parameters = dict(skeleton.model.named_parameters())
+    for name in masks:
+        if name not in parameters:
+            raise CheckpointError(
+                f"the masks of {source} do not fit the model: {name!r} has a mask, and the model has no such "
+                f"parameter; delete {MASK_FILE} to prune without masks"
+            )
+    MaskStore(cast("dict[str, Tensor]", masks)).check(skeleton.model)
+    return skeleton, make_plan(skeleton.model, config, loaded=False, masks=masks), masks
+
+
+def _fingerprints(source: str, skeleton: MetaModel) -> dict[str, str]:
+    """What the files say that an unfinished result was made of, apart from the data."""
+    hub = {"local_files_only": check_model_source(source)}
+    masks, config = find_file(source, MASK_FILE, hub), find_file(source, "config.json", hub)
+    return {
+        "weights": skeleton.shards.fingerprint(),
+        "masks": "" if masks is None else Shards([masks]).fingerprint(),
+        "config.json": "" if config is None else hashlib.sha256(Path(config).read_bytes()).hexdigest(),
+    }
+
+
+# --- without data ----------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def _prune_tensors(output: Output, plan: PruningPlan, progress: bool) -> None:
+    """One weight at a time; in global scope all are read a few times more, to find the score to cut at."""
+    lazy = LazyWeights(output.skeleton, output.read, output.read_rows)
+    cut = _cut(output, plan) if plan.config.scope == "global" else None
+    for i, tensor in enumerate(Bar(plan.tensors, desc="Pruning", unit="weight", progress=progress)):
+        target = tensor.target
+        if output.done(target.name):
+            continue
+        lazy.hold([target.name])
+        if cut is None:
+            mask, _ = prune_tensor(output.skeleton.model, plan, tensor, {}, output.old_masks, biases=output.biases)
+        else:
+            part = functools.partial(_chunks, output, plan, tensor)
+            keep = keep_above(part, tensor.units, cut[0], cut[1][i])
+            mask = target.native(spread_units(plan, target, keep))
+        output.write(tensor, lazy[target.name], mask)
+    lazy.release()
+
+
+def _cut(output: Output, plan: PruningPlan) -> tuple[float, list[int]]:
+    """The score that all weights are cut at, and how many of those that are just there stay in each."""
+    for record in output.partial.records:
+        if "cut" in record:
+            return record["cut"], record["ties"]
+    parts = [functools.partial(_chunks, output, plan, tensor) for tensor in plan.tensors]
+    cut, ties = find_threshold(parts, [tensor.units for tensor in plan.tensors], plan.remove)
+    output.partial.add({"cut": cut, "ties": ties})
+    return cut, ties
+
+
+def _chunks(output: Output, plan: PruningPlan, tensor: PlannedTensor) -> Iterator[Tensor]:
+    """The scores of one weight, which is read anew."""
+    target = tensor.target
+    old = output.old_masks.get(target.name)
+    weight = target.matrix(output.read(target.name))
+    stats = WeightStats(seed=weight_seed(plan, target.name))
+    return unit_chunks(plan, target, weight, stats, None if old is None else target.matrix(old))
+
+
+def _checksum(batches: Iterable[Any]) -> str:
+    """A hash of calibration batches: names, types, shapes and values."""
+    digest = hashlib.sha256()
+    for batch in batches:
+        for name, value in sorted(batch.items()) if isinstance(batch, Mapping) else [("", batch)]:
+            if isinstance(value, Tensor):
+                digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+                digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            else:
+                digest.update(f"{name} {type(value).__name__} {value!r}".encode())
+        digest.update(b"\n")
+    return digest.hexdigest()

@@ -1,0 +1,107 @@
+"""An accuracy, with what it was measured on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from hf_prune.errors import DataError
+
+_KINDS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("split", "source", "data_fingerprint", "dtype", "classes"), (str,)),
+    **dict.fromkeys(("max_length", "batch_size"), (int,)),
+    "seconds": (float, int),
+}
+_KIND_NAMES = {str: "a text", int: "a whole number, 0 or more", float: "a number, 0 or more"}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What one model got right on one data set.
+
+    Attributes:
+        accuracy: Share of right predictions, 0 to 1.
+        n: Number of examples.
+        standard_error: Of the accuracy, ``sqrt(p (1 - p) / n)``, 0 to 0.5.
+        predictions: Predicted class of each example, in the order of the data.
+        labels: True class of each example, in the order of the data.
+        split: Name of the split.
+        source: Where the data came from.
+        data_fingerprint: Hash of texts and labels, see ``data_loading.fingerprint``.
+        seconds: Wall time of tokenising and predicting.
+        dtype: Of the weights, such as ``float32``.
+        max_length: Longer inputs were cut to this many tokens.
+        batch_size: Examples per forward pass.
+        classes: How the classes of the model and of the data differ, in words; empty if nothing says that they do.
+    """
+
+    accuracy: float
+    n: int
+    standard_error: float
+    predictions: tuple[int, ...]
+    labels: tuple[int, ...]
+    split: str
+    source: str
+    data_fingerprint: str
+    seconds: float
+    dtype: str
+    max_length: int
+    batch_size: int
+    classes: str = ""
+
+    def __str__(self) -> str:
+        """One line: accuracy and standard error in percent, n, and the data."""
+        data = " ".join(part for part in (self.source, self.split) if part) or f"data {self.data_fingerprint}"
+        return f"accuracy {100 * self.accuracy:.2f} % ± {100 * self.standard_error:.2f} (n = {self.n}, {data})"
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, ready for JSON."""
+        return {**asdict(self), "predictions": list(self.predictions), "labels": list(self.labels)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Evaluation:
+        """The inverse of ``to_dict``; the accuracy is computed anew from the predictions.
+
+        Raises:
+            DataError: If a field is missing or unknown, or a number is not what the predictions give.
+        """
+        names = {field.name for field in fields(cls)}
+        missing, unknown = names - {"classes", *values}, set(values) - names
+        if missing or unknown:
+            raise DataError(
+                f"not a saved evaluation: missing {sorted(missing)}, unknown {sorted(unknown)}: pass what "
+                f"Evaluation.to_dict returned"
+            )
+        for name, kinds in _KINDS.items():
+            value = values.get(name, "")
+            if type(value) not in kinds or (str not in kinds and not 0 <= value < 1e15):
+                raise DataError(f"not a saved evaluation: {name} is {value!r}: expected {_KIND_NAMES[kinds[0]]}")
+        for name in ("predictions", "labels"):
+            if not isinstance(values[name], (list, tuple)):
+                raise DataError(f"not a saved evaluation: {name} is {values[name]!r}: expected a list of class numbers")
+        predictions, labels = tuple(values["predictions"]), tuple(values["labels"])
+        if not all(type(number) is int and number >= 0 for number in (*predictions, *labels)):
+            raise DataError("not a saved evaluation: predictions and labels are to be class numbers, 0 or more")
+        if not 0 < len(labels) == len(predictions):
+            raise DataError(f"not a saved evaluation: {len(predictions)} predictions of {len(labels)} labels")
+        counted = share_correct(predictions, labels)
+        for name, number in counted.items():
+            if not _is_near(values[name], number):
+                raise DataError(
+                    f"{name} is {values[name]!r}, but the predictions that are saved with it give {number!r}: the file "
+                    f"was edited; measure again"
+                )
+        return cls(**{**values, **counted, "predictions": predictions, "labels": labels})
+
+
+def share_correct(predictions: Sequence[int], labels: Sequence[int]) -> dict[str, float | int]:
+    """Share of right predictions, their number, and the standard error."""
+    n = len(labels)
+    p = sum(a == b for a, b in zip(predictions, labels, strict=True)) / n
+    return {"accuracy": p, "n": n, "standard_error": math.sqrt(p * (1 - p) / n)}
+
+
+def _is_near(said: Any, counted: float) -> bool:
+    return type(said) in (int, float) and math.isclose(said, counted, rel_tol=1e-9, abs_tol=1e-9)

@@ -1,0 +1,84 @@
+"""Whether columns hold texts and labels."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from hf_prune.errors import DataError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+def check_columns(dataset: Dataset, columns: Sequence[str], where: str) -> None:
+    """Raise a DataError that lists the columns found if any of ``columns`` is missing."""
+    missing = [name for name in columns if name not in dataset.column_names]
+    if missing:
+        raise DataError(
+            f"{where} has no column {', '.join(map(repr, missing))} (found: {', '.join(dataset.column_names)}): "
+            "name the columns with text_columns and label_column"
+        )
+
+
+def column(dataset: Dataset, name: str) -> list[Any]:
+    """One column as a list of plain Python values, whatever the format of the data set."""
+    return list(dataset.with_format(None)[name][:])
+
+
+def check_texts(texts: list[Any], name: str, where: str) -> None:
+    """Raises :class:`DataError` at the first row that is no text."""
+    for number, text in enumerate(texts, start=1):
+        if not isinstance(text, str):
+            raise DataError(f"row {number} of {where}: {name!r} is {text!r}, expected text")
+
+
+def check_labels(labels: list[Any], name: str, where: str) -> list[int] | list[str]:
+    """Labels as integers, or as strings if the first one is a string that is no integer."""
+    integers = _is_number(labels[0]) or not isinstance(labels[0], str)
+    checked: list[Any] = []
+    for number, label in enumerate(labels, start=1):
+        integer = _as_integer(label)
+        if label is None or label == "":
+            raise DataError(f"row {number} of {where}: {name!r} is empty, expected a label: fill it in or drop the row")
+        if integers and integer is None:
+            hint = "; a column of numbers to predict (regression) has no classes" if _is_number(label) else ""
+            raise DataError(
+                f"row {number} of {where}: label {label!r} is not an integer: repair or drop that row{hint}"
+            )
+        if not integers and (integer is not None or not isinstance(label, str)):
+            raise DataError(
+                f"row {number} of {where}: label {label!r} is a number, but row 1 has the string {labels[0]!r}: "
+                "write all labels the same way"
+            )
+        checked.append(integer if integers else label)
+    if integers and min(checked) < 0:
+        _raise_unlabelled(checked, where)
+    return checked
+
+
+def _as_integer(label: Any) -> int | None:
+    """A class number; tables with gaps in other columns write it as 1.0."""
+    if isinstance(label, int) or (isinstance(label, float) and label.is_integer()):
+        return int(label)
+    match = re.fullmatch(r"(-?[0-9]+)(\.0+)?", label.strip()) if isinstance(label, str) else None
+    return int(match[1]) if match else None
+
+
+def _is_number(label: Any) -> bool:
+    try:
+        return math.isfinite(float(label))
+    except (TypeError, ValueError):
+        return False
+
+
+def _raise_unlabelled(labels: list[int], where: str) -> None:
+    if max(labels) < 0:
+        raise DataError(
+            f"{where} is unlabelled (every label is {labels[0]}), as the test splits of GLUE are, and cannot be "
+            "scored: use a labelled split (train, validation)"
+        )
+    row, label = next((row, label) for row, label in enumerate(labels, start=1) if label < 0)
+    raise DataError(f"row {row} of {where}: label {label} is negative, expected 0 or more: drop unlabelled rows")

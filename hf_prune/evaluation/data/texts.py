@@ -1,0 +1,143 @@
+"""Texts as calibration batches: padded one by one, or joined and cut in windows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from hf_prune.errors import DataError
+from hf_prune.planning.checks import check_positive
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def text_batches(
+    texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, *, batch_size: int = 32, max_length: int = 128
+) -> list[dict[str, Tensor]]:
+    """Unlabelled texts as padded batches, for criteria and repairs that learn from the inputs of each layer.
+
+    A decoder beside an encoder (T5, BART, Marian) reads the encoder's text unless a batch has ``labels`` or
+    ``decoder_input_ids``. Where it writes something else, as in translation, pass what it is to write as ``labels``:
+    ``tokenizer(texts, text_target=translations, padding=True, return_tensors="pt")`` is such a batch.
+
+    Args:
+        texts: A list of texts, or a column of a data set.
+        tokenizer: A tokenizer with a padding token.
+        batch_size: Texts per batch; the last batch may be smaller.
+        max_length: Longer texts are cut to this many tokens, or to what the tokenizer allows if that is less.
+
+    Returns:
+        Batches on the CPU with what the tokenizer makes: ``input_ids`` and ``attention_mask`` (batch, seq), int64.
+        Short texts come first, so that texts of about the same length share a batch and little of it is padding.
+
+    Raises:
+        ConfigError: If ``batch_size`` or ``max_length`` is below 1.
+        DataError: If there are no texts, one is no string, or the tokenizer has no padding token.
+
+    Example:
+        >>> batches = text_batches(["a good film", "a bad one"], tokenizer)  # doctest: +SKIP
+        >>> hf_prune.prune(model, 0.5, criterion="sparsegpt", calibration=batches)  # doctest: +SKIP
+    """
+    for name, value in (("batch_size", batch_size), ("max_length", max_length)):
+        check_positive(name, value)
+    found = _checked_texts(texts)
+    if tokenizer.pad_token is None:
+        raise DataError(
+            "the tokenizer has no padding token: set one, for instance tokenizer.pad_token = tokenizer.eos_token"
+        )
+    found.sort(key=len)
+    length = min(max_length, tokenizer.model_max_length)
+
+    def encode(part: Sequence[str]) -> dict[str, Tensor]:
+        return dict(tokenizer(part, padding=True, truncation=True, max_length=length, return_tensors="pt"))
+
+    return [encode(found[start : start + batch_size]) for start in range(0, len(found), batch_size)]
+
+
+def token_windows(
+    texts: Iterable[str],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    n: int = 128,
+    length: int = 512,
+    batch_size: int = 8,
+    seed: int = 0,
+    labels: bool = False,
+) -> list[dict[str, Tensor]]:
+    """Full windows of joined text as batches, to calibrate causal language models without padding.
+
+    The texts become one row of tokens (see :func:`joined_tokens`), which is cut in consecutive windows; some are
+    drawn. SparseGPT (Frantar and Alistarh 2023, arXiv:2301.00774) and its followers calibrate on 128 windows of 2048
+    tokens.
+
+    Args:
+        texts: A list of texts, or a column of a data set.
+        tokenizer: The model's tokenizer.
+        n: How many windows, drawn without replacement; all if there are fewer.
+        length: Tokens of a window; what the tokenizer allows if that is less.
+        batch_size: Windows per batch; the last batch may be smaller.
+        seed: The same seed draws the same windows in the same order.
+        labels: Also give ``labels``, the tokens themselves, for criteria that need gradients.
+
+    Returns:
+        Batches on the CPU: ``input_ids`` and ``attention_mask`` (batch, length), int64, the latter all 1.
+
+    Raises:
+        ConfigError: If ``n``, ``length`` or ``batch_size`` is below 1.
+        DataError: If there are no texts, one is no string, or they are too short for one window.
+
+    Example:
+        >>> batches = token_windows(load_texts("wiki.train.raw"), tokenizer, n=64)  # doctest: +SKIP
+        >>> hf_prune.prune(model, 0.5, criterion="sparsegpt", calibration=batches)  # doctest: +SKIP
+    """
+    for name, value in (("n", n), ("length", length), ("batch_size", batch_size)):
+        check_positive(name, value)
+    length = min(length, tokenizer.model_max_length)
+    tokens = joined_tokens(texts, tokenizer)
+    count = len(tokens) // length
+    if count == 0:
+        raise DataError(
+            f"the texts have {len(tokens):,} tokens: expected at least the {length:,} of one window; pass more text, "
+            f"or a smaller length"
+        )
+    drawn = torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:n]
+    windows = tokens[: count * length].view(count, length)[drawn]
+    batches = []
+    for ids in windows.split(batch_size):
+        batch = {"input_ids": ids.clone(), "attention_mask": torch.ones_like(ids)}
+        batches.append({**batch, "labels": ids.clone()} if labels else batch)
+    return batches
+
+
+def joined_tokens(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    r"""Texts as one row of tokens, as perplexities on WikiText-2 are published.
+
+    The texts are joined by ``"\n\n"`` and tokenised once. So a token that opens a text for this tokenizer (BOS)
+    stands at the start of the row only.
+
+    Args:
+        texts: A list of texts, or a column of a data set.
+        tokenizer: Any tokenizer.
+
+    Returns:
+        (tokens,) int64, on the CPU.
+
+    Raises:
+        DataError: If there are no texts, or one is no string.
+    """
+    joined = "\n\n".join(_checked_texts(texts))
+    return torch.tensor(tokenizer(joined, truncation=False, verbose=False)["input_ids"], dtype=torch.int64)
+
+
+def _checked_texts(texts: Iterable[str]) -> list[str]:
+    found = [] if isinstance(texts, str) else list(texts)
+    if not found:
+        raise DataError(f"texts is {texts!r}: expected a list of texts, at least one")
+    for i, text in enumerate(found):
+        if not isinstance(text, str):
+            raise DataError(f"text {i} is {text!r}: expected a string")
+    return found

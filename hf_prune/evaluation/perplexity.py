@@ -1,0 +1,298 @@
+"""How well a causal language model predicts text, and how much worse a pruned one does on the same windows."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import math
+import time
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from hf_prune.calibration.accumulators import accumulate_dtype
+from hf_prune.errors import ConfigError, DataError
+from hf_prune.evaluation.data.classification import context_length
+from hf_prune.evaluation.data.texts import joined_tokens
+from hf_prune.evaluation.perplexity_result import Perplexity, PerplexityComparison, exp_or_inf
+from hf_prune.evaluation.statistics import standard_error_of, student_t
+from hf_prune.planning.checks import check_positive
+from hf_prune.pruning.mask_store import warn_regrown
+from hf_prune.utils.forward import batch_to_device, eval_mode, run_model
+from hf_prune.utils.progress import Bar
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_WINDOW = 2048  # tokens, where the model has no shorter context: with what most perplexities are published
+_CHUNK = 1 << 23  # logits that are looked at in float32 at a time
+_PROBE = 8  # tokens that show whether a model looks ahead
+_EXPECTED = (
+    "perplexity is that of a causal language model, with logits (batch, seq, vocab); load one with AutoModelForCausalLM"
+)
+
+
+def evaluate_perplexity(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Iterable[str],
+    *,
+    window: int | None = None,
+    stride: int | None = None,
+    batch_size: int = 1,
+    limit: int | None = None,
+    bos_in_every_window: bool = False,
+    source: str = "",
+    split: str = "",
+    progress: bool | str = False,
+) -> Perplexity:
+    r"""Measure the perplexity of a causal language model, on the device and in the dtype it has.
+
+    As published for WikiText-2 (Merity et al. 2016, arXiv:1609.07843): the texts are joined by ``"\n\n"``,
+    tokenised once, and cut in consecutive windows. Every token of a window but the first is predicted from those
+    before it in the window. What is left at the end and fills no window is not used. With a stride below the window,
+    windows overlap: the tokens that the window before has predicted are only context then, and each token is still
+    predicted once. The model runs in eval mode and gets its training flags back.
+
+    A beginning-of-sequence token stands where the tokenizer puts it: once, at the start of all text. That is the
+    convention, and right for models that do not care; for those that do (Gemma), set ``bos_in_every_window``.
+
+    Args:
+        model: A causal language model: ``logits`` of shape (batch, seq, vocab).
+        tokenizer: Its tokenizer.
+        texts: A list of texts, or a column of a data set; see :func:`hf_prune.load_texts`.
+        window: Tokens that the model sees at once, at least 2. By default its context, at most 2048.
+        stride: Tokens from the start of one window to that of the next; by default windows do not overlap.
+        batch_size: Windows per forward pass. The logits take batch_size * window * vocabulary values of the
+            model's dtype; their float32 copies are made piece by piece.
+        limit: Use only the first so many windows.
+        bos_in_every_window: Start each window with the BOS token, which takes one place of it and is not predicted;
+            so all other tokens are.
+        source: Where the text came from, for the record.
+        split: Its split, for the record.
+        progress: Show a progress bar on a terminal; a string is its title.
+
+    Returns:
+        The perplexity, what it was in each window, and how it was measured.
+
+    Raises:
+        ConfigError: If a setting is out of range, or the window is longer than the model's context.
+        DataError: If the text is too short for one window; the model is no causal language model, does not belong to
+            the tokenizer, or gives likelihoods that are not finite; or there is no BOS token where one is asked for.
+
+    Example:
+        >>> texts = load_texts("Salesforce/wikitext:wikitext-2-raw-v1", "test")  # doctest: +SKIP
+        >>> print(evaluate_perplexity(model, tokenizer, texts, window=512, limit=40))  # doctest: +SKIP
+        perplexity 22.35 ± 0.93 (n = 40 windows of 512 tokens, data 6b86b273ff34fce1)
+    """
+    warn_regrown(model, "what is scored is not the model that save_pretrained() writes, in which they are zero")
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise DataError(f"{type(model).__name__} has an encoder: {_EXPECTED}")
+    lead = _bos(tokenizer, bos_in_every_window)
+    window, stride = _window(model, window, stride, len(lead))
+    check_positive("batch_size", batch_size)
+    if limit is not None:
+        check_positive("limit", limit)
+    start = time.perf_counter()
+    tokens = joined_tokens(texts, tokenizer)
+    if len(lead) and tokens[0] == lead[0]:
+        tokens = tokens[1:]
+    width = window - len(lead)
+    if len(tokens) < width:
+        raise DataError(
+            f"the texts have {len(tokens):,} tokens, too few for one window of {window:,}: pass more text, or a "
+            f"smaller window"
+        )
+    rows = tokens.unfold(0, width, stride)[:limit]  # (windows, width), a view
+    used = (len(rows) - 1) * stride + width
+    _check_tokens(model, tokens[:used])
+    # What each window predicts: all it can in the first one, and then what the window before has not predicted.
+    most = window - 1
+    counts = [most, *[min(stride, most)] * (len(rows) - 1)]
+    nlls = _window_nlls(model, rows, lead, counts, batch_size, progress)
+    mean = math.fsum(nll * count for nll, count in zip(nlls, counts, strict=True)) / sum(counts)
+    error = standard_error_of(nlls, counts)
+    perplexity = exp_or_inf(mean)
+    return Perplexity(
+        perplexity=perplexity,
+        n=len(rows),
+        n_tokens=sum(counts),
+        standard_error=None if error is None else perplexity * error,
+        window_nll=tuple(nlls),
+        window_tokens=tuple(counts),
+        window=window,
+        stride=stride,
+        bos_in_every_window=bos_in_every_window,
+        unused_tokens=len(tokens) - used,
+        split=split,
+        source=source,
+        data_fingerprint=hashlib.sha256(tokens[:used].numpy().tobytes()).hexdigest()[:16],
+        seconds=time.perf_counter() - start,
+        dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
+        batch_size=batch_size,
+    )
+
+
+def compare_perplexity(dense: Perplexity, pruned: Perplexity, *, confidence: float = 0.95) -> PerplexityComparison:
+    """Compare two models on the same windows: the ratio of their perplexities, and how sure it is.
+
+    The log of the ratio is the mean difference of the log-likelihoods. Its error is the paired one, from how that
+    difference varies between windows, which is usually much smaller than the errors of the two perplexities suggest;
+    the interval is Student's t with n - 1 degrees of freedom, on the log scale. Windows count as independent draws.
+
+    Args:
+        dense: Result of the dense model.
+        pruned: Result of the pruned model on the same text, with the same windows.
+        confidence: Of the two-sided interval, between 0 and 1.
+
+    Returns:
+        The ratio, its standard error and its interval.
+
+    Raises:
+        ConfigError: If ``confidence`` is not between 0 and 1.
+        DataError: If the two are not on the same windows.
+
+    Example:
+        >>> print(compare_perplexity(dense, pruned))  # doctest: +SKIP
+        perplexity 22.35 -> 28.10: 1.2573 ± 0.0081 times the dense one (95 % interval 1.2410 to 1.2738, paired, ...
+    """
+    if not 0 < confidence < 1:
+        raise ConfigError(f"confidence is {confidence!r}: expected a number between 0 and 1, such as 0.95")
+    _check_paired(dense, pruned)
+    weights = dense.window_tokens
+    differences = [b - a for a, b in zip(dense.window_nll, pruned.window_nll, strict=True)]
+    log_ratio = math.fsum(d * w for d, w in zip(differences, weights, strict=True)) / sum(weights)
+    error = standard_error_of(differences, weights)
+    ratio, interval = exp_or_inf(log_ratio), None
+    if error is not None:
+        half = student_t(confidence, dense.n - 1) * error
+        interval = exp_or_inf(log_ratio - half), exp_or_inf(log_ratio + half)
+    return PerplexityComparison(
+        dense_perplexity=dense.perplexity,
+        pruned_perplexity=pruned.perplexity,
+        ratio=ratio,
+        ratio_standard_error=None if error is None else ratio * error,
+        interval=interval,
+        n=dense.n,
+        confidence=confidence,
+    )
+
+
+def _bos(tokenizer: PreTrainedTokenizerBase, asked: bool) -> Tensor:
+    """(1,) with the BOS token, or (0,) if none is asked for."""
+    if not asked:
+        return torch.tensor([], dtype=torch.int64)
+    if tokenizer.bos_token_id is None:
+        raise DataError(
+            f"bos_in_every_window is set, but {type(tokenizer).__name__} has no BOS token: leave it out, or set "
+            f"tokenizer.bos_token"
+        )
+    return torch.tensor([tokenizer.bos_token_id])
+
+
+def _window(model: PreTrainedModel, window: int | None, stride: int | None, lead: int) -> tuple[int, int]:
+    """Both lengths, checked."""
+    context = context_length(model)
+    if window is None:
+        window = _WINDOW if context is None else min(_WINDOW, context)
+    check_positive("window", window)
+    if window < 2:
+        raise ConfigError(f"window is {window}: expected at least 2 tokens, of which the second is predicted")
+    if context is not None and window > context:
+        raise ConfigError(f"window is {window}: {type(model).__name__} has only {context} positions")
+    longest = window - lead
+    if stride is None:
+        return window, longest
+    check_positive("stride", stride)
+    if stride > longest:
+        raise ConfigError(
+            f"stride is {stride}: expected at most the {longest} tokens of text in a window, else some are in none"
+        )
+    return window, stride
+
+
+def _check_tokens(model: PreTrainedModel, tokens: Tensor) -> None:
+    known = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    if known is not None and int(tokens.max()) >= known:
+        raise DataError(
+            f"the tokenizer gives token {int(tokens.max())}, but {type(model).__name__} knows {known} tokens: load the "
+            f"tokenizer of this model"
+        )
+
+
+def _window_nlls(
+    model: PreTrainedModel,
+    rows: Tensor,
+    lead: Tensor,
+    counts: Sequence[int],
+    batch_size: int,
+    progress: bool | str,
+) -> list[float]:
+    """Mean negative log-likelihood of the last so many tokens of each window."""
+    title = progress if isinstance(progress, str) else "Scoring"
+    starts = range(0, len(rows), batch_size)
+    means: list[Tensor] = []
+    with eval_mode(model), torch.inference_mode():
+        _check_causal(model, torch.cat([lead, rows[0]])[:_PROBE])
+        for start in Bar(starts, desc=title, progress=bool(progress)):
+            part = rows[start : start + batch_size]
+            ids = torch.cat([lead.expand(len(part), -1), part], 1)  # (batch, window)
+            for row, logits, count in zip(ids, _logits(model, ids), counts[start : start + batch_size], strict=True):
+                means.append(_nlls(logits[-count - 1 : -1], row[-count:]))
+    found = torch.stack(means).tolist()
+    if bad := sum(not math.isfinite(nll) for nll in found):
+        raise DataError(
+            f"{type(model).__name__} gives likelihoods that are not finite in {bad} of {len(found)} windows: its "
+            f"weights are damaged, or its dtype overflows (load it in float32 or bfloat16)"
+        )
+    return found
+
+
+def _nlls(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean negative log-likelihood, a few positions at a time.
+
+    Args:
+        logits: (seq, vocab).
+        targets: (seq,).
+    """
+    step = max(1, _CHUNK // logits.shape[1])
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    total = torch.zeros((), dtype=accumulate_dtype(logits.device), device=logits.device)
+    for part, target in zip(logits.split(step), targets.to(logits.device).split(step), strict=True):
+        total += torch.nn.functional.cross_entropy(part.to(dtype), target, reduction="none").to(total.dtype).sum()
+    return total / len(targets)
+
+
+def _logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """(batch, seq, vocab)."""
+    options = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+    logits = getattr(
+        run_model(model, {**batch_to_device(model, {"input_ids": ids}), **options}, DataError), "logits", None
+    )
+    if not isinstance(logits, Tensor) or logits.shape[:-1] != ids.shape or logits.shape[-1] <= int(ids.max()):
+        found = f"logits of shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else "no logits"
+        raise DataError(f"{type(model).__name__} returns {found} for {tuple(ids.shape)} tokens: {_EXPECTED}")
+    return logits
+
+
+def _check_causal(model: PreTrainedModel, tokens: Tensor) -> None:
+    """Change the last token: what a model predicts before it must stay, or it has seen what it is to predict."""
+    changed = tokens.clone()
+    changed[-1] = 0 if tokens[-1] else 1
+    one, other = _logits(model, torch.stack([tokens, changed]))[:, :-1].float()
+    tolerance = max(1e-4, 4 * torch.finfo(next(model.parameters()).dtype).eps)
+    if (one - other).abs().max() > tolerance * one.abs().max():
+        raise DataError(f"{type(model).__name__} looks at the tokens that it is to predict: {_EXPECTED}")
+
+
+def _check_paired(dense: Perplexity, pruned: Perplexity) -> None:
+    for name in ("window", "stride", "bos_in_every_window", "n"):
+        if (a := getattr(dense, name)) != (b := getattr(pruned, name)):
+            raise DataError(f"the results have different windows ({name} {a} and {b}): evaluate both in the same way")
+    if dense.data_fingerprint != pruned.data_fingerprint:
+        raise DataError(
+            f"the results are on different tokens (fingerprints {dense.data_fingerprint} and "
+            f"{pruned.data_fingerprint}): evaluate both models on the same texts with the same tokenizer"
+        )

@@ -1,0 +1,123 @@
+"""Perplexities as they are reported."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from hf_prune.errors import DataError
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """How well one model predicts one text.
+
+    Attributes:
+        perplexity: exp of the mean negative log-likelihood of a predicted token; 1 is perfect.
+        n: Number of windows.
+        n_tokens: Number of predicted tokens.
+        standard_error: Of the perplexity, from how the windows differ; None for one window. Windows count as
+            independent, which those of one article are not quite.
+        window_nll: Mean negative log-likelihood of the predicted tokens of each window, in nats, in text order.
+        window_tokens: How many tokens are predicted in each window.
+        window: Tokens that the model sees at once.
+        stride: Tokens from the start of one window to that of the next.
+        bos_in_every_window: Whether each window starts with the beginning-of-sequence token.
+        unused_tokens: Tokens at the end of the text that fill no window, or lie beyond the limit.
+        split: Name of the split.
+        source: Where the text came from.
+        data_fingerprint: Hash of the tokens.
+        seconds: Wall time of tokenising and predicting.
+        dtype: Of the weights, such as ``float32``; likelihoods are computed in float32 at least.
+        batch_size: Windows per forward pass.
+    """
+
+    perplexity: float
+    n: int
+    n_tokens: int
+    standard_error: float | None
+    window_nll: tuple[float, ...]
+    window_tokens: tuple[int, ...]
+    window: int
+    stride: int
+    bos_in_every_window: bool
+    unused_tokens: int
+    split: str
+    source: str
+    data_fingerprint: str
+    seconds: float
+    dtype: str
+    batch_size: int
+
+    def __str__(self) -> str:
+        """One line: perplexity and standard error, n, and the data."""
+        data = " ".join(part for part in (self.source, self.split) if part) or f"data {self.data_fingerprint}"
+        error = "" if self.standard_error is None else f" ± {self.standard_error:.2f}"
+        windows = "window" if self.n == 1 else "windows"
+        return f"perplexity {self.perplexity:.2f}{error} (n = {self.n} {windows} of {self.window} tokens, {data})"
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, ready for JSON."""
+        return {**asdict(self), "window_nll": list(self.window_nll), "window_tokens": list(self.window_tokens)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Perplexity:
+        """The inverse of ``to_dict``.
+
+        Raises:
+            DataError: If a field is missing or unknown.
+        """
+        names = {field.name for field in fields(cls)}
+        if names != set(values):
+            raise DataError(
+                f"not a saved perplexity: missing {sorted(names - set(values))}, "
+                f"unknown {sorted(set(values) - names)}: pass what Perplexity.to_dict returned"
+            )
+        lists = {name: tuple(values[name]) for name in ("window_nll", "window_tokens")}
+        return cls(**{**values, **lists})
+
+
+@dataclass(frozen=True)
+class PerplexityComparison:
+    """A pruned model against its dense parent on the same windows.
+
+    Attributes:
+        dense_perplexity: 1 or more.
+        pruned_perplexity: 1 or more.
+        ratio: ``pruned / dense``; above 1 if the pruned model is worse.
+        ratio_standard_error: Of the ratio, paired over the windows; None for one window.
+        interval: Two-sided confidence interval of the ratio; None for one window.
+        n: Number of windows.
+        confidence: Of the interval, 0 to 1.
+    """
+
+    dense_perplexity: float
+    pruned_perplexity: float
+    ratio: float
+    ratio_standard_error: float | None
+    interval: tuple[float, float] | None
+    n: int
+    confidence: float
+
+    def __str__(self) -> str:
+        """One line: both perplexities, their ratio with its interval, and n."""
+        if self.ratio_standard_error is None or self.interval is None:
+            error, interval = "", "one window: no interval"
+        else:
+            error, (low, high) = f" ± {self.ratio_standard_error:.4f}", self.interval
+            interval = f"{100 * self.confidence:g} % interval {low:.4f} to {high:.4f}, paired, n = {self.n} windows"
+        return (
+            f"perplexity {self.dense_perplexity:.2f} -> {self.pruned_perplexity:.2f}: "
+            f"{self.ratio:.4f}{error} times the dense one ({interval})"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, ready for JSON."""
+        return {**asdict(self), "interval": None if self.interval is None else list(self.interval)}
+
+
+def exp_or_inf(x: float) -> float:
+    """``exp(x)``, and infinity where that is too large for a float."""
+    return math.exp(x) if x < math.log(1.7e308) else math.inf

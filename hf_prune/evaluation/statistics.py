@@ -1,0 +1,55 @@
+"""Standard errors and Student's t."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+_MANY = 10_000  # degrees of freedom from which Student's t is normal
+
+
+def standard_error_of(values: Sequence[float], weights: Sequence[int]) -> float | None:
+    """Of a mean of independent values whose weights are given: for equal weights s / sqrt(n)."""
+    n, total = len(values), sum(weights)
+    if n < 2:
+        return None
+    mean = math.fsum(v * w for v, w in zip(values, weights, strict=True)) / total
+    squares = math.fsum((w / total * (v - mean)) ** 2 for v, w in zip(values, weights, strict=True))
+    return math.sqrt(n / (n - 1) * squares)
+
+
+def student_t(confidence: float, degrees: int) -> float:
+    """Within how many standard errors Student's t lies with this confidence.
+
+    From the finite series of its distribution for whole degrees of freedom (Abramowitz and Stegun 1964, 26.7.3 and
+    26.7.4), by bisection.
+
+    Args:
+        confidence: Two-sided, between 0 and 1.
+        degrees: Of freedom, at least 1; from 10,000 on it is normal.
+
+    Example:
+        >>> f"{student_t(0.95, 1):.3f} {student_t(0.95, 10):.3f} {student_t(0.95, 20000):.3f}"
+        '12.706 2.228 1.960'
+    """
+    if degrees >= _MANY:
+        from statistics import NormalDist
+
+        return NormalDist().inv_cdf((1 + confidence) / 2)
+    low, high = 0.0, math.pi / 2
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _within(middle, degrees) < confidence else (low, middle)
+    return math.sqrt(degrees) * math.tan(low)
+
+
+def _within(angle: float, degrees: int) -> float:
+    """Probability that |t| is at most sqrt(degrees) * tan(angle)."""
+    sine, square = math.sin(angle), math.cos(angle) ** 2
+    odd = degrees % 2
+    term = math.cos(angle) if odd else 1.0
+    series = 0.0
+    for k in range(1 + odd, degrees, 2):
+        series += term
+        term *= square * k / (k + 1)
+    return 2 / math.pi * (angle + sine * series) if odd else sine * series

@@ -1,0 +1,246 @@
+"""Sweep: prune from the dense weights at every sparsity, score each, and name the sweet spot.
+
+Results are on disk after every point, so an interrupted sweep continues where it was; results of other
+settings are never mixed in.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hf_prune.calibration.input_reader import Batches
+from hf_prune.calibration.statistics import require_batches
+from hf_prune.errors import ConfigError, SweepError
+from hf_prune.evaluation.accuracy import evaluate_classification
+from hf_prune.evaluation.accuracy_result import Evaluation
+from hf_prune.evaluation.comparison import compare, reason_to_doubt
+from hf_prune.evaluation.data.classification import class_numbers
+from hf_prune.evaluation.labels import class_doubt
+from hf_prune.evaluation.sparsity_report import sparsity_report
+from hf_prune.evaluation.sweep_files import read, sweep_settings
+from hf_prune.evaluation.sweep_point import SweepPoint
+from hf_prune.evaluation.sweep_result import FILES, SweepResult
+from hf_prune.granularities.registry import parse_granularity
+from hf_prune.pipeline import prune
+from hf_prune.planning.config import PruningConfig
+from hf_prune.planning.plan import PruningPlan
+from hf_prune.pruning.mask_store import MaskStore
+from hf_prune.structured.unit_plan import UnitPlan, unit_batches
+from hf_prune.utils.files import write_json
+from hf_prune.utils.locks import writes_alone
+from hf_prune.utils.notices import warn_user
+from hf_prune.utils.output_folder import check_output, say_replaced
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedModel
+
+DEFAULT_SPARSITIES = (0.3, 0.5, 0.6, 0.7, 0.8)
+
+
+@writes_alone("sweep")
+def run_sweep(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    dataset: Dataset,
+    *,
+    sparsities: Iterable[float] | None = None,
+    criteria: Iterable[str] = ("magnitude",),
+    config: PruningConfig | None = None,
+    calibration: Sequence[Mapping[str, Any]] | None = None,
+    polish_data: Sequence[Mapping[str, Any]] | None = None,
+    tolerance: float = 2.0,
+    confidence: float = 0.95,
+    out: str | os.PathLike[str] | None = None,
+    restart: bool = False,
+    overwrite: bool = False,
+    name: str = "",
+    source: str = "",
+    split: str = "",
+    progress: bool = False,
+    **evaluation: Any,
+) -> SweepResult:
+    """Prune a model at several sparsities, from its dense weights each time, and score every result.
+
+    Args:
+        model: A dense sequence classifier; it is dense again afterwards.
+        tokenizer: Its tokenizer.
+        dataset: Labelled sentences, as for :func:`hf_prune.evaluate_classification`.
+        sparsities: Shares to remove, 0 to 1; 0 is the dense model, which is always measured. By default what an N:M
+            granularity fixes, or else 0.3, 0.5, 0.6, 0.7 and 0.8.
+        criteria: Names of criteria.
+        config: All other settings.
+        calibration: Batches for criteria that need them.
+        polish_data: Batches for a polish, if more or others than ``calibration``.
+        tolerance: Largest accepted drop, in points of accuracy.
+        confidence: Of intervals and sweet spot.
+        out: Folder for ``results.json``, ``results.csv`` and ``tradeoff.png``; points that it already has are
+            not measured again.
+        restart: Ignore what ``out`` has.
+        overwrite: Write into ``out`` also if there is something else in it; files of other names stay.
+        name: What to call the model in results.
+        source: Where the data is from, for results.
+        split: Which split it is, for results.
+        progress: Show progress bars.
+        **evaluation: Passed to :func:`hf_prune.evaluate_classification`.
+
+    Returns:
+        The result.
+
+    Raises:
+        SweepError: If the model is pruned already, or ``out`` holds results of other settings, or such as were edited.
+        CheckpointError: If ``out`` holds something else.
+        HfPruneError: As :func:`hf_prune.prune` does, for any of the points and before the first is measured.
+    """
+    if out is not None and Path(out).exists() and not Path(out).is_dir():
+        raise SweepError(f"{out} is a file: expected a folder for the results")
+    if out is not None:
+        earlier = (Path(out) / "results.json").is_file()  # which is looked at below, unless it is to be replaced
+        check_output(out, "sweep", overwrite=overwrite or earlier)
+    base = config or PruningConfig()
+    if sparsities is None:
+        fixed = None if base.removes_units else parse_granularity(base.granularity).fixed_sparsity
+        sparsities = DEFAULT_SPARSITIES if fixed is None else (fixed,)
+    sparsities, criteria = list(dict.fromkeys(sparsities)), list(dict.fromkeys(criteria))
+    configs = [base.replace(criterion=c, sparsity=float(s)) for c in criteria for s in sparsities if s != 0]
+    plans = check_points(model, configs, calibration, polish_data)
+    if not 0 < confidence < 1:
+        raise ConfigError(f"confidence is {confidence!r}: expected a number between 0 and 1, such as 0.95")
+    parameters = sum(p.numel() for p in model.parameters())
+    score: dict[str, Any] = {"source": source, "split": split, **evaluation}
+    settings = sweep_settings(model, dataset, base, calibration, polish_data, tokenizer, name, score)
+    folder = None if out is None else Path(out)
+    results = None if folder is None else folder / "results.json"
+    found = None
+    if results is not None and not restart and results.exists():
+        column = score.get("label_column", "label")
+        labels = class_numbers(dataset, column, model)
+        known = {(plan.config.criterion, plan.config.sparsity): plan for plan in plans}
+
+        def plan_of(point: SweepPoint) -> PruningPlan | UnitPlan:
+            key = (point.criterion, point.sparsity)
+            if key not in known:  # of an earlier sweep
+                known[key] = prune(model, base.replace(criterion=key[0], sparsity=key[1]), dry_run=True)
+            return known[key]
+
+        fresh = {"classes": class_doubt(dataset, column, labels, model.config), "source": source, "split": split}
+        found = read(results, settings, confidence, model, labels, fresh, plan_of)
+    if found is not None:
+        dense, points, calibrated = found
+        settings = {**settings, "calibration": settings["calibration"] or calibrated}
+    else:
+        points = []
+        dense = evaluate_classification(model, tokenizer, dataset, **score, progress=progress and "dense")
+
+    if doubt := reason_to_doubt(dense, confidence):  # said before the minutes that pruning takes
+        warn_user(f"{doubt}; no sweet spot will be named")
+
+    def result() -> SweepResult:
+        order = {(p.config.criterion, p.config.sparsity): i for i, p in enumerate(plans)}
+        ranked = sorted(points, key=lambda p: order.get((p.criterion, p.sparsity), len(order)))
+        return SweepResult(settings, parameters, dense, tuple(ranked), tolerance, confidence)
+
+    done = {(p.criterion, p.sparsity) for p in points}
+    if results is not None:
+        if found is None:
+            say_replaced(results.parent, FILES)
+        write_json(results, result().to_dict())
+    for point_config in configs:
+        if (point_config.criterion, point_config.sparsity) in done:
+            continue
+        points.append(
+            measure_point(
+                model,
+                tokenizer,
+                dataset,
+                point_config,
+                calibration,
+                dense,
+                confidence,
+                score,
+                progress,
+                polish_data=polish_data,
+            )
+        )
+        if results is not None:
+            write_json(results, result().to_dict())
+    if folder is not None:
+        result().write(folder)
+    return result()
+
+
+def check_points(
+    model: PreTrainedModel,
+    configs: Iterable[PruningConfig],
+    calibration: Batches | None,
+    polish_data: Batches | None = None,
+) -> list[PruningPlan | UnitPlan]:
+    """The plans of all points, before any is measured.
+
+    Raises:
+        SweepError: If the model is pruned already.
+        HfPruneError: As :func:`hf_prune.prune` does.
+    """
+    if MaskStore.of(model) is not None:
+        raise SweepError("the model has masks: every point is pruned from dense weights; load a dense model")
+    plans = [prune(model, config, dry_run=True, polish_data=polish_data) for config in configs]
+    for plan in plans if calibration is None else []:
+        polished = plan.config.polish is not None and polish_data is None
+        if isinstance(plan, UnitPlan):
+            unit_batches(plan.config, calibration, polish_data)  # refuses
+        elif plan.needs or plan.config.learns_allocation or polished:
+            require_batches(plan, calibration)  # refuses
+    return plans
+
+
+def measure_point(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    dataset: Dataset,
+    config: PruningConfig,
+    calibration: Batches | None,
+    dense: Evaluation,
+    confidence: float,
+    score: Mapping[str, Any],
+    progress: bool,
+    polish_data: Batches | None = None,
+) -> SweepPoint:
+    """Prune from the dense weights, score, and give the dense weights back.
+
+    Args:
+        model: A dense model.
+        tokenizer: Its tokenizer.
+        dataset: What to score.
+        config: How to prune.
+        calibration: Batches, if the config needs them.
+        dense: The score of the dense model on the same data.
+        confidence: Of the comparison with it.
+        score: Options of :func:`hf_prune.evaluate_classification`.
+        progress: Show progress bars.
+        polish_data: Batches for a polish, if others than ``calibration``.
+    """
+    assert config.sparsity is not None
+    start = time.perf_counter()
+    try:
+        prune(model, config, calibration=calibration, polish_data=polish_data, keep_dense=True, progress=progress)
+        seconds = time.perf_counter() - start
+        report = sparsity_report(model)
+        title = f"{config.criterion} {100 * config.sparsity:g} %"
+        evaluation = evaluate_classification(model, tokenizer, dataset, **score, progress=progress and title)
+    finally:
+        if (store := MaskStore.of(model)) is not None:
+            store.discard(model)
+    return SweepPoint(
+        criterion=config.criterion,
+        sparsity=config.sparsity,
+        target_sparsity=report.target_sparsity,
+        model_sparsity=report.model_sparsity,
+        remaining=report.remaining,
+        prune_seconds=round(seconds, 3),
+        evaluation=evaluation,
+        comparison=compare(dense, evaluation, confidence=confidence),
+    )

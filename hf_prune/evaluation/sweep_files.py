@@ -1,0 +1,191 @@
+"""Take up a sweep that was begun: its settings, and the points that are there."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from hf_prune.calibration.input_reader import Batches
+from hf_prune.errors import DataError, HfPruneError, SweepError
+from hf_prune.evaluation.accuracy_result import Evaluation
+from hf_prune.evaluation.data.loading import fingerprint
+from hf_prune.evaluation.sweep_point import SweepPoint
+from hf_prune.evaluation.sweep_result import FORMAT_VERSION
+from hf_prune.planning.config import PruningConfig
+from hf_prune.planning.plan import PruningPlan
+from hf_prune.structured.unit_plan import UnitPlan
+from hf_prune.utils.json_files import read_json_object
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedModel
+
+_ROUNDED = 1000  # of so many weights one may become zero because a repair rounds it
+_TOKENIZED = 64  # sentences by whose tokens tokenizers are told apart
+# of a model's config: where it came from, and what a forward pass with labels fills in
+_NOT_SETTINGS = ("_name_or_path", "transformers_version", "architectures", "problem_type")
+
+
+def sweep_settings(
+    model: PreTrainedModel,
+    dataset: Dataset,
+    config: PruningConfig,
+    calibration: Batches | None,
+    polish_data: Batches | None,
+    tokenizer: Any,
+    name: str,
+    score: Mapping[str, Any],
+) -> dict[str, Any]:
+    """What two results must share to stand in one table."""
+    import transformers
+
+    from hf_prune import __version__
+
+    shared = config.to_dict()
+    for varied in ("sparsity", "criterion"):
+        shared.pop(varied)
+    texts = list(score.get("text_columns", ("sentence",)))
+    columns = [*texts, score.get("label_column", "label")]
+    tokens = tokenizer(*(list(dataset[name])[:_TOKENIZED] for name in texts))["input_ids"]
+    model_config = {k: v for k, v in model.config.to_dict().items() if k not in _NOT_SETTINGS}
+    return {
+        "model": name or type(model).__name__,
+        "weights": weights_digest(model.named_parameters()),
+        "model_config": _text_digest(model_config),
+        "tokenizer": _text_digest(tokens),
+        "data": fingerprint(dataset, columns),
+        "n": len(dataset),
+        "config": shared,
+        "calibration": batches_digest(calibration),
+        "polish_data": batches_digest(polish_data),
+        "evaluation": {k: v for k, v in sorted(score.items()) if k not in ("source", "split")},
+        "versions": {"hf_prune": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
+    }
+
+
+def _text_digest(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def batches_digest(batches: Batches | None) -> str | None:
+    """The :func:`weights_digest` of batches or examples, in their order; None if there are none."""
+    if batches is None:
+        return None
+    each = ((f"{i}.{key}", x) for i, batch in enumerate(batches) for key, x in sorted(batch.items()))
+    return weights_digest((name, torch.as_tensor(x)) for name, x in each)
+
+
+def weights_digest(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """A short SHA-256 over names, dtypes, shapes and bytes of tensors."""
+    digest = hashlib.sha256()
+    for name, tensor in tensors:
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
+
+
+def read(
+    path: Path,
+    settings: Mapping[str, Any],
+    confidence: float,
+    model: PreTrainedModel,
+    labels: list[int],
+    fresh: Mapping[str, Any],
+    plan_of: Callable[[SweepPoint], PruningPlan | UnitPlan],
+) -> tuple[Evaluation, list[SweepPoint], str | None]:
+    """Earlier results that belong to the same settings: dense score, points, and digest of their calibration.
+
+    Anybody may have edited them: what can be counted again is, and no text of theirs is shown.
+    """
+    try:
+        found = read_json_object(path, DataError)
+        for name, kind in (("settings", dict), ("dense", dict), ("points", list)):
+            if not isinstance(found.get(name), kind):
+                raise DataError(f"expected an object that has {name}")
+        _check_same_settings(path, found["format_version"], dict(found["settings"]), settings)
+        calibrated = found["settings"].get("calibration")
+        if not (calibrated is None or (isinstance(calibrated, str) and re.fullmatch("[0-9a-f]{16}", calibrated))):
+            raise DataError(f"calibration is {calibrated!r}: expected 16 hexadecimal digits")
+        dense = dataclasses.replace(Evaluation.from_dict(found["dense"]), **fresh)
+        if dense.labels != tuple(labels):
+            raise SweepError(
+                f"{path} has other labels than the data: it was edited; choose another folder, or restart to measure "
+                f"everything anew"
+            )
+        if dense.data_fingerprint != settings["data"]:
+            raise DataError(
+                f"data_fingerprint is {dense.data_fingerprint!r}, and that of the data {settings['data']!r}"
+            )
+        points = [SweepPoint.from_dict(p, dense, confidence) for p in found["points"]]
+        points = [dataclasses.replace(p, evaluation=dataclasses.replace(p.evaluation, **fresh)) for p in points]
+        highest = max(max(e.predictions) for e in (dense, *(p.evaluation for p in points)))
+        classes = int(model.config.num_labels or 0)
+        if highest >= classes:
+            raise DataError(
+                f"a prediction is class {highest}, and the model has {classes} classes: the file was edited"
+            )
+        _check_counts(points, model, plan_of)
+        return dense, points, calibrated
+    except SweepError:
+        raise
+    except (AttributeError, HfPruneError, KeyError, OverflowError, RecursionError, TypeError, ValueError) as error:
+        what = error if isinstance(error, HfPruneError) else repr(error)
+        raise SweepError(f"{path} is no sweep result: {what}; choose another folder, or restart") from error
+
+
+def _check_counts(
+    points: Sequence[SweepPoint], model: PreTrainedModel, plan_of: Callable[[SweepPoint], PruningPlan | UnitPlan]
+) -> None:
+    """What a point says of its zeros must be what its pruning makes, and no point may be there twice."""
+    total = sum(parameter.numel() for parameter in model.parameters())
+    for point in points:
+        zeros, plan = total - point.remaining, plan_of(point)
+        fits = 0 <= zeros and _is_share(point.model_sparsity, zeros, total)
+        if isinstance(plan, PruningPlan):
+            least, targets = plan.removed_parameters, plan.target_parameters
+            there = sum(int((model.get_parameter(t.target.name) == 0).sum()) for t in plan.tensors)
+            most = least + there + targets // _ROUNDED if plan.is_exact else targets
+            fits = fits and least <= zeros <= most and _is_share(point.target_sparsity, zeros, targets)
+        if not fits or point.model_sparsity > point.target_sparsity:
+            raise DataError(
+                f"remaining is {point.remaining!r}, target_sparsity {point.target_sparsity!r} and model_sparsity "
+                f"{point.model_sparsity!r} at {100 * point.sparsity:g} % with {point.criterion!r}, which is not what "
+                f"this pruning leaves of {total:,} parameters: the file was edited"
+            )
+    if len({(p.criterion, p.sparsity) for p in points}) < len(points):
+        raise DataError("a criterion and sparsity is there twice: the file was edited")
+
+
+def _is_share(said: float, part: int, whole: int) -> bool:
+    return math.isclose(said, part / whole, rel_tol=1e-9, abs_tol=1e-12)
+
+
+def _check_same_settings(path: Path, version: object, theirs: dict[str, Any], settings: Mapping[str, Any]) -> None:
+    ours = json.loads(json.dumps(dict(settings)))
+    if None in (theirs.get("calibration"), ours["calibration"]):  # one side had no criterion that needs it
+        theirs["calibration"] = ours["calibration"] = theirs.get("calibration") or ours["calibration"]
+    flat_theirs, flat_ours = _flatten(theirs), _flatten(ours)
+    every = [key for key in {**flat_ours, **flat_theirs} if key != "model"]
+    differing = [key for key in every if flat_theirs.get(key) != flat_ours.get(key)]
+    if type(version) is not int or version != FORMAT_VERSION or differing:
+        details = "; ".join(f"{key} was {flat_theirs.get(key)!r}, now {flat_ours.get(key)!r}" for key in differing)
+        raise SweepError(
+            f"{path} holds results of other settings ({details or f'format {version!r}'}), which cannot stand in one "
+            f"table: choose another folder, or restart to measure everything anew"
+        )
+
+
+def _flatten(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """One level less of nesting, so that a message names just what differs."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        flat |= {f"{key}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {key: value}
+    return flat

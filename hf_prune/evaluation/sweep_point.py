@@ -1,0 +1,67 @@
+"""One point of a sweep: a sparsity, and what was measured there."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import reprlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from hf_prune.errors import DataError
+from hf_prune.evaluation.accuracy_result import Evaluation
+from hf_prune.evaluation.comparison import Comparison, compare
+
+_LARGEST = 1e15  # of any number in a result
+
+
+@dataclass(frozen=True)
+class SweepPoint:
+    """One pruning, scored.
+
+    Args:
+        criterion: Which score.
+        sparsity: The sparsity asked for.
+        target_sparsity: Share of the target weights that is zero.
+        model_sparsity: Zeros in the targets as a share of all parameters.
+        remaining: Parameters of the whole model less those zeros.
+        prune_seconds: How long pruning took, calibration included.
+        evaluation: The score.
+        comparison: The paired comparison with the dense model.
+    """
+
+    criterion: str
+    sparsity: float
+    target_sparsity: float
+    model_sparsity: float
+    remaining: int
+    prune_seconds: float
+    evaluation: Evaluation
+    comparison: Comparison
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {**values, "evaluation": self.evaluation.to_dict(), "comparison": self.comparison.to_dict()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], dense: Evaluation, confidence: float) -> SweepPoint:
+        """The point that :meth:`to_dict` described; score and comparison are computed anew from the predictions.
+
+        Raises:
+            DataError: If a value is of another type or out of range, or not what the predictions give.
+        """
+        if not isinstance(values, dict) or not isinstance(values.get("evaluation"), dict):
+            raise DataError(f"a point is {reprlib.repr(values)}: expected an object with a score")
+        if not isinstance(values["criterion"], str):
+            raise DataError(f"criterion is {values['criterion']!r}: expected a name")
+        evaluation = Evaluation.from_dict(values["evaluation"])
+        fields = {f.name: values[f.name] for f in dataclasses.fields(cls)}
+        for name in ("sparsity", "target_sparsity", "model_sparsity", "remaining", "prune_seconds"):
+            value, most = fields[name], 1 if name.endswith("sparsity") else math.inf
+            types = (int,) if name == "remaining" else (int, float)
+            if type(value) not in types or not (0 <= value <= most and value < _LARGEST):
+                raise DataError(f"{name} is {value!r}: expected a number from 0 to {most:g}")
+        fields |= {"evaluation": evaluation, "comparison": compare(dense, evaluation, confidence=confidence)}
+        return cls(**fields)

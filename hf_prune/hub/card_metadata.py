@@ -1,0 +1,108 @@
+"""The YAML at the head of a card."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCardData
+
+from hf_prune.errors import DataError
+from hf_prune.hub.card_data import PruningCardData
+from hf_prune.hub.card_surroundings import FACTS, parts_of
+from hf_prune.hub.card_text import data_name
+from hf_prune.hub.client import is_repo_id
+from hf_prune.hub.licenses import is_license, is_link
+from hf_prune.utils.front_matter import split_card
+
+
+def read_metadata(text: str) -> dict[str, Any]:
+    """The metadata of a card, empty if it has none."""
+    return split_card(text)[0]
+
+
+def text_checksum(text: str) -> str | None:
+    """SHA-256 of our part of a card, in hexadecimal digits; None if it has none."""
+    ours = our_part(text)
+    return None if ours is None else _checksum(ours)
+
+
+def our_part(text: str) -> str | None:
+    """What is between our marks in a card, the marks included; None if they are not there."""
+    parts = parts_of(split_card(text)[1])
+    return None if parts is None else parts[1]
+
+
+def read_facts(text: str) -> dict[str, Any]:
+    """The numbers that a card gives to programs, empty if it has none."""
+    facts = read_metadata(text).get(FACTS)
+    return facts if isinstance(facts, dict) else {}
+
+
+def card_metadata(data: PruningCardData, text: str) -> dict[str, Any]:
+    """The YAML metadata of a card, as a dict.
+
+    Raises:
+        DataError: If a license or link is none.
+    """
+    for key in ("license", "license_name"):
+        value = getattr(data, key)
+        if value is not None and not is_license(value):
+            raise DataError(f"{key} is {value!r}: expected an identifier such as apache-2.0")
+    if data.license_link is not None and not is_link(data.license_link):
+        raise DataError(f"license_link is {data.license_link!r}: expected an address, https://…")
+    for key in ("base_model", "dataset"):
+        if (value := getattr(data, key)) is not None and not is_repo_id(value):
+            raise DataError(f"{key} is {value!r}: expected a Hub id, owner/name; the Hub takes no other")
+    results = []
+    score = (data.evaluation or {}).get("evaluation")
+    if score and data.dataset:
+        kind, value = ("perplexity", score.get("perplexity")) if data.tokens else ("accuracy", score.get("accuracy"))
+        task = "text-generation" if data.tokens else "text-classification"
+        results = [
+            EvalResult(
+                task_type=task,
+                dataset_type=data.dataset,
+                dataset_name=data.dataset,
+                dataset_split=score.get("split") or None,
+                metric_type=kind,
+                metric_value=value,
+            )
+        ]
+    card = ModelCardData(
+        base_model=data.base_model,
+        license=data.license,
+        license_name=data.license_name,
+        license_link=data.license_link,
+        datasets=[data.dataset] if data.dataset else None,
+        library_name="transformers",
+        tags=["pruned", "sparse", "hf_prune"],
+        model_name=data.name if results else None,
+        eval_results=results or None,
+    )
+    return {**card.to_dict(), FACTS: _facts(data, text)}
+
+
+def _facts(data: PruningCardData, text: str) -> dict[str, Any]:
+    """What verify compares with the files, and with the text."""
+    report = data.report
+    if (structure := report.get("structure")) is not None:  # the rest of the report counts what was taken out since
+        facts: dict[str, Any] = {"parameters": structure["parameters"]}
+    else:
+        facts = {key: report[key] for key in ("parameters", "nonzero", "target_parameters", "removed")}
+        facts["nm_patterns"] = list(report.get("nm_patterns") or [])
+    facts |= {"files": dict(data.files), "sha256": dict(data.checksums), "text": _checksum(text)}
+    if data.license:
+        facts["license"] = data.license
+    if (score := (data.evaluation or {}).get("evaluation")) is not None:
+        keys = ("accuracy", "perplexity", "standard_error", "n", "window", "split", "data_fingerprint")
+        facts["score"] = {key: score[key] for key in keys if score.get(key) is not None}
+        if data.dataset:
+            facts["score"]["dataset"] = data.dataset
+        elif name := data_name(data):
+            facts["score"]["data"] = name
+    return facts
+
+
+def _checksum(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,68 @@
+"""Exported models, run by ONNX Runtime or OpenVINO."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from hf_prune.errors import DataError, ExportError
+
+SUFFIXES = (".onnx", ".xml")
+
+
+class ExportedModel:
+    """An exported model, run on the CPU: a function of tensors that returns an array.
+
+    Args:
+        path: An ``.onnx`` or ``.xml`` file.
+        threads: How many threads it uses; None leaves that to the runtime.
+
+    Raises:
+        DataError: If there is no such file.
+        ExportError: If its runtime is not installed.
+    """
+
+    def __init__(self, path: str | Path, threads: int | None = None) -> None:
+        self.path = Path(path)
+        if not self.path.exists():
+            raise DataError(f"{path} does not exist: expected an exported model")
+        self._run = self._openvino(threads) if self.path.suffix == ".xml" else self._onnx(threads)
+
+    def __call__(self, **inputs: Tensor) -> Any:
+        """The logits, a NumPy array."""
+        return self._run({name: value.cpu().numpy() for name, value in inputs.items()})
+
+    def _onnx(self, threads: int | None) -> Any:
+        need("onnxruntime")
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        if threads is not None:
+            options.intra_op_num_threads = threads
+        session = onnxruntime.InferenceSession(str(self.path), options, providers=["CPUExecutionProvider"])
+        taken = {value.name for value in session.get_inputs()}
+        return lambda given: session.run(None, {k: v for k, v in given.items() if k in taken})[0]
+
+    def _openvino(self, threads: int | None) -> Any:
+        need("openvino")
+        import openvino
+
+        settings: dict[str, Any] = {} if threads is None else {"INFERENCE_NUM_THREADS": threads}
+        settings["INFERENCE_PRECISION_HINT"] = "f32"
+        compiled = openvino.Core().compile_model(str(self.path), "CPU", settings)
+        taken = {name for value in compiled.inputs for name in value.names}
+        return lambda given: compiled({k: v for k, v in given.items() if k in taken})[0]
+
+
+def need(*packages: str) -> None:
+    """Raises :class:`ExportError` if one of these packages is not installed."""
+    import importlib.util
+
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ExportError(
+            f"{', '.join(missing)} is not installed: pip install 'hf_prune[onnx]', or 'hf_prune[openvino]' for "
+            f".xml files"
+        )

@@ -1,0 +1,106 @@
+"""How fast a model of other sizes would be: a table of measured times, and the speed-up that comes of it, measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_prune.errors import PlanError
+from hf_prune.inference.timing import speedup, time_together
+from hf_prune.pruning.records import SpeedRecord
+from hf_prune.utils.forward import device_of, eval_mode
+
+_CHECK_SECONDS = 3.0
+_IMAGE = 224  # pixels in each direction, if the config does not say
+
+
+def workload_inputs(model: nn.Module, workload: Mapping[str, int] | None) -> dict[str, Tensor]:
+    """Inputs of a workload for a model, as its config describes them: random tokens, pixels or sound.
+
+    Args:
+        model: A transformers model.
+        workload: ``batch_size`` and ``length``.
+
+    Raises:
+        PlanError: If it is not known what the model takes.
+    """
+    assert workload is not None
+    config: Any = getattr(model, "config", None)
+    batch, length = workload["batch_size"], workload["length"]
+    device = device_of(model)
+    generator = torch.Generator().manual_seed(0)
+    name = getattr(model, "main_input_name", "input_ids")
+    if name == "input_ids":
+        text = config.get_text_config()
+        most = getattr(text, "max_position_embeddings", None)
+        if isinstance(most, int) and length > most:
+            raise PlanError(
+                f"a workload of length {length} is longer than the {most} positions of the model; use a shorter one"
+            )
+        ids = torch.randint(1, text.vocab_size, (batch, length), generator=generator)
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    elif name == "pixel_values":
+        size = getattr(config, "image_size", None) or _IMAGE  # convolutions take images of any size
+        size = size if isinstance(size, tuple | list) else (size, size)
+        inputs = {"pixel_values": torch.randn(batch, config.num_channels, *size, generator=generator)}
+    elif name == "input_features" and hasattr(config, "max_source_positions"):
+        frames = 2 * config.max_source_positions
+        inputs = {"input_features": torch.randn(batch, config.num_mel_bins, frames, generator=generator)}
+    else:
+        raise PlanError(
+            f"{type(model).__name__} takes {name!r}, for which no workload can be made up: expected a model of text, "
+            f"images or sound; use target_params or sparsity to prune it, pass inputs= to measure_latency to time it"
+        )
+    if getattr(config, "is_encoder_decoder", False):
+        start = torch.full((batch, min(length, 16)), config.decoder_start_token_id or 0)
+        inputs["decoder_input_ids"] = start
+    dtype = next(model.parameters()).dtype
+    return {k: v.to(device, dtype if v.is_floating_point() else v.dtype) for k, v in inputs.items()}
+
+
+def measured_speedup(
+    model: nn.Module, smaller: nn.Module, inputs: Mapping[str, Any], workload: Mapping[str, int] | None
+) -> SpeedRecord:
+    """How many times as fast a smaller model is, both in turns.
+
+    Args:
+        model: The model.
+        smaller: The other one.
+        inputs: Keyword arguments of a forward pass.
+        workload: What to say of these.
+    """
+    assert workload is not None
+    with eval_mode(model), eval_mode(smaller):
+        runs = {"dense": forward(model, inputs), "smaller": forward(smaller, inputs)}
+        found = time_together(runs, rounds=200, warmup=2, seconds=_CHECK_SECONDS)
+    ratio = speedup(found["dense"].wall, found["smaller"].wall)
+    parameter = next(model.parameters())
+    return SpeedRecord(
+        asked=ratio.value,
+        predicted=ratio.value,
+        measured=ratio.value,
+        low=ratio.low,
+        high=ratio.high,
+        rounds=len(found["dense"].wall),
+        batch_size=workload["batch_size"],
+        length=workload["length"],
+        threads=torch.get_num_threads(),
+        dtype=str(parameter.dtype).removeprefix("torch."),
+        device=parameter.device.type,
+    )
+
+
+def forward(model: nn.Module, inputs: Mapping[str, Any]) -> Callable[[], object]:
+    """A call that runs a model once, and waits until it has."""
+    cuda = device_of(model).type == "cuda"
+
+    def run() -> None:
+        with torch.inference_mode():
+            model(**inputs)
+        if cuda:
+            torch.cuda.synchronize()
+
+    return run

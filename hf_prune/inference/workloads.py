@@ -1,0 +1,160 @@
+"""What models are timed on: the same inputs for all, made up from their configs or given."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from hf_prune.errors import ConfigError, PlanError
+from hf_prune.inference.speedup import forward, workload_inputs
+from hf_prune.utils.forward import device_of
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One batch that every model runs.
+
+    Args:
+        batch_size: Examples at once.
+        length: Tokens of each; 0 for images and sound, which have none.
+        inputs: Keyword arguments of a forward pass.
+    """
+
+    batch_size: int
+    length: int
+    inputs: dict[str, Any]
+
+
+def find_workloads(
+    models: Mapping[str, nn.Module],
+    inputs: Mapping[str, Any] | None,
+    batch_sizes: Sequence[int],
+    lengths: Sequence[int],
+) -> list[Workload]:
+    """Batches for all of some models, and a check that comparing the models on them is fair.
+
+    Args:
+        models: By name.
+        inputs: Keyword arguments of a forward pass; None makes them up: random tokens that all models know, random
+            pixels or sound.
+        batch_sizes: Of batches that are made up.
+        lengths: Of those, in tokens; of images and sound the config decides.
+
+    Raises:
+        ConfigError: If the models differ in dtype, device or in what they take, or ``inputs`` holds no tensor.
+        PlanError: If it is not known what a model takes.
+    """
+    _check_alike({name: (dtypes(model), device(model)) for name, model in models.items()})
+    if inputs is not None:
+        return [_given(inputs, next(iter(models.values())))]
+    found: dict[tuple[int, int], Workload] = {}
+    for batch_size in batch_sizes:
+        for length in lengths:
+            made = {name: _make(name, model, batch_size, length) for name, model in models.items()}
+            _check_alike({name: tuple((k, *v.shape) for k, v in each.items()) for name, each in made.items()})
+            each = made[min(models, key=lambda name: _vocabulary(models[name]))]
+            tokens = length if "input_ids" in each else 0
+            found.setdefault((batch_size, tokens), Workload(batch_size, tokens, each))
+    return list(found.values())
+
+
+def check_runs(models: Mapping[str, nn.Module], workload: Workload) -> None:
+    """Run each model once.
+
+    Args:
+        models: By name, in eval mode.
+        workload: What on.
+
+    Raises:
+        PlanError: If one does not run.
+    """
+    for name, model in models.items():
+        try:
+            forward(model, workload.inputs)()
+        except Exception as error:
+            shapes = {k: tuple(v.shape) for k, v in workload.inputs.items() if isinstance(v, Tensor)}
+            reason = next(iter(str(error).splitlines()), "")
+            raise PlanError(
+                f"{name} does not run on {shapes} ({type(error).__name__}: {reason}): make the workload smaller, or "
+                f"pass inputs= with what it takes to measure_latency"
+            ) from error
+
+
+def check_generation(models: Mapping[str, Any], workloads: Sequence[Workload], new_tokens: int) -> None:
+    """Refuse generation that a model cannot do.
+
+    Args:
+        models: By name.
+        workloads: The prompts.
+        new_tokens: How many tokens are made after each; 0 is always fine.
+
+    Raises:
+        ConfigError: If a model is no causal language model, or has too few positions.
+    """
+    if not new_tokens:
+        return
+    unable = [name for name, model in models.items() if not _generates(model)]
+    if unable:
+        raise ConfigError(f"new_tokens={new_tokens} is for causal language models, which {', '.join(unable)} is not")
+    longest = max(workload.length for workload in workloads)
+    for name, model in models.items():
+        most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        if isinstance(most, int) and longest + new_tokens > most:
+            raise ConfigError(
+                f"a prompt of {longest} tokens and {new_tokens} new ones are more than the {most} positions of {name}: "
+                f"expected at most {most} together"
+            )
+
+
+def dtypes(model: nn.Module) -> str:
+    """The dtypes of a model's weights, such as ``"float32"``."""
+    return "+".join(sorted({str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters()}))
+
+
+def device(model: nn.Module) -> str:
+    """Where a model's weights are, such as ``"cpu"``."""
+    return "+".join(sorted({str(parameter.device) for parameter in model.parameters()}))
+
+
+def _check_alike(kinds: Mapping[str, object]) -> None:
+    if len(set(kinds.values())) > 1:
+        raise ConfigError(
+            f"models of different dtypes, devices or inputs are not compared: found {dict(kinds)}; load them alike, or "
+            f"time each alone"
+        )
+
+
+def _given(inputs: Mapping[str, Any], model: nn.Module) -> Workload:
+    tensors = {k: v for k, v in inputs.items() if isinstance(v, Tensor) and v.ndim}
+    if not tensors:
+        raise ConfigError(f"inputs= holds no tensor: found {dict(inputs)}, expected keyword arguments of the models")
+    where = device_of(model)
+    ids = tensors.get("input_ids")
+    return Workload(
+        batch_size=len(next(iter(tensors.values()))),
+        length=0 if ids is None or ids.ndim < 2 else ids.shape[1],
+        inputs={k: v.to(where) if isinstance(v, Tensor) else v for k, v in inputs.items()},
+    )
+
+
+def _make(name: str, model: nn.Module, batch_size: int, length: int) -> dict[str, Tensor]:
+    if not hasattr(model, "config"):
+        raise PlanError(
+            f"{name} is a {type(model).__name__} without a config, which would say what it takes: pass inputs="
+        )
+    try:
+        return workload_inputs(model, {"batch_size": batch_size, "length": length})
+    except PlanError as error:
+        raise PlanError(f"{name}: {error}") from error
+
+
+def _generates(model: Any) -> bool:
+    can = getattr(model, "can_generate", None)
+    return bool(can and can()) and not model.config.is_encoder_decoder
+
+
+def _vocabulary(model: Any) -> int:
+    return getattr(model.config.get_text_config(), "vocab_size", None) or 0

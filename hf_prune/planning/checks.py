@@ -1,0 +1,220 @@
+"""Whether values of settings make sense."""
+
+from __future__ import annotations
+
+import math
+import numbers
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from hf_prune.errors import ConfigError
+from hf_prune.planning.choices import (
+    ALLOCATIONS,
+    DEFAULT_SPARSITY,
+    POLISH_DEFAULTS,
+    POLISHES,
+    UNIT_KINDS,
+    WORKLOAD_DEFAULTS,
+)
+from hf_prune.utils.registry import unknown_name
+
+_LONGEST_PATTERN, _DEEPEST_PATTERN, _MOST_REPEATS = 2000, 11, 5  # of regular expressions for names of modules
+
+
+def unit_kinds(granularity: object) -> tuple[str, ...]:
+    """The kinds of units that a granularity names, in the order of :data:`UNIT_KINDS`; none if of another sort."""
+    names = (granularity,) if isinstance(granularity, str) else granularity
+    if not isinstance(names, list | tuple) or not any(name in UNIT_KINDS for name in names):
+        return ()
+    for name in names:
+        if name not in UNIT_KINDS:
+            raise unknown_name("kind of unit in granularity", name, UNIT_KINDS)
+    return tuple(kind for kind in UNIT_KINDS if kind in names)
+
+
+def check_budget(name: str, value: object) -> float:
+    """A target in parameters, operations or speed, if it is one.
+
+    Raises:
+        ConfigError: If not.
+    """
+    if name == "target_speedup":
+        if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 1 <= float(value) < math.inf:
+            raise ConfigError(
+                f"target_speedup is {value!r}: expected a number of at least 1, such as 2 for twice as fast"
+            )
+        return float(value)
+    share = check_sparsity(name, value)
+    if share == 0:
+        raise ConfigError(f"{name} is {value!r}: expected the share that is left, above 0")
+    return share
+
+
+def check_workload(workload: object) -> dict[str, int]:
+    """The inputs that a speed-up is for, with defaults filled in.
+
+    Raises:
+        ConfigError: If a key or a value makes no sense.
+    """
+    if workload is None:
+        return dict(WORKLOAD_DEFAULTS)
+    if not isinstance(workload, Mapping):
+        raise ConfigError(f"workload is {workload!r}: expected a dict such as {dict(WORKLOAD_DEFAULTS)}")
+    for key, value in workload.items():
+        if key not in WORKLOAD_DEFAULTS:
+            raise unknown_name("key of workload", key, list(WORKLOAD_DEFAULTS))
+        check_positive(f"workload[{key!r}]", value)
+    return {**WORKLOAD_DEFAULTS, **workload}
+
+
+def check_positive(name: str, value: object) -> None:
+    """Make sure that a setting is a whole number of at least 1.
+
+    Raises:
+        ConfigError: If it is not.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigError(f"{name} is {value!r}: expected an integer of at least 1")
+
+
+def check_sparsity(name: str, value: object) -> float:
+    """A sparsity as a float.
+
+    Raises:
+        ConfigError: If it is no number from 0 to 1.
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= float(value) <= 1:
+        percent = isinstance(value, numbers.Real) and math.isfinite(float(value)) and 2 <= float(value) <= 100
+        hint = f"; did you mean {float(value) / 100:g}?" if percent else ""  # type: ignore[arg-type]
+        raise ConfigError(f"{name} is {value!r}: expected a share from 0 to 1{hint}")
+    return float(value)
+
+
+def resolve_sparsity(sparsity: object, granularity: Any) -> float:
+    """The sparsity to reach: the one given, or the one that a pattern such as 2:4 fixes.
+
+    Raises:
+        ConfigError: If the two contradict each other.
+    """
+    fixed = granularity.fixed_sparsity
+    if sparsity is None:
+        return DEFAULT_SPARSITY if fixed is None else fixed
+    value = check_sparsity("sparsity", sparsity)
+    if fixed is not None and not math.isclose(value, fixed, abs_tol=1e-9):
+        raise ConfigError(
+            f"sparsity={value:g} contradicts granularity={granularity.spec!r}, which fixes it at {fixed:g}: "
+            f"leave sparsity out"
+        )
+    return value if fixed is None else fixed
+
+
+def check_allocation(allocation: object) -> str | dict[str, float]:
+    """An allocation by name, or sparsities by module.
+
+    Raises:
+        ConfigError: If it is neither.
+    """
+    if isinstance(allocation, str):
+        if allocation not in ALLOCATIONS:
+            raise unknown_name("allocation", allocation, [*ALLOCATIONS, "{module: sparsity}"])
+        return allocation
+    if not isinstance(allocation, Mapping) or not allocation:
+        raise ConfigError(
+            f"allocation is {allocation!r}: expected {', '.join(map(repr, ALLOCATIONS))} or a non-empty dict of "
+            f"module name to sparsity"
+        )
+    for key in allocation:
+        if not isinstance(key, str) or not key:
+            raise ConfigError(f"allocation names the module {key!r}: expected a non-empty string")
+    return {key: check_sparsity(f"allocation[{key!r}]", value) for key, value in allocation.items()}
+
+
+def check_polish(polish: object) -> dict[str, float] | None:
+    """The settings of a polish, with defaults filled in; None for no polish.
+
+    Raises:
+        ConfigError: If a key or a value makes no sense.
+    """
+    if polish is None:
+        return None
+    if isinstance(polish, str):
+        if polish not in POLISHES:
+            raise unknown_name("polish", polish, POLISHES)
+        return dict(POLISH_DEFAULTS)
+    if not isinstance(polish, Mapping):
+        raise ConfigError(
+            f"polish is {polish!r}: expected None, 'distill', or settings such as {dict(POLISH_DEFAULTS)}"
+        )
+    for key in polish:
+        if key not in POLISH_DEFAULTS:
+            raise unknown_name("setting of polish", key, POLISH_DEFAULTS)
+    found = {**POLISH_DEFAULTS, **polish}
+    check_positive("polish['epochs']", found["epochs"])
+    rate = found["learning_rate"]
+    if isinstance(rate, bool) or not isinstance(rate, numbers.Real) or not 0 < float(rate) < 1:
+        raise ConfigError(f"polish['learning_rate'] is {rate!r}: expected a number between 0 and 1, such as 1e-4")
+    return {"epochs": found["epochs"], "learning_rate": float(rate)}
+
+
+def _check_pattern(name: str, pattern: str) -> None:
+    """Make sure that a regular expression is one, and cannot take forever: configs come from checkpoints of others.
+
+    What repeats a group that repeats something, or that has alternatives, may try all ways to divide a name among them.
+    What is optional is a repetition too. What passes and is slow all the same has a time limit where it is matched.
+    """
+    if len(pattern) > _LONGEST_PATTERN:
+        raise ConfigError(
+            f"{name} is a regular expression of {len(pattern):,} characters: expected at most {_LONGEST_PATTERN:,}; "
+            f"list the modules instead"
+        )
+    plain = re.sub(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]", "x", pattern, flags=re.DOTALL)  # neither escapes nor sets
+    groups, repeats = [False], 0
+    for i, character in enumerate(plain):
+        after = plain[i + 1 : i + 2]
+        if character == "(":
+            groups.append(False)
+        elif character == ")" and len(groups) > 1:
+            inner = groups.pop()
+            if inner and after and after in "*+{":
+                raise ConfigError(
+                    f"{name}={pattern!r} repeats a group that has repetitions or alternatives, which can take forever "
+                    f"to match: write it without, or list the modules"
+                )
+            groups[-1] = groups[-1] or inner
+        elif character == "?" and plain[i - 1 : i] in ("(", "*", "+", "?", "}"):
+            continue  # it says of which kind a group or a repetition is
+        elif character in "*+?{|":
+            groups[-1] = True
+            repeats += character != "|"
+        if len(groups) > _DEEPEST_PATTERN or repeats > _MOST_REPEATS:
+            raise ConfigError(
+                f"{name}={pattern[:60]!r} has more than {_DEEPEST_PATTERN - 1} groups inside one another or "
+                f"{_MOST_REPEATS} repetitions, which can take forever to match: list the modules instead"
+            )
+    import regex  # which matches, since it has a time limit; re tells better what is wrong
+
+    try:
+        re.compile(pattern)
+        regex.compile(pattern)
+    except (re.error, regex.error, RecursionError, OverflowError) as error:
+        raise ConfigError(f"{name}={pattern!r} is not a regular expression: {error}") from error
+
+
+def check_modules(name: str, modules: object) -> str | tuple[str, ...]:
+    """Names of modules, or a pattern that matches them.
+
+    Raises:
+        ConfigError: If it is neither.
+    """
+    if modules is None or (isinstance(modules, str) and not modules):
+        return ()
+    if isinstance(modules, str):
+        _check_pattern(name, modules)
+        return modules
+    names = tuple(modules) if isinstance(modules, Iterable) else (modules,)
+    if not all(isinstance(entry, str) and entry for entry in names):
+        raise ConfigError(
+            f"{name} is {modules!r}: expected 'all-linear', a regular expression, or a list of module-name suffixes"
+        )
+    return names

@@ -1,0 +1,227 @@
+"""Count what a config would remove from a model, before anything is done."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+
+from torch import Tensor, nn
+
+from hf_prune.architectures.channels import coupled_parameters
+from hf_prune.architectures.find_unit_groups import find_channel_groups
+from hf_prune.criteria.base import CURVATURE, INPUTS, WIDEST_FISHER_BLOCK
+from hf_prune.criteria.registry import CRITERIA
+from hf_prune.errors import PlanError
+from hf_prune.granularities.base import Granularity
+from hf_prune.granularities.registry import parse_granularity
+from hf_prune.kernels.matrix import Target, is_finite
+from hf_prune.planning.allocation import allocate
+from hf_prune.planning.config import PruningConfig
+from hf_prune.planning.coverage import owner_of, parametrized_linears, passed_over, uncovered_matrices
+from hf_prune.planning.plan import PlannedTensor, PruningPlan, least_weights, percent
+from hf_prune.planning.targets import divisible, resolve_targets
+from hf_prune.utils.notices import CoverageWarning, warn_user
+from hf_prune.utils.wrapping import copied_modules
+
+_MUCH = 0.1  # share of the matrices that a config means and that stay dense: so much is worth a warning
+_ROUNDING = 0.005  # the same sparsity in another scope may round to this much less of the weights
+
+
+def make_plan(
+    model: nn.Module,
+    config: PruningConfig,
+    learned: Mapping[str, float] | None = None,
+    *,
+    loaded: bool = True,
+    masks: Mapping[str, Tensor] | None = None,
+    only: Collection[str] | None = None,
+) -> PruningPlan:
+    """Resolve a config on a model; the model is not changed.
+
+    Args:
+        model: Any torch module.
+        config: The settings.
+        learned: The sparsity of every target, for an allocation that is learned from data.
+        loaded: Whether its weights are there. False for a model on the meta device; nobody has then seen whether
+            they are finite.
+        masks: Those of earlier prunings that count, by parameter name.
+        only: Whole names of modules, of those that the config means; None for all of them.
+
+    Raises:
+        PlanError: If no target matches, a weight cannot be divided into units, a weight has NaN or
+            infinite values, or the model is already sparser than the config asks for.
+        MaskError: If the masks of an earlier pruning no longer fit the model.
+    """
+    targets = resolve_targets(model, config, loaded=loaded, only=only)
+    granularity = parse_granularity(config.granularity)
+    if granularity.spec == "channel":
+        following = coupled_parameters(find_channel_groups(model))  # they lose what the convolution before them loses
+        targets = [t for t in targets if t.name not in following] or targets
+    every = len(targets)
+    targets, left_out = divisible(targets, config)
+    if not targets:
+        misfits = [f"{name} {why}" for name, why in left_out.items()]
+        raise PlanError(
+            f"granularity {granularity.spec!r} does not divide {len(misfits)} of {every} targets: "
+            f"{_some(misfits)}. Choose another granularity, or list those modules in exclude_modules"
+        )
+    parameters = dict(model.named_parameters())
+    if loaded:
+        refuse_infinite({t.name: parameters[t.name].detach() for t in targets})
+    _refuse_inputs(model, targets, config)
+    _refuse_wide_units(targets, granularity, config)
+    tensors, remove = _count(targets, config, granularity, masks or {}, learned)
+    _refuse_regrowth(tensors, remove, config)
+    return PruningPlan(
+        config=config,
+        tensors=tensors,
+        remove=remove,
+        model_name=type(model).__name__,
+        total_parameters=sum(p.numel() for p in parameters.values()),
+        total_bytes=sum(p.numel() * p.element_size() for p in parameters.values()),
+        element_size=parameters[targets[0].name].element_size(),
+        uncovered=uncovered_matrices(model),
+        notes=coverage_notes(model, config, targets, left_out),
+    )
+
+
+def warn_of(notes: Sequence[str]) -> None:
+    """Say, in one warning, what a plan leaves dense."""
+    if notes:
+        warn_user(" ".join(notes), CoverageWarning)
+
+
+def coverage_notes(
+    model: nn.Module,
+    config: PruningConfig,
+    targets: Sequence[Target],
+    left_out: Mapping[str, str],
+    masked: Collection[str] = (),
+) -> tuple[str, ...]:
+    """Sentences about what a config means and leaves dense all the same.
+
+    Position embeddings, class tokens and the convolution that cuts an image in patches are matrices too: of common
+    models without fused experts they are up to 6 %, and not worth a sentence.
+
+    Args:
+        model: Any torch module.
+        config: The settings.
+        targets: What is pruned.
+        left_out: Why the granularity does not divide others, by module name.
+        masked: Parameters that have masks already.
+    """
+    notes = []
+    if left_out:
+        misfits = _some([f"{name} {why}" for name, why in left_out.items()])
+        notes.append(f"Left dense, since granularity {config.granularity!r} does not divide them: {misfits}.")
+    missed = {name: size for name, size in passed_over(model, config, targets).items() if name not in masked}
+    copies = copied_modules(model)
+    owners = {owner_of(name): model.get_submodule(owner_of(name)) for name in missed}
+    if copied := {owner: copies[module] for owner, module in owners.items() if module in copies}:
+        notes.append(
+            f"Not pruned, since modules_to_save trains copies of them: {_some(sorted(set(copied.values())))}; prune "
+            f"before the adapters are added, or after they are merged."
+        )
+    if computed := parametrized_linears(missed, model):
+        notes.append(
+            f"Left dense, since their weights are computed from others (weight norm or another parametrization): "
+            f"{_some(computed)}; torch.nn.utils.parametrize.remove_parametrizations makes plain weights of them."
+        )
+    dense = sum(missed.values())
+    whole = sum(t.size for t in targets) + dense
+    if dense and dense >= _MUCH * whole:
+        explained = {*left_out, *computed, *copied}
+        others = {name: size for name, size in missed.items() if owner_of(name) not in explained}
+        covers = "pruning covers Linear and Conv1D, convolutions that target_modules names, and no fused experts"
+        reason = f": {covers}" if len(others) == len(missed) else f". Of {_largest(others)}: {covers}" if others else ""
+        notes.append(
+            f"{percent(dense, whole)} of the {whole:,} weights in matrices of {type(model).__name__} stay dense, the "
+            f"largest {_largest(missed)}{reason}."
+        )
+    return tuple(notes)
+
+
+def _largest(sizes: Mapping[str, int]) -> str:
+    """The first three of names with their sizes, which begin with the largest."""
+    return ", ".join(f"{name} ({size:,})" for name, size in list(sizes.items())[:3])
+
+
+def refuse_infinite(weights: Mapping[str, Tensor]) -> None:
+    """Make sure that weights are finite.
+
+    Raises:
+        PlanError: If one is not.
+    """
+    bad = [name for name, weight in weights.items() if not is_finite(weight)]
+    if bad:
+        raise PlanError(f"NaN or infinite values in {_some(bad)}: expected finite weights; check how they were made")
+
+
+def _refuse_inputs(model: nn.Module, targets: list[Target], config: PruningConfig) -> None:
+    """What flows into a weight is one matrix of inputs, which a grouped convolution does not have."""
+    if config.repair is None and not CRITERIA.get(config.criterion).needs & INPUTS:
+        return
+    modules = dict(model.named_modules())
+    grouped = [t.module for t in targets if t.layout == "conv" and t.inputs != modules[t.module].in_channels]
+    if grouped:
+        who = f"criterion {config.criterion!r}" if config.repair is None else f"repair={config.repair!r}"
+        raise PlanError(
+            f"{who} cannot handle grouped convolutions, whose outputs see different inputs, and found "
+            f"{_some(grouped)}: list those modules in exclude_modules"
+        )
+
+
+def _refuse_wide_units(targets: list[Target], granularity: Granularity, config: PruningConfig) -> None:
+    """Neighbours that are removed together share a block of the Fisher matrix, whose size is squared."""
+    width = granularity.pool or max(granularity.block_in(t.matrix_shape)[1] for t in targets)
+    if config.needs & CURVATURE and width > WIDEST_FISHER_BLOCK:
+        raise PlanError(
+            f"criterion {config.criterion!r} inverts blocks of neighbouring inputs, and granularity "
+            f"{granularity.spec!r} decides on {width} of them at once: expected at most {WIDEST_FISHER_BLOCK}; choose "
+            f"another granularity, or criterion 'fisher_diagonal'"
+        )
+
+
+def _count(
+    targets: list[Target],
+    config: PruningConfig,
+    granularity: Granularity,
+    masks: Mapping[str, Tensor],
+    learned: Mapping[str, float] | None,
+) -> tuple[tuple[PlannedTensor, ...], int]:
+    """Exact counts: k = round(sparsity * n) in every pool."""
+    assert config.sparsity is not None
+    unknown = config.scope == "global" or (config.learns_allocation and learned is None)
+    sparsities = learned or allocate(config.allocation, config.sparsity, targets)
+    tensors = []
+    for target in targets:
+        rows, columns = granularity.units(target.matrix_shape)
+        units, sparsity = rows * columns, sparsities[target.name]
+        mask = masks.get(target.name)
+        already = 0 if mask is None else mask.numel() - int(mask.count_nonzero())
+        pool = granularity.pool or (columns if config.scope == "row" else units)
+        remove = None if unknown else round(sparsity * pool) * (units // pool)
+        tensors.append(PlannedTensor(target, None if remove is None else sparsity, units, pool, remove, already))
+    if unknown:
+        return tuple(tensors), round(config.sparsity * sum(t.units for t in tensors))
+    return tuple(tensors), sum(t.remove or 0 for t in tensors)
+
+
+def _refuse_regrowth(tensors: tuple[PlannedTensor, ...], remove: int, config: PruningConfig) -> None:
+    """Pruning only ever adds zeros: a config that asks for fewer than there are contradicts the masks."""
+    already = sum(t.already for t in tensors)
+    if any(t.remove is None for t in tensors):
+        planned = least_weights(tensors, remove)
+    else:
+        planned = sum((t.remove or 0) * (t.target.size // t.units) for t in tensors)
+    size = sum(t.target.size for t in tensors)
+    if already > planned + _ROUNDING * size:
+        raise PlanError(
+            f"sparsity={config.sparsity:g} is below what earlier pruning already removed from these targets "
+            f"({already:,} of {size:,} weights, {percent(already, size)}), and pruning only adds zeros: "
+            f"ask for more, or call discard_masks() first"
+        )
+
+
+def _some(items: list[str], most: int = 3) -> str:
+    more = f" and {len(items) - most} more" if len(items) > most else ""
+    return "; ".join(items[:most]) + more

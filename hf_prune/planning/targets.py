@@ -1,0 +1,255 @@
+"""Which weights are pruned, and the one canonical (out_features, in_features) view of them.
+
+Layouts differ: ``nn.Linear`` stores (out, in), the ``Conv1D`` of GPT-2 (in, out), convolutions
+(out, in / groups, *kernel). Everything past this module sees a matrix with outputs as rows and inputs
+as columns; of a convolution, the columns run over kernel positions and, fastest, over input channels,
+so that M consecutive columns are M consecutive inputs.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Collection, Iterator
+from pathlib import Path
+
+import regex
+import torch
+from torch import Tensor, nn
+
+from hf_prune.errors import PlanError
+from hf_prune.granularities.registry import parse_granularity
+from hf_prune.kernels.matrix import Target
+from hf_prune.planning.config import PruningConfig
+from hf_prune.utils.number_formats import refuse_quantized
+from hf_prune.utils.registry import unknown_name
+from hf_prune.utils.torch_masks import refuse_torch_masks
+from hf_prune.utils.wrapping import adapters, copied_modules, unadapted_name
+
+ALL_LINEAR = "all-linear"
+_SECONDS = 1.0  # that matching a name may take
+
+
+def resolve_targets(
+    model: nn.Module, config: PruningConfig, *, loaded: bool = True, only: Collection[str] | None = None
+) -> list[Target]:
+    """The weights that a config means on a model, in the order of its modules.
+
+    Tied weights and shared modules appear once, under the name that ``named_parameters()`` gives them. Adapters are
+    none; what they adapt goes by the name of its layer, with or without ``.base_layer``. Nor are modules of which
+    ``modules_to_save`` trains copies, which run in their place.
+
+    Args:
+        model: Any torch module.
+        config: Its ``target_modules`` and ``exclude_modules``.
+        loaded: Whether its weights have to be there. False for a model on the meta device, whose weights come later.
+        only: Whole names of modules, of those that the config means; None for all of them.
+
+    Raises:
+        ModelTypeError: If it is no model.
+        PlanError: If a name matches no module, if nothing is left to prune, if a weight is not loaded
+            or not of a plain floating-point type, or the model is quantized, or if torch.nn.utils.prune holds masks
+            of its own.
+    """
+    refuse_quantized(model)
+    refuse_torch_masks(model)
+    prunable = dict(prunable_modules(model))
+    every_name = [name for name, _ in model.named_modules(remove_duplicate=False)]
+    if adapted := bool(adapters(model)):
+        every_name += [unadapted_name(name) for name in every_name]
+    for setting in ("target_modules", "exclude_modules"):
+        _check_matches(setting, getattr(config, setting), every_name, prunable)
+    heads = output_embeddings(model)
+    aliases: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        aliases.setdefault(id(module), []).extend({name, unadapted_name(name)} if adapted else {name})
+
+    wanted, excluded = quick_pattern(config.target_modules), quick_pattern(config.exclude_modules)
+
+    def means(pattern: str | Collection[str], module: nn.Module, layout: str) -> bool:
+        if pattern == ALL_LINEAR:
+            return layout != "conv" and module not in heads
+        return any(module_matches(name, pattern) for name in aliases[id(module)])
+
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    targets: dict[int, Target] = {}
+    for module_name, (module, layout) in prunable.items():
+        if means(excluded, module, layout) or not means(wanted, module, layout):
+            continue
+        if only is not None and not any(name in only for name in aliases[id(module)]):
+            continue
+        weight = module._parameters["weight"]
+        assert weight is not None
+        if layout == "linear" and 0 in (module.out_features, module.in_features):
+            continue  # shrink() left nothing of it
+        if id(weight) not in targets:
+            _check_weight(module_name, weight, loaded)
+            targets[id(weight)] = Target(names[id(weight)], module_name, layout, tuple(weight.shape))
+    if not targets:
+        copied = ", ".join(dict.fromkeys(copied_modules(model).values()))
+        raise PlanError(
+            f"no target matched target_modules={config.target_modules!r} with exclude_modules="
+            f"{config.exclude_modules!r}: {type(model).__name__} has {_available(prunable)}"
+            f"{f', and modules_to_save trains copies of {copied}' if copied else ''}"
+        )
+    return list(targets.values())
+
+
+def quick_pattern(pattern: str | Collection[str]) -> str | frozenset[str]:
+    """A setting of modules as :func:`module_matches` looks names up in it, however many it lists."""
+    return pattern if isinstance(pattern, str) else frozenset(pattern)
+
+
+def module_matches(name: str, pattern: str | Collection[str]) -> bool:
+    """Whether a module is meant: a regular expression for the whole name, or suffixes, fastest as a set.
+
+    Raises:
+        PlanError: If the regular expression takes longer than names are worth.
+    """
+    if not isinstance(pattern, str):
+        return any(suffix in pattern for suffix in suffixes(name))
+    try:
+        return regex.fullmatch(pattern, name, timeout=_SECONDS) is not None
+    except TimeoutError as error:
+        raise PlanError(
+            f"{pattern[:60]!r} takes longer than {_SECONDS:g} s to match with {name!r}: list the modules instead"
+        ) from error
+
+
+def suffixes(name: str) -> Iterator[str]:
+    """A name, and what of it follows each dot."""
+    yield name
+    while "." in name:
+        name = name.partition(".")[2]
+        yield name
+
+
+def prunable_modules(model: nn.Module) -> Iterator[tuple[str, tuple[nn.Module, str]]]:
+    """Modules that multiply with a weight that can be pruned: name, module and layout, in their order."""
+    from transformers.pytorch_utils import Conv1D
+
+    others = adapters(model).keys() | copied_modules(model).keys()
+    for name, module in model.named_modules():
+        if module in others:
+            continue
+        if not isinstance(getattr(module, "_parameters", {}).get("weight"), nn.Parameter):
+            continue
+        if isinstance(module, nn.Linear):
+            yield name, (module, "linear")
+        elif isinstance(module, Conv1D):
+            yield name, (module, "conv1d")
+        elif isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            yield name, (module, "conv")
+
+
+def output_embeddings(model: nn.Module) -> set[nn.Module]:
+    """Those of the model and of models inside it, themselves or what adapters wrap."""
+    found: set[nn.Module] = set()
+    for module in model.modules():
+        try:
+            head = getattr(module, "get_output_embeddings", lambda: None)()
+        except (AttributeError, NotImplementedError):  # a model without
+            continue
+        if isinstance(head, nn.Module):
+            found |= {head, *head.modules()}
+    return found
+
+
+def _check_matches(setting: str, pattern: str | tuple[str, ...], names: list[str], prunable: Collection[str]) -> None:
+    """A name that matches nothing is a typing error, and would silently protect or prune nothing."""
+    if pattern == ALL_LINEAR or not pattern:
+        return
+    known = sorted({unadapted_name(name).rsplit(".", 1)[-1] for name in prunable})
+    if isinstance(pattern, str):
+        if not any(module_matches(name, pattern) for name in names):
+            raise PlanError(
+                f"{setting}={pattern!r} is a regular expression for whole module names, and none matches: expected "
+                f"one such as '.*{known[0] if known else 'dense'}', or a list of last names, such as [{pattern!r}]; "
+                f"there are {', '.join(known)}"
+            )
+        return
+    there = {suffix for name in names for suffix in suffixes(name)}
+    for suffix in pattern:
+        if suffix not in there:
+            raise PlanError(f"{setting}: {unknown_name('module', suffix, known)}")
+
+
+def _check_weight(module_name: str, weight: Tensor, loaded: bool) -> None:
+    if weight.is_meta and loaded:
+        raise PlanError(
+            f"{module_name}.weight is on the meta device (offloaded or not loaded): load the model without "
+            f"offloading before pruning it"
+        )
+    if weight.numel() == 0:
+        raise PlanError(
+            f"{module_name}.weight has no elements (shape {tuple(weight.shape)}): gather partitioned weights before "
+            f"pruning, or list the module in exclude_modules"
+        )
+
+
+def _available(prunable: dict[str, tuple[nn.Module, str]]) -> str:
+    if not prunable:
+        return "no Linear, Conv1D or convolution at all"
+    kinds: dict[str, set[str]] = {}
+    for name, (module, _) in prunable.items():
+        kinds.setdefault(type(module).__name__, set()).add(name.rsplit(".", 1)[-1])
+    return "; ".join(f"{kind} named {', '.join(sorted(names))}" for kind, names in sorted(kinds.items()))
+
+
+def refuse_read_only(model: nn.Module) -> None:
+    """Make sure that weights can be written to; where they are a file mapped for reading, the process would be killed.
+
+    Only Linux says so; elsewhere nothing is looked at.
+
+    Raises:
+        PlanError: If one cannot.
+    """
+    maps = Path("/proc/self/maps")
+    if not maps.is_file():
+        return
+    ends, writable = [], []
+    for line in maps.read_text().splitlines():
+        addresses, permissions, *_ = line.split()
+        ends.append(int(addresses.partition("-")[2], 16))
+        writable.append("w" in permissions)
+    for name, parameter in model.named_parameters():
+        plain = type(parameter) is nn.Parameter and parameter.layout == torch.strided
+        if plain and parameter.device.type == "cpu" and parameter.numel():
+            found = bisect.bisect_right(ends, parameter.data_ptr())
+            if found < len(ends) and not writable[found]:
+                raise PlanError(
+                    f"{name} lies in memory that cannot be written to, as a file does that was mapped for reading: "
+                    f"give the model a copy of it first, parameter.data = parameter.data.clone()"
+                )
+
+
+def divisible(targets: list[Target], config: PruningConfig) -> tuple[list[Target], dict[str, str]]:
+    """The targets that a granularity divides into units, and why it does not divide the others, by module name."""
+    granularity = parse_granularity(config.granularity)
+    misfits = {t.name: (t, why) for t in targets if (why := granularity.misfit(t)) is not None}
+    left_out = {t.module: f"{t.shape}: {why}" for t, why in misfits.values()}
+    return [t for t in targets if t.name not in misfits], left_out
+
+
+def bias_names(model: nn.Module, targets: Collection[Target]) -> dict[str, str]:
+    """Names of the biases that belong to targets alone: by the target's name.
+
+    A weight that several modules share has no bias of its own, nor has one whose bias another module shares.
+
+    Args:
+        model: Any torch module.
+        targets: Weights of it.
+    """
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    wanted = {t.name for t in targets}
+    found: dict[str, list[Tensor | None]] = {}
+    users: dict[int, int] = {}
+    for module in model.modules():
+        bias = module._parameters.get("bias")
+        if bias is not None:
+            users[id(bias)] = users.get(id(bias), 0) + 1
+    for _, (module, _) in prunable_modules(model):  # a tied embedding has no say
+        if (name := names.get(id(module._parameters["weight"]))) in wanted:
+            assert name is not None
+            found.setdefault(name, []).append(module._parameters.get("bias"))
+    single = {name: biases[0] for name, biases in found.items() if len(biases) == 1}
+    return {name: names[id(b)] for name, b in single.items() if b is not None and users[id(b)] == 1}

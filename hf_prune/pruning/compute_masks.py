@@ -1,0 +1,195 @@
+"""From scores to masks: what a plan and its criterion leave of every weight."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from hf_prune.criteria.base import INPUTS, WeightStats
+from hf_prune.errors import CalibrationError
+from hf_prune.kernels.least_squares import refit, with_output_correction
+from hf_prune.kernels.matrix import Target, is_finite
+from hf_prune.kernels.selection import CHUNK, Chunks, keep_highest
+from hf_prune.planning.plan import PlannedTensor, PruningPlan
+from hf_prune.planning.targets import bias_names
+from hf_prune.pruning.selector import Selector, checked_units, select_units, spread_units
+from hf_prune.utils.distributed import broadcast, fail_together
+
+_LEAST_SHARE = 1e-6  # of the mean weight of outputs that the predictions hardly depend on
+
+
+def compute_masks_synced(
+    model: nn.Module,
+    plan: PruningPlan,
+    stats: Mapping[str, WeightStats],
+    old_masks: Mapping[str, Tensor],
+    given: Mapping[str, Tensor] | None = None,
+    biases: Mapping[str, str] | None = None,
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """:func:`compute_masks`, and of several processes that calibrate together each gets what the first one computed.
+
+    The statistics are the same in all of them, but nothing promises that two machines round an eigenvalue alike; masks
+    that differ would never be noticed. Without calibration processes need not wait for one another.
+    """
+    if not plan.needs:
+        return compute_masks(model, plan, stats, old_masks, given, biases=biases)
+    with fail_together():
+        found = compute_masks(model, plan, stats, old_masks, given, biases=biases)
+    masks, weights = ({name: broadcast(tensor) for name, tensor in tensors.items()} for tensors in found)
+    return masks, weights
+
+
+@torch.no_grad()
+def compute_masks(
+    model: nn.Module,
+    plan: PruningPlan,
+    stats: Mapping[str, WeightStats],
+    old_masks: Mapping[str, Tensor],
+    given: Mapping[str, Tensor] | None = None,
+    whole: Mapping[str, Tensor] | None = None,
+    biases: Mapping[str, str] | None = None,
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The masks that a plan leads to, without touching the model.
+
+    Args:
+        model: The model.
+        plan: Its plan.
+        stats: What calibration gathered.
+        old_masks: Masks of earlier prunings, by parameter name.
+        given: Masks that are known already, of which only the repair is left.
+        whole: The weights by name, where the model does not hold them whole.
+        biases: What :func:`bias_names` says, if it was asked: it walks through the whole model.
+
+    Returns:
+        Bool masks, and the weights and biases that the criterion or the repair gave new values, both in the
+        parameters' own layouts, by name.
+    """
+    parameter = model.get_parameter if whole is None else whole.__getitem__  # often of one target among thousands
+    criterion, granularity = plan.criterion, plan.granularity
+    if biases is None:
+        biases = bias_names(model, [t.target for t in plan.tensors]) if plan.config.repair is not None else {}
+
+    def matrix(target: Target) -> Tensor:
+        return target.matrix(parameter(target.name).detach())
+
+    def old_matrix(target: Target) -> Tensor | None:
+        old = old_masks.get(target.name)
+        return None if old is None else target.matrix(old)
+
+    def source(target: Target, weight: Tensor) -> Chunks:
+        return lambda: unit_chunks(plan, target, weight, stats[target.name], old_matrix(target))
+
+    masks: dict[str, Tensor] = {}
+    weights: dict[str, Tensor] = {}
+    if plan.config.scope == "global" and given is None:
+        sources = {t.target.name: source(t.target, matrix(t.target)) for t in plan.tensors}
+        return {t.target.name: t.target.native(keep) for t, keep in keep_units(plan, plan.tensors, sources)}, weights
+    for tensor in plan.tensors:
+        target = tensor.target
+        name, repaired = target.name, None
+        stat, dense, old = stats[name], matrix(target), old_matrix(target)
+        weight, scale = _loss_aware_weight(dense, stat) if criterion.needs & INPUTS else (dense, None)
+        if given is not None:
+            keep = target.matrix(given[name])
+        elif criterion.repairs:
+            select = Selector(criterion.name, tensor, granularity, old)
+            keep, repaired = criterion.prune_weight(weight, stat, select)
+            repaired = repaired if scale is None else repaired / scale
+        else:
+            ((_, keep),) = keep_units(plan, [tensor], {name: source(target, weight)})
+        if plan.config.repair is not None:
+            assert stat.input_gram is not None
+            bias = biases.get(name)
+            repaired, new_bias = refit(
+                dense,
+                keep if old is None else keep & old.to(keep.device),
+                stat.input_gram,
+                stat.input_mean,
+                None if bias is None else parameter(bias).detach(),
+                stat.output_change,
+                stat.change_products,
+                start=repaired,
+            )
+            if bias is not None and new_bias is not None:
+                weights[bias] = new_bias.to(parameter(bias).dtype)
+        masks[name] = target.native(keep)
+        if repaired is not None:
+            if not is_finite(repaired):
+                raise CalibrationError(
+                    f"the repaired weights of {name} are not finite: calibrate in float32 or bfloat16, and check the "
+                    f"batches"
+                )
+            weights[name] = target.native(repaired.to(matrix(target).dtype))
+    return masks, weights
+
+
+def _loss_aware_weight(weight: Tensor, stats: WeightStats) -> tuple[Tensor, Tensor | None]:
+    """The weights that a criterion gets in place of the dense ones, for the objective "loss".
+
+    They make up for what the outputs lack, and each output is scaled by the root of how much the predictions depend on
+    it, so that errors in all of them are alike.
+
+    Args:
+        weight: (out, in) dense.
+        stats: Its statistics.
+
+    Returns:
+        (out, in) weights, and the (out, 1) scale; the dense weights and None for the objective "layer".
+    """
+    if stats.output_weight is None:
+        return weight, None
+    if stats.change_products is not None:
+        assert stats.input_gram is not None
+        weight = with_output_correction(
+            weight.to(torch.promote_types(weight.dtype, torch.float32)), stats.input_gram, stats.change_products
+        )
+    mean = stats.output_weight.mean()
+    share = (stats.output_weight / mean).clamp_min(_LEAST_SHARE) if mean > 0 else torch.ones_like(stats.output_weight)
+    scale = share.sqrt()[:, None].to(weight.device)
+    return weight * scale, scale
+
+
+def keep_units(
+    plan: PruningPlan, tensors: Sequence[PlannedTensor], sources: Mapping[str, Chunks]
+) -> Iterator[tuple[PlannedTensor, Tensor]]:
+    """What stays of some tensors, given the scores of their units: exactly what the plan asks for.
+
+    Args:
+        plan: The plan.
+        tensors: Those of the plan that are decided: in global scope, all of them.
+        sources: Scores of units by parameter name, see :data:`~hf_prune.kernels.selection.Chunks`.
+
+    Yields:
+        Each tensor with its (out, in) bool matrix, True = keep.
+    """
+    if plan.config.scope == "global":
+        parts = [sources[tensor.target.name] for tensor in tensors]
+        kept = iter(keep_highest(parts, [tensor.units for tensor in tensors], plan.remove))
+    else:
+        kept = (select_units(tensor, sources[tensor.target.name]) for tensor in tensors)
+    for tensor, units in zip(tensors, kept, strict=True):
+        yield tensor, spread_units(plan, tensor.target, units)
+
+
+def unit_chunks(
+    plan: PruningPlan, target: Target, weight: Tensor, stats: WeightStats, old: Tensor | None
+) -> Iterator[Tensor]:
+    """Scores of one weight's units, in order, a few rows at a time where the criterion allows it.
+
+    Args:
+        plan: Its plan.
+        target: Which weight it is.
+        weight: (out, in).
+        stats: What is known of it.
+        old: (out, in) bool mask of earlier prunings, or None.
+    """
+    criterion, block = plan.criterion, plan.granularity.block_in(target.matrix_shape)
+    step = len(weight)
+    if criterion.rowwise:
+        step = max(1, CHUNK // (weight.shape[1] * block[0])) * block[0]
+    for start in range(0, len(weight), step):
+        rows = slice(start, start + step)
+        scores = criterion.scores(weight[rows], stats.rows(rows))
+        yield checked_units(scores, block, None if old is None else old[rows], criterion.name, target.name)

@@ -1,0 +1,178 @@
+"""Allocations that are learned from calibration data: how much each target can give, seen on the dense model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_prune.calibration.accumulators import InputAccumulator
+from hf_prune.calibration.hooks import Watcher
+from hf_prune.calibration.input_reader import CACHE_BYTES, Batches, InputReader, check_finite
+from hf_prune.calibration.padding import first_input
+from hf_prune.calibration.sensitivity import Sensitivity, measure_sensitivity
+from hf_prune.kernels.blocks import spread_blocks
+from hf_prune.kernels.least_squares import damped, layer_errors, least_squares
+from hf_prune.kernels.selection import keep_highest
+from hf_prune.planning.allocation import least_total, outlier_sparsities
+from hf_prune.planning.plan import PlannedTensor, PruningPlan
+from hf_prune.pruning.selector import unit_scores
+from hf_prune.utils.distributed import broadcast, fail_together
+
+_SHARES = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98)  # at which the error of a target is foretold
+_ITERATIONS = 3  # of least squares: enough to see what a repair will bring
+_OUTLIER = 5.0  # times the mean of a block
+
+
+def learn_sparsities(
+    model: nn.Module,
+    plan: PruningPlan,
+    batches: Batches,
+    old_masks: Mapping[str, Tensor],
+    progress: bool = False,
+    cache_bytes: int = CACHE_BYTES,
+) -> tuple[dict[str, float], Sensitivity | None]:
+    """The sparsity of every target by the plan's allocation, ``"fisher"`` or ``"owl"``.
+
+    Args:
+        model: The model, which is not changed.
+        plan: Its plan, with sparsities yet unknown.
+        batches: Calibration batches.
+        old_masks: Masks of earlier prunings, by parameter name.
+        progress: Show progress bars.
+        cache_bytes: See :func:`hf_prune.prune`.
+
+    Returns:
+        Sparsities by parameter name, and how much the predictions depend on what where that was measured; to be closed.
+    """
+    cache_bytes //= 4  # the sensitivities stay for the pruning, as one of the four shelves that it keeps
+    with InputReader(model, plan, batches, cache_bytes=cache_bytes) as reader:
+        steps = reader.order()
+        if plan.config.allocation == "owl":
+            return _owl(reader, steps, plan), None
+        sensitivity = measure_sensitivity(reader, plan.config.seed, progress, cache_bytes)
+        try:
+            return _fisher(reader, steps, plan, sensitivity, old_masks), sensitivity
+        except BaseException:
+            sensitivity.close()
+            raise
+
+
+def _fisher(
+    reader: InputReader,
+    steps: list[list[PlannedTensor]],
+    plan: PruningPlan,
+    sensitivity: Sensitivity,
+    masks: Mapping[str, Tensor],
+) -> dict[str, float]:
+    """Sparsities that minimise the change of the predictions that the Fisher information foretells.
+
+    For each matrix the Fisher information is taken to be the product of a diagonal over the outputs and the Gram
+    matrix of the inputs, both weighed by squared gradients (K-FAC: Martens and Grosse 2015, arXiv:1503.05671). At some
+    sparsities the best weights by the Optimal Brain Surgeon are kept (Hassibi and Stork 1992) and solved anew, and the
+    error that remains is the point of a curve; see :func:`hf_prune.planning.allocation.least_total`.
+    """
+    parameters = dict(reader.model.named_parameters())
+    errors: dict[str, list[tuple[float, float]]] = {}
+    for step in steps:
+        for tensor, gram in weighted_grams(reader, step, sensitivity):
+            name = tensor.target.name
+            weight = tensor.target.matrix(parameters[name].detach()).to(gram.dtype)
+            old = None if name not in masks else tensor.target.matrix(masks[name]).to(gram.device)
+            outputs = sensitivity.outputs[name].to(gram)
+            with fail_together():
+                block = plan.granularity.block_in(tensor.target.matrix_shape)
+                errors[name] = _error_curve(weight, gram, outputs, block, old)
+        reader.finish(step)
+    units = {t.target.name: t.units for t in plan.tensors}
+    gone = {t.target.name: t.already // (t.target.size // t.units) for t in plan.tensors}
+    pools = {t.target.name: t.units // t.pool for t in plan.tensors}
+    counts = least_total(errors, units, plan.remove, gone, pools=pools)
+    agreed = broadcast(torch.tensor(list(counts.values()))).tolist()
+    return {name: count / units[name] for name, count in zip(counts, agreed, strict=True)}
+
+
+def weighted_grams(
+    reader: InputReader, step: list[PlannedTensor], sensitivity: Sensitivity
+) -> Iterator[tuple[PlannedTensor, Tensor]]:
+    """The Gram matrix of what flows into each target, tokens weighed by how much the predictions depend on them."""
+    sums = reader.repeated(lambda: _weighted_sums(reader, step, sensitivity))
+    for t in step:
+        found = sums.pop(t.target.name)
+        found.add_others(reader.device)
+        gram = found.statistics({"input_gram"}, reader.device)["input_gram"]
+        check_finite(t.target.name, {"input_gram": gram})
+        yield t, gram
+
+
+def _weighted_sums(
+    reader: InputReader, step: list[PlannedTensor], sensitivity: Sensitivity
+) -> dict[str, InputAccumulator]:
+    sums = {t.target.name: InputAccumulator({"input_gram"}, t.target.matrix_shape[1]) for t in step}
+    calls: dict[tuple[str, int], int] = {}
+
+    def watch(name: str, layout: str) -> Callable[..., None]:
+        def read(module: nn.Module, args: Any, kwargs: Any, _: Any) -> None:
+            key = (name, reader.current)
+            call = calls[key] = calls.get(key, -1) + 1
+            rows = reader.padding.rows(module, first_input(args, kwargs), layout)
+            known = name not in sensitivity.misplaced
+            sums[name].add(rows, sensitivity.weights(*key, call).to(rows.device) if known else None)
+
+        return read
+
+    watchers = [
+        Watcher(module, watch(t.target.name, t.target.layout)) for t in step for module in reader.holders[t.target.name]
+    ]
+    reader.run(watchers, range(len(reader.batches)))
+    return sums
+
+
+@torch.no_grad()
+def _error_curve(
+    weight: Tensor, gram: Tensor, outputs: Tensor, block: tuple[int, int], old: Tensor | None
+) -> list[tuple[float, float]]:
+    """(share removed, error) of one matrix.
+
+    Args:
+        weight: (out, in).
+        gram: (in, in).
+        outputs: (out,) weights of the outputs.
+        block: (outputs, inputs) of one unit.
+        old: (out, in) bool mask of earlier prunings.
+    """
+    gram = damped(gram)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram.double())).diagonal().to(gram.dtype)
+    scores = unit_scores((weight.square() * outputs[:, None] / inverse).float(), block, old)
+    curve = [(0.0, 0.0)]
+    for share in _SHARES:
+        kept = keep_highest([lambda: [scores]], [scores.numel()], round(share * scores.numel()))[0]
+        keep = spread_blocks(kept.view(scores.shape), block)
+        found = least_squares(weight, keep if old is None else keep & old, gram, iterations=_ITERATIONS)
+        curve.append((share, float((layer_errors(weight, found, gram) * outputs).sum())))
+    return curve
+
+
+def _owl(reader: InputReader, steps: list[list[PlannedTensor]], plan: PruningPlan) -> dict[str, float]:
+    """Sparsities that spare blocks with many outliers among |w| times the norm of its input (Yin et al. 2024)."""
+    parameters = dict(reader.model.named_parameters())
+    sizes = {t.target.name: t.target.size for t in plan.tensors}
+    blocks: dict[object, list[PlannedTensor]] = {}
+    for tensor in (t for step in steps for t in step):
+        blocks.setdefault(reader.block_of(tensor.target.name) or tensor.target.name, []).append(tensor)
+    outliers: dict[str, float] = {}
+    for tensors in blocks.values():
+        found = reader.gather(tensors, frozenset({"input_norm"}))
+        products = {}
+        for t in tensors:
+            weight = t.target.matrix(parameters[t.target.name].detach()).float()
+            products[t.target.name] = weight.abs() * found[t.target.name]["input_norm"]
+        size = sum(sizes[name] for name in products)
+        limit = _OUTLIER * sum(float(product.sum()) for product in products.values()) / size
+        share = sum(int((product > limit).sum()) for product in products.values()) / size
+        outliers |= dict.fromkeys(products, share)
+        reader.finish(tensors)
+    assert plan.config.sparsity is not None
+    return outlier_sparsities(outliers, sizes, plan.config.sparsity)

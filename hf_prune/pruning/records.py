@@ -1,0 +1,107 @@
+"""What a pruning says of itself afterwards: the speed that was reached, the polish."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class PolishRecord:
+    """What a polish did: how much it trained, on what, and how close it came.
+
+    Args:
+        steps: Steps of the optimiser.
+        epochs: Passes over the batches.
+        examples: Examples in the batches that were trained on.
+        tokens: Tokens in them, without padding; 0 where inputs are no texts.
+        trained: Parameters that were trained, removed weights not counted.
+        seconds: How long it took, the dense model's outputs included.
+        before: Distance to the dense model on batches that were held out, 0 is equal; see
+            :meth:`DenseOutputs.distance`.
+        after: The same of the weights that were kept, or, where none were, after the training.
+        kept: Whether trained weights were kept; they are not where the distance did not fall.
+    """
+
+    steps: int
+    epochs: int
+    examples: int
+    tokens: int
+    trained: int
+    seconds: float
+    before: float
+    after: float
+    kept: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return dataclasses.asdict(self)
+
+    def __str__(self) -> str:
+        """One sentence."""
+        tokens = f" ({self.tokens:,} tokens)" if self.tokens else ""
+        what = (
+            f"{self.trained:,} parameters were trained for {self.steps:,} steps and {self.seconds:.0f} s to put out "
+            f"what the model did before this pruning, on {self.examples:,} unlabelled examples{tokens}, "
+            f"{self.epochs} times"
+        )
+        if not self.kept:
+            return f"Polish given up: {what}, and the distance on held-out batches did not fall; nothing was kept."
+        return f"Polished: {what}; on held-out batches the distance fell from {self.before:.3g} to {self.after:.3g}."
+
+
+_FAR = 0.1  # share by which a measured speed-up may miss the predicted one before that is said
+
+
+@dataclass(frozen=True)
+class SpeedRecord:
+    """A speed-up that was asked for, foretold and measured.
+
+    Args:
+        asked: What was asked for.
+        predicted: What the table of times foretells.
+        measured: What was measured, dense and pruned in turns.
+        low: Lower end of its 95 % interval.
+        high: Upper end.
+        rounds: How many rounds.
+        batch_size: Of the workload.
+        length: Of the workload, in tokens.
+        threads: Of PyTorch.
+        dtype: Of the weights.
+        device: The kind of device.
+    """
+
+    asked: float
+    predicted: float
+    measured: float
+    low: float
+    high: float
+    rounds: int
+    batch_size: int
+    length: int
+    threads: int
+    dtype: str
+    device: str
+
+    def with_prediction(self, asked: float, predicted: float) -> SpeedRecord:
+        """The same with what was asked for and foretold."""
+        return dataclasses.replace(self, asked=asked, predicted=predicted)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return dataclasses.asdict(self)
+
+    def __str__(self) -> str:
+        """One or two sentences."""
+        few = self.low == 0 and math.isinf(self.high)
+        interval = "too few rounds for an interval" if few else f"{self.low:.2f} to {self.high:.2f}"
+        text = (
+            f"Speed-up asked for: {self.asked:.2f}; foretold by the table of times: {self.predicted:.2f}; measured: "
+            f"{self.measured:.2f} ({interval}, {self.rounds} rounds in turns, batch "
+            f"{self.batch_size} x {self.length}, {self.dtype}, {self.device}, {self.threads} thread(s))."
+        )
+        if abs(self.measured / self.predicted - 1) > _FAR:
+            text += " Foretold and measured differ by more than 10 %: the machine is busy, or sizes add up otherwise."
+        return text

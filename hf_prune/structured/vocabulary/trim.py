@@ -1,0 +1,251 @@
+"""Vocabulary pruning: rows of the embeddings that no text of a corpus uses are taken out, and the tokenizer is rebuilt.
+
+Abdaoui et al., "Load What You Need: Smaller Versions of Multilingual BERT", SustaiNLP 2020 (arXiv:2010.05609).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from hf_prune.errors import ArchitectureError, DataError, PlanError
+from hf_prune.planning.checks import check_positive
+from hf_prune.structured.vocabulary.rows import find_vocabulary, fixed_ids, named_ids, take_rows
+from hf_prune.structured.vocabulary.tokenizer import (
+    all_tokens,
+    check_segmentation,
+    model_tokens,
+    number_tokens,
+    piece_finder,
+    rebuild_tokenizer,
+    required_tokens,
+    tokenizer_json,
+    used_tokens,
+)
+from hf_prune.utils.formatting import format_table
+from hf_prune.utils.offloaded_weights import refuse_offloaded
+from hf_prune.utils.wrapping import check_is_model
+
+
+@dataclass(frozen=True)
+class TrimResult:
+    """What vocabulary pruning did.
+
+    Args:
+        model: The model, changed in place.
+        tokenizer: The new tokenizer.
+        ids: New ids by the old ones that stayed.
+        vocabulary_before: Rows of the embedding.
+        parameters_before: Parameters of the whole model, tied ones counted once.
+        parameters: Those that are left.
+        bytes_before: What they took in memory.
+        bytes: What they take.
+        texts: How many texts were looked at.
+        tokens: How many tokens they have, without those that the tokenizer adds to each.
+        tokens_changed: How many of these are gone, and are spelled with others now.
+        has_output_layer: Whether an output layer lost its rows too.
+    """
+
+    model: Any = field(repr=False)
+    tokenizer: Any = field(repr=False)
+    ids: Mapping[int, int] = field(repr=False)
+    vocabulary_before: int
+    parameters_before: int
+    parameters: int
+    bytes_before: int
+    bytes: int
+    texts: int
+    tokens: int
+    tokens_changed: int
+    has_output_layer: bool
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the embedding now."""
+        return len(self.ids)
+
+    @property
+    def removed(self) -> int:
+        """How many rows were taken out."""
+        return self.vocabulary_before - self.vocabulary
+
+    def to_dict(self) -> dict[str, Any]:
+        """All numbers, ready for JSON, and the old ids of the tokens that stayed in the order of their new ones."""
+        names = [name for name in self.__dataclass_fields__ if name not in ("model", "tokenizer", "ids")]
+        sizes = {"vocabulary": self.vocabulary, "removed": self.removed}
+        return {**{name: getattr(self, name) for name in names}, **sizes, "kept_ids": list(self.ids)}
+
+    def __str__(self) -> str:
+        rows = [
+            ["vocabulary", f"{self.vocabulary_before:,}", f"{self.vocabulary:,}"],
+            ["parameters", f"{self.parameters_before:,}", f"{self.parameters:,}"],
+            ["bytes", f"{self.bytes_before:,}", f"{self.bytes:,}"],
+        ]
+        shares = [1 - now / before for now, before in self._sizes()]
+        table = format_table(
+            ["", "before", "after", "less"],
+            [[*row, f"{100 * share:.1f} %"] for row, share in zip(rows, shares, strict=True)],
+        )
+        return "\n".join([table, self._corpus(), self._speed()])
+
+    def _sizes(self) -> list[tuple[int, int]]:
+        return [
+            (self.vocabulary, self.vocabulary_before),
+            (self.parameters, self.parameters_before),
+            (self.bytes, self.bytes_before),
+        ]
+
+    def _corpus(self) -> str:
+        if not self.texts:
+            return "No texts were given: whether any is split as before was not checked."
+        line = f"{self.tokens_changed:,} of {self.tokens:,} tokens of {self.texts:,} texts become different"
+        if self.tokens_changed:
+            return f"{line}: they are rarer than min_count, and are spelled with other tokens now."
+        return f"{line}: each text is split as before, which was checked one by one."
+
+    def _speed(self) -> str:
+        line = "Embeddings are looked up, not multiplied: the model gets smaller, but hardly faster"
+        if self.has_output_layer:
+            return f"{line}, except for its output layer, which has a product less for each row taken out."
+        return f"{line}."
+
+
+def trim_vocabulary(
+    model: Any,
+    tokenizer: Any,
+    texts: Iterable[str] | None = None,
+    *,
+    keep: Iterable[int | str] = (),
+    min_count: int = 1,
+    round_to: int | None = None,
+    keep_characters: bool = True,
+) -> TrimResult:
+    """Take the tokens that texts never use out of a model, in place, and make a tokenizer without them.
+
+    Every text given is split as before, which is checked, so the model computes the same, bit for bit, up to its output
+    layer. That one gives the tokens that stay the same logits, up to rounding: a narrower matrix product may add up in
+    another order. Special and added tokens, and every id that a config names, always
+    stay. Texts that were not given are spelled with the tokens there are: their predictions may change.
+
+    Args:
+        model: A transformers model.
+        tokenizer: Its fast tokenizer, which stays as it is.
+        texts: Texts of the kind that the model will see.
+        keep: Tokens, or their ids, that stay in any case.
+        min_count: Tokens that the texts use less often go too; above 1 some texts are then split differently.
+        round_to: Keep some more tokens, the most frequent ones, so that their number is a multiple of this (at most
+            all of them).
+        keep_characters: Keep every single character, so that any text that could be spelled still can.
+
+    Returns:
+        The model, the new tokenizer, new ids by old ones, and sizes before and after. Save both beside each other.
+
+    Raises:
+        ConfigError: If ``min_count`` or ``round_to`` is below 1.
+        DataError: If there are no texts and nothing to keep, the texts use no token, the tokenizer has no
+            ``tokenizer.json`` or more tokens than the model has rows, or a text would be split differently.
+        PlanError: If ``keep`` has ids or tokens that are not in the vocabulary, or weights are offloaded.
+        ArchitectureError: If the model has no embedding of tokens, or a tensor as long as the vocabulary whose rows may
+            or may not be tokens. The model is as it was after any error.
+
+    Example:
+        >>> result = trim_vocabulary(model, tokenizer, ["a good film", "a bad film"])  # doctest: +SKIP
+        >>> result.model.save_pretrained("small"), result.tokenizer.save_pretrained("small")  # doctest: +SKIP
+    """
+    check_is_model(model)
+    check_positive("min_count", min_count)
+    check_positive("round_to", 1 if round_to is None else round_to)
+    corpus, keep = _checked_texts(texts, keep), list(keep)
+    if not corpus and not keep:
+        raise DataError("no texts and nothing to keep: expected texts of the kind that the model will see")
+    refuse_offloaded(model, "trim_vocabulary()")
+    values, vocabulary = tokenizer_json(tokenizer), find_vocabulary(model)
+    tokens, rows = all_tokens(values), vocabulary.rows
+    if (highest := max(tokens.values())) >= rows:
+        raise DataError(
+            f"the tokenizer has ids up to {highest:,}, the model's embedding {rows:,} rows: expected the model's own "
+            f"tokenizer, or call model.resize_token_embeddings({highest + 1}) first"
+        )
+    counts = used_tokens(tokenizer, corpus)
+    if corpus and not counts:
+        raise DataError(f"the {len(corpus):,} texts use no token: all of them are empty")
+    fixed = fixed_ids(model, vocabulary)
+    wanted = {i for i, count in counts.items() if count >= min_count} | _ids_of(keep, tokens, rows)
+    wanted |= required_tokens(values, keep_characters=keep_characters) | fixed | named_ids(model, rows)
+    wanted |= set(tokenizer.all_special_ids) | vocabulary.padding
+    kept = piece_finder(values)(wanted)
+    ids = number_tokens(values, _rounded(kept, values, counts, rows, round_to))
+    if moved := [i for i in fixed if ids[i] != i]:
+        raise ArchitectureError(
+            f"a {type(model).__name__} counts positions from its padding token, id {max(fixed)}, and token "
+            f"{moved[0]} would become {ids[moved[0]]}: this vocabulary cannot be trimmed"
+        )
+    new_tokenizer = rebuild_tokenizer(tokenizer, ids)
+    changed = check_segmentation(tokenizer, new_tokenizer, ids, corpus)
+    before = _size(model)
+    take_rows(model, vocabulary, ids)
+    after = _size(model)
+    return TrimResult(
+        model=model,
+        tokenizer=new_tokenizer,
+        ids=ids,
+        vocabulary_before=rows,
+        parameters_before=before[0],
+        parameters=after[0],
+        bytes_before=before[1],
+        bytes=after[1],
+        texts=len(corpus),
+        tokens=counts.total(),
+        tokens_changed=changed,
+        has_output_layer=vocabulary.has_output_layer,
+    )
+
+
+# --- which tokens ----------------------------------------------------------------------------------
+
+
+def _checked_texts(texts: Iterable[str] | None, keep: Iterable[int | str]) -> list[str]:
+    for name, value in (("texts", texts), ("keep", keep)):
+        if isinstance(value, str):
+            raise DataError(f"{name} is the string {value[:40]!r}: expected a list")
+    if texts is None:
+        return []
+    corpus = list(texts)
+    if not corpus:
+        raise DataError("texts is empty: expected texts of the kind that the model will see")
+    if wrong := [text for text in corpus if not isinstance(text, str)]:
+        raise DataError(f"a text is {wrong[0]!r}: expected a string")
+    return corpus
+
+
+def _ids_of(keep: Sequence[int | str], tokens: Mapping[str, int], rows: int) -> set[int]:
+    unknown = [each for each in keep if (each not in tokens if isinstance(each, str) else not 0 <= each < rows)]
+    if unknown:
+        raise PlanError(
+            f"keep has {len(unknown)} that the vocabulary of {rows:,} does not have: {unknown[0]!r}; expected ids from "
+            f"0 to {rows - 1}, or tokens spelled as the tokenizer does ({min(tokens, key=lambda t: -tokens[t])!r})"
+        )
+    return {tokens[each] if isinstance(each, str) else int(each) for each in keep}
+
+
+def _rounded(
+    kept: set[int], values: Mapping[str, Any], counts: Counter[int], rows: int, round_to: int | None
+) -> set[int]:
+    """The ids that stay, and the most useful others that make their number a multiple."""
+    size = len(kept) + -len(kept) % (round_to or 1)
+    if size >= rows:
+        return kept if round_to is None or size == len(kept) else set(range(rows))
+    find, own = piece_finder(values), set(model_tokens(values).values())
+    others = sorted(set(range(rows)) - kept, key=lambda i: (i not in own, -counts[i], i))
+    kept = set(kept)
+    while len(kept) < size:  # a token with its pieces may be too many; the shortest one always fits
+        kept |= next(new for i in others if i not in kept and len(new := find([i]) - kept) <= size - len(kept))
+    return kept
+
+
+def _size(model: Any) -> tuple[int, int]:
+    """Parameters, tied ones once, and their bytes."""
+    parameters = list(model.parameters())
+    return sum(p.numel() for p in parameters), sum(p.numel() * p.element_size() for p in parameters)

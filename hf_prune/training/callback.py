@@ -1,0 +1,295 @@
+"""Prune while any Trainer trains."""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from hf_prune.architectures.find_unit_groups import find_unit_groups
+from hf_prune.calibration.input_reader import Batches
+from hf_prune.errors import ConfigError, MaskError
+from hf_prune.mixin import prunable
+from hf_prune.pipeline import resolve_config
+from hf_prune.planning.config import PruningConfig
+from hf_prune.pruning.mask_store import MaskStore
+from hf_prune.training.pruner import TrainingPruner
+from hf_prune.training.run_record import data_facts, model_facts, run_facts
+from hf_prune.training.state import check_same_run, check_training, load_training, save_training
+from hf_prune.utils.distributed import rank_and_world_size
+
+_HANDLES = "_hf_prune_hooks"  # where a model keeps the handles of hooks while it is trained
+
+
+class PruningCallback(TrainerCallback):
+    """Prunes the model of any ``Trainer`` while it is trained, and keeps removed weights at zero.
+
+    After every optimizer step the masks are applied; gradients of removed weights are cleared before they are clipped.
+    Masks change as the config's schedule says. Checkpoints hold all that is needed to go on bit for bit. The sparsity
+    is in ``trainer.state.log_history`` wherever something is logged.
+
+    Args:
+        pruning_config: The settings, or a sparsity; None keeps the masks that the model has.
+        calibration: Batches for criteria and repairs that look at data whenever masks change, such as ``sparsegpt``.
+        shrink_at: After which step, or which share of all steps, heads, neurons and channels that are pruned are taken
+            out; not before the schedule ends. The rest of the training is faster then.
+        threshold: Of ``soft_movement``: a weight goes if the sigmoid of its score is below.
+        regularization: Of ``soft_movement``: how hard scores are pulled down.
+        allow_changes: Go on from a checkpoint also if the settings, the data or the model are not those that the
+            training began with; by default that is refused. What is pruned, and how, is never changed on the way.
+
+    Example:
+        >>> config = PruningConfig(sparsity=0.8, schedule="cubic")
+        >>> trainer = Trainer(model=model, args=args, callbacks=[PruningCallback(config)])  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        pruning_config: PruningConfig | float | None = None,
+        *,
+        calibration: Batches | None = None,
+        shrink_at: int | float | None = None,
+        threshold: float = 0.1,
+        regularization: float = 1.0,
+        allow_changes: bool = False,
+    ) -> None:
+        self.shrink_at = shrink_at
+        self.allow_changes = allow_changes
+        self.run: dict[str, Any] | None = None  # what makes this training the one that it is
+        self.config = None if pruning_config is None else resolve_config(pruning_config, {})
+        self.pruner: TrainingPruner | None = None
+        self.resume_from: str | None = None
+        self.is_needed = True  # False: a model without masks may be trained, and nothing is done then
+        self._watches = True  # False: a PruningTrainer tells when gradients are there
+        self._settings = {"threshold": threshold, "regularization": regularization}
+        self._calibration = calibration
+
+    # --- the events ------------------------------------------------------------------------------------------
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        """Check the settings, go on from a checkpoint, or prune what the schedule wants before the first step."""
+        refuse_deepspeed(args)
+        for handle in model.__dict__.pop(_HANDLES, ()):  # of a training that was interrupted
+            handle.remove()
+        self.pruner = None
+        config = self.config
+        if config is not None and hasattr(model, "peft_config"):
+            raise ConfigError(
+                "the model is a PeftModel, whose own weights are not trained, so there is nothing to prune step by "
+                "step: call hf_prune.prune(model, …) first, train without a pruning_config, and merge with "
+                "hf_prune.merge_lora"
+            )
+        if config is None and MaskStore.of(model) is None and self.resume_from is None:
+            if self.is_needed:
+                raise ConfigError(
+                    "no pruning_config, and the model has no masks: pass a config, or prune the model first"
+                )
+            return
+        if isinstance(model, PreTrainedModel):
+            prunable(model)
+        self.pruner = TrainingPruner(model, config, state.max_steps, calibration=self._calibration, **self._settings)
+        self.check_shrinking(state)
+        folder = Path(self.resume_from or _checkpoint_folder(args, state)) if state.global_step else None
+        if self._watches:
+            self._check_plain_trainer(args, state)
+            data, tokenizer = getattr(kwargs.get("train_dataloader"), "dataset", None), kwargs.get("processing_class")
+            self.run = run_facts(args, model, data, tokenizer=tokenizer, **self.own_facts())
+            if folder is not None:  # whose weights are in the model already
+                self.check_run(folder, check_training(folder)[1])
+        if folder is not None:
+            self._restore(folder)
+        elif self.pruner.config is not None and self.pruner.schedule.span(state.max_steps)[0] == 0:
+            self.pruner.after_step(0)
+        self.pruner.apply()
+        if self._watches:
+            self._watch(model, state)
+
+    def on_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Zero what the step moved, change the masks if it is time, and take out what is pruned if that is due."""
+        if self.pruner is None:
+            return
+        step = state.global_step + 1
+        self.pruner.after_step(step)
+        if step == self.shrinking_step(state):
+            self.pruner.shrink(getattr(optimizer, "optimizer", optimizer))
+            if self._watches:
+                self._watch(model, state)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Add the sparsity to what is logged."""
+        if self.pruner is None or logs is None:
+            return
+        logs["sparsity"] = self.pruner.sparsity
+        if state.log_history:
+            state.log_history[-1]["sparsity"] = logs["sparsity"]
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Complete a checkpoint of the Trainer."""
+        if self._watches and self.pruner is not None:
+            self.save(Path(_checkpoint_folder(args, state)), args.should_save)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Take the masks of the checkpoint that was loaded as the best one, and make sure that all zeros are there."""
+        if self.pruner is None:
+            return
+        for handle in self.pruner.model.__dict__.pop(_HANDLES, ()):
+            handle.remove()
+        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            self._restore(Path(state.best_model_checkpoint))
+        self.pruner.check()
+
+    # --- what they need --------------------------------------------------------------------------------------
+
+    def save(self, folder: Path, writes: bool) -> None:
+        """Write masks and what was learned into a checkpoint; every process calls this, one writes.
+
+        Args:
+            folder: The checkpoint.
+            writes: Whether this process is the one that writes.
+        """
+        assert self.pruner is not None
+        state = self.pruner.state()
+        now = {"run": self.run, "weights_now": model_facts(self.pruner.model)}
+        if writes:
+            if not folder.is_dir():
+                raise MaskError(f"{folder} is no folder: expected the Trainer's checkpoint there; use a PruningTrainer")
+            save_training(folder, MaskStore.of(self.pruner.model), state, {**self._facts(), **now})
+
+    def own_facts(self) -> dict[str, Any]:
+        """What a training must share besides what any ``Trainer`` has."""
+        return {"calibration": data_facts(self._calibration), "shrink_at": self.shrink_at}
+
+    def check_run(self, folder: Path, before: dict[str, Any]) -> None:
+        """Refuse to go on from a checkpoint of another training, unless changes are allowed.
+
+        Args:
+            folder: The checkpoint.
+            before: The settings that it was made with.
+
+        Raises:
+            CheckpointError: If settings, data or model differ.
+        """
+        assert self.run is not None
+        if not self.allow_changes:
+            self.run = check_same_run(folder, before, self.run)
+
+    def shrinking_step(self, state: TrainerState) -> int | None:
+        """After which step the model is shrunk."""
+        if self.shrink_at is None or isinstance(self.shrink_at, int):
+            return self.shrink_at
+        return round(self.shrink_at * state.max_steps)
+
+    def check_shrinking(self, state: TrainerState) -> None:
+        """Refuse a ``shrink_at`` that cannot be."""
+        step = self.shrinking_step(state)
+        if step is None:
+            return
+        assert self.pruner is not None
+        end = self.pruner.schedule.span(state.max_steps)[1]
+        if not max(1, end) <= step <= state.max_steps:
+            raise ConfigError(
+                f"shrink_at={self.shrink_at!r} is step {step}: expected one from {max(1, end)}, where the schedule "
+                f"ends, to {state.max_steps}, where the training does"
+            )
+        if rank_and_world_size()[1] > 1:
+            raise ConfigError(
+                "shrink_at with several processes: DDP and FSDP hold on to the parameters that they began with; shrink "
+                "after the training, or between two trainings"
+            )
+        find_unit_groups(self.pruner.model)  # an error here comes before the work
+
+    def _restore(self, folder: Path) -> None:
+        assert self.pruner is not None
+        store, state = load_training(folder, self._facts())
+        self.pruner.restore(state, store)
+        self.pruner.check()
+
+    def _facts(self) -> dict[str, Any]:
+        assert self.pruner is not None
+        config = self.pruner.config
+        return {
+            "pruning_config": None if config is None else config.to_dict(),
+            "schedule": list(self.pruner.schedule.span(self.pruner.steps)),
+            **self._settings,
+        }
+
+    def _check_plain_trainer(self, args: TrainingArguments, state: TrainerState) -> None:
+        assert self.pruner is not None
+        pruner = self.pruner
+        if pruner.config is None:
+            return
+        last = pruner.schedule.span(state.max_steps)[1]
+        if args.load_best_model_at_end and last > 0:
+            raise ConfigError(
+                "load_best_model_at_end would load a checkpoint from before the end of the schedule, which is less "
+                "sparse: use a PruningTrainer, which looks at those from after its end only"
+            )
+        if rank_and_world_size()[1] > 1 and (pruner.config.learns_in_training or pruner.config.criterion == "taylor"):
+            raise ConfigError(
+                f"criterion {pruner.config.criterion!r} needs the gradients of all processes: use a PruningTrainer"
+            )
+        if args.fp16 and (pruner.config.learns_in_training or pruner.config.criterion == "taylor"):
+            raise ConfigError(
+                f"criterion {pruner.config.criterion!r} with fp16 has to know the scale of the loss: use a "
+                f"PruningTrainer, or bf16"
+            )
+        if rank_and_world_size()[1] > 1 and pruner.schedule.exchanges:
+            raise ConfigError(
+                "a schedule that exchanges weights needs the gradients of all processes: use a PruningTrainer"
+            )
+
+    def _watch(self, model: nn.Module, state: TrainerState) -> None:
+        """Look at each gradient of a step as soon as it is complete."""
+        from accelerate.state import GradientState
+
+        gradients = GradientState()
+
+        def receive(name: str, parameter: Any) -> None:
+            if gradients.sync_gradients and self.pruner is not None and _HANDLES in model.__dict__:
+                with torch.no_grad():
+                    self.pruner.receive(name, parameter, state.global_step + 1)
+
+        for handle in model.__dict__.pop(_HANDLES, ()):
+            handle.remove()
+        model.__dict__[_HANDLES] = [
+            parameter.register_post_accumulate_grad_hook(partial(receive, name))
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad
+        ]
+
+
+def _checkpoint_folder(args: TrainingArguments, state: TrainerState) -> str:
+    return os.path.join(str(args.output_dir), f"checkpoint-{state.global_step}")
+
+
+def refuse_deepspeed(args: TrainingArguments) -> None:
+    """Raises :class:`ConfigError` for a training with DeepSpeed."""
+    if getattr(args, "deepspeed", None) or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        raise ConfigError(
+            "DeepSpeed holds parameters and gradients where masks do not reach them, and was not tested: use DDP or "
+            "FSDP2 (accelerate launch --use_fsdp --fsdp_version 2)"
+        )

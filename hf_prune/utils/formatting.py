@@ -1,0 +1,118 @@
+"""Plain-text tables, CSV, and numbers for people."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+# Of terminals, what turns the direction of letters round, takes no room or ends lines elsewhere, and what no terminal
+# can be sent; line ends and tabs are left.
+_HIDDEN = (
+    r"\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f"
+    r"\u3164\ud800-\udfff\ufeff\uffa0\ufff9-\ufffb\U000e0000-\U000e007f"
+)
+_CONTROLS = re.compile(f"[{_HIDDEN}]")
+_OF_A_CELL = re.compile(rf"[{_HIDDEN}\n\t]")
+_FORMULAS = tuple("=+-@\t\r\n＝＋－＠")  # a spreadsheet runs what begins so
+
+
+def format_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
+    """Align cells under a header and a rule.
+
+    Args:
+        header: Column titles.
+        rows: Cells, as many per row as there are titles.
+        left: How many leading columns are aligned left; the others are numbers, aligned right.
+    """
+    rows = [[in_one_line(cell) for cell in row] for row in rows]
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    lines = [
+        [cell.ljust(w) if i < left else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))]
+        for row in [header, *rows]
+    ]
+    lines.insert(1, ["-" * w for w in widths])
+    return "\n".join("  ".join(line).rstrip() for line in lines)
+
+
+def first_few(values: Sequence[object], most: int = 3) -> str:
+    """The first of some values, with an ellipsis if there are more.
+
+    Args:
+        values: What is listed.
+        most: How many.
+    """
+    return ", ".join(map(str, values[:most])) + (", …" if len(values) > most else "")
+
+
+def format_csv(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
+    """Rows as CSV; a text that a spreadsheet would run as a formula gets an apostrophe before it.
+
+    Args:
+        columns: Which of the values, in this order.
+        rows: Numbers and texts by column.
+
+    Example:
+        >>> print(format_csv(["name", "drop"], [{"name": "=1+1", "drop": -0.5}]), end="")
+        name,drop
+        '=1+1,-0.5
+    """
+
+    def safe(cell: Any) -> Any:
+        if not isinstance(cell, str):
+            return cell
+        mark = "'" if cell.lstrip(" ").startswith(_FORMULAS) else ""
+        return mark + cell.replace("\r", " ")  # which the csv module of older Pythons does not quote
+
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    for cells in (columns, *([row[name] for name in columns] for row in rows)):
+        writer.writerow([safe(cell) for cell in cells])
+    return text.getvalue()
+
+
+def format_count(number: float) -> str:
+    """A number with a decimal unit prefix, three significant digits: 54037406 -> '54.0 M'."""
+    for unit in ("", "k", "M", "G", "T"):
+        if abs(number) < 1000 or unit == "T":
+            return f"{number:.3g} {unit}" if abs(number) < 100 else f"{number:.0f} {unit}"
+        number /= 1000
+    raise AssertionError
+
+
+def printable(text: str) -> str:
+    r"""A text for a terminal, in which nothing but line ends and tabs controls it: strangers' names say ``\x1b[2J``.
+
+    Example:
+        >>> printable("a\x1b[2Jb")
+        'a\\x1b[2Jb'
+    """
+    return _CONTROLS.sub(_escaped, text)
+
+
+def in_one_line(text: str) -> str:
+    r"""A text of a stranger among others on one line of a terminal: line ends and tabs are spelled out too.
+
+    Example:
+        >>> in_one_line("a\nerror: b")
+        'a\\nerror: b'
+    """
+    return _OF_A_CELL.sub(_escaped, text)
+
+
+def _escaped(match: re.Match[str]) -> str:
+    return match[0].encode("unicode_escape").decode()
+
+
+def listing(folder: Path) -> str:
+    """What a folder holds, for a message."""
+    names = sorted(path.name for path in folder.iterdir())
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "") or "nothing"
+
+
+def display_name(source: str) -> str:
+    """What to call a model or data set in tables and plots: a folder's name, or the Hub id."""
+    return Path(source).resolve().name if Path(source).exists() else source

@@ -1,0 +1,198 @@
+"""How a model is run on a batch: in eval mode, where its weights are, and computing no more than is looked at."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import re
+import reprlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_prune.errors import CalibrationError, HfPruneError
+from hf_prune.utils.wrapping import check_is_model, sole_model, unwrapped
+
+_MAKE = (
+    "calibration=hf_prune.text_batches(texts, tokenizer) makes a list of them from texts; a single batch goes in a "
+    "list, calibration=[batch]"
+)
+_DECODER_KEYS = {"labels", "decoder_input_ids", "decoder_inputs_embeds", "decoder_outputs", "decoder_features"}
+# What models raise on inputs that they cannot take; an exception of somebody's own, as of a hook that stops, passes.
+_TROUBLE = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+_OPTION = re.compile(r"output_.*|return_.*|use_cache|kwargs|args|logits_to_keep|past_key_values|cache_position")
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside, and every module's own flag back afterwards; a ModelTypeError if it is no model."""
+    check_is_model(model)
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def as_batches(calibration: object) -> Any:
+    """Calibration data, if it can be iterated over and is not a single batch.
+
+    Raises:
+        CalibrationError: If it cannot, or is one.
+    """
+    if isinstance(calibration, Mapping) and calibration:
+        is_batch = any(isinstance(value, Tensor) for value in calibration.values())
+        what = f"a {'single batch' if is_batch else type(calibration).__name__} of {', '.join(map(str, calibration))}"
+        raise CalibrationError(f"calibration data is {what}: expected a list of batches; {_MAKE}")
+    try:
+        iter(calibration)  # type: ignore[call-overload]
+    except TypeError as error:
+        hint = "call it first, and pass what it returns" if callable(calibration) else _MAKE
+        raise CalibrationError(
+            f"calibration data is {reprlib.repr(calibration)}, of type {type(calibration).__name__}: expected a list "
+            f"of batches; {hint}"
+        ) from error
+    return calibration
+
+
+def batch_to_device(model: nn.Module, batch: object, device: torch.device | None = None) -> dict[str, Any]:
+    """A batch as keyword arguments, on the model's device; a decoder that is given nothing gets the encoder's text.
+
+    Args:
+        model: The model.
+        batch: Its inputs by name.
+        device: That of the model, if it is known.
+
+    Raises:
+        CalibrationError: If it is no mapping with tensors, or the decoder cannot get that text.
+    """
+    if not isinstance(batch, Mapping):
+        raise CalibrationError(
+            f"a calibration batch is a {type(batch).__name__}: expected a dict of model inputs; {_MAKE}"
+        )
+    if not any(isinstance(value, Tensor) for value in batch.values()):
+        raise CalibrationError(
+            f"a calibration batch holds no tensors (found: {', '.join(map(str, batch)) or 'nothing'}): expected model "
+            f"inputs; {_MAKE}"
+        )
+    mask = batch.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.dim() == 2 and not bool(mask.any()):
+        raise CalibrationError(
+            f"a calibration batch is nothing but padding (attention_mask {tuple(mask.shape)} is 0 everywhere): "
+            f"expected at least one token; leave out texts that are empty"
+        )
+    ids = batch.get("input_ids")
+    if isinstance(ids, Tensor) and ids.dim() < 2:
+        raise CalibrationError(
+            f"a calibration batch holds input_ids of shape {tuple(ids.shape)}: expected (batch, seq); {_MAKE}"
+        )
+    device = device_of(model) if device is None else device
+    inputs = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+    return {**inputs, **_decoder_inputs(model, inputs)} if _lacks_decoder_inputs(model, inputs) else inputs
+
+
+def run_model(model: nn.Module, inputs: Mapping[str, Any], error_class: type[HfPruneError] = CalibrationError) -> Any:
+    """What a model puts out for a batch, whose tensors it takes by name, or as one mapping.
+
+    Args:
+        model: The model.
+        inputs: Its keyword arguments.
+        error_class: What to raise.
+
+    Raises:
+        HfPruneError: If the model raises, of ``error_class``: it says what the batch holds and what the model takes.
+    """
+    try:
+        return model(dict(inputs)) if _takes_features(model, inputs) else model(**inputs)
+    except (HfPruneError, torch.OutOfMemoryError):
+        raise
+    except _TROUBLE as error:
+        said = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+        takes = [name for name in inspect.signature(model.forward).parameters if not _OPTION.fullmatch(name)]
+        held = [
+            f"{k} {tuple(v.shape)}" if isinstance(v, Tensor) else k for k, v in inputs.items() if not _OPTION.match(k)
+        ]
+        hint = ""
+        if _decodes(model) and not _DECODER_KEYS & inputs.keys():
+            hint = "; it has a decoder, so add labels or decoder_input_ids to each batch"
+        holder = unwrapped(model)
+        if (inner := sole_model(holder)) is not holder:
+            name = next(name for name, module in holder.named_modules() if module is inner)
+            hint = f"; or pass what it holds as {name!r}, a {type(inner).__name__}, whose masks are those of the whole"
+        raise error_class(
+            f"{type(model).__name__} cannot run a batch of {', '.join(held)} ({type(error).__name__}: {said}): "
+            f"expected what its forward takes, {', '.join(takes)}{hint}"
+        ) from error
+
+
+def _takes_features(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
+    """Whether a module around a model takes the batch itself, in one piece, as a ``SentenceTransformer`` does."""
+    parameters = inspect.signature(model.forward).parameters
+    pieces = [
+        p for p in parameters.values() if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+    ]
+    return len(pieces) == 1 and not inputs.keys() & parameters.keys() and sole_model(model) is not model
+
+
+def _lacks_decoder_inputs(model: nn.Module, batch: object) -> bool:
+    """Whether a batch is a text for the encoder, and nothing for the decoder beside it."""
+    if not _decodes(model) or not isinstance(batch, Mapping) or _DECODER_KEYS & batch.keys():
+        return False
+    ids = batch.get("input_ids")
+    known = inspect.signature(model.forward).parameters
+    return isinstance(ids, Tensor) and ids.dim() == 2 and "decoder_input_ids" in known
+
+
+def _decodes(model: nn.Module) -> bool:
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
+def _decoder_inputs(model: Any, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The encoder's text as the decoder reads one: a token further right, behind the one that starts it."""
+    ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+    tables = [part.get_input_embeddings() for part in (model.get_encoder(), model.get_decoder())]
+    sizes = [getattr(table, "num_embeddings", None) for table in tables]
+    shifted = _shifted(model, ids) if sizes[0] == sizes[1] else None
+    if shifted is None:
+        vocabularies = f"its encoder knows {sizes[0]} tokens and its decoder {sizes[1]}"
+        why = "its config names no token that starts a text" if sizes[0] == sizes[1] else vocabularies
+        raise CalibrationError(
+            f"a calibration batch holds {', '.join(inputs)}, and the decoder of {type(model).__name__} cannot read the "
+            f"same text, since {why}: add labels or decoder_input_ids to each batch"
+        )
+    return {"decoder_input_ids": shifted} | ({} if mask is None else {"decoder_attention_mask": mask})
+
+
+def _shifted(model: Any, ids: Tensor) -> Tensor | None:
+    """(batch, seq) as the model itself makes decoder inputs of labels; None if nothing says what starts a text."""
+    if hasattr(model, "prepare_decoder_input_ids_from_labels"):
+        with contextlib.suppress(ValueError):  # where the config names no first token
+            return model.prepare_decoder_input_ids_from_labels(labels=ids)
+    settings = [model.config, getattr(model.config, "decoder", None)]
+    names = ("decoder_start_token_id", "bos_token_id", "pad_token_id")
+    start = next((found for n in names for c in settings if isinstance(found := getattr(c, n, None), int)), None)
+    return None if start is None else torch.cat([torch.full_like(ids[:, :1], start), ids[:, :-1]], 1)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model computes; weights that are not loaded lie on no device."""
+    return next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
+
+
+def no_cache(model: nn.Module) -> dict[str, Any]:
+    """Arguments with which a language model keeps nothing for tokens that are not to come."""
+    return {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+
+
+def no_logits(model: nn.Module, targets: set[str]) -> dict[str, Any]:
+    """Arguments with which a language model computes few logits, unless what computes them is a target."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    if "logits_to_keep" not in inspect.signature(model.forward).parameters or head is None:
+        return {}
+    names = {name for name, parameter in model.named_parameters() if any(parameter is p for p in head.parameters())}
+    return {} if names & targets else {"logits_to_keep": 1}

@@ -1,0 +1,156 @@
+"""Registries for the axes that users extend: criteria and granularities.
+
+An entry is one file with one decorator. A registry imports its package the first time it is asked,
+so a new file in ``hf_prune/criteria/`` is found without a central list.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import pkgutil
+import re
+from collections.abc import Callable, Iterable
+from typing import Generic, TypeVar
+
+from hf_prune.errors import UnknownNameError
+
+T = TypeVar("T")
+_UNITS = "'head', 'neuron' or 'layer'"
+_ROWS = "'row', 'column' or 'channel'"
+_PRUNING = re.compile(r"^(pruning|prune|pruner)_|_(pruning|prune|pruner|sparsity)$")
+# What other libraries call things, by what is asked for.
+_THEIR_WORDS: dict[str, dict[str, str]] = {
+    "criterion": {
+        **dict.fromkeys(("l1", "l2", "ln", "norm", "abs", "absolute", "weight", "l1_unstructured"), "'magnitude'"),
+        **dict.fromkeys(("random_unstructured", "rand"), "'random'"),
+        **dict.fromkeys(("ln_structured", "l1_structured", "l2_structured"), f"'magnitude' with granularity {_ROWS}"),
+        "random_structured": f"'random' with granularity {_ROWS}",
+        "global_unstructured": "'magnitude' with scope='global'",
+        **dict.fromkeys(("gradient", "grad", "sensitivity", "first_order"), "'taylor' or 'snip'"),
+        **dict.fromkeys(
+            ("hessian", "obs", "obert", "second_order", "optimal_brain_surgeon"), "'sparsegpt' or 'fisher'"
+        ),
+        **dict.fromkeys(("obd", "optimal_brain_damage"), "'fisher_diagonal'"),
+        "owl": "'wanda' with allocation='owl'",
+    },
+    "granularity": {
+        **dict.fromkeys(("structured", "structural", "unit", "units"), _UNITS),
+        **dict.fromkeys(("head", "heads", "attention", "attention_head", "attention_heads"), "'head'"),
+        **dict.fromkeys(("neuron", "neurons", "ffn", "mlp", "intermediate"), "'neuron'"),
+        **dict.fromkeys(("layers", "depth", "transformer_block"), "'layer'"),
+        "width": "'head' and 'neuron'",
+        **dict.fromkeys(("ln_structured", "l1_structured", "random_structured", "rows", "columns"), _ROWS),
+        **dict.fromkeys(("filter", "filters", "channels", "kernel", "out_channels"), "'channel'"),
+        **dict.fromkeys(("semi_structured", "semistructured", "sparse24", "n:m", "nm"), "'2:4'"),
+        **dict.fromkeys(
+            ("l1_unstructured", "random_unstructured", "global_unstructured", "element", "weight", "fine", "none"),
+            "'unstructured'",
+        ),
+        **dict.fromkeys(("block", "blocks", "blockwise", "block_sparse"), "'block:16x1'"),
+    },
+    "scope": {
+        **dict.fromkeys(("local", "per_layer", "layerwise", "uniform"), "'layer'"),
+        **dict.fromkeys(("model", "network", "global_unstructured", "all"), "'global'"),
+        **dict.fromkeys(("output", "per_output", "neuron"), "'row'"),
+    },
+    "setting": {
+        **dict.fromkeys(
+            ("amount", "ratio", "pruning_ratio", "prune_ratio", "fraction", "percentage", "target_sparsity"),
+            "'sparsity'",
+        ),
+        **dict.fromkeys(("final_sparsity", "sparsity_level", "sparsity_ratio", "prune_amount"), "'sparsity'"),
+        **dict.fromkeys(("density", "keep_ratio"), "'sparsity', 1 less that share"),
+        **dict.fromkeys(("method", "importance", "metric", "score", "pruning_method", "algorithm"), "'criterion'"),
+        **dict.fromkeys(("pattern", "mask_structure", "structure", "pruning_type", "sparsity_type"), "'granularity'"),
+        "dim": f"'granularity', {_ROWS}",
+        **dict.fromkeys(("n", "m"), "'granularity', such as '2:4'"),
+        **dict.fromkeys(("targets", "modules", "layers", "include", "module_names", "parameters"), "'target_modules'"),
+        **dict.fromkeys(("ignore", "exclude", "ignored_layers", "excluded_modules", "skip"), "'exclude_modules'"),
+        **dict.fromkeys(("global_pruning", "pruning_scope"), "'scope'"),
+        **dict.fromkeys(("iterations", "num_steps", "iterative_steps", "pruning_steps"), "'steps'"),
+        **dict.fromkeys(("random_state", "random_seed"), "'seed'"),
+        **dict.fromkeys(("dataset", "data", "dataloader", "calibration_data"), "calibration=, an argument of prune()"),
+    },
+}
+
+
+def meant_by(kind: str, name: object, valid: Iterable[str]) -> str | None:
+    """What a name that does not exist is called here, or the closest one that exists; None if nothing is close.
+
+    Args:
+        kind: What it is a name of, such as a criterion or a setting.
+        name: The name.
+        valid: Names that exist.
+    """
+    words = next((words for key, words in _THEIR_WORDS.items() if key in kind), {})
+    known = {**words, **{each: repr(each) for each in valid}}
+    word = str(name).strip().lower().replace("-", "_").replace(" ", "_") if words else str(name)
+    bare = _PRUNING.sub("", word) if words else word  # structured_pruning, pruning_scope
+    close = difflib.get_close_matches(bare, known, n=1)
+    return next((known[each] for each in (word, bare, *close) if each in known), None)
+
+
+def unknown_name(kind: str, name: object, valid: Iterable[str]) -> UnknownNameError:
+    """The error for a name that does not exist, with the valid ones, and what was meant or the closest of them."""
+    valid = list(valid)
+    meant = meant_by(kind, name, valid)
+    hint = "" if meant is None else f" Did you mean {meant}?"
+    return UnknownNameError(f"unknown {kind} {name!r}: expected one of {', '.join(valid)}.{hint}")
+
+
+class Registry(Generic[T]):
+    """Classes by name.
+
+    Args:
+        kind: What an entry is, for messages.
+        package: The package whose modules hold the entries; imported at the first look-up.
+    """
+
+    def __init__(self, kind: str, package: str) -> None:
+        self.kind = kind
+        self._package = package
+        self._entries: dict[str, type[T]] = {}
+        self._loaded = False
+
+    def register(self, name: str) -> Callable[[type[T]], type[T]]:
+        """Class decorator that adds an entry.
+
+        Raises:
+            ValueError: If the name is taken; nothing is ever replaced silently.
+        """
+
+        def add(entry: type[T]) -> type[T]:
+            if name in self._entries:
+                raise ValueError(
+                    f"{self.kind} {name!r} is already registered by "
+                    f"{self._entries[name].__module__}: choose another name"
+                )
+            self._entries[name] = entry
+            return entry
+
+        return add
+
+    def get(self, name: str) -> type[T]:
+        """The entry called ``name``.
+
+        Raises:
+            UnknownNameError: If there is none; the message lists the valid names.
+        """
+        self._load()
+        try:
+            return self._entries[name]
+        except (KeyError, TypeError):
+            raise unknown_name(self.kind, name, self.names()) from None
+
+    def names(self) -> tuple[str, ...]:
+        """All names, sorted."""
+        self._load()
+        return tuple(sorted(self._entries))
+
+    def _load(self) -> None:
+        if not self._loaded:
+            package = importlib.import_module(self._package)
+            for module in pkgutil.iter_modules(package.__path__):
+                importlib.import_module(f"{self._package}.{module.name}")
+            self._loaded = True

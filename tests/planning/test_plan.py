@@ -1,0 +1,407 @@
+"""The plan: exact counts, a table to read, and every refusal before anything changes."""
+
+import json
+import re
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from transformers import MixtralConfig, MixtralForCausalLM
+
+from hf_prune.conversion.streaming.prune_stream import prune_stream
+from hf_prune.errors import MaskError, PlanError
+from hf_prune.evaluation.sparsity_report import sparsity_report
+from hf_prune.mixin import prunable
+from hf_prune.pipeline import prune
+from hf_prune.planning.config import PruningConfig
+from hf_prune.planning.make_plan import make_plan
+from hf_prune.pruning.mask_store import MaskStore
+from hf_prune.training.pruner import TrainingPruner
+from tests import models
+from tests.models import assert_unchanged, mlp, snapshot
+
+
+def removes(model: nn.Module, **settings) -> list[int | None]:
+    return [t.remove for t in make_plan(model, PruningConfig(**settings)).tensors]
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"sparsity": 0.3}, [29, 11]),  # 0.3 * 96 = 28.8, 0.3 * 36 = 10.8
+        ({"sparsity": 0.3, "scope": "row"}, [12 * 2, 3 * 4]),  # 0.3 * 8 = 2.4, 0.3 * 12 = 3.6
+        ({"sparsity": 0.3, "granularity": "block:3x2"}, [5, 2]),  # 0.3 * 16 = 4.8, 0.3 * 6 = 1.8
+        ({"sparsity": 0.3, "granularity": "block:3x2", "scope": "row"}, [4 * 1, 1 * 2]),  # 0.3 * 4 = 1.2, 0.3 * 6
+        ({"granularity": "2:4"}, [48, 18]),
+        ({"granularity": "1:4"}, [72, 27]),
+        ({"sparsity": 0.0}, [0, 0]),
+        ({"sparsity": 1.0}, [96, 36]),
+        ({"sparsity": 0.3, "allocation": {"fc2": 0.5}}, [29, 18]),
+    ],
+)
+def test_counts_by_hand(settings, expected):
+    assert removes(models.mlp(), **settings) == expected  # fc1 is (12, 8), fc2 is (3, 12)
+
+
+def test_global_scope_counts_over_all_tensors():
+    plan = make_plan(models.mlp(), PruningConfig(0.3, scope="global"))
+    assert plan.remove == 40  # 0.3 * 132 = 39.6
+    assert [(t.remove, t.sparsity) for t in plan.tensors] == [(None, None)] * 2
+
+
+def test_halves_round_to_even_as_in_torch():
+    assert removes(nn.Linear(5, 1), sparsity=0.5) == [2]
+    assert removes(nn.Linear(7, 1), sparsity=0.5) == [4]
+
+
+def test_totals_count_tied_weights_once():
+    model = models.tied_linears()
+    plan = make_plan(model, PruningConfig(0.5))
+    assert plan.total_parameters == 64 + 8 + 8 + 16 + 2
+    assert plan.target_parameters == 64 + 16
+    assert plan.removed_parameters == 32 + 8
+    assert plan.total_bytes == 4 * plan.total_parameters
+    assert plan.element_size == 4
+    assert make_plan(model.to(torch.bfloat16), PruningConfig()).total_bytes == 2 * plan.total_parameters
+
+
+def test_blocks_count_as_their_weights():
+    plan = make_plan(models.mlp(), PruningConfig(0.3, granularity="block:3x2"))
+    assert (plan.remove, plan.removed_parameters) == (7, 42)
+
+
+def test_already_removed_weights_are_shown():
+    model = prune(models.mlp(), 0.25)
+    assert [t.already for t in make_plan(model, PruningConfig(0.5)).tensors] == [24, 9]
+
+
+def test_a_plan_changes_nothing(any_transformer):
+    before = snapshot(any_transformer)
+    plan = make_plan(any_transformer, PruningConfig(0.5))
+    str(plan)
+    plan.to_dict()
+    assert_unchanged(any_transformer, before)
+    assert MaskStore.of(any_transformer) is None
+    assert plan.model_name == type(any_transformer).__name__
+
+
+def test_the_table():
+    assert str(make_plan(models.mlp(), PruningConfig(0.3, exclude_modules=["fc2"]))) == (
+        "Plan for MLP: magnitude, unstructured, scope layer, allocation uniform\n"
+        "weight      shape  weights  sparsity  units to remove  removed already\n"
+        "----------  -----  -------  --------  ---------------  ---------------\n"
+        "fc1.weight  12x8        96   30.00 %               29                0\n"
+        "29 of 96 target weights go (30.21 %), 19.73 % of the model's 147 parameters.\n"
+        "Targets: 384 B dense; the same as bit mask and surviving values: 280 B.\n"
+        "Multiply-adds per token or position in the targets: 96 dense, 67 with a non-zero weight. "
+        "Dense kernels compute the zeros too: zeros alone bring no speed-up."
+    )
+
+
+def test_the_table_in_global_scope_and_with_an_explicit_allocation():
+    assert "by score" in str(make_plan(models.mlp(), PruningConfig(scope="global")))
+    assert "allocation explicit" in str(make_plan(models.mlp(), PruningConfig(allocation={"fc1": 0.1})))
+
+
+def test_to_dict_is_json():
+    values = json.loads(json.dumps(make_plan(models.mlp(), PruningConfig(0.3)).to_dict()))
+    assert values["config"] == PruningConfig(0.3).to_dict()
+    assert values["removed_parameters"] == 40
+    assert values["tensors"][1] == {
+        "name": "fc2.weight",
+        "shape": [3, 12],
+        "units": 36,
+        "sparsity": 0.3,
+        "remove": 11,
+        "already_removed": 0,
+    }
+
+
+def test_what_a_granularity_does_not_divide_stays_dense_and_is_named():
+    model = models.tiny_resnet()
+    before = snapshot(model)
+    stem = "resnet.embedder.embedder.convolution"
+    sentence = (
+        rf"Left dense, since granularity '2:4' does not divide them: {stem} \(8, 3, 7, 7\): its 3 inputs are no "
+        r"multiple of 4\."
+    )
+    plan = make_plan(model, PruningConfig(granularity="2:4", target_modules=".*"))
+    assert re.search(sentence, str(plan))
+    assert any(re.search(sentence, note) for note in plan.to_dict()["notes"])
+    with pytest.warns(UserWarning, match=sentence):
+        prune(model, granularity="2:4", target_modules=".*")
+    assert torch.equal(model.get_submodule(stem).weight, before[f"{stem}.weight"])
+    assert f"{stem}.weight" not in MaskStore.of(model).masks
+    assert sparsity_report(model).nm_patterns == ("2:4",)
+    plan = make_plan(
+        models.tiny_resnet(), PruningConfig(granularity="2:4", target_modules=".*", exclude_modules=[stem])
+    )
+    assert plan.remove > 0
+    assert not plan.notes
+
+
+@pytest.mark.parametrize("settings", [{}, {"scope": "global"}, {"criterion": "taylor"}], ids=str)
+def test_a_head_that_blocks_do_not_divide_stays_dense(bert, settings):
+    head = bert.classifier.weight.detach().clone()
+    with pytest.warns(UserWarning, match=r"classifier \(2, 16\): its 2 outputs are no multiple of 16"):
+        prune(bert, 0.5, granularity="block:16x1", calibration=models.tiny_batches(bert), **settings)
+    assert torch.equal(bert.classifier.weight, head)
+    assert "classifier.weight" not in MaskStore.of(bert).masks
+    assert sparsity_report(bert).target_sparsity == 0.5
+
+
+def test_n_m_may_not_cross_the_positions_of_a_kernel():
+    """6 channels x 6 positions are 36 columns, which 4 divides; 6 inputs it does not."""
+    with pytest.raises(PlanError, match="its 6 inputs are no multiple of 4"):
+        make_plan(nn.Sequential(nn.Conv2d(6, 2, (2, 3))), PruningConfig(granularity="2:4", target_modules=["0"]))
+
+
+@pytest.mark.parametrize(
+    ("granularity", "message"),
+    [
+        ("block:5x1", r"its 12 outputs are no multiple of 5; fc2 .* its 3 outputs"),
+        ("block:1x5", r"its 8 inputs are no"),
+        ("block:1x32", r"its 8 inputs are no multiple of 32; fc2 .* its 12 inputs"),
+        ("block:64x64", r"its 12 outputs are no multiple of 64"),
+    ],
+)
+def test_blocks_that_do_not_divide_are_refused(granularity, message):
+    with pytest.raises(PlanError, match=rf"does not divide 2 of 2 targets: fc1 \(12, 8\): {message}"):
+        make_plan(models.mlp(), PruningConfig(granularity=granularity))
+
+
+def test_a_long_list_is_cut(bert):
+    with pytest.raises(PlanError, match=r"does not divide 14 of 14 targets: .*; .*; .* and 11 more\. Choose"):
+        make_plan(bert, PruningConfig(granularity="block:1x7"))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_bad_weights_are_refused_before_any_change(bert, bad):
+    prune(bert, 0.2)
+    with torch.no_grad():
+        bert.classifier.weight[1, 3] = bad
+    before, masks = snapshot(bert), dict(MaskStore.of(bert).masks)
+    with pytest.raises(
+        PlanError, match=r"NaN or infinite values in classifier\.weight: expected finite weights; check how"
+    ):
+        prune(bert, 0.5)
+    assert_unchanged(bert, before)
+    assert {n: id(m) for n, m in masks.items()} == {n: id(m) for n, m in MaskStore.of(bert).masks.items()}
+
+
+def test_a_bad_weight_that_is_no_target_is_nobodys_business(bert):
+    with torch.no_grad():
+        bert.bert.embeddings.word_embeddings.weight[0, 0] = float("nan")
+    assert make_plan(bert, PruningConfig()).remove > 0
+
+
+@pytest.mark.parametrize("scope", ["row", "layer", "global"])
+def test_less_than_before_is_refused(scope):
+    model = prune(models.mlp(hidden=40), 0.5, scope=scope)
+    before, store = snapshot(model), MaskStore.of(model)
+    masks = {name: mask.clone() for name, mask in store.masks.items()}
+    message = r"sparsity=0\.3 is below what earlier pruning already removed .*\(\d+ of 440 weights, 5\d\.\d\d %\), and "
+    with pytest.raises(
+        PlanError, match=message + r"pruning only adds zeros: ask for more, or call discard_masks\(\) first"
+    ):
+        prune(model, 0.3, scope=scope)
+    assert_unchanged(model, before)
+    assert {n: id(m) for n, m in MaskStore.of(model).masks.items()} == {n: id(m) for n, m in store.masks.items()}
+    assert all(torch.equal(store.masks[name], mask) for name, mask in masks.items())
+    assert store.config.sparsity == 0.5
+
+
+def test_the_same_sparsity_in_another_scope_may_round_differently():
+    model = prune(models.mlp(hidden=40), 0.3)
+    zeros = int((model.fc1.weight == 0).sum())
+    prune(model, 0.3, scope="global")
+    assert int((model.fc1.weight == 0).sum()) >= zeros
+
+
+def test_masks_that_no_longer_fit_are_refused_before_any_change():
+    model = prune(models.mlp(), 0.3, exclude_modules=["fc1"])
+    model.fc2 = models.fill(nn.Linear(12, 5))
+    before = snapshot(model)
+    with pytest.raises(
+        MaskError, match=r"mask of 'fc2\.weight' has shape \(3, 12\), but the model has shape \(5, 12\)"
+    ):
+        prune(model, 0.5)
+    model.fc2 = nn.Identity()
+    with pytest.raises(MaskError, match=r"but the model has no parameter there: the model was changed after pruning"):
+        prune(model, 0.5, target_modules=["fc1"])
+    assert list(MaskStore.of(model).masks) == ["fc2.weight"]
+    assert torch.equal(model.fc1.weight, before["fc1.weight"])
+
+
+def test_what_earlier_prunings_removed_makes_the_count_a_lower_bound():
+    model = prune(mlp(hidden=24), 0.3)
+    plan = prune(model, 0.5, granularity="block:3x2", dry_run=True)
+    assert not plan.is_exact
+    assert f"At least {plan.removed_parameters:,} of" in str(plan)
+    prune(model, 0.5, granularity="block:3x2")
+    assert sparsity_report(model).removed >= plan.removed_parameters
+    fresh = prune(mlp(hidden=24), 0.5, dry_run=True)
+    assert fresh.is_exact
+    assert "At least" not in str(fresh)
+
+
+def test_matrices_that_no_config_can_target_are_named():
+    """Fused experts and packed projections are neither Linear nor convolution: the plan says so."""
+    attention = nn.MultiheadAttention(8, 2)
+    model = nn.Sequential(nn.Embedding(10, 8), attention, nn.Linear(8, 4))
+    plan = prune(model, 0.5, dry_run=True)
+    assert dict(plan.uncovered) == {"1.in_proj_weight": 24 * 8}
+    assert "Not covered: 192 parameters in 1 matrices outside Linear, Conv1D and convolutions, such as" in str(plan)
+    assert plan.to_dict()["uncovered_parameters"] == 192
+    assert "Not covered" not in str(prune(mlp(), 0.5, dry_run=True))
+
+
+def mixtral():
+    config = MixtralConfig(
+        vocab_size=48,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_local_experts=4,
+    )
+    return models.fill(MixtralForCausalLM(config))
+
+
+def experts_left_out(model):
+    """Counted by hand: all matrices of experts and routers, and all that lie in Linears but the output embedding."""
+    sizes = {name: p.numel() for name, p in model.named_parameters() if p.dim() > 1}
+    dense = sum(n for name, n in sizes.items() if "experts" in name or ".gate." in name)
+    rest = sum(n for name, n in sizes.items() if "self_attn" in name)
+    return dense / (dense + rest), dense + rest
+
+
+def test_fused_experts_that_stay_dense_are_named_once():
+    model = mixtral()
+    share, whole = experts_left_out(model)
+    sentence = (
+        rf"{100 * share:.2f} % of the {whole:,} weights in matrices of MixtralForCausalLM stay dense, the largest "
+        r"model\.layers\.0\.mlp\.experts\.gate_up_proj \(4,096\), model\.layers\.1\.mlp\.experts\.gate_up_proj .*fused"
+    )
+    assert share > 0.8
+    assert re.search(sentence, str(prune(model, 0.5, dry_run=True)))
+    with pytest.warns(UserWarning, match=sentence) as caught:
+        prune(model, 0.5, criterion="wanda", scope="row", calibration=models.tiny_batches(model))
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+    assert re.search(sentence, sparsity_report(model).summary())
+    assert re.search(sentence, sparsity_report(mixtral()).summary())
+
+
+class Mixed(nn.Module):
+    """A Linear that 2:3 divides, one that it does not, and a matrix of no module that is known."""
+
+    def __init__(self, table: bool = True) -> None:
+        super().__init__()
+        self.even, self.odd = nn.Linear(6, 4), nn.Linear(4, 5)
+        if table:
+            self.table = nn.Parameter(torch.ones(3, 3))
+
+
+@pytest.mark.parametrize(
+    ("settings", "table", "sentence"),
+    [
+        ({"granularity": "2:3"}, False, r"45\.45 % of the 44 .* the largest odd\.weight \(20\)\.$"),
+        (
+            {"granularity": "2:3"},
+            True,
+            r"54\.72 % of the 53 .* the largest odd\.weight \(20\), table \(9\)\. Of table \(9\): pruning covers Lin",
+        ),
+        ({}, True, r"16\.98 % of the 53 .* the largest table \(9\): pruning covers Linear and"),
+    ],
+)
+def test_the_reason_why_matrices_stay_dense_is_theirs(settings, table, sentence):
+    """A Linear that a granularity does not divide is covered by pruning: another sentence says why it stays."""
+    model = Mixed(table)
+    with pytest.warns(UserWarning, match=sentence) as caught:
+        prune(model, **settings)
+    (warning,) = caught
+    assert ("does not divide them: odd (5, 4)" in str(warning.message)) == bool(settings)
+    assert warning.filename == __file__
+
+
+def test_warnings_name_the_line_of_the_user():
+    """Whatever lies between it and the place where something was found: methods, decorators, loops."""
+    model = prunable(mixtral())
+    with pytest.warns(UserWarning, match="stay dense") as caught:
+        model.prune(0.5)
+    assert [warning.filename for warning in caught] == [__file__]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(1)
+    with pytest.warns(UserWarning, match="not zero any more") as caught:
+        sparsity_report(model)
+    assert [warning.filename for warning in caught] == [__file__]
+
+
+def test_streaming_and_training_say_what_stays_dense(tmp_path):
+    models.tiny_resnet().save_pretrained(tmp_path / "dense")
+    with pytest.warns(UserWarning, match=r"99\.00 % of the 4,784 weights in matrices of ResNet") as caught:
+        prune_stream(tmp_path / "dense", PruningConfig(0.5), tmp_path / "out")
+    assert len(caught) == 1
+    with pytest.warns(UserWarning, match=r"99\.00 % of the 4,784 weights in matrices of ResNet") as caught:
+        TrainingPruner(models.tiny_resnet(), PruningConfig(0.5), steps=4)
+    assert len(caught) == 1
+
+
+def test_who_names_modules_is_told_only_of_those(recwarn):
+    prune(mixtral(), 0.5, target_modules=["q_proj", "k_proj"])
+    prune(mixtral(), 0.5, exclude_modules=["experts", "gate"])
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match=r"stay dense, the largest model\.layers\.0\.mlp\.experts\.gate_up_proj"):
+        prune(mixtral(), 0.5, target_modules=["q_proj", "experts"])
+
+
+def test_convolutions_that_nobody_named():
+    with pytest.warns(
+        UserWarning, match=r"99\.00 % of the 4,784 weights in matrices of ResNetFor.*convolutions that targ"
+    ):
+        prune(models.tiny_resnet(), 0.5)
+
+
+@pytest.mark.parametrize("kind", [*sorted(set(models.TRANSFORMERS) - {"resnet"}), "vit", "moe"])
+def test_ordinary_models_are_pruned_without_a_word(kind, recwarn):
+    build = {**models.TRANSFORMERS, "vit": models.tiny_vit, "moe": models.tiny_moe}[kind]
+    model = build()
+    prune(model, 0.5)
+    assert not sparsity_report(model).notes
+    assert not recwarn.list
+
+
+def old_weight_norm(module):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        torch.nn.utils.weight_norm(module)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [old_weight_norm, torch.nn.utils.parametrizations.weight_norm, torch.nn.utils.parametrizations.orthogonal],
+)
+def test_layers_whose_weights_are_computed_are_named(change):
+    """One in ten thousand weights, and still somebody meant it."""
+    model = nn.ModuleDict({"wide": nn.Linear(256, 256), "small": nn.Linear(4, 4)})
+    change(model["small"])
+    before = snapshot(model)
+    with pytest.warns(
+        UserWarning, match=r"Left dense, since their weights are computed .*: small; torch\.nn\.utils\.para"
+    ):
+        prune(model, 0.5)
+    assert list(MaskStore.of(model).masks) == ["wide.weight"]
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters() if name.startswith("small"))
+    plain = nn.ModuleDict({"wide": nn.Linear(256, 256), "small": nn.Linear(4, 4)})
+    change(plain["small"])
+    prune(plain, 0.5, exclude_modules=["small"])
+
+
+def test_sparsities_that_remove_nothing_or_everything():
+    assert "A sparsity of 0 removes nothing." in str(prune(mlp(), 0.0, dry_run=True))
+    assert "A sparsity of 1 removes everything that may go" in str(prune(mlp(), 1.0, dry_run=True))
+    assert "A sparsity of" not in str(prune(mlp(), 0.5, dry_run=True))
