@@ -141,7 +141,7 @@ PEAK = """
 import sys, torch, hf_prune
 from pathlib import Path
 from transformers import AutoModelForSequenceClassification, BertForSequenceClassification
-from hf_prune import packing, packed_files
+from hf_prune.checkpoint.packed import files, pack
 torch.set_num_threads(1)
 def kib(field):
     lines = Path("/proc/self/status").read_text().splitlines()

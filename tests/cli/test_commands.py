@@ -1092,7 +1092,7 @@ def test_a_picture_that_fails_does_not_cost_the_checkpoint(hf_prune, folders, tm
     def fail(*_):
         raise RuntimeError("no ink")
 
-    monkeypatch.setattr(sweep_workflow, "write_plots", fail)
+    monkeypatch.setattr(prune_workflow, "write_plots", fail)
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         done = hf_prune("prune", folders["text"], "--plots", "--out", tmp_path / "out")

@@ -244,7 +244,7 @@ def test_files_that_are_missing_are_missed(tmp_path, dense):
     first, second = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
     (old / "model.safetensors").rename(old / first)
     tensors = load_file(old / first)
-    index = {"weight_map": {**dict.fromkeys(tensors, first), "classifier.weight": second}}
+    index = {"metadata": {}, "weight_map": {**dict.fromkeys(tensors, first), "classifier.weight": second}}
     (old / "model.safetensors.index.json").write_text(json.dumps(index))
     save_file({n: t for n, t in tensors.items() if n != "classifier.weight"}, old / first)
     with pytest.raises(CheckpointError, match=r"names classifier\.weight, and no file has it: download or save"):

@@ -165,7 +165,7 @@ def test_model_is_dense_again_after_an_interruption(model, monkeypatch, tmp_path
     path = {
         "evaluate": "hf_prune.evaluation.sweep.evaluate_classification",
         "report": "hf_prune.evaluation.sweep.sparsity_report",
-        "apply": "hf_prune.kernels.zeroing.zero_removed_",
+        "apply": "hf_prune.pruning.mask_store.zero_removed_",
         "calibrate": "hf_prune.pipeline.collect_stats",
     }[where]
     module, name = path.rsplit(".", 1)
