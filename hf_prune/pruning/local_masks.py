@@ -77,3 +77,17 @@ def local_part(whole: Tensor, parameter: Tensor) -> Tensor:
     if not isinstance(parameter, DTensor):
         return whole
     return distribute_tensor(whole, parameter.device_mesh, parameter.placements).to_local()
+
+
+def gather_parts(part: Tensor, parameter: Tensor) -> Tensor:
+    """The inverse of :func:`local_part`: put together what all processes hold; every process has to call this."""
+    if not isinstance(parameter, DTensor):
+        return part
+    return DTensor.from_local(
+        part, parameter.device_mesh, parameter.placements, shape=parameter.shape, stride=parameter.stride()
+    ).full_tensor()
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether FSDP has spread the parameters of a model over processes."""
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())

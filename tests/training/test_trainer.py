@@ -230,7 +230,7 @@ def test_movement_is_the_sum_of_weight_times_gradient_of_the_dense_weight(tmp_pa
             original = pruner.after_backward
 
             def after(step, scale=1.0):
-                for name in pruner._targets:
+                for name in pruner.targets:
                     parameter = model.get_parameter(name)
                     value = values.get(name, parameter.detach().clone())
                     expected[name] = expected.get(name, 0) - value * parameter.grad
@@ -240,16 +240,16 @@ def test_movement_is_the_sum_of_weight_times_gradient_of_the_dense_weight(tmp_pa
 
         def on_step_end(self, args, state, control, model=None, **kwargs):
             store = MaskStore.of(model)
-            for name in run.pruning.pruner._targets:
+            for name in run.pruning.pruner.targets:
                 now = model.get_parameter(name).detach()
-                latent = run.pruning.pruner.learned["latent"].get(name)
+                latent = run.pruning.pruner.learned.latent.get(name)
                 values[name] = now.clone() if latent is None else now + latent
                 if store is not None:
                     assert not latent[store.masks[name]].any()
 
     run.add_callback(Twin())
     run.train()
-    for name, score in run.pruning.pruner.learned["score"].items():
+    for name, score in run.pruning.pruner.learned.scores.items():
         torch.testing.assert_close(score, expected[name], rtol=1e-5, atol=1e-8)
     store = MaskStore.of(run.model)
     for name, mask in store.masks.items():
@@ -278,7 +278,7 @@ def test_taylor_is_a_running_average(tmp_path):
             original = run.pruning.pruner.after_backward
 
             def after(step, scale=1.0):
-                for name in run.pruning.pruner._targets:
+                for name in run.pruning.pruner.targets:
                     gradient = model.get_parameter(name).grad.abs()
                     by_hand[name] = 0.9 * by_hand.get(name, torch.zeros_like(gradient)) + 0.1 * gradient
                 original(step, scale)
@@ -287,7 +287,7 @@ def test_taylor_is_a_running_average(tmp_path):
 
     run.add_callback(Look())
     run.train()
-    for name, score in run.pruning.pruner.learned["score"].items():
+    for name, score in run.pruning.pruner.learned.scores.items():
         torch.testing.assert_close(score, by_hand[name])
 
 
@@ -303,7 +303,7 @@ def test_rigl_exchanges_the_smallest_for_those_with_the_largest_gradients(tmp_pa
 
             def after(step, scale=1.0):
                 if step == 4:
-                    gradients.update({n: model.get_parameter(n).grad.clone() for n in run.pruning.pruner._targets})
+                    gradients.update({n: model.get_parameter(n).grad.clone() for n in run.pruning.pruner.targets})
                 original(step, scale)
 
             run.pruning.pruner.after_backward = after
@@ -875,7 +875,7 @@ def test_less_than_there_is_is_refused_before_the_first_step(tmp_path):
     model = prune(models.tiny_bert(), 0.9, target_modules=("query", "dense"))
     with pytest.raises(ConfigError, match=r"sparsity=0\.75 is below the 0\.8996"):
         trainer(tmp_path, model).train()
-    with pytest.raises(ConfigError, match=r"begins with a sparsity of 0\.8 and ends with 0\.75"):
+    with pytest.raises(ConfigError, match=r"starts at a sparsity of 0\.8 and ends at 0\.75"):
         trainer(tmp_path, pruning=config(schedule=Schedule("cubic", initial=0.8))).train()
     dense = prune(models.tiny_bert(), 0.5, keep_dense=True)
     with pytest.raises(ConfigError, match="keep_dense=True"):
@@ -930,7 +930,7 @@ def test_gradients_that_overflow_teach_nothing(tmp_path):
 
         run.add_callback(Scale())
         run.train()
-        found[scale] = run.pruning.pruner.learned["score"]
+        found[scale] = run.pruning.pruner.learned.scores
     for name, score in found[1.0].items():
         torch.testing.assert_close(found[1024.0][name], score, rtol=1e-4, atol=1e-12)
     before = {name: score.clone() for name, score in found[1024.0].items()}
