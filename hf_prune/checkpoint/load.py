@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -25,6 +26,7 @@ from hf_prune.checkpoint.sources import check_model_source, holds_adapters
 from hf_prune.errors import CheckpointError, PlanError
 from hf_prune.pruning.mask_store import MaskStore
 from hf_prune.pruning.torch_prune import masked_weight
+from hf_prune.utils.json_files import read_config
 from hf_prune.utils.number_formats import refuse_quantized
 
 _TENSORS_UNKNOWN = 1000  # taken for the number in a file that is not safetensors; the largest GGUF files have as many
@@ -47,7 +49,7 @@ def load_pruned(load: Callable[..., Any], source: Any, *args: Any, **kwargs: Any
         What ``load`` returned, its model with masks attached.
 
     Raises:
-        CheckpointError: If masks are damaged or do not fit the weights, or the weights would be quantized.
+        CheckpointError: If masks or the config are damaged, do not fit the weights, or the weights would be quantized.
         DataError: If it holds adapters and no model; or if it cannot be found, at once also where there is no network.
     """
     if source is None:
@@ -56,9 +58,11 @@ def load_pruned(load: Callable[..., Any], source: Any, *args: Any, **kwargs: Any
         place = {key: kwargs[key] for key in ("revision", "cache_dir") if key in kwargs}
         kwargs["local_files_only"] = check_model_source(source, **place)
     hub = {key: kwargs[key] for key in _HUB_KEYS if kwargs.get(key) is not None}
-    if find_file(source, "config.json", hub) is None:
-        if (adapter_config := find_file(source, "adapter_config.json", hub)) is not None:
-            raise holds_adapters(os.fspath(source), adapter_config)
+    if (config := find_file(source, "config.json", hub)) is not None:
+        if kwargs.get("config") is None:
+            read_config(config)
+    elif (adapter_config := find_file(source, "adapter_config.json", hub)) is not None:
+        raise holds_adapters(os.fspath(source), adapter_config)
     files = weight_files(source, hub, kwargs.get("variant"))
     if asked := [key for key in ("quantization_config", "load_in_4bit", "load_in_8bit") if kwargs.get(key)]:
         if find_file(source, MASK_FILE, hub) is not None or (files and is_packed(files[0])):
@@ -68,8 +72,13 @@ def load_pruned(load: Callable[..., Any], source: Any, *args: Any, **kwargs: Any
     gguf = find_file(source, kwargs["gguf_file"], hub) if kwargs.get("gguf_file") else None
 
     def limited(*args: Any, **kwargs: Any) -> Any:
-        with limited_to_files(source, files if gguf is None else [gguf]):
-            return load(*args, **kwargs)
+        try:
+            with limited_to_files(source, files if gguf is None else [gguf]):
+                return load(*args, **kwargs)
+        except StrictDataclassError as error:
+            raise CheckpointError(
+                f"the config.json of {source} is damaged: {error}; download or save it again"
+            ) from error
 
     with _without_torch_prune(source, files, hub) as converted:
         if converted is None:

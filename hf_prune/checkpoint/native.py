@@ -99,7 +99,9 @@ def load_tokenizer(source: str, *, local_files_only: bool = False) -> Any:
         return transformers.AutoTokenizer.from_pretrained(
             source, local_files_only=local_files_only, trust_remote_code=False
         )
-    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+    except OSError:
+        raise  # which says what is not there
+    except Exception as error:  # tokenizers knows no class of its own
         raise DataError(
             f"the tokenizer of {source!r} cannot be loaded: {_first_line(error)}; if it needs code of its own that you "
             f"trust, load model and tokenizer in Python with trust_remote_code=True"

@@ -36,6 +36,7 @@ from hf_prune import (
 )
 from hf_prune.checkpoint.files import MASK_FILE
 from hf_prune.checkpoint.mask_file import load_masks, mask_metadata, save_masks
+from hf_prune.checkpoint.native import load_tokenizer
 from hf_prune.checkpoint.staging import staged_checkpoint
 from hf_prune.errors import CheckpointError, DataError
 from hf_prune.utils import staging as staging_module
@@ -658,6 +659,36 @@ def test_training_steps_do_not_survive_in_the_checkpoint(tmp_path):
 def test_new_head_of_another_size(pruned, saved):
     loaded = load(saved, num_labels=5, ignore_mismatched_sizes=True)
     assert dict(loaded.masks).keys() == {name for name in pruned.masks if name != "classifier.weight"}
+
+
+@pytest.mark.parametrize(
+    "text", ["", "null", "[]", "[" * 100_000, '{"vocab_size": 1' + "0" * 5000 + "}", '{"architectures": {"a": 1}}']
+)
+def test_a_config_that_is_no_config_is_ours_to_name(saved, text):
+    (saved / "config.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"config\.json is damaged"):
+        load(saved)
+
+
+def test_a_config_with_a_list_for_a_number_is_ours_to_name(saved):
+    config = json.loads((saved / "config.json").read_text())
+    (saved / "config.json").write_text(json.dumps({**config, "vocab_size": ["x"]}))
+    with pytest.raises(CheckpointError, match=r"config.json of .* is damaged: .*vocab_size"):
+        load(saved)
+
+
+@pytest.mark.parametrize("place", [("model", "vocab", "w39"), ("version",), ("added_tokens",)])
+def test_a_tokenizer_that_is_no_tokenizer_is_ours_to_name(tmp_path, place):
+    """tokenizers raises bare exceptions."""
+    models.tiny_bert().save_pretrained(tmp_path)
+    models.tiny_tokenizer().save_pretrained(tmp_path)
+    values = part = json.loads((tmp_path / "tokenizer.json").read_text())
+    for key in place[:-1]:
+        part = part[key]
+    part[place[-1]] = [[]]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(values))
+    with pytest.raises(DataError, match=r"tokenizer of .* cannot be loaded"):
+        load_tokenizer(str(tmp_path))
 
 
 def test_unreachable_hub_is_an_error_at_once(monkeypatch):

@@ -14,6 +14,7 @@ import struct
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -583,6 +584,36 @@ def test_a_packed_weight_that_lies_is_named(small):
     changed = data[: place + 24] + (1 << 50).to_bytes(8, "little") + data[place + 32 :]
     (small / SINGLE).write_bytes(reseal(changed))
     refused(small, r"weight in model\.safetensors: a packed weight is damaged: .* claim to be a weight of shape")
+
+
+QUERY = "bert.encoder.layer.0.attention.self.query.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda header: header.pop(QUERY), "tensors, bert.*_packed without bert.*query.weight, expected 41"),
+        (lambda header: header[QUERY + "_packed"].update(dtype="F8_E4M3"), "neither packed nor plain|it is of F8_E4M3"),
+        (lambda header: header[QUERY].update(data_offsets=[0, 1 << 60]), "invalid offset for tensor"),
+        (lambda header: header[QUERY].pop("dtype"), "missing field|does not describe tensors"),
+        (lambda header: header.update({QUERY: []}), "invalid|does not describe tensors"),
+    ],
+)
+def test_a_header_that_is_none_of_safetensors_is_refused(small, monkeypatch, change, message):
+    """Nothing of it is loaded, nothing is random, and the error is ours, also of the reader beside a checkpoint."""
+    data = (small / SINGLE).read_bytes()
+    length = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:length])
+    change(header)
+    text = json.dumps(header).encode()
+    changes = {"tensors": 42} if b"F8" in text else {}
+    (small / SINGLE).write_bytes(reseal(len(text).to_bytes(8, "little") + text + data[length:], **changes))
+    refused(small, message)
+    reader = ModuleType("modeling_of_a_checkpoint")
+    monkeypatch.setitem(sys.modules, reader.__name__, reader)  # where dataclasses look
+    exec(modeling_source([]), vars(reader))
+    with pytest.raises(reader.CheckpointError, match=message):  # type: ignore[attr-defined]
+        [read([small / SINGLE]) for read in (reader.check_files, reader.dense_tensors)]
 
 
 @pytest.mark.parametrize("shard", ["../small/model.safetensors", "/etc/model.safetensors", "..\\m.safetensors", "m", 3])

@@ -23,6 +23,7 @@ from hf_prune.checkpoint.packed.format import (
     SUFFIX,
     UNSEALED,
     Header,
+    check_count,
     damaged_file,
     read_header,
     unseal,
@@ -217,11 +218,10 @@ class PackedFiles:
         self.shards = Shards(files, index)
         if index is not None and (lost := set(self.shards.entries) - set(read_index(index))):
             raise damaged_file(index, f"it does not name {min(lost)}")
+        dtypes = {name: entry.dtype for name, entry in self.shards.entries.items()}
+        check_count(files[0], dtypes, self.described.get("tensors"))
         names = set(self.shards.entries)
         self.packed = sorted(name for name in names if name + SUFFIX in names)
-        weights = len(names) - len(self.packed)
-        if self.described.get("tensors") != weights:
-            raise damaged_file(files[0], f"the files have {weights} tensors, expected {self.described.get('tensors')}")
         self.headers = {name: self._header(name) for name in self.packed}
 
     def _header(self, name: str) -> Header:

@@ -11,7 +11,7 @@ import itertools
 import json
 import math
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -63,13 +63,30 @@ def check_files(paths: Sequence[str | Path]) -> None:
     Raises:
         CheckpointError: If one is missing, damaged, of another kind or a newer version, or not all are there.
     """
-    names: set[str] = set()
+    dtypes: dict[str, str] = {}
     for path in map(Path, paths):
         expected = unseal(path).get("tensors")
-        names |= set(json.loads(_first_bytes(path))) - {"__metadata__"}
-    packed = sum(name + SUFFIX in names for name in names)
-    if len(names) - packed != expected:
-        raise damaged_file(Path(paths[0]), f"the files have {len(names) - packed} tensors, expected {expected}")
+        try:
+            header = json.loads(_first_bytes(path))
+            dtypes |= {name: str(entry["dtype"]) for name, entry in header.items() if name != "__metadata__"}
+        except (KeyError, TypeError) as error:
+            raise damaged_file(path, f"its header does not describe tensors: {error!r}") from error
+    check_count(Path(paths[0]), dtypes, expected)
+
+
+def check_count(path: Path, dtypes: Mapping[str, str], expected: object) -> None:
+    """Make sure that all tensors are there, and no packed weight without its name, or it would be random.
+
+    Args:
+        path: One of the files.
+        dtypes: Of all tensors in all files, by their names.
+        expected: How many weights the files say that they have.
+    """
+    packed = {name for name, dtype in dtypes.items() if name.endswith(SUFFIX) and dtype == "U8"}
+    alone = [name for name in sorted(packed) if name.removesuffix(SUFFIX) not in dtypes]
+    if alone or len(dtypes) - len(packed) != expected:
+        without = f", {alone[0]} without {alone[0].removesuffix(SUFFIX)}" if alone else ""
+        raise damaged_file(path, f"the files have {len(dtypes) - len(packed)} tensors{without}, expected {expected}")
 
 
 def unseal(path: Path) -> dict[str, Any]:
@@ -195,19 +212,8 @@ def read_header(data: Any, size: int | None = None) -> Header:
         sections.append((start, start + length))
         start = _aligned(start + length)
     shape = numbers[:ndim]
-    header = Header(
-        DTYPES[dtype],
-        shape,
-        names[0],
-        kept,
-        bool(masked),
-        names[1],
-        names[2],
-        bool(rotated),
-        bool(transposed),
-        (n, m),
-        tuple(sections),
-    )
+    flags = bool(masked), bool(rotated), bool(transposed)
+    header = Header(DTYPES[dtype], shape, names[0], kept, flags[0], *names[1:], *flags[1:], (n, m), tuple(sections))
     if start > size:
         raise damaged(f"its sections end at byte {start}, and it has {size}")
     dense = header.numel * header.dtype.itemsize

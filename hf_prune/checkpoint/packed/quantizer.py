@@ -11,16 +11,25 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from hf_prune.checkpoint.packed.format import HEADER_BYTES, SPELLED, SUFFIX, check_files, read_header
+from hf_prune.checkpoint.packed.format import (
+    HEADER_BYTES,
+    SPELLED,
+    SUFFIX,
+    check_files,
+    damaged,
+    damaged_file,
+    read_header,
+)
 from hf_prune.checkpoint.packed.quantization_config import (
     COMPRESSED,
     VERSION,
@@ -80,10 +89,15 @@ class PackedSlice:
 
     Args:
         packed: Its bytes, as ``get_slice`` of safetensors gives them.
+
+    Raises:
+        CheckpointError: If they are no packed weight.
     """
 
     def __init__(self, packed: Any) -> None:
         self._packed = packed
+        if (packed.get_dtype(), len(packed.get_shape())) != ("U8", 1):
+            raise damaged(f"it is of {packed.get_dtype()} and of shape {packed.get_shape()}, expected a row of U8")
         header = read_header(packed[:HEADER_BYTES].numpy(), packed.get_shape()[0])
         self._shape, self._dtype = header.shape, header.dtype
 
@@ -104,7 +118,10 @@ def dense_tensors(paths: Sequence[str]) -> dict[str, Any]:
     """The tensors of packed files under the names that they have in a dense checkpoint, none of them read yet."""
     slices: dict[str, Any] = {}
     for path in paths:
-        file = safe_open(path, framework="pt")
+        try:
+            file = safe_open(path, framework="pt")
+        except SafetensorError as error:
+            raise damaged_file(Path(path), str(error)) from error
         slices |= {name: file.get_slice(name) for name in file.keys()}  # no mapping
     for name in [name for name in slices if name + SUFFIX in slices]:
         slices[name] = PackedSlice(slices.pop(name + SUFFIX))
