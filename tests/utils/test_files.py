@@ -130,9 +130,10 @@ CHANGES = [
     (Path, "replace"),
     (Path, "mkdir"),
     (os, "link"),
+    (staging_module, "sync"),
     (files, "sync"),
-    (files, "_give"),
-    (files, "write_json"),
+    (staging_module, "_give"),
+    (staging_module, "write_json"),
 ]
 OLD = dict.fromkeys(("w1.bin", "w2.bin", "w.index", "masks", "config", "notes", "sub/notes", "sub/shared"), "old")
 NEW = dict.fromkeys(("w1.bin", "w.index", "masks", "config", "extra", "sub/shared", "sub/new"), "new")

@@ -543,8 +543,8 @@ def test_companions_of_a_cached_model(source, tmp_path, monkeypatch):
         link = snapshot / path.relative_to(source)
         link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to(tmp_path / "models--me--it" / "blobs" / path.relative_to(source))
-    monkeypatch.setattr("hf_prune.checkpoint.files.check_model_source", lambda source: True)
-    monkeypatch.setattr("hf_prune.checkpoint.files.find_file", lambda source, name, hub: str(snapshot / name))
+    monkeypatch.setattr("hf_prune.checkpoint.companions.check_model_source", lambda source: True)
+    monkeypatch.setattr("hf_prune.checkpoint.companions.find_file", lambda source, name, hub: str(snapshot / name))
     (tmp_path / "out").mkdir()
     assert set(copy_companions("me/it", tmp_path / "out")) == LEFT
     assert names(tmp_path / "out") >= CARRIED
