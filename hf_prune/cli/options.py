@@ -14,6 +14,7 @@ import typer.core
 from hf_prune.checkpoint.sources import check_model_source
 from hf_prune.errors import ConfigError, HfPruneError
 from hf_prune.evaluation.data.sources import check_data_source, check_text_source
+from hf_prune.evaluation.tasks import ClassificationTask, LanguageModelingTask, Task
 from hf_prune.planning.choices import ALLOCATIONS, OBJECTIVES, POLISHES, REPAIRS, SCOPES, UNIT_KINDS
 from hf_prune.planning.config import PruningConfig
 from hf_prune.utils.formatting import printable
@@ -211,6 +212,23 @@ def read_modules(text: str) -> str | tuple[str, ...]:
 def split_names(text: str) -> tuple[str, ...]:
     """What stands between commas."""
     return tuple(name.strip() for name in text.split(","))
+
+
+def read_task(
+    of_language: bool,
+    source: str,
+    text_column: str | None,
+    label_column: str,
+    calibration_split: str = "train",
+    calibration_samples: int = 128,
+    *,
+    window: int = 512,
+) -> Task:
+    """The task that options describe: language modelling, or classification."""
+    if of_language:
+        return LanguageModelingTask(source, text_column or "text", calibration_split, calibration_samples, window)
+    columns = split_names(text_column or "sentence")
+    return ClassificationTask(source, columns, label_column, calibration_split, calibration_samples)
 
 
 def split_numbers(option: str, text: str) -> list[float]:

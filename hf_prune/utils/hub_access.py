@@ -9,12 +9,6 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-)
-from huggingface_hub.utils import validate_repo_id
-
 from hf_prune.errors import DataError
 from hf_prune.utils.front_matter import read_card, read_yaml, split_card
 
@@ -123,7 +117,7 @@ def _describe(error: BaseException, no_answer: str) -> str:
 
 def check_repo_id(source: str, what: str) -> None:
     """Raises :class:`DataError` if a source can be no repository of the Hub."""
-    from huggingface_hub.utils import HFValidationError
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
 
     try:
         validate_repo_id(source)
@@ -147,6 +141,9 @@ def check_data_card(repo_id: str) -> None:
         DataError: If they cannot.
         OSError: If the Hub does not give it.
     """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
     for name, read in (("README.md", split_card), (".huggingface.yaml", _read_settings)):
         with contextlib.suppress(EntryNotFoundError):
             path = Path(hf_hub_download(repo_id, name, repo_type="dataset"))

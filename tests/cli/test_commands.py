@@ -43,7 +43,7 @@ from hf_prune.cli.workflows import prune as prune_workflow
 from hf_prune.cli.workflows import sweep as sweep_workflow
 from hf_prune.criteria.registry import CRITERIA
 from hf_prune.errors import DataError
-from hf_prune.evaluation.data import splits as calibration_data
+from hf_prune.evaluation.tasks import classification
 from hf_prune.granularities.registry import GRANULARITIES
 from hf_prune.utils.files import write_json
 from hf_prune.utils.formatting import format_count, printable
@@ -379,7 +379,7 @@ def test_fisher_in_steps(hf_prune, folders, tmp_path):
 
 
 def test_a_polish_sees_more_than_calibration(hf_prune, folders, tmp_path, monkeypatch):
-    monkeypatch.setattr(calibration_data, "POLISH_SAMPLES", 40)
+    monkeypatch.setattr(classification, "POLISH_SAMPLES", 40)
     arguments = ["prune", folders["text"], "--polish", "distill", "--data", folders["data"], "--calibration-samples", 8]
     done = hf_prune(*arguments, "--out", tmp_path / "many")
     assert done.code == 0, done.err
@@ -392,7 +392,7 @@ def test_a_polish_sees_more_than_calibration(hf_prune, folders, tmp_path, monkey
 
 
 def test_a_polish_of_a_sweep_sees_more_than_calibration(hf_prune, folders, tmp_path, monkeypatch):
-    monkeypatch.setattr(calibration_data, "POLISH_SAMPLES", 40)
+    monkeypatch.setattr(classification, "POLISH_SAMPLES", 40)
     seen = []
     monkeypatch.setattr(sweep_workflow, "run_sweep", lambda *_, **given: seen.append(given) or run_sweep(*_, **given))
     arguments = ["sweep", folders["text"], "--data", folders["data"], "--calibration-samples", 8, "--sparsity", 0.5]
@@ -407,7 +407,7 @@ def test_a_polish_of_a_sweep_sees_more_than_calibration(hf_prune, folders, tmp_p
 def test_a_polish_within_a_budget_sees_no_held_out_sentence(
     hf_prune, folders, tmp_path, monkeypatch, most, held_out, polished
 ):
-    monkeypatch.setattr(calibration_data, "POLISH_SAMPLES", most)
+    monkeypatch.setattr(classification, "POLISH_SAMPLES", most)
     seen = []
 
     def spy(model, tokenizer, dataset, **given):

@@ -9,8 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from hf_prune.checkpoint.sources import is_language_model, model_class
-from hf_prune.cli.options import SST2, WIKITEXT, AnyData, AnyText, AsJson, Label, echo, split_names, start
-from hf_prune.evaluation.data.splits import LabelledData, TextData
+from hf_prune.cli.options import SST2, WIKITEXT, AnyData, AnyText, AsJson, Label, echo, read_task, start
 
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A folder that prune or train wrote.", show_default=False)]
 
@@ -80,20 +79,16 @@ def verify(
     from hf_prune.hub.verify import verify_checkpoint
 
     def score(folder: str) -> dict[str, Any]:
-        from hf_prune.cli.workflows.evaluate import evaluate_checkpoint, evaluate_language_model
+        from hf_prune.cli.workflows.evaluate import evaluate_checkpoint
         from hf_prune.hub.card_metadata import read_facts
         from hf_prune.utils.front_matter import read_card
 
         said = read_facts(read_card(Path(folder) / "README.md"))["score"]
-        which = split or said.get("split")
-        if is_language_model(model_class(folder)):
-            texts = TextData(data or said.get("dataset") or WIKITEXT, text_column or "text")
-            window, n = said.get("window"), said.get("n")
-            return evaluate_language_model(folder, texts, which or "test", window=window, limit=n).to_dict()
-        labelled = LabelledData(
-            data or said.get("dataset") or SST2, split_names(text_column or "sentence"), label_column
-        )
-        return evaluate_checkpoint(folder, labelled, which or "validation").to_dict()
+        of_language = is_language_model(model_class(folder))
+        source = data or said.get("dataset") or (WIKITEXT if of_language else SST2)
+        task = read_task(of_language, source, text_column, label_column)
+        options = {"window": said.get("window"), "limit": said.get("n")} if of_language else {}
+        return evaluate_checkpoint(folder, task, split or said.get("split") or task.default_split, **options).to_dict()
 
     result = verify_checkpoint(source, revision=revision, score=score if evaluate else None)
     echo(json.dumps(result.to_dict(), indent=2) if as_json else str(result))

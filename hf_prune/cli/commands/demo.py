@@ -17,7 +17,7 @@ from hf_prune.cli.options import (
     echo,
     start,
 )
-from hf_prune.evaluation.data.splits import LabelledData
+from hf_prune.evaluation.tasks import ClassificationTask
 from hf_prune.planning.config import PruningConfig
 
 
@@ -40,7 +40,7 @@ def demo(
     arguments = [program, "sweep", str(assets.model_dir), "--data", str(assets.data_dir), "--out", str(out)]
     echo(f"\nScoring it at several sparsities. The same by hand:\n  {' '.join(arguments)}\n")
     say_if_continuing(out, restart)
-    model, data = str(assets.model_dir), LabelledData(str(assets.data_dir))
+    model, data = str(assets.model_dir), ClassificationTask(str(assets.data_dir))
     with resumable():
         result = sweep_checkpoint(
             model, data, out, restart=restart, name="demo model", data_name="Rotten Tomatoes", overwrite=overwrite

@@ -18,11 +18,10 @@ from hf_prune.cli.options import (
     Model,
     check_texts,
     echo,
-    split_names,
+    read_task,
     start,
 )
 from hf_prune.errors import ConfigError, DataError
-from hf_prune.evaluation.data.splits import LabelledData, TextData
 
 
 def evaluate(
@@ -61,26 +60,17 @@ def evaluate(
     source = data or (WIKITEXT if of_language else SST2)
     check_texts(checkpoints, source, labelled=not of_language)
     start([])
-    from hf_prune.cli.workflows.evaluate import evaluate_checkpoint, evaluate_language_model
-    from hf_prune.evaluation.comparison import compare, reason_to_doubt
-    from hf_prune.evaluation.perplexity import compare_perplexity
+    from hf_prune.cli.workflows.evaluate import evaluate_checkpoint
+    from hf_prune.evaluation.comparison import reason_to_doubt
 
-    scores: list[Any]
-    comparison: Any = None
-    if of_language:
-        texts = TextData(source, text_column or "text")
-        options: dict[str, Any] = {"window": window, "limit": limit, "batch_size": batch_size or 1}
-        scores = [evaluate_language_model(name, texts, split or "test", **options) for name in checkpoints]
-        comparison = compare_perplexity(scores[1], scores[0]) if against else None
-    else:
-        labelled, split = (
-            LabelledData(source, split_names(text_column or "sentence"), label_column),
-            split or "validation",
-        )
-        scores = [evaluate_checkpoint(name, labelled, split, batch_size=batch_size or 32) for name in checkpoints]
-        comparison = compare(scores[1], scores[0]) if against else None
-        if doubt := reason_to_doubt(scores[-1]):
-            echo(f"warning: {doubt if against else doubt.replace('the dense model', model, 1)}", err=True)
+    task = read_task(of_language, source, text_column, label_column)
+    options: dict[str, Any] = {"window": window, "limit": limit} if of_language else {}
+    options["batch_size"] = batch_size or (1 if of_language else 32)
+    split = split or task.default_split
+    scores: list[Any] = [evaluate_checkpoint(name, task, split, **options) for name in checkpoints]
+    comparison: Any = task.compare(scores[1], scores[0]) if against else None
+    if not of_language and (doubt := reason_to_doubt(scores[-1])):
+        echo(f"warning: {doubt if against else doubt.replace('the dense model', model, 1)}", err=True)
     if as_json:
         from hf_prune.hub.checksums import measured_weights
 

@@ -36,12 +36,13 @@ from hf_prune.cli.options import (
     check_texts,
     echo,
     read_config,
+    read_task,
     read_workload,
-    split_names,
     start,
 )
 from hf_prune.errors import ConfigError
-from hf_prune.evaluation.data.splits import POLISH_SAMPLES, LabelledData, TextData
+from hf_prune.evaluation.tasks import ClassificationTask
+from hf_prune.evaluation.tasks.classification import POLISH_SAMPLES
 
 
 def prune(
@@ -193,25 +194,22 @@ def prune(
     from hf_prune.conversion.streaming.prune_stream import plan_stream
     from hf_prune.utils.distributed import is_main_process
 
-    columns = split_names(text_column or "sentence")
-    labelled = LabelledData(source, columns, label_column, calibration_split, calibration_samples)
-    texts = TextData(source, text_column or "text", calibration_split, calibration_samples, window)
+    seen = (calibration_split, calibration_samples)
+    task = read_task(of_language, source, text_column, label_column, *seen, window=window)
     if out is None or dry_run:
-        chosen = texts if of_language else labelled
-        plan = plan_stream(model, settings) if stream else plan_checkpoint(model, settings, data=chosen)
+        plan = plan_stream(model, settings) if stream else plan_checkpoint(model, settings, task=task)
         echo(json.dumps(plan.to_dict(), indent=2) if as_json else str(plan))
         return
     if stream:
         with resumable():
-            chosen = texts if of_language else labelled
-            report = stream_checkpoint(model, settings, out, data=chosen, restart=restart, overwrite=overwrite)
+            report = stream_checkpoint(model, settings, out, task=task, restart=restart, overwrite=overwrite)
         text, values = str(report), report.to_dict()
     elif max_drop is None:
         report = prune_checkpoint(
             model,
             settings,
             out,
-            data=texts if of_language else labelled,
+            task=task,
             polish_samples=polish_samples,
             plots=plots,
             shrink=shrink,
@@ -219,11 +217,12 @@ def prune(
         )
         text, values = str(report), report.to_dict()
     else:
+        assert isinstance(task, ClassificationTask)
         search, reported, report = prune_to_budget(
             model,
             settings,
             out,
-            labelled,
+            task,
             max_drop=max_drop,
             held_out=held_out,
             split=split,

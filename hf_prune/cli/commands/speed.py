@@ -11,7 +11,7 @@ import typer
 
 from hf_prune.cli.options import AsJson, Label, Model, Overwrite, Text, echo, split_names, start
 from hf_prune.errors import ConfigError
-from hf_prune.evaluation.data.splits import LabelledData
+from hf_prune.evaluation.tasks import ClassificationTask
 from hf_prune.utils.output_folder import check_file, say_replaced
 
 EXPORTED = (".onnx", ".xml")
@@ -82,7 +82,7 @@ def bench(
     )
     accuracies: dict[str, float] = {}
     if data is not None:
-        labelled = LabelledData(data, split_names(text_column), label_column)
+        labelled = ClassificationTask(data, split_names(text_column), label_column)
         accuracies = score_all(loaded, tokenizers, labelled, split)
     notes = zero_notes(loaded)
     if plot is not None:

@@ -38,7 +38,7 @@ from hf_prune.cli.options import (
     split_numbers,
     start,
 )
-from hf_prune.evaluation.data.splits import LabelledData
+from hf_prune.evaluation.tasks import ClassificationTask
 
 
 def sweep(
@@ -96,7 +96,7 @@ def sweep(
     with resumable():
         result = sweep_checkpoint(
             model,
-            LabelledData(data, split_names(text_column), label_column, calibration_split, calibration_samples),
+            ClassificationTask(data, split_names(text_column), label_column, calibration_split, calibration_samples),
             out,
             sparsities=sparsities,
             criteria=split_names(criterion),

@@ -31,11 +31,12 @@ from hf_prune.cli.options import (
     check_texts,
     echo,
     read_config,
+    read_task,
     split_names,
     start,
 )
 from hf_prune.errors import ConfigError
-from hf_prune.evaluation.data.splits import LabelledData, TextData
+from hf_prune.evaluation.tasks import ClassificationTask
 from hf_prune.planning.schedule import schedule_names
 
 Out = Annotated[Path, typer.Option(help="Folder for the trained checkpoint.", show_default=False)]
@@ -149,13 +150,12 @@ def train(
     from hf_prune.cli.workflows.train_settings import TrainingSettings
     from hf_prune.training.distillation import Distillation
 
-    texts: Any = TextData(source, text_column or "text", split, window=window)
-    labelled = LabelledData(source, split_names(text_column or "sentence"), label_column, split)
+    model_task = read_task(of_language, source, text_column, label_column, split, window=window)
     report = train_checkpoint(
         model,
         settings,
         out,
-        texts if of_language else labelled,
+        model_task,
         settings=TrainingSettings(
             split=split,
             epochs=epochs,
@@ -165,7 +165,7 @@ def train(
             bf16=bf16,
             seed=seed or 0,
         ),
-        score_split=score_split or ("test" if of_language else "validation"),
+        score_split=score_split or model_task.default_split,
         teacher=teacher,
         distillation=None if teacher is None else Distillation(**learned),
         shrink_at=None if shrink_at is None else _moment("--shrink-at", shrink_at),
@@ -210,7 +210,7 @@ def lottery(
         model,
         settings,
         out,
-        LabelledData(data, split_names(text_column), label_column, split),
+        ClassificationTask(data, split_names(text_column), label_column, split),
         settings=TrainingSettings(
             split=split, epochs=epochs, learning_rate=learning_rate, batch_size=batch_size, bf16=bf16, seed=seed or 0
         ),

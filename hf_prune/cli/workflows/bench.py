@@ -14,9 +14,9 @@ from hf_prune.checkpoint.native import load_tokenizer
 from hf_prune.checkpoint.sources import check_model_source
 from hf_prune.errors import ConfigError, DataError, PlanError
 from hf_prune.evaluation.accuracy import evaluate_classification
-from hf_prune.evaluation.data.splits import LabelledData
 from hf_prune.evaluation.explain import SOME_ZEROS
 from hf_prune.evaluation.sparsity_report import sparsity_report
+from hf_prune.evaluation.tasks import ClassificationTask
 from hf_prune.inference.backends import SUFFIXES, ExportedModel
 
 
@@ -90,20 +90,19 @@ def load_tokenizers(models: Mapping[str, Any], sources: Sequence[str]) -> dict[s
 
 
 def score_all(
-    models: Mapping[str, Any], tokenizers: Mapping[str, Any], data: LabelledData, split: str
+    models: Mapping[str, Any], tokenizers: Mapping[str, Any], task: ClassificationTask, split: str
 ) -> dict[str, float]:
     """Accuracy of each classifier, 0 to 1, on the same examples.
 
     Args:
         models: Models by name.
         tokenizers: Theirs.
-        data: What to score.
+        task: What to score.
         split: Which split of it.
     """
-    dataset = data.load(split)
-    columns: dict[str, Any] = {"text_columns": data.text_columns, "label_column": data.label_column}
+    dataset = task.load(split)
     return {
-        name: evaluate_classification(model, tokenizers[name], dataset, **columns).accuracy
+        name: evaluate_classification(model, tokenizers[name], dataset, **task.columns).accuracy
         for name, model in models.items()
     }
 

@@ -9,8 +9,9 @@ from typing import Any
 from hf_prune.auto import load_native
 from hf_prune.checkpoint.companions import has_tokenizer
 from hf_prune.checkpoint.native import load_tokenizer
-from hf_prune.checkpoint.sources import check_model_source, class_of_transformers, is_language_model, model_class
+from hf_prune.checkpoint.sources import check_model_source, class_of_transformers, model_class
 from hf_prune.errors import DataError
+from hf_prune.evaluation.tasks import ClassificationTask, Task
 from hf_prune.utils.distributed import rank_and_world_size
 
 _OTHER_INPUTS = {
@@ -22,33 +23,21 @@ _OTHER_INPUTS = {
 }
 
 
-def load_classifier(source: str) -> tuple[Any, Any]:
-    """A sequence classifier and its tokenizer.
+def load_for_task(source: str, task: Task, *, labelled: bool = True) -> tuple[Any, Any]:
+    """A model for a task, and its tokenizer.
 
     Args:
         source: Folder or Hub id.
+        task: What the model is for.
+        labelled: Whether labels are needed; without them, any model that reads texts can be calibrated on those of
+            a classification task.
 
     Raises:
         DataError: If it cannot be found or is of another kind.
     """
-    _refuse_other_kinds(source, model_class(source))
+    task.check_model_class(source, model_class(source), labelled=labelled)
     model, tokenizer = load_checked(source)
-    _refuse_other_kinds(source, type(model).__name__)
-    return model, tokenizer
-
-
-def load_language_model(source: str) -> tuple[Any, Any]:
-    """A causal language model and its tokenizer.
-
-    Args:
-        source: Folder or Hub id.
-
-    Raises:
-        DataError: If it cannot be found or is of another kind.
-    """
-    model, tokenizer = load_checked(source)
-    if not is_language_model(type(model).__name__):
-        raise DataError(f"{source!r} is a {type(model).__name__}: expected a …ForCausalLM")
+    task.check_model_class(source, type(model).__name__, labelled=labelled)  # configs need not name a class
     return model, tokenizer
 
 
@@ -79,15 +68,7 @@ def check_reads_texts(source: str, *, labelled: bool) -> None:
     """
     refuse_other_inputs(source)
     if labelled:
-        _refuse_other_kinds(source, model_class(source))
-
-
-def _refuse_other_kinds(source: str, name: str) -> None:
-    if name and not name.endswith("ForSequenceClassification"):  # without one: seen when it is loaded
-        raise DataError(
-            f"{source!r} is a {name}: expected a …ForSequenceClassification, which has labels and is scored by "
-            f"accuracy, or a …ForCausalLM, which is scored by perplexity"
-        )
+        ClassificationTask().check_model_class(source, model_class(source))
 
 
 def refuse_other_inputs(source: str) -> None:

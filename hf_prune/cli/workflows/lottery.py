@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import DataCollatorWithPadding
-
 from hf_prune.checkpoint.companions import copy_companions
 from hf_prune.checkpoint.staging import staged_checkpoint
-from hf_prune.cli.workflows.loading import load_classifier
+from hf_prune.cli.workflows.loading import load_for_task
 from hf_prune.cli.workflows.train import SEEN
-from hf_prune.cli.workflows.train_settings import TrainingSettings, arguments, load_examples
+from hf_prune.cli.workflows.train_settings import TrainingSettings, arguments
 from hf_prune.evaluation.data.files import refuse_same_split
-from hf_prune.evaluation.data.splits import LabelledData
+from hf_prune.evaluation.tasks import ClassificationTask
 from hf_prune.planning.config import PruningConfig
 from hf_prune.training.lottery import LotteryResult, find_ticket
 from hf_prune.training.trainer import PruningTrainer
@@ -32,7 +29,7 @@ def lottery_checkpoint(
     source: str,
     config: PruningConfig,
     out: Path,
-    data: LabelledData,
+    task: ClassificationTask,
     *,
     settings: TrainingSettings | None = None,
     score_split: str = "validation",
@@ -49,7 +46,7 @@ def lottery_checkpoint(
         source: Folder or Hub id of a sequence classifier.
         config: What is pruned in the end.
         out: The folder.
-        data: What it learns from and is scored on.
+        task: What it learns from and is scored on.
         settings: How each round is trained.
         score_split: The split to score after each round.
         rounds: How often is pruned.
@@ -62,11 +59,10 @@ def lottery_checkpoint(
     from safetensors.torch import save_file
 
     settings = settings or TrainingSettings()
-    refuse_same_split(data.source, settings.split, score_split, "trained and scored on", SEEN)
+    refuse_same_split(task.source, settings.split, score_split, "trained and scored on", SEEN)
     check_output(out, "lottery", [source], overwrite=overwrite)
-    model, tokenizer = load_classifier(source)
-    examples = load_examples(data, model, tokenizer, settings)
-    scored = dataclasses.replace(settings, split=score_split)
+    model, tokenizer = load_for_task(source, task)
+    examples = task.training_examples(settings.split, model, tokenizer)
 
     def accuracy(prediction: Any) -> Mapping[str, float]:
         return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
@@ -78,8 +74,8 @@ def lottery_checkpoint(
                 model=changed,
                 args=arguments(settings, Path(folder), saves=False),
                 train_dataset=examples,
-                eval_dataset=load_examples(data, model, tokenizer, scored),
-                data_collator=DataCollatorWithPadding(tokenizer),
+                eval_dataset=task.training_examples(score_split, model, tokenizer),
+                data_collator=task.data_collator(tokenizer),
                 compute_metrics=accuracy,
             )
 

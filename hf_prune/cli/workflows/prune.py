@@ -12,7 +12,7 @@ from hf_prune.architectures.find_unit_groups import find_unit_groups
 from hf_prune.auto import load_native
 from hf_prune.checkpoint.companions import copy_companions
 from hf_prune.checkpoint.staging import staged_checkpoint
-from hf_prune.cli.workflows.loading import join_processes, load_checked, load_classifier, load_language_model
+from hf_prune.cli.workflows.loading import join_processes, load_for_task
 from hf_prune.criteria.base import LABELLED
 from hf_prune.errors import ConfigError
 from hf_prune.evaluation.accuracy import evaluate_classification
@@ -21,11 +21,11 @@ from hf_prune.evaluation.comparison import Comparison, compare
 from hf_prune.evaluation.data.checks import check_columns
 from hf_prune.evaluation.data.classification import class_numbers
 from hf_prune.evaluation.data.files import refuse_same_split
-from hf_prune.evaluation.data.splits import LabelledData, TextData
 from hf_prune.evaluation.plots import write_plots
 from hf_prune.evaluation.sparsity_report import SparsityReport, sparsity_report
 from hf_prune.evaluation.sparsity_search import SparsitySearch, check_budget, find_sparsity
 from hf_prune.evaluation.structure_report import structure_report
+from hf_prune.evaluation.tasks import ClassificationTask, Task
 from hf_prune.evaluation.weight_statistics import weight_histogram
 from hf_prune.planning.config import PruningConfig
 from hf_prune.planning.plan import PruningPlan
@@ -45,7 +45,7 @@ def prune_checkpoint(
     config: PruningConfig,
     out: Path,
     *,
-    data: LabelledData | TextData | None = None,
+    task: Task | None = None,
     polish_samples: int | None = None,
     plots: bool = False,
     name: str = "",
@@ -58,7 +58,7 @@ def prune_checkpoint(
         source: Folder or Hub id.
         config: The settings.
         out: The folder: new, empty, or an earlier output.
-        data: Labelled texts, or texts for a language model, for criteria that need them.
+        task: Labelled texts, or texts for a language model, for criteria that need them.
         polish_samples: How many of them a polish trains on; by default 4,096 labelled texts (without their labels), or
             the windows that calibration sees. Those of calibration are among them.
         plots: Also write ``weights.png`` and ``layers.png``.
@@ -76,44 +76,35 @@ def prune_checkpoint(
     join_processes()
     if polish_samples is not None and config.polish is None:
         raise ConfigError(f"polish_samples is {polish_samples}, but there is no polish: set polish, or leave it out")
-    data = data if config.needs_data else None
-    model, tokenizer, batches = _with_calibration(source, data, config)
-    more = None if data is None else data.for_polish([config], model, tokenizer, polish_samples)
+    task = task if config.needs_data else None
+    model, tokenizer, batches = _with_calibration(source, task, config)
+    more = None if task is None else task.polish_batches([config], model, tokenizer, polish_samples)
     with _pruned_into(model, source, config, out, batches, plots, name, more, shrink, overwrite) as (report, _):
         return report
 
 
-def plan_checkpoint(
-    source: str, config: PruningConfig, *, data: LabelledData | TextData | None = None
-) -> PruningPlan | UnitPlan:
+def plan_checkpoint(source: str, config: PruningConfig, *, task: Task | None = None) -> PruningPlan | UnitPlan:
     """The plan for a checkpoint; see :meth:`hf_prune.PrunedModelMixin.plan`.
 
     Args:
         source: Folder or Hub id.
         config: The settings.
-        data: Texts, for choices that are learned from data.
+        task: Texts, for choices that are learned from data.
     """
     learns = config.learns_allocation or config.learns_units
-    model, _, batches = _with_calibration(source, data if learns else None, config)
+    model, _, batches = _with_calibration(source, task if learns else None, config)
     plan: PruningPlan | UnitPlan = model.plan(config, calibration=batches)
     return plan
 
 
 def _with_calibration(
-    source: str, data: LabelledData | TextData | None, config: PruningConfig
+    source: str, task: Task | None, config: PruningConfig
 ) -> tuple[Any, Any, list[dict[str, Any]] | None]:
-    """A model, and where there is data its tokenizer and its calibration batches."""
-    if data is None:
+    """A model, and where there is a task its tokenizer and its calibration batches."""
+    if task is None:
         return load_native(source), None, None
-    load = (
-        load_language_model
-        if isinstance(data, TextData)
-        else load_classifier
-        if config.needs & LABELLED
-        else load_checked
-    )
-    model, tokenizer = load(source)
-    return model, tokenizer, data.calibration([config], model, tokenizer)
+    model, tokenizer = load_for_task(source, task, labelled=bool(config.needs & LABELLED))
+    return model, tokenizer, task.calibration_batches([config], model, tokenizer)
 
 
 @writes_alone("prune")
@@ -122,7 +113,7 @@ def prune_to_budget(
     source: str,
     config: PruningConfig,
     out: Path,
-    data: LabelledData,
+    task: ClassificationTask,
     *,
     max_drop: float,
     held_out: int = 2000,
@@ -142,7 +133,7 @@ def prune_to_budget(
         source: Folder or Hub id of a dense sequence classifier.
         config: All settings but the sparsity.
         out: The folder: new, empty, or an earlier output.
-        data: Labelled texts.
+        task: Labelled texts.
         max_drop: Largest accepted drop, in points of accuracy.
         held_out: How many sentences the search scores.
         split: The split whose score is reported.
@@ -161,27 +152,26 @@ def prune_to_budget(
     check_output(out, "prune", [source], overwrite=overwrite)
     check_budget(config, max_drop)
     why = "a model looks better than it is on the sentences that its sparsity was chosen on"
-    refuse_same_split(data.source, split, data.calibration_split, "searched and reported on", why)
+    refuse_same_split(task.source, split, task.calibration_split, "searched and reported on", why)
     join_processes()
-    model, tokenizer = load_classifier(source)
-    columns: dict[str, Any] = {"text_columns": data.text_columns, "label_column": data.label_column}
-    options: dict[str, Any] = {"source": display_name(data.source), "batch_size": batch_size, **columns}
-    reported = data.load(split)
-    check_columns(reported, [*data.text_columns, data.label_column], f"the split {split!r}")
-    class_numbers(data.load(data.calibration_split), data.label_column, model)  # refuses, and names rows of the data
-    seen = data.seen(config, held_out)
-    batches = data.calibration([config], model, tokenizer)
-    more = data.for_polish([config], model, tokenizer, seen)
+    model, tokenizer = load_for_task(source, task)
+    options: dict[str, Any] = {"source": display_name(task.source), "batch_size": batch_size, **task.columns}
+    reported = task.load(split)
+    check_columns(reported, [*task.text_columns, task.label_column], f"the split {split!r}")
+    class_numbers(task.load(task.calibration_split), task.label_column, model)  # refuses, and names rows of the data
+    seen = task.samples_seen(config, held_out)
+    batches = task.calibration_batches([config], model, tokenizer)
+    more = task.polish_batches([config], model, tokenizer, seen)
     search = find_sparsity(
         model,
         tokenizer,
-        data.held_out(held_out, seen),
+        task.held_out(held_out, seen),
         max_drop=max_drop,
         config=config,
         calibration=batches,
         polish_data=more,
         progress=is_main_process(),
-        split=data.calibration_split,
+        split=task.calibration_split,
         **options,
     )
 

@@ -14,12 +14,9 @@ from hf_prune.cli.workflows.loading import refuse_other_inputs
 from hf_prune.conversion.streaming.journal import Journal
 from hf_prune.conversion.streaming.placing import is_placing
 from hf_prune.conversion.streaming.prune_stream import check_streamable, prune_stream
-from hf_prune.errors import ConfigError, DataError
-from hf_prune.evaluation.data.checks import column
-from hf_prune.evaluation.data.classification import sample_order
-from hf_prune.evaluation.data.splits import LabelledData, TextData
-from hf_prune.evaluation.data.texts import text_batches, token_windows
+from hf_prune.errors import DataError
 from hf_prune.evaluation.sparsity_report import SparsityReport
+from hf_prune.evaluation.tasks import Task
 from hf_prune.planning.config import PruningConfig
 from hf_prune.utils.locks import writes_alone
 from hf_prune.utils.notices import reported
@@ -33,7 +30,7 @@ def stream_checkpoint(
     config: PruningConfig,
     out: Path,
     *,
-    data: LabelledData | TextData | None = None,
+    task: Task | None = None,
     restart: bool = False,
     overwrite: bool = False,
 ) -> SparsityReport:
@@ -43,31 +40,23 @@ def stream_checkpoint(
         source: Folder or Hub id.
         config: The settings.
         out: The folder: new, empty, or an earlier output.
-        data: Texts, for criteria that learn from inputs; their labels are not looked at.
+        task: Texts, for criteria that learn from inputs; their labels are not looked at.
         restart: Begin anew, whatever an interrupted run left.
         overwrite: Replace what is in the way in ``out``.
     """
     check_streamable(config)
     if not is_placing(Journal(out)):  # else an earlier run had looked at it
         check_output(out, "prune", [source], overwrite=overwrite)
-    batches = _streamed_batches(source, data) if config.needs and data is not None else None
+    batches = _streaming_batches(source, task) if config.needs and task is not None else None
     return prune_stream(source, config, out, calibration=batches, progress=True, restart=restart, overwrite=overwrite)
 
 
-def _streamed_batches(source: str, data: LabelledData | TextData) -> list[dict[str, Any]]:
+def _streaming_batches(source: str, task: Task) -> list[dict[str, Any]]:
     """Calibration batches for a model that is not there."""
     offline = check_model_source(source)
     refuse_other_inputs(source)
     if not has_tokenizer(source, local_files_only=offline):
         raise DataError(f"{source!r} has no tokenizer, which calibration on texts needs: save it beside the model")
     tokenizer = load_tokenizer(source, local_files_only=offline)
-    if isinstance(data, TextData):
-        text = AutoConfig.from_pretrained(source, local_files_only=offline, trust_remote_code=False).get_text_config()
-        length = min(data.window, getattr(text, "max_position_embeddings", None) or data.window)
-        return token_windows(data.load(data.calibration_split), tokenizer, n=data.calibration_samples, length=length)
-    if len(data.text_columns) != 1:
-        raise ConfigError(f"found {len(data.text_columns)} text columns: expected one, since streaming reads texts")
-    if tokenizer.pad_token is None:  # any will do: what is padded does not count
-        tokenizer.pad_token = tokenizer.eos_token
-    texts = column(data.load_unlabelled(data.calibration_split), data.text_columns[0])
-    return text_batches([texts[i] for i in sample_order(len(texts))[: data.calibration_samples]], tokenizer)
+    config = AutoConfig.from_pretrained(source, local_files_only=offline, trust_remote_code=False)
+    return task.streaming_batches(tokenizer, getattr(config.get_text_config(), "max_position_embeddings", None))

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from hf_prune.cli.workflows.loading import load_classifier
+from hf_prune.cli.workflows.loading import load_for_task
 from hf_prune.evaluation.data.files import refuse_same_split
-from hf_prune.evaluation.data.splits import LabelledData
 from hf_prune.evaluation.sweep import run_sweep
 from hf_prune.evaluation.sweep_result import SweepResult
+from hf_prune.evaluation.tasks import ClassificationTask
 from hf_prune.planning.config import PruningConfig
 from hf_prune.utils.formatting import display_name
 from hf_prune.utils.locks import writes_alone
@@ -19,7 +19,7 @@ from hf_prune.utils.output_folder import check_output
 @writes_alone("sweep")
 def sweep_checkpoint(
     source: str,
-    data: LabelledData,
+    task: ClassificationTask,
     out: Path,
     *,
     sparsities: Sequence[float] | None = None,
@@ -37,7 +37,7 @@ def sweep_checkpoint(
 
     Args:
         source: Folder or Hub id of a dense sequence classifier.
-        data: What to score and calibrate on.
+        task: What to score and calibrate on.
         out: Folder for the results.
         sparsities: Shares to remove; see :func:`hf_prune.run_sweep` for the default.
         criteria: Names of criteria.
@@ -54,26 +54,25 @@ def sweep_checkpoint(
     configs = [(config or PruningConfig()).replace(criterion=name) for name in criteria]
     if any(each.needs_data for each in configs):
         why = "a criterion that has seen the labels that it is scored on looks better than it is"
-        refuse_same_split(data.source, split, data.calibration_split, "scored and calibrated on", why)
-    model, tokenizer = load_classifier(source)
+        refuse_same_split(task.source, split, task.calibration_split, "scored and calibrated on", why)
+    model, tokenizer = load_for_task(source, task)
     return run_sweep(
         model,
         tokenizer,
-        data.load(split),
+        task.load(split),
         sparsities=sparsities,
         criteria=criteria,
         config=config,
-        calibration=data.calibration(configs, model, tokenizer),
-        polish_data=data.for_polish(configs, model, tokenizer),
+        calibration=task.calibration_batches(configs, model, tokenizer),
+        polish_data=task.polish_batches(configs, model, tokenizer),
         tolerance=tolerance,
         out=out,
         restart=restart,
         name=name or display_name(source),
-        source=data_name or display_name(data.source),
+        source=data_name or display_name(task.source),
         split=split,
         progress=True,
-        text_columns=data.text_columns,
-        label_column=data.label_column,
+        **task.columns,
         batch_size=batch_size,
         overwrite=overwrite,
     )

@@ -12,22 +12,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import DataCollatorWithPadding, PreTrainedModel
+from transformers import PreTrainedModel
 
 from hf_prune.calibration.input_reader import Batches
 from hf_prune.checkpoint.companions import copy_companions
 from hf_prune.checkpoint.staging import staged_checkpoint
-from hf_prune.cli.workflows.loading import load_classifier, load_language_model
-from hf_prune.cli.workflows.train_settings import TrainingSettings, arguments, load_examples
+from hf_prune.cli.workflows.loading import load_for_task
+from hf_prune.cli.workflows.train_settings import TrainingSettings, arguments
 from hf_prune.errors import CheckpointError, ConfigError
-from hf_prune.evaluation.accuracy import evaluate_classification
-from hf_prune.evaluation.comparison import compare
 from hf_prune.evaluation.data.files import refuse_same_split
-from hf_prune.evaluation.data.splits import LabelledData, TextData
-from hf_prune.evaluation.perplexity import compare_perplexity, evaluate_perplexity
 from hf_prune.evaluation.sparsity_report import SparsityReport, sparsity_report
 from hf_prune.evaluation.structure_report import structure_report
 from hf_prune.evaluation.sweep_files import batches_digest, weights_digest
+from hf_prune.evaluation.tasks import Task
 from hf_prune.planning.config import PruningConfig
 from hf_prune.pruning.mask_store import MaskStore
 from hf_prune.training.distillation import Distillation
@@ -76,7 +73,7 @@ def train_checkpoint(
     source: str,
     config: PruningConfig | None,
     out: Path,
-    data: LabelledData | TextData,
+    task: Task,
     *,
     settings: TrainingSettings | None = None,
     score_split: str = "validation",
@@ -93,7 +90,7 @@ def train_checkpoint(
         source: Folder or Hub id of a sequence classifier or a causal language model.
         config: What is pruned, and by which schedule; None keeps the masks that the checkpoint has.
         out: The folder.
-        data: What it learns from and is scored on.
+        task: What it learns from and is scored on.
         settings: How it is trained.
         score_split: The split to score, before and after.
         teacher: Folder or Hub id of a dense model of the same task; ``"self"`` is the model as it came.
@@ -112,25 +109,27 @@ def train_checkpoint(
         DataError: If the model or the data cannot be found or read.
     """
     settings = settings or TrainingSettings()
-    refuse_same_split(data.source, settings.split, score_split, "trained and scored on", SEEN)
+    refuse_same_split(task.source, settings.split, score_split, "trained and scored on", SEEN)
     check_output(out, "train", [source, teacher], overwrite=overwrite, beside=[checkpoints])
-    model, tokenizer = (load_language_model if isinstance(data, TextData) else load_classifier)(source)
+    model, tokenizer = load_for_task(source, task)
     if config is None and MaskStore.of(model) is None:
         raise ConfigError(f"{source!r} has no masks to keep: name what is to be pruned, or prune it first")
-    examples = load_examples(data, model, tokenizer, settings)
-    calibration = None if config is None else data.calibration([config.replace(schedule=None)], model, tokenizer)
+    examples = task.training_examples(settings.split, model, tokenizer)
+    calibration = (
+        None if config is None else task.calibration_batches([config.replace(schedule=None)], model, tokenizer)
+    )
     if config is not None and (config.criterion == "taylor" or config.learns_in_training) and config.repair is None:
         calibration = None  # these watch the training itself
-    dense = _score(data, model, tokenizer, score_split)
+    dense: Any = task.score(model.eval(), tokenizer, score_split, source=task.source)
     with ExitStack() as stack:
         folder = checkpoints or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         trainer = PruningTrainer(
             model=model,
             args=arguments(settings, folder, saves=checkpoints is not None),
             train_dataset=examples,
-            data_collator=None if isinstance(data, TextData) else DataCollatorWithPadding(tokenizer),
+            data_collator=task.data_collator(tokenizer),
             pruning_config=config,
-            teacher=_teacher(teacher, model, data),
+            teacher=_teacher(teacher, model, task),
             distillation=distillation,
             calibration=calibration,
             shrink_at=shrink_at,
@@ -152,12 +151,12 @@ def train_checkpoint(
     if config is not None and config.removes_units:
         trained.shrink()
         report = dataclasses.replace(report, structure=structure_report(trained))
-    pruned = _score(data, trained, tokenizer, score_split)
+    pruned: Any = task.score(trained, tokenizer, score_split, source=task.source)
     found = TrainingReport(
         sparsity=report,
         dense=dense,
         pruned=pruned,
-        comparison=(compare_perplexity if isinstance(data, TextData) else compare)(dense, pruned),
+        comparison=task.compare(dense, pruned),
         steps=trainer.state.global_step,
         seconds=float(result.metrics.get("train_runtime", 0.0)),
     )
@@ -186,24 +185,9 @@ def _old_run(
     }
 
 
-def _teacher(teacher: str | None, model: PreTrainedModel, data: LabelledData | TextData) -> Any:
+def _teacher(teacher: str | None, model: PreTrainedModel, task: Task) -> Any:
     if teacher is None:
         return None
     if teacher == "self":
         return copy.deepcopy(model)
-    return (load_language_model if isinstance(data, TextData) else load_classifier)(teacher)[0]
-
-
-def _score(data: LabelledData | TextData, model: Any, tokenizer: Any, split: str) -> Any:
-    if isinstance(data, TextData):
-        split = "" if Path(data.source).is_file() else split
-        return evaluate_perplexity(model.eval(), tokenizer, data.load(split or "test"), source=data.source, split=split)
-    return evaluate_classification(
-        model.eval(),
-        tokenizer,
-        data.load(split),
-        text_columns=data.text_columns,
-        label_column=data.label_column,
-        source=data.source,
-        split=split,
-    )
+    return load_for_task(teacher, task)[0]

@@ -1,17 +1,12 @@
-"""Settings of a training, and the examples that it takes."""
+"""Settings of a training."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import TrainingArguments
-
-from hf_prune.evaluation.data.classification import classification_examples, context_length
-from hf_prune.evaluation.data.splits import LabelledData, TextData
-from hf_prune.evaluation.data.texts import token_windows
 
 
 @dataclass(frozen=True)
@@ -37,24 +32,6 @@ class TrainingSettings:
     warmup: float = 0.05
     bf16: bool = False
     seed: int = 0
-
-
-def load_examples(
-    data: LabelledData | TextData, model: Any, tokenizer: Any, settings: TrainingSettings
-) -> list[dict[str, Any]]:
-    """Training examples as the model takes them: tokenized, with labels."""
-    if isinstance(data, LabelledData):
-        return classification_examples(
-            data.load(settings.split),
-            tokenizer,
-            text_columns=data.text_columns,
-            label_column=data.label_column,
-            max_length=min(128, context_length(model) or 128),
-            label2id=model.config.label2id,
-        )
-    length = min(data.window, context_length(model) or data.window)
-    windows = token_windows(data.load(settings.split), tokenizer, n=1 << 40, length=length, batch_size=1, labels=True)
-    return [{name: tensor[0] for name, tensor in window.items()} for window in windows]
 
 
 def arguments(settings: TrainingSettings, folder: Path, *, saves: bool) -> TrainingArguments:

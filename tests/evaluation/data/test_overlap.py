@@ -3,10 +3,9 @@
 import pytest
 from datasets import Dataset
 
-from hf_prune.evaluation.data import splits as calibration_data
 from hf_prune.evaluation.data.classification import sample_order
 from hf_prune.evaluation.data.overlap import overlapping
-from hf_prune.evaluation.data.splits import LabelledData
+from hf_prune.evaluation.tasks import ClassificationTask, classification
 
 
 @pytest.mark.parametrize(
@@ -29,13 +28,13 @@ def test_held_out_examples_are_no_parts_of_those_that_calibration_sees(monkeypat
     long = [f"the number {i} of many {i} long sentences in {i} a row" for i in range(40)]
     texts = [text for i, text in enumerate(long) for text in (text, f"of many {i} long sentences", f"short {i}")]
     data = Dataset.from_dict({"sentence": texts, "label": [0] * len(texts)})
-    monkeypatch.setattr(calibration_data, "load_classification", lambda *_, **__: data)
-    given = LabelledData(calibration_samples=30)
+    monkeypatch.setattr(classification, "load_classification", lambda *_, **__: data)
+    task = ClassificationTask(calibration_samples=30)
     seen = {texts[i] for i in sample_order(len(texts))[:30]}
-    found = list(given.held_out(1000)["sentence"])
+    found = list(task.held_out(1000)["sentence"])
     numbers = [i for i, text in enumerate(long) if seen & {text, f"of many {i} long sentences"}]
     assert numbers
     assert not any(f" {i} long" in text for text in found for i in numbers)
     expected = [t for i, t in enumerate(texts) if t not in seen and not (i // 3 in numbers and i % 3 < 2)]
     assert sorted(found) == sorted(expected)
-    assert len(given.held_out(7)) == 7
+    assert len(task.held_out(7)) == 7

@@ -1,0 +1,11 @@
+"""What a model is for: classifying texts, or modelling language.
+
+A task knows where its data is and which of it calibration may see; how texts become batches for calibration, a polish
+or a training; and how models of its kind are checked, scored and compared. Both classes have the same methods, so their
+users need not ask which one they have. A new task is a file here with a class like these, and a place in ``Task``.
+"""
+
+from hf_prune.evaluation.tasks.classification import ClassificationTask
+from hf_prune.evaluation.tasks.language_modeling import LanguageModelingTask
+
+Task = ClassificationTask | LanguageModelingTask

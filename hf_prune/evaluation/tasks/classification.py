@@ -1,0 +1,215 @@
+"""Labelled texts for sequence classifiers. Describing the task loads none of the large libraries."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from hf_prune.errors import ConfigError, DataError
+from hf_prune.evaluation.data.checks import column
+from hf_prune.evaluation.data.loading import load_classification
+from hf_prune.evaluation.data.overlap import overlapping
+from hf_prune.planning.config import PruningConfig
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from hf_prune.evaluation.accuracy_result import Evaluation
+    from hf_prune.evaluation.comparison import Comparison
+
+POLISH_SAMPLES = 4096  # labelled texts that a polish trains on; fewer teach it little
+
+
+@dataclass(frozen=True)
+class ClassificationTask:
+    """Labelled texts for a sequence classifier, scored by accuracy.
+
+    Args:
+        source: A file, a folder or a Hub data set, as for :func:`hf_prune.load_classification`.
+        text_columns: One text column, or two for pairs.
+        label_column: The label column.
+        calibration_split: The split that calibrated criteria learn from.
+        calibration_samples: How many examples they see.
+    """
+
+    default_split: ClassVar[str] = "validation"  # to score
+
+    source: str = "glue/sst2"
+    text_columns: tuple[str, ...] = ("sentence",)
+    label_column: str = "label"
+    calibration_split: str = "train"
+    calibration_samples: int = 128
+
+    @property
+    def columns(self) -> dict[str, Any]:
+        """The columns, as keyword arguments of functions that take labelled data."""
+        return {"text_columns": self.text_columns, "label_column": self.label_column}
+
+    def load(self, split: str) -> Dataset:
+        """One split."""
+        return load_classification(self.source, split, **self.columns)
+
+    def load_unlabelled(self, split: str) -> Dataset:
+        """The texts of one split, without their labels; each line of a text file is a text."""
+        return load_classification(self.source, split, text_columns=self.text_columns, label_column=None)
+
+    def check_model_class(self, source: str, name: str, *, labelled: bool = True) -> None:
+        """Make sure that a model is of this task.
+
+        Args:
+            source: Where the model is, for the message.
+            name: Its class; empty if that is not known yet.
+            labelled: Whether labels are needed; without them, any model that reads texts will do.
+
+        Raises:
+            DataError: If it is not a sequence classifier.
+        """
+        if labelled and name and not name.endswith("ForSequenceClassification"):
+            raise DataError(
+                f"{source!r} is a {name}: expected a …ForSequenceClassification, which has labels and is scored by "
+                f"accuracy, or a …ForCausalLM, which is scored by perplexity"
+            )
+
+    def calibration_batches(
+        self, configs: Sequence[PruningConfig], model: Any, tokenizer: Any, n: int | None = None
+    ) -> list[dict[str, Any]] | None:
+        """Padded batches, with labels if a criterion needs them; None if none of the configs needs data.
+
+        Args:
+            configs: The configs that will be used.
+            model: The model.
+            tokenizer: Its tokenizer.
+            n: How many examples; by default ``calibration_samples``. A larger draw begins with the smaller one.
+        """
+        if not any(config.needs_data for config in configs):
+            return None
+        from hf_prune.criteria.base import LABELLED
+        from hf_prune.evaluation.data.classification import classification_batches
+
+        label_column = self.label_column if any(config.needs & LABELLED for config in configs) else None
+        return classification_batches(
+            (self.load if label_column else self.load_unlabelled)(self.calibration_split),
+            tokenizer,
+            n=n or self.calibration_samples,
+            text_columns=self.text_columns,
+            label_column=label_column,
+            label2id=model.config.label2id,
+        )
+
+    def polish_batches(
+        self, configs: Sequence[PruningConfig], model: Any, tokenizer: Any, n: int | None = None
+    ) -> list[dict[str, Any]] | None:
+        """Batches for a polish, including those of :meth:`calibration_batches`; None if none of the configs has one.
+
+        Args:
+            configs: The configs that will be used.
+            model: The model.
+            tokenizer: Its tokenizer.
+            n: How many examples; by default 4,096 or ``calibration_samples``, whichever is more.
+        """
+        if all(config.polish is None for config in configs):
+            return None
+        return self.calibration_batches(configs, model, tokenizer, n or max(POLISH_SAMPLES, self.calibration_samples))
+
+    def streaming_batches(self, tokenizer: Any, positions: int | None) -> list[dict[str, Any]]:
+        """Calibration batches for a model that is never loaded as a whole.
+
+        Args:
+            tokenizer: The model's tokenizer; gets a padding token if it has none.
+            positions: How many tokens the model has positions for; not used here.
+
+        Raises:
+            ConfigError: If there are two text columns.
+        """
+        from hf_prune.evaluation.data.classification import sample_order
+        from hf_prune.evaluation.data.texts import text_batches
+
+        if len(self.text_columns) != 1:
+            raise ConfigError(f"found {len(self.text_columns)} text columns: expected one, since streaming reads texts")
+        if tokenizer.pad_token is None:  # any token will do: padding is masked
+            tokenizer.pad_token = tokenizer.eos_token
+        texts = column(self.load_unlabelled(self.calibration_split), self.text_columns[0])
+        return text_batches([texts[i] for i in sample_order(len(texts))[: self.calibration_samples]], tokenizer)
+
+    def samples_seen(self, config: PruningConfig, reserve: int) -> int:
+        """How many examples calibration and a polish may see when others are held out.
+
+        Args:
+            config: The config.
+            reserve: How many examples to hold out, if there are that many; a polish makes do with the rest.
+        """
+        if config.polish is None:
+            return self.calibration_samples
+        rest = len(self.load(self.calibration_split)) - reserve
+        return max(self.calibration_samples, min(POLISH_SAMPLES, rest))
+
+    def held_out(self, n: int, seen: int | None = None) -> Dataset:
+        """Examples of the calibration split that share no five words in a row with those that calibration saw.
+
+        Data sets contain some texts more than once, and parts of texts: those of SST-2 are cut from longer ones.
+
+        Args:
+            n: How many; all that remain if there are fewer.
+            seen: How many examples calibration and a polish see; by default ``calibration_samples``.
+
+        Raises:
+            DataError: If none remains.
+        """
+        from hf_prune.evaluation.data.classification import sample_order
+
+        data = self.load(self.calibration_split)
+        columns = [column(data, name) for name in self.text_columns]
+        texts = [" ".join(map(str, parts)) for parts in zip(*columns, strict=True)]
+        order = sample_order(len(data))
+        seen = seen or self.calibration_samples
+        unseen = order[seen:]
+        overlaps = overlapping([texts[i] for i in unseen], [texts[i] for i in order[:seen]])
+        rows = [i for i, overlaps_seen in zip(unseen, overlaps, strict=True) if not overlaps_seen][:n]
+        if not rows:
+            raise DataError(
+                f"the split {self.calibration_split!r} of {self.source!r} has {len(data):,} examples, and calibration "
+                f"may see {seen:,}: none remains to score; calibrate on fewer, or pass more data"
+            )
+        return data.select(rows)
+
+    def training_examples(self, split: str, model: Any, tokenizer: Any) -> list[dict[str, Any]]:
+        """All examples of a split as a ``Trainer`` takes them: tokenized, with labels."""
+        from hf_prune.evaluation.data.classification import classification_examples, context_length
+
+        return classification_examples(
+            self.load(split),
+            tokenizer,
+            **self.columns,
+            max_length=min(128, context_length(model) or 128),
+            label2id=model.config.label2id,
+        )
+
+    def data_collator(self, tokenizer: Any) -> Any:
+        """What makes batches of :meth:`training_examples`."""
+        from transformers import DataCollatorWithPadding
+
+        return DataCollatorWithPadding(tokenizer)
+
+    def score(self, model: Any, tokenizer: Any, split: str, *, source: str | None = None, **options: Any) -> Evaluation:
+        """The accuracy on a split.
+
+        Args:
+            model: A sequence classifier.
+            tokenizer: Its tokenizer.
+            split: Which split.
+            source: What to call the data in the result.
+            **options: Passed to :func:`hf_prune.evaluate_classification`.
+        """
+        from hf_prune.evaluation.accuracy import evaluate_classification
+
+        split_name = "" if Path(self.source).is_file() else split  # a file is one split by itself
+        named = {"source": source or self.source, "split": split_name, **self.columns}
+        return evaluate_classification(model, tokenizer, self.load(split), **named, **options)
+
+    def compare(self, dense: Evaluation, pruned: Evaluation) -> Comparison:
+        """Two scores on the same examples, compared in pairs."""
+        from hf_prune.evaluation.comparison import compare
+
+        return compare(dense, pruned)

@@ -1,0 +1,136 @@
+"""Texts for causal language models. Describing the task loads none of the large libraries."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from hf_prune.checkpoint.sources import is_language_model
+from hf_prune.errors import DataError
+from hf_prune.evaluation.data.loading import load_texts
+from hf_prune.planning.config import PruningConfig
+from hf_prune.utils.formatting import display_name
+
+if TYPE_CHECKING:
+    from hf_prune.evaluation.perplexity_result import Perplexity, PerplexityComparison
+
+
+@dataclass(frozen=True)
+class LanguageModelingTask:
+    """Texts for a causal language model, scored by perplexity.
+
+    Args:
+        source: A file, a folder or a Hub data set, as for :func:`hf_prune.load_texts`.
+        text_column: The text column, where there are columns.
+        calibration_split: The split that calibrated criteria learn from, where there are splits.
+        calibration_samples: How many windows of tokens they see.
+        window: Tokens in such a window; fewer if the model has fewer positions.
+    """
+
+    default_split: ClassVar[str] = "test"  # to score
+
+    source: str = "Salesforce/wikitext:wikitext-2-raw-v1"
+    text_column: str = "text"
+    calibration_split: str = "train"
+    calibration_samples: int = 128
+    window: int = 512
+
+    def load(self, split: str) -> list[str]:
+        """The texts of one split."""
+        return load_texts(self.source, split, text_column=self.text_column)
+
+    def check_model_class(self, source: str, name: str, *, labelled: bool = True) -> None:
+        """Make sure that a model is of this task; see :meth:`ClassificationTask.check_model_class`.
+
+        Raises:
+            DataError: If it is not a causal language model.
+        """
+        if name and not is_language_model(name):
+            raise DataError(f"{source!r} is a {name}: expected a …ForCausalLM")
+
+    def calibration_batches(
+        self, configs: Sequence[PruningConfig], model: Any, tokenizer: Any, n: int | None = None
+    ) -> list[dict[str, Any]] | None:
+        """Windows of tokens, with labels if a criterion needs them; None if none of the configs needs data.
+
+        Args:
+            configs: The configs that will be used.
+            model: The model.
+            tokenizer: Its tokenizer.
+            n: How many windows; by default ``calibration_samples``.
+        """
+        if not any(config.needs_data for config in configs):
+            return None
+        from hf_prune.criteria.base import LABELLED
+        from hf_prune.evaluation.data.classification import context_length
+
+        labels = any(config.needs & LABELLED for config in configs)
+        return self._windows(
+            self.calibration_split, tokenizer, context_length(model), n=n or self.calibration_samples, labels=labels
+        )
+
+    def polish_batches(
+        self, configs: Sequence[PruningConfig], model: Any, tokenizer: Any, n: int | None = None
+    ) -> list[dict[str, Any]] | None:
+        """Windows for a polish; None if it uses those of :meth:`calibration_batches`, or none of the configs has one.
+
+        Args:
+            configs: The configs that will be used.
+            model: The model.
+            tokenizer: Its tokenizer.
+            n: How many windows; None for those of calibration.
+        """
+        if n is None or all(config.polish is None for config in configs):
+            return None
+        return self.calibration_batches(configs, model, tokenizer, n)
+
+    def streaming_batches(self, tokenizer: Any, positions: int | None) -> list[dict[str, Any]]:
+        """Calibration batches for a model that is never loaded as a whole.
+
+        Args:
+            tokenizer: The model's tokenizer.
+            positions: How many tokens the model has positions for, if it says so.
+        """
+        return self._windows(self.calibration_split, tokenizer, positions, n=self.calibration_samples)
+
+    def training_examples(self, split: str, model: Any, tokenizer: Any) -> list[dict[str, Any]]:
+        """All full windows of a split as a ``Trainer`` takes them, with labels."""
+        from hf_prune.evaluation.data.classification import context_length
+
+        windows = self._windows(split, tokenizer, context_length(model), n=1 << 40, batch_size=1, labels=True)
+        return [{name: tensor[0] for name, tensor in window.items()} for window in windows]
+
+    def data_collator(self, tokenizer: Any) -> None:
+        """None: windows have one length, so the ``Trainer``'s own collator will do."""
+
+    def score(self, model: Any, tokenizer: Any, split: str, *, source: str | None = None, **options: Any) -> Perplexity:
+        """The perplexity on a split.
+
+        Args:
+            model: A causal language model.
+            tokenizer: Its tokenizer.
+            split: Which split, where there are splits.
+            source: What to call the data in the result.
+            **options: Passed to :func:`hf_prune.evaluate_perplexity`.
+        """
+        from hf_prune.evaluation.perplexity import evaluate_perplexity
+
+        named: dict[str, Any] = {
+            "source": source or display_name(self.source),
+            "split": "" if Path(self.source).is_file() else split,
+        }
+        return evaluate_perplexity(model, tokenizer, self.load(split), **named, **options)
+
+    def compare(self, dense: Perplexity, pruned: Perplexity) -> PerplexityComparison:
+        """Two scores on the same windows, compared in pairs."""
+        from hf_prune.evaluation.perplexity import compare_perplexity
+
+        return compare_perplexity(dense, pruned)
+
+    def _windows(self, split: str, tokenizer: Any, positions: int | None, **options: Any) -> list[dict[str, Any]]:
+        from hf_prune.evaluation.data.texts import token_windows
+
+        length = min(self.window, positions or self.window)
+        return token_windows(self.load(split), tokenizer, length=length, **options)
