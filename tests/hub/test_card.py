@@ -769,6 +769,7 @@ def test_a_card_need_not_be_read_to_be_too_large(folder, made, tmp_path, monkeyp
         file.truncate(1 << 40)
     assert read_card_data(folder, base_model=str(base)).license is None
     monkeypatch.setattr(hub, "hf_hub_download", lambda *_, **__: str(huge))
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_, **__: str(huge))
     monkeypatch.setattr(hub, "check_hub_reachable", lambda _: None)
     assert read_card_data(folder, base_model="me/base").license is None
     with pytest.raises(

@@ -4,11 +4,11 @@ import datetime
 
 import pytest
 import yaml
+from huggingface_hub.errors import EntryNotFoundError
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
 from hf_prune import DataError
 from hf_prune.evaluation.data import loading as data_loading
-from hf_prune.hub import client as hub
 from hf_prune.hub.licenses import inherited_license
 from hf_prune.utils.front_matter import MOST_CHARACTERS, join_card, split_card
 
@@ -119,12 +119,12 @@ def test_data_sets_are_checked_before_datasets_reads_them(place, monkeypatch, tm
     def download(repo_id, name, repo_type):
         assert (repo_id, repo_type) == ("me/data", "dataset")
         if name != place:
-            raise hub.EntryNotFoundError("not there")
+            raise EntryNotFoundError("not there")
         return str(path)
 
     path = tmp_path / "file"
     path.write_text(card("aliases") if place == "README.md" else LAUGHS)
-    monkeypatch.setattr(hub, "hf_hub_download", download)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
     monkeypatch.setattr("datasets.load_dataset", lambda *_: pytest.fail("was read"))
     with pytest.raises(DataError, match=f"{place} of data set 'me/data' .*no card needs"):
         data_loading._download("me/data", None)
