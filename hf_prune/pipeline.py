@@ -8,8 +8,7 @@ from typing import Any, Literal, TypeVar, cast, overload
 
 from torch import Tensor, nn
 
-from hf_prune.architectures.channels import propagate_channel_masks
-from hf_prune.architectures.find_unit_groups import find_channel_groups
+from hf_prune.architectures.kinds.channel import find_channel_groups, propagate_channel_masks
 from hf_prune.calibration.dense_outputs import DenseOutputs
 from hf_prune.calibration.input_reader import CACHE_BYTES, Batches
 from hf_prune.calibration.statistics import collect_stats, require_batches

@@ -35,12 +35,13 @@ from hf_prune import (
     weight_histogram,
 )
 from hf_prune.architectures.find_unit_groups import find_unit_groups
+from hf_prune.architectures.kinds.registry import unit_descriptions
 from hf_prune.checkpoint.building import limited_building
 from hf_prune.cli.workflows.loading import load_classifier
 from hf_prune.criteria.base import CURVATURE, LABELLED, TRAINED
 from hf_prune.evaluation.data.classification import context_length
 from hf_prune.evaluation.weight_statistics import WeightHistogram
-from hf_prune.planning.choices import UNIT_CRITERIA_OF, UNITS
+from hf_prune.planning.choices import UNIT_CRITERIA_OF
 
 Tell = Callable[[str, float], object]
 _MOST_CLASSES, _LONGEST_LABEL = 100, 100
@@ -318,7 +319,10 @@ def scores(dense: Evaluation, pruned: Evaluation) -> dict[str, Any]:
 
 def removed_parts(units: Mapping[str, list[bool]]) -> dict[str, int]:
     """How many of each kind are gone."""
-    return {kind: sum(n.startswith(kind) and not kept for n, left in units.items() for kept in left) for kind in UNITS}
+    return {
+        kind: sum(n.startswith(kind) and not kept for n, left in units.items() for kept in left)
+        for kind in unit_descriptions()
+    }
 
 
 @torch.inference_mode()

@@ -43,7 +43,6 @@ LONG_FILES = {  # with the reason
     "hf_prune.pruning.mask_store": "to be split",
     "hf_prune.mixin": "one class, whose methods document the public interface",
     "hf_prune.hub.card_data": "to be split",
-    "hf_prune.architectures.base": "to be split",
 }
 FAMILIES = ("criteria", "granularities")  # registries: one entry, one file, no file knows another
 

@@ -1,6 +1,6 @@
 """Where the heads, neurons, channels and layers of a model are.
 
-Takes a model, and gives its groups of units: which slices of which parameters go together, and in which layers. The
-table is in ``base``; ``find_unit_groups`` reads it off one model. A new family of architectures is one call of
-``register_architecture``; see ``ADDING.md``.
+Takes a model, and gives its groups of units: which slices of which parameters go together, and in which layers. A
+family of architectures is one file in ``families/`` (or one call of ``register_architecture``), a kind of unit is one
+file in ``kinds/``; ``find_unit_groups`` asks every kind. ``ADDING.md`` and ``kinds/ADDING.md`` show how to add either.
 """

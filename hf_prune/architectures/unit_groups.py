@@ -1,9 +1,9 @@
-"""What a unit is, in terms of the parameters of one model: a slice from each of several."""
+"""What a unit is, in terms of the parameters of one model: a slice of each of several."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,13 +14,13 @@ from hf_prune.errors import ArchitectureError
 
 @dataclass(frozen=True)
 class UnitSlice:
-    """Where the units of a site lie in one parameter.
+    """Where the units of a group lie in one parameter.
 
     Args:
         name: The parameter.
-        dim: The dimension along which they lie.
-        width: How many neighbours along it belong to one unit.
-        offsets: Where the first unit begins; several where one matrix holds several projections.
+        dim: The dimension along which the units lie.
+        width: How many neighbouring positions along it belong to one unit.
+        offsets: Where the first unit begins; several if one matrix holds several projections.
     """
 
     name: str
@@ -29,7 +29,7 @@ class UnitSlice:
     offsets: tuple[int, ...] = (0,)
 
     def index(self, units: Tensor) -> Tensor:
-        """Positions along :attr:`dim` that belong to units.
+        """Positions along :attr:`dim` that belong to some units.
 
         Args:
             units: (n,) int64.
@@ -42,7 +42,7 @@ class UnitSlice:
         return (starts + units[:, None] * self.width + inside).reshape(-1)
 
     def by_unit(self, tensor: Tensor, units: int) -> Tensor:
-        """(units, rest): what of a tensor shaped like the parameter belongs to each unit."""
+        """(units, rest): the entries of a tensor shaped like the parameter that belong to each unit."""
         flat = tensor.movedim(self.dim, 0).reshape(tensor.shape[self.dim], -1)
         index = self.index(torch.arange(units, device=tensor.device)).view(len(self.offsets), units, self.width)
         return flat[index].movedim(1, 0).reshape(units, -1)  # (offsets, units, width, rest) -> (units, all of it)
@@ -50,72 +50,104 @@ class UnitSlice:
 
 @dataclass(frozen=True)
 class UnitGroup:
-    """One attention or feed-forward network, or the inside of a convolutional block.
+    """Units of one kind that are computed together: an attention, a feed-forward network, the inside of a block.
 
-    Where all layers share their heads, a site is those of a whole stack.
+    What a unit computes flows from the *producers*, whose outputs it is, into the *consumers*, whose inputs it is.
+    Removing a unit takes its slice from all of them. Where all layers must keep the same heads, one group spans the
+    whole stack.
 
     Args:
-        name: The matrix that consumes what the units compute, from the base model; of several layers, the first one's.
-        kind: ``"head"``, ``"neuron"`` or ``"channel"``.
-        layers: The layers that it is in, as (list of layers, number).
+        name: The matrix that consumes what the units compute, relative to the base model; the first one of several.
+        kind: The name of the kind of unit, such as ``"head"``.
         units: How many there are.
         producers: Weights and biases whose outputs the units are.
         consumers: Weights whose inputs they are.
-        values: Of the producers those without which a unit puts out zero; none are named for neurons.
-        counts: Attributes of modules that grow with the number of units.
-        minimum: How many units have to stay.
+        layers: The layers that the group is in, as (list of layers, number).
+        values: The producers that make a unit compute zero once its slice of them is zero. Empty if that cannot be
+            told from slices alone.
+        counts: Attributes of modules that are proportional to the number of units, as (module, attribute).
+        minimum: How many units must stay.
         config: Attributes of the model's config that can tell another number of units.
         per_unit: What one unit adds to each of these.
-        size: The size of a head, and the attribute of the config that holds it; None for others.
-        buffers: Buffers with a part for each unit, such as the running mean of a norm.
+        size: The size of a unit and the attribute of the config that holds it; None if there is none.
+        buffers: Buffers with a slice for each unit, such as the running mean of a norm.
     """
 
     name: str
     kind: str
-    layers: tuple[tuple[str, int], ...]
     units: int
     producers: tuple[UnitSlice, ...]
     consumers: tuple[UnitSlice, ...]
-    values: tuple[UnitSlice, ...]
-    counts: tuple[tuple[str, str], ...]
-    minimum: int
-    config: tuple[str, ...]
-    per_unit: tuple[int, ...]
-    size: tuple[int, str] | None
+    layers: tuple[tuple[str, int], ...] = ()
+    values: tuple[UnitSlice, ...] = ()
+    counts: tuple[tuple[str, str], ...] = ()
+    minimum: int = 0
+    config: tuple[str, ...] = ()
+    per_unit: tuple[int, ...] = ()
+    size: tuple[int, str] | None = None
     buffers: tuple[UnitSlice, ...] = ()
 
     @property
-    def parts(self) -> tuple[UnitSlice, ...]:
-        """All parts."""
+    def slices(self) -> tuple[UnitSlice, ...]:
+        """All slices of parameters."""
         return self.producers + self.consumers
 
     def parameters_per_unit(self, parameters: Mapping[str, Tensor]) -> int:
-        """How many parameters go with one unit, also where none is left."""
-        shapes = {part: list(parameters[part.name].shape) for part in self.parts}
-        for part, shape in shapes.items():
-            del shape[part.dim]
-        return sum(len(part.offsets) * part.width * math.prod(shape) for part, shape in shapes.items())
+        """How many parameters go with one unit, also if none is left."""
+        total = 0
+        for piece in self.slices:
+            shape = list(parameters[piece.name].shape)
+            del shape[piece.dim]
+            total += len(piece.offsets) * piece.width * math.prod(shape)
+        return total
+
+    def is_zero(self, model: nn.Module, slices: Iterable[UnitSlice]) -> Tensor:
+        """(units,) bool: whether the slices of a unit are zero, all of them."""
+        units = [piece.by_unit(model.get_parameter(piece.name).detach(), self.units) for piece in slices]
+        return torch.stack([(entries == 0).all(1) for entries in units]).all(0)
+
+
+def weight_names(groups: Iterable[UnitGroup], consumers_only: bool = False) -> list[str]:
+    """Names of the weight matrices of some groups, without repetition.
+
+    Args:
+        groups: The groups.
+        consumers_only: Leave out the matrices that compute the units.
+    """
+    slices = [piece for group in groups for piece in (group.consumers if consumers_only else group.slices)]
+    return list(dict.fromkeys(piece.name for piece in slices if piece.name.endswith(".weight")))
+
+
+def overlapping_kinds(groups: Sequence[UnitGroup]) -> tuple[UnitGroup, UnitGroup] | None:
+    """Two groups of different kinds that hold slices of the same dimension of a parameter, or that share a name."""
+    owners: dict[tuple[str, int], UnitGroup] = {}
+    for group in groups:
+        for key in [(group.name, -1), *((piece.name, piece.dim) for piece in group.slices)]:
+            owner = owners.setdefault(key, group)
+            if owner.kind != group.kind:
+                return owner, group
+    return None
 
 
 def plain_weights(name: str, module: nn.Module) -> dict[str, nn.Parameter]:
     """The weight and the bias of a module, as far as it has them.
 
     Args:
-        name: Of the module, for the message.
+        name: The name of the module, for the message.
         module: The module.
 
     Raises:
-        ArchitectureError: If one is there, but is no parameter: units could not be taken out of it.
+        ArchitectureError: If one of them exists but is not a parameter, so that units could not be cut out of it.
     """
-    found = {}
+    weights = {}
     for key in ("weight", "bias"):
         parameter = module._parameters.get(key)
         if parameter is not None:
-            found[key] = parameter
+            weights[key] = parameter
         elif isinstance(getattr(module, key, None), Tensor):
             raise ArchitectureError(
                 f"{key} of {name} ({type(module).__name__}) is computed from others or a buffer, so no heads, neurons "
                 f"or channels can be counted in it or taken out of it: expected a parameter; "
                 f"torch.nn.utils.parametrize.remove_parametrizations(module, {key!r}) makes one of what is parametrized"
             )
-    return found
+    return weights

@@ -15,7 +15,7 @@ from hf_prune.checkpoint.sources import check_model_source
 from hf_prune.errors import ConfigError, HfPruneError
 from hf_prune.evaluation.data.sources import check_data_source, check_text_source
 from hf_prune.evaluation.tasks import ClassificationTask, LanguageModelingTask, Task
-from hf_prune.planning.choices import ALLOCATIONS, OBJECTIVES, POLISHES, REPAIRS, SCOPES, UNIT_KINDS
+from hf_prune.planning.choices import ALLOCATIONS, OBJECTIVES, POLISHES, REPAIRS, SCOPES
 from hf_prune.planning.config import PruningConfig
 from hf_prune.utils.formatting import printable
 from hf_prune.utils.registry import meant_by
@@ -80,8 +80,7 @@ Granularity = Annotated[
     str | None,
     typer.Option(
         help="unstructured, N:M (2:4), block:RxC (block:16x1), row, column, channel; or what is taken out as a whole, "
-        "one or several of "
-        f"{','.join(UNIT_KINDS)}."
+        "one or several of head,neuron,layer."
     ),
 ]
 Scope = Annotated[str | None, typer.Option(help=f"{', '.join(SCOPES)}: which weights compete.")]

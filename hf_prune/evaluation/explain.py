@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from hf_prune.architectures.kinds.registry import unit_descriptions
 from hf_prune.errors import ArchitectureError
 from hf_prune.evaluation.sparsity_report import SparsityReport, sparsity_report
 from hf_prune.evaluation.structure_report import StructureReport, structure_report
@@ -47,7 +48,7 @@ def _shapes(structure: StructureReport) -> list[str]:
         f"Shapes: {structure.parameters:,} of {structure.parameters_before:,} parameters are left, in smaller "
         f"matrices: that is less work on every machine, with any kernel."
     ]
-    for kind in ("head", "neuron"):
+    for kind in unit_descriptions():
         now = sum(s.units for s in structure.sites if s.kind == kind)
         before = sum(s.before for s in structure.sites if s.kind == kind)
         if now < before:

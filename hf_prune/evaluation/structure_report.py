@@ -8,7 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from hf_prune.architectures.find_unit_groups import base_prefix, find_unit_groups, layer_lists
+from hf_prune.architectures.find_unit_groups import find_unit_groups
+from hf_prune.architectures.layers import layer_lists
+from hf_prune.architectures.modules import base_prefix
 from hf_prune.pruning.mask_store import MaskStore, warn_regrown
 from hf_prune.pruning.records import SpeedRecord
 from hf_prune.structured.shrink import structure_of

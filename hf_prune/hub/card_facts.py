@@ -10,7 +10,9 @@ from typing import Any
 
 import jinja2
 
-from hf_prune.architectures.find_unit_groups import base_prefix, find_unit_groups, layer_lists
+from hf_prune.architectures.find_unit_groups import find_unit_groups
+from hf_prune.architectures.layers import layer_lists
+from hf_prune.architectures.modules import base_prefix
 from hf_prune.errors import DataError
 from hf_prune.hub.card import render_card
 from hf_prune.hub.card_data import (

@@ -8,13 +8,13 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from hf_prune.architectures.kinds.registry import unit_descriptions
 from hf_prune.errors import ConfigError
 from hf_prune.planning.choices import (
     ALLOCATIONS,
     DEFAULT_SPARSITY,
     POLISH_DEFAULTS,
     POLISHES,
-    UNIT_KINDS,
     WORKLOAD_DEFAULTS,
 )
 from hf_prune.utils.registry import unknown_name
@@ -23,14 +23,19 @@ _LONGEST_PATTERN, _DEEPEST_PATTERN, _MOST_REPEATS = 2000, 11, 5  # of regular ex
 
 
 def unit_kinds(granularity: object) -> tuple[str, ...]:
-    """The kinds of units that a granularity names, in the order of :data:`UNIT_KINDS`; none if of another sort."""
+    """The kinds of units that a granularity names, in the order of ``hf-prune list``; empty for any other granularity.
+
+    Raises:
+        UnknownNameError: If it names a kind of unit together with something else.
+    """
     names = (granularity,) if isinstance(granularity, str) else granularity
-    if not isinstance(names, list | tuple) or not any(name in UNIT_KINDS for name in names):
+    kinds = tuple(unit_descriptions())
+    if not isinstance(names, list | tuple) or not any(name in kinds for name in names):
         return ()
     for name in names:
-        if name not in UNIT_KINDS:
-            raise unknown_name("kind of unit in granularity", name, UNIT_KINDS)
-    return tuple(kind for kind in UNIT_KINDS if kind in names)
+        if name not in kinds:
+            raise unknown_name("kind of unit in granularity", name, kinds)
+    return tuple(kind for kind in kinds if kind in names)
 
 
 def check_budget(name: str, value: object) -> float:

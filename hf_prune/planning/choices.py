@@ -15,13 +15,6 @@ OBJECTIVES = ("layer", "loss")
 POLISHES = ("distill",)
 POLISH_DEFAULTS: Mapping[str, float] = MappingProxyType({"epochs": 2, "learning_rate": 2e-4})
 DEFAULT_SPARSITY = 0.5
-UNITS: Mapping[str, str] = MappingProxyType(
-    {
-        "head": "attention heads, of grouped queries the whole group",
-        "neuron": "neurons between the matrices of a feed-forward network",
-        "layer": "whole layers, which are bypassed",
-    }
-)
 UNIT_CRITERIA_OF: Mapping[str, tuple[str, str, str]] = MappingProxyType(
     {
         "fisher": (
@@ -41,7 +34,6 @@ UNIT_CRITERIA_OF: Mapping[str, tuple[str, str, str]] = MappingProxyType(
     }
 )
 MOVEMENT = ("movement", "soft_movement")
-UNIT_KINDS = tuple(UNITS)
 UNIT_CRITERIA = tuple(UNIT_CRITERIA_OF)
 UNIT_SCOPES = ("layer", "global")
 BUDGETS = ("target_params", "target_flops", "target_speedup")

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from hf_prune.architectures.kinds.registry import kind_named, unit_descriptions
 from hf_prune.criteria.registry import CRITERIA
 from hf_prune.errors import ConfigError, UnknownNameError
 from hf_prune.granularities.registry import GRANULARITIES, parse_granularity
@@ -33,7 +34,6 @@ from hf_prune.planning.choices import (
     REPAIRS,
     SCOPES,
     UNIT_CRITERIA,
-    UNIT_KINDS,
     UNIT_SCOPES,
 )
 from hf_prune.planning.schedule import Schedule
@@ -148,7 +148,7 @@ class PruningConfig:
             granularity = parse_granularity(self.granularity)
         except UnknownNameError:
             usages = [GRANULARITIES.get(name).usage for name in GRANULARITIES.names()]
-            raise unknown_name("granularity", self.granularity, [*usages, *UNIT_KINDS]) from None
+            raise unknown_name("granularity", self.granularity, [*usages, *unit_descriptions()]) from None
         self._set("granularity", granularity.spec)
         default = "layer" if "layer" in criterion.scopes else min(criterion.scopes)
         self._set("scope", default if self.scope is None else self.scope)
@@ -190,7 +190,7 @@ class PruningConfig:
     def _check_calibration(self) -> None:
         if self.objective is None:
             repaired = self.removes_units and self.repair is not None and self.calibration_order == "sequential"
-            self._set("objective", "loss" if repaired and "layer" not in self.granularity else "layer")
+            self._set("objective", "loss" if repaired and not self._kinds_without("objectives", "loss") else "layer")
         if self.calibration_order not in CALIBRATION_ORDERS:
             raise unknown_name("calibration_order", self.calibration_order, CALIBRATION_ORDERS)
         if self.repair is not None and self.repair not in REPAIRS:
@@ -218,7 +218,13 @@ class PruningConfig:
             raise unknown_name("scope of heads, neurons and layers", self.scope, UNIT_SCOPES)
         if self.criterion not in UNIT_CRITERIA:
             raise unknown_name("criterion of heads, neurons and layers", self.criterion, UNIT_CRITERIA)
-        if "layer" in self.granularity and self.scope != "global":
+        for kind in self.granularity:
+            criteria = kind_named(kind).criteria
+            if criteria is not None and self.criterion not in criteria:
+                raise ConfigError(
+                    f"criterion {self.criterion!r} cannot rank {kind}s: expected one of {', '.join(sorted(criteria))}"
+                )
+        if self._kinds_without("scopes", self.scope):
             raise ConfigError(
                 f"granularity {self.granularity} contradicts scope='layer', in which every layer loses the same share: "
                 f"use scope='global'"
@@ -237,18 +243,25 @@ class PruningConfig:
                 )
         if self.objective == "loss":
             self._check_loss_objective()
-        if self.objective == "loss" and "layer" in self.granularity:
+        if self.objective == "loss" and (kinds := self._kinds_without("objectives", "loss")):
             raise ConfigError(
-                "objective='loss' contradicts granularity 'layer': it compares layers with those of the dense model, "
-                "which are not there any more; leave objective at 'layer'"
+                f"objective='loss' contradicts granularity {kinds[0]!r}: it compares layers with those of the dense "
+                f"model, which are not there any more; leave objective at 'layer'"
             )
 
+    def _kinds_without(self, attribute: str, value: str | None) -> list[str]:
+        """The kinds of units of the granularity that do not allow a scope or an objective."""
+        if not self.removes_units:
+            return []
+        return [kind for kind in self.granularity if value not in getattr(kind_named(kind), attribute)]
+
     def _check_no_budget(self) -> None:
+        kinds = ", ".join(map(repr, unit_descriptions()))
         for name in (*BUDGETS, "workload"):
             if getattr(self, name) is not None:
                 raise ConfigError(
                     f"{name}={getattr(self, name)!r} contradicts granularity={self.granularity!r}, which makes no "
-                    f"tensor smaller: choose one or several of {', '.join(map(repr, UNIT_KINDS))}, or give a sparsity"
+                    f"tensor smaller: choose one or several of {kinds}, or give a sparsity"
                 )
         if self.round_to != 1:
             raise ConfigError(f"round_to={self.round_to!r} is for heads and neurons, not for {self.granularity!r}")

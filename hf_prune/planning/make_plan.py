@@ -6,8 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 from torch import Tensor, nn
 
-from hf_prune.architectures.channels import coupled_parameters
-from hf_prune.architectures.find_unit_groups import find_channel_groups
+from hf_prune.architectures.kinds.channel import coupled_parameters, find_channel_groups
 from hf_prune.criteria.base import CURVATURE, INPUTS, WIDEST_FISHER_BLOCK
 from hf_prune.criteria.registry import CRITERIA
 from hf_prune.errors import PlanError

@@ -1,4 +1,4 @@
-"""How many units each site keeps, so that a budget is met at the least loss: pure arithmetic."""
+"""Choose how many units each group keeps, so that a budget is met at the least loss: pure arithmetic."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ class Costs:
     """What a model costs as a function of its sizes, in parameters, operations or seconds.
 
     Args:
-        base: What does not depend on them.
-        sites: (units + 1,) of each site with 0, 1, … units left; it never falls.
-        layers: What a layer costs beyond its sites, saved only if it goes as a whole; by layer.
+        base: The part that does not depend on them.
+        groups: (units + 1,) the cost of each group with 0, 1, … units; it never falls.
+        layers: What each layer costs beyond its groups, which is saved only if the layer is removed.
     """
 
     base: float
-    sites: Mapping[str, np.ndarray]
+    groups: Mapping[str, np.ndarray]
     layers: Mapping[str, float] = field(default_factory=dict)
 
     def total(
-        self, kept: Mapping[str, int], gone: Collection[str] = (), members: Mapping[str, Sequence[str]] = {}
+        self, kept: Mapping[str, int], removed: Collection[str] = (), members: Mapping[str, Sequence[str]] = {}
     ) -> float:
-        """The cost of a model whose sites keep so many units.
+        """The cost of a model with some sizes.
 
         Args:
-            kept: Units by site; sites not named keep all.
-            gone: Layers that are removed.
-            members: The sites of each layer.
+            kept: Units by group; groups that are not named keep all.
+            removed: Layers that are removed.
+            members: The groups in each layer.
         """
-        without = {site for layer in gone for site in members[layer]}
-        sites = sum(float(c[kept.get(name, len(c) - 1)]) for name, c in self.sites.items() if name not in without)
-        return self.base + sites + sum(cost for layer, cost in self.layers.items() if layer not in gone)
+        in_removed = {group for layer in removed for group in members[layer]}
+        groups = sum(float(c[kept.get(name, len(c) - 1)]) for name, c in self.groups.items() if name not in in_removed)
+        return self.base + groups + sum(cost for layer, cost in self.layers.items() if layer not in removed)
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Choice:
     """What stays.
 
     Args:
-        kept: Units by site; of layers that are removed none.
+        kept: Units by group; none in layers that are removed.
         layers: The layers that are removed.
     """
 
@@ -56,16 +56,16 @@ class Choice:
 
 
 def allowed_sizes(units: int, minimum: int, round_to: int) -> np.ndarray:
-    """The numbers of units that a site may keep: all, none, and multiples.
+    """The numbers of units that a group may keep: all of them, and multiples of ``round_to`` from the minimum on.
 
     Args:
         units: How many it has.
-        minimum: How many have to stay.
+        minimum: How many must stay.
         round_to: Sizes are multiples of this.
     """
     sizes = np.arange(0, units + 1, round_to)
-    least = min(units, -(-minimum // round_to) * round_to)
-    return np.unique(np.append(sizes[sizes >= least], units))
+    smallest = min(units, -(-minimum // round_to) * round_to)
+    return np.unique(np.append(sizes[sizes >= smallest], units))
 
 
 def solve_budget(
@@ -78,130 +78,128 @@ def solve_budget(
 ) -> Choice:
     """The sizes with the least sum of losses among those that cost at most the budget.
 
-    Lagrangian relaxation: for a price, each site takes the size with the least loss and price; the price is found by
-    bisection, and what it leaves of the budget is spent where it saves most.
+    Lagrangian relaxation: at a price for each unit of cost, the groups are independent, and each takes the size with
+    the least loss plus price. Bisection finds the lowest price at which the budget is met. Since sizes jump as the
+    price changes, some of the budget is then left over; it is spent where it saves the most loss.
 
     Args:
-        losses: (units + 1,) of each site with 0, 1, … units left.
+        losses: (units + 1,) the loss of each group with 0, 1, … units.
         costs: See :class:`Costs`.
-        budget: In the units of the costs.
-        sizes: The sizes that each site may have, rising.
-        members: The sites of each layer that may be removed as a whole.
-        layer_losses: What removing each of these costs.
+        budget: In the unit of the costs.
+        sizes: The sizes that each group may have, rising.
+        members: The groups in each layer that may be removed as a whole.
+        layer_losses: The loss of removing each of these layers.
 
     Raises:
         PlanError: If even the smallest model costs more.
     """
     members, layer_losses = members or {}, layer_losses or {}
-    layer_of = {site: layer for layer, sites in members.items() for site in sites}
+    layer_of = {group: layer for layer, groups in members.items() for group in groups}
 
-    def at(price: float) -> Choice:
+    def best_at(price: float) -> Choice:
         kept: dict[str, int] = {}
-        worth: dict[str, float] = {}
+        keeping: dict[str, float] = {}  # loss plus price of each group at its best size
         for name, loss in losses.items():
-            values = loss[sizes[name]] + price * costs.sites[name][sizes[name]]
-            best = len(values) - 1 - int(values[::-1].argmin())  # of equal ones the largest size
-            kept[name], worth[name] = int(sizes[name][best]), float(values[best])
-        gone = frozenset(
+            values = loss[sizes[name]] + price * costs.groups[name][sizes[name]]
+            best = len(values) - 1 - int(values[::-1].argmin())  # the largest of equally good sizes
+            kept[name], keeping[name] = int(sizes[name][best]), float(values[best])
+        removed = frozenset(
             layer
-            for layer, sites in members.items()
-            if layer_losses[layer] < sum(worth[s] for s in sites) + price * costs.layers.get(layer, 0.0)
+            for layer, groups in members.items()
+            if layer_losses[layer] < sum(keeping[g] for g in groups) + price * costs.layers.get(layer, 0.0)
         )
-        return Choice({name: 0 if layer_of.get(name) in gone else n for name, n in kept.items()}, gone)
+        return Choice({name: 0 if layer_of.get(name) in removed else n for name, n in kept.items()}, removed)
 
     def cost(choice: Choice) -> float:
         return costs.total(choice.kept, choice.layers, members)
 
-    dense = at(0.0)
-    if cost(dense) <= budget:
-        return dense
+    free = best_at(0.0)
+    if cost(free) <= budget:
+        return free
     scale = max((float(loss.max()) for loss in losses.values()), default=0.0) + max(layer_losses.values(), default=0.0)
     low, high = 0.0, max(scale, 1e-30) / max(budget, 1e-30)
-    for _ in range(_BISECTIONS):
-        if cost(at(high)) <= budget:
+    for _ in range(_BISECTIONS):  # raise the upper end until it meets the budget
+        if cost(best_at(high)) <= budget:
             break
         high *= 4
     else:
-        least = cost(at(high))
-        raise PlanError(
-            f"the budget of {budget:g} cannot be met: with all that may be removed gone, the model still costs "
-            f"{least:g} of {costs.total({}, (), members):g}; ask for less, or add 'layer' to the granularity"
-        )
+        raise _out_of_reach(budget, cost(best_at(high)), costs.total({}, (), members))
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2
-        low, high = (low, middle) if cost(at(middle)) <= budget else (middle, high)
-    return _spend(at(high), losses, costs, budget - cost(at(high)), sizes, layer_of)
+        low, high = (low, middle) if cost(best_at(middle)) <= budget else (middle, high)
+    choice = best_at(high)
+    return _spend(choice, losses, costs, budget - cost(choice), sizes, layer_of)
 
 
 def _spend(
     choice: Choice,
     losses: Mapping[str, np.ndarray],
     costs: Costs,
-    left: float,
+    remaining: float,
     sizes: Mapping[str, np.ndarray],
     layer_of: Mapping[str, str],
 ) -> Choice:
-    """Give back units as long as the budget allows it, the most useful ones first."""
+    """Give units back as long as the budget allows, the ones that save the most loss per cost first."""
     kept = dict(choice.kept)
-    offers: list[tuple[float, int, str, int]] = []  # the best of each site, by what a unit of cost gains, highest first
+    offers: list[tuple[float, int, str, int]] = []  # a heap with the best offer of each group, highest rate first
 
     def offer(number: int, name: str) -> None:
-        n = kept[name]
-        larger = sizes[name][sizes[name] > n]
-        price = costs.sites[name][larger] - costs.sites[name][n]
-        fits, price = larger[price <= left], price[price <= left]
-        if not len(fits):
+        current = kept[name]
+        larger = sizes[name][sizes[name] > current]
+        price = costs.groups[name][larger] - costs.groups[name][current]
+        affordable, price = larger[price <= remaining], price[price <= remaining]
+        if not len(affordable):
             return
-        gain = losses[name][n] - losses[name][fits]
+        gain = losses[name][current] - losses[name][affordable]
         rate = gain / np.maximum(price, 1e-30)
-        i = int(rate.argmax())
-        if gain[i] > 0:
-            heapq.heappush(offers, (-float(rate[i]), number, name, int(fits[i])))
+        best = int(rate.argmax())
+        if gain[best] > 0:
+            heapq.heappush(offers, (-float(rate[best]), number, name, int(affordable[best])))
 
     for number, name in enumerate(kept):
         if layer_of.get(name) not in choice.layers:
             offer(number, name)
     while offers:
-        _, number, name, n = heapq.heappop(offers)
-        price = float(costs.sites[name][n] - costs.sites[name][kept[name]])
-        if price <= left:  # else it fitted before something else was bought
-            left -= price
-            kept[name] = n
+        _, number, name, size = heapq.heappop(offers)
+        price = float(costs.groups[name][size] - costs.groups[name][kept[name]])
+        if price <= remaining:  # it was when it was offered, but others have spent since
+            remaining -= price
+            kept[name] = size
         offer(number, name)
     return Choice(kept, choice.layers)
 
 
-def uniform_sizes(
-    costs: Costs, budget: float, sizes: Mapping[str, np.ndarray], members: Mapping[str, Sequence[str]] | None = None
-) -> dict[str, int]:
-    """The same share of every site, as much as the budget allows.
+def uniform_sizes(costs: Costs, budget: float, sizes: Mapping[str, np.ndarray]) -> dict[str, int]:
+    """The same share of every group, as large as the budget allows.
 
     Args:
         costs: See :class:`Costs`.
-        budget: In the units of the costs.
-        sizes: The sizes that each site may have, rising.
-        members: The sites of each layer, for the message.
+        budget: In the unit of the costs.
+        sizes: The sizes that each group may have, rising.
 
     Raises:
         PlanError: If even the smallest model costs more.
     """
 
     def at(share: float) -> dict[str, int]:
-        found = {}
-        for name, own in sizes.items():
-            wanted = round(share * own[-1])
-            found[name] = int(own[np.abs(own - wanted).argmin()])
-        return found
+        closest = {}
+        for name, allowed in sizes.items():
+            closest[name] = int(allowed[np.abs(allowed - round(share * allowed[-1])).argmin()])
+        return closest
 
     low, high = 0.0, 1.0
     if costs.total(at(1.0)) <= budget:
         return at(1.0)
     if costs.total(at(0.0)) > budget:
-        raise PlanError(
-            f"the budget of {budget:g} cannot be met: with all that may be removed gone, the model still costs "
-            f"{costs.total(at(0.0)):g} of {costs.total({}):g}; ask for less, or add 'layer' to the granularity"
-        )
+        raise _out_of_reach(budget, costs.total(at(0.0)), costs.total({}))
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2
         low, high = (middle, high) if costs.total(at(middle)) <= budget else (low, middle)
     return at(low)
+
+
+def _out_of_reach(budget: float, smallest: float, dense: float) -> PlanError:
+    return PlanError(
+        f"the budget of {budget:g} cannot be met: with all that may be removed gone, the model still costs "
+        f"{smallest:g} of {dense:g}; ask for less, or add 'layer' to the granularity"
+    )

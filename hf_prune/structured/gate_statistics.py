@@ -1,4 +1,4 @@
-"""What calibration tells of the units of a model: how much its predictions change when one goes, without labels."""
+"""Measure how much the predictions of a model change when a unit or a layer is removed. Needs no labels."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from hf_prune.utils.distributed import all_reduce_sum, fail_together, rank_items
 from hf_prune.utils.forward import batch_to_device, eval_mode, run_model
 from hf_prune.utils.progress import Bar
 
-MOST_PAIRS = 8192  # units of a site up to which pairs of them are looked at
+MOST_PAIRS = 8192  # units of a group up to which pairs of them are considered
 
 
 @dataclass(frozen=True)
 class GateStatistics:
-    """Gradients of the predictions with respect to gates of 1 on what the units of a site compute.
+    """Gradients of the predictions with respect to gates of 1 that multiply the outputs of the units of a group.
 
     Args:
-        fisher: (units, units) mean product over the examples; of very many units only its diagonal (units,).
+        fisher: (units, units) mean product over the examples; only its diagonal (units,) if there are very many.
         absolute: (units,) mean absolute value.
     """
 
@@ -41,60 +41,63 @@ class GateStatistics:
 
 
 def gate_statistics(
-    model: nn.Module, sites: Sequence[UnitGroup], batches: Batches, seed: int = 0, progress: bool = False
+    model: nn.Module, groups: Sequence[UnitGroup], batches: Batches, seed: int = 0, progress: bool = False
 ) -> dict[str, GateStatistics]:
-    """Gradients of gates, one backward pass for each batch.
+    """Measure the gradients of gates with one backward pass for each batch.
 
-    Each example has a gradient of its own, since it is the only one that its gates act on. What is differentiated is
+    Each example gets a gradient of its own, since no gate acts on two of them. What is differentiated is
     :func:`hf_prune.calibration.sensitivity.prediction`.
 
     Args:
         model: The model; its weights, gradients and modes are as before afterwards.
-        sites: Sites of it.
+        groups: Groups of it.
         batches: Calibration batches.
-        seed: Of labels and directions.
+        seed: Draws labels and directions.
         progress: Show a progress bar.
 
+    Returns:
+        The statistics of each group, by name, averaged over the examples of all processes.
+
     Raises:
-        CalibrationError: If a gradient is not finite, or the predictions depend on no site.
+        CalibrationError: If a gradient is not finite, or the predictions depend on none of the groups.
     """
     dtype = accumulate_dtype(next(model.parameters()).device)
     products: dict[str, Tensor] = {}
     absolute: dict[str, Tensor] = {}
     examples = 0
-    found: dict[str, Tensor] = {}
-    size = [0]  # examples in the batch that is running
+    gradients: dict[str, Tensor] = {}  # (batch, units) of the batch that is running, by group
+    size = [0]  # examples in that batch
 
-    def watch(site: UnitGroup, width: int) -> Any:
+    def watch(group: UnitGroup, width: int) -> Any:
         def gate(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _: Any) -> Any:
             x = first_input(args, kwargs)
-            own = x if x.requires_grad else x.detach().requires_grad_()
-            own = own.clone()  # a later operation in place does not change what the gradient is of
-            values = own.detach()
+            gated = x if x.requires_grad else x.detach().requires_grad_()
+            gated = gated.clone()  # so that a later in-place operation does not change whose gradient this is
+            values = gated.detach()
 
             def read(gradient: Tensor) -> None:
+                # The gradient of a gate of 1 is the sum of gradient times value over what it multiplies.
                 product = gradient.float() * values.float()
-                product = product.reshape(size[0], -1, product.shape[-1]).sum(
-                    1
-                )  # (batch, in), of some models flat before
-                each = product.view(len(product), -1, width).sum(2)  # (batch, units)
-                found[site.name] = found[site.name] + each if site.name in found else each
+                product = product.reshape(size[0], -1, product.shape[-1]).sum(1)  # some models flatten (batch, seq)
+                by_unit = product.view(len(product), -1, width).sum(2)  # (batch, units)
+                # Several consumers may read the same units: then one gate acts on all of them.
+                gradients[group.name] = gradients[group.name] + by_unit if group.name in gradients else by_unit
 
-            own.register_hook(read)
-            return ((own, *args[1:]), kwargs) if args else (args, {**kwargs, _first_key(kwargs): own})
+            gated.register_hook(read)
+            return ((gated, *args[1:]), kwargs) if args else (args, {**kwargs, _first_key(kwargs): gated})
 
         return gate
 
     with ExitStack() as context:
         context.enter_context(differentiable(model, ()))
-        for site in sites:
-            for part in site.consumers:
-                module = model.get_submodule(part.name.rpartition(".")[0])
-                Watcher(module, watch(site, part.width)).install(context, None)
+        for group in groups:
+            for consumer in group.consumers:
+                module = model.get_submodule(consumer.name.rpartition(".")[0])
+                Watcher(module, watch(group, consumer.width)).install(context, None)
         context.enter_context(fail_together())
         numbered = rank_items(list(enumerate(batches)))
         for index, batch in Bar(numbered, desc="Units", progress=progress):
-            found.clear()
+            gradients.clear()
             inputs = without_labels(batch_to_device(model, batch))
             size[0] = len(batched(inputs))
             generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{index}".encode()))
@@ -102,31 +105,32 @@ def gate_statistics(
                 value = prediction(run_model(model, inputs), token_mask(model, inputs), generator)
             if not value.requires_grad:
                 raise CalibrationError(
-                    "what the model puts out for a calibration batch depends on none of the units to be pruned"
+                    "the model's output for a calibration batch depends on none of the units to be pruned"
                 )
             value.backward()
-            for name, each in found.items():
-                pairs = each.t() @ each if each.shape[1] <= MOST_PAIRS else each.square().sum(0)
+            for name, gradient in gradients.items():
+                few = gradient.shape[1] <= MOST_PAIRS
+                pairs = gradient.t() @ gradient if few else gradient.square().sum(0)
                 products[name] = products.get(name, 0) + pairs.to(dtype)
-                absolute[name] = absolute.get(name, 0) + each.abs().sum(0, dtype=dtype)
+                absolute[name] = absolute.get(name, 0) + gradient.abs().sum(0, dtype=dtype)
             examples += size[0]
-    every = max(1, int(all_reduce_sum(torch.tensor(examples))))
+    total = max(1, int(all_reduce_sum(torch.tensor(examples))))
     statistics = {}
-    for site in sites:
-        shape = (site.units,) * (2 if site.units <= MOST_PAIRS else 1)
-        fisher = all_reduce_sum(products.get(site.name, torch.zeros(shape, dtype=dtype))) / every
-        mean = all_reduce_sum(absolute.get(site.name, torch.zeros(site.units, dtype=dtype))) / every
+    for group in groups:
+        shape = (group.units,) * (2 if group.units <= MOST_PAIRS else 1)
+        fisher = all_reduce_sum(products.get(group.name, torch.zeros(shape, dtype=dtype))) / total
+        mean = all_reduce_sum(absolute.get(group.name, torch.zeros(group.units, dtype=dtype))) / total
         if not bool(torch.isfinite(fisher).all()):
             raise CalibrationError(
-                f"the gradient of the predictions at {site.name} is not finite: expected finite values; calibrate in "
+                f"the gradient of the predictions at {group.name} is not finite: expected finite values; calibrate in "
                 f"float32 or bfloat16, and check the batches"
             )
-        statistics[site.name] = GateStatistics(fisher, mean)
+        statistics[group.name] = GateStatistics(fisher, mean)
     return statistics
 
 
 def without_labels(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """A batch as the model is run on it: what it predicts is asked for, not how far that is from labels."""
+    """A batch for predictions: labels are dropped, unless the decoder has no other inputs."""
     return {key: value for key, value in batch.items() if key != "labels" or "decoder_input_ids" not in batch}
 
 
@@ -138,7 +142,7 @@ def _first_key(kwargs: Mapping[str, Any]) -> str:
 def layer_losses(
     model: nn.Module, layers: Mapping[str, nn.Module], batches: Batches, progress: bool = False
 ) -> dict[str, float]:
-    """How much the predictions change when a layer is bypassed, measured, in the units of the gates' Fisher matrix.
+    """Measure how much the predictions change when a layer is bypassed, in the units of the gates' Fisher matrix.
 
     Args:
         model: The model; as before afterwards.
@@ -168,7 +172,7 @@ def layer_losses(
 
 
 def prediction_change(dense: Tensor, changed: Tensor, mask: Tensor | None) -> float:
-    """What :func:`prediction` would foretell of a change of the logits, summed over a batch.
+    """What :func:`prediction` says of a change of the logits, summed over a batch.
 
     Args:
         dense: (batch, classes), (batch, seq, classes), or another output.
@@ -176,11 +180,12 @@ def prediction_change(dense: Tensor, changed: Tensor, mask: Tensor | None) -> fl
         mask: (batch, seq), 0 for the tokens whose predictions do not count.
     """
     if dense.dim() == 3 and dense.shape[-1] > 1:  # labels drawn from the model: twice the Kullback-Leibler divergence
-        each = 2 * nn.functional.kl_div(
+        divergence = 2 * nn.functional.kl_div(
             changed.log_softmax(-1), dense.log_softmax(-1), reduction="none", log_target=True
-        )
-        each = each.sum(-1)  # (batch, seq)
-        return float((each if mask is None or mask.shape != each.shape else each * mask.cpu()).sum())
+        ).sum(-1)  # (batch, seq)
+        if mask is not None and mask.shape == divergence.shape:
+            divergence = divergence * mask.cpu()
+        return float(divergence.sum())
     change = (changed - dense).flatten(1)
     if dense.dim() == 2 and dense.shape[-1] > 1:
         change = change - change.mean(1, keepdim=True)

@@ -1,4 +1,4 @@
-"""Seconds of a forward pass as a function of the sizes."""
+"""The time of a forward pass as a function of the sizes."""
 
 from __future__ import annotations
 
@@ -8,33 +8,33 @@ from typing import Any
 
 from torch import nn
 
-from hf_prune.architectures.find_unit_groups import LayerList
+from hf_prune.architectures.layers import LayerList
 from hf_prune.architectures.unit_groups import UnitGroup
 from hf_prune.inference.speedup import forward
 from hf_prune.inference.timing import quantile, time_together
 from hf_prune.structured.budget import Costs
-from hf_prune.structured.costs import COARSE, FINE, measured_costs
+from hf_prune.structured.costs import measured_costs
 from hf_prune.utils.forward import eval_mode
 
-_TABLE_SECONDS = 12.0  # for a table of times, if its rounds allow it
-_SLOW = 0.1  # seconds of a forward pass from which on fewer sizes are measured
-_QUANTILE = 0.1  # of the times of one size: what else the machine does only ever makes it slower
+_TABLE_SECONDS = 12.0  # for measuring all sizes; fewer if the rounds are done before
+_SLOW = 0.1  # seconds of a forward pass above which fewer sizes are measured
+_QUANTILE = 0.1  # of the times of one size: whatever else the machine does can only add to them
 
 
 def latency_costs(
     model: nn.Module,
-    sites: Sequence[UnitGroup],
+    groups: Sequence[UnitGroup],
     lists: Sequence[LayerList],
     layers: Mapping[str, Sequence[str]],
     inputs: Mapping[str, Any],
 ) -> Costs:
-    """Seconds of a forward pass on this machine as a function of the sizes, from interleaved runs.
+    """Seconds of a forward pass on this machine as a function of the sizes, measured in turns.
 
     Args:
         model: The model.
-        sites: Those that may lose units.
-        lists: Its stacks of layers.
-        layers: The sites in each layer that may go as a whole, by its name.
+        groups: The groups that may lose units.
+        lists: The stacks of layers of the model.
+        layers: The layers that may be removed as a whole, each with the names of the groups in it.
         inputs: Keyword arguments of a forward pass.
     """
     start = time.perf_counter()
@@ -44,8 +44,8 @@ def latency_costs(
 
     def measure(models: Mapping[str, nn.Module]) -> dict[str, float]:
         with eval_mode(model):
-            runs = {name: forward(each, inputs) for name, each in models.items()}
-            found = time_together(runs, rounds=60, warmup=1 if slow else 2, seconds=_TABLE_SECONDS)
-        return {name: quantile(times.wall, _QUANTILE) for name, times in found.items()}
+            runs = {name: forward(sized, inputs) for name, sized in models.items()}
+            timings = time_together(runs, rounds=60, warmup=1 if slow else 2, seconds=_TABLE_SECONDS)
+        return {name: quantile(times.wall, _QUANTILE) for name, times in timings.items()}
 
-    return measured_costs(model, sites, lists, layers, measure, COARSE if slow else FINE)
+    return measured_costs(model, groups, lists, layers, measure, "coarse" if slow else "fine")

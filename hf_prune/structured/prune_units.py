@@ -128,7 +128,7 @@ def unit_masks(model: nn.Module, plan: UnitPlan) -> dict[str, Tensor]:
         if plan.is_gone(site):
             continue
         units = plan.kept.get(site.name, torch.arange(site.units))
-        for part in site.parts:
+        for part in site.slices:
             parameter = model.get_parameter(part.name)
             along = torch.zeros(parameter.shape[part.dim], dtype=torch.bool)
             along[part.index(units)] = True

@@ -1,4 +1,4 @@
-"""What each unit is worth to the outputs of the matrix that consumes it, in units of the model's predictions."""
+"""How much each unit contributes to the outputs of the matrix that consumes it, weighted by the model's predictions."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor, nn
 
-from hf_prune.architectures.unit_groups import UnitGroup
+from hf_prune.architectures.unit_groups import UnitGroup, weight_names
 from hf_prune.calibration.input_reader import Batches, InputReader
 from hf_prune.calibration.sensitivity import Sensitivity, measure_sensitivity
 from hf_prune.errors import PlanError
@@ -22,89 +22,102 @@ from hf_prune.structured.loss_curves import Curve, additive_curve, reconstructio
 def reconstruction_curves(
     model: nn.Module,
     config: PruningConfig,
-    sites: Sequence[UnitGroup],
+    groups: Sequence[UnitGroup],
     batches: Batches,
     progress: bool,
     cache_bytes: int,
 ) -> tuple[dict[str, Curve], Sensitivity]:
-    """See :func:`reconstruction_curve`; inputs and outputs are weighed by squared gradients.
+    """The :func:`reconstruction_curve` of each group; inputs and outputs are weighted by squared gradients.
 
     Args:
         model: The model, which is not changed.
-        config: Its ``seed`` is that of labels and directions.
-        sites: Sites with one consumer each.
+        config: The settings; its ``seed`` draws labels and directions.
+        groups: Groups with one consumer each.
         batches: Calibration batches.
         progress: Show progress bars.
         cache_bytes: See :func:`hf_prune.prune`.
 
     Returns:
-        The curves by site, and how much the predictions depend on what, also for the repair; to be closed.
+        The curves by group, and the sensitivity of the predictions, which a repair uses too; close it after use.
 
     Raises:
-        PlanError: If several matrices consume the units of a site, as where all layers share their heads.
+        PlanError: If several matrices consume the units of a group, as where all layers share their heads.
     """
-    for site in sites:
-        if len(site.consumers) > 1:
+    for group in groups:
+        if len(group.consumers) > 1:
             raise PlanError(
-                f"criterion 'reconstruction' compares the outputs of one matrix, and the {site.kind}s of {site.name} "
-                f"go into {len(site.consumers)}: choose criterion 'fisher'"
+                f"criterion 'reconstruction' compares the outputs of one matrix, and the {group.kind}s of {group.name} "
+                f"go into {len(group.consumers)}: choose criterion 'fisher'"
             )
 
-    def curve(site: UnitGroup, target: Target, gram: Tensor, outputs: Tensor) -> Curve:
-        return reconstruction_curve(target.matrix(model.get_parameter(target.name).detach()), gram, outputs, site.units)
+    def curve(group: UnitGroup, target: Target, gram: Tensor, outputs: Tensor) -> Curve:
+        weight = target.matrix(model.get_parameter(target.name).detach())
+        return reconstruction_curve(weight, gram, outputs, group.units)
 
-    return _of_consumers(model, config, sites, batches, progress, cache_bytes, curve)
+    return _curves_of_consumers(model, config, groups, batches, progress, cache_bytes, curve)
 
 
 def redundancy_curves(
     model: nn.Module,
     config: PruningConfig,
-    sites: Sequence[UnitGroup],
+    groups: Sequence[UnitGroup],
     batches: Batches,
     progress: bool,
     cache_bytes: int,
     fisher: Mapping[str, Tensor],
 ) -> tuple[dict[str, Curve], Sensitivity]:
-    """See :func:`redundancy_curve`; where several matrices consume the units, the gates alone.
+    """The :func:`redundancy_curve` of each group; of its gates alone if several matrices consume its units.
 
     Args:
         model: The model, which is not changed.
-        config: Its ``seed`` is that of labels and directions.
-        sites: Sites of it.
+        config: The settings; its ``seed`` draws labels and directions.
+        groups: Groups of it.
         batches: Calibration batches.
         progress: Show progress bars.
         cache_bytes: See :func:`hf_prune.prune`.
-        fisher: (units,) mean squared gradients of the gates of each site.
+        fisher: (units,) mean squared gradients of the gates, by group.
 
     Returns:
-        The curves by site, and how much the predictions depend on what, also for the repair; to be closed.
+        The curves by group, and the sensitivity of the predictions, which a repair uses too; close it after use.
     """
 
-    def curve(site: UnitGroup, target: Target, gram: Tensor, outputs: Tensor) -> Curve:
-        return redundancy_curve(fisher[site.name], gram, site.units)
+    def curve(group: UnitGroup, target: Target, gram: Tensor, outputs: Tensor) -> Curve:
+        return redundancy_curve(fisher[group.name], gram, group.units)
 
-    single = [site for site in sites if len(site.consumers) == 1]
-    curves, sensitivity = _of_consumers(model, config, single, batches, progress, cache_bytes, curve, sites)
-    return {site.name: curves.get(site.name) or additive_curve(fisher[site.name]) for site in sites}, sensitivity
+    single = [group for group in groups if len(group.consumers) == 1]
+    curves, sensitivity = _curves_of_consumers(model, config, single, batches, progress, cache_bytes, curve, groups)
+    by_group = {group.name: curves.get(group.name) or additive_curve(fisher[group.name]) for group in groups}
+    return by_group, sensitivity
 
 
-def _of_consumers(
+def _curves_of_consumers(
     model: nn.Module,
     config: PruningConfig,
-    sites: Sequence[UnitGroup],
+    groups: Sequence[UnitGroup],
     batches: Batches,
     progress: bool,
     cache_bytes: int,
     curve: Callable[[UnitGroup, Target, Tensor, Tensor], Curve],
-    every: Sequence[UnitGroup] | None = None,
+    measured: Sequence[UnitGroup] | None = None,
 ) -> tuple[dict[str, Curve], Sensitivity]:
-    """The curve of each site, from what flows into its consumer in the dense model."""
-    by_weight = {site.consumers[0].name: site for site in sites}
+    """The curve of each group from the inputs of its consumer in the dense model.
+
+    Args:
+        model: The model.
+        config: The settings.
+        groups: Groups with one consumer each.
+        batches: Calibration batches.
+        progress: Show progress bars.
+        cache_bytes: See :func:`hf_prune.prune`.
+        curve: Makes a curve of a group, its consumer, the gram of the inputs, and how much each output counts.
+        measured: Groups for whose weights the sensitivity is measured; None for the same groups.
+    """
+    by_weight = {group.consumers[0].name: group for group in groups}
     curves: dict[str, Curve] = {}
-    every = every or sites
-    names = repaired_weights(model, config, every) or [part.name for site in every for part in site.consumers]
+    measured = measured or groups
+    names = repaired_weights(model, config, measured) or [p.name for group in measured for p in group.consumers]
     plan = inner_plan(model, config, names)
-    cache_bytes //= 4  # the sensitivities stay for the repair, as one of the four shelves that it keeps
+    cache_bytes //= 4  # the sensitivity is kept for the repair, as one of its four caches
     with InputReader(model, plan, batches, cache_bytes=cache_bytes) as reader:
         steps = reader.order()
         sensitivity = measure_sensitivity(reader, config.seed, progress, cache_bytes)
@@ -112,8 +125,8 @@ def _of_consumers(
             for step in steps:
                 consumers = [tensor for tensor in step if tensor.target.name in by_weight]
                 for tensor, gram in weighted_grams(reader, consumers, sensitivity) if consumers else ():
-                    target, site = tensor.target, by_weight[tensor.target.name]
-                    curves[site.name] = curve(site, target, gram, sensitivity.outputs[target.name])
+                    target, group = tensor.target, by_weight[tensor.target.name]
+                    curves[group.name] = curve(group, target, gram, sensitivity.outputs[target.name])
                 reader.finish(step)
         except BaseException:
             sensitivity.close()
@@ -121,34 +134,33 @@ def _of_consumers(
     return curves, sensitivity
 
 
-def repaired_weights(model: nn.Module, config: PruningConfig, sites: Sequence[UnitGroup]) -> list[str]:
-    """Names of the matrices that a repair solves anew; none without a repair.
+def repaired_weights(model: nn.Module, config: PruningConfig, groups: Sequence[UnitGroup]) -> list[str]:
+    """Names of the matrices that a repair solves again; none without a repair.
 
-    With the objective "loss" all of them: those that make the units aim at what the dense model put out. With the
-    objective "layer" only those that consume the units: others would learn to make up for inputs that have changed for
-    good, and what they add goes wrong by more and more from layer to layer.
+    With the objective "loss" these are all matrices of the groups: the ones that compute the units aim at the outputs
+    of the dense model. With the objective "layer" they are only the ones that consume the units: the others would learn
+    to make up for inputs that have changed for good, and their corrections go wrong more and more from layer to layer.
 
     Args:
         model: The model.
         config: The settings.
-        sites: Those that may lose units.
+        groups: The groups that may lose units.
     """
     if config.repair is None:
         return []
-    parts = [p for s in sites for p in (s.parts if config.objective == "loss" else s.consumers)]
-    weights = dict.fromkeys(p.name for p in parts if p.name.endswith(".weight") and model.get_parameter(p.name).numel())
-    embeddings = {f"{name}.weight" for name, m in model.named_modules() if isinstance(m, nn.Embedding)}
-    return [name for name in weights if name not in embeddings]
+    embeddings = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
+    names = weight_names(groups, consumers_only=config.objective != "loss")
+    return [name for name in names if name not in embeddings and model.get_parameter(name).numel()]
 
 
 def inner_plan(model: nn.Module, config: PruningConfig, names: Sequence[str], sparsity: float = 0.0) -> PruningPlan:
-    """A plan whose targets are matrices of sites, with the repair of the config.
+    """A plan of single weights whose targets are matrices of groups, with the repair of the config.
 
     Args:
         model: The model.
         config: The settings.
         names: The parameters.
-        sparsity: The share of their weights that goes; at least what earlier masks remove.
+        sparsity: The share of their weights that is removed; at least what earlier masks remove.
     """
     masks = [mask for name in names if (mask := mask_of(model, name)) is not None]
     size = sum(model.get_parameter(name).numel() for name in names)

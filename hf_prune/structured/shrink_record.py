@@ -1,25 +1,28 @@
-"""What a shrunk model's config says of its sizes."""
+"""What the config of a shrunk model says of its sizes."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
-from hf_prune.architectures.find_unit_groups import LayerList, base_prefix, find_unit_groups
+from hf_prune.architectures.find_unit_groups import find_unit_groups
+from hf_prune.architectures.kinds.registry import kind_named
+from hf_prune.architectures.layers import LayerList
+from hf_prune.architectures.modules import base_prefix
 from hf_prune.architectures.unit_groups import UnitGroup
 
 RECORD = "pruned_structure"  # the attribute of the config that says what was done
 
 
 def layer_of(name: str, layers: Collection[str]) -> str | None:
-    """The one of some layers that a module or parameter is in."""
+    """The one of some layers that a module or parameter is in, by its name; None if it is in none of them."""
     return next((name[:end] for end, sign in enumerate(name) if sign == "." and name[:end] in layers), None)
 
 
 def new_name(name: str, renamed: Mapping[str, str]) -> str:
-    """What a parameter is called after layers before it were taken out."""
+    """What a parameter is called after layers before its own were removed."""
     old = layer_of(name, renamed)
     return name if old is None else renamed[old] + name.removeprefix(old)
 
@@ -29,51 +32,59 @@ def record_structure(
     before: int,
     units: Mapping[str, int],
     kept: Mapping[str, Tensor],
-    lists: list[LayerList],
-    gone: set[str],
+    lists: Sequence[LayerList],
+    removed: Collection[str],
     renamed: Mapping[str, str],
 ) -> None:
-    """Write into the config what was taken out; what earlier calls wrote stays, under the names of now."""
-    if not kept and not gone:
+    """Write into the config what was removed. What earlier calls wrote stays, under the names of now.
+
+    Args:
+        model: The model, already shrunk.
+        before: How many parameters it had.
+        units: How many units each group had.
+        kept: The units that each smaller group kept.
+        lists: The stacks of layers as they were.
+        removed: Names of the layers that were removed.
+        renamed: New names of the layers that stay, by the old ones.
+    """
+    if not kept and not removed:
         return
     prefix = base_prefix(model)
-    old = getattr(model.config, RECORD, None) or {"format_version": 1, "parameters_before": before}
-    without = {name.removeprefix(prefix) for name in gone}
-    short = {a.removeprefix(prefix): b.removeprefix(prefix) for a, b in renamed.items()}
-    known = {new_name(n, short): dict(u) for n, u in old.get("units", {}).items() if layer_of(n, without) is None}
+    record = getattr(model.config, RECORD, None) or {"format_version": 1, "parameters_before": before}
+    removed_names = {name.removeprefix(prefix) for name in removed}
+    new_names = {old.removeprefix(prefix): new.removeprefix(prefix) for old, new in renamed.items()}
+    recorded_units = {
+        new_name(name, new_names): dict(entry)
+        for name, entry in record.get("units", {}).items()
+        if layer_of(name, removed_names) is None
+    }
     for name, index in kept.items():
-        entry = known.setdefault(new_name(name, short), {"before": units[name]})
+        entry = recorded_units.setdefault(new_name(name, new_names), {"before": units[name]})
         entry["kept"] = len(index)
-    layers: dict[str, Any] = {name: dict(entry) for name, entry in old.get("layers", {}).items()}
-    for each in lists:
-        stay = [i for i in range(len(each.layers)) if f"{each.name}.{i}" not in gone]
-        if len(stay) < len(each.layers):
-            entry = layers.setdefault(
-                each.name.removeprefix(prefix), {"before": len(each.layers), "kept": list(range(len(each.layers)))}
-            )
-            entry["kept"] = [entry["kept"][i] for i in stay]
-    setattr(model.config, RECORD, {**old, "units": known, "layers": layers})
+    recorded_layers: dict[str, Any] = {name: dict(entry) for name, entry in record.get("layers", {}).items()}
+    for layers in lists:
+        total = len(layers.layers)
+        staying = [number for number, name in enumerate(layers.layer_names()) if name not in removed]
+        if len(staying) < total:
+            name = layers.name.removeprefix(prefix)
+            entry = recorded_layers.setdefault(name, {"before": total, "kept": list(range(total))})
+            entry["kept"] = [entry["kept"][number] for number in staying]
+    setattr(model.config, RECORD, {**record, "units": recorded_units, "layers": recorded_layers})
 
 
 def simplify_config(model: nn.Module) -> None:
-    """Have the config tell the sizes of heads and neurons wherever it can: where all that it speaks of are alike."""
-    by_config: dict[tuple[str, ...], list[UnitGroup]] = {}
-    for site in find_unit_groups(model):
-        if site.config:
-            by_config.setdefault(site.config, []).append(site)
-    for names, sites in by_config.items():
-        alike = len({(s.units, s.per_unit, s.size) for s in sites}) == 1
-        first = sites[0]
-        if not alike or not first.units:
-            continue
-        if first.kind == "head" and first.size is None:
-            continue
-        for name, each in zip(names, first.per_unit, strict=True):
-            setattr(model.config, name, first.units * each)
-        if first.size is not None:
-            setattr(model.config, first.size[1], first.size[0])
+    """Write sizes into the model's config wherever it can tell them: where all groups that it speaks of are alike."""
+    by_attributes: dict[tuple[str, ...], list[UnitGroup]] = {}
+    for group in find_unit_groups(model):
+        if group.config:
+            by_attributes.setdefault(group.config, []).append(group)
+    for groups in by_attributes.values():
+        first = groups[0]
+        if first.units and len({(group.units, group.per_unit, group.size) for group in groups}) == 1:
+            for attribute, value in kind_named(first.kind).config_values(first).items():
+                setattr(model.config, attribute, value)
 
 
 def is_shrunk(model: nn.Module) -> bool:
-    """Whether something was taken out of a model, or of one inside it."""
+    """Whether something was cut out of a model, or out of one inside it."""
     return any(getattr(getattr(module, "config", None), RECORD, None) is not None for module in model.modules())

@@ -1,4 +1,4 @@
-"""UnitPlan: which heads, neurons and layers of one model go, chosen before anything is touched, and printable."""
+"""UnitPlan: which heads, neurons and layers of a model will be removed, decided before anything is touched."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hf_prune.architectures.find_unit_groups import find_unit_groups
-from hf_prune.architectures.unit_groups import UnitGroup
+from hf_prune.architectures.find_unit_groups import find_unit_groups, in_model_order
+from hf_prune.architectures.kinds.registry import kind_named
+from hf_prune.architectures.unit_groups import UnitGroup, overlapping_kinds, weight_names
 from hf_prune.calibration.input_reader import NO_BATCHES, Batches
-from hf_prune.errors import CalibrationError
+from hf_prune.errors import CalibrationError, ConfigError
 from hf_prune.planning.config import PruningConfig
 from hf_prune.planning.targets import module_matches, quick_pattern
 from hf_prune.pruning.records import SpeedRecord
@@ -23,17 +24,17 @@ from hf_prune.utils.forward import as_batches
 
 @dataclass(frozen=True)
 class UnitPlan:
-    """What goes of one model, by whole heads, neurons and layers. ``print(plan)`` shows it as a table.
+    """What is removed from one model as whole heads, neurons and layers. ``print(plan)`` shows it as a table.
 
     Args:
         config: The settings.
         model_name: The model's class.
-        sites: All attentions and feed-forward networks that may lose units.
-        layers: The sites in each layer that may go as a whole, by its name.
-        parameters: How many parameters the model costs at which sizes.
-        choice: What stays; None until calibration data tells.
-        kept: The units that stay, by site.
-        speed: The speed-up that is foretold, for ``target_speedup``.
+        sites: The groups of units that may lose some: attentions, feed-forward networks.
+        layers: The layers that may be removed as a whole, each with the names of the groups in it.
+        parameters: How many parameters the model has at which sizes.
+        choice: What stays; None until calibration data decides.
+        kept: The units that stay, by group.
+        speed: The predicted speed-up, for ``target_speedup``.
     """
 
     config: PruningConfig
@@ -48,7 +49,7 @@ class UnitPlan:
     @property
     def weights(self) -> list[str]:
         """Names of the weight matrices that may lose units."""
-        return list(dict.fromkeys(p.name for site in self.sites for p in site.parts if p.name.endswith(".weight")))
+        return weight_names(self.sites)
 
     @property
     def parameters_before(self) -> int:
@@ -57,7 +58,7 @@ class UnitPlan:
 
     @property
     def parameters_after(self) -> int | None:
-        """Parameters of the model once it is shrunk; None if it is not known yet."""
+        """Parameters of the model once it is shrunk; None if that is not known yet."""
         if self.choice is None:
             return None
         return round(self.parameters.total(self.choice.kept, self.choice.layers, self.layers))
@@ -74,34 +75,33 @@ class UnitPlan:
             "removed_layers": None if choice is None else sorted(choice.layers),
             "sites": [
                 {
-                    "name": site.name,
-                    "kind": site.kind,
-                    "units": site.units,
-                    "kept": None if choice is None else self._left(site),
+                    "name": group.name,
+                    "kind": group.kind,
+                    "units": group.units,
+                    "kept": None if choice is None else self._kept_units(group),
                 }
-                for site in self.sites
+                for group in self.sites
             ],
         }
 
-    def _left(self, site: UnitGroup) -> int:
+    def _kept_units(self, group: UnitGroup) -> int:
         assert self.choice is not None
-        return 0 if self.is_gone(site) else self.choice.kept.get(site.name, site.units)
+        return 0 if self.is_gone(group) else self.choice.kept.get(group.name, group.units)
 
     def is_gone(self, site: UnitGroup) -> bool:
-        """Whether the layer that holds a site goes as a whole."""
-        return self.choice is not None and all(f"{name}.{i}" in self.choice.layers for name, i in site.layers)
+        """Whether the layer that holds a group of units is removed as a whole."""
+        if self.choice is None or not site.layers:
+            return False
+        return all(f"{name}.{number}" in self.choice.layers for name, number in site.layers)
 
     def __str__(self) -> str:
         config = self.config
-        rows = []
-        for site in self.sites:
-            left = "by data" if self.choice is None else "layer gone" if self.is_gone(site) else f"{self._left(site):,}"
-            rows.append([site.name, site.kind + "s", f"{site.units:,}", left])
-        with_sites = {f"{place}.{i}" for site in self.sites for place, i in site.layers}
-        for name in self.layers:
-            if name not in with_sites:
-                left = "by data" if self.choice is None else "gone" if name in self.choice.layers else "stays"
-                rows.append([name, "layer", "1", left])
+        rows = [[group.name, f"{group.kind}s", f"{group.units:,}", self._outcome(group)] for group in self.sites]
+        with_groups = {f"{name}.{number}" for group in self.sites for name, number in group.layers}
+        for layer in self.layers:
+            if layer not in with_groups:
+                stays = "by data" if self.choice is None else "gone" if layer in self.choice.layers else "stays"
+                rows.append([layer, "layer", "1", stays])
         budget = next(
             (f"{key} {getattr(config, key):g}" for key in ("target_params", "target_flops", "target_speedup")
              if getattr(config, key) is not None),
@@ -120,19 +120,25 @@ class UnitPlan:
             lines.append(str(self.speed))
         return "\n".join(lines)
 
+    def _outcome(self, group: UnitGroup) -> str:
+        """What the table says is left of a group."""
+        if self.choice is None:
+            return "by data"
+        return "layer gone" if self.is_gone(group) else f"{self._kept_units(group):,}"
+
 
 def unit_batches(
     config: PruningConfig, calibration: Batches | None, polish_data: Batches | None = None
 ) -> list[Mapping[str, Any]] | None:
-    """The batches as a list, if there are any; the same ones in every process.
+    """The calibration batches as a list, if there are any, after checking that every process has the same.
 
     Args:
-        config: The settings, which may need them.
+        config: The settings, which decide whether batches are needed.
         calibration: The batches.
-        polish_data: Those of a polish, if others.
+        polish_data: Other batches for the polish.
 
     Raises:
-        CalibrationError: If they are needed and missing, or the processes have different ones.
+        CalibrationError: If batches are needed and missing, or differ between processes.
     """
     with fail_together():
         batches = None if calibration is None else list(as_batches(calibration))
@@ -152,16 +158,32 @@ def unit_batches(
 
 
 def unit_groups_of(model: nn.Module, config: PruningConfig) -> list[UnitGroup]:
-    """Where a config prunes heads and neurons of a model; empty sites are none.
+    """The groups of units that a config prunes in a model; groups that are empty are left out.
 
     Args:
         model: A transformers model of an architecture in the table.
         config: Its ``granularity`` and ``exclude_modules``.
+
+    Raises:
+        ArchitectureError: If the architecture is not registered, or its modules are not where the table says.
+        ConfigError: If two kinds of the granularity hold the same slices.
     """
-    sites, excluded = [], quick_pattern(config.exclude_modules)
-    for site in find_unit_groups(model):
-        modules = {part.name.rpartition(".")[0] for part in site.parts} | {f"{name}.{i}" for name, i in site.layers}
-        spared = excluded and any(module_matches(name, excluded) for name in modules)
-        if site.kind in config.granularity and site.units and not spared:
-            sites.append(site)
-    return sites
+    excluded = quick_pattern(config.exclude_modules)
+
+    def is_excluded(group: UnitGroup) -> bool:
+        names = {piece.name.rpartition(".")[0] for piece in group.slices}
+        names |= {f"{name}.{number}" for name, number in group.layers}
+        return bool(excluded) and any(module_matches(name, excluded) for name in names)
+
+    groups = find_unit_groups(model)  # of all kinds: an error of any of them would come from shrink() as well
+    for kind in map(kind_named, config.granularity):
+        if kind.cut_as is not None:
+            groups += kind.groups(model)
+    groups = [g for g in in_model_order(model, groups) if g.kind in config.granularity]
+    groups = [group for group in groups if group.units and not is_excluded(group)]
+    if (pair := overlapping_kinds(groups)) is not None:
+        raise ConfigError(
+            f"granularity {config.granularity} names {pair[0].kind!r} and {pair[1].kind!r}, which both divide "
+            f"{pair[1].name}: choose one of them"
+        )
+    return groups

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hf_prune.architectures.kinds.registry import kind_named
 from hf_prune.criteria.base import LABELLED, TRAINED
 from hf_prune.errors import ConfigError
 from hf_prune.planning.choices import MOVEMENT
@@ -33,11 +34,12 @@ def averages_gradients(config: PruningConfig | None, *, calibrates: bool) -> boo
 
 
 def _check_kind_of_pruning(config: PruningConfig) -> None:
-    if config.removes_units and "layer" in config.granularity:
-        raise ConfigError(
-            "granularity 'layer' changes what a model computes at once: prune layers before the training, with "
-            "hf_prune.prune, or leave 'layer' out"
-        )
+    for kind in config.granularity if config.removes_units else ():
+        if not kind_named(kind).trained_with_masks:
+            raise ConfigError(
+                f"granularity {kind!r} changes what a model computes at once: prune {kind}s before the training, with "
+                f"hf_prune.prune, or leave {kind!r} out"
+            )
     if config.polish is not None:
         raise ConfigError("polish is a training of its own: leave it out, and train for longer")
 

@@ -9,8 +9,7 @@ from collections.abc import Mapping, Set
 
 from torch import Tensor, nn
 
-from hf_prune.architectures.channels import propagate_channel_masks
-from hf_prune.architectures.find_unit_groups import find_channel_groups
+from hf_prune.architectures.kinds.channel import find_channel_groups, propagate_channel_masks
 from hf_prune.criteria.base import WeightStats
 from hf_prune.criteria.registry import CRITERIA
 from hf_prune.errors import ConfigError, MaskError

@@ -1225,7 +1225,7 @@ def test_a_layer_that_lost_all_units_is_no_lie(model_type, kind, tmp_path):
     model = prunable(getattr(models, f"tiny_{model_type}")())
     site = [site for site in find_unit_groups(model) if site.kind == kind][-1]
     with torch.no_grad():
-        for part in site.parts:
+        for part in site.slices:
             model.get_parameter(part.name).mul_(1e-4)
     model.prune(PruningConfig(granularity=(kind,), sparsity=0.5, scope="global"))
     shrink(model)

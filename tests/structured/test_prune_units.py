@@ -61,7 +61,7 @@ def test_what_is_asked_for_goes_and_can_be_taken_out(criterion, kinds):
     assert (logits(model, inputs) - masked).abs().max() <= 1e-5
     assert model.num_parameters() == plan.parameters_after
     gone, prunable_parameters = before - model.num_parameters(), plan.parameters.total({}) - plan.parameters.base
-    largest = max(c[-1] - c[-2] for c in plan.parameters.sites.values()) if plan.parameters.sites else 0
+    largest = max(c[-1] - c[-2] for c in plan.parameters.groups.values()) if plan.parameters.groups else 0
     if "layer" in kinds:
         largest = max(largest, prunable_parameters / 2)
     assert 0.4 * prunable_parameters <= gone <= 0.4 * prunable_parameters + largest

@@ -12,7 +12,8 @@ from torch import nn
 
 import hf_prune
 from hf_prune import ArchitectureError, CheckpointError, Heads, Neurons, Stack, prunable, prune, shrink
-from hf_prune.architectures.find_unit_groups import find_unit_groups, layer_lists
+from hf_prune.architectures.find_unit_groups import find_unit_groups
+from hf_prune.architectures.layers import layer_lists
 from hf_prune.pruning.bypass import bypass, bypassed_layers, restore
 from hf_prune.pruning.mask_store import MaskStore
 from tests.architecture_models import MODELS, tiny
@@ -357,7 +358,7 @@ def test_a_bypass_survives_a_copy_and_can_be_undone():
         ({"format_version": 2}, "format_version 2.*reads 1; update hf_prune"),
         ({"colour": "red"}, "unknown keys colour"),
         ({"structure": {"encoder.layer.0.output.dense": -1}}, "structure in the checkpoint's quantization_config is"),
-        ({"structure": {"encoder.layer.9.output.dense": 1}}, "no such site"),
+        ({"structure": {"encoder.layer.9.output.dense": 1}}, "no such group of units"),
         ({"structure": {"encoder.layer.0.output.dense": 99}}, "99 units at .* has 24 units there"),
     ],
 )

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
+from hf_prune.architectures.kinds.registry import unit_descriptions
 from hf_prune.cli.options import (
     AsJson,
     echo,
 )
 from hf_prune.criteria.registry import CRITERIA
 from hf_prune.granularities.registry import GRANULARITIES
-from hf_prune.planning.choices import UNIT_CRITERIA_OF, UNIT_SCOPES, UNITS
+from hf_prune.planning.choices import UNIT_CRITERIA_OF, UNIT_SCOPES
 from hf_prune.utils.formatting import format_table
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def list_(as_json: AsJson = False) -> None:
                 }
                 for g in granularities
             ],
-            "units": [{"name": name, "description": text} for name, text in UNITS.items()],
+            "units": [{"name": name, "description": text} for name, text in unit_descriptions().items()],
             "unit_criteria": [
                 {"name": name, "needs": needs, "description": text, "paper": paper}
                 for name, (needs, text, paper) in UNIT_CRITERIA_OF.items()
@@ -56,7 +57,7 @@ def list_(as_json: AsJson = False) -> None:
     echo(format_table(["criterion", "needs", "what it keeps", "paper"], rows, left=4) + "\n")
     rows = [[g.usage, ", ".join(sorted(g.scopes)), g.description, g.paper] for g in granularities]
     echo(format_table(["granularity", "scopes", "what goes together", "paper"], rows, left=4) + "\n")
-    rows = [[name, ", ".join(UNIT_SCOPES), text] for name, text in UNITS.items()]
+    rows = [[name, ", ".join(UNIT_SCOPES), text] for name, text in unit_descriptions().items()]
     echo(format_table(["taken out whole", "scopes", "what it is"], rows, left=3) + "\n")
     rows = [[name, needs, text, paper] for name, (needs, text, paper) in UNIT_CRITERIA_OF.items()]
     echo(format_table(["their criterion", "needs", "what it keeps", "paper"], rows, left=4))

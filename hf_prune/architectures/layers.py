@@ -1,0 +1,64 @@
+"""The lists of layers that a model has."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from hf_prune.architectures.base import Stack
+from hf_prune.architectures.modules import base_prefix, entries_of, find_module, model_type_of
+from hf_prune.errors import ArchitectureError
+from hf_prune.utils.number_formats import refuse_quantized
+from hf_prune.utils.torch_masks import refuse_torch_masks
+from hf_prune.utils.wrapping import adapters
+
+
+@dataclass(frozen=True)
+class LayerList:
+    """The layers of one stack.
+
+    Args:
+        name: The list's name in the model.
+        stack: Its entry in the table.
+        layers: The layers.
+    """
+
+    name: str
+    stack: Stack
+    layers: tuple[nn.Module, ...]
+
+    def layer_names(self) -> list[str]:
+        """The name of each layer in the model."""
+        return [f"{self.name}.{number}" for number in range(len(self.layers))]
+
+
+def layer_lists(model: nn.Module) -> list[LayerList]:
+    """The stacks of layers that a model has; none in a convolutional model.
+
+    Raises:
+        ArchitectureError: If its architecture is not registered, or its modules are not where the table says, or carry
+            adapters.
+        PlanError: If it is quantized, or torch.nn.utils.prune holds masks.
+    """
+    refuse_quantized(model)
+    refuse_torch_masks(model)
+    for name in adapters(model).values():
+        raise ArchitectureError(
+            f"{name or type(model).__name__} carries adapters, which would go on writing into what is taken out: "
+            f"expected a plain {type(model).__name__}; merge them first, with hf_prune.merge_lora or "
+            f"merge_and_unload(), or prune before get_peft_model()"
+        )
+    stacks, prefix = entries_of(model, Stack), base_prefix(model)
+    lists = []
+    for stack in stacks:
+        layers = find_module(model, prefix + stack.layers)
+        if isinstance(layers, nn.ModuleList):
+            lists.append(LayerList(prefix + stack.layers, stack, tuple(layers)))
+    if stacks and not lists:
+        raise ArchitectureError(
+            f"{type(model).__name__} has no list of layers at {' or '.join(prefix + s.layers for s in stacks)}, where "
+            f"the table of architectures expects one for {model_type_of(model)!r}: register it with "
+            f"hf_prune.register_architecture under another config.model_type"
+        )
+    return lists
