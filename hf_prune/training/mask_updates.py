@@ -29,7 +29,7 @@ from hf_prune.training.gradient_scores import GradientScores
 def pruned_parameters(model: nn.Module, config: PruningConfig) -> frozenset[str]:
     """Names of the parameters whose zeros are counted: the targets, or the matrices of heads and neurons."""
     if config.removes_units:
-        return frozenset(part.name for group in unit_groups_of(model, config) for part in group.parts)
+        return frozenset(piece.name for group in unit_groups_of(model, config) for piece in group.slices)
     targets, left_out = divisible(resolve_targets(model, config, loaded=not is_sharded(model)), config)
     warn_of(coverage_notes(model, config, targets, left_out))
     return frozenset(target.name for target in targets)
