@@ -18,7 +18,7 @@ from transformers.conversion_mapping import (
     register_checkpoint_conversion_mapping,
 )
 
-from hf_prune.calibration.input_reader import Batches
+from hf_prune.calibration.batches import Batches
 from hf_prune.checkpoint.load import load_pruned
 from hf_prune.checkpoint.save import refuse_adapters_alone, save_pruned
 from hf_prune.conversion.compression import save_compressed

@@ -9,9 +9,10 @@ from typing import Any, Literal, TypeVar, cast, overload
 from torch import Tensor, nn
 
 from hf_prune.architectures.kinds.channel import find_channel_groups, propagate_channel_masks
+from hf_prune.calibration.batches import Batches, require_batches
 from hf_prune.calibration.dense_outputs import DenseOutputs
-from hf_prune.calibration.input_reader import CACHE_BYTES, Batches
-from hf_prune.calibration.statistics import collect_stats, require_batches
+from hf_prune.calibration.input_reader import CACHE_BYTES
+from hf_prune.calibration.statistics import collect_stats
 from hf_prune.criteria.base import CURVATURE, INPUTS
 from hf_prune.errors import ConfigError
 from hf_prune.planning.config import PruningConfig
@@ -141,7 +142,7 @@ def prune(
     with ExitStack() as context:
         sensitivity = None
         if config.learns_allocation:
-            calibration = list(require_batches(plan, calibration))
+            calibration = list(require_batches(plan.config, calibration))
             learned, sensitivity = learn_sparsities(model, plan, calibration, store.masks, progress, cache_bytes)
             if sensitivity is not None:
                 context.callback(sensitivity.close)
@@ -151,14 +152,14 @@ def prune(
         dense = None
         if config.polish is not None:  # recorded before anything changes
             if polish_data is None or plan.needs:
-                calibration = list(require_batches(plan, calibration))
-            batches = calibration if polish_data is None else list(require_batches(plan, polish_data))
+                calibration = list(require_batches(plan.config, calibration))
+            batches = calibration if polish_data is None else list(require_batches(plan.config, polish_data))
             assert batches is not None
             cache_bytes //= 2  # one half for the polish, one for the pruning
-            dense = context.enter_context(DenseOutputs(model, plan, batches, cache_bytes, progress))
+            dense = context.enter_context(DenseOutputs(model, plan.targets, batches, cache_bytes, progress))
         given = None
         if config.repair is not None and (config.scope == "global" or plan.needs & CURVATURE):
-            calibration = list(require_batches(plan, calibration))
+            calibration = list(require_batches(plan.config, calibration))
             given = masks_before_repair(model, plan, calibration, store.masks, progress, cache_bytes)
         undo = context.enter_context(WeightBackup(model, in_memory=keep_dense or store.dense is not None))
         if plan.needs & INPUTS and config.calibration_order == "sequential":

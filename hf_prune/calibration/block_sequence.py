@@ -15,22 +15,22 @@ from hf_prune.utils.offload_cache import OffloadCache
 
 
 class BlockSequence:
-    """Blocks that run one after the other.
+    """Blocks that run one after the other, the first of which may be replayed instead of computed.
 
     Args:
         blocks: In the order of their calls.
         targets: Names of the parameters in each block that are to be pruned.
-        kinds: Which kinds of batches call them; the others call none.
+        kinds: The kinds of batches that call the blocks; batches of other kinds call none of them.
         samples: Batches of these kinds, on which it is tried whether blocks may be replayed.
-        outputs: Where what the last of the blocks that are not computed any more puts out is kept, for each batch.
+        outputs: Where the output of the last replayed block is kept, for each batch.
 
     Attributes:
-        replayed: How many blocks are not computed any more.
-        alike: For each block, whether it and those before it may be replayed; None as long as nobody has checked.
-        used: By target, the first block that returns after the target's weight was used in any way, as by a tied
-            embedding; known once it has been checked.
+        replayed: How many blocks are replayed.
+        safe: For each block, whether it and those before it may be replayed; None until this was tried.
+        first_use: By target, the first block that returns after any use of the target's weight, such as that of a tied
+            embedding; known once it was tried.
         recorded: How often a run in progress has recorded each batch.
-        called: Which of the blocks that are not computed any more the running batch has called.
+        called: The replayed blocks that the running batch has called.
     """
 
     def __init__(
@@ -43,38 +43,38 @@ class BlockSequence:
     ) -> None:
         self.blocks, self.kinds, self.samples, self.outputs = list(blocks), kinds, list(samples), outputs
         self.replayed = 0
-        self.alike: list[bool] | None = None
-        self.used: dict[str, int] = {}
+        self.safe: list[bool] | None = None
+        self.first_use: dict[str, int] = {}
         self.recorded: dict[int, int] = {}
         self.called: list[int] = []
-        self._waiting = [set(names) for names in targets]  # targets without their final weights, by block
-        self._finished = 0  # blocks, of which none is waiting
+        self._waiting = [set(names) for names in targets]  # by block, the targets without their final weights
+        self._finished = 0  # how many of the first blocks wait for nothing
 
     def finish(self, finished: Collection[str]) -> None:
-        """Say which targets have their final weights in all."""
+        """Say which targets have their final weights, all so far."""
         while self._finished < len(self.blocks) and self._waiting[self._finished].issubset(finished):
             self._finished += 1
 
     @property
-    def goal(self) -> int:
-        """How many blocks may be replayed by now."""
-        if self.alike is None:
+    def replayable(self) -> int:
+        """How many of the first blocks may be replayed by now."""
+        if self.safe is None:
             return self._finished
-        return next((n for n in range(self._finished, 0, -1) if self.alike[n - 1]), 0)
+        return next((n for n in range(self._finished, 0, -1) if self.safe[n - 1]), 0)
 
     def wait_for(self, called: Mapping[str, int]) -> None:
-        """Say what else is called before blocks return, and must have its final weights before they are replayed.
+        """Add targets outside of the blocks that must have their final weights before a block is replayed.
 
         Args:
-            called: By target, the first block that returns afterwards.
+            called: By target, the first block that returns after its call.
         """
         for name, block in called.items():
             self._waiting[block].add(name)
         self._finished = 0
 
-    def compute(self) -> None:
+    def give_up(self) -> None:
         """Compute every block from now on."""
-        self.alike = [False] * len(self.blocks)
+        self.safe = [False] * len(self.blocks)
         self.forget()
 
     def forget(self) -> None:
@@ -85,59 +85,96 @@ class BlockSequence:
 
     @contextmanager
     def replaying(self, number: int, output: Callable[[], Any]) -> Iterator[None]:
-        """Inside, the first blocks return what the last of them put out, and tainted tensors.
+        """Inside, the last of the first ``number`` blocks returns a recorded output, those before it tainted tensors.
 
         Args:
-            number: How many.
-            output: Reads what the last of them put out for the batch that is running.
+            number: How many blocks.
+            output: Reads the output of the last of them for the batch that is running.
         """
-        stand_ins: list[Any] = []  # one for all blocks: a deep model reads it once for each batch
+        stand_ins: list[Any] = []  # one for all blocks: made once for each batch, however deep the model is
 
         def replay(i: int, *_: Any, **__: Any) -> Any:
             self.called.append(i)
             if i == number - 1:
                 return output()
-            if i == 0:  # a batch begins; in another order nothing counts
+            if i == 0:  # a batch begins; blocks called in another order fail the check of the run
                 stand_ins[:] = [tree_map(tainted, output())]
             return stand_ins[0]
 
         replaced = self.blocks[:number]
-        own = [block.__dict__.get("forward") for block in replaced]
+        previous = [block.__dict__.get("forward") for block in replaced]
         try:
             for i, block in enumerate(replaced):
                 block.__dict__["forward"] = partial(replay, i)
             yield
         finally:
-            for block, forward in zip(replaced, own, strict=True):
+            for block, forward in zip(replaced, previous, strict=True):
                 _set_forward(block, forward)
 
 
 def outer_lists(model: nn.Module, targets: set[int]) -> list[list[nn.Module]]:
-    """The elements of every ModuleList that holds targets and lies in no other such list."""
-    found: list[list[nn.Module]] = []
+    """The elements of every ModuleList that holds targets and does not lie in another such list.
+
+    Args:
+        model: The model.
+        targets: Ids of modules.
+    """
+    lists: list[list[nn.Module]] = []
     inside: set[int] = set()
     for module in model.modules():  # parents come first
         if isinstance(module, nn.ModuleList) and id(module) not in inside:
             below = {id(part) for part in module.modules()}
             if below & targets:
-                found.append(list(module))
+                lists.append(list(module))
                 inside |= below
-    return found
+    return lists
+
+
+def find_sequence(
+    blocks: Sequence[nn.Module],
+    counts: Mapping[int, Mapping[int, int]],
+    kinds: Sequence[int],
+    names: Mapping[int, str],
+    new_cache: Callable[[], OffloadCache],
+) -> BlockSequence | None:
+    """The blocks of a list as a sequence, if batches call all of them once and in the same order.
+
+    Args:
+        blocks: The blocks.
+        counts: By sample batch, how often it called each module (by id), in the order of the first calls.
+        kinds: The kind of every batch.
+        names: By the id of a module, the name of the target that it multiplies with.
+        new_cache: Makes the cache of the sequence.
+    """
+    by_id = {id(block): block for block in blocks}
+    orders = {batch: [key for key in of_batch if key in by_id] for batch, of_batch in counts.items()}
+    samples = [batch for batch, order in orders.items() if order]
+    if not samples:
+        return None
+    order = orders[samples[0]]
+    sample_kinds = frozenset(kinds[batch] for batch in samples)
+    same_order = all(orders[batch] == order for batch in counts if kinds[batch] in sample_kinds)
+    once = all(counts[batch][key] == 1 for batch in samples for key in orders[batch])
+    if not same_order or not once or len(order) != len(by_id):
+        return None
+    ordered = [by_id[key] for key in order]
+    targets = [{names[key] for module in block.modules() if (key := id(module)) in names} for block in ordered]
+    return BlockSequence(ordered, targets, sample_kinds, samples, new_cache())
 
 
 @contextmanager
 def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """Call another forward inside, and leave the module as it was."""
-    own = module.__dict__.get("forward")
+    previous = module.__dict__.get("forward")
     module.__dict__["forward"] = forward
     try:
         yield
     finally:
-        _set_forward(module, own)
+        _set_forward(module, previous)
 
 
-def _set_forward(module: nn.Module, own: Callable[..., Any] | None) -> None:
-    if own is None:
+def _set_forward(module: nn.Module, forward: Callable[..., Any] | None) -> None:
+    if forward is None:
         del module.__dict__["forward"]
     else:
-        module.__dict__["forward"] = own
+        module.__dict__["forward"] = forward

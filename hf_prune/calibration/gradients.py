@@ -1,4 +1,4 @@
-"""Gradients of a loss or of what the model predicts, batch by batch or example by example."""
+"""Gradients of a loss or of the model's own predictions, batch by batch or example by example."""
 
 from __future__ import annotations
 
@@ -11,45 +11,55 @@ import torch
 from torch import Tensor, nn
 
 from hf_prune.calibration.accumulators import accumulate_dtype
-from hf_prune.calibration.input_reader import NO_BATCHES, Batches
-from hf_prune.calibration.sensitivity import prediction, token_mask
+from hf_prune.calibration.batches import NO_BATCHES, Batches, count_examples, without_labels
+from hf_prune.calibration.predictions import sampled_prediction, token_mask
 from hf_prune.errors import CalibrationError
 from hf_prune.kernels.matrix import is_finite
-from hf_prune.planning.plan import PruningPlan
 from hf_prune.utils.distributed import all_reduce_sum, fail_together, rank_items
 from hf_prune.utils.forward import batch_to_device, eval_mode, run_model
 from hf_prune.utils.progress import Bar
 
-_IGNORED = -100  # a label that is padding
 
-
-def sum_gradients(
-    model: nn.Module, plan: PruningPlan, calibration: Batches, needs: frozenset[str], progress: bool
+def mean_gradients(
+    model: nn.Module, names: Sequence[str], batches: Batches, needs: frozenset[str], progress: bool = False
 ) -> dict[str, dict[str, Tensor]]:
-    """Mean gradients and mean absolute gradients of the targets, weighted by the examples in each batch."""
+    """Mean gradients and mean absolute gradients of the loss of labelled batches, weighted by their examples.
+
+    Args:
+        model: The model; its weights, gradients and modes are as before afterwards.
+        names: Parameters.
+        batches: With labels; each process takes its share.
+        needs: ``"gradient"``, ``"absolute_gradient"`` or both.
+        progress: Show a progress bar.
+
+    Returns:
+        By each of ``needs``, tensors like the parameters, float32, by name.
+
+    Raises:
+        CalibrationError: If there are no batches, or one gives no loss, or a gradient is not finite.
+    """
     parameters = dict(model.named_parameters())
-    wanted = [t.target.name for t in plan.tensors]
-    dtype = accumulate_dtype(parameters[wanted[0]].device)
-    sums = {n: {name: torch.zeros_like(parameters[name], dtype=dtype) for name in wanted} for n in needs}
+    dtype = accumulate_dtype(parameters[names[0]].device)
+    totals = {need: {name: torch.zeros_like(parameters[name], dtype=dtype) for name in names} for need in needs}
     examples = 0
-    with differentiable(model, wanted), fail_together():
-        for batch in Bar(rank_items(calibration), desc="Calibrating", progress=progress):
+    with differentiable(model, names), fail_together():
+        for batch in Bar(rank_items(batches), desc="Calibrating", progress=progress):
             size, loss = _loss(model, batch)
-            batch_gradients = torch.autograd.grad(loss, [parameters[name] for name in wanted], allow_unused=True)
+            gradients = torch.autograd.grad(loss, [parameters[name] for name in names], allow_unused=True)
             examples += size
-            for name, gradient in zip(wanted, batch_gradients, strict=True):
+            for name, gradient in zip(names, gradients, strict=True):
                 if gradient is None:
                     continue
-                if "gradient" in sums:
-                    sums["gradient"][name].add_(gradient, alpha=size)
-                if "absolute_gradient" in sums:
-                    sums["absolute_gradient"][name].add_(gradient.abs(), alpha=size)
-    return {need: mean_over_examples(tensors, examples) for need, tensors in sums.items()}
+                if "gradient" in totals:
+                    totals["gradient"][name].add_(gradient, alpha=size)
+                if "absolute_gradient" in totals:
+                    totals["absolute_gradient"][name].add_(gradient.abs(), alpha=size)
+    return {need: mean_over_examples(tensors, examples) for need, tensors in totals.items()}
 
 
 @contextmanager
 def differentiable(model: nn.Module, names: Collection[str]) -> Iterator[None]:
-    """Eval mode inside, and gradients for the named parameters alone; everything as it was afterwards."""
+    """Inside, eval mode and gradients for the named parameters alone; afterwards everything is as it was."""
     required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         for name, parameter in model.named_parameters():
@@ -61,22 +71,25 @@ def differentiable(model: nn.Module, names: Collection[str]) -> Iterator[None]:
             parameter.requires_grad_(flag)
 
 
-def mean_over_examples(sums: Mapping[str, Tensor], examples: int) -> dict[str, Tensor]:
-    """Sums of what gradients give, over all processes and divided by the number of examples, float32.
+def mean_over_examples(totals: Mapping[str, Tensor], examples: int) -> dict[str, Tensor]:
+    """Add up the sums of all processes, and divide by the number of examples.
 
     Args:
-        sums: By parameter name; they may be changed.
-        examples: How many this process has seen.
+        totals: Sums over the examples of this process, by parameter name; they may be changed.
+        examples: How many examples this process has seen.
+
+    Returns:
+        Means by parameter name, float32.
 
     Raises:
-        CalibrationError: If there were none, or a sum is not finite.
+        CalibrationError: If there were no examples, or a sum is not finite.
     """
-    every = int(all_reduce_sum(torch.tensor(examples)))
-    if every == 0:
+    all_examples = int(all_reduce_sum(torch.tensor(examples)))
+    if all_examples == 0:
         raise CalibrationError(NO_BATCHES)
     means = {}
-    for name, total in sums.items():
-        means[name] = all_reduce_sum(total).div_(every).float()
+    for name, total in totals.items():
+        means[name] = all_reduce_sum(total).div_(all_examples).float()
         if not is_finite(means[name]):
             raise CalibrationError(
                 f"the gradient of {name} is not finite: expected finite values; calibrate in float32 or bfloat16, "
@@ -88,13 +101,13 @@ def mean_over_examples(sums: Mapping[str, Tensor], examples: int) -> dict[str, T
 def squared_gradients(
     model: nn.Module, names: Sequence[str], batches: Batches, seed: int = 0, progress: bool = False
 ) -> dict[str, Tensor]:
-    """The diagonal of the Fisher matrix: squared gradients of each example's predictions, averaged.
+    """The diagonal of the Fisher matrix: the mean squared gradient of each example's predictions.
 
     Args:
         model: The model; its weights, gradients and modes are as before afterwards.
         names: Parameters.
         batches: See :func:`example_gradients`.
-        seed: Seed of what is drawn.
+        seed: Seed of random labels and directions.
         progress: Show a progress bar.
 
     Returns:
@@ -105,54 +118,54 @@ def squared_gradients(
     """
     parameters = dict(model.named_parameters())
     dtype = accumulate_dtype(parameters[names[0]].device)
-    sums = {name: torch.zeros_like(parameters[name], dtype=dtype) for name in names}
+    totals = {name: torch.zeros_like(parameters[name], dtype=dtype) for name in names}
     examples = 0
     with differentiable(model, names), fail_together():
         for _, gradients in example_gradients(model, names, batches, seed, progress):
             examples += 1
             for name, gradient in zip(names, gradients, strict=True):
                 if gradient is not None:
-                    sums[name].add_(gradient.float() ** 2)
-    return mean_over_examples(sums, examples)
+                    totals[name].add_(gradient.float() ** 2)
+    return mean_over_examples(totals, examples)
 
 
 def example_gradients(
     model: nn.Module, names: Sequence[str], batches: Batches, seed: int = 0, progress: bool = False
 ) -> Iterator[tuple[int, tuple[Tensor | None, ...]]]:
-    """The gradient of each example's predictions, this process's share of the batches, one example after the other.
+    """The gradient of each example's predictions, one example after the other, for this process's share of the batches.
 
-    The predictions are the model's own, see :func:`prediction`: tokens drawn from a language
-    model, and of a classifier its logits along random directions. Labels have no say: where a model was fine-tuned on
-    them, next to no gradient of their loss is left. A weight that the model uses several times has one gradient, the
-    sum over its uses.
+    The predictions are the model's own, see :func:`~hf_prune.calibration.predictions.sampled_prediction`: tokens drawn
+    from a language model, and the logits of a classifier along random directions. Labels are ignored: a model that was
+    fine-tuned on them has next to no gradient of their loss left. A weight that the model uses several times has one
+    gradient, the sum over its uses.
 
     Args:
         model: The model, in eval mode, whose named parameters require gradients.
         names: Parameters.
         batches: Mappings of tensors that the model takes as keyword arguments; those with several examples are split
             along the first dimension of every tensor.
-        seed: With the number of the batch and of the example in it, the seed of what is drawn.
+        seed: With the number of the batch and of the example in it, the seed of random labels and directions.
         progress: Show a progress bar.
 
     Yields:
         The number of the batch, and the gradients in the order of ``names``, None where the loss depends on none.
 
     Raises:
-        CalibrationError: If a batch cannot be split, or what the model puts out is not finite or depends on no weight.
+        CalibrationError: If a batch cannot be split, or the outputs are not finite or depend on no weight.
     """
-    parameters = dict(model.named_parameters())
-    wanted = [parameters[name] for name in names]
+    by_name = dict(model.named_parameters())
+    parameters = [by_name[name] for name in names]
     numbered = rank_items(enumerate(batches))
     for number, batch in Bar(numbered, desc="Calibrating", progress=progress):
         for i, example in enumerate(_examples(batch_to_device(model, batch))):
             generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{number}:{i}".encode()))
             loss = _example_loss(model, example, generator)
-            yield number, torch.autograd.grad(loss, wanted, allow_unused=True)
+            yield number, torch.autograd.grad(loss, parameters, allow_unused=True)
 
 
 def _examples(batch: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """A batch as batches of one example each."""
-    size = len(batched(batch))
+    size = count_examples(batch)
     for key, value in batch.items():
         if size > 1 and isinstance(value, Tensor) and value.dim() > 0 and len(value) != size:
             raise CalibrationError(
@@ -165,29 +178,14 @@ def _examples(batch: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         yield {k: v[split] if isinstance(v, Tensor) and v.dim() > 0 else v for k, v in batch.items()}
 
 
-def _example_loss(model: nn.Module, inputs: Mapping[str, Any], generator: torch.Generator) -> Tensor:
-    inputs = _without_labels(model, inputs)
+def _example_loss(model: nn.Module, batch: Mapping[str, Any], generator: torch.Generator) -> Tensor:
+    inputs = without_labels(model, batch)
     with torch.enable_grad():
-        return _checked(prediction(run_model(model, inputs), token_mask(model, inputs), generator))
-
-
-def _without_labels(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """What a model needs for its predictions; the inputs of a decoder beside an encoder are the labels, shifted."""
-    found = {name: value for name, value in inputs.items() if name != "labels"}
-    labels = inputs.get("labels")
-    decodes = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
-    if labels is None or not decodes or {"decoder_input_ids", "decoder_inputs_embeds"} & found.keys():
-        return found
-    shift: Any = getattr(model, "prepare_decoder_input_ids_from_labels", None)
-    if shift is None:  # the model shifts them itself, or reads something else: its predictions are as they are
-        return dict(inputs)
-    found["decoder_input_ids"] = shift(labels=labels)
-    if "decoder_attention_mask" not in found and bool((labels == _IGNORED).any()):
-        found["decoder_attention_mask"] = (labels != _IGNORED).long()
-    return found
+        return _checked(sampled_prediction(run_model(model, inputs), token_mask(model, inputs), generator))
 
 
 def _loss(model: nn.Module, batch: Mapping[str, Any]) -> tuple[int, Tensor]:
+    """The number of examples in a batch, and the loss that the model computes from its labels."""
     inputs = batch_to_device(model, batch)
     with torch.enable_grad():
         loss = getattr(run_model(model, inputs), "loss", None)
@@ -196,7 +194,7 @@ def _loss(model: nn.Module, batch: Mapping[str, Any]) -> tuple[int, Tensor]:
             f"the model returned no loss for a batch with {', '.join(sorted(inputs))}: "
             f"expected the labels among them, usually under 'labels'"
         )
-    return len(batched(inputs)), _checked(loss)
+    return count_examples(inputs), _checked(loss)
 
 
 def _checked(loss: Tensor) -> Tensor:
@@ -208,13 +206,3 @@ def _checked(loss: Tensor) -> Tensor:
             "that the model computes with gradients"
         )
     return loss
-
-
-def batched(inputs: Mapping[str, Any]) -> Tensor:
-    """An input whose first dimension counts the examples: the labels, or else the first tensor."""
-    tensors = {key: value for key, value in inputs.items() if isinstance(value, Tensor) and value.dim() > 0}
-    if not tensors:
-        raise CalibrationError(
-            f"a calibration batch holds no tensors (found: {', '.join(inputs) or 'nothing'}): expected model inputs"
-        )
-    return tensors.get("labels", next(iter(tensors.values())))

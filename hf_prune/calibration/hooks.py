@@ -1,4 +1,4 @@
-"""Hooks that see what flows into modules."""
+"""Hooks on the modules of interest in a run."""
 
 from __future__ import annotations
 
@@ -9,58 +9,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hf_prune.calibration.accumulators import InputAccumulator
-from hf_prune.calibration.padding import Padding, first_input
-
-
-class Leader:
-    """Gathers the inputs of a target, for others as well that get the same tensors, and sees that they do.
-
-    Args:
-        total: Where they are added.
-        padding: Knows which rows count.
-        layout: As in :class:`~hf_prune.kernels.matrix.Target`.
-    """
-
-    def __init__(self, total: InputAccumulator, padding: Padding, layout: str) -> None:
-        self.total = total
-        self._padding, self._layout = padding, layout
-        self._seen: list[tuple[Tensor, object]] = []  # of the batch that is running
-        self._followers: list[list[tuple[Tensor, object]]] = []
-
-    def add(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _: Any) -> None:
-        """Add the inputs of one call."""
-        x = first_input(args, kwargs)
-        self.total.add(self._padding.rows(module, x, self._layout))
-        self._seen.append((x, tensor_version(x)))
-
-    def follower(self) -> Callable[..., None]:
-        """A hook that checks that another module gets the same inputs, call by call."""
-        seen: list[tuple[Tensor, object]] = []
-        self._followers.append(seen)
-
-        def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _: Any) -> None:
-            x = first_input(args, kwargs)
-            seen.append((x, tensor_version(x)))
-
-        return note
-
-    def end_batch(self) -> bool:
-        """Whether all have seen the same tensors."""
-        every = [[(id(x), version) for x, version in seen] for seen in (self._seen, *self._followers)]
-        for seen in (self._seen, *self._followers):
-            seen.clear()
-        return all(seen == every[0] for seen in every)
-
 
 @dataclass(frozen=True, eq=False)
 class Watcher:
-    """A module of interest in a run.
+    """A module of interest in a run, and the function that sees its calls.
 
     Args:
         module: The module.
         call: Gets the module, its arguments, its keyword arguments and its output; what it returns, if anything, takes
-            the output's place.
+            the place of the arguments or the output.
         after: Call it after the module's forward; before it there is no output yet, and None in its place.
         waits: Whether the run goes on until the module was called.
     """
@@ -70,21 +27,21 @@ class Watcher:
     after: bool = False
     waits: bool = True
 
-    def install(self, hooks: ExitStack, left: set[object] | None) -> None:
-        """Hook it up.
+    def install(self, hooks: ExitStack, remaining: set[object] | None) -> None:
+        """Register the hook.
 
         Args:
             hooks: Removes the hook at its end.
-            left: What the run still waits for; None if it does not stop early.
+            remaining: The watchers that the run still waits for; None if it does not stop early.
         """
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any = None) -> Any:
-            found = self.call(module, args, kwargs, output)
-            if left is not None and self.waits:
-                left.discard(self)
-                if not left:
+            replacement = self.call(module, args, kwargs, output)
+            if remaining is not None and self.waits:
+                remaining.discard(self)
+                if not remaining:
                     raise Stop
-            return found
+            return replacement
 
         if self.after:
             hooks.callback(self.module.register_forward_hook(hook, with_kwargs=True).remove)
@@ -93,7 +50,7 @@ class Watcher:
 
 
 class Stop(Exception):
-    """Everything of interest was seen; never leaves this module."""
+    """Everything of interest was seen, and the rest of the run is not needed; never leaves the package."""
 
 
 def tensor_version(x: Tensor) -> object:

@@ -1,4 +1,4 @@
-"""Which rows of what flows into a module are tokens, and which are padding."""
+"""Which rows of a module's inputs are tokens, and which are padding."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class Padding:
         model: The model.
 
     Attributes:
-        encoder: Of a model that has a decoder as well, the encoder and the ids of all its modules: the rest sees the
-            decoder's tokens.
+        encoder: Where the model has a decoder as well, its encoder and the ids of all modules in it: the other modules
+            see the decoder's tokens.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -29,7 +29,7 @@ class Padding:
 
     @contextmanager
     def of(self, inputs: Mapping[str, Any]) -> Iterator[None]:
-        """The model runs this batch inside; what it is asked for afterwards is still of that batch."""
+        """The model runs this batch inside; afterwards, the padding is still that of the batch."""
         self._size = next((len(value) for value in inputs.values() if isinstance(value, Tensor) and value.dim()), 0)
         self._mask = _mask(inputs.get("attention_mask"))
         self._decoder_mask = _mask(inputs.get("decoder_attention_mask"))
@@ -47,7 +47,7 @@ class Padding:
                 hook.remove()
 
     def rows(self, module: nn.Module, x: Tensor, layout: str = "linear") -> Tensor:
-        """(tokens, in): what a module multiplies, without padding."""
+        """The inputs of a module without padding: (tokens, in)."""
         if layout == "conv":
             return _columns(module, x)
         mask = self.mask(module, x)
@@ -60,14 +60,15 @@ class Padding:
         return layout == "conv" or x.dim() > 2 or len(x) in (self._size, *masks)
 
     def mask(self, module: nn.Module, x: Tensor) -> Tensor | None:
-        """(tokens,) bool: which of a module's inputs are no padding; None if all are.
+        """(tokens,) bool, True for tokens and False for padding; None if there is no padding.
 
         Args:
             module: A module of the model, while that runs.
-            x: (batch, seq, in) or (batch * seq, in) what flows into it.
+            x: (batch, seq, in) or (batch * seq, in) its input.
         """
         mask = self._mask
         if self.encoder is not None and id(module) not in self.encoder[1]:
+            # Modules of cross-attention belong to the decoder, and those that read the encoder's output see its tokens.
             encoded = self._encoder_output
             if encoded is None or x.data_ptr() != encoded.data_ptr() or x.shape != encoded.shape:
                 mask = self._decoder_mask
@@ -78,12 +79,12 @@ class Padding:
 
 
 def first_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-    """What a module multiplies: its first argument."""
+    """The first argument of a module, which it multiplies with its weight."""
     return args[0] if args else next(iter(kwargs.values()))
 
 
 def first_tensor(output: Any) -> Any:
-    """What a module hands on: its output, or the first part of it; None if that is nothing."""
+    """The output of a module, or the first part of it; None if there is none."""
     if isinstance(output, Tensor):
         return output
     parts = list(output.values()) if isinstance(output, Mapping) else output
@@ -91,12 +92,12 @@ def first_tensor(output: Any) -> Any:
 
 
 def _mask(mask: Any) -> Tensor | None:
-    """(batch, seq) bool, True for tokens, if it is such a mask."""
+    """(batch, seq) bool, True for tokens; None for anything else than a mask of this shape."""
     return mask != 0 if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
 
 def _columns(module: nn.Module, x: Tensor) -> Tensor:
-    """(positions, kernel * in): what a convolution multiplies, its columns ordered like a target's matrix.
+    """The input patches of a convolution: (positions, kernel * in), its columns ordered like a target's matrix.
 
     Args:
         module: A convolution of one, two or three dimensions, with one group.
@@ -114,7 +115,7 @@ def _columns(module: nn.Module, x: Tensor) -> Tensor:
 
 
 def _encoder_modules(model: nn.Module) -> tuple[nn.Module, set[int]] | None:
-    """The encoder, and the ids of all its modules, where a model has a decoder as well: the rest sees its tokens."""
+    """The encoder of a model that has a decoder as well, and the ids of all modules in it; None for other models."""
     if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         return None
     encoder, decoder = (getattr(model, f"get_{part}", lambda: None)() for part in ("encoder", "decoder"))

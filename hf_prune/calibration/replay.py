@@ -1,22 +1,22 @@
-"""Finished blocks are not run again: they return what the last of them put out.
+"""Finished blocks are not computed again: they return what the last of them returned before.
 
-A model is run from its start for every target, which is slow for the last layers of a deep one. So the blocks of a
-stack (the elements of a ModuleList) that are finished, because all targets in them are pruned, are not computed again.
-The last of them returns what it put out before, and those in front of it return tensors that are tainted. That is right
-where later modules see nothing of the finished blocks but the output of the last one, which is checked twice:
+A model is run from its start for every target, which is slow for the last layers of a deep one. So blocks of a sequence
+(the elements of a ModuleList) are not computed again once they are finished, that is, all targets in them are pruned.
+The last of them returns its recorded output, and those before it return tainted tensors. That is right where later
+modules see nothing of the finished blocks but the output of the last one. It is checked twice:
 
-* Before a stack is replayed, on the first, the smallest and the largest batch of each kind, for each of its blocks: all
-  that flows into later targets and out of later blocks must be what it is when every block is computed. Before that,
-  the stack runs once on other inputs, so that anything that blocks leave behind for others is out of date.
-* In every run, for every batch: the finished blocks are called once each, in order, nothing fails, nothing goes by what
-  is tainted, and nothing tainted reaches what is being watched.
+* Before a sequence is replayed, on the first, the smallest and the largest batch of each kind, for each of its blocks:
+  all inputs of later targets and all outputs of later blocks must be what they are when every block is computed. Before
+  that, the sequence runs once on other inputs, so that anything that blocks leave behind for others is out of date.
+* In every run, for every batch: the finished blocks are called once each, in order, nothing fails, no branch depends on
+  a tainted value, and nothing tainted reaches a module that is watched.
 
-What does not pass is computed.
+Blocks that do not pass are computed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -25,142 +25,154 @@ import torch
 from torch import nn
 
 from hf_prune.calibration.block_sequence import BlockSequence
-from hf_prune.calibration.trial import Tracer, replayable
-from hf_prune.utils.distributed import all_reduce_sum
+from hf_prune.calibration.trial import Tracer, try_replay
+from hf_prune.utils.distributed import all_reduce_sum, broadcast, fail_together
 from hf_prune.utils.offload_cache import OffloadCache
 
 
 class Replay:
-    """The stacks of a model whose finished blocks return what they put out before.
+    """The sequences of blocks of a model, whose finished blocks return what they returned before.
 
     Args:
+        tracer: Makes what runs batches to try it, for all sequences.
         enabled: False to compute every block in every run.
 
     Attributes:
-        stacks: The stacks, whether their blocks can be replayed or not.
+        sequences: The sequences, whether their blocks can be replayed or not.
     """
 
-    def __init__(self, enabled: bool = True) -> None:
+    def __init__(self, tracer: Callable[[Sequence[BlockSequence]], Tracer], enabled: bool = True) -> None:
         self.enabled = enabled
-        self.stacks: list[BlockSequence] = []
+        self.sequences: list[BlockSequence] = []
+        self._tracer = tracer
         self._finished: set[str] = set()
         self._block_of: dict[int, nn.Module] = {}
 
     @property
     def active(self) -> bool:
-        """Whether any block is not computed any more."""
-        return any(stack.replayed for stack in self.stacks)
+        """Whether any block is replayed."""
+        return any(sequence.replayed for sequence in self.sequences)
 
-    def add(self, stack: BlockSequence) -> None:
-        """Add a stack."""
-        self.stacks.append(stack)
-        for block in stack.blocks:
+    def add(self, sequence: BlockSequence) -> None:
+        """Add a sequence."""
+        self.sequences.append(sequence)
+        for block in sequence.blocks:
             for module in block.modules():
                 self._block_of.setdefault(id(module), block)
 
     def block_of(self, modules: Iterable[nn.Module]) -> nn.Module | None:
-        """The block of a stack that holds all of some modules."""
+        """The block of a sequence that holds all of some modules."""
         blocks = [self._block_of.get(id(module)) for module in modules]
         return blocks[0] if blocks and all(block is blocks[0] for block in blocks) else None
 
     def finish(self, names: set[str]) -> None:
         """Say that these targets have their final weights, so that blocks without others need not run again."""
         self._finished |= names
-        for stack in self.stacks:
-            stack.finish(self._finished)
-            if any(stack.used.get(name, len(stack.blocks)) < stack.replayed for name in names):
-                stack.forget()  # what was recorded was put out with the weights before
+        for sequence in self.sequences:
+            sequence.finish(self._finished)
+            # A target outside of a replayed block whose weight the block uses, such as a tied embedding: what was
+            # recorded was computed with the weight before.
+            if any(sequence.first_use.get(name, len(sequence.blocks)) < sequence.replayed for name in names):
+                sequence.forget()
 
-    def behind(self) -> list[BlockSequence]:
-        """The stacks with blocks that could be replayed and have yet to be recorded."""
-        return [stack for stack in self.stacks if self.enabled and stack.goal > stack.replayed]
+    def pending(self) -> list[BlockSequence]:
+        """The sequences with blocks that can be replayed and are still to be recorded, as far as they were tried."""
+        return [sequence for sequence in self.sequences if self.enabled and sequence.replayable > sequence.replayed]
 
-    def check(self, stack: BlockSequence, trace: Tracer) -> list[bool]:
-        """Find out which blocks of a stack may be replayed, and make use of it.
+    def ready_to_record(self) -> list[BlockSequence]:
+        """The :meth:`pending` sequences, all of which were tried."""
+        for sequence in self.pending():
+            self.check(sequence)
+        return self.pending()
 
-        Args:
-            stack: The stack.
-            trace: Runs batches.
+    def check(self, sequence: BlockSequence) -> list[bool]:
+        """Try which blocks of a sequence may be replayed, unless that was done before.
+
+        Returns:
+            For each block whether it and those before it may be, the same in all processes.
         """
-        alike, called = replayable(stack, trace)
-        stack.wait_for(called)
-        stack.finish(self._finished)
-        return alike
+        if sequence.safe is None:
+            with fail_together():
+                safe, called = try_replay(sequence, self._tracer(self.sequences))
+                sequence.wait_for(called)
+                sequence.finish(self._finished)
+            sequence.safe = broadcast(torch.tensor(safe)).tolist()
+        return sequence.safe
 
     def install(self, hooks: ExitStack, current: Callable[[], int]) -> None:
-        """Have blocks return what they put out before.
+        """Have blocks return their recorded outputs.
 
         Args:
             hooks: Has them computed again at its end.
-            current: Tells the number of the batch that is running.
+            current: Returns the number of the batch that is running.
         """
-        for stack in self.stacks:
-            if stack.replayed:
-                output = partial(_get, stack.outputs, current)
-                hooks.enter_context(stack.replaying(stack.replayed, output))
+        for sequence in self.sequences:
+            if sequence.replayed:
+                output = partial(_get, sequence.outputs, current)
+                hooks.enter_context(sequence.replaying(sequence.replayed, output))
 
     def start_batch(self) -> None:
         """Say that a batch begins to run."""
-        for stack in self.stacks:
-            stack.called.clear()
+        for sequence in self.sequences:
+            sequence.called.clear()
 
     def is_complete(self, kind: int, stopped: bool) -> bool:
-        """Whether a batch called the replayed blocks as batches of its kind do.
+        """Whether the batch that has run called the replayed blocks as batches of its kind do.
 
         Args:
-            kind: The kind.
-            stopped: Whether it was stopped before its end; it may not have come to a stack.
+            kind: Its kind.
+            stopped: Whether it was stopped before its end, perhaps before it came to a sequence.
         """
 
-        def expected(stack: BlockSequence) -> bool:
-            if not stack.called and (stopped or kind not in stack.kinds):
+        def as_expected(sequence: BlockSequence) -> bool:
+            if not sequence.called and (stopped or kind not in sequence.kinds):
                 return True
-            return kind in stack.kinds and stack.called == list(range(stack.replayed))
+            return kind in sequence.kinds and sequence.called == list(range(sequence.replayed))
 
-        return all(map(expected, self.stacks))
+        return all(map(as_expected, self.sequences))
 
     def start_recording(
-        self, stack: BlockSequence, current: Callable[[], int]
+        self, sequence: BlockSequence, current: Callable[[], int]
     ) -> tuple[nn.Module, Callable[..., None]]:
-        """The last block that could be replayed, and the hook that keeps what it puts out in a run of all batches.
+        """The last block that can be replayed, and the hook that records its outputs in a run of all batches.
 
         Args:
-            stack: A stack.
-            current: Tells the number of the batch that is running.
+            sequence: A sequence.
+            current: Returns the number of the batch that is running.
         """
-        stack.recorded.clear()
+        sequence.recorded.clear()
 
         def record(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            stack.outputs.put(current(), output)
-            stack.recorded[current()] = stack.recorded.get(current(), 0) + 1
+            sequence.outputs.put(current(), output)
+            sequence.recorded[current()] = sequence.recorded.get(current(), 0) + 1
 
-        return stack.blocks[stack.goal - 1], record
+        return sequence.blocks[sequence.replayable - 1], record
 
-    def stop_recording(self, stack: BlockSequence, batches: int) -> None:
-        """Replay what was recorded, if every batch that should called the block, once.
+    def stop_recording(self, sequence: BlockSequence, batches: int) -> None:
+        """Replay what was recorded, if every batch that calls the block was recorded once, and no other was.
 
         Args:
-            stack: A stack.
-            batches: How many of all processes should.
+            sequence: A sequence.
+            batches: How many batches call the block, over all processes.
         """
-        once = sum(number == 1 for number in stack.recorded.values())
-        found = torch.tensor([once, len(stack.recorded) - once])
-        if all_reduce_sum(found).tolist() == [batches, 0]:
-            stack.replayed = stack.goal
+        once = sum(number == 1 for number in sequence.recorded.values())
+        counts = torch.tensor([once, len(sequence.recorded) - once])
+        if all_reduce_sum(counts).tolist() == [batches, 0]:
+            sequence.replayed = sequence.replayable
         else:
-            stack.compute()
-        stack.recorded.clear()
+            sequence.give_up()
+        sequence.recorded.clear()
 
     def give_up(self) -> None:
         """Compute every block that was replayed from now on."""
-        for stack in self.stacks:
-            if stack.replayed:
-                stack.compute()
+        for sequence in self.sequences:
+            if sequence.replayed:
+                sequence.give_up()
 
     def close(self) -> None:
-        """Forget what blocks put out."""
-        for stack in self.stacks:
-            stack.outputs.close()
+        """Forget all outputs."""
+        for sequence in self.sequences:
+            sequence.outputs.close()
 
 
 def _get(outputs: OffloadCache, current: Callable[[], int]) -> Any:

@@ -1,4 +1,4 @@
-"""Tensors that stand for values that nobody may depend on: whatever is computed from one is tainted too."""
+"""Tensors that stand in for unknown values: whatever is computed from one is tainted too."""
 
 from __future__ import annotations
 
@@ -8,51 +8,51 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# What a tensor says of its shape and storage, whatever its values are.
+# Functions that read the shape and storage of a tensor, and never its values.
 _METADATA = frozenset(
     "size dim ndimension numel nelement stride element_size storage_offset untyped_storage data_ptr get_device type "
     "is_floating_point is_complex is_signed is_contiguous is_inference is_same_size is_conj is_neg __len__ __hash__ "
     "__repr__ __format__ __get__".split()
 )
-# What has as many elements as values say.
+# Functions whose result has a shape that depends on values.
 _SIZED_BY_VALUES = frozenset(
     "nonzero argwhere masked_select unique unique_consecutive bincount repeat_interleave".split()
 )
 
 
-# Operators that write into their first operand; functions that do end with one underscore.
+# Operators that write into their first operand; functions that do so end with one underscore.
 _IN_PLACE = frozenset(
     f"__{name}__" for name in "set setitem iadd isub imul itruediv ifloordiv imod ipow iand ior ixor".split()
 )
 
 
 class TaintedError(Exception):
-    """A program would go by a tainted value, or write it into a tensor that is not; never leaves the package."""
+    """A branch or a shape depends on a tainted value, or one is written elsewhere; never leaves the package."""
 
 
 class Tainted(Tensor):
-    """A tensor of values that nobody may depend on.
+    """A tensor whose values are unknown, of the shape and dtype of the tensor that it stands in for.
 
-    Shapes and dtypes are those of the values that it stands for. What is computed from it is tainted, comparisons and
-    indices included, so that it can be told wherever it arrives. What would leave no trace is an error: to branch on a
-    value, to have a shape depend on one, and to write one into another tensor.
+    Everything computed from it is tainted, comparisons and indices included, so that it is recognised wherever it
+    arrives. Uses that would leave no trace are errors: to branch on a value, to let a shape depend on one, and to write
+    one into another tensor.
     """
 
     @classmethod
     def __torch_function__(
         cls, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Compute as usual, and see what becomes of it.
+        """Compute as usual, and check that the result carries the taint.
 
         Raises:
-            TaintedError: If it would leave no trace.
+            TaintedError: If it does not.
         """
         name, kwargs = func.__name__, kwargs or {}
         in_place = name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
         if kwargs.get("out") is not None or (in_place and not isinstance(args[0], Tainted)):
             raise TaintedError(f"{name} writes into another tensor")
         if name in _SIZED_BY_VALUES or (name == "__getitem__" and _picks(args[1])):
-            raise TaintedError(f"what {name} gives has a shape that depends on values")
+            raise TaintedError(f"{name} returns a shape that depends on values")
         result = super().__torch_function__(func, types, args, kwargs)
         if name not in _METADATA and not _is_tensors(result):
             raise TaintedError(f"{name} reads values")
@@ -60,7 +60,7 @@ class Tainted(Tensor):
 
 
 def _picks(index: Any) -> bool:
-    """Whether an index holds a tainted mask, which picks as many elements as it says."""
+    """Whether an index holds a tainted mask, whose values decide how many elements are picked."""
     parts = index if isinstance(index, tuple | list) else (index,)
     return any(isinstance(part, Tainted) and part.dtype in (torch.bool, torch.uint8) for part in parts)
 
@@ -72,7 +72,7 @@ def _is_tensors(result: Any) -> bool:
 
 
 def tainted(value: Any) -> Any:
-    """A tainted tensor in the place of a tensor, of NaN where it can be; anything else is as it was."""
+    """Replace a tensor by a tainted one, filled with NaN where its dtype has it; return anything else as it is."""
     if not isinstance(value, Tensor):
         return value
     stand_in = torch.full_like(value, torch.nan) if value.is_floating_point() else value.clone()

@@ -1,4 +1,4 @@
-"""Whether a model computes the same with finished blocks replaced: tried, not assumed."""
+"""Whether a model computes the same with finished blocks replayed: tried, not assumed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hf_prune.utils.offload_cache import OffloadCache
 
 Event = tuple[object, Tensor | None]  # what happened in a run, and a fingerprint of the values that it happened to
 _DIRECTIONS = 8  # of a fingerprint
-_TOLERANCE = 1e-5  # of a difference, relative to the token
+_TOLERANCE = 1e-5  # of a difference, relative to the norm of the token
 
 
 class NotAlikeError(Exception):
@@ -25,26 +25,26 @@ class NotAlikeError(Exception):
 
 
 class Tracer:
-    """Runs batches and tells what happens on the way.
+    """Runs batches and lists what happens on the way.
 
     Args:
-        run: Runs a batch.
-        calls: Modules that multiply with targets, by name.
-        users: All modules that have them.
-        blocks: Of all stacks.
-        read: What a module gets, without padding: (tokens, features).
+        run: Runs a batch, by its number.
+        holders: By target, the modules that multiply with it.
+        users: By target, all modules that have it.
+        blocks: The blocks of all sequences.
+        read: The input of a module without padding: (tokens, features).
     """
 
     def __init__(
         self,
         run: Callable[[int], object],
-        calls: Mapping[str, Iterable[nn.Module]],
+        holders: Mapping[str, Iterable[nn.Module]],
         users: Mapping[str, Iterable[nn.Module]],
         blocks: Iterable[nn.Module],
         read: Callable[[nn.Module, Any], Tensor | None],
     ) -> None:
         self._run, self._read = run, read
-        self._modules = [(("call", name), module) for name, modules in calls.items() for module in modules]
+        self._holders = [(("call", name), module) for name, modules in holders.items() for module in modules]
         self._users = [(("use", name), module) for name, modules in users.items() for module in modules]
         self._blocks = list(blocks)
         self._events: list[Event] = []
@@ -53,25 +53,26 @@ class Tracer:
 
     @contextmanager
     def watching(self) -> Iterator[Tracer]:
-        """A context in which it can be called."""
+        """A context in which the tracer can be called."""
         with ExitStack() as hooks:
             for key, module in self._users:
                 hooks.callback(module.register_forward_pre_hook(partial(self._note, key)).remove)
-            for key, module in self._modules:
+            for key, module in self._holders:
                 hooks.callback(module.register_forward_pre_hook(partial(self._note_call, key), with_kwargs=True).remove)
             for block in self._blocks:
                 hooks.callback(block.register_forward_hook(self._note_block).remove)
             yield self
 
     def __call__(self, batch: int, start: nn.Module | None = None, stop: nn.Module | None = None) -> list[Event]:
-        """What happens while a batch runs: calls and uses of targets, and blocks that return.
+        """Run a batch, and return what happens: calls and uses of targets, and blocks that return.
 
         Args:
             batch: Its number.
-            start: A block after whose return it counts; None for the start of the run.
+            start: A block after whose return events count; None for the start of the run.
             stop: A block with whose return the run ends.
         """
         self._events, self._start, self._stop = [], start, stop
+        # What the model draws at random is then the same in every run.
         with torch.random.fork_rng(devices=[]), suppress(_Return):
             torch.default_generator.manual_seed(0)
             self._run(batch)
@@ -100,83 +101,105 @@ class Tracer:
 
 
 class _Return(Exception):
-    """All that was asked for has happened."""
+    """The block at which a run ends has returned."""
 
 
-def replayable(stack: BlockSequence, trace: Tracer) -> tuple[list[bool], dict[str, int]]:
-    """For each block of a stack, whether all goes on as if it were computed, where it and those before are replayed.
+def try_replay(sequence: BlockSequence, trace: Tracer) -> tuple[list[bool], dict[str, int]]:
+    """For each block of a sequence, whether all goes on as if it were computed when it and those before are replayed.
 
-    First each block is tried with what comes until the next one returns: where that holds for all of them, it holds for
-    what comes later. From the last one for which it does not hold, all are tried to the end.
+    Trying every block to the end of the model would take time that grows with the square of the depth. So each block is
+    first tried only until the next one returns: where that agrees for all blocks, the rest agrees as well, by
+    induction. At the last block that fails the induction breaks, so that block and those before it are tried to the
+    end.
 
     Args:
-        stack: The stack, of which nothing is replayed.
+        sequence: The sequence, of which nothing is replayed.
         trace: Runs batches.
 
     Returns:
         A flag for each block, and by target the first block that returns after it was called.
     """
-    alike, size = [True] * len(stack.blocks), len(stack.blocks)
+    size = len(sequence.blocks)
+    safe = [True] * size
     called: dict[str, int] = {}
-    stack.used = {}
-    for batch in stack.samples:
-        stack.outputs.close()
-        with ExitStack() as hooks:
-            for i, block in enumerate(stack.blocks):
-                hooks.callback(block.register_forward_hook(partial(_keep, stack.outputs, i)).remove)
-            with trace.watching():
-                whole = trace(batch)
+    sequence.first_use = {}
+    for batch in sequence.samples:
+        whole = _trace_computed(sequence, trace, batch)
         places = {key: i for i, (key, _) in enumerate(whole) if isinstance(key, int)}
-        if any(id(block) not in places for block in stack.blocks):
-            return [False] * size, called  # pruning has made it leave midway
-        ends = [places[id(block)] + 1 for block in stack.blocks]
-        number = 0  # of the block that returns next
-        for place, (key, _) in enumerate(whole[: ends[-1]]):
-            number += place >= ends[number]
-            if isinstance(key, tuple):
-                first = called if key[0] == "call" else stack.used
-                first[key[1]] = min(number, first.get(key[1], size))
+        if any(id(block) not in places for block in sequence.blocks):
+            return [False] * size, called  # pruning has made the model leave the sequence midway
+        ends = [places[id(block)] + 1 for block in sequence.blocks]
+        _note_first(whole[: ends[-1]], ends, called, sequence.first_use)
 
         def goes_on(
             i: int, stop: int | None, batch: int = batch, whole: list[Event] = whole, ends: list[int] = ends
         ) -> bool:
-            """Whether blocks can be replayed, as far as what happens until another one returns."""
+            """Whether all agrees after block ``i``, as far as the return of block ``stop``, or to the end."""
             expected = whole[ends[i] : None if stop is None else ends[stop]]
-            with stack.replaying(i + 1, partial(stack.outputs.get, i)):
+            with sequence.replaying(i + 1, partial(sequence.outputs.get, i)):
                 try:
-                    found = trace(batch, stack.blocks[i], None if stop is None else stack.blocks[stop])
-                except Exception:
+                    events = trace(batch, sequence.blocks[i], None if stop is None else sequence.blocks[stop])
+                except Exception:  # whatever it is, it would not have come without the replay
                     return False
-            return _same(expected, found)
+            return _same(expected, events)
 
-        # Backwards, so that what the replayed blocks have left behind stays out of date.
+        # Blocks may leave values behind for later ones, outside of what they return. The run on other inputs makes
+        # them out of date, and going backwards keeps them so: no trial computes a block that a later trial replays.
         with trace.watching():
-            _run_on_other_inputs(stack.blocks[0], trace, batch)
+            _run_on_other_inputs(sequence.blocks[0], trace, batch)
             failed = [i for i in reversed(range(size)) if not goes_on(i, i + 1 if i + 1 < size else None)]
             if failed:
-                _run_on_other_inputs(stack.blocks[0], trace, batch)
+                _run_on_other_inputs(sequence.blocks[0], trace, batch)
                 for i in reversed(range(failed[0] + 1)):
-                    alike[i] = alike[i] and goes_on(i, None)
-    stack.forget()
-    stack.called.clear()
-    return alike, called
+                    safe[i] = safe[i] and goes_on(i, None)
+    sequence.forget()
+    sequence.called.clear()
+    return safe, called
+
+
+def _trace_computed(sequence: BlockSequence, trace: Tracer, batch: int) -> list[Event]:
+    """What happens in a batch with every block computed, whose outputs are kept for the trials."""
+    sequence.outputs.close()
+    with ExitStack() as hooks:
+        for i, block in enumerate(sequence.blocks):
+            hooks.callback(block.register_forward_hook(partial(_keep, sequence.outputs, i)).remove)
+        with trace.watching():
+            return trace(batch)
 
 
 def _keep(outputs: OffloadCache, key: int, module: nn.Module, args: Any, output: Any) -> None:
     outputs.put(key, output)
 
 
-def _same(expected: Sequence[Event], found: Sequence[Event]) -> bool:
-    return len(expected) == len(found) and all(
-        a == b and _close(x, y) for (a, x), (b, y) in zip(expected, found, strict=True)
+def _note_first(events: Sequence[Event], ends: Sequence[int], called: dict[str, int], used: dict[str, int]) -> None:
+    """Note by target which block returns next after its first call, and after the first use of its weight.
+
+    Args:
+        events: Until the last block returns.
+        ends: How many events have happened when each block has returned.
+        called: Gets the blocks after calls.
+        used: Gets the blocks after uses.
+    """
+    block = 0  # that returns next
+    for place, (key, _) in enumerate(events):
+        block += place >= ends[block]
+        if isinstance(key, tuple):
+            kind, name = key
+            first = called if kind == "call" else used
+            first[name] = min(block, first.get(name, block))
+
+
+def _same(expected: Sequence[Event], events: Sequence[Event]) -> bool:
+    return len(expected) == len(events) and all(
+        a == b and _close(x, y) for (a, x), (b, y) in zip(expected, events, strict=True)
     )
 
 
 def fingerprint(rows: Any) -> Tensor | None:
-    """(tokens, 9): by which a token is known: its norm, and what it is along some random directions.
+    """The norm of each token and its components along eight random directions: (tokens, 9), to compare runs by.
 
     Args:
-        rows: (tokens, features); None is known of anything else.
+        rows: (tokens, features); anything else than a floating-point tensor has no fingerprint.
     """
     if not isinstance(rows, Tensor) or not rows.is_floating_point() or rows.is_meta or rows.dim() == 0:
         return None
@@ -187,7 +210,7 @@ def fingerprint(rows: Any) -> Tensor | None:
 
 
 def _close(a: Tensor | None, b: Tensor | None) -> bool:
-    """Whether tokens are the same but for rounding, each measured by itself; NaN is only like NaN."""
+    """Whether fingerprints agree but for rounding, each token measured by its own norm; NaN equals NaN only."""
     if a is None or b is None:
         return a is b
     if a.shape != b.shape:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import zlib
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
@@ -106,6 +107,11 @@ class WeightStats:
             name: value[rows] for name in GRADIENTS | CURVATURE | TRAINED if (value := getattr(self, name)) is not None
         }
         return dataclasses.replace(self, **parts)
+
+
+def weight_seed(seed: int, name: str) -> int:
+    """The seed of one weight, from the config's seed and the parameter's name."""
+    return zlib.crc32(f"{seed}:{name}".encode())
 
 
 class Criterion(ABC):

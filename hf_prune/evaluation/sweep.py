@@ -12,8 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_prune.calibration.input_reader import Batches
-from hf_prune.calibration.statistics import require_batches
+from hf_prune.calibration.batches import Batches, require_batches
 from hf_prune.errors import ConfigError, SweepError
 from hf_prune.evaluation.accuracy import evaluate_classification
 from hf_prune.evaluation.accuracy_result import Evaluation
@@ -193,7 +192,7 @@ def check_points(
         if isinstance(plan, UnitPlan):
             unit_batches(plan.config, calibration, polish_data)  # refuses
         elif plan.needs or plan.config.learns_allocation or polished:
-            require_batches(plan, calibration)  # refuses
+            require_batches(plan.config, calibration)  # refuses
     return plans
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hf_prune.calibration.input_reader import Batches
+from hf_prune.calibration.batches import Batches
 from hf_prune.errors import DataError, HfPruneError, SweepError
 from hf_prune.evaluation.accuracy_result import Evaluation
 from hf_prune.evaluation.data.loading import fingerprint

@@ -64,6 +64,11 @@ class PruningPlan:
     notes: tuple[str, ...] = ()
 
     @property
+    def targets(self) -> tuple[Target, ...]:
+        """The weights that will be pruned."""
+        return tuple(t.target for t in self.tensors)
+
+    @property
     def criterion(self) -> Criterion:
         """A new instance of the config's criterion."""
         return CRITERIA.get(self.config.criterion)()

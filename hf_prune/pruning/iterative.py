@@ -8,8 +8,9 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from hf_prune.calibration.input_reader import CACHE_BYTES, Batches
-from hf_prune.calibration.statistics import collect_stats, require_batches
+from hf_prune.calibration.batches import Batches, require_batches
+from hf_prune.calibration.input_reader import CACHE_BYTES
+from hf_prune.calibration.statistics import collect_stats
 from hf_prune.criteria.base import CURVATURE
 from hf_prune.kernels.zeroing import zero_removed_
 from hf_prune.planning.plan import PruningPlan
@@ -94,7 +95,7 @@ def prune_iteratively(
     Raises:
         CalibrationError: If batches are missing or unusable.
     """
-    batches = list(require_batches(plan, calibration))
+    batches = list(require_batches(plan.config, calibration))
     parameters = dict(model.named_parameters())
     masks = dict(old_masks)
     for part in step_plans(plan):

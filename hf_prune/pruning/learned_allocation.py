@@ -9,15 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from hf_prune.calibration.accumulators import InputAccumulator
+from hf_prune.calibration.batches import Batches
 from hf_prune.calibration.hooks import Watcher
-from hf_prune.calibration.input_reader import CACHE_BYTES, Batches, InputReader, check_finite
+from hf_prune.calibration.input_reader import CACHE_BYTES, InputReader, check_finite
 from hf_prune.calibration.padding import first_input
 from hf_prune.calibration.sensitivity import Sensitivity, measure_sensitivity
 from hf_prune.kernels.blocks import spread_blocks
 from hf_prune.kernels.least_squares import damped, layer_errors, least_squares
+from hf_prune.kernels.matrix import Target
 from hf_prune.kernels.selection import keep_highest
 from hf_prune.planning.allocation import least_total, outlier_sparsities
-from hf_prune.planning.plan import PlannedTensor, PruningPlan
+from hf_prune.planning.plan import PruningPlan
 from hf_prune.pruning.selector import unit_scores
 from hf_prune.utils.distributed import broadcast, fail_together
 
@@ -48,7 +50,7 @@ def learn_sparsities(
         Sparsities by parameter name, and how much the predictions depend on what where that was measured; to be closed.
     """
     cache_bytes //= 4  # the sensitivities stay for the pruning, as one of the four shelves that it keeps
-    with InputReader(model, plan, batches, cache_bytes=cache_bytes) as reader:
+    with InputReader(model, plan.targets, batches, cache_bytes=cache_bytes) as reader:
         steps = reader.order()
         if plan.config.allocation == "owl":
             return _owl(reader, steps, plan), None
@@ -62,7 +64,7 @@ def learn_sparsities(
 
 def _fisher(
     reader: InputReader,
-    steps: list[list[PlannedTensor]],
+    steps: list[list[Target]],
     plan: PruningPlan,
     sensitivity: Sensitivity,
     masks: Mapping[str, Tensor],
@@ -77,13 +79,13 @@ def _fisher(
     parameters = dict(reader.model.named_parameters())
     errors: dict[str, list[tuple[float, float]]] = {}
     for step in steps:
-        for tensor, gram in weighted_grams(reader, step, sensitivity):
-            name = tensor.target.name
-            weight = tensor.target.matrix(parameters[name].detach()).to(gram.dtype)
-            old = None if name not in masks else tensor.target.matrix(masks[name]).to(gram.device)
+        for target, gram in weighted_grams(reader, step, sensitivity):
+            name = target.name
+            weight = target.matrix(parameters[name].detach()).to(gram.dtype)
+            old = None if name not in masks else target.matrix(masks[name]).to(gram.device)
             outputs = sensitivity.outputs[name].to(gram)
             with fail_together():
-                block = plan.granularity.block_in(tensor.target.matrix_shape)
+                block = plan.granularity.block_in(target.matrix_shape)
                 errors[name] = _error_curve(weight, gram, outputs, block, old)
         reader.finish(step)
     units = {t.target.name: t.units for t in plan.tensors}
@@ -95,22 +97,20 @@ def _fisher(
 
 
 def weighted_grams(
-    reader: InputReader, step: list[PlannedTensor], sensitivity: Sensitivity
-) -> Iterator[tuple[PlannedTensor, Tensor]]:
+    reader: InputReader, step: list[Target], sensitivity: Sensitivity
+) -> Iterator[tuple[Target, Tensor]]:
     """The Gram matrix of what flows into each target, tokens weighed by how much the predictions depend on them."""
     sums = reader.repeated(lambda: _weighted_sums(reader, step, sensitivity))
     for t in step:
-        found = sums.pop(t.target.name)
+        found = sums.pop(t.name)
         found.add_others(reader.device)
         gram = found.statistics({"input_gram"}, reader.device)["input_gram"]
-        check_finite(t.target.name, {"input_gram": gram})
+        check_finite(t.name, {"input_gram": gram})
         yield t, gram
 
 
-def _weighted_sums(
-    reader: InputReader, step: list[PlannedTensor], sensitivity: Sensitivity
-) -> dict[str, InputAccumulator]:
-    sums = {t.target.name: InputAccumulator({"input_gram"}, t.target.matrix_shape[1]) for t in step}
+def _weighted_sums(reader: InputReader, step: list[Target], sensitivity: Sensitivity) -> dict[str, InputAccumulator]:
+    sums = {t.name: InputAccumulator({"input_gram"}, t.matrix_shape[1]) for t in step}
     calls: dict[tuple[str, int], int] = {}
 
     def watch(name: str, layout: str) -> Callable[..., None]:
@@ -123,9 +123,7 @@ def _weighted_sums(
 
         return read
 
-    watchers = [
-        Watcher(module, watch(t.target.name, t.target.layout)) for t in step for module in reader.holders[t.target.name]
-    ]
+    watchers = [Watcher(module, watch(t.name, t.layout)) for t in step for module in reader.holders[t.name]]
     reader.run(watchers, range(len(reader.batches)))
     return sums
 
@@ -155,24 +153,24 @@ def _error_curve(
     return curve
 
 
-def _owl(reader: InputReader, steps: list[list[PlannedTensor]], plan: PruningPlan) -> dict[str, float]:
+def _owl(reader: InputReader, steps: list[list[Target]], plan: PruningPlan) -> dict[str, float]:
     """Sparsities that spare blocks with many outliers among |w| times the norm of its input (Yin et al. 2024)."""
     parameters = dict(reader.model.named_parameters())
     sizes = {t.target.name: t.target.size for t in plan.tensors}
-    blocks: dict[object, list[PlannedTensor]] = {}
-    for tensor in (t for step in steps for t in step):
-        blocks.setdefault(reader.block_of(tensor.target.name) or tensor.target.name, []).append(tensor)
+    blocks: dict[object, list[Target]] = {}
+    for target in (t for step in steps for t in step):
+        blocks.setdefault(reader.block_of(target.name) or target.name, []).append(target)
     outliers: dict[str, float] = {}
-    for tensors in blocks.values():
-        found = reader.gather(tensors, frozenset({"input_norm"}))
+    for targets in blocks.values():
+        found = reader.gather(targets, frozenset({"input_norm"}))
         products = {}
-        for t in tensors:
-            weight = t.target.matrix(parameters[t.target.name].detach()).float()
-            products[t.target.name] = weight.abs() * found[t.target.name]["input_norm"]
+        for t in targets:
+            weight = t.matrix(parameters[t.name].detach()).float()
+            products[t.name] = weight.abs() * found[t.name]["input_norm"]
         size = sum(sizes[name] for name in products)
         limit = _OUTLIER * sum(float(product.sum()) for product in products.values()) / size
         share = sum(int((product > limit).sum()) for product in products.values()) / size
         outliers |= dict.fromkeys(products, share)
-        reader.finish(tensors)
+        reader.finish(targets)
     assert plan.config.sparsity is not None
     return outlier_sparsities(outliers, sizes, plan.config.sparsity)

@@ -11,12 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_prune.calibration.input_reader import CACHE_BYTES, Batches, InputReader
+from hf_prune.calibration.batches import Batches, require_batches
+from hf_prune.calibration.input_reader import CACHE_BYTES, InputReader
 from hf_prune.calibration.output_matching import OutputMatcher
 from hf_prune.calibration.sensitivity import Sensitivity, measure_sensitivity
-from hf_prune.calibration.statistics import collect_stats, require_batches, weight_seed
+from hf_prune.calibration.statistics import collect_stats
 from hf_prune.calibration.trial import NotAlikeError
-from hf_prune.criteria.base import GRADIENTS, INPUTS, WeightStats
+from hf_prune.criteria.base import GRADIENTS, INPUTS, WeightStats, weight_seed
+from hf_prune.kernels.matrix import Target
 from hf_prune.kernels.zeroing import zero_removed_
 from hf_prune.planning.plan import PlannedTensor, PruningPlan
 from hf_prune.planning.targets import bias_names
@@ -62,7 +64,7 @@ def prune_sequentially(
     Raises:
         CalibrationError: If batches are missing or unusable.
     """
-    batches = list(require_batches(plan, calibration))
+    batches = list(require_batches(plan.config, calibration))
     attempt = partial(_prune, model, plan, batches, old_masks, undo, progress, cache_bytes, sensitivity, given)
     try:
         return attempt(reuse=True)
@@ -91,17 +93,16 @@ def _prune(
         known = collect_stats(model, dataclasses.replace(plan, config=dense_config), batches, progress)
         assert gradients <= plan.criterion.needs
     parameters = dict(model.named_parameters())
-    targets = [tensor.target for tensor in plan.tensors]
-    biases = bias_names(model, targets) if plan.config.repair is not None else {}
+    planned = {t.target.name: t for t in plan.tensors}
+    biases = bias_names(model, plan.targets) if plan.config.repair is not None else {}
     masks: dict[str, Tensor] = {}
     if plan.config.objective == "loss":
         cache_bytes //= _SHELVES
 
-    def prune_step(step: list[PlannedTensor], gathered: dict[str, dict[str, Tensor]], bar: Any) -> None:
-        for tensor in step:
-            name = tensor.target.name
+    def prune_step(step: list[Target], gathered: dict[str, dict[str, Tensor]], bar: Any) -> None:
+        for name in [t.name for t in step]:
             found = gathered.pop(name)
-            mask, weights = prune_tensor(model, plan, tensor, found, old_masks, known.get(name), given, biases)
+            mask, weights = prune_tensor(model, plan, planned[name], found, old_masks, known.get(name), given, biases)
             for changed in {name, *weights}:
                 undo.save(changed, parameters[changed])
             masks[name] = mask
@@ -115,7 +116,7 @@ def _prune(
             bar.update()
 
     with ExitStack() as context:
-        reader = context.enter_context(InputReader(model, plan, batches, reuse, cache_bytes))
+        reader = context.enter_context(InputReader(model, plan.targets, batches, reuse, cache_bytes))
         bar: Bar[object] = context.enter_context(
             Bar(total=len(plan.tensors), desc="Pruning", unit="weight", progress=progress)
         )
@@ -128,7 +129,7 @@ def _prune(
         if sensitivity is None:
             sensitivity = measure_sensitivity(reader, plan.config.seed, progress, cache_bytes)
             context.callback(sensitivity.close)
-        goals = context.enter_context(OutputMatcher(model, plan, batches, sensitivity, cache_bytes, reuse))
+        goals = context.enter_context(OutputMatcher(model, plan.targets, batches, sensitivity, cache_bytes, reuse))
         for segment in goals.segments(steps):
             for step in segment:
                 prune_step(step, goals.gather(reader, step), bar)
@@ -159,7 +160,7 @@ def prune_tensor(
         biases: The names of the biases of targets, as of :func:`compute_masks`.
     """
     name = tensor.target.name
-    stats = dataclasses.replace(known or WeightStats(seed=weight_seed(plan, name)), **gathered)
+    stats = dataclasses.replace(known or WeightStats(seed=weight_seed(plan.config.seed, name)), **gathered)
     part = dataclasses.replace(plan, tensors=(tensor,))
     masks, weights = compute_masks_synced(model, part, {name: stats}, old_masks, given, biases)
     return masks[name], weights

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from hf_prune.architectures.kinds.registry import kind_named
 from hf_prune.architectures.layers import LayerList, layer_lists
 from hf_prune.architectures.unit_groups import UnitGroup
-from hf_prune.calibration.input_reader import CACHE_BYTES, Batches
+from hf_prune.calibration.batches import Batches
+from hf_prune.calibration.input_reader import CACHE_BYTES
 from hf_prune.calibration.sensitivity import Sensitivity
 from hf_prune.errors import PlanError
 from hf_prune.inference.speedup import measured_speedup, workload_inputs

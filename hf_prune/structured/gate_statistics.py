@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from hf_prune.architectures.unit_groups import UnitGroup
 from hf_prune.calibration.accumulators import accumulate_dtype
-from hf_prune.calibration.gradients import batched, differentiable
+from hf_prune.calibration.batches import Batches, count_examples, without_labels
+from hf_prune.calibration.gradients import differentiable
 from hf_prune.calibration.hooks import Watcher
-from hf_prune.calibration.input_reader import Batches
 from hf_prune.calibration.padding import first_input
-from hf_prune.calibration.sensitivity import named_logits, prediction, token_mask
+from hf_prune.calibration.predictions import named_logits, sampled_prediction, token_mask
 from hf_prune.errors import CalibrationError
 from hf_prune.pruning.bypass import bypass, restore
 from hf_prune.utils.distributed import all_reduce_sum, fail_together, rank_items
@@ -46,7 +46,7 @@ def gate_statistics(
     """Measure the gradients of gates with one backward pass for each batch.
 
     Each example gets a gradient of its own, since no gate acts on two of them. What is differentiated is
-    :func:`hf_prune.calibration.sensitivity.prediction`.
+    :func:`hf_prune.calibration.predictions.sampled_prediction`.
 
     Args:
         model: The model; its weights, gradients and modes are as before afterwards.
@@ -98,11 +98,11 @@ def gate_statistics(
         numbered = rank_items(list(enumerate(batches)))
         for index, batch in Bar(numbered, desc="Units", progress=progress):
             gradients.clear()
-            inputs = without_labels(batch_to_device(model, batch))
-            size[0] = len(batched(inputs))
+            inputs = without_labels(model, batch_to_device(model, batch))
+            size[0] = count_examples(inputs)
             generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{index}".encode()))
             with torch.enable_grad():
-                value = prediction(run_model(model, inputs), token_mask(model, inputs), generator)
+                value = sampled_prediction(run_model(model, inputs), token_mask(model, inputs), generator)
             if not value.requires_grad:
                 raise CalibrationError(
                     "the model's output for a calibration batch depends on none of the units to be pruned"
@@ -129,11 +129,6 @@ def gate_statistics(
     return statistics
 
 
-def without_labels(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """A batch for predictions: labels are dropped, unless the decoder has no other inputs."""
-    return {key: value for key, value in batch.items() if key != "labels" or "decoder_input_ids" not in batch}
-
-
 def _first_key(kwargs: Mapping[str, Any]) -> str:
     return next(key for key, value in kwargs.items() if isinstance(value, Tensor))
 
@@ -154,7 +149,7 @@ def layer_losses(
     examples = 0
     with eval_mode(model), fail_together():
         for batch in Bar(rank_items(list(batches)), desc="Layers", progress=progress):
-            inputs = without_labels(batch_to_device(model, batch))
+            inputs = without_labels(model, batch_to_device(model, batch))
             mask = token_mask(model, inputs)
             dense = [y.float().cpu() for y in named_logits(run_model(model, inputs))]
             examples += len(dense[0])
@@ -172,7 +167,7 @@ def layer_losses(
 
 
 def prediction_change(dense: Tensor, changed: Tensor, mask: Tensor | None) -> float:
-    """What :func:`prediction` says of a change of the logits, summed over a batch.
+    """What :func:`sampled_prediction` says of a change of the logits, summed over a batch.
 
     Args:
         dense: (batch, classes), (batch, seq, classes), or another output.

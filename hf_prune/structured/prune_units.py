@@ -10,8 +10,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from hf_prune.calibration.batches import Batches
 from hf_prune.calibration.dense_outputs import DenseOutputs
-from hf_prune.calibration.input_reader import CACHE_BYTES, Batches
+from hf_prune.calibration.input_reader import CACHE_BYTES
 from hf_prune.calibration.sensitivity import Sensitivity
 from hf_prune.calibration.statistics import collect_stats
 from hf_prune.planning.config import PruningConfig
@@ -69,7 +70,7 @@ def prune_units(
             cache_bytes //= 2  # one half for the polish, one for the repair
             data = batches if polish_data is None else list(as_batches(polish_data))
             assert data is not None
-            dense = context.enter_context(DenseOutputs(model, inner, data, cache_bytes, progress))
+            dense = context.enter_context(DenseOutputs(model, inner.targets, data, cache_bytes, progress))
         assert plan.choice is not None
         gone = [layer for layer in map(model.get_submodule, sorted(plan.choice.layers)) if not is_bypassed(layer)]
         for layer in gone:

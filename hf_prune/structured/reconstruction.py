@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from torch import Tensor, nn
 
 from hf_prune.architectures.unit_groups import UnitGroup, weight_names
-from hf_prune.calibration.input_reader import Batches, InputReader
+from hf_prune.calibration.batches import Batches
+from hf_prune.calibration.input_reader import InputReader
 from hf_prune.calibration.sensitivity import Sensitivity, measure_sensitivity
 from hf_prune.errors import PlanError
 from hf_prune.kernels.matrix import Target
@@ -118,14 +119,14 @@ def _curves_of_consumers(
     names = repaired_weights(model, config, measured) or [p.name for group in measured for p in group.consumers]
     plan = inner_plan(model, config, names)
     cache_bytes //= 4  # the sensitivity is kept for the repair, as one of its four caches
-    with InputReader(model, plan, batches, cache_bytes=cache_bytes) as reader:
+    with InputReader(model, targets_of(plan), batches, cache_bytes=cache_bytes) as reader:
         steps = reader.order()
         sensitivity = measure_sensitivity(reader, config.seed, progress, cache_bytes)
         try:
             for step in steps:
-                consumers = [tensor for tensor in step if tensor.target.name in by_weight]
-                for tensor, gram in weighted_grams(reader, consumers, sensitivity) if consumers else ():
-                    target, group = tensor.target, by_weight[tensor.target.name]
+                consumers = [target for target in step if target.name in by_weight]
+                for target, gram in weighted_grams(reader, consumers, sensitivity) if consumers else ():
+                    group = by_weight[target.name]
                     curves[group.name] = curve(group, target, gram, sensitivity.outputs[target.name])
                 reader.finish(step)
         except BaseException:

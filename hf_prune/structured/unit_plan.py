@@ -11,15 +11,13 @@ from torch import Tensor, nn
 from hf_prune.architectures.find_unit_groups import find_unit_groups, in_model_order
 from hf_prune.architectures.kinds.registry import kind_named
 from hf_prune.architectures.unit_groups import UnitGroup, overlapping_kinds, weight_names
-from hf_prune.calibration.input_reader import NO_BATCHES, Batches
+from hf_prune.calibration.batches import NO_BATCHES, Batches, data_user, require_batches
 from hf_prune.errors import CalibrationError, ConfigError
 from hf_prune.planning.config import PruningConfig
 from hf_prune.planning.targets import module_matches, quick_pattern
 from hf_prune.pruning.records import SpeedRecord
 from hf_prune.structured.budget import Choice, Costs
-from hf_prune.utils.distributed import check_same_batches, fail_together
 from hf_prune.utils.formatting import format_table
-from hf_prune.utils.forward import as_batches
 
 
 @dataclass(frozen=True)
@@ -140,20 +138,12 @@ def unit_batches(
     Raises:
         CalibrationError: If batches are needed and missing, or differ between processes.
     """
-    with fail_together():
-        batches = None if calibration is None else list(as_batches(calibration))
-        who = f"criterion {config.criterion!r}" if config.learns_units else ""
-        who = who or (f"repair={config.repair!r}" if config.repair is not None else "")
-        who = who or ("polish" if config.polish is not None and polish_data is None else "")
-        if who and batches is None:
-            raise CalibrationError(
-                f"{who} needs calibration data, and got none: pass calibration=batches, an iterable of dicts with the "
-                f"model's inputs"
-            )
-        if who and not batches:
-            raise CalibrationError(NO_BATCHES)
-    if batches is not None:
-        check_same_batches(batches)
+    needed = bool(data_user(config, polish_data))
+    if calibration is None and not needed:
+        return None
+    batches = list(require_batches(config, calibration))
+    if needed and not batches:
+        raise CalibrationError(NO_BATCHES)
     return batches
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_prune.architectures.find_unit_groups import find_unit_groups
-from hf_prune.calibration.input_reader import Batches
+from hf_prune.calibration.batches import Batches
 from hf_prune.errors import ConfigError, MaskError
 from hf_prune.mixin import prunable
 from hf_prune.pipeline import resolve_config

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import zlib
 from collections.abc import Mapping, Set
 
 from torch import Tensor, nn
 
 from hf_prune.architectures.kinds.channel import find_channel_groups, propagate_channel_masks
-from hf_prune.criteria.base import WeightStats
+from hf_prune.criteria.base import WeightStats, weight_seed
 from hf_prune.criteria.registry import CRITERIA
 from hf_prune.errors import ConfigError, MaskError
 from hf_prune.granularities.registry import parse_granularity
@@ -95,7 +94,7 @@ def choose_masks(
     stats = {}
     for tensor in plan.tensors:
         name = tensor.target.name
-        seed = zlib.crc32(f"{config.seed}:{name}".encode())
+        seed = weight_seed(config.seed, name)
         statistics = {need: tensor.target.matrix(scores[name]) for need in needs}
         stats[name] = dataclasses.replace(WeightStats(seed=seed), **statistics)  # type: ignore[arg-type]
     whole = {tensor.target.name: learned.whole_weight(tensor.target.name) for tensor in plan.tensors}

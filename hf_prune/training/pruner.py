@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_prune.calibration.input_reader import Batches
+from hf_prune.calibration.batches import Batches
 from hf_prune.errors import ConfigError, MaskError
 from hf_prune.kernels.zeroing import zero_removed_
 from hf_prune.pipeline import prune

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import rotate_checkpoints
 
 from hf_prune.architectures.find_unit_groups import find_unit_groups
-from hf_prune.calibration.input_reader import Batches
+from hf_prune.calibration.batches import Batches
 from hf_prune.errors import ConfigError
 from hf_prune.hub.describe import describe_model
 from hf_prune.mixin import prunable

@@ -1,4 +1,4 @@
-"""The objective "loss": goals are the dense model's own outputs, and tokens count as the predictions depend on them."""
+"""The objective "loss": layers match the dense model's outputs, and tokens count as the predictions depend on them."""
 
 import copy
 
@@ -9,7 +9,8 @@ from torch import nn
 from hf_prune.calibration import output_matching as matching
 from hf_prune.calibration.input_reader import CACHE_BYTES, InputReader
 from hf_prune.calibration.output_matching import OutputMatcher
-from hf_prune.calibration.sensitivity import measure_sensitivity, prediction
+from hf_prune.calibration.predictions import sampled_prediction
+from hf_prune.calibration.sensitivity import measure_sensitivity
 from hf_prune.errors import CalibrationError, ConfigError
 from hf_prune.pipeline import prune
 from hf_prune.planning.config import PruningConfig
@@ -34,11 +35,11 @@ SUMS = {
 
 
 def begun(model, plan, batches, stack):
-    reader = stack.enter_context(InputReader(model, plan, batches))
+    reader = stack.enter_context(InputReader(model, plan.targets, batches))
     steps = reader.order()
     sensitivity = measure_sensitivity(reader, 0)
     stack.callback(sensitivity.close)
-    return reader, steps, stack.enter_context(OutputMatcher(model, plan, batches, sensitivity, CACHE_BYTES))
+    return reader, steps, stack.enter_context(OutputMatcher(model, plan.targets, batches, sensitivity, CACHE_BYTES))
 
 
 @pytest.fixture
@@ -50,22 +51,22 @@ def stack():
 
 
 @pytest.mark.parametrize("kind", sorted(BUILD))
-def test_goals_are_those_of_a_dense_copy(kind, stack, monkeypatch):
+def test_the_outputs_to_match_are_those_of_a_dense_copy(kind, stack, monkeypatch):
     """On the inputs of a model in which the weights before each target have changed."""
     monkeypatch.setattr(matching, "TOKEN_SHARE", 0.0)
     model = BUILD[kind]()
     dense, batches = copy.deepcopy(model), tiny_batches(model, sizes=(4, 2))
     plan = make_plan(model, LOSS)
-    reader, steps, goals = begun(model, plan, batches, stack)
+    reader, steps, matcher = begun(model, plan, batches, stack)
     names = {id(module): name for name, module in model.named_modules()}
-    for segment in goals.segments(steps):
+    for segment in matcher.segments(steps):
         for step in segment:
-            found = goals.gather(reader, step)
-            for tensor in step:
-                name = tensor.target.name
-                anchor = goals._anchors[name]
-                inputs, now = watched(model, batches, names, reader.holders[name], anchor)
-                _, then = watched(dense, batches, names, reader.holders[name], anchor)
+            found = matcher.gather(reader, step)
+            for target in step:
+                name = target.name
+                point = matcher._points[name]
+                inputs, now = watched(model, batches, names, reader.holders[name], point)
+                _, then = watched(dense, batches, names, reader.holders[name], point)
                 expected = (then - now).t() @ inputs / len(inputs)
                 values = found[name]
                 torch.testing.assert_close(values["change_products"], expected, rtol=1e-3, atol=1e-5)
@@ -73,15 +74,15 @@ def test_goals_are_those_of_a_dense_copy(kind, stack, monkeypatch):
                 torch.testing.assert_close(values["input_mean"], inputs.mean(0), rtol=1e-3, atol=1e-6)
                 gram = inputs.t() @ inputs / len(inputs)
                 torch.testing.assert_close(values["input_gram"], gram, rtol=1e-3, atol=1e-6)
-            for tensor in step:
+            for target in step:
                 with torch.no_grad():
-                    model.get_parameter(tensor.target.name).mul_(-1.5)
+                    model.get_parameter(target.name).mul_(-1.5)
             reader.finish(step)
-    assert {t.target.name for t in plan.tensors} == goals._anchors.keys()
+    assert {t.target.name for t in plan.tensors} == matcher._points.keys()
 
 
-def watched(model, batches, names, holders, anchor):
-    """Inputs of some modules, and what is seen at their anchor, of all calls, from plain hooks."""
+def watched(model, batches, names, holders, point):
+    """Inputs of some modules, and what is seen at their point, of all calls, from plain hooks."""
     modules = dict(model.named_modules())
     inputs, seen = [], []
 
@@ -89,11 +90,11 @@ def watched(model, batches, names, holders, anchor):
         return x.reshape(-1, x.shape[-1])
 
     own = [modules[names[id(module)]] for module in holders]
-    at = None if anchor is None else modules[names[id(anchor.module)]]
+    at = None if point is None else modules[names[id(point.module)]]
     handles = [m.register_forward_pre_hook(lambda _, args: inputs.append(rows(args[0]))) for m in own]
     if at is None:
         handles += [m.register_forward_hook(lambda _, args, out: seen.append(rows(out))) for m in own]
-    elif anchor.output:
+    elif point.output:
         take = lambda _, args, out: seen.append(rows(out if isinstance(out, torch.Tensor) else out[0]))  # noqa: E731
         handles.append(at.register_forward_hook(take))
     else:
@@ -110,11 +111,11 @@ def watched(model, batches, names, holders, anchor):
 def test_what_is_added_to_a_residual_stream_is_compared_as_a_sum(kind, stack):
     model = BUILD[kind]()
     plan = make_plan(model, LOSS)
-    _, steps, goals = begun(model, plan, tiny_batches(model), stack)
+    _, steps, matcher = begun(model, plan, tiny_batches(model), stack)
     names = {id(module): name for name, module in model.named_modules()}
-    next(goals.segments(steps))  # the first block
+    next(matcher.segments(steps))  # the first block
     own = {t.target.name: t.target.module for t in plan.tensors}
-    found = {name: names[id(a.module)] if a is not None else own[name] for name, a in goals._anchors.items()}
+    found = {name: names[id(a.module)] if a is not None else own[name] for name, a in matcher._points.items()}
     for name, place in found.items():
         wanted = [at for target, at in SUMS[kind].items() if name.removesuffix(".weight").endswith(target)]
         if kind == "bert" and name.endswith("attention.output.dense.weight"):
@@ -186,13 +187,13 @@ def test_what_goes_past_the_blocks_is_dense_too(stack, monkeypatch):
     monkeypatch.setattr(matching, "TOKEN_SHARE", 0.0)
     model = models.fill(Skips())
     dense, batches = copy.deepcopy(model), tiny_batches(model, sizes=(8, 8))
-    _, steps, goals = begun(model, make_plan(model, LOSS), batches, stack)
-    (segment,) = goals.segments(steps)
-    assert [t.target.name for step in segment for t in step][::4] == ["first.weight", "last.weight"]
+    _, steps, matcher = begun(model, make_plan(model, LOSS), batches, stack)
+    (segment,) = matcher.segments(steps)
+    assert [t.name for step in segment for t in step][::4] == ["first.weight", "last.weight"]
     with torch.no_grad():
         model.first.weight.mul_(-1)
         expected = torch.cat([dense(**b)["logits"] for b in batches])
-        torch.testing.assert_close(torch.cat([goals._goals.get(("last.weight", i))[0] for i in range(2)]), expected)
+        torch.testing.assert_close(torch.cat([matcher._outputs.get(("last.weight", i))[0] for i in range(2)]), expected)
 
 
 def test_padding_changes_nothing():
@@ -266,7 +267,7 @@ def test_experts_are_solved_on_their_own():
     model = models.tiny_moe()
     batches = tiny_batches(model, sizes=(8, 8))
     plan = make_plan(model, LOSS)
-    with InputReader(model, plan, batches) as reader:
+    with InputReader(model, plan.targets, batches) as reader:
         reader.order()
         sensitivity = measure_sensitivity(reader, 0)
         sensitivity.close()
@@ -305,7 +306,7 @@ def test_sensitivities_by_hand():
     """(∂ prediction / ∂ output)² of an MLP; of two classes, only their difference counts."""
     model = models.mlp(labels=2)
     batches = tiny_batches(model, sizes=(3, 2))
-    with InputReader(model, make_plan(model, LOSS), batches) as reader:
+    with InputReader(model, make_plan(model, LOSS).targets, batches) as reader:
         reader.order()
         found = measure_sensitivity(reader, 0)
     contrast = torch.tensor([1.0, -1.0]) / 2**0.5
@@ -323,13 +324,13 @@ def test_sensitivities_by_hand():
 def test_a_language_model_samples_its_own_labels():
     """The mean square of ∂ log p(label) / ∂ logit is p (1 - p) at the logits."""
     logits = torch.randn(400, 50, 3, requires_grad=True)
-    value = prediction({"logits": logits}, None, torch.Generator().manual_seed(0))
+    value = sampled_prediction({"logits": logits}, None, torch.Generator().manual_seed(0))
     (gradient,) = torch.autograd.grad(value, logits)
     p = logits.detach().softmax(-1)
     torch.testing.assert_close(gradient.square().mean((0, 1)), (p * (1 - p)).mean((0, 1)), rtol=0.05, atol=0)
     mask = torch.ones(400, 50)
     mask[:, 25:] = 0
-    value = prediction({"logits": logits}, mask, torch.Generator().manual_seed(0))
+    value = sampled_prediction({"logits": logits}, mask, torch.Generator().manual_seed(0))
     (gradient,) = torch.autograd.grad(value, logits)
     assert not gradient[:, 25:].any()
     assert gradient[:, :25].any()
@@ -347,7 +348,7 @@ def test_any_output_will_do(outputs):
         "hidden": {"last_hidden_state": y},
         "list": [y],
     }
-    value = prediction(given[outputs], None, torch.Generator().manual_seed(0))
+    value = sampled_prediction(given[outputs], None, torch.Generator().manual_seed(0))
     (gradient,) = torch.autograd.grad(value, y)
     torch.testing.assert_close(gradient.norm(dim=1), torch.ones(2))
     centred = outputs == "namespace"
@@ -366,7 +367,7 @@ def test_a_prediction_that_depends_on_no_target_is_refused():
 
     model = Deaf()
     before = snapshot(model)
-    with pytest.raises(CalibrationError, match="depends on none of the weights to be pruned: check target_modules"):
+    with pytest.raises(CalibrationError, match="depend on none of the weights to be pruned: check target_modules"):
         prune(model, LOSS, calibration=[{"x": torch.randn(2, 4)}])
     assert_unchanged(model, before)
 

@@ -134,5 +134,5 @@ def test_a_model_without_a_head_changes_its_first_output(criterion):
 
 def test_a_model_that_puts_out_nothing_finite_is_refused():
     model = Speaks()
-    with pytest.raises(CalibrationError, match=r"what the model puts out for a calibration batch is not finite"):
+    with pytest.raises(CalibrationError, match=r"the model's outputs for a calibration batch are not finite"):
         squared_gradients(model, ["scores.weight"], [{"x": torch.full((1, 2, 1), float("nan"))}])

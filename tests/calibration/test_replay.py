@@ -377,8 +377,8 @@ def batches_for(kind: str) -> list[dict[str, Tensor]]:
 @pytest.mark.parametrize("kind", sorted(ZOO))
 def test_one_call_gives_what_one_call_for_each_weight_gives(kind, settings):
     together, apart, batches = make(kind), make(kind), batches_for(kind)
-    with InputReader(together, make_plan(together, PruningConfig(criterion="wanda")), batches) as reader:
-        order = [t.target.module for step in reader.order() for t in step]
+    with InputReader(together, make_plan(together, PruningConfig(criterion="wanda")).targets, batches) as reader:
+        order = [t.module for step in reader.order() for t in step]
     prune(together, 0.5, calibration=batches, **SETTINGS[settings])
     for name in order:
         prune(apart, 0.5, calibration=batches, target_modules=name.replace(".", r"\."), **SETTINGS[settings])
@@ -389,7 +389,7 @@ def test_one_call_gives_what_one_call_for_each_weight_gives(kind, settings):
 
 
 def without_replaying(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Replay, "behind", lambda self: [])
+    monkeypatch.setattr(Replay, "pending", lambda self: [])
     monkeypatch.setattr(InputReader, "verify", lambda self: False)
 
 
@@ -449,12 +449,12 @@ def test_a_model_with_deepstack_is_pruned_as_without_replaying(values, tmp_path,
 def replays(kind: str) -> tuple[list[list[bool]], list[int]]:
     """Which blocks may be replayed, and how many are in the end."""
     model, batches = make(kind), batches_for(kind)
-    with InputReader(model, make_plan(model, PruningConfig(criterion="wanda")), batches) as reader:
+    with InputReader(model, make_plan(model, PruningConfig(criterion="wanda")).targets, batches) as reader:
         for step in reader.order():
             reader.gather(step, INPUTS)
             reader.finish(step)
         reader.advance()
-        return [stack.alike for stack in reader.replay.stacks], [stack.replayed for stack in reader.replay.stacks]
+        return [s.safe for s in reader.replay.sequences], [s.replayed for s in reader.replay.sequences]
 
 
 def test_blocks_are_replayed_where_that_changes_nothing():
@@ -543,7 +543,7 @@ def test_the_model_is_as_it_was_and_draws_nothing():
     for kind in sorted(ZOO):
         model, batches = make(kind), batches_for(kind)
         before, random = copy.deepcopy(model.state_dict()), torch.get_rng_state()
-        with InputReader(model, make_plan(model, PruningConfig(criterion="wanda")), batches) as reader:
+        with InputReader(model, make_plan(model, PruningConfig(criterion="wanda")).targets, batches) as reader:
             reader.order()
             reader.verify()
         assert torch.equal(torch.get_rng_state(), random)

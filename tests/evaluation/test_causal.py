@@ -113,16 +113,16 @@ def test_what_finished_blocks_put_out_is_read_twice_a_batch_not_once_a_block(mon
     model, batches = sharp(num_hidden_layers=6), windows(batch_size=12)
     reads: list[int] = []
     read = OffloadCache.get
-    monkeypatch.setattr(OffloadCache, "get", lambda shelf, key: reads.append(key) or read(shelf, key))
-    with InputReader(model, make_plan(model, PruningConfig(criterion="alps")), batches) as reader:
+    monkeypatch.setattr(OffloadCache, "get", lambda cache, key: reads.append(key) or read(cache, key))
+    with InputReader(model, make_plan(model, PruningConfig(criterion="alps")).targets, batches) as reader:
         for step in reader.order():
-            (stack,) = reader.replay.stacks
+            (sequence,) = reader.replay.sequences
             reader.verify()  # which reads too
             reads.clear()
             reader.gather(step, INPUTS)
             assert len(reads) <= 2 * len(batches)
             reader.finish(step)
-        assert stack.replayed == 5
+        assert sequence.replayed == 5
         assert reads == [0, 0, 1, 1]
 
 

@@ -411,7 +411,7 @@ def test_units_wider_than_a_block_may_be_are_refused():
         (None, r"criterion '{}' needs calibration data, and got none: .* dicts with the model's inputs$"),
         ([], r"calibration has no batches: expected at least one"),
         ([torch.ones(2, 8)], r"a calibration batch is a Tensor: expected a dict of model inputs"),
-        ([{"x": torch.full((1, 8), float("nan"))}], r"what the model puts out for a calibration batch is not"),
+        ([{"x": torch.full((1, 8), float("nan"))}], r"the model's outputs for a calibration batch are not"),
         (
             [{"x": torch.ones(3, 8), "labels": torch.zeros(2, dtype=torch.long)}],
             r"a calibration batch of 2 examples holds 'x' of shape \(3, 8\), .*: expected 2 as the first dimension",

@@ -407,7 +407,7 @@ def test_dense_outputs_that_are_not_finite_are_refused():
     batches[1]["x"][0, 0] = float("inf")
     before = snapshot(model)
     with pytest.raises(
-        CalibrationError, match="what the dense model puts out for the batches of the polish is not finite"
+        CalibrationError, match="the outputs of the dense model for the batches of the polish are not finite"
     ):
         prune(model, 0.5, calibration=batches, polish=QUICK)
     assert_unchanged(model, before)

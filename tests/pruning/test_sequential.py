@@ -73,19 +73,19 @@ def test_sequential_statistics_are_those_of_the_pruned_prefix(kind, reuse):
     model = models.TRANSFORMERS[kind](num_layers=3) if kind == "t5" else models.TRANSFORMERS[kind]()
     batches = tiny_batches(model, sizes=(4, 2))
     plan = make_plan(model, PruningConfig(criterion="alps"))
-    with InputReader(model, plan, batches, reuse=reuse) as reader:
+    with InputReader(model, plan.targets, batches, reuse=reuse) as reader:
         for step in reader.order():
             found = reader.gather(step, INPUTS)
             clone = copy.deepcopy(model)
             honest = spied_grams(clone, batches, holders(clone, plan))
-            for tensor in step:
-                name = tensor.target.name
+            for target in step:
+                name = target.name
                 torch.testing.assert_close(found[name]["input_gram"], honest[name].float(), rtol=1e-3, atol=1e-6)
-            for tensor in step:
+            for target in step:
                 with torch.no_grad():  # far from the dense weights, so that a stale input would show
-                    model.get_parameter(tensor.target.name).mul_(-1.5)
+                    model.get_parameter(target.name).mul_(-1.5)
             reader.finish(step)
-        replayed = [stack.replayed for stack in reader.replay.stacks]
+        replayed = [sequence.replayed for sequence in reader.replay.sequences]
     if kind != "albert":
         assert (sum(replayed) > 0) == reuse
     assert all("forward" not in module.__dict__ for module in model.modules())
@@ -94,8 +94,9 @@ def test_sequential_statistics_are_those_of_the_pruned_prefix(kind, reuse):
 
 def test_the_order_is_that_of_the_calls():
     def steps(model):
-        with InputReader(model, make_plan(model, PruningConfig(criterion="alps")), tiny_batches(model)) as reader:
-            return [[t.target.module.rsplit(".", 1)[-1] for t in step] for step in reader.order()]
+        targets = make_plan(model, PruningConfig(criterion="alps")).targets
+        with InputReader(model, targets, tiny_batches(model)) as reader:
+            return [[t.module.rsplit(".", 1)[-1] for t in step] for step in reader.order()]
 
     block = [["query", "key", "value"], ["dense"], ["dense"], ["dense"]]
     assert steps(models.tiny_bert()) == [*block, *block, ["dense"], ["classifier"]]

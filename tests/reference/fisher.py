@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import T5ForConditionalGeneration
 
-from hf_prune.calibration.sensitivity import prediction
+from hf_prune.calibration.predictions import sampled_prediction
 from hf_prune.kernels.matrix import Target
 from tests.reference.pruning import reference_matrix
 
@@ -27,7 +27,7 @@ def reference_example_gradients(model: nn.Module, target: Target, batches: Seque
                 example["decoder_input_ids"] = torch.cat([start, labels[:, :-1]], dim=1)
             generator = torch.Generator().manual_seed(zlib.crc32(f"0:{number}:{i}".encode()))
             model.zero_grad()
-            prediction(model(**example), None, generator).backward()
+            sampled_prediction(model(**example), None, generator).backward()
             gradient = model.get_parameter(target.name).grad
             found.append(reference_matrix(target, torch.zeros(target.shape) if gradient is None else gradient))
     model.zero_grad()

@@ -12,7 +12,7 @@ import torch
 import hf_prune
 from hf_prune import ArchitectureError, CalibrationError, ConfigError, PlanError, PruningConfig, prunable, prune, shrink
 from hf_prune.architectures.find_unit_groups import find_unit_groups
-from hf_prune.calibration.sensitivity import prediction
+from hf_prune.calibration.predictions import sampled_prediction
 from hf_prune.inference.speedup import workload_inputs
 from hf_prune.inference.timing import Timings
 from hf_prune.pruning.bypass import bypassed_layers
@@ -287,7 +287,7 @@ def test_gate_gradients_are_those_of_scaled_columns():
         each = []
         for index, batch in enumerate(batches):
             generator = torch.Generator().manual_seed(zlib.crc32(f"5:{index}".encode()))
-            value = prediction(model(**batch), batch["attention_mask"], generator)
+            value = sampled_prediction(model(**batch), batch["attention_mask"], generator)
             (gradient,) = torch.autograd.grad(value, [weight])
             each.append((gradient * weight.detach()).view(len(weight), site.units, -1).sum((0, 2)))
         gates = torch.stack(each).double()  # (examples, units)

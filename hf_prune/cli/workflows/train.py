@@ -14,7 +14,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from hf_prune.calibration.input_reader import Batches
+from hf_prune.calibration.batches import Batches
 from hf_prune.checkpoint.companions import copy_companions
 from hf_prune.checkpoint.staging import staged_checkpoint
 from hf_prune.cli.workflows.loading import load_for_task

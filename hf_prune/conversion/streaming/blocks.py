@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from hf_prune.calibration.batches import without_labels
 from hf_prune.calibration.input_reader import InputReader
 from hf_prune.conversion.streaming.lazy_weights import LazyWeights
 from hf_prune.conversion.streaming.meta_model import explained
@@ -50,9 +51,10 @@ def prune_blocks(
     # The labels of a decoder with an encoder are its inputs; other models only compute a loss from them.
     whole = bool(getattr(model.config, "is_encoder_decoder", False))
     if not whole:
-        batches = [_without_labels(batch) for batch in batches]
+        batches = [without_labels(model, batch) if isinstance(batch, Mapping) else batch for batch in batches]
     output.skeleton.load_buffers()
-    reader = InputReader(model, plan, batches, cache_bytes=cache_bytes, folder=scratch)
+    reader = InputReader(model, plan.targets, batches, cache_bytes=cache_bytes, folder=scratch)
+    planned = {tensor.target.name: tensor for tensor in plan.tensors}
     lazy = LazyWeights(output.skeleton, output.read, output.read_rows, output.targets, skip_head=not whole)
     try:
         counted: Bar[object] = Bar(total=len(plan.tensors), desc="Pruning", unit="weight", progress=progress)
@@ -60,7 +62,7 @@ def prune_blocks(
             for step in reader.order():
                 lazy.release()
                 reader.advance()
-                left = [tensor for tensor in step if not output.done(tensor.target.name)]
+                left = [planned[target.name] for target in step if not output.done(target.name)]
                 bar.update(len(step) - len(left))
                 for tensor in _prune_step(output, plan, reader, lazy, left):
                     bar.note(tensor.target.module)
@@ -80,7 +82,7 @@ def _prune_step(
 ) -> list[PlannedTensor]:
     if not step:
         return []
-    gathered = reader.gather(step, plan.needs & INPUTS)
+    gathered = reader.gather([tensor.target for tensor in step], plan.needs & INPUTS)
     for tensor in step:
         name = tensor.target.name
         bias = output.biases.get(name)
@@ -91,9 +93,3 @@ def _prune_step(
         output.write(tensor, lazy[name], mask, new)
     lazy.release()
     return list(step)
-
-
-def _without_labels(batch: Mapping[str, Any]) -> Mapping[str, Any]:
-    if not isinstance(batch, Mapping) or "labels" not in batch:
-        return batch
-    return {name: value for name, value in batch.items() if name != "labels"}

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from hf_prune import __version__
-from hf_prune.calibration.input_reader import CACHE_BYTES, NO_BATCHES, Batches
-from hf_prune.calibration.statistics import require_batches, weight_seed
+from hf_prune.calibration.batches import NO_BATCHES, Batches, require_batches
+from hf_prune.calibration.input_reader import CACHE_BYTES
 from hf_prune.checkpoint.files import MASK_FILE, find_file
 from hf_prune.checkpoint.mask_file import StoredMasks
 from hf_prune.checkpoint.shards import Shards
@@ -26,7 +26,7 @@ from hf_prune.conversion.streaming.lazy_weights import LazyWeights
 from hf_prune.conversion.streaming.meta_model import MetaModel, load_meta_model
 from hf_prune.conversion.streaming.output import COPIED, Output, digest_of
 from hf_prune.conversion.streaming.placing import finish_placing, is_placing
-from hf_prune.criteria.base import CURVATURE, GRADIENTS, INPUTS, TRAINED, WeightStats
+from hf_prune.criteria.base import CURVATURE, GRADIENTS, INPUTS, TRAINED, WeightStats, weight_seed
 from hf_prune.criteria.registry import CRITERIA
 from hf_prune.errors import CalibrationError, CheckpointError, ConfigError
 from hf_prune.evaluation.sparsity_report import SparsityReport
@@ -198,8 +198,7 @@ def check_streamable(config: PruningConfig) -> None:
 
 
 def _batches(config: PruningConfig, calibration: Batches | None) -> list[Mapping[str, Any]]:
-    empty = PruningPlan(config, (), 0, "", 0, 0, 0, {})
-    batches = list(require_batches(empty, calibration))
+    batches = list(require_batches(config, calibration))
     if not batches:
         raise CalibrationError(NO_BATCHES)
     return batches
@@ -272,7 +271,7 @@ def _chunks(output: Output, plan: PruningPlan, tensor: PlannedTensor) -> Iterato
     target = tensor.target
     old = output.old_masks.get(target.name)
     weight = target.matrix(output.read(target.name))
-    stats = WeightStats(seed=weight_seed(plan, target.name))
+    stats = WeightStats(seed=weight_seed(plan.config.seed, target.name))
     return unit_chunks(plan, target, weight, stats, None if old is None else target.matrix(old))
 
 

@@ -1,0 +1,78 @@
+"""Targets that calibration batches do not reach, or hardly reach: refused, or warned of."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+from torch import nn
+
+from hf_prune.errors import CalibrationError
+from hf_prune.kernels.matrix import Target
+from hf_prune.utils.formatting import first_few
+from hf_prune.utils.notices import warn_user
+
+_NUMBER = re.compile(r"\d+")
+
+
+def report_unreached(
+    model: nn.Module, targets: Sequence[Target], unreached: Sequence[Target], called: set[int], warn: bool = True
+) -> None:
+    """Warn of targets that no batch reaches, and say where the module around them ran without calling them.
+
+    Args:
+        model: The model.
+        targets: All targets.
+        unreached: Those that no batch called.
+        called: Ids of all modules that were called.
+        warn: Whether to warn; what cannot be calibrated at all is refused in any case.
+
+    Raises:
+        CalibrationError: If adapters around a target read its weight without calling it.
+    """
+    problem = (
+        f"no calibration batch reached {len(unreached)} of {len(targets)} targets "
+        f"({first_few([t.name for t in unreached])}): "
+    )
+    passed = {}
+    for t in unreached:
+        parent = model.get_submodule(t.module.rpartition(".")[0])
+        if id(parent) in called and t.module:
+            passed[t.module] = f"{type(parent).__module__}.{type(parent).__name__}"
+    kinds = ", ".join(sorted(set(passed.values())))
+    if any(module.endswith(".base_layer") for module in passed):
+        raise CalibrationError(
+            f"{problem}the adapters around them ({kinds}) read their weights without calling them, so nothing flows "
+            f"into them; prune before get_peft_model(), or merge_and_unload() first, or choose a criterion without "
+            f"data"
+        )
+    if warn:
+        why = f"; {kinds} ran without calling {', '.join(list(passed)[:3])}" if passed else ""
+        warn_user(f"{problem}they are pruned as if all their inputs were alike{why}")
+
+
+def warn_of_few_tokens(targets: Sequence[Target], tokens: Mapping[str, int]) -> None:
+    """Warn of experts that saw fewer tokens than they have inputs.
+
+    Experts are told by their names: targets of the same shape, whose names differ in numbers only, and that saw
+    different numbers of tokens. All others see every token, or heads one per text: how many is the caller's choice.
+
+    Args:
+        targets: All targets.
+        tokens: How many tokens each of them saw.
+    """
+    kinds = {t.name: (_NUMBER.sub("#", t.name), t.matrix_shape) for t in targets}
+    counts: dict[tuple[str, tuple[int, int]], set[int]] = {}
+    for name, number in tokens.items():
+        counts.setdefault(kinds[name], set()).add(number)
+    few = [
+        f"{name}: {number} for {kinds[name][1][1]} inputs"
+        for name, number in tokens.items()
+        if 0 < number < kinds[name][1][1] and len(counts[kinds[name]]) > 1
+    ]
+    if few:
+        warn_user(
+            f"{len(few)} of {len(targets)} targets are experts that saw fewer calibration tokens than they "
+            f"have inputs ({'; '.join(few[:3])}{'; …' if len(few) > 3 else ''}): their statistics are uncertain, "
+            f"and only damping makes up for it; calibrate on more texts, or name them in exclude_modules",
+        )
