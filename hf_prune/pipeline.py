@@ -17,7 +17,7 @@ from hf_prune.criteria.base import CURVATURE, INPUTS
 from hf_prune.errors import ConfigError
 from hf_prune.planning.config import PruningConfig
 from hf_prune.planning.make_plan import make_plan, warn_of
-from hf_prune.planning.plan import PruningPlan
+from hf_prune.planning.plan import PruningPlan, targets_of
 from hf_prune.planning.targets import refuse_read_only
 from hf_prune.pruning.compute_masks import compute_masks_synced
 from hf_prune.pruning.iterative import masks_before_repair, prune_iteratively
@@ -156,7 +156,7 @@ def prune(
             batches = calibration if polish_data is None else list(require_batches(plan.config, polish_data))
             assert batches is not None
             cache_bytes //= 2  # one half for the polish, one for the pruning
-            dense = context.enter_context(DenseOutputs(model, plan.targets, batches, cache_bytes, progress))
+            dense = context.enter_context(DenseOutputs(model, targets_of(plan), batches, cache_bytes, progress))
         given = None
         if config.repair is not None and (config.scope == "global" or plan.needs & CURVATURE):
             calibration = list(require_batches(plan.config, calibration))

@@ -10,7 +10,7 @@ from hf_prune.calibration.batches import Batches, require_batches
 from hf_prune.calibration.gradients import mean_gradients, squared_gradients
 from hf_prune.calibration.input_reader import InputReader
 from hf_prune.criteria.base import GRADIENTS, INPUTS, LABELLED, WeightStats, weight_seed
-from hf_prune.planning.plan import PruningPlan
+from hf_prune.planning.plan import PruningPlan, targets_of
 
 
 def collect_stats(
@@ -36,7 +36,8 @@ def collect_stats(
         CalibrationError: If batches are needed and missing, empty, without labels, or give a loss or
             gradients that are not finite.
     """
-    needs, names = plan.needs, [t.name for t in plan.targets]
+    needs, targets = plan.needs, targets_of(plan)
+    names = [t.name for t in targets]
     fields: dict[str, dict[str, Any]] = {name: {} for name in names}
     if needs:
         batches = require_batches(plan.config, calibration)
@@ -47,12 +48,12 @@ def collect_stats(
             gradients = mean_gradients(model, names, batches, labelled, progress)
         if "squared_gradient" in needs:
             gradients["squared_gradient"] = squared_gradients(model, names, batches, plan.config.seed, progress)
-        for t in plan.targets:
+        for t in targets:
             for need, tensors in gradients.items():
                 fields[t.name][need] = t.matrix(tensors[t.name])
         if inputs := needs & INPUTS:
-            with InputReader(model, plan.targets, batches) as reader:
+            with InputReader(model, targets, batches) as reader:
                 reader.order()
-                for name, statistics in reader.gather(plan.targets, inputs, progress=progress).items():
+                for name, statistics in reader.gather(targets, inputs, progress=progress).items():
                     fields[name].update(statistics)
     return {name: WeightStats(seed=weight_seed(plan.config.seed, name), **values) for name, values in fields.items()}

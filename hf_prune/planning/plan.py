@@ -64,11 +64,6 @@ class PruningPlan:
     notes: tuple[str, ...] = ()
 
     @property
-    def targets(self) -> tuple[Target, ...]:
-        """The weights that will be pruned."""
-        return tuple(t.target for t in self.tensors)
-
-    @property
     def criterion(self) -> Criterion:
         """A new instance of the config's criterion."""
         return CRITERIA.get(self.config.criterion)()
@@ -172,6 +167,11 @@ class PruningPlan:
             )
         lines += [*self.notes, *sparsity_notes(config)]
         return "\n".join(lines)
+
+
+def targets_of(plan: PruningPlan) -> tuple[Target, ...]:
+    """The weights that a plan prunes, in the order of the model's modules."""
+    return tuple(t.target for t in plan.tensors)
 
 
 def least_weights(tensors: Sequence[PlannedTensor], units: int) -> int:

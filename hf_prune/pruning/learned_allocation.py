@@ -19,7 +19,7 @@ from hf_prune.kernels.least_squares import damped, layer_errors, least_squares
 from hf_prune.kernels.matrix import Target
 from hf_prune.kernels.selection import keep_highest
 from hf_prune.planning.allocation import least_total, outlier_sparsities
-from hf_prune.planning.plan import PruningPlan
+from hf_prune.planning.plan import PruningPlan, targets_of
 from hf_prune.pruning.selector import unit_scores
 from hf_prune.utils.distributed import broadcast, fail_together
 
@@ -50,7 +50,7 @@ def learn_sparsities(
         Sparsities by parameter name, and how much the predictions depend on what where that was measured; to be closed.
     """
     cache_bytes //= 4  # the sensitivities stay for the pruning, as one of the four shelves that it keeps
-    with InputReader(model, plan.targets, batches, cache_bytes=cache_bytes) as reader:
+    with InputReader(model, targets_of(plan), batches, cache_bytes=cache_bytes) as reader:
         steps = reader.order()
         if plan.config.allocation == "owl":
             return _owl(reader, steps, plan), None

@@ -20,7 +20,7 @@ from hf_prune.calibration.trial import NotAlikeError
 from hf_prune.criteria.base import GRADIENTS, INPUTS, WeightStats, weight_seed
 from hf_prune.kernels.matrix import Target
 from hf_prune.kernels.zeroing import zero_removed_
-from hf_prune.planning.plan import PlannedTensor, PruningPlan
+from hf_prune.planning.plan import PlannedTensor, PruningPlan, targets_of
 from hf_prune.planning.targets import bias_names
 from hf_prune.pruning.compute_masks import compute_masks_synced
 from hf_prune.pruning.transaction import WeightBackup
@@ -94,7 +94,7 @@ def _prune(
         assert gradients <= plan.criterion.needs
     parameters = dict(model.named_parameters())
     planned = {t.target.name: t for t in plan.tensors}
-    biases = bias_names(model, plan.targets) if plan.config.repair is not None else {}
+    biases = bias_names(model, targets_of(plan)) if plan.config.repair is not None else {}
     masks: dict[str, Tensor] = {}
     if plan.config.objective == "loss":
         cache_bytes //= _SHELVES
@@ -116,7 +116,7 @@ def _prune(
             bar.update()
 
     with ExitStack() as context:
-        reader = context.enter_context(InputReader(model, plan.targets, batches, reuse, cache_bytes))
+        reader = context.enter_context(InputReader(model, targets_of(plan), batches, reuse, cache_bytes))
         bar: Bar[object] = context.enter_context(
             Bar(total=len(plan.tensors), desc="Pruning", unit="weight", progress=progress)
         )
@@ -129,7 +129,7 @@ def _prune(
         if sensitivity is None:
             sensitivity = measure_sensitivity(reader, plan.config.seed, progress, cache_bytes)
             context.callback(sensitivity.close)
-        goals = context.enter_context(OutputMatcher(model, plan.targets, batches, sensitivity, cache_bytes, reuse))
+        goals = context.enter_context(OutputMatcher(model, targets_of(plan), batches, sensitivity, cache_bytes, reuse))
         for segment in goals.segments(steps):
             for step in segment:
                 prune_step(step, goals.gather(reader, step), bar)

@@ -16,6 +16,7 @@ from hf_prune.calibration.input_reader import CACHE_BYTES
 from hf_prune.calibration.sensitivity import Sensitivity
 from hf_prune.calibration.statistics import collect_stats
 from hf_prune.planning.config import PruningConfig
+from hf_prune.planning.plan import targets_of
 from hf_prune.pruning.bypass import bypass, is_bypassed, restore
 from hf_prune.pruning.compute_masks import compute_masks_synced
 from hf_prune.pruning.mask_store import MaskStore, warn_regrown
@@ -70,7 +71,7 @@ def prune_units(
             cache_bytes //= 2  # one half for the polish, one for the repair
             data = batches if polish_data is None else list(as_batches(polish_data))
             assert data is not None
-            dense = context.enter_context(DenseOutputs(model, inner.targets, data, cache_bytes, progress))
+            dense = context.enter_context(DenseOutputs(model, targets_of(inner), data, cache_bytes, progress))
         assert plan.choice is not None
         gone = [layer for layer in map(model.get_submodule, sorted(plan.choice.layers)) if not is_bypassed(layer)]
         for layer in gone:

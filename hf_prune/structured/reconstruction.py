@@ -14,7 +14,7 @@ from hf_prune.errors import PlanError
 from hf_prune.kernels.matrix import Target
 from hf_prune.planning.config import PruningConfig
 from hf_prune.planning.make_plan import make_plan
-from hf_prune.planning.plan import PruningPlan
+from hf_prune.planning.plan import PruningPlan, targets_of
 from hf_prune.pruning.learned_allocation import weighted_grams
 from hf_prune.pruning.mask_store import checked_masks, mask_of
 from hf_prune.structured.loss_curves import Curve, additive_curve, reconstruction_curve, redundancy_curve

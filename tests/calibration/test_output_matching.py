@@ -15,6 +15,7 @@ from hf_prune.errors import CalibrationError, ConfigError
 from hf_prune.pipeline import prune
 from hf_prune.planning.config import PruningConfig
 from hf_prune.planning.make_plan import make_plan
+from hf_prune.planning.plan import targets_of
 from hf_prune.pruning.mask_store import MaskStore
 from tests import models
 from tests.calibration.test_statistics import Interrupted, state, unusual
@@ -35,11 +36,11 @@ SUMS = {
 
 
 def begun(model, plan, batches, stack):
-    reader = stack.enter_context(InputReader(model, plan.targets, batches))
+    reader = stack.enter_context(InputReader(model, targets_of(plan), batches))
     steps = reader.order()
     sensitivity = measure_sensitivity(reader, 0)
     stack.callback(sensitivity.close)
-    return reader, steps, stack.enter_context(OutputMatcher(model, plan.targets, batches, sensitivity, CACHE_BYTES))
+    return reader, steps, stack.enter_context(OutputMatcher(model, targets_of(plan), batches, sensitivity, CACHE_BYTES))
 
 
 @pytest.fixture
@@ -267,7 +268,7 @@ def test_experts_are_solved_on_their_own():
     model = models.tiny_moe()
     batches = tiny_batches(model, sizes=(8, 8))
     plan = make_plan(model, LOSS)
-    with InputReader(model, plan.targets, batches) as reader:
+    with InputReader(model, targets_of(plan), batches) as reader:
         reader.order()
         sensitivity = measure_sensitivity(reader, 0)
         sensitivity.close()
@@ -306,7 +307,7 @@ def test_sensitivities_by_hand():
     """(∂ prediction / ∂ output)² of an MLP; of two classes, only their difference counts."""
     model = models.mlp(labels=2)
     batches = tiny_batches(model, sizes=(3, 2))
-    with InputReader(model, make_plan(model, LOSS).targets, batches) as reader:
+    with InputReader(model, targets_of(make_plan(model, LOSS)), batches) as reader:
         reader.order()
         found = measure_sensitivity(reader, 0)
     contrast = torch.tensor([1.0, -1.0]) / 2**0.5

@@ -17,6 +17,7 @@ from hf_prune.criteria.base import INPUTS
 from hf_prune.pipeline import prune
 from hf_prune.planning.config import PruningConfig
 from hf_prune.planning.make_plan import make_plan
+from hf_prune.planning.plan import targets_of
 from hf_prune.pruning.mask_store import MaskStore
 from tests import models
 from tests.models import same_bits, tiny_batches
@@ -377,7 +378,7 @@ def batches_for(kind: str) -> list[dict[str, Tensor]]:
 @pytest.mark.parametrize("kind", sorted(ZOO))
 def test_one_call_gives_what_one_call_for_each_weight_gives(kind, settings):
     together, apart, batches = make(kind), make(kind), batches_for(kind)
-    with InputReader(together, make_plan(together, PruningConfig(criterion="wanda")).targets, batches) as reader:
+    with InputReader(together, targets_of(make_plan(together, PruningConfig(criterion="wanda"))), batches) as reader:
         order = [t.module for step in reader.order() for t in step]
     prune(together, 0.5, calibration=batches, **SETTINGS[settings])
     for name in order:
@@ -449,7 +450,7 @@ def test_a_model_with_deepstack_is_pruned_as_without_replaying(values, tmp_path,
 def replays(kind: str) -> tuple[list[list[bool]], list[int]]:
     """Which blocks may be replayed, and how many are in the end."""
     model, batches = make(kind), batches_for(kind)
-    with InputReader(model, make_plan(model, PruningConfig(criterion="wanda")).targets, batches) as reader:
+    with InputReader(model, targets_of(make_plan(model, PruningConfig(criterion="wanda"))), batches) as reader:
         for step in reader.order():
             reader.gather(step, INPUTS)
             reader.finish(step)
@@ -543,7 +544,7 @@ def test_the_model_is_as_it_was_and_draws_nothing():
     for kind in sorted(ZOO):
         model, batches = make(kind), batches_for(kind)
         before, random = copy.deepcopy(model.state_dict()), torch.get_rng_state()
-        with InputReader(model, make_plan(model, PruningConfig(criterion="wanda")).targets, batches) as reader:
+        with InputReader(model, targets_of(make_plan(model, PruningConfig(criterion="wanda"))), batches) as reader:
             reader.order()
             reader.verify()
         assert torch.equal(torch.get_rng_state(), random)

@@ -20,6 +20,7 @@ from hf_prune.evaluation.perplexity_result import Perplexity
 from hf_prune.pipeline import prune
 from hf_prune.planning.config import PruningConfig
 from hf_prune.planning.make_plan import make_plan
+from hf_prune.planning.plan import targets_of
 from hf_prune.pruning.mask_store import MaskStore
 from hf_prune.utils.offload_cache import OffloadCache
 from tests import models
@@ -114,7 +115,7 @@ def test_what_finished_blocks_put_out_is_read_twice_a_batch_not_once_a_block(mon
     reads: list[int] = []
     read = OffloadCache.get
     monkeypatch.setattr(OffloadCache, "get", lambda cache, key: reads.append(key) or read(cache, key))
-    with InputReader(model, make_plan(model, PruningConfig(criterion="alps")).targets, batches) as reader:
+    with InputReader(model, targets_of(make_plan(model, PruningConfig(criterion="alps"))), batches) as reader:
         for step in reader.order():
             (sequence,) = reader.replay.sequences
             reader.verify()  # which reads too

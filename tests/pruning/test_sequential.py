@@ -15,6 +15,7 @@ from hf_prune.evaluation.data.texts import text_batches
 from hf_prune.pipeline import prune
 from hf_prune.planning.config import PruningConfig
 from hf_prune.planning.make_plan import make_plan
+from hf_prune.planning.plan import targets_of
 from hf_prune.pruning import compute_masks as scoring
 from hf_prune.pruning.mask_store import MaskStore
 from hf_prune.pruning.sequential import prune_sequentially
@@ -73,7 +74,7 @@ def test_sequential_statistics_are_those_of_the_pruned_prefix(kind, reuse):
     model = models.TRANSFORMERS[kind](num_layers=3) if kind == "t5" else models.TRANSFORMERS[kind]()
     batches = tiny_batches(model, sizes=(4, 2))
     plan = make_plan(model, PruningConfig(criterion="alps"))
-    with InputReader(model, plan.targets, batches, reuse=reuse) as reader:
+    with InputReader(model, targets_of(plan), batches, reuse=reuse) as reader:
         for step in reader.order():
             found = reader.gather(step, INPUTS)
             clone = copy.deepcopy(model)
@@ -94,7 +95,7 @@ def test_sequential_statistics_are_those_of_the_pruned_prefix(kind, reuse):
 
 def test_the_order_is_that_of_the_calls():
     def steps(model):
-        targets = make_plan(model, PruningConfig(criterion="alps")).targets
+        targets = targets_of(make_plan(model, PruningConfig(criterion="alps")))
         with InputReader(model, targets, tiny_batches(model)) as reader:
             return [[t.module.rsplit(".", 1)[-1] for t in step] for step in reader.order()]
 

@@ -15,7 +15,7 @@ from hf_prune.conversion.streaming.meta_model import explained
 from hf_prune.conversion.streaming.output import Output
 from hf_prune.criteria.base import INPUTS
 from hf_prune.errors import CalibrationError, HfPruneError
-from hf_prune.planning.plan import PlannedTensor, PruningPlan
+from hf_prune.planning.plan import PlannedTensor, PruningPlan, targets_of
 from hf_prune.pruning.sequential import prune_tensor
 from hf_prune.utils.progress import Bar
 
@@ -53,7 +53,7 @@ def prune_blocks(
     if not whole:
         batches = [without_labels(model, batch) if isinstance(batch, Mapping) else batch for batch in batches]
     output.skeleton.load_buffers()
-    reader = InputReader(model, plan.targets, batches, cache_bytes=cache_bytes, folder=scratch)
+    reader = InputReader(model, targets_of(plan), batches, cache_bytes=cache_bytes, folder=scratch)
     planned = {tensor.target.name: tensor for tensor in plan.tensors}
     lazy = LazyWeights(output.skeleton, output.read, output.read_rows, output.targets, skip_head=not whole)
     try:
