@@ -104,7 +104,7 @@ def test_criteria_with_gradients_learn_from_the_next_tokens(criterion):
 @pytest.mark.parametrize("criterion", ["wanda", "alps"])
 def test_blocks_that_are_not_run_again_change_no_bit(make, criterion, monkeypatch):
     once = prune(make(), 0.5, criterion=criterion, calibration=windows())
-    monkeypatch.setattr(Replay, "behind", lambda self: [])
+    monkeypatch.setattr(Replay, "pending", lambda self: [])
     whole = prune(make(), 0.5, criterion=criterion, calibration=windows())
     for name, parameter in whole.named_parameters():
         assert same_bits(once.get_parameter(name), parameter)
