@@ -1,12 +1,14 @@
 """hf_prune as a Hugging Face Space; ``hf-prune space`` runs the same.
 
-Settings come from the environment: ``HF_PRUNE_SPACE_MODEL`` and ``HF_PRUNE_SPACE_DATA`` name folders with the model of
-the first tab and with labelled sentences that fit it; what a Space was pushed with lies beside this file, and without
-either the demo's are made. ``HF_PRUNE_SPACE_HOSTS`` lists names under which it may be opened, besides localhost.
+Settings come from the environment: ``HF_PRUNE_SPACE_MODEL`` and ``HF_PRUNE_SPACE_DATA`` name folders with the first
+model on the list and with labelled sentences that fit it. Otherwise they are what the Space was pushed with, in
+``demo/`` beside this file, or else the demo's, which are made first. ``HF_PRUNE_SPACE_HOSTS`` lists names under which
+the app may be opened, besides localhost.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 import threading
@@ -16,21 +18,18 @@ from pathlib import Path
 import gradio as gr
 from guard import OwnPagesOnly, own_names
 from pages import CSS, THEME, build
+from sessions import Sessions
 from starlette.middleware import Middleware
-from studio import Limits, Studio
 from tradeoff import read_results
-
-from hf_prune.utils.json_files import read_json_object
 
 HERE = Path(__file__).parent
 
 
-def make(folder: Path, limits: Limits | None = None) -> tuple[Studio, gr.Blocks]:
-    """The studio and its pages, with the settings of the environment.
+def make(folder: Path) -> tuple[Sessions, gr.Blocks]:
+    """The sessions and their pages, with the settings of the environment.
 
     Args:
-        folder: For what visitors make.
-        limits: What they may ask for.
+        folder: Where files of visitors go.
     """
     on_a_space = gr.utils.get_space() is not None
     model, data = os.environ.get("HF_PRUNE_SPACE_MODEL"), os.environ.get("HF_PRUNE_SPACE_DATA")
@@ -38,33 +37,33 @@ def make(folder: Path, limits: Limits | None = None) -> tuple[Studio, gr.Blocks]
     if model is not None:
         names = {"name": Path(model).name, "data_name": Path(data).name if data else ""}
     elif (HERE / "demo").is_dir():  # as `hf-prune space --push` put it there
-        model, found = str(HERE / "demo" / "model"), HERE / "demo" / "data"
-        data = str(found) if found.is_dir() else None
+        model, demo_data = str(HERE / "demo" / "model"), HERE / "demo" / "data"
+        data = str(demo_data) if demo_data.is_dir() else None
         if (HERE / "demo" / "names.json").is_file():
-            names = read_json_object(HERE / "demo" / "names.json")
+            names = json.loads((HERE / "demo" / "names.json").read_text(encoding="utf-8"))
     else:
         from hf_prune.cli.demo.demo import prepare_demo
 
         assets = prepare_demo(progress=False)
         model, data = str(assets.model_dir), str(assets.data_dir)
     sentences = (HERE / "sentences.txt").read_text(encoding="utf-8").splitlines()
-    studio = Studio(folder, demo=model, data=data, sentences=sentences, limits=limits, public=on_a_space, **names)
-    studio.check_own()
+    sessions = Sessions(folder, demo=model, data=data, sentences=sentences, public=on_a_space, **names)
+    sessions.check_own_model()
     results = read_results(HERE / "results.json")
-    return studio, build(studio, results, login=on_a_space)
+    return sessions, build(sessions, results, login=on_a_space)
 
 
-def _let_go(studio: Studio) -> None:
+def _drop_idle_sessions(sessions: Sessions) -> None:
     while True:
         time.sleep(60)
-        studio.drop_idle()
+        sessions.drop_idle()
 
 
 def main() -> None:
     """Serve it."""
     with tempfile.TemporaryDirectory(prefix="hf-prune-space-") as folder:
-        studio, demo = make(Path(folder))
-        threading.Thread(target=_let_go, args=(studio,), daemon=True).start()
+        sessions, demo = make(Path(folder))
+        threading.Thread(target=_drop_idle_sessions, args=(sessions,), daemon=True).start()
         demo.queue(max_size=32, default_concurrency_limit=4, api_open=False)
         try:
             demo.launch(
@@ -74,12 +73,12 @@ def main() -> None:
                 footer_links=["api", "settings"],
                 max_file_size="1mb",
                 share=False,
-                server_name="0.0.0.0" if studio.public else "127.0.0.1",  # here, a push is yours
+                server_name="0.0.0.0" if sessions.public else "127.0.0.1",  # a push here uses your own token
                 app_kwargs={"middleware": [Middleware(OwnPagesOnly, names=own_names(os.environ))]},
                 inbrowser=os.environ.get("HF_PRUNE_SPACE_OPEN") == "1",
             )
         finally:
-            studio.close()
+            sessions.close()
 
 
 if __name__ == "__main__":

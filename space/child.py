@@ -1,6 +1,6 @@
-"""What runs in a process of its own: a visitor's model is loaded, pruned and asked here, within limits.
+"""A child process: a visitor's model is loaded, pruned and run here, within limits.
 
-With ``--fork``, it imports everything and then only makes copies of itself; see :mod:`children`.
+With ``--fork``, it imports everything and then only forks children; see :mod:`children`.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import models
 import tradeoff
 import transformers.models.bert.modeling_bert
 import transformers.models.distilbert.modeling_distilbert
 import transformers.models.roberta.modeling_roberta  # noqa: F401  (what most text classifiers are)
-import work
-from fetch import fetch_model
+from downloads import fetch_model
 
 from hf_prune import (
     HfPruneError,
     PruningConfig,
+    explain_speed,
     listen_to_progress,
     plot_layer_sparsity,
     plot_weight_histogram,
     push_checkpoint,
 )
-from hf_prune.evaluation.explain import speed_reasons
 from hf_prune.evaluation.plots import save_figure
 from hf_prune.hub.checksums import checksums, weights_digest
 from hf_prune.hub.describe import describe_model
@@ -45,76 +45,81 @@ try:
 except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
 
-Say = Callable[[str, Any], None]
+Send = Callable[[str, Any], None]  # a message of a kind
 _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of Linux
 
 
-class Desk:
-    """What one child does, and the model that it has pruned.
+class Worker:
+    """The commands of a child, and the model that it has pruned.
 
     Args:
-        say: Tells the app something on the way.
+        send: Sends the app a message before the result.
     """
 
-    def __init__(self, say: Say) -> None:
-        self._say = say
-        self._pruned: work.Pruned | None = None
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self._kept: models.PrunedModel | None = None
 
-    def tell(self, title: str, share: float) -> None:
-        """Say how far it is."""
-        self._say("progress", [title, share])
+    def progress(self, title: str, share: float) -> None:
+        """Report what is being done, and which share of it is done."""
+        self._send("progress", [title, share])
 
-    def _dense(self, model: Mapping[str, Any]) -> work.Dense:
-        self.tell("Loading the model", 0.0)
-        name, own = model["name"], model["folder"]
-        folder = Path(own) if own else fetch_model(name, model["download_bytes"], model["token"], _path(model["cache"]))
-        return work.load_dense(name, folder, None if own else name, model["parameters"])
+    def _dense(self, model: Mapping[str, Any]) -> models.DenseModel:
+        self.progress("Loading the model", 0.0)
+        name = model["name"]
+        if model["folder"] is not None:
+            return models.load_dense(name, Path(model["folder"]), None, model["parameters"])
+        cache = None if model["cache"] is None else Path(model["cache"])
+        folder = fetch_model(name, model["download_bytes"], model["token"], cache)
+        return models.load_dense(name, folder, name, model["parameters"])
 
-    def _pair(self, model: Mapping[str, Any], folder: str) -> tuple[work.Dense, work.Dense]:
+    def _pair(self, model: Mapping[str, Any], folder: str) -> tuple[models.DenseModel, models.DenseModel]:
         dense = self._dense(model)
-        return dense, work.load_dense(dense.name, Path(folder), None, model["parameters"])
+        return dense, models.load_dense(dense.name, Path(folder), None, model["parameters"])
 
     def check(self, model: Mapping[str, Any]) -> None:
-        """See that a model can be loaded."""
+        """Make sure that a model can be loaded."""
         self._dense(model)
 
     def prune(
         self, model: Mapping[str, Any], config: Mapping[str, Any], texts: list[str], folder: str
     ) -> dict[str, Any]:
-        """Prune a copy of a model into a folder, and keep it; what is shown of it."""
+        """Prune a copy of a model into a folder, and keep it; returns what is shown of it."""
         dense = self._dense(model)
-        pruned = work.make_pruned(dense, PruningConfig.from_dict(config), texts, Path(folder), self.tell)
-        self._pruned = pruned
+        pruned = models.prune_copy(dense, PruningConfig.from_dict(config), texts, Path(folder), self.progress)
+        self._kept = pruned
         return {
             "facts": pruned.facts(),
             "labels": dense.labels,
-            "parts": work.removed_parts(pruned.units),
-            "layers": None if pruned.structure is None else [list(each) for each in pruned.structure.layers.values()],
+            "removed_units": models.count_removed_units(pruned.units),
+            "layers": None
+            if pruned.structure is None
+            else [list(counts) for counts in pruned.structure.layers.values()],
             "histograms": [
-                {"edges": each.edges.tolist(), "counts": each.counts.tolist(), "zeros": int(each.zeros)}
-                for each in pruned.histograms
+                {"edges": part.edges.tolist(), "counts": part.counts.tolist(), "zeros": int(part.zeros)}
+                for part in pruned.histograms
             ],
             "units": dict(pruned.units),
-            "gone": dict(pruned.gone),
-            "reasons": [line.strip() for line in speed_reasons(pruned.model)],
+            "removed_shares": dict(pruned.removed_shares),
+            "reasons": _speed_reasons(pruned.model),
         }
 
-    def ask(self, texts: list[str]) -> list[list[list[float]]]:
+    def probabilities(self, texts: list[str]) -> list[list[list[float]]]:
         """The probabilities that both models give: (models, sentences, classes)."""
-        pruned = self._kept()
+        pruned = self._pruned()
         both = (pruned.dense.model, pruned.model)
-        return [work.probabilities_of(model, pruned.dense.tokenizer, texts).tolist() for model in both]
+        return [models.probabilities_of(model, pruned.tokenizer, texts).tolist() for model in both]
 
     def card(self, name: str, latency: dict[str, Any] | None, evaluation: dict[str, Any] | None) -> str:
         """Write the card beside the checkpoint."""
-        pruned = self._kept()
+        pruned = self._pruned()
         (pruned.folder / "README.md").unlink(missing_ok=True)
         title = f"{pruned.dense.name}, {pruned.config.criterion}"
         before, after = pruned.histograms
         save_figure(plot_weight_histogram(before, after, title), pruned.folder / "weights.png")
         if pruned.structure is None:
             save_figure(plot_layer_sparsity(pruned.report, title), pruned.folder / "layers.png")
-        weights = weights_digest(checksums(pruned.folder))  # what was measured here is of these
+        weights = weights_digest(checksums(pruned.folder))  # what the measurements are of
         if evaluation is not None:
             evaluation = {**evaluation, "weights": weights}
         if latency is not None:
@@ -131,30 +136,31 @@ class Desk:
         )
 
     def archive(self, path: str, **more: Any) -> None:
-        """Write the card, and all of it into a zip file, in a folder made for that; the one before goes."""
+        """Write the card, and pack the checkpoint into a zip file in a folder of its own, which is emptied before."""
         self.card(**more)
-        folder, file = self._kept().folder, Path(path)
+        folder, file = self._pruned().folder, Path(path)
         shutil.rmtree(file.parent, ignore_errors=True)
         file.parent.mkdir()
-        with zipfile.ZipFile(file, "w") as packed:  # the weights are packed already
-            for each in sorted(path for path in folder.iterdir() if not path.name.startswith(".")):
-                packed.write(each, each.name)
+        with zipfile.ZipFile(file, "w") as packed:  # not deflated: the weights are compressed already
+            for part in sorted(path for path in folder.iterdir() if not path.name.startswith(".")):
+                packed.write(part, part.name)
 
     def measure(self, model: Mapping[str, Any], folder: str) -> dict[str, Any]:
         """Time a dense model and the pruned one in a folder in turns."""
         dense, pruned = self._pair(model, folder)
-        self.tell("Timing both in turns", 0.3)
-        result = work.time_both(dense.model, pruned.model)
-        shown = [
+        self.progress("Timing both in turns", 0.3)
+        result = models.time_both(dense.model, pruned.model)
+        points = [
             {"model": p.model, "median": p.median, "low": p.low, "high": p.high, "verdict": p.verdict}
             for p in result.points
         ]
-        return {"latency": result.to_dict(), "points": shown, "doubts": result.doubts()}
+        return {"latency": result.to_dict(), "points": points, "doubts": result.doubts()}
 
     def score(self, model: Mapping[str, Any], folder: str, data: str, data_name: str, n: int) -> dict[str, Any]:
         """Score both on the same held-out sentences."""
-        both, sentences = self._pair(model, folder), work.held_out(data, n)
-        return work.scores(*(work.score(each, sentences, data_name) for each in both))
+        dense, pruned = self._pair(model, folder)
+        sentences = models.held_out(data, n)
+        return models.compare_scores(*(models.score(part, sentences, data_name) for part in (dense, pruned)))
 
     def sweep(
         self,
@@ -166,27 +172,28 @@ class Desk:
         n: int,
         root: str,
     ) -> None:
-        """Measure points of a model, and say each."""
-        dense, sentences = self._dense(model), work.held_out(data, n)
+        """Prune a model in several ways, and send a message with each measured point."""
+        dense, sentences = self._dense(model), models.held_out(data, n)
         chosen = [(what, how, repair) for what, how, repair in methods]
-        for point in tradeoff.measure(dense, chosen, sparsities, sentences, texts, Path(root), self.tell):
-            self._say("point", point)
+        for point in tradeoff.measure(dense, chosen, sparsities, sentences, texts, Path(root), self.progress):
+            self._send("point", point)
 
     def push(self, folder: str, repo: str, token: str, private: bool) -> dict[str, Any]:
         """Upload a checkpoint."""
         return push_checkpoint(folder, repo, private=private, token=token).to_dict()
 
-    def _kept(self) -> work.Pruned:
-        assert self._pruned is not None
-        return self._pruned
+    def _pruned(self) -> models.PrunedModel:
+        assert self._kept is not None
+        return self._kept
 
 
-def _path(value: str | None) -> Path | None:
-    return None if value is None else Path(value)
+def _speed_reasons(model: Any) -> list[str]:
+    """What the shapes and the zeros of a model mean for its speed: the lines between its name and the timing."""
+    return [line.strip() for line in explain_speed(model).splitlines()[1:-1]]
 
 
 def serve(requests: BinaryIO, answers: BinaryIO) -> None:
-    """Do what is asked, line by line, until nobody asks any more."""
+    """Answer requests, one per line, until there are no more."""
     settings = json.loads(requests.readline())
     _limit_memory(settings["memory_bytes"])
 
@@ -194,18 +201,18 @@ def serve(requests: BinaryIO, answers: BinaryIO) -> None:
         answers.write(json.dumps(message).encode() + b"\n")
         answers.flush()
 
-    desk = Desk(lambda kind, value: write({"said": [kind, value]}))
+    worker = Worker(lambda kind, value: write({"message": [kind, value]}))
     while line := requests.readline():
         request = json.loads(line)
         try:
-            with listen_to_progress(lambda title, done, total: desk.tell(title, done / total if total else 0.0)):
-                done = getattr(desk, request["do"])(**request["with"])
-            write({"done": done, "memory": _private_bytes()})
+            with listen_to_progress(lambda title, done, total: worker.progress(title, done / total if total else 0.0)):
+                result = getattr(worker, request["command"])(**request["arguments"])
+            write({"result": result, "memory": _private_bytes()})
         except BrokenPipeError:
             return
         except Exception as error:
-            if work.is_out_of_memory(error):
-                raise  # what is left of the heap is good for nothing; the app says it in words
+            if models.is_out_of_memory(error):
+                raise  # the heap cannot be trusted any more; the app explains it
             if isinstance(error, HfPruneError):
                 write({"error": [type(error).__name__, str(error)]})
             else:
@@ -214,7 +221,7 @@ def serve(requests: BinaryIO, answers: BinaryIO) -> None:
 
 
 def _limit_memory(most: int) -> None:
-    """Let this process have so much more than it has now; where the system can do that."""
+    """Let this process allocate at most this much more than it has now, where the system can limit that."""
     if resource is None or not sys.platform.startswith("linux"):
         return
     status = Path("/proc/self/status").read_text(encoding="ascii")
@@ -222,11 +229,11 @@ def _limit_memory(most: int) -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (now + most, now + most))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     with contextlib.suppress(OSError):
-        Path("/proc/self/oom_score_adj").write_text("1000")  # where memory is short all the same, this one goes first
+        Path("/proc/self/oom_score_adj").write_text("1000")  # if memory runs out all the same, kill this one first
 
 
 def _private_bytes() -> int:
-    """Memory that this process shares with no other; 0 where nobody tells."""
+    """Bytes that this process shares with no other; 0 where the system does not say."""
     try:
         lines = Path("/proc/self/smaps_rollup").read_text(encoding="ascii").splitlines()
     except OSError:
@@ -235,15 +242,15 @@ def _private_bytes() -> int:
 
 
 def fork(control: socket.socket) -> None:
-    """Make copies of this process that serve, and end them, until the app is gone; then end them all."""
-    children: dict[int, int] = {}  # process ids by number: those are given again
+    """Fork and kill children as the app asks, until it closes the socket; then kill them all."""
+    children: dict[int, int] = {}  # process ids by number: ids are reused
     for number in itertools.count():
         word, files, _, _ = socket.recv_fds(control, 64, 2)
         if not word:
             break
-        for each, pid in list(children.items()):
+        for ended, pid in list(children.items()):
             if os.waitpid(pid, os.WNOHANG)[0]:
-                del children[each]
+                del children[ended]
         if files:
             pid = os.fork()
             if pid == 0:
@@ -265,17 +272,17 @@ def fork(control: socket.socket) -> None:
 
 
 def _end(pid: int | None) -> None:
-    if pid is not None:  # and so still ours: it was not waited for
+    if pid is not None:  # not waited for yet, so the id is still that of our child
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the app's, which then ends this
-    given, taken = os.dup(0), os.dup(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the app, which then ends this process
+    requests, answers = os.dup(0), os.dup(1)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    os.dup2(2, 1)  # what libraries print is no answer
+    os.dup2(2, 1)  # libraries that print must not write into the answers
     if "--fork" in sys.argv:
-        fork(socket.socket(fileno=given))
+        fork(socket.socket(fileno=requests))
     else:
-        serve(os.fdopen(given, "rb"), os.fdopen(taken, "wb"))
+        serve(os.fdopen(requests, "rb"), os.fdopen(answers, "wb"))

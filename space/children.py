@@ -1,7 +1,7 @@
-"""Processes in which models of strangers are loaded and run: limited in memory and time, and ended at a word.
+"""Child processes in which strangers' models are loaded and run, limited in memory and time.
 
-On Linux they are forked from one that has imported everything, so that a visitor waits for none of it; elsewhere one is
-kept ready. What goes between them and the app are lines of JSON.
+On Linux they are forked from a process that has imported everything, so that visitors do not wait for imports;
+elsewhere one process is kept ready. The app and its children exchange lines of JSON.
 """
 
 from __future__ import annotations
@@ -20,107 +20,110 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-import hf_prune.errors
+import hf_prune
 from hf_prune import ConfigError, HfPruneError
 
 _PROGRAM = [sys.executable, str(Path(__file__).parent / "child.py")]
-_LONGEST_LINE = 64_000_000  # of what a child says
-_PATIENCE = 5.0  # seconds that somebody waits for their turn: nobody keeps many waiting
+_LONGEST_LINE = 64_000_000  # bytes of a message from a child
+_PATIENCE = 5.0  # seconds to wait for a busy child: nobody keeps many requests waiting
 _SECRET = re.compile("TOKEN|SECRET|PASSWORD|KEY", re.IGNORECASE)
 FORKS = sys.platform == "linux"
 
 
 class EndedError(HfPruneError):
-    """A child was ended, or ended by itself."""
+    """A child process has ended."""
 
 
 class Child:
-    """One process.
+    """One child process, as the app sees it.
 
     Args:
-        requests: What it reads.
-        answers: What it writes.
-        kill: Ends it.
-        memory_bytes: What it may use.
+        requests: The pipe that it reads.
+        answers: The pipe that it writes.
+        kill: Kills it.
+        memory_bytes: How much memory it may use.
     """
 
     def __init__(self, requests: IO[bytes], answers: IO[bytes], kill: Callable[[], None], memory_bytes: int) -> None:
-        self.memory = 0  # bytes that it has for itself, as of its last answer
-        self.turn = threading.Lock()  # held by who asks it something
+        self.memory = 0  # bytes that it shares with no other process, as of its last answer
+        self.turn = threading.Lock()  # held while it works on a request
         self._requests, self._answers, self._kill = requests, answers, kill
         self._limit, self._ended = memory_bytes, False
-        self._said: queue.Queue[dict[str, Any] | None] = queue.Queue()
+        self._messages: queue.Queue[dict[str, Any] | None] = queue.Queue()
         threading.Thread(target=self._listen, daemon=True).start()
         self._write({"memory_bytes": memory_bytes})
 
     def _listen(self) -> None:
         with contextlib.suppress(OSError, ValueError, RecursionError), self._answers:
             while (line := self._answers.readline(_LONGEST_LINE)).endswith(b"\n"):
-                self._said.put(json.loads(line))
-        self._said.put(None)
+                self._messages.put(json.loads(line))
+        self._messages.put(None)
 
     def _write(self, message: Mapping[str, Any]) -> None:
-        with contextlib.suppress(OSError, ValueError):  # it is gone, which is seen when it is listened to
+        with contextlib.suppress(OSError, ValueError):  # it has ended, which _answer reports
             self._requests.write(json.dumps(message).encode() + b"\n")
             self._requests.flush()
 
     def ask(
         self,
-        what: str,
-        given: Mapping[str, Any],
+        command: str,
+        arguments: Mapping[str, Any],
         *,
         seconds: float,
-        stopped: threading.Event | None = None,
-        hear: Callable[[str, Any], object] | None = None,
+        cancelled: threading.Event | None = None,
+        on_message: Callable[[str, Any], object] | None = None,
     ) -> Any:
-        """Have it do something.
+        """Run a command in the child, and wait for its result.
 
         Args:
-            what: Which of the functions of ``child.py``.
-            given: Its arguments.
-            seconds: How long it may take; then the process ends.
-            stopped: Ends the process once it is set.
-            hear: Gets what the child says before it is done: of which kind, and what.
+            command: A method of ``child.Worker``.
+            arguments: Its arguments.
+            seconds: How long it may take; then the process is killed.
+            cancelled: The process is killed when this is set.
+            on_message: Gets the kind and value of each message before the result.
 
         Raises:
             ConfigError: If it is busy with something else.
-            HfPruneError: What the function raised.
-            EndedError: If the process ended: it was stopped, took too long, or needed too much memory.
-            RuntimeError: If something went wrong in the child that nobody foresaw.
+            HfPruneError: What the command raised.
+            EndedError: If the process ended: it was cancelled, took too long, or ran out of memory.
+            RuntimeError: If the command failed unexpectedly.
         """
         if not self.turn.acquire(timeout=_PATIENCE):
             raise ConfigError("something of yours is still running: wait for it")
         try:
             if self._ended:
                 raise EndedError("this was stopped with what you had running before")
-            self._write({"do": what, "with": dict(given)})
-            answer = self._answer(seconds, stopped, hear)
+            self._write({"command": command, "arguments": dict(arguments)})
+            answer = self._answer(seconds, cancelled, on_message)
         except BaseException:
-            self.end()  # what it would still say belongs to nobody
+            self.end()  # nobody will read the rest of its messages
             raise
         finally:
             self.turn.release()
         if "error" in answer:
             name, text = answer["error"]
-            kind = getattr(hf_prune.errors, name, None)
-            raise kind(text) if name and kind is not None else RuntimeError(text)
+            kind = getattr(hf_prune, name, None) if name.endswith("Error") else None
+            raise kind(text) if kind is not None else RuntimeError(text)
         self.memory = answer["memory"]
-        return answer["done"]
+        return answer["result"]
 
     def _answer(
-        self, seconds: float, stopped: threading.Event | None, hear: Callable[[str, Any], object] | None
+        self,
+        seconds: float,
+        cancelled: threading.Event | None,
+        on_message: Callable[[str, Any], object] | None,
     ) -> dict[str, Any]:
         end = time.monotonic() + seconds
         while True:
-            if stopped is not None and stopped.is_set():
+            if cancelled is not None and cancelled.is_set():
                 raise EndedError("cancelled; nothing has changed")
-            if (left := end - time.monotonic()) <= 0:
+            if (remaining := end - time.monotonic()) <= 0:
                 raise EndedError(
                     f"this took longer than the {seconds:.0f} seconds that one visitor may use, and was stopped; "
                     f"nothing has changed. Choose another criterion or a smaller model"
                 )
             try:
-                message = self._said.get(timeout=min(0.05, left))
+                message = self._messages.get(timeout=min(0.05, remaining))
             except queue.Empty:
                 continue
             if message is None:
@@ -128,10 +131,10 @@ class Child:
                     f"this was stopped: most likely it needs more than the {self._limit / 1e9:.1f} GB of memory that "
                     f"one visitor may use; choose a smaller model"
                 )
-            if "said" not in message:
+            if "message" not in message:
                 return message
-            if hear is not None:
-                hear(*message["said"])
+            if on_message is not None:
+                on_message(*message["message"])
 
     def end(self) -> None:
         """Kill it, at once."""
@@ -144,24 +147,27 @@ class Child:
 
 
 class Children:
-    """Starts them.
+    """Starts child processes.
 
     Args:
-        secrets: Whether they may know the tokens of this machine.
+        secrets: Whether they get the tokens in this machine's environment.
     """
 
     def __init__(self, *, secrets: bool) -> None:
         self._environment = {k: v for k, v in os.environ.items() if secrets or not _SECRET.search(k)}
-        own = [str(Path(hf_prune.__file__).parents[1]), os.environ.get("PYTHONPATH")]  # the same hf_prune as here
-        self._environment["RUST_BACKTRACE"] = "0"  # of tokenizers that ran out of memory
-        self._environment["PYTHONPATH"] = os.pathsep.join(filter(None, own))
+        python_path = [
+            str(Path(hf_prune.__file__).parents[1]),
+            os.environ.get("PYTHONPATH"),
+        ]  # the same hf_prune as here
+        self._environment["RUST_BACKTRACE"] = "0"  # for tokenizers that run out of memory
+        self._environment["PYTHONPATH"] = os.pathsep.join(filter(None, python_path))
         self._lock = threading.Lock()
-        self._control: socket.socket | None = None  # where forking is asked for
-        self._ready: subprocess.Popen[Any] | None = None  # what forks, or is the next one itself
+        self._control: socket.socket | None = None  # takes requests to fork
+        self._ready: subprocess.Popen[Any] | None = None  # the process that forks, or the next child itself
         self.prepare()
 
     def prepare(self) -> None:
-        """Have one import everything, meanwhile."""
+        """Let a process import everything in the background."""
         with self._lock:
             if FORKS and self._control is None:
                 self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -171,11 +177,11 @@ class Children:
                 self._ready = self._popen(stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
     def start(self, memory_bytes: int) -> Child:
-        """A new one, which may use so much memory."""
+        """Start a child that may use this much memory."""
         if FORKS:
             try:
                 return self._forked(memory_bytes)
-            except OSError:  # what forks them is gone: another one
+            except OSError:  # the process that forks has ended: start another one
                 self.close()
                 self.prepare()
                 return self._forked(memory_bytes)
@@ -189,14 +195,14 @@ class Children:
         return Child(process.stdin, process.stdout, lambda: _kill(process), memory_bytes)
 
     def close(self) -> None:
-        """End them all."""
+        """End all children."""
         with self._lock:
             control, self._control = self._control, None
             process, self._ready = self._ready, None
             if control is not None:
-                control.close()  # it then ends what it forked, and itself
+                control.close()  # it then kills what it forked, and ends
             if process is not None:
-                with process:  # waits for it
+                with process:  # waits for its end
                     if control is None:
                         process.kill()
 
@@ -217,7 +223,7 @@ class Children:
             os.close(ours)
 
         def kill() -> None:
-            with contextlib.suppress(OSError):  # with what forked it, it went itself
+            with contextlib.suppress(OSError):  # it ended with the process that had forked it
                 self._command(control, number, [])
 
         return Child(os.fdopen(requests, "wb"), os.fdopen(answers, "rb"), kill, memory_bytes)
@@ -225,10 +231,10 @@ class Children:
     def _command(self, control: socket.socket | None, word: bytes, files: list[int]) -> bytes:
         with self._lock:
             if control is None or control is not self._control:
-                raise OSError("there is nothing that forks")
+                raise OSError("no process that forks is running")
             socket.send_fds(control, [word], files)
             if not (answer := control.recv(64)):
-                raise OSError("what forks has ended")
+                raise OSError("the process that forks has ended")
             return answer
 
 

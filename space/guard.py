@@ -18,11 +18,11 @@ _HOST = re.compile(r"(\[(?P<address>[0-9a-f:.]+)\]|(?P<name>[a-z0-9._-]+))(:[0-9
 
 
 class OwnPagesOnly:
-    """ASGI middleware that refuses requests to a name that is not the app's, and those of other sites' pages.
+    """ASGI middleware that refuses requests to names that are not the app's, or from pages of other sites.
 
     Args:
-        app: What it guards.
-        names: Hosts that are the app's, besides this machine and bare addresses, which nobody can claim for themselves.
+        app: The app that it guards.
+        names: The app's hosts, besides localhost and bare addresses, which no other site can have as a name.
     """
 
     def __init__(self, app: Any, names: frozenset[str] = frozenset()) -> None:
@@ -46,10 +46,10 @@ def own_names(environment: Mapping[str, str]) -> frozenset[str]:
 
 
 def refusal(headers: Mapping[str, str], names: frozenset[str]) -> str | None:
-    """Why a request is not for this app, or not from it; None if it is.
+    """Why a request is refused: it is not for this app, or from another site's page. None if it is not refused.
 
     Args:
-        headers: Of the request, in lower case.
+        headers: The request's headers, in lower case.
         names: The app's hosts.
     """
     host, origin = headers.get("host", "").lower(), headers.get("origin")
@@ -61,8 +61,8 @@ def refusal(headers: Mapping[str, str], names: frozenset[str]) -> str | None:
         )
     if origin is not None:
         scheme, _, netloc = origin.lower().partition("://")
-        own = netloc == host or _host_name(netloc) in names
-        return None if own and scheme in ("http", "https") else "this comes from another page than the app's"
+        is_own = netloc == host or _host_name(netloc) in names
+        return None if is_own and scheme in ("http", "https") else "this comes from another page than the app's"
     foreign = headers.get("sec-fetch-site", "none") not in ("same-origin", "none")
     if foreign and headers.get("sec-fetch-mode") != "navigate":  # links to the app, and frames with it, are fine
         return "this comes from another page than the app's"
@@ -70,7 +70,7 @@ def refusal(headers: Mapping[str, str], names: frozenset[str]) -> str | None:
 
 
 def _host_name(host: str) -> str:
-    """Without its port; empty if it is no host."""
+    """A host without its port; empty if it is not valid."""
     match = _HOST.fullmatch(host)
     return "" if match is None else match["address"] or match["name"]
 
@@ -84,21 +84,21 @@ def _is_address(name: str) -> bool:
 
 
 def address_of(forwarded: str, peer: str) -> str | None:
-    """Who asks, as far as a network tells: the last public address of those that a request came through; None if none.
+    """The last public address that a request came through, as a network; None if there is none.
 
-    Proxies append what they saw, so that what comes first is what anybody may have written. Of IPv6 it is the network,
-    of whose addresses one person has as many as they like.
+    Proxies append the address that they saw, so the first ones may be made up by the client. For IPv6 it is the /64
+    network, since one person can have any number of its addresses.
 
     Args:
         forwarded: The header ``X-Forwarded-For``.
-        peer: Whose connection it is.
+        peer: The address of the connection.
     """
     for text in reversed(forwarded.split(",") if forwarded else [peer]):
         try:
-            found = ipaddress.ip_address(text.strip())
+            address = ipaddress.ip_address(text.strip())
         except ValueError:
             continue
-        if found.is_global:
-            bits = 64 if found.version == 6 else 32
-            return str(ipaddress.ip_network((found, bits), strict=False))
+        if address.is_global:
+            bits = 64 if address.version == 6 else 32
+            return str(ipaddress.ip_network((address, bits), strict=False))
     return None

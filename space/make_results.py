@@ -1,4 +1,4 @@
-"""Measure what the Space's fourth tab shows: the demo's model, several methods and sparsities; writes results.json.
+"""Measure what the Space's fourth tab shows: the demo's model pruned in several ways. Writes results.json.
 
     python space/make_results.py --threads 1
 
@@ -16,9 +16,10 @@ import tempfile
 from pathlib import Path
 
 import torch
-from studio import DEMO, Limits
+from limits import Limits
+from models import held_out, load_dense
+from sessions import DEMO
 from tradeoff import measure
-from work import held_out, load_dense
 
 from hf_prune import load_classification
 from hf_prune.cli.demo.demo import prepare_demo

@@ -8,75 +8,75 @@ from typing import Any
 
 import gradio as gr
 import views
-from common import HEAVY, QUICK, canceller, in_words, place, teller, visitor
-from studio import Pruned, Studio
-from work import WHAT, can_repair, criteria_for, fixed_sparsity, make_config
+from choices import WHAT, can_repair, criteria_for, fixed_sparsity, make_config
+from components import HEAVY, QUICK, cancel_handler, explain_errors, show_progress, take_turn, visitor
+from sessions import Session, Sessions
 
 
-def prune_tab(studio: Studio) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+def prune_tab(sessions: Sessions) -> dict[str, Any]:
+    inputs: dict[str, Any] = {}
     with gr.Row():
         with gr.Column(min_width=300):
-            found["model"] = gr.Dropdown(
-                studio.names,
-                value=studio.names[0],
+            inputs["model"] = gr.Dropdown(
+                sessions.names,
+                value=sessions.names[0],
                 label="Model",
                 info="One of the list, or the Hub id (owner/name) of a text classifier with safetensors.",
                 allow_custom_value=True,
                 elem_id="model",
             )
-            found["what"] = gr.Radio(
+            inputs["what"] = gr.Radio(
                 list(WHAT),
                 value="Heads and neurons",
-                label="What goes",
+                label="What is removed",
                 info="Zeros make a file smaller; only whole heads, neurons and layers make a model faster.",
                 elem_id="what",
             )
         with gr.Column(min_width=300):
-            found["how"] = gr.Dropdown(
+            inputs["how"] = gr.Dropdown(
                 list(criteria_for("Heads and neurons")),
                 value="fisher",
                 label="How it is chosen",
                 info=_reason("Heads and neurons", "fisher"),
                 elem_id="how",
             )
-            found["repair"] = gr.Checkbox(
+            inputs["repair"] = gr.Checkbox(
                 value=True,
-                label="Repair what stays (least squares)",
-                info="Gives what stays new values, so that each layer's outputs change least.",
+                label="Repair the rest (least squares)",
+                info="Adjusts the remaining weights so that each layer's outputs change least.",
                 elem_id="repair",
             )
-            found["sparsity"] = gr.Slider(
+            inputs["sparsity"] = gr.Slider(
                 0.05,
                 0.95,
                 value=0.5,
                 step=0.05,
                 label="Sparsity",
-                info="The share of what may go that goes.",
+                info="The share of these that is removed.",
                 elem_id="sparsity",
             )
             with gr.Row():
-                found["start"] = gr.Button("Prune", variant="primary", elem_id="start")
-                found["cancel"] = gr.Button("Cancel", variant="stop", elem_id="cancel")
-    found["said"] = gr.Markdown("Nothing is pruned yet.", elem_id="said", container=True)
+                inputs["start"] = gr.Button("Prune", variant="primary", elem_id="start")
+                inputs["cancel"] = gr.Button("Cancel", variant="stop", elem_id="cancel")
+    inputs["said"] = gr.Markdown("Nothing is pruned yet.", elem_id="said", container=True)
     with gr.Accordion("The numbers as JSON", open=False):
-        found["facts"] = gr.JSON(label="Numbers", elem_id="facts")
-    return found
+        inputs["facts"] = gr.JSON(label="Numbers", elem_id="facts")
+    return inputs
 
 
 def _reason(what: str, how: str) -> str:
-    return f"{criteria_for(what)[how]}. On offer is what fits to what goes."
+    return f"{criteria_for(what)[how]}. Only criteria that can choose these are listed."
 
 
-def wire(studio: Studio, choose: Mapping[str, Any], seen: Sequence[Any]) -> None:
+def wire(sessions: Sessions, choose: Mapping[str, Any], seen: Sequence[Any]) -> None:
     what, how, repair, sparsity = (choose[name] for name in ("what", "how", "repair", "sparsity"))
 
-    @in_words
+    @explain_errors
     def choices(what: Any, how: Any, repair: Any) -> list[Any]:
-        """What can be combined with what goes: the criteria, the repair and the sparsity."""
+        """What can be combined with what is removed: the criteria, the repair and the sparsity."""
         offered = criteria_for(what) if what in list(WHAT) else {}
         if not offered:
-            raise gr.Error(f"what goes is one of {', '.join(WHAT)}", print_exception=False)
+            raise gr.Error(f"what is removed is one of {', '.join(WHAT)}", print_exception=False)
         chosen = how if how in list(offered) else ("fisher" if "fisher" in offered else "magnitude")
         fits, fixed = can_repair(what, chosen), fixed_sparsity(what)
         return [
@@ -84,11 +84,11 @@ def wire(studio: Studio, choose: Mapping[str, Any], seen: Sequence[Any]) -> None
             gr.Checkbox(
                 value=repair is True and fits,
                 interactive=fits,
-                info="Gives what stays new values, so that each layer's outputs change least."
+                info="Adjusts the remaining weights so that each layer's outputs change least."
                 if fits
-                else "Nothing to repair here: what stays gets the same inputs as before.",
+                else "Nothing to repair here: the other layers are whole.",
             ),
-            gr.Slider(interactive=True, info="The share of what may go that goes.")
+            gr.Slider(interactive=True, info="The share of these that is removed.")
             if fixed is None
             else gr.Slider(value=fixed, interactive=False, info="Follows from 2:4."),
         ]
@@ -104,7 +104,7 @@ def wire(studio: Studio, choose: Mapping[str, Any], seen: Sequence[Any]) -> None
         **QUICK,
     )
 
-    @in_words
+    @explain_errors
     def prune(
         model: Any,
         what: Any,
@@ -114,39 +114,45 @@ def wire(studio: Studio, choose: Mapping[str, Any], seen: Sequence[Any]) -> None
         request: gr.Request,
         progress: gr.Progress = gr.Progress(),  # noqa: B008
     ) -> list[Any]:
-        """Prune a copy of a model; what is shown of it, and the numbers."""
+        """Prune a copy of a model; returns a summary, the numbers, and pictures."""
         config = make_config(what, how, repair is True, sparsity)
-        with place(studio, request):
-            pruned = studio.prune(visitor(request), str(model or "").strip(), config, teller(progress))
-        return [_summary(pruned), dict(pruned.facts), *_pictures(pruned)]
+        with take_turn(sessions, request):
+            session = sessions.prune(visitor(request), str(model or "").strip(), config, show_progress(progress))
+        return [_summary(session), dict(session.facts), *_pictures(session)]
 
     run = choose["start"].click(
         prune,
         [choose["model"], what, how, repair, sparsity],
         [choose["said"], choose["facts"], *seen],
         api_name="prune",
-        preprocess=False,  # gradio refuses what the page did not offer last; we, what does not fit
+        preprocess=False,  # gradio would refuse what the page did not offer last; make_config checks what fits together
         show_progress_on=choose["said"],
         **HEAVY,
     )
 
     choose["cancel"].click(
-        canceller(studio), None, choose["said"], api_name="cancel", queue=False, show_progress="hidden", cancels=[run]
+        cancel_handler(sessions),
+        None,
+        choose["said"],
+        api_name="cancel",
+        queue=False,
+        show_progress="hidden",
+        cancels=[run],
     )
 
 
-def _summary(pruned: Pruned) -> str:
-    facts = pruned.facts
-    name = escape(pruned.name, quote=False)
+def _summary(session: Session) -> str:
+    facts = session.facts
+    name = escape(session.name, quote=False)
     lines = [f"### {name} is pruned ({facts['seconds']:.1f} s)"]
     before, after = facts["parameters_before"], facts["nonzero"]
     lines.append(
         f"**{after:,} of {before:,}** parameters are left and not zero ({100 * (1 - after / before):.1f} % gone)."
     )
-    if pruned.layers is not None:
-        parts = [f"{count:,} {kind}s" for kind, count in pruned.parts.items() if count]
-        layers = [f"{was - now} of {was} layers" for now, was in pruned.layers if now < was]
-        lines.append(f"Taken out: {', '.join([*parts, *layers]) or 'nothing'}. It is really smaller.")
+    if session.layers is not None:
+        units = [f"{count:,} {kind}s" for kind, count in session.removed_units.items() if count]
+        layers = [f"{before - now} of {before} layers" for now, before in session.layers if now < before]
+        lines.append(f"Removed: {', '.join([*units, *layers]) or 'nothing'}. It is really smaller.")
         lines.append("Smaller matrices are less work: measure under **2 See** how much faster it is here.")
     else:
         lines.append(
@@ -158,8 +164,8 @@ def _summary(pruned: Pruned) -> str:
     return "\n\n".join(lines)
 
 
-def see_tab(studio: Studio) -> list[Any]:
-    gr.Markdown("What was removed, and what is left. Prune a model first; its pictures then appear here.")
+def see_tab(sessions: Sessions) -> list[Any]:
+    gr.Markdown("What was removed, and what remains. Prune a model first; its pictures then appear here.")
     with gr.Row():
         with gr.Column(min_width=320):
             sizes = gr.Dataframe(
@@ -184,42 +190,42 @@ def see_tab(studio: Studio) -> list[Any]:
             weights = gr.Plot(label="Weights before and after", elem_id="weights")
     with gr.Row():
         with gr.Column(min_width=320):
-            units = gr.Plot(label="Heads and neurons: blue is left, orange is gone", elem_id="units")
+            units = gr.Plot(label="Heads and neurons: blue remains, orange was removed", elem_id="units")
         with gr.Column(min_width=320):
-            layers = gr.Plot(label="Gone of each matrix", elem_id="layers")
+            layers = gr.Plot(label="Removed share of each matrix", elem_id="layers")
 
-    @in_words
+    @explain_errors
     def timed(request: gr.Request, progress: gr.Progress = gr.Progress()) -> list[Any]:  # noqa: B008
         """Time the dense and the pruned model in turns: rows, and what they mean."""
-        with place(studio, request):
-            result = studio.measure(visitor(request), teller(progress))
-        pruned = studio.pruned(visitor(request))
-        return [views.latency_rows(result["points"]), _speed(pruned)]
+        with take_turn(sessions, request):
+            result = sessions.measure(visitor(request), show_progress(progress))
+        session = sessions.of(visitor(request))
+        return [views.latency_rows(result["points"]), _speed(session)]
 
     measure.click(timed, None, [times, words], api_name="measure", **HEAVY)
     return [sizes, weights, units, layers, times, words]
 
 
-def _pictures(pruned: Pruned) -> list[Any]:
+def _pictures(session: Session) -> list[Any]:
     return [
-        views.sizes(pruned.facts),
-        views.histogram(*pruned.histograms),
-        views.unit_maps(pruned.units),
-        views.layers(pruned.gone),
+        views.sizes(session.facts),
+        views.histogram(*session.histograms),
+        views.unit_maps(session.units),
+        views.layers(session.removed_shares),
         [],
-        _speed(pruned),
+        _speed(session),
     ]
 
 
-def _speed(pruned: Pruned) -> str:
-    """Whether it is faster, and why not."""
-    lines = [escape(line, quote=False) for line in pruned.reasons]
-    if pruned.latency is None:
+def _speed(session: Session) -> str:
+    """Whether it is faster, and why or why not."""
+    lines = [escape(line, quote=False) for line in session.reasons]
+    if session.latency is None:
         lines.append("Nothing was timed yet: press the button.")
     else:
-        timed, point = pruned.latency["latency"], pruned.latency["points"][1]
+        timed, point = session.latency["latency"], session.latency["points"][1]
         lines.append(
             f"{timed['rounds']} rounds in turns, {timed['dtype']}, {timed['device']}, {timed['threads']} thread(s). "
-            + (" ".join(pruned.latency["doubts"]) or f"Pruned is {point['verdict']} as fast, with its 95 % interval.")
+            + (" ".join(session.latency["doubts"]) or f"Pruned is {point['verdict']} as fast, with its 95 % interval.")
         )
     return "\n\n".join(lines)

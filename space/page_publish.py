@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
-from common import LIGHT, in_words, visitor
+from components import LIGHT, explain_errors, visitor
 from huggingface_hub import get_token
-from studio import Studio
+from sessions import Sessions
 
 
-def publish_tab(studio: Studio, login: bool) -> None:
+def publish_tab(sessions: Sessions, login: bool) -> None:
     gr.Markdown(
-        "The card says what was counted and measured here, and leaves out the rest: measure the speed and the "
-        "accuracy first if they shall be in it. The checkpoint is compressed; plain `from_pretrained` loads it after "
+        "The card says only what was counted and measured here: measure the speed and the "
+        "accuracy first to have them in it. The checkpoint is compressed; plain `from_pretrained` loads it after "
         "`import hf_prune`."
     )
     name = gr.Textbox(
@@ -39,30 +39,30 @@ def publish_tab(studio: Studio, login: bool) -> None:
     said = gr.Markdown(elem_id="pushed", container=True)
     card = gr.Markdown(elem_id="card", container=True, label="The card")
 
-    @in_words
+    @explain_errors
     def make_card(name: str, request: gr.Request) -> str:
         """The model card, as Markdown."""
-        return _preview(*studio.card(visitor(request), (name or "").strip()))
+        return _preview(*sessions.card(visitor(request), (name or "").strip()))
 
     preview.click(make_card, name, card, api_name="card", **LIGHT)
 
-    @in_words
+    @explain_errors
     def archive(name: str, request: gr.Request) -> Any:
         """The checkpoint with its card, as a zip file."""
-        return gr.DownloadButton(value=str(studio.archive(visitor(request), (name or "").strip())), interactive=True)
+        return gr.DownloadButton(value=str(sessions.archive(visitor(request), (name or "").strip())), interactive=True)
 
     pack.click(archive, name, file, api_name="archive", **LIGHT)
 
     def upload(name: str, private: bool, token: str | None, request: gr.Request) -> str:
         if token is None:
             raise gr.Error("log in with Hugging Face first", title="Not pushed", print_exception=False)
-        result = studio.push(visitor(request), (name or "").strip(), token, bool(private))
+        result = sessions.push(visitor(request), (name or "").strip(), token, bool(private))
         total = sum(result["files"].values()) / 1e6
         return f"Pushed {len(result['files'])} files, {total:.1f} MB, to [{result['repo_id']}]({result['url']})."
 
     if login:
 
-        @in_words
+        @explain_errors
         def push_with_login(name: str, private: bool, request: gr.Request, token: gr.OAuthToken | None) -> str:
             """Upload it to the account that is logged in."""
             return upload(name, private, None if token is None else token.token, request)
@@ -70,7 +70,7 @@ def publish_tab(studio: Studio, login: bool) -> None:
         push.click(push_with_login, [name, private], said, api_name="push", **LIGHT)
     else:
 
-        @in_words
+        @explain_errors
         def push_from_here(name: str, private: bool, request: gr.Request) -> str:
             """Upload it to the account that this machine is logged in with."""
             return upload(name, private, get_token(), request)

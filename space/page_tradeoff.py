@@ -9,8 +9,8 @@ from typing import Any
 import gradio as gr
 import tradeoff
 import views
-from common import HEAVY, QUICK, canceller, in_words, place, teller, visitor
-from studio import Studio
+from components import HEAVY, QUICK, cancel_handler, explain_errors, show_progress, take_turn, visitor
+from sessions import Sessions
 
 from hf_prune import HfPruneError
 
@@ -18,7 +18,7 @@ SPARSITIES = ("30 %", "50 %", "60 %", "70 %", "80 %", "90 %")
 MOST_POINTS, SWEEP_SENTENCES = 6, 200
 
 
-def tradeoff_tab(studio: Studio, results: Mapping[str, Any]) -> None:
+def tradeoff_tab(sessions: Sessions, results: Mapping[str, Any]) -> None:
     methods = list(dict.fromkeys(p["method"] for p in results["points"]))
     gr.Markdown(
         f"Accuracy of hf_prune's demo model against what was removed, measured before: {results['note']} "
@@ -69,7 +69,7 @@ def tradeoff_tab(studio: Studio, results: Mapping[str, Any]) -> None:
         stop = gr.Button("Cancel", variant="stop")
         again = gr.Button("Show the earlier results", elem_id="earlier")
 
-    @in_words
+    @explain_errors
     def draw(data: Mapping[str, Any], axis: str, tolerance: float, shown: Sequence[str]) -> list[Any]:
         """The chart, the sweet spot, the table, and the file of the points."""
         points = [p for p in data["points"] if p["method"] in (shown or [])]
@@ -84,7 +84,7 @@ def tradeoff_tab(studio: Studio, results: Mapping[str, Any]) -> None:
             f"with 95 % confidence at most {best['drop_bound']:.1f}; {best['file_bytes'] / 1e6:.1f} MB, "
             f"{views.speed(best)}."
         )
-        file = tradeoff.write_csv(points, studio.folder / "tables")
+        file = tradeoff.write_csv(points, sessions.folder / "tables")
         return [words, views.tradeoff(points, axis, data["dense"], best), views.tradeoff_rows(points), str(file)]
 
     outputs = [spot, chart, table, file]
@@ -92,7 +92,7 @@ def tradeoff_tab(studio: Studio, results: Mapping[str, Any]) -> None:
     # Without triggers: when the page opens, and when a setting or the points change.
     gr.on(None, draw, settings, outputs, api_name="tradeoff", trigger_mode="always_last", **QUICK)
 
-    @in_words
+    @explain_errors
     def sweep(
         which: Sequence[str],
         how_much: Sequence[str],
@@ -110,19 +110,19 @@ def tradeoff_tab(studio: Studio, results: Mapping[str, Any]) -> None:
         shares = [int(s.split()[0]) / 100 for s in how_much]
         points: list[dict[str, Any]] = []
         try:
-            with place(studio, request):
-                studio.sweep(visitor(request), chosen, shares, SWEEP_SENTENCES, teller(progress), points)
-        except HfPruneError as error:  # cancelled, or out of time: what was measured is shown
+            with take_turn(sessions, request):
+                sessions.sweep(visitor(request), chosen, shares, SWEEP_SENTENCES, show_progress(progress), points)
+        except HfPruneError as error:  # cancelled, or out of time: show what was measured
             if not points:
                 raise
             gr.Warning(f"Only {len(points)} of {count} points were measured: {escape(str(error))}")
         accuracy = points[0]["accuracy"] + points[0]["drop"]
-        found = {"dense": {"accuracy": accuracy, "file_bytes": studio.own_bytes()}, "points": points}
-        return [found, gr.Dropdown(value=list(which))]
+        measured = {"dense": {"accuracy": accuracy, "file_bytes": sessions.own_model_bytes()}, "points": points}
+        return [measured, gr.Dropdown(value=list(which))]
 
     go.click(sweep, [which, how_much], [state, shown], api_name="sweep", show_progress_on=spot, **HEAVY)
 
-    stop.click(canceller(studio), None, spot, api_name="cancel_sweep", queue=False, api_visibility="private")
+    stop.click(cancel_handler(sessions), None, spot, api_name="cancel_sweep", queue=False, api_visibility="private")
 
     def earlier() -> list[Any]:
         """Back to what was measured before."""

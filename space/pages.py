@@ -1,4 +1,4 @@
-"""The pages: five tabs over one :class:`studio.Studio`. Every action has a named endpoint."""
+"""The pages: five tabs over :class:`sessions.Sessions`. Every action has a named endpoint."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
-from common import visitor
+from components import visitor
 from page_compare import compare_tab
 from page_prune import prune_tab, see_tab, wire
 from page_publish import publish_tab
 from page_tradeoff import tradeoff_tab
-from studio import Studio
+from sessions import Sessions
 
 FONTS = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"]
 THEME = gr.themes.Soft(primary_hue="blue", font=FONTS, font_mono=["ui-monospace", "Menlo", "Consolas", "monospace"])
 CSS = (Path(__file__).parent / "style.css").read_text(encoding="utf-8")
 
 
-def build(studio: Studio, results: Mapping[str, Any], *, login: bool) -> gr.Blocks:
+def build(sessions: Sessions, results: Mapping[str, Any], *, login: bool) -> gr.Blocks:
     """The app.
 
     Args:
-        studio: What it works with.
-        results: What ``make_results.py`` measured.
+        sessions: The visitors' models.
+        results: The measurements of ``make_results.py``.
         login: Whether visitors log in with Hugging Face to publish, as on a Space; else the machine's token is used.
     """
     with gr.Blocks(
@@ -42,23 +42,23 @@ def build(studio: Studio, results: Mapping[str, Any], *, login: bool) -> gr.Bloc
         )
         if login:
             with gr.Row(elem_id="account"):
-                gr.Markdown("To push a model to your account, log in **before** you prune: it loads this page anew.")
+                gr.Markdown("To push a model to your account, log in **before** you prune: it reloads this page.")
                 gr.LoginButton(size="sm", elem_id="login")
         with gr.Tabs():
             with gr.Tab("1 Prune", id="prune"):
-                choose = prune_tab(studio)
+                choose = prune_tab(sessions)
             with gr.Tab("2 See", id="see"):
-                seen = see_tab(studio)
+                seen = see_tab(sessions)
             with gr.Tab("3 Compare", id="compare"):
-                compare_tab(studio)
+                compare_tab(sessions)
             with gr.Tab("4 Trade-off", id="tradeoff"):
-                tradeoff_tab(studio, results)
+                tradeoff_tab(sessions, results)
             with gr.Tab("5 Publish", id="publish"):
-                publish_tab(studio, login)
-        wire(studio, choose, seen)
+                publish_tab(sessions, login)
+        wire(sessions, choose, seen)
 
         def leave(request: gr.Request) -> None:
-            studio.forget(visitor(request))
+            sessions.forget(visitor(request))
 
         demo.unload(leave)
     return demo

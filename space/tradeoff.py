@@ -1,8 +1,9 @@
-"""Accuracy against sparsity, size and time: measured live, or by ``make_results.py`` once and for all."""
+"""Accuracy against sparsity, size and time: measured live, or beforehand by ``make_results.py``."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import shutil
 import time
@@ -12,44 +13,44 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from work import WHAT, Dense, Tell, criteria_for, fixed_sparsity, make_config, make_pruned, score, time_both
+from choices import WHAT, criteria_for, fixed_sparsity, make_config
+from models import DenseModel, Progress, prune_copy, score, time_both
 
 from hf_prune import DataError, compare
 from hf_prune.utils.formatting import format_csv
-from hf_prune.utils.json_files import read_json_object
 
 FIELDS = (
     "method", "sparsity", "accuracy", "drop", "drop_standard_error", "drop_bound", "n", "parameters", "nonzero",
     "file_bytes", "speedup", "speedup_low", "speedup_high", "faster", "seconds",
 )  # fmt: skip
 _LARGEST = 1e15  # of any number
-SURELY_FASTER = 1.05  # with 95 % confidence; less is not worth a word, and some of many would reach it by chance
+SURELY_FASTER = 1.05  # with 95 % confidence; some of many points would reach less by chance
 
 
 def method_name(what: str, how: str, repair: bool) -> str:
-    """What a line of the chart is called."""
+    """The name of a line in the chart."""
     return f"{how}{' + repair' if repair else ''}, {what.lower()}"
 
 
 def measure(
-    dense: Dense,
+    dense: DenseModel,
     methods: Sequence[tuple[str, str, bool]],
     sparsities: Sequence[float],
     data: Any,
     texts: Sequence[str],
     root: Path,
-    tell: Tell,
+    progress: Progress,
 ) -> Iterator[dict[str, Any]]:
-    """A point for every method and sparsity, each pruned from the dense weights.
+    """Yield a point for every method and sparsity, each pruned from the dense weights.
 
     Args:
         dense: The model.
-        methods: What goes, how it is chosen, and whether what stays is repaired.
-        sparsities: Of each.
+        methods: What is removed, how it is chosen, and whether the rest is repaired.
+        sparsities: The sparsities to measure for each method.
         data: Labelled sentences to score on.
-        texts: To calibrate with.
+        texts: Texts to calibrate with.
         root: Where pruned models are saved for a moment.
-        tell: Hears what is being done.
+        progress: Called with what is being done.
     """
     done = 0
     dense_score = score(dense, data, "held out")
@@ -60,10 +61,10 @@ def measure(
             name, share = method_name(what, how, repair), done / total
 
             def step(title: str, _: float, name: str = name, sparsity: float = sparsity, share: float = share) -> None:
-                tell(f"{name} at {100 * sparsity:.0f} %: {title.lower()}", share)
+                progress(f"{name} at {100 * sparsity:.0f} %: {title.lower()}", share)
 
             config = make_config(what, how, repair, sparsity)
-            pruned = make_pruned(dense, config, texts, root / uuid.uuid4().hex, step)
+            pruned = prune_copy(dense, config, texts, root / uuid.uuid4().hex, step)
             try:
                 step("scoring", 0.0)
                 drop = compare(dense_score, score(pruned, data, "held out"))
@@ -95,25 +96,27 @@ def measure(
 
 
 def read_results(path: Path) -> dict[str, Any]:
-    """What ``make_results.py`` wrote, each number checked, and those that follow from others counted again.
+    """Read what ``make_results.py`` wrote; numbers are checked for range, and against each other.
 
     Raises:
         DataError: If it is damaged, or a number cannot be true.
     """
-    found = read_json_object(path, DataError)
     try:
-        if found["format_version"] != 1 or not isinstance(found["note"], str):
-            raise DataError(f"format_version is {found['format_version']!r}: expected 1, and a note")
-        accuracy = _number(found["dense"], "accuracy", 0, 100)
-        _number(found["dense"], "file_bytes", 1, _LARGEST)
-        for point in found["points"]:
+        results = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(results, dict):
+            raise DataError(f"it holds a JSON {type(results).__name__}, expected an object")
+        if results["format_version"] != 1 or not isinstance(results["note"], str):
+            raise DataError(f"format_version is {results['format_version']!r}: expected 1, and a note")
+        accuracy = _number(results["dense"], "accuracy", 0, 100)
+        _number(results["dense"], "file_bytes", 1, _LARGEST)
+        for point in results["points"]:
             _check_point(point, accuracy)
-        if not found["points"]:
+        if not results["points"]:
             raise DataError("there are no points")
-    except (AttributeError, DataError, KeyError, TypeError) as error:
+    except (AttributeError, DataError, KeyError, OSError, TypeError, ValueError) as error:
         what = error if isinstance(error, DataError) else repr(error)
         raise DataError(f"{path} is damaged: {what}; measure it again with make_results.py") from error
-    return found
+    return results
 
 
 def _check_point(point: Mapping[str, Any], accuracy: float) -> None:
@@ -146,12 +149,12 @@ def _number(values: Mapping[str, Any], key: str, least: float, most: float) -> f
 
 
 def sweet_spot(points: Sequence[Mapping[str, Any]], axis: str, tolerance: float) -> Mapping[str, Any] | None:
-    """The sparsest, smallest or fastest point whose drop is, with 95 % confidence, at most the tolerance; or None.
+    """The sparsest, smallest or fastest point whose drop is at most the tolerance, with 95 % confidence; or None.
 
-    None as well if the drops say nothing, since the dense model does not do the task.
+    Also None if the drops mean nothing because the dense model does not do the task.
 
     Args:
-        points: To choose from.
+        points: The points to choose from.
         axis: ``"sparsity"``, ``"size"`` or ``"time"``.
         tolerance: Points of accuracy.
     """
@@ -167,15 +170,15 @@ def sweet_spot(points: Sequence[Mapping[str, Any]], axis: str, tolerance: float)
 
 
 def to_csv(points: Sequence[Mapping[str, Any]]) -> str:
-    """All numbers of the points."""
+    """The points as CSV."""
     return format_csv(FIELDS, points)
 
 
 def write_csv(points: Sequence[Mapping[str, Any]], folder: Path) -> Path:
-    """A file of them; those of an hour ago are deleted."""
+    """Write the points to a file; files older than an hour are deleted."""
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("*.csv"):
-        with suppress(FileNotFoundError):  # somebody else was faster
+        with suppress(FileNotFoundError):  # another thread was faster
             if time.time() - old.stat().st_mtime > 3600:
                 old.unlink()
     text = to_csv(points)
@@ -185,11 +188,11 @@ def write_csv(points: Sequence[Mapping[str, Any]], folder: Path) -> Path:
 
 
 def parse_method(name: str) -> tuple[str, str, bool]:
-    """The settings behind a line of the chart."""
+    """The settings behind a :func:`method_name`."""
     how, _, what = name.partition(", ")
     repair = how.endswith(" + repair")
     how = how.removesuffix(" + repair")
-    found = next((each for each in WHAT if each.lower() == what), None)
-    if found is None or how not in criteria_for(found):
-        raise DataError(f"{name[:100]!r} is no method: expected one that is on offer")
-    return found, how, repair
+    choice = next((label for label in WHAT if label.lower() == what), None)
+    if choice is None or how not in criteria_for(choice):
+        raise DataError(f"{name[:100]!r} is not a method: expected one of those on the page")
+    return choice, how, repair

@@ -20,7 +20,7 @@ _COLUMNS = 96  # of a map: more units share a cell
 
 
 def figure_of(figure: go.Figure, height: int, **layout: Any) -> go.Figure:
-    """The look of all figures: readable on light and dark pages, and on narrow ones."""
+    """Give a figure the common look, readable on light, dark and narrow pages."""
     figure.update_layout(
         height=height,
         autosize=True,
@@ -39,14 +39,14 @@ def figure_of(figure: go.Figure, height: int, **layout: Any) -> go.Figure:
 def histogram(before: Mapping[str, Any], after: Mapping[str, Any]) -> go.Figure:
     """Weights that are not zero, before and after."""
     figure = go.Figure()
-    for name, found, colour in (("dense", before, GREY), ("pruned", after, BLUE)):
-        middle = [(a + b) / 2 for a, b in itertools.pairwise(found["edges"])]
-        total = sum(found["counts"]) + found["zeros"]
+    for name, bins, colour in (("dense", before, GREY), ("pruned", after, BLUE)):
+        middle = [(a + b) / 2 for a, b in itertools.pairwise(bins["edges"])]
+        total = sum(bins["counts"]) + bins["zeros"]
         figure.add_trace(
             go.Scatter(
                 x=middle,
-                y=found["counts"],
-                name=f"{name}: {100 * found['zeros'] / max(total, 1):.1f} % of {format_count(total)} are zero",
+                y=bins["counts"],
+                name=f"{name}: {100 * bins['zeros'] / max(total, 1):.1f} % of {format_count(total)} are zero",
                 line={"color": colour, "shape": "hvh", "width": 2},
                 fill="tozeroy",
                 fillcolor=f"rgba({int(colour[1:3], 16)},{int(colour[3:5], 16)},{int(colour[5:7], 16)},0.25)",
@@ -58,27 +58,27 @@ def histogram(before: Mapping[str, Any], after: Mapping[str, Any]) -> go.Figure:
     return figure_of(figure, 400)
 
 
-def layers(gone: Mapping[str, float]) -> go.Figure:
-    """The share of each matrix that is zero or taken out."""
+def layers(removed_shares: Mapping[str, float]) -> go.Figure:
+    """The share of each matrix that is zero or was cut out."""
     short = [
-        re.sub(r"^.*?\.(?=\d+\.)", "", name.removesuffix(".weight")) for name in gone
+        re.sub(r"^.*?\.(?=\d+\.)", "", name.removesuffix(".weight")) for name in removed_shares
     ]  # from the layer's number on
     figure = go.Figure(
         go.Bar(
-            x=[100 * share for share in gone.values()],
+            x=[100 * share for share in removed_shares.values()],
             y=short,
             orientation="h",
             marker={"color": BLUE},
-            hovertemplate="%{y}: %{x:.1f} % gone<extra></extra>",
+            hovertemplate="%{y}: %{x:.1f} % removed<extra></extra>",
         )
     )
-    figure.update_xaxes(title="gone, %", range=[0, 100])
+    figure.update_xaxes(title="removed, %", range=[0, 100])
     figure.update_yaxes(autorange="reversed", tickfont={"size": 10})
-    return figure_of(figure, max(260, 17 * len(gone) + 100))
+    return figure_of(figure, max(260, 17 * len(removed_shares) + 100))
 
 
 def unit_maps(units: Mapping[str, list[bool]]) -> go.Figure | None:
-    """Heads and neurons of each layer: dark is left, light is gone; None if no unit was removed as a whole."""
+    """Heads and neurons of each layer: blue remains, orange was removed; None if whole units were not pruned."""
     kinds = [kind for kind in ("head", "neuron") if any(name.startswith(kind) for name in units)]
     if not kinds:
         return None
@@ -200,12 +200,12 @@ def tradeoff(
     }[axis]
     figure = go.Figure()
     for number, method in enumerate(dict.fromkeys(p["method"] for p in points)):
-        mine = sorted((p for p in points if p["method"] == method), key=lambda p: p["sparsity"])
+        line = sorted((p for p in points if p["method"] == method), key=lambda p: p["sparsity"])
         figure.add_trace(
             go.Scatter(
-                x=[value(p) for p in mine],
-                y=[p["accuracy"] for p in mine],
-                error_y={"array": [p["drop_standard_error"] for p in mine], "thickness": 1, "width": 3},
+                x=[value(p) for p in line],
+                y=[p["accuracy"] for p in line],
+                error_y={"array": [p["drop_standard_error"] for p in line], "thickness": 1, "width": 3},
                 name=method,
                 mode="lines+markers",
                 line={"color": COLOURS[number % len(COLOURS)], "width": 2},
@@ -213,7 +213,7 @@ def tradeoff(
                 text=[
                     f"{100 * p['sparsity']:.0f} % sparse: {p['accuracy']:.1f} %, drop {p['drop']:.1f} ± "
                     f"{p['drop_standard_error']:.1f}; {p['file_bytes'] / 1e6:.1f} MB; {speed(p)}"
-                    for p in mine
+                    for p in line
                 ],
                 hovertemplate="%{text}<extra>%{fullData.name}</extra>",
             )

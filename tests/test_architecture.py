@@ -194,6 +194,35 @@ def test_the_space_unpickles_nothing_and_reads_no_yaml(path):
     assert called.isdisjoint(FORBIDDEN_CALLS)
 
 
+SPACE_IMPORTS = {  # what the Space uses besides public names, and why
+    "hf_prune.architectures.find_unit_groups.find_unit_groups": "its maps show heads and neurons",
+    "hf_prune.checkpoint.building.limited_building": "strangers choose the models that it builds",
+    "hf_prune.cli.demo.demo.prepare_demo": "its first model is the demo's",
+    "hf_prune.cli.workflows.loading.load_for_task": "it refuses models and tokenizers that the commands refuse",
+    "hf_prune.criteria.base.CURVATURE": "criteria that take too long are not offered",
+    "hf_prune.criteria.base.LABELLED": "criteria that need labels are not offered",
+    "hf_prune.criteria.base.TRAINED": "criteria that need a training are not offered",
+    "hf_prune.evaluation.data.classification.context_length": "sentences are cut to what a model can read",
+    "hf_prune.evaluation.plots.save_figure": "cards recognise pictures by the mark that it writes",
+    "hf_prune.evaluation.tasks.ClassificationTask": "the task of load_for_task",
+    "hf_prune.hub.checksums.checksums": "measurements on a card name the weights that they are of",
+    "hf_prune.hub.checksums.weights_digest": "measurements on a card name the weights that they are of",
+    "hf_prune.hub.describe.describe_model": "it previews the card that a push would write",
+    "hf_prune.planning.choices.UNIT_CRITERIA_OF": "criteria of units are offered with a line on each",
+    "hf_prune.utils.formatting.format_count": "it writes sizes as reports do",
+    "hf_prune.utils.formatting.format_csv": "spreadsheets must not run cells as formulas",
+}
+
+
+def test_the_space_uses_public_names_but_for_these():
+    public = set(importlib.import_module("hf_prune").__all__)
+    used = set()
+    for path in (ROOT.parent / "space").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            used |= {name for name, _ in imported(node, f"space.{path.stem}", False) if name.startswith("hf_prune.")}
+    assert {name for name in used if name.removeprefix("hf_prune.") not in public} == set(SPACE_IMPORTS)
+
+
 # What they read is part of the package, was written by this very process, or is a file that the user names.
 READ_WHOLE = {
     "card_text",

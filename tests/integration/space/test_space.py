@@ -1,6 +1,7 @@
 """What the Space does behind its pages: models, visitors, limits, and what the Hub gives it."""
 
 import functools
+import importlib
 import json
 import math
 import re
@@ -32,18 +33,12 @@ def space():
     """The modules of the app that need no gradio."""
     sys.path.insert(0, str(SPACE))
     try:
-        import children
-        import fetch
-        import studio
-        import tradeoff
-        import views
-        import work
+        names = ("children", "choices", "downloads", "limits", "models", "sessions", "tradeoff", "views")
+        modules = {name: importlib.import_module(name) for name in names}
     finally:
         sys.path.remove(str(SPACE))
-    started = children.Children(secrets=False)
-    yield SimpleNamespace(
-        children=children, fetch=fetch, studio=studio, tradeoff=tradeoff, views=views, work=work, started=started
-    )
+    started = modules["children"].Children(secrets=False)
+    yield SimpleNamespace(**modules, started=started)
     started.close()
 
 
@@ -54,7 +49,7 @@ def tiny(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def dense(space, tiny):
-    return space.work.load_dense("tiny", tiny[0], None, 10_000)
+    return space.models.load_dense("tiny", tiny[0], None, 10_000)
 
 
 @pytest.fixture
@@ -63,13 +58,13 @@ def make(space, tiny, tmp_path):
 
     def build(limits=None, **options):
         defaults = {"demo": tiny[0], "data": tiny[1], "sentences": ["w1 w2", "w3"], "children": space.started}
-        limits = space.studio.Limits(**(limits or {}))
-        made.append(space.studio.Studio(tmp_path / "visitors", limits=limits, **{**defaults, **options}))
+        limits = space.limits.Limits(**(limits or {}))
+        made.append(space.sessions.Sessions(tmp_path / "visitors", limits=limits, **{**defaults, **options}))
         return made[-1]
 
     yield build
-    for studio in made:
-        studio.close()
+    for sessions in made:
+        sessions.close()
 
 
 def silent(title, share):
@@ -83,17 +78,17 @@ HEADS = PruningConfig(0.5, granularity=("head", "neuron"), scope="global")
 
 
 def test_every_combination_on_offer_prunes(space, make, dense, tmp_path):
-    texts = make({"calibration": 4}).texts()
+    texts = make({"calibration": 4}).calibration_texts()
     before = models.snapshot(dense.model)
     count = 0
-    for what in space.work.WHAT:
-        offered = space.work.criteria_for(what)
+    for what in space.choices.WHAT:
+        offered = space.choices.criteria_for(what)
         assert {"magnitude", "random"} <= set(offered)
         assert not {"movement", "snip"} & set(offered)
         for how in offered:
-            for repair in (False, True) if space.work.can_repair(what, how) else (False,):
-                config = space.work.make_config(what, how, repair, 0.5)
-                pruned = space.work.make_pruned(dense, config, texts, tmp_path / str(count), silent)
+            for repair in (False, True) if space.choices.can_repair(what, how) else (False,):
+                config = space.choices.make_config(what, how, repair, 0.5)
+                pruned = space.models.prune_copy(dense, config, texts, tmp_path / str(count), silent)
                 facts = pruned.facts()
                 assert facts["nonzero"] < facts["parameters_before"]
                 assert (facts["parameters"] < facts["parameters_before"]) == config.removes_units
@@ -111,28 +106,28 @@ def test_every_combination_on_offer_prunes(space, make, dense, tmp_path):
         ("Nothing", "magnitude", False, 0.5, "expected one of Single weights"),
         ("Single weights", "taylor", False, 0.5, "expected one of alps"),
         ("Heads and neurons", "wanda", False, 0.5, "expected one of fisher"),
-        ("Whole layers", "fisher", True, 0.5, "a repair does not fit"),
+        ("Whole layers", "fisher", True, 0.5, "a repair does not go with"),
         ("Single weights", "magnitude", False, 0.99, r"expected a number from 0 to 0\.95"),
     ],
 )
 def test_what_excludes_one_another_is_refused(space, what, how, repair, sparsity, said):
     with pytest.raises(ConfigError, match=said):
-        space.work.make_config(what, how, repair, sparsity)
+        space.choices.make_config(what, how, repair, sparsity)
 
 
 def test_two_of_four_fixes_the_sparsity(space):
     what = "Two of every four weights (2:4)"
-    assert space.work.fixed_sparsity(what) == 0.5
-    assert space.work.make_config(what, "magnitude", False, 0.9).sparsity == 0.5
+    assert space.choices.fixed_sparsity(what) == 0.5
+    assert space.choices.make_config(what, "magnitude", False, 0.9).sparsity == 0.5
 
 
 def test_the_map_shows_what_is_gone(space, dense, tmp_path):
-    pruned = space.work.make_pruned(dense, HEADS, ["w1 w2", "w3"], tmp_path / "out", silent)
+    pruned = space.models.prune_copy(dense, HEADS, ["w1 w2", "w3"], tmp_path / "out", silent)
     left = {name: (sum(kept), len(kept)) for name, kept in pruned.units.items()}
     assert left == {f"{site.kind} {site.name}": (site.units, site.before) for site in pruned.structure.sites}
-    gone = space.work.removed_parts(pruned.units)
+    gone = space.models.count_removed_units(pruned.units)
     assert gone["head"] + gone["neuron"] > 0
-    for name, share in pruned.gone.items():
+    for name, share in pruned.removed_shares.items():
         now = dict(pruned.model.named_parameters())[name]
         assert share == pytest.approx(
             1 - now.count_nonzero().item() / dict(pruned.dense.model.named_parameters())[name].numel()
@@ -146,100 +141,105 @@ def test_the_map_shows_what_is_gone(space, dense, tmp_path):
 
 
 def test_visitors_have_models_of_their_own(space, make):
-    studio = make()
+    sessions = make()
     for name, sparsity in (("a", 0.3), ("b", 0.8)):
-        studio.prune(name, space.studio.DEMO, PruningConfig(sparsity), silent)
-    assert studio.pruned("a").config.sparsity == 0.3
-    assert studio.pruned("b").config.sparsity == 0.8
-    assert studio.pruned("a").child is not studio.pruned("b").child
-    folder = studio.pruned("a").folder
-    studio.forget("a")
+        sessions.prune(name, space.sessions.DEMO, PruningConfig(sparsity), silent)
+    assert sessions.of("a").config.sparsity == 0.3
+    assert sessions.of("b").config.sparsity == 0.8
+    assert sessions.of("a").child is not sessions.of("b").child
+    folder = sessions.of("a").folder
+    sessions.forget("a")
     assert not folder.exists()
     with pytest.raises(DataError, match="there is no pruned model of yours"):
-        studio.pruned("a")
-    assert studio.pruned("b").folder.exists()
+        sessions.of("a")
+    assert sessions.of("b").folder.exists()
 
 
 @pytest.mark.parametrize("limit", ["visitors", "kept_bytes"])
 def test_memory_is_bounded(space, make, limit):
     one = make()
-    one.prune("a", space.studio.DEMO, PruningConfig(0.5), silent)
-    assert one.pruned("a").memory > 2_000_000  # of the process, not of the weights alone
-    studio = make({limit: 2 if limit == "visitors" else int(2.5 * one.pruned("a").memory)})
+    one.prune("a", space.sessions.DEMO, PruningConfig(0.5), silent)
+    assert one.of("a").memory > 2_000_000  # of the process, not of the weights alone
+    sessions = make({limit: 2 if limit == "visitors" else int(2.5 * one.of("a").memory)})
     for name in "abc":
-        studio.prune(name, space.studio.DEMO, PruningConfig(0.5), silent)
-        studio.pruned("a") if name == "b" else None
-    assert studio.pruned("a")  # was used last
-    assert studio.pruned("c")
+        sessions.prune(name, space.sessions.DEMO, PruningConfig(0.5), silent)
+        sessions.of("a") if name == "b" else None
+    assert sessions.of("a")  # was used last
+    assert sessions.of("c")
     with pytest.raises(DataError, match="no pruned model"):
-        studio.pruned("b")
-    studio = make({"idle_seconds": -1})
-    studio.prune("a", space.studio.DEMO, PruningConfig(0.5), silent)
+        sessions.of("b")
+    sessions = make({"idle_seconds": -1})
+    sessions.prune("a", space.sessions.DEMO, PruningConfig(0.5), silent)
     with pytest.raises(DataError, match="no pruned model"):
-        studio.pruned("a")
+        sessions.of("a")
 
 
 def test_an_address_has_one_place_where_strangers_visit(make):
-    studio = make()
-    with studio.place("8.8.8.8/32"), studio.place("9.9.9.9/32"), studio.place(None), studio.place(None):
+    sessions = make()
+    with (
+        sessions.jobs.take_turn("8.8.8.8/32"),
+        sessions.jobs.take_turn("9.9.9.9/32"),
+        sessions.jobs.take_turn(None),
+        sessions.jobs.take_turn(None),
+    ):
         with pytest.raises(ConfigError, match=r"still running for your address.*wait for it, or cancel it"):
-            with studio.place("8.8.8.8/32"):
+            with sessions.jobs.take_turn("8.8.8.8/32"):
                 pass
         with pytest.raises(ConfigError, match="still running for your address"):  # which the first has still
-            with studio.place("8.8.8.8/32"):
+            with sessions.jobs.take_turn("8.8.8.8/32"):
                 pass
-    with pytest.raises(ZeroDivisionError), studio.place("8.8.8.8/32"):
+    with pytest.raises(ZeroDivisionError), sessions.jobs.take_turn("8.8.8.8/32"):
         raise ZeroDivisionError
-    with studio.place("8.8.8.8/32"):
+    with sessions.jobs.take_turn("8.8.8.8/32"):
         pass
     own = make(public=False)
-    with own.place("8.8.8.8/32"), own.place("8.8.8.8/32"):
+    with own.jobs.take_turn("8.8.8.8/32"), own.jobs.take_turn("8.8.8.8/32"):
         pass
 
 
 def test_cancelling_keeps_what_was_there(space, make):
-    studio = make()
+    sessions = make()
     config = PruningConfig(0.5, criterion="sparsegpt")
-    studio.prune("a", space.studio.DEMO, PruningConfig(0.3), silent)
-    before, (_, dense, after) = studio.pruned("a"), studio.probabilities("a", ["w1"])
+    sessions.prune("a", space.sessions.DEMO, PruningConfig(0.3), silent)
+    before, (_, dense, after) = sessions.of("a"), sessions.probabilities("a", ["w1"])
     seen = []
 
     def cancel(title, share):
         seen.append(title)
         if title == "Pruning" and seen.count("Pruning") == 3:
-            assert studio.cancel("a")
-            assert not studio.cancel("b")
+            assert sessions.jobs.cancel("a")
+            assert not sessions.jobs.cancel("b")
 
     with pytest.raises(HfPruneError, match="cancelled; nothing has changed"):
-        studio.prune("a", space.studio.DEMO, config, cancel)
-    assert studio.pruned("a") is before
-    assert studio.probabilities("a", ["w1"])[1:] == (dense, after)
-    assert not studio.cancel("a")
+        sessions.prune("a", space.sessions.DEMO, config, cancel)
+    assert sessions.of("a") is before
+    assert sessions.probabilities("a", ["w1"])[1:] == (dense, after)
+    assert not sessions.jobs.cancel("a")
     with pytest.raises(HfPruneError, match="cancelled; nothing has changed"):
-        studio.measure("a", lambda *_: studio.cancel("a"))
-    studio.prune("a", space.studio.DEMO, config, silent)
-    assert studio.pruned("a").config.criterion == "sparsegpt"
+        sessions.measure("a", lambda *_: sessions.jobs.cancel("a"))
+    sessions.prune("a", space.sessions.DEMO, config, silent)
+    assert sessions.of("a").config.criterion == "sparsegpt"
     assert (
-        len([each for each in studio.folder.iterdir() if each.is_dir()]) == 1
+        len([path for path in sessions.folder.iterdir() if path.is_dir()]) == 1
     )  # of what was cancelled, nothing is left
 
 
 def test_time_is_bounded_and_one_job_runs_at_a_time(space, make):
-    studio = make({"seconds": 0.0})
+    sessions = make({"seconds": 0.0})
     with pytest.raises(HfPruneError, match="took longer than the 0 seconds"):
-        studio.prune("a", space.studio.DEMO, PruningConfig(0.5, criterion="wanda"), silent)
-    with studio.job("a"), pytest.raises(ConfigError, match="still running"), studio.job("a"):
+        sessions.prune("a", space.sessions.DEMO, PruningConfig(0.5, criterion="wanda"), silent)
+    with sessions.jobs.run("a"), pytest.raises(ConfigError, match="still running"), sessions.jobs.run("a"):
         pass
-    assert not list(studio.folder.glob("*"))
+    assert not list(sessions.folder.glob("*"))
 
 
 def test_downloads_of_strangers_go(space, make):
     """The ones used last stay, and what others are reading; what could not be loaded goes at once."""
-    studio = make({"downloads": 2})
-    folders = {name: studio.folder / "hub" / f"models--me--{name}" for name in "abcx"}
+    sessions = make({"downloads": 2})
+    folders = {name: sessions.folder / "hub" / f"models--me--{name}" for name in "abcx"}
 
     def read(name, **options):
-        with studio._source(f"me/{name}") as model:
+        with sessions._source(f"me/{name}") as model:
             assert model["token"] is False
             (folders[name] / "snapshots").mkdir(parents=True, exist_ok=True)
             if options.get("fails"):
@@ -252,12 +252,12 @@ def test_downloads_of_strangers_go(space, make):
     with pytest.raises(DataError):
         read("a", fails=True)  # as when it is cancelled: it was fine before
     assert {name for name, folder in folders.items() if folder.exists()} == {"a", "b"}
-    with studio._source("me/b"):
+    with sessions._source("me/b"):
         read("c")
         assert folders["b"].exists()
     assert {name for name, folder in folders.items() if folder.exists()} == {"b", "c"}
     with pytest.raises(DataError, match="too large for this page"):
-        make({"parameters": 1000}).prune("a", space.studio.DEMO, PruningConfig(0.5), silent)
+        make({"parameters": 1000}).prune("a", space.sessions.DEMO, PruningConfig(0.5), silent)
 
 
 @pytest.mark.parametrize(
@@ -275,35 +275,35 @@ def test_inputs_are_bounded(make, texts, said):
 
 
 def test_many_threads_mix_nothing_up(space, make):
-    studio, wrong = make({"calibration": 4}), []
+    sessions, wrong = make({"calibration": 4}), []
 
     def visit(number):
         sparsity = 0.05 * (1 + number)
-        studio.prune(str(number), space.studio.DEMO, PruningConfig(sparsity, criterion="wanda"), silent)
-        if studio.pruned(str(number)).config.sparsity != sparsity:
+        sessions.prune(str(number), space.sessions.DEMO, PruningConfig(sparsity, criterion="wanda"), silent)
+        if sessions.of(str(number)).config.sparsity != sparsity:
             wrong.append(number)
 
     at_once(visit, 10)
     assert wrong == []
-    assert len({studio.pruned(str(n)).facts["nonzero"] for n in range(10)}) == 10
+    assert len({sessions.of(str(n)).facts["nonzero"] for n in range(10)}) == 10
 
 
 # --- what is measured, and published --------------------------------------------------------------------
 
 
 def test_what_is_measured_goes_into_card_and_archive(space, make, tmp_path):
-    studio = make()
-    studio.prune("a", space.studio.DEMO, PruningConfig(0.5), silent)
-    assert "Nothing was timed" in studio.card("a", "mine")[0]
-    assert [p["model"] for p in studio.measure("a", silent)["points"]] == ["dense", "pruned"]
-    score = studio.score("a", silent)
+    sessions = make()
+    sessions.prune("a", space.sessions.DEMO, PruningConfig(0.5), silent)
+    assert "Nothing was timed" in sessions.card("a", "mine")[0]
+    assert [p["model"] for p in sessions.measure("a", silent)["points"]] == ["dense", "pruned"]
+    score = sessions.score("a", silent)
     assert score["dense"]["n"] == 30
-    card, _ = studio.card("a", "me/mine")
+    card, _ = sessions.card("a", "me/mine")
     assert "Rotten Tomatoes" in card
     assert "# mine" in card
     assert "Timed in turns, 30 rounds" in card
     assert f"{100 * score['comparison']['pruned_accuracy']:.2f}" in card
-    path = studio.archive("a", "me/mine")
+    path = sessions.archive("a", "me/mine")
     with zipfile.ZipFile(path) as file:
         file.extractall(tmp_path / "out")
     assert {"README.md", "weights.png", "layers.png", "config.json", "tokenizer.json"} <= {
@@ -311,14 +311,14 @@ def test_what_is_measured_goes_into_card_and_archive(space, make, tmp_path):
     }
     assert verify_checkpoint(tmp_path / "out").is_right
     for name in ("../x", "a/b/c", "", "a b", "-a", "a\n# b"):
-        with pytest.raises(DataError, match="is no name for a model"):
-            studio.card("a", name)
+        with pytest.raises(DataError, match="is not a name for a model"):
+            sessions.card("a", name)
 
 
 def test_both_answer_as_they_would_alone(space, make, dense):
-    studio = make()
-    pruned = studio.prune("a", space.studio.DEMO, PruningConfig(0.8), silent)
-    _, *both = studio.probabilities("a", ["w1 w2 w3", " w4 "])
+    sessions = make()
+    pruned = sessions.prune("a", space.sessions.DEMO, PruningConfig(0.8), silent)
+    _, *both = sessions.probabilities("a", ["w1 w2 w3", " w4 "])
     batch = dense.tokenizer(["w4"], return_tensors="pt")
     for folder, found in zip((dense.folder, pruned.folder), both, strict=True):
         model = AutoPrunedModelForSequenceClassification.from_pretrained(folder)
@@ -347,10 +347,10 @@ def test_the_sweet_spot(space):
 
 
 def test_points_are_measured(space, make):
-    studio = make({"calibration": 8})
+    sessions = make({"calibration": 8})
     methods = [("Single weights", "magnitude", False), ("Heads and neurons", "fisher", True)]
     points = []
-    studio.sweep("a", methods, [0.5, 0.9], 20, silent, points)
+    sessions.sweep("a", methods, [0.5, 0.9], 20, silent, points)
     assert [(p["method"], p["sparsity"], p["n"]) for p in points] == [
         ("magnitude, single weights", 0.5, 20),
         ("magnitude, single weights", 0.9, 20),
@@ -359,8 +359,8 @@ def test_points_are_measured(space, make):
     ]
     assert [space.tradeoff.parse_method(p["method"]) for p in points[::2]] == methods
     assert points[1]["nonzero"] < points[0]["nonzero"]
-    assert not list(studio.folder.rglob("config.json"))  # nothing is left behind
-    assert studio.own_bytes() > 20_000
+    assert not list(sessions.folder.rglob("config.json"))  # nothing is left behind
+    assert sessions.own_model_bytes() > 20_000
     rows = space.tradeoff.to_csv(points).splitlines()
     assert [*rows[0].split(","), "doubt"] == list(points[0])
     assert len(rows) == 5
@@ -369,8 +369,8 @@ def test_points_are_measured(space, make):
 @pytest.mark.parametrize(
     ("key", "value", "said"),
     [
-        ("method", "magic, single weights", "'magic, single weights' is no method"),
-        ("method", "magnitude, <b>", "is no method"),
+        ("method", "magic, single weights", "'magic, single weights' is not a method"),
+        ("method", "magnitude, <b>", "is not a method"),
         ("sparsity", 1.5, r"sparsity is 1\.5: expected a number from 0 to 1"),
         ("accuracy", math.nan, "accuracy is nan"),
         ("accuracy", True, "accuracy is True"),
@@ -472,24 +472,25 @@ def test_models_of_the_hub(hub, tiny, tmp_path):
 import sys, json
 sys.path.insert(0, {str(SPACE)!r})
 from pathlib import Path
-from studio import Limits, Studio
+from limits import Limits
+from sessions import Sessions
 from hf_prune import PruningConfig
 said = {{}}
-studio = Studio(Path("out"), demo=None, data=None, sentences=["w1"], limits=Limits(download_bytes=100_000))
-def load(studio, name):
-    studio.prune("a", name, PruningConfig(0.5), lambda *_: None)
-    return studio.pruned("a").name
+sessions = Sessions(Path("out"), demo=None, data=None, sentences=["w1"], limits=Limits(download_bytes=100_000))
+def load(sessions, name):
+    sessions.prune("a", name, PruningConfig(0.5), lambda *_: None)
+    return sessions.of("a").name
 for name in "good remote pickle causal bomb wide score multi globs book deep broken large secret none".split():
     try:
-        said[name] = load(studio, "{USER}/" + name)
+        said[name] = load(sessions, "{USER}/" + name)
     except Exception as error:
         said[name] = f"{{type(error).__name__}}: {{error}}"
 for name in ("../../etc/passwd", "/etc", "a/../b", "me", "me/x y", "https://x/y", "me/x" + "y" * 300, "a/b/c", ""):
     try:
-        load(studio, name)
+        load(sessions, name)
     except Exception as error:
         said[name] = f"{{type(error).__name__}}: {{error}}"
-private = Studio(Path("out"), demo=None, data=None, sentences=["w1"], public=False)
+private = Sessions(Path("out"), demo=None, data=None, sentences=["w1"], public=False)
 said["own"] = load(private, "{USER}/secret")
 print("SAID" + json.dumps(said) + "END")
 """
@@ -515,7 +516,7 @@ print("SAID" + json.dumps(said) + "END")
     hostile = [name for name in said if name not in ("good", "own") and not re.fullmatch(r"\w+", name)]
     assert len(hostile) >= 7
     for name in hostile:
-        assert "is no model of the Hub" in said[name]
+        assert "is not a model on the Hub" in said[name]
     assert not any("evil.py" in request or "more/" in request for request in hub.log)
 
 
@@ -540,97 +541,97 @@ def only_linux():
 
 def test_memory_and_time_of_a_process_are_limited(space, make, dotted):
     only_linux()
-    studio = make({"memory_bytes": 300_000_000}, demo=dotted, data=None, sentences=["w1 ."])
+    sessions = make({"memory_bytes": 300_000_000}, demo=dotted, data=None, sentences=["w1 ."])
     with pytest.raises(
         HfPruneError, match=r"most likely it needs more than the 0\.3 GB of memory that one visitor may"
     ):
-        studio.prune("a", space.studio.DEMO, PruningConfig(0.5), silent)
+        sessions.prune("a", space.sessions.DEMO, PruningConfig(0.5), silent)
     limits = {"memory_bytes": 10_000_000, "seconds": 10}  # a thread that dies of it may be waited for
-    studio = make(limits, demo=dotted, data=None, sentences=["w1"])
+    sessions = make(limits, demo=dotted, data=None, sentences=["w1"])
     with pytest.raises(HfPruneError, match=r"needs more than|took longer than the 10 seconds"):
-        studio.prune("a", space.studio.DEMO, PruningConfig(0.5), silent)
-    studio = make({"seconds": 1.5}, demo=dotted, data=None, sentences=["w1 ."])
+        sessions.prune("a", space.sessions.DEMO, PruningConfig(0.5), silent)
+    sessions = make({"seconds": 1.5}, demo=dotted, data=None, sentences=["w1 ."])
     with pytest.raises(HfPruneError, match="took longer than the 2 seconds"):
-        studio.prune("a", space.studio.DEMO, PruningConfig(0.5), silent)
-    assert not studio._pruned
-    assert not [each for each in studio.folder.glob("*") if each.is_dir()]
+        sessions.prune("a", space.sessions.DEMO, PruningConfig(0.5), silent)
+    assert not sessions._sessions
+    assert not [path for path in sessions.folder.glob("*") if path.is_dir()]
 
 
 def test_while_one_hangs_others_are_served_and_it_can_be_cancelled(space, make, dotted):
-    studio = make(demo=dotted, data=None, sentences=["w1 ."])
+    sessions = make(demo=dotted, data=None, sentences=["w1 ."])
     served = []
 
     def meanwhile(title, share):
         """What others do while the tokenizer of this one is busy."""
         if title == "Reading sentences to learn from":
-            studio.sentences = ["w1"]
+            sessions.sentences = ["w1"]
             for name in "bc":
-                studio.prune(name, space.studio.DEMO, PruningConfig(0.5), silent)
-                served.append(studio.probabilities(name, ["w1", "w2"])[1])
-            assert studio.cancel("a")
+                sessions.prune(name, space.sessions.DEMO, PruningConfig(0.5), silent)
+                served.append(sessions.probabilities(name, ["w1", "w2"])[1])
+            assert sessions.jobs.cancel("a")
 
     with pytest.raises(HfPruneError, match="cancelled; nothing has changed"):
-        studio.prune("a", space.studio.DEMO, PruningConfig(0.5), meanwhile)
+        sessions.prune("a", space.sessions.DEMO, PruningConfig(0.5), meanwhile)
     assert len(served) == 2
     with pytest.raises(DataError, match="no pruned model of yours"):
-        studio.pruned("a")
-    assert studio.pruned("b")
+        sessions.of("a")
+    assert sessions.of("b")
 
 
 def test_a_sentence_that_a_model_cannot_take_ends_its_process_alone(space, make, dotted):
     only_linux()
     limits = {"memory_bytes": 300_000_000}
-    studio = make(limits, demo=dotted, data=None, sentences=["w1"])
+    sessions = make(limits, demo=dotted, data=None, sentences=["w1"])
     for name in "ab":
-        studio.prune(name, space.studio.DEMO, PruningConfig(0.5), silent)
-    folder = studio.pruned("a").folder
+        sessions.prune(name, space.sessions.DEMO, PruningConfig(0.5), silent)
+    folder = sessions.of("a").folder
     with pytest.raises(HfPruneError, match="Your pruned model went with it: prune one again"):
-        studio.probabilities("a", ["a dot."])
+        sessions.probabilities("a", ["a dot."])
     with pytest.raises(DataError, match="no pruned model of yours"):
-        studio.pruned("a")
+        sessions.of("a")
     assert not folder.exists()
-    assert len(studio.probabilities("b", ["w1"])[1]) == 1
-    studio.limits = space.studio.Limits(answer_seconds=0.0)
+    assert len(sessions.probabilities("b", ["w1"])[1]) == 1
+    sessions.limits = space.limits.Limits(answer_seconds=0.0)
     with pytest.raises(HfPruneError, match=r"took longer than the 0 seconds.*went with it"):
-        studio.probabilities("b", ["w1"])
+        sessions.probabilities("b", ["w1"])
 
 
 def test_one_visitor_does_not_keep_many_requests_waiting(space, make, monkeypatch):
     monkeypatch.setattr(space.children, "_PATIENCE", 0.01)
-    studio = make()
-    pruned = studio.prune("a", space.studio.DEMO, PruningConfig(0.5), silent)
+    sessions = make()
+    pruned = sessions.prune("a", space.sessions.DEMO, PruningConfig(0.5), silent)
     with pruned.child.turn, pytest.raises(ConfigError, match="something of yours is still running: wait for it"):
-        studio.probabilities("a", ["w1"])
-    assert len(studio.probabilities("a", ["w1"])[1]) == 1
+        sessions.probabilities("a", ["w1"])
+    assert len(sessions.probabilities("a", ["w1"])[1]) == 1
     pruned.child.end()
     with pytest.raises(HfPruneError, match=r"was stopped with what you had running before\. Your pruned model went"):
-        studio.probabilities("a", ["w1"])
+        sessions.probabilities("a", ["w1"])
 
 
 def test_processes_that_are_killed_are_replaced(space, make):
     """The one that forks is gone, and with it all that it forked."""
     only_linux()
-    studio = make()
-    studio.prune("a", space.studio.DEMO, PruningConfig(0.5), silent)
+    sessions = make()
+    sessions.prune("a", space.sessions.DEMO, PruningConfig(0.5), silent)
     space.started._ready.kill()
     space.started._ready.wait()
     with pytest.raises(HfPruneError, match="went with it"):
-        studio.probabilities("a", ["w1"])
-    studio.prune("a", space.studio.DEMO, PruningConfig(0.5), silent)
-    assert len(studio.probabilities("a", ["w1"])[1]) == 1
+        sessions.probabilities("a", ["w1"])
+    sessions.prune("a", space.sessions.DEMO, PruningConfig(0.5), silent)
+    assert len(sessions.probabilities("a", ["w1"])[1]) == 1
 
 
 def test_where_nothing_can_be_forked_a_process_is_kept_ready(space, make, monkeypatch):
     """As on macOS and Windows."""
     monkeypatch.setattr(space.children, "FORKS", False)
-    studio = make(children=space.children.Children(secrets=False))
+    sessions = make(children=space.children.Children(secrets=False))
     monkeypatch.setattr(space.children.Children, "prepare", lambda self: None)  # one is enough here
     try:
-        studio.prune("a", space.studio.DEMO, PruningConfig(0.5), silent)
-        assert len(studio.probabilities("a", ["w1"])[1]) == 1
+        sessions.prune("a", space.sessions.DEMO, PruningConfig(0.5), silent)
+        assert len(sessions.probabilities("a", ["w1"])[1]) == 1
     finally:
-        studio.close()
-        studio._children.close()
+        sessions.close()
+        sessions._children.close()
 
 
 def test_processes_of_strangers_do_not_know_the_secrets_of_the_machine(space, monkeypatch):
@@ -650,7 +651,7 @@ def test_processes_of_strangers_do_not_know_the_secrets_of_the_machine(space, mo
         ({"num_hidden_layers": 129}, "num_hidden_layers = 129"),
         ({"x": 10**400}, "x = 1000"),
         ({"x": [-(10**4000)]}, "x = -1000"),
-        ({"x": functools.reduce(lambda inner, _: [inner], range(3000), 1)}, "is too deep for any model"),
+        ({"x": functools.reduce(lambda inner, _: [inner], range(3000), 1)}, "is nested too deeply for any model"),
         ({"hidden_size": -(10**7)}, "hidden_size = -10000000"),
         ({"architectures": []}, "a model without a class"),
         ({"architectures": "BertModel"}, "is BertModel"),
@@ -660,19 +661,19 @@ def test_processes_of_strangers_do_not_know_the_secrets_of_the_machine(space, mo
 )
 def test_configs_that_are_refused_unread(space, values, said):
     config = {"architectures": ["BertForSequenceClassification"], "layer_norm_eps": 1e-12, "pad_token_id": None}
-    space.fetch.check_config("me/x", config)
+    space.downloads.check_config("me/x", config)
     with pytest.raises(DataError, match=f"me/x .*{said}"):
-        space.fetch.check_config("me/x", {**config, **values})
+        space.downloads.check_config("me/x", {**config, **values})
 
 
 @pytest.mark.parametrize("text", ["[" * 10**5, "{", "\ud800"])
 def test_configs_that_are_no_json(space, tmp_path, text):
     (tmp_path / "config.json").write_bytes(text.encode("utf-8", "surrogatepass"))
     with pytest.raises(DataError, match=r"the config\.json of me/x cannot be read"):
-        space.fetch._read_json("me/x", tmp_path / "config.json")
+        space.downloads._read_json("me/x", tmp_path / "config.json")
     for other in (None, [], 1, "x"):
         with pytest.raises(DataError, match="a model without a class"):
-            space.fetch.check_config("me/x", other)
+            space.downloads.check_config("me/x", other)
 
 
 @pytest.mark.parametrize(
@@ -693,14 +694,14 @@ def test_models_that_are_refused_unbuilt(space, tiny, tmp_path, values, said):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, **values}))
     with pytest.raises(DataError, match=said) as error:
-        space.work.load_dense("me/x", folder, None, 150_000_000)
+        space.models.load_dense("me/x", folder, None, 150_000_000)
     assert str(folder) not in str(error.value)
 
 
 def test_whole_layers_are_seen_to_go(space, dense, tmp_path):
     config = PruningConfig(0.5, granularity="layer", scope="global")
-    pruned = space.work.make_pruned(dense, config, ["w1"], tmp_path / "out", silent)
-    gone = [share for name, share in pruned.gone.items() if ".layer." in name]
+    pruned = space.models.prune_copy(dense, config, ["w1"], tmp_path / "out", silent)
+    gone = [share for name, share in pruned.removed_shares.items() if ".layer." in name]
     assert sorted(set(gone)) == [0, 1]
     before, after = pruned.histograms
     assert before.counts.sum() > 1.5 * after.counts.sum()
@@ -708,10 +709,10 @@ def test_whole_layers_are_seen_to_go(space, dense, tmp_path):
 
 @pytest.mark.parametrize("lock", ["reading", "turn"])
 def test_what_is_being_packed_goes_afterwards(space, make, lock):
-    studio = make()
-    pruned = studio.prune("a", space.studio.DEMO, PruningConfig(0.5), silent)
+    sessions = make()
+    pruned = sessions.prune("a", space.sessions.DEMO, PruningConfig(0.5), silent)
     with pruned.reading if lock == "reading" else pruned.child.turn:
-        studio.forget("a")
+        sessions.forget("a")
         assert pruned.folder.exists()
     for _ in range(100):
         if not pruned.folder.exists():
@@ -721,10 +722,10 @@ def test_what_is_being_packed_goes_afterwards(space, make, lock):
 
 
 def test_a_space_without_sentences_prunes(make):
-    studio = make(data=None, name="mine")
-    studio.prune("a", "mine", PruningConfig(0.5, criterion="wanda"), silent)
+    sessions = make(data=None, name="mine")
+    sessions.prune("a", "mine", PruningConfig(0.5, criterion="wanda"), silent)
     with pytest.raises(DataError, match="no labelled sentences"):
-        studio.score("a", silent)
+        sessions.score("a", silent)
 
 
 def test_push_of_the_space(hub, tiny, tmp_path):

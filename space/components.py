@@ -1,4 +1,4 @@
-"""What all pages share: who asks, how far something is, and errors in words."""
+"""What the pages are made of: who the visitor is, progress, error messages, queues and buttons."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from typing import Any
 
 import gradio as gr
 from guard import address_of
-from studio import Studio
+from sessions import Sessions
 
 from hf_prune import HfPruneError
 
-# One that takes long is not waited for: models run in processes of their own.
+# Gradio's queues. Long jobs hold up no others, since models run in processes of their own.
 HEAVY = {"concurrency_id": "heavy", "concurrency_limit": 4}
 LIGHT = {"concurrency_id": "light", "concurrency_limit": 16}
-QUICK = {"concurrency_id": "quick", "concurrency_limit": None}  # what asks no model
+QUICK = {"concurrency_id": "quick", "concurrency_limit": None}  # needs no model
 _log = logging.getLogger("hf_prune.space")
 
 
-def in_words(handler: Callable[..., Any]) -> Callable[..., Any]:
-    """Errors of a handler as sentences for the visitor; what is unexpected goes to the log."""
+def explain_errors(handler: Callable[..., Any]) -> Callable[..., Any]:
+    """Show a handler's errors to the visitor as sentences; unexpected ones go to the log."""
 
     @functools.wraps(handler)
     def handle(*args: Any, **kwargs: Any) -> Any:
@@ -42,37 +42,39 @@ def in_words(handler: Callable[..., Any]) -> Callable[..., Any]:
     return handle
 
 
-def teller(progress: gr.Progress) -> Callable[[str, float], None]:
-    """Passes on how far something is, ten times a second at most."""
+def show_progress(progress: gr.Progress) -> Callable[[str, float], None]:
+    """A function that shows progress, at most ten times a second."""
     last = [0.0, ""]
 
-    def tell(title: str, share: float) -> None:
+    def show(title: str, share: float) -> None:
         now = time.monotonic()
         if title != last[1] or now - last[0] > 0.1:
             last[:] = now, title
             progress(min(share, 1.0), desc=title)
 
-    return tell
+    return show
 
 
 def visitor(request: gr.Request) -> str:
-    """The key of who asks."""
+    """The key of the visitor who sent a request."""
     if not request.session_hash:
         raise gr.Error("send a session_hash, as gradio_client does: it says whose model this is", print_exception=False)
     return str(request.session_hash)
 
 
-def place(studio: Studio, request: gr.Request) -> AbstractContextManager[None]:
-    """Within this context, who asks has something long running, and nobody else at their address."""
+def take_turn(sessions: Sessions, request: gr.Request) -> AbstractContextManager[None]:
+    """Within this context, the visitor has something long running, and nobody else at their address."""
     peer = request.client.host if request.client is not None else ""
-    return studio.place(address_of(request.headers.get("x-forwarded-for", ""), peer))
+    return sessions.jobs.take_turn(address_of(request.headers.get("x-forwarded-for", ""), peer))
 
 
-def canceller(studio: Studio) -> Callable[..., str]:
-    """What a button that cancels calls."""
+def cancel_handler(sessions: Sessions) -> Callable[..., str]:
+    """The handler of a button that cancels."""
 
     def cancel(request: gr.Request) -> str:
         """Stop what is running; what was there before stays."""
-        return "Cancelling: what you had stays." if studio.cancel(visitor(request)) else "Nothing of yours is running."
+        if sessions.jobs.cancel(visitor(request)):
+            return "Cancelling: what you had stays."
+        return "Nothing of yours is running."
 
     return cancel

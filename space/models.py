@@ -1,10 +1,11 @@
-"""One model and what is made of it: what can be chosen, pruning, counting, timing, scoring."""
+"""Models as the child processes have them: loaded, pruned, counted, timed and scored."""
 
 from __future__ import annotations
 
 import copy
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +15,6 @@ import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from hf_prune import (
-    CRITERIA,
-    ConfigError,
     DataError,
     Evaluation,
     HfPruneError,
@@ -35,38 +34,25 @@ from hf_prune import (
     weight_histogram,
 )
 from hf_prune.architectures.find_unit_groups import find_unit_groups
-from hf_prune.architectures.kinds.registry import unit_descriptions
 from hf_prune.checkpoint.building import limited_building
-from hf_prune.cli.workflows.loading import load_classifier
-from hf_prune.criteria.base import CURVATURE, LABELLED, TRAINED
+from hf_prune.cli.workflows.loading import load_for_task
 from hf_prune.evaluation.data.classification import context_length
-from hf_prune.evaluation.weight_statistics import WeightHistogram
-from hf_prune.planning.choices import UNIT_CRITERIA_OF
+from hf_prune.evaluation.tasks import ClassificationTask
 
-Tell = Callable[[str, float], object]
+Progress = Callable[[str, float], object]  # what is being done, and which share of it is done
 _MOST_CLASSES, _LONGEST_LABEL = 100, 100
 _MOST_MODULES, _MOST_BUFFER_BYTES = 20_000, 200_000_000  # a classifier of 24 layers has 500, and next to no buffers
 _OUT_OF_MEMORY = ("can't allocate memory", "cannot allocate memory", "not enough memory", "can't start new thread")
 
-WHAT: Mapping[str, str | tuple[str, ...]] = {
-    "Single weights": "unstructured",
-    "Two of every four weights (2:4)": "2:4",
-    "Blocks of sixteen weights": "block:1x16",
-    "Attention heads": ("head",),
-    "Neurons": ("neuron",),
-    "Heads and neurons": ("head", "neuron"),
-    "Whole layers": ("layer",),
-}
 
-
-class Weights:
-    """What a dense and a pruned model have in common."""
+class Sized:
+    """The sizes of a dense or a pruned model."""
 
     model: Any
 
     @property
     def parameters(self) -> int:
-        """Of the whole model, zeros included."""
+        """Parameters of the whole model, zeros included."""
         return sum(p.numel() for p in self.model.parameters())
 
     @property
@@ -76,8 +62,8 @@ class Weights:
 
 
 @dataclass(frozen=True)
-class Dense(Weights):
-    """A model as it came. Its weights are never changed."""
+class DenseModel(Sized):
+    """A model as it was loaded. Its weights are never changed."""
 
     name: str
     model: Any
@@ -93,28 +79,28 @@ class Dense(Weights):
 
 
 @dataclass
-class Pruned(Weights):
-    """What a visitor made of one, with everything that was counted and measured of it."""
+class PrunedModel(Sized):
+    """A pruned copy of a dense model, with everything that was counted."""
 
-    dense: Dense
+    dense: DenseModel
     model: Any
     config: PruningConfig
     folder: Path
     report: SparsityReport
     structure: StructureReport | None
     units: Mapping[str, list[bool]]
-    gone: Mapping[str, float]
-    histograms: tuple[WeightHistogram, WeightHistogram]
+    removed_shares: Mapping[str, float]  # by matrix
+    histograms: tuple[Any, Any]  # of the weights before and after
     seconds: float
     file_bytes: int
 
     @property
     def tokenizer(self) -> Any:
-        """That of the dense model."""
+        """The dense model's."""
         return self.dense.tokenizer
 
     def facts(self) -> dict[str, Any]:
-        """The numbers, for programs."""
+        """The numbers, ready for JSON."""
         return {
             "model": self.dense.name,
             "settings": self.config.to_dict(),
@@ -132,90 +118,37 @@ class Pruned(Weights):
         }
 
 
-def criteria_for(what: str) -> dict[str, str]:
-    """The criteria that can choose what goes, with a line on each.
-
-    Left out are those that need labels or a training, and the block Fisher criterion, which takes minutes.
-    """
-    if isinstance(WHAT[what], tuple):
-        found = {name: why for name, (_, why, _) in UNIT_CRITERIA_OF.items() if name != "movement"}
-    else:
-        slow = LABELLED | TRAINED | CURVATURE
-        found = {n: CRITERIA.get(n).description for n in CRITERIA.names() if not CRITERIA.get(n).needs & slow}
-    return {name: why for name, why in found.items() if _config(what, name) is not None}
-
-
-def can_repair(what: str, how: str) -> bool:
-    """Whether a least-squares repair fits to it: after whole layers there is nothing to repair."""
-    return WHAT[what] != ("layer",) and _config(what, how, repair="least_squares") is not None
-
-
-def fixed_sparsity(what: str) -> float | None:
-    """The sparsity that follows from what goes, as in 2:4."""
-    return 0.5 if WHAT[what] == "2:4" else None
-
-
-def _config(what: str, how: str, **more: Any) -> PruningConfig | None:
-    scope = "global" if isinstance(WHAT[what], tuple) else None
-    try:
-        return PruningConfig(granularity=WHAT[what], criterion=how, scope=scope, **more)
-    except ConfigError:
-        return None
-
-
-def make_config(what: str, how: str, repair: bool, sparsity: float) -> PruningConfig:
-    """The settings of a pruning.
-
-    Raises:
-        ConfigError: If they contradict one another, or are unknown.
-    """
-    if what not in list(WHAT):
-        raise ConfigError(f"{str(what)[:40]!r} cannot be removed: expected one of {', '.join(WHAT)}")
-    if how not in list(criteria_for(what)):
-        raise ConfigError(f"{str(how)[:40]!r} cannot choose them: expected one of {', '.join(criteria_for(what))}")
-    if repair and not can_repair(what, how):
-        raise ConfigError(f"a repair does not fit to {how!r} and {what!r}: leave it out")
-    if not isinstance(sparsity, int | float) or not 0 <= sparsity <= 0.95:
-        raise ConfigError(f"the sparsity is {str(sparsity)[:20]}: expected a number from 0 to 0.95")
-    fixed = fixed_sparsity(what)
-    config = _config(
-        what, how, sparsity=sparsity if fixed is None else fixed, repair="least_squares" if repair else None
-    )
-    assert config is not None
-    return config
-
-
-def load_dense(name: str, folder: Path, base_model: str | None, most: int) -> Dense:
+def load_dense(name: str, folder: Path, base_model: str | None, most: int) -> DenseModel:
     """The model and the tokenizer in a folder.
 
     Args:
-        name: What it is called.
-        folder: Where it is.
+        name: What to call it.
+        folder: The folder.
         base_model: Its id on the Hub, if it has one.
-        most: Parameters that it may have.
+        most: The most parameters that it may have.
 
     Raises:
         DataError: If it does not choose one of several classes, is too large, or cannot be loaded.
     """
     try:
         check_size(name, folder, most)
-        model, tokenizer = load_classifier(str(folder))
+        model, tokenizer = load_for_task(str(folder), ClassificationTask())
     except Exception as error:
         if is_out_of_memory(error):
             raise MemoryError from None
-        reason = " ".join(str(error).split())[:400].replace(str(folder), name)  # in the visitor's words
+        reason = " ".join(str(error).split())[:400].replace(str(folder), name)  # as the visitor knows it
         if isinstance(error, HfPruneError):
             raise DataError(reason) from None
         raise DataError(f"{name} cannot be loaded: {type(error).__name__}: {reason}") from None
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    return Dense(name, prunable(model).eval(), tokenizer, folder, base_model, size)
+    return DenseModel(name, prunable(model).eval(), tokenizer, folder, base_model, size)
 
 
 def check_size(name: str, folder: Path, most: int) -> None:
-    """Refuse a model by what its config would build, and one that is no classifier: on the meta device, counting.
+    """Make sure, from the config alone, that a model is a classifier and not too large: it is built on the meta device.
 
     Raises:
-        DataError: If it has more parameters, modules or buffers, or its outputs are no probabilities of classes.
+        DataError: If it has too many parameters, modules or buffers, or its outputs are not probabilities of classes.
     """
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if config.num_labels < 2 or config.problem_type in ("regression", "multi_label_classification"):
@@ -229,37 +162,39 @@ def check_size(name: str, folder: Path, most: int) -> None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether there was not enough memory, in the words of Python, PyTorch or the system."""
+    """Whether an error of Python, PyTorch or the system says that memory ran out."""
     return isinstance(error, MemoryError) or any(words in str(error).lower() for words in _OUT_OF_MEMORY)
 
 
 def held_out(data: str, n: int) -> Any:
-    """Labelled sentences that the demo's model was not trained on, at most so many."""
-    found = load_classification(data, "dev")
-    return found.select(range(min(len(found), n)))
+    """At most ``n`` labelled sentences that the demo's model was not trained on."""
+    sentences = load_classification(data, "dev")
+    return sentences.select(range(min(len(sentences), n)))
 
 
-def make_pruned(dense: Dense, config: PruningConfig, sentences: Sequence[str], folder: Path, tell: Tell) -> Pruned:
-    """A pruned copy, counted and saved. Heads, neurons and layers are taken out.
+def prune_copy(
+    dense: DenseModel, config: PruningConfig, sentences: Sequence[str], folder: Path, progress: Progress
+) -> PrunedModel:
+    """Prune a copy of a model, count, and save it. Heads, neurons and layers are cut out.
 
     Args:
-        dense: Of which; it is not changed.
-        config: How.
+        dense: The model; it is not changed.
+        config: The settings.
         sentences: What calibrated criteria learn from.
-        folder: Where it is saved.
-        tell: Hears what is being done.
+        folder: Where to save the copy.
+        progress: Called with what is being done.
     """
-    tell("Reading sentences to learn from", 0.0)
+    progress("Reading sentences to learn from", 0.0)
     texts = text_batches(list(sentences), dense.tokenizer, batch_size=16, max_length=_length(dense.model, 64))
     model = copy.deepcopy(dense.model)
-    tell("Pruning", 0.0)
+    progress("Pruning", 0.0)
     start = time.perf_counter()
     model.prune(config, calibration=texts)
     seconds = time.perf_counter() - start
-    tell("Counting", 0.9)
+    progress("Counting", 0.9)
     report, masked = sparsity_report(model), dict(model.named_parameters())
-    names = [t.name for t in sparsity_report(dense.model).targets]  # which it has until something is taken out
-    gone = {name: 1 - int(masked[name].count_nonzero()) / masked[name].numel() for name in names}
+    names = [t.name for t in sparsity_report(dense.model).targets]  # the matrices that exist before anything is cut out
+    removed_shares = {name: 1 - int(masked[name].count_nonzero()) / masked[name].numel() for name in names}
     before = weight_histogram(dense.model, names)
     units = unit_map(model) if config.removes_units else {}
     if config.removes_units:
@@ -268,14 +203,14 @@ def make_pruned(dense: Dense, config: PruningConfig, sentences: Sequence[str], f
         seconds += time.perf_counter() - start
         report = sparsity_report(model)
     after = weight_histogram(model, [t.name for t in report.targets], limit=float(before.edges[-1]))
-    tell("Saving", 0.95)
+    progress("Saving", 0.95)
     try:
         model.save_pretrained(folder, compressed=True)
         dense.tokenizer.save_pretrained(folder)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
-    return Pruned(
+    return PrunedModel(
         dense=dense,
         model=model,
         config=config,
@@ -283,7 +218,7 @@ def make_pruned(dense: Dense, config: PruningConfig, sentences: Sequence[str], f
         report=report,
         structure=structure_report(model) if config.removes_units else None,
         units=units,
-        gone=gone,
+        removed_shares=removed_shares,
         histograms=(before, after),
         seconds=seconds,
         file_bytes=sum(path.stat().st_size for path in folder.glob("*.safetensors")),
@@ -291,44 +226,44 @@ def make_pruned(dense: Dense, config: PruningConfig, sentences: Sequence[str], f
 
 
 def unit_map(model: Any) -> dict[str, list[bool]]:
-    """Of each attention and feed-forward network of a masked model: which heads and neurons are left."""
-    parameters, found = dict(model.named_parameters()), {}
-    for site in find_unit_groups(model):
-        part = site.consumers[0]
-        weight = parameters[part.name].detach().movedim(part.dim, 0)
-        found[f"{site.kind} {site.name}"] = weight.reshape(site.units, -1).ne(0).any(1).tolist()
-    return found
+    """Which heads and neurons remain in each attention and feed-forward network of a masked model."""
+    parameters, remaining = dict(model.named_parameters()), {}
+    for group in find_unit_groups(model):
+        consumer = group.consumers[0]
+        weight = parameters[consumer.name].detach().movedim(consumer.dim, 0)
+        remaining[f"{group.kind} {group.name}"] = weight.reshape(group.units, -1).ne(0).any(1).tolist()
+    return remaining
 
 
 def time_both(dense: Any, pruned: Any) -> LatencyResult:
-    """One sentence of 64 tokens, or what the model can read if that is less; the two models in turns."""
+    """Time two models in turns on a sentence of 64 tokens, or of as many as the model can read."""
     models = {"dense": dense, "pruned": pruned}
     return measure_latency(models, batch_sizes=[1], lengths=[_length(dense, 64)], rounds=30)
 
 
-def score(model: Dense | Pruned, data: Any, source: str) -> Evaluation:
+def score(model: DenseModel | PrunedModel, data: Any, source: str) -> Evaluation:
     """The accuracy on labelled sentences."""
     return evaluate_classification(model.model, model.tokenizer, data, source=source, split="held out")
 
 
-def scores(dense: Evaluation, pruned: Evaluation) -> dict[str, Any]:
-    """Both on the same sentences, as ``hf-prune evaluate --against --json`` says it."""
+def compare_scores(dense: Evaluation, pruned: Evaluation) -> dict[str, Any]:
+    """Two scores on the same sentences, in the format of ``hf-prune evaluate --against --json``."""
     comparison = compare(dense, pruned)
     return {"dense": dense.to_dict(), "evaluation": pruned.to_dict(), "comparison": comparison.to_dict()}
 
 
-def removed_parts(units: Mapping[str, list[bool]]) -> dict[str, int]:
-    """How many of each kind are gone."""
-    return {
-        kind: sum(n.startswith(kind) and not kept for n, left in units.items() for kept in left)
-        for kind in unit_descriptions()
-    }
+def count_removed_units(units: Mapping[str, list[bool]]) -> dict[str, int]:
+    """How many units of each kind were removed, from a :func:`unit_map`."""
+    removed: Counter[str] = Counter()
+    for name, remaining in units.items():
+        removed[name.partition(" ")[0]] += remaining.count(False)
+    return dict(removed)
 
 
 @torch.inference_mode()
 def probabilities_of(model: Any, tokenizer: Any, texts: Sequence[str]) -> torch.Tensor:
-    """(sentences, classes)."""
-    parts = []
+    """The probabilities that a model gives: (sentences, classes)."""
+    batches = []
     for start in range(0, len(texts), 16):
         batch = tokenizer(
             list(texts[start : start + 16]),
@@ -337,8 +272,8 @@ def probabilities_of(model: Any, tokenizer: Any, texts: Sequence[str]) -> torch.
             padding=True,
             return_tensors="pt",
         )
-        parts.append(model(**batch).logits.float().softmax(-1))
-    return torch.cat(parts)
+        batches.append(model(**batch).logits.float().softmax(-1))
+    return torch.cat(batches)
 
 
 def _length(model: Any, wanted: int) -> int:
