@@ -43,7 +43,8 @@ LONG_FILES = {  # with the reason
     "hf_prune.mixin": "one class, whose methods document the public interface",
     "hf_prune.hub.card_data": "to be split",
 }
-FAMILIES = ("criteria", "granularities")  # registries: one entry, one file, no file knows another
+# Registries: one entry, one file, no file knows another.
+FAMILIES = ("criteria", "granularities", "architectures.kinds", "architectures.families")
 
 FORBIDDEN_MODULES = ("pickle", "_pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve")
 FORBIDDEN_CALLS = ("eval", "exec", "builtins.eval", "builtins.exec", "torch.load", "torch.serialization.load")
@@ -103,8 +104,12 @@ def import_problem(module: str, name: str, is_package: bool) -> str | None:
     if not target or target[0] not in PLACE:
         return f"imports {name}: name the module that defines it; a new package gets its place in LINE"
     if own[0] == target[0]:
-        if own[0] in FAMILIES and not is_package and target[1:2] not in ([own[1]], ["base"], ["registry"]):
-            return f"imports {name}: a file in {own[0]}/ may import only {own[0]}.base and {own[0]}.registry"
+        family = next((f.split(".") for f in FAMILIES if own[: f.count(".") + 1] == f.split(".")), None)
+        if family is None or is_package or target[: len(family)] != family:
+            return None
+        if target[len(family) :][:1] not in (own[len(family) :][:1], ["base"], ["registry"]):
+            folder = ".".join(family)
+            return f"imports {name}: a file in {folder}/ may import only {folder}.base and {folder}.registry"
         return None
     if PLACE[target[0]] >= PLACE[own[0]]:
         return f"imports {name}: {target[0]} does not stand before {own[0]} in LINE"
@@ -322,6 +327,7 @@ def test_every_package_says_what_happens_there(package):
         ("granularities.a", "import hf_prune.criteria", "criteria does not stand before granularities"),
         ("criteria.a", "from hf_prune.criteria.b import B", "may import only criteria.base"),
         ("criteria.a", "from .b import B", "may import only criteria.base"),
+        ("architectures.kinds.a", "from .b import B", "may import only architectures.kinds.base"),
         ("granularities.a", "from hf_prune.granularities import b", "may import only granularities.base"),
         ("novel.a", "", "hf_prune.novel.a has no place: add 'novel' to LINE"),
         ("planning.a", "import pickle", "imports pickle"),
@@ -355,6 +361,8 @@ def test_checker_finds(module, source, message):
         ("checkpoint.a", "from hf_prune import __version__"),
         ("criteria.a", "from hf_prune.criteria.base import Criterion\nfrom .base import WeightStats"),
         ("criteria.a", "from hf_prune.criteria.registry import CRITERIA"),
+        ("architectures.kinds.a", "from hf_prune.architectures.kinds.base import UnitKind"),
+        ("architectures.kinds.a", "from hf_prune.architectures.layers import layer_lists"),
         ("utils.front_matter", "import yaml"),
         ("hub.a", "from huggingface_hub import ModelCardData"),
         ("cli.a", "from hf_prune.hub import client\nfrom hf_prune.criteria.magnitude import Magnitude"),

@@ -110,7 +110,7 @@ def resize(model: nn.Module, units: Mapping[str, int]) -> None:
             expected = f"{available[name]} units" if name in available else "no such group of units"
             raise ArchitectureError(
                 f"the checkpoint has {number} units at {name}, and {type(model).__name__} has {expected} there: its "
-                f"config and its structure do not belong together"
+                f"config and its structure do not belong together, or its kind of unit is not registered here"
             )
     for prefix, (inner, groups) in inner_models.items():
         names = [group.name for group in groups if prefix + group.name in units]

@@ -1,4 +1,4 @@
-"""The examples in the ADDING.md guides are code that works: one decorated class is all that an addition takes."""
+"""The examples in the ADDING.md guides are code that works: one class or one call is all that an addition takes."""
 
 from __future__ import annotations
 
@@ -8,10 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import BertGenerationConfig, BertGenerationEncoder
 
 import hf_prune
+from hf_prune.architectures import base
+from hf_prune.architectures.kinds.registry import KINDS
 from hf_prune.criteria.registry import CRITERIA
 from hf_prune.granularities.registry import GRANULARITIES
+from tests.architecture_models import tiny
 
 ROOT = Path(hf_prune.__file__).parent
 
@@ -19,11 +23,16 @@ ROOT = Path(hf_prune.__file__).parent
 @pytest.fixture
 def added() -> Iterator[None]:
     """Take away what a test registers."""
-    CRITERIA.names()
-    GRANULARITIES.names()
-    before = dict(CRITERIA._entries), dict(GRANULARITIES._entries)
+    registries = (CRITERIA, GRANULARITIES, KINDS)
+    for registry in registries:
+        registry.names()
+    hf_prune.list_architectures()
+    entries, table = [dict(registry._entries) for registry in registries], dict(base._TABLE)
     yield
-    CRITERIA._entries, GRANULARITIES._entries = before
+    for registry, before in zip(registries, entries, strict=True):
+        registry._entries = before
+    base._TABLE.clear()
+    base._TABLE.update(table)
 
 
 def run_example(guide: str) -> None:
@@ -49,3 +58,28 @@ def test_granularity_guide() -> None:
     assert model.weight.tolist() == [[0, 9], [0, 1], [3, 0], [4, 0]]
     with pytest.raises(hf_prune.UnknownNameError, match=re.escape("tall:R (such as tall:16)")):
         hf_prune.PruningConfig(granularity="tall:0")
+
+
+@pytest.mark.usefixtures("added")
+def test_architecture_guide() -> None:
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 24}
+    model = BertGenerationEncoder(BertGenerationConfig(vocab_size=50, **sizes))
+    with pytest.raises(hf_prune.ArchitectureError, match="no entry for 'bert-generation'"):
+        hf_prune.shrink(model)
+    run_example("architectures")
+    hf_prune.shrink(hf_prune.prune(model, 0.5, granularity=("head", "neuron"), criterion="magnitude"))
+    layer = model.encoder.layer[1]
+    assert layer.attention.self.query.out_features == 16
+    assert layer.intermediate.dense.out_features == 12
+    assert model(torch.tensor([[1, 2, 3]])).last_hidden_state.isfinite().all()
+
+
+@pytest.mark.usefixtures("added")
+def test_kind_guide() -> None:
+    run_example("architectures/kinds")
+    model, inputs = tiny("bert")
+    hf_prune.prune(model, 0.5, granularity="pooled", criterion="magnitude")
+    masked = model(**inputs()).logits
+    hf_prune.shrink(model)
+    assert model.classifier.in_features == model.bert.pooler.dense.out_features == 16
+    assert torch.allclose(model(**inputs()).logits, masked, atol=1e-5)
