@@ -1,4 +1,4 @@
-"""ALPS: the mask and the weights of a layer found together, by operator splitting."""
+"""ALPS: find the mask and the weights of a layer together, by operator splitting."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from hf_prune.criteria.registry import CRITERIA
 from hf_prune.kernels.least_squares import damped, layer_error, least_squares
 
 _ITERATIONS = 300
-_EVERY = 3  # iterations between two looks at the support
+_CHECK_EVERY = 3  # iterations between two comparisons of the support
 _PENALTY = 0.1
-_LEAST_PENALTY = 1e-5
-_SETTLED = (30, 3e-4)  # enough, once that many iterations change less than that share of the support
-_SOLVE = 10  # iterations of conjugate gradients: they begin close to the solution
-_CLOSE = 1.5  # times the error: magnitude within that is solved to the end
+_MIN_PENALTY = 1e-5
+_SETTLED_AFTER, _SETTLED_CHANGE = 30, 3e-4  # from so many iterations on, stop once less than this share changes
+_SOLVE = 10  # iterations of conjugate gradients, which start close to the solution
+_CLOSE = 1.5  # times the error of ADMM: only a magnitude mask within that is solved to the end
 _NO_INPUT = 1e-12
 
 
@@ -23,10 +23,10 @@ _NO_INPUT = 1e-12
 class ALPS(Criterion):
     """Minimise the change of the layer's outputs subject to the number of non-zeros.
 
-    ADMM alternates between a ridge regression without the constraint and the projection onto it, under a penalty
-    that grows until the support stands still; conjugate gradients then solve for the weights on that support. Small
-    layers with few good masks can lead it astray: if the largest weights with least squares change the outputs less,
-    they are taken instead.
+    ADMM alternates between a ridge regression without the constraint and the projection onto it, under a penalty that
+    grows until the support no longer changes; conjugate gradients then solve for the weights on that support. In small
+    layers with few good masks it can end in a bad one: if the largest weights, refitted by least squares, change the
+    outputs less, they are taken instead.
     """
 
     name = "alps"
@@ -37,7 +37,7 @@ class ALPS(Criterion):
     repairs = True
 
     def scores(self, weight: Tensor, stats: WeightStats) -> Tensor:
-        """Size in units of the input, where the iterations start; see :meth:`Criterion.scores`."""
+        """|w| times the norm of its input, where the iterations start; see :meth:`Criterion.scores`."""
         assert stats.input_gram is not None
         return weight.float().abs() * stats.input_gram.diagonal().sqrt().clamp_min(_NO_INPUT)
 
@@ -47,25 +47,26 @@ class ALPS(Criterion):
         gram = damped(stats.input_gram.to(torch.promote_types(weight.dtype, torch.float32)))
         dense = weight.to(gram.dtype)
         size = gram.diagonal().sqrt()
-        seen = dense.masked_fill(stats.input_gram.diagonal() == 0, 0)  # weights without an input go first
-        keep, free = _support(seen * size, gram / torch.outer(size, size), select)
+        reached = dense.masked_fill(stats.input_gram.diagonal() == 0, 0)  # weights whose input is always 0 go first
+        # In units of their inputs all weights are comparable: the Gram matrix has ones on its diagonal.
+        keep, free = _support(reached * size, gram / torch.outer(size, size), select)
         new = least_squares(dense, keep, gram, start=free / size, iterations=_SOLVE)
-        keep, new = _or_magnitude(dense, keep, new, gram, stats.input_gram.to(gram.dtype), select)
+        keep, new = _better_of_magnitude(dense, keep, new, gram, stats.input_gram.to(gram.dtype), select)
         return keep, new.to(weight.dtype)
 
 
-def _or_magnitude(
+def _better_of_magnitude(
     dense: Tensor, keep: Tensor, new: Tensor, gram: Tensor, plain: Tensor, select: Select
 ) -> tuple[Tensor, Tensor]:
-    """A mask and its weights, or those of magnitude and least squares if their layer error is smaller.
+    """Return a mask and its weights, or magnitude's mask with least squares if its layer error is smaller.
 
     Args:
         dense: (out, in) dense weights.
-        keep: (out, in) bool.
-        new: (out, in) weights on it.
+        keep: (out, in) bool mask.
+        new: (out, in) weights on the mask.
         gram: (in, in) damped Gram matrix.
-        plain: (in, in) Gram matrix without damping, which the error is measured by.
-        select: Chooses the largest.
+        plain: (in, in) Gram matrix without damping, to measure the error.
+        select: Keeps the largest scores.
     """
     largest = select(dense.float().abs())
     error = layer_error(dense, new, plain)
@@ -82,44 +83,51 @@ def _support(dense: Tensor, gram: Tensor, select: Select) -> tuple[Tensor, Tenso
     Args:
         dense: (out, in) weights in units of their inputs.
         gram: (in, in) Gram matrix with ones on its diagonal.
-        select: Chooses the largest.
+        select: Keeps the largest scores.
     """
     keep = select(dense.float() ** 2)
     values, vectors = torch.linalg.eigh(gram)
     image = dense @ gram
     penalty, grown = _PENALTY, False
     sparse, dual = dense * keep, torch.zeros_like(dense)
-    seen = keep
+    previous = keep
     for iteration in range(1, _ITERATIONS + 1):
+        # One step of ADMM: best weights near the sparse ones, projection onto the number of non-zeros, dual ascent.
         free = _ridge(image - dual + penalty * sparse, values, vectors, penalty)
-        wish = free + dual / penalty
-        keep = select(wish.float() ** 2)
-        sparse = wish * keep
+        shifted = free + dual / penalty
+        keep = select(shifted.float() ** 2)
+        sparse = shifted * keep
         dual = dual + penalty * (free - sparse)
-        if iteration % _EVERY:
+        if iteration % _CHECK_EVERY:
             continue
-        changed = int((keep ^ seen).sum()) / max(1, int(keep.sum()))
-        seen = keep
+        changed = int((keep ^ previous).sum()) / max(1, int(keep.sum()))
+        previous = keep
+        # The penalty ties both sets of weights together. As in the paper, it grows faster while the support still
+        # changes much, and the iterations end when the support no longer changes.
         if changed > 0.1:
             penalty, grown = penalty * 1.3, True
         elif changed > 0.005:
             penalty, grown = penalty * 1.2, True
         elif grown:
-            if changed == 0 or (iteration >= _SETTLED[0] and changed < _SETTLED[1]):
+            if changed == 0 or (iteration >= _SETTLED_AFTER and changed < _SETTLED_CHANGE):
                 break
             penalty *= 1.1
-        else:  # too stiff for anything to move: loosen it
+        else:  # nothing has moved yet: the first penalty is too large for this layer, so loosen it
             penalty /= 5
-            if penalty < _LEAST_PENALTY:
+            if penalty < _MIN_PENALTY:
                 break
             if changed:
-                seen = keep = select(dense.float() ** 2)
+                previous = keep = select(dense.float() ** 2)
                 sparse, dual = dense * keep, torch.zeros_like(dense)
     return keep, free
 
 
 def _ridge(target: Tensor, values: Tensor, vectors: Tensor, penalty: float) -> Tensor:
-    """``target @ inverse(gram + penalty)`` from the eigenvalues and eigenvectors of the Gram matrix."""
+    """``target @ inverse(gram + penalty)``, by the eigenvalues and eigenvectors of the Gram matrix.
+
+    The penalty changes all the time, and with them no matrix is factored again. The order of the products is the one
+    that multiplies less.
+    """
     if len(target) > len(values):
         return target @ ((vectors / (values + penalty)) @ vectors.t())
     return ((target @ vectors) / (values + penalty)) @ vectors.t()

@@ -12,61 +12,61 @@ from torch import Tensor
 
 ANY_SCOPE = frozenset({"row", "layer", "global"})
 
-#: What calibration can gather from labelled batches, one number for each weight.
+#: Statistics that calibration gathers from labelled batches, one number for each weight.
 LABELLED = frozenset({"gradient", "absolute_gradient"})
-#: The same, and what it can gather from one example at a time, of the model's own predictions: labels have no say.
+#: These, and one that it gathers from the model's own predictions for one example at a time, without labels.
 GRADIENTS = LABELLED | {"squared_gradient"}
-#: What it gathers in the same way of neighbouring weights, too large to hold for all of them: see fisher.py.
+#: The same for pairs of neighbouring weights, too large to hold for a whole model: see ``pruning/fisher.py``.
 CURVATURE = frozenset({"fisher"})
-#: What calibration can gather from what flows into a weight: labels are not needed.
+#: Statistics of the inputs of a weight: no labels are needed.
 INPUTS = frozenset({"input_gram", "input_norm", "input_mean"})
-#: What is known besides where the objective is "loss"; criteria do not ask for it.
+#: Statistics that come with the objective "loss"; criteria do not ask for them.
 DIFFERENCES = frozenset({"output_change", "change_products", "output_weight"})
-#: How many neighbouring weights share a block of ``fisher``, as in the paper, and where wider units become too large.
+#: How many neighbouring weights share a block of ``fisher``, as in the paper, and the widest unit that fits in one.
 FISHER_BLOCK, WIDEST_FISHER_BLOCK = 50, 128
-#: What only a training can gather.
+#: Statistics that only a training gathers.
 TRAINED = frozenset({"training_score"})
 STATISTICS = GRADIENTS | CURVATURE | INPUTS | DIFFERENCES | TRAINED
 
 
 class Select(Protocol):
-    """Turns scores into masks with the exact count that the plan asks for; earlier masks are respected.
+    """Turns scores into masks with the exact count that the plan asks for; weights removed earlier stay removed.
 
     Attributes:
-        width: How many neighbouring columns are decided together at least: M of N:M, C of RxC blocks, else 1.
-        pools: Whether every ``width`` columns have a count of their own, as in N:M.
+        width: The smallest number of neighbouring columns that are decided together: M of N:M, C of RxC blocks, else 1.
+        pools: Whether every ``width`` columns are a pool of their own, as in N:M.
     """
 
     @property
     def width(self) -> int:
-        """Neighbouring columns in a decision."""
+        """The smallest number of neighbouring columns that are decided together."""
 
     @property
     def pools(self) -> bool:
-        """Counts for every ``width`` columns."""
+        """Whether every ``width`` columns are a pool of their own."""
 
     def __call__(self, scores: Tensor) -> Tensor:
         """(out, in) scores -> (out, in) bool, True = keep."""
 
     def columns(self, scores: Tensor, start: int) -> Tensor:
-        """Decide some columns, a multiple of ``width``, before the scores of the rest are known.
+        """Decide on some columns, a multiple of ``width``, before the scores of the later ones are known.
 
         Args:
-            scores: (out, columns) scores of columns ``start`` and following.
-            start: The first of them.
+            scores: (out, columns) scores of the columns from ``start`` on.
+            start: The first column.
 
         Returns:
-            (out, columns) bool. They lose their share of what the matrix loses; all columns together lose exactly
-            what the plan asks for.
+            (out, columns) bool. Each call removes its share, and after the last one exactly as many weights are removed
+            as the plan asks for.
         """
 
 
 @dataclass(frozen=True)
 class WeightStats:
-    """What is known of one weight besides its values; what a criterion does not need stays None.
+    """The statistics of one weight matrix; those that a criterion does not need are None.
 
     Args:
-        seed: A seed of this weight's own, from the config's seed and the parameter's name.
+        seed: The seed of this matrix, see :func:`weight_seed`.
         gradient: (out, in) gradient of the loss, averaged over all calibration examples, float32.
         absolute_gradient: (out, in) absolute gradient of each batch's loss, averaged over the examples, float32.
         squared_gradient: (out, in) squared gradient of each example's predictions, averaged over the examples: the
@@ -74,15 +74,15 @@ class WeightStats:
         fisher: (out, blocks, size, size) blocks of that matrix on its diagonal: mean of ggᵀ over the examples, with
             g the gradients of ``size`` neighbouring inputs of an output. The last block of each row is padded with
             zeros, float32.
-        training_score: (out, in) what a training has learned of each weight, float32.
+        training_score: (out, in) score that a training has gathered for each weight, float32.
         columns: How many neighbouring inputs are removed together: C of RxC blocks.
-        input_gram: (in, in) mean of xxᵀ over the calibration tokens x that flow into the weight, padding left
-            out, float32.
+        input_gram: (in, in) mean of xxᵀ over the calibration tokens x that the weight multiplies, without padding,
+            float32.
         input_norm: (in,) root mean square of each input over the same tokens, float32.
         input_mean: (in,) mean of each input over the same tokens, float32.
-        output_change: (out,) mean of what the outputs lack of those of the dense model, d, float32. This and the
-            following are known for the objective "loss" only; tokens then count as much as the predictions depend on
-            them, in all means.
+        output_change: (out,) mean of d, the outputs of the dense model minus those of the pruned one, float32. This
+            and the following are known for the objective "loss" only; all means then weigh tokens by how much the
+            predictions depend on them.
         change_products: (out, in) mean of dxᵀ, float32.
         output_weight: (out,) mean squared gradient of the predictions with respect to each output, float32.
     """
@@ -102,7 +102,7 @@ class WeightStats:
     columns: int = 1
 
     def rows(self, rows: slice) -> WeightStats:
-        """The statistics of some outputs only; those of the inputs serve every output."""
+        """The statistics of some outputs; statistics of the inputs are the same for every output."""
         parts = {
             name: value[rows] for name in GRADIENTS | CURVATURE | TRAINED if (value := getattr(self, name)) is not None
         }
@@ -117,20 +117,20 @@ def weight_seed(seed: int, name: str) -> int:
 class Criterion(ABC):
     """A score for every weight, larger = keep.
 
-    An entry sets the class attributes and implements :meth:`scores`. It must be pure: the same inputs
-    give the same scores, and none is changed. A weight that is already exactly zero must get the lowest
-    score, since removing it costs nothing.
+    A subclass sets the class attributes and implements :meth:`scores`. It must be pure: the same inputs give the same
+    scores, and no input is changed. A weight that is already exactly zero must get the lowest score, since removing it
+    costs nothing.
 
     Attributes:
         name: The registered name.
         description: One line for ``hf-prune list``.
-        paper: Where it comes from.
+        paper: The paper that it comes from.
         needs: The :class:`WeightStats` fields that it needs from calibration.
         scopes: The scopes in which its scores can be compared.
-        rowwise: Whether the scores of an output depend on that output's weights and statistics alone, so that a
+        rowwise: Whether the scores of an output depend only on the weights and statistics of that output, so that a
             few outputs can be scored at a time.
-        repairs: Whether :meth:`prune_weight` changes weights that are kept; then it is called with whole matrices.
-            In global scope, which knows no mask before it has seen every score, it overrides :meth:`update`.
+        repairs: Whether it changes weights that are kept; :meth:`prune_weight` then gets whole matrices. For global
+            scope, where the masks follow only from all scores, it overrides :meth:`update`.
     """
 
     name: ClassVar[str]
@@ -154,7 +154,7 @@ class Criterion(ABC):
         """
 
     def prune_weight(self, weight: Tensor, stats: WeightStats, select: Select) -> tuple[Tensor, Tensor]:
-        """Choose the mask of one weight, and repair what is kept where the criterion can.
+        """Choose the mask of one weight matrix, and new values for the weights that stay.
 
         Args:
             weight: (out, in).
@@ -162,16 +162,16 @@ class Criterion(ABC):
             select: Turns scores into masks, see :class:`Select`.
 
         Returns:
-            The mask and the weight, both (out, in). The default scores, selects, and calls :meth:`update`.
+            The mask and the weights, both (out, in). The default scores, selects, and calls :meth:`update`.
         """
         keep = select(self.scores(weight, stats))
         return keep, self.update(weight, keep, stats)
 
     def update(self, weight: Tensor, keep: Tensor, stats: WeightStats) -> Tensor:
-        """New values for the weights that stay, whoever chose them.
+        """New values for the weights that stay under any mask.
 
         Args:
-            weight: (out, in), or some of its outputs if the criterion is ``rowwise``.
+            weight: (out, in), or only some outputs if the criterion is ``rowwise``.
             keep: Bool of the same shape.
             stats: What calibration gathered for it.
 

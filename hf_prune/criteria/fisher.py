@@ -11,21 +11,21 @@ from hf_prune.criteria.base import Criterion, WeightStats
 from hf_prune.criteria.registry import CRITERIA
 
 _DAMPING = 0.01  # of the mean diagonal of each block
-_LEAST_DAMPING = 1e-24
+_MIN_DAMPING = 1e-24
 _CHUNK = 1 << 21  # elements of the blocks that are inverted together, 16 MiB in float64
 
 
 @CRITERIA.register("fisher")
 class Fisher(Criterion):
-    """Remove what the loss misses least once the weights beside it have made up for it.
+    """Remove the units whose loss the other weights of their block can best make up for.
 
-    With H a block of the damped Fisher matrix, the loss grows by ``δᵀHδ / 2`` when its weights change by δ. The least
-    that removing the weights Q can cost is ``w_Qᵀ ([H⁻¹]_QQ)⁻¹ w_Q / 2``: the score of a unit, where units of several
-    outputs add up. Once the mask is known, the weights that stay take the values that minimise the growth for all
-    that goes from the block at once. For N:M the units are single weights.
+    With H a block of the damped Fisher matrix, the loss grows by ``δᵀHδ / 2`` when the weights of the block change by
+    δ. If the others adapt, removing the weights Q costs ``w_Qᵀ ([H⁻¹]_QQ)⁻¹ w_Q / 2``: the score of a unit, summed over
+    its outputs. Once the mask is known, the weights that stay take the values that minimise the growth for everything
+    removed from the block together. For N:M the units are single weights.
 
-    The matrix is that of the model's own predictions for single examples; labels in the batches change nothing. On the
-    labels of sentences that it was fine-tuned on, a classifier has next to no gradients left to tell weights apart by.
+    The Fisher matrix is that of the model's own predictions for single examples; labels in the batches are ignored. A
+    classifier has next to no gradients left on the labels of sentences that it was fine-tuned on.
     """
 
     name = "fisher"
@@ -35,7 +35,7 @@ class Fisher(Criterion):
     repairs = True
 
     def scores(self, weight: Tensor, stats: WeightStats) -> Tensor:
-        """See :meth:`Criterion.scores`; what a unit costs is the sum over its weights."""
+        """See :meth:`Criterion.scores`; the cost of a unit is the sum over its weights."""
         assert stats.fisher is not None
         parts = []
         for fisher, (w,) in _chunks(stats.fisher, weight):
@@ -49,10 +49,13 @@ class Fisher(Criterion):
         parts = []
         for fisher, (w, kept) in _chunks(stats.fisher, weight, keep):
             hessian = _damped(fisher)
-            gone = hessian @ (w * (1 - kept)).unsqueeze(-1)  # (outputs, blocks, size, 1)
+            # The change c of the weights K that stay minimises the growth for the removed weights Q: H_KK c = H_KQ w_Q.
+            # Masks differ, so that H_KK has a size of its own in every block; with the identity in the place of removed
+            # weights, all blocks are solved together.
+            pull = hessian @ (w * (1 - kept)).unsqueeze(-1)  # (outputs, blocks, size, 1)
             hessian = hessian * kept.unsqueeze(-1) * kept.unsqueeze(-2)
-            hessian.diagonal(dim1=-2, dim2=-1).add_(1 - kept)  # removed weights: the identity
-            change = torch.cholesky_solve(gone * kept.unsqueeze(-1), torch.linalg.cholesky(hessian)).squeeze(-1)
+            hessian.diagonal(dim1=-2, dim2=-1).add_(1 - kept)
+            change = torch.cholesky_solve(pull * kept.unsqueeze(-1), torch.linalg.cholesky(hessian)).squeeze(-1)
             parts.append((w + change) * kept)
         return _joined(parts, weight).to(weight.dtype)
 
@@ -74,9 +77,9 @@ def _joined(parts: list[Tensor], like: Tensor) -> Tensor:
 
 
 def _damped(fisher: Tensor) -> Tensor:
-    """Blocks that can be inverted."""
+    """Add 1 % of the mean diagonal of each block to its diagonal, so that it can be inverted."""
     mean = fisher.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)  # (outputs, blocks, 1)
-    return fisher + torch.diag_embed((_DAMPING * mean).clamp_min(_LEAST_DAMPING).expand(*fisher.shape[:3]))
+    return fisher + torch.diag_embed((_DAMPING * mean).clamp_min(_MIN_DAMPING).expand(*fisher.shape[:3]))
 
 
 def _dual(weight: Tensor, inverse: Tensor, columns: int) -> Tensor:

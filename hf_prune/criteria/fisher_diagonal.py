@@ -1,4 +1,4 @@
-"""Diagonal Fisher: how much the loss grows, to second order, when a weight goes and the others stay."""
+"""Diagonal Fisher: how much the loss grows, to second order, when a weight is removed and the others do not change."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from torch import Tensor
 from hf_prune.criteria.base import Criterion, WeightStats
 from hf_prune.criteria.registry import CRITERIA
 
-_NO_GRADIENT = 1e-24  # weights that the loss never depends on rank below the others, and among themselves by size
+_NO_GRADIENT = 1e-24  # weights without a gradient rank below the others, and among themselves by magnitude
 
 
 @CRITERIA.register("fisher_diagonal")
 class FisherDiagonal(Criterion):
     """Score w² F / 2 with F the mean squared gradient: optimal brain damage with the Fisher matrix.
 
-    The gradients are those of the model's own predictions for single examples; labels in the batches change nothing.
+    The gradients are those of the model's own predictions for single examples; labels in the batches are ignored.
     """
 
     name = "fisher_diagonal"

@@ -1,4 +1,4 @@
-"""Magnitude: large weights matter."""
+"""Magnitude: keep the largest weights."""
 
 from __future__ import annotations
 

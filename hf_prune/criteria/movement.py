@@ -1,4 +1,4 @@
-"""Movement: weights that a training moves towards zero go, however large they are."""
+"""Movement: remove the weights that a training moves towards zero, however large they are."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ class Movement(Criterion):
     needs = TRAINED
 
     def scores(self, weight: Tensor, stats: WeightStats) -> Tensor:
-        """What the training gathered, see :meth:`Criterion.scores`."""
+        """The score that the training has gathered, see :meth:`Criterion.scores`."""
         assert stats.training_score is not None
         return stats.training_score
 
 
 @CRITERIA.register("soft_movement")
 class SoftMovement(Movement):
-    """The same scores pulled down all the while; what falls below a threshold goes, in whatever tensor it is."""
+    """The same scores under a steady pull downwards; weights whose score falls below a threshold go, in any tensor."""
 
     name = "soft_movement"
     description = "movement with a threshold in place of a count, until the schedule ends"

@@ -24,5 +24,5 @@ class Random(Criterion):
         Drawn on the CPU, so that a seed means the same masks on every device.
         """
         generator = torch.Generator().manual_seed(stats.seed)
-        noise = torch.rand(weight.shape, generator=generator).neg_().add_(1)  # in place: it may be all that fits
+        noise = torch.rand(weight.shape, generator=generator).neg_().add_(1)  # in place: a second copy may not fit
         return noise.to(weight.device).mul_(weight != 0)

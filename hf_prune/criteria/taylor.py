@@ -1,4 +1,4 @@
-"""Taylor: how much the loss changes, to first order, when a weight goes."""
+"""Taylor: how much the loss changes, to first order, when a weight is removed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Wanda: magnitude times the size of the input."""
+"""Wanda: magnitude times the norm of the input."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 from hf_prune.criteria.base import Criterion, WeightStats
 from hf_prune.criteria.registry import CRITERIA
 
-_NO_INPUT = 1e-12  # inputs that are always zero rank below the others, and among themselves by magnitude
+_NO_INPUT = 1e-12  # weights whose input is always zero rank below the others, and among themselves by magnitude
 
 
 @CRITERIA.register("wanda")

@@ -1,4 +1,4 @@
-"""The interface of a granularity: units of a regular grid, and who they compete with."""
+"""The interface of a granularity: the units of a regular grid, and the pools in which they compete."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ ANY_SCOPE = frozenset({"row", "layer", "global"})
 class Granularity(ABC):
     """A grid of units over a canonical (out, in) matrix.
 
-    An entry sets the class attributes, reads its own spelling in :meth:`parse`, and sets the instance
-    attributes. Everything else follows from them.
+    A subclass sets the class attributes, reads its own spelling in :meth:`parse`, and sets the instance attributes.
+    Everything else follows from them.
 
     Attributes:
         name: The registered name.
         usage: How it is spelled in a config.
         description: One line for ``hf-prune list``.
-        paper: Where it comes from.
-        scopes: The scopes it can be used with.
+        paper: The paper that it comes from.
+        scopes: The scopes that it can be used with.
         spec: The canonical spelling of this instance.
-        block: (outputs, inputs) of one unit, where that does not depend on the matrix.
+        block: (outputs, inputs) of one unit, if that does not depend on the matrix.
         pool: How many consecutive units of a row form a pool; None where the scope decides.
         fixed_sparsity: The sparsity that the spelling fixes, or None.
     """
@@ -44,10 +44,10 @@ class Granularity(ABC):
     @classmethod
     @abstractmethod
     def parse(cls, text: str) -> Granularity | None:
-        """The instance that ``text`` spells, or None if it is not of this kind.
+        """The instance that ``text`` spells, or None if it spells another granularity.
 
         Raises:
-            ConfigError: If it is of this kind but its numbers make no sense.
+            ConfigError: If it spells this one, with invalid numbers.
         """
 
     def misfit(self, target: Target) -> str | None:
@@ -55,19 +55,19 @@ class Granularity(ABC):
         rows, columns = self.block_in(target.matrix_shape)
         out = target.matrix_shape[0]
         if out % rows:
-            return f"its {out} outputs are no multiple of {rows}"
+            return f"its {out} outputs are not a multiple of {rows}"
         if columns != target.matrix_shape[1] and target.inputs % columns:
-            return f"its {target.inputs} inputs are no multiple of {columns}"
+            return f"its {target.inputs} inputs are not a multiple of {columns}"
         if self.pool is not None and target.inputs % self.pool:
-            return f"its {target.inputs} inputs are no multiple of {self.pool}"
+            return f"its {target.inputs} inputs are not a multiple of {self.pool}"
         return None
 
     def block_in(self, shape: tuple[int, int]) -> tuple[int, int]:
-        """(outputs, inputs) of one unit of a matrix of ``shape``."""
+        """(outputs, inputs) of one unit of a matrix of the given shape."""
         return self.block
 
     def units(self, shape: tuple[int, int]) -> tuple[int, int]:
-        """How many units lie along the outputs and the inputs of a matrix of ``shape``."""
+        """How many units lie along the outputs and the inputs of a matrix of the given shape."""
         rows, columns = self.block_in(shape)
         return shape[0] // rows, shape[1] // columns
 

@@ -24,9 +24,9 @@ class Channel(Granularity):
         return cls() if text == cls.name else None
 
     def block_in(self, shape: tuple[int, int]) -> tuple[int, int]:
-        """One channel by all that it sees."""
+        """One channel by all of its inputs."""
         return 1, shape[1]
 
     def misfit(self, target: Target) -> str | None:
         """Only convolutions have channels."""
-        return None if target.layout == "conv" else "it is no convolution: name convolutions in target_modules"
+        return None if target.layout == "conv" else "it is not a convolution: name convolutions in target_modules"

@@ -8,7 +8,7 @@ from hf_prune.granularities.registry import GRANULARITIES
 
 @GRANULARITIES.register("column")
 class Column(Granularity):
-    """All weights of one input, at one place of a kernel; ``shrink()`` takes out what nothing reads any more."""
+    """All weights of one input at one kernel position; ``shrink()`` removes neurons that are no longer read."""
 
     name = "column"
     usage = "column"

@@ -16,8 +16,8 @@ def parse_granularity(text: object) -> Granularity:
     """The granularity that ``text`` spells, such as ``"unstructured"``, ``"2:4"`` or ``"block:16x1"``.
 
     Raises:
-        UnknownNameError: If no registered granularity reads it.
-        ConfigError: If one reads it but the numbers in it make no sense.
+        UnknownNameError: If it spells no registered granularity.
+        ConfigError: If it spells one, with invalid numbers.
     """
     entries = [GRANULARITIES.get(name) for name in GRANULARITIES.names()]
     if isinstance(text, str):

@@ -8,7 +8,7 @@ from hf_prune.granularities.registry import GRANULARITIES
 
 @GRANULARITIES.register("row")
 class Row(Granularity):
-    """All weights of one output; ``shrink()`` takes those out that are neurons of a known architecture."""
+    """All weights of one output; ``shrink()`` removes outputs that are neurons of a known architecture."""
 
     name = "row"
     usage = "row"

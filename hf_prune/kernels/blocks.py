@@ -1,16 +1,15 @@
-"""Units: what is removed together, as pure tensor algebra on canonical (out, in) matrices.
+"""Units on a regular grid over canonical (out, in) matrices: weights that are removed together.
 
-A :class:`Slice` is one rectangle of one tensor, a :class:`Group` the slices that go together and the
-pool they compete in. Groups are the definition that every granularity must satisfy; regular grids
-(single weights, blocks, N:M) compute the same with reshapes, since nobody wants forty million objects.
+A :class:`Slice` is one rectangle of one tensor, and a :class:`Group` the slices that are removed together and the pool
+in which they compete. Groups define what every granularity means; pruning computes the same with reshapes, since a
+model would have forty million of these objects.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 
@@ -65,38 +64,6 @@ def grid_groups(
             yield Group((Slice(tensor, (top, top + rows), (left, left + columns)),), name)
 
 
-def group_scores(groups: Sequence[Group], scores: Mapping[str, Tensor]) -> Tensor:
-    """Sum of the scores in each group.
-
-    Args:
-        groups: The units.
-        scores: (out, in) scores by parameter name.
-
-    Returns:
-        (groups,) float32.
-    """
-    return torch.stack([torch.stack([scores[s.tensor][s.index].float().sum() for s in g.slices]).sum() for g in groups])
-
-
-def spread_groups(groups: Sequence[Group], keep: Tensor, shapes: Mapping[str, tuple[int, int]]) -> dict[str, Tensor]:
-    """Turn one decision per group into one mask per tensor.
-
-    Args:
-        groups: The units.
-        keep: (groups,) bool, True = keep.
-        shapes: (out, in) of each tensor.
-
-    Returns:
-        (out, in) bool masks by parameter name, True where nothing removes the weight.
-    """
-    masks = {name: torch.ones(shape, dtype=torch.bool) for name, shape in shapes.items()}
-    for group, kept in zip(groups, keep.tolist(), strict=True):
-        if not kept:
-            for part in group.slices:
-                masks[part.tensor][part.index] = False
-    return masks
-
-
 def block_sums(values: Tensor, block: tuple[int, int]) -> Tensor:
     """Sum over each block of a grid.
 
@@ -115,7 +82,7 @@ def block_sums(values: Tensor, block: tuple[int, int]) -> Tensor:
 
 
 def spread_blocks(keep: Tensor, block: tuple[int, int]) -> Tensor:
-    """Repeat one decision per block over the block's weights: the inverse of :func:`block_sums`.
+    """Repeat one value per block over the block's weights: the inverse of :func:`block_sums`.
 
     Args:
         keep: (out / rows, in / columns).

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_CHUNK = 1 << 18  # weights looked at together
+_CHUNK = 1 << 18  # weights in one step
 
 
 @dataclass(frozen=True)
@@ -17,9 +17,9 @@ class Target:
 
     Args:
         name: The parameter's name in ``model.named_parameters()``.
-        module: The name of the module that it belongs to.
+        module: The name of its module.
         layout: ``"linear"`` (out, in), ``"conv1d"`` (in, out) or ``"conv"`` (out, in, *kernel).
-        shape: The parameter's own shape.
+        shape: The parameter's shape.
     """
 
     name: str
@@ -29,7 +29,7 @@ class Target:
 
     @property
     def size(self) -> int:
-        """How many weights."""
+        """The number of weights."""
         return math.prod(self.shape)
 
     @property
@@ -41,7 +41,7 @@ class Target:
 
     @property
     def inputs(self) -> int:
-        """Input features or channels: the run of columns that are neighbours as inputs."""
+        """The number of input features or channels: so many consecutive columns belong to one kernel position."""
         return self.shape[0] if self.layout == "conv1d" else self.shape[1]
 
     def matrix(self, tensor: Tensor) -> Tensor:
@@ -53,7 +53,7 @@ class Target:
         return tensor
 
     def native(self, matrix: Tensor) -> Tensor:
-        """The inverse of :meth:`matrix`: a contiguous tensor in the weight's own layout."""
+        """The inverse of :meth:`matrix`: a contiguous tensor in the layout of the weight."""
         if self.layout == "conv1d":
             return matrix.t().contiguous()
         if self.layout == "conv":
@@ -63,7 +63,7 @@ class Target:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether a tensor is free of NaN and infinity: one fast sum, and a close look only if that overflows."""
+    """Whether a tensor is free of NaN and infinity: one fast sum, and every element only if that overflows."""
     if tensor.device.type == "cpu" and tensor.dim() > 1 and tensor.numel() > _CHUNK and tensor.element_size() < 4:
         rows = max(1, _CHUNK * len(tensor) // tensor.numel())
         return all(is_finite(part) for part in tensor.split(rows))  # the sum makes a copy in float32
@@ -72,7 +72,7 @@ def is_finite(tensor: Tensor) -> bool:
 
 
 def output_rows(output: Tensor, layout: str) -> Tensor:
-    """(tokens, out): what a module puts out, a row for each row of its inputs.
+    """The output of a module as a matrix: (tokens, out), a row for each row of its inputs.
 
     Args:
         output: (..., out), or (batch, out, *size) of a convolution.

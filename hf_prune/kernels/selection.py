@@ -1,13 +1,13 @@
-"""Exact selection of the k lowest scores: the one loop that decides what is removed.
+"""Exact selection of the k lowest scores: the one place that decides what is removed.
 
-Every pool loses exactly ``k`` units, and equal scores are decided by position (the earlier one goes
-first), so the result is that of a stable ascending sort. Sorting tens of millions of scores is what
-makes pruning slow and hungry for memory, so nothing here sorts a pool: a random sample brackets the
-k-th score, one pass counts what lies below the bracket and collects what lies inside, and only that
-small rest is partitioned. The sample decides the speed, never the result.
+Every pool loses exactly ``k`` units, and equal scores are decided by position (the earlier one is removed), so the
+result is that of a stable ascending sort. Sorting tens of millions of scores would take most of the time and memory of
+pruning, so nothing here sorts a large pool: a random sample brackets the k-th score, one pass counts the scores below
+the bracket and collects those inside, and only these few are partitioned. The sample affects the speed, never the
+result.
 
-Scores come in chunks that are made anew for each pass, small enough to stay in a core's cache, so that
-not even one tensor of scores is held.
+Scores come in chunks that are computed again for each pass, small enough to stay in a core's cache, so that not even
+one tensor of scores is held in memory.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-CHUNK = 1 << 16  # scores looked at together: 256 KiB in float32, which stays in a core's cache
-_SAMPLE = 1 << 14  # scores that bracket the k-th one, at least
-_SAMPLE_SHARE = 1 / 128  # or this share of all, if that is more: what lies inside the bracket stays small
-_LARGEST_SAMPLE = 1 << 21  # but no more than this: 8 MiB
+CHUNK = 1 << 16  # scores in one step: 256 KiB in float32, which stays in a core's cache
+_SAMPLE = 1 << 14  # smallest sample that brackets the k-th score
+_SAMPLE_SHARE = 1 / 128  # or this share of all scores, if that is more: few scores then lie inside the bracket
+_LARGEST_SAMPLE = 1 << 21  # largest sample: 8 MiB
 _SIGMAS = 4.0  # half-width of the bracket in standard errors of the sampled rank
 _SMALL_POOL = 32  # pools up to this size (N:M groups) are ranked by comparing all pairs
-_FEW_SCORES = 1 << 12  # up to so many in all, sorting every pool is the fastest
+_FEW_SCORES = 1 << 12  # up to so many scores in all, sorting every pool is the fastest
 
 Chunks = Callable[[], Iterable[Tensor]]
 
@@ -52,7 +52,7 @@ def keep_highest(parts: Sequence[Chunks], sizes: Sequence[int], k: int) -> list[
 
 
 def find_threshold(parts: Sequence[Chunks], sizes: Sequence[int], k: int) -> tuple[float, list[int]]:
-    """Where :func:`keep_highest` cuts, for pools of which not even the masks fit into memory at once.
+    """The score at which :func:`keep_highest` cuts, for pools whose masks do not fit into memory at once.
 
     Args:
         parts: As for :func:`keep_highest`.
@@ -60,7 +60,7 @@ def find_threshold(parts: Sequence[Chunks], sizes: Sequence[int], k: int) -> tup
         k: How many scores are removed from the whole pool.
 
     Returns:
-        A score, and for each part how many of its units with just that score are kept: the last ones. Units with
+        The score, and for each part how many of its units with exactly this score are kept: the last ones. Units with
         higher scores are kept as well; :func:`keep_above` makes the masks.
     """
     total = sum(sizes)
@@ -68,14 +68,15 @@ def find_threshold(parts: Sequence[Chunks], sizes: Sequence[int], k: int) -> tup
         return float("-inf"), list(sizes)
     if k >= total:
         return float("inf"), [0] * len(sizes)
-    threshold, left = _threshold(parts, k, *_bracket(_sample(parts, total), k, total))
+    threshold, kept_ties = _threshold(parts, k, *_bracket(_sample(parts, total), k, total))
+    # Among equal scores the earlier ones are removed: so the last parts keep their ties first.
     ties = [0] * len(parts)
     for i in reversed(range(len(parts))):
-        if left == 0:
+        if kept_ties == 0:
             break
-        tied = left if i == 0 else sum(int((chunk == threshold).sum()) for chunk in parts[i]())
-        ties[i] = min(tied, left)
-        left -= ties[i]
+        tied = kept_ties if i == 0 else sum(int((chunk == threshold).sum()) for chunk in parts[i]())
+        ties[i] = min(tied, kept_ties)
+        kept_ties -= ties[i]
     return threshold, ties
 
 
@@ -86,18 +87,18 @@ def keep_above(part: Chunks, size: int, threshold: float, ties: int) -> Tensor:
         part: Its scores, as for :func:`keep_highest`; called once, or twice where ties are kept.
         size: How many scores it has.
         threshold: Units with higher scores are kept.
-        ties: How many of the units with just that score are kept: the last ones.
+        ties: How many of the units with exactly this score are kept: the last ones.
 
     Returns:
         (size,) bool, True where the unit is kept.
     """
     mask, tied = _above(part(), size, threshold, bool(ties))
-    gone, start = tied - ties, 0  # of the units at the threshold the first ones go
+    to_remove, start = tied - ties, 0  # of the units at the threshold, the first ones
     for chunk in part() if ties else ():
         for flat in chunk.reshape(-1).split(CHUNK):
             equal = flat == threshold
-            mask[start : start + len(flat)] |= equal & (equal.cumsum(0) > gone)
-            gone = max(0, gone - int(equal.sum()))
+            mask[start : start + len(flat)] |= equal & (equal.cumsum(0) > to_remove)
+            to_remove = max(0, to_remove - int(equal.sum()))
             start += len(flat)
     return mask
 
@@ -107,7 +108,7 @@ def keep_highest_per_row(scores: Tensor, k: int) -> Tensor:
 
     Args:
         scores: (pools, units), float32, without NaN.
-        k: How many units each pool loses, ``0 <= k <= units``.
+        k: How many units are removed from each pool, ``0 <= k <= units``.
 
     Returns:
         (pools, units) bool, True where the unit is kept.
@@ -116,29 +117,33 @@ def keep_highest_per_row(scores: Tensor, k: int) -> Tensor:
     if k == 0 or k >= units:
         return torch.full_like(scores, k == 0, dtype=torch.bool)
     if scores.numel() <= _FEW_SCORES:
-        gone = scores.argsort(dim=1, stable=True)[:, :k]
-        return torch.ones_like(scores, dtype=torch.bool).scatter_(1, gone, False)
+        lowest = scores.argsort(dim=1, stable=True)[:, :k]
+        return torch.ones_like(scores, dtype=torch.bool).scatter_(1, lowest, False)
     per_chunk = max(1, CHUNK // units)
     rank_rows = _rank_rows if units <= _SMALL_POOL else _split_rows
     return torch.cat([rank_rows(rows, k) for rows in scores.split(per_chunk)])
 
 
 def _rank_rows(scores: Tensor, k: int) -> Tensor:
-    """Rank short rows by comparing all pairs of columns, which vectorises over the rows."""
+    """Rank short rows by comparing all pairs of columns, which vectorises over the rows.
+
+    A sort of each row would run millions of tiny sorts; here a pair is one operation over all rows.
+    """
     columns = scores.t().contiguous()  # (units, pools)
     rank = torch.zeros_like(columns, dtype=torch.uint8)
     for j in range(1, len(columns)):
         for i in range(j):
-            earlier_first = columns[i] <= columns[j]
+            earlier_first = columns[i] <= columns[j]  # of equal scores the earlier one has the lower rank
             rank[j] += earlier_first
             rank[i] += ~earlier_first
     return (rank >= k).t()
 
 
 def _split_rows(scores: Tensor, k: int) -> Tensor:
+    """Cut longer rows at their k-th lowest score, and among scores equal to it remove the first ones."""
     threshold = torch.kthvalue(scores, k, dim=1, keepdim=True).values
     tied = scores == threshold
-    surplus = k - (scores < threshold).sum(1, keepdim=True)  # ties that go
+    surplus = k - (scores < threshold).sum(1, keepdim=True)  # ties that are removed
     return (scores > threshold) | (tied & (tied.cumsum(1) > surplus))
 
 
@@ -150,20 +155,23 @@ def _arrays(chunks: Iterable[Tensor]) -> Iterator[tuple[Any, Any]]:
 
 
 def _sample(parts: Sequence[Chunks], total: int) -> np.ndarray:
-    """The same share of every chunk's scores at random places, sorted; all of them where they are few."""
+    """Sample the same share of the scores of every chunk, sorted; all scores where they are few."""
     share = min(max(_SAMPLE / total, _SAMPLE_SHARE), _LARGEST_SAMPLE / total)
     generator = np.random.default_rng(total)
-    found = []
+    samples = []
     for part in parts:
         for _, flat in _arrays(part()):
             if share < 1:
                 flat = flat[generator.integers(len(flat), size=math.ceil(share * len(flat)))]
-            found.append(flat if isinstance(flat, np.ndarray) else flat.cpu().numpy())
-    return np.sort(np.concatenate(found))
+            samples.append(flat if isinstance(flat, np.ndarray) else flat.cpu().numpy())
+    return np.sort(np.concatenate(samples))
 
 
 def _bracket(sample: np.ndarray, k: int, total: int) -> tuple[float, float]:
-    """Two scores between which the k-th lowest very probably lies."""
+    """Two scores between which the k-th lowest very probably lies.
+
+    The number of sampled scores below the k-th one is binomial: its standard deviation gives the width.
+    """
     share = k / total
     margin = _SIGMAS * math.sqrt(share * (1 - share) * len(sample)) + 1
     low, high = math.floor(share * len(sample) - margin), math.ceil(share * len(sample) + margin)
@@ -176,8 +184,8 @@ def _bracket(sample: np.ndarray, k: int, total: int) -> tuple[float, float]:
 def _threshold(parts: Sequence[Chunks], k: int, low: float, high: float) -> tuple[float, int]:
     """The k-th lowest score, and how many of those equal to it are kept.
 
-    One pass counts what is at or below the ends of the bracket and collects what lies strictly
-    between them; a large tie therefore costs no memory.
+    One pass counts the scores at or below each end of the bracket, and collects those strictly between the ends. Scores
+    equal to an end are only counted, so that a large tie takes no memory.
     """
     under_low = upto_low = upto_high = 0
     collected = []
@@ -190,7 +198,7 @@ def _threshold(parts: Sequence[Chunks], k: int, low: float, high: float) -> tupl
             inside = chunk[(chunk < high) & ~upto]
             collected.append(inside if xp is np else inside.cpu().numpy())  # parts may lie on several devices
     between = np.concatenate(collected)
-    if not under_low < k <= upto_high:  # an unlucky sample: bracket everything
+    if not under_low < k <= upto_high:  # the bracket misses the k-th score: with everything inside it cannot
         return _threshold(parts, k, float("-inf"), float("inf"))
     if k <= upto_low:
         return low, upto_low - k
@@ -202,7 +210,7 @@ def _threshold(parts: Sequence[Chunks], k: int, low: float, high: float) -> tupl
 
 
 def _above(chunks: Iterable[Tensor], size: int, threshold: float, count: bool) -> tuple[Tensor, int]:
-    """Which scores are above a threshold and, if asked for, how many are just there."""
+    """Which scores are above a threshold and, if ``count``, how many are equal to it."""
     mask, start, tied = None, 0, 0
     for xp, chunk in _arrays(chunks):
         if mask is None:

@@ -13,10 +13,9 @@ _CHUNK = 1 << 16
 
 @torch.no_grad()
 def zero_removed_(weight: Tensor, keep: Tensor) -> None:
-    """Set the weights that are not kept to exact +0.0, in place, whatever they hold.
+    """Set the weights that are not kept to exact +0.0, in place, whatever they hold; kept weights keep every bit.
 
-    On a CPU this ANDs the bits with the mask, ten times as fast as ``masked_fill_`` there; kept weights keep
-    every bit.
+    On a CPU this ANDs the bits with the mask, ten times as fast as ``masked_fill_``.
 
     Args:
         weight: Any shape, floating point.

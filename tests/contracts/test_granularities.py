@@ -197,7 +197,7 @@ def test_n_m_of_a_convolution_runs_along_input_channels():
 
 def test_channels_are_those_of_convolutions():
     model = nn.Sequential(nn.Conv2d(4, 8, 3), nn.Conv1d(2, 4, 3))
-    with pytest.raises(PlanError, match=r"it is no convolution: name convolutions in target_modules"):
+    with pytest.raises(PlanError, match=r"it is not a convolution: name convolutions in target_modules"):
         make_plan(mlp(), PruningConfig(granularity="channel"))
     prune(model, 0.25, granularity="channel", target_modules=["0"])
     gone = (model[0].weight == 0).flatten(1).all(1)
@@ -213,9 +213,9 @@ def test_misfit_says_why(spelling):
     assert granularity.misfit(Target("w", "m", "conv", (8, 12, 3, 5))) is None
     rows, columns = granularity.block
     if rows > 1:
-        assert granularity.misfit(Target("w", "m", "linear", (9, 12))) == f"its 9 outputs are no multiple of {rows}"
+        assert granularity.misfit(Target("w", "m", "linear", (9, 12))) == f"its 9 outputs are not a multiple of {rows}"
     if columns > 1 or granularity.pool:
         need = granularity.pool or columns
-        assert granularity.misfit(Target("w", "m", "linear", (8, 13))) == f"its 13 inputs are no multiple of {need}"
-        assert granularity.misfit(Target("w", "m", "conv1d", (13, 8))) == f"its 13 inputs are no multiple of {need}"
-        assert granularity.misfit(Target("w", "m", "conv", (8, 13, 4))) == f"its 13 inputs are no multiple of {need}"
+        assert granularity.misfit(Target("w", "m", "linear", (8, 13))) == f"its 13 inputs are not a multiple of {need}"
+        assert granularity.misfit(Target("w", "m", "conv1d", (13, 8))) == f"its 13 inputs are not a multiple of {need}"
+        assert granularity.misfit(Target("w", "m", "conv", (8, 13, 4))) == f"its 13 inputs are not a multiple of {need}"

@@ -5,7 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_prune.kernels.blocks import Group, Slice, block_sums, grid_groups, group_scores, spread_blocks, spread_groups
+from hf_prune.kernels.blocks import Group, Slice, block_sums, grid_groups, spread_blocks
+from tests.reference.groups import group_scores, spread_groups
 
 
 def test_grid_of_single_weights_goes_row_by_row():

@@ -16,7 +16,7 @@ from hf_prune.mixin import prunable
 from hf_prune.pipeline import prune
 from hf_prune.planning.config import PruningConfig
 from hf_prune.planning.make_plan import make_plan
-from hf_prune.pruning.mask_store import MaskStore
+from hf_prune.pruning.mask_store import MaskStore, checked_masks
 from hf_prune.training.pruner import TrainingPruner
 from tests import models
 from tests.models import assert_unchanged, mlp, snapshot
@@ -73,7 +73,7 @@ def test_blocks_count_as_their_weights():
 
 def test_already_removed_weights_are_shown():
     model = prune(models.mlp(), 0.25)
-    assert [t.already for t in make_plan(model, PruningConfig(0.5)).tensors] == [24, 9]
+    assert [t.already for t in make_plan(model, PruningConfig(0.5), masks=checked_masks(model)).tensors] == [24, 9]
 
 
 def test_a_plan_changes_nothing(any_transformer):
@@ -144,7 +144,7 @@ def test_what_a_granularity_does_not_divide_stays_dense_and_is_named():
 @pytest.mark.parametrize("settings", [{}, {"scope": "global"}, {"criterion": "taylor"}], ids=str)
 def test_a_head_that_blocks_do_not_divide_stays_dense(bert, settings):
     head = bert.classifier.weight.detach().clone()
-    with pytest.warns(UserWarning, match=r"classifier \(2, 16\): its 2 outputs are no multiple of 16"):
+    with pytest.warns(UserWarning, match=r"classifier \(2, 16\): its 2 outputs are not a multiple of 16"):
         prune(bert, 0.5, granularity="block:16x1", calibration=models.tiny_batches(bert), **settings)
     assert torch.equal(bert.classifier.weight, head)
     assert "classifier.weight" not in MaskStore.of(bert).masks
@@ -153,17 +153,17 @@ def test_a_head_that_blocks_do_not_divide_stays_dense(bert, settings):
 
 def test_n_m_may_not_cross_the_positions_of_a_kernel():
     """6 channels x 6 positions are 36 columns, which 4 divides; 6 inputs it does not."""
-    with pytest.raises(PlanError, match="its 6 inputs are no multiple of 4"):
+    with pytest.raises(PlanError, match="its 6 inputs are not a multiple of 4"):
         make_plan(nn.Sequential(nn.Conv2d(6, 2, (2, 3))), PruningConfig(granularity="2:4", target_modules=["0"]))
 
 
 @pytest.mark.parametrize(
     ("granularity", "message"),
     [
-        ("block:5x1", r"its 12 outputs are no multiple of 5; fc2 .* its 3 outputs"),
+        ("block:5x1", r"its 12 outputs are not a multiple of 5; fc2 .* its 3 outputs"),
         ("block:1x5", r"its 8 inputs are no"),
-        ("block:1x32", r"its 8 inputs are no multiple of 32; fc2 .* its 12 inputs"),
-        ("block:64x64", r"its 12 outputs are no multiple of 64"),
+        ("block:1x32", r"its 8 inputs are not a multiple of 32; fc2 .* its 12 inputs"),
+        ("block:64x64", r"its 12 outputs are not a multiple of 64"),
     ],
 )
 def test_blocks_that_do_not_divide_are_refused(granularity, message):
