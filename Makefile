@@ -1,7 +1,8 @@
 # Each target makes the virtual environment it needs: Python 3.10 or newer, pip and make are enough to start.
 #
 #   make demo                         prune a small model, offline, and print what came of it
-#   make test WORKERS=4 ARGS="-k nm"  the tests, with more workers or fewer tests
+#   make test WORKERS=4 ARGS="-k nm"  the everyday tests, with more workers or fewer tests
+#   make test-all                     every test
 #   make check PYTHON=python3.12 VENV=.venv312
 
 PYTHON  ?= python3
@@ -11,14 +12,16 @@ ARGS    ?=
 
 PY    := "$(VENV)/bin/python"
 STAMP := $(VENV)/.installed
+TESTS  = OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist loadgroup
+REST  := browser or crash or distributed or matrix
 PIP   := $(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint types check clean
+.PHONY: help demo test test-rest test-all lint types check clean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-6s  %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s  %s\n", $$1, $$2}' Makefile
 	@echo
 	@echo "  Settings: PYTHON=$(PYTHON) VENV=$(VENV) WORKERS=$(WORKERS) ARGS=\"more words for pytest or the demo\""
 	@echo "  The CPU build of torch, on Linux: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make test"
@@ -26,8 +29,14 @@ help:  ## this list
 demo: $(STAMP)  ## prune a small model, offline
 	"$(VENV)/bin/hf-prune" demo $(ARGS)
 
-test: $(STAMP)  ## the tests, in parallel
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) $(ARGS)
+test: $(STAMP)  ## the everyday tests, in parallel
+	$(TESTS) -m "not ($(REST))" $(ARGS)
+
+test-rest: $(STAMP)  ## the tests marked browser, crash, distributed or matrix
+	$(TESTS) -m "$(REST)" $(ARGS)
+
+test-all: $(STAMP)  ## every test
+	$(TESTS) $(ARGS)
 
 lint: $(STAMP)  ## ruff
 	$(PY) -m ruff check .

@@ -9,10 +9,19 @@ import torch
 from hypothesis import settings
 
 from tests import models
+from tests.support.fresh_process import ForkServer
+from tests.support.selection import keep_modules_together, mark_matrix
 
 # Property tests repeat themselves: the same examples in every run, and no complaint about a slow machine.
 settings.register_profile("hf_prune", deadline=None, derandomize=True, print_blob=False, database=None)
 settings.load_profile("hf_prune")
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m selects by the marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what ``make test`` leaves out, and let one worker run all tests that share an expensive fixture."""
+    mark_matrix(items)
+    keep_modules_together(items)
 
 
 @pytest.fixture(autouse=True)
@@ -27,6 +36,13 @@ def _same_random_numbers() -> Iterator[None]:
 def any_transformer(request: pytest.FixtureRequest) -> torch.nn.Module:
     """Each kind of transformer in turn."""
     return models.TRANSFORMERS[request.param]()
+
+
+@pytest.fixture(scope="session")
+def fresh_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer]:
+    """Where code runs in a process of its own that has imported torch and transformers, but not ``hf_prune``."""
+    with ForkServer(HF_MODULES_CACHE=str(tmp_path_factory.mktemp("modules")), HF_HUB_OFFLINE="1") as server:
+        yield server
 
 
 @pytest.fixture

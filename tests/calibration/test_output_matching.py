@@ -212,6 +212,7 @@ def test_padding_changes_nothing():
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4, msg=name)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("kind", ["bert", "gpt2", "llama", "t5", "vit"])
 @pytest.mark.parametrize("criterion", ["magnitude", "wanda", "sparsegpt", "alps"])
 def test_outputs_come_closer_to_those_of_the_dense_model(kind, criterion):
@@ -234,6 +235,7 @@ def test_outputs_come_closer_to_those_of_the_dense_model(kind, criterion):
     assert totals["loss"] < totals["layer"]
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("granularity", ["unstructured", "2:4", "block:2x2"])
 @pytest.mark.parametrize("kind", ["bert", "gpt2", "t5", "albert", "resnet"])
 def test_counts_are_exact_and_dense_weights_come_back(kind, granularity):

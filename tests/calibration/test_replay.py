@@ -374,6 +374,7 @@ def batches_for(kind: str) -> list[dict[str, Tensor]]:
     return batches
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("settings", sorted(SETTINGS))
 @pytest.mark.parametrize("kind", sorted(ZOO))
 def test_one_call_gives_what_one_call_for_each_weight_gives(kind, settings):
@@ -394,6 +395,7 @@ def without_replaying(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(InputReader, "verify", lambda self: False)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("settings", ["sparsegpt", "least_squares"])
 @pytest.mark.parametrize("kind", sorted(set(ZOO) - {"early_exit", "early_rows"} - {f"late_{use}" for use in LATE[1:]}))
 def test_the_objective_loss_gives_what_it_gives_without_replaying(kind, settings, monkeypatch):

@@ -146,6 +146,7 @@ def test_config_round_trip(name, scope):
     assert PruningConfig.from_json(config.to_json()) == config
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize(("name", "scope"), ALL)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_exact_counts_and_exact_zeros(name, scope, dtype):

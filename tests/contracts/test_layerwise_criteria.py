@@ -64,6 +64,7 @@ def test_sparsegpt_of_n_m_equals_its_twin():
     assert keep.view(4, 34, 4).sum(-1).unique().tolist() == [2]
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("criterion", REPAIRING)
 @pytest.mark.parametrize("again", [False, True])
 @pytest.mark.parametrize(
@@ -105,6 +106,7 @@ def test_counts_are_exact_in_more_columns_than_one_block(criterion, again, granu
     assert torch.isfinite(new).all()
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("sparsity", [0.3, 0.5, 0.7, 0.9])
 @pytest.mark.parametrize("seed", range(4))
 def test_each_method_is_better_than_the_one_before(seed, sparsity):
@@ -155,6 +157,7 @@ def test_degenerate_inputs_stay_finite(criterion, gram):
     assert not new[~keep].any()
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("criterion", ["wanda", *REPAIRING])
 @pytest.mark.parametrize("granularity", ["unstructured", "2:4", "block:4x4"])
 @pytest.mark.parametrize("kind", ["bert", "distilbert", "gpt2", "llama", "t5", "albert"])

@@ -13,6 +13,7 @@ import shutil
 import struct
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -105,6 +106,7 @@ def sharded(folders, tmp_path) -> Path:
 # --- round trips -----------------------------------------------------------------------------------
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("kind", sorted(models.TRANSFORMERS))
 @pytest.mark.parametrize("codec", ["zstd", "none"])
 def test_every_kind_of_model_comes_back(tmp_path, kind, codec):
@@ -129,6 +131,7 @@ def json_or_bytes(path: Path) -> Any:
     return json.loads(path.read_text()) if path.suffix == ".json" else path.read_bytes()
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("kind", ["small", "sharded"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("device_map", [None, "cpu", {"": "cpu"}])
@@ -335,13 +338,13 @@ AutoModelForSequenceClassification.from_pretrained(sys.argv[1])
 
 
 @pytest.mark.parametrize("config", ["with", "without"])
-def test_without_hf_prune_it_is_refused_and_never_random(small, config):
+def test_without_hf_prune_it_is_refused_and_never_random(small, config, fresh_process):
     """Whether or not transformers minds the config, the empty weights do not fit."""
     if config == "without":
         values = json_or_bytes(small / "config.json")
         del values["quantization_config"]
         (small / "config.json").write_text(json.dumps(values))
-    done = subprocess.run([sys.executable, "-c", VANILLA, str(small)], capture_output=True, text=True, check=False)
+    done = fresh_process.run(VANILLA, small)
     assert done.returncode == 1
     assert re.search("hf_prune|mismatch|size", done.stderr.splitlines()[-1] + done.stderr)
 
@@ -371,17 +374,21 @@ assert not hasattr(model.config, "auto_map")
 """
 
 
-def run_remote(tmp_path: Path, small: Path, dense: Path, *autos: str, code: str = REMOTE) -> str:
-    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    words = [sys.executable, "-c", code, str(small), str(dense), str(tmp_path / "again"), *autos]
-    done = subprocess.run(words, capture_output=True, text=True, check=False, env=environment)
-    return "" if done.returncode == 0 else done.stderr
+@pytest.fixture
+def run_remote(fresh_process, tmp_path) -> Callable[..., str]:
+    """Run :data:`REMOTE`, or other code, in a process of its own; the errors it prints, if it fails."""
+
+    def run(small: Path, dense: Path, *autos: str, code: str = REMOTE) -> str:
+        done = fresh_process.run(code, small, dense, tmp_path / "again", *autos)
+        return "" if done.returncode == 0 else done.stderr
+
+    return run
 
 
-def test_remote_code_loads_it_without_hf_prune(folders, tmp_path):
+def test_remote_code_loads_it_without_hf_prune(folders, tmp_path, run_remote):
     compress_checkpoint(folders["dense"], tmp_path / "small", remote_code=True, shard_bytes=8000)
     autos = ("AutoModel", "AutoModelForSequenceClassification")
-    assert run_remote(tmp_path, tmp_path / "small", folders["dense"], *autos) == ""
+    assert run_remote(tmp_path / "small", folders["dense"], *autos) == ""
     assert names(tmp_path / "again") == {"config.json", SINGLE}
     plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "small")  # and with hf_prune as always
     assert_unchanged(plain, snapshot(AutoModelForSequenceClassification.from_pretrained(folders["dense"])))
@@ -391,23 +398,23 @@ def test_remote_code_loads_it_without_hf_prune(folders, tmp_path):
     assert json_or_bytes(tmp_path / "dense" / "config.json") == json_or_bytes(folders["dense"] / "config.json")
     shard = max((tmp_path / "small").glob("model-*.safetensors"))
     shard.write_bytes(shard.read_bytes()[:-1] + b"?")
-    said = run_remote(tmp_path, tmp_path / "small", folders["dense"], *autos)
+    said = run_remote(tmp_path / "small", folders["dense"], *autos)
     assert "CheckpointError" in said
     assert "its bytes do not give its checksum" in said
 
 
 @pytest.mark.parametrize("kind", ["vit", "llama"])
-def test_remote_code_of_other_kinds(tmp_path, kind):
+def test_remote_code_of_other_kinds(tmp_path, kind, run_remote):
     """Names of old checkpoints are converted as always, tied weights stay tied."""
     build = {"vit": models.tiny_vit, "llama": models.tiny_llama}[kind]
     auto = {"vit": "AutoModelForImageClassification", "llama": "AutoModelForCausalLM"}[kind]
     model = prunable(build()).prune(**SETTINGS)
     model.save_pretrained(tmp_path / "dense")
     model.save_pretrained(tmp_path / "small", compressed=True, remote_code=True)
-    assert run_remote(tmp_path, tmp_path / "small", tmp_path / "dense", auto) == ""
+    assert run_remote(tmp_path / "small", tmp_path / "dense", auto) == ""
 
 
-def test_remote_code_and_hf_prune_in_one_process(folders, tmp_path):
+def test_remote_code_and_hf_prune_in_one_process(folders, tmp_path, run_remote):
     """Whoever comes first, the library's own reader is used once it is imported."""
     compress_checkpoint(folders["dense"], tmp_path / "small", remote_code=True)
     code = """
@@ -418,7 +425,7 @@ import hf_prune
 for settings in ({}, {"trust_remote_code": True}):
     assert hasattr(A.from_pretrained(sys.argv[1], **settings), "sparsity_report")
 """
-    assert run_remote(tmp_path, tmp_path / "small", folders["dense"], code=code) == ""
+    assert run_remote(tmp_path / "small", folders["dense"], code=code) == ""
 
 
 def test_the_remote_file_says_each_thing_once():
@@ -859,14 +866,14 @@ print(json.dumps({"total": total, "states": states, "random": at_random, "files"
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux exchanges two folders in one step")
 @pytest.mark.parametrize("exists", [True, False])
 @pytest.mark.parametrize("kind", ["compress", "save compressed", "save dense"])
-def test_killed_while_writing_the_old_checkpoint_or_the_new_one_is_there(folders, tmp_path, kind, exists):
+def test_killed_while_writing_the_old_checkpoint_or_the_new_one_is_there(
+    folders, tmp_path, kind, exists, fresh_process
+):
     """By a signal before each of many changes to the disk, and at random moments; byte for byte one or the other."""
     if exists:
         bert(seed=1, num_labels=3).save_pretrained(tmp_path / "old", compressed=True)
         (tmp_path / "old" / "notes").write_text("mine")
-    words = [sys.executable, "-c", KILLED, kind, folders["dense"], tmp_path / "old", tmp_path / "out", tmp_path / "n"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(words, capture_output=True, text=True, check=False, env=environment)
+    done = fresh_process.run(KILLED, kind, folders["dense"], tmp_path / "old", tmp_path / "out", tmp_path / "n")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     states = found["states"]
@@ -916,6 +923,7 @@ def large(tmp_path_factory) -> Path:
     return root / "small"
 
 
+@pytest.mark.matrix
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("kind", ["AutoModelForSequenceClassification", "AutoPrunedModelForSequenceClassification"])
 def test_loading_takes_the_dense_model_and_one_tensor(large, kind):

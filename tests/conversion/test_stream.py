@@ -94,6 +94,7 @@ def nothing_hidden(folder: Path) -> bool:
 # --- the same as in memory --------------------------------------------------------------------------
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("settings", DATA_FREE.values(), ids=DATA_FREE)
 @pytest.mark.parametrize("kind", BUILDERS)
 def test_without_data_everything_is_bit_equal(kind, settings, tmp_path):
@@ -109,6 +110,7 @@ def test_without_data_everything_is_bit_equal(kind, settings, tmp_path):
     assert nothing_hidden(tmp_path)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.filterwarnings("ignore:.*are experts that saw fewer")  # so few tokens are all that a test has time for
 @pytest.mark.parametrize("settings", CALIBRATED.values(), ids=CALIBRATED)
 @pytest.mark.parametrize("kind", BUILDERS)
@@ -130,6 +132,7 @@ def test_calibrated_masks_are_bit_equal(kind, settings, tmp_path):
     assert nothing_hidden(tmp_path)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("settings", [DATA_FREE["layer"], CALIBRATED["sparsegpt"]], ids=["magnitude", "sparsegpt"])
 def test_half_precision(dtype, settings, tmp_path):
@@ -378,6 +381,7 @@ def test_another_run_in_the_way_is_refused_and_can_be_dropped(tmp_path, stop_bef
     assert contents(tmp_path / "out") == contents(tmp_path / "expected")
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("moved", [0, 1, 3, 6])
 @pytest.mark.parametrize("ends", ["error", "kill"])
 def test_a_move_into_a_folder_that_was_interrupted_is_finished(moved, ends, tmp_path, monkeypatch):
@@ -430,6 +434,7 @@ def test_a_run_that_begins_anew_finishes_what_was_placed_first(tmp_path, monkeyp
     assert nothing_hidden(tmp_path)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("links", [True, False])
 @pytest.mark.parametrize("deleted", [0, 1, 3, 99])
 def test_a_finished_result_stays_whole_if_only_the_cleaning_was_interrupted(deleted, links, tmp_path, monkeypatch):
@@ -534,6 +539,7 @@ def test_what_has_the_name_of_the_hidden_folder_stays(what, tmp_path):
     assert os.path.lexists(hidden)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize(
     "record",
     [None, [], 5, {"tensors": None}, {"kept": [1]}, {"copied": 5}, {"copied": ["a.safetensors"]}, {"placing": ["*"]}],

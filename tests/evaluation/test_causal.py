@@ -62,6 +62,7 @@ def change_of_outputs(model: nn.Module, dense: nn.Module, batches: list[dict]) -
 # --- tiny models -----------------------------------------------------------------------------------
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("granularity", ["unstructured", "2:4"])
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("make", [sharp, sharp_gpt2], ids=["llama", "gpt2"])
@@ -100,6 +101,7 @@ def test_criteria_with_gradients_learn_from_the_next_tokens(criterion):
     assert not torch.equal(MaskStore.of(model).masks[name], MaskStore.of(magnitude).masks[name])
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("make", [deep, lambda: models.tiny_gpt2(n_layer=4)], ids=["llama", "gpt2"])
 @pytest.mark.parametrize("criterion", ["wanda", "alps"])
 def test_blocks_that_are_not_run_again_change_no_bit(make, criterion, monkeypatch):

@@ -6,8 +6,6 @@ import json
 import os
 import pickle
 import shutil
-import subprocess
-import sys
 import zlib
 
 import pytest
@@ -74,10 +72,9 @@ torch.save(model.state_dict(), sys.argv[2])
 """
 
 
-def test_remote_code_of_then_still_loads(tmp_path):
-    cache = {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", NO_HF_PRUNE, str(FOLDER / "remote-code"), str(tmp_path / "state.pt")]
-    subprocess.run(command, check=True, timeout=250, env={**os.environ, **cache}, capture_output=True)
+def test_remote_code_of_then_still_loads(tmp_path, fresh_process):
+    done = fresh_process.run(NO_HF_PRUNE, FOLDER / "remote-code", tmp_path / "state.pt")
+    assert done.returncode == 0, done.stderr
     found = torch.load(tmp_path / "state.pt")
     expected = AutoModelForSequenceClassification.from_pretrained(FOLDER / "plain").state_dict()
     assert found.keys() == expected.keys()

@@ -120,6 +120,7 @@ def test_runs_cover_every_output_once_and_keep_the_budget(granularity, budget):
     assert (len(found) == 1) == (budget == 10**9)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("scope", ["row", "layer", "global"])
 @pytest.mark.parametrize("kind", ["bert", "gpt2"])
 def test_many_runs_find_what_one_finds(monkeypatch, kind, scope):
@@ -316,6 +317,7 @@ def test_pruning_again_leaves_removed_weights_out_of_the_blocks():
         torch.testing.assert_close(model.get_parameter(name).detach(), weight, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("criterion", ["fisher", "fisher_diagonal"])
 @pytest.mark.parametrize(
     "granularity", ["unstructured", "2:4", "1:4", "block:4x1", "block:16x1", "block:1x4", "block:2x2"]

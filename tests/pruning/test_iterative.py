@@ -37,6 +37,7 @@ def test_each_step_removes_the_same_share_of_what_is_left():
     assert until[-2] < 0.99
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("scope", ["row", "layer", "global"])
 @pytest.mark.parametrize("sparsity", [0.0, 0.37, 0.8, 1.0])
 @pytest.mark.parametrize("steps", [1, 2, 5])
@@ -75,6 +76,7 @@ def seen(monkeypatch):
     return found
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("criterion", LEARNING)
 @pytest.mark.parametrize(
     ("granularity", "scope"),

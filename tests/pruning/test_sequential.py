@@ -67,6 +67,7 @@ def test_one_pass_statistics_equal_plain_hooks(kind):
         torch.testing.assert_close(norms[name].input_norm, gram.diagonal().sqrt().float(), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("reuse", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
 def test_sequential_statistics_are_those_of_the_pruned_prefix(kind, reuse):

@@ -45,6 +45,7 @@ def shapes(model):
 # --- every criterion, every kind ---------------------------------------------------------------------
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("kinds", KINDS, ids="+".join)
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_what_is_asked_for_goes_and_can_be_taken_out(criterion, kinds):

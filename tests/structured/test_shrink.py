@@ -2,8 +2,6 @@
 
 import copy
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -47,6 +45,7 @@ def test_every_entry_of_the_table_has_a_model():
     assert registered == set(MODELS) | REGISTERED
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("model_type", MODELS)
 def test_outputs_are_the_same_when_shrunk_and_when_reloaded(model_type, attention, tmp_path):
@@ -123,7 +122,7 @@ def test_the_base_model_of_a_checkpoint_loads_as_well(tmp_path):
         assert torch.equal(base(**inputs()).last_hidden_state, expected)
 
 
-def test_uniform_sizes_need_no_plugin(tmp_path):
+def test_uniform_sizes_need_no_plugin(tmp_path, fresh_process):
     model, _ = tiny("llama")
     cut(model, lambda site: site.units // 2)
     bypass(model.model.layers[1])
@@ -137,22 +136,23 @@ def test_uniform_sizes_need_no_plugin(tmp_path):
         "print(m(input_ids=torch.arange(3, 9)[None]).logits.double().sum().item()); "
         "assert 'hf_prune' not in sys.modules"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+    done = fresh_process.run(code, tmp_path)
+    assert done.returncode == 0, done.stderr
     with torch.no_grad():
         expected = model(input_ids=torch.arange(3, 9)[None]).logits.double().sum().item()
     assert float(done.stdout) == pytest.approx(expected, abs=1e-4)
 
 
-def test_without_the_plugin_a_shrunk_checkpoint_is_refused_and_never_random(tmp_path):
+def test_without_the_plugin_a_shrunk_checkpoint_is_refused_and_never_random(tmp_path, fresh_process):
     model, _ = tiny("bert")
     cut(model)
     shrink(model).save_pretrained(tmp_path)
     code = "import sys; from transformers import AutoModel as A; A.from_pretrained(sys.argv[1])"
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False)
+    done = fresh_process.run(code, tmp_path)
     assert done.returncode != 0
     assert "hf_prune" in done.stderr
     code = "import hf_prune, " + code.removeprefix("import ")
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False)
+    done = fresh_process.run(code, tmp_path)
     assert done.returncode == 0, done.stderr
 
 

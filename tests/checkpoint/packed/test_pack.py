@@ -269,6 +269,7 @@ assert torch.equal(found, tensor)
 """
 
 
+@pytest.mark.covering(1)
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("values", VALUES)
 @pytest.mark.parametrize("kind", ["rows", "columns", "one column"])

@@ -14,6 +14,7 @@ from hf_prune import AutoPrunedModelForSequenceClassification, MaskStore
 from hf_prune.training.state import STATE_FILE
 from tests.integration.distributed.training_worker import CASES
 
+pytestmark = pytest.mark.distributed
 ROOT = str(Path(__file__).parents[3])
 ENVIRONMENT = {**os.environ, "PYTHONPATH": ROOT, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
 

@@ -24,7 +24,7 @@ BROWSER = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which
 needs_browser = pytest.mark.skipif(
     BROWSER is None, reason="no Chromium: apt install chromium, or say where it is with CHROMIUM=/path/to/it"
 )
-pytestmark = [pytest.mark.xdist_group("space"), pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.browser, pytest.mark.xdist_group("space"), pytest.mark.timeout(600)]
 OWN, HEADS, WEIGHTS = "model", "Heads and neurons", "Single weights"
 PHONE, DESK = {"width": 390, "height": 844}, {"width": 1280, "height": 900}
 
