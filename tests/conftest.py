@@ -10,7 +10,7 @@ from hypothesis import settings
 
 from tests import models
 from tests.support.fresh_process import ForkServer
-from tests.support.selection import keep_modules_together, mark_matrix
+from tests.support.selection import keep_modules_together, mark_beyond_sample
 
 # Property tests repeat themselves: the same examples in every run, and no complaint about a slow machine.
 settings.register_profile("hf_prune", deadline=None, derandomize=True, print_blob=False, database=None)
@@ -20,7 +20,7 @@ settings.load_profile("hf_prune")
 @pytest.hookimpl(tryfirst=True)  # before -m selects by the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark what ``make test`` leaves out, and let one worker run all tests that share an expensive fixture."""
-    mark_matrix(items)
+    mark_beyond_sample(items)
     keep_modules_together(items)
 
 

@@ -278,7 +278,7 @@ def interrupt_after(steps: int, folder: Path, patch: pytest.MonkeyPatch, lasting
     patch.setattr(os, "link", wrap(os.link))
 
 
-@pytest.mark.covering(1)
+@pytest.mark.covering(1, "crash")
 @pytest.mark.parametrize("lasting", [False, True])
 @pytest.mark.parametrize("shards", [("1GB", "1GB"), ("4KB", "1GB"), ("1GB", "12KB"), ("4KB", "12KB")])
 def test_failure_while_replacing_one_by_one_never_leaves_a_mixture(tmp_path, monkeypatch, shards, lasting):

@@ -735,7 +735,7 @@ def read_all(path: Path) -> dict[str, torch.Tensor]:
     return {name: unpack(files.data(name), files.headers[name]) for name in files.packed}
 
 
-@pytest.mark.parametrize("sealed", [False, True])
+@pytest.mark.parametrize("sealed", [pytest.param(False, marks=pytest.mark.crash), True])
 def test_thousands_of_damaged_files_are_refused_or_harmless(tiny_file, tmp_path, sealed):
     """Damage is refused. With a checksum that is made right again, it is refused or gives weights of that size."""
     data = tiny_file.read_bytes()
@@ -864,6 +864,7 @@ print(json.dumps({"total": total, "states": states, "random": at_random, "files"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux exchanges two folders in one step")
+@pytest.mark.covering(1, "crash")
 @pytest.mark.parametrize("exists", [True, False])
 @pytest.mark.parametrize("kind", ["compress", "save compressed", "save dense"])
 def test_killed_while_writing_the_old_checkpoint_or_the_new_one_is_there(

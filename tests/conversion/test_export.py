@@ -19,7 +19,14 @@ def logits(model, inputs):
         return model(**inputs).logits.numpy()
 
 
-@pytest.mark.parametrize(("model_type", "suffix"), [("bert", ".onnx"), ("bert", ".xml"), ("llama", ".onnx")])
+@pytest.mark.parametrize(
+    ("model_type", "suffix"),
+    [
+        ("bert", ".onnx"),
+        pytest.param("bert", ".xml", marks=pytest.mark.matrix),
+        pytest.param("llama", ".onnx", marks=pytest.mark.matrix),
+    ],
+)
 def test_masked_and_shrunk_models_do_the_same_there(model_type, suffix, tmp_path):
     model, inputs = tiny(model_type)
     given = {k: v[:, 2:] if model_type == "llama" else v for k, v in inputs().items()}  # rows of padding are arbitrary

@@ -1,8 +1,8 @@
-"""Which tests are marked ``matrix``, and which stay on one worker.
+"""Which cases of a test ``make test`` runs, and which stay on one worker.
 
 ``@pytest.mark.covering(2)`` on a test with several ``parametrize`` marks keeps a sample of the cases in which
 every two values meet that meet in any case; ``covering(1)`` a sample in which every value occurs. The other cases get
-the mark ``matrix``: ``make test`` leaves them out, ``make test-all`` runs them.
+the mark ``matrix``, or the one that is named: ``make test`` leaves them out, ``make test-all`` runs them.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ def cover(cases: Sequence[Case], strength: int) -> list[int]:
     return sorted(chosen)
 
 
-def mark_matrix(items: Iterable[pytest.Item]) -> None:
+def mark_beyond_sample(items: Iterable[pytest.Item]) -> None:
     """Mark the cases of ``covering`` tests that are not in the sample."""
     tests: dict[tuple[object, str], list[pytest.Function]] = defaultdict(list)
     for item in items:
         if isinstance(item, pytest.Function) and item.get_closest_marker("covering") and hasattr(item, "callspec"):
             tests[item.parent, item.originalname].append(item)
     for cases in tests.values():
-        (strength,) = cases[0].get_closest_marker("covering").args
+        strength, *others = cases[0].get_closest_marker("covering").args
         kept = set(cover([list(enumerate(item.callspec._idlist)) for item in cases], strength))
         for index, item in enumerate(cases):
             if index not in kept:
-                item.add_marker("matrix")
+                item.add_marker(*others or ["matrix"])
 
 
 def keep_modules_together(items: Iterable[pytest.Item]) -> None:
