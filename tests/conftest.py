@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 
 import pytest
@@ -22,6 +23,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark what ``make test`` leaves out, and let one worker run all tests that share an expensive fixture."""
     mark_beyond_sample(items)
     keep_modules_together(items)
+
+
+def pytest_collection_finish() -> None:
+    """Spare the garbage collector, which trainings call at their end, the million objects of what was imported."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

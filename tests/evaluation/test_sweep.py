@@ -8,6 +8,7 @@ import dataclasses
 import io
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,14 @@ NAMES = {"results.json", "results.csv", "tradeoff.png"}
 @pytest.fixture
 def model() -> Any:
     return models.tiny_classifier()
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory) -> Path:
+    """The folder of a sweep of :func:`model`."""
+    out = tmp_path_factory.mktemp("swept")
+    sweep(models.tiny_classifier(), out)
+    return out
 
 
 @pytest.fixture
@@ -306,9 +315,9 @@ OTHER: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("what", [*OTHER, "weights", "dtype", "torch", "hf_prune"])
-def test_other_settings_are_refused(model, scored, tmp_path, monkeypatch, what):
-    sweep(model, tmp_path)
-    before, count = {p.name: p.read_bytes() for p in tmp_path.iterdir()}, len(scored)
+def test_other_settings_are_refused(model, swept, scored, tmp_path, monkeypatch, what):
+    shutil.copytree(swept, tmp_path, dirs_exist_ok=True)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
     options, message = OTHER.get(what, ({}, r"weights was '\w+', now '\w+'"))
     if what == "weights":
         _change_weights(model)
@@ -323,10 +332,10 @@ def test_other_settings_are_refused(model, scored, tmp_path, monkeypatch, what):
     with pytest.raises(SweepError, match=rf"results.json holds results of other settings \(.*{message}"):
         sweep(model, tmp_path, **options)
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
-    assert len(scored) == count
+    assert not scored
     if what not in ("torch", "hf_prune"):
         assert len(sweep(model, tmp_path, restart=True, **options).points) == 2
-        assert len(scored) == count + 3
+        assert len(scored) == 3
 
 
 def test_a_removed_option_is_refused_too(model, tmp_path):
@@ -410,8 +419,8 @@ DAMAGE |= {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_damaged_results_are_refused(model, scored, tmp_path, damage):
-    sweep(model, tmp_path)
+def test_damaged_results_are_refused(model, swept, scored, tmp_path, damage):
+    shutil.copytree(swept, tmp_path, dirs_exist_ok=True)
     path = tmp_path / "results.json"
     path.write_text(DAMAGE[damage](path.read_text()))
     before = path.read_bytes()
@@ -421,9 +430,9 @@ def test_damaged_results_are_refused(model, scored, tmp_path, damage):
         sweep(model, tmp_path)
     assert "\x1b" not in str(caught.value)
     assert path.read_bytes() == before
-    assert len(scored) == 3
+    assert not scored
     sweep(model, tmp_path, restart=True)
-    assert len(scored) == 6
+    assert len(scored) == 3
 
 
 def test_comparisons_are_computed_anew(model, scored, tmp_path):
