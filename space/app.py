@@ -42,7 +42,7 @@ def make(folder: Path) -> tuple[Sessions, gr.Blocks]:
         if (HERE / "demo" / "names.json").is_file():
             names = json.loads((HERE / "demo" / "names.json").read_text(encoding="utf-8"))
     else:
-        from hf_prune.cli.demo.demo import prepare_demo
+        from hf_prune.cli.demo.assets import prepare_demo
 
         assets = prepare_demo(progress=False)
         model, data = str(assets.model_dir), str(assets.data_dir)

@@ -22,7 +22,7 @@ from sessions import DEMO
 from tradeoff import measure
 
 from hf_prune import load_classification
-from hf_prune.cli.demo.demo import prepare_demo
+from hf_prune.cli.demo.assets import prepare_demo
 
 HERE = Path(__file__).parent
 METHODS = (

@@ -7,23 +7,26 @@ import warnings
 from collections.abc import Sequence
 
 from hf_prune.cli.app import app, command
-from hf_prune.cli.commands.card import card, verify
-from hf_prune.cli.commands.compress import compress, decompress, migrate
+from hf_prune.cli.commands.bench import bench
+from hf_prune.cli.commands.card import card
+from hf_prune.cli.commands.compress import compress
+from hf_prune.cli.commands.decompress import decompress
 from hf_prune.cli.commands.demo import demo
 from hf_prune.cli.commands.evaluate import evaluate
+from hf_prune.cli.commands.explain import explain
 from hf_prune.cli.commands.export import export
-from hf_prune.cli.commands.hub import push
 from hf_prune.cli.commands.list import list_
+from hf_prune.cli.commands.lottery import lottery
+from hf_prune.cli.commands.migrate import migrate
 from hf_prune.cli.commands.prune import prune
+from hf_prune.cli.commands.push import push
 from hf_prune.cli.commands.report import report
 from hf_prune.cli.commands.space import space
-from hf_prune.cli.commands.speed import bench, explain
 from hf_prune.cli.commands.sweep import sweep
-from hf_prune.cli.commands.train import lottery, train
+from hf_prune.cli.commands.train import train
 from hf_prune.cli.commands.trim_vocab import trim_vocab
-from hf_prune.cli.options import (
-    echo,
-)
+from hf_prune.cli.commands.verify import verify
+from hf_prune.cli.console import echo
 from hf_prune.errors import HfPruneError
 from hf_prune.utils.formatting import in_one_line
 

@@ -19,10 +19,10 @@ from typing import Any
 import pytest
 import torch
 
-from hf_prune.cli.demo import demo
+from hf_prune.cli.demo import assets as demo
 from hf_prune.cli.demo import sources as sources_module
 from hf_prune.cli.demo import training as demo_training
-from hf_prune.cli.demo.demo import default_cache_dir, prepare_demo
+from hf_prune.cli.demo.assets import default_cache_dir, prepare_demo
 from hf_prune.cli.demo.sentences import Example, clean_examples, read_sentences, sentence_key, split_examples, write_tsv
 from hf_prune.errors import DataError
 

@@ -10,13 +10,9 @@ from typing import Annotated
 
 import typer
 
-from hf_prune.cli.interaction import resumable, say_if_continuing, sweep_files
-from hf_prune.cli.options import (
-    Overwrite,
-    Restart,
-    echo,
-    start,
-)
+from hf_prune.cli.console import echo, resumable, say_if_continuing, sweep_files
+from hf_prune.cli.options import Overwrite, Restart
+from hf_prune.cli.startup import start
 from hf_prune.evaluation.tasks import ClassificationTask
 from hf_prune.planning.config import PruningConfig
 
@@ -29,7 +25,7 @@ def demo(
     overwrite: Overwrite = False,
 ) -> None:
     """Prune a small sentiment classifier from start to end; needs no Hub and no data of yours."""
-    from hf_prune.cli.demo.demo import prepare_demo
+    from hf_prune.cli.demo.assets import prepare_demo
     from hf_prune.cli.workflows.prune import prune_checkpoint
     from hf_prune.cli.workflows.sweep import sweep_checkpoint
 

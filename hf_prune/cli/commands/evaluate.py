@@ -8,19 +8,9 @@ from typing import Annotated, Any
 import typer
 
 from hf_prune.checkpoint.sources import is_language_model, model_class
-from hf_prune.cli.options import (
-    SST2,
-    WIKITEXT,
-    AnyData,
-    AnyText,
-    AsJson,
-    Label,
-    Model,
-    check_texts,
-    echo,
-    read_task,
-    start,
-)
+from hf_prune.cli.console import echo
+from hf_prune.cli.options import SST2, WIKITEXT, AnyData, AnyText, AsJson, Label, Model, read_task
+from hf_prune.cli.startup import check_texts, start
 from hf_prune.errors import ConfigError, DataError
 
 

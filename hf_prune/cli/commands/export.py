@@ -7,12 +7,9 @@ from typing import Annotated
 
 import typer
 
-from hf_prune.cli.options import (
-    Model,
-    Overwrite,
-    echo,
-    start,
-)
+from hf_prune.cli.console import echo
+from hf_prune.cli.options import Model, Overwrite
+from hf_prune.cli.startup import start
 from hf_prune.utils.output_folder import check_file
 
 

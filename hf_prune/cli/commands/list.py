@@ -6,10 +6,8 @@ import json
 from typing import TYPE_CHECKING
 
 from hf_prune.architectures.kinds.registry import unit_descriptions
-from hf_prune.cli.options import (
-    AsJson,
-    echo,
-)
+from hf_prune.cli.console import echo
+from hf_prune.cli.options import AsJson
 from hf_prune.criteria.registry import CRITERIA
 from hf_prune.granularities.registry import GRANULARITIES
 from hf_prune.planning.choices import UNIT_CRITERIA_OF, UNIT_SCOPES

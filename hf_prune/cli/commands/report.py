@@ -8,13 +8,9 @@ from typing import Annotated
 
 import typer
 
-from hf_prune.cli.options import (
-    AsJson,
-    Model,
-    Overwrite,
-    echo,
-    start,
-)
+from hf_prune.cli.console import echo
+from hf_prune.cli.options import AsJson, Model, Overwrite
+from hf_prune.cli.startup import start
 from hf_prune.errors import DataError
 from hf_prune.utils.output_folder import check_output, say_replaced
 

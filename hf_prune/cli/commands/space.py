@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from hf_prune.checkpoint.sources import check_model_source
-from hf_prune.cli.options import echo
+from hf_prune.cli.console import echo
 from hf_prune.errors import DataError
 from hf_prune.evaluation.data.sources import check_data_source
 
@@ -44,7 +44,7 @@ def space(
         from hf_prune.hub.push_space import push_space
 
         if model is None:
-            from hf_prune.cli.demo.demo import prepare_demo
+            from hf_prune.cli.demo.assets import prepare_demo
 
             assets = prepare_demo(echo=echo)
             model, data = str(assets.model_dir), str(assets.data_dir)

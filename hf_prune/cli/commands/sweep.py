@@ -4,43 +4,33 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from hf_prune.cli.interaction import resumable, say_if_continuing, sweep_files
+from hf_prune.cli.console import echo, resumable, say_if_continuing, sweep_files
 from hf_prune.cli.options import (
-    Allocation,
     AsJson,
     BatchSize,
     CalibrationSamples,
     CalibrationSplit,
     Config,
     Data,
-    Exclude,
-    Granularity,
     Label,
     Model,
-    Objective,
     Overwrite,
-    Polish,
-    Repair,
     Restart,
-    Scope,
-    Seed,
     Split,
-    Steps,
-    Targets,
     Text,
-    echo,
-    read_config,
     split_names,
     split_numbers,
-    start,
 )
+from hf_prune.cli.settings import METHOD, SEED, SELECTION, read_config, takes_settings
+from hf_prune.cli.startup import start
 from hf_prune.evaluation.tasks import ClassificationTask
 
 
+@takes_settings(tolerance={**SELECTION, **METHOD, **SEED})
 def sweep(
     model: Model,
     sparsity: Annotated[
@@ -54,16 +44,6 @@ def sweep(
         "hf-prune-sweep"
     ),
     tolerance: Annotated[float, typer.Option(min=0, help="Largest accepted drop, in points of accuracy.")] = 2.0,
-    granularity: Granularity = None,
-    scope: Scope = None,
-    allocation: Allocation = None,
-    target_modules: Targets = None,
-    exclude_modules: Exclude = None,
-    repair: Repair = None,
-    objective: Objective = None,
-    steps: Steps = None,
-    polish: Polish = None,
-    seed: Seed = None,
     config: Config = None,
     text_column: Text = "sentence",
     label_column: Label = "label",
@@ -73,23 +53,13 @@ def sweep(
     restart: Restart = False,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
+    *,
+    settings: dict[str, Any],
 ) -> None:
     """Prune at several sparsities, score each, and name the sweet spot; resumes where it was interrupted."""
     sparsities = None if sparsity is None else split_numbers("--sparsity", sparsity)
     start([model], data)
-    settings = read_config(
-        config,
-        granularity=granularity,
-        scope=scope,
-        allocation=allocation,
-        target_modules=target_modules,
-        exclude_modules=exclude_modules,
-        repair=repair,
-        objective=objective,
-        steps=steps,
-        polish=polish,
-        seed=seed,
-    )
+    chosen = read_config(config, **settings)
     from hf_prune.cli.workflows.sweep import sweep_checkpoint
 
     say_if_continuing(out, restart)
@@ -100,7 +70,7 @@ def sweep(
             out,
             sparsities=sparsities,
             criteria=split_names(criterion),
-            config=settings,
+            config=chosen,
             split=split,
             tolerance=tolerance,
             batch_size=batch_size,

@@ -9,7 +9,9 @@ from typing import Annotated
 import typer
 
 from hf_prune.checkpoint.sources import is_language_model, model_class
-from hf_prune.cli.options import AnyText, AsJson, Model, Overwrite, echo, split_names, start
+from hf_prune.cli.console import echo
+from hf_prune.cli.options import AnyText, AsJson, Model, Overwrite, split_names
+from hf_prune.cli.startup import start
 from hf_prune.errors import ConfigError, DataError
 from hf_prune.evaluation.data.sources import check_text_source
 

@@ -12,8 +12,7 @@ from typing import Any
 from hf_prune.checkpoint.companions import copy_companions
 from hf_prune.checkpoint.staging import staged_checkpoint
 from hf_prune.cli.workflows.loading import load_for_task
-from hf_prune.cli.workflows.train import SEEN
-from hf_prune.cli.workflows.train_settings import TrainingSettings, arguments
+from hf_prune.cli.workflows.train import SEEN, TrainingSettings, training_arguments
 from hf_prune.evaluation.data.files import refuse_same_split
 from hf_prune.evaluation.tasks import ClassificationTask
 from hf_prune.planning.config import PruningConfig
@@ -72,7 +71,7 @@ def lottery_checkpoint(
         def make_trainer(changed: Any) -> PruningTrainer:
             return PruningTrainer(
                 model=changed,
-                args=arguments(settings, Path(folder), saves=False),
+                args=training_arguments(settings, Path(folder), saves=False),
                 train_dataset=examples,
                 eval_dataset=task.training_examples(score_split, model, tokenizer),
                 data_collator=task.data_collator(tokenizer),

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
+import torch
+from transformers import PreTrainedModel, TrainingArguments
 
 from hf_prune.calibration.batches import Batches
 from hf_prune.checkpoint.companions import copy_companions
 from hf_prune.checkpoint.staging import staged_checkpoint
 from hf_prune.cli.workflows.loading import load_for_task
-from hf_prune.cli.workflows.train_settings import TrainingSettings, arguments
 from hf_prune.errors import CheckpointError, ConfigError
 from hf_prune.evaluation.data.files import refuse_same_split
 from hf_prune.evaluation.sparsity_report import SparsityReport, sparsity_report
@@ -36,6 +36,31 @@ from hf_prune.utils.locks import writes_alone
 from hf_prune.utils.output_folder import check_output
 
 SEEN = "a model looks better than it is on what it was trained on"
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """How a checkpoint is trained.
+
+    Args:
+        split: What it learns from.
+        epochs: Passes over it.
+        learning_rate: Of AdamW, at its highest.
+        batch_size: Examples, or windows of tokens, in a batch.
+        accumulation: Batches in an optimizer step.
+        warmup: Share of the steps in which the learning rate rises; it falls to zero then.
+        bf16: Compute in bfloat16.
+        seed: Of the order of the examples, and of dropout.
+    """
+
+    split: str = "train"
+    epochs: float = 1.0
+    learning_rate: float = 5e-5
+    batch_size: int = 32
+    accumulation: int = 1
+    warmup: float = 0.05
+    bf16: bool = False
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -125,7 +150,7 @@ def train_checkpoint(
         folder = checkpoints or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         trainer = PruningTrainer(
             model=model,
-            args=arguments(settings, folder, saves=checkpoints is not None),
+            args=training_arguments(settings, folder, saves=checkpoints is not None),
             train_dataset=examples,
             data_collator=task.data_collator(tokenizer),
             pruning_config=config,
@@ -191,3 +216,23 @@ def _teacher(teacher: str | None, model: PreTrainedModel, task: Task) -> Any:
     if teacher == "self":
         return copy.deepcopy(model)
     return load_for_task(teacher, task)[0]
+
+
+def training_arguments(settings: TrainingSettings, folder: Path, *, saves: bool) -> TrainingArguments:
+    """The settings as the Trainer takes them."""
+    return TrainingArguments(
+        output_dir=str(folder),
+        num_train_epochs=settings.epochs,
+        learning_rate=settings.learning_rate,
+        per_device_train_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.accumulation,
+        warmup_steps=settings.warmup,
+        bf16=settings.bf16,
+        use_cpu=not torch.cuda.is_available(),
+        seed=settings.seed,
+        logging_steps=0.05,
+        save_strategy="steps" if saves else "no",
+        save_steps=0.1,
+        save_total_limit=2,
+        report_to=[],
+    )

@@ -1,21 +1,32 @@
-"""hf-prune bench and hf-prune explain: is it faster now?"""
+"""hf-prune bench: options, help, and what it prints."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from hf_prune.cli.options import AsJson, Label, Model, Overwrite, Text, echo, split_names, start
+from hf_prune.cli.console import echo
+from hf_prune.cli.options import AsJson, Label, Overwrite, Text, split_names
+from hf_prune.cli.startup import start
+from hf_prune.cli.timing_options import (
+    Batches,
+    Device,
+    Dtype,
+    Lengths,
+    Rounds,
+    Threads,
+    Warmup,
+    check_dtype,
+    split_whole_numbers,
+)
 from hf_prune.errors import ConfigError
 from hf_prune.evaluation.tasks import ClassificationTask
 from hf_prune.utils.output_folder import check_file, say_replaced
 
 EXPORTED = (".onnx", ".xml")
-DTYPES = ("float32", "bfloat16", "float16")
 PICTURES = (".png", ".svg", ".pdf")
 
 Models = Annotated[
@@ -24,13 +35,6 @@ Models = Annotated[
         metavar="MODEL...", help="Checkpoints, Hub ids, .onnx or .xml files; the others are compared with the first."
     ),
 ]
-Batches = Annotated[str, typer.Option(help="Batch sizes, separated by commas.")]
-Lengths = Annotated[str, typer.Option(help="Tokens of each example, separated by commas.")]
-Dtype = Annotated[str, typer.Option(help=f"{', '.join(DTYPES)}: of all models alike.")]
-Device = Annotated[str, typer.Option(help="Where they run, such as cpu or cuda.")]
-Threads = Annotated[int | None, typer.Option(min=1, help="Threads of PyTorch. [default: its own]")]
-Rounds = Annotated[int, typer.Option(min=1, help="How many times each is timed, in turns.")]
-Warmup = Annotated[int, typer.Option(min=1, help="How many times before that.")]
 
 
 def bench(
@@ -57,7 +61,7 @@ def bench(
 ) -> None:
     """Time checkpoints in turns, and say which differences are real."""
     start([name for name in models if not name.endswith(EXPORTED)], data)
-    sizes = [_whole("--batch", batch), _whole("--length", length)]
+    sizes = [split_whole_numbers("--batch", batch), split_whole_numbers("--length", length)]
     if data is not None and plot is None and not as_json:
         raise ConfigError("--data scores the models for the picture: add --plot FILE.png, or leave it out")
     if plot is not None and plot.suffix not in PICTURES:
@@ -68,7 +72,7 @@ def bench(
     from hf_prune.evaluation.plots import plot_latency, save_figure
     from hf_prune.inference.latency import measure_latency
 
-    _check_dtype(dtype)
+    check_dtype(dtype)
     loaded = load_alike(models, dtype, device, threads)
     tokenizers = {} if data is None else load_tokenizers(loaded, models)  # or an error, before minutes of timing
     result = measure_latency(
@@ -100,46 +104,3 @@ def bench(
         echo(f"{name}: {100 * accuracy:.2f} % right on {split} of {data}")
     if plot is not None:
         echo(f"Drawn: {plot}")
-
-
-def explain(
-    model: Model,
-    against: Annotated[str | None, typer.Option(help="The dense checkpoint: both are then timed, in turns.")] = None,
-    batch: Batches = "1",
-    length: Lengths = "128",
-    dtype: Dtype = "float32",
-    device: Device = "cpu",
-    threads: Threads = None,
-    rounds: Rounds = 30,
-    warmup: Warmup = 3,
-) -> None:
-    """Say whether a checkpoint is faster than the dense one, where, and why not."""
-    start([model, *([against] if against else [])])
-    sizes = [_whole("--batch", batch), _whole("--length", length)]
-    from hf_prune.cli.workflows.bench import load_alike
-    from hf_prune.evaluation.explain import explain_speed
-    from hf_prune.inference.latency import measure_latency
-
-    _check_dtype(dtype)
-    names = [*([against] if against else []), model]
-    loaded = load_alike(names, dtype, device)
-    measured = None
-    if against:
-        measured = measure_latency(
-            loaded, batch_sizes=sizes[0], lengths=sizes[1], rounds=rounds, warmup=warmup, threads=threads
-        )
-    echo(explain_speed(list(loaded.values())[-1], measured))
-
-
-def _whole(option: str, text: str) -> Sequence[int]:
-    parts = split_names(text)
-    if not all(part.isdigit() and int(part) > 0 for part in parts):
-        raise ConfigError(f"{option} is {text!r}: expected whole numbers separated by commas, such as 1,32")
-    return [int(part) for part in parts]
-
-
-def _check_dtype(dtype: str) -> None:
-    if dtype not in DTYPES:
-        from hf_prune.utils.registry import unknown_name
-
-        raise unknown_name("dtype", dtype, DTYPES)

@@ -83,7 +83,7 @@ def prepare_demo(
         DataError: If a package is missing, one of its files is not the expected one, or the cache cannot be written.
 
     Example:
-        >>> from hf_prune.cli.demo.demo import prepare_demo
+        >>> from hf_prune.cli.demo.assets import prepare_demo
         >>> assets = prepare_demo()  # doctest: +SKIP
         >>> sorted(path.name for path in assets.data_dir.iterdir())  # doctest: +SKIP
         ['dev.tsv', 'train.tsv']

@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from hf_prune.cli.options import AsJson, echo
+from hf_prune.cli.console import echo
+from hf_prune.cli.options import AsJson
 
 
 def push(

@@ -1,0 +1,24 @@
+"""hf-prune decompress: options, help, and what it prints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hf_prune.cli.console import echo
+from hf_prune.cli.options import OutFolder, Overwrite
+
+
+def decompress(
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="A folder with a compressed checkpoint.", show_default=False)
+    ],
+    out: OutFolder,
+    overwrite: Overwrite = False,
+) -> None:
+    """Write a compressed checkpoint dense, for plain transformers alone."""
+    from hf_prune.conversion.decompression import decompress_checkpoint
+
+    echo(f"{decompress_checkpoint(folder, out, overwrite=overwrite)}\nSaved: {out}")

@@ -1,0 +1,44 @@
+"""Options that the commands which time models share."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from hf_prune.cli.options import split_names
+from hf_prune.errors import ConfigError
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+Batches = Annotated[str, typer.Option(help="Batch sizes, separated by commas.")]
+Lengths = Annotated[str, typer.Option(help="Tokens of each example, separated by commas.")]
+Dtype = Annotated[str, typer.Option(help=f"{', '.join(DTYPES)}: of all models alike.")]
+Device = Annotated[str, typer.Option(help="Where they run, such as cpu or cuda.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Threads of PyTorch. [default: its own]")]
+Rounds = Annotated[int, typer.Option(min=1, help="How many times each is timed, in turns.")]
+Warmup = Annotated[int, typer.Option(min=1, help="How many times before that.")]
+
+
+def split_whole_numbers(option: str, text: str) -> list[int]:
+    """The whole numbers in a text, which are separated by commas.
+
+    Raises:
+        ConfigError: If one is not a whole number above 0.
+    """
+    parts = split_names(text)
+    if not all(part.isdigit() and int(part) > 0 for part in parts):
+        raise ConfigError(f"{option} is {text!r}: expected whole numbers separated by commas, such as 1,32")
+    return [int(part) for part in parts]
+
+
+def check_dtype(dtype: str) -> None:
+    """Refuse a dtype that models are not timed in.
+
+    Raises:
+        UnknownNameError: If it is not one of ours.
+    """
+    if dtype not in DTYPES:
+        from hf_prune.utils.registry import unknown_name
+
+        raise unknown_name("dtype", dtype, DTYPES)
