@@ -14,7 +14,7 @@ from hf_prune.mixin import prunable
 class AutoPrunedModel:
     """``AutoModel`` whose models can be pruned.
 
-    Like each of its subclasses, one for each task, it is never made, only asked for a model.
+    It has a subclass for each task. None of them is instantiated: use ``from_pretrained()`` or ``from_config()``.
 
     Example:
         >>> AutoPrunedModelForCausalLM.__doc__
@@ -24,11 +24,11 @@ class AutoPrunedModel:
     _auto_class: ClassVar[str] = "AutoModel"
 
     def __init__(self) -> None:
-        raise TypeError(f"{type(self).__name__} is not made: use from_pretrained() or from_config()")
+        raise TypeError(f"{type(self).__name__} is not instantiated: use from_pretrained() or from_config()")
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """Load a model, and its masks where the checkpoint has some.
+        """Load a model, with its masks if the checkpoint has some.
 
         Args:
             pretrained_model_name_or_path: Folder or Hub id.
@@ -41,7 +41,7 @@ class AutoPrunedModel:
         Raises:
             CheckpointError: If the masks are damaged or do not fit the weights.
         """
-        kwargs.setdefault("trust_remote_code", False)  # else transformers asks, and anything in a pipe can say yes
+        kwargs.setdefault("trust_remote_code", False)  # else transformers asks on stdin, where a pipe may say yes
         auto = getattr(transformers, cls._auto_class)
         loaded = load_pruned(auto.from_pretrained, pretrained_model_name_or_path, *args, **kwargs)
         prunable(loaded[0] if isinstance(loaded, tuple) else loaded)
@@ -55,7 +55,7 @@ class AutoPrunedModel:
 
 
 def load_native(source: str) -> Any:
-    """Load a checkpoint as the class that its config names, with its masks, ready to prune.
+    """Load a checkpoint as the class that its config names, with its masks, ready to be pruned.
 
     Args:
         source: Folder or Hub id.

@@ -1,10 +1,10 @@
-"""Loads shrunk models and packed weights by plain ``from_pretrained``: transformers calls this before it reads them.
+"""Loads shrunk models and packed weights with plain ``from_pretrained``: transformers calls this before it reads them.
 
-Our ``quantization_config`` says how many heads and neurons each layer has, and whether the weights are packed; the
-model that comes out is an ordinary one, of which nothing else knows.
+Our ``quantization_config`` says how many heads and neurons each layer has, and whether the weights are packed. The
+loaded model is an ordinary one, with nothing left of its quantizer.
 
-transformers imports this module while it is being imported itself, at times on behalf of another module of ours: what
-imports transformers is therefore imported when it is needed.
+This module may be imported while transformers itself is being imported, so it imports modules that need transformers
+inside its methods.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from hf_prune.checkpoint.packed.quantizer import HfPruneConfig, PackedQuantizer,
 
 
 class HfPruneQuantizer(PackedQuantizer):
-    """Also gives the modules of a model the sizes of the checkpoint, and the model our methods."""
+    """Also resizes the modules of a model to the sizes in the checkpoint, and gives the model our methods."""
 
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
@@ -24,7 +24,7 @@ class HfPruneQuantizer(PackedQuantizer):
         if self.quantization_config.compressed is not None and checkpoint_files is not None:
             from hf_prune.checkpoint.packed.files import PackedFiles
 
-            PackedFiles(checkpoint_files)  # or an error, before memory is allocated
+            PackedFiles(checkpoint_files)  # raises before memory is allocated
         if self.quantization_config.structure:
             from hf_prune.structured.shrink import resize
 
@@ -35,7 +35,7 @@ class HfPruneQuantizer(PackedQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         from hf_prune.mixin import prunable
 
-        # saving it again has to describe its sizes as well
+        # Saving the model again has to describe its sizes too.
         return prunable(super()._process_model_after_weight_loading(model, **kwargs))
 
 

@@ -50,7 +50,8 @@ from hf_prune import (
 )
 from hf_prune.auto import load_native
 from hf_prune.errors import ConfigError, DataError, MaskError, PlanError
-from hf_prune.mixin import dense_class, pruned_class
+from hf_prune.mixin import pruned_class
+from hf_prune.saving_mixin import dense_class
 from tests import models
 from tests.models import assert_unchanged, snapshot, tiny_batches
 
@@ -305,7 +306,7 @@ def test_every_auto_class_has_its_counterpart(name):
     assert cls.__module__ == "hf_prune.auto"
     assert cls._auto_class == name.replace("AutoPruned", "Auto")
     assert hasattr(transformers, cls._auto_class)
-    with pytest.raises(TypeError, match=rf"{name} is not made: use from_pretrained\(\) or from_config\(\)"):
+    with pytest.raises(TypeError, match=rf"{name} is not instantiated: use from_pretrained\(\) or from_config\(\)"):
         cls()
 
 
