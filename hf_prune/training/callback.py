@@ -29,19 +29,19 @@ _HANDLES = "_hf_prune_hooks"  # where a model keeps the handles of hooks while i
 class PruningCallback(TrainerCallback):
     """Prunes the model of any ``Trainer`` while it is trained, and keeps removed weights at zero.
 
-    After every optimizer step the masks are applied; gradients of removed weights are cleared before they are clipped.
-    Masks change as the config's schedule says. Checkpoints hold all that is needed to go on bit for bit. The sparsity
-    is in ``trainer.state.log_history`` wherever something is logged.
+    After every optimizer step the masks are applied; gradients of removed weights are cleared before clipping. Masks
+    change as the config's schedule says. Checkpoints hold all that is needed to resume bit for bit. Every entry of
+    ``trainer.state.log_history`` contains the sparsity.
 
     Args:
         pruning_config: The settings, or a sparsity; None keeps the masks that the model has.
         calibration: Batches for criteria and repairs that look at data whenever masks change, such as ``sparsegpt``.
-        shrink_at: After which step, or which share of all steps, heads, neurons and channels that are pruned are taken
-            out; not before the schedule ends. The rest of the training is faster then.
-        threshold: Of ``soft_movement``: a weight goes if the sigmoid of its score is below.
+        shrink_at: Step, or share of all steps, after which pruned heads, neurons and channels are removed from the
+            model, which makes the rest of the training faster; not before the schedule ends.
+        threshold: Of ``soft_movement``: a weight is removed if the sigmoid of its score is below.
         regularization: Of ``soft_movement``: how hard scores are pulled down.
-        allow_changes: Go on from a checkpoint also if the settings, the data or the model are not those that the
-            training began with; by default that is refused. What is pruned, and how, is never changed on the way.
+        allow_changes: Resume from a checkpoint even if the settings, the data or the model differ from those that the
+            training started with; by default that is refused. What is pruned, and how, can never change on the way.
 
     Example:
         >>> config = PruningConfig(sparsity=0.8, schedule="cubic")
@@ -60,12 +60,12 @@ class PruningCallback(TrainerCallback):
     ) -> None:
         self.shrink_at = shrink_at
         self.allow_changes = allow_changes
-        self.run: dict[str, Any] | None = None  # what makes this training the one that it is
+        self.run: dict[str, Any] | None = None  # facts that identify this training
         self.config = None if pruning_config is None else resolve_config(pruning_config, {})
         self.pruner: TrainingPruner | None = None
         self.resume_from: str | None = None
-        self.is_needed = True  # False: a model without masks may be trained, and nothing is done then
-        self._watches = True  # False: a PruningTrainer tells when gradients are there
+        self.is_needed = True  # False: a model without masks may be trained, without pruning
+        self._watches = True  # False: a PruningTrainer says when gradients are complete
         self._settings = {"threshold": threshold, "regularization": regularization}
         self._calibration = calibration
 
@@ -74,7 +74,7 @@ class PruningCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
-        """Check the settings, go on from a checkpoint, or prune what the schedule wants before the first step."""
+        """Check the settings, then resume from a checkpoint, or prune if the schedule starts before the first step."""
         refuse_deepspeed(args)
         for handle in model.__dict__.pop(_HANDLES, ()):  # of a training that was interrupted
             handle.remove()
@@ -120,7 +120,7 @@ class PruningCallback(TrainerCallback):
         optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
-        """Zero what the step moved, change the masks if it is time, and take out what is pruned if that is due."""
+        """Zero removed weights again, change the masks if it is time, and shrink the model if that is due."""
         if self.pruner is None:
             return
         step = state.global_step + 1
@@ -153,7 +153,7 @@ class PruningCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Take the masks of the checkpoint that was loaded as the best one, and make sure that all zeros are there."""
+        """Take the masks of the best checkpoint, if the Trainer loaded that one, and check that all zeros are there."""
         if self.pruner is None:
             return
         for handle in self.pruner.model.__dict__.pop(_HANDLES, ()):
@@ -165,7 +165,7 @@ class PruningCallback(TrainerCallback):
     # --- what they need --------------------------------------------------------------------------------------
 
     def save(self, folder: Path, writes: bool) -> None:
-        """Write masks and what was learned into a checkpoint; every process calls this, one writes.
+        """Write masks and learned scores into a checkpoint; every process calls this, one writes.
 
         Args:
             folder: The checkpoint.
@@ -176,19 +176,21 @@ class PruningCallback(TrainerCallback):
         now = {"run": self.run, "weights_now": model_facts(self.pruner.model)}
         if writes:
             if not folder.is_dir():
-                raise MaskError(f"{folder} is no folder: expected the Trainer's checkpoint there; use a PruningTrainer")
+                raise MaskError(
+                    f"{folder} is not a folder: expected the Trainer's checkpoint there; use a PruningTrainer"
+                )
             save_training(folder, MaskStore.of(self.pruner.model), state, {**self._facts(), **now})
 
     def own_facts(self) -> dict[str, Any]:
-        """What a training must share besides what any ``Trainer`` has."""
+        """Facts that identify a training, besides those of any ``Trainer``."""
         return {"calibration": data_facts(self._calibration), "shrink_at": self.shrink_at}
 
     def check_run(self, folder: Path, before: dict[str, Any]) -> None:
-        """Refuse to go on from a checkpoint of another training, unless changes are allowed.
+        """Refuse to resume from a checkpoint of another training, unless changes are allowed.
 
         Args:
             folder: The checkpoint.
-            before: The settings that it was made with.
+            before: The facts stored in it.
 
         Raises:
             CheckpointError: If settings, data or model differ.
@@ -198,13 +200,13 @@ class PruningCallback(TrainerCallback):
             self.run = check_same_run(folder, before, self.run)
 
     def shrinking_step(self, state: TrainerState) -> int | None:
-        """After which step the model is shrunk."""
+        """The step after which the model is shrunk; None for never."""
         if self.shrink_at is None or isinstance(self.shrink_at, int):
             return self.shrink_at
         return round(self.shrink_at * state.max_steps)
 
     def check_shrinking(self, state: TrainerState) -> None:
-        """Refuse a ``shrink_at`` that cannot be."""
+        """Refuse a ``shrink_at`` outside the training or before the end of the schedule."""
         step = self.shrinking_step(state)
         if step is None:
             return
@@ -217,10 +219,10 @@ class PruningCallback(TrainerCallback):
             )
         if rank_and_world_size()[1] > 1:
             raise ConfigError(
-                "shrink_at with several processes: DDP and FSDP hold on to the parameters that they began with; shrink "
+                "shrink_at with several processes: DDP and FSDP keep the parameters that they started with; shrink "
                 "after the training, or between two trainings"
             )
-        find_unit_groups(self.pruner.model)  # an error here comes before the work
+        find_unit_groups(self.pruner.model)  # raises before any training
 
     def _restore(self, folder: Path) -> None:
         assert self.pruner is not None
@@ -245,8 +247,8 @@ class PruningCallback(TrainerCallback):
         last = pruner.schedule.span(state.max_steps)[1]
         if args.load_best_model_at_end and last > 0:
             raise ConfigError(
-                "load_best_model_at_end would load a checkpoint from before the end of the schedule, which is less "
-                "sparse: use a PruningTrainer, which looks at those from after its end only"
+                "load_best_model_at_end could load a checkpoint from before the end of the schedule, which is less "
+                "sparse: use a PruningTrainer, which considers only checkpoints after its end"
             )
         if rank_and_world_size()[1] > 1 and (pruner.config.learns_in_training or pruner.config.criterion == "taylor"):
             raise ConfigError(
@@ -254,7 +256,7 @@ class PruningCallback(TrainerCallback):
             )
         if args.fp16 and (pruner.config.learns_in_training or pruner.config.criterion == "taylor"):
             raise ConfigError(
-                f"criterion {pruner.config.criterion!r} with fp16 has to know the scale of the loss: use a "
+                f"criterion {pruner.config.criterion!r} with fp16 needs the scale of the loss: use a "
                 f"PruningTrainer, or bf16"
             )
         if rank_and_world_size()[1] > 1 and pruner.schedule.exchanges:
@@ -263,7 +265,7 @@ class PruningCallback(TrainerCallback):
             )
 
     def _watch(self, model: nn.Module, state: TrainerState) -> None:
-        """Look at each gradient of a step as soon as it is complete."""
+        """Pass each gradient of a step to the pruner as soon as it is complete."""
         from accelerate.state import GradientState
 
         gradients = GradientState()
@@ -290,6 +292,6 @@ def refuse_deepspeed(args: TrainingArguments) -> None:
     """Raises :class:`ConfigError` for a training with DeepSpeed."""
     if getattr(args, "deepspeed", None) or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
         raise ConfigError(
-            "DeepSpeed holds parameters and gradients where masks do not reach them, and was not tested: use DDP or "
-            "FSDP2 (accelerate launch --use_fsdp --fsdp_version 2)"
+            "DeepSpeed is not supported, since it holds parameters and gradients where masks do not reach them: use "
+            "DDP or FSDP2 (accelerate launch --use_fsdp --fsdp_version 2)"
         )

@@ -1,4 +1,4 @@
-"""Distillation: a student is trained to put out what its dense teacher does.
+"""Distillation: a student is trained to reproduce the outputs of its dense teacher.
 
 Logits as in Hinton et al. 2015, arXiv:1503.02531, hidden states as in Jiao et al. 2020, arXiv:1909.10351.
 """
@@ -15,20 +15,20 @@ from torch.nn import functional as F
 
 from hf_prune.errors import ConfigError
 
-_IGNORED = -100  # labels that do not count
+_IGNORED = -100  # label of tokens without a loss
 
 
 @dataclass(frozen=True)
 class Distillation:
-    """How much of the loss comes from where.
+    """Weights of the parts of a distillation loss.
 
     Args:
         task: Weight of the loss on the labels.
         logits: Weight of T² times the Kullback-Leibler divergence of the predictions.
         hidden: Weight of the relative squared error of hidden states.
         temperature: T, by which logits are divided.
-        layers: Which hidden state of the student learns from which one of the teacher: 0 is what the embeddings put
-            out, -1 what the last layer does. Where layers were taken out of the student, the numbers are its own.
+        layers: Which hidden state of the student learns from which hidden state of the teacher: 0 is the output of the
+            embeddings, -1 that of the last layer. If layers were removed from the student, its own numbers count.
 
     Raises:
         ConfigError: If a number is negative, all weights are zero, or the temperature is not above zero.
@@ -55,15 +55,15 @@ class Distillation:
             )
 
     def loss(self, student: Any, teacher: Any, inputs: Mapping[str, Tensor], *, shifts: bool = False) -> Tensor:
-        """What is added to the weighted loss on the labels: means of the batch.
+        """What to add to the weighted loss on the labels: means over the batch.
 
-        In language models each token counts once; in others each example, over whose tokens is averaged first.
+        In language models every token has the same weight; otherwise every example, whose tokens are averaged first.
 
         Args:
-            student: Its outputs: logits (batch, classes) or (batch, tokens, vocabulary), and hidden states.
-            teacher: The same of the teacher.
-            inputs: The batch; tokens whose label is -100 do not count in language models, padding in no model.
-            shifts: Whether a token's label is that of the next one, as in causal language models.
+            student: Outputs of the student: logits (batch, classes) or (batch, tokens, vocabulary), and hidden states.
+            teacher: Outputs of the teacher, of the same shapes.
+            inputs: The batch. Padding is left out; in language models, so are tokens whose label is -100.
+            shifts: Whether the label of a token belongs to the one before it, as in causal language models.
 
         Returns:
             A scalar.
@@ -73,54 +73,55 @@ class Distillation:
             total = total + self.logits * self._logits(student.logits, teacher.logits, inputs, shifts)
         if self.hidden:
             errors = []
-            for own, other in self.layers.items():
-                mine, theirs = _state(student, own, "student"), _state(teacher, other, "teacher")
-                errors.append(_relative_error(mine, theirs, inputs, shifts))
+            for layer, teacher_layer in self.layers.items():
+                state = _hidden_state(student, layer, "student")
+                target = _hidden_state(teacher, teacher_layer, "teacher")
+                errors.append(_relative_error(state, target, inputs, shifts))
             total = total + self.hidden * torch.stack(errors).mean()
         return total
 
-    def _logits(self, own: Tensor, goal: Tensor, inputs: Mapping[str, Tensor], shifts: bool) -> Tensor:
-        if own.shape != goal.shape:
+    def _logits(self, logits: Tensor, target: Tensor, inputs: Mapping[str, Tensor], shifts: bool) -> Tensor:
+        if logits.shape != target.shape:
             raise ConfigError(
-                f"the student's logits have shape {tuple(own.shape)}, the teacher's {tuple(goal.shape)}: expected a "
-                f"teacher of the same task and vocabulary"
+                f"the student's logits have shape {tuple(logits.shape)}, the teacher's {tuple(target.shape)}: expected "
+                f"a teacher for the same task and vocabulary"
             )
-        own, goal = ((x.float() / self.temperature).log_softmax(-1) for x in (own, goal))
-        each = F.kl_div(own, goal, reduction="none", log_target=True).sum(-1) * self.temperature**2
-        return _average(each, inputs, shifts)
+        logits, target = ((x.float() / self.temperature).log_softmax(-1) for x in (logits, target))
+        divergence = F.kl_div(logits, target, reduction="none", log_target=True).sum(-1) * self.temperature**2
+        return _average(divergence, inputs, shifts)
 
 
-def _state(outputs: Any, number: int, who: str) -> Tensor:
+def _hidden_state(outputs: Any, number: int, who: str) -> Tensor:
     states = outputs.get("hidden_states") or outputs.get("decoder_hidden_states")
     if states is None or not -len(states) <= number < len(states):
-        found = "none" if states is None else f"{len(states)}"
+        count = "no" if states is None else len(states)
         raise ConfigError(
-            f"the {who} has {found} hidden states, and the distillation names number {number}: expected numbers in "
+            f"the {who} has {count} hidden states, and the distillation names number {number}: expected numbers in "
             f"that range; set layers= or hidden=0"
         )
     return states[number]
 
 
-def _relative_error(own: Tensor, goal: Tensor, inputs: Mapping[str, Tensor], shifts: bool) -> Tensor:
-    if own.shape != goal.shape:
+def _relative_error(state: Tensor, target: Tensor, inputs: Mapping[str, Tensor], shifts: bool) -> Tensor:
+    if state.shape != target.shape:
         raise ConfigError(
-            f"a hidden state of the student has shape {tuple(own.shape)}, the teacher's {tuple(goal.shape)}: expected "
-            f"models of the same width; set hidden=0"
+            f"a hidden state of the student has shape {tuple(state.shape)}, the teacher's {tuple(target.shape)}: "
+            f"expected models of the same width; set hidden=0"
         )
-    own, goal = own.float(), goal.float()
-    each = (own - goal).square().sum(-1) / goal.square().sum(-1).clamp_min(1e-12)
-    return _average(each, inputs, shifts)
+    state, target = state.float(), target.float()
+    error = (state - target).square().sum(-1) / target.square().sum(-1).clamp_min(1e-12)
+    return _average(error, inputs, shifts)
 
 
-def _average(each: Tensor, inputs: Mapping[str, Tensor], shifts: bool) -> Tensor:
-    """The mean over what counts."""
-    if each.dim() == 1:
-        return each.mean()
+def _average(losses: Tensor, inputs: Mapping[str, Tensor], shifts: bool) -> Tensor:
+    """The mean of losses (batch,) or (batch, tokens) over the examples or tokens that count."""
+    if losses.dim() == 1:
+        return losses.mean()
     labels, mask = inputs.get("labels"), inputs.get("attention_mask")
-    if labels is not None and labels.shape == each.shape:  # a language model
+    if labels is not None and labels.shape == losses.shape:  # a language model
         labels = F.pad(labels[:, 1:], (0, 1), value=_IGNORED) if shifts else labels
         counted = (labels != _IGNORED).float()
-        return (each * counted).sum() / counted.sum().clamp_min(1)
-    counted = mask.float() if mask is not None and mask.shape == each.shape else torch.ones_like(each)
-    each, counted = each.flatten(1), counted.flatten(1)
-    return ((each * counted).sum(1) / counted.sum(1).clamp_min(1)).mean()
+        return (losses * counted).sum() / counted.sum().clamp_min(1)
+    counted = mask.float() if mask is not None and mask.shape == losses.shape else torch.ones_like(losses)
+    losses, counted = losses.flatten(1), counted.flatten(1)
+    return ((losses * counted).sum(1) / counted.sum(1).clamp_min(1)).mean()

@@ -23,9 +23,9 @@ class MergeReport:
 
     Args:
         model: The merged model, with its masks.
-        sparsity: The share of the masked weights that is zero.
-        kept: The share of the adapters' change, in squared size, that falls on weights that stay; the rest is lost.
-        before: Score with the adapters beside the weights, where a way to score was given.
+        sparsity: The share of the masked weights that are zero.
+        kept: The share of the adapters' change, as a sum of squares, that falls on weights that stay; the rest is lost.
+        before: Score with the adapters beside the weights, if ``evaluate`` was given.
         after: Score of the merged model.
     """
 
@@ -41,7 +41,7 @@ class MergeReport:
             f"what the adapters had learned fell on weights that stay."
         )
         if self.before is None or self.after is None:
-            return f"{text} What that costs was not measured: pass evaluate=."
+            return f"{text} The cost was not measured: pass evaluate=."
         return (
             f"{text} Score with adapters {self.before:.4f}, merged {self.after:.4f} ({self.after - self.before:+.4f})."
         )
@@ -52,15 +52,16 @@ def merge_lora(model: Any, *, evaluate: Callable[[Any], float] | None = None) ->
     """Merge LoRA adapters into a sparse model, and apply its masks again (plain merging fills the zeros).
 
     Args:
-        model: A model that has masks and adapters: a ``PeftModel`` around it, whether it was pruned before or through
-            that, or one with adapters of ``add_adapter``. It is used up, as by ``merge_and_unload``.
+        model: A model that has masks and adapters: a ``PeftModel``, whether its base model was pruned before or after
+            wrapping, or a model with adapters from ``add_adapter``. It is changed in place, as by
+            ``merge_and_unload``.
         evaluate: Scores a model, larger is better; called before and after, so that the cost is known.
 
     Returns:
-        The model and what the merge cost; print it.
+        The merged model and what the merge cost; print it.
 
     Raises:
-        MaskError: If the model has no adapters that can be merged, or no masks, or none that fit.
+        MaskError: If the model has no adapters that can be merged, no masks, or masks that do not fit.
 
     Example:
         >>> report = merge_lora(peft_model, evaluate=accuracy)  # doctest: +SKIP
@@ -70,24 +71,24 @@ def merge_lora(model: Any, *, evaluate: Callable[[Any], float] | None = None) ->
     wrapped = hasattr(model, "merge_and_unload") and hasattr(model, "get_base_model")
     if not wrapped and (not adapters(model) or hasattr(model, "get_base_model")):
         raise MaskError(
-            f"expected a PeftModel with LoRA adapters, or a model with those of add_adapter(), found a "
+            f"expected a PeftModel with LoRA adapters, or a model with adapters from add_adapter(), found a "
             f"{type(model).__name__} with none that can be merged"
         )
     base = model.get_base_model() if wrapped else model
-    found = MaskStore.of(base)
-    if found is None:
+    present = MaskStore.of(base)
+    if present is None:
         raise MaskError(
-            "the model inside the adapters has no masks: prune it, or load it with AutoPrunedModelFor…, which brings "
-            "them back; without masks call merge_and_unload() of a PeftModel"
+            "the model inside the adapters has no masks: prune it, or load it with AutoPrunedModelFor…, which loads "
+            "them too; without masks call merge_and_unload() of a PeftModel"
         )
-    found.check(base)
+    present.check(base)
     before = None if evaluate is None else float(evaluate(model))
-    store = dataclasses.replace(found, masks={}, dense=None)
-    for name, mask in found.masks.items():
-        name = unadapted_name(name)  # a layer that was copied to be trained has two, and ends up as one
+    store = dataclasses.replace(present, masks={}, dense=None)
+    for name, mask in present.masks.items():
+        name = unadapted_name(name)  # modules_to_save has two masks for one weight: original and copy
         store.masks[name] = mask & store.masks.get(name, mask).to(mask.device)
-    if found.dense is not None:
-        store.dense = {unadapted_name(name): weight for name, weight in reversed(found.dense.items())}
+    if present.dense is not None:
+        store.dense = {unadapted_name(name): weight for name, weight in reversed(present.dense.items())}
     sparse: dict[str, Tensor] = {}
     for name, parameter in base.named_parameters():
         if (name := unadapted_name(name)) in store.masks and name not in sparse:

@@ -1,6 +1,6 @@
-"""Lottery tickets: train, prune, go back to early weights, and again (Frankle and Carbin 2019, arXiv:1803.03635).
+"""Lottery tickets: train, prune, rewind to early weights, and repeat (Frankle and Carbin 2019, arXiv:1803.03635).
 
-Going back to weights after some steps of training in place of the very first ones is what works for larger models
+For larger models, rewinding to the weights after some steps of training works better than to the initial ones
 (Frankle et al. 2020, arXiv:1912.05671).
 """
 
@@ -22,17 +22,18 @@ from hf_prune.planning.schedule import Schedule
 from hf_prune.planning.targets import resolve_targets
 from hf_prune.pruning.mask_store import MaskStore
 from hf_prune.training.callback import PruningCallback
+from hf_prune.training.pruner import count_removed
 from hf_prune.training.trainer import PruningTrainer
 from hf_prune.utils.formatting import format_table
 
 
 @dataclass(frozen=True)
 class LotteryRound:
-    """One round.
+    """One round of a search for a lottery ticket.
 
     Args:
         sparsity: The share of the targets' weights that were removed while it trained.
-        metrics: What evaluating the trained model gave; empty where the Trainer has no evaluation data.
+        metrics: Metrics of the trained model; empty if the Trainer has no evaluation data.
     """
 
     sparsity: float
@@ -41,11 +42,11 @@ class LotteryRound:
 
 @dataclass(frozen=True)
 class LotteryResult:
-    """What came of a search for a ticket.
+    """The result of a search for a lottery ticket.
 
     Args:
         model: The model with the masks of the last round, trained.
-        ticket: The weights that the last round began with: early values, and zeros.
+        ticket: The weights that the last round started from: early values, and zeros.
         rounds: The rounds, the dense one first.
     """
 
@@ -61,8 +62,8 @@ class LotteryResult:
         names = [name for name in self.rounds[0].metrics if name.startswith("eval_") and "per_second" not in name]
         names = [name for name in names if not name.endswith(("runtime", "time"))]
         rows = [
-            [str(i), f"{100 * each.sparsity:.2f} %", *(f"{each.metrics[name]:.4f}" for name in names)]
-            for i, each in enumerate(self.rounds)
+            [str(number), f"{100 * done.sparsity:.2f} %", *(f"{done.metrics[name]:.4f}" for name in names)]
+            for number, done in enumerate(self.rounds)
         ]
         return format_table(["round", "sparsity", *(name.removeprefix("eval_") for name in names)], rows)
 
@@ -77,21 +78,21 @@ def find_ticket(
 ) -> LotteryResult:
     """Search for a sparse subnetwork that trains as well as the dense one: iterative pruning with rewinding.
 
-    The dense model is trained; then, in each round, the same share of the weights that are left is pruned, what stays
-    goes back to its early value, and training starts anew with these masks.
+    The dense model is trained. Then each round prunes the same share of the remaining weights, rewinds the others to
+    their early values, and trains again with these masks.
 
     Args:
         model: The model with its initial weights; changed in place.
-        make_trainer: Makes a Trainer for the model; called for each round, so that every one trains alike.
-        pruning_config: What is pruned at the end; the rounds lead there.
-        rounds: How often is pruned.
-        rewind_to: After how many optimizer steps of the first training the early weights are taken; 0: before any.
+        make_trainer: Makes a Trainer for the model; called for each round, so that all rounds train alike.
+        pruning_config: The settings after the last round.
+        rounds: How many times to prune.
+        rewind_to: Optimizer steps of the first training after which the early weights are taken; 0: before any.
 
     Returns:
         The trained sparse model, the ticket and how each round did.
 
     Raises:
-        ConfigError: If a setting does not allow several rounds, or the training is shorter than ``rewind_to``.
+        ConfigError: If the settings do not allow several rounds, or the training is shorter than ``rewind_to``.
 
     Example:
         >>> result = find_ticket(model, make_trainer, 0.8, rounds=5, rewind_to=100)  # doctest: +SKIP
@@ -102,13 +103,13 @@ def find_ticket(
     if isinstance(model, PreTrainedModel):
         prunable(model)
     if MaskStore.of(model) is not None:
-        raise ConfigError("the model has masks: a ticket is searched from a dense one; load it anew")
+        raise ConfigError("the model has masks: a search for a ticket starts from a dense model; load one")
     trainer = make_trainer(model)
     if isinstance(trainer, PruningTrainer):
         trainer.pruning.is_needed = False  # the first round is dense
     snapshot = _Snapshot(rewind_to)
     trainer.add_callback(snapshot)
-    done = [_train(trainer, 0.0)]
+    trained = [_train(trainer, 0.0)]
     assert snapshot.weights is not None
     early, ticket = snapshot.weights, snapshot.weights
     curve = Schedule("iterative", begin=0, end=rounds, every=1)
@@ -123,12 +124,12 @@ def find_ticket(
         store.apply(model)
         ticket = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
         names = {target.name for target in resolve_targets(model, config)}
-        gone = sum(int((~mask).sum()) for name, mask in store.masks.items() if name in names)
-        size = sum(mask.numel() for name, mask in store.masks.items() if name in names)
+        masks = {name: mask for name, mask in store.masks.items() if name in names}
+        sparsity = count_removed(masks) / sum(mask.numel() for mask in masks.values())
         trainer = make_trainer(model)
         _keep_masks(trainer)
-        done.append(_train(trainer, gone / size))
-    return LotteryResult(model, ticket, tuple(done))
+        trained.append(_train(trainer, sparsity))
+    return LotteryResult(model, ticket, tuple(trained))
 
 
 def _check(config: PruningConfig, rounds: int, rewind_to: int) -> None:
@@ -140,8 +141,8 @@ def _check(config: PruningConfig, rounds: int, rewind_to: int) -> None:
     if config.removes_units or fixed or config.needs_data or config.schedule is not None:
         raise ConfigError(
             f"granularity {config.granularity!r} with criterion {config.criterion!r} and schedule={config.schedule!r}: "
-            f"lottery tickets are found with a sparsity that grows from round to round, by a criterion without data, "
-            f"and no schedule"
+            f"lottery tickets need a sparsity that can grow from round to round, a criterion without data, and no "
+            f"schedule"
         )
 
 
@@ -157,7 +158,7 @@ def _keep_masks(trainer: Trainer) -> None:
 
 
 class _Snapshot(TrainerCallback):
-    """Copies the weights after some steps."""
+    """Copies the weights after a number of steps."""
 
     def __init__(self, step: int) -> None:
         self.step = step
@@ -166,7 +167,7 @@ class _Snapshot(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
-        """Before any step."""
+        """Copy them before the first step, if that is asked for."""
         if self.step > state.max_steps:
             raise ConfigError(
                 f"rewind_to={self.step}, and the training has {state.max_steps} steps: expected an earlier step"
@@ -177,7 +178,7 @@ class _Snapshot(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
-        """After one."""
+        """Copy them after the step that is asked for."""
         if state.global_step == self.step:
             self._take(model)
 

@@ -1,4 +1,4 @@
-"""What makes a training the one that it is: settings, data and model, as plain values that can be compared."""
+"""The facts that identify a training: its settings, data and model, as plain values that can be compared."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from torch.distributed.tensor import DTensor
 from hf_prune.utils.distributed import rank_and_world_size
 from hf_prune.utils.wrapping import plain_name
 
-# of a model's config: where it came from, and what the Trainer or a forward pass with labels fills in
+# Of a model's config: where it came from, and what the Trainer or a forward pass with labels fills in.
 _NO_SETTINGS = ("_name_or_path", "transformers_version", "architectures", "problem_type", "use_cache", "dtype")
-# Arguments that say where things go, what is shown or scored, and how fast it all is. Whatever else there is, now or in
-# a later version of transformers or TRL, counts.
-_INDIFFERENT = (
+# Arguments that say where things go, what is shown or scored, and how fast it is. Every other argument counts, also
+# those that later versions of transformers or TRL add.
+_WITHOUT_EFFECT = (
     *("output_dir", "logging_", "log_", "report_to", "run_name", "project", "trackio_", "disable_tqdm", "debug"),
     *("eval_", "do_", "per_device_eval_", "prediction_loss_only", "batch_eval_", "include_", "bf16_full_"),
     *("fp16_full_", "save_", "push_to_hub", "hub_", "load_best_", "metric_for_best_", "greater_is_better"),
@@ -30,14 +30,14 @@ _INDIFFERENT = (
     *("remove_unused_columns", "label_names", "dataloader_num_", "dataloader_pin_", "dataloader_persistent_"),
     *("dataloader_prefetch_", "dataloader_multi"),
 )
-_SAMPLES = 32  # of a data set, and numbers of a tensor, that are looked at
+_SAMPLES = 32  # examples of a data set, and numbers of a large tensor, that a digest looks at
 _PLAIN = (bool, int, float, str, type(None))
 
 
 def argument_facts(args: Any) -> dict[str, Any]:
     """The training arguments that change the result."""
     values = args.to_dict()
-    facts = {name: value for name, value in values.items() if not name.startswith(_INDIFFERENT)}
+    facts = {name: value for name, value in values.items() if not name.startswith(_WITHOUT_EFFECT)}
     return {**facts, "processes": args.world_size, "train_batch_size": args.train_batch_size}
 
 
@@ -49,24 +49,24 @@ def config_facts(model: Any) -> dict[str, Any]:
 
 
 def model_facts(model: nn.Module) -> dict[str, Any]:
-    """Settings of a model, and a digest of some numbers of each weight; every process calls this.
+    """Settings of a model, and a digest of some numbers of each weight; every process has to call this.
 
-    Weights that FSDP2 has spread over the processes are put together one by one, and are told as if they were whole.
-    Other weights are told by the first process alone, since the others may load none; what is told nowhere is None.
+    Weights that FSDP2 has sharded are put together one by one, and give the same digest as whole ones. Of other weights
+    only the first process makes a digest, since the others may have loaded none: there it is None.
     """
     tensors = {plain_name(name): tensor.data for name, tensor in model.named_parameters()}
-    told = rank_and_world_size()[0] == 0 or any(isinstance(t, DTensor) for t in tensors.values())
-    whole = told and not any(t.is_meta or type(t) not in (Tensor, DTensor) for t in tensors.values())
+    reads = rank_and_world_size()[0] == 0 or any(isinstance(t, DTensor) for t in tensors.values())
+    whole = reads and not any(t.is_meta or type(t) not in (Tensor, DTensor) for t in tensors.values())
     return {"weights": _digest(tensors) if whole else None, "model config": config_facts(model)}
 
 
 def data_facts(data: Any) -> dict[str, Any] | None:
-    """Length of a data set, and a digest: of all that a list holds, or else of the first, the last and some samples.
+    """Length of a data set, and a digest: of all that a list holds, or else of the first, the last and some examples.
 
-    Only the length if samples are drawn anew each time, and only the type if they come in a stream.
+    Only the length if examples change whenever they are read, as with random augmentation; only the type of a stream.
 
     Args:
-        data: What samples are taken from, None if there is nothing. The states of random numbers stay as they are.
+        data: The data set, None if there is none. The states of random number generators stay as they are.
     """
     if data is None:
         return None
@@ -103,19 +103,19 @@ def run_facts(
     teacher: nn.Module | None = None,
     **more: Any,
 ) -> dict[str, Any]:
-    """All that a training must share with a checkpoint to go on from it.
+    """All facts that a training must share with a checkpoint to resume from it.
 
     Args:
         args: The ``TrainingArguments``.
-        model: The model as it is before the first step.
-        data: What it learns from.
+        model: The model before the first step.
+        data: The training data.
         tokenizer: The processing class, if there is one.
-        collator: What makes batches.
-        optimizer: The optimizer, if it was handed in.
-        teacher: What it learns from besides.
-        **more: Plain values.
+        collator: The data collator.
+        optimizer: The optimizer, if the user passed one.
+        teacher: The teacher, if there is one.
+        **more: Further plain values.
     """
-    hyper = [{k: v for k, v in g.items() if k not in ("params", "lr")} for g in getattr(optimizer, "param_groups", ())]
+    groups = [{k: v for k, v in g.items() if k not in ("params", "lr")} for g in getattr(optimizer, "param_groups", ())]
     settings = {k: v for k, v in getattr(collator, "__dict__", {}).items() if isinstance(v, _PLAIN)}
     return {
         "arguments": argument_facts(args),
@@ -123,14 +123,14 @@ def run_facts(
         "data": data_facts(data),
         "tokenizer": tokenizer_facts(tokenizer),
         "collator": {"type": getattr(collator, "__name__", type(collator).__name__), **settings},
-        "optimizer": None if optimizer is None else {"type": type(optimizer).__name__, "groups": repr(hyper)},
+        "optimizer": None if optimizer is None else {"type": type(optimizer).__name__, "groups": repr(groups)},
         "teacher": None if teacher is None else model_facts(teacher)["weights"],
         **more,
     }
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any], inside: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """What differs: name, value before, value now; in groups of settings, only those that both have are compared."""
+    """What differs: name, value before, value now. In nested mappings only keys that both have are compared."""
     for name in dict.fromkeys([*now, *before]):
         old, new = before.get(name), now.get(name)
         if inside and not (name in before and name in now):
@@ -162,12 +162,12 @@ def _feed(value: Any, update: Callable[[bytes], None]) -> None:
         update(picked.cpu().contiguous().view(torch.uint8).numpy().tobytes())
     elif isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
         update(f"[{len(value)}".encode())
-        if all(type(each) is int for each in value):  # token ids: the same as one by one, and faster
+        if all(type(item) is int for item in value):  # token ids: the same as one by one, and faster
             update(("int %d;" * len(value) % tuple(value)).encode())
             return
-        for each in value:
-            _feed(each, update)
+        for item in value:
+            _feed(item, update)
     elif isinstance(value, (*_PLAIN, bytes)):
         update(f"{type(value).__name__} {value!r};".encode())
     else:
-        update(type(value).__qualname__.encode())  # an object of which nothing is known
+        update(type(value).__qualname__.encode())  # an unknown object

@@ -1,7 +1,7 @@
-"""What a checkpoint of a training holds for pruning: the masks, what was learned, and proof that it belongs together.
+"""What a training checkpoint holds for pruning: masks, learned scores, and checksums of the files that belong together.
 
-The file is written last. It names the weights and the masks by size and checksum, so that a checkpoint that an
-interruption left incomplete, or whose files were exchanged, is refused instead of going on with other masks.
+This file is written last. It lists the weights and the masks by size and checksum, so that a checkpoint that is
+incomplete after an interruption, or whose files were exchanged, is refused instead of resumed with other masks.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from hf_prune.utils.notices import warn_user
 STATE_FILE = "pruning_state.safetensors"
 _HEADER = "hf_prune"
 _FORMAT, _VERSION = "hf_prune.training", 1
-_NAMED = (
+_CHECKED = (
     "*.safetensors",
     "config.json",
     "optimizer.*",
@@ -40,19 +40,19 @@ _NAMED = (
     "optimizer_*/*",
 )
 OLD_RUN_FILE = "training_run.json"
-_ADVICE = "begin anew in another folder, or pass --allow-changes (allow_changes=True) to go on with what differs"
+_ADVICE = "start over in another folder, or pass --allow-changes (allow_changes=True) to resume with the changes"
 _CHUNK = 1 << 22
-_TOLD = 5  # differences that a message names
+_SHOWN = 5  # differences that a message names
 
 
 def save_training(folder: Path, store: MaskStore | None, state: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-    """Write masks and state into a checkpoint that has everything else.
+    """Write masks and state into a checkpoint that is otherwise complete.
 
     Args:
         folder: The checkpoint.
         store: The masks, None if nothing was pruned yet.
         state: Tensors by name.
-        facts: Settings that must be the same when the training goes on, plain values for JSON.
+        facts: Settings that must be the same when the training is resumed, plain values for JSON.
     """
     (folder / STATE_FILE).unlink(missing_ok=True)
     if store is not None:
@@ -63,30 +63,30 @@ def save_training(folder: Path, store: MaskStore | None, state: Mapping[str, Ten
 
 
 def load_training(folder: Path, facts: Mapping[str, Any]) -> tuple[MaskStore | None, dict[str, Tensor]]:
-    """Read what :func:`save_training` wrote, if all of it is there.
+    """Read what :func:`save_training` wrote.
 
     Args:
         folder: The checkpoint.
-        facts: Settings of now.
+        facts: The present settings.
 
     Raises:
-        CheckpointError: If a file is missing, damaged or another one, or a setting has changed.
+        CheckpointError: If a file is missing, damaged or not the saved one, or a setting has changed.
     """
     files, before, state = check_training(folder)
     now = {key: value for key, value in json.loads(json.dumps(dict(facts))).items() if key in before}
     known = {key: before[key] for key in now}
     if known != now:
         raise CheckpointError(
-            f"{folder} was pruned otherwise ({_told(differences(known, now)) or 'by another version'}): masks would "
-            f"not go on as they began; use the same settings, or begin anew in another folder"
+            f"{folder} was pruned with other settings ({_describe(differences(known, now)) or 'by another version'}): "
+            f"its masks cannot be continued with these; use the same settings, or start over in another folder"
         )
     return load_masks(folder / MASK_FILE) if MASK_FILE in files else None, state
 
 
 def last_whole_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint of a run that was saved to the end; None if there is none.
+    """The newest complete checkpoint of a run; None if there is none.
 
-    Newer ones that an interruption left incomplete are passed over with a warning, and written anew when the training
+    Newer ones that an interruption left incomplete are skipped with a warning, and written again when the training
     gets there.
 
     Args:
@@ -97,18 +97,18 @@ def last_whole_checkpoint(folder: Path) -> Path | None:
         try:
             check_training(path)
         except CheckpointError as error:
-            warn_user(f"passing over a checkpoint that is not whole: {error}")
+            warn_user(f"skipping an incomplete checkpoint: {error}")
         else:
             return path
     return None
 
 
 def check_old_run(folder: Path, run: Callable[[], Mapping[str, Any]]) -> bool:
-    """Compare a training with what ``training_run.json`` says, where an earlier version put it beside checkpoints.
+    """Compare a training with ``training_run.json``, which earlier versions wrote beside the checkpoints.
 
     Args:
-        folder: The checkpoint to go on from, which does not say it by itself.
-        run: What must not have changed, plain values for JSON.
+        folder: The checkpoint to resume from, which does not say itself what training it belongs to.
+        run: Returns what must not have changed, plain values for JSON.
 
     Returns:
         Whether there is such a file.
@@ -123,22 +123,22 @@ def check_old_run(folder: Path, run: Callable[[], Mapping[str, Any]]) -> bool:
         before = read_json_object(path)
     except CheckpointError as error:
         raise CheckpointError(f"{error}; {_ADVICE}") from error
-    _refuse_other(path, differences(before, json.loads(json.dumps(dict(run())))))
+    _refuse_other_run(path, differences(before, json.loads(json.dumps(dict(run())))))
     return True
 
 
 def check_same_run(folder: Path, facts: Mapping[str, Any], run: Mapping[str, Any]) -> dict[str, Any]:
-    """Make sure that a checkpoint is of this training.
+    """Make sure that a checkpoint belongs to this training.
 
-    The weights in memory may be those that the training began with, or those of the checkpoint.
+    The weights in memory may be the initial ones of the training, or those of the checkpoint.
 
     Args:
         folder: The checkpoint.
-        facts: The settings it was made with.
-        run: Of now, from :func:`hf_prune.training.run_record.run_facts`.
+        facts: The facts stored in it.
+        run: The present facts, from :func:`hf_prune.training.run_record.run_facts`.
 
     Returns:
-        What the training is from its beginning on.
+        The facts of the training as it started.
 
     Raises:
         CheckpointError: If something differs.
@@ -147,34 +147,35 @@ def check_same_run(folder: Path, facts: Mapping[str, Any], run: Mapping[str, Any
     before, reached = facts.get("run"), facts.get("weights_now")
     if not (isinstance(before, dict) and isinstance(reached, dict)):
         warn_user(
-            f"{folder} does not say what it was trained with (an earlier version made it): whether arguments, data and "
+            f"{folder} does not say what it was trained with (an earlier version made it): that arguments, data and "
             f"model are the same was not checked",
         )
         return now
     compared = before | reached if now["weights"] == reached.get("weights") else before
-    if None in (now["weights"], compared.get("weights")):  # spread over processes: not told
+    if None in (now["weights"], compared.get("weights")):  # unknown, as of weights that are spread over processes
         now, compared = {**now, "weights": None}, {**compared, "weights": None}
-    _refuse_other(folder, differences(compared, now))
+    _refuse_other_run(folder, differences(compared, now))
     return before
 
 
 def says_its_run(folder: Path) -> bool:
-    """Whether a whole checkpoint says of which training it is; those of earlier versions do not."""
+    """Whether a complete checkpoint says which training it belongs to; those of earlier versions do not."""
     with safe_open(folder / STATE_FILE, "pt") as file:
         return isinstance(json.loads(file.metadata()[_HEADER])["facts"].get("run"), dict)
 
 
-def _refuse_other(path: Path, found: Iterable[tuple[str, Any, Any]]) -> None:
-    if told := _told(found):
+def _refuse_other_run(path: Path, changes: Iterable[tuple[str, Any, Any]]) -> None:
+    if description := _describe(changes):
         raise CheckpointError(
-            f"{path} is of another training ({told}): two trainings would be mixed; use the same again, {_ADVICE}"
+            f"{path} belongs to another training ({description}): expected the same settings, data and model; use "
+            f"them, {_ADVICE}"
         )
 
 
-def _told(differences: Iterable[tuple[str, Any, Any]]) -> str:
-    found = [f"{name} was {reprlib.repr(old)}, now {reprlib.repr(new)}" for name, old, new in differences]
-    more = [f"and {len(found) - _TOLD} more"] if len(found) > _TOLD else []
-    return "; ".join([*found[:_TOLD], *more])
+def _describe(changes: Iterable[tuple[str, Any, Any]]) -> str:
+    texts = [f"{name} was {reprlib.repr(old)}, now {reprlib.repr(new)}" for name, old, new in changes]
+    more = [f"and {len(texts) - _SHOWN} more"] if len(texts) > _SHOWN else []
+    return "; ".join([*texts[:_SHOWN], *more])
 
 
 def check_training(folder: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Tensor]]:
@@ -184,13 +185,13 @@ def check_training(folder: Path) -> tuple[dict[str, Any], dict[str, Any], dict[s
         folder: The checkpoint.
 
     Returns:
-        Its files, the settings it was made with, and the tensors.
+        Its files, the facts stored in it, and the tensors.
 
     Raises:
         CheckpointError: If not.
     """
     path = folder / STATE_FILE
-    advice = "resume from an earlier checkpoint, or begin anew"
+    advice = "resume from an earlier checkpoint, or start over"
     if not path.is_file():
         raise CheckpointError(
             f"{folder} has no {STATE_FILE}: saving was interrupted, or it was not made by a PruningTrainer; {advice}"
@@ -199,17 +200,19 @@ def check_training(folder: Path) -> tuple[dict[str, Any], dict[str, Any], dict[s
         with safe_open(path, "pt") as file:
             header = json.loads((file.metadata() or {}).get(_HEADER, "{}"))
             state = {name: file.get_tensor(name) for name in file.keys()}
-        found = (header["format"], header["version"])
+        version = (header["format"], header["version"])
         files, before = dict(header["files"]), dict(header["facts"])
     except (OSError, SafetensorError, AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} is damaged: {error!r}; {advice}") from error
-    if found != (_FORMAT, _VERSION):
-        raise CheckpointError(f"{path} has format and version {found}: expected {(_FORMAT, _VERSION)}; update hf_prune")
+    if version != (_FORMAT, _VERSION):
+        raise CheckpointError(
+            f"{path} has format and version {version}: expected {(_FORMAT, _VERSION)}; update hf_prune"
+        )
     now = _files(folder)
-    for name, facts_of_file in files.items():
+    for name, saved in files.items():
         if name not in now:
             raise CheckpointError(f"{folder} lacks {name}, which it had when it was saved; {advice}")
-        if now[name] != facts_of_file:
+        if now[name] != saved:
             raise CheckpointError(f"{folder / name} is not the file that was saved with {STATE_FILE}; {advice}")
     if MASK_FILE in now and MASK_FILE not in files:
         raise CheckpointError(f"{folder / MASK_FILE} was not there when the checkpoint was saved; {advice}")
@@ -217,8 +220,10 @@ def check_training(folder: Path) -> tuple[dict[str, Any], dict[str, Any], dict[s
 
 
 def _files(folder: Path) -> dict[str, list[int]]:
-    """Size and checksum of the files that have to belong together."""
-    paths = {path for pattern in _NAMED for path in folder.glob(pattern) if path.is_file() and path.name != STATE_FILE}
+    """Size and checksum of the files that belong together."""
+    paths = {
+        path for pattern in _CHECKED for path in folder.glob(pattern) if path.is_file() and path.name != STATE_FILE
+    }
     return {path.relative_to(folder).as_posix(): [path.stat().st_size, _checksum(path)] for path in sorted(paths)}
 
 

@@ -1,8 +1,8 @@
-"""Pruning inside the Trainer of transformers: PruningCallback does the work, PruningTrainer wires it.
+"""Pruning inside the Trainer of transformers: PruningCallback does the work, PruningTrainer connects it.
 
-The masks are a matter of the callback. The Trainer adds what only it can do: gradients are looked at once all processes
-have added theirs up, a teacher takes part in the loss, the best checkpoint is one that is pruned to the end, and old
-checkpoints go only when the new one is complete.
+The callback handles the masks. The Trainer adds what only it can do: it observes gradients once they are summed over
+all processes, adds a teacher to the loss, considers only fully pruned checkpoints for the best one, and deletes old
+checkpoints only when the new one is complete.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from hf_prune.training.run_record import run_facts
 from hf_prune.training.state import check_training, last_whole_checkpoint
 from hf_prune.utils.front_matter import read_card, split_card
 
-_GENERATED = "<!-- This model card has been generated automatically"  # of the Trainer: until the author removes it
+_GENERATED = "<!-- This model card has been generated automatically"  # until the author removes it
 
 
 class PruningTrainer(Trainer):
@@ -40,8 +40,8 @@ class PruningTrainer(Trainer):
     Args:
         *args: As of ``Trainer``.
         pruning_config: The settings, or a sparsity; None keeps the masks that the model has.
-        teacher: A model of the same task, for example a copy of the dense one; it is frozen and not saved.
-        distillation: How much of the loss comes from where; by default ``Distillation()`` if there is a teacher.
+        teacher: A model for the same task, such as a copy of the dense model; it is frozen and not saved.
+        distillation: Weights of the parts of the loss; ``Distillation()`` by default if there is a teacher.
         calibration: Batches for criteria and repairs that look at data whenever masks change.
         shrink_at: See :class:`PruningCallback`.
         threshold: See :class:`PruningCallback`.
@@ -73,7 +73,7 @@ class PruningTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         if distillation is not None and teacher is None:
-            raise ConfigError("a distillation, and no teacher: pass teacher=, a dense model of the same task")
+            raise ConfigError("found a distillation but no teacher: pass teacher=, a dense model for the same task")
         super().__init__(*args, **kwargs)
         if teacher is not None and teacher is self.model:
             raise ConfigError("the teacher is the model itself: pass a copy that stays dense, copy.deepcopy(model)")
@@ -100,7 +100,7 @@ class PruningTrainer(Trainer):
         return self.pruning.config is not None or MaskStore.of(self.model) is not None
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """One batch; once the gradients of a step are complete, those of removed weights are cleared."""
+        """Train on one batch; once the gradients of a step are complete, clear those of removed weights."""
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self.pruning.pruner is not None and self.accelerator.sync_gradients:
             scale = 1.0 if self.accelerator.scaler is None else self.accelerator.scaler.get_scale()
@@ -116,12 +116,12 @@ class PruningTrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The loss on the labels, and while training what the teacher adds to it.
+        """The loss on the labels, and during training also the distillation loss.
 
-        A batch counts in its step as many labels as it has, also where the model ignores ``num_items_in_batch``: the
+        Every batch is weighted by its share of the step's labels, also if the model ignores ``num_items_in_batch``: the
         losses of most classifiers would otherwise grow with the number of batches and processes that share a step.
         """
-        own = self.compute_loss_func is None  # a function of the user's knows how to count
+        own = self.compute_loss_func is None  # the user's function is responsible for its own weighting
         counts = num_items_in_batch is not None and (self.model_accepts_loss_kwargs or not own)
         if not model.training or (self.teacher is None and not (counts and own)):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -136,22 +136,22 @@ class PruningTrainer(Trainer):
         elif not own:
             share = 1 / self.current_gradient_accumulation_steps
         if own:
-            loss = loss.nan_to_num(nan=0.0) * share if counts else loss  # the mean over no label is no number
+            loss = loss.nan_to_num(nan=0.0) * share if counts else loss  # the mean over no labels is NaN
         if self.teacher is not None:
             with torch.no_grad(), self.accelerator.autocast():
-                goal = self.teacher(**self._for_teacher(batch), **hidden)
-            extra = self.distillation.loss(outputs, goal, batch, shifts=self._loss_shifts_labels)
+                target = self.teacher(**self._for_teacher(batch), **hidden)
+            extra = self.distillation.loss(outputs, target, batch, shifts=self._loss_shifts_labels)
             loss = self.distillation.task * loss + extra.to(loss.device) * share
         self.loss_is_scaled_for_ga = counts or not own
         return (loss, outputs) if return_outputs else loss
 
     def _get_num_labels(self, batch: dict[str, Any]) -> Tensor:
-        """How many labels of a batch count, as the Trainer counts those of a step."""
+        """Number of labels in a batch that are not ignored, counted as the Trainer counts those of a step."""
         labels = batch["labels"][..., 1:] if self._loss_shifts_labels else batch["labels"]
         return batch.get("shift_labels", labels).ne(-100).sum()
 
     def _for_teacher(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Without labels, which decoders of two-part models need to make their inputs."""
+        """The batch without labels, except for encoder-decoder models, which make the decoder's inputs from them."""
         if getattr(getattr(self.teacher, "config", None), "is_encoder_decoder", False):
             return batch
         return {name: value for name, value in batch.items() if name != "labels"}
@@ -162,7 +162,7 @@ class PruningTrainer(Trainer):
         trial: Any = None,
         ignore_keys_for_eval: list[str] | None = None,
     ) -> Any:
-        """Train; ``resume_from_checkpoint=True`` goes on from the newest checkpoint that is whole.
+        """Train; ``resume_from_checkpoint=True`` resumes from the newest complete checkpoint.
 
         Args:
             resume_from_checkpoint: As of ``Trainer.train``.
@@ -173,7 +173,8 @@ class PruningTrainer(Trainer):
             last = last_whole_checkpoint(Path(str(self.args.output_dir)))
             resume_from_checkpoint = True if last is None else str(last)
         assert isinstance(self.model, nn.Module)
-        if self.pruning.run is None or not resume_from_checkpoint:  # going on, the model is not as it began any more
+        # When resuming, the model is no longer the one that the training started with.
+        if self.pruning.run is None or not resume_from_checkpoint:
             self.pruning.run = run_facts(
                 self.args,
                 self.model,
@@ -196,7 +197,7 @@ class PruningTrainer(Trainer):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        """Only models that are pruned to the end can be the best one."""
+        """Consider only fully pruned models for the best one."""
         pruner = self.pruning.pruner
         if self._prunes and pruner is not None and pruner.config is not None:
             last = pruner.schedule.span(self.state.max_steps)[1]
@@ -205,22 +206,25 @@ class PruningTrainer(Trainer):
         return super()._determine_best_metric(metrics, trial)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """The Trainer's card, with what was counted in the model: ``push_to_hub`` uploads it.
+        """Write the Trainer's card and add what is counted in the model; ``push_to_hub`` uploads it.
 
-        A card that the author has taken over, by removing the comment that the Trainer's begin with, stays but for our
-        part.
+        A card without the comment with which the Trainer marks its own belongs to the author: only our part of it is
+        updated.
         """
         folder = Path(str(self.args.output_dir))
         card = folder / "README.md"
         text = read_card(card) if card.is_file() else ""
         if not text or _GENERATED in text:
-            split_card(text)  # which may have come with a checkpoint: checked before transformers reads it
+            split_card(text)  # refuse a harmful card that came with a checkpoint before transformers reads it
             super().create_model_card(*args, **kwargs)
         if self.is_world_process_zero() and self._prunes and (folder / "config.json").is_file():
             describe_model(self.model, folder, name=self.hub_model_id or folder.name)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        limit, self.args.save_total_limit = self.args.save_total_limit, None  # old ones go when this one is complete
+        limit, self.args.save_total_limit = (
+            self.args.save_total_limit,
+            None,
+        )  # delete old ones later
         try:
             super()._save_checkpoint(model, trial)
         finally:
@@ -238,7 +242,7 @@ class PruningTrainer(Trainer):
 
 
 def _resize_like(model: Any, folder: str) -> None:
-    """Give a model the sizes of one that was shrunk in the middle of its training."""
+    """Resize a model like a checkpoint that was shrunk in the middle of its training."""
     shrunk = type(model).from_pretrained(folder)
     resize(model, {site.name: site.units for site in find_unit_groups(shrunk)})
     if (record := getattr(shrunk.config, RECORD, None)) is not None:

@@ -716,7 +716,7 @@ def test_more_user_errors(hf_prune, folders, tmp_path):
     assert "'validation' is scored and calibrated on" in error_of(hf_prune(*same))
     binary = tmp_path / "binary.json"
     binary.write_bytes(b"\xff\xfe\x00")
-    assert "is no text file" in error_of(hf_prune("prune", text, "--config", binary, "--out", tmp_path / "x"))
+    assert "is not a text file" in error_of(hf_prune("prune", text, "--config", binary, "--out", tmp_path / "x"))
     unknown = tmp_path / "unknown"
     unknown.mkdir()
     (unknown / "config.json").write_text('{"model_type": "nosuch", "architectures": ["X"]}')

@@ -106,7 +106,7 @@ def test_a_language_model_goes_on_from_its_checkpoints(folders, run, tmp_path):
     checkpoints = sorted((tmp_path / "c").glob("checkpoint-*"), key=lambda p: int(p.name.partition("-")[2]))
     assert len(checkpoints) == 2
     (checkpoints[1] / "pruning_state.safetensors").unlink()  # as if it had been killed while it saved the last one
-    with pytest.warns(UserWarning, match=rf"passing over a checkpoint that is not whole: .*{checkpoints[1].name} has"):
+    with pytest.warns(UserWarning, match=rf"skipping an incomplete checkpoint: .*{checkpoints[1].name} has"):
         assert last_whole_checkpoint(tmp_path / "c") == checkpoints[0]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -151,11 +151,12 @@ def test_two_trainings_are_not_mixed(folders, run, tmp_path, begun):
     ):
         said = run(*changed, code=1)
         assert re.search(
-            rf"is of another training \(.*{name}.*: two trainings would be mixed.*--allow-changes ", said
+            rf"belongs to another training \(.*{name}.*: expected the same settings, data and model.*--allow-changes ",
+            said,
         ), said
     for allowed in ([], ["--allow-changes"]):
         said = run(*begun, "--sparsity", 0.6, *allowed, code=1)
-        assert "was pruned otherwise (pruning_config: sparsity was 0.5, now 0.6)" in said
+        assert "was pruned with other settings (pruning_config: sparsity was 0.5, now 0.6)" in said
     assert {path: path.read_bytes() for path in (tmp_path / "c").rglob("*") if path.is_file()} == before
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == saved
     assert "Saved in" in run(*begun, "--learning-rate", 1e-3, "--allow-changes")
@@ -184,9 +185,12 @@ def test_checkpoints_of_earlier_versions(folders, run, tmp_path, monkeypatch, re
     for text, match in (
         ("[1]", "holds a JSON list: expected an object"),
         ("{", "training_run.json is damaged.*--allow-changes"),
-        (json.dumps({**before, "data": "5fb5e9d401f851ce"}), "training_run.json is of another training .data was '"),
-        (json.dumps({**before, "model": "5fb5e9d401f851ce"}), "is of another training .model was '"),
-        (json.dumps({**before, "seed": 1}), "is of another training .seed was 1, now 0"),
+        (
+            json.dumps({**before, "data": "5fb5e9d401f851ce"}),
+            "training_run.json belongs to another training .data was '",
+        ),
+        (json.dumps({**before, "model": "5fb5e9d401f851ce"}), "belongs to another training .model was '"),
+        (json.dumps({**before, "seed": 1}), "belongs to another training .seed was 1, now 0"),
     ):
         path.write_text(text)
         said = run(*begun, code=1)

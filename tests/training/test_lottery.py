@@ -61,7 +61,7 @@ def test_later_masks_are_inside_earlier_ones_and_go_by_trained_weights(tmp_path)
 @pytest.mark.parametrize(
     ("settings", "more", "match"),
     [
-        ({"granularity": "2:4"}, {}, "sparsity that grows"),
+        ({"granularity": "2:4"}, {}, "sparsity that can grow"),
         ({"criterion": "wanda"}, {}, "without data"),
         ({"schedule": "cubic"}, {}, "no schedule"),
         ({}, {"rounds": 0}, "rounds is 0"),
