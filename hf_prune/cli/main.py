@@ -63,7 +63,7 @@ command(name="list", epilog="Example: hf-prune list --json")(list_)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line; errors that a user can mend are one line on stderr and exit code 1."""
+    """Run the command line; an error that the user can fix becomes one line on stderr and exit code 1."""
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_, **__: echo(f"warning: {in_one_line(str(message))}", err=True)
         try:

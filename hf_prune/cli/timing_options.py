@@ -13,11 +13,11 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 Batches = Annotated[str, typer.Option(help="Batch sizes, separated by commas.")]
 Lengths = Annotated[str, typer.Option(help="Tokens of each example, separated by commas.")]
-Dtype = Annotated[str, typer.Option(help=f"{', '.join(DTYPES)}: of all models alike.")]
+Dtype = Annotated[str, typer.Option(help=f"{', '.join(DTYPES)}: of all models.")]
 Device = Annotated[str, typer.Option(help="Where they run, such as cpu or cuda.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads of PyTorch. [default: its own]")]
 Rounds = Annotated[int, typer.Option(min=1, help="How many times each is timed, in turns.")]
-Warmup = Annotated[int, typer.Option(min=1, help="How many times before that.")]
+Warmup = Annotated[int, typer.Option(min=1, help="Untimed runs before that.")]
 
 
 def split_whole_numbers(option: str, text: str) -> list[int]:

@@ -608,7 +608,7 @@ USER_ERRORS: dict[str, tuple[list[str], str]] = {
     ),
     "against another kind": (
         ["evaluate", "{gpt2}", "--data", "{texts}", "--against", "{text}"],
-        "a BertForSequenceClassification: expected two of a kind",
+        "a BertForSequenceClassification: expected two of the same kind",
     ),
     "no text file": (["evaluate", "{gpt2}", "--data", "none.txt"], "no such file or folder: 'none.txt'"),
     "no test split": (["evaluate", "{gpt2}", "--data", "{texts}", "--split", "dev"], "it has test, train"),

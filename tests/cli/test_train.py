@@ -167,7 +167,7 @@ def test_checkpoints_of_earlier_versions(folders, run, tmp_path, monkeypatch, re
     """They say nothing of their training: a file beside them does, and is still read."""
     monkeypatch.setattr("hf_prune.training.callback.save_training", without_run)
     begun = request.getfixturevalue("begun")
-    assert "does not say of which training it is, as one of an earlier version" in run(*begun, code=1)
+    assert "does not say which training it belongs to, as an earlier version made it" in run(*begun, code=1)
     model = AutoModelForSequenceClassification.from_pretrained(folders / "text")
     digest = hashlib.sha256()
     for name, weight in model.named_parameters():

@@ -26,8 +26,8 @@ from hf_prune.errors import ConfigError
 from hf_prune.evaluation.tasks import ClassificationTask
 from hf_prune.utils.output_folder import check_file, say_replaced
 
-EXPORTED = (".onnx", ".xml")
-PICTURES = (".png", ".svg", ".pdf")
+EXPORTED_SUFFIXES = (".onnx", ".xml")
+PLOT_SUFFIXES = (".png", ".svg", ".pdf")
 
 Models = Annotated[
     list[str],
@@ -47,25 +47,23 @@ def bench(
     rounds: Rounds = 30,
     warmup: Warmup = 3,
     new_tokens: Annotated[
-        int, typer.Option(min=0, help="Causal language models: also time the generation of so many tokens.")
+        int, typer.Option(min=0, help="Causal language models: also time the generation of this many tokens.")
     ] = 0,
-    data: Annotated[
-        str | None, typer.Option(help="Labelled data: the picture then shows accuracy against speed.")
-    ] = None,
+    data: Annotated[str | None, typer.Option(help="Labelled data: the plot then shows accuracy against speed.")] = None,
     split: Annotated[str, typer.Option(help="The split to score.")] = "validation",
     text_column: Text = "sentence",
     label_column: Label = "label",
-    plot: Annotated[Path | None, typer.Option(help="Picture to write: PNG, SVG or PDF.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Plot to write: PNG, SVG or PDF.")] = None,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
     """Time checkpoints in turns, and say which differences are real."""
-    start([name for name in models if not name.endswith(EXPORTED)], data)
+    start([name for name in models if not name.endswith(EXPORTED_SUFFIXES)], data)
     sizes = [split_whole_numbers("--batch", batch), split_whole_numbers("--length", length)]
     if data is not None and plot is None and not as_json:
-        raise ConfigError("--data scores the models for the picture: add --plot FILE.png, or leave it out")
-    if plot is not None and plot.suffix not in PICTURES:
-        raise ConfigError(f"--plot is {str(plot)!r}: expected a file that ends in {', '.join(PICTURES)}")
+        raise ConfigError("--data scores the models for the plot: add --plot FILE.png, or leave it out")
+    if plot is not None and plot.suffix not in PLOT_SUFFIXES:
+        raise ConfigError(f"--plot is {str(plot)!r}: expected a file that ends in {', '.join(PLOT_SUFFIXES)}")
     if plot is not None:
         check_file(plot, overwrite=overwrite)
     from hf_prune.cli.workflows.bench import load_alike, load_tokenizers, score_all, zero_notes
@@ -74,7 +72,7 @@ def bench(
 
     check_dtype(dtype)
     loaded = load_alike(models, dtype, device, threads)
-    tokenizers = {} if data is None else load_tokenizers(loaded, models)  # or an error, before minutes of timing
+    tokenizers = {} if data is None else load_tokenizers(loaded, models)  # raises before minutes of timing
     result = measure_latency(
         loaded,
         batch_sizes=sizes[0],

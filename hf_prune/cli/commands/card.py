@@ -20,19 +20,19 @@ def card(
     ] = None,
     latency: Annotated[Path | None, typer.Option(help="What hf-prune bench MODEL DIR --json printed.")] = None,
     base_model: Annotated[
-        str | None, typer.Option(help="Hub id of the dense model; or its folder, of which only the license is taken.")
+        str | None, typer.Option(help="Hub id of the dense model; or its folder, from which only the license is taken.")
     ] = None,
-    dataset: Annotated[str | None, typer.Option(help="Hub id of the data that it was scored on.")] = None,
+    dataset: Annotated[str | None, typer.Option(help="Hub id of the data set that it was scored on.")] = None,
     license_: Annotated[
         str | None, typer.Option("--license", help="Such as apache-2.0. [default: that of the base model's card]")
     ] = None,
-    command: Annotated[str | None, typer.Option(help="What made the checkpoint, to be shown.")] = None,
-    name: Annotated[str | None, typer.Option(help="What to call the model. [default: the folder's name]")] = None,
+    command: Annotated[str | None, typer.Option(help="The command that made the checkpoint, to show.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the model. [default: the folder's name]")] = None,
     write: Annotated[
         bool, typer.Option("--write", help="Write README.md into the folder; what its author wrote stays.")
     ] = False,
 ) -> None:
-    """Make a model card: zeros are counted, scores and timings read; facts that are missing are left out."""
+    """Make a model card: zeros are counted, scores and timings read; missing facts are left out."""
     start([str(folder)])
     from hf_prune.auto import load_native
     from hf_prune.hub.card import render_card, write_card
@@ -54,7 +54,7 @@ def card(
         name=name,
     )
     old = folder / "README.md"
-    text = render_card(data, read_card(old) if old.is_file() else None)  # errors come before anything is written
+    text = render_card(data, read_card(old) if old.is_file() else None)  # raises before anything is written
     if write:
         write_json(folder / "sparsity_report.json", data.report)
         write_card(folder, data)

@@ -16,19 +16,20 @@ def compress(
         Path, typer.Argument(metavar="DIR", help="A folder with a dense checkpoint.", show_default=False)
     ],
     out: OutFolder,
-    codec: Annotated[str, typer.Option(help="zstd, or none for values that lie in the file as they are.")] = "zstd",
+    codec: Annotated[str, typer.Option(help="zstd, or none for values that are stored as they are.")] = "zstd",
     values: Annotated[
-        str, typer.Option(help="exact, or int8, which rounds what pruning left: measure what that costs.")
+        str, typer.Option(help="exact, or int8, which rounds the remaining weights: measure what that costs.")
     ] = "exact",
     remote_code: Annotated[
         bool,
         typer.Option(
-            "--remote-code", help="Add a file for trust_remote_code=True, which loads it where hf_prune is missing."
+            "--remote-code",
+            help="Add a file for trust_remote_code=True, to load it where hf_prune is not installed.",
         ),
     ] = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Write a pruned checkpoint small; with hf_prune imported, plain transformers loads it."""
+    """Write a pruned checkpoint in packed form; with hf_prune imported, plain transformers loads it."""
     from hf_prune.conversion.compression import compress_checkpoint
 
     report = compress_checkpoint(folder, out, codec=codec, values=values, remote_code=remote_code, overwrite=overwrite)

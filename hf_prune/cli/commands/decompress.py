@@ -18,7 +18,7 @@ def decompress(
     out: OutFolder,
     overwrite: Overwrite = False,
 ) -> None:
-    """Write a compressed checkpoint dense, for plain transformers alone."""
+    """Write a compressed checkpoint in dense form, which plain transformers loads without hf_prune."""
     from hf_prune.conversion.decompression import decompress_checkpoint
 
     echo(f"{decompress_checkpoint(folder, out, overwrite=overwrite)}\nSaved: {out}")

@@ -24,7 +24,7 @@ def demo(
     restart: Restart = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Prune a small sentiment classifier from start to end; needs no Hub and no data of yours."""
+    """Prune a small sentiment classifier from start to finish; needs neither the Hub nor your data."""
     from hf_prune.cli.demo.assets import prepare_demo
     from hf_prune.cli.workflows.prune import prune_checkpoint
     from hf_prune.cli.workflows.sweep import sweep_checkpoint

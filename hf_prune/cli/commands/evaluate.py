@@ -20,7 +20,7 @@ def evaluate(
     split: Annotated[
         str | None, typer.Option(help="The split to score. [default: validation, or test for language models]")
     ] = None,
-    against: Annotated[str | None, typer.Option(help="A dense checkpoint to compare with, paired.")] = None,
+    against: Annotated[str | None, typer.Option(help="A dense checkpoint to compare with, example by example.")] = None,
     text_column: AnyText = None,
     label_column: Label = "label",
     window: Annotated[
@@ -30,7 +30,7 @@ def evaluate(
             help="Language models: tokens seen at once. [default: what the model has positions for, at most 2048]",
         ),
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Language models: score only so many windows.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Language models: score only this many windows.")] = None,
     batch_size: Annotated[
         int | None,
         typer.Option(min=1, help="Sentences or windows scored at once. [default: 32, or 1 for language models]"),
@@ -42,7 +42,7 @@ def evaluate(
     classes = [model_class(name) for name in checkpoints]
     of_language = is_language_model(classes[0])
     if is_language_model(classes[-1]) != of_language:
-        raise DataError(f"{model!r} is a {classes[0]}, {against!r} a {classes[1]}: expected two of a kind")
+        raise DataError(f"{model!r} is a {classes[0]}, {against!r} a {classes[1]}: expected two of the same kind")
     if not of_language and (window or limit):
         raise ConfigError(
             f"--window and --limit are for language models, and {model!r} is a {classes[0]}: leave them out"

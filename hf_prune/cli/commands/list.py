@@ -56,7 +56,7 @@ def list_(as_json: AsJson = False) -> None:
     rows = [[g.usage, ", ".join(sorted(g.scopes)), g.description, g.paper] for g in granularities]
     echo(format_table(["granularity", "scopes", "what goes together", "paper"], rows, left=4) + "\n")
     rows = [[name, ", ".join(UNIT_SCOPES), text] for name, text in unit_descriptions().items()]
-    echo(format_table(["taken out whole", "scopes", "what it is"], rows, left=3) + "\n")
+    echo(format_table(["removed as a whole", "scopes", "what it is"], rows, left=3) + "\n")
     rows = [[name, needs, text, paper] for name, (needs, text, paper) in UNIT_CRITERIA_OF.items()]
     echo(format_table(["their criterion", "needs", "what it keeps", "paper"], rows, left=4))
 

@@ -20,7 +20,7 @@ def migrate(
     out: OutFolder,
     adopt_zeros: Annotated[
         bool,
-        typer.Option("--adopt-zeros", help="It has no masks but zeros in plain weights: make masks of those."),
+        typer.Option("--adopt-zeros", help="It has no masks but zeros in plain weights: make masks from these."),
     ] = False,
     min_sparsity: Annotated[
         float | None,
@@ -31,7 +31,7 @@ def migrate(
     ] = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Carry a checkpoint over that torch.nn.utils.prune, parametrize, compressed-tensors or transformers 4 pruned."""
+    """Convert a checkpoint pruned by torch.nn.utils.prune, parametrize, compressed-tensors or transformers 4."""
     if min_sparsity is not None and not adopt_zeros:
         raise ConfigError("--min-sparsity says which zeros to adopt: add --adopt-zeros, or leave it out")
     if adopt_zeros:

@@ -55,8 +55,8 @@ def prune(
     max_drop: Annotated[
         float | None,
         typer.Option(
-            help="Instead: the largest share whose drop in accuracy is, with 95 % confidence, at most so many points, "
-            "measured on held-out sentences of the calibration split."
+            help="Instead: the largest share whose drop in accuracy is, with 95 % confidence, at most this many "
+            "points, measured on held-out sentences of the calibration split."
         ),
     ] = None,
     held_out: Annotated[int, typer.Option(min=1, help="With --max-drop: how many sentences that is.")] = 2000,
@@ -173,7 +173,7 @@ def prune(
             plots=plots,
             overwrite=overwrite,
         )
-        text = f"{search}\nOn {split}, which had no say: {reported}\n\n{report}"
+        text = f"{search}\nOn {split}, which had no influence: {reported}\n\n{report}"
         values = {
             "search": search.to_dict(),
             "reported": {"split": split, **reported.to_dict()},

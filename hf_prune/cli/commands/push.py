@@ -1,4 +1,4 @@
-"""hf-prune push: a checkpoint to the Hub."""
+"""hf-prune push: options, help, and what it prints."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from hf_prune.cli.options import AsJson
 
 def push(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder with a checkpoint.", show_default=False)],
-    repo: Annotated[str, typer.Argument(metavar="REPO", help="owner/name, or a name of yours.", show_default=False)],
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="owner/name, or a name of your own.", show_default=False)],
     private: Annotated[
-        bool | None, typer.Option("--private/--public", help="Of a new repository. [default: as your account says]")
+        bool | None,
+        typer.Option("--private/--public", help="For a new repository. [default: that of your account]"),
     ] = None,
-    revision: Annotated[str | None, typer.Option(help="A branch, made if need be. [default: main]")] = None,
+    revision: Annotated[str | None, typer.Option(help="A branch, created if needed. [default: main]")] = None,
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request.")] = False,
     force: Annotated[
         bool, typer.Option("--force", help="Also overwrite a repository that holds something else.")
@@ -26,7 +27,7 @@ def push(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Upload nothing: list the files, and show the card.")
     ] = False,
-    message: Annotated[str, typer.Option(help="Of the commit.")] = "Upload pruned model",
+    message: Annotated[str, typer.Option(help="Message of the commit.")] = "Upload pruned model",
     as_json: AsJson = False,
 ) -> None:
     """Upload a checkpoint to the Hub, in one commit, with a card if hf-prune made the folder."""
@@ -36,13 +37,13 @@ def push(
     from hf_prune.hub.card_data import has_report
     from hf_prune.hub.push import push_checkpoint
 
-    made = None
+    card = None
     if has_report(folder) and not (folder / "README.md").is_file():
         from hf_prune.auto import load_native
         from hf_prune.hub.card_data import read_card_data
         from hf_prune.hub.describe import full_report
 
-        made = read_card_data(folder, report=full_report(load_native(str(folder))).to_dict(), name=repo)
+        card = read_card_data(folder, report=full_report(load_native(str(folder))).to_dict(), name=repo)
     result = push_checkpoint(
         folder,
         repo,
@@ -52,6 +53,6 @@ def push(
         force=force,
         dry_run=dry_run,
         commit_message=message,
-        card=made,
+        card=card,
     )
     echo(json.dumps(result.to_dict(), indent=2) if as_json else str(result))

@@ -1,4 +1,4 @@
-"""hf-prune space: the Gradio app, here or as a Space."""
+"""hf-prune space: the Gradio app, on this machine or as a Space."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ from hf_prune.evaluation.data.sources import check_data_source
 def space(
     model: Annotated[str | None, typer.Option(help="A classifier's folder. [default: the demo's model]")] = None,
     data: Annotated[
-        str | None, typer.Option(help="A folder with train/dev files that fit it, to calibrate with and to score on.")
+        str | None, typer.Option(help="A folder with train/dev files for it, to calibrate with and to score on.")
     ] = None,
     port: Annotated[int | None, typer.Option(min=1, max=65535, help="[default: the first free one from 7860]")] = None,
     open_: Annotated[bool, typer.Option("--open", help="Open it in the browser.")] = False,
-    push: Annotated[str | None, typer.Option(metavar="REPO", help="Make or update this Space instead.")] = None,
+    push: Annotated[str | None, typer.Option(metavar="REPO", help="Create or update this Space instead.")] = None,
     private: Annotated[
-        bool | None, typer.Option("--private/--public", help="Of a new Space. [default: as your account says]")
+        bool | None,
+        typer.Option("--private/--public", help="For a new Space. [default: that of your account]"),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Also overwrite a Space that holds something else.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="With --push: upload nothing, list the files.")] = False,
@@ -37,7 +38,7 @@ def space(
     if model is not None:
         check_model_source(model)
         if not Path(model).is_dir():
-            raise DataError(f"{model} is no folder: models of the Hub are chosen in the app; or download it first")
+            raise DataError(f"{model} is not a folder: choose models of the Hub in the app, or download it first")
     if data is not None:
         check_data_source(data)
     if push is not None:
@@ -69,7 +70,7 @@ def space(
 
 
 def app_folder() -> Path:
-    """Where the app's files are: in the installed package, or beside it in a clone.
+    """The folder with the app's files: in the installed package, or beside it in a clone.
 
     Raises:
         DataError: If they are in neither place.

@@ -1,4 +1,4 @@
-"""hf-prune trim-vocab: a vocabulary without the tokens that nobody uses."""
+"""hf-prune trim-vocab: options, help, and what it prints."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ def trim_vocab(
     split: Annotated[str, typer.Option(help="Splits of folders and data sets, separated by commas.")] = "train",
     text_column: AnyText = None,
     keep_tokens: Annotated[
-        Path | None, typer.Option(help="File with a token a line, as the tokenizer spells it: these stay.")
+        Path | None, typer.Option(help="File with one token per line, as the tokenizer spells it: these stay.")
     ] = None,
-    min_count: Annotated[int, typer.Option(min=1, help="Tokens used less often go too.")] = 1,
+    min_count: Annotated[int, typer.Option(min=1, help="Also remove tokens that are used less often.")] = 1,
     round_to: Annotated[int, typer.Option(min=1, help="Make the number of tokens a multiple of this.")] = 8,
     out: Annotated[Path | None, typer.Option(help="Folder for the smaller checkpoint.", show_default=False)] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be left, and write nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be left, and write nothing.")] = False,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
-    """Take out embedding rows that no text uses, and rebuild the tokenizer to match."""
+    """Remove embedding rows that no text uses, and rebuild the tokenizer to match."""
     if out is None and not dry_run:
         raise ConfigError("no --out: name the folder for the smaller checkpoint, or pass --dry-run to see the numbers")
     if not texts and keep_tokens is None:
@@ -63,4 +63,4 @@ def _read_lines(path: Path) -> list[str]:
     try:
         return [line for line in path.read_text(encoding="utf-8").split("\n") if line]
     except UnicodeDecodeError as error:
-        raise DataError(f"--keep-tokens {path} is no text file: {error}") from error
+        raise DataError(f"--keep-tokens {path} is not a text file: {error}") from error

@@ -16,7 +16,7 @@ from hf_prune.cli.startup import start
 
 def verify(
     source: Annotated[str, typer.Argument(metavar="MODEL", help="A folder or a Hub id.", show_default=False)],
-    revision: Annotated[str | None, typer.Option(help="Of the repository.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Revision of the repository.")] = None,
     evaluate: Annotated[bool, typer.Option("--evaluate", help="Also score it again, on --data.")] = False,
     data: AnyData = None,
     text_column: AnyText = None,
@@ -24,7 +24,7 @@ def verify(
     split: Annotated[str | None, typer.Option(help="[default: the one that the card names]")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Count everything again that a model card says; exit code 1 if anything differs."""
+    """Recount everything that a model card claims; exit code 1 if anything differs."""
     start([source])
     from hf_prune.hub.verify import verify_checkpoint
 

@@ -48,7 +48,7 @@ class DemoAssets:
     Args:
         model_dir: A checkpoint folder with the fine-tuned classifier (fp32) and its tokenizer.
         data_dir: A folder with ``train.tsv`` and ``dev.tsv`` in GLUE style: header ``sentence<TAB>label``, no quoting.
-        trained_now: Whether this call trained the model that lies in ``model_dir``.
+        trained_now: Whether this call trained the model in ``model_dir``.
         seconds: Wall time of the call that returned this object.
         train_size: Sentences in ``train.tsv``, the ones that the model was trained on.
         heldout_size: Sentences in ``dev.tsv``; they had no part in training or in the choice of the recipe.
@@ -77,7 +77,7 @@ def prepare_demo(
         echo: Receives each line of text meant for the user.
 
     Returns:
-        The folders of the model and the data, and how they came about.
+        The folders of the model and the data, and how they were made.
 
     Raises:
         DataError: If a package is missing, one of its files is not the expected one, or the cache cannot be written.
@@ -118,9 +118,9 @@ def default_cache_dir() -> Path:
         The environment variable ``HF_PRUNE_CACHE`` if set, else ``hf_prune`` inside ``XDG_CACHE_HOME``, else inside
         ``%LOCALAPPDATA%`` (Windows) or ``~/.cache`` (elsewhere).
     """
-    own = os.environ.get("HF_PRUNE_CACHE")
-    if own:
-        return Path(own).expanduser()
+    chosen = os.environ.get("HF_PRUNE_CACHE")
+    if chosen:
+        return Path(chosen).expanduser()
     shared = os.environ.get("XDG_CACHE_HOME")
     if not shared and sys.platform == "win32":
         shared = os.environ.get("LOCALAPPDATA")
@@ -249,9 +249,9 @@ def _damage(folder: Path) -> str | None:
 def _change(path: Path, size: int, sha256: str) -> str | None:
     """Return how a file differs from the one that was written, or ``None`` if it does not."""
     try:
-        found = path.stat().st_size
-        if found != size:
-            return f"{path.name} has {found} bytes, expected {size}"
+        bytes_now = path.stat().st_size
+        if bytes_now != size:
+            return f"{path.name} has {bytes_now} bytes, expected {size}"
         return None if file_sha256(path) == sha256 else f"{path.name} has changed since it was written"
     except OSError as error:
         return f"{path.name} cannot be read: {error.strerror}"

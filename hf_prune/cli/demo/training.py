@@ -1,4 +1,4 @@
-"""The demo's fine-tuning: a plain loop on the CPU, in bf16 where that is faster."""
+"""The demo's fine-tuning: a plain loop on the CPU, in bf16 if that is faster."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hf_prune.cli.demo.sentences import Example
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything besides the packages that decides what the cache holds; a change gives a new cache folder."""
+    """Everything besides the packages that determines what the cache holds; a change gives a new cache folder."""
 
     heldout_per_label: int = 600
     split_seed: int = 0
@@ -67,7 +67,7 @@ def _quiet_transformers() -> Iterator[None]:
 def _load_encoder(sources: Mapping[str, Path]) -> tuple[Any, Any]:
     """Return a classifier with the encoder's weights and a new head, and the tokenizer.
 
-    The weights are put in by hand: ``from_pretrained`` would warn that the head is new, which is meant to be so.
+    The weights are loaded by hand, since ``from_pretrained`` would warn that the head is new, which is intended.
     """
     from safetensors.torch import load_file
     from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer

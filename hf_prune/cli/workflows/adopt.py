@@ -1,4 +1,4 @@
-"""Write a checkpoint with masks of the zeros that are there."""
+"""Write a checkpoint with masks made from its zeros."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ def adopt_checkpoint(
     min_sparsity: float = MIN_SPARSITY,
     overwrite: bool = False,
 ) -> AdoptionReport:
-    """Write a checkpoint, in which another tool left zeros, with masks of them; see :func:`hf_prune.adopt_zeros`.
+    """Write a checkpoint, in which another tool left zeros, with masks for them; see :func:`hf_prune.adopt_zeros`.
 
     Args:
-        source: Its folder.
-        out: The folder for the new one; what lies beside the weights comes along.
+        source: The folder of the checkpoint.
+        out: The folder for the new one; files beside the weights are copied.
         min_sparsity: Weights with a smaller share of zeros get no mask.
         overwrite: Replace what is in the way in ``out``.
 
@@ -39,10 +39,10 @@ def adopt_checkpoint(
     report = adopt_zeros(model, min_sparsity=min_sparsity)
     with staged_checkpoint(out, "migrate", overwrite=overwrite) as staging:
         model.save_pretrained(staging)
-        own = [
+        written = [
             INDEX,
             *(path.name for path in staging.iterdir()),
             *(Path(file).name for file in weight_files(source, {})),
         ]
-        left = copy_beside(source, staging, own, ["model*.safetensors*", *REPORTS, CARD_DATA])
-    return dataclasses.replace(report, left={**report.left, **dict.fromkeys(left, "which was not carried over")})
+        skipped = copy_beside(source, staging, written, ["model*.safetensors*", *REPORTS, CARD_DATA])
+    return dataclasses.replace(report, left={**report.left, **dict.fromkeys(skipped, "which was not carried over")})

@@ -1,4 +1,4 @@
-"""Checkpoints side by side: loaded alike, scored, and what their zeros are worth."""
+"""Checkpoints side by side: loaded with one dtype on one device, scored, and with notes on their zeros."""
 
 from __future__ import annotations
 
@@ -27,28 +27,28 @@ def load_alike(sources: Sequence[str], dtype: str, device: str, threads: int | N
         sources: Folders or Hub ids, and exported files.
         dtype: Such as ``"float32"``.
         device: Such as ``"cpu"``.
-        threads: Of exported models; None for as many as PyTorch has.
+        threads: Threads of exported models; None for as many as PyTorch uses.
 
     Raises:
         ConfigError: If there is no such device.
         DataError: If a source cannot be found.
     """
     try:
-        where = torch.device(device)
-        torch.empty(1, device=where)
+        target = torch.device(device)
+        torch.empty(1, device=target)
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
-    found: dict[str, Any] = {}
+    models: dict[str, Any] = {}
     for name, source in zip(short_names(sources), sources, strict=True):
         if source.endswith(SUFFIXES):
-            found[name] = ExportedModel(source, threads or torch.get_num_threads())
+            models[name] = ExportedModel(source, threads or torch.get_num_threads())
         else:
-            found[name] = load_native(source).to(where, getattr(torch, dtype)).eval()
-    return found
+            models[name] = load_native(source).to(target, getattr(torch, dtype)).eval()
+    return models
 
 
 def short_names(sources: Sequence[str]) -> list[str]:
-    """The last parts of names, as many as it takes to tell them apart; numbered if they are the same.
+    """The last parts of names, as many as are needed to tell them apart; equal names are numbered.
 
     Example:
         >>> short_names(["runs/a/model", "runs/b/model"])
@@ -73,9 +73,9 @@ def load_tokenizers(models: Mapping[str, Any], sources: Sequence[str]) -> dict[s
         sources: Where each came from.
 
     Raises:
-        DataError: If one is no sequence classifier, or has no tokenizer.
+        DataError: If one is not a sequence classifier, or has no tokenizer.
     """
-    found = {}
+    tokenizers = {}
     for (name, model), source in zip(models.items(), sources, strict=True):
         if not type(model).__name__.endswith("ForSequenceClassification"):
             raise DataError(
@@ -85,8 +85,8 @@ def load_tokenizers(models: Mapping[str, Any], sources: Sequence[str]) -> dict[s
         offline = check_model_source(source)
         if not has_tokenizer(source, local_files_only=offline):
             raise DataError(f"{source!r} has no tokenizer, which scoring needs: save one beside the model")
-        found[name] = load_tokenizer(source, local_files_only=offline)
-    return found
+        tokenizers[name] = load_tokenizer(source, local_files_only=offline)
+    return tokenizers
 
 
 def score_all(
@@ -108,16 +108,16 @@ def score_all(
 
 
 def zero_notes(models: Mapping[str, Any]) -> list[str]:
-    """A sentence for each model that has many zeros and is not smaller than the first one.
+    """A sentence for each model that has many zeros and no fewer parameters than the first one.
 
     Args:
-        models: Models by name; of exported and quantized ones nothing is said.
+        models: Models by name; exported and quantized ones get no sentence.
     """
     counted: dict[str, Any] = {name: model for name, model in models.items() if isinstance(model, torch.nn.Module)}
     size = next((model.num_parameters() for model in counted.values()), 0)
     shares: dict[str, float] = {}
     for name, model in counted.items():
-        with contextlib.suppress(PlanError):  # its weights are no plain numbers, which can be timed all the same
+        with contextlib.suppress(PlanError):  # quantized weights, which can be timed all the same
             shares[name] = sparsity_report(model).target_sparsity
     return [
         f"In {name}, {100 * share:.1f} % of the weights that can be pruned are zero, and it is no smaller: zeros alone "

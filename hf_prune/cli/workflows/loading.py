@@ -1,4 +1,4 @@
-"""Load what commands work on."""
+"""Load the models and tokenizers that commands work on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Search a lottery ticket from a checkpoint."""
+"""Search for a lottery ticket, starting from a checkpoint."""
 
 from __future__ import annotations
 
@@ -36,20 +36,20 @@ def lottery_checkpoint(
     rewind_to: int = 0,
     overwrite: bool = False,
 ) -> LotteryResult:
-    """Search a lottery ticket, starting from the weights of a checkpoint; see :func:`hf_prune.find_ticket`.
+    """Search for a lottery ticket, starting from the weights of a checkpoint; see :func:`hf_prune.find_ticket`.
 
-    The folder gets the trained sparse model, ``ticket.safetensors`` with the weights that it began with, and
+    The folder gets the trained sparse model, ``ticket.safetensors`` with the weights that it started from, and
     ``lottery.json``.
 
     Args:
         source: Folder or Hub id of a sequence classifier.
-        config: What is pruned in the end.
+        config: The settings after the last round.
         out: The folder.
         task: What it learns from and is scored on.
         settings: How each round is trained.
         score_split: The split to score after each round.
-        rounds: How often is pruned.
-        rewind_to: After how many steps the early weights are taken.
+        rounds: How many times to prune.
+        rewind_to: Step after which the early weights are taken.
         overwrite: Replace what is in the way in ``out``.
 
     Raises:

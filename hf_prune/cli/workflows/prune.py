@@ -62,12 +62,13 @@ def prune_checkpoint(
         polish_samples: How many of them a polish trains on; by default 4,096 labelled texts (without their labels), or
             the windows that calibration sees. Those of calibration are among them.
         plots: Also write ``weights.png`` and ``layers.png``.
-        name: What to call the model in plots.
-        shrink: Take out what was pruned as a whole, or leave it in, masked. None: take out heads, neurons and layers.
+        name: Name of the model in plots.
+        shrink: Remove what was pruned as a whole from the model, or leave it in, masked. None: remove heads, neurons
+            and layers.
         overwrite: Replace what is in the way in ``out``.
 
     Returns:
-        The report, which lies in the folder as ``sparsity_report.json``.
+        The report, which is also written to ``sparsity_report.json`` in the folder.
 
     Raises:
         CheckpointError: If ``out`` is the source, or something is in the way.
@@ -139,7 +140,7 @@ def prune_to_budget(
         split: The split whose score is reported.
         batch_size: Examples scored at once.
         plots: Also write ``weights.png`` and ``layers.png``.
-        name: What to call the model in plots.
+        name: Name of the model in plots.
         overwrite: Replace what is in the way in ``out``.
 
     Returns:
@@ -205,11 +206,11 @@ def _pruned_into(
 ) -> Iterator[tuple[SparsityReport, Path | None]]:
     """Prune and save; the block may add files to the folder, which then appears at once.
 
-    Of several processes only the first one writes: the others get no folder, and wait.
+    Of several processes only the first one writes; the others get no folder, and wait.
     """
     shrinks = config.removes_units if shrink is None else shrink
     if shrinks:
-        find_unit_groups(model)  # an error here comes before the work
+        find_unit_groups(model)  # raises before any work
     plan = model.plan(config)
     names = [t.target.name for t in plan.tensors] if isinstance(plan, PruningPlan) else plan.weights
     dense, before = sparsity_report(model, config), weight_histogram(model, names)
@@ -227,6 +228,6 @@ def _pruned_into(
             if after is not None:
                 try:
                     write_plots(staging, report, before, after, name or display_name(source))
-                except Exception as error:  # of whatever draws: what was pruned is not lost for a picture
+                except Exception as error:  # whatever fails while drawing: a plot is not worth losing the checkpoint
                     warn_user(f"no plots, since drawing them failed ({type(error).__name__}: {error})")
         yield report, staging

@@ -1,4 +1,4 @@
-"""Prune a checkpoint without holding its model."""
+"""Prune a checkpoint without holding its model in memory."""
 
 from __future__ import annotations
 
@@ -34,25 +34,25 @@ def stream_checkpoint(
     restart: bool = False,
     overwrite: bool = False,
 ) -> SparsityReport:
-    """Prune a checkpoint into a folder without holding its model; see :func:`hf_prune.prune_stream`.
+    """Prune a checkpoint into a folder without holding its model in memory; see :func:`hf_prune.prune_stream`.
 
     Args:
         source: Folder or Hub id.
         config: The settings.
         out: The folder: new, empty, or an earlier output.
         task: Texts, for criteria that learn from inputs; their labels are not looked at.
-        restart: Begin anew, whatever an interrupted run left.
+        restart: Start from the beginning, whatever an interrupted run left.
         overwrite: Replace what is in the way in ``out``.
     """
     check_streamable(config)
-    if not is_placing(Journal(out)):  # else an earlier run had looked at it
+    if not is_placing(Journal(out)):  # else an earlier run has checked it
         check_output(out, "prune", [source], overwrite=overwrite)
     batches = _streaming_batches(source, task) if config.needs and task is not None else None
     return prune_stream(source, config, out, calibration=batches, progress=True, restart=restart, overwrite=overwrite)
 
 
 def _streaming_batches(source: str, task: Task) -> list[dict[str, Any]]:
-    """Calibration batches for a model that is not there."""
+    """Calibration batches for a model that is never loaded."""
     offline = check_model_source(source)
     refuse_other_inputs(source)
     if not has_tokenizer(source, local_files_only=offline):

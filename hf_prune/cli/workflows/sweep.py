@@ -45,14 +45,14 @@ def sweep_checkpoint(
         split: The split to score.
         tolerance: Largest accepted drop, in points.
         batch_size: Examples scored at once.
-        restart: Measure everything anew.
-        name: What to call the model in tables and plots.
-        data_name: What to call the data there.
-        overwrite: Replace results of other settings, or of somebody else, in ``out``.
+        restart: Measure everything again.
+        name: Name of the model in tables and plots.
+        data_name: Name of the data there.
+        overwrite: Replace results of other settings, or from another source, in ``out``.
     """
-    check_output(out, "sweep", [source], overwrite=True)  # what is in it, run_sweep looks at
+    check_output(out, "sweep", [source], overwrite=True)  # run_sweep checks what is in it
     configs = [(config or PruningConfig()).replace(criterion=name) for name in criteria]
-    if any(each.needs_data for each in configs):
+    if any(candidate.needs_data for candidate in configs):
         why = "a criterion that has seen the labels that it is scored on looks better than it is"
         refuse_same_split(task.source, split, task.calibration_split, "scored and calibrated on", why)
     model, tokenizer = load_for_task(source, task)

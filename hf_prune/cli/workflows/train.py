@@ -1,4 +1,4 @@
-"""hf-prune train and hf-prune lottery from checkpoint to files, callable from Python."""
+"""Train a checkpoint while pruning it."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from hf_prune.utils.files import write_json
 from hf_prune.utils.locks import writes_alone
 from hf_prune.utils.output_folder import check_output
 
-SEEN = "a model looks better than it is on what it was trained on"
+SEEN = "a model looks better than it is on the examples that it was trained on"
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,9 @@ class TrainingSettings:
         learning_rate: Of AdamW, at its highest.
         batch_size: Examples, or windows of tokens, in a batch.
         accumulation: Batches in an optimizer step.
-        warmup: Share of the steps in which the learning rate rises; it falls to zero then.
+        warmup: Share of the steps in which the learning rate rises; afterwards it falls to zero.
         bf16: Compute in bfloat16.
-        seed: Of the order of the examples, and of dropout.
+        seed: Seed of the order of the examples and of dropout.
     """
 
     split: str = "train"
@@ -65,13 +65,13 @@ class TrainingSettings:
 
 @dataclass(frozen=True)
 class TrainingReport:
-    """What a training with pruning did.
+    """The result of a training with pruning.
 
     Args:
-        sparsity: What is zero, or was taken out.
-        dense: Score of the model as it came.
+        sparsity: What is zero, or was removed.
+        dense: Score of the model before training.
         pruned: Score of the trained model on the same examples.
-        comparison: The two compared in pairs.
+        comparison: The two scores compared, example by example.
         steps: Optimizer steps.
         seconds: How long the training took.
     """
@@ -109,7 +109,7 @@ def train_checkpoint(
     allow_changes: bool = False,
     overwrite: bool = False,
 ) -> TrainingReport:
-    """Train a checkpoint while it is pruned, into a folder: weights, masks, tokenizer, ``training_report.json``.
+    """Train a checkpoint while pruning it, into a folder: weights, masks, tokenizer, ``training_report.json``.
 
     Args:
         source: Folder or Hub id of a sequence classifier or a causal language model.
@@ -118,17 +118,16 @@ def train_checkpoint(
         task: What it learns from and is scored on.
         settings: How it is trained.
         score_split: The split to score, before and after.
-        teacher: Folder or Hub id of a dense model of the same task; ``"self"`` is the model as it came.
+        teacher: Folder or Hub id of a dense model for the same task; ``"self"`` is the model before training.
         distillation: How much of the loss comes from the teacher.
         shrink_at: See :class:`hf_prune.PruningCallback`.
-        checkpoints: A folder for checkpoints of the training; one that has some goes on from the last one that is
-            whole.
-        allow_changes: Go on from there also if the model, the data or the settings of the training are others; not
-            with another way of pruning.
+        checkpoints: A folder for checkpoints of the training, which resumes from the last complete one there.
+        allow_changes: Resume even if the model, the data or the settings of the training have changed; settings of
+            the pruning may not.
         overwrite: Replace what is in the way in ``out``.
 
     Raises:
-        CheckpointError: If ``out`` is the source, or something is in the way, or the checkpoints are of another
+        CheckpointError: If ``out`` is the source, or something is in the way, or the checkpoints belong to another
             training.
         ConfigError: If settings contradict one another.
         DataError: If the model or the data cannot be found or read.
@@ -138,13 +137,13 @@ def train_checkpoint(
     check_output(out, "train", [source, teacher], overwrite=overwrite, beside=[checkpoints])
     model, tokenizer = load_for_task(source, task)
     if config is None and MaskStore.of(model) is None:
-        raise ConfigError(f"{source!r} has no masks to keep: name what is to be pruned, or prune it first")
+        raise ConfigError(f"{source!r} has no masks to keep: say what to prune, or prune it first")
     examples = task.training_examples(settings.split, model, tokenizer)
     calibration = (
         None if config is None else task.calibration_batches([config.replace(schedule=None)], model, tokenizer)
     )
     if config is not None and (config.criterion == "taylor" or config.learns_in_training) and config.repair is None:
-        calibration = None  # these watch the training itself
+        calibration = None  # these criteria watch the training itself
     dense: Any = task.score(model.eval(), tokenizer, score_split, source=task.source)
     with ExitStack() as stack:
         folder = checkpoints or Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -164,21 +163,21 @@ def train_checkpoint(
         if last is not None and not allow_changes and not says_its_run(last):
             if not check_old_run(last, lambda: _old_run(trainer, examples, calibration or [], distillation, settings)):
                 raise CheckpointError(
-                    f"{last} does not say of which training it is, as one of an earlier version: name another folder, "
-                    f"or pass --allow-changes (allow_changes=True) to go on from it unchecked"
+                    f"{last} does not say which training it belongs to, as an earlier version made it: name another "
+                    f"folder, or pass --allow-changes (allow_changes=True) to resume from it unchecked"
                 )
-            trainer.pruning.allow_changes = True  # it was compared just now
-        with contextlib.redirect_stdout(sys.stderr):  # progress is no result
+            trainer.pruning.allow_changes = True  # compared by check_old_run
+        with contextlib.redirect_stdout(sys.stderr):  # for progress
             result = trainer.train(resume_from_checkpoint=None if last is None else str(last))
         trained: Any = trainer.model
     trained.eval()
-    report = sparsity_report(trained)
+    sparsity = sparsity_report(trained)
     if config is not None and config.removes_units:
         trained.shrink()
-        report = dataclasses.replace(report, structure=structure_report(trained))
+        sparsity = dataclasses.replace(sparsity, structure=structure_report(trained))
     pruned: Any = task.score(trained, tokenizer, score_split, source=task.source)
-    found = TrainingReport(
-        sparsity=report,
+    training = TrainingReport(
+        sparsity=sparsity,
         dense=dense,
         pruned=pruned,
         comparison=task.compare(dense, pruned),
@@ -188,14 +187,14 @@ def train_checkpoint(
     with staged_checkpoint(out, "train", overwrite=overwrite, beside=[checkpoints]) as staging:
         trained.save_pretrained(staging)
         copy_companions(source, staging)
-        write_json(staging / "training_report.json", found.to_dict())
-    return found
+        write_json(staging / "training_report.json", training.to_dict())
+    return training
 
 
 def _old_run(
     trainer: Any, examples: Batches, calibration: Batches, distillation: Distillation | None, settings: TrainingSettings
 ) -> dict[str, Any]:
-    """What earlier versions wrote beside the checkpoints of a training; its checkpoints themselves say more now."""
+    """The facts that earlier versions wrote beside the checkpoints of a training, instead of into each of them."""
     config = trainer.pruning.config
     return {
         "model": weights_digest(trainer.model.named_parameters()),
@@ -219,7 +218,7 @@ def _teacher(teacher: str | None, model: PreTrainedModel, task: Task) -> Any:
 
 
 def training_arguments(settings: TrainingSettings, folder: Path, *, saves: bool) -> TrainingArguments:
-    """The settings as the Trainer takes them."""
+    """The settings as arguments of the Trainer."""
     return TrainingArguments(
         output_dir=str(folder),
         num_train_epochs=settings.epochs,

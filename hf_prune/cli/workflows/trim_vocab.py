@@ -1,4 +1,4 @@
-"""hf-prune trim-vocab from checkpoint to files, callable from Python."""
+"""Trim the vocabulary of a checkpoint."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def read_corpus(sources: Sequence[str], splits: Sequence[str], columns: Sequence
 
     Args:
         sources: Files, folders or Hub ids; see :func:`hf_prune.load_texts`.
-        splits: Splits of each; a file is one by itself.
+        splits: Splits of each; a file is a single split.
         columns: The columns that hold text, where there are columns.
 
     Raises:
@@ -53,10 +53,10 @@ def trim_checkpoint(
 
     Args:
         source: Folder or Hub id.
-        out: The folder: new, empty, or an earlier output; None to only see what would be left.
+        out: The folder: new, empty, or an earlier output; None only reports what would be left.
         texts: See :func:`hf_prune.trim_vocabulary`, also for the other settings.
-        keep: Tokens that stay in any case.
-        min_count: Tokens that are used less often go too.
+        keep: Tokens that are always kept.
+        min_count: Also remove tokens that are used less often.
         round_to: Make the number of tokens a multiple of this.
         overwrite: Replace what is in the way in ``out``.
 
@@ -68,7 +68,7 @@ def trim_checkpoint(
         check_output(out, "trim-vocab", [source], overwrite=overwrite)
     offline = check_model_source(source)
     if not has_tokenizer(source, local_files_only=offline):
-        raise DataError(f"{source!r} has no tokenizer: expected one beside the model, whose tokens can be counted")
+        raise DataError(f"{source!r} has no tokenizer: expected one beside the model, to count its tokens")
     model, tokenizer = load_native(source), load_tokenizer(source, local_files_only=offline)
     result = trim_vocabulary(model, tokenizer, texts, keep=keep, min_count=min_count, round_to=round_to)
     if out is None:
@@ -76,7 +76,7 @@ def trim_checkpoint(
     with staged_checkpoint(out, "trim-vocab", overwrite=overwrite) as staging:
         model.save_pretrained(staging)
         copy_companions(source, staging)
-        for name in tokenizer_files():  # of the old one must not lie beside the new one
+        for name in tokenizer_files():  # those of the old tokenizer must not mix with the new one
             (staging / name).unlink(missing_ok=True)
         result.tokenizer.save_pretrained(staging)
         write_json(staging / "vocabulary_report.json", result.to_dict())

@@ -765,5 +765,5 @@ def test_push_of_the_space(hub, tiny, tmp_path):
     assert hub.files(f"{USER}/other", kind="space") == {"app.py": b"print()"}
     assert "may not write" in client("--push", "somebody/else", *options, code=1)
     hub.put(f"{USER}/model", {p.name: p.read_bytes() for p in tiny[0].iterdir()})
-    assert "is no folder" in client("--push", "mine", "--model", f"{USER}/model", code=1)
+    assert "is not a folder" in client("--push", "mine", "--model", f"{USER}/model", code=1)
     assert "--data goes with --model" in client("--data", str(tiny[1]), code=1)
