@@ -121,28 +121,28 @@ class PruningTrainer(Trainer):
         Every batch is weighted by its share of the step's labels, also if the model ignores ``num_items_in_batch``: the
         losses of most classifiers would otherwise grow with the number of batches and processes that share a step.
         """
-        own = self.compute_loss_func is None  # the user's function is responsible for its own weighting
-        counts = num_items_in_batch is not None and (self.model_accepts_loss_kwargs or not own)
-        if not model.training or (self.teacher is None and not (counts and own)):
+        plain = self.compute_loss_func is None  # a loss function of the user does its own weighting
+        counts = num_items_in_batch is not None and (self.model_accepts_loss_kwargs or not plain)
+        if not model.training or (self.teacher is None and not (counts and plain)):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         hidden = {"output_hidden_states": True} if self.teacher is not None and self.distillation.hidden else {}
         batch = dict(inputs)
-        loss, outputs = super().compute_loss(model, {**inputs, **hidden}, True, None if own else num_items_in_batch)
+        loss, outputs = super().compute_loss(model, {**inputs, **hidden}, True, None if plain else num_items_in_batch)
         share: Any = 1.0
         if counts:
             share = self._get_num_labels(batch) / num_items_in_batch
             if self.args.average_tokens_across_devices:
                 share = share * self.accelerator.num_processes
-        elif not own:
+        elif not plain:
             share = 1 / self.current_gradient_accumulation_steps
-        if own:
+        if plain:
             loss = loss.nan_to_num(nan=0.0) * share if counts else loss  # the mean over no labels is NaN
         if self.teacher is not None:
             with torch.no_grad(), self.accelerator.autocast():
                 target = self.teacher(**self._for_teacher(batch), **hidden)
             extra = self.distillation.loss(outputs, target, batch, shifts=self._loss_shifts_labels)
             loss = self.distillation.task * loss + extra.to(loss.device) * share
-        self.loss_is_scaled_for_ga = counts or not own
+        self.loss_is_scaled_for_ga = counts or not plain
         return (loss, outputs) if return_outputs else loss
 
     def _get_num_labels(self, batch: dict[str, Any]) -> Tensor:

@@ -291,7 +291,7 @@ def test_models_that_learn_from_images_are_asked_for_images(hf_prune, folders, t
     options = ("--data", folders["data"], "--out", tmp_path / "out")
     said = error_of(hf_prune("prune", folders["vit"], *command, *options))
     assert "is a ViTForImageClassification, which learns from images (pixel_values)" in said
-    assert "prune it in Python, with calibration=batches" in said
+    assert "prune and score it in Python, with calibration=batches" in said
     assert not (tmp_path / "out").exists()
 
 

@@ -29,8 +29,8 @@ def load_for_task(source: str, task: Task, *, labelled: bool = True) -> tuple[An
     Args:
         source: Folder or Hub id.
         task: What the model is for.
-        labelled: Whether labels are needed; without them, any model that reads texts can be calibrated on those of
-            a classification task.
+        labelled: Whether labels are needed; without them, any model that reads texts can be calibrated on the texts
+            of a classification task.
 
     Raises:
         DataError: If it cannot be found or is of another kind.
@@ -57,14 +57,14 @@ def load_checked(source: str) -> tuple[Any, Any]:
 
 
 def check_reads_texts(source: str, *, labelled: bool) -> None:
-    """Make sure that a checkpoint can do something with texts, before any are looked for.
+    """Check that a checkpoint reads texts, before any are looked for.
 
     Args:
         source: Folder or Hub id.
-        labelled: Whether it is to be a classifier, since their labels are asked for.
+        labelled: Whether it has to be a classifier, since labels are needed.
 
     Raises:
-        DataError: If it cannot be found, reads something else, or is no classifier.
+        DataError: If it cannot be found, reads something else, or is not a classifier.
     """
     refuse_other_inputs(source)
     if labelled:
@@ -72,18 +72,18 @@ def check_reads_texts(source: str, *, labelled: bool) -> None:
 
 
 def refuse_other_inputs(source: str) -> None:
-    """Make sure that a model reads texts, and texts only."""
+    """Check that a model reads texts and nothing else."""
     name = model_class(source)
     cls = class_of_transformers(name)
-    if cls is None:  # code of its own, or no model: seen when it is loaded
+    if cls is None:  # custom code, or no model at all: checked when it is loaded
         return
     takes = inspect.signature(cls.forward).parameters
     others = [f"{what} ({key})" for key, what in _OTHER_INPUTS.items() if key in takes]
     if others and ("input_ids" not in takes or not name.endswith("ForSequenceClassification")):
         raise DataError(
-            f"{source!r} is a {name}, which learns from {' and '.join(others)}, and the commands have texts only: "
-            f"prune it in Python, with calibration=batches, a list of dicts with what its processor makes of them, and "
-            f"score it there, or choose a criterion without data, such as magnitude"
+            f"{source!r} is a {name}, which learns from {' and '.join(others)}, and the commands read only texts: "
+            f"prune and score it in Python, with calibration=batches, a list of dicts as its processor returns them, or "
+            f"choose a criterion without data, such as magnitude"
         )
 
 
@@ -92,4 +92,4 @@ def join_processes() -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and rank_and_world_size()[1] == 1:
         from accelerate import PartialState
 
-        PartialState(cpu=True)  # where the commands load models
+        PartialState(cpu=True)  # the device that commands load models on
