@@ -82,8 +82,8 @@ def refuse_other_inputs(source: str) -> None:
     if others and ("input_ids" not in takes or not name.endswith("ForSequenceClassification")):
         raise DataError(
             f"{source!r} is a {name}, which learns from {' and '.join(others)}, and the commands read only texts: "
-            f"prune and score it in Python, with calibration=batches, a list of dicts as its processor returns them, or "
-            f"choose a criterion without data, such as magnitude"
+            f"prune and score it in Python, with calibration=batches, a list of dicts as its processor returns them, "
+            f"or choose a criterion without data, such as magnitude"
         )
 
 
