@@ -79,8 +79,20 @@ def prune_checkpoint(
         raise ConfigError(f"polish_samples is {polish_samples}, but there is no polish: set polish, or leave it out")
     task = task if config.needs_data else None
     model, tokenizer, batches = _with_calibration(source, task, config)
-    more = None if task is None else task.polish_batches([config], model, tokenizer, polish_samples)
-    with _pruned_into(model, source, config, out, batches, plots, name, more, shrink, overwrite) as (report, _):
+    polish_data = None if task is None else task.polish_batches([config], model, tokenizer, polish_samples)
+    pruned = _pruned_into(
+        out,
+        model,
+        config,
+        batches,
+        polish_data,
+        source=source,
+        plots=plots,
+        name=name,
+        shrink=shrink,
+        overwrite=overwrite,
+    )
+    with pruned as (report, _):
         return report
 
 
@@ -127,8 +139,8 @@ def prune_to_budget(
     """Prune a checkpoint as far as a drop in accuracy allows, and save it as :func:`prune_checkpoint` does.
 
     The sparsity is found on sentences of the calibration split that neither calibration nor a polish sees; see
-    :func:`hf_prune.find_sparsity`. A polish trains on up to 4,096 others, without their labels. The other split has no
-    say: its score is only reported.
+    :func:`hf_prune.find_sparsity`. A polish trains on up to 4,096 others, without their labels. The score on the
+    other split is only reported.
 
     Args:
         source: Folder or Hub id of a dense sequence classifier.
@@ -144,7 +156,7 @@ def prune_to_budget(
         overwrite: Replace what is in the way in ``out``.
 
     Returns:
-        The search and the comparison on ``split``, which lie in the folder as ``sparsity_search.json``, and the report.
+        The search and the comparison on ``split``, also written to ``sparsity_search.json``, and the report.
 
     Raises:
         BudgetError: If no sparsity is within the budget; then nothing is written.
@@ -157,12 +169,12 @@ def prune_to_budget(
     join_processes()
     model, tokenizer = load_for_task(source, task)
     options: dict[str, Any] = {"source": display_name(task.source), "batch_size": batch_size, **task.columns}
-    reported = task.load(split)
-    check_columns(reported, [*task.text_columns, task.label_column], f"the split {split!r}")
-    class_numbers(task.load(task.calibration_split), task.label_column, model)  # refuses, and names rows of the data
+    final_data = task.load(split)
+    check_columns(final_data, [*task.text_columns, task.label_column], f"the split {split!r}")
+    class_numbers(task.load(task.calibration_split), task.label_column, model)  # raises, naming rows of the data
     seen = task.samples_seen(config, held_out)
     batches = task.calibration_batches([config], model, tokenizer)
-    more = task.polish_batches([config], model, tokenizer, seen)
+    polish_data = task.polish_batches([config], model, tokenizer, seen)
     search = find_sparsity(
         model,
         tokenizer,
@@ -170,7 +182,7 @@ def prune_to_budget(
         max_drop=max_drop,
         config=config,
         calibration=batches,
-        polish_data=more,
+        polish_data=polish_data,
         progress=is_main_process(),
         split=task.calibration_split,
         **options,
@@ -178,12 +190,22 @@ def prune_to_budget(
 
     def score(title: str) -> Evaluation:
         return evaluate_classification(
-            model, tokenizer, reported, split=split, progress=is_main_process() and title, **options
+            model, tokenizer, final_data, split=split, progress=is_main_process() and title, **options
         )
 
     dense = score(f"dense, {split}")
-    made = _pruned_into(model, source, search.config, out, batches, plots, name, more, overwrite=overwrite)
-    with made as (report, staging):
+    pruned = _pruned_into(
+        out,
+        model,
+        search.config,
+        batches,
+        polish_data,
+        source=source,
+        plots=plots,
+        name=name,
+        overwrite=overwrite,
+    )
+    with pruned as (report, staging):
         comparison = compare(dense, score(f"pruned, {split}"))
         if staging is not None:
             values = {**search.to_dict(), "reported": {"split": split, **comparison.to_dict()}}
@@ -193,14 +215,15 @@ def prune_to_budget(
 
 @contextlib.contextmanager
 def _pruned_into(
-    model: Any,
-    source: str,
-    config: PruningConfig,
     out: Path,
-    batches: list[dict[str, Any]] | None,
+    model: Any,
+    config: PruningConfig,
+    calibration: list[dict[str, Any]] | None,
+    polish_data: list[dict[str, Any]] | None,
+    *,
+    source: str,
     plots: bool,
     name: str,
-    polish_data: list[dict[str, Any]] | None = None,
     shrink: bool | None = None,
     overwrite: bool = False,
 ) -> Iterator[tuple[SparsityReport, Path | None]]:
@@ -214,7 +237,7 @@ def _pruned_into(
     plan = model.plan(config)
     names = [t.target.name for t in plan.tensors] if isinstance(plan, PruningPlan) else plan.weights
     dense, before = sparsity_report(model, config), weight_histogram(model, names)
-    model.prune(config, calibration=batches, polish_data=polish_data, progress=True)
+    model.prune(config, calibration=calibration, polish_data=polish_data, progress=True)
     report = sparsity_report(model).with_before(dense)
     after = weight_histogram(model, names, limit=float(before.edges[-1])) if plots else None
     if shrinks:
