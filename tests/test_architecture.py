@@ -202,7 +202,7 @@ def test_the_space_unpickles_nothing_and_reads_no_yaml(path):
 SPACE_IMPORTS = {  # what the Space uses besides public names, and why
     "hf_prune.architectures.find_unit_groups.find_unit_groups": "its maps show heads and neurons",
     "hf_prune.checkpoint.building.limited_building": "strangers choose the models that it builds",
-    "hf_prune.cli.demo.demo.prepare_demo": "its first model is the demo's",
+    "hf_prune.cli.demo.assets.prepare_demo": "its first model is the demo's",
     "hf_prune.cli.workflows.loading.load_for_task": "it refuses models and tokenizers that the commands refuse",
     "hf_prune.criteria.base.CURVATURE": "criteria that take too long are not offered",
     "hf_prune.criteria.base.LABELLED": "criteria that need labels are not offered",
