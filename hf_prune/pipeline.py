@@ -23,6 +23,7 @@ from hf_prune.pruning.compute_masks import compute_masks_synced
 from hf_prune.pruning.iterative import masks_before_repair, prune_iteratively
 from hf_prune.pruning.learned_allocation import learn_sparsities
 from hf_prune.pruning.mask_store import MaskStore, checked_masks, warn_regrown
+from hf_prune.pruning.module_state import restores_modules
 from hf_prune.pruning.polish import polish
 from hf_prune.pruning.sequential import prune_sequentially
 from hf_prune.pruning.transaction import WeightBackup
@@ -65,6 +66,7 @@ def prune(
 ) -> Model: ...
 
 
+@restores_modules
 def prune(
     model: Model,
     config: PruningConfig | float | None = None,

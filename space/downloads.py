@@ -29,7 +29,7 @@ _FILES = (
     "*.spm", "bpe.codes", "dict.txt", "normalizer.json", "added_tokens.json", "chat_template.jinja"
 )  # fmt: skip
 _LARGEST_TEXT = 1_000_000  # of config.json and README.md
-_LARGEST_NUMBER, _MOST_LAYERS = 2_000_000, 128  # in a config: more is no model that fits here
+_LARGEST_NUMBER, _MOST_LAYERS, _MOST_CLASSES = 2_000_000, 128, 100  # in a config: more is no model that fits here
 
 
 class Downloads:
@@ -155,7 +155,8 @@ def check_config(name: str, config: Any) -> None:
     except RecursionError:
         raise DataError(f"the config.json of {name} is nested too deeply for any model: choose another model") from None
     for key, value in numbers:
-        if abs(value) > _LARGEST_NUMBER or ("layer" in key and value > _MOST_LAYERS):
+        most = _MOST_CLASSES if key == "num_labels" else _MOST_LAYERS if "layer" in key else _LARGEST_NUMBER
+        if abs(value) > _LARGEST_NUMBER or value > most:  # a class is a string, made before anything is built
             raise DataError(f"{name} is too large for this page: its config says {key[:60]} = {str(value)[:20]}")
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils import prune as torch_prune
+from torch.utils.hooks import RemovableHandle
 from transformers import DistilBertConfig, DistilBertForSequenceClassification
 from transformers.pytorch_utils import Conv1D
 
@@ -462,6 +463,41 @@ def test_ctrl_c_pressed_again_and_again_leaves_a_model_before_or_after(settings,
     assert_same_masks(model, MaskStore.of(expected))
     for name, weight in expected.named_parameters():
         assert torch.equal(model.get_parameter(name), weight), name
+
+
+@pytest.mark.parametrize("settings", [{"keep_dense": True}, {"objective": "loss", "repair": "least_squares"}], ids=str)
+@pytest.mark.parametrize("what", ["remove", "register_forward_hook", "register_forward_pre_hook"])
+def test_ctrl_c_leaves_no_hooks(settings, what, monkeypatch):
+    """Pressed in the moment before a hook is removed, and in the one after it was added, from the first to the last."""
+    owner = RemovableHandle if what == "remove" else nn.Module
+    do, counts = getattr(owner, what), []
+    batches = models.tiny_batches(models.tiny_bert(), sizes=(2,))
+
+    def interrupted(*args, **kwargs):
+        counts[-1] -= 1
+        done = None if what == "remove" and counts[-1] == 0 else do(*args, **kwargs)
+        if counts[-1] == 0:
+            raise KeyboardInterrupt
+        return done
+
+    def state(model):
+        return [
+            (m.training, "forward" in vars(m), {k: len(v) for k, v in vars(m).items() if "_hooks" in k and v})
+            for m in model.modules()
+        ]
+
+    monkeypatch.setattr(owner, what, interrupted)
+    counts.append(-1)
+    expected = state(models.tiny_bert().train())
+    prune(models.tiny_bert(), 0.5, criterion="wanda", calibration=batches, **settings)
+    total = -1 - counts[0]
+    assert total > 3
+    for number in {1, total // 3, 2 * total // 3, total}:
+        counts.append(number)
+        model = models.tiny_bert().train()
+        with pytest.raises(KeyboardInterrupt):
+            prune(model, 0.5, criterion="wanda", calibration=batches, **settings)
+        assert state(model) == expected, number
 
 
 @pytest.mark.filterwarnings("ignore:The given NumPy array is not writable:UserWarning")

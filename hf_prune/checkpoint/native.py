@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import transformers
@@ -27,11 +27,35 @@ def load_plain(source: str) -> Any:
 
     Raises:
         DataError: If the source cannot be found, or its config names no class of transformers.
-        CheckpointError: If the masks are damaged or do not fit the weights.
+        CheckpointError: If the masks are damaged or do not fit the weights, or the files hold another model than the
+            config describes.
     """
     native, offline = native_class(source), check_model_source(source)
     with explained_loading(source):
-        return load_pruned(native.from_pretrained, source, local_files_only=offline, trust_remote_code=False)
+        model, info = load_pruned(
+            native.from_pretrained,
+            source,
+            local_files_only=offline,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    _refuse_other_weights(source, model, info)
+    return model
+
+
+def _refuse_other_weights(source: str, model: Any, info: Mapping[str, Any]) -> None:
+    """Refuse files that hold another model than the config describes; transformers fills up with random weights."""
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    missing = sorted(set(info["missing_keys"]) & sizes.keys())
+    unexpected = sorted(info["unexpected_keys"])
+    if 2 * sum(sizes[name] for name in missing) > sum(sizes.values()) or len(unexpected) > len(sizes) - len(missing):
+        examples = f" such as {missing[0]}," if missing else ""
+        raise CheckpointError(
+            f"the files of {source!r} hold another model than its config describes: {len(missing)} of the "
+            f"{len(sizes)} weights of {type(model).__name__} are not in them,{examples} and would be random, and "
+            f"{len(unexpected)} in them are of no use{f', such as {unexpected[0]}' if unexpected else ''}; restore the "
+            f"config.json that was saved with them"
+        )
 
 
 @contextlib.contextmanager

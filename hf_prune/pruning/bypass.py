@@ -18,7 +18,12 @@ def bypass(layer: nn.Module) -> None:
 
 def is_bypassed(layer: nn.Module) -> bool:
     """Whether a layer is switched off."""
-    return any(hook is _hand_on for hook in layer._forward_hooks.values())
+    return any(map(is_bypass, layer._forward_hooks.values()))
+
+
+def is_bypass(hook: object) -> bool:
+    """Whether a forward hook is the one that switches a layer off."""
+    return hook is _hand_on
 
 
 def restore(layer: nn.Module) -> None:

@@ -233,9 +233,16 @@ class PruningTrainer(Trainer):
         if self._prunes:
             self.pruning.save(Path(run) / f"checkpoint-{self.state.global_step}", self.args.should_save)
         if self.args.should_save:
+            # what a run that came further left behind, which may not be whole, does not count: where times of files do
+            # not tell, transformers takes the highest step for the newest one
+            later = sum(
+                int(path.name.rpartition("-")[2]) > self.state.global_step
+                for path in Path(run).glob("checkpoint-*")
+                if path.name.rpartition("-")[2].isdecimal()
+            )
             rotate_checkpoints(
                 output_dir=run,
-                save_total_limit=limit,
+                save_total_limit=limit and limit + later,
                 best_model_checkpoint=self.state.best_model_checkpoint,
                 use_mtime=True,
             )

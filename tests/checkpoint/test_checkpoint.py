@@ -34,6 +34,7 @@ from hf_prune import (
     PruningConfig,
     prunable,
 )
+from hf_prune.auto import load_native
 from hf_prune.checkpoint.files import MASK_FILE
 from hf_prune.checkpoint.mask_file import load_masks, mask_metadata, save_masks
 from hf_prune.checkpoint.native import load_tokenizer
@@ -676,6 +677,15 @@ def test_a_config_with_a_list_for_a_number_is_ours_to_name(saved):
     (saved / "config.json").write_text(json.dumps({**config, "vocab_size": ["x"]}))
     with pytest.raises(CheckpointError, match=r"config.json of .* is damaged: .*vocab_size"):
         load(saved)
+
+
+@pytest.mark.parametrize(("saved_with", "changed"), [(2, 12), (12, 2)])
+def test_most_weights_of_another_model_are_refused_and_not_random(tmp_path, saved_with, changed):
+    models.tiny_bert(num_hidden_layers=saved_with).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": changed}))
+    with pytest.raises(CheckpointError, match=r"hold another model than its config describes: .* of the \d+ weights"):
+        load_native(str(tmp_path))
 
 
 @pytest.mark.parametrize("place", [("model", "vocab", "w39"), ("version",), ("added_tokens",)])

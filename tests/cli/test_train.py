@@ -6,6 +6,7 @@ import re
 import runpy
 import shutil
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from hf_prune.cli.main import main
 from hf_prune.training.state import last_whole_checkpoint, save_training
+from hf_prune.utils.locks import output_lock
 from tests import models
 
 
@@ -115,6 +117,19 @@ def test_a_language_model_goes_on_from_its_checkpoints(folders, run, tmp_path):
     weights = [AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in "ab"]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     assert zeros(AutoModelForCausalLM.from_pretrained(tmp_path / "a"), "q_proj") == pytest.approx(0.5, abs=0.01)
+
+
+def test_two_runs_do_not_share_a_folder_of_checkpoints(folders, run, tmp_path):
+    """Whatever their outputs are: each would go on from what the other one saves, and delete it."""
+    command = ("train", folders / "text", "--data", folders / "data", "--checkpoints", tmp_path / "c")
+    with ThreadPoolExecutor(1) as other:
+        lock = output_lock(tmp_path / "c", "train")
+        other.submit(lock.__enter__).result()
+        said = run(*command, "--out", tmp_path / "out", code=1)
+        assert re.search(r"c is being written by process \d+ \(hf-prune train\): wait until it is done", said)
+        other.submit(lock.__exit__, None, None, None).result()
+    assert not (tmp_path / "c").exists()
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.fixture

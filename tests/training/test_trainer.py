@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import shutil
 
 import pytest
@@ -530,6 +531,15 @@ def test_old_checkpoints_go_when_the_new_one_is_complete(tmp_path, monkeypatch):
         again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     assert [p.name for p in tmp_path.iterdir()] == [f"checkpoint-{STEPS}"]
+
+
+def test_what_a_longer_run_left_behind_does_not_push_out_the_newest_checkpoint(tmp_path, monkeypatch):
+    """Where times of files do not tell which one is new, as after a copy or within a second."""
+    (tmp_path / "checkpoint-99").mkdir()
+    monkeypatch.setattr(os.path, "getmtime", lambda path: 0.0)
+    run = trainer(tmp_path, training={"save_strategy": "steps", "save_steps": 1, "save_total_limit": 1})
+    run.train()
+    assert {p.name for p in tmp_path.iterdir()} == {"checkpoint-99", f"checkpoint-{STEPS}"}
 
 
 def test_saved_models_load_with_plain_transformers(tmp_path):

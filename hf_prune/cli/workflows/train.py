@@ -32,7 +32,7 @@ from hf_prune.training.run_record import config_facts
 from hf_prune.training.state import check_old_run, last_whole_checkpoint, says_its_run
 from hf_prune.training.trainer import PruningTrainer
 from hf_prune.utils.files import write_json
-from hf_prune.utils.locks import writes_alone
+from hf_prune.utils.locks import output_lock, writes_alone
 from hf_prune.utils.output_folder import check_output
 
 SEEN = "a model looks better than it is on the examples that it was trained on"
@@ -146,6 +146,8 @@ def train_checkpoint(
         calibration = None  # these criteria watch the training itself
     dense: Any = task.score(model.eval(), tokenizer, score_split, source=task.source)
     with ExitStack() as stack:
+        if checkpoints is not None:
+            stack.enter_context(output_lock(checkpoints, "train"))
         folder = checkpoints or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         trainer = PruningTrainer(
             model=model,

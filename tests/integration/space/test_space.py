@@ -649,6 +649,7 @@ def test_processes_of_strangers_do_not_know_the_secrets_of_the_machine(space, mo
         ({"block_sizes": [4, 4, 10**7]}, "block_sizes = 10000000"),
         ({"text_config": {"deep": [{"vocab_size": 1e300}]}}, r"vocab_size = 1e\+300"),
         ({"num_hidden_layers": 129}, "num_hidden_layers = 129"),
+        ({"num_labels": 1_900_000}, "num_labels = 1900000"),
         ({"x": 10**400}, "x = 1000"),
         ({"x": [-(10**4000)]}, "x = -1000"),
         ({"x": functools.reduce(lambda inner, _: [inner], range(3000), 1)}, "is nested too deeply for any model"),
@@ -696,6 +697,17 @@ def test_models_that_are_refused_unbuilt(space, tiny, tmp_path, values, said):
     with pytest.raises(DataError, match=said) as error:
         space.models.load_dense("me/x", folder, None, 150_000_000)
     assert str(folder) not in str(error.value)
+
+
+def test_weights_of_another_architecture_are_refused(space, tiny, tmp_path):
+    folder = shutil.copytree(tiny[0], tmp_path / "model")
+    models.tiny_distilbert().config.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(
+        json.dumps({**config, "architectures": ["DistilBertForSequenceClassification"]})
+    )
+    with pytest.raises(DataError, match=r"would be random"):
+        space.work.load_dense("me/x", folder, None, 150_000_000)
 
 
 def test_whole_layers_are_seen_to_go(space, dense, tmp_path):
