@@ -707,7 +707,7 @@ def test_weights_of_another_architecture_are_refused(space, tiny, tmp_path):
         json.dumps({**config, "architectures": ["DistilBertForSequenceClassification"]})
     )
     with pytest.raises(DataError, match=r"would be random"):
-        space.work.load_dense("me/x", folder, None, 150_000_000)
+        space.models.load_dense("me/x", folder, None, 150_000_000)
 
 
 def test_whole_layers_are_seen_to_go(space, dense, tmp_path):
