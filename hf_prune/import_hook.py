@@ -20,7 +20,14 @@ from typing import Any
 _AFTER = "transformers.quantizers.auto"
 _REGISTERS = "hf_prune.quantizer"
 # Modules that pickles of pruned models name, and where their classes are now.
-_MOVED = {"hf_prune.masking": "hf_prune.pruning.mask_store", "hf_prune.config": "hf_prune.planning.config"}
+_MOVED = {
+    "hf_prune.masking": "hf_prune.pruning.mask_store",
+    "hf_prune.polish": "hf_prune.pruning.records",
+    "hf_prune.speed": "hf_prune.pruning.records",
+    "hf_prune.bypass": "hf_prune.pruning.bypass",
+    "hf_prune.config": "hf_prune.planning.config",
+    "hf_prune.schedules": "hf_prune.planning.schedule",
+}
 
 
 class _QuantizersFinder(importlib.abc.MetaPathFinder):

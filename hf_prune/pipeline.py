@@ -1,7 +1,8 @@
-"""prune(): the whole story on one screen."""
+"""prune(): plan, compute masks, repair, polish; all of it or nothing."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any, Literal, TypeVar, cast, overload
@@ -9,26 +10,24 @@ from typing import Any, Literal, TypeVar, cast, overload
 from torch import Tensor, nn
 
 from hf_prune.architectures.kinds.channel import find_channel_groups, propagate_channel_masks
-from hf_prune.calibration.batches import Batches, require_batches
+from hf_prune.calibration.batches import Batches, needed_batches, require_batches
 from hf_prune.calibration.dense_outputs import DenseOutputs
 from hf_prune.calibration.input_reader import CACHE_BYTES
-from hf_prune.calibration.statistics import collect_stats
 from hf_prune.criteria.base import CURVATURE, INPUTS
 from hf_prune.errors import ConfigError
 from hf_prune.planning.config import PruningConfig
 from hf_prune.planning.make_plan import make_plan, warn_of
 from hf_prune.planning.plan import PruningPlan, targets_of
-from hf_prune.planning.targets import refuse_read_only
-from hf_prune.pruning.compute_masks import compute_masks_synced
-from hf_prune.pruning.iterative import masks_before_repair, prune_iteratively
+from hf_prune.pruning.iterative import prune_iteratively
 from hf_prune.pruning.learned_allocation import learn_sparsities
-from hf_prune.pruning.mask_store import MaskStore, checked_masks, warn_regrown
+from hf_prune.pruning.mask_store import checked_masks
 from hf_prune.pruning.module_state import restores_modules
+from hf_prune.pruning.one_pass import prune_in_one_pass
 from hf_prune.pruning.polish import polish
+from hf_prune.pruning.run import CalibrationRun, MemoryBudget, Strategy
 from hf_prune.pruning.sequential import prune_sequentially
-from hf_prune.pruning.transaction import WeightBackup
-from hf_prune.structured.choose_units import make_unit_plan
-from hf_prune.structured.prune_units import prune_units
+from hf_prune.pruning.transaction import Transaction, check_changeable
+from hf_prune.structured.prune_units import plan_units, prune_units, trained_plan
 from hf_prune.structured.unit_plan import UnitPlan
 from hf_prune.utils.distributed import is_main_process
 from hf_prune.utils.wrapping import sole_model, unwrapped
@@ -122,103 +121,88 @@ def prune(
         8
     """
     config = resolve_config(config, settings)
-    _refuse_training(config, dry_run)
-    if config.removes_units:
-        return _prune_units(
-            model, config, calibration, keep_dense, dry_run, progress and is_main_process(), cache_bytes, polish_data
-        )
-    wrapper, model = model, cast("Model", unwrapped(model))
-    if polish_data is not None and config.polish is None:
-        raise ConfigError("polish_data is given, but there is no polish: set polish='distill', or leave it out")
-    plan = make_plan(model, config, masks=checked_masks(model))
-    if dry_run and (calibration is None or not config.learns_allocation):
-        return plan
+    _check_usable(config, polish_data, dry_run)
+    inner = cast("nn.Module", sole_model(model) if config.removes_units else unwrapped(model))
     if not dry_run:
-        refuse_read_only(model)
-        warn_of(plan.notes)
-    progress = progress and is_main_process()
-    store = MaskStore.of(model) or MaskStore()
-    warn_regrown(model, "they become zero now")
-    if keep_dense:
-        store.check_dense()
-    with ExitStack() as context:
-        sensitivity = None
-        if config.learns_allocation:
-            calibration = list(require_batches(plan.config, calibration))
-            learned, sensitivity = learn_sparsities(model, plan, calibration, store.masks, progress, cache_bytes)
-            if sensitivity is not None:
-                context.callback(sensitivity.close)
-            plan = make_plan(model, config, learned, masks=store.masks)
+        check_changeable(inner, keep_dense)
+    with ExitStack() as resources:
+        plan = plan_units if config.removes_units else _plan_weights
+        memory = MemoryBudget.split(cache_bytes, config)
+        run = plan(inner, config, calibration, polish_data, dry_run, progress and is_main_process(), memory)
+        if run.sensitivity is not None:
+            resources.callback(run.sensitivity.close)
         if dry_run:
-            return plan
-        dense = None
-        if config.polish is not None:  # recorded before anything changes
-            if polish_data is None or plan.needs:
-                calibration = list(require_batches(plan.config, calibration))
-            batches = calibration if polish_data is None else list(require_batches(plan.config, polish_data))
-            assert batches is not None
-            cache_bytes //= 2  # one half for the polish, one for the pruning
-            dense = context.enter_context(DenseOutputs(model, targets_of(plan), batches, cache_bytes, progress))
-        given = None
-        if config.repair is not None and (config.scope == "global" or plan.needs & CURVATURE):
-            calibration = list(require_batches(plan.config, calibration))
-            given = masks_before_repair(model, plan, calibration, store.masks, progress, cache_bytes)
-        undo = context.enter_context(WeightBackup(model, in_memory=keep_dense or store.dense is not None))
-        if plan.needs & INPUTS and config.calibration_order == "sequential":
-            masks = prune_sequentially(
-                model, plan, calibration, store.masks, undo, progress, cache_bytes, sensitivity, given
-            )
-        elif given is None and (plan.needs & CURVATURE or config.steps > 1):
-            masks = prune_iteratively(model, plan, calibration, store.masks, undo, progress, cache_bytes)
-        else:
-            stats = collect_stats(model, plan, calibration, progress)
-            masks, weights = compute_masks_synced(model, plan, stats, store.masks, given)
-            masks = _with_followers(model, config, masks)
-            if dense is None:
-                store.update(model, masks, weights, config, keep_dense)
-                return wrapper
-            undo.write(masks, weights)
-        masks = _with_followers(model, config, masks)
-        record = None
-        if dense is not None:
-            kept = {name: mask & store.masks.get(name, mask).to(mask.device) for name, mask in masks.items()}
-            record = polish(model, {**store.masks, **kept}, dense, undo, config, progress)
-        if record is not None:
-            store.polishes = (*store.polishes, record)
-        store.update(model, masks, {}, config, keep_dense, undo.dense)
-    return wrapper
-
-
-def _prune_units(
-    model: Model,
-    config: PruningConfig,
-    calibration: Batches | None,
-    keep_dense: bool,
-    dry_run: bool,
-    progress: bool,
-    cache_bytes: int,
-    polish_data: Batches | None,
-) -> Model | UnitPlan:
-    """:func:`prune` for heads, neurons and layers."""
-    inner = sole_model(model)
-    if polish_data is not None and config.polish is None:
-        raise ConfigError("polish_data is given, but there is no polish: set polish='distill', or leave it out")
-    if dry_run:
-        return make_unit_plan(inner, config, calibration, progress, cache_bytes)
-    refuse_read_only(inner)
-    prune_units(
-        inner,
-        config,
-        calibration=calibration,
-        keep_dense=keep_dense,
-        progress=progress,
-        cache_bytes=cache_bytes,
-        polish_data=polish_data,
-    )
+            return run.plan
+        with Transaction(inner, keep_dense) as change:
+            teacher = None
+            if config.polish is not None:
+                teacher = resources.enter_context(_record_dense(run, polish_data))
+            masks, weights = strategy_for(run.plan)(run, change)
+            change.write(_with_followers(inner, config, masks), weights, at_once=teacher is not None)
+            if teacher is not None:
+                change.record(polish(run, teacher, change))
+            change.commit(config)
     return model
 
 
-def _refuse_training(config: PruningConfig, dry_run: bool) -> None:
+def strategy_for(plan: PruningPlan | UnitPlan) -> Strategy:
+    """Choose how the masks of a plan are computed, and its weights repaired.
+
+    Returns:
+        * :func:`prune_units`, where heads, neurons and layers are removed;
+        * :func:`prune_sequentially`, where something learns from the inputs of layers, and each layer is to see those
+          that the pruned layers before it give;
+        * :func:`prune_iteratively`, where gradients are taken again after each step, or blocks of the Fisher matrix
+          are too large to be held for all weights;
+        * :func:`prune_in_one_pass` otherwise.
+    """
+    if isinstance(plan, UnitPlan):
+        return prune_units
+    if plan.needs & INPUTS and plan.config.calibration_order == "sequential":
+        return prune_sequentially
+    if plan.config.repair is None and (plan.needs & CURVATURE or plan.config.steps > 1):
+        return prune_iteratively
+    return prune_in_one_pass
+
+
+def _plan_weights(
+    model: nn.Module,
+    config: PruningConfig,
+    calibration: Batches | None,
+    polish_data: Batches | None,
+    dry_run: bool,
+    progress: bool,
+    memory: MemoryBudget,
+) -> CalibrationRun[PruningPlan]:
+    """Plan which weights are removed; see :func:`plan_units` for heads, neurons and layers."""
+    masks = checked_masks(model)
+    plan = make_plan(model, config, masks=masks)
+    if not dry_run:
+        warn_of(plan.notes)
+    learns = config.learns_allocation and not (dry_run and calibration is None)
+    batches = needed_batches(config, calibration, polish_data) if learns or not dry_run else None
+    run = CalibrationRun(model, plan, memory, batches, masks, progress)
+    if not learns:
+        return run
+    sparsities, sensitivity = learn_sparsities(run)
+    try:
+        plan = make_plan(model, config, sparsities, masks=masks)
+    except BaseException:
+        if sensitivity is not None:
+            sensitivity.close()
+        raise
+    return dataclasses.replace(run, plan=plan, sensitivity=sensitivity)
+
+
+def _record_dense(run: CalibrationRun[Any], polish_data: Batches | None) -> DenseOutputs:
+    """The outputs that a polish aims at: those of the model as it is now."""
+    plan = trained_plan(run) if isinstance(run.plan, UnitPlan) else run.plan
+    batches = run.data if polish_data is None else list(require_batches(run.plan.config, polish_data))
+    return DenseOutputs(run.model, targets_of(plan), batches, run.memory.polish, run.progress)
+
+
+def _check_usable(config: PruningConfig, polish_data: Batches | None, dry_run: bool) -> None:
+    """Refuse settings of a training, and data without a use."""
     if config.schedule is not None and not dry_run:
         raise ConfigError(
             f"schedule={config.schedule!r} is for a training: give it to a PruningTrainer, or leave it out to prune now"
@@ -227,15 +211,15 @@ def _refuse_training(config: PruningConfig, dry_run: bool) -> None:
         raise ConfigError(
             f"criterion {config.criterion!r} watches a training: give it to a PruningTrainer, or choose another one"
         )
+    if polish_data is not None and config.polish is None:
+        raise ConfigError("polish_data is given, but there is no polish: set polish='distill', or leave it out")
 
 
-def _with_followers(model: nn.Module, config: PruningConfig, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Masks, and of convolutions those of the norms and depthwise convolutions that come after them."""
-    return (
-        propagate_channel_masks(masks, find_channel_groups(model), model)
-        if config.granularity == "channel"
-        else dict(masks)
-    )
+def _with_followers(model: nn.Module, config: PruningConfig, masks: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Masks, and for channels the masks of the norms and depthwise convolutions behind the pruned convolutions."""
+    if config.granularity != "channel":
+        return masks
+    return propagate_channel_masks(masks, find_channel_groups(model), model)
 
 
 def resolve_config(config: PruningConfig | float | None, settings: Mapping[str, Any]) -> PruningConfig:

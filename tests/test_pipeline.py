@@ -389,6 +389,9 @@ def test_compiled_model_is_pruned_itself():
     assert MaskStore.of(compiled).masks["_orig_mod.fc1.weight"] is MaskStore.of(model).masks["fc1.weight"]
 
 
+_WRITING = ("pipeline.py", "transaction.py", "mask_store.py", "held_masks.py", "interrupts.py")
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # a folder goes when it is forgotten
 @pytest.mark.parametrize(
     ("settings", "again"), [({}, False), ({}, True), ({"repair": "least_squares"}, True), ({"keep_dense": True}, True)]
@@ -414,7 +417,7 @@ def test_ctrl_c_leaves_a_model_before_or_after_and_never_between(settings, again
         model, left = build(), [number]
 
         def interrupt(frame, event, _, left=left):
-            if not frame.f_code.co_filename.endswith("masking.py"):
+            if not frame.f_code.co_filename.endswith(_WRITING):
                 return None
             if event == "line" and left is not None:
                 left[0] -= 1
@@ -437,7 +440,7 @@ def test_ctrl_c_leaves_a_model_before_or_after_and_never_between(settings, again
 
 @pytest.mark.parametrize(
     ("settings", "where"),
-    [({}, "masking.zero_removed_"), ({"criterion": "wanda"}, "sequential.zero_removed_")],
+    [({}, "mask_store.zero_removed_"), ({"criterion": "wanda"}, "transaction.zero_removed_")],
 )
 def test_ctrl_c_pressed_again_and_again_leaves_a_model_before_or_after(settings, where, monkeypatch):
     """Also while the last step is done to its end, or weights and masks are given back."""
@@ -454,12 +457,12 @@ def test_ctrl_c_pressed_again_and_again_leaves_a_model_before_or_after(settings,
 
         return wrapped
 
-    monkeypatch.setattr(f"hf_prune.{where}", pressed(zero_removed_))
+    monkeypatch.setattr(f"hf_prune.pruning.{where}", pressed(zero_removed_))
     monkeypatch.setattr(OffloadCache, "get", pressed(OffloadCache.get))
     with pytest.raises(KeyboardInterrupt):
         prune(model, 0.5, calibration=batches, **settings)
     assert next(presses, None) is None
-    expected = after if where.startswith("masking") else before
+    expected = after if where.startswith("mask_store") else before
     assert_same_masks(model, MaskStore.of(expected))
     for name, weight in expected.named_parameters():
         assert torch.equal(model.get_parameter(name), weight), name

@@ -43,6 +43,27 @@ def require_batches(config: PruningConfig, calibration: Batches | None) -> Batch
     return batches
 
 
+def needed_batches(
+    config: PruningConfig, calibration: Batches | None, polish_data: Batches | None = None
+) -> list[Mapping[str, Any]] | None:
+    """Read the batches into a list if anything in the settings learns from them; None if nothing does.
+
+    Args:
+        config: The settings.
+        calibration: The batches.
+        polish_data: Batches of the polish alone, which then needs no others.
+
+    Raises:
+        CalibrationError: If they are needed and there are none, or the processes have different ones.
+    """
+    if not data_user(config, polish_data):
+        return None
+    batches = list(require_batches(config, calibration))
+    if not batches:
+        raise CalibrationError(NO_BATCHES)
+    return batches
+
+
 def data_user(config: PruningConfig, polish_data: Batches | None = None) -> str:
     """What in the settings learns from calibration data, as a message names it; "" if nothing does.
 

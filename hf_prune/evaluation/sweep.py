@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_prune.calibration.batches import Batches, require_batches
+from hf_prune.calibration.batches import Batches, needed_batches
 from hf_prune.errors import ConfigError, SweepError
 from hf_prune.evaluation.accuracy import evaluate_classification
 from hf_prune.evaluation.accuracy_result import Evaluation
@@ -28,7 +28,7 @@ from hf_prune.pipeline import prune
 from hf_prune.planning.config import PruningConfig
 from hf_prune.planning.plan import PruningPlan
 from hf_prune.pruning.mask_store import MaskStore
-from hf_prune.structured.unit_plan import UnitPlan, unit_batches
+from hf_prune.structured.unit_plan import UnitPlan
 from hf_prune.utils.files import write_json
 from hf_prune.utils.locks import writes_alone
 from hf_prune.utils.notices import warn_user
@@ -188,11 +188,7 @@ def check_points(
         raise SweepError("the model has masks: every point is pruned from dense weights; load a dense model")
     plans = [prune(model, config, dry_run=True, polish_data=polish_data) for config in configs]
     for plan in plans if calibration is None else []:
-        polished = plan.config.polish is not None and polish_data is None
-        if isinstance(plan, UnitPlan):
-            unit_batches(plan.config, calibration, polish_data)  # refuses
-        elif plan.needs or plan.config.learns_allocation or polished:
-            require_batches(plan.config, calibration)  # refuses
+        needed_batches(plan.config, None, polish_data)  # refuses
     return plans
 
 

@@ -24,8 +24,8 @@ def compute_masks_synced(
     model: nn.Module,
     plan: PruningPlan,
     stats: Mapping[str, WeightStats],
-    old_masks: Mapping[str, Tensor],
-    given: Mapping[str, Tensor] | None = None,
+    previous_masks: Mapping[str, Tensor],
+    fixed_masks: Mapping[str, Tensor] | None = None,
     biases: Mapping[str, str] | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """:func:`compute_masks`, and of several processes that calibrate together each gets what the first one computed.
@@ -34,9 +34,9 @@ def compute_masks_synced(
     that differ would never be noticed. Without calibration processes need not wait for one another.
     """
     if not plan.needs:
-        return compute_masks(model, plan, stats, old_masks, given, biases=biases)
+        return compute_masks(model, plan, stats, previous_masks, fixed_masks, biases=biases)
     with fail_together():
-        found = compute_masks(model, plan, stats, old_masks, given, biases=biases)
+        found = compute_masks(model, plan, stats, previous_masks, fixed_masks, biases=biases)
     masks, weights = ({name: broadcast(tensor) for name, tensor in tensors.items()} for tensors in found)
     return masks, weights
 
@@ -46,8 +46,8 @@ def compute_masks(
     model: nn.Module,
     plan: PruningPlan,
     stats: Mapping[str, WeightStats],
-    old_masks: Mapping[str, Tensor],
-    given: Mapping[str, Tensor] | None = None,
+    previous_masks: Mapping[str, Tensor],
+    fixed_masks: Mapping[str, Tensor] | None = None,
     whole: Mapping[str, Tensor] | None = None,
     biases: Mapping[str, str] | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -57,8 +57,8 @@ def compute_masks(
         model: The model.
         plan: Its plan.
         stats: What calibration gathered.
-        old_masks: Masks of earlier prunings, by parameter name.
-        given: Masks that are known already, of which only the repair is left.
+        previous_masks: Masks of earlier prunings, by parameter name.
+        fixed_masks: Masks that are known already, so that only the repair is left.
         whole: The weights by name, where the model does not hold them whole.
         biases: What :func:`bias_names` says, if it was asked: it walks through the whole model.
 
@@ -75,7 +75,7 @@ def compute_masks(
         return target.matrix(parameter(target.name).detach())
 
     def old_matrix(target: Target) -> Tensor | None:
-        old = old_masks.get(target.name)
+        old = previous_masks.get(target.name)
         return None if old is None else target.matrix(old)
 
     def source(target: Target, weight: Tensor) -> Chunks:
@@ -83,16 +83,16 @@ def compute_masks(
 
     masks: dict[str, Tensor] = {}
     weights: dict[str, Tensor] = {}
-    if plan.config.scope == "global" and given is None:
+    if plan.config.scope == "global" and fixed_masks is None:
         sources = {t.target.name: source(t.target, matrix(t.target)) for t in plan.tensors}
         return {t.target.name: t.target.native(keep) for t, keep in keep_units(plan, plan.tensors, sources)}, weights
     for tensor in plan.tensors:
         target = tensor.target
         name, repaired = target.name, None
         stat, dense, old = stats[name], matrix(target), old_matrix(target)
-        weight, scale = _loss_aware_weight(dense, stat) if criterion.needs & INPUTS else (dense, None)
-        if given is not None:
-            keep = target.matrix(given[name])
+        weight, scale = loss_aware_weight(dense, stat) if criterion.needs & INPUTS else (dense, None)
+        if fixed_masks is not None:
+            keep = target.matrix(fixed_masks[name])
         elif criterion.repairs:
             select = Selector(criterion.name, tensor, granularity, old)
             keep, repaired = criterion.prune_weight(weight, stat, select)
@@ -125,7 +125,7 @@ def compute_masks(
     return masks, weights
 
 
-def _loss_aware_weight(weight: Tensor, stats: WeightStats) -> tuple[Tensor, Tensor | None]:
+def loss_aware_weight(weight: Tensor, stats: WeightStats) -> tuple[Tensor, Tensor | None]:
     """The weights that a criterion gets in place of the dense ones, for the objective "loss".
 
     They make up for what the outputs lack, and each output is scaled by the root of how much the predictions depend on

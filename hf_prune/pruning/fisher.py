@@ -11,19 +11,20 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hf_prune.calibration.accumulators import accumulate_dtype
-from hf_prune.calibration.batches import Batches
 from hf_prune.calibration.gradients import differentiable, example_gradients, mean_over_examples
-from hf_prune.calibration.input_reader import CACHE_BYTES
+from hf_prune.calibration.batches import Batches
 from hf_prune.criteria.base import FISHER_BLOCK, WeightStats, weight_seed
 from hf_prune.errors import CalibrationError
 from hf_prune.kernels.matrix import is_finite
 from hf_prune.planning.plan import PlannedTensor, PruningPlan
 from hf_prune.pruning.compute_masks import keep_units
+from hf_prune.pruning.run import CalibrationRun
 from hf_prune.pruning.selector import checked_units
 from hf_prune.utils.distributed import broadcast, fail_together
 from hf_prune.utils.offload_cache import OffloadCache
@@ -177,25 +178,16 @@ def _add(
 
 @torch.no_grad()
 def prune_by_fisher(
-    model: nn.Module,
-    plan: PruningPlan,
-    batches: Batches,
-    old_masks: Mapping[str, Tensor],
-    weights: OffloadCache,
-    progress: bool = False,
-    cache_bytes: int = CACHE_BYTES,
+    run: CalibrationRun[Any], plan: PruningPlan, previous_masks: Mapping[str, Tensor], weights: OffloadCache
 ) -> dict[str, Tensor]:
-    """The masks and weights that a criterion finds with blocks of the Fisher matrix, without touching the model.
+    """The masks and weights that a criterion finds with blocks of the Fisher matrix; the model is not changed.
 
     Args:
-        model: The model.
-        plan: Its plan.
-        batches: Read once for each run.
-        old_masks: Masks of earlier prunings, by parameter name.
+        run: The model and the batches, which are read once for each round. Its memory budget says how much of the
+            blocks stays in memory until the mask is known; a round gathers as much, or 512 MiB if that is more.
+        plan: What is pruned now: the plan of the run, or of one step.
+        previous_masks: Masks of earlier prunings and steps, by parameter name.
         weights: Gets the new values of the weights, by parameter name.
-        progress: Show a progress bar.
-        cache_bytes: How much of the blocks is kept in memory while they wait; the rest goes to a temporary folder. A
-            run gathers as much, or 512 MiB if that is more.
 
     Returns:
         Bool masks by parameter name.
@@ -203,6 +195,7 @@ def prune_by_fisher(
     Raises:
         CalibrationError: If batches are unusable.
     """
+    model, cache_bytes = run.model, run.memory.single
     parameters = dict(model.named_parameters())
     criterion, granularity = plan.criterion, plan.granularity
     waiting = OffloadCache(cache_bytes)
@@ -221,7 +214,7 @@ def prune_by_fisher(
 
     def score(piece: Piece, fisher: Tensor) -> None:
         name = piece.tensor.target.name
-        old = part(piece, old_masks) if name in old_masks else None
+        old = part(piece, previous_masks) if name in previous_masks else None
         if old is not None:
             _decouple(fisher, old)
         found = criterion.scores(part(piece, parameters), stats(piece, fisher))
@@ -237,8 +230,8 @@ def prune_by_fisher(
         for tensor in tensors:
             name = tensor.target.name
             masks[name] = broadcast(kept.pop(name))
-            if name in old_masks:
-                masks[name] &= old_masks[name].to(masks[name].device)
+            if name in previous_masks:
+                masks[name] &= previous_masks[name].to(masks[name].device)
             with fail_together():
                 parts = []
                 for piece in pieces_of[name]:
@@ -255,7 +248,7 @@ def prune_by_fisher(
 
     try:
         for pieces in runs(plan, max(cache_bytes, FISHER_BYTES)):
-            gathered = gather_blocks(model, pieces, batches, plan.config.seed, progress)
+            gathered = gather_blocks(model, pieces, run.data, plan.config.seed, run.progress)
             for piece, fisher in zip(pieces, gathered, strict=True):
                 with fail_together():
                     score(piece, fisher)

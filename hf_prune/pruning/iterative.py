@@ -1,27 +1,24 @@
-"""Several steps: gradients are taken anew on the partly pruned model before more is removed."""
+"""Iterative pruning: gradients are taken again on the partly pruned model before more is removed."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import torch
-from torch import Tensor, nn
 
-from hf_prune.calibration.batches import Batches, require_batches
-from hf_prune.calibration.input_reader import CACHE_BYTES
 from hf_prune.calibration.statistics import collect_stats
 from hf_prune.criteria.base import CURVATURE
-from hf_prune.kernels.zeroing import zero_removed_
 from hf_prune.planning.plan import PruningPlan
 from hf_prune.pruning.compute_masks import compute_masks_synced
 from hf_prune.pruning.fisher import prune_by_fisher
-from hf_prune.pruning.transaction import WeightBackup
+from hf_prune.pruning.run import CalibrationRun, Result
+from hf_prune.pruning.transaction import Transaction
 from hf_prune.utils.offload_cache import OffloadCache
 
 
 def step_sparsities(steps: int, start: float, end: float) -> list[float]:
-    """Sparsities after each step, of which each removes the same share of what is left.
+    """Sparsities after each step, where every step removes the same share of what the one before left.
 
     Args:
         steps: How many.
@@ -29,12 +26,12 @@ def step_sparsities(steps: int, start: float, end: float) -> list[float]:
         end: Sparsity after the last one; where it is 1, the steps before go to 0.99.
 
     Example:
-        >>> [round(share, 3) for share in shares(3, 0.0, 0.875)]
+        >>> [round(share, 3) for share in step_sparsities(3, 0.0, 0.875)]
         [0.5, 0.75, 0.875]
     """
-    left = max(1 - end, 0.01)
+    kept = max(1 - end, 0.01)
     geometric = (
-        [1 - (1 - start) * (left / (1 - start)) ** (step / steps) for step in range(1, steps)] if start < 1 else []
+        [1 - (1 - start) * (kept / (1 - start)) ** (step / steps) for step in range(1, steps)] if start < 1 else []
     )
     return [*(min(share, end) for share in geometric), end]
 
@@ -69,79 +66,31 @@ def _scaled(plan: PruningPlan, share: float) -> PruningPlan:
 
 
 @torch.no_grad()
-def prune_iteratively(
-    model: nn.Module,
-    plan: PruningPlan,
-    calibration: Batches | None,
-    old_masks: Mapping[str, Tensor],
-    undo: WeightBackup,
-    progress: bool = False,
-    cache_bytes: int = CACHE_BYTES,
-) -> dict[str, Tensor]:
-    """Prune a model, in place, in the steps that the plan's config asks for.
+def prune_iteratively(run: CalibrationRun[PruningPlan], change: Transaction) -> Result:
+    """Prune a model, in place, in the steps that the config asks for.
 
     Args:
-        model: The model; its weights are those after pruning when this returns.
-        plan: Its plan, of a criterion that learns from gradients.
-        calibration: Batches; read into a list.
-        old_masks: Masks of earlier prunings, by parameter name.
-        undo: Gets every weight before it changes.
-        progress: Show progress bars.
-        cache_bytes: See :func:`hf_prune.pruning.fisher.prune_by_fisher`.
+        run: The model, its plan, of a criterion that learns from gradients, and the data.
+        change: Writes the weights after each step.
 
     Returns:
-        Bool masks by parameter name.
+        Masks; the weights are written already.
 
     Raises:
-        CalibrationError: If batches are missing or unusable.
+        CalibrationError: If batches are unusable.
     """
-    batches = list(require_batches(plan.config, calibration))
-    parameters = dict(model.named_parameters())
-    masks = dict(old_masks)
-    for part in step_plans(plan):
+    masks = dict(run.previous_masks)
+    for part in step_plans(run.plan):
         weights = OffloadCache(0)
         try:
-            if plan.needs & CURVATURE:
-                found = prune_by_fisher(model, part, batches, masks, weights, progress, cache_bytes)
+            if part.needs & CURVATURE:
+                step_masks = prune_by_fisher(run, part, masks, weights)
             else:
-                stats = collect_stats(model, part, batches, progress)
-                found, _ = compute_masks_synced(model, part, stats, masks)
-            for name, mask in found.items():
+                stats = collect_stats(run.model, part, run.batches, run.progress)
+                step_masks, _ = compute_masks_synced(run.model, part, stats, masks)
+            for name, mask in step_masks.items():
                 masks[name] = mask & masks[name].to(mask.device) if name in masks else mask
-                undo.save(name, parameters[name])
-                if name in weights:
-                    parameters[name].copy_(weights.get(name))
-                zero_removed_(parameters[name], masks[name])
+                change.overwrite({name: masks[name]}, {name: weights.get(name)} if name in weights else {})
         finally:
             weights.close()
-    return {tensor.target.name: masks[tensor.target.name] for tensor in plan.tensors}
-
-
-@torch.no_grad()
-def masks_before_repair(
-    model: nn.Module,
-    plan: PruningPlan,
-    batches: Batches,
-    old_masks: Mapping[str, Tensor],
-    progress: bool = False,
-    cache_bytes: int = CACHE_BYTES,
-) -> dict[str, Tensor]:
-    """The masks of a plan whose repair can only begin once all of them are known; the model is not changed.
-
-    Args:
-        model: The model.
-        plan: Its plan, of a criterion that does not learn from the inputs of pruned layers.
-        batches: Calibration batches.
-        old_masks: Masks of earlier prunings, by parameter name.
-        progress: Show progress bars.
-        cache_bytes: See :func:`hf_prune.pruning.fisher.prune_by_fisher`.
-    """
-    config = plan.config.replace(repair=None, objective="layer", calibration_order="one_pass")
-    plan = dataclasses.replace(plan, config=config)
-    if plan.needs & CURVATURE:
-        weights = OffloadCache(0)
-        try:
-            return prune_by_fisher(model, plan, batches, old_masks, weights, progress, cache_bytes)
-        finally:
-            weights.close()
-    return compute_masks_synced(model, plan, collect_stats(model, plan, batches, progress), old_masks)[0]
+    return {tensor.target.name: masks[tensor.target.name] for tensor in run.plan.tensors}, {}

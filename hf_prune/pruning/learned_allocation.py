@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from hf_prune.calibration.accumulators import InputAccumulator
-from hf_prune.calibration.batches import Batches
 from hf_prune.calibration.hooks import Watcher
-from hf_prune.calibration.input_reader import CACHE_BYTES, InputReader, check_finite
+from hf_prune.calibration.input_reader import InputReader, check_finite
 from hf_prune.calibration.padding import first_input
 from hf_prune.calibration.sensitivity import Sensitivity, measure_sensitivity
 from hf_prune.kernels.blocks import spread_blocks
@@ -20,6 +19,7 @@ from hf_prune.kernels.matrix import Target
 from hf_prune.kernels.selection import keep_highest
 from hf_prune.planning.allocation import least_total, outlier_sparsities
 from hf_prune.planning.plan import PruningPlan, targets_of
+from hf_prune.pruning.run import CalibrationRun
 from hf_prune.pruning.selector import unit_scores
 from hf_prune.utils.distributed import broadcast, fail_together
 
@@ -28,35 +28,23 @@ _ITERATIONS = 3  # of least squares: enough to see what a repair will bring
 _OUTLIER = 5.0  # times the mean of a block
 
 
-def learn_sparsities(
-    model: nn.Module,
-    plan: PruningPlan,
-    batches: Batches,
-    old_masks: Mapping[str, Tensor],
-    progress: bool = False,
-    cache_bytes: int = CACHE_BYTES,
-) -> tuple[dict[str, float], Sensitivity | None]:
-    """The sparsity of every target by the plan's allocation, ``"fisher"`` or ``"owl"``.
+def learn_sparsities(run: CalibrationRun[PruningPlan]) -> tuple[dict[str, float], Sensitivity | None]:
+    """The sparsity of every target by the plan's allocation, ``"fisher"`` or ``"owl"``; the model is not changed.
 
     Args:
-        model: The model, which is not changed.
-        plan: Its plan, with sparsities yet unknown.
-        batches: Calibration batches.
-        old_masks: Masks of earlier prunings, by parameter name.
-        progress: Show progress bars.
-        cache_bytes: See :func:`hf_prune.prune`.
+        run: The model, its plan, with sparsities yet unknown, and the data.
 
     Returns:
-        Sparsities by parameter name, and how much the predictions depend on what where that was measured; to be closed.
+        Sparsities by parameter name, and the sensitivity if it was measured on the way; to be closed.
     """
-    cache_bytes //= 4  # the sensitivities stay for the pruning, as one of the four shelves that it keeps
-    with InputReader(model, targets_of(plan), batches, cache_bytes=cache_bytes) as reader:
+    plan, cache_bytes = run.plan, run.memory.shared
+    with InputReader(run.model, targets_of(plan), run.data, cache_bytes=cache_bytes) as reader:
         steps = reader.order()
         if plan.config.allocation == "owl":
             return _owl(reader, steps, plan), None
-        sensitivity = measure_sensitivity(reader, plan.config.seed, progress, cache_bytes)
+        sensitivity = measure_sensitivity(reader, plan.config.seed, run.progress, cache_bytes)
         try:
-            return _fisher(reader, steps, plan, sensitivity, old_masks), sensitivity
+            return _fisher(reader, steps, plan, sensitivity, run.previous_masks), sensitivity
         except BaseException:
             sensitivity.close()
             raise

@@ -9,7 +9,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from hf_prune.errors import MaskError
 from hf_prune.kernels.zeroing import zero_removed_
-from hf_prune.pruning.mask_store import MaskStore, mask_of
+from hf_prune.pruning.held_masks import mask_of
+from hf_prune.pruning.mask_store import MaskStore
 from hf_prune.utils.offloaded_weights import refuse_offloaded
 
 

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from hf_prune.pruning.bypass import is_bypass
-from hf_prune.pruning.mask_store import to_the_end
+from hf_prune.utils.interrupts import run_to_the_end
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 _SETTINGS_OF_HOOKS = ("_with_kwargs", "_always_called")
@@ -49,7 +49,7 @@ class _ModuleState:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None:
-            to_the_end(self._restore)
+            run_to_the_end(self._restore)
 
     def _restore(self) -> None:
         for module, training, forward, hooks in self._modules:

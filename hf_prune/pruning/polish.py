@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from hf_prune.calibration.dense_outputs import DenseOutputs
 from hf_prune.errors import CalibrationError
 from hf_prune.kernels.zeroing import zero_removed_
-from hf_prune.planning.config import PruningConfig
 from hf_prune.pruning.records import PolishRecord
-from hf_prune.pruning.transaction import WeightBackup
+from hf_prune.pruning.run import CalibrationRun
+from hf_prune.pruning.transaction import Transaction
 from hf_prune.utils.distributed import all_reduce_sum, broadcast, fail_together, rank_and_world_size
 from hf_prune.utils.offload_cache import OffloadCache
 from hf_prune.utils.progress import Bar
@@ -34,15 +34,8 @@ _HELD_OUT = 15  # one batch in so many; an odd number, so that two processes sha
 _CHECKS = 4  # looks at the held-out batches while training; the best weights are kept
 
 
-def polish(
-    model: nn.Module,
-    masks: Mapping[str, Tensor],
-    dense: DenseOutputs,
-    undo: WeightBackup,
-    config: PruningConfig,
-    progress: bool = False,
-) -> PolishRecord:
-    """Train a pruned model, in place, to put out what the dense one did; removed weights stay zero.
+def polish(run: CalibrationRun[Any], teacher: DenseOutputs, change: Transaction) -> PolishRecord:
+    """Train a pruned model, in place, to return what the dense one did; removed weights stay zero.
 
     See :func:`trainable` for what is trained: with AdamW in float32 (products in bfloat16
     where the processor has instructions for them), a learning rate that rises and then falls linearly to zero, and
@@ -50,12 +43,10 @@ def polish(
     dense model there are kept, which may be those from before.
 
     Args:
-        model: The model, pruned.
-        masks: Bool masks by parameter name, True = keep.
-        dense: What the dense model put out.
-        undo: Gets every parameter before it changes.
-        config: Its ``polish`` says for how many epochs and with which learning rate, its ``seed`` in which order.
-        progress: Show a progress bar.
+        run: The model; the ``polish`` of its config says for how many epochs and with which learning rate, the ``seed``
+            in which order.
+        teacher: The outputs of the dense model.
+        change: Has written the pruned weights, and copies every parameter before it changes.
 
     Returns:
         What was done.
@@ -63,6 +54,7 @@ def polish(
     Raises:
         CalibrationError: If the distance becomes infinite or NaN.
     """
+    model, config, masks, dense = run.model, run.plan.config, change.masks, teacher
     assert isinstance(config.polish, Mapping)
     start = time.perf_counter()
     epochs, rate = int(config.polish["epochs"]), config.polish["learning_rate"]
@@ -80,12 +72,12 @@ def polish(
             best_weights.put(name, parameter.detach())
 
     try:
-        for name, parameter in dense.trained.items():
-            undo.save(name, parameter)
+        for name in dense.trained:
+            change.save(name)
         with dense.running(), _training(model, dense.trained):
             before = best = after = _distance(dense, held)
             keep(0)
-            for step in _train(masks, dense, order, rate, progress):
+            for step in _train(masks, dense, order, rate, run.progress):
                 if step in checks:
                     after = _distance(dense, held)
                     if after < best:

@@ -1,86 +1,178 @@
-"""A model as it was, to go back to."""
+"""A pruning of a model that happens as a whole or not at all."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 from hf_prune.kernels.zeroing import zero_removed_
-from hf_prune.pruning.mask_store import MaskStore, to_the_end
+from hf_prune.planning.config import PruningConfig
+from hf_prune.planning.targets import refuse_read_only
+from hf_prune.pruning.bypass import bypass, is_bypassed, restore
+from hf_prune.pruning.mask_store import MaskStore, warn_regrown
+from hf_prune.pruning.records import PolishRecord
+from hf_prune.utils.interrupts import run_to_the_end
 from hf_prune.utils.offload_cache import OffloadCache
 
 
-class WeightBackup:
-    """Weights as they were before an operation; a context that gives them back, bit for bit, if it ends in an error.
-
-    So it does with the masks, if it has put a weight aside.
+def check_changeable(model: nn.Module, keep_dense: bool) -> None:
+    """Make sure that a model can be pruned, before anything is computed for it.
 
     Args:
         model: The model.
+        keep_dense: Whether its dense weights are to be kept.
+
+    Raises:
+        PlanError: If its weights cannot be written to.
+        MaskError: If the masks of an earlier pruning do not fit the model, or it did not keep dense weights.
+    """
+    refuse_read_only(model)
+    store = MaskStore.of(model) or MaskStore()
+    store.check(model)
+    warn_regrown(model, "they become zero now")
+    if keep_dense:
+        store.check_dense()
+
+
+class WeightBackup:
+    """Copies of weights as they were before they changed.
+
+    Args:
         in_memory: Keep the copies in memory, as :attr:`dense`. Otherwise they go to a temporary folder on the disk,
-            which is gone afterwards.
+            which :meth:`close` removes.
     """
 
-    def __init__(self, model: nn.Module, in_memory: bool = False) -> None:
+    def __init__(self, in_memory: bool) -> None:
         self.dense: dict[str, Tensor] = {}
-        self._model = model
+        self.names: dict[str, None] = {}  # in the order of the first changes
         self._in_memory = in_memory
         self._files = OffloadCache(0)
-        self._names: dict[str, None] = {}  # in their order
-        self._before = MaskStore.of(model)
-        self._calls: list[Callable[[], None]] = []
-
-    def calls(self, do: Callable[[], None]) -> None:
-        """Have something else undone as well, by what may be done twice, or in vain."""
-        self._calls.append(do)
 
     def save(self, name: str, weight: Tensor) -> None:
-        """Put a copy of a weight aside, before it changes; later changes leave that copy."""
-        if name in self._names:
+        """Copy a weight before it changes; later calls for the same name do nothing."""
+        if name in self.names:
             return
         if self._in_memory:
             self.dense[name] = weight.detach().clone()
         else:
             self._files.put(name, weight.detach())
-        self._names[name] = None
+        self.names[name] = None
 
     @torch.no_grad()
-    def write(self, masks: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
-        """Give weights new values and set those that are not kept to zero.
+    def restore(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Give every saved weight its values back, bit for bit; the copies stay."""
+        for name in self.names:
+            parameters[name].copy_(self.dense[name] if self._in_memory else self._files.get(name))
+
+    def close(self) -> None:
+        """Remove the copies on the disk."""
+        self._files.close()
+
+
+class Transaction:
+    """All changes that one pruning makes to a model; a context that undoes them, bit for bit, if it ends in an error.
+
+    Changes are weights, masks and layers that are switched off. They last once :meth:`commit` has returned, which
+    therefore is the last statement inside the context. Whenever an error or Ctrl-C comes, also again while changes are
+    undone, the model is as before or as after the pruning, and nothing in between.
+
+    Args:
+        model: The model; see :func:`check_changeable`.
+        keep_dense: Keep a copy of the dense weights in the mask store.
+    """
+
+    def __init__(self, model: nn.Module, keep_dense: bool = False) -> None:
+        self.model = model
+        self.parameters = dict(model.named_parameters())
+        self.store = MaskStore.of(model) or MaskStore()
+        self.backup = WeightBackup(in_memory=keep_dense or self.store.dense is not None)
+        self._before = MaskStore.of(model)
+        self._keep_dense = keep_dense
+        self._bypassed: list[nn.Module] = []
+        self._zeroed: set[str] = set()  # names of the weights that have had their masks applied
+        self._masks: Mapping[str, Tensor] = {}
+        self._weights: Mapping[str, Tensor] = {}
+
+    def __enter__(self) -> Transaction:
+        return self
+
+    @property
+    def masks(self) -> dict[str, Tensor]:
+        """The masks of the model after the pruning, those of earlier ones included."""
+        earlier = self.store.masks
+        return {**earlier, **{n: m & earlier.get(n, m).to(m.device) for n, m in self._masks.items()}}
+
+    def save(self, name: str) -> None:
+        """Copy a weight that is about to change."""
+        self.backup.save(name, self.parameters[name])
+
+    def bypass(self, layer: nn.Module) -> None:
+        """Switch a layer off."""
+        if not is_bypassed(layer):
+            self._bypassed.append(layer)
+            bypass(layer)
+
+    @torch.no_grad()
+    def overwrite(self, masks: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
+        """Write to the model at once, for whoever goes on from the changed weights.
+
+        Args:
+            masks: Bool masks by parameter name, True = keep; other weights become zero.
+            weights: New values by parameter name, written before the masks.
+        """
+        for name in dict.fromkeys([*masks, *weights]):
+            self.save(name)
+            if name in weights:
+                self.parameters[name].copy_(weights[name])
+            if name in masks:
+                zero_removed_(self.parameters[name], masks[name])
+                self._zeroed.add(name)
+
+    def write(self, masks: Mapping[str, Tensor], weights: Mapping[str, Tensor], at_once: bool = False) -> None:
+        """Take over the result of a pruning.
 
         Args:
             masks: Bool masks by parameter name, True = keep.
             weights: New values by parameter name.
+            at_once: Write them to the model now, as training goes on from them. Otherwise :meth:`commit` does, which
+                costs no copies; but if anything was changed before, all is written now, so that all can be undone.
         """
-        parameters = dict(self._model.named_parameters())
-        for name in dict.fromkeys([*masks, *weights]):
-            self.save(name, parameters[name])
-            if name in weights:
-                parameters[name].copy_(weights[name])
-            if name in masks:
-                zero_removed_(parameters[name], masks[name])
+        self._masks, self._weights = masks, weights
+        if at_once or self.backup.names or self._bypassed:
+            self.overwrite({name: mask for name, mask in masks.items() if name not in self._zeroed}, weights)
+            self._weights = {}
 
-    def __enter__(self) -> WeightBackup:
-        return self
+    def record(self, polish: PolishRecord) -> None:
+        """Note what a polish did."""
+        self.store.polishes = (*self.store.polishes, polish)
 
-    @torch.no_grad()
-    def restore(self) -> None:
-        """Give back every weight that was put aside, and the masks, and do what :meth:`calls` got; the copies stay."""
-        for do in self._calls:
-            do()
-        parameters = dict(self._model.named_parameters())
-        for name in self._names:
-            parameters[name].copy_(self.dense[name] if self._in_memory else self._files.get(name))
-        if self._names and self._before is None:
-            MaskStore.detach(self._model)
-        elif self._names and self._before is not None:
-            self._before.attach(self._model)
+    def commit(self, config: PruningConfig) -> None:
+        """Make the changes last, and hand the masks out.
+
+        Args:
+            config: The settings of the pruning.
+        """
+        self.store.update(self.model, self._masks, self._weights, config, self._keep_dense, self.backup.dense)
+
+    def restore_weights(self) -> None:
+        """Undo changes of weights, to start over."""
+        self.backup.restore(self.parameters)
+        self._zeroed.clear()
+
+    def _roll_back(self) -> None:
+        for layer in self._bypassed:
+            restore(layer)
+        self.restore_weights()
+        if self.backup.names and self._before is None:
+            MaskStore.detach(self.model)
+        elif self.backup.names and self._before is not None:
+            self._before.attach(self.model)
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
             if kind is not None:
-                to_the_end(self.restore)
+                run_to_the_end(self._roll_back)
         finally:
-            self._files.close()
+            self.backup.close()

@@ -29,26 +29,12 @@ from hf_prune.structured.gate_statistics import gate_statistics, layer_losses
 from hf_prune.structured.latency_costs import latency_costs
 from hf_prune.structured.loss_curves import Curve, additive_curve, fisher_curve
 from hf_prune.structured.reconstruction import reconstruction_curves, redundancy_curves
-from hf_prune.structured.unit_plan import UnitPlan, unit_batches, unit_groups_of
+from hf_prune.structured.unit_plan import UnitPlan, unit_groups_of
 from hf_prune.utils.distributed import broadcast, fail_together
 from hf_prune.utils.offloaded_weights import refuse_offloaded
 
 _MAX_ATTEMPTS = 6  # at meeting a speed-up; each corrects the budget by what was measured
 _TOLERANCE = 0.02  # by which a measured speed-up may miss the target, as a share of it
-
-
-def make_unit_plan(
-    model: nn.Module,
-    config: PruningConfig,
-    calibration: Batches | None = None,
-    progress: bool = False,
-    cache_bytes: int = CACHE_BYTES,
-) -> UnitPlan:
-    """:func:`choose_units`, where the plan is all that is wanted."""
-    plan, sensitivity = choose_units(model, config, calibration, progress, cache_bytes)
-    if sensitivity is not None:
-        sensitivity.close()
-    return plan
 
 
 def choose_units(
@@ -66,7 +52,7 @@ def choose_units(
         config: The settings.
         calibration: Batches for criteria that learn from them; without them the choice is left open.
         progress: Show progress bars.
-        cache_bytes: See :func:`hf_prune.prune`.
+        cache_bytes: How much of each of the recorded outputs and sensitivities is kept in memory.
         scores: Scores of each weight that a training has learned, by parameter name; they replace calibration.
 
     Returns:
@@ -90,7 +76,7 @@ def choose_units(
     if scores is not None:
         curves = _learned_curves(groups, scores)
     else:
-        batches = unit_batches(config, calibration) or []
+        batches = calibration or []
         curves, sensitivity = _curves(model, config, groups, batches, progress, cache_bytes)
     layer_costs = _layer_losses(model, config, layers, batches, progress)
     sizes = {group.name: allowed_sizes(group.units, group.minimum, config.round_to) for group in groups}

@@ -1,128 +1,113 @@
-"""Pruning of whole heads, neurons and layers: choose, mask, repair. ``shrink()`` then takes them out."""
+"""Pruning of whole heads, neurons and layers: choose, mask, repair. ``shrink()`` then cuts them out."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import ExitStack
-from functools import partial
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from hf_prune.calibration.batches import Batches
-from hf_prune.calibration.dense_outputs import DenseOutputs
-from hf_prune.calibration.input_reader import CACHE_BYTES
-from hf_prune.calibration.sensitivity import Sensitivity
-from hf_prune.calibration.statistics import collect_stats
+from hf_prune.calibration.batches import Batches, needed_batches
 from hf_prune.planning.config import PruningConfig
-from hf_prune.planning.plan import targets_of
-from hf_prune.pruning.bypass import bypass, is_bypassed, restore
-from hf_prune.pruning.compute_masks import compute_masks_synced
-from hf_prune.pruning.mask_store import MaskStore, warn_regrown
-from hf_prune.pruning.polish import polish
+from hf_prune.planning.plan import PruningPlan
+from hf_prune.pruning.mask_store import checked_masks
+from hf_prune.pruning.one_pass import prune_in_one_pass
+from hf_prune.pruning.run import CalibrationRun, MemoryBudget, Result
 from hf_prune.pruning.sequential import prune_sequentially
-from hf_prune.pruning.transaction import WeightBackup
+from hf_prune.pruning.transaction import Transaction
 from hf_prune.structured.choose_units import choose_units
 from hf_prune.structured.reconstruction import inner_plan, repaired_weights
-from hf_prune.structured.unit_plan import UnitPlan, unit_batches
-from hf_prune.utils.forward import as_batches
-
-Model = TypeVar("Model", bound=nn.Module)
+from hf_prune.structured.unit_plan import UnitPlan
 
 
-def prune_units(
-    model: Model,
-    config: PruningConfig,
-    *,
-    calibration: Batches | None = None,
-    keep_dense: bool = False,
-    progress: bool = False,
-    cache_bytes: int = CACHE_BYTES,
-    polish_data: Batches | None = None,
-) -> Model:
-    """Mask heads, neurons and layers of a model, in place; see :func:`hf_prune.prune`.
-
-    A head or neuron that goes has all its weights and biases masked. With ``repair="least_squares"`` what is left of
-    the matrices is solved anew, layer by layer. A layer that goes is bypassed as well.
-
-    Raises:
-        ArchitectureError: If nobody has said where the units of such a model are.
-        PlanError: If the budget cannot be met.
-        CalibrationError: If calibration data is missing or unusable.
-        MaskError: As :func:`hf_prune.prune`.
-    """
-    store = MaskStore.of(model) or MaskStore()
-    store.check(model)
-    warn_regrown(model, "they become zero now")
-    if keep_dense:
-        store.check_dense()
-    batches = unit_batches(config, calibration, polish_data)
-    with ExitStack() as context:
-        plan, sensitivity = choose_units(model, config, batches, progress, cache_bytes)
-        if sensitivity is not None:
-            context.callback(sensitivity.close)
-        masks = unit_masks(model, plan)
-        repaired = repaired_weights(model, config, [site for site in plan.sites if not plan.is_gone(site)])
-        undo = context.enter_context(WeightBackup(model, in_memory=keep_dense or store.dense is not None))
-        dense = None
-        if config.polish is not None:
-            inner = inner_plan(model, config, [name for name in plan.weights if model.get_parameter(name).numel()])
-            cache_bytes //= 2  # one half for the polish, one for the repair
-            data = batches if polish_data is None else list(as_batches(polish_data))
-            assert data is not None
-            dense = context.enter_context(DenseOutputs(model, targets_of(inner), data, cache_bytes, progress))
-        assert plan.choice is not None
-        gone = [layer for layer in map(model.get_submodule, sorted(plan.choice.layers)) if not is_bypassed(layer)]
-        for layer in gone:
-            undo.calls(partial(restore, layer))
-            bypass(layer)
-        if repaired:
-            _repair(model, config, repaired, masks, batches, store, undo, progress, cache_bytes, sensitivity)
-        undo.write(masks, {})
-        record = None
-        if dense is not None:
-            kept = {name: mask & store.masks.get(name, mask).to(mask.device) for name, mask in masks.items()}
-            record = polish(model, {**store.masks, **kept}, dense, undo, config, progress)
-        store.speed = plan.speed
-        if record is not None:
-            store.polishes = (*store.polishes, record)
-        store.update(model, masks, {}, config, keep_dense, undo.dense)
-    return model
-
-
-def _repair(
+def plan_units(
     model: nn.Module,
     config: PruningConfig,
-    names: list[str],
-    masks: Mapping[str, Tensor],
-    batches: Batches | None,
-    store: MaskStore,
-    undo: WeightBackup,
+    calibration: Batches | None,
+    polish_data: Batches | None,
+    dry_run: bool,
     progress: bool,
-    cache_bytes: int,
-    sensitivity: Sensitivity | None,
-) -> None:
-    given = {name: masks[name] for name in names}
-    size = sum(mask.numel() for mask in given.values())
-    gone = sum(int((~mask).sum()) for mask in given.values())
-    given |= {name: mask for name, mask in masks.items() if name.endswith(".bias")}
-    plan = inner_plan(model, config, names, gone / size)
-    if config.calibration_order == "sequential":
-        prune_sequentially(model, plan, batches, store.masks, undo, progress, cache_bytes, sensitivity, given)
-    else:
-        found, weights = compute_masks_synced(
-            model, plan, collect_stats(model, plan, batches, progress), store.masks, given
-        )
-        undo.write(found, weights)
-
-
-def unit_masks(model: nn.Module, plan: UnitPlan) -> dict[str, Tensor]:
-    """Bool masks by parameter name, True = keep, of everything that belongs to a unit, and of layers that go.
+    memory: MemoryBudget,
+) -> CalibrationRun[UnitPlan]:
+    """Choose the heads, neurons and layers that are removed; the model is not changed.
 
     Args:
         model: The model.
-        plan: Its plan, with what stays.
+        config: The settings.
+        calibration: Batches, for settings that learn from them.
+        polish_data: Batches of the polish, if others.
+        dry_run: Whether only the plan is asked for, which stays open without batches.
+        progress: Show progress bars.
+        memory: How much is kept in memory.
+
+    Returns:
+        The plan with what its pruning needs; its sensitivity is to be closed.
+
+    Raises:
+        ArchitectureError: If the architecture of the model is not registered.
+        PlanError: If the budget cannot be met.
+        CalibrationError: If calibration data is missing or unusable.
+    """
+    batches = None
+    if not dry_run or (calibration is not None and config.learns_units):
+        batches = needed_batches(config, calibration, polish_data)
+    plan, sensitivity = choose_units(model, config, batches, progress, memory.shared)
+    return CalibrationRun(model, plan, memory, batches, checked_masks(model), progress, sensitivity)
+
+
+def prune_units(run: CalibrationRun[UnitPlan], change: Transaction) -> Result:
+    """Mask heads, neurons and layers of a model.
+
+    All weights and biases of a removed head or neuron are masked. With ``repair="least_squares"`` the remaining weights
+    of the matrices get new values, layer by layer. A removed layer is bypassed as well.
+
+    Args:
+        run: The model, its plan and the data.
+        change: Switches layers off and writes repaired weights.
+
+    Returns:
+        Masks, and new values of weights.
+    """
+    model, plan = run.model, run.plan
+    assert plan.choice is not None
+    masks = unit_masks(model, plan)
+    for layer in sorted(plan.choice.layers):
+        change.bypass(model.get_submodule(layer))
+    change.store.speed = plan.speed
+    names = repaired_weights(model, plan.config, [group for group in plan.sites if not plan.is_gone(group)])
+    if not names:
+        return masks, {}
+    return masks, _repair(run, change, names, masks)
+
+
+def _repair(
+    run: CalibrationRun[UnitPlan], change: Transaction, names: list[str], masks: Mapping[str, Tensor]
+) -> Mapping[str, Tensor]:
+    """New values for the remaining weights of some matrices, where they are not written already."""
+    config = run.plan.config
+    fixed = {name: masks[name] for name in names}
+    removed = sum(int((~mask).sum()) for mask in fixed.values())
+    plan = inner_plan(run.model, config, names, removed / sum(mask.numel() for mask in fixed.values()))
+    fixed |= {name: mask for name, mask in masks.items() if name.endswith(".bias")}
+    strategy = prune_sequentially if config.calibration_order == "sequential" else prune_in_one_pass
+    repair = CalibrationRun(
+        run.model, plan, run.memory, run.batches, run.previous_masks, run.progress, run.sensitivity, fixed
+    )
+    return strategy(repair, change)[1]
+
+
+def trained_plan(run: CalibrationRun[UnitPlan]) -> PruningPlan:
+    """A plan whose targets are the matrices that a polish trains: those that may lose units."""
+    names = [name for name in run.plan.weights if run.model.get_parameter(name).numel()]
+    return inner_plan(run.model, run.plan.config, names)
+
+
+def unit_masks(model: nn.Module, plan: UnitPlan) -> dict[str, Tensor]:
+    """Bool masks by parameter name, True = keep, of everything that belongs to a unit, and of removed layers.
+
+    Args:
+        model: The model.
+        plan: Its plan, with the units that stay.
     """
     assert plan.choice is not None
     masks: dict[str, Tensor] = {}

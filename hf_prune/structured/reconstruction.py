@@ -15,8 +15,9 @@ from hf_prune.kernels.matrix import Target
 from hf_prune.planning.config import PruningConfig
 from hf_prune.planning.make_plan import make_plan
 from hf_prune.planning.plan import PruningPlan, targets_of
+from hf_prune.pruning.held_masks import mask_of
 from hf_prune.pruning.learned_allocation import weighted_grams
-from hf_prune.pruning.mask_store import checked_masks, mask_of
+from hf_prune.pruning.mask_store import checked_masks
 from hf_prune.structured.loss_curves import Curve, additive_curve, reconstruction_curve, redundancy_curve
 
 
@@ -118,7 +119,6 @@ def _curves_of_consumers(
     measured = measured or groups
     names = repaired_weights(model, config, measured) or [p.name for group in measured for p in group.consumers]
     plan = inner_plan(model, config, names)
-    cache_bytes //= 4  # the sensitivity is kept for the repair, as one of its four caches
     with InputReader(model, targets_of(plan), batches, cache_bytes=cache_bytes) as reader:
         steps = reader.order()
         sensitivity = measure_sensitivity(reader, config.seed, progress, cache_bytes)

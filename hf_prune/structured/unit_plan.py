@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from hf_prune.architectures.find_unit_groups import find_unit_groups, in_model_order
 from hf_prune.architectures.kinds.registry import kind_named
 from hf_prune.architectures.unit_groups import UnitGroup, overlapping_kinds, weight_names
-from hf_prune.calibration.batches import NO_BATCHES, Batches, data_user, require_batches
-from hf_prune.errors import CalibrationError, ConfigError
+from hf_prune.errors import ConfigError
 from hf_prune.planning.config import PruningConfig
 from hf_prune.planning.targets import module_matches, quick_pattern
 from hf_prune.pruning.records import SpeedRecord
@@ -123,28 +122,6 @@ class UnitPlan:
         if self.choice is None:
             return "by data"
         return "layer gone" if self.is_gone(group) else f"{self._kept_units(group):,}"
-
-
-def unit_batches(
-    config: PruningConfig, calibration: Batches | None, polish_data: Batches | None = None
-) -> list[Mapping[str, Any]] | None:
-    """The calibration batches as a list, if there are any, after checking that every process has the same.
-
-    Args:
-        config: The settings, which decide whether batches are needed.
-        calibration: The batches.
-        polish_data: Other batches for the polish.
-
-    Raises:
-        CalibrationError: If batches are needed and missing, or differ between processes.
-    """
-    needed = bool(data_user(config, polish_data))
-    if calibration is None and not needed:
-        return None
-    batches = list(require_batches(config, calibration))
-    if needed and not batches:
-        raise CalibrationError(NO_BATCHES)
-    return batches
 
 
 def unit_groups_of(model: nn.Module, config: PruningConfig) -> list[UnitGroup]:

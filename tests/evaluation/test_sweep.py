@@ -175,7 +175,7 @@ def test_model_is_dense_again_after_an_interruption(model, monkeypatch, tmp_path
         "evaluate": "hf_prune.evaluation.sweep.evaluate_classification",
         "report": "hf_prune.evaluation.sweep.sparsity_report",
         "apply": "hf_prune.pruning.mask_store.zero_removed_",
-        "calibrate": "hf_prune.pipeline.collect_stats",
+        "calibrate": "hf_prune.pruning.one_pass.collect_stats",
     }[where]
     module, name = path.rsplit(".", 1)
     real = getattr(__import__(module, fromlist=[name]), name)

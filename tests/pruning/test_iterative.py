@@ -8,7 +8,7 @@ from hf_prune.errors import CalibrationError, ConfigError
 from hf_prune.pipeline import prune
 from hf_prune.planning.config import PruningConfig
 from hf_prune.planning.make_plan import make_plan
-from hf_prune.pruning import iterative as stepwise
+from hf_prune.pruning import transaction
 from hf_prune.pruning.iterative import step_plans, step_sparsities
 from hf_prune.pruning.mask_store import MaskStore
 from tests import models
@@ -66,13 +66,13 @@ def test_steps_of_n_m_remove_whole_weights_of_every_pool():
 def seen(monkeypatch):
     """The masks after each step."""
     found = []
-    zero = stepwise.zero_removed_
+    zero = transaction.zero_removed_
 
     def watched(weight, mask):
         found.append((id(weight), mask.clone(), weight.detach().clone()))
         zero(weight, mask)
 
-    monkeypatch.setattr(stepwise, "zero_removed_", watched)
+    monkeypatch.setattr(transaction, "zero_removed_", watched)
     return found
 
 
@@ -148,7 +148,7 @@ def test_an_error_in_a_later_step_gives_the_weights_back(criterion, keep_dense, 
             raise CalibrationError("out of luck")
         weight.masked_fill_(~mask, 0)
 
-    monkeypatch.setattr(stepwise, "zero_removed_", fail)
+    monkeypatch.setattr(transaction, "zero_removed_", fail)
     with pytest.raises(CalibrationError, match="out of luck"):
         prune(model, 0.8, criterion=criterion, calibration=batches, steps=3, keep_dense=keep_dense)
     assert_unchanged(model, before)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hf_prune.calibration.input_reader import InputReader
+from hf_prune.calibration.input_reader import CACHE_BYTES, InputReader
 from hf_prune.calibration.padding import _columns
 from hf_prune.calibration.statistics import collect_stats
 from hf_prune.criteria.base import INPUTS
@@ -18,8 +18,9 @@ from hf_prune.planning.make_plan import make_plan
 from hf_prune.planning.plan import targets_of
 from hf_prune.pruning import compute_masks as scoring
 from hf_prune.pruning.mask_store import MaskStore
+from hf_prune.pruning.run import CalibrationRun, MemoryBudget
 from hf_prune.pruning.sequential import prune_sequentially
-from hf_prune.pruning.transaction import WeightBackup
+from hf_prune.pruning.transaction import Transaction
 from tests import models
 from tests.calibration.test_statistics import Interrupted, failing, state, unusual
 from tests.models import assert_same_masks, assert_unchanged, same_bits, snapshot, tiny_batches
@@ -255,10 +256,12 @@ def test_undo_gives_weights_back_bit_for_bit(in_memory):
     plan = make_plan(model, PruningConfig(criterion="alps"))
 
     def interrupted() -> None:
-        with WeightBackup(model, in_memory) as undo:
-            masks = prune_sequentially(model, plan, tiny_batches(model), {}, undo)
+        with Transaction(model, keep_dense=in_memory) as change:
+            run = CalibrationRun(model, plan, MemoryBudget.split(CACHE_BYTES, plan.config), tiny_batches(model))
+            masks, weights = prune_sequentially(run, change)
             assert masks.keys() == {t.target.name for t in plan.tensors}
-            assert (undo.dense.keys() == masks.keys()) == in_memory
+            assert not weights
+            assert (change.backup.dense.keys() == masks.keys()) == in_memory
             assert not any(same_bits(model.get_parameter(name), before[name]) for name in masks)
             raise Interrupted
 

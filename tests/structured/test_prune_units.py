@@ -458,6 +458,9 @@ def test_an_error_in_the_repair_gives_everything_back(monkeypatch):
     assert MaskStore.of(model) is None
 
 
+TRACED = ("pipeline.py", "prune_units.py", "transaction.py", "contextlib.py")
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # a folder goes when it is forgotten
 def test_ctrl_c_at_the_end_never_leaves_a_layer_switched_off_whose_weights_are_back():
     """Interrupted at each of the last lines in turn: either nothing has happened, or all of it."""
@@ -468,7 +471,9 @@ def test_ctrl_c_at_the_end_never_leaves_a_layer_switched_off_whose_weights_are_b
         count = itertools.count()
 
         def trace(frame, event, _):
-            if not frame.f_code.co_filename.endswith(("structured.py", "contextlib.py")):
+            if not frame.f_code.co_filename.endswith(
+                ("pipeline.py", "prune_units.py", "transaction.py", "contextlib.py")
+            ):
                 return None
             if event == "line" and next(count) == line:
                 raise KeyboardInterrupt

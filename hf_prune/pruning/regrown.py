@@ -1,0 +1,49 @@
+"""Removed weights that are not zero any more, as after a training that knows nothing of masks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from hf_prune.utils.notices import warn_user
+
+
+@torch.no_grad()
+def count_regrown(masks: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> tuple[int, int]:
+    """Count the weights that masks remove.
+
+    Args:
+        masks: Bool masks by parameter name.
+        weights: Weights by parameter name. Offloaded ones, and those that are spread over processes, do not count.
+
+    Returns:
+        How many of them are not zero, and how many there are.
+    """
+    regrown = removed = 0
+    for name, weight in weights.items():
+        mask = masks.get(name)
+        if mask is None or mask.shape != weight.shape or weight.is_meta or isinstance(weight, DTensor):
+            continue
+        removed += mask.numel() - int(mask.count_nonzero())
+        regrown += int((weight.detach().ne(0) > mask.to(weight.device)).count_nonzero())
+    return regrown, removed
+
+
+def warn_of_regrown(masks: Mapping[str, Tensor], weights: Mapping[str, Tensor], consequence: str) -> None:
+    """Warn if weights that masks remove are not zero any more.
+
+    Args:
+        masks: Bool masks by parameter name.
+        weights: Weights by parameter name.
+        consequence: What that means for what is done to the model now.
+    """
+    regrown, removed = count_regrown(masks, weights)
+    if regrown:
+        warn_user(
+            f"{regrown:,} of the {removed:,} weights that the masks remove ({100 * regrown / removed:.2f} %) are not "
+            f"zero any more, since an optimizer or something else wrote to them: {consequence}. apply_masks() sets "
+            f"them to zero again; keep_sparse(optimizer) before a training keeps them zero"
+        )
