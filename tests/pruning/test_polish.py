@@ -299,7 +299,7 @@ def test_the_seed_shuffles_the_batches():
 
 
 def test_each_process_has_a_batch_of_its_own_in_each_step():
-    with mock.patch.object(polish_module, "processes", return_value=(0, 2)):
+    with mock.patch.object(polish_module, "rank_and_world_size", return_value=(0, 2)):
         order = polish_module._order([0, 1, 2, 4, 5], 1, 0)
     assert sorted(map(sorted, order)) == [[0, 1], [2, 5], [4]]
 
