@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from hf_prune.calibration.accumulators import accumulate_dtype
-from hf_prune.calibration.gradients import differentiable, example_gradients, mean_over_examples
 from hf_prune.calibration.batches import Batches
+from hf_prune.calibration.gradients import differentiable, example_gradients, mean_over_examples
 from hf_prune.criteria.base import FISHER_BLOCK, WeightStats, weight_seed
 from hf_prune.errors import CalibrationError
 from hf_prune.kernels.matrix import is_finite

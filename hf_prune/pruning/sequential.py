@@ -100,7 +100,9 @@ def _prune(run: CalibrationRun[PruningPlan], change: Transaction, reuse: bool) -
         if sensitivity is None:
             sensitivity = measure_sensitivity(reader, plan.config.seed, progress, cache_bytes)
             context.callback(sensitivity.close)
-        matcher = context.enter_context(OutputMatcher(model, targets_of(plan), run.data, sensitivity, cache_bytes, reuse))
+        matcher = context.enter_context(
+            OutputMatcher(model, targets_of(plan), run.data, sensitivity, cache_bytes, reuse)
+        )
         for segment in matcher.segments(steps):
             for step in segment:
                 prune_step(step, matcher.gather(reader, step), bar)
