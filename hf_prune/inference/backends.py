@@ -1,4 +1,4 @@
-"""Exported models, run by ONNX Runtime or OpenVINO."""
+"""Run exported models with ONNX Runtime or OpenVINO."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ SUFFIXES = (".onnx", ".xml")
 
 
 class ExportedModel:
-    """An exported model, run on the CPU: a function of tensors that returns an array.
+    """An exported model on the CPU, called with tensors by name; returns an array.
 
     Args:
         path: An ``.onnx`` or ``.xml`` file.
         threads: How many threads it uses; None leaves that to the runtime.
 
     Raises:
-        DataError: If there is no such file.
-        ExportError: If its runtime is not installed.
+        DataError: If the file does not exist.
+        ExportError: If the runtime is not installed.
     """
 
     def __init__(self, path: str | Path, threads: int | None = None) -> None:
@@ -42,8 +42,8 @@ class ExportedModel:
         if threads is not None:
             options.intra_op_num_threads = threads
         session = onnxruntime.InferenceSession(str(self.path), options, providers=["CPUExecutionProvider"])
-        taken = {value.name for value in session.get_inputs()}
-        return lambda given: session.run(None, {k: v for k, v in given.items() if k in taken})[0]
+        names = {value.name for value in session.get_inputs()}
+        return lambda inputs: session.run(None, {k: v for k, v in inputs.items() if k in names})[0]
 
     def _openvino(self, threads: int | None) -> Any:
         need("openvino")
@@ -52,12 +52,16 @@ class ExportedModel:
         settings: dict[str, Any] = {} if threads is None else {"INFERENCE_NUM_THREADS": threads}
         settings["INFERENCE_PRECISION_HINT"] = "f32"
         compiled = openvino.Core().compile_model(str(self.path), "CPU", settings)
-        taken = {name for value in compiled.inputs for name in value.names}
-        return lambda given: compiled({k: v for k, v in given.items() if k in taken})[0]
+        names = {name for value in compiled.inputs for name in value.names}
+        return lambda inputs: compiled({k: v for k, v in inputs.items() if k in names})[0]
 
 
 def need(*packages: str) -> None:
-    """Raises :class:`ExportError` if one of these packages is not installed."""
+    """Make sure that some packages are installed.
+
+    Raises:
+        ExportError: If one is not.
+    """
     import importlib.util
 
     missing = [name for name in packages if importlib.util.find_spec(name) is None]

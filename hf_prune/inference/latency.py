@@ -1,4 +1,4 @@
-"""How fast models are, beside one another: timed in turns, with what is noise called noise."""
+"""Compare the speed of models: timed in turns, with a test of whether a difference is more than noise."""
 
 from __future__ import annotations
 
@@ -35,26 +35,26 @@ def measure_latency(
 ) -> LatencyResult:
     """Time models in turns on the same inputs.
 
-    Each round runs every model once, in an order drawn anew, and what is compared are the times within a round: what
-    else the machine does hits all alike. A difference counts if the interval of the median ratio, that of the sign
-    test, excludes 1.
+    Each round runs every model once, in a new random order, and times are compared within a round: whatever else the
+    machine does affects all models alike. A difference counts if the interval of the median ratio, by the sign test,
+    excludes 1.
 
     Args:
         models: Models by name, all of one dtype on one device; the others are compared with the first. Exported models
             may be among the others.
-        inputs: Keyword arguments of a forward pass, in place of ``batch_sizes`` and ``lengths``. None makes them up
-            from the configs of transformers models: random tokens that all of them know, random pixels or sound.
-        batch_sizes: Examples at once.
-        lengths: Tokens of each; of models of images and sound the config decides.
-        rounds: How many timings of each.
-        warmup: How many before those.
-        threads: Of PyTorch while timing; None leaves them.
-        new_tokens: Causal language models: also time the greedy generation of so many.
+        inputs: Keyword arguments of a forward pass, in place of ``batch_sizes`` and ``lengths``. None makes inputs from
+            the configs of transformers models: random tokens that all of them know, random pixels or sound.
+        batch_sizes: Numbers of examples in a batch.
+        lengths: Tokens of each example; for images and sound the config decides.
+        rounds: How many timings of each model.
+        warmup: How many runs before the first timing.
+        threads: PyTorch threads while timing; None leaves the number as it is.
+        new_tokens: For causal language models: also time the greedy generation of so many tokens.
 
     Raises:
-        ConfigError: If there are no models, they differ in dtype, device or in what they take, or a number is too small
-            or too large for them.
-        PlanError: If it is not known what a model takes, or it does not run on that.
+        ConfigError: If there are no models, they differ in dtype, device or inputs, or a number is too small or too
+            large for them.
+        PlanError: If the inputs of a model are unknown, or it does not run on them.
 
     Example:
         >>> print(measure_latency({"dense": dense, "pruned": pruned}, batch_sizes=[1, 32]))  # doctest: +SKIP
@@ -81,8 +81,8 @@ def measure_latency(
                     name: _generation(model, workload.inputs, new_tokens) for name, model in native.items()
                 }
             for task, runs in tasks.items():
-                found = time_together(runs, rounds=rounds, warmup=warmup)
-                points += _points(found, workload.batch_size, workload.length, task, new_tokens)
+                timings = time_together(runs, rounds=rounds, warmup=warmup)
+                points += _points(timings, workload.batch_size, workload.length, task, new_tokens)
         first = next(iter(native.values()))
         return LatencyResult(
             points=tuple(points),
@@ -95,11 +95,11 @@ def measure_latency(
 
 
 def _points(
-    found: Mapping[str, Timings], batch_size: int, length: int, task: str, new_tokens: int
+    timings: Mapping[str, Timings], batch_size: int, length: int, task: str, new_tokens: int
 ) -> Iterator[LatencyPoint]:
-    first = next(iter(found))
+    first = next(iter(timings))
     tokens = batch_size * (length if task == "forward" else new_tokens)
-    for name, times in found.items():
+    for name, times in timings.items():
         median = statistics.median(times.wall)
         yield LatencyPoint(
             model=name,
@@ -112,7 +112,7 @@ def _points(
             p95=quantile(times.wall, 0.95),
             cpu=statistics.median(times.cpu),
             tokens_per_second=tokens / median if tokens else None,
-            against=None if name == first else speedup(found[first].wall, times.wall),
+            against=None if name == first else speedup(timings[first].wall, times.wall),
         )
 
 
@@ -145,7 +145,7 @@ def _check(
         raise ConfigError("there is no model to time: expected at least one")
     if not isinstance(next(iter(models.values())), nn.Module):
         raise ConfigError(
-            "the first model is an exported one, which does not say what it takes: name a checkpoint first"
+            "the first model is an exported one, which does not say what inputs it takes: name a checkpoint first"
         )
     for name, values in (("batch_sizes", batch_sizes), ("lengths", lengths), ("rounds", [rounds])):
         if not values or min(values) < 1:
@@ -158,12 +158,12 @@ def _check(
 
 
 def _check_exported(models: Mapping[str, nn.Module | ExportedModel], first: nn.Module) -> None:
-    """Exported models are in float32 on the CPU: nothing else is compared with them."""
+    """Refuse to compare exported models, which run in float32 on the CPU, with others."""
     exported = [name for name, model in models.items() if not isinstance(model, nn.Module)]
     if exported and (dtypes(first), device(first)) != ("float32", "cpu"):
         raise ConfigError(
             f"{', '.join(exported)} is exported, in float32 on the CPU, and the others are in {dtypes(first)} on "
-            f"{device(first)}, which is not compared: expected float32 on the CPU for all"
+            f"{device(first)}, which cannot be compared: expected float32 on the CPU for all"
         )
 
 

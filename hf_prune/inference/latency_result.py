@@ -1,4 +1,4 @@
-"""Latencies as they are reported."""
+"""The result of timing models, as a table and as JSON."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ class LatencyPoint:
 
     Args:
         model: Its name.
-        batch_size: Examples at once.
-        length: Tokens of each; 0 for images and sound, which have none.
-        task: ``"forward"``, or ``"generate"`` with the tokens that are made included.
-        median: Seconds by the clock.
+        batch_size: Number of examples.
+        length: Tokens of each example; 0 for images and sound.
+        task: ``"forward"``, or ``"generate"`` for prompt and generated tokens together.
+        median: Seconds of wall time.
         low: Lower quartile.
         high: Upper quartile.
         p95: 95th percentile.
-        cpu: Median of the seconds of this process, over all of its threads.
-        tokens_per_second: Of all examples together; tokens that are read, or of ``"generate"`` those that are made;
-            None where there are no tokens.
-        against: How many times as fast as the first model; None for that one.
+        cpu: Median CPU seconds of this process, over all of its threads.
+        tokens_per_second: Tokens of all examples together: those read, or for ``"generate"`` those generated; None for
+            images and sound.
+        against: How many times as fast as the first model; None for the first.
     """
 
     model: str
@@ -43,13 +43,13 @@ class LatencyPoint:
 
     @property
     def workload(self) -> str:
-        """What was run, such as ``"forward, 1 x 128 tokens"``."""
+        """The task and its size, such as ``"forward, 1 x 128 tokens"``."""
         size = f"{self.batch_size} x {self.length} tokens" if self.length else f"batch of {self.batch_size}"
         return f"{self.task}, {size}"
 
     @property
     def verdict(self) -> str:
-        """What the difference to the first model is worth."""
+        """The speed-up over the first model, or why there is none to report."""
         if self.against is None:
             return "-"
         if math.isinf(self.against.high):
@@ -57,7 +57,7 @@ class LatencyPoint:
         return _ratio(self.against) if self.against.is_real else "within the noise"
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON; an end that an interval of too few rounds does not have is None."""
+        """Plain values for JSON; the upper end of the interval is None after too few rounds."""
         if self.against is None:
             return dict(vars(self))
         high = None if math.isinf(self.against.high) else self.against.high
@@ -71,10 +71,10 @@ class LatencyResult:
     Args:
         points: One for each model and workload.
         rounds: How many rounds were timed.
-        threads: Of PyTorch.
-        dtype: Of the weights.
-        device: Of the models.
-        torch: Its version.
+        threads: Number of PyTorch threads.
+        dtype: The dtype of the weights.
+        device: The device of the models.
+        torch: The version of PyTorch.
     """
 
     points: tuple[LatencyPoint, ...]
@@ -89,16 +89,16 @@ class LatencyResult:
         return {"format_version": 1, **vars(self), "points": [p.to_dict() for p in self.points]}
 
     def doubts(self) -> list[str]:
-        """A sentence for each model that was not told apart from the first one, with the workloads and the numbers."""
-        found: dict[str, list[str]] = {}
+        """A sentence for each model whose speed may equal that of the first, with the workloads and the numbers."""
+        doubts: dict[str, list[str]] = {}
         for p in self.points:
             if p.against is not None and math.isinf(p.against.high):
-                found.setdefault(p.model, []).append(f"{p.workload} (too few rounds for an interval, which takes six)")
+                doubts.setdefault(p.model, []).append(f"{p.workload} (too few rounds for an interval, which takes six)")
             elif p.against is not None and not p.against.is_real:
-                found.setdefault(p.model, []).append(f"{p.workload} ({_ratio(p.against)}, within the noise)")
+                doubts.setdefault(p.model, []).append(f"{p.workload} ({_ratio(p.against)}, within the noise)")
         return [
             f"{model} and {self.points[0].model} are not told apart at {'; '.join(where)}."
-            for model, where in found.items()
+            for model, where in doubts.items()
         ]
 
     def __str__(self) -> str:

@@ -1,4 +1,4 @@
-"""How fast a model of other sizes would be: a table of measured times, and the speed-up that comes of it, measured."""
+"""How many times as fast a smaller model is, measured on the inputs of a workload."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _IMAGE = 224  # pixels in each direction, if the config does not say
 
 
 def workload_inputs(model: nn.Module, workload: Mapping[str, int] | None) -> dict[str, Tensor]:
-    """Inputs of a workload for a model, as its config describes them: random tokens, pixels or sound.
+    """Make the inputs of a workload for a model from its config: random tokens, pixels or sound.
 
     Args:
         model: A transformers model.
         workload: ``batch_size`` and ``length``.
 
     Raises:
-        PlanError: If it is not known what the model takes.
+        PlanError: If the inputs of the model are unknown, or the workload is longer than it allows.
     """
     assert workload is not None
     config: Any = getattr(model, "config", None)
@@ -51,8 +51,8 @@ def workload_inputs(model: nn.Module, workload: Mapping[str, int] | None) -> dic
         inputs = {"input_features": torch.randn(batch, config.num_mel_bins, frames, generator=generator)}
     else:
         raise PlanError(
-            f"{type(model).__name__} takes {name!r}, for which no workload can be made up: expected a model of text, "
-            f"images or sound; use target_params or sparsity to prune it, pass inputs= to measure_latency to time it"
+            f"{type(model).__name__} takes {name!r}, for which no workload can be made: expected a model of text, "
+            f"images or sound; use target_params or sparsity to prune it, or inputs= of measure_latency to time it"
         )
     if getattr(config, "is_encoder_decoder", False):
         start = torch.full((batch, min(length, 16)), config.decoder_start_token_id or 0)
@@ -64,19 +64,19 @@ def workload_inputs(model: nn.Module, workload: Mapping[str, int] | None) -> dic
 def measured_speedup(
     model: nn.Module, smaller: nn.Module, inputs: Mapping[str, Any], workload: Mapping[str, int] | None
 ) -> SpeedRecord:
-    """How many times as fast a smaller model is, both in turns.
+    """Measure how many times as fast a smaller model is, timing both in turns.
 
     Args:
         model: The model.
-        smaller: The other one.
+        smaller: The smaller model.
         inputs: Keyword arguments of a forward pass.
-        workload: What to say of these.
+        workload: Their batch size and length, for the record.
     """
     assert workload is not None
     with eval_mode(model), eval_mode(smaller):
         runs = {"dense": forward(model, inputs), "smaller": forward(smaller, inputs)}
-        found = time_together(runs, rounds=200, warmup=2, seconds=_CHECK_SECONDS)
-    ratio = speedup(found["dense"].wall, found["smaller"].wall)
+        timings = time_together(runs, rounds=200, warmup=2, seconds=_CHECK_SECONDS)
+    ratio = speedup(timings["dense"].wall, timings["smaller"].wall)
     parameter = next(model.parameters())
     return SpeedRecord(
         asked=ratio.value,
@@ -84,7 +84,7 @@ def measured_speedup(
         measured=ratio.value,
         low=ratio.low,
         high=ratio.high,
-        rounds=len(found["dense"].wall),
+        rounds=len(timings["dense"].wall),
         batch_size=workload["batch_size"],
         length=workload["length"],
         threads=torch.get_num_threads(),
@@ -94,7 +94,7 @@ def measured_speedup(
 
 
 def forward(model: nn.Module, inputs: Mapping[str, Any]) -> Callable[[], object]:
-    """A call that runs a model once, and waits until it has."""
+    """A function that runs a model once, and waits until it is done."""
     cuda = device_of(model).type == "cuda"
 
     def run() -> None:

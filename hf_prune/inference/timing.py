@@ -1,4 +1,4 @@
-"""Fair timing: in turns, so that what else the machine does hits all alike; and how sure a ratio is."""
+"""Fair timing in turns, so that whatever else the machine does affects all alike, and the interval of a ratio."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-SHORTEST = 1e-3  # seconds: what is shorter is repeated within one timing
+SHORTEST = 1e-3  # seconds: shorter runs are repeated within one timing
 
 
 @dataclass(frozen=True)
 class Timings:
-    """Seconds of one thing, a number for each round.
+    """Seconds of one run, a number for each round.
 
     Args:
-        wall: By the clock.
-        cpu: Of this process, over all of its threads.
+        wall: Wall time.
+        cpu: CPU time of this process, over all of its threads.
     """
 
     wall: tuple[float, ...]
@@ -26,12 +26,12 @@ class Timings:
 
 @dataclass(frozen=True)
 class Ratio:
-    """How many times as fast one thing is as another, and a 95 % interval.
+    """How many times as fast one run is as another, with a 95 % interval for any distribution of times.
 
     Args:
-        value: Median over the rounds of the ratio within each.
-        low: Lower end, which does not depend on how times are distributed.
-        high: Upper end.
+        value: Median over the rounds of the ratio within a round.
+        low: Lower end of the interval.
+        high: Upper end of the interval.
     """
 
     value: float
@@ -40,7 +40,7 @@ class Ratio:
 
     @property
     def is_real(self) -> bool:
-        """Whether the interval excludes that they are equally fast."""
+        """Whether the interval excludes that both are equally fast."""
         return not self.low <= 1 <= self.high
 
 
@@ -54,16 +54,16 @@ def time_together(
     clock: Callable[[], float] = time.perf_counter,
     cpu_clock: Callable[[], float] = time.process_time,
 ) -> dict[str, Timings]:
-    """Time each of some calls once a round, in an order that is drawn anew for every round.
+    """Time several functions once a round, in a new random order every round.
 
     Args:
-        runs: What to call, by name; each has to wait for what it starts on other devices.
+        runs: The functions by name; each waits for the work that it starts on other devices.
         rounds: How many rounds.
         warmup: How many rounds before the first one that counts.
-        seconds: After how many seconds no further round begins; there are five in any case.
-        seed: Of the order.
-        clock: Seconds by the clock.
-        cpu_clock: Seconds of this process.
+        seconds: No round begins after so many seconds; five rounds run in any case.
+        seed: Seed of the order.
+        clock: Returns wall time in seconds.
+        cpu_clock: Returns the CPU time of this process in seconds.
     """
     repeats = {}
     for name, run in runs.items():
@@ -72,7 +72,7 @@ def time_together(
             run()
             taken = clock() - start
         repeats[name] = max(1, math.ceil(SHORTEST / max(taken, 1e-9)))
-    found: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in runs}
+    seconds_of: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in runs}
     generator, begin = random.Random(seed), clock()
     for number in range(rounds):
         if number >= min(5, rounds) and clock() - begin > seconds:
@@ -85,9 +85,9 @@ def time_together(
             for _ in range(times):
                 run()
             wall, cpu = clock() - start, cpu_clock() - cpu
-            found[name][0].append(wall / times)
-            found[name][1].append(cpu / times)
-    return {name: Timings(tuple(wall), tuple(cpu)) for name, (wall, cpu) in found.items()}
+            seconds_of[name][0].append(wall / times)
+            seconds_of[name][1].append(cpu / times)
+    return {name: Timings(tuple(wall), tuple(cpu)) for name, (wall, cpu) in seconds_of.items()}
 
 
 def speedup(before: Sequence[float], after: Sequence[float]) -> Ratio:
@@ -112,13 +112,14 @@ def speedup(before: Sequence[float], after: Sequence[float]) -> Ratio:
 
 def _median_rank(n: int, error: float = 0.05) -> int | None:
     """The largest k such that the median lies between the order statistics k and n-1-k with 95 % probability."""
-    tail, found = 0.0, None
+    # The number of ratios below the median is binomial with p = 1/2, whatever their distribution.
+    tail, rank = 0.0, None
     for k in range(n // 2):
         tail += math.comb(n, k) / 2**n
         if 2 * tail > error:
             break
-        found = k
-    return found
+        rank = k
+    return rank
 
 
 def quantile(values: Sequence[float], share: float) -> float:

@@ -1,4 +1,4 @@
-"""What models are timed on: the same inputs for all, made up from their configs or given."""
+"""The inputs that models are timed on: the same for all, made from their configs or passed by the caller."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class Workload:
     """One batch that every model runs.
 
     Args:
-        batch_size: Examples at once.
-        length: Tokens of each; 0 for images and sound, which have none.
+        batch_size: Number of examples.
+        length: Tokens of each example; 0 for images and sound.
         inputs: Keyword arguments of a forward pass.
     """
 
@@ -34,42 +34,42 @@ def find_workloads(
     batch_sizes: Sequence[int],
     lengths: Sequence[int],
 ) -> list[Workload]:
-    """Batches for all of some models, and a check that comparing the models on them is fair.
+    """Make batches that all models can run, and check that comparing the models on them is fair.
 
     Args:
-        models: By name.
-        inputs: Keyword arguments of a forward pass; None makes them up: random tokens that all models know, random
-            pixels or sound.
-        batch_sizes: Of batches that are made up.
-        lengths: Of those, in tokens; of images and sound the config decides.
+        models: Models by name.
+        inputs: Keyword arguments of a forward pass; None makes them: random tokens that all models know, random pixels
+            or sound.
+        batch_sizes: Sizes of the batches that are made.
+        lengths: Their lengths in tokens; for images and sound the config decides.
 
     Raises:
-        ConfigError: If the models differ in dtype, device or in what they take, or ``inputs`` holds no tensor.
-        PlanError: If it is not known what a model takes.
+        ConfigError: If the models differ in dtype, device or inputs, or ``inputs`` holds no tensor.
+        PlanError: If the inputs of a model are unknown.
     """
     _check_alike({name: (dtypes(model), device(model)) for name, model in models.items()})
     if inputs is not None:
-        return [_given(inputs, next(iter(models.values())))]
-    found: dict[tuple[int, int], Workload] = {}
+        return [_from_inputs(inputs, next(iter(models.values())))]
+    workloads: dict[tuple[int, int], Workload] = {}
     for batch_size in batch_sizes:
         for length in lengths:
             made = {name: _make(name, model, batch_size, length) for name, model in models.items()}
-            _check_alike({name: tuple((k, *v.shape) for k, v in each.items()) for name, each in made.items()})
-            each = made[min(models, key=lambda name: _vocabulary(models[name]))]
-            tokens = length if "input_ids" in each else 0
-            found.setdefault((batch_size, tokens), Workload(batch_size, tokens, each))
-    return list(found.values())
+            _check_alike({name: tuple((k, *v.shape) for k, v in batch.items()) for name, batch in made.items()})
+            batch = made[min(models, key=lambda name: _vocabulary(models[name]))]  # tokens that every model knows
+            tokens = length if "input_ids" in batch else 0
+            workloads.setdefault((batch_size, tokens), Workload(batch_size, tokens, batch))
+    return list(workloads.values())
 
 
 def check_runs(models: Mapping[str, nn.Module], workload: Workload) -> None:
-    """Run each model once.
+    """Make sure that each model runs on a workload.
 
     Args:
-        models: By name, in eval mode.
-        workload: What on.
+        models: Models by name, in eval mode.
+        workload: The batch.
 
     Raises:
-        PlanError: If one does not run.
+        PlanError: If a model does not run.
     """
     for name, model in models.items():
         try:
@@ -79,20 +79,20 @@ def check_runs(models: Mapping[str, nn.Module], workload: Workload) -> None:
             reason = next(iter(str(error).splitlines()), "")
             raise PlanError(
                 f"{name} does not run on {shapes} ({type(error).__name__}: {reason}): make the workload smaller, or "
-                f"pass inputs= with what it takes to measure_latency"
+                f"pass inputs= that it takes to measure_latency"
             ) from error
 
 
 def check_generation(models: Mapping[str, Any], workloads: Sequence[Workload], new_tokens: int) -> None:
-    """Refuse generation that a model cannot do.
+    """Make sure that each model can generate the tokens that are to be timed.
 
     Args:
-        models: By name.
+        models: Models by name.
         workloads: The prompts.
-        new_tokens: How many tokens are made after each; 0 is always fine.
+        new_tokens: How many tokens to generate after each prompt; 0 is always fine.
 
     Raises:
-        ConfigError: If a model is no causal language model, or has too few positions.
+        ConfigError: If a model is not a causal language model, or has too few positions.
     """
     if not new_tokens:
         return
@@ -115,19 +115,19 @@ def dtypes(model: nn.Module) -> str:
 
 
 def device(model: nn.Module) -> str:
-    """Where a model's weights are, such as ``"cpu"``."""
+    """The devices of a model's weights, such as ``"cpu"``."""
     return "+".join(sorted({str(parameter.device) for parameter in model.parameters()}))
 
 
 def _check_alike(kinds: Mapping[str, object]) -> None:
     if len(set(kinds.values())) > 1:
         raise ConfigError(
-            f"models of different dtypes, devices or inputs are not compared: found {dict(kinds)}; load them alike, or "
-            f"time each alone"
+            f"models of different dtypes, devices or inputs cannot be compared: found {dict(kinds)}; load them alike, "
+            f"or time each alone"
         )
 
 
-def _given(inputs: Mapping[str, Any], model: nn.Module) -> Workload:
+def _from_inputs(inputs: Mapping[str, Any], model: nn.Module) -> Workload:
     tensors = {k: v for k, v in inputs.items() if isinstance(v, Tensor) and v.ndim}
     if not tensors:
         raise ConfigError(f"inputs= holds no tensor: found {dict(inputs)}, expected keyword arguments of the models")
@@ -142,9 +142,7 @@ def _given(inputs: Mapping[str, Any], model: nn.Module) -> Workload:
 
 def _make(name: str, model: nn.Module, batch_size: int, length: int) -> dict[str, Tensor]:
     if not hasattr(model, "config"):
-        raise PlanError(
-            f"{name} is a {type(model).__name__} without a config, which would say what it takes: pass inputs="
-        )
+        raise PlanError(f"{name} is a {type(model).__name__} without a config, so its inputs are unknown: pass inputs=")
     try:
         return workload_inputs(model, {"batch_size": batch_size, "length": length})
     except PlanError as error:

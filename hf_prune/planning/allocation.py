@@ -1,4 +1,4 @@
-"""How much each tensor gives: from the config's sparsity to a count of units per tensor."""
+"""How much each tensor loses: from the config's sparsity to a sparsity or a number of units per tensor."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def allocate(allocation: str | Mapping[str, float], sparsity: float, targets: Se
     """The sparsity of every target.
 
     Args:
-        allocation: ``"uniform"``, ``"erk"``, or sparsities by module name or suffix; the longest name counts.
-        sparsity: The overall sparsity; with a mapping, that of modules not named in it.
-        targets: What is pruned.
+        allocation: ``"uniform"``, ``"erk"``, or sparsities by module name or suffix; the longest match counts.
+        sparsity: The overall sparsity; with a mapping, that of the modules it does not name.
+        targets: The weights that are pruned.
 
     Returns:
         Sparsity by parameter name.
@@ -39,12 +39,12 @@ def allocate(allocation: str | Mapping[str, float], sparsity: float, targets: Se
 def erdos_renyi_kernel(sparsity: float, targets: Sequence[Target]) -> dict[str, float]:
     """Erdős–Rényi kernel sparsities: density in proportion to (sum of dimensions) / (product of dimensions).
 
-    Tensors whose density would exceed 1 stay dense, and the others carry their share
-    (Evci et al. 2020, arXiv:1911.11134). The weighted mean of the result is ``sparsity``.
+    Tensors whose density would exceed 1 stay dense, and the others make up for it (Evci et al. 2020, arXiv:1911.11134).
+    The mean of the result, weighted by size, is ``sparsity``.
 
     Args:
         sparsity: Overall sparsity, 0 to 1.
-        targets: What is pruned.
+        targets: The weights that are pruned.
 
     Returns:
         Sparsity by parameter name.
@@ -67,14 +67,14 @@ def _explicit(allocation: Mapping[str, float], sparsity: float, targets: Sequenc
     for target in targets:
         for suffix in suffixes(target.module):
             named.setdefault(suffix, []).append(target.name)
-    for module, value in sorted(allocation.items(), key=lambda item: len(item[0])):  # the more specific comes last
+    for module, value in sorted(allocation.items(), key=lambda item: len(item[0])):  # longer names win
         if not (matched := named.get(module)):
             raise PlanError(f"allocation: {unknown_name('target module', module, [t.module for t in targets])}")
         result.update(dict.fromkeys(matched, value))
     return result
 
 
-def least_total(
+def minimize_total_error(
     errors: Mapping[str, Sequence[tuple[float, float]]],
     units: Mapping[str, int],
     remove: int,
@@ -82,25 +82,26 @@ def least_total(
     cap: float = CAP,
     pools: Mapping[str, int] | None = None,
 ) -> dict[str, int]:
-    """How many units each tensor loses, so that the sum of their errors is smallest.
+    """Choose how many units each tensor loses, so that the sum of their errors is smallest.
 
-    Between known points an error is taken to grow exponentially, and made convex from below, so that removing where
-    the next units cost least, one per cent of a tensor at a time, is optimal.
+    Errors between known points are interpolated exponentially, and each curve is replaced by the largest convex
+    function below it. On convex curves the greedy choice is optimal: remove where the next units cost least, one per
+    cent of a tensor at a time.
 
     Args:
         errors: Known points (share removed, error) of each tensor, shares from 0 to 1 in rising order, the first 0.
         units: How many units each tensor has.
-        remove: How many go in all.
-        at_least: How many of each are gone already.
-        cap: The largest share that one tensor loses, unless all together have to lose more.
-        pools: In how many pools the units of each tensor are, each of which loses the same number; 1 unless given.
+        remove: How many units to remove in all.
+        at_least: How many units of each tensor were removed before.
+        cap: The largest share that one tensor loses, unless the mean is larger.
+        pools: The number of pools of each tensor, each of which loses the same number of units; 1 by default.
 
     Returns:
-        Units to remove by tensor; their sum is ``remove``, or less than one unit of each pool of one tensor away.
+        Units to remove by tensor. Their sum is ``remove``, or differs by less than one unit per pool of one tensor.
     """
     total = sum(units.values())
     cap = max(cap, remove / total)
-    grain = dict.fromkeys(units, 1) | dict(pools or {})
+    grain = dict.fromkeys(units, 1) | dict(pools or {})  # a tensor loses a multiple of this
     least = {name: grain[name] * -(-(at_least or {}).get(name, 0) // grain[name]) for name in units}
     most = {name: max(least[name], _floor(cap * size, grain[name])) for name, size in units.items()}
     steps: list[tuple[float, int, str, int]] = []
@@ -111,37 +112,39 @@ def least_total(
         cost = _convex(cuts / size, _interpolated(cuts / size, errors[name]))
         slopes = np.diff(cost) / np.diff(cuts) if len(cuts) > 1 else np.array([])
         steps += [(float(slope), number, name, int(n)) for slope, n in zip(slopes, np.diff(cuts), strict=True)]
-    found = dict(least)
-    left = remove - sum(found.values())
+    # Slopes of a convex curve rise, so that sorting by slope keeps the steps of each tensor in order.
+    removed = dict(least)
+    remaining = remove - sum(removed.values())
     for _, _, name, n in sorted(steps):
-        if left <= 0:
+        if remaining <= 0:
             break
-        n = min(n, _floor(left, grain[name]))
-        found[name] += n
-        left -= n
-    for name in found:  # rounding of the caps
-        extra = max(0, _floor(min(left, units[name] - found[name]), grain[name]))
-        found[name] += extra
-        left -= extra
-    return found
+        n = min(n, _floor(remaining, grain[name]))
+        removed[name] += n
+        remaining -= n
+    for name in removed:  # caps are rounded down to the grain, so a few units may remain
+        extra = max(0, _floor(min(remaining, units[name] - removed[name]), grain[name]))
+        removed[name] += extra
+        remaining -= extra
+    return removed
 
 
 def _floor(number: float, grain: int) -> int:
-    """The largest multiple that is no larger."""
+    """The largest multiple of ``grain`` that is not above ``number``."""
     return math.floor(number / grain) * grain
 
 
 def _interpolated(shares: np.ndarray, points: Sequence[tuple[float, float]]) -> np.ndarray:
+    """Errors at some shares, exponential between known points and quadratic before the first one."""
     x, y = np.array(points, dtype=np.float64).T
     y = np.maximum.accumulate(np.maximum(y, 0))
     tiny = max(float(y.max()) * 1e-12, 1e-300)
     log = np.exp(np.interp(shares, x[1:], np.log(np.maximum(y[1:], tiny))))
-    start = shares < x[1]  # few small weights cost next to nothing
+    start = shares < x[1]  # the first few weights cost next to nothing
     return np.where(start, y[1] * (shares / x[1]) ** 2, log)
 
 
 def _convex(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """The largest convex function below some points: their lower hull, at the same places."""
+    """The largest convex function below some points, at the same places: their lower hull."""
     hull: list[int] = []
     for i in range(len(x)):
         while len(hull) > 1:
@@ -156,13 +159,13 @@ def _convex(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 def outlier_sparsities(
     outliers: Mapping[str, float], sizes: Mapping[str, int], sparsity: float, reach: float = 0.08
 ) -> dict[str, float]:
-    """OWL: sparsities that fall with the share of outliers (Yin et al. 2024, arXiv:2310.05175).
+    """OWL: tensors with more outliers lose less (Yin et al. 2024, arXiv:2310.05175).
 
     Args:
-        outliers: Share of outliers of each tensor's block, by tensor.
+        outliers: Share of outliers in the block of each tensor, by tensor.
         sizes: Number of weights of each tensor.
         sparsity: The mean, weighted by size.
-        reach: Half the distance between the largest and the smallest one; less where 0 or 1 is too close.
+        reach: Half the distance between the largest and the smallest sparsity; smaller close to 0 or 1.
 
     Returns:
         Sparsities by tensor.

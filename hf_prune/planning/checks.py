@@ -1,4 +1,4 @@
-"""Whether values of settings make sense."""
+"""Checks of the values of settings."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ def unit_kinds(granularity: object) -> tuple[str, ...]:
 
 
 def check_budget(name: str, value: object) -> float:
-    """A target in parameters, operations or speed, if it is one.
+    """Check a target in parameters, operations or speed, and return it as a float.
 
     Raises:
-        ConfigError: If not.
+        ConfigError: If it is not a number in range.
     """
     if name == "target_speedup":
         if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 1 <= float(value) < math.inf:
@@ -52,15 +52,15 @@ def check_budget(name: str, value: object) -> float:
         return float(value)
     share = check_sparsity(name, value)
     if share == 0:
-        raise ConfigError(f"{name} is {value!r}: expected the share that is left, above 0")
+        raise ConfigError(f"{name} is {value!r}: expected the share that remains, above 0")
     return share
 
 
 def check_workload(workload: object) -> dict[str, int]:
-    """The inputs that a speed-up is for, with defaults filled in.
+    """Check the inputs that a speed-up is for, and fill in defaults.
 
     Raises:
-        ConfigError: If a key or a value makes no sense.
+        ConfigError: If a key or a value is invalid.
     """
     if workload is None:
         return dict(WORKLOAD_DEFAULTS)
@@ -84,10 +84,10 @@ def check_positive(name: str, value: object) -> None:
 
 
 def check_sparsity(name: str, value: object) -> float:
-    """A sparsity as a float.
+    """Check a sparsity, and return it as a float.
 
     Raises:
-        ConfigError: If it is no number from 0 to 1.
+        ConfigError: If it is not a number from 0 to 1.
     """
     if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= float(value) <= 1:
         percent = isinstance(value, numbers.Real) and math.isfinite(float(value)) and 2 <= float(value) <= 100
@@ -97,7 +97,7 @@ def check_sparsity(name: str, value: object) -> float:
 
 
 def resolve_sparsity(sparsity: object, granularity: Any) -> float:
-    """The sparsity to reach: the one given, or the one that a pattern such as 2:4 fixes.
+    """The sparsity to reach: the one that is set, or the one that a pattern such as 2:4 fixes.
 
     Raises:
         ConfigError: If the two contradict each other.
@@ -115,7 +115,7 @@ def resolve_sparsity(sparsity: object, granularity: Any) -> float:
 
 
 def check_allocation(allocation: object) -> str | dict[str, float]:
-    """An allocation by name, or sparsities by module.
+    """Check an allocation: a name, or sparsities by module.
 
     Raises:
         ConfigError: If it is neither.
@@ -136,10 +136,10 @@ def check_allocation(allocation: object) -> str | dict[str, float]:
 
 
 def check_polish(polish: object) -> dict[str, float] | None:
-    """The settings of a polish, with defaults filled in; None for no polish.
+    """Check the settings of a polish, and fill in defaults; None for no polish.
 
     Raises:
-        ConfigError: If a key or a value makes no sense.
+        ConfigError: If a key or a value is invalid.
     """
     if polish is None:
         return None
@@ -154,27 +154,29 @@ def check_polish(polish: object) -> dict[str, float] | None:
     for key in polish:
         if key not in POLISH_DEFAULTS:
             raise unknown_name("setting of polish", key, POLISH_DEFAULTS)
-    found = {**POLISH_DEFAULTS, **polish}
-    check_positive("polish['epochs']", found["epochs"])
-    rate = found["learning_rate"]
+    settings = {**POLISH_DEFAULTS, **polish}
+    check_positive("polish['epochs']", settings["epochs"])
+    rate = settings["learning_rate"]
     if isinstance(rate, bool) or not isinstance(rate, numbers.Real) or not 0 < float(rate) < 1:
         raise ConfigError(f"polish['learning_rate'] is {rate!r}: expected a number between 0 and 1, such as 1e-4")
-    return {"epochs": found["epochs"], "learning_rate": float(rate)}
+    return {"epochs": settings["epochs"], "learning_rate": float(rate)}
 
 
 def _check_pattern(name: str, pattern: str) -> None:
-    """Make sure that a regular expression is one, and cannot take forever: configs come from checkpoints of others.
+    """Make sure that a pattern is a regular expression and cannot take forever: configs come with models of strangers.
 
-    What repeats a group that repeats something, or that has alternatives, may try all ways to divide a name among them.
-    What is optional is a repetition too. What passes and is slow all the same has a time limit where it is matched.
+    Where a group with repetitions or alternatives is repeated, the matcher may try every way to divide a name among
+    them. An optional part counts as a repetition. Patterns that pass and are slow all the same meet the time limit when
+    they are matched.
     """
     if len(pattern) > _LONGEST_PATTERN:
         raise ConfigError(
             f"{name} is a regular expression of {len(pattern):,} characters: expected at most {_LONGEST_PATTERN:,}; "
             f"list the modules instead"
         )
-    plain = re.sub(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]", "x", pattern, flags=re.DOTALL)  # neither escapes nor sets
-    groups, repeats = [False], 0
+    # Without escapes and sets, every parenthesis and every operator left is one.
+    plain = re.sub(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]", "x", pattern, flags=re.DOTALL)
+    groups, repeats = [False], 0  # by depth, whether the open group has repetitions or alternatives
     for i, character in enumerate(plain):
         after = plain[i + 1 : i + 2]
         if character == "(":
@@ -188,7 +190,7 @@ def _check_pattern(name: str, pattern: str) -> None:
                 )
             groups[-1] = groups[-1] or inner
         elif character == "?" and plain[i - 1 : i] in ("(", "*", "+", "?", "}"):
-            continue  # it says of which kind a group or a repetition is
+            continue  # it is part of the operator before it, such as (?:…) or *?
         elif character in "*+?{|":
             groups[-1] = True
             repeats += character != "|"
@@ -197,7 +199,7 @@ def _check_pattern(name: str, pattern: str) -> None:
                 f"{name}={pattern[:60]!r} has more than {_DEEPEST_PATTERN - 1} groups inside one another or "
                 f"{_MOST_REPEATS} repetitions, which can take forever to match: list the modules instead"
             )
-    import regex  # which matches, since it has a time limit; re tells better what is wrong
+    import regex  # matches names, since it has a time limit; re has the better error messages
 
     try:
         re.compile(pattern)
@@ -207,7 +209,7 @@ def _check_pattern(name: str, pattern: str) -> None:
 
 
 def check_modules(name: str, modules: object) -> str | tuple[str, ...]:
-    """Names of modules, or a pattern that matches them.
+    """Check names of modules, or a pattern that matches them.
 
     Raises:
         ConfigError: If it is neither.

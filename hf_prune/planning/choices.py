@@ -1,4 +1,4 @@
-"""The values that settings take, and their defaults."""
+"""The values that settings accept, and their defaults."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""PruningConfig: everything that decides what is removed, validated when it is made."""
+"""PruningConfig: everything that decides what is removed, validated on construction."""
 
 from __future__ import annotations
 
@@ -45,58 +45,57 @@ class PruningConfig:
     """What to remove from a model, and how it is chosen.
 
     Args:
-        sparsity: Share of the target weights that is removed, 0 to 1. None means 0.5, or what an N:M
-            granularity fixes (0.5 for 2:4). Of heads, neurons and layers: of the parameters of all those that may go.
-        criterion: Name of the score, larger = keep; ``hf-prune list`` shows them all, and those of heads, neurons and
-            layers apart.
+        sparsity: Share of the target weights to remove, 0 to 1. None means 0.5, or what an N:M granularity fixes (0.5
+            for 2:4). For heads, neurons and layers: the share of the parameters of all units that may be removed.
+        criterion: Name of the score, larger = keep; ``hf-prune list`` shows all names, with a list of their own for
+            heads, neurons and layers.
         granularity: What is removed together: ``"unstructured"``, ``"N:M"`` (at most N non-zeros in
             every M consecutive inputs), ``"block:RxC"`` (R outputs by C inputs), ``"row"`` or ``"column"`` (whole
-            outputs or inputs) or ``"channel"`` (outputs of convolutions, with what the next norm and depthwise
-            convolution do to them); or one or several of ``"head"`` (of grouped queries: the whole group),
+            outputs or inputs) or ``"channel"`` (output channels of convolutions, also in the norm and the depthwise
+            convolution that follow); or one or several of ``"head"`` (with grouped queries, the whole group),
             ``"neuron"`` (of feed-forward networks) and ``"layer"``, such as ``("head", "neuron")``, which ``shrink()``
-            takes out.
+            removes from the model.
         scope: Who competes with whom: the weights of one output (``"row"``), of one tensor
             (``"layer"``) or of all targets (``"global"``). An N:M granularity brings its own pools. Heads and neurons
-            compete with all others (``"global"``), or every layer loses the same share (``"layer"``). None means
+            compete across the whole model (``"global"``), or every layer loses the same share (``"layer"``). None means
             ``"layer"``, and ``"global"`` for heads, neurons and layers under a ``target_…``.
         allocation: How a sparsity is shared out between tensors in scope row or layer: ``"uniform"``,
             ``"erk"`` (Erdős–Rényi kernel, Evci et al. 2020, arXiv:1911.11134: larger tensors lose a
             larger share), or ``{module: sparsity}`` for chosen modules, named by suffix, of which the
             longest counts; modules not named get ``sparsity``. Two learn from calibration data, without labels:
-            ``"fisher"`` minimises the change of the model's predictions that its gradients foretell, and ``"owl"``
-            (Yin et al. 2024, arXiv:2310.05175) spares blocks with outliers among their weights times inputs.
+            ``"fisher"`` minimises the change of the model's predictions that its gradients predict, and ``"owl"``
+            (Yin et al. 2024, arXiv:2310.05175) removes less from blocks with many outliers among weights times inputs.
         target_modules: ``"all-linear"`` (every Linear and Conv1D but the output embedding), a list of
             module-name suffixes, or a regular expression for whole module names. Convolutions are
             pruned when named.
-        exclude_modules: Modules left alone, named in the same way.
-        seed: Seed of what is random.
-        calibration_order: Where a criterion or a repair learns from what flows into a weight: ``"sequential"``
-            prunes layer by layer, so that each layer sees what the pruned layers before it put out;
-            ``"one_pass"`` looks at the dense model once, which is faster and less accurate. Gradients are
-            always taken on the dense model.
+        exclude_modules: Modules that are not pruned, named in the same way.
+        seed: Seed of everything that is random.
+        calibration_order: For a criterion or a repair that learns from the inputs of a weight: ``"sequential"`` prunes
+            layer by layer, so that each layer sees the outputs of the pruned layers before it; ``"one_pass"`` runs the
+            dense model once, which is faster and less accurate. Gradients are always those of the dense model.
         repair: ``"least_squares"`` gives the weights that stay new values after any criterion, so that each layer's
             outputs on the calibration inputs change least; None leaves them as they are.
         objective: What a criterion or a repair that learns from inputs minimises. ``"layer"``: the change of each
-            layer's outputs on the inputs that it gets, as the papers do. ``"loss"``: the distance to the outputs of
-            the model before this pruning, where tokens and outputs count as much as the model's predictions depend on
-            them. Needs no labels; more accurate, and slower by about half. None means ``"layer"``, and ``"loss"`` for a
-            repair after heads or neurons have gone, unless whole layers may go as well.
-        steps: In how many steps a criterion that learns from gradients prunes: each removes the same share of what is
-            left, and the gradients are taken anew on the partly pruned model. Slower in proportion.
-        polish: ``"distill"`` trains what is left of the targets, their biases and the norms beside them, for a short
-            while and with fixed masks, to put out what the model did before this pruning, on unlabelled batches;
-            ``{"epochs": 2, "learning_rate": 2e-4}`` are its settings, either of which may be left out. None, the
+            layer's outputs on the inputs that it gets, as in the papers. ``"loss"``: the distance to the outputs of the
+            model before this pruning, with tokens and outputs weighted by how much the model's predictions depend on
+            them. Needs no labels; more accurate, and slower by about half. None means ``"layer"``, but ``"loss"`` for
+            the repair after heads or neurons were removed, unless whole layers may be removed as well.
+        steps: The number of steps in which a criterion that learns from gradients prunes: each step removes the same
+            share of the remaining weights, and computes new gradients on the partly pruned model. Slower in proportion.
+        polish: ``"distill"`` briefly trains the remaining weights of the targets, their biases and the norms beside
+            them, with fixed masks, to reproduce the outputs of the model before this pruning on unlabelled batches;
+            ``{"epochs": 2, "learning_rate": 2e-4}`` are its settings, either of which may be omitted. None, the
             default, trains nothing.
         target_params: In place of ``sparsity``, for heads, neurons and layers: the share of the model's parameters that
-            is left.
+            remains.
         target_flops: The same for the operations of one forward pass on the ``workload``.
-        target_speedup: How many times as fast the model shall be on the ``workload``, on this machine: times of a
-            handful of sizes are measured, and what is left is the best that is as fast.
-        workload: ``{"batch_size": 1, "length": 128}``, what ``target_flops`` and ``target_speedup`` mean; either may be
-            left out. ``"length"`` is in tokens. Device, dtype and the number of threads are those of the moment.
-        round_to: Numbers of heads and neurons that are left are multiples of this, for kernels that like it.
+        target_speedup: How many times as fast the model is to be on the ``workload``, on this machine: the times of a
+            handful of sizes are measured, and the best units that are as fast remain.
+        workload: ``{"batch_size": 1, "length": 128}``, the inputs that ``target_flops`` and ``target_speedup`` are for;
+            either may be omitted. ``"length"`` is in tokens. Device, dtype and number of threads are the current ones.
+        round_to: The remaining numbers of heads and neurons are multiples of this, which some kernels need to be fast.
         schedule: For a :class:`PruningTrainer`: at which steps it prunes, and how much; a :class:`Schedule`, its name,
-            or a mapping of its settings. None prunes at once.
+            or a mapping of its settings. None prunes everything at once.
 
     Raises:
         ConfigError: If a value is unknown, out of range, or contradicts another one.
@@ -135,7 +134,7 @@ class PruningConfig:
             self._set("schedule", Schedule.parse(self.schedule))
         if "vocab" in ([self.granularity] if isinstance(self.granularity, str) else self.granularity):
             raise ConfigError(
-                "granularity 'vocab': which tokens go follows from texts and not from a sparsity; call "
+                "granularity 'vocab': tokens are removed by the texts that use them, not by a sparsity; call "
                 "hf_prune.trim_vocabulary (hf-prune trim-vocab), before or after pruning"
             )
         if kinds := unit_kinds(self.granularity):
@@ -171,8 +170,8 @@ class PruningConfig:
         if self.objective == "loss":
             self._check_loss_objective()
         self._check_steps()
-        shared_out = self.scope == "global" or granularity.fixed_sparsity is not None
-        if shared_out and self.allocation != "uniform":
+        allocates = self.scope == "global" or granularity.fixed_sparsity is not None
+        if allocates and self.allocation != "uniform":
             why = "scope='global'" if self.scope == "global" else f"granularity={granularity.spec!r}"
             raise ConfigError(
                 f"allocation={self.allocation!r} contradicts {why}, which decides by itself how much each "
@@ -203,8 +202,8 @@ class PruningConfig:
         """The settings of heads, neurons and layers."""
         budgets = [name for name in BUDGETS if getattr(self, name) is not None]
         if len(budgets) + (self.sparsity is not None) > 1:
-            given = ", ".join([*(["sparsity"] if self.sparsity is not None else []), *budgets])
-            raise ConfigError(f"{given} are all given, and each says how much goes: expected one of them")
+            names = ", ".join([*(["sparsity"] if self.sparsity is not None else []), *budgets])
+            raise ConfigError(f"{names} are all set, and each decides how much to remove: expected one of them")
         if not budgets:
             self._set(
                 "sparsity", check_sparsity("sparsity", DEFAULT_SPARSITY if self.sparsity is None else self.sparsity)
@@ -233,8 +232,8 @@ class PruningConfig:
         self._check_calibration()
         if self.target_modules != "all-linear":
             raise ConfigError(
-                f"target_modules={self.target_modules!r} contradicts granularity {self.granularity}, which is found by "
-                f"the table of architectures: leave target_modules out, or name layers to spare in exclude_modules"
+                f"target_modules={self.target_modules!r} contradicts granularity {self.granularity}, whose units are "
+                f"found by the architecture: leave target_modules out, or name layers to keep in exclude_modules"
             )
         for name, plain in (("allocation", "uniform"), ("steps", 1)):
             if getattr(self, name) != plain:
@@ -246,7 +245,7 @@ class PruningConfig:
         if self.objective == "loss" and (kinds := self._kinds_without("objectives", "loss")):
             raise ConfigError(
                 f"objective='loss' contradicts granularity {kinds[0]!r}: it compares layers with those of the dense "
-                f"model, which are not there any more; leave objective at 'layer'"
+                f"model, some of which no longer exist; leave objective at 'layer'"
             )
 
     def _kinds_without(self, attribute: str, value: str | None) -> list[str]:
@@ -276,8 +275,8 @@ class PruningConfig:
             by_scope = self.scope == "global" and not self.removes_units
             why = "scope='global'" if by_scope else f"calibration_order={self.calibration_order!r}"
             raise ConfigError(
-                f"objective='loss' contradicts {why}: it compares layers that are pruned one after the other with "
-                f"those of the dense model; leave objective at 'layer'"
+                f"objective='loss' contradicts {why}: it compares layers with the dense model as they are pruned, one "
+                f"after the other; leave objective at 'layer'"
             )
 
     def _check_steps(self) -> None:
@@ -290,7 +289,7 @@ class PruningConfig:
             )
         if self.steps > 1 and self.repair is not None:
             raise ConfigError(
-                f"steps={self.steps} contradicts repair={self.repair!r}, which aims at the outputs of dense layers: "
+                f"steps={self.steps} contradicts repair={self.repair!r}, which reproduces the outputs of dense layers: "
                 f"leave one of them out"
             )
 
@@ -306,27 +305,27 @@ class PruningConfig:
 
     @property
     def needs_data(self) -> bool:
-        """Whether anything in it learns from calibration data."""
+        """Whether anything depends on calibration data."""
         return bool(self.needs) or self.learns_allocation or self.learns_units or self.polish is not None
 
     @property
     def removes_units(self) -> bool:
-        """Whether heads, neurons or layers are removed, which ``shrink()`` takes out."""
+        """Whether whole units, such as heads, neurons or layers, are removed, so that ``shrink()`` applies."""
         return isinstance(self.granularity, tuple)
 
     @property
     def learns_units(self) -> bool:
-        """Whether calibration data tells which heads, neurons and layers go."""
+        """Whether the choice of units depends on calibration data."""
         return self.removes_units and self.criterion not in ("magnitude", "random", *MOVEMENT)
 
     @property
     def learns_in_training(self) -> bool:
-        """Whether its criterion watches a training, so that only a :class:`PruningTrainer` can prune by it."""
+        """Whether the criterion learns during a training, so that only a :class:`PruningTrainer` can use it."""
         return self.criterion in MOVEMENT or bool(self.needs & {"training_score"})
 
     @property
     def learns_allocation(self) -> bool:
-        """Whether how much each tensor loses is learned from calibration data."""
+        """Whether the allocation depends on calibration data."""
         return isinstance(self.allocation, str) and self.allocation in CALIBRATED_ALLOCATIONS
 
     def __hash__(self) -> int:
@@ -335,7 +334,7 @@ class PruningConfig:
     def replace(self, **changes: Any) -> PruningConfig:
         """A copy with some settings changed, validated like a new one.
 
-        A new granularity that fixes the sparsity, or takes the place of one that did, brings its own.
+        If the new granularity or the old one fixes the sparsity, the sparsity is chosen again.
         """
         units = isinstance(self.granularity, tuple) or bool(unit_kinds(changes.get("granularity")))
         if units and "granularity" in changes:
@@ -362,10 +361,10 @@ class PruningConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> PruningConfig:
-        """The config that :meth:`to_dict` described.
+        """The config that :meth:`to_dict` returned as a dict.
 
         Raises:
-            ConfigError: If a key is unknown, the version is newer than this library, or a value is bad.
+            ConfigError: If a key is unknown, the version is newer than this library, or a value is invalid.
         """
         values = dict(values)
         version = values.pop("format_version", FORMAT_VERSION)
@@ -393,7 +392,7 @@ class PruningConfig:
         try:
             values = json.loads(text)
         except (RecursionError, ValueError) as error:
-            raise ConfigError(f"not JSON: {error}") from error
+            raise ConfigError(f"not valid JSON: {error}") from error
         if not isinstance(values, dict):
             raise ConfigError(f"found a JSON {type(values).__name__}: expected an object of settings")
         return cls.from_dict(values)

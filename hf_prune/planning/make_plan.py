@@ -1,4 +1,4 @@
-"""Count what a config would remove from a model, before anything is done."""
+"""Count what a config removes from a model, before anything is changed."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from hf_prune.planning.targets import divisible, resolve_targets
 from hf_prune.utils.notices import CoverageWarning, warn_user
 from hf_prune.utils.wrapping import copied_modules
 
-_MUCH = 0.1  # share of the matrices that a config means and that stay dense: so much is worth a warning
-_ROUNDING = 0.005  # the same sparsity in another scope may round to this much less of the weights
+_MUCH = 0.1  # warn from this share on of weights that a config names and that stay dense
+_ROUNDING = 0.005  # the same sparsity in another scope may round to a count that is smaller by this share
 
 
 def make_plan(
@@ -40,27 +40,29 @@ def make_plan(
         model: Any torch module.
         config: The settings.
         learned: The sparsity of every target, for an allocation that is learned from data.
-        loaded: Whether its weights are there. False for a model on the meta device; nobody has then seen whether
-            they are finite.
-        masks: Those of earlier prunings that count, by parameter name.
-        only: Whole names of modules, of those that the config means; None for all of them.
+        loaded: Whether the weights are loaded. False for a model on the meta device, whose weights cannot be checked
+            for NaN and infinity.
+        masks: The masks of earlier prunings, by parameter name.
+        only: Whole names of modules to choose from; None for all that the config names.
 
     Raises:
-        PlanError: If no target matches, a weight cannot be divided into units, a weight has NaN or
-            infinite values, or the model is already sparser than the config asks for.
+        PlanError: If no target matches, no weight can be divided into units, a weight has NaN or infinite values, or
+            the model is already sparser than the config asks for.
         MaskError: If the masks of an earlier pruning no longer fit the model.
     """
     targets = resolve_targets(model, config, loaded=loaded, only=only)
     granularity = parse_granularity(config.granularity)
     if granularity.spec == "channel":
-        following = coupled_parameters(find_channel_groups(model))  # they lose what the convolution before them loses
-        targets = [t for t in targets if t.name not in following] or targets
-    every = len(targets)
+        coupled = coupled_parameters(
+            find_channel_groups(model)
+        )  # they lose the channels of the convolution before them
+        targets = [t for t in targets if t.name not in coupled] or targets
+    total = len(targets)
     targets, left_out = divisible(targets, config)
     if not targets:
         misfits = [f"{name} {why}" for name, why in left_out.items()]
         raise PlanError(
-            f"granularity {granularity.spec!r} does not divide {len(misfits)} of {every} targets: "
+            f"granularity {granularity.spec!r} does not divide {len(misfits)} of {total} targets: "
             f"{_some(misfits)}. Choose another granularity, or list those modules in exclude_modules"
         )
     parameters = dict(model.named_parameters())
@@ -84,7 +86,7 @@ def make_plan(
 
 
 def warn_of(notes: Sequence[str]) -> None:
-    """Say, in one warning, what a plan leaves dense."""
+    """Warn once, with all notes of a plan."""
     if notes:
         warn_user(" ".join(notes), CoverageWarning)
 
@@ -96,16 +98,16 @@ def coverage_notes(
     left_out: Mapping[str, str],
     masked: Collection[str] = (),
 ) -> tuple[str, ...]:
-    """Sentences about what a config means and leaves dense all the same.
+    """Sentences about matrices that a config names and that stay dense all the same.
 
-    Position embeddings, class tokens and the convolution that cuts an image in patches are matrices too: of common
-    models without fused experts they are up to 6 %, and not worth a sentence.
+    Position embeddings, class tokens and the convolution that cuts an image into patches are matrices too. In common
+    models without fused experts they are up to 6 % of the weights, too few for a sentence.
 
     Args:
         model: Any torch module.
         config: The settings.
-        targets: What is pruned.
-        left_out: Why the granularity does not divide others, by module name.
+        targets: The weights that are pruned.
+        left_out: Why the granularity does not divide other weights, by module name.
         masked: Parameters that have masks already.
     """
     notes = []
@@ -129,9 +131,11 @@ def coverage_notes(
     whole = sum(t.size for t in targets) + dense
     if dense and dense >= _MUCH * whole:
         explained = {*left_out, *computed, *copied}
-        others = {name: size for name, size in missed.items() if owner_of(name) not in explained}
+        unexplained = {name: size for name, size in missed.items() if owner_of(name) not in explained}
         covers = "pruning covers Linear and Conv1D, convolutions that target_modules names, and no fused experts"
-        reason = f": {covers}" if len(others) == len(missed) else f". Of {_largest(others)}: {covers}" if others else ""
+        reason = (
+            f": {covers}" if unexplained == missed else f". Of {_largest(unexplained)}: {covers}" if unexplained else ""
+        )
         notes.append(
             f"{percent(dense, whole)} of the {whole:,} weights in matrices of {type(model).__name__} stay dense, the "
             f"largest {_largest(missed)}{reason}."
@@ -140,7 +144,7 @@ def coverage_notes(
 
 
 def _largest(sizes: Mapping[str, int]) -> str:
-    """The first three of names with their sizes, which begin with the largest."""
+    """The first three names with their sizes, which are sorted by size already."""
     return ", ".join(f"{name} ({size:,})" for name, size in list(sizes.items())[:3])
 
 
@@ -156,7 +160,7 @@ def refuse_infinite(weights: Mapping[str, Tensor]) -> None:
 
 
 def _refuse_inputs(model: nn.Module, targets: list[Target], config: PruningConfig) -> None:
-    """What flows into a weight is one matrix of inputs, which a grouped convolution does not have."""
+    """Refuse grouped convolutions where inputs are needed: their outputs do not share one matrix of inputs."""
     if config.repair is None and not CRITERIA.get(config.criterion).needs & INPUTS:
         return
     modules = dict(model.named_modules())
@@ -170,7 +174,7 @@ def _refuse_inputs(model: nn.Module, targets: list[Target], config: PruningConfi
 
 
 def _refuse_wide_units(targets: list[Target], granularity: Granularity, config: PruningConfig) -> None:
-    """Neighbours that are removed together share a block of the Fisher matrix, whose size is squared."""
+    """Refuse units too wide for a block of the Fisher matrix, whose size is that of the unit squared."""
     width = granularity.pool or max(granularity.block_in(t.matrix_shape)[1] for t in targets)
     if config.needs & CURVATURE and width > WIDEST_FISHER_BLOCK:
         raise PlanError(
@@ -187,7 +191,7 @@ def _count(
     masks: Mapping[str, Tensor],
     learned: Mapping[str, float] | None,
 ) -> tuple[tuple[PlannedTensor, ...], int]:
-    """Exact counts: k = round(sparsity * n) in every pool."""
+    """Count the units of each target, and those to remove: exactly round(sparsity * n) in every pool of n."""
     assert config.sparsity is not None
     unknown = config.scope == "global" or (config.learns_allocation and learned is None)
     sparsities = learned or allocate(config.allocation, config.sparsity, targets)
@@ -206,7 +210,7 @@ def _count(
 
 
 def _refuse_regrowth(tensors: tuple[PlannedTensor, ...], remove: int, config: PruningConfig) -> None:
-    """Pruning only ever adds zeros: a config that asks for fewer than there are contradicts the masks."""
+    """Refuse a config that asks for fewer zeros than there are: pruning only ever adds zeros."""
     already = sum(t.already for t in tensors)
     if any(t.remove is None for t in tensors):
         planned = least_weights(tensors, remove)

@@ -1,4 +1,4 @@
-"""PruningPlan: a config resolved on one model, checked and printable before anything is touched."""
+"""PruningPlan: a config resolved on one model, checked and printed before anything is changed."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from hf_prune.utils.formatting import format_count, format_table
 
 @dataclass(frozen=True)
 class PlannedTensor:
-    """What a plan means for one weight.
+    """What a plan removes from one weight matrix.
 
     Args:
-        target: The weight.
+        target: The weight matrix.
         sparsity: Share of its units that will be removed; None in global scope, where the scores decide, and for an
-            allocation that has yet to be learned from data.
+            allocation that is still to be learned from data.
         units: How many units it has.
-        pool: How many of them compete with one another; in global scope they also compete with other tensors'.
-        remove: How many units will be removed in all, earlier ones included; None where the sparsity is.
-        already: How many of its weights an earlier pruning removed.
+        pool: How many of them compete with one another; in global scope they also compete with units of other tensors.
+        remove: How many units will be removed in all, including those removed earlier; None if ``sparsity`` is None.
+        already: How many of its weights were removed earlier.
     """
 
     target: Target
@@ -39,18 +39,18 @@ class PlannedTensor:
 
 @dataclass(frozen=True)
 class PruningPlan:
-    """Everything that a config means on one model. ``print(plan)`` shows it as a table.
+    """What a config removes from one model. ``print(plan)`` shows it as a table.
 
     Args:
         config: The settings.
         tensors: The weights that will be pruned, in the order of the model's modules.
-        remove: How many units go in all, over all targets.
+        remove: How many units will be removed from all targets together.
         model_name: The model's class.
         total_parameters: Parameters of the whole model, tied ones once.
         total_bytes: Their size in memory.
         element_size: Bytes of one target weight (of the first target).
-        uncovered: Sizes of matrices that no config can target (see ``targets.uncovered_matrices``), by name.
-        notes: Sentences about what the settings mean and leave dense all the same.
+        uncovered: Sizes of matrices that no config can target, by name (see ``coverage.uncovered_matrices``).
+        notes: Sentences about matrices that the settings name and that stay dense all the same.
     """
 
     config: PruningConfig
@@ -85,9 +85,9 @@ class PruningPlan:
 
     @property
     def removed_parameters(self) -> int:
-        """How many weights will be removed in all, those of earlier prunings included.
+        """How many weights will be removed in all, including those removed earlier.
 
-        A lower bound if there are such: what they removed and what this plan removes need not coincide.
+        A lower bound if weights were removed earlier, since they need not be among those that this plan removes.
         """
         if any(t.remove is None for t in self.tensors):
             return max(least_weights(self.tensors, self.remove), sum(t.already for t in self.tensors))
@@ -95,9 +95,10 @@ class PruningPlan:
 
     @property
     def is_exact(self) -> bool:
-        """Whether :attr:`removed_parameters` is the exact number: nothing was pruned before, and units are alike."""
-        alike = len({t.target.size // t.units for t in self.tensors}) == 1
-        return not any(t.already for t in self.tensors) and (alike or all(t.remove is not None for t in self.tensors))
+        """Whether :attr:`removed_parameters` is the exact number, and not a lower bound."""
+        same_size = len({t.target.size // t.units for t in self.tensors}) == 1
+        counted = same_size or all(t.remove is not None for t in self.tensors)
+        return counted and not any(t.already for t in self.tensors)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -175,23 +176,23 @@ def targets_of(plan: PruningPlan) -> tuple[Target, ...]:
 
 
 def least_weights(tensors: Sequence[PlannedTensor], units: int) -> int:
-    """The fewest weights that so many units of some tensors have."""
-    found = 0
-    for size, own in sorted((t.target.size // t.units, t.units) for t in tensors):
-        found += size * min(own, units)
-        units -= min(own, units)
-    return found
+    """The smallest number of weights in any ``units`` units of some tensors."""
+    weights = 0
+    for size, available in sorted((t.target.size // t.units, t.units) for t in tensors):
+        weights += size * min(available, units)
+        units -= min(available, units)
+    return weights
 
 
 def percent(part: int, whole: int) -> str:
-    """A share, as text."""
+    """A share in per cent, as text."""
     return f"{100 * part / whole:.2f} %"
 
 
 def sparsity_notes(config: PruningConfig) -> list[str]:
-    """What a sparsity of 0 or 1 means, if it is one."""
+    """A sentence about a sparsity of 0 or 1."""
     if config.sparsity == 0:
         return ["A sparsity of 0 removes nothing."]
     if config.sparsity == 1:
-        return ["A sparsity of 1 removes everything that may go: what is left of the targets is their biases."]
+        return ["A sparsity of 1 removes everything that may go: only the biases of the targets remain."]
     return []

@@ -1,4 +1,4 @@
-"""Schedules: how much is pruned at which step of a training, as pure functions of progress.
+"""Schedules: how much to prune at which step of a training, as pure functions of progress.
 
 A new schedule is one function with one decorator.
 """
@@ -16,7 +16,7 @@ from hf_prune.utils.registry import unknown_name
 
 #: (progress from 0 to 1, sparsity at the beginning, sparsity at the end) -> sparsity
 Curve = Callable[[float, float, float], float]
-#: progress from 0 to 1 -> the share of the weights that stay that is exchanged for others
+#: progress from 0 to 1 -> the share of the remaining weights that is exchanged for removed ones
 Exchange = Callable[[float], float]
 
 _CURVES: dict[str, tuple[Curve, Exchange | None]] = {}
@@ -26,9 +26,9 @@ def register_schedule(name: str, exchange: Exchange | None = None) -> Callable[[
     """Function decorator that adds a schedule.
 
     Args:
-        name: What ``Schedule(name)`` calls it.
-        exchange: Also exchange weights at each update: the smallest of those that stay go, and as many of those that
-            are gone come back where the gradient is largest.
+        name: The name for ``Schedule(name)``.
+        exchange: Also exchange weights at each update: the smallest remaining weights are removed, and as many removed
+            weights come back, those with the largest gradients.
 
     Raises:
         ValueError: If the name is taken.
@@ -73,7 +73,7 @@ def cubic(progress: float, initial: float, final: float) -> float:
 
 @register_schedule("iterative")
 def iterative(progress: float, initial: float, final: float) -> float:
-    """The same share of what is left at each update, as in rounds of pruning and training (Han et al. 2015)."""
+    """The same share of the remaining weights at each update, as in rounds of pruning (Han et al. 2015)."""
     if final >= 1:
         return final if progress >= 1 else initial
     return 1 - (1 - initial) ** (1 - progress) * (1 - final) ** progress
@@ -81,7 +81,7 @@ def iterative(progress: float, initial: float, final: float) -> float:
 
 @register_schedule("rigl", exchange=lambda progress: 0.15 * (1 + math.cos(math.pi * progress)))
 def rigl(progress: float, initial: float, final: float) -> float:
-    """All at once, and then weights are exchanged, fewer and fewer (Evci et al. 2020, arXiv:1911.11134)."""
+    """Everything at once, then exchange fewer and fewer weights (Evci et al. 2020, arXiv:1911.11134)."""
     return final
 
 
@@ -94,9 +94,9 @@ class Schedule:
     Args:
         name: The curve: ``"one_shot"``, ``"linear"``, ``"cubic"``, ``"iterative"`` or ``"rigl"``.
         begin: The first update, after so many steps.
-        end: The last one; None: 0.7 of the training, or ``begin`` for ``"one_shot"``.
+        end: The last update; None means 0.7 of the training, or ``begin`` for ``"one_shot"``.
         every: Steps from one update to the next.
-        initial: What the first update aims at; before it nothing is pruned.
+        initial: Sparsity at the first update; before it nothing is pruned.
 
     Raises:
         ConfigError: If a value is unknown or out of range.
@@ -153,14 +153,14 @@ class Schedule:
 
     @property
     def exchanges(self) -> bool:
-        """Whether weights that are gone can come back at an update."""
+        """Whether removed weights can come back at an update."""
         return _CURVES[self.name][1] is not None
 
     def span(self, steps: int) -> tuple[int, int, int]:
-        """First update, last update and steps between two, in steps.
+        """First update, last update, and the distance between updates, in steps.
 
         Args:
-            steps: Of the whole training.
+            steps: Steps of the whole training.
 
         Raises:
             ConfigError: If the training ends before the schedule does.
@@ -171,12 +171,12 @@ class Schedule:
         if not begin <= end <= steps:
             raise ConfigError(
                 f"the schedule prunes from step {begin} to step {end}, and the training has {steps} steps: expected "
-                f"an end within it and after the beginning; shorten the schedule or train longer"
+                f"an end within the training and not before the begin; shorten the schedule or train longer"
             )
         return begin, end, every
 
     def progress(self, step: int, steps: int) -> float:
-        """How far the schedule is after a step: 0 at its beginning, 1 at its end."""
+        """How far the schedule is after a step: 0 at its begin, 1 at its end."""
         begin, end, _ = self.span(steps)
         return min(1.0, max(0.0, (step - begin) / (end - begin))) if end > begin else float(step >= begin)
 
@@ -186,11 +186,11 @@ class Schedule:
         return begin <= step <= end and ((step - begin) % every == 0 or step == end)
 
     def sparsity(self, step: int, steps: int, final: float) -> float:
-        """What an update after a step aims at.
+        """The sparsity that an update after a step aims at.
 
         Args:
             step: Steps done.
-            steps: Of the whole training.
+            steps: Steps of the whole training.
             final: Sparsity at the end.
         """
         if step < self.span(steps)[0]:
@@ -198,7 +198,7 @@ class Schedule:
         return _CURVES[self.name][0](self.progress(step, steps), self.initial, final)
 
     def exchange(self, step: int, steps: int) -> float:
-        """The share of the weights that stay that an update exchanges for others; 0 at the last one."""
+        """The share of the remaining weights that an update exchanges for removed ones; 0 at the last update."""
         exchange = _CURVES[self.name][1]
         return 0.0 if exchange is None or step >= self.span(steps)[1] else exchange(self.progress(step, steps))
 

@@ -1,9 +1,9 @@
 """Which weights are pruned, and the one canonical (out_features, in_features) view of them.
 
 Layouts differ: ``nn.Linear`` stores (out, in), the ``Conv1D`` of GPT-2 (in, out), convolutions
-(out, in / groups, *kernel). Everything past this module sees a matrix with outputs as rows and inputs
-as columns; of a convolution, the columns run over kernel positions and, fastest, over input channels,
-so that M consecutive columns are M consecutive inputs.
+(out, in / groups, *kernel). Everything after this module sees a matrix with outputs as rows and inputs as columns. The
+columns of a convolution run over kernel positions and, fastest, over input channels, so that M consecutive columns are
+M consecutive inputs.
 """
 
 from __future__ import annotations
@@ -26,29 +26,28 @@ from hf_prune.utils.torch_masks import refuse_torch_masks
 from hf_prune.utils.wrapping import adapters, copied_modules, unadapted_name
 
 ALL_LINEAR = "all-linear"
-_SECONDS = 1.0  # that matching a name may take
+_MATCH_SECONDS = 1.0  # time limit for matching a regular expression with one name
 
 
 def resolve_targets(
     model: nn.Module, config: PruningConfig, *, loaded: bool = True, only: Collection[str] | None = None
 ) -> list[Target]:
-    """The weights that a config means on a model, in the order of its modules.
+    """Find the weights that a config names on a model, in the order of its modules.
 
-    Tied weights and shared modules appear once, under the name that ``named_parameters()`` gives them. Adapters are
-    none; what they adapt goes by the name of its layer, with or without ``.base_layer``. Nor are modules of which
-    ``modules_to_save`` trains copies, which run in their place.
+    Tied weights and shared modules appear once, under the name that ``named_parameters()`` gives them. Adapters are not
+    targets; the layers that they adapt are found by their names, with or without ``.base_layer``. Modules that
+    ``modules_to_save`` copies are not targets either: the copies run in their place.
 
     Args:
         model: Any torch module.
         config: Its ``target_modules`` and ``exclude_modules``.
-        loaded: Whether its weights have to be there. False for a model on the meta device, whose weights come later.
-        only: Whole names of modules, of those that the config means; None for all of them.
+        loaded: Whether the weights must be loaded. False for a model on the meta device, whose weights come later.
+        only: Whole names of modules to choose from; None for all that the config names.
 
     Raises:
-        ModelTypeError: If it is no model.
-        PlanError: If a name matches no module, if nothing is left to prune, if a weight is not loaded
-            or not of a plain floating-point type, or the model is quantized, or if torch.nn.utils.prune holds masks
-            of its own.
+        ModelTypeError: If ``model`` is not a torch module.
+        PlanError: If a name matches no module, if nothing remains to prune, if a weight is not loaded or not of a plain
+            floating-point type, if the model is quantized, or if torch.nn.utils.prune holds masks of its own.
     """
     refuse_quantized(model)
     refuse_torch_masks(model)
@@ -63,7 +62,7 @@ def resolve_targets(
     for name, module in model.named_modules(remove_duplicate=False):
         aliases.setdefault(id(module), []).extend({name, unadapted_name(name)} if adapted else {name})
 
-    wanted, excluded = quick_pattern(config.target_modules), quick_pattern(config.exclude_modules)
+    included, excluded = quick_pattern(config.target_modules), quick_pattern(config.exclude_modules)
 
     def means(pattern: str | Collection[str], module: nn.Module, layout: str) -> bool:
         if pattern == ALL_LINEAR:
@@ -73,14 +72,14 @@ def resolve_targets(
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     targets: dict[int, Target] = {}
     for module_name, (module, layout) in prunable.items():
-        if means(excluded, module, layout) or not means(wanted, module, layout):
+        if means(excluded, module, layout) or not means(included, module, layout):
             continue
         if only is not None and not any(name in only for name in aliases[id(module)]):
             continue
         weight = module._parameters["weight"]
         assert weight is not None
         if layout == "linear" and 0 in (module.out_features, module.in_features):
-            continue  # shrink() left nothing of it
+            continue  # shrink() has removed all of it
         if id(weight) not in targets:
             _check_weight(module_name, weight, loaded)
             targets[id(weight)] = Target(names[id(weight)], module_name, layout, tuple(weight.shape))
@@ -95,28 +94,32 @@ def resolve_targets(
 
 
 def quick_pattern(pattern: str | Collection[str]) -> str | frozenset[str]:
-    """A setting of modules as :func:`module_matches` looks names up in it, however many it lists."""
+    """A setting of modules in the form in which :func:`module_matches` is fast, however many names it lists."""
     return pattern if isinstance(pattern, str) else frozenset(pattern)
 
 
 def module_matches(name: str, pattern: str | Collection[str]) -> bool:
-    """Whether a module is meant: a regular expression for the whole name, or suffixes, fastest as a set.
+    """Whether a module name matches a regular expression as a whole, or ends in one of some suffixes.
+
+    Args:
+        name: The name.
+        pattern: The regular expression, or the suffixes, fastest as a set.
 
     Raises:
-        PlanError: If the regular expression takes longer than names are worth.
+        PlanError: If the regular expression exceeds the time limit.
     """
     if not isinstance(pattern, str):
         return any(suffix in pattern for suffix in suffixes(name))
     try:
-        return regex.fullmatch(pattern, name, timeout=_SECONDS) is not None
+        return regex.fullmatch(pattern, name, timeout=_MATCH_SECONDS) is not None
     except TimeoutError as error:
         raise PlanError(
-            f"{pattern[:60]!r} takes longer than {_SECONDS:g} s to match with {name!r}: list the modules instead"
+            f"{pattern[:60]!r} takes longer than {_MATCH_SECONDS:g} s to match with {name!r}: list the modules instead"
         ) from error
 
 
 def suffixes(name: str) -> Iterator[str]:
-    """A name, and what of it follows each dot."""
+    """A dotted name, and the rest of it after each dot: ``a.b.c``, ``b.c``, ``c``."""
     yield name
     while "." in name:
         name = name.partition(".")[2]
@@ -124,12 +127,12 @@ def suffixes(name: str) -> Iterator[str]:
 
 
 def prunable_modules(model: nn.Module) -> Iterator[tuple[str, tuple[nn.Module, str]]]:
-    """Modules that multiply with a weight that can be pruned: name, module and layout, in their order."""
+    """The modules that multiply with a weight that can be pruned: name, (module, layout), in the model's order."""
     from transformers.pytorch_utils import Conv1D
 
-    others = adapters(model).keys() | copied_modules(model).keys()
+    passed_over = adapters(model).keys() | copied_modules(model).keys()
     for name, module in model.named_modules():
-        if module in others:
+        if module in passed_over:
             continue
         if not isinstance(getattr(module, "_parameters", {}).get("weight"), nn.Parameter):
             continue
@@ -142,20 +145,20 @@ def prunable_modules(model: nn.Module) -> Iterator[tuple[str, tuple[nn.Module, s
 
 
 def output_embeddings(model: nn.Module) -> set[nn.Module]:
-    """Those of the model and of models inside it, themselves or what adapters wrap."""
-    found: set[nn.Module] = set()
+    """The output embeddings of a model and of models inside it, with all modules in them, such as adapted layers."""
+    heads: set[nn.Module] = set()
     for module in model.modules():
         try:
             head = getattr(module, "get_output_embeddings", lambda: None)()
-        except (AttributeError, NotImplementedError):  # a model without
+        except (AttributeError, NotImplementedError):  # a model without one
             continue
         if isinstance(head, nn.Module):
-            found |= {head, *head.modules()}
-    return found
+            heads |= {head, *head.modules()}
+    return heads
 
 
 def _check_matches(setting: str, pattern: str | tuple[str, ...], names: list[str], prunable: Collection[str]) -> None:
-    """A name that matches nothing is a typing error, and would silently protect or prune nothing."""
+    """Refuse a name that matches no module: a typing error would silently prune or protect nothing."""
     if pattern == ALL_LINEAR or not pattern:
         return
     known = sorted({unadapted_name(name).rsplit(".", 1)[-1] for name in prunable})
@@ -167,9 +170,9 @@ def _check_matches(setting: str, pattern: str | tuple[str, ...], names: list[str
                 f"there are {', '.join(known)}"
             )
         return
-    there = {suffix for name in names for suffix in suffixes(name)}
+    known_suffixes = {suffix for name in names for suffix in suffixes(name)}
     for suffix in pattern:
-        if suffix not in there:
+        if suffix not in known_suffixes:
             raise PlanError(f"{setting}: {unknown_name('module', suffix, known)}")
 
 
@@ -196,12 +199,12 @@ def _available(prunable: dict[str, tuple[nn.Module, str]]) -> str:
 
 
 def refuse_read_only(model: nn.Module) -> None:
-    """Make sure that weights can be written to; where they are a file mapped for reading, the process would be killed.
+    """Make sure that weights can be written to: in a file that is mapped read-only, writing would kill the process.
 
-    Only Linux says so; elsewhere nothing is looked at.
+    Only Linux lists the mapped files; elsewhere nothing is checked.
 
     Raises:
-        PlanError: If one cannot.
+        PlanError: If a weight cannot be written to.
     """
     maps = Path("/proc/self/maps")
     if not maps.is_file():
@@ -214,16 +217,16 @@ def refuse_read_only(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         plain = type(parameter) is nn.Parameter and parameter.layout == torch.strided
         if plain and parameter.device.type == "cpu" and parameter.numel():
-            found = bisect.bisect_right(ends, parameter.data_ptr())
-            if found < len(ends) and not writable[found]:
+            mapping = bisect.bisect_right(ends, parameter.data_ptr())
+            if mapping < len(ends) and not writable[mapping]:
                 raise PlanError(
-                    f"{name} lies in memory that cannot be written to, as a file does that was mapped for reading: "
+                    f"{name} lies in memory that cannot be written to, such as a file that was mapped read-only: "
                     f"give the model a copy of it first, parameter.data = parameter.data.clone()"
                 )
 
 
 def divisible(targets: list[Target], config: PruningConfig) -> tuple[list[Target], dict[str, str]]:
-    """The targets that a granularity divides into units, and why it does not divide the others, by module name."""
+    """Split targets into those that the granularity divides into units and the reasons for others, by module name."""
     granularity = parse_granularity(config.granularity)
     misfits = {t.name: (t, why) for t in targets if (why := granularity.misfit(t)) is not None}
     left_out = {t.module: f"{t.shape}: {why}" for t, why in misfits.values()}
@@ -231,25 +234,25 @@ def divisible(targets: list[Target], config: PruningConfig) -> tuple[list[Target
 
 
 def bias_names(model: nn.Module, targets: Collection[Target]) -> dict[str, str]:
-    """Names of the biases that belong to targets alone: by the target's name.
+    """The names of the biases that belong to one target alone, by the target's name.
 
-    A weight that several modules share has no bias of its own, nor has one whose bias another module shares.
+    A weight that several modules share has none, nor has a weight whose bias another module shares.
 
     Args:
         model: Any torch module.
-        targets: Weights of it.
+        targets: Some of its weights.
     """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    wanted = {t.name for t in targets}
-    found: dict[str, list[Tensor | None]] = {}
+    target_names = {t.name for t in targets}
+    biases: dict[str, list[Tensor | None]] = {}
     users: dict[int, int] = {}
     for module in model.modules():
         bias = module._parameters.get("bias")
         if bias is not None:
             users[id(bias)] = users.get(id(bias), 0) + 1
-    for _, (module, _) in prunable_modules(model):  # a tied embedding has no say
-        if (name := names.get(id(module._parameters["weight"]))) in wanted:
+    for _, (module, _) in prunable_modules(model):  # a tied embedding does not count
+        if (name := names.get(id(module._parameters["weight"]))) in target_names:
             assert name is not None
-            found.setdefault(name, []).append(module._parameters.get("bias"))
-    single = {name: biases[0] for name, biases in found.items() if len(biases) == 1}
+            biases.setdefault(name, []).append(module._parameters.get("bias"))
+    single = {name: of_target[0] for name, of_target in biases.items() if len(of_target) == 1}
     return {name: names[id(b)] for name, b in single.items() if b is not None and users[id(b)] == 1}

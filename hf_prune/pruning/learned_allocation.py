@@ -17,7 +17,7 @@ from hf_prune.kernels.blocks import spread_blocks
 from hf_prune.kernels.least_squares import damped, layer_errors, least_squares
 from hf_prune.kernels.matrix import Target
 from hf_prune.kernels.selection import keep_highest
-from hf_prune.planning.allocation import least_total, outlier_sparsities
+from hf_prune.planning.allocation import minimize_total_error, outlier_sparsities
 from hf_prune.planning.plan import PruningPlan, targets_of
 from hf_prune.pruning.run import CalibrationRun
 from hf_prune.pruning.selector import unit_scores
@@ -62,7 +62,7 @@ def _fisher(
     For each matrix the Fisher information is taken to be the product of a diagonal over the outputs and the Gram
     matrix of the inputs, both weighed by squared gradients (K-FAC: Martens and Grosse 2015, arXiv:1503.05671). At some
     sparsities the best weights by the Optimal Brain Surgeon are kept (Hassibi and Stork 1992) and solved anew, and the
-    error that remains is the point of a curve; see :func:`hf_prune.planning.allocation.least_total`.
+    error that remains is the point of a curve; see :func:`hf_prune.planning.allocation.minimize_total_error`.
     """
     parameters = dict(reader.model.named_parameters())
     errors: dict[str, list[tuple[float, float]]] = {}
@@ -79,7 +79,7 @@ def _fisher(
     units = {t.target.name: t.units for t in plan.tensors}
     gone = {t.target.name: t.already // (t.target.size // t.units) for t in plan.tensors}
     pools = {t.target.name: t.units // t.pool for t in plan.tensors}
-    counts = least_total(errors, units, plan.remove, gone, pools=pools)
+    counts = minimize_total_error(errors, units, plan.remove, gone, pools=pools)
     agreed = broadcast(torch.tensor(list(counts.values()))).tolist()
     return {name: count / units[name] for name, count in zip(counts, agreed, strict=True)}
 

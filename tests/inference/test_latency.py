@@ -106,7 +106,7 @@ def test_settings_that_make_no_sense(models, settings, message):
 
 def test_models_that_are_not_alike_are_not_compared(models):
     models["pruned"].to(torch.bfloat16)
-    with pytest.raises(ConfigError, match="different dtypes, devices or inputs are not compared"):
+    with pytest.raises(ConfigError, match="different dtypes, devices or inputs cannot be compared"):
         measure_latency(models)
     with pytest.raises(ConfigError, match="there is no model to time"):
         measure_latency({})

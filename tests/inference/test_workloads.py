@@ -61,10 +61,10 @@ def refusals():
     vit, larger = tiny.tiny_vit(), tiny.tiny_vit(image_size=64)
     return {
         "no config": ({"a": tiny.mlp()}, {}, PlanError, "a is a MLP without a config.*pass inputs="),
-        "unknown inputs": ({"a": sound}, {}, PlanError, "a: .*takes 'input_values'.*pass inputs= to measure_latency"),
+        "unknown inputs": ({"a": sound}, {}, PlanError, "a: .*takes 'input_values'.*inputs= of measure_latency"),
         "positions": ({"a": bert, "b": short}, {"lengths": [16]}, PlanError, "b: .* longer than the 12 positions"),
-        "sizes": ({"a": vit, "b": larger}, {}, ConfigError, "dtypes, devices or inputs are not compared"),
-        "kinds": ({"a": bert, "b": tiny.tiny_t5()}, {"lengths": [8]}, ConfigError, "inputs are not compared"),
+        "sizes": ({"a": vit, "b": larger}, {}, ConfigError, "dtypes, devices or inputs cannot be compared"),
+        "kinds": ({"a": bert, "b": tiny.tiny_t5()}, {"lengths": [8]}, ConfigError, "inputs cannot be compared"),
         "no tensor": ({"a": bert}, {"inputs": {"x": 1}}, ConfigError, "inputs= holds no tensor: found {'x': 1}"),
         "wrong inputs": (
             {"a": bert},

@@ -198,7 +198,7 @@ def test_an_earlier_mask_stays():
         ({"repair": "least_square"}, r"unknown repair 'least_square': .*Did you mean 'least_squares'"),
         (
             {"repair": "least_squares", "criterion": "taylor", "steps": 2},
-            r"steps=2 contradicts repair='least_squares', which aims at the outputs of dense layers",
+            r"steps=2 contradicts repair='least_squares', which reproduces the outputs of dense layers",
         ),
         ({"calibration_order": "backwards"}, r"unknown calibration_order 'backwards': expected one of"),
         ({"criterion": "sparsegpt", "scope": "global"}, r"criterion 'sparsegpt' cannot rank in scope 'global'"),

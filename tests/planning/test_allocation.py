@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from hf_prune.errors import PlanError
 from hf_prune.kernels.matrix import Target
-from hf_prune.planning.allocation import allocate, erdos_renyi_kernel, least_total, outlier_sparsities
+from hf_prune.planning.allocation import allocate, erdos_renyi_kernel, minimize_total_error, outlier_sparsities
 from tests.reference.pruning import reference_erk
 
 
@@ -110,7 +110,7 @@ def test_counts_add_up_and_keep_their_bounds(tensors, sparsity):
     remove = round(sparsity * sum(units.values()))
     gone = {name: size // 10 for name, size in units.items()}
     least = gone if sum(gone.values()) <= remove else {}
-    found = least_total({str(i): curve(scale) for i, (_, scale) in enumerate(tensors)}, units, remove, least)
+    found = minimize_total_error({str(i): curve(scale) for i, (_, scale) in enumerate(tensors)}, units, remove, least)
     assert sum(found.values()) == remove
     assert all(least.get(name, 0) <= found[name] <= size for name, size in units.items())
     if remove <= 0.9 * sum(units.values()):
@@ -125,7 +125,7 @@ def test_each_pool_loses_the_same(tensors, sparsity):
     pools = {str(i): rows for i, (rows, _, _) in enumerate(tensors)}
     units = {str(i): rows * columns for i, (rows, columns, _) in enumerate(tensors)}
     remove = round(sparsity * sum(units.values()))
-    found = least_total({str(i): curve(s) for i, (_, _, s) in enumerate(tensors)}, units, remove, pools=pools)
+    found = minimize_total_error({str(i): curve(s) for i, (_, _, s) in enumerate(tensors)}, units, remove, pools=pools)
     assert all(count % pools[name] == 0 and 0 <= count <= units[name] for name, count in found.items())
     assert remove - max(pools.values()) < sum(found.values()) <= remove
 
@@ -134,7 +134,7 @@ def test_the_sum_of_errors_is_smallest():
     """Against every other way, two per cent at a time."""
     units = {"a": 100, "b": 300}
     errors = {"a": curve(3.0), "b": curve(1.0)}
-    found = least_total(errors, units, 240)
+    found = minimize_total_error(errors, units, 240)
 
     def total(a: int) -> float:
         return 3.0 * (a / 100) ** 4 + ((240 - a) / 300) ** 4
@@ -146,15 +146,15 @@ def test_the_sum_of_errors_is_smallest():
 
 def test_a_tensor_that_costs_nothing_goes_up_to_the_cap():
     errors = {"free": curve(0.0), "dear": curve(1.0)}
-    assert least_total(errors, {"free": 1000, "dear": 1000}, 980) == {"free": 980, "dear": 0}
-    assert least_total(errors, {"free": 1000, "dear": 1000}, 1980) == {"free": 990, "dear": 990}
+    assert minimize_total_error(errors, {"free": 1000, "dear": 1000}, 980) == {"free": 980, "dear": 0}
+    assert minimize_total_error(errors, {"free": 1000, "dear": 1000}, 1980) == {"free": 990, "dear": 990}
 
 
 def test_a_curve_that_falls_is_made_convex():
     """A bump between two points must not stop what pays off behind it."""
     bump = [(0.0, 0.0), (0.3, 1.0), (0.5, 0.2), (0.9, 1.1), (0.98, 1.2)]
     steep = [(0.0, 0.0), (0.3, 0.9), (0.5, 2.0), (0.9, 9.0), (0.98, 20.0)]
-    found = least_total({"bump": bump, "steep": steep}, {"bump": 100, "steep": 100}, 100)
+    found = minimize_total_error({"bump": bump, "steep": steep}, {"bump": 100, "steep": 100}, 100)
     assert found["bump"] > 75
 
 

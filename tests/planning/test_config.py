@@ -219,7 +219,7 @@ def test_json_of_n_m():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", r"^not JSON: "),
+        ("{", r"^not valid JSON: "),
         ("[1]", r"found a JSON list: expected an object of settings"),
         ("null", r"found a JSON NoneType"),
         ('{"sparcity": 0.5}', r"unknown setting 'sparcity': expected one of sparsity, .*Did you mean 'sparsity'\?"),

@@ -123,7 +123,7 @@ def test_what_a_granularity_does_not_divide_stays_dense_and_is_named():
     before = snapshot(model)
     stem = "resnet.embedder.embedder.convolution"
     sentence = (
-        rf"Left dense, since granularity '2:4' does not divide them: {stem} \(8, 3, 7, 7\): its 3 inputs are no "
+        rf"Left dense, since granularity '2:4' does not divide them: {stem} \(8, 3, 7, 7\): its 3 inputs are not a "
         r"multiple of 4\."
     )
     plan = make_plan(model, PruningConfig(granularity="2:4", target_modules=".*"))

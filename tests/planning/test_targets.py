@@ -252,7 +252,7 @@ def test_empty_weight_is_refused():
 
 def test_a_pattern_that_takes_too_long_is_stopped(monkeypatch):
     """Alternatives are no repetition, and can take forever all the same: configs come from checkpoints of others."""
-    monkeypatch.setattr(targets, "_SECONDS", 0.01)
+    monkeypatch.setattr(targets, "_MATCH_SECONDS", 0.01)
     pattern = PruningConfig(target_modules="(?:a|[ac]|aa)" * 30 + "[x-z]").target_modules
     model = nn.ModuleDict({"a" * 50: nn.Linear(2, 2)})
     with pytest.raises(PlanError, match=r"takes longer than 0.01 s to match with 'a+': list the modules instead"):

@@ -172,7 +172,9 @@ def test_criteria_that_learn_nothing_from_gradients_are_refused(criterion):
 
 
 def test_steps_and_a_repair_are_refused():
-    with pytest.raises(ConfigError, match=r"steps=2 contradicts repair='least_squares', which aims at the outputs of"):
+    with pytest.raises(
+        ConfigError, match=r"steps=2 contradicts repair='least_squares', which reproduces the outputs of"
+    ):
         PruningConfig(criterion="taylor", steps=2, repair="least_squares")
 
 
