@@ -240,26 +240,27 @@ class PruningCallback(TrainerCallback):
         }
 
     def _check_plain_trainer(self, args: TrainingArguments, state: TrainerState) -> None:
+        """Refuse what only a :class:`PruningTrainer` can do."""
         assert self.pruner is not None
-        pruner = self.pruner
-        if pruner.config is None:
+        config, schedule = self.pruner.config, self.pruner.schedule
+        if config is None:
             return
-        last = pruner.schedule.span(state.max_steps)[1]
-        if args.load_best_model_at_end and last > 0:
+        if args.load_best_model_at_end and schedule.span(state.max_steps)[1] > 0:
             raise ConfigError(
                 "load_best_model_at_end could load a checkpoint from before the end of the schedule, which is less "
                 "sparse: use a PruningTrainer, which considers only checkpoints after its end"
             )
-        if rank_and_world_size()[1] > 1 and (pruner.config.learns_in_training or pruner.config.criterion == "taylor"):
+        parallel = rank_and_world_size()[1] > 1
+        learns = config.learns_in_training or config.criterion == "taylor"
+        if learns and parallel:
             raise ConfigError(
-                f"criterion {pruner.config.criterion!r} needs the gradients of all processes: use a PruningTrainer"
+                f"criterion {config.criterion!r} needs the gradients of all processes: use a PruningTrainer"
             )
-        if args.fp16 and (pruner.config.learns_in_training or pruner.config.criterion == "taylor"):
+        if learns and args.fp16:
             raise ConfigError(
-                f"criterion {pruner.config.criterion!r} with fp16 needs the scale of the loss: use a "
-                f"PruningTrainer, or bf16"
+                f"criterion {config.criterion!r} with fp16 needs the scale of the loss: use a PruningTrainer, or bf16"
             )
-        if rank_and_world_size()[1] > 1 and pruner.schedule.exchanges:
+        if schedule.exchanges and parallel:
             raise ConfigError(
                 "a schedule that exchanges weights needs the gradients of all processes: use a PruningTrainer"
             )

@@ -1,5 +1,5 @@
 """What ``hf-prune demo`` and ``make demo`` run: a small classifier, trained on this machine from packages on PyPI.
 
-``demo`` prepares and caches the model, ``sentences`` reads the reviews, ``training`` trains, and ``sources`` says
-which files of which packages are needed, with their checksums.
+``assets`` prepares and caches the model and its data, ``sentences`` reads the reviews, ``training`` trains, and
+``sources`` lists the files that are needed from these packages, with their checksums.
 """
