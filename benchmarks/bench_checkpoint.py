@@ -38,7 +38,8 @@ from transformers import AutoModelForSequenceClassification, BertConfig, BertFor
 from transformers.utils import logging
 
 from hf_prune import prunable
-from hf_prune.checkpoint.packed.files import PackedFiles, file_paths
+from hf_prune.checkpoint.files import file_paths
+from hf_prune.checkpoint.packed.files import PackedFiles
 from hf_prune.checkpoint.packed.format import SUFFIX
 from hf_prune.checkpoint.packed.unpack import unpack
 from hf_prune.conversion.compression import compress_checkpoint

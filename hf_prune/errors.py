@@ -6,26 +6,26 @@
     ├── ConfigError       (ValueError)    a setting is unknown, out of range, or contradicts another
     │   └── UnknownNameError              a name that no registry entry has
     ├── PlanError         (ValueError)    the settings do not fit this model
-    ├── ModelTypeError    (TypeError)     what was passed is no model, or none of the kind that is needed
-    ├── ArchitectureError (ValueError)    nobody has said where this model's heads, neurons and layers are
+    ├── ModelTypeError    (TypeError)     the argument is not a model, or not of the needed kind
+    ├── ArchitectureError (ValueError)    where this model's heads, neurons and layers are is not known
     ├── CalibrationError  (ValueError)    calibration data is missing or unusable
-    ├── MaskError         (RuntimeError)  the masks do not allow what was asked
-    ├── CheckpointError   (RuntimeError)  files on disk are damaged, foreign, or do not fit the model
-    ├── BudgetError       (RuntimeError)  no sparsity keeps the accuracy that was asked for
+    ├── MaskError         (RuntimeError)  the masks do not allow the operation
+    ├── CheckpointError   (RuntimeError)  files on disk are damaged, written by others, or do not fit the model
+    ├── BudgetError       (RuntimeError)  no sparsity keeps the requested accuracy
     ├── DataError         (ValueError)    a model or data set cannot be found or read
-    ├── HubError          (RuntimeError)  the Hub cannot be reached, or refuses what was asked
+    ├── HubError          (RuntimeError)  the Hub cannot be reached, or refuses the request
     ├── ExportError       (RuntimeError)  a model cannot be written for another runtime
     └── SweepError        (RuntimeError)  results of different settings would be mixed
 
-A message says what was found, what was expected and what to do. When one is raised, the model and the
-files are as they were before the call.
+A message says what was found, what was expected and what to do. After an error, the model and the files are as they
+were before the call.
 """
 
 from __future__ import annotations
 
 
 class HfPruneError(Exception):
-    """Base of all errors raised by hf_prune."""
+    """Base class of all errors raised by hf_prune."""
 
 
 class ConfigError(HfPruneError, ValueError):
@@ -33,7 +33,7 @@ class ConfigError(HfPruneError, ValueError):
 
 
 class UnknownNameError(ConfigError):
-    """A name that no registry entry has; the message lists the valid ones."""
+    """A name without a registry entry; the message lists the valid names."""
 
 
 class PlanError(HfPruneError, ValueError):
@@ -41,11 +41,11 @@ class PlanError(HfPruneError, ValueError):
 
 
 class ModelTypeError(HfPruneError, TypeError):
-    """What was passed is no model, or none of the kind that is needed."""
+    """The argument is not a model, or not of the needed kind."""
 
 
 class ArchitectureError(HfPruneError, ValueError):
-    """Where a model's heads, neurons and layers are is not known, or its modules cannot be resized."""
+    """The places of a model's heads, neurons and layers are not known, or its modules cannot be resized."""
 
 
 class CalibrationError(HfPruneError, ValueError):
@@ -53,15 +53,15 @@ class CalibrationError(HfPruneError, ValueError):
 
 
 class MaskError(HfPruneError, RuntimeError):
-    """The masks do not allow what was asked."""
+    """The masks do not allow the operation."""
 
 
 class CheckpointError(HfPruneError, RuntimeError):
-    """Files on disk are damaged, foreign, or do not fit the model."""
+    """Files on disk are damaged, written by others, or do not fit the model."""
 
 
 class BudgetError(HfPruneError, RuntimeError):
-    """No sparsity keeps the accuracy that was asked for, or too little data to show it."""
+    """No sparsity keeps the requested accuracy, or there is too little data to show it."""
 
 
 class DataError(HfPruneError, ValueError):
@@ -69,11 +69,11 @@ class DataError(HfPruneError, ValueError):
 
 
 class HubError(HfPruneError, RuntimeError):
-    """The Hub cannot be reached or refuses, or a repository holds something else; it is as it was."""
+    """The Hub cannot be reached or refuses the request, or a repository holds something else; it is unchanged."""
 
 
 class ExportError(HfPruneError, RuntimeError):
-    """A model cannot be written for another runtime, or would not do the same there."""
+    """A model cannot be written for another runtime, or gives other results there."""
 
 
 class SweepError(HfPruneError, RuntimeError):

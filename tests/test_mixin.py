@@ -627,7 +627,7 @@ def test_load_native_runs_no_code_of_a_checkpoint(tmp_path, monkeypatch, auto):
     config |= {"architectures": [auto], "auto_map": {auto: "evil.Evil"}}
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\nclass Evil: pass\n")
-    with pytest.raises(DataError, match="expected a model of transformers, such as BertForSequence"):
+    with pytest.raises(DataError, match="expected a transformers model such as BertForSequence"):
         load_native(str(tmp_path))
     assert not asked
     assert not (tmp_path / "ran").exists()

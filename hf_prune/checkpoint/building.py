@@ -1,7 +1,7 @@
-"""How large a model may become while it is built from a stranger's config: it is counted as it grows.
+"""Limit the size of a model while it is built from a config that others wrote.
 
-A config of a kilobyte can ask for millions of modules, or for buffers that grow with a square. Building it just to look
-would already take the memory and the time.
+A config of a kilobyte can ask for millions of modules, or for buffers of quadratic size. Even building such a model on
+the meta device would take the memory and the time, so modules, parameters and buffers are counted as they are added.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from hf_prune.errors import DataError
 
 @dataclass
 class _Count:
-    """What has been built so far of one kind; what is registered again in the same place counts once."""
+    """The total of one kind built so far; something registered again in the same place counts once."""
 
     kind: str
     most: float
@@ -41,17 +41,17 @@ class _Count:
 def limited_building(
     what: str, advice: str, *, parameters: float = inf, modules: float = inf, buffer_bytes: float = inf
 ) -> Iterator[None]:
-    """Within this context, modules that this thread builds are counted, and none is built beyond the limits.
+    """Count the modules that this thread builds within the context, and stop at the limits.
 
     Args:
-        what: What is built, for messages.
-        advice: What to do about one that is too large.
-        parameters: The most values of parameters.
-        modules: The most modules, and the most parameters that are no module of their own.
-        buffer_bytes: The most bytes of buffers.
+        what: The source of the config, for messages.
+        advice: What to do if the model is too large, for messages.
+        parameters: Most values in parameters.
+        modules: Most modules, and most parameter tensors.
+        buffer_bytes: Most bytes in buffers.
 
     Raises:
-        DataError: If there are more.
+        DataError: If a limit is exceeded.
     """
     thread = threading.get_ident()
     counts = {

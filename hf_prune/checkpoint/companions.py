@@ -1,4 +1,4 @@
-"""What lies beside the weights and goes along: tokenizers, processors, parts of pipelines."""
+"""The files that accompany the weights of a checkpoint: tokenizers, processors, parts of pipelines."""
 
 from __future__ import annotations
 
@@ -17,26 +17,7 @@ from hf_prune.utils.folders import copy_beside, is_left_out
 from hf_prune.utils.json_files import read_config, read_json_object
 
 _log = logging.getLogger(__name__)
-# Tokenizers and processors that a card vouches for, by the names that most have.
-COMPANIONS = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.txt",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "chat_template.jinja",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "video_preprocessor_config.json",
-)
-# Weights in forms that are not written here: after a pruning they are those of the model before.
-_OTHER_FORMS = (".gguf", ".ggml", ".onnx", ".onnx_data", ".ot", ".safetensors", ".tflite", ".xml")
-_LARGEST_COMPANION = 100_000_000  # bytes; a vocabulary has a few tens of millions
+# A tokenizer needs one of these, unless bytes or characters are its vocabulary.
 _VOCABULARIES = (
     "tokenizer.json",
     "vocab.txt",
@@ -45,31 +26,43 @@ _VOCABULARIES = (
     "spiece.model",
     "sentencepiece.bpe.model",
 )
+_TOKENIZER_SETTINGS = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
+_PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+# The tokenizers and processors whose checksums are in a card.
+COMPANIONS = (*_VOCABULARIES, "merges.txt", *_TOKENIZER_SETTINGS, *_PROCESSORS)
+# Weights in formats that are not written here: after pruning they would still be those of the dense model.
+_OTHER_FORMATS = (".gguf", ".ggml", ".onnx", ".onnx_data", ".ot", ".safetensors", ".tflite", ".xml")
+_LARGEST_COMPANION = 100_000_000  # bytes; a vocabulary has a few tens of millions
 
 
 def has_tokenizer(source: str, *, local_files_only: bool = False) -> bool:
-    """Whether a checkpoint brings a vocabulary; without one transformers makes up a tokenizer of special tokens.
+    """Whether a checkpoint has a vocabulary; without one transformers makes up a tokenizer of special tokens only.
 
     Args:
         source: Folder or Hub id.
         local_files_only: Look in the cache only, not on the Hub.
 
     Raises:
-        CheckpointError: If what says so is damaged.
+        CheckpointError: If its tokenizer settings are damaged.
     """
     hub = {"local_files_only": local_files_only}
     path = find_file(source, "tokenizer_config.json", hub)
     config = {} if path is None else read_json_object(path)
-    if "AutoTokenizer" in (config.get("auto_map") or ()):  # code of its own reads files of its own
+    if "AutoTokenizer" in (config.get("auto_map") or ()):  # its own code reads its own files
         return True
     names = _vocabulary_names(str(config.get("tokenizer_class") or _tokenizer_of(source, hub)))
-    if names is not None and not names:  # bytes or characters are its vocabulary
+    if names is not None and not names:  # its vocabulary are bytes or characters
         return bool(config)
     return any(find_file(source, name, hub) for name in dict.fromkeys(("tokenizer.json", *(names or _VOCABULARIES))))
 
 
 def _tokenizer_of(source: str, hub: Mapping[str, Any]) -> str | None:
-    """The class of tokenizers that goes with a checkpoint's kind of model."""
+    """The tokenizer class of a checkpoint's model type."""
     from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 
     path = find_file(source, "config.json", hub)
@@ -78,92 +71,92 @@ def _tokenizer_of(source: str, hub: Mapping[str, Any]) -> str | None:
 
 
 def _vocabulary_names(class_name: str) -> set[str] | None:
-    """The files that a class of tokenizers reads its vocabulary from; None if the class is not known."""
+    """The files that a tokenizer class reads its vocabulary from; None if the class is unknown."""
     from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
     for name in (class_name, class_name.removesuffix("Fast")):
         try:
-            found = tokenizer_class_from_name(name).vocab_files_names  # type: ignore[union-attr]
+            files = tokenizer_class_from_name(name).vocab_files_names  # type: ignore[union-attr]
         except (AttributeError, ImportError):  # unknown, or a package that it needs is missing
             continue
-        return set(found.values()) - {"tokenizer_config.json"}
+        return set(files.values()) - {"tokenizer_config.json"}
     return None
 
 
 @functools.cache
 def tokenizer_files() -> frozenset[str]:
-    """Names of all files that tokenizers of transformers write."""
+    """Names of all files that the tokenizers of transformers write."""
     from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 
     classes = {name for name in TOKENIZER_MAPPING_NAMES.values() if name}
-    more = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
-    return frozenset({*_VOCABULARIES, *more, *(file for name in classes for file in _vocabulary_names(name) or ())})
+    vocabularies = (file for name in classes for file in _vocabulary_names(name) or ())
+    return frozenset({*_VOCABULARIES, *_TOKENIZER_SETTINGS, *vocabularies})
 
 
 def copy_companions(source: str, folder: Path) -> tuple[str, ...]:
-    """Copy what a checkpoint has beside its weights: tokenizers, processors, modules, code; and say what stays behind.
+    """Copy the tokenizers, processors, modules and code of a checkpoint, and warn of what is left out.
 
-    Those are pickles, hidden files, weights in other forms, what is very large, and its card, which describes the
-    weights as they were. What is in ``folder`` already is not replaced.
+    Left out are pickles, hidden files, weights in other formats, very large files, and the card, which describes the
+    weights as they were. Files that are in ``folder`` already are not replaced.
 
     Args:
         source: Folder or Hub id.
-        folder: Where to.
+        folder: The folder to copy into.
 
     Returns:
-        What was not copied, apart from what belongs to the weights.
+        What was left out, without the files that belong to the weights.
     """
     offline = check_model_source(source)
     own = {*(path.name for path in folder.iterdir()), *OF_WEIGHTS, MASK_FILE, "config.json"}
-    root, more = Path(source), set[str]()
+    root, not_downloaded = Path(source), set[str]()
     if not root.is_dir():
-        root, more = _download_companions(source, own, offline)
+        root, not_downloaded = _download_companions(source, own, offline)
     modules = _module_folders(root)
     own |= {path.name for path in root.iterdir() if is_weights(path.name)}
-    left = copy_beside(root, folder, own, skip=lambda name, path: _stays_behind(name, path.stat().st_size, modules))
-    left = tuple(sorted({*left, *more}))
-    if left:
-        _log.warning("Not copied from %s: %s.", source, ", ".join(left))
-    return left
+    left_out = copy_beside(root, folder, own, skip=lambda name, path: _stays_behind(name, path.stat().st_size, modules))
+    left_out = tuple(sorted({*left_out, *not_downloaded}))
+    if left_out:
+        _log.warning("Not copied from %s: %s.", source, ", ".join(left_out))
+    return left_out
 
 
 def _download_companions(source: str, own: Collection[str], offline: bool) -> tuple[Path, set[str]]:
-    """The folder of a Hub id in the cache, with its companions, and names of what was not downloaded."""
+    """Download the companions of a Hub id: their folder in the cache, and the names of files that were left out."""
     from huggingface_hub import HfApi
 
     config = find_file(source, "config.json", {"local_files_only": offline})
     if config is None:
-        raise CheckpointError(f"{source} has no config.json: expected a model of transformers")
-    root = Path(config).parent  # named like the commit
+        raise CheckpointError(f"{source} has no config.json: expected a transformers model")
+    root = Path(config).parent  # a snapshot, named after its commit
     try:
         siblings = [] if offline else HfApi().model_info(source, revision=root.name, files_metadata=True).siblings
-    except Exception as error:  # of whichever HTTP library: what was made is not lost for it
+    except Exception as error:  # of whichever HTTP library; the pruned model must not be lost for it
         _log.warning("The Hub does not list the files of %s (%s): only those in the cache are copied.", source, error)
         siblings = []
-    found = {each.rfilename: each.size or 0 for each in siblings or [] if ".." not in each.rfilename.split("/")}
+    sizes = {file.rfilename: file.size or 0 for file in siblings or [] if ".." not in file.rfilename.split("/")}
     hub = {"revision": root.name, "local_files_only": offline}
-    if "modules.json" in found:
+    if "modules.json" in sizes:
         find_file(source, "modules.json", hub)
-    modules, left = _module_folders(root), set()
-    for name, size in found.items():
+    modules, left_out = _module_folders(root), set()
+    for name, size in sizes.items():
         if name in own or is_weights(name) or name == ".gitattributes":
             continue
         if is_left_out(Path(name)) or _stays_behind(Path(name), size, modules):
-            left.add(name)
+            left_out.add(name)
         elif find_file(source, name, hub) is None:
-            left.add(name)
-    return root, left
+            left_out.add(name)
+    return root, left_out
 
 
 def _stays_behind(name: Path, size: int, modules: Collection[str]) -> bool:
-    """Whether a file describes or holds weights as they were before; modules of sentence-transformers do not."""
+    """Whether a file describes or holds the weights before pruning, outside the modules of sentence-transformers."""
     if name.parts[0] in modules and len(name.parts) > 1:
         return False
-    return name.as_posix() == "README.md" or name.suffix.lower() in _OTHER_FORMS or size > _LARGEST_COMPANION
+    return name.as_posix() == "README.md" or name.suffix.lower() in _OTHER_FORMATS or size > _LARGEST_COMPANION
 
 
 def _module_folders(root: Path) -> set[str]:
-    """Folders of the modules that sentence-transformers puts behind a model."""
+    """Folders of the modules that sentence-transformers runs after a model."""
     try:
         modules = json.loads(read_text(root / "modules.json"))
         return {Path(module["path"]).parts[0] for module in modules if module["path"]}

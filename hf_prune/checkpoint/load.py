@@ -16,11 +16,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from hf_prune.checkpoint.building import limited_building
-from hf_prune.checkpoint.files import MASK_FILE, find_file, tensor_names, weight_files
+from hf_prune.checkpoint.files import MASK_FILE, SINGLE, find_file, tensor_names, weight_files
 from hf_prune.checkpoint.mask_file import load_masks, read_pruning
-from hf_prune.checkpoint.packed.files import (
-    PackedFiles,
-)
+from hf_prune.checkpoint.packed.files import PackedFiles
 from hf_prune.checkpoint.packed.format import is_packed
 from hf_prune.checkpoint.sources import check_model_source, holds_adapters
 from hf_prune.errors import CheckpointError, PlanError
@@ -29,28 +27,29 @@ from hf_prune.pruning.torch_prune import masked_weight
 from hf_prune.utils.json_files import read_config
 from hf_prune.utils.number_formats import refuse_quantized
 
-_TENSORS_UNKNOWN = 1000  # taken for the number in a file that is not safetensors; the largest GGUF files have as many
+_UNKNOWN_TENSORS = 1000  # assumed number of tensors in a file of another format; the largest GGUF files have as many
 _HUB_KEYS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
 
 def load_pruned(load: Callable[..., Any], source: Any, *args: Any, **kwargs: Any) -> Any:
-    """Load a checkpoint with its masks, wherever they are.
+    """Load a checkpoint with its masks.
 
-    Masks come from the side file, or from ``weight_orig`` and ``weight_mask`` tensors as a model pruned with
-    ``torch.nn.utils.prune`` saves them (transformers alone leaves such weights random).
+    Masks are read from the mask file, from packed weights, or from ``weight_orig`` and ``weight_mask`` tensors, which a
+    model pruned with ``torch.nn.utils.prune`` saves (transformers alone initializes such weights randomly).
 
     Args:
-        load: A ``from_pretrained``.
-        source: Folder or Hub id, or None where ``load`` is given a state dict.
+        load: A ``from_pretrained`` method.
+        source: Folder or Hub id; None if ``load`` gets a state dict.
         *args: Passed to ``load``.
         **kwargs: Passed to ``load``.
 
     Returns:
-        What ``load`` returned, its model with masks attached.
+        What ``load`` returns, with masks attached to the model.
 
     Raises:
-        CheckpointError: If masks or the config are damaged, do not fit the weights, or the weights would be quantized.
-        DataError: If it holds adapters and no model; or if it cannot be found, at once also where there is no network.
+        CheckpointError: If masks or the config are damaged, masks do not fit the weights, or the weights would be
+            quantized.
+        DataError: If the checkpoint cannot be found, or holds only adapters.
     """
     if source is None:
         return load(source, *args, **kwargs)
@@ -64,10 +63,10 @@ def load_pruned(load: Callable[..., Any], source: Any, *args: Any, **kwargs: Any
     elif (adapter_config := find_file(source, "adapter_config.json", hub)) is not None:
         raise holds_adapters(os.fspath(source), adapter_config)
     files = weight_files(source, hub, kwargs.get("variant"))
-    if asked := [key for key in ("quantization_config", "load_in_4bit", "load_in_8bit") if kwargs.get(key)]:
+    if requested := [key for key in ("quantization_config", "load_in_4bit", "load_in_8bit") if kwargs.get(key)]:
         if find_file(source, MASK_FILE, hub) is not None or (files and is_packed(files[0])):
-            raise _sparse_and_quantized(source, asked[0])
-    asked_for_info = kwargs.pop("output_loading_info", False)
+            raise _sparse_and_quantized(source, requested[0])
+    returns_info = kwargs.pop("output_loading_info", False)
     packed = PackedFiles(files) if files and is_packed(files[0]) else None
     gguf = find_file(source, kwargs["gguf_file"], hub) if kwargs.get("gguf_file") else None
 
@@ -80,50 +79,50 @@ def load_pruned(load: Callable[..., Any], source: Any, *args: Any, **kwargs: Any
                 f"the config.json of {source} is damaged: {error}; download or save it again"
             ) from error
 
-    with _without_torch_prune(source, files, hub) as converted:
+    with _converted_from_torch_prune(source, files, hub) as converted:
         if converted is None:
             path = find_file(source, MASK_FILE, hub)
             store = load_masks(path) if path is not None else None
-            if asked_for_info or store is not None or packed is not None:
+            if returns_info or store is not None or packed is not None:
                 kwargs["output_loading_info"] = True
             loaded = limited(source, *args, **kwargs)
         else:
             weights, masks = converted
             kwargs = {key: value for key, value in kwargs.items() if key not in _HUB_KEYS}
             loaded = limited(weights, *args, **kwargs, output_loading_info=True)
-            markers, found = limited(masks, *args, **kwargs, output_loading_info=True)
-            store = MaskStore(_masks_from_markers(markers, found))
+            markers, marker_info = limited(masks, *args, **kwargs, output_loading_info=True)
+            store = MaskStore(_masks_from_markers(markers, marker_info))
     model, info = loaded if isinstance(loaded, tuple) else (loaded, {})
     if packed is not None:
         store = _with_packed_masks(store, packed, model)
     if store is not None:
-        if kwargs.get("ignore_mismatched_sizes"):  # those weights are new, and have no mask
+        if kwargs.get("ignore_mismatched_sizes"):  # mismatched weights are newly initialized, and have no mask
             shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
             store.masks = {name: m for name, m in store.masks.items() if shapes.get(name, m.shape) == m.shape}
         _attach(model, store, source, info)
-    return loaded if asked_for_info else model
+    return loaded if returns_info else model
 
 
 @contextlib.contextmanager
 def limited_to_files(source: Any, files: Sequence[str]) -> Iterator[None]:
-    """Within this context, a config builds no model far larger than its weight files can fill.
+    """Refuse to build a model far larger than its weight files can fill, within this context.
 
-    The limits are far above what any checkpoint needs: 16 values for each byte (1,024 of packed files), 100 modules for
-    each tensor.
+    The limits are far above what any checkpoint needs: 16 values for each byte (1,024 for packed files), 100 modules
+    for each tensor.
 
     Args:
         source: Folder or Hub id, for messages.
-        files: Those with its weights.
+        files: Its weight files.
 
     Raises:
-        DataError: If it would build more.
+        DataError: If the config asks for a larger model.
     """
     size = sum(map(os.path.getsize, files))
-    tensors = sum(len(tensor_names(file)) if file.endswith(".safetensors") else _TENSORS_UNKNOWN for file in files)
+    tensors = sum(len(tensor_names(file)) if file.endswith(".safetensors") else _UNKNOWN_TENSORS for file in files)
     with limited_building(
         str(source),
-        f"its weight files hold {tensors:,} tensors in {size:,} bytes; if you trust it, load it with transformers' own "
-        f"class, and make that prunable with hf_prune.prunable(model)",
+        f"its weight files hold {tensors:,} tensors in {size:,} bytes; if you trust it, load it with its transformers "
+        f"class, and make it prunable with hf_prune.prunable(model)",
         parameters=(1024 if files and is_packed(files[0]) else 16) * size + 100_000_000,
         modules=100 * tensors + 10_000,
         buffer_bytes=4 * size + 4_000_000_000,
@@ -132,9 +131,9 @@ def limited_to_files(source: Any, files: Sequence[str]) -> Iterator[None]:
 
 
 def _with_packed_masks(store: MaskStore | None, packed: PackedFiles, model: Any) -> MaskStore | None:
-    """A compressed checkpoint has the masks in its weights, and in a side file only those of other weights.
+    """Add the masks that are in packed weights to those of the mask file, which holds masks of other weights.
 
-    A mask that does not fit the model gets no memory: all that is ever said of it is its shape.
+    A mask that does not fit the model is not unpacked: the error message needs only its shape.
     """
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     prefix = f"{model.base_model_prefix}."
@@ -142,18 +141,18 @@ def _with_packed_masks(store: MaskStore | None, packed: PackedFiles, model: Any)
     for name, header in packed.headers.items():
         if header.masked:
             names = (name, name.removeprefix(prefix), prefix + name.removeprefix(prefix))
-            fits = any(shapes.get(each) == header.shape for each in names)
+            fits = any(shapes.get(candidate) == header.shape for candidate in names)
             masks[name] = packed.mask(name) if fits else torch.ones((), dtype=torch.bool).expand(header.shape)
     if not masks:
         return store
-    config, polishes = read_pruning(packed.described.get("pruning", {}), packed.shards.folder)
+    config, polishes = read_pruning(packed.header.get("pruning", {}), packed.shards.folder)
     return MaskStore(masks | (store.masks if store is not None else {}), config=config, polishes=polishes)
 
 
 def _sparse_and_quantized(source: Any, how: str) -> CheckpointError:
     return CheckpointError(
-        f"{source} is sparse, and would be loaded quantized, as {how} says; quantized weights have no masks, and their "
-        f"zeros need not stay: load it without {how}, or with transformers' own class, which knows nothing of masks"
+        f"{source} is sparse, and {how} would quantize it; quantized weights have no masks, and need not keep their "
+        f"zeros: load it without {how}, or with its transformers class, which ignores masks"
     )
 
 
@@ -167,23 +166,23 @@ def _attach(model: Any, store: MaskStore, source: Any, info: Mapping[str, Any]) 
     if saved and not any(cls.__name__ in saved for cls in type(model).__mro__):
         store.masks = _masks_of_base_model(model, store.masks, parameters) or store.masks
     if random := sorted(store.masks.keys() & set(info.get("missing_keys", ()))):
-        others = sorted(info.get("unexpected_keys", ()))
+        unexpected = sorted(info.get("unexpected_keys", ()))
         raise CheckpointError(
             f"{source} has masks for {len(random)} weights that are not in its files, such as {random[0]!r}, so they "
-            f"would be random{f', and {others[0]!r}, which the model has not' if others else ''}: load the class that "
-            f"was saved, and if it is this one, save the checkpoint again"
+            f"would be random{f', and {unexpected[0]!r}, which the model does not have' if unexpected else ''}: load "
+            f"the class that was saved; if it is this one, save the checkpoint again"
         )
     for name, mask in store.masks.items():
         if name not in parameters or parameters[name].shape != mask.shape:
-            found = "no such parameter" if name not in parameters else f"shape {tuple(parameters[name].shape)}"
+            actual = "no such parameter" if name not in parameters else f"shape {tuple(parameters[name].shape)}"
             raise CheckpointError(
                 f"the masks of {source} do not fit the model: {name!r} has a mask of shape {tuple(mask.shape)}, the "
-                f"model has {found}; load the class that was saved, or delete {MASK_FILE} to load without masks"
+                f"model has {actual}; load the class that was saved, or delete {MASK_FILE} to load without masks"
             )
         weight = parameters[name].detach()
-        if not weight.is_meta and bool((weight.ne(0) & ~mask.to(weight.device)).any()):  # two bytes for each weight
+        if not weight.is_meta and bool((weight.ne(0) & ~mask.to(weight.device)).any()):  # two bytes per weight
             raise CheckpointError(
-                f"the masks of {source} are not those of its weights: {name!r} has non-zero weights that its mask "
+                f"the masks of {source} are not those of its weights: {name!r} has nonzero weights that its mask "
                 f"removes; restore the matching {MASK_FILE}, or delete it to load without masks"
             )
     store.attach(model)
@@ -192,7 +191,7 @@ def _attach(model: Any, store: MaskStore, source: Any, info: Mapping[str, Any]) 
 def _masks_of_base_model(
     model: Any, masks: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter]
 ) -> dict[str, Tensor]:
-    """The masks that a model of another class shares with the one saved: those of the encoder, not of the head."""
+    """The masks that a model of another class shares with the saved one: those of the base model, not of the head."""
     prefix = f"{model.base_model_prefix}."
     names = {name: (name.removeprefix(prefix), prefix + name.removeprefix(prefix)) for name in masks}
     in_base = {name for name, parameter in parameters.items() if model.base_model is model or name.startswith(prefix)}
@@ -200,23 +199,26 @@ def _masks_of_base_model(
 
 
 @contextlib.contextmanager
-def _without_torch_prune(
+def _converted_from_torch_prune(
     source: Any, files: Sequence[str], hub: Mapping[str, Any]
 ) -> Iterator[tuple[Path, Path] | None]:
-    """Two native checkpoints for one with ``*_orig`` and ``*_mask`` tensors: the masked weights, and marks.
+    """Convert a checkpoint with ``*_orig`` and ``*_mask`` tensors into two native ones: masked weights, and markers.
 
-    The marks are loaded as if they were weights, so that whatever transformers does to names and layouts of
-    old checkpoints happens to the masks too: 0 removed, 1 kept, 2 never pruned.
+    The markers are loaded as if they were weights, so that transformers renames and converts the masks of old
+    checkpoints just like the weights: 0 is removed, 1 is kept, 2 was never pruned.
+
+    Yields:
+        The folders of both; None for any other checkpoint.
     """
     names = [name for file in files for name in tensor_names(file)]
     originals = {name.removesuffix("_orig") for name in names if name.endswith("_orig")}
     pruned = {name for name in originals if f"{name}_mask" in names}
     lone = {name for name in originals - pruned if name.endswith((".weight", ".bias"))}
     for name in sorted(lone):
-        if name not in names and f"{name}_u" not in names:  # which spectral norms have
+        if name not in names and f"{name}_u" not in names:  # a spectral norm has _orig too
             raise CheckpointError(
-                f"{source} has {name}_orig and no {name}_mask, so transformers would make {name} up: write it anew by "
-                f"hf-prune migrate, which carries it over"
+                f"{source} has {name}_orig and no {name}_mask, so transformers would initialize {name} randomly: "
+                f"convert it with hf-prune migrate, which keeps the weight"
             )
     if not pruned:
         yield None
@@ -225,25 +227,25 @@ def _without_torch_prune(
     for file in files:
         tensors |= load_file(file)
     weights = {n: t for n, t in tensors.items() if n.removesuffix("_orig").removesuffix("_mask") not in pruned}
-    marks = {n: torch.full_like(t, 2) if t.is_floating_point() else t for n, t in weights.items()}
+    markers = {n: torch.full_like(t, 2) if t.is_floating_point() else t for n, t in weights.items()}
     for name in pruned:
         weights[name], keep = masked_weight(name, tensors[f"{name}_orig"], tensors[f"{name}_mask"])
-        marks[name] = keep.to(weights[name].dtype)
+        markers[name] = keep.to(weights[name].dtype)
     with tempfile.TemporaryDirectory() as folder:
-        results = []
-        for kind, content in (("weights", weights), ("marks", marks)):
-            results.append(Path(folder) / kind)
-            results[-1].mkdir()
+        folders = []
+        for kind, content in (("weights", weights), ("markers", markers)):
+            folders.append(Path(folder) / kind)
+            folders[-1].mkdir()
             for extra in ("config.json", "generation_config.json"):
                 if (path := find_file(source, extra, hub)) is not None:
-                    shutil.copyfile(path, results[-1] / extra)
+                    shutil.copyfile(path, folders[-1] / extra)
             contiguous = {name: tensor.contiguous() for name, tensor in content.items()}
-            save_file(contiguous, results[-1] / "model.safetensors", {"format": "pt"})
-        yield results[0], results[1]
+            save_file(contiguous, folders[-1] / SINGLE, {"format": "pt"})
+        yield folders[0], folders[1]
 
 
 def _masks_from_markers(markers: nn.Module, info: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Masks of the parameters that were in the checkpoint; a new head is random and has none."""
+    """The masks of the parameters that were in the checkpoint; a newly initialized head has none."""
     new = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}
-    found = {name: p.detach() for name, p in markers.named_parameters() if name not in new}
-    return {name: values > 0.5 for name, values in found.items() if bool((values < 1.5).any())}
+    loaded = {name: p.detach() for name, p in markers.named_parameters() if name not in new}
+    return {name: values > 0.5 for name, values in loaded.items() if bool((values < 1.5).any())}

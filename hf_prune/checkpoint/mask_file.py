@@ -1,4 +1,4 @@
-"""The file of masks: one bit per weight, in safetensors."""
+"""The mask file: one bit per weight in safetensors, with the pruning settings in its header."""
 
 from __future__ import annotations
 
@@ -28,41 +28,41 @@ _HEADER = "hf_prune"
 
 
 def save_masks(store: MaskStore, path: str | os.PathLike[str]) -> None:
-    """Write masks as packed bits, at once or not at all.
+    """Write masks as packed bits, atomically.
 
     Args:
         store: The masks and the settings that made them.
         path: The file.
     """
-    masks = {plain_name(name): mask for name, mask in store.masks.items()}  # as state dicts have it
-    packed = {name: torch.from_numpy(pack(mask)) for name, mask in masks.items()}
+    masks = {plain_name(name): mask for name, mask in store.masks.items()}  # the names in state dicts
+    packed = {name: torch.from_numpy(pack_mask(mask)) for name, mask in masks.items()}
     entries = {name: {"shape": list(m.shape), "kept": int(m.count_nonzero())} for name, m in masks.items()}
     with atomic_path(path) as temporary:
         save_file(packed, temporary, mask_metadata(entries, store.config, store.polishes))
 
 
-def pack(mask: Tensor) -> np.ndarray:
-    """A mask as bits, eight in a byte."""
+def pack_mask(mask: Tensor) -> np.ndarray:
+    """A mask as bits, eight in a byte (uint8)."""
     return np.packbits(mask.cpu().numpy())
 
 
 def mask_metadata(
     entries: Mapping[str, Mapping[str, Any]], config: PruningConfig | None, polishes: Iterable[PolishRecord] = ()
 ) -> dict[str, str]:
-    """What a file of masks says of them.
+    """The metadata of a mask file.
 
     Args:
-        entries: ``shape`` and ``kept``, the number of weights that stay, by parameter name.
-        config: The settings that made them, if they are known.
-        polishes: What each training after a pruning did.
+        entries: ``shape`` and ``kept``, the number of remaining weights, by parameter name.
+        config: The settings that made the masks, if they are known.
+        polishes: The records of trainings after a pruning.
     """
-    header = {"format": MASK_FORMAT, "version": MASK_VERSION, "masks": entries, **pruning_of(config, polishes)}
-    # one key, since safetensors writes several in an order of its own
+    header = {"format": MASK_FORMAT, "version": MASK_VERSION, "masks": entries, **describe_pruning(config, polishes)}
+    # A single key, since safetensors writes several in no fixed order.
     return {_HEADER: json.dumps(header, sort_keys=True)}
 
 
-def pruning_of(config: PruningConfig | None, polishes: Iterable[PolishRecord]) -> dict[str, Any]:
-    """How masks came about, for JSON: what is known of it."""
+def describe_pruning(config: PruningConfig | None, polishes: Iterable[PolishRecord]) -> dict[str, Any]:
+    """How masks were made, as far as it is known: plain values for JSON."""
     described: dict[str, Any] = {} if config is None else {"config": config.to_dict()}
     if trained := [record.to_dict() for record in polishes]:
         described["polishes"] = trained
@@ -72,10 +72,10 @@ def pruning_of(config: PruningConfig | None, polishes: Iterable[PolishRecord]) -
 def read_pruning(
     described: Mapping[str, Any], path: str | os.PathLike[str]
 ) -> tuple[PruningConfig | None, tuple[PolishRecord, ...]]:
-    """What :func:`pruning_of` described.
+    """The inverse of :func:`describe_pruning`.
 
     Raises:
-        CheckpointError: If it is damaged.
+        CheckpointError: If the description is damaged.
     """
     try:
         config = PruningConfig.from_dict(described["config"]) if "config" in described else None
@@ -89,7 +89,7 @@ def _damaged(path: str | os.PathLike[str], error: Exception) -> CheckpointError:
 
 
 def load_masks(path: str | os.PathLike[str]) -> MaskStore:
-    """Read what :func:`save_masks` wrote.
+    """Read a file that :func:`save_masks` wrote.
 
     Raises:
         CheckpointError: If the file is damaged, of another kind, or of a newer version.
@@ -99,10 +99,10 @@ def load_masks(path: str | os.PathLike[str]) -> MaskStore:
 
 
 class StoredMasks(Mapping[str, Tensor]):
-    """The masks in a file, each read when it is asked for.
+    """A mapping of the masks in a file, each read when it is used.
 
     Args:
-        path: What :func:`save_masks` wrote.
+        path: A file that :func:`save_masks` wrote.
 
     Raises:
         CheckpointError: If the file is damaged, of another kind, or of a newer version.
@@ -111,19 +111,19 @@ class StoredMasks(Mapping[str, Tensor]):
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         try:
-            shards = Shards([self.path])  # its header has all names: safetensors would read it again for each mask
+            shards = Shards([self.path])  # reads the header once; safetensors would read it for each mask
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read as safetensors: {error}") from error
-        self._places = shards.entries
-        names = set(self._places)
+        self._tensors = shards.entries
+        names = set(self._tensors)
         try:
             header = json.loads(shards.shards[self.path.name].metadata.get(_HEADER, "{}"))
-            found = (header.get("format"), header.get("version"))
+            kind = (header.get("format"), header.get("version"))
         except (AttributeError, RecursionError, ValueError) as error:
-            raise CheckpointError(f"{path} is damaged: its header is no JSON object: {error}") from error
-        if found != (MASK_FORMAT, MASK_VERSION):
+            raise CheckpointError(f"{path} is damaged: its header is not a JSON object: {error}") from error
+        if kind != (MASK_FORMAT, MASK_VERSION):
             raise CheckpointError(
-                f"{path} has format and version {found}: expected {(MASK_FORMAT, MASK_VERSION)}; update hf_prune, or "
+                f"{path} has format and version {kind}: expected {(MASK_FORMAT, MASK_VERSION)}; update hf_prune, or "
                 f"delete the file to load the weights without masks"
             )
         self.config, self.polishes = read_pruning(header, path)
@@ -132,14 +132,14 @@ class StoredMasks(Mapping[str, Tensor]):
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise _damaged(path, error) from error
         if unknown := names - set(self._entries):
-            raise CheckpointError(f"{path} is damaged: its header does not know {', '.join(sorted(unknown))}")
+            raise CheckpointError(f"{path} is damaged: its header does not name {', '.join(sorted(unknown))}")
         if missing := sorted(set(self._entries) - names):
             raise _damaged(path, KeyError(missing[0]))
 
     def __getitem__(self, name: str) -> Tensor:
         entry = self._entries[name]
         try:
-            return _unpack(read_tensor(self.path.parent, self._places[name]).numpy(), **entry)
+            return _unpack(read_tensor(self.path.parent, self._tensors[name]).numpy(), **entry)
         except (AttributeError, OSError, OverflowError, RuntimeError, TypeError, ValueError) as error:
             raise _damaged(self.path, error) from error
 

@@ -1,4 +1,4 @@
-"""Load checkpoints with the class that their config names, and their tokenizers."""
+"""Load a checkpoint as the transformers class that its config names, and its tokenizer."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from hf_prune.checkpoint.sources import check_model_source, class_of_transformer
 from hf_prune.errors import CheckpointError, DataError, HfPruneError
 from hf_prune.utils.json_files import read_config
 
-# What transformers and PyTorch raise over configs that nobody can build.
-_OF_CONFIGS = (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError)
+# What transformers and PyTorch raise for configs that no model can be built from.
+_CONFIG_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError)
 
 
 def load_plain(source: str) -> Any:
-    """Load a checkpoint as the class of transformers that its config names, with its masks.
+    """Load a checkpoint with its masks, as the transformers class that its config names.
 
     Args:
         source: Folder or Hub id.
 
     Raises:
-        DataError: If the source cannot be found, or its config names no class of transformers.
+        DataError: If the source cannot be found, or its config names no transformers class.
         CheckpointError: If the masks are damaged or do not fit the weights, or the files hold another model than the
             config describes.
     """
@@ -60,30 +60,30 @@ def _refuse_other_weights(source: str, model: Any, info: Mapping[str, Any]) -> N
 
 @contextlib.contextmanager
 def explained_loading(source: str) -> Iterator[None]:
-    """Within this context, what transformers and PyTorch raise over a config that fits no weights is an error of ours.
+    """Turn errors of transformers and PyTorch about a config that does not fit its weights into our own.
 
     Args:
-        source: Folder or Hub id.
+        source: Folder or Hub id, for messages.
 
     Raises:
-        CheckpointError: In the place of theirs.
+        CheckpointError: In place of theirs.
     """
     try:
         yield
     except HfPruneError:
         raise
-    except (*_OF_CONFIGS, RuntimeError) as error:
+    except (*_CONFIG_ERRORS, RuntimeError) as error:
         raise CheckpointError(f"the weights of {source!r} do not fit its config: {_first_line(error)}") from error
 
 
 def native_class(source: str) -> Any:
-    """The class of transformers that a checkpoint's config names.
+    """The transformers class that a checkpoint's config names.
 
     Args:
         source: Folder or Hub id.
 
     Raises:
-        DataError: If the source cannot be found, or its config names no class of transformers.
+        DataError: If the source cannot be found, or its config names no transformers class.
     """
     offline = check_model_source(source)
     if (path := find_file(source, "config.json", {"local_files_only": offline})) is not None:
@@ -93,28 +93,28 @@ def native_class(source: str) -> Any:
         architectures = config.architectures or []
     except (KeyError, ValueError) as error:
         raise DataError(
-            f"the config of {source!r} is of no model that transformers knows: {_first_line(error)}"
+            f"the config of {source!r} describes no model that transformers knows: {_first_line(error)}"
         ) from error
-    except (*_OF_CONFIGS, StrictDataclassError) as error:  # valid JSON of a shape that nobody expected
+    except (*_CONFIG_ERRORS, StrictDataclassError) as error:  # valid JSON with unexpected types
         raise DataError(
-            f"the config.json of {source!r} is none that save_pretrained wrote: {_first_line(error)}"
+            f"the config.json of {source!r} is not one that save_pretrained wrote: {_first_line(error)}"
         ) from error
     named = isinstance(architectures, list | tuple) and bool(architectures) and isinstance(architectures[0], str)
     native = class_of_transformers(architectures[0]) if named else None
     if native is None:
         raise DataError(
-            f"the config of {source!r} names the class {architectures or 'of no model'}: expected a model of "
-            f"transformers, such as BertForSequenceClassification; load it with an AutoPrunedModelFor… class instead"
+            f"the config of {source!r} names the class {architectures or '(none)'}: expected a transformers model such "
+            f"as BertForSequenceClassification; load it with an AutoPrunedModelFor… class instead"
         )
     return native
 
 
 def load_tokenizer(source: str, *, local_files_only: bool = False) -> Any:
-    """The tokenizer of a checkpoint; code that lies beside it is not run.
+    """Load the tokenizer of a checkpoint, without running code from it.
 
     Args:
         source: Folder or Hub id.
-        local_files_only: Whether the Hub is not asked.
+        local_files_only: Use only local files and the cache, not the Hub.
 
     Raises:
         DataError: If it needs such code, or cannot be read.
@@ -127,8 +127,8 @@ def load_tokenizer(source: str, *, local_files_only: bool = False) -> Any:
         raise  # which says what is not there
     except Exception as error:  # tokenizers knows no class of its own
         raise DataError(
-            f"the tokenizer of {source!r} cannot be loaded: {_first_line(error)}; if it needs code of its own that you "
-            f"trust, load model and tokenizer in Python with trust_remote_code=True"
+            f"the tokenizer of {source!r} cannot be loaded: {_first_line(error)}; if it needs its own code, which "
+            f"you trust, load model and tokenizer in Python with trust_remote_code=True"
         ) from error
 
 

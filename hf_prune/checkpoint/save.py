@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -23,6 +22,7 @@ from hf_prune.pruning.bypass import bypassed_layers
 from hf_prune.pruning.mask_store import MaskStore, warn_regrown
 from hf_prune.structured.shrink import resize, structure_of
 from hf_prune.structured.shrink_record import RECORD, is_shrunk
+from hf_prune.utils.json_files import read_json_object, write_config
 from hf_prune.utils.notices import warn_user
 from hf_prune.utils.offloaded_weights import values_of
 from hf_prune.utils.wrapping import adapters, plain_name
@@ -37,39 +37,39 @@ def save_pruned(
     overwrite: bool = False,
     **kwargs: Any,
 ) -> None:
-    """Save a model as its dense class would, with the masks beside it.
+    """Save a model as its dense class would, with its masks in a file beside the weights.
 
     Args:
         model: The pruned model.
         dense_class: The class that the checkpoint names, so that plain transformers loads it.
-        save: The class's own unbound ``save_pretrained``.
-        folder: Where to; files of other names stay.
-        overwrite: Also delete weights in the way that were written by others.
+        save: The unbound ``save_pretrained`` of that class.
+        folder: The folder to save into; files with other names stay.
+        overwrite: Also delete weights in the way that others wrote.
         **kwargs: Passed to ``save``.
 
     Raises:
-        CheckpointError: If ``folder`` is a file, a layer is switched off and not taken out, or the model carries
-            adapters of a ``PeftModel`` around it; if a part of it is shrunk in a way that cannot be described; or if
-            weights that others wrote would be deleted, or masks differ from those of another variant in the folder.
-        MaskError: If the masks no longer fit the model.
+        CheckpointError: If ``folder`` is a file; if a layer is switched off but not removed; if the model carries
+            adapters of a surrounding ``PeftModel``; if a part is shrunk in a way that the config cannot describe; if
+            weights that others wrote would be deleted; or if another variant in the folder has other masks.
+        MaskError: If the masks do not fit the model.
         PlanError: If weights were never loaded.
     """
     pruned_class = model.__class__
     if bypassed := bypassed_layers(model):
         raise CheckpointError(
-            f"layers are switched off, which a checkpoint cannot say: {', '.join(bypassed)}; call shrink() first, "
-            f"which takes them out"
+            f"layers are switched off, which a checkpoint cannot express: {', '.join(bypassed)}; call shrink() first, "
+            f"which removes them"
         )
     places = set(getattr(model, "hf_device_map", {}).values())
     if kwargs.get("state_dict") is None and not places & {"cpu", "disk"} and any(p.is_meta for p in model.parameters()):
         # transformers reads offloaded weights only where from_pretrained has offloaded them
         kwargs["state_dict"] = {name: values_of(model, name, tensor) for name, tensor in model.state_dict().items()}
-    only_adapters = getattr(model, "_hf_peft_config_loaded", False)  # what transformers then saves
+    only_adapters = getattr(model, "_hf_peft_config_loaded", False)  # then transformers saves nothing else
     if (adapted := adapters(model)) and not only_adapters:
         raise CheckpointError(
-            f"{next(iter(adapted.values()))} carries adapters, and no {dense_class.__name__} could load what would be "
-            f"saved: merge them first, with hf_prune.merge_lora, or save the adapters alone, with the PeftModel's own "
-            f"save_pretrained"
+            f"{next(iter(adapted.values()))} carries adapters, and {dense_class.__name__} could not load the result: "
+            f"merge them first, with hf_prune.merge_lora, or save only the adapters, with save_pretrained of the "
+            f"PeftModel"
         )
     store = MaskStore.of(model)
     variant = kwargs.get("variant")
@@ -77,25 +77,25 @@ def save_pruned(
         _check_variants(store, Path(folder), variant)
     elif store is not None:
         warn_user(
-            f"this {dense_class.__name__} carries adapters, so transformers saves these alone: neither its other "
-            f"weights nor its {len(store.masks)} masks are in {folder}. hf_prune.merge_lora(model) before saving "
-            f"makes one sparse model of both, and model.delete_adapter(...) takes the adapters out",
+            f"this {dense_class.__name__} carries adapters, so transformers saves only these: neither its other "
+            f"weights nor its {len(store.masks)} masks are in {folder}. Before saving, hf_prune.merge_lora(model) "
+            f"merges both into one sparse model, and model.delete_adapter(...) removes the adapters",
         )
     if store is not None:
         store.check(model)
         warn_regrown(
             model,
-            "they are zero in what is saved, which is not the model that was trained or evaluated",
+            "they are zero in the saved model, which is not the model that was trained or evaluated",
             kwargs.get("state_dict"),
         )
         if not any(isinstance(parameter, DTensor) for parameter in model.parameters()):
-            store.apply(model)  # training steps may have moved what the masks remove
+            store.apply(model)  # training steps may have changed removed weights
         if kwargs.get("state_dict") is not None:
             kwargs["state_dict"] = _masked(kwargs["state_dict"], store.masks)
     if not only_adapters:
         if any(plain_name(f"{name}.") != f"{name}." for name, _ in model.named_modules()):
             kwargs["state_dict"] = kwargs.get("state_dict") or model.state_dict()
-        if kwargs.get("state_dict") is not None:  # names are those of the class, without what wrappers add
+        if kwargs.get("state_dict") is not None:  # under the names of the class, without parts that wrappers add
             kwargs["state_dict"] = {plain_name(name): tensor for name, tensor in kwargs["state_dict"].items()}
     model.__class__ = dense_class
     try:
@@ -103,7 +103,7 @@ def save_pruned(
             save(model, staging, **kwargs)
             if only_adapters and (path := staging / "adapter_model.safetensors").is_file():
                 tensors = load_file(path)
-                if any(plain_name(name) != name for name in tensors):  # PEFT looks for them by the names of modules
+                if any(plain_name(name) != name for name in tensors):  # PEFT looks them up by module names
                     save_file({plain_name(name): t for name, t in tensors.items()}, path, {"format": "pt"})
             if not only_adapters:
                 _describe_structure(model, dense_class, staging)
@@ -114,74 +114,75 @@ def save_pruned(
 
 
 def refuse_adapters_alone(model: Any, what: str) -> None:
-    """Make sure that saving a model saves a model, and not the adapters that ``add_adapter`` has put inside it.
+    """Make sure that saving saves the model, and not only the adapters that ``add_adapter`` put into it.
 
     Args:
         model: The model.
-        what: What is asked of its checkpoint, for the message.
+        what: The option that needs a whole model, for messages.
 
     Raises:
-        CheckpointError: If it carries adapters.
+        CheckpointError: If the model carries adapters.
     """
     if getattr(model, "_hf_peft_config_loaded", False):
         raise CheckpointError(
-            f"{what} is for whole models, and of this {type(model).__name__}, which carries adapters, transformers "
-            f"saves these alone: merge them first, with hf_prune.merge_lora(model), or take them out, with "
+            f"{what} is for whole models, and this {type(model).__name__} carries adapters, of which transformers "
+            f"saves nothing else: merge them first, with hf_prune.merge_lora(model), or remove them, with "
             f"model.delete_adapter(...)"
         )
 
 
 def _check_variants(store: MaskStore | None, folder: Path, variant: str | None) -> None:
-    """Make sure that masks are those of the other variants of the weights that stay in a folder."""
-    if not (others := other_variants(folder, variant)):
+    """Make sure that other variants of the weights, which stay in a folder, have the same masks."""
+    if not (variants := other_variants(folder, variant)):
         return
     path = folder / MASK_FILE
     stored = dict(StoredMasks(path)) if path.is_file() else {}
     masks = {} if store is None else store.masks
     if stored.keys() != masks.keys() or not all(torch.equal(stored[name], mask.cpu()) for name, mask in masks.items()):
         raise CheckpointError(
-            f"{folder} holds {others[0]}, whose masks are not those of this model, and both would share {MASK_FILE}: "
+            f"{folder} holds {variants[0]}, whose masks are not those of this model, and both would share {MASK_FILE}: "
             f"save into another folder"
         )
 
 
 def _describe_structure(model: Any, dense_class: Any, folder: Path) -> None:
-    """Write into a saved config what it alone does not tell; nothing if it does."""
+    """Add the sizes of a shrunk model to its saved config, where the config alone does not give them."""
     if not is_shrunk(model):
         return
-    path = folder / "config.json"
-    told = json.loads(path.read_text(encoding="utf-8"))
-    told |= {key: part.config.to_dict() for key, part in _stray_configs(model).items()}
-    described = type(model.config).from_dict(copy.deepcopy(told))
+    saved = read_json_object(folder / "config.json")
+    saved |= {key: part.config.to_dict() for key, part in _stray_configs(model).items()}
+    described = type(model.config).from_dict(copy.deepcopy(saved))
     structure = structure_of(model, lambda: dense_class(copy.deepcopy(described)))
+    # Build what a loader will build, and compare its shapes.
     with torch.device("meta"):
-        again = dense_class(described)
-        resize(again, structure)
+        rebuilt = dense_class(described)
+        resize(rebuilt, structure)
     shapes = {plain_name(name): tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    others = {name: tuple(parameter.shape) for name, parameter in again.named_parameters()}
-    if differing := [name for name in {**shapes, **others} if shapes.get(name) != others.get(name)]:
+    rebuilt_shapes = {name: tuple(parameter.shape) for name, parameter in rebuilt.named_parameters()}
+    if differing := [n for n in {**shapes, **rebuilt_shapes} if shapes.get(n) != rebuilt_shapes.get(n)]:
         name = differing[0]
         raise CheckpointError(
-            f"{name} has the shape {shapes.get(name)}, and {others.get(name)} in the {dense_class.__name__} that "
-            f"config.json can describe (None: there is none): nothing was saved, since it could not be loaded; save "
-            f"the part that was shrunk by itself, with its own save_pretrained"
+            f"{name} has the shape {shapes.get(name)}, and {rebuilt_shapes.get(name)} in the {dense_class.__name__} "
+            f"that config.json can describe (None: it is missing), so the checkpoint could not be loaded: nothing was "
+            f"saved; save the shrunk part alone, with its own save_pretrained"
         )
     if structure:
-        told["quantization_config"] = structure_config(structure)
-    path.write_text(json.dumps(told, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        saved["quantization_config"] = structure_config(structure)
+    write_config(folder, saved)
 
 
 def _stray_configs(model: Any) -> dict[str, Any]:
-    """The shrunk models inside a model whose configs its own does not hold but copies of, by the key of the copy."""
-    own = {key: getattr(model.config, key, None) for key in getattr(model.config, "sub_configs", {})}
-    found: dict[str, Any] = {}
+    """Shrunk models inside a model whose configs are only copied in its own config, by the key of the copy."""
+    sub_configs = {key: getattr(model.config, key, None) for key in getattr(model.config, "sub_configs", {})}
+    strays: dict[str, Any] = {}
     for module in model.modules():
         config = getattr(module, "config", None)
-        if getattr(config, RECORD, None) is None or config is model.config or any(config is c for c in own.values()):
+        known = config is model.config or any(config is sub_config for sub_config in sub_configs.values())
+        if getattr(config, RECORD, None) is None or known:
             continue
-        if len(keys := [key for key, copied in own.items() if type(copied) is type(config)]) == 1:
-            found.setdefault(keys[0], module)
-    return found
+        if len(keys := [key for key, copied in sub_configs.items() if type(copied) is type(config)]) == 1:
+            strays.setdefault(keys[0], module)
+    return strays
 
 
 def _masked(state: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> dict[str, Tensor]:

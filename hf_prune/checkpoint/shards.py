@@ -1,8 +1,8 @@
-"""Safetensors files tensor by tensor: read with plain file reads, and written at the same places in a copy.
+"""Read safetensors files tensor by tensor, and write tensors to the same places in a copy.
 
 The format is an 8-byte little-endian length, a JSON header of that length, and the bytes of the tensors one after the
-other. Pruning changes no shape and no dtype, so a pruned file has the header of the dense one, byte for byte, and every
-tensor lies where it lay. Files are not mapped into memory, so what a process holds is what it asked for.
+other. Pruning changes no shape and no dtype, so a pruned file has the same header as the dense one, byte for byte, and
+every tensor stays in its place. Files are read and not mapped, so a process holds only the memory that it asked for.
 """
 
 from __future__ import annotations
@@ -43,15 +43,15 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class Entry:
-    """Where a tensor lies.
+    """The place of a tensor in a file.
 
     Args:
-        name: Its name in the file.
-        shard: The file's name.
-        dtype: As the header spells it, such as ``"BF16"``.
-        shape: Its shape.
-        start: Its first byte in the file.
-        size: How many bytes it has.
+        name: Name of the tensor.
+        shard: Name of the file.
+        dtype: As in the header, such as ``"BF16"``.
+        shape: Shape of the tensor.
+        start: Offset of its first byte in the file.
+        size: Number of bytes.
     """
 
     name: str
@@ -63,14 +63,14 @@ class Entry:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """Its dtype.
+        """The dtype in PyTorch.
 
         Raises:
-            CheckpointError: If it is one of the packed and 8-bit kinds that quantized checkpoints have.
+            CheckpointError: If it is a packed or 8-bit type of quantized checkpoints.
         """
         if self.dtype not in _DTYPES:
             raise CheckpointError(
-                f"{self.name} in {self.shard} is of type {self.dtype}: expected one of {', '.join(_DTYPES)}; "
+                f"{self.name} in {self.shard} has type {self.dtype}: expected one of {', '.join(_DTYPES)}; "
                 f"prune before quantizing"
             )
         return _DTYPES[self.dtype]
@@ -78,7 +78,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Shard:
-    """One file: its size, the bytes before the first tensor, its tensors in their order, and what else it says."""
+    """One file: its name, size, header bytes, tensors in the order of their places, and metadata."""
 
     name: str
     size: int
@@ -92,10 +92,10 @@ class Shards:
 
     Args:
         paths: The files, in one folder.
-        index: The file that says which tensor is in which of them, if there are several.
+        index: The index file, if there are several.
 
     Raises:
-        CheckpointError: If one is missing, damaged, or not what the index says.
+        CheckpointError: If a file is missing or damaged, or contradicts the index.
     """
 
     def __init__(self, paths: Sequence[str | os.PathLike[str]], index: str | os.PathLike[str] | None = None) -> None:
@@ -111,9 +111,9 @@ class Shards:
                     )
                 self.entries[entry.name] = entry
         if index is not None:
-            self._check(read_json_object(index)["weight_map"])
+            self._check_index(read_json_object(index)["weight_map"])
 
-    def _check(self, weight_map: Mapping[str, str]) -> None:
+    def _check_index(self, weight_map: Mapping[str, str]) -> None:
         for name, shard in weight_map.items():
             if shard not in self.shards:
                 raise CheckpointError(
@@ -121,14 +121,14 @@ class Shards:
                     f"save the checkpoint again"
                 )
             if name not in self.entries or self.entries[name].shard != shard:
-                found = self.entries[name].shard if name in self.entries else "no file"
+                actual = self.entries[name].shard if name in self.entries else "no file"
                 raise CheckpointError(
-                    f"the index says that {name} is in {shard}, and it is in {found}: download or save the checkpoint "
+                    f"the index says that {name} is in {shard}, and it is in {actual}: download or save the checkpoint "
                     f"again"
                 )
 
     def fingerprint(self) -> str:
-        """A hash of the files' names, sizes, headers and times: what has changed is another checkpoint."""
+        """A hash of the names, sizes, headers and times of the files, which differs after any change of them."""
         digest = hashlib.sha256()
         for name, shard in sorted(self.shards.items()):
             digest.update(f"{name} {shard.size} {(self.folder / name).stat().st_mtime_ns}\n".encode())
@@ -137,10 +137,10 @@ class Shards:
 
 
 def read_tensor(folder: Path, entry: Entry) -> Tensor:
-    """One tensor, on the CPU.
+    """Read one tensor, on the CPU.
 
     Raises:
-        CheckpointError: If the file is shorter than it was.
+        CheckpointError: If the file was cut off since its header was read.
     """
     tensor = torch.empty(entry.shape, dtype=entry.torch_dtype)
     with open(folder / entry.shard, "rb", buffering=0) as file:
@@ -149,15 +149,15 @@ def read_tensor(folder: Path, entry: Entry) -> Tensor:
 
 
 def read_rows(folder: Path, entry: Entry, rows: Sequence[int]) -> Tensor:
-    """Some rows of a matrix, without reading the others.
+    """Read some rows of a matrix, without reading the others.
 
     Args:
-        folder: Where its file is.
-        entry: A tensor of two or more dimensions.
-        rows: Their numbers.
+        folder: Folder of the file.
+        entry: A tensor with two or more dimensions.
+        rows: Indices of the rows.
 
     Returns:
-        (rows, ...), in the order asked for.
+        The rows (len(rows), ...), in the given order.
     """
     tensor = torch.empty((len(rows), *entry.shape[1:]), dtype=entry.torch_dtype)
     length = entry.size // entry.shape[0]
@@ -168,21 +168,21 @@ def read_rows(folder: Path, entry: Entry, rows: Sequence[int]) -> Tensor:
 
 
 def read_parts(folder: Path, entry: Entry) -> Iterator[bytearray]:
-    """The bytes of one tensor, a part at a time; the same memory is used for every part."""
+    """Read the bytes of one tensor in parts, which all use the same memory."""
     buffer = bytearray(min(CHUNK_BYTES, entry.size))
     view = memoryview(buffer)
     with open(folder / entry.shard, "rb", buffering=0) as file:
         file.seek(entry.start)
-        left = entry.size
-        while left:
-            part = buffer if left >= len(buffer) else bytearray(left)
+        remaining = entry.size
+        while remaining:
+            part = buffer if remaining >= len(buffer) else bytearray(remaining)
             _fill(file, view if part is buffer else memoryview(part), entry)
             yield part
-            left -= len(part)
+            remaining -= len(part)
 
 
 def write_tensor(folder: Path, entry: Entry, tensor: Tensor) -> None:
-    """Put a tensor's bytes where they belong, in a file that is already there."""
+    """Write a tensor to its place in an existing file."""
     assert tensor.dtype == entry.torch_dtype
     assert tuple(tensor.shape) == entry.shape
     with open(folder / entry.shard, "r+b", buffering=0) as file:
@@ -192,17 +192,17 @@ def write_tensor(folder: Path, entry: Entry, tensor: Tensor) -> None:
 
 def write_all(file: Any, data: Any) -> None:
     """Write every byte to an unbuffered file, or raise an OSError."""
-    left = memoryview(data)
-    while left:
-        left = left[file.write(left) :]
+    rest = memoryview(data)
+    while rest:
+        rest = rest[file.write(rest) :]
 
 
 def header_bytes(tensors: Mapping[str, tuple[str, Sequence[int], int]], metadata: Mapping[str, str]) -> bytes:
-    """What a safetensors file begins with.
+    """The length and header at the beginning of a safetensors file.
 
     Args:
-        tensors: Type, shape and bytes of each tensor, by name, in the order in which they follow.
-        metadata: What else the header says.
+        tensors: Type, shape and number of bytes of each tensor by name, in the order of their places.
+        metadata: The metadata of the file.
     """
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     start = 0
@@ -219,8 +219,8 @@ def _read_shard(path: Path) -> Shard:
         with safe_open(path, "np"):  # checks the whole header against the size of the file
             pass
         with path.open("rb") as file:
-            first = file.read(_LENGTH.size)
-            header = first + file.read(*_LENGTH.unpack(first))
+            length = file.read(_LENGTH.size)
+            header = length + file.read(*_LENGTH.unpack(length))
         size = path.stat().st_size
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is missing: download or save the checkpoint again") from error
@@ -229,12 +229,12 @@ def _read_shard(path: Path) -> Shard:
             f"{path} cannot be read as safetensors: {error}; download or save the checkpoint again"
         ) from error
     entries = []
-    described = json.loads(header[_LENGTH.size :])
-    metadata = described.pop("__metadata__", None) or {}
-    for name, value in described.items():
+    tensors = json.loads(header[_LENGTH.size :])
+    metadata = tensors.pop("__metadata__", None) or {}
+    for name, value in tensors.items():
         start, end = value["data_offsets"]
         shape = tuple(value["shape"])
-        if max(shape, default=0) >= 1 << 63:  # beside a zero, which lets it pass
+        if max(shape, default=0) >= 1 << 63:  # passes the check above if another size is 0
             raise CheckpointError(
                 f"{path} says that {name} has the shape {list(shape)}: expected sizes below 2^63; download or save the "
                 f"checkpoint again"

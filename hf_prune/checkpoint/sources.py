@@ -1,4 +1,4 @@
-"""Whether a model is where it is said to be, and which class of transformers loads it."""
+"""Check that a model can be found, and which transformers class loads it."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from hf_prune.utils.json_files import read_config, read_json_object
 def check_model_source(
     model_id: str | os.PathLike[str], *, revision: str | None = None, cache_dir: str | Path | None = None
 ) -> bool:
-    """Make sure that a model can be loaded from where it is said to be, before any long work.
+    """Make sure, before any long work, that a model can be found.
 
-    A local folder needs a ``config.json``. A Hub id is fine if its ``config.json`` is in the local
-    cache or if the Hub answers; whether the Hub has that model is left to ``from_pretrained``.
+    A local folder needs a ``config.json``. For a Hub id, the Hub must answer, or the model's ``config.json`` must be
+    in the local cache; whether the Hub has that model is left to ``from_pretrained``.
 
     Args:
-        model_id: Path of a folder, or a Hub id such as ``"owner/name"``. A folder wins over a Hub id.
+        model_id: Path of a folder, or a Hub id such as ``"owner/name"``. An existing folder takes precedence.
         revision: Branch, tag or commit on the Hub; ``main`` if None.
         cache_dir: Cache folder of the Hub client; its default if None.
 
@@ -29,8 +29,8 @@ def check_model_source(
         Whether to load with ``local_files_only=True``: the Hub does not answer, but the model is cached.
 
     Raises:
-        DataError: If the folder does not exist or holds no model, if the id is malformed, or if the
-            model is not cached and the Hub does not answer.
+        DataError: If the folder does not exist or holds no model, if the id is malformed, or if the model is not
+            cached and the Hub does not answer.
 
     Example:
         >>> check_model_source("./no-such-model")
@@ -60,7 +60,7 @@ def check_model_source(
 
 
 def holds_adapters(source: str, adapter_config: str | os.PathLike[str]) -> DataError:
-    """The error for a checkpoint of adapters alone, which says where the model is that they belong to.
+    """The error for a checkpoint that holds only adapters, with the name of their base model.
 
     Args:
         source: Folder or Hub id.
@@ -71,24 +71,24 @@ def holds_adapters(source: str, adapter_config: str | os.PathLike[str]) -> DataE
     except CheckpointError:
         base = None
     return DataError(
-        f"{source!r} holds the adapters of a PeftModel and no model (no config.json): load the model that they belong "
-        f"to, {base or 'which adapter_config.json does not name'}, lay them on it with "
-        f"peft.PeftModel.from_pretrained(model, {source!r}), and merge them with hf_prune.merge_lora, or with "
-        f"merge_and_unload() if the model is dense; what then is saved is a model"
+        f"{source!r} holds the adapters of a PeftModel and no model (no config.json): load their base model, "
+        f"{base or 'which adapter_config.json does not name'}, add them with "
+        f"peft.PeftModel.from_pretrained(model, {source!r}), merge them with hf_prune.merge_lora, or with "
+        f"merge_and_unload() if the model is dense, and save the result"
     )
 
 
 def model_class(source: str | os.PathLike[str]) -> str:
-    """The class that a checkpoint's config names, without loading weights or libraries.
+    """The name of the class in a checkpoint's config, without loading weights or transformers.
 
     Args:
         source: Folder or Hub id.
 
     Returns:
-        Such as ``"LlamaForCausalLM"``; empty if the config names none.
+        For example ``"LlamaForCausalLM"``; empty if the config names none.
 
     Raises:
-        DataError: If the checkpoint cannot be found, or its config is no JSON object.
+        DataError: If the checkpoint cannot be found, or its config is not a JSON object.
 
     Example:
         >>> model_class("./model")  # doctest: +SKIP
@@ -109,27 +109,27 @@ def model_class(source: str | os.PathLike[str]) -> str:
     try:
         names: list[str] = read_config(path, DataError).get("architectures") or [""]
     except DataError as error:
-        raise DataError(f"the config.json of {os.fspath(source)!r} is no JSON object of a model: {error}") from error
+        raise DataError(f"the config.json of {os.fspath(source)!r} does not describe a model: {error}") from error
     return names[0]
 
 
 def class_of_transformers(name: object) -> Any | None:
-    """The class of models that a config names, or None if transformers has no model by that name.
+    """The model class of transformers with a name from a config; None if there is no such model.
 
-    Whoever writes a config chooses the name: Auto classes run code that lies beside it, and pipelines and configs are
-    no models.
+    The author of a config chooses the name, so that it could be that of an Auto class, which runs code from the
+    checkpoint, or of a pipeline or config: only models are returned.
 
     Args:
-        name: Such as ``"BertForSequenceClassification"``.
+        name: For example ``"BertForSequenceClassification"``.
     """
     import transformers
     from torch import nn
 
     cls: Any = getattr(transformers, name, None) if isinstance(name, str) else None
     is_model = isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)
-    return cls if is_model and cls.forward is not nn.Module.forward else None  # bases compute nothing
+    return cls if is_model and cls.forward is not nn.Module.forward else None  # base classes cannot run
 
 
 def is_language_model(class_name: str) -> bool:
-    """Whether a class of transformers is a causal language model, by its name."""
+    """Whether the name of a transformers class is that of a causal language model."""
     return class_name.endswith(("ForCausalLM", "LMHeadModel"))

@@ -1,5 +1,5 @@
-"""Folder in, folder out: compress, decompress, export, migrate.
+"""Folder in, folder out: compress, decompress, migrate, prune as a stream; and export a model to another runtime.
 
-Takes a checkpoint and writes another one beside it; the source is never changed. A new conversion is a file with a
-function that takes both folders, and a report of what it did.
+Takes the folder of a checkpoint and writes another one; the source is never changed. Each conversion returns a report
+to print. A new conversion is a file with one function that takes both folders.
 """

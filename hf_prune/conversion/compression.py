@@ -1,7 +1,7 @@
-"""Checkpoints on disk: dense into compressed and back, tensor by tensor, so that memory stays at one file.
+"""Compress a dense checkpoint, tensor by tensor, in the memory of one file.
 
-The masks in ``pruning_masks.safetensors`` become the positions of the values that stay, so a weight that was kept and
-is zero is still kept; without masks, what is not zero stays. ``docs/format.md`` specifies the files.
+With ``pruning_masks.safetensors``, the masks become the positions of stored values, so that a kept weight that is zero
+stays kept; without it, the nonzero values are stored. ``docs/format.md`` specifies the files.
 """
 
 from __future__ import annotations
@@ -15,10 +15,9 @@ from accelerate.utils import convert_file_size_to_int
 from torch import Tensor
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
-from hf_prune.checkpoint.config_file import write_config
-from hf_prune.checkpoint.files import MASK_FILE
-from hf_prune.checkpoint.mask_file import StoredMasks, pruning_of, save_masks
-from hf_prune.checkpoint.packed.files import INDEX, Item, file_paths, packed_item, write_shards
+from hf_prune.checkpoint.files import INDEX, MASK_FILE, file_paths
+from hf_prune.checkpoint.mask_file import StoredMasks, describe_pruning, save_masks
+from hf_prune.checkpoint.packed.files import Item, packed_item, plain_item, write_shards
 from hf_prune.checkpoint.packed.format import CODECS, SPELLED, VALUES, is_packed
 from hf_prune.checkpoint.packed.pack import pack
 from hf_prune.checkpoint.packed.quantization_config import compressed_config, is_structure
@@ -30,7 +29,7 @@ from hf_prune.errors import CheckpointError, ConfigError
 from hf_prune.hub.card_renewal import renew_card
 from hf_prune.pruning.mask_store import MaskStore
 from hf_prune.utils.folders import copy_beside
-from hf_prune.utils.json_files import read_config
+from hf_prune.utils.json_files import read_config, write_config
 from hf_prune.utils.locks import output_lock
 from hf_prune.utils.output_folder import SAVE, check_output, refuse_file, source_folder
 from hf_prune.utils.quantization_method import METHOD
@@ -38,7 +37,7 @@ from hf_prune.utils.staging import scratch_folder
 
 SHARD_BYTES = 5 << 30
 _LEAF = "weight"
-_OWN = (MASK_FILE, "config.json", INDEX, FILE)  # written anew, or not at all
+_REWRITTEN = (MASK_FILE, "config.json", INDEX, FILE)  # never copied
 
 
 def compress_checkpoint(
@@ -51,23 +50,23 @@ def compress_checkpoint(
     remote_code: bool = False,
     overwrite: bool = False,
 ) -> CompressionReport:
-    """Write a dense checkpoint as a compressed one; after ``import hf_prune``, plain ``from_pretrained`` loads it.
+    """Compress a dense checkpoint; after ``import hf_prune``, plain ``from_pretrained`` loads the result.
 
     Args:
-        source: A folder with safetensors files, in one or more parts, and the masks beside them if there are any.
-        folder: Where to: a new or empty folder, or an earlier output; at once or not at all.
-        codec: ``"zstd"``, or ``"none"`` for values that lie in the file as they are.
-        values: ``"int8"``, which is lossy, rounds the values of pruned weights to 255 steps for each index of the first
-            dimension: outputs of Linear, inputs of GPT-2's Conv1D. Of an N:M pattern that runs down the columns of a
-            matrix it is the second dimension.
-        shard_bytes: Of a file, at most, unless one tensor has more.
-        remote_code: Put a file beside the weights by which ``from_pretrained(…, trust_remote_code=True)`` loads them
+        source: A folder with weights in one or more safetensors files, and the masks beside them if there are any.
+        folder: The folder to write, atomically: new, empty, or an earlier output.
+        codec: ``"zstd"``, or ``"none"`` for uncompressed values.
+        values: ``"exact"``, or ``"int8"``, which is lossy: values of pruned weights are rounded to 255 steps for each
+            index of the first dimension (outputs of Linear, inputs of GPT-2's Conv1D), or of the second dimension for
+            an N:M pattern along the columns of a matrix.
+        shard_bytes: Largest size of a file, unless a single tensor is larger.
+        remote_code: Add a Python file with which ``from_pretrained(…, trust_remote_code=True)`` loads the checkpoint
             where hf_prune is not installed.
-        overwrite: Replace what is in the way in ``folder``.
+        overwrite: Replace existing files in ``folder``.
 
     Raises:
-        CheckpointError: If the source is damaged, compressed already, or its masks do not fit; if ``remote_code`` is
-            asked of a shrunk model or one that is not of transformers; or if something is in the way.
+        CheckpointError: If the source is damaged or compressed already, or its masks do not fit; if ``remote_code`` is
+            set for a shrunk model or one that is not part of transformers; or if something is in the way.
         ConfigError: If a setting is unknown.
 
     Example:
@@ -92,28 +91,28 @@ def _compress(
     if (suffixed := [name for name in shards.entries if name.endswith("_packed")]) and any(
         name.removesuffix("_packed") in shards.entries for name in suffixed
     ):
-        raise CheckpointError(f"{origin} has a tensor named {suffixed[0]}, which compressed checkpoints use themselves")
-    config, structure = own_config(origin)
-    mine = _masks_of_files(masks, shards, config) if masks is not None else set()
+        raise CheckpointError(f"{origin} has a tensor named {suffixed[0]}, a name that compressed checkpoints need")
+    config, structure = read_plain_config(origin)
+    packable = _masks_of_files(masks, shards, config) if masks is not None else set()
     classes = auto_classes(config) if remote_code else {}
     config["quantization_config"] = compressed_config(structure)
-    described: dict[str, Any] = {"tensors": len(shards.entries), "values": values}
-    if masks is not None and mine:
-        described["pruning"] = pruning_of(masks.config, masks.polishes)
-    left = copy_rest(origin, staging, paths)
+    header: dict[str, Any] = {"tensors": len(shards.entries), "values": values}
+    if masks is not None and packable:
+        header["pruning"] = describe_pruning(masks.config, masks.polishes)
+    left_out = copy_other_files(origin, staging, paths)
     items = (
-        _packed(shards.folder, entry, masks[entry.name] if masks and entry.name in mine else None, codec, values)
+        _packed(shards.folder, entry, masks[entry.name] if masks and entry.name in packable else None, codec, values)
         for entry in shards.entries.values()
     )
-    write_shards(staging, items, shard_bytes, described)
-    if masks is not None and (rest := {name: masks[name] for name in masks if name not in mine}):
+    write_shards(staging, items, shard_bytes, header)
+    if masks is not None and (rest := {name: masks[name] for name in masks if name not in packable}):
         save_masks(MaskStore(rest, config=masks.config, polishes=masks.polishes), staging / MASK_FILE)
     if classes:
         add_remote_code(staging, config, classes)
     write_config(staging, config)
     card, stale = renew_card(staging, origin.resolve(), target.resolve().name, lossy=values != "exact")
     after = weights_size(staging)
-    return CompressionReport(weights_size(origin), after, values != "exact", (*left, *stale), card)
+    return CompressionReport(weights_size(origin), after, values != "exact", (*left_out, *stale), card)
 
 
 def save_compressed(
@@ -126,19 +125,20 @@ def save_compressed(
     remote_code: bool = False,
     overwrite: bool = False,
 ) -> CompressionReport:
-    """Save a checkpoint dense into a folder that is gone afterwards, and compressed into the one that stays.
+    """Save a compressed checkpoint, by way of a dense one in a temporary folder.
 
     Args:
         save: Saves the dense checkpoint into a folder.
-        folder: Where the compressed one goes; at once or not at all.
-        codec: As of :func:`compress_checkpoint`.
-        values: As of :func:`compress_checkpoint`.
-        max_shard_size: Of a file, such as ``"2GB"``.
-        remote_code: As of :func:`compress_checkpoint`.
-        overwrite: Also delete weights in the way that were written by others.
+        folder: The folder for the compressed one, written atomically.
+        codec: As for :func:`compress_checkpoint`.
+        values: As for :func:`compress_checkpoint`.
+        max_shard_size: Largest size of a file, such as ``"2GB"``.
+        remote_code: As for :func:`compress_checkpoint`.
+        overwrite: Also delete weights in the way that others wrote.
 
     Raises:
-        CheckpointError: If ``folder`` is a file, a weight cannot be packed, or weights that others wrote would go.
+        CheckpointError: If ``folder`` is a file, a weight cannot be packed, or weights that others wrote would be
+            deleted.
         ConfigError: If a setting is unknown.
     """
     _check_choice("codec", codec, CODECS)
@@ -158,13 +158,17 @@ def _check_choice(setting: str, value: str, known: tuple[str, ...]) -> None:
         raise ConfigError(f"{setting} is {value!r}: expected one of {', '.join(known)}")
 
 
-def own_config(folder: Path) -> tuple[dict[str, Any], dict[str, int]]:
-    """The config of a checkpoint that is not quantized otherwise, and the sizes of a shrunk model."""
+def read_plain_config(folder: Path) -> tuple[dict[str, Any], dict[str, int]]:
+    """The config of a checkpoint, and the sizes of a shrunk model in it.
+
+    Raises:
+        CheckpointError: If another method quantized it, or the sizes are damaged.
+    """
     config = read_config(folder / "config.json")
-    described = config.get("quantization_config") or {}
-    if (method := described.get("quant_method", METHOD)) != METHOD:
+    settings = config.get("quantization_config") or {}
+    if (method := settings.get("quant_method", METHOD)) != METHOD:
         raise CheckpointError(f"{folder} is quantized with {method!r}: expected plain weights")
-    structure = described.get("structure") or {}
+    structure = settings.get("structure") or {}
     if not is_structure(structure):
         raise CheckpointError(
             f"{folder / 'config.json'} is damaged: its structure is {structure!r}; download or save it again"
@@ -172,26 +176,25 @@ def own_config(folder: Path) -> tuple[dict[str, Any], dict[str, int]]:
     return config, structure
 
 
-def copy_rest(source: Path, staging: Path, weights: Sequence[Path]) -> tuple[str, ...]:
-    """Tokenizers, cards and what else lies beside the weights; what was left out."""
-    own = (*_OWN, *(path.name for path in weights))
-    return copy_beside(source, staging, own, ["model*.safetensors"])
+def copy_other_files(source: Path, staging: Path, weights: Sequence[Path]) -> tuple[str, ...]:
+    """Copy the files beside the weights, such as tokenizers and cards, and return what was left out."""
+    return copy_beside(source, staging, (*_REWRITTEN, *(path.name for path in weights)), ["model*.safetensors"])
 
 
 def weights_size(folder: Path) -> int:
-    """Bytes of a folder's weights and masks."""
+    """The size of a folder's weights and masks in bytes."""
     return sum(path.stat().st_size for name in ("model*.safetensors", MASK_FILE) for path in folder.glob(name))
 
 
 def _masks_of_files(masks: Mapping[str, Tensor], shards: Shards, config: Mapping[str, Any]) -> set[str]:
-    """The masks that belong to the weights of the same name in the files, and not only to parameters of the model.
+    """The names of the masks that belong to the weights of the same name in the files.
 
-    transformers renames, splits and permutes the weights of some model types while it loads them, so that a name may
-    stand for one weight in the files and for another, or its rows in another order, in the model.
+    Masks have the names of the model's parameters. transformers renames, splits and permutes the weights of some model
+    types while it loads them, so the same name may stand for another weight, or other rows, in the files.
     """
     same = {name for name in masks if name in shards.entries and _can_pack(shards.entries[name])}
     if len(same) == len(masks) and not any(map(get_checkpoint_conversion_mapping, _kinds(config))):
-        return same  # a mask that does not fit is then an error
+        return same  # nothing is converted, so a mask that does not fit is an error
     return {name for name in same if _fits(masks[name], read_tensor(shards.folder, shards.entries[name]))}
 
 
@@ -200,7 +203,7 @@ def _fits(mask: Tensor, weight: Tensor) -> bool:
 
 
 def _kinds(config: Any) -> Iterator[str]:
-    """By what transformers looks up conversions: types of a model and its parts, and classes."""
+    """The keys by which transformers looks up conversions: types and classes of a model and its parts."""
     if isinstance(config, dict):
         yield from (name for name in (config.get("model_type"), *(config.get("architectures") or ())) if name)
         for part in config.values():
@@ -213,13 +216,13 @@ def _can_pack(entry: Entry) -> bool:
 
 
 def _packed(folder: Path, entry: Entry, mask: Tensor | None, codec: str, values: str) -> list[Item]:
-    """One tensor as it is written: packed if it has a mask, or gets smaller by it."""
+    """A tensor to write: packed if it has a mask, or if that makes it smaller."""
     if _can_pack(entry) and (mask is not None or len(entry.shape) > 1 or not entry.size):
         tensor = read_tensor(folder, entry)
         if mask is not None and mask.shape != tensor.shape:
             raise CheckpointError(
                 f"the mask of {entry.name} has shape {tuple(mask.shape)}, the weight {tuple(tensor.shape)}: restore "
-                f"the matching {MASK_FILE}, or delete it to go by what is zero"
+                f"the matching {MASK_FILE}, or delete it to use the zeros in the weights"
             )
         try:
             data = pack(tensor, mask, codec=codec, values=values)
@@ -228,13 +231,3 @@ def _packed(folder: Path, entry: Entry, mask: Tensor | None, codec: str, values:
         if mask is not None or len(data) < entry.size or not entry.size:
             return packed_item(entry.name, entry.dtype, data)
     return [plain_item(folder, entry)]
-
-
-def plain_item(folder: Path, entry: Entry) -> Item:
-    """A tensor as it is in a safetensors file, to be written again."""
-    data = bytearray(entry.size)
-    with (folder / entry.shard).open("rb") as file:
-        file.seek(entry.start)
-        if file.readinto(data) != entry.size:
-            raise CheckpointError(f"{entry.shard} ends within {entry.name}: it was changed; start again")
-    return Item(entry.name, entry.dtype, entry.shape, data)

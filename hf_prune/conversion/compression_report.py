@@ -1,4 +1,4 @@
-"""What a compression or its reverse came to."""
+"""The result of compressing or decompressing a checkpoint."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from hf_prune.utils.formatting import format_count
 
 @dataclass(frozen=True)
 class CompressionReport:
-    """What became of a checkpoint's weights.
+    """Sizes before and after a compression. Print it.
 
     Args:
-        before: Bytes of the weights and masks that were read.
-        after: Bytes of those that were written.
+        before: Size of the weights and masks that were read, in bytes.
+        after: Size of the weights and masks that were written, in bytes.
         lossy: Whether values were rounded.
         left: Files and folders beside the weights that were not copied.
-        card: What became of the part of the model card that hf_prune wrote; empty if it had none.
+        card: What happened to our part of the model card; empty if there was none.
     """
 
     before: int

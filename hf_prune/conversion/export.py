@@ -1,4 +1,4 @@
-"""Models for other runtimes: ONNX by ``torch.export``, and OpenVINO; masked and shrunk models alike."""
+"""Export masked and shrunk models to other runtimes: ONNX, by ``torch.export``, and OpenVINO."""
 
 from __future__ import annotations
 
@@ -23,20 +23,19 @@ from hf_prune.utils.files import sync
 from hf_prune.utils.forward import eval_mode
 from hf_prune.utils.number_formats import refuse_quantized
 from hf_prune.utils.offloaded_weights import refuse_offloaded
-from hf_prune.utils.output_folder import check_file, say_replaced
+from hf_prune.utils.output_folder import check_file, warn_replaced
 
-_TOLERANCE = 1e-3  # largest difference of an output from PyTorch's, in units of the largest output
+_TOLERANCE = 1e-3  # largest difference from PyTorch, relative to the largest output if that is above 1
 
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What an export wrote, and how close it is.
+    """The file that an export wrote, and how close its outputs are. Print it.
 
     Args:
         path: The file.
-        runtime: What ran it: ``"onnxruntime"`` or ``"openvino"``.
-        difference: Largest difference of its outputs from those of PyTorch, on inputs of another size than it was
-            exported with.
+        runtime: The runtime that checked it: ``"onnxruntime"`` or ``"openvino"``.
+        difference: Largest difference of an output from PyTorch's, on inputs of another size than those of the export.
     """
 
     path: Path
@@ -49,7 +48,7 @@ class ExportReport:
 
 
 class _Logits(nn.Module):
-    """A model as a function of tensors, in a fixed order, that returns one tensor."""
+    """A model as a function that takes tensors in a fixed order and returns one tensor."""
 
     def __init__(self, model: nn.Module, names: tuple[str, ...]) -> None:
         super().__init__()
@@ -62,45 +61,45 @@ class _Logits(nn.Module):
 
 
 def first_output(outputs: Any) -> Any:
-    """The logits that a model returned, or else its first output."""
+    """The logits of a model's outputs, or else the first output."""
     logits = getattr(outputs, "logits", None)
     return logits if logits is not None else outputs[0]
 
 
 def export_model(model: nn.Module, path: str | Path, *, overwrite: bool = False) -> ExportReport:
-    """Write a model as ONNX (``.onnx``) or for OpenVINO (``.xml``, with a ``.bin`` beside it), and check it.
+    """Export a model to ONNX (``.onnx``) or OpenVINO (``.xml``, with a ``.bin`` beside it), and check the file.
 
-    The file has the batch size and the number of tokens as free dimensions, and one output, the logits. It is run once
-    and compared with PyTorch before it takes its place. Zeros of a masked model stay zeros; what was taken out of a
-    shrunk one is not there.
+    The batch size and the number of tokens are free dimensions, and the logits are the only output. Before the file is
+    put in place, it is run once and compared with PyTorch. A masked model keeps its zeros, and a shrunk model its size.
 
     Args:
-        model: A transformers model of text, images or sound; in float32.
+        model: A transformers model for text, images or sound, in float32.
         path: The file.
-        overwrite: Replace it, and what belongs to it, if it is there.
+        overwrite: Replace an existing file and the files that belong to it.
 
     Returns:
-        What was written, and how close it is.
+        What was written, and how close its outputs are.
 
     Raises:
-        CheckpointError: If it is there already.
-        ExportError: If a package is missing, the suffix is another one, the model cannot be exported, or the file puts
-            out something else than PyTorch.
+        CheckpointError: If the file exists already.
+        ExportError: If a package is missing, the suffix is unknown, the model cannot be exported, or the outputs of the
+            file differ from PyTorch's.
         PlanError: If weights are offloaded or quantized.
     """
     path = Path(path)
     refuse_quantized(model)
     if path.suffix not in SUFFIXES:
         raise ExportError(f"{path} ends in {path.suffix!r}: expected .onnx, or .xml for OpenVINO")
-    for each in (path, path.with_suffix(".bin") if path.suffix == ".xml" else path.with_name(f"{path.name}.data")):
-        check_file(each, overwrite=overwrite)
+    data = path.with_suffix(".bin") if path.suffix == ".xml" else path.with_name(f"{path.name}.data")
+    for file in (path, data):
+        check_file(file, overwrite=overwrite)
     need("onnx", "onnxscript", *(("openvino",) if path.suffix == ".xml" else ("onnxruntime",)))
     if any(p.dtype != torch.float32 for p in model.parameters()):
-        raise ExportError("the model is not in float32, which exported files are: call model.float() first")
-    if gone := bypassed_layers(model):
-        raise ExportError(f"layers are switched off: {', '.join(gone)}; call shrink() first, which takes them out")
+        raise ExportError("the model is not in float32, as exported files must be: call model.float() first")
+    if bypassed := bypassed_layers(model):
+        raise ExportError(f"layers are switched off: {', '.join(bypassed)}; call shrink() first, which removes them")
     refuse_offloaded(model, "export_model()")
-    warn_regrown(model, "what is exported is not the model that save_pretrained() writes, in which they are zero")
+    warn_regrown(model, "the exported model is not the one that save_pretrained() writes, in which they are zero")
     inputs = workload_inputs(model, {"batch_size": 2, "length": 8})
     other = workload_inputs(model, {"batch_size": 3, "length": 6})
     with _exportable(model):
@@ -116,16 +115,16 @@ def export_model(model: nn.Module, path: str | Path, *, overwrite: bool = False)
 
             openvino.save_model(openvino.convert_model(str(written.with_suffix(".onnx"))), str(written), False)
             written.with_suffix(".onnx").unlink()
-        found = ExportedModel(written)(**other)
-        difference = float((torch.from_numpy(found) - expected).abs().max())
+        actual = ExportedModel(written)(**other)
+        difference = float((torch.from_numpy(actual) - expected).abs().max())
         runtime = "openvino" if path.suffix == ".xml" else "onnxruntime"
         if not difference <= _TOLERANCE * max(1.0, float(expected.abs().max())):
             raise ExportError(
-                f"run by {runtime}, the exported model puts out something else than PyTorch: they differ by "
-                f"{difference:.2g}; nothing was written"
+                f"the outputs of the exported model in {runtime} differ from PyTorch's by {difference:.2g}: nothing "
+                f"was written"
             )
-        say_replaced(path.parent, (file.name for file in Path(name).iterdir()))
-        for file in sorted(Path(name).iterdir(), key=lambda file: file == written):  # what it refers to first
+        warn_replaced(path.parent, (file.name for file in Path(name).iterdir()))
+        for file in sorted(Path(name).iterdir(), key=lambda file: file == written):  # the files that it refers to first
             sync(file)
             file.replace(path.parent / file.name)
     return ExportReport(path, runtime, difference)
@@ -136,7 +135,7 @@ def _program(model: Any, inputs: Mapping[str, Tensor]) -> Any:
     free = torch.export.Dim.DYNAMIC
     shapes = tuple({0: free, 1: free} if t.dim() == 2 else {0: free} for t in inputs.values())
     errors = []
-    for attention in (None, "eager"):  # some models compute shapes within fused attention that cannot be traced
+    for attention in (None, "eager"):  # fused attention of some models computes shapes that cannot be traced
         with _attention(model, attention), _quiet():
             try:
                 return torch.onnx.export(
@@ -148,7 +147,7 @@ def _program(model: Any, inputs: Mapping[str, Tensor]) -> Any:
                     dynamic_shapes=(shapes,),
                     verbose=False,
                 )
-            except Exception as error:  # of many kinds, all of them torch's own
+            except Exception as error:  # torch raises many kinds
                 errors.append(error)
     raise ExportError(
         f"torch cannot export this {type(model).__name__}: {str(errors[-1]).strip().splitlines()[-1]}"
@@ -157,7 +156,7 @@ def _program(model: Any, inputs: Mapping[str, Tensor]) -> Any:
 
 @contextlib.contextmanager
 def _exportable(model: Any) -> Iterator[None]:
-    """Eval mode and no caches inside."""
+    """Eval mode without caches, inside the context."""
     config = model.config
     cached = getattr(config, "use_cache", None)
     with eval_mode(model):
@@ -172,7 +171,7 @@ def _exportable(model: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _attention(model: Any, implementation: str | None) -> Iterator[None]:
-    """Another implementation of attention inside."""
+    """Another implementation of attention, inside the context; None changes nothing."""
     before = model.config._attn_implementation
     if implementation is None:
         yield
@@ -186,7 +185,7 @@ def _attention(model: Any, implementation: str | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """No chatter of the exporter: what matters is checked."""
+    """Silence the exporter's warnings, since its result is checked."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -32,7 +32,7 @@ from hf_prune.structured.unit_plan import UnitPlan
 from hf_prune.utils.files import write_json
 from hf_prune.utils.locks import writes_alone
 from hf_prune.utils.notices import warn_user
-from hf_prune.utils.output_folder import check_output, say_replaced
+from hf_prune.utils.output_folder import check_output, warn_replaced
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -146,7 +146,7 @@ def run_sweep(
     done = {(p.criterion, p.sparsity) for p in points}
     if results is not None:
         if found is None:
-            say_replaced(results.parent, FILES)
+            warn_replaced(results.parent, FILES)
         write_json(results, result().to_dict())
     for point_config in configs:
         if (point_config.criterion, point_config.sparsity) in done:

@@ -1,4 +1,4 @@
-"""The YAML at the head of a card."""
+"""The YAML metadata of a card: facts for programs, and what the Hub shows."""
 
 from __future__ import annotations
 
@@ -17,33 +17,37 @@ from hf_prune.utils.front_matter import split_card
 
 
 def read_metadata(text: str) -> dict[str, Any]:
-    """The metadata of a card, empty if it has none."""
+    """The metadata of a card; empty if it has none."""
     return split_card(text)[0]
 
 
 def text_checksum(text: str) -> str | None:
-    """SHA-256 of our part of a card, in hexadecimal digits; None if it has none."""
+    """SHA-256 of our part of a card in hexadecimal digits; None if it has no such part."""
     ours = our_part(text)
     return None if ours is None else _checksum(ours)
 
 
 def our_part(text: str) -> str | None:
-    """What is between our marks in a card, the marks included; None if they are not there."""
+    """The part of a card between our marks, including the marks; None without marks."""
     parts = parts_of(split_card(text)[1])
     return None if parts is None else parts[1]
 
 
 def read_facts(text: str) -> dict[str, Any]:
-    """The numbers that a card gives to programs, empty if it has none."""
+    """The facts in the metadata of a card; empty if it has none."""
     facts = read_metadata(text).get(FACTS)
     return facts if isinstance(facts, dict) else {}
 
 
 def card_metadata(data: PruningCardData, text: str) -> dict[str, Any]:
-    """The YAML metadata of a card, as a dict.
+    """The metadata of a card.
+
+    Args:
+        data: The facts.
+        text: Our part of the card, whose checksum becomes a fact.
 
     Raises:
-        DataError: If a license or link is none.
+        DataError: If a license, link or Hub id is not valid.
     """
     for key in ("license", "license_name"):
         value = getattr(data, key)
@@ -53,7 +57,7 @@ def card_metadata(data: PruningCardData, text: str) -> dict[str, Any]:
         raise DataError(f"license_link is {data.license_link!r}: expected an address, https://…")
     for key in ("base_model", "dataset"):
         if (value := getattr(data, key)) is not None and not is_repo_id(value):
-            raise DataError(f"{key} is {value!r}: expected a Hub id, owner/name; the Hub takes no other")
+            raise DataError(f"{key} is {value!r}: expected a Hub id, owner/name, since the Hub accepts nothing else")
     results = []
     score = (data.evaluation or {}).get("evaluation")
     if score and data.dataset:
@@ -84,9 +88,9 @@ def card_metadata(data: PruningCardData, text: str) -> dict[str, Any]:
 
 
 def _facts(data: PruningCardData, text: str) -> dict[str, Any]:
-    """What verify compares with the files, and with the text."""
+    """The facts that ``verify`` compares with the files and the text."""
     report = data.report
-    if (structure := report.get("structure")) is not None:  # the rest of the report counts what was taken out since
+    if (structure := report.get("structure")) is not None:  # the other numbers are of the model before shrinking
         facts: dict[str, Any] = {"parameters": structure["parameters"]}
     else:
         facts = {key: report[key] for key in ("parameters", "nonzero", "target_parameters", "removed")}

@@ -1,4 +1,4 @@
-"""The card of a checkpoint that is written in another form: it describes the new files, or nothing."""
+"""Update the card of a checkpoint that was converted, so that it describes the new files."""
 
 from __future__ import annotations
 
@@ -18,59 +18,61 @@ from hf_prune.hub.licenses import LICENSE_FIELDS
 from hf_prune.utils.files import write_text
 from hf_prune.utils.front_matter import read_card
 
-_UNKNOWN = (HfPruneError, OSError, jinja2.UndefinedError, AttributeError, KeyError, TypeError, ValueError)
+_UNUSABLE = (HfPruneError, OSError, jinja2.UndefinedError, AttributeError, KeyError, TypeError, ValueError)
 
 
 def renew_card(folder: Path, source: Path, name: str, *, lossy: bool = False) -> tuple[str, tuple[str, ...]]:
-    """Have the card in a folder describe the weights that are there now; what its author wrote stays.
+    """Make the card in a folder describe the converted weights; the text of its author is kept.
 
-    If the values are the same, what was measured stays as well. If they were rounded, or the card did not describe its
-    own files, what hf_prune wrote goes, and of rounded values all that was counted and drawn.
+    If the values did not change, measurements are kept too. If they were rounded, or the card did not describe the
+    files of ``source``, our part is removed, and for rounded values also all reports and pictures.
 
     Args:
-        folder: A checkpoint that is being made, with the card and the reports of ``source``.
-        source: The folder that it is made of.
-        name: What the new one will be called.
+        folder: The new checkpoint, still in the making, with the card and the reports of ``source``.
+        source: The folder that was converted.
+        name: The name of the new checkpoint.
         lossy: Whether values were rounded.
 
     Returns:
-        What became of the card, empty if there was nothing of ours in it; and the files that were taken out.
+        A sentence about the card, empty if hf_prune wrote nothing in it; and the files that were removed.
     """
-    gone = [each for each in (*REPORTS, *PICTURES, CARD_DATA) if (folder / each).is_file()] if lossy else []
-    for each in gone:
-        (folder / each).unlink()
+    removed = [file for file in (*REPORTS, *PICTURES, CARD_DATA) if (folder / file).is_file()] if lossy else []
+    for file in removed:
+        (folder / file).unlink()
     path = folder / "README.md"
     try:
         text = read_card(path, errors="replace") if path.is_file() else ""
         if BEGIN not in text and f"\n{FACTS}:" not in text:
-            return "", tuple(gone)
-        left = without_facts(text)
+            return "", tuple(removed)
+        rest = without_facts(text)
     except DataError as error:
-        return f"README.md is as it was, also where it is wrong now: {error}.", tuple(gone)
+        return f"README.md was not changed, even where it is wrong now: {error}.", tuple(removed)
     old = None if lossy else stored_card_data(source)
     try:
         if old is not None:
             kept = {key: getattr(old, key) for key in (*KEPT, *LICENSE_FIELDS, "report", "versions")}
             title = name if old.name == source.name else old.name
-            kept |= _of_the_same_values(old, kept, folder)
+            kept |= _renamed_weights(old, kept, folder)
             data = read_card_data(folder, **kept, name=title)
             write_card(folder, dataclasses.replace(data, rounded=old.rounded or data.rounded))
-            return "README.md describes the new files.", tuple(gone)
-    except _UNKNOWN:
+            return "README.md describes the new files.", tuple(removed)
+    except _UNUSABLE:
         pass
-    write_text(path, left)
+    write_text(path, rest)
     (folder / CARD_DATA).unlink(missing_ok=True)
-    return "What hf_prune wrote in README.md is gone: hf-prune card FOLDER --write counts anew.", tuple(gone)
+    advice = "hf-prune card FOLDER --write counts again"
+    return f"The part of README.md that hf_prune wrote was removed: {advice}.", tuple(removed)
 
 
-def _of_the_same_values(old: PruningCardData, kept: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """What was measured, said of the files that hold the same values now."""
+def _renamed_weights(old: PruningCardData, kept: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The measurements, with the digest of the new files, which hold the same values, in place of the old one."""
     before, now = weights_digest(old.checksums), weights_digest(checksums(folder))
-    found = {}
+    renamed = {}
     for key in ("evaluation", "latency"):
-        said = (kept[key] or {}).get("weights")
-        if isinstance(said, dict):
-            found[key] = {**kept[key], "weights": {n: now if each == before else each for n, each in said.items()}}
-        elif said == before is not None:
-            found[key] = {**kept[key], "weights": now}
-    return found
+        weights = (kept[key] or {}).get("weights")
+        if isinstance(weights, dict):
+            digests = {name: now if digest == before else digest for name, digest in weights.items()}
+            renamed[key] = {**kept[key], "weights": digests}
+        elif weights == before is not None:
+            renamed[key] = {**kept[key], "weights": now}
+    return renamed

@@ -1,4 +1,4 @@
-"""What surrounds our part of a card: it may neither hide that part, nor say something else of the same data."""
+"""The text and metadata around our part of a card, which must neither hide that part nor contradict it."""
 
 from __future__ import annotations
 
@@ -10,65 +10,41 @@ from typing import Any
 from hf_prune.utils.front_matter import split_card
 
 BEGIN, END = "<!-- hf_prune: begin -->", "<!-- hf_prune: end -->"
-FACTS = "hf_prune"  # the key of the metadata that programs read
+FACTS = "hf_prune"  # the key of the facts in the metadata
 
-# Before our part, only what no reader of Markdown takes for the beginning of something that goes on: much else can.
+# A heading or plain paragraph. Much else before our part could go on into it, in some reader of Markdown.
 _LINE = re.compile(r"(?:#{1,6} )?[^\W\d_][^<>`$\[\]|~\\{}^]*")
 _MOST_BEFORE = 2_000
-_TAGS = re.compile(r"<\s*/?(?:style|script|link|base|meta|frameset)\b", re.IGNORECASE)  # reach beyond where they stand
+_TAGS = re.compile(r"<\s*/?(?:style|script|link|base|meta|frameset)\b", re.IGNORECASE)  # act on the whole page
 _TELLING = frozenset(
     {"modelindex", "evalresult", "evalresults", "evaluation", "evaluationresults", "result", "results", "benchmark",
      "benchmarks", "accuracy", "perplexity", "score", "scores", "f1"}
 )  # fmt: skip
 _METRIC = re.compile(r"[A-Za-z][\w/-]*")
+# Words that can be added to the name of data without meaning other data.
 _ANY = frozenset(
-    {
-        "train",
-        "training",
-        "validation",
-        "valid",
-        "val",
-        "dev",
-        "test",
-        "split",
-        "set",
-        "dataset",
-        "data",
-        "corpus",
-        "task",
-        "glue",
-        "superglue",
-        "the",
-        "accuracy",
-        "acc",
-        "perplexity",
-        "benchmark",
-        "official",
-        "original",
-        "binary",
-        "english",
-        "en",
-        "version",
-        "v",
-        "v1",
-        "full",
-    }
-)  # words beside the name of data that do not make it another one
-_NO_NUMBER = "…"  # initials without the number at the end may be of any
+    "train training validation valid val dev test split set dataset data corpus task"
+    " glue superglue the accuracy acc perplexity benchmark official original"
+    " binary english en version v v1 full".split()
+)
+_NO_NUMBER = "…"  # stands for any number at the end of initials
 _LOOKS = str.maketrans("авекмнорстухіјѕԁһԛԝγαβενικορτυχ", "abekmhopctyxijsdhqwyabevikoptux")  # Cyrillic, Greek
-# What moves a thing to another place, or could be written so.
+# Styles that move an element to another place, and escapes in which they could be hidden.
 _MOVES = r"(?:position\s*:|z-index|(?<![\w-])transform|margin[a-z-]*\s*:[^;]{0,20}-|\\|&#|/\*)"
-_REACH = re.compile(  # a tag that stands elsewhere, and is shown over our part
+_REACH = re.compile(  # a tag outside of our part that is shown over it
     rf"""<[a-z][^<>]{{0,2000}}\sstyle\s*=\s*(?:"[^"]{{0,2000}}?{_MOVES}|'[^']{{0,2000}}?{_MOVES}|[^\s>]{{0,200}}?{_MOVES})""",
     re.IGNORECASE,
 )
 
 
 def surroundings(text: str) -> Iterator[tuple[str, Any, Any]]:
-    """What is around our part: its name, what is there, and what is expected; the two differ where it is no good.
+    """Check the surroundings of our part.
 
     Args:
         text: The card.
+
+    Yields:
+        Name of the check, value in the card, and expected value; the two differ where something is wrong.
 
     Raises:
         DataError: If its metadata cannot be read.
@@ -76,8 +52,9 @@ def surroundings(text: str) -> Iterator[tuple[str, Any, Any]]:
     metadata, body = split_card(text)
     for mark in (BEGIN, END):
         yield f"marks {mark[5:-4]}", text.count(mark), 1
-    odd = not_plain(body.partition(BEGIN)[0])
-    yield "text before our part", "plain" if odd is None else f"{odd}, which can hide it: move it below", "plain"
+    problem = not_plain(body.partition(BEGIN)[0])
+    shown = "plain" if problem is None else f"{problem}, which can hide it: move it below"
+    yield "text before our part", shown, "plain"
     tag = _TAGS.search(body) or _REACH.search(body)
     yield "tags that change our part", tag[0] if tag else "none", "none"
     facts = metadata.get(FACTS)
@@ -89,7 +66,7 @@ def surroundings(text: str) -> Iterator[tuple[str, Any, Any]]:
 
 
 def not_plain(before: str) -> str | None:
-    """What of a text could change how the text below is shown: anything but headings and plain paragraphs."""
+    """What in a text could change how the text below is shown, if it is more than headings and plain paragraphs."""
     if len(before.strip()) > _MOST_BEFORE:
         return f"{len(before.strip()):,} characters"
     for line in before.split("\n"):
@@ -101,50 +78,50 @@ def not_plain(before: str) -> str | None:
 
 
 def parts_of(body: str) -> tuple[str, str, str] | None:
-    """What is before our part of a card, that part, and what is after it; None if there is none."""
+    """The body of a card before our part, our part, and the body after it; None without our part."""
     before, _, rest = body.partition(BEGIN)
     ours, end, after = rest.partition(END)
     return (before, f"{BEGIN}{ours}{END}", after) if end else None
 
 
 def results_of(index: Any, score: Mapping[str, Any]) -> list[tuple[Any, Any]]:
-    """The results in a ``model-index`` that are ours by data and metric, and their values.
+    """The results in a ``model-index`` with the data and metric of a card's score, and their values.
 
     Args:
-        index: The ``model-index``; what is not as the Hub has it is passed over.
-        score: What a card's facts say of the score.
+        index: The ``model-index``; malformed entries are ignored.
+        score: The score in a card's facts.
     """
-    kind, found = "accuracy" if "accuracy" in score else "perplexity", []
+    kind, results = "accuracy" if "accuracy" in score else "perplexity", []
     for _, result in _each_result(index):
         try:
             values = [metric["value"] for metric in result["metrics"] if metric["type"] == kind]
             if values and result["dataset"]["type"] == score["dataset"]:
-                found.append((result, values[0]))
+                results.append((result, values[0]))
         except (KeyError, TypeError):
             continue
-    return found
+    return results
 
 
 def in_any_order(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """Metadata to compare: which results there are matters, and not in which order or how many entries they stand."""
+    """Metadata for a comparison that ignores the order of results and their grouping into entries."""
     if "model-index" not in metadata:
         return dict(metadata)
-    found = sorted(repr(_sorted(each)) for each in _each_result(metadata["model-index"]))
-    return {**metadata, "model-index": found}
+    results = sorted(repr(_sorted(result)) for result in _each_result(metadata["model-index"]))
+    return {**metadata, "model-index": results}
 
 
 def other_data(text: str) -> list[str]:
-    """The data of the author's own results."""
+    """The names of the data in the author's own results."""
     metadata = split_card(text)[0]
     facts = metadata.get(FACTS)
     score = facts.get("score") if isinstance(facts, dict) else None
     index = metadata.get("model-index")
     ours = [id(result) for result, _ in results_of(index, score)] if isinstance(score, dict) else []
-    found = []
+    names = []
     for _, result in _each_result(index):
         if id(result) not in ours and isinstance(result, dict) and isinstance(data := result.get("dataset"), dict):
-            found.append(str(data.get("name", data.get("type")))[:60])
-    return list(dict.fromkeys(found))
+            names.append(str(data.get("name", data.get("type")))[:60])
+    return list(dict.fromkeys(names))
 
 
 def _other_results(metadata: Mapping[str, Any], score: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
@@ -153,11 +130,11 @@ def _other_results(metadata: Mapping[str, Any], score: Mapping[str, Any]) -> Ite
     for key, value in metadata.items():
         name = _letters(str(key))
         if name in ("metric", "metrics"):
-            each = value if isinstance(value, list) else [value]
-            right = value is None or all(isinstance(one, str) and _METRIC.fullmatch(one) for one in each)
+            metrics = value if isinstance(value, list) else [value]
+            harmless = value is None or all(isinstance(m, str) and _METRIC.fullmatch(m) for m in metrics)
         else:
-            right = key == "model-index" or name not in _TELLING
-        if not right:
+            harmless = key == "model-index" or name not in _TELLING
+        if not harmless:
             yield f"results under {key!r} in the metadata", str(value)[:60], "none"
     for entry, result in _each_result(index):
         if id(result) in ours:
@@ -169,7 +146,7 @@ def _other_results(metadata: Mapping[str, Any], score: Mapping[str, Any]) -> Ite
 
 
 def _each_result(index: Any) -> Iterator[tuple[Any, Any]]:
-    """Every entry without its results, and each of these; what is no entry stands for itself."""
+    """Every result, with its entry without results; a malformed entry counts as a result."""
     for entry in index if isinstance(index, list) else [] if index is None else [index]:
         results = entry.get("results") if isinstance(entry, dict) else None
         if isinstance(results, list):
@@ -190,19 +167,19 @@ def _is_shaped(entry: Mapping[str, Any], result: Any) -> bool:
         and isinstance(data.get("name", ""), str)
         and {"type", "name", "config", "split", "revision", "args"}.issuperset(data)
         and isinstance(metrics, list)
-        and all(isinstance(each, dict) and isinstance(each.get("type"), str) and "value" in each for each in metrics)
+        and all(isinstance(m, dict) and isinstance(m.get("type"), str) and "value" in m for m in metrics)
     )
 
 
 def _same_data(result: Mapping[str, Any], dataset: str) -> bool:
-    """Whether a result is on our data, however that is spelled, and wherever it says so."""
+    """Whether a result is about our data, however it is spelled and wherever the result says so."""
     data = result["dataset"]
-    if not data["type"].isascii():  # which no Hub id is
+    if not data["type"].isascii():  # not a Hub id, so it may imitate one
         return True
     ours = {_letters(dataset), _letters(dataset.rpartition("/")[2])}
     ours |= {name.rstrip("0123456789") + _NO_NUMBER for name in ours}
     owner = _letters(dataset.rpartition("/")[0])
-    named = [result.get("task"), *({k: v for k, v in each.items() if k != "value"} for each in result["metrics"])]
+    named = [result.get("task"), *({k: v for k, v in m.items() if k != "value"} for m in result["metrics"])]
     return any(_is_mixed(text) or ours & _spellings(text, owner) for text in _texts(data)) or any(
         _is_mixed(text) or ours & _runs(text) for text in _texts(named)
     )
@@ -210,34 +187,34 @@ def _same_data(result: Mapping[str, Any], dataset: str) -> bool:
 
 def _texts(value: Any) -> Iterator[str]:
     if isinstance(value, dict | list):
-        for each in value.values() if isinstance(value, dict) else value:
-            yield from _texts(each)
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _texts(item)
     else:
         yield unicodedata.normalize("NFKC", str(value))
 
 
 def _spellings(text: str, owner: str) -> set[str]:
-    """Names that a text can stand for: without the words that say nothing, and by its initials."""
-    found = {_letters(text), _letters(text.rpartition("/")[2])}
+    """The names that a text can stand for: without filler words, and as initials."""
+    names = {_letters(text), _letters(text.rpartition("/")[2])}
     for cut in (r"[\W_]+", r"[\s_]+"):
         words = [_letters(word) for word in re.split(cut, text)]
         words = [word for word in words if word and word not in _ANY and word != owner]
-        found.add("".join(words))
+        names.add("".join(words))
         long = [word for word in words if not re.fullmatch(r"v?\d+", word)]
         if len(long) > 2:  # Stanford Sentiment Treebank v2
             initials = "".join(word[0] for word in long)
-            found.add(initials + ("".join(w.removeprefix("v") for w in words if w not in long) or _NO_NUMBER))
-    return found
+            names.add(initials + ("".join(w.removeprefix("v") for w in words if w not in long) or _NO_NUMBER))
+    return names
 
 
 def _runs(text: str) -> set[str]:
-    """Words of a text, and two or three in a row as one."""
+    """The words of a text, and every two or three consecutive words as one."""
     words = [word for word in map(_letters, re.split(r"[\W_]+", text)) if word]
     return {"".join(words[i : i + n]) for n in (1, 2, 3) for i in range(len(words))}
 
 
 def _is_mixed(text: str) -> bool:
-    """Whether a word has letters of Latin and of another script, which look alike."""
+    """Whether a word mixes Latin letters with those of a script that has similar ones."""
     for word in re.findall(r"\w+", text):
         scripts = {unicodedata.name(letter, "").split(" ")[0] for letter in word if letter.isalpha()}
         if "LATIN" in scripts and scripts & {"CYRILLIC", "GREEK", "ARMENIAN", "CHEROKEE", "LISU", "COPTIC"}:
@@ -252,5 +229,5 @@ def _letters(text: str) -> str:
 
 def _sorted(value: Any) -> Any:
     if isinstance(value, dict):
-        return sorted(((str(key), _sorted(each)) for key, each in value.items()), key=lambda pair: pair[0])
-    return [_sorted(each) for each in value] if isinstance(value, list | tuple) else value
+        return sorted(((str(key), _sorted(item)) for key, item in value.items()), key=lambda pair: pair[0])
+    return [_sorted(item) for item in value] if isinstance(value, list | tuple) else value

@@ -1,4 +1,7 @@
-"""The text of a model card, from its facts."""
+"""The text of a model card, rendered from its facts.
+
+Pushed cards are compared with this text: a change of its words makes ``verify`` report every earlier card as wrong.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ _NO_SPEED = (
 
 
 def card_text(data: PruningCardData) -> str:
-    """What our part of ``README.md`` says, as Markdown."""
+    """Our part of ``README.md``, as Markdown."""
     report = data.report
     structure = report.get("structure")
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
@@ -47,7 +50,7 @@ def card_text(data: PruningCardData) -> str:
 
 
 def _size(report: Mapping[str, Any], files: Mapping[str, int]) -> list[str]:
-    """Cells of a row: parameters, those that are not zero unless units were taken out, in memory, on disk."""
+    """Cells of a row: parameters, nonzero parameters except for a shrunk model, bytes in memory, bytes on disk."""
     structure = report.get("structure")
     counts = [structure["parameters"]] if structure else [report["parameters"], report["nonzero"]]
     sizes = [(structure or report)["bytes"], sum(files.values())]
@@ -55,13 +58,13 @@ def _size(report: Mapping[str, Any], files: Mapping[str, int]) -> list[str]:
 
 
 def _plain(text: str) -> str:
-    """Text from outside, which must not become markup or break a table."""
+    """Escape a text so that it cannot become markup or break a table."""
     text = html.escape(" ".join(str(text).split()), quote=False)
-    return re.sub(r"[|`*\[\]\\$~]|\b_|_\b", lambda found: f"&#{ord(found[0])};", text)
+    return re.sub(r"[|`*\[\]\\$~]|\b_|_\b", lambda match: f"&#{ord(match[0])};", text)
 
 
 def _counted(report: Mapping[str, Any]) -> list[str]:
-    """Sentences on what was counted."""
+    """Sentences about what was counted."""
     if (structure := report.get("structure")) is not None:
         now, before = structure["parameters"], structure["parameters_before"]
         return [f"Whole units were taken out: {now:,} of {before:,} parameters are left ({_share(now, before)})."]
@@ -78,7 +81,7 @@ def _counted(report: Mapping[str, Any]) -> list[str]:
 
 
 def _done(data: PruningCardData) -> list[str]:
-    """Sentences on how it was pruned and trained."""
+    """Sentences about how the model was pruned and trained."""
     lines = []
     if data.config is not None:
         lines.append(_method(data.config))
@@ -134,7 +137,7 @@ def _scores(data: PruningCardData) -> dict[str, Any] | None:
 
 
 def data_name(data: PruningCardData) -> str:
-    """What the data that was scored was called, without the folders around it; empty if that was not said."""
+    """The name of the data that was scored, without its folders; empty if it is not known."""
     return Path(str(((data.evaluation or {}).get("evaluation") or {}).get("source") or "")).name
 
 
@@ -180,10 +183,10 @@ def _layers(report: Mapping[str, Any]) -> list[list[str]]:
             [
                 _plain(site["name"]),
                 f"{site['units']:,} of {site['before']:,} {site['kind']}s",
-                _share(gone, site["before"]),
+                _share(removed, site["before"]),
             ]
             for site in structure["sites"]
-            if (gone := site["before"] - site["units"]) >= 0
+            if (removed := site["before"] - site["units"]) >= 0
         ]
     rows = []
     for tensor in report["tensors"]:

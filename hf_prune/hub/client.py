@@ -1,4 +1,4 @@
-"""What the Hub is asked: in words where it refuses, again where a fault may pass."""
+"""Requests to the Hub: repeated where a failure may be temporary, with clear messages where it refuses."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _TOKEN = re.compile(r"hf_\w{6,}")
 
 
 def card_of(repo_id: str, *, revision: str | None = None, token: str | bool | None = None) -> str | None:
-    """The card that a repository has; None if it has none, or is not there."""
+    """The card of a repository; None if it has no card, or does not exist."""
     path = call_hub(
         lambda: hf_hub_download(repo_id, "README.md", revision=revision, token=token), repo_id, missing=True
     )
@@ -40,17 +40,17 @@ def card_of(repo_id: str, *, revision: str | None = None, token: str | bool | No
 
 
 def download_checkpoint(repo_id: str, revision: str | None = None) -> Path:
-    """A repository's files, without pickles.
+    """Download the files of a repository, without pickles, and return their folder.
 
     Raises:
-        HubError: If it is not there, or the Hub cannot be reached.
+        HubError: If the repository does not exist, or the Hub cannot be reached.
     """
     ignored = [f"*{suffix}" for suffix in PICKLES]
     return Path(call_hub(lambda: snapshot_download(repo_id, revision=revision, ignore_patterns=ignored), repo_id))
 
 
 def full_repo_id(repo_id: str, token: str | bool | None = None) -> str:
-    """``owner/name`` for a name of one's own.
+    """Complete a name without an owner by the name of the user who is logged in.
 
     Raises:
         HubError: If nobody is logged in, or the Hub cannot be reached.
@@ -59,7 +59,7 @@ def full_repo_id(repo_id: str, token: str | bool | None = None) -> str:
 
 
 def is_repo_id(text: str) -> bool:
-    """Whether a text can be the id of a repository, ``owner/name`` or ``name``."""
+    """Whether a text has the form of a repository id, ``owner/name`` or ``name``."""
     try:
         validate_repo_id(text)
     except HFValidationError:
@@ -68,19 +68,19 @@ def is_repo_id(text: str) -> bool:
 
 
 def check_repo_id(repo_id: str) -> None:
-    """Make sure that a text can be the id of a repository, without asking the Hub.
+    """Make sure that a text has the form of a repository id, without asking the Hub.
 
     Raises:
-        HubError: If it cannot.
+        HubError: If it does not.
     """
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
-        raise HubError(f"{repo_id!r} is no name for a repository: {_clean(error)}") from None
+        raise HubError(f"{repo_id!r} is not a valid repository name: {_clean(error)}") from None
 
 
 def hub_answers(repo_id: str) -> bool:
-    """Whether the Hub answers at all, found out in less than a second."""
+    """Whether the Hub answers at all; takes less than a second."""
     try:
         check_hub_reachable(f"repository {repo_id!r}")
     except DataError:
@@ -89,23 +89,23 @@ def hub_answers(repo_id: str) -> bool:
 
 
 def is_downloaded(source: str) -> bool:
-    """Whether a model's name is that of a repository, its config in the cache, and not that of a folder."""
+    """Whether a source is a repository whose config is in the local cache, and not a folder."""
     if not is_repo_id(source) or Path(source).exists():
         return False
     return isinstance(try_to_load_from_cache(source, "config.json"), str)
 
 
 def card_of_base(repo_id: str) -> str | None:
-    """The card of somebody else's repository, asked for once; None if it has none, or the Hub does not answer.
+    """The card of a base model, requested once; None if it has no card, or the Hub does not answer.
 
     Raises:
-        DataError: If it is too large.
+        DataError: If the card is too large.
     """
     try:
         check_hub_reachable(f"the card of {repo_id!r}")
         offline = False
     except DataError:
-        offline = True  # what was downloaded before is as good
+        offline = True  # a card in the cache will do
     try:
         path = hf_hub_download(repo_id, "README.md", local_files_only=offline)
     except (HfHubHTTPError, EntryNotFoundError, HFValidationError, OfflineModeIsEnabled):
@@ -117,35 +117,40 @@ def card_of_base(repo_id: str) -> str | None:
     return read_card(path, errors="replace")
 
 
-def call_hub(ask: Callable[[], Result], repo_id: str, *, missing: bool = False, tries: int = MAX_ATTEMPTS) -> Any:
-    """What the Hub answers, tried again where a fault may pass; None for what is not there, if that is fine.
+def call_hub(ask: Callable[[], Result], repo_id: str, *, missing: bool = False, attempts: int = MAX_ATTEMPTS) -> Any:
+    """Call the Hub, and repeat the call where a failure may be temporary.
 
     Args:
-        ask: Asks.
-        repo_id: What it is about, for messages.
-        missing: Whether it may not be there.
-        tries: How often, where it must not happen twice.
+        ask: Makes the request.
+        repo_id: The repository, for messages.
+        missing: Return None for a repository, revision or file that does not exist, instead of raising.
+        attempts: How often to try; 1 for a request that must not arrive twice.
+
+    Returns:
+        What ``ask`` returned.
 
     Raises:
-        HubError: If it refuses, or cannot be reached.
+        HubError: If the Hub refuses, or cannot be reached.
     """
-    for attempt in range(tries):
+    for attempt in range(attempts):
         try:
             return ask()
-        except LocalEntryNotFoundError:  # neither the cache has it, nor does the Hub answer
-            if attempt == tries - 1:
-                raise HubError("the Hub cannot be reached: check the network, and try again") from None
+        except LocalEntryNotFoundError:  # not in the cache, and the Hub does not answer
+            if attempt == attempts - 1:
+                raise HubError("the Hub cannot be reached: check the network connection, and try again") from None
         except (RepositoryNotFoundError, RevisionNotFoundError, EntryNotFoundError) as error:
             status = getattr(getattr(error, "response", None), "status_code", None)
             if missing and status != 401:
                 return None
-            if missing and isinstance(error, RepositoryNotFoundError):  # not there, or not for somebody unknown
+            if missing and isinstance(
+                error, RepositoryNotFoundError
+            ):  # 401: missing, or private and nobody is logged in
                 return None
             raise HubError(f"{repo_id} does not exist, or is private: check its name, and `hf auth whoami`") from None
         except LocalTokenNotFoundError:
             raise HubError("nobody is logged in: run `hf auth login`, or set HF_TOKEN") from None
         except HFValidationError as error:
-            raise HubError(f"{repo_id!r} is no name for a repository: {_clean(error)}") from None
+            raise HubError(f"{repo_id!r} is not a valid repository name: {_clean(error)}") from None
         except OfflineModeIsEnabled:
             raise HubError("HF_HUB_OFFLINE is set: unset it to reach the Hub") from None
         except HfHubHTTPError as error:
@@ -160,24 +165,24 @@ def call_hub(ask: Callable[[], Result], repo_id: str, *, missing: bool = False, 
                 ) from None
             if status == 412:
                 raise HubError(
-                    f"{repo_id} was changed in the meantime, or has this commit already: look at it, and try again"
+                    f"{repo_id} was changed in the meantime, or has this commit already: check it, and try again"
                 ) from None
-            if status < 500 or attempt == tries - 1:
-                raise HubError(f"the Hub refused it for {repo_id}: {_clean(error)}") from None
+            if status < 500 or attempt == attempts - 1:
+                raise HubError(f"the Hub refused the request for {repo_id}: {_clean(error)}") from None
         except Exception as error:
             if not _is_network(error):
                 raise
-            if attempt == tries - 1:
+            if attempt == attempts - 1:
                 raise HubError(
-                    f"the Hub cannot be reached ({type(error).__name__}): check the network; what has arrived is not "
-                    f"sent again by the next try"
+                    f"the Hub cannot be reached ({type(error).__name__}): check the network connection, and try again; "
+                    f"files that have arrived are not sent again"
                 ) from None
         time.sleep(0.5 * 2**attempt)
     raise AssertionError("unreachable")
 
 
 def _is_network(error: Exception) -> bool:
-    """Whether an error comes from the connection."""
+    """Whether an error comes from the network connection."""
     names = {cls.__module__.partition(".")[0] for cls in type(error).__mro__}
     return bool(names & {"httpx", "httpx2", "httpcore", "requests", "urllib3"}) or isinstance(
         error, ConnectionError | TimeoutError
@@ -185,5 +190,5 @@ def _is_network(error: Exception) -> bool:
 
 
 def _clean(error: Exception) -> str:
-    """One line of a message, without anything that looks like a token."""
+    """A message on one line, without anything that looks like a token."""
     return _TOKEN.sub("hf_…", " ".join(str(error).split()))[:300]

@@ -1,4 +1,4 @@
-"""A model's card, written when it is saved."""
+"""Count a saved model, and write its report, pictures and card."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from hf_prune.checkpoint.files import SPARSITY_REPORT
 from hf_prune.evaluation.plots import write_plots
 from hf_prune.evaluation.sparsity_report import SparsityReport, sparsity_report
 from hf_prune.evaluation.structure_report import structure_report
@@ -19,7 +20,7 @@ from hf_prune.utils.files import write_json
 
 
 def full_report(model: Any) -> SparsityReport:
-    """What is zero in a model, and what was taken out of it."""
+    """The sparsity report of a model, with the units that were removed from a shrunk one."""
     report = sparsity_report(model)
     if getattr(getattr(model, "config", None), RECORD, None) is not None:
         report = dataclasses.replace(report, structure=structure_report(model))
@@ -27,21 +28,22 @@ def full_report(model: Any) -> SparsityReport:
 
 
 def describe_model(model: Any, folder: str | Path, *, plots: bool = True, **more: Any) -> str:
-    """Count what is zero in a model, and write the report and the card into the folder that it was saved in.
+    """Count the zeros of a saved model, and write the report and the card into its folder.
 
-    Values that were rounded as they were saved are loaded again, and counted as they are now.
+    If values were rounded on saving, the model is loaded again first.
 
     Args:
         model: The model.
         folder: Its checkpoint.
-        plots: Also draw the card's pictures, in place of those that are there; of masks only.
-        **more: As of :func:`read_card_data`.
+        plots: Also replace the card's pictures; a shrunk model and one without masks have none.
+        **more: As for :func:`read_card_data`.
 
     Returns:
         The card.
 
     Raises:
-        DataError: If the card so far is no YAML, or a fact is not as the Hub wants it; the folder is as it was.
+        DataError: If the metadata of the previous card is not valid YAML, or the Hub would not accept a fact; the
+            folder is unchanged.
     """
     folder = Path(folder)
     model = as_saved(model, folder)
@@ -50,10 +52,10 @@ def describe_model(model: Any, folder: str | Path, *, plots: bool = True, **more
     if plots:
         more["pictures"] = PICTURES if draws else {}
     data = read_card_data(folder, **{**more, "report": report.to_dict()})
-    render_facts(folder, data)  # errors come before anything is written
+    render_facts(folder, data)  # raises before anything is written
     for name in PICTURES if plots else ():
         (folder / name).unlink(missing_ok=True)
     if draws and store is not None:
         write_plots(folder, report, None, weight_histogram(model, list(store.masks)), report.model_name)
-    write_json(folder / "sparsity_report.json", report.to_dict())
+    write_json(folder / SPARSITY_REPORT, report.to_dict())
     return write_card(folder, data)

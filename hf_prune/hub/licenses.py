@@ -1,4 +1,4 @@
-"""Licenses, and those that a base model passes on."""
+"""The license of a base model, which applies to models derived from it."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ LICENSE_FIELDS = ("license", "license_name", "license_link")
 
 
 def inherited_license(base_model: str) -> dict[str, str]:
-    """What the card of a base model says of its license, which applies to every model that is made of it.
+    """Read the license in the card of a base model.
 
     Args:
-        base_model: A folder, or a Hub id. The Hub is asked once; a folder wins.
+        base_model: Folder or Hub id; the Hub is asked once.
 
     Returns:
         The fields ``license``, ``license_name`` and ``license_link`` of :class:`PruningCardData`; empty if the card
-        names no license, or cannot be read.
+        names no license or cannot be read.
     """
     folder = Path(base_model)
     try:
@@ -37,23 +37,23 @@ def inherited_license(base_model: str) -> dict[str, str]:
         return {}
     if not is_license(metadata.get("license")):
         return {}
-    found = {"license": metadata["license"]}
+    fields = {"license": metadata["license"]}
     if metadata["license"] == "other":
         if is_license(name := metadata.get("license_name")):
-            found["license_name"] = name
+            fields["license_name"] = name
         if isinstance(link := metadata.get("license_link"), str):
             if not folder.is_dir() and re.fullmatch(r"[\w.-]+", link):
                 link = f"https://huggingface.co/{base_model}/blob/main/{link}"
             if is_link(link):
-                found["license_link"] = link
-    return found
+                fields["license_link"] = link
+    return fields
 
 
 def is_license(value: Any) -> bool:
-    """Whether it can be the identifier of a license."""
+    """Whether a value has the form of a license identifier."""
     return isinstance(value, str) and _LICENSE.fullmatch(value) is not None
 
 
 def is_link(value: str) -> bool:
-    """Whether it is an address that a card may lead to."""
+    """Whether a text is a web address without characters that break out of a card's markup."""
     return _LINK.fullmatch(value) is not None

@@ -1,4 +1,4 @@
-"""Upload a checkpoint or a Space to the Hub, in one commit. Nothing else here uploads anything."""
+"""Push a checkpoint to the Hub in one commit."""
 
 from __future__ import annotations
 
@@ -19,10 +19,17 @@ from hf_prune.hub.card_data import PruningCardData, load_card_data
 from hf_prune.hub.card_metadata import read_facts
 from hf_prune.hub.check_card import check_card, check_text
 from hf_prune.hub.client import MAX_ATTEMPTS, call_hub, card_of, check_repo_id, full_repo_id
-from hf_prune.hub.upload import PushResult, head_with, present, proposal_with, proposals, to_upload
+from hf_prune.hub.upload import (
+    PushResult,
+    branch_state,
+    files_to_upload,
+    find_commit,
+    find_pull_request,
+    pull_request_heads,
+)
 from hf_prune.utils.front_matter import read_card
 
-# Of an earlier checkpoint: weights, what was counted in them, what reads them.
+# Files of an earlier checkpoint that a new one replaces: weights, their reports and facts, the code that reads them.
 _EARLIER = re.compile(
     r"(model[^/]*|pruning_masks)\.safetensors|model[^/]*\.safetensors\.index\.json|"
     + "|".join(map(re.escape, (*REPORTS, CARD_DATA, FILE)))
@@ -43,38 +50,38 @@ def push_checkpoint(
     card: PruningCardData | None = None,
     model: Any = None,
 ) -> PushResult:
-    """Upload a checkpoint's folder to a model repository, all in one commit.
+    """Push a checkpoint's folder to a model repository, in one commit.
 
-    A repository that does not exist is created. Large files that arrived before a fault are not sent again by the next
-    try. Weights of an earlier checkpoint that the new one does not have are deleted by the same commit, which is
-    refused if somebody else commits in the meantime.
+    A repository that does not exist is created. Large files that arrived before a failure are not sent again. Weights
+    of an earlier checkpoint that the new one does not have are deleted by the same commit. The commit is refused if
+    somebody else has committed in the meantime.
 
-    The card is the folder's ``README.md``; one that was made for the folder's name gets that of the repository. Where
-    it has no words of its author, those of the repository's card stay. If it is one of ours, everything in it is
-    counted again first, as :func:`hf_prune.verify_checkpoint` does.
+    The card is the folder's ``README.md``; if it names the folder, it gets the name of the repository. If its author
+    wrote nothing around our part, the author's text of the repository's card is kept. A card that hf_prune wrote is
+    first verified, see :func:`hf_prune.verify_checkpoint`.
 
     Args:
-        folder: A checkpoint: ``config.json`` and weights as safetensors.
+        folder: A checkpoint: ``config.json`` and weights in safetensors files.
         repo_id: ``owner/name``, or a name for a repository of your own.
-        private: Make a new repository private; None takes the owner's default. A public one is refused then.
-        revision: A branch, made if it does not exist; None is ``main``.
-        create_pr: Open a pull request in place of committing to the branch.
+        private: Make a new repository private, and refuse a public one; None takes the owner's default.
+        revision: A branch, created if it does not exist; None is ``main``.
+        create_pr: Open a pull request instead of committing to the branch.
         force: Also overwrite a repository that holds something else.
-        dry_run: Upload nothing; say what would be.
-        commit_message: Of the commit.
-        token: Of the Hub; None takes the one you are logged in with.
-        card: What to make a card of for a folder that has none.
-        model: The model that the folder holds, if it is at hand: the card is compared with it; None loads it.
+        dry_run: Upload nothing, but say what would be uploaded.
+        commit_message: Message of the commit.
+        token: Hub token; None takes the one you are logged in with.
+        card: The facts for a card, if the folder has none.
+        model: The model saved in the folder, if it is in memory, to verify the card with; None loads it.
 
     Returns:
         What was uploaded; print it.
 
     Raises:
-        CheckpointError: If the folder holds no checkpoint, or its card is not right, or would not be beside the words
-            of the repository's card.
-        DataError: If the metadata of a card is no YAML.
-        HubError: If nobody is logged in, may not write there, the Hub cannot be reached, or the repository holds
-            something else, or is public where ``private`` is asked for. Its files are as they were.
+        CheckpointError: If the folder holds no checkpoint, or its card is not right, alone or beside the text of the
+            repository's card.
+        DataError: If the metadata of a card is not valid YAML.
+        HubError: If nobody is logged in, the token may not write there, the Hub cannot be reached, or the repository
+            holds something else, or is public although ``private`` is set. The repository is unchanged.
     """
     folder = Path(folder)
     check_repo_id(repo_id)
@@ -83,9 +90,9 @@ def push_checkpoint(
     check_card(folder, model)
     if not dry_run:
         repo_id = full_repo_id(repo_id, token)
-    found = present(api, repo_id, revision, force, folder, private=private, dry_run=dry_run)
-    there, parent = found or ([], None)
-    theirs = _their_card(repo_id, revision, token, dry_run=dry_run) if found is not None else None
+    state = branch_state(api, repo_id, revision, force, folder, private=private, dry_run=dry_run)
+    existing, parent = state or ([], None)
+    theirs = None if state is None else _their_card(repo_id, revision, token, dry_run=dry_run)
     text, described = _card(folder, repo_id, card, theirs)
     contents: dict[str, str | bytes] = {name: str(path) for name, path in files.items()}
     sizes = {name: path.stat().st_size for name, path in files.items()}
@@ -95,15 +102,15 @@ def push_checkpoint(
     if described is not None:
         contents[CARD_DATA] = (json.dumps(described.to_dict(), indent=2) + "\n").encode()
         sizes[CARD_DATA] = len(contents[CARD_DATA])
-    removed = tuple(sorted(name for name in there if _EARLIER.fullmatch(name) and name not in contents))
+    removed = tuple(sorted(name for name in existing if _EARLIER.fullmatch(name) and name not in contents))
     if dry_run:
-        return PushResult(repo_id, sizes, removed, skipped, None, None, text, found is not None)
+        return PushResult(repo_id, sizes, removed, skipped, None, None, text, state is not None)
     call_hub(lambda: api.create_repo(repo_id, private=private, exist_ok=True), repo_id)
     if revision is not None and revision != "main":
         call_hub(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True), repo_id)
     operations: list[Any] = [CommitOperationAdd(name, content) for name, content in contents.items()]
     operations += [CommitOperationDelete(name) for name in removed]
-    earlier = call_hub(lambda: proposals(api, repo_id), repo_id) if create_pr else {}
+    earlier = call_hub(lambda: pull_request_heads(api, repo_id), repo_id) if create_pr else {}
     try:
         commit = call_hub(
             lambda: api.create_commit(
@@ -115,37 +122,39 @@ def push_checkpoint(
                 parent_commit=parent,
             ),
             repo_id,
-            tries=1 if create_pr else MAX_ATTEMPTS,  # what has a parent cannot be committed twice
+            # A commit with a parent cannot arrive twice, but a pull request can.
+            attempts=1 if create_pr else MAX_ATTEMPTS,
         )
-    except HubError:  # perhaps the commit is there, and only the answer was lost
+    except HubError:  # the commit may have arrived, and only the answer was lost
         if create_pr:
-            found_there = proposal_with(api, repo_id, contents, removed, earlier)
+            arrived = find_pull_request(api, repo_id, contents, removed, earlier)
         else:
-            found_there = head_with(api, repo_id, revision, contents, removed, parent)
-        if found_there is None:
+            arrived = find_commit(api, repo_id, revision, contents, removed, parent)
+        if arrived is None:
             raise
-        oid, place = found_there
+        oid, place = arrived
         return PushResult(repo_id, sizes, removed, skipped, oid, f"{api.endpoint}/{repo_id}/{place}", text)
     return PushResult(repo_id, sizes, removed, skipped, commit.oid, commit.pr_url or commit.commit_url, text)
 
 
 def _their_card(repo_id: str, revision: str | None, token: str | bool | None, *, dry_run: bool) -> str | None:
-    """The card that a branch has, or else the repository."""
+    """The card of a branch, or else of the main branch."""
     try:
-        cards = (card_of(repo_id, revision=each, token=token) for each in dict.fromkeys((revision, None)))
+        branches = dict.fromkeys((revision, None))
+        cards = (card_of(repo_id, revision=branch, token=token) for branch in branches)
         return next(filter(None, cards), None)
     except HubError:
         if not dry_run:
             raise
-        return None  # what is there is not known then
+        return None  # unknown
 
 
 def _card(
     folder: Path, repo_id: str, card: PruningCardData | None, theirs: str | None
 ) -> tuple[str | None, PruningCardData | None]:
-    """The card to upload, beside one that the repository has, and what it is rendered from if that is new.
+    """The card to upload, merged with that of the repository, and its facts if they changed.
 
-    Without a card, that of the repository stays as it is.
+    Without a card of the folder, that of the repository stays, but for our part, which describes the old weights.
     """
     path, data = folder / "README.md", card
     mine = read_card(path) if path.is_file() else None if card is None else render_card(card)
@@ -158,22 +167,18 @@ def _card(
             mine = render_card(data, mine)
     text = mine if theirs is None else merge_cards(mine, theirs)
     if data is not None:
-        which = (
-            f"the card of {folder} beside the words of the card that {repo_id} has"
-            if theirs
-            else f"the card of {folder}"
-        )
+        which = f"the card of {folder}" + (f" beside the text of the card that {repo_id} has" if theirs else "")
         check_text(text, data, f"{which} is not right", "edit README.md there first, or in this folder")
     return text, data
 
 
 def _files(folder: Path) -> tuple[dict[str, Path], tuple[str, ...]]:
-    """What is uploaded, by path in the repository, and what is not."""
+    """The files to upload by path in the repository, and those that are left out, of a folder with a checkpoint."""
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} has no config.json: expected the folder of a checkpoint")
     if not list(folder.glob("*.safetensors")):
         raise CheckpointError(
-            f"{folder} has no weights as safetensors: expected a checkpoint saved with save_pretrained; pickles are "
-            f"never uploaded"
+            f"{folder} has no weights in safetensors files: expected a checkpoint saved with save_pretrained; pickles "
+            f"are never uploaded"
         )
-    return to_upload(folder)
+    return files_to_upload(folder)

@@ -1,9 +1,9 @@
-"""Which files are uploaded, and onto which head."""
+"""Which files a push uploads, what the repository holds already, and whether a commit arrived."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,28 +11,28 @@ from typing import Any
 from huggingface_hub import HfApi, hf_hub_download
 
 from hf_prune.errors import HubError
-from hf_prune.hub.client import MAX_ATTEMPTS, call_hub, hub_answers
-from hf_prune.utils.folders import MARK, PICKLES, refuse_links
+from hf_prune.hub.client import call_hub, hub_answers
+from hf_prune.utils.folders import MARK, is_never_uploaded, refuse_links
 from hf_prune.utils.formatting import format_count, format_table
 from hf_prune.utils.json_files import read_config
 
-SECONDS = 2.0  # that a dry run waits for an answer
-OWN = (".gitattributes", "README.md")  # what a new repository may have
+_DRY_RUN_TIMEOUT = 2.0  # seconds
+_INITIAL_FILES = (".gitattributes", "README.md")  # a repository with no other files counts as new
 
 
 @dataclass(frozen=True)
 class PushResult:
-    """What was uploaded, or would be.
+    """What was uploaded, or would be in a dry run.
 
     Args:
         repo_id: The repository.
-        files: Sizes in bytes by path.
+        files: Size in bytes of each file, by path.
         removed: Weights of an earlier checkpoint that the commit deletes.
-        skipped: Files of the folder that are not uploaded: pickles, hidden files and subfolders of checkpoints.
+        skipped: Files of the folder that are not uploaded: pickles, hidden files, and checkpoints of a training.
         commit: The commit's id; None if nothing was uploaded.
-        url: Where to look at it.
+        url: Address of the commit.
         card: The model card, if there is one.
-        asked: Whether the Hub said what the repository holds; of a dry run, it need not have answered.
+        asked: Whether the Hub said what the repository holds; in a dry run it may not have answered.
     """
 
     repo_id: str
@@ -53,12 +53,12 @@ class PushResult:
         rows += [[name, "deleted"] for name in self.removed]
         lines = [format_table(["file", "size"], rows, left=1)]
         if self.skipped:
-            lines.append(f"Not uploaded, since they are pickles, hidden or of a training: {', '.join(self.skipped)}.")
+            lines.append(f"Not uploaded (pickles, hidden files, checkpoints of a training): {', '.join(self.skipped)}.")
         total = f"{format_count(sum(self.files.values()))}B"
         if self.commit is None:
             lines.append(f"{len(self.files)} files, {total}, would go to {self.repo_id}. Nothing was uploaded.")
             if not self.asked:
-                lines.append("The Hub did not say what that repository holds, so what would be replaced is not known.")
+                lines.append("The Hub did not say what that repository holds, so what would be replaced is unknown.")
             if self.card:
                 lines.append(f"\nThe card:\n\n{self.card}")
         else:
@@ -66,67 +66,94 @@ class PushResult:
         return "\n".join(lines)
 
 
-def to_upload(folder: Path) -> tuple[dict[str, Path], tuple[str, ...]]:
-    """What is uploaded of a folder, by path in it, and what is not: pickles, hidden files, checkpoints."""
+def files_to_upload(folder: Path) -> tuple[dict[str, Path], tuple[str, ...]]:
+    """The files of a folder that are uploaded, by path in it, and the paths of those that are not.
+
+    Raises:
+        CheckpointError: If a file is a link that leads out of the folder.
+    """
     files, skipped = {}, []
     for path in sorted(p for p in folder.rglob("*") if p.is_file() or p.is_symlink()):
-        refuse_links(folder, [path.relative_to(folder).as_posix()])
-        name = path.relative_to(folder).as_posix()
+        name = path.relative_to(folder)
+        refuse_links(folder, [name.as_posix()])
         if path.name == MARK:
             continue
-        parts = name.split("/")
-        hidden = any(part.startswith(".") for part in parts)
-        if hidden or parts[0].startswith("checkpoint-") or path.suffix.lower() in PICKLES or not path.is_file():
-            skipped.append(name)
+        if is_never_uploaded(name) or not path.is_file():
+            skipped.append(name.as_posix())
         else:
-            files[name] = path
+            files[name.as_posix()] = path
     return files, tuple(skipped)
 
 
-def present(
-    api: HfApi, repo_id: str, revision: str | None, force: bool, folder: Path, *, private: bool | None, dry_run: bool
-) -> tuple[list[str], str | None] | None:
-    """The files and the head of a branch, which begins as the main one if it is not there yet.
+def repository_info(ask: Callable[..., Any], repo_id: str, *, dry_run: bool) -> tuple[Any, bool]:
+    """Ask the Hub about a repository.
 
-    A dry run asks once, for no more than seconds: None if the Hub does not say.
+    Args:
+        ask: A call of ``HfApi`` that returns the info; a dry run passes it a ``timeout``.
+        repo_id: The repository, for messages.
+        dry_run: Ask once, for a few seconds, and go on without an answer.
+
+    Returns:
+        The info, None if the repository does not exist; and whether the Hub answered.
 
     Raises:
-        HubError: If it may not be overwritten.
+        HubError: If it refuses or cannot be reached, except in a dry run.
     """
-    if dry_run and not hub_answers(repo_id):
-        return None
-    once: dict[str, Any] = {"timeout": SECONDS} if dry_run else {}
-    tries = 1 if dry_run else MAX_ATTEMPTS
+    if not dry_run:
+        return call_hub(ask, repo_id, missing=True), True
+    if not hub_answers(repo_id):
+        return None, False
     try:
-        info = call_hub(lambda: api.model_info(repo_id, revision=revision, **once), repo_id, missing=True, tries=tries)
-        if info is None and revision is not None:
-            revision = None
-            info = call_hub(lambda: api.model_info(repo_id, **once), repo_id, missing=True, tries=tries)
+        return call_hub(lambda: ask(timeout=_DRY_RUN_TIMEOUT), repo_id, missing=True, attempts=1), True
     except HubError:
-        if dry_run:
-            return None
-        raise
-    check_private(repo_id, info, private)
-    names = [] if info is None else [each.rfilename for each in info.siblings or []]
+        return None, False
+
+
+def foreign_files(names: Sequence[str]) -> str:
+    """A few of a repository's files, for a message; empty if it has none but those of a new one."""
+    return ", ".join(sorted(set(names) - set(_INITIAL_FILES))[:3])
+
+
+def branch_state(
+    api: HfApi, repo_id: str, revision: str | None, force: bool, folder: Path, *, private: bool | None, dry_run: bool
+) -> tuple[list[str], str | None] | None:
+    """The files of a branch and its head commit; a branch that does not exist starts as the main one.
+
+    Returns:
+        None if the Hub does not answer a dry run.
+
+    Raises:
+        HubError: If the repository may not be overwritten.
+    """
+    info, answered = repository_info(
+        lambda **options: api.model_info(repo_id, revision=revision, **options), repo_id, dry_run=dry_run
+    )
+    if info is None and answered and revision is not None:
+        revision = None
+        info, answered = repository_info(lambda **options: api.model_info(repo_id, **options), repo_id, dry_run=dry_run)
+    if not answered:
+        return None
+    refuse_public(repo_id, info, private)
+    names = [] if info is None else [file.rfilename for file in info.siblings or []]
     head = None if info is None else info.sha
-    if force or not set(names) - set(OWN):
+    if force or not foreign_files(names):
         return names, head
     if "config.json" not in names:
         raise HubError(
-            f"{repo_id} holds {', '.join(sorted(set(names) - set(OWN))[:3])} and no config.json: it is no model of "
-            f"transformers; choose another name, or pass force=True (--force) to add this checkpoint to it"
+            f"{repo_id} holds {foreign_files(names)} and no config.json, so it is not a transformers model: choose "
+            f"another name, or pass force=True (--force) to add this checkpoint to it"
         )
     path = call_hub(lambda: hf_hub_download(repo_id, "config.json", revision=revision, token=api.token), repo_id)
-    found, own = _model_type(Path(path)), _model_type(folder / "config.json")
-    if found != own:
+    theirs, ours = (read_config(config).get("model_type") for config in (path, folder / "config.json"))
+    if theirs != ours:
         raise HubError(
-            f"{repo_id} holds a model of type {found!r}, and {folder} one of type {own!r}: choose another name, or "
+            f"{repo_id} holds a model of type {theirs!r}, and {folder} one of type {ours!r}: choose another name, or "
             f"pass force=True (--force) to overwrite it"
         )
     return names, head
 
 
-def head_with(
+def find_commit(
     api: HfApi,
     repo_id: str,
     revision: str | None,
@@ -134,31 +161,31 @@ def head_with(
     removed: Sequence[str],
     parent: str | None,
 ) -> tuple[str, str] | None:
-    """The head of a branch and where to look at it, if it is a new one and has just these files; None if not."""
+    """The new head of a branch, and its address below the repository's, if it has exactly these files."""
     try:
         head = str(call_hub(lambda: api.model_info(repo_id, revision=revision), repo_id).sha)
-        is_it = head != parent and _has_files(api, repo_id, head, contents, removed)
+        arrived = head != parent and _has_files(api, repo_id, head, contents, removed)
     except HubError:
         return None
-    return (head, f"commit/{head}") if is_it else None
+    return (head, f"commit/{head}") if arrived else None
 
 
-def proposals(api: HfApi, repo_id: str) -> dict[str, str]:
-    """The heads of all pull requests, by number."""
+def pull_request_heads(api: HfApi, repo_id: str) -> dict[str, str]:
+    """The head commit of every pull request, by number."""
     refs = api.list_repo_refs(repo_id, include_pull_requests=True).pull_requests or []
-    return {each.ref.rpartition("/")[2]: each.target_commit for each in refs}
+    return {ref.ref.rpartition("/")[2]: ref.target_commit for ref in refs}
 
 
-def proposal_with(
+def find_pull_request(
     api: HfApi,
     repo_id: str,
     contents: Mapping[str, str | bytes],
     removed: Sequence[str],
     earlier: Mapping[str, str],
 ) -> tuple[str, str] | None:
-    """The head of a pull request and where to look at it, if it is a new one and has just these files; None if none."""
+    """The head of a new pull request, and its address below the repository's, if it has exactly these files."""
     try:
-        for number, head in call_hub(lambda: proposals(api, repo_id), repo_id).items():
+        for number, head in call_hub(lambda: pull_request_heads(api, repo_id), repo_id).items():
             if number not in earlier and _has_files(api, repo_id, head, contents, removed):
                 return head, f"discussions/{number}"
     except HubError:
@@ -169,29 +196,30 @@ def proposal_with(
 def _has_files(
     api: HfApi, repo_id: str, commit: str, contents: Mapping[str, str | bytes], removed: Sequence[str]
 ) -> bool:
-    """Whether a commit has these files, byte for byte, and none of those that were removed."""
-    found = call_hub(lambda: api.get_paths_info(repo_id, [*contents, *removed], revision=commit), repo_id)
-    there = {each.path: each for each in found}
-    if set(there) != set(contents):
+    """Whether a commit has these files, byte for byte, and none of the removed ones."""
+    infos = call_hub(lambda: api.get_paths_info(repo_id, [*contents, *removed], revision=commit), repo_id)
+    stored = {info.path: info for info in infos}
+    if set(stored) != set(contents):
         return False
     for name, content in contents.items():
         data = content if isinstance(content, bytes) else Path(content).read_bytes()
-        lfs = there[name].lfs
-        own = (
-            hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
-            if lfs is None
-            else hashlib.sha256(data).hexdigest()
-        )
-        if own != (there[name].blob_id if lfs is None else lfs.sha256):
+        lfs = stored[name].lfs
+        if lfs is None:  # git's own hash
+            same = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest() == stored[name].blob_id
+        else:
+            same = hashlib.sha256(data).hexdigest() == lfs.sha256
+        if not same:
             return False
     return True
 
 
-def check_private(repo_id: str, info: Any, private: bool | None) -> None:
-    """Raises :class:`HubError` where a private push would land in a public repository."""
+def refuse_public(repo_id: str, info: Any, private: bool | None) -> None:
+    """Make sure that a private push does not go to a public repository.
+
+    Raises:
+        HubError: If it would.
+    """
     if private and info is not None and not info.private:
-        raise HubError(f"{repo_id} is there already and public: make it private in its settings first, or name another")
-
-
-def _model_type(path: Path) -> Any:
-    return read_config(path).get("model_type")
+        raise HubError(
+            f"{repo_id} exists already and is public: make it private in its settings, or choose another name"
+        )

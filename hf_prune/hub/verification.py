@@ -1,4 +1,4 @@
-"""What a verification found."""
+"""The result of verifying a card: what it claims beside what was counted."""
 
 from __future__ import annotations
 
@@ -17,35 +17,45 @@ class Difference:
     """One fact of a card.
 
     Args:
-        name: Which one.
-        said: What the card says.
-        found: What was counted.
-        tolerance: How far apart numbers may be.
-        claimed: Whether files do not tell it, so that ``found`` is only what the author said elsewhere.
+        name: What the fact is called.
+        claimed: Its value in the card.
+        counted: Its value as counted in the files.
+        tolerance: Largest difference of two numbers that are taken to be the same.
+        is_claim: Whether the files do not show it, so that ``counted`` only repeats what the author says elsewhere.
     """
 
     name: str
-    said: Any
-    found: Any
+    claimed: Any
+    counted: Any
     tolerance: float = 0.0
-    claimed: bool = False
+    is_claim: bool = False
 
     @property
     def is_same(self) -> bool:
         """Whether the card is right."""
-        if self.tolerance and isinstance(self.said, int | float) and isinstance(self.found, int | float):
-            return abs(self.said - self.found) <= self.tolerance
-        return bool(_json(self.said) == _json(self.found))  # NaN is NaN
+        if self.tolerance and isinstance(self.claimed, int | float) and isinstance(self.counted, int | float):
+            return abs(self.claimed - self.counted) <= self.tolerance
+        return bool(_to_json(self.claimed) == _to_json(self.counted))  # NaN equals NaN as text
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON, under the keys that ``hf-prune verify --json`` has always had."""
+        return {
+            "name": self.name,
+            "said": _to_json(self.claimed),
+            "found": _to_json(self.counted),
+            "tolerance": self.tolerance,
+            "claimed": self.is_claim,
+        }
 
 
 @dataclass(frozen=True)
 class Verification:
-    """A card beside what was counted. ``print(verification)`` shows it as a table.
+    """A card compared with its files. ``print(verification)`` shows it as a table.
 
     Args:
         source: The folder or repository.
         facts: All facts of the card.
-        claims: What the card says besides, and nobody can count in the files.
+        claims: What else the card says, which cannot be counted in the files.
     """
 
     source: str
@@ -54,7 +64,7 @@ class Verification:
 
     @property
     def is_right(self) -> bool:
-        """Whether every fact is."""
+        """Whether every fact is right."""
         return all(fact.is_same for fact in self.facts)
 
     def to_dict(self) -> dict[str, Any]:
@@ -62,7 +72,7 @@ class Verification:
         return {
             "source": self.source,
             "is_right": self.is_right,
-            "facts": [{key: _json(value) for key, value in vars(fact).items()} for fact in self.facts],
+            "facts": [fact.to_dict() for fact in self.facts],
             "claims": list(self.claims),
         }
 
@@ -70,8 +80,8 @@ class Verification:
         rows = [
             [
                 fact.name,
-                show_value(fact.said),
-                "" if fact.claimed and fact.is_same else show_value(fact.found),
+                show_value(fact.claimed),
+                "" if fact.is_claim and fact.is_same else show_value(fact.counted),
                 _verdict(fact),
             ]
             for fact in self.facts
@@ -83,21 +93,21 @@ class Verification:
 
 
 def _verdict(fact: Difference) -> str:
-    return "DIFFERENT" if not fact.is_same else "claimed" if fact.claimed else ""
+    return "DIFFERENT" if not fact.is_same else "claimed" if fact.is_claim else ""
 
 
-def _json(value: Any) -> Any:
-    """For JSON, which has neither NaN nor dates and keys of any kind: YAML has."""
+def _to_json(value: Any) -> Any:
+    """A value from YAML for JSON, which has no NaN, no dates and only texts as keys."""
     if isinstance(value, dict):
-        return {str(key): _json(each) for key, each in value.items()}
+        return {str(key): _to_json(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_json(each) for each in value]
+        return [_to_json(item) for item in value]
     infinite = isinstance(value, float) and not math.isfinite(value)
     return value if not infinite and (value is None or isinstance(value, bool | int | float | str)) else str(value)
 
 
 def show_value(value: Any) -> str:
-    """A value as a table shows it."""
+    """A value as tables show it: digits grouped, checksums cut."""
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
     if isinstance(value, float):

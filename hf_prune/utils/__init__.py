@@ -1,6 +1,7 @@
-"""Helpers that know nothing of pruning.
+"""Helpers that know nothing about pruning.
 
-Files written atomically, folders swapped whole, locks, progress bars, tables, several processes, one batch run
-through a model, tensors that spill to disk, what wraps a model. A helper belongs here when two packages need it and
-it would make sense in a library that does not prune; what only one package needs stays in that package.
+Atomic writes of files and folders, locks, progress bars, tables, several processes, running a model on a batch,
+tensors that spill to disk, and wrappers around models. Nothing here takes or returns masks or plans. A helper belongs
+here if two packages need it and it would make sense in a library that does not prune; a helper of one package stays
+in that package.
 """

@@ -1,7 +1,7 @@
-"""Calibration in several processes: each runs its share of the batches, and what they find is added up.
+"""Calibration in several processes: each one runs its share of the batches, and the statistics are summed.
 
-Everything here does nothing in a single process, and nothing here starts a process group: that is for whoever starts
-the processes (``accelerate.PartialState()``, ``torch.distributed.init_process_group``).
+In a single process these functions do nothing. None of them starts a process group: the script that starts the
+processes does (``accelerate.PartialState()``, ``torch.distributed.init_process_group``).
 """
 
 from __future__ import annotations
@@ -21,49 +21,49 @@ Item = TypeVar("Item")
 
 
 def rank_and_world_size() -> tuple[int, int]:
-    """This process's number, from 0, and how many there are."""
+    """The rank of this process and the number of processes; (0, 1) without a process group."""
     if not (dist.is_available() and dist.is_initialized()):
         return 0, 1
     return dist.get_rank(), dist.get_world_size()
 
 
 def is_main_process() -> bool:
-    """Whether this process is the one that prints and writes."""
+    """Whether this process has rank 0, and so prints and writes."""
     return rank_and_world_size()[0] == 0
 
 
 def rank_items(items: Iterable[Item]) -> Iterable[Item]:
-    """What this process does of a list that all have: every n-th item, perhaps none; all of it in a single process."""
+    """The share of this process in a list that all processes have: every n-th item, possibly none."""
     rank, size = rank_and_world_size()
     return items if size == 1 else list(items)[rank::size]
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:
-    """The sum over all processes, the same bits in each; the tensor itself may be changed."""
+    """Sum a tensor over all processes, with the same bits in each; may change the tensor in place."""
     if rank_and_world_size()[1] == 1:
         return tensor
-    moved = _reachable(tensor)
-    dist.all_reduce(moved)
-    return moved.to(tensor.device)
+    shared = _on_backend_device(tensor)
+    dist.all_reduce(shared)
+    return shared.to(tensor.device)
 
 
 def broadcast(tensor: Tensor) -> Tensor:
-    """What the first process has, bit for bit; every process has a tensor of that shape and dtype."""
+    """The tensor of rank 0, bit for bit; every process passes a tensor of the same shape and dtype."""
     if rank_and_world_size()[1] == 1:
         return tensor
-    moved = _reachable(tensor).contiguous()
-    dist.broadcast(moved.view(-1).view(torch.uint8), 0)
-    return moved.to(tensor.device)
+    shared = _on_backend_device(tensor).contiguous()
+    dist.broadcast(shared.view(-1).view(torch.uint8), 0)
+    return shared.to(tensor.device)
 
 
 @contextmanager
 def fail_together() -> Iterator[None]:
-    """What is done inside succeeds in every process, or fails in every process, so that none waits for another.
+    """Make the block fail in every process if it fails in one, so that none waits forever for another.
 
-    Inside, processes must not wait for one another.
+    The block itself must not communicate between processes.
 
     Raises:
-        CalibrationError: Where this process succeeded and another one failed.
+        CalibrationError: In a process that succeeded, if another one failed.
     """
     failed = 1
     try:
@@ -72,10 +72,10 @@ def fail_together() -> Iterator[None]:
     except Exception:
         all_reduce_sum(torch.tensor(failed))
         raise
-    if others := int(all_reduce_sum(torch.tensor(failed))):
+    if failures := int(all_reduce_sum(torch.tensor(failed))):
         raise CalibrationError(
-            f"{others} of {rank_and_world_size()[1]} processes failed, and so all stop: nothing was changed; "
-            "see what they said"
+            f"{failures} of {rank_and_world_size()[1]} processes failed, so all of them stop and nothing was changed: "
+            "see their messages"
         )
 
 
@@ -83,20 +83,20 @@ def check_same_batches(batches: Iterable[Any]) -> None:
     """Make sure that all processes have the same batches.
 
     Raises:
-        CalibrationError: If they have not.
+        CalibrationError: If they do not.
     """
     rank, size = rank_and_world_size()
     if size == 1:
         return
-    every = list(batches)
-    found = torch.zeros(size, 2, dtype=torch.int64)
-    found[rank] = torch.tensor([len(every), _checksum(every)])
-    found = all_reduce_sum(found)
-    if bool((found != found[0]).any()):
+    own = list(batches)
+    counts_and_sums = torch.zeros(size, 2, dtype=torch.int64)
+    counts_and_sums[rank] = torch.tensor([len(own), _checksum(own)])
+    counts_and_sums = all_reduce_sum(counts_and_sums)
+    if bool((counts_and_sums != counts_and_sums[0]).any()):
+        counts = ", ".join(map(str, counts_and_sums[:, 0].tolist()))
         raise CalibrationError(
-            f"the {size} processes have different calibration batches ({', '.join(map(str, found[:, 0].tolist()))} of "
-            f"them): pass the same list in all of them; each takes its own share, so give no sampler or prepared "
-            f"loader that splits them"
+            f"the {size} processes have different calibration batches ({counts} of them): pass the same list in all "
+            f"processes; each takes its own share, so do not use a sampler or a prepared loader that splits them"
         )
 
 
@@ -105,13 +105,13 @@ def _checksum(batches: Iterable[Any]) -> int:
     for batch in batches:
         pairs = sorted(batch.items()) if isinstance(batch, Mapping) else [("", batch)]
         for name, value in pairs:
-            known = (name, value.dtype, tuple(value.shape)) if isinstance(value, Tensor) else (name, type(value))
-            total = zlib.crc32(str(known).encode(), total)
+            kind = (name, value.dtype, tuple(value.shape)) if isinstance(value, Tensor) else (name, type(value))
+            total = zlib.crc32(str(kind).encode(), total)
             if isinstance(value, Tensor):
                 total = zlib.crc32(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data, total)
     return total
 
 
-def _reachable(tensor: Tensor) -> Tensor:
-    """The tensor where the processes can exchange it: NCCL knows GPUs only."""
+def _on_backend_device(tensor: Tensor) -> Tensor:
+    """The tensor on a device from which the backend can send it: NCCL needs a GPU."""
     return tensor.cuda() if dist.get_backend() == "nccl" else tensor

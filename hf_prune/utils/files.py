@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all."""
+"""Files that appear complete or not at all, and texts read up to a limit."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from typing import Any
 
 from hf_prune.errors import DataError
 
-LARGEST_TEXT = 1 << 21  # bytes of a text that somebody else wrote; cards of hundreds of results have a tenth of it
+LARGEST_TEXT = 1 << 21  # bytes of a text by somebody else; a card with hundreds of results has a tenth of this
 
 
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary file beside ``path`` that takes its place when the block ends without an error.
+    """A temporary file that replaces ``path`` when the block ends without an error.
 
     Args:
-        path: The file to write; its folder is made if needed. A link is replaced, not followed.
+        path: The file to write; its folder is created if needed. A link is replaced, not followed.
     """
     path = Path(path)
     path = path.parent.resolve() / path.name
@@ -35,22 +35,22 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> Path:
-    """Write a text file at once."""
+    """Write a text file atomically."""
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8", newline="\n")
     return Path(path)
 
 
 def read_text(path: str | os.PathLike[str], *, most: int = LARGEST_TEXT, errors: str = "strict") -> str:
-    """The text of a file that others may have written, without a byte order mark, and with line ends as they are here.
+    r"""Read a text file that others may have written, without a byte order mark and with ``\n`` as line ends.
 
     Args:
-        path: The file, of which no more than that is read.
-        most: How many bytes it may have.
-        errors: What becomes of bytes that are not UTF-8, as of ``bytes.decode``.
+        path: The file.
+        most: Largest size in bytes; no more is read.
+        errors: How bytes that are not UTF-8 are treated, as in ``bytes.decode``.
 
     Raises:
-        DataError: If it is larger, or not in UTF-8.
+        DataError: If the file is larger, or not in UTF-8.
     """
     with Path(path).open("rb") as file:
         data = file.read(most + 1)
@@ -65,16 +65,16 @@ def read_text(path: str | os.PathLike[str], *, most: int = LARGEST_TEXT, errors:
 
 
 def write_json(path: str | os.PathLike[str], values: Any) -> Path:
-    """Write a JSON file at once."""
+    """Write a JSON file atomically."""
     return write_text(path, json.dumps(values, indent=2) + "\n")
 
 
 def sync(path: Path) -> None:
-    """Have the operating system write a file to the disk."""
+    """Make the operating system write a file to the disk."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
 
 
 def temporary_beside(path: Path) -> Path:
-    """A name that nobody else uses, in the same folder, so that a rename stays on one file system."""
+    """An unused hidden name in the same folder, so that a rename stays on one file system."""
     return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")

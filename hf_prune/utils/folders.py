@@ -1,19 +1,20 @@
-"""Copy what lies in a folder, and refuse links that lead out of it."""
+"""Which files of a folder are copied and uploaded, and links that lead out of it."""
 
 from __future__ import annotations
 
 import os
 import shutil
 from collections.abc import Callable, Collection, Iterable, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from hf_prune.errors import CheckpointError
 
-# Unpickling runs code from the file; nobody here opens one, or passes it on.
+# Opening a pickle runs code from it: none is opened, copied or uploaded.
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".dill")
-MARK = ".hf_prune.json"  # in an output: what wrote it
-_SILENT = (MARK, "__pycache__")  # nobody misses them
-_OTHER_WEIGHTS = (".h5", ".msgpack")  # of TensorFlow and Flax: not the ones that are written
+MARK = ".hf_prune.json"  # in an output: the command that wrote it
+_NOT_REPORTED = (MARK, "__pycache__")  # left out without being listed as such
+_OTHER_FRAMEWORKS = (".h5", ".msgpack")  # weights of TensorFlow and Flax
+_OF_TRAINING = "checkpoint-"  # how the names of a Trainer's folders begin
 
 
 def copy_beside(
@@ -23,34 +24,34 @@ def copy_beside(
     stale: Sequence[str] = (),
     skip: Callable[[Path, Path], bool] = lambda name, path: False,
 ) -> tuple[str, ...]:
-    """Copy what lies beside the weights of a checkpoint, in its subfolders too: tokenizers, cards, modules.
+    """Copy the files beside the weights of a checkpoint, including subfolders: tokenizers, cards, modules.
 
-    Not copied: hidden files, pickles, weights of TensorFlow and Flax, folders named ``checkpoint-…``, symbolic links
-    that lead out of the checkpoint (a snapshot of the Hub's cache has its files in the cache) or to folders, whatever
-    is neither file nor folder, and what may not be read.
+    Not copied: hidden files, pickles, weights of TensorFlow and Flax, folders named ``checkpoint-…``, links to folders
+    or out of the checkpoint (except into the Hub's cache, where the files of a snapshot are), special files, and files
+    without read permission.
 
     Args:
         source: The checkpoint.
-        folder: Where to; files that are there already are replaced.
-        own: Names in the source itself that the caller sees to.
-        stale: Glob patterns of names in the source itself that are left out.
-        skip: Whether to leave out a file more, by its path in the checkpoint and on the disk.
+        folder: The folder to copy into; existing files are replaced.
+        own: Names at the top of the source that the caller handles itself.
+        stale: Glob patterns of names at the top of the source that are left out.
+        skip: Also leaves out a file, given its path in the checkpoint and on the disk.
 
     Returns:
-        Paths of what was not copied, those of the caller apart.
+        Paths of what was left out, without ``own``.
     """
     source = source.resolve()
-    left: list[str] = []
+    left_out: list[str] = []
 
     def visit(here: Path) -> None:
         for path in sorted(here.iterdir()):
             name = path.relative_to(source)
             top = here == source
-            if (top and path.name in own) or path.name in _SILENT:
+            if (top and path.name in own) or path.name in _NOT_REPORTED:
                 continue
             refused = (
                 is_left_out(name)
-                or (path.is_dir() and (path.is_symlink() or path.name.startswith("checkpoint-")))
+                or (path.is_dir() and (path.is_symlink() or path.name.startswith(_OF_TRAINING)))
                 or (top and any(path.match(pattern) for pattern in stale))
                 or leads_out(path, source)
                 or (path.is_file() and skip(name, path))
@@ -62,25 +63,25 @@ def copy_beside(
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, folder / name)
             else:
-                left.append(name.as_posix())
+                left_out.append(name.as_posix())
 
     visit(source)
-    return tuple(left)
+    return tuple(left_out)
 
 
 def leads_out(path: Path, folder: Path) -> bool:
-    """Whether a path in a folder is a link to elsewhere; a snapshot of the Hub's cache has its files in the cache."""
+    """Whether a path in a folder links to a place outside; the files of a snapshot in the Hub's cache do not."""
     folder = folder.resolve()
     inside = [folder, *(parent.parent / "blobs" for parent in folder.parents if parent.name == "snapshots")]
     return not any(Path(os.path.realpath(path)).is_relative_to(place) for place in inside)
 
 
 def refuse_links(folder: Path, names: Iterable[str]) -> None:
-    """Make sure that files of a folder are in it, where what they say is copied, shown or written anew.
+    """Refuse files that link to a place outside of their folder, before their content is copied, shown or replaced.
 
     Args:
         folder: The folder.
-        names: Which files; they need not be there.
+        names: Names of files, which need not exist.
 
     Raises:
         CheckpointError: If one is a link that leads out of the folder.
@@ -88,10 +89,18 @@ def refuse_links(folder: Path, names: Iterable[str]) -> None:
     for path in (folder / name for name in names):
         if path.is_symlink() and leads_out(path, folder):
             raise CheckpointError(
-                f"{path} links to a file outside of {folder}, {os.path.realpath(path)}: copy it, or take it out"
+                f"{path} links to a file outside of {folder}, {os.path.realpath(path)}: copy that file, or remove the "
+                f"link"
             )
 
 
-def is_left_out(name: Path) -> bool:
-    """Whether a file is never copied, by its path in a checkpoint: hidden, a pickle, weights of another framework."""
-    return any(part.startswith(".") for part in name.parts) or name.suffix.lower() in (*PICKLES, *_OTHER_WEIGHTS)
+def is_left_out(name: PurePath) -> bool:
+    """Whether a file is never copied, given its path in a checkpoint: also weights of TensorFlow and Flax."""
+    return is_never_uploaded(name) or name.suffix.lower() in _OTHER_FRAMEWORKS
+
+
+def is_never_uploaded(name: PurePath) -> bool:
+    """Whether a file is never uploaded, given its path in a folder: hidden, a pickle, or in ``checkpoint-…``."""
+    hidden = any(part.startswith(".") for part in name.parts)
+    of_training = any(part.startswith(_OF_TRAINING) for part in name.parts[:-1])
+    return hidden or of_training or name.suffix.lower() in PICKLES

@@ -1,4 +1,4 @@
-"""Plain-text tables, CSV, and numbers for people."""
+"""Plain-text tables, CSV, numbers with units, and texts that are safe to print."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-# Of terminals, what turns the direction of letters round, takes no room or ends lines elsewhere, and what no terminal
-# can be sent; line ends and tabs are left.
+# Characters that control a terminal, reverse the direction of text, have no width or end lines, and lone surrogates,
+# which cannot be printed; without line ends and tabs.
 _HIDDEN = (
     r"\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f"
     r"\u3164\ud800-\udfff\ufeff\uffa0\ufff9-\ufffb\U000e0000-\U000e007f"
 )
 _CONTROLS = re.compile(f"[{_HIDDEN}]")
-_OF_A_CELL = re.compile(rf"[{_HIDDEN}\n\t]")
-_FORMULAS = tuple("=+-@\t\r\n＝＋－＠")  # a spreadsheet runs what begins so
+_CONTROLS_OF_A_LINE = re.compile(rf"[{_HIDDEN}\n\t]")
+_FORMULAS = tuple("=+-@\t\r\n＝＋－＠")  # a spreadsheet runs cells that begin with these
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
@@ -25,8 +25,8 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int
 
     Args:
         header: Column titles.
-        rows: Cells, as many per row as there are titles.
-        left: How many leading columns are aligned left; the others are numbers, aligned right.
+        rows: Cells, one for each title.
+        left: Number of leading columns that are aligned left; the others are aligned right, as numbers.
     """
     rows = [[in_one_line(cell) for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
@@ -39,20 +39,20 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int
 
 
 def first_few(values: Sequence[object], most: int = 3) -> str:
-    """The first of some values, with an ellipsis if there are more.
+    """The first few values separated by commas, with an ellipsis if there are more.
 
     Args:
-        values: What is listed.
-        most: How many.
+        values: The values.
+        most: How many to list.
     """
     return ", ".join(map(str, values[:most])) + (", …" if len(values) > most else "")
 
 
 def format_csv(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
-    """Rows as CSV; a text that a spreadsheet would run as a formula gets an apostrophe before it.
+    """Format rows as CSV; a text that a spreadsheet would run as a formula gets a leading apostrophe.
 
     Args:
-        columns: Which of the values, in this order.
+        columns: The columns, in order.
         rows: Numbers and texts by column.
 
     Example:
@@ -65,7 +65,7 @@ def format_csv(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str
         if not isinstance(cell, str):
             return cell
         mark = "'" if cell.lstrip(" ").startswith(_FORMULAS) else ""
-        return mark + cell.replace("\r", " ")  # which the csv module of older Pythons does not quote
+        return mark + cell.replace("\r", " ")  # the csv module of older Pythons does not quote it
 
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -75,7 +75,7 @@ def format_csv(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str
 
 
 def format_count(number: float) -> str:
-    """A number with a decimal unit prefix, three significant digits: 54037406 -> '54.0 M'."""
+    """A number with three significant digits and a decimal unit prefix: 54037406 -> '54.0 M'."""
     for unit in ("", "k", "M", "G", "T"):
         if abs(number) < 1000 or unit == "T":
             return f"{number:.3g} {unit}" if abs(number) < 100 else f"{number:.0f} {unit}"
@@ -84,7 +84,7 @@ def format_count(number: float) -> str:
 
 
 def printable(text: str) -> str:
-    r"""A text for a terminal, in which nothing but line ends and tabs controls it: strangers' names say ``\x1b[2J``.
+    r"""Escape everything in a text that controls a terminal, except line ends and tabs.
 
     Example:
         >>> printable("a\x1b[2Jb")
@@ -94,13 +94,13 @@ def printable(text: str) -> str:
 
 
 def in_one_line(text: str) -> str:
-    r"""A text of a stranger among others on one line of a terminal: line ends and tabs are spelled out too.
+    r"""Escape everything in a text that controls a terminal, including line ends and tabs.
 
     Example:
         >>> in_one_line("a\nerror: b")
         'a\\nerror: b'
     """
-    return _OF_A_CELL.sub(_escaped, text)
+    return _CONTROLS_OF_A_LINE.sub(_escaped, text)
 
 
 def _escaped(match: re.Match[str]) -> str:
@@ -108,11 +108,11 @@ def _escaped(match: re.Match[str]) -> str:
 
 
 def listing(folder: Path) -> str:
-    """What a folder holds, for a message."""
+    """The first names in a folder, for a message."""
     names = sorted(path.name for path in folder.iterdir())
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "") or "nothing"
 
 
 def display_name(source: str) -> str:
-    """What to call a model or data set in tables and plots: a folder's name, or the Hub id."""
+    """The name of a model or data set in tables and plots: that of its folder, or the Hub id."""
     return Path(source).resolve().name if Path(source).exists() else source

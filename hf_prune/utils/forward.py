@@ -1,4 +1,4 @@
-"""How a model is run on a batch: in eval mode, where its weights are, and computing no more than is looked at."""
+"""Run a model on one batch: eval mode, on its device, no cache, no unused logits."""
 
 from __future__ import annotations
 
@@ -17,18 +17,22 @@ from hf_prune.errors import CalibrationError, HfPruneError
 from hf_prune.utils.wrapping import check_is_model, sole_model, unwrapped
 
 _MAKE = (
-    "calibration=hf_prune.text_batches(texts, tokenizer) makes a list of them from texts; a single batch goes in a "
+    "calibration=hf_prune.text_batches(texts, tokenizer) makes a list of batches from texts; put a single batch in a "
     "list, calibration=[batch]"
 )
 _DECODER_KEYS = {"labels", "decoder_input_ids", "decoder_inputs_embeds", "decoder_outputs", "decoder_features"}
-# What models raise on inputs that they cannot take; an exception of somebody's own, as of a hook that stops, passes.
-_TROUBLE = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+# What models raise on unsuitable inputs. Other exceptions pass, such as one by which a hook stops the forward pass.
+_INPUT_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 _OPTION = re.compile(r"output_.*|return_.*|use_cache|kwargs|args|logits_to_keep|past_key_values|cache_position")
 
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside, and every module's own flag back afterwards; a ModelTypeError if it is no model."""
+    """Eval mode inside the context; afterwards every module has its own mode again.
+
+    Raises:
+        ModelTypeError: If it is not a model.
+    """
     check_is_model(model)
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
@@ -40,10 +44,10 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 def as_batches(calibration: object) -> Any:
-    """Calibration data, if it can be iterated over and is not a single batch.
+    """Make sure that calibration data is iterable and not a single batch, and return it.
 
     Raises:
-        CalibrationError: If it cannot, or is one.
+        CalibrationError: If it is not iterable, or a single batch.
     """
     if isinstance(calibration, Mapping) and calibration:
         is_batch = any(isinstance(value, Tensor) for value in calibration.values())
@@ -61,15 +65,15 @@ def as_batches(calibration: object) -> Any:
 
 
 def batch_to_device(model: nn.Module, batch: object, device: torch.device | None = None) -> dict[str, Any]:
-    """A batch as keyword arguments, on the model's device; a decoder that is given nothing gets the encoder's text.
+    """A batch as keyword arguments on the model's device; a decoder without inputs gets the text of the encoder.
 
     Args:
         model: The model.
         batch: Its inputs by name.
-        device: That of the model, if it is known.
+        device: The model's device, if it is known.
 
     Raises:
-        CalibrationError: If it is no mapping with tensors, or the decoder cannot get that text.
+        CalibrationError: If the batch is not a mapping with tensors, or the decoder cannot read the encoder's text.
     """
     if not isinstance(batch, Mapping):
         raise CalibrationError(
@@ -84,7 +88,7 @@ def batch_to_device(model: nn.Module, batch: object, device: torch.device | None
     if isinstance(mask, Tensor) and mask.dim() == 2 and not bool(mask.any()):
         raise CalibrationError(
             f"a calibration batch is nothing but padding (attention_mask {tuple(mask.shape)} is 0 everywhere): "
-            f"expected at least one token; leave out texts that are empty"
+            f"expected at least one token; leave out empty texts"
         )
     ids = batch.get("input_ids")
     if isinstance(ids, Tensor) and ids.dim() < 2:
@@ -97,24 +101,25 @@ def batch_to_device(model: nn.Module, batch: object, device: torch.device | None
 
 
 def run_model(model: nn.Module, inputs: Mapping[str, Any], error_class: type[HfPruneError] = CalibrationError) -> Any:
-    """What a model puts out for a batch, whose tensors it takes by name, or as one mapping.
+    """Run a model on a batch and return its output. The batch is passed by name, or as one mapping.
 
     Args:
         model: The model.
         inputs: Its keyword arguments.
-        error_class: What to raise.
+        error_class: The class of the error to raise.
 
     Raises:
-        HfPruneError: If the model raises, of ``error_class``: it says what the batch holds and what the model takes.
+        HfPruneError: An ``error_class`` if the model cannot take the batch; it names what the batch holds and what the
+            model expects.
     """
     try:
         return model(dict(inputs)) if _takes_features(model, inputs) else model(**inputs)
     except (HfPruneError, torch.OutOfMemoryError):
         raise
-    except _TROUBLE as error:
-        said = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    except _INPUT_ERRORS as error:
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
         takes = [name for name in inspect.signature(model.forward).parameters if not _OPTION.fullmatch(name)]
-        held = [
+        contents = [
             f"{k} {tuple(v.shape)}" if isinstance(v, Tensor) else k for k, v in inputs.items() if not _OPTION.match(k)
         ]
         hint = ""
@@ -125,13 +130,13 @@ def run_model(model: nn.Module, inputs: Mapping[str, Any], error_class: type[HfP
             name = next(name for name, module in holder.named_modules() if module is inner)
             hint = f"; or pass what it holds as {name!r}, a {type(inner).__name__}, whose masks are those of the whole"
         raise error_class(
-            f"{type(model).__name__} cannot run a batch of {', '.join(held)} ({type(error).__name__}: {said}): "
+            f"{type(model).__name__} cannot run a batch of {', '.join(contents)} ({type(error).__name__}: {reason}): "
             f"expected what its forward takes, {', '.join(takes)}{hint}"
         ) from error
 
 
 def _takes_features(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
-    """Whether a module around a model takes the batch itself, in one piece, as a ``SentenceTransformer`` does."""
+    """Whether a module around a model takes the whole batch as one argument, as a ``SentenceTransformer`` does."""
     parameters = inspect.signature(model.forward).parameters
     pieces = [
         p for p in parameters.values() if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
@@ -140,7 +145,7 @@ def _takes_features(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
 
 
 def _lacks_decoder_inputs(model: nn.Module, batch: object) -> bool:
-    """Whether a batch is a text for the encoder, and nothing for the decoder beside it."""
+    """Whether a batch has a text for the encoder and no inputs for the decoder."""
     if not _decodes(model) or not isinstance(batch, Mapping) or _DECODER_KEYS & batch.keys():
         return False
     ids = batch.get("input_ids")
@@ -153,14 +158,14 @@ def _decodes(model: nn.Module) -> bool:
 
 
 def _decoder_inputs(model: Any, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The encoder's text as the decoder reads one: a token further right, behind the one that starts it."""
+    """The encoder's text as decoder inputs: shifted right by one token, after the start token."""
     ids, mask = inputs["input_ids"], inputs.get("attention_mask")
     tables = [part.get_input_embeddings() for part in (model.get_encoder(), model.get_decoder())]
     sizes = [getattr(table, "num_embeddings", None) for table in tables]
     shifted = _shifted(model, ids) if sizes[0] == sizes[1] else None
     if shifted is None:
         vocabularies = f"its encoder knows {sizes[0]} tokens and its decoder {sizes[1]}"
-        why = "its config names no token that starts a text" if sizes[0] == sizes[1] else vocabularies
+        why = "its config names no start token" if sizes[0] == sizes[1] else vocabularies
         raise CalibrationError(
             f"a calibration batch holds {', '.join(inputs)}, and the decoder of {type(model).__name__} cannot read the "
             f"same text, since {why}: add labels or decoder_input_ids to each batch"
@@ -169,28 +174,28 @@ def _decoder_inputs(model: Any, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def _shifted(model: Any, ids: Tensor) -> Tensor | None:
-    """(batch, seq) as the model itself makes decoder inputs of labels; None if nothing says what starts a text."""
+    """Ids (batch, seq) shifted right, as the model turns labels into decoder inputs; None without a start token."""
     if hasattr(model, "prepare_decoder_input_ids_from_labels"):
         with contextlib.suppress(ValueError):  # where the config names no first token
             return model.prepare_decoder_input_ids_from_labels(labels=ids)
     settings = [model.config, getattr(model.config, "decoder", None)]
     names = ("decoder_start_token_id", "bos_token_id", "pad_token_id")
-    start = next((found for n in names for c in settings if isinstance(found := getattr(c, n, None), int)), None)
+    start = next((token for n in names for c in settings if isinstance(token := getattr(c, n, None), int)), None)
     return None if start is None else torch.cat([torch.full_like(ids[:, :1], start), ids[:, :-1]], 1)
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where a model computes; weights that are not loaded lie on no device."""
+    """The device of a model's first loaded weight; the CPU if none is loaded."""
     return next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
 
 
 def no_cache(model: nn.Module) -> dict[str, Any]:
-    """Arguments with which a language model keeps nothing for tokens that are not to come."""
+    """Arguments that keep a language model from caching keys and values."""
     return {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
 
 
 def no_logits(model: nn.Module, targets: set[str]) -> dict[str, Any]:
-    """Arguments with which a language model computes few logits, unless what computes them is a target."""
+    """Arguments that make a language model compute few logits, unless its output embedding is a target."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
     if "logits_to_keep" not in inspect.signature(model.forward).parameters or head is None:
         return {}

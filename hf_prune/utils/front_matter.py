@@ -1,7 +1,7 @@
-"""The metadata at the top of a card. All YAML is read here, and nearly all of it was written by strangers.
+"""Read and write the YAML metadata at the top of a card. All YAML in hf_prune is read here, since others wrote it.
 
-YAML 1.2 without anchors, aliases, merge keys and tags: half a kilobyte of those can stand for gigabytes. How large and
-how deep it may be is bounded, and whatever is wrong with it is a :class:`DataError`.
+The reader takes YAML 1.2 without anchors, aliases, merge keys and tags, half a kilobyte of which can expand to
+gigabytes. Size and depth are limited, and anything wrong with it is a :class:`DataError`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from hf_prune.utils.files import read_text
 MOST_CHARACTERS = 200_000  # cards with hundreds of benchmark results have less
 MOST_VALUES = 10_000  # keys, values, lists and mappings; PyYAML reads them within a second
 MOST_OF_A_CARD = 500_000  # characters of metadata and body
-DEEPEST = 32
+DEEPEST = 32  # levels of nesting
 _FRONT = re.compile(r"\A\s*---\n(.*?)\n---[ \t]*(?:\n|\Z)", re.DOTALL)  # as the Hub's own client finds it
 _BOOL, _FLOAT, _INT, _MERGE, _VALUE = (
     f"tag:yaml.org,2002:{name}" for name in ("bool", "float", "int", "merge", "value")
@@ -29,7 +29,7 @@ _BOOL, _FLOAT, _INT, _MERGE, _VALUE = (
 
 
 class _Loader(yaml.SafeLoader):
-    """As YAML 1.2 has it: ``no`` is the code of Norwegian and not false, ``12:30`` no number."""
+    """YAML 1.2, where ``no`` is a text, as the code of Norwegian, and so is ``12:30``."""
 
     depth = 0
     values = 0
@@ -55,11 +55,11 @@ class _Loader(yaml.SafeLoader):
         return node
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        found = super().construct_mapping(node, deep=deep)
-        if len(found) != len(node.value):  # PyYAML takes the last one, others the first
+        mapping = super().construct_mapping(node, deep=deep)
+        if len(mapping) != len(node.value):  # of two values PyYAML takes the last, other readers the first
             [(name, _)] = collections.Counter(str(key.value) for key, _ in node.value).most_common(1)
             self._refuse(f"the key {name!r} twice", node.start_mark)
-        return found
+        return mapping
 
     def _refuse(self, what: str, mark: Any) -> None:
         raise yaml.MarkedYAMLError(problem=f"{what[:80]}, which no card needs", problem_mark=mark)
@@ -80,78 +80,78 @@ for _tag, _pattern, _first in (
 
 def _float(loader: _Loader, node: Any) -> float:
     value = float(loader.construct_yaml_float(node))
-    return math.nan if math.isnan(value) else value  # one for all: so that what holds it equals what holds it
+    return math.nan if math.isnan(value) else value  # always the same object, so that containers with NaN compare equal
 
 
 _Loader.add_constructor(_FLOAT, _float)
 
 
 class _Dumper(yaml.SafeDumper):
-    """Never writes what the loader does not read."""
+    """Writes no aliases, which the loader does not read."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
 
 def read_card(path: str | os.PathLike[str], *, errors: str = "strict") -> str:
-    """The text of a card, which has a bounded size.
+    """Read the text of a card, up to a limit.
 
     Args:
         path: The file.
-        errors: ``"replace"`` also reads what is not in UTF-8.
+        errors: ``"replace"`` also reads files that are not in UTF-8.
 
     Raises:
-        DataError: If it is not in UTF-8, or too large.
+        DataError: If it is too large, or not in UTF-8.
     """
-    return read_text(path, most=4 * MOST_OF_A_CARD, errors=errors)  # bytes of the longest characters
+    return read_text(path, most=4 * MOST_OF_A_CARD, errors=errors)  # a character has at most 4 bytes
 
 
 def split_card(text: str, what: str = "the card so far") -> tuple[dict[str, Any], str]:
-    """Metadata and body of a card.
+    """Split a card into its metadata and its body.
 
     Args:
         text: The card.
-        what: What it is called in messages.
+        what: What to call it in messages.
 
     Raises:
-        DataError: If the metadata is no YAML mapping, has anchors, aliases, merge keys, tags or a key twice, or if that
-            or the card is too large, or too deep.
+        DataError: If the metadata is not a YAML mapping, has anchors, aliases, merge keys, tags or a key twice, is
+            nested too deeply, or if it or the card is too large.
     """
     if len(text) > MOST_OF_A_CARD:
         raise DataError(
-            f"{what} has {len(text):,} characters: expected at most {MOST_OF_A_CARD:,}; mend README.md first"
+            f"{what} has {len(text):,} characters: expected at most {MOST_OF_A_CARD:,}; correct README.md first"
         )
     text = text.removeprefix("\N{BOM}").replace("\r\n", "\n").replace("\r", "\n")
     match = _FRONT.match(text)
     if match is None:
         return {}, text
-    metadata = read_yaml(match[1], f"the metadata of {what}", "mend README.md first") or {}
+    metadata = read_yaml(match[1], f"the metadata of {what}", "correct README.md first") or {}
     if not isinstance(metadata, dict):
-        raise DataError(f"the metadata of {what} is no mapping: mend README.md first")
+        raise DataError(f"the metadata of {what} is not a mapping: correct README.md first")
     return metadata, text[match.end() :]
 
 
 def join_card(metadata: Mapping[str, Any], body: str) -> str:
-    """A card of metadata and body."""
+    """The inverse of :func:`split_card`."""
     front = yaml.dump(dict(metadata), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10**6)
     return f"---\n{front}---\n\n{body.lstrip()}" if metadata else body.lstrip()
 
 
 def read_yaml(text: str, what: str, advice: str) -> Any:
-    """What a YAML text says.
+    """Parse a YAML text.
 
     Args:
         text: The text.
-        what: What it is called in messages.
-        advice: What to do if it cannot be read.
+        what: What to call it in messages.
+        advice: What to do if it cannot be read, for messages.
 
     Raises:
-        DataError: As of :func:`split_card`.
+        DataError: As for the metadata in :func:`split_card`.
     """
     if len(text) > MOST_CHARACTERS:
         raise DataError(f"{what} has {len(text):,} characters: expected at most {MOST_CHARACTERS:,}; {advice}")
     try:
         return yaml.load(text, _Loader)
-    except (yaml.YAMLError, ValueError, OverflowError) as error:  # a month 13 is a ValueError
+    except (yaml.YAMLError, ValueError, OverflowError) as error:  # month 13 is a ValueError
         reason = " ".join(str(error).split())[:300]
-        raise DataError(f"{what} is no YAML that can be read: {reason}; {advice}") from error
+        raise DataError(f"{what} is not valid YAML: {reason}; {advice}") from error

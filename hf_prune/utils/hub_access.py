@@ -1,23 +1,28 @@
-"""Whether the Hub can be reached, and whether a name can be one of its repositories."""
+"""Whether the Hub can be reached, and whether a source is a folder or a Hub id."""
 
 from __future__ import annotations
 
-import contextlib
 import os
 import socket
 import threading
 from pathlib import Path
-from typing import Any
 
 from hf_prune.errors import DataError
-from hf_prune.utils.front_matter import read_card, read_yaml, split_card
 
-HUB_TIMEOUT = 0.8  # seconds; a call stays under one second, plus importing huggingface_hub the first time
+HUB_TIMEOUT = 0.8  # seconds, so that a call takes less than one, plus the first import of huggingface_hub
 _OFFLINE_VARIABLES = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
 
 
 def local_folder(source: str, what: str) -> Path | None:
-    """The folder that ``source`` names, or None if it can only be a Hub id."""
+    """The folder that a source names, or None if it can only be a Hub id.
+
+    Args:
+        source: Folder or Hub id.
+        what: What the folder holds, for messages: ``"a model"``.
+
+    Raises:
+        DataError: If it is a file, or the path of a folder that does not exist.
+    """
     if os.path.isdir(source):
         return Path(source)
     if os.path.exists(source):
@@ -29,17 +34,17 @@ def local_folder(source: str, what: str) -> Path | None:
 
 
 def check_hub_reachable(what: str) -> None:
-    """Ask the Hugging Face Hub for a sign of life, and fail at once if there is none.
+    """Make sure that the Hugging Face Hub answers, and fail at once if it does not.
 
-    Any HTTP answer counts. The request goes through the client of huggingface_hub, so ``HF_ENDPOINT``
-    and proxies are honoured. It runs in a thread of its own because resolving a name cannot be
-    timed out otherwise. The environment variable ``HF_PRUNE_HUB_TIMEOUT`` sets the seconds to wait.
+    Any HTTP answer will do. The request uses the client of huggingface_hub, so it respects ``HF_ENDPOINT`` and
+    proxies. It runs in its own thread, since there is no other way to limit the time of a name lookup. The environment
+    variable ``HF_PRUNE_HUB_TIMEOUT`` sets the seconds to wait.
 
     Args:
-        what: What is wanted from the Hub, for the message: ``"model 'owner/name'"``.
+        what: What to get from the Hub, for messages: ``"model 'owner/name'"``.
 
     Raises:
-        DataError: If an offline variable is set or the Hub does not answer in time.
+        DataError: If an offline variable is set, or the Hub does not answer in time.
 
     Example:
         >>> os.environ["HF_HUB_OFFLINE"] = "1"
@@ -81,7 +86,7 @@ def _offline_variable(read_at_import: bool) -> str | None:
 
 
 def _request_problem(endpoint: str, timeout: float) -> str | None:
-    """What keeps the endpoint from answering, or None."""
+    """Why the endpoint does not answer, or None if it does."""
     from huggingface_hub import get_session
 
     session = get_session()
@@ -98,7 +103,7 @@ def _request_problem(endpoint: str, timeout: float) -> str | None:
 
     thread = threading.Thread(target=ask, name="hf_prune-hub-check", daemon=True)
     thread.start()
-    thread.join(timeout + 0.05)  # lets the client's own time-out close its socket first
+    thread.join(timeout + 0.05)  # a little longer, so that the client times out first and closes its socket
     return problems[0] if problems else no_answer
 
 
@@ -116,39 +121,19 @@ def _describe(error: BaseException, no_answer: str) -> str:
 
 
 def check_repo_id(source: str, what: str) -> None:
-    """Raises :class:`DataError` if a source can be no repository of the Hub."""
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
+    """Make sure that a source has the form of a Hub id.
+
+    Args:
+        source: The id.
+        what: What it would hold, for messages: ``"a model"``.
+
+    Raises:
+        DataError: If it does not.
+    """
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
 
     try:
         validate_repo_id(source)
     except HFValidationError as error:
         raise DataError(f"{source!r} is neither a folder nor a Hub id of {what}: {error}") from None
-
-
-def hub_repository(source: str) -> tuple[str, str | None]:
-    """Repository and configuration of a Hub id."""
-    if source.startswith("glue/"):
-        source = source.replace("glue/", "nyu-mll/glue:", 1)
-    repo_id, _, config = source.partition(":")
-    check_repo_id(repo_id, "data")
-    return repo_id, config or None
-
-
-def check_data_card(repo_id: str) -> None:
-    """See that other libraries can safely read what a data set's repository says of itself in YAML.
-
-    Raises:
-        DataError: If they cannot.
-        OSError: If the Hub does not give it.
-    """
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
-
-    for name, read in (("README.md", split_card), (".huggingface.yaml", _read_settings)):
-        with contextlib.suppress(EntryNotFoundError):
-            path = Path(hf_hub_download(repo_id, name, repo_type="dataset"))
-            read(read_card(path, errors="replace"), f"{name} of data set {repo_id!r}")
-
-
-def _read_settings(text: str, what: str) -> Any:
-    return read_yaml(text, what, "use another data set, or download it and name the folder of its files")

@@ -1,15 +1,16 @@
-"""JSON objects from files that anybody may have written, read within limits."""
+"""JSON files: read within limits, since others may have written them, and written as checkpoints have them."""
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from hf_prune.errors import CheckpointError, HfPruneError
 
-_LARGEST_JSON = 1 << 26  # bytes; the largest, which index the files of a model, have a tenth of it
+_LARGEST_JSON = 1 << 26  # bytes; the index of a very large model has a tenth of this
 _CONFIG_TYPES = {
     "architectures": list,
     "auto_map": dict,
@@ -20,15 +21,15 @@ _CONFIG_TYPES = {
 
 
 def read_json_object(path: str | os.PathLike[str], error: type[HfPruneError] = CheckpointError) -> dict[str, Any]:
-    """The JSON object in a file that others may have written.
+    """Read a JSON object from a file that others may have written.
 
     Args:
         path: The file.
-        error: What to raise.
+        error: The class of the error to raise.
 
     Raises:
-        HfPruneError: Of that class, if the file is missing, cannot be read, is very large or deeply nested, or holds
-            something else.
+        HfPruneError: An ``error``, if the file is missing, unreadable, too large, nested too deeply, or holds anything
+            but a JSON object.
     """
     try:
         with Path(path).open("rb") as file:
@@ -39,31 +40,36 @@ def read_json_object(path: str | os.PathLike[str], error: type[HfPruneError] = C
     except FileNotFoundError as missing:
         raise error(f"{path} is missing: expected a whole checkpoint, as save_pretrained writes it") from missing
     except (OSError, RecursionError, ValueError) as problem:
-        raise error(f"{path} is damaged, it is no JSON file: {problem}; download or save it again") from problem
+        raise error(f"{path} is not valid JSON: {problem}; download or save it again") from problem
     if not isinstance(values, dict):
-        raise error(
-            f"{path} is damaged, it holds a JSON {type(values).__name__}: expected an object; download or save it again"
-        )
+        raise error(f"{path} holds a JSON {type(values).__name__}: expected an object; download or save it again")
     return values
 
 
 def read_config(path: str | os.PathLike[str], error: type[HfPruneError] = CheckpointError) -> dict[str, Any]:
-    """A ``config.json``, in which what we read has the types that transformers writes; see :func:`read_json_object`.
+    """Read a ``config.json``, and check the types of the values that hf_prune uses.
 
     Args:
         path: The file.
-        error: What to raise.
+        error: The class of the error to raise.
 
     Raises:
-        HfPruneError: Of that class.
+        HfPruneError: An ``error``, as of :func:`read_json_object`, or if a value has another type than transformers
+            writes.
     """
     config = read_json_object(path, error)
     for key, kind in _CONFIG_TYPES.items():
         value = config.get(key)
-        right = value is None or isinstance(value, kind)
-        if not right or (kind is list and not all(isinstance(each, str) for each in value or ())):
+        valid = value is None or isinstance(value, kind)
+        if not valid or (kind is list and not all(isinstance(item, str) for item in value or ())):
             expected = {dict: "an object", list: "a list of names", str: "a name"}[kind]
             raise error(
                 f"{path} is damaged: its {key} is {value!r:.100}, expected {expected}; download or save it again"
             )
     return config
+
+
+def write_config(folder: Path, config: Mapping[str, Any]) -> None:
+    """Write ``config.json`` into the folder of a new checkpoint."""
+    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    (folder / "config.json").write_text(text, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""One writer per output folder."""
+"""Locks, so that only one process at a time writes into an output folder."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any
 
 from hf_prune.errors import CheckpointError
 from hf_prune.utils.json_files import read_json_object
-from hf_prune.utils.output_folder import SAVE, Arguments, Result, describe_save
+from hf_prune.utils.output_folder import SAVE, Arguments, Result, describe_writer
 from hf_prune.utils.staging import remove_leftovers
 
 try:
@@ -24,24 +24,24 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 _OWNER = "owner.json"
-_HELD: set[tuple[int, Path]] = set()  # locks, by thread
+_HELD: set[tuple[int, Path]] = set()  # (thread, folder) of the locks that this process holds
 
 
 @contextlib.contextmanager
 def output_lock(out: str | os.PathLike[str], command: str, wait: float = 0.0) -> Iterator[None]:
-    """Let nobody else of ours write into a folder; what killed processes left beside it is removed, or put back.
+    """Lock an output folder against other processes of hf_prune, and clean up after killed ones.
 
-    It is a lock of the operating system on a hidden folder beside it, and ends with the process. Within a thread
-    it can be taken again. Of several processes that were launched together, only the first one writes, and takes it.
-    Where there are no such locks (Windows, some network file systems) there is none.
+    The lock is one of the operating system, on a hidden folder beside the output, and ends with the process. A thread
+    can take it again. Of several processes that were launched together, only rank 0 writes and takes it. Where the
+    system has no such locks (Windows, some network file systems), this does nothing.
 
     Args:
         out: The folder.
-        command: Who writes.
-        wait: Seconds to wait for another ``save_pretrained``, which is soon done.
+        command: The command that writes.
+        wait: Seconds to wait for another ``save_pretrained``, which takes a short time.
 
     Raises:
-        CheckpointError: If somebody else writes into it.
+        CheckpointError: If another process writes into the folder.
     """
     folder = Path(out).resolve()
     held = threading.get_ident(), folder
@@ -52,8 +52,8 @@ def output_lock(out: str | os.PathLike[str], command: str, wait: float = 0.0) ->
         raise CheckpointError(f"{folder} is the root of the file system: name a folder in it")
     path = folder.with_name(f".{folder.name}.lock")
     if path.is_symlink() or path.is_file():
-        raise CheckpointError(f"{path} is in the way of a lock: expected nothing of that name; move it away")
-    made = [parent for parent in path.parents if not parent.exists()]
+        raise CheckpointError(f"{path} is a file with the name of a lock: expected no file of that name; move it away")
+    created = [parent for parent in path.parents if not parent.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = _acquire(path, folder, command, wait)
     _HELD.add(held)
@@ -68,16 +68,16 @@ def output_lock(out: str | os.PathLike[str], command: str, wait: float = 0.0) ->
                 _remove_lock(path)
             finally:
                 os.close(lock)
-        with contextlib.suppress(OSError):  # where nothing was written
-            for parent in made:
+        with contextlib.suppress(OSError):  # not empty: something was written
+            for parent in created:
                 parent.rmdir()
 
 
 def writes_alone(command: str) -> Callable[[Callable[Arguments, Result]], Callable[Arguments, Result]]:
-    """Have a function hold the lock of the folder that its argument ``out`` names, if it names one.
+    """Decorator: the function holds the lock of the folder in its argument ``out``, if that is given.
 
     Args:
-        command: As of :func:`output_lock`.
+        command: The command that writes, for :func:`output_lock`.
     """
 
     def decorate(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
@@ -95,7 +95,7 @@ def writes_alone(command: str) -> Callable[[Callable[Arguments, Result]], Callab
 
 
 def _acquire(path: Path, folder: Path, command: str, wait: float) -> int | None:
-    """A descriptor of the locked folder; None where there are no locks."""
+    """Lock a folder and return its descriptor; None where the file system has no locks."""
     end = time.monotonic() + wait
     while True:
         path.mkdir(exist_ok=True)
@@ -105,16 +105,17 @@ def _acquire(path: Path, folder: Path, command: str, wait: float) -> int | None:
             continue
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if path.exists() and os.fstat(lock).st_ino == path.stat().st_ino:  # and nobody has removed it meanwhile
+            if path.exists() and os.fstat(lock).st_ino == path.stat().st_ino:  # not removed in the meantime
                 (path / _OWNER).write_text(json.dumps({"process": os.getpid(), "command": command}), encoding="utf-8")
                 return lock
         except BlockingIOError:
-            owner = _owner(path)
+            owner = _read_owner(path)
             if (owner and owner.get("command") != SAVE) or time.monotonic() > end:
                 os.close(lock)
                 raise CheckpointError(
                     f"{folder} is being written by process {owner.get('process', '(unknown)')} "
-                    f"({describe_save({'command': 'output', **owner})}): wait until it is done, or name another folder"
+                    f"({describe_writer({'command': 'output', **owner})}): wait until it is done, or name another "
+                    f"folder"
                 ) from None
         except OSError as error:  # a file system without locks
             os.close(lock)
@@ -122,7 +123,7 @@ def _acquire(path: Path, folder: Path, command: str, wait: float) -> int | None:
                 raise
             _remove_lock(path)
             return None
-        except BaseException:  # Ctrl-C, say: else this process would hold it until it ends
+        except BaseException:  # Ctrl-C, for one: without this the lock would stay until the process ends
             os.close(lock)
             raise
         os.close(lock)
@@ -130,12 +131,12 @@ def _acquire(path: Path, folder: Path, command: str, wait: float) -> int | None:
 
 
 def _remove_lock(path: Path) -> None:
-    with contextlib.suppress(OSError):  # what else lies there is not ours
+    with contextlib.suppress(OSError):  # other files in it are not ours
         (path / _OWNER).unlink(missing_ok=True)
         path.rmdir()
 
 
-def _owner(path: Path) -> dict[str, Any]:
+def _read_owner(path: Path) -> dict[str, Any]:
     try:
         return read_json_object(path / _OWNER)
     except CheckpointError:

@@ -1,4 +1,4 @@
-"""Whether the weights of a model are plain numbers, or in another number format that only looks like them."""
+"""Whether the weights of a model are plain floating-point numbers, or quantized in any way."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hf_prune.utils.quantization_method import METHOD
 from hf_prune.utils.wrapping import check_is_model
 
 EXPECTED = "expected float32, float64, float16 or bfloat16; prune before quantizing"
-# What modules of GPTQ, AWQ, HQQ, compressed-tensors and torch.ao have in place of a weight.
+# Attributes of GPTQ, AWQ, HQQ, compressed-tensors and torch.ao modules that replace a weight.
 _PACKED = ("qweight", "W_q", "weight_packed", "_packed_params")
 
 
@@ -22,8 +22,8 @@ def refuse_quantized(model: nn.Module) -> None:
     """Make sure that the weights of a model are plain floating-point numbers.
 
     Raises:
-        ModelTypeError: If it is no model.
-        PlanError: If the model or one inside it is quantized, or a weight is in a format of another kind.
+        ModelTypeError: If it is not a model.
+        PlanError: If the model or a part of it is quantized, or a weight has another number format.
     """
     check_is_model(model)
     for prefix, module in model.named_modules():
@@ -40,15 +40,15 @@ def refuse_quantized(model: nn.Module) -> None:
             name = f"{prefix}.{key}".removeprefix(".")
             if tensor.layout != torch.strided:
                 raise PlanError(f"{name} is stored as {tensor.layout}: expected a dense tensor; call to_dense() on it")
-            if (found := _foreign(tensor, multiplies=key == "weight")) is not None:
-                raise PlanError(f"{name} is {found}: {EXPECTED}")
+            if (kind := _foreign_format(tensor, is_factor=key == "weight")) is not None:
+                raise PlanError(f"{name} is {kind}: {EXPECTED}")
 
 
 def method_of_config(config: Any) -> str | None:
-    """How the weights of a checkpoint are quantized, by its config; None if they are not, or packed by us."""
+    """The quantization method in a checkpoint's config; None if there is none, or if it is our packed format."""
     described = [getattr(config, "quantization_config", None)]
     described += [getattr(getattr(config, key, None), "quantization_config", None) for key in _sub_configs(config)]
-    return next((method for each in described if (method := _method(each)) is not None), None)
+    return next((method for settings in described if (method := _method(settings)) is not None), None)
 
 
 def _sub_configs(config: Any) -> list[str]:
@@ -64,24 +64,24 @@ def _method(described: Any) -> str | None:
 
 
 def _method_of_model(module: nn.Module) -> str | None:
-    found = _method(getattr(getattr(module, "hf_quantizer", None), "quantization_config", None))
-    found = found or method_of_config(getattr(module, "config", None))
-    if found is None and getattr(module, "is_quantized", False) is True:
-        method = str(getattr(module, "quantization_method", None) or "an unnamed method")
-        found = None if method == METHOD else method
-    return found
+    method = _method(getattr(getattr(module, "hf_quantizer", None), "quantization_config", None))
+    method = method or method_of_config(getattr(module, "config", None))
+    if method is None and getattr(module, "is_quantized", False) is True:
+        named = str(getattr(module, "quantization_method", None) or "an unnamed method")
+        method = None if named == METHOD else named
+    return method
 
 
-def _foreign(weight: Tensor, multiplies: bool) -> str | None:
-    """What a weight is if it is no plain one; whole numbers and truth values are, where nothing multiplies by them."""
+def _foreign_format(weight: Tensor, is_factor: bool) -> str | None:
+    """The format of a weight that is not plain; integers and booleans are plain if nothing is multiplied by them."""
     for kind in type(weight).__mro__:
         if kind in (Tensor, nn.Parameter, DTensor):
             break
         if "__torch_dispatch__" in vars(kind) or "__torch_function__" in vars(kind):
             return f"a {type(weight).__name__}, which says {weight.dtype}"
-    if hasattr(weight, "quant_state") or hasattr(weight, "SCB"):  # of bitsandbytes, in any type
+    if hasattr(weight, "quant_state") or hasattr(weight, "SCB"):  # bitsandbytes, in any dtype
         return f"a {type(weight).__name__} of {weight.dtype}"
     narrow = weight.dtype != torch.bool and weight.element_size() == 1
-    if weight.dim() > 1 and (narrow or (multiplies and not weight.is_floating_point())):
+    if weight.dim() > 1 and (narrow or (is_factor and not weight.is_floating_point())):
         return str(weight.dtype)
     return None

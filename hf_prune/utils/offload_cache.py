@@ -1,4 +1,4 @@
-"""Tensors put aside: in memory up to a budget, and beyond it in a temporary folder, bit for bit."""
+"""A tensor cache that spills to disk beyond a memory budget, bit for bit."""
 
 from __future__ import annotations
 
@@ -14,14 +14,13 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 
 class OffloadCache:
-    """A mapping of values made of tensors, of which no more than so many bytes are kept in memory.
+    """A mapping from keys to tensors, or structures of tensors, that keeps a limited number of bytes in memory.
 
-    What does not fit goes into files of a temporary folder, which :meth:`close` removes. A value that replaces
-    another one takes its place.
+    What does not fit is written to files in a temporary folder, which :meth:`close` removes.
 
     Args:
-        budget: Bytes of tensors kept in memory.
-        folder: Where the temporary folder is made; that of the system if None.
+        budget: Most bytes of tensors kept in memory.
+        folder: Where the temporary folder is created; that of the system if None.
     """
 
     def __init__(self, budget: int, folder: str | os.PathLike[str] | None = None) -> None:
@@ -30,7 +29,7 @@ class OffloadCache:
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._values: dict[Hashable, Any] = {}
         self._files: dict[Hashable, tuple[Path, list[Any], TreeSpec]] = {}
-        self._made = 0
+        self._file_count = 0
         self._bytes = 0
 
     def __contains__(self, key: Hashable) -> bool:
@@ -42,11 +41,11 @@ class OffloadCache:
         return self._bytes
 
     def put(self, key: Hashable, value: Any) -> None:
-        """Keep a copy of a value.
+        """Store a copy of a value, in place of an earlier one with the same key.
 
         Args:
-            key: Its name.
-            value: A tensor, or a structure of tuples, lists, dicts and model outputs with tensors in it.
+            key: Any hashable.
+            value: A tensor, or tuples, lists, dicts and model outputs of tensors.
         """
         self._forget(key)
         size = _size(value)
@@ -58,15 +57,15 @@ class OffloadCache:
         leaves, spec = tree_flatten(value)
         if self._folder is None:
             self._folder = tempfile.TemporaryDirectory(prefix="hf_prune-", dir=self._parent)
-        self._made += 1
-        path = Path(self._folder.name) / str(self._made)
+        self._file_count += 1
+        path = Path(self._folder.name) / str(self._file_count)
         with path.open("wb") as file:
             stored = [_write(file, leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         self._drop_file(key)
         self._files[key] = path, stored, spec
 
     def get(self, key: Hashable) -> Any:
-        """A copy of a value, as it was put."""
+        """A copy of the value stored under a key."""
         if key in self._values:
             return copy_of(self._values[key])
         path, stored, spec = self._files[key]
@@ -75,14 +74,14 @@ class OffloadCache:
         return tree_unflatten(leaves, spec)
 
     def pop(self, key: Hashable) -> Any:
-        """A value, as it was put, which is forgotten here."""
+        """Return and remove the value stored under a key."""
         value = self.get(key)
         self._forget(key)
         self._drop_file(key)
         return value
 
     def close(self) -> None:
-        """Forget everything, and remove the folder."""
+        """Drop all values and remove the temporary folder."""
         self._values.clear()
         self._bytes = 0
         self._files.clear()
@@ -100,7 +99,7 @@ class OffloadCache:
 
 
 class _Stored(NamedTuple):
-    """A tensor in a file: its bytes in the order of its storage."""
+    """A tensor in a file, its bytes in the order of its storage."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -109,7 +108,7 @@ class _Stored(NamedTuple):
 
 
 def copy_of(value: Any) -> Any:
-    """A structure whose tensors no later operation in place can reach."""
+    """Copy a structure with its tensors, so that operations in place do not reach the copy."""
     leaves, spec = tree_flatten(value)
     return tree_unflatten([leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec)
 
@@ -119,14 +118,14 @@ def _size(value: Any) -> int:
 
 
 def raw_bytes(tensor: Tensor) -> Any:
-    """The memory of a contiguous CPU tensor, to read from and to write to."""
+    """The memory of a contiguous CPU tensor as a writable buffer."""
     return tensor.detach().view(-1).view(torch.uint8).numpy().data if tensor.numel() else memoryview(b"")
 
 
 def _write(file: BinaryIO, tensor: Tensor) -> _Stored:
     dense = tensor.detach().cpu()
     if not dense.is_contiguous():
-        dense = dense.clone()  # has no gaps, and keeps the order of its dimensions, on which kernels may depend
+        dense = dense.clone()  # removes gaps but keeps the order of dimensions, on which kernels may depend
     flat = dense.as_strided((dense.numel(),), (1,))
     file.write(raw_bytes(flat))
     return _Stored(tensor.dtype, tuple(dense.shape), dense.stride(), tensor.device)
@@ -135,5 +134,5 @@ def _write(file: BinaryIO, tensor: Tensor) -> _Stored:
 def _read(file: BinaryIO, stored: _Stored) -> Tensor:
     flat = torch.empty(torch.Size(stored.shape).numel(), dtype=stored.dtype)
     if file.readinto(raw_bytes(flat)) != flat.numel() * flat.element_size():  # type: ignore[attr-defined]
-        raise OSError(f"{file.name} is shorter than it was written: the disk is full, or someone else changed it")
+        raise OSError(f"{file.name} is shorter than written: the disk is full, or another program changed it")
     return flat.as_strided(stored.shape, stored.stride).to(stored.device)

@@ -1,4 +1,4 @@
-"""Weights that accelerate has offloaded: the model holds placeholders on the meta device in their place."""
+"""Weights offloaded by accelerate: the model holds placeholders on the meta device instead."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from hf_prune.errors import PlanError
 
 
 def values_of(model: nn.Module, name: str, parameter: Tensor) -> Tensor:
-    """A parameter's values, read from where they are if it is offloaded; they are not to be written to.
+    """Read the values of a parameter, wherever it is offloaded. The result must not be modified.
 
     Args:
-        model: The model that has the hooks of accelerate.
-        name: Of the parameter.
-        parameter: As ``named_parameters()`` gives it.
+        model: The model with the hooks of accelerate.
+        name: Name of the parameter.
+        parameter: The parameter, as in ``named_parameters()``.
 
     Raises:
-        PlanError: If it has no values: it was never loaded.
+        PlanError: If it was never loaded.
     """
     if not parameter.is_meta:
         return parameter.detach()
@@ -31,14 +31,14 @@ def values_of(model: nn.Module, name: str, parameter: Tensor) -> Tensor:
 
 
 def refuse_offloaded(model: nn.Module, what: str) -> None:
-    """Make sure that a model holds all of its weights.
+    """Make sure that all weights of a model are loaded and not offloaded.
 
     Args:
         model: Any torch module.
-        what: What is to be done and cannot do without.
+        what: The function that needs them, for messages: ``"export_model()"``.
 
     Raises:
-        PlanError: If one is on the meta device.
+        PlanError: If a parameter is on the meta device.
     """
     for name, parameter in model.named_parameters():
         if parameter.is_meta:

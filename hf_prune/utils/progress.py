@@ -1,4 +1,4 @@
-"""How far a long loop has come: a bar on a terminal, and a function that wants to know."""
+"""Progress of long loops: a bar on a terminal, and calls of a listener."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _LISTENER: ContextVar[Listener | None] = ContextVar("hf_prune_progress", default
 
 @contextmanager
 def listen_to_progress(listener: Listener) -> Iterator[None]:
-    """Within this context, tell a function how far every long loop of hf_prune is.
+    """Report the progress of every long loop of hf_prune to a function, within this context.
 
-    What the function raises ends the loop: a pruning then changes nothing, as after any other error. It is called in
-    the thread that opened the context.
+    An exception from the function ends the loop; a pruning then changes nothing, as after any other error. The
+    function is called in the thread that opened the context.
 
     Args:
-        listener: Gets what is being done, such as ``"Calibrating"``, how many steps of it are done, and how many there
-            are, or None if that is not known.
+        listener: Receives what is being done, such as ``"Calibrating"``, the number of steps done, and the number of
+            all steps, or None if it is not known.
 
     Example:
         >>> from hf_prune import PruningConfig, prune
@@ -41,14 +41,14 @@ def listen_to_progress(listener: Listener) -> Iterator[None]:
 
 
 class Bar(Generic[Item]):
-    """Steps of a loop, to iterate over or to count by hand.
+    """A progress bar, to iterate over or to update by hand.
 
     Args:
-        items: What to iterate over; none if :meth:`update` is called.
+        items: What to iterate over; nothing if :meth:`update` is called by hand.
         desc: What is being done.
-        unit: What a step is.
-        total: How many there are, if ``items`` do not tell.
-        progress: Whether a terminal shows a bar.
+        unit: The name of a step.
+        total: The number of steps, if ``items`` has no length.
+        progress: Show a bar if the output is a terminal.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class Bar(Generic[Item]):
     ) -> None:
         self._items, self._title, self._done = items, desc, 0
         self._total = len(items) if total is None and isinstance(items, Sized) else total
-        # None: shown on a terminal
+        # tqdm takes disable=None as: show it on a terminal only
         self._bar = tqdm(total=self._total, desc=desc, unit=unit, leave=False, disable=None if progress else True)
 
     def __iter__(self) -> Iterator[Item]:
@@ -72,14 +72,14 @@ class Bar(Generic[Item]):
                 self.update()
 
     def update(self, steps: int = 1) -> None:
-        """So many more are done."""
+        """Count ``steps`` more as done."""
         self._done += steps
         self._bar.update(steps)
         if (listener := _LISTENER.get()) is not None:
             listener(self._title, self._done, self._total)
 
     def note(self, text: str) -> None:
-        """Something to be shown behind the bar."""
+        """Show a text after the bar."""
         self._bar.set_postfix_str(text, refresh=False)
 
     def __enter__(self) -> Bar[Item]:

@@ -1,7 +1,7 @@
-"""Registries for the axes that users extend: criteria and granularities.
+"""Registries of classes by name, such as criteria and granularities, and hints for unknown names.
 
-An entry is one file with one decorator. A registry imports its package the first time it is asked,
-so a new file in ``hf_prune/criteria/`` is found without a central list.
+An entry is one file with one decorator. A registry imports its package when it is first used, so a new file in
+``hf_prune/criteria/`` is found without a central list.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ T = TypeVar("T")
 _UNITS = "'head', 'neuron' or 'layer'"
 _ROWS = "'row', 'column' or 'channel'"
 _PRUNING = re.compile(r"^(pruning|prune|pruner)_|_(pruning|prune|pruner|sparsity)$")
-# What other libraries call things, by what is asked for.
-_THEIR_WORDS: dict[str, dict[str, str]] = {
+# Names in other libraries, and what they are called here, by kind of name.
+_NAMES_ELSEWHERE: dict[str, dict[str, str]] = {
     "criterion": {
         **dict.fromkeys(("l1", "l2", "ln", "norm", "abs", "absolute", "weight", "l1_unstructured"), "'magnitude'"),
         **dict.fromkeys(("random_unstructured", "rand"), "'random'"),
@@ -76,23 +76,23 @@ _THEIR_WORDS: dict[str, dict[str, str]] = {
 
 
 def meant_by(kind: str, name: object, valid: Iterable[str]) -> str | None:
-    """What a name that does not exist is called here, or the closest one that exists; None if nothing is close.
+    """What an unknown name of another library is called here, or the closest valid name; None if nothing is close.
 
     Args:
-        kind: What it is a name of, such as a criterion or a setting.
-        name: The name.
-        valid: Names that exist.
+        kind: What the name stands for, such as ``"criterion"``.
+        name: The unknown name.
+        valid: The valid names.
     """
-    words = next((words for key, words in _THEIR_WORDS.items() if key in kind), {})
-    known = {**words, **{each: repr(each) for each in valid}}
+    words = next((words for key, words in _NAMES_ELSEWHERE.items() if key in kind), {})
+    known = {**words, **{entry: repr(entry) for entry in valid}}
     word = str(name).strip().lower().replace("-", "_").replace(" ", "_") if words else str(name)
     bare = _PRUNING.sub("", word) if words else word  # structured_pruning, pruning_scope
     close = difflib.get_close_matches(bare, known, n=1)
-    return next((known[each] for each in (word, bare, *close) if each in known), None)
+    return next((known[candidate] for candidate in (word, bare, *close) if candidate in known), None)
 
 
 def unknown_name(kind: str, name: object, valid: Iterable[str]) -> UnknownNameError:
-    """The error for a name that does not exist, with the valid ones, and what was meant or the closest of them."""
+    """The error for an unknown name, with the valid names and a suggestion."""
     valid = list(valid)
     meant = meant_by(kind, name, valid)
     hint = "" if meant is None else f" Did you mean {meant}?"
@@ -103,8 +103,8 @@ class Registry(Generic[T]):
     """Classes by name.
 
     Args:
-        kind: What an entry is, for messages.
-        package: The package whose modules hold the entries; imported at the first look-up.
+        kind: What an entry is, for messages: ``"criterion"``.
+        package: The package whose modules define the entries; imported at the first look-up.
     """
 
     def __init__(self, kind: str, package: str) -> None:

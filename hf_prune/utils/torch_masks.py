@@ -1,4 +1,4 @@
-"""Masks that torch.nn.utils.prune holds."""
+"""Masks of torch.nn.utils.prune."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from hf_prune.errors import PlanError
 
 
 def refuse_torch_masks(model: nn.Module) -> None:
-    """Make sure that no weight is computed from masks of another tool.
+    """Make sure that no weight of a model is computed from masks of torch.nn.utils.prune.
 
     Raises:
-        PlanError: If torch.nn.utils.prune holds masks.
+        PlanError: If one is.
     """
     for name, module in model.named_modules():
         if "weight_orig" in module._parameters and "weight_mask" in module._buffers:

@@ -1,4 +1,4 @@
-"""What lies around a model and inside it without being the model: wrappers, and PEFT's adapters."""
+"""Wrappers around a model, and PEFT's adapters inside it."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hf_prune.errors import ModelTypeError
 
-_WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.")  # what others put into names
-_ADAPTED = re.compile(r"\.(base_layer|original_module|modules_to_save\.[^.]+)(?=\.|$)")  # what PEFT does
+_WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.")  # added to names by activation checkpointing and compile
+_ADAPTED = re.compile(r"\.(base_layer|original_module|modules_to_save\.[^.]+)(?=\.|$)")  # added to names by PEFT
 
 
 def check_is_model(model: object) -> None:
-    """Make sure that a model was passed, and not its name, config or pipeline.
+    """Make sure that an argument is a model, and not its name, config or pipeline.
 
     Raises:
-        ModelTypeError: If it is no torch module.
+        ModelTypeError: If it is not a ``torch.nn.Module``.
     """
     if isinstance(model, nn.Module):
         return
@@ -31,17 +31,17 @@ def check_is_model(model: object) -> None:
     elif isinstance(getattr(model, "model", None), nn.Module):  # a pipeline, or a trainer
         found, hint = f"found a {type(model).__name__}", "pass the model that it holds, its .model"
     elif hasattr(model, "model_type"):
-        found, hint = f"found a {type(model).__name__}", "make a model of it, or load one with from_pretrained"
+        found, hint = f"found a {type(model).__name__}", "create a model from it, or load one with from_pretrained"
     else:
         hint = "load one with hf_prune.AutoPrunedModelFor….from_pretrained"
-    raise ModelTypeError(f"{found}: expected a model, that is a torch.nn.Module; {hint}")
+    raise ModelTypeError(f"{found}: expected a model, a torch.nn.Module; {hint}")
 
 
 def without_wrappers(model: nn.Module) -> nn.Module:
     """The model inside ``DataParallel``, ``DistributedDataParallel`` and ``torch.compile``.
 
     Raises:
-        ModelTypeError: If it is no model.
+        ModelTypeError: If it is not a model.
     """
     check_is_model(model)
     while True:
@@ -54,7 +54,7 @@ def without_wrappers(model: nn.Module) -> nn.Module:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside wrappers, and inside a ``PeftModel``: whatever is done to it is done to those as well."""
+    """The model inside wrappers and inside a ``PeftModel``; changes of it are changes of those as well."""
     inner: Any = without_wrappers(model)
     while callable(getattr(type(inner), "get_base_model", None)):
         inner = without_wrappers(inner.get_base_model())
@@ -62,35 +62,35 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def sole_model(module: nn.Module) -> nn.Module:
-    """The one transformers model inside a module that is none itself, such as a holder; else what it is."""
+    """The only transformers model inside another module; the unwrapped module itself if there is not exactly one."""
     from transformers import PreTrainedModel
 
     model = unwrapped(module)
     if isinstance(model, PreTrainedModel):
         return model
-    found = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
-    inside = {id(part) for outer in found for part in list(outer.modules())[1:]}
-    outermost = [part for part in found if id(part) not in inside]
+    parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
+    inside = {id(part) for outer in parts for part in list(outer.modules())[1:]}
+    outermost = [part for part in parts if id(part) not in inside]
     return outermost[0] if len(outermost) == 1 else model
 
 
 def plain_name(name: str) -> str:
-    """The name of a parameter without what wrappers inside a model add to it."""
+    """The name of a parameter without the parts that wrappers inside a model add."""
     for wrapper in _WRAPPERS:
         name = name.replace(wrapper, "")
     return name
 
 
 def unadapted_name(name: str) -> str:
-    """The name that a module or parameter has without adapters, and once they are merged."""
+    """The name that a module or parameter has without adapters, or after they are merged."""
     return _ADAPTED.sub("", name)
 
 
 def adapters(model: nn.Module) -> dict[nn.Module, str]:
-    """The modules inside a model that are PEFT's and hold what it trains, with the name of the layer they belong to.
+    """The modules inside a model that hold PEFT's trainable weights, with the name of the layer that they adapt.
 
-    Besides LoRA's matrices and their kin these are the copies that ``modules_to_save`` makes; what they adapt or are
-    copies of belongs to the model.
+    These are the matrices of LoRA and similar methods, and the copies that ``modules_to_save`` makes. The adapted
+    layers and the originals of the copies belong to the model.
     """
     if "peft" not in sys.modules:
         return {}
@@ -98,26 +98,27 @@ def adapters(model: nn.Module) -> dict[nn.Module, str]:
     from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
+    # In each class of PEFT, the child that belongs to the model; all other children are adapters.
     kept = {PeftModel: "base_model", BaseTuner: "model", BaseTunerLayer: "base_layer"}
     kept |= {AuxiliaryTrainingWrapper: "original_module"}
-    found: dict[nn.Module, str] = {}
-    own: set[nn.Module] = set()
+    trained: dict[nn.Module, str] = {}
+    originals: set[nn.Module] = set()
     for name, module in model.named_modules():
         base = next((attribute for kind, attribute in kept.items() if isinstance(module, kind)), None)
         if base is None:
             continue
         for child_name, child in module.named_children():
             if child_name == base:
-                own |= {child} if base in ("base_layer", "original_module") else set()
+                originals |= {child} if base in ("base_layer", "original_module") else set()
             else:
-                found |= dict.fromkeys(child.modules(), name)
-    return {module: name for module, name in found.items() if module not in own}
+                trained |= dict.fromkeys(child.modules(), name)
+    return {module: name for module, name in trained.items() if module not in originals}
 
 
 def copied_modules(model: nn.Module) -> dict[nn.Module, str]:
-    """The modules inside a model of which ``modules_to_save`` trains copies, with the name of what holds both.
+    """The modules inside a model that ``modules_to_save`` trains copies of, with the name of the wrapper of both.
 
-    The copies run in their place, and take it when adapters are merged.
+    The copies run instead of the originals, and replace them when adapters are merged.
     """
     if "peft" not in sys.modules:
         return {}
@@ -128,9 +129,9 @@ def copied_modules(model: nn.Module) -> dict[nn.Module, str]:
 
 
 def unload_adapters(model: nn.Module) -> None:
-    """Merge what adapters are active into the layers inside a model, and put these in the place of PEFT's, in place.
+    """Merge the active adapters into the layers of a model and remove PEFT's modules, in place.
 
-    That is what ``merge_and_unload`` does, for models without a ``PeftModel`` around them.
+    Like ``merge_and_unload``, for models without a ``PeftModel`` around them.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
@@ -145,5 +146,5 @@ def unload_adapters(model: nn.Module) -> None:
                 setattr(parent, name, child.get_base_layer())
     if hasattr(model, "peft_config"):
         del model.peft_config
-    if getattr(model, "_hf_peft_config_loaded", False):  # what transformers goes by
+    if getattr(model, "_hf_peft_config_loaded", False):  # the flag that transformers checks
         model._hf_peft_config_loaded = False  # type: ignore[assignment]

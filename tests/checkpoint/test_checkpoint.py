@@ -363,7 +363,7 @@ DAMAGE: dict[str, tuple[Callable[[dict, dict], Any], str]] = {
     "no entries": (lambda t, h: h.pop("masks"), r"is damaged: KeyError\('masks'\)"),
     "a list": (lambda t, h: h.update(masks=[]), r"is damaged: AttributeError"),
     "lost tensor": (lambda t, h: t.pop(min(t)), r"is damaged: KeyError"),
-    "extra tensor": (lambda t, h: t.update(x=torch.zeros(1)), r"its header does not know x"),
+    "extra tensor": (lambda t, h: t.update(x=torch.zeros(1)), r"its header does not name x"),
     "other dtype": (lambda t, h: t.update({min(t): t[min(t)].float()}), r"is damaged: .*float32 bits"),
     "8-bit dtype": (lambda t, h: t.update({min(t): t[min(t)].to(torch.float8_e4m3fn)}), r"is damaged: "),
     "endless text": (lambda t, h: change_entry(t, h, shape=["no", 1 << 70]), r"is damaged: OverflowError"),
@@ -391,7 +391,7 @@ def test_damaged_side_file_is_refused(saved, damage):
 @pytest.mark.parametrize("header", ["{", "[]", "[" * 100_000])
 def test_side_file_whose_header_is_no_object(saved, header):
     save_file(load_file(saved / MASK_FILE), saved / MASK_FILE, {"hf_prune": header})
-    with pytest.raises(CheckpointError, match="is damaged: its header is no JSON object"):
+    with pytest.raises(CheckpointError, match="is damaged: its header is not a JSON object"):
         load(saved)
 
 
@@ -649,7 +649,7 @@ def test_training_steps_do_not_survive_in_the_checkpoint(tmp_path):
     assert model.get_parameter(name).detach()[~mask].any()
     state = {key: value.clone() for key, value in model.state_dict().items()}
     for folder, given in (("own", None), ("given", state)):
-        with pytest.warns(UserWarning, match="they are zero in what is saved"):
+        with pytest.warns(UserWarning, match="they are zero in the saved model"):
             model.save_pretrained(tmp_path / folder, state_dict=given)
     for folder in ("own", "given"):
         loaded = load(tmp_path / folder)

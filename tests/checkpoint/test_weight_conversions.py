@@ -21,7 +21,7 @@ from hf_prune.checkpoint.files import MASK_FILE
 from hf_prune.checkpoint.mask_file import load_masks, save_masks
 from hf_prune.checkpoint.packed.files import PackedFiles
 from hf_prune.conversion.streaming.meta_model import load_meta_model
-from hf_prune.hub.card_data import counted_facts
+from hf_prune.hub.folder_facts import counted_facts
 from hf_prune.mixin import pruned_class
 from hf_prune.pruning.mask_store import MaskStore
 

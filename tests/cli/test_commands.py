@@ -720,7 +720,7 @@ def test_more_user_errors(hf_prune, folders, tmp_path):
     unknown = tmp_path / "unknown"
     unknown.mkdir()
     (unknown / "config.json").write_text('{"model_type": "nosuch", "architectures": ["X"]}')
-    assert "is of no model that transformers knows" in error_of(hf_prune("report", unknown))
+    assert "describes no model that transformers knows" in error_of(hf_prune("report", unknown))
     wrong = tmp_path / "wrong"
     models.tiny_classifier(seed=4).save_pretrained(wrong)
     config = json.loads((wrong / "config.json").read_text())

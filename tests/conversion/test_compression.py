@@ -45,11 +45,11 @@ from hf_prune import (
     shrink,
 )
 from hf_prune.auto import load_native
-from hf_prune.checkpoint.files import MASK_FILE
+from hf_prune.checkpoint.files import INDEX, MASK_FILE, SINGLE, file_paths
 from hf_prune.checkpoint.mask_file import StoredMasks
 from hf_prune.checkpoint.packed import files as packed_files
 from hf_prune.checkpoint.packed import quantizer as packed_loading
-from hf_prune.checkpoint.packed.files import INDEX, SINGLE, PackedFiles, file_paths
+from hf_prune.checkpoint.packed.files import PackedFiles
 from hf_prune.checkpoint.packed.format import CODECS, HEAD, LAYOUTS, MAGIC, is_packed, read_header
 from hf_prune.checkpoint.packed.remote_code import modeling_source
 from hf_prune.checkpoint.shards import header_bytes
@@ -59,8 +59,8 @@ from hf_prune.conversion.decompression import decompress_checkpoint
 from hf_prune.conversion.migration import migrate_checkpoint
 from hf_prune.conversion.streaming.meta_model import load_meta_model
 from hf_prune.errors import CheckpointError
-from hf_prune.hub.card_data import counted_facts
 from hf_prune.hub.describe import describe_model
+from hf_prune.hub.folder_facts import counted_facts
 from hf_prune.hub.verify import verify_checkpoint
 from hf_prune.utils.folders import MARK
 from tests import models
@@ -400,7 +400,7 @@ def test_remote_code_loads_it_without_hf_prune(folders, tmp_path, run_remote):
     shard.write_bytes(shard.read_bytes()[:-1] + b"?")
     said = run_remote(tmp_path / "small", folders["dense"], *autos)
     assert "CheckpointError" in said
-    assert "its bytes do not give its checksum" in said
+    assert "its bytes do not match its checksum" in said
 
 
 @pytest.mark.parametrize("kind", ["vit", "llama"])
@@ -444,12 +444,12 @@ def test_remote_code_is_refused_where_it_cannot_work(folders, tmp_path):
         model.save_pretrained(tmp_path / "out", remote_code=True)
     with torch.no_grad():
         model.bert.encoder.layer[0].output.dense.weight[:, :20] = 0
-    with pytest.raises(CheckpointError, match="sizes that only hf_prune knows how to make"):
+    with pytest.raises(CheckpointError, match="sizes that only hf_prune can build"):
         shrink(model).save_pretrained(tmp_path / "out", compressed=True, remote_code=True)
     source = Path(shutil.copytree(folders["dense"], tmp_path / "dense"))
     config = json_or_bytes(source / "config.json")
     for change, message in (
-        ({"auto_map": {"AutoModel": "mine.Model"}}, "has remote code of its own"),
+        ({"auto_map": {"AutoModel": "mine.Model"}}, "has its own remote code"),
         ({"architectures": ["Mine"]}, r"no AutoModel of transformers loads \['Mine'\] of type 'bert'"),
         ({"model_type": "mine"}, "of type 'mine'"),
     ):
@@ -483,7 +483,7 @@ def test_sources_that_do_not_fit(folders, tmp_path):
         compress_checkpoint(folders["small"], out)
     with pytest.raises(CheckpointError, match="its header does not describe packed weights"):
         decompress_checkpoint(folders["dense"], out)
-    with pytest.raises(CheckpointError, match=r"is no folder: expected one with config\.json"):
+    with pytest.raises(CheckpointError, match=r"is not a folder: expected one with config\.json"):
         compress_checkpoint(tmp_path / "nowhere", out)
     with pytest.raises(CheckpointError, match="would replace itself: name another folder"):
         compress_checkpoint(folders["dense"], folders["dense"])
@@ -560,7 +560,7 @@ def test_one_flipped_bit_anywhere_is_refused(small):
         (small / SINGLE).write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
         with pytest.raises(CheckpointError, match="download or save"):
             PackedFiles([small / SINGLE])
-    refused(small, "its bytes do not give its checksum")
+    refused(small, "its bytes do not match its checksum")
 
 
 def test_truncated_files_are_refused(small):

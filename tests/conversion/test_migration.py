@@ -1,4 +1,4 @@
-"""Checkpoints of other tools become ours: the same weights, with masks, and what could not be carried over is named."""
+"""Checkpoints of other tools become ours: the same weights, with masks, and what could not be migrated is named."""
 
 import json
 
@@ -131,7 +131,7 @@ def test_pruned_heads_of_transformers_4(tmp_path):
     (tmp_path / "old" / "model.safetensors").write_bytes((tmp_path / "ours" / "model.safetensors").read_bytes())
     report = migrate_checkpoint(tmp_path / "old", tmp_path / "new")
     assert report.heads == 2
-    assert "2 heads are gone" in str(report)
+    assert "2 heads are removed" in str(report)
     loaded, info = AutoModelForSequenceClassification.from_pretrained(tmp_path / "new", output_loading_info=True)
     assert not any(info.values())
     with torch.no_grad():
@@ -153,7 +153,7 @@ def test_a_weight_without_a_mask_is_carried_over_and_what_is_left_is_no_weight(t
     report = migrate_checkpoint(tmp_path / "old", tmp_path / "new")
     assert set(report.left) == {"classifier.attn_mask", "classifier.bias_mask", "training_args.bin"}
     assert (report.masks, report.unmasked) == (2, ("classifier.weight",))
-    assert "Found without a mask, and carried over as they were: classifier.weight.\nNot carried over: " in str(report)
+    assert "Migrated without a mask, since there was none: classifier.weight.\nNot migrated: " in str(report)
     assert not (tmp_path / "new" / "training_args.bin").exists()
     loaded, info = AutoModelForSequenceClassification.from_pretrained(tmp_path / "new", output_loading_info=True)
     assert not any(info.values())
@@ -172,7 +172,7 @@ def test_weights_without_any_mask(tmp_path, dense):
     assert not any(info.values())
 
 
-ONLY = "other than one mask: bake it in first, with remove_parametrizations"
+ONLY = "that is not a single mask: make it permanent first, with remove_parametrizations"
 
 
 @pytest.mark.parametrize(
@@ -186,9 +186,9 @@ ONLY = "other than one mask: bake it in first, with remove_parametrizations"
             ONLY,
         ),
         (["parametrizations.weight.original0", "parametrizations.weight.original1"], ONLY),
-        (["weight_orig", "weight_u"], r"is of a spectral norm, as classifier\.weight_u says"),
+        (["weight_orig", "weight_u"], r"belongs to a spectral norm, as classifier\.weight_u shows"),
         (["weight_mask"], "is a mask without a weight"),
-        (["weight.compressed", "weight.bitmask", "weight.shape"], "is of a sparse-bitmask weight, and not all of"),
+        (["weight.compressed", "weight.bitmask", "weight.shape"], "belongs to a sparse-bitmask weight without one of"),
     ],
 )
 def test_what_is_no_weight_any_more_is_refused(tmp_path, dense, parts, match):
@@ -201,7 +201,7 @@ def test_what_is_no_weight_any_more_is_refused(tmp_path, dense, parts, match):
         tensors |= {f"classifier.{part}": weight.clone() for part in parts}
 
     rewrite(tmp_path / "old", tmp_path / "plain", change)
-    with pytest.raises(CheckpointError, match=rf"what classifier\.weight is cannot be told: .*{match}"):
+    with pytest.raises(CheckpointError, match=rf"classifier\.weight cannot be recovered: .*{match}"):
         migrate_checkpoint(tmp_path / "old", tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
@@ -263,7 +263,7 @@ def test_the_original_is_not_replaced(tmp_path, dense):
             migrate_checkpoint(old, out)
     with pytest.raises(CheckpointError, match="is a file: expected a folder to save into"):
         migrate_checkpoint(old, old / "vocab.txt")
-    with pytest.raises(CheckpointError, match=r"is no folder: expected one with config\.json"):
+    with pytest.raises(CheckpointError, match=r"is not a folder: expected one with config\.json"):
         migrate_checkpoint(tmp_path / "nowhere", tmp_path / "new")
     assert {path.name: path.read_bytes() for path in old.iterdir()} == before
 
@@ -284,9 +284,7 @@ def test_soft_masks_scale_weights_as_torch_does(tmp_path):
     name = "bert.encoder.layer.0.intermediate.dense.weight"
     report = migrate_checkpoint(tmp_path / "old", tmp_path / "new")
     assert report.scaled == (name,)
-    assert f"scaled their weights, as torch.nn.utils.prune does, and now say where those are not 0: {name}." in str(
-        report
-    )
+    assert f"scaled their weights, as in torch.nn.utils.prune, and keep those that are not 0: {name}." in str(report)
     expected = torch.where(mask == 0, 0.0, module.weight_orig.detach() * mask)
     for folder in ("new", "old"):  # and so when it is loaded without being migrated
         loaded = AutoPrunedModelForSequenceClassification.from_pretrained(tmp_path / folder)
@@ -334,7 +332,7 @@ SPARSE = {"format": "sparse-bitmask", "global_sparsity": 0.5, "sparsity_structur
         (
             {"quantization_config": {"quant_method": "compressed-tensors", "config_groups": GROUPS,
                                      "format": "float-quantized", "sparsity_config": SPARSE}},
-            "is quantized with 'compressed-tensors', as the quantization_config says: only sparsity can be carried",
+            "is quantized with 'compressed-tensors', as the quantization_config says: only sparsity can be migrated",
         ),
         ({"compression_config": {"config_groups": GROUPS, "sparsity_config": SPARSE}}, "the compression_config says"),
         ({"quantization_config": {"quant_method": "compressed-tensors", "kv_cache_scheme": {"bits": 8}}}, "is quant"),

@@ -248,7 +248,7 @@ def test_nothing_from_outside_becomes_markup(made):
 def test_metadata_that_the_hub_would_refuse(made, more, match):
     with pytest.raises(DataError, match=match):
         render_card(read_card_data(made / "pruned", **more))
-    with pytest.raises(DataError, match="no YAML"):
+    with pytest.raises(DataError, match="is not valid YAML"):
         render_card(read_card_data(made / "pruned"), "---\n{a: [\n---\n")
 
 
@@ -469,7 +469,7 @@ def test_a_body_of_any_kind_is_read_in_linear_time(folder):
     (folder / "README.md").write_text(card.replace(END, "x\ny\n" * 100_000 + END))
     assert "lines of the text" in different(folder)
     (folder / "README.md").write_text(card + "x" * MOST_OF_A_CARD)
-    with pytest.raises(DataError, match=r"characters: expected at most 500,000; mend README\.md first"):
+    with pytest.raises(DataError, match=r"characters: expected at most 500,000; correct README\.md first"):
         verify_checkpoint(str(folder))
     (folder / "README.md").write_text(card + "x" * 5 * MOST_OF_A_CARD)
     with pytest.raises(DataError, match=r"README\.md has 2,50.* bytes: expected a text of at most 2,000,000"):
@@ -750,7 +750,7 @@ def test_words_of_the_hub_are_checked_after_they_were_merged(folder, scores, the
     data = read_card_data(folder, evaluation=scores, dataset="me/data")
     for card in (data, None):  # made just now, and written before
         with pytest.raises(
-            CheckpointError, match=rf"the words of the card that me/x has is not right: .*{re.escape(name)}"
+            CheckpointError, match=rf"the text of the card that me/x has is not right: .*{re.escape(name)}"
         ):
             push._card(folder, "me/x", card, theirs)
         assert push._card(folder, "me/x", card, "# Words\n\n<b>bold</b>\n")[0].endswith("<b>bold</b>\n")
@@ -759,8 +759,8 @@ def test_words_of_the_hub_are_checked_after_they_were_merged(folder, scores, the
 
 def test_a_card_need_not_be_read_to_be_too_large(folder, made, tmp_path, monkeypatch):
     """A terabyte that is not there: who reads it whole has no memory left."""
+    from hf_prune.evaluation.data import hub as data_hub
     from hf_prune.hub import client as hub
-    from hf_prune.utils import hub_access as hub_access_module
 
     base = tmp_path / "base"
     base.mkdir()
@@ -775,12 +775,12 @@ def test_a_card_need_not_be_read_to_be_too_large(folder, made, tmp_path, monkeyp
     with pytest.raises(
         DataError, match=r"README\.md has 1,099,511,627,776 bytes: expected a text of at most 2,000,000"
     ):
-        hub_access_module.check_data_card("me/data")
+        data_hub.check_data_card("me/data")
     write_card(folder, read_card_data(folder))
     with (folder / "README.md").open("r+b") as file:
         file.truncate(1 << 40)
     said, _ = renew_card(folder, folder, "x")
-    assert "as it was, also where it is wrong now" in said
+    assert "was not changed, even where it is wrong now" in said
     assert (folder / "README.md").stat().st_size == 1 << 40
 
 
@@ -791,7 +791,7 @@ def test_a_card_needs_what_it_was_rendered_from(folder, run):
     assert "nonzero is 3, and the tensors of the report have" in run("push", folder, "me/x", "--dry-run", code=1)
     (folder / "pruning_card.json").unlink()
     assert different(folder) == ["what the card is rendered from"]
-    assert "is no JSON file" in run("push", folder, "me/x", "--dry-run", code=1)
+    assert "is missing" in run("push", folder, "me/x", "--dry-run", code=1)
     card = (folder / "README.md").read_text()
     (folder / "README.md").write_text(card[card.index(BEGIN) :])
     assert "describes other files" in run("push", folder, "me/x", "--dry-run", code=1)
@@ -893,7 +893,7 @@ def test_scores_that_cannot_be(folder, scores, run, changes, message):
         ({"interval": [5.0, -5.0]}, "interval is [5.0, -5.0]: expected two numbers from -100 to 100"),
         ({"interval": [-1.0, 1.0]}, "an end of the interval is -1.0, and the examples that only one model gets right"),
         ({"p_value": 2}, "p_value is 2: expected a number from 0 to 1"),
-        ({"n": 9}, "the comparison is of n = 9, and the scores of others"),
+        ({"n": 9}, "the comparison has n = 9, and the scores "),
         ({"only_pruned_right": 40}, "only_pruned_right is 40"),
         ({"confidence": 1.0}, "confidence is 1.0"),
     ],
@@ -957,10 +957,10 @@ def test_measurements_of_odd_shapes_are_refused_in_words(folder):
         ({"evaluation": score(1, 1, labels=[1])}, "predictions is None"),
         ({"evaluation": score(split=["a"])}, r"split is \['a'\]: expected one line"),
         ({"evaluation": score(source="a\nb")}, "source is 'a.*expected one line"),
-        ({"evaluation": score(), "dense": score(n=200)}, "n is 100, and of the dense model 200: expected the same"),
-        ({"evaluation": score(), "dense": {"perplexity": 3.0}}, "dense is another kind of score"),
+        ({"evaluation": score(), "dense": score(n=200)}, "n is 100, and 200 for the dense model: expected the same"),
+        ({"evaluation": score(), "dense": {"perplexity": 3.0}}, "dense has another kind of score"),
         ({"evaluation": score(), "dense": [1]}, "not as hf_prune writes it"),
-        ({"evaluation": score(), "comparison": even}, "the comparison is with nothing"),
+        ({"evaluation": score(), "comparison": even}, "there is a comparison without the score of the dense model"),
         ({"evaluation": score(), "dense": score(), "comparison": {**even, "p_value": 0.1}}, "the drop is 0"),
         ({"evaluation": score(), "dense": score(), "comparison": {**even, "interval": [1, 2]}}, "around the drop, 0"),
         ({"evaluation": score(), "dense": score(), "comparison": {**even, "interval": "01"}}, "expected two numbers"),
@@ -976,8 +976,8 @@ def test_measurements_of_odd_shapes_are_refused_in_words(folder):
     point = {"model": "dense", "batch_size": 1, "length": 8, "median": 0.01}
     faster = {**point, "model": "pruned", "median": 0.005, "against": {"value": 2.0, "is_real": True}}
     for points, message in (
-        ([faster], "what it is against is not there"),
-        ([faster, point], "what it is against is not there"),
+        ([faster], "the model that it is against has no time"),
+        ([faster, point], "the model that it is against has no time"),
         ([point, {**faster, "against": {"value": 3.1, "is_real": True}}], "and the times give 2"),
         ([point, {**faster, "against": {"value": 2.0, "is_real": "no"}}], "is_real is 'no'"),
         ([point, {**faster, "low": 9, "high": 1}], "median is 0.005: expected it between 9 and 1"),
@@ -1018,9 +1018,11 @@ def test_scores_and_timings_of_other_weights_are_refused(made, folder, scores, r
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
     for path, option in ((scores, "--evaluation"), (tmp_path / "bench.json", "--latency")):
         error = run("card", made / "small", option, path, "--write", code=1)
-        assert f"the weights that {path} is about are others than those of {made / 'small'}" in error
+        assert f"{path} was measured on other weights than those of {made / 'small'}" in error
         edit(path, lambda v: v.pop("weights"))
-        assert "are not said to be those" in run("card", folder, option, path, "--write", code=1)
+        assert "does not say that it was measured on the weights of" in run(
+            "card", folder, option, path, "--write", code=1
+        )
     assert not (made / "small" / "README.md").exists()
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
     compress_checkpoint(folder, tmp_path / "small")
@@ -1094,7 +1096,7 @@ def test_cards_that_cannot_be_read(folder, run):
         assert "is not in UTF-8" in run(*words, code=1)
     (folder / "README.md").write_text("---\na: [\n---\n")
     model = prunable(models.tiny_classifier()).prune(0.5)
-    with pytest.raises(DataError, match="no YAML"):
+    with pytest.raises(DataError, match="is not valid YAML"):
         describe_model(model, folder)
     (folder / "README.md").write_bytes(before["README.md"])
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
@@ -1194,7 +1196,7 @@ def test_marks_in_the_wrong_order_cost_no_words(folder):
 def test_files_that_are_no_measurements(folder, tmp_path, option):
     for text in ("[]", '{"accuracy": 1.0}', '{"evaluation": {}, "points": 1}', '{"evaluation": {"accuracy": "1"}}'):
         (tmp_path / "x.json").write_text(text)
-        with pytest.raises(DataError, match=r"is not what hf-prune|it holds a JSON list"):
+        with pytest.raises(DataError, match=r"is not what hf-prune|holds a JSON list"):
             read_card_data(folder, **{option: tmp_path / "x.json"})
 
 
@@ -1257,7 +1259,7 @@ def test_json_that_is_not_ours_makes_no_card(folder, name, key, values):
         with pytest.raises((CheckpointError, DataError), match=re.escape(name)):
             read_card_data(folder)
         path.write_text("[" * 50_000)
-        with pytest.raises(DataError, match="is no JSON file"):
+        with pytest.raises(DataError, match="is not valid JSON"):
             read_card_data(folder)
 
 
@@ -1278,7 +1280,7 @@ def test_facts_of_cards_have_types(folder, key, values):
     told = json.loads(path.read_text())
     for value in values:
         path.write_text(json.dumps({**told, key: value}))
-        with pytest.raises(DataError, match=rf"is not what a card is rendered from: the {key} of a card"):
+        with pytest.raises(DataError, match=rf"does not hold the facts of a card: the {key} of a card"):
             load_card_data(folder)
         assert read_card_data(folder).name == folder.name  # made anew
 

@@ -144,7 +144,7 @@ assert (logits.view(torch.uint8) == expected.view(torch.uint8)).all()
     weights[8 + int.from_bytes(weights[:8], "little")] ^= 1  # of a bias
     hub.put(REPO, {**files, "model.safetensors": bytes(weights)})
     said = client("verify", REPO, code=1)
-    assert ("its bytes do not give its checksum" if compressed else "SHA-256 of model.safetensors") in said
+    assert ("its bytes do not match its checksum" if compressed else "SHA-256 of model.safetensors") in said
 
 
 def test_spaces_and_slow_answers(hub, client, folders):
@@ -258,7 +258,7 @@ def test_faults(hub, client, folders):
     hub.log.clear()
     hub.fail("POST .*/commit/", "500", times=10)
     said = client("push", folders / "small", f"{USER}/small", code=1)
-    assert "the Hub refused it" in said
+    assert "the Hub refused the request" in said
     assert "Traceback" not in said
     assert sum(request.startswith("PUT") for request in hub.log) == 1
     hub.faults.clear()
@@ -424,7 +424,7 @@ def test_a_dry_run_needs_no_hub(folders, monkeypatch, endpoint):
 @pytest.mark.parametrize("dry_run", [True, False])
 def test_names_that_no_repository_can_have(folders, monkeypatch, name, dry_run):
     monkeypatch.setattr("hf_prune.hub.push.call_hub", lambda *_, **__: pytest.fail("asked the Hub"))
-    with pytest.raises(HubError, match=rf"^{re.escape(repr(name))} is no name for a repository: "):
+    with pytest.raises(HubError, match=rf"^{re.escape(repr(name))} is not a valid repository name: "):
         push_checkpoint(folders / "pruned", name, dry_run=dry_run)
 
 

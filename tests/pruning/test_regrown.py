@@ -98,14 +98,14 @@ def look_at(model, how, folder):
 @pytest.mark.parametrize(
     ("how", "consequence"),
     [
-        ("save", "they are zero in what is saved, which is not the model that was trained or evaluated"),
-        ("compress", "they are zero in what is saved, which is not the model that was trained or evaluated"),
+        ("save", "they are zero in the saved model, which is not the model that was trained or evaluated"),
+        ("compress", "they are zero in the saved model, which is not the model that was trained or evaluated"),
         ("report", "they are counted as they are"),
         ("structure", r"where a whole unit was removed, shrink\(\) would not take it out"),
         ("accuracy", r"what is scored is not the model that save_pretrained\(\) writes"),
         ("perplexity", r"what is scored is not the model that save_pretrained\(\) writes"),
         ("time", r"what is timed is not the model that save_pretrained\(\) writes"),
-        ("export", r"what is exported is not the model that save_pretrained\(\) writes"),
+        ("export", r"the exported model is not the one that save_pretrained\(\) writes"),
         ("prune", "they become zero now"),
         ("units", "they become zero now"),
         ("permanent", "they become zero now"),

@@ -95,7 +95,7 @@ def test_saving_with_adapters_says_what_is_not_saved(tmp_path):
     with pytest.warns(UserWarning, match=r"neither its other weights nor its \d+ masks are in .*merge_lora\(model\)"):
         model.save_pretrained(tmp_path / "adapters")
     assert (tmp_path / "adapters" / "adapter_model.safetensors").exists()
-    match = "is for whole models, and of this BertForSequenceClassification, which carries adapters, transformers saves"
+    match = "is for whole models, and this BertForSequenceClassification carries adapters, of which transformers saves"
     for refused in (
         lambda: model.save_pretrained(tmp_path / "other", compressed=True),
         lambda: model.save_pretrained(tmp_path / "other", push_to_hub=True),

@@ -99,7 +99,7 @@ def test_labels_are_never_replaced_by_the_text():
         (
             lambda: tiny_t5(decoder_start_token_id=None, pad_token_id=None),
             texts()[0],
-            r"since its config names no token that starts a text: add labels or decoder_input_ids",
+            r"since its config names no start token: add labels or decoder_input_ids",
         ),
         (
             whisper,

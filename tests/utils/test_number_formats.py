@@ -214,7 +214,7 @@ def test_streaming_refuses_quantized_checkpoints(tmp_path):
 def test_adapters_alone_are_no_model(tmp_path):
     settings = {"base_model_name_or_path": "acme/base", "peft_type": "LORA"}
     (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
-    message = r"holds the adapters of a PeftModel and no model .*: load the model that they belong to, acme/base, "
+    message = r"holds the adapters of a PeftModel and no model .*: load their base model, acme/base, "
     for load in (AutoPrunedModelForSequenceClassification.from_pretrained, load_native):
         with pytest.raises(DataError, match=message):
             load(str(tmp_path))

@@ -110,7 +110,7 @@ def test_an_output_is_new_or_empty_or_was_written_by_the_same_command(command, s
         for overwrite in (False, True):
             with pytest.raises(CheckpointError, match="would replace itself: name another folder"):
                 write(source, there, overwrite=overwrite)
-    with pytest.raises(CheckpointError, match=r"inner lies in .*source, which is read: name a folder elsewhere"):
+    with pytest.raises(CheckpointError, match=r"inner is inside .*source, which is read: name a folder elsewhere"):
         write(source, source / "deep" / "inner", overwrite=True)
     with pytest.raises(CheckpointError, match=r"holds files of .*source, which is read"):
         write(source, tmp_path, overwrite=True)
@@ -224,7 +224,7 @@ def test_the_commands_take_overwrite_and_say_what_it_did(source, tmp_path, capsy
     assert "sweep holds thesis.txt, which hf-prune sweep did not write" in capsys.readouterr().err
     (tmp_path / "model.onnx").write_text("mine")
     run("export", source, tmp_path / "model.onnx", code=1)
-    assert "model.onnx is there already: name another file" in capsys.readouterr().err
+    assert "model.onnx exists already: name another file" in capsys.readouterr().err
     assert (tmp_path / "model.onnx").read_text() == "mine"
 
 
@@ -232,7 +232,7 @@ def test_files(tmp_path):
     with pytest.raises(CheckpointError, match="is a folder: expected a file to write"):
         check_file(tmp_path)
     (tmp_path / "a").symlink_to("nowhere")
-    with pytest.raises(CheckpointError, match="a is there already"):
+    with pytest.raises(CheckpointError, match="a exists already"):
         check_file(tmp_path / "a")
     assert check_file(tmp_path / "a", overwrite=True) == tmp_path / "a"
     assert check_file(tmp_path / "b") == tmp_path / "b"
@@ -337,7 +337,7 @@ def test_what_has_the_name_of_a_lock_stays(source, tmp_path):
     elsewhere.mkdir()
     for make in (lambda: lock.write_text("mine"), lambda: lock.symlink_to(elsewhere)):
         make()
-        with pytest.raises(CheckpointError, match="is in the way of a lock"):
+        with pytest.raises(CheckpointError, match="is a file with the name of a lock"):
             WRITERS["prune"](source, tmp_path / "out")
         assert list(elsewhere.iterdir()) == []
         lock.unlink()
@@ -493,7 +493,7 @@ def test_a_stream_copies_nothing_that_a_link_points_to_elsewhere(name, source, t
     secret.write_bytes((source / "config.json").read_bytes())
     (source / name).unlink(missing_ok=True)
     (source / name).symlink_to(secret)
-    with pytest.raises(CheckpointError, match=rf"{name} links to a file outside of .*source, .*secret: copy it, or"):
+    with pytest.raises(CheckpointError, match=rf"{name} links to a file outside of .*source, .*secret: copy that"):
         prune_stream(source, HALF, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["secret", "source"]
 

@@ -1,7 +1,6 @@
-"""The packed format: one weight as bytes without its zeros, and back.
+"""The packed format: weights without their zeros, and back.
 
-``format`` says what the bytes are, ``pack`` writes and ``unpack`` reads them, ``files`` seals them in safetensors,
-and ``quantizer`` has plain ``from_pretrained`` load them. The reader is also written into checkpoints by
-``remote_code``, so the modules named there import nothing else of this package. ``docs/format.md`` is the
-specification.
+``format`` defines the bytes, ``pack`` writes and ``unpack`` reads them, ``files`` puts them into safetensors files with
+a checksum, and ``quantizer`` makes plain ``from_pretrained`` load them. ``remote_code`` also writes the reader into
+checkpoints, so the modules that it names import nothing else from hf_prune. ``docs/format.md`` is the specification.
 """

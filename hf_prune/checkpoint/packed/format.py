@@ -1,7 +1,7 @@
-"""What files of packed weights, and each weight in them, say of themselves, checked before anything is unpacked.
+"""The headers of packed files and of each packed weight, checked before anything is unpacked.
 
-``docs/format.md`` is the specification. Nothing here needs the rest of the package, since this file travels with
-checkpoints that load without it, see ``remote_code.py``.
+``docs/format.md`` is the specification. This module imports nothing else from hf_prune but its error and the method's
+name, since its code is also written into checkpoints, see ``remote_code.py``.
 """
 
 from __future__ import annotations
@@ -26,26 +26,27 @@ CODECS = ("none", "zstd")
 VALUES = ("exact", "int8")
 LAYOUTS = ("full", "bits", "gaps", "groups")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-SPELLED = dict(zip(DTYPES, ("F32", "BF16", "F16", "F64"), strict=True))  # by safetensors
+SPELLED = dict(zip(DTYPES, ("F32", "BF16", "F16", "F64"), strict=True))  # names in safetensors
 MAGIC = b"hfp1"
 HEAD = struct.Struct("<4s10BxxQ")
 _MAX_DIMENSIONS = 8
 HEADER_BYTES = HEAD.size + 8 * (_MAX_DIMENSIONS + 1 + 8)  # no header of a weight is longer
 ALIGNMENT = 8
-# Nobody has to believe that a few bytes stand for a terabyte: writers pad to this, readers refuse what is beyond it.
+# The most bytes that one packed byte may expand to: writers pad up to it, and readers refuse more, so that a small file
+# cannot claim a terabyte.
 MAX_EXPANSION = 1024
-# Scales, positions and steps of int8 take at most so many bytes for each byte of the weight and of this, which is for
-# rows without elements: padding of a file bears out its weights, and not what is unpacked on the way to them.
+# Unpacked sections (positions, scales and steps of int8) may have this many bytes for each byte of the weight plus
+# _SPARE, which covers rows without elements. MAX_EXPANSION alone would not limit them.
 MOST_SECTIONS, _SPARE = 4, 1024
-ESCAPE = 255  # of a gap: that many zeros, and no value after them
-TABLE = 16  # a plane of at most so many different bytes is written two to a byte: Huffman codes have no half bits
-LEAST_PAIRED = 64  # values; with fewer, the length of a section would not tell how it is written
+ESCAPE = 255  # in a gap: 255 zeros without a value after them
+TABLE = 16  # a plane with at most 16 different bytes is stored as two 4-bit numbers in a byte
+LEAST_PAIRED = 64  # values; with fewer, the length of a section would not show whether it is paired
 
 FORMAT = "hf_prune.packed"
 FILE_VERSION = 1
-SUFFIX = "_packed"  # of the tensor that has the bytes of a weight
-KEY = "hf_prune"  # of a file's metadata
-UNSEALED = "0" * 64  # in the place of the checksum while that is computed
+SUFFIX = "_packed"  # added to a weight's name for the tensor with its bytes
+KEY = "hf_prune"  # of the header in a file's metadata
+UNSEALED = "0" * 64  # in place of the checksum while it is computed
 _READ_BYTES = 1 << 18  # hashed at a time
 
 
@@ -53,15 +54,15 @@ _READ_BYTES = 1 << 18  # hashed at a time
 
 
 def is_packed(path: str | Path) -> bool:
-    """Whether a safetensors file says that it is one of packed weights; False for a damaged one."""
+    """Whether a safetensors file has the header of packed weights; False for a damaged file."""
     return f'\\"{FORMAT}\\"'.encode() in _first_bytes(Path(path))
 
 
 def check_files(paths: Sequence[str | Path]) -> None:
-    """Make sure that files of packed weights are as they were written, and all there.
+    """Make sure that all files of a packed checkpoint are present and unchanged.
 
     Raises:
-        CheckpointError: If one is missing, damaged, of another kind or a newer version, or not all are there.
+        CheckpointError: If one is missing, damaged, or of another format or a newer version.
     """
     dtypes: dict[str, str] = {}
     for path in map(Path, paths):
@@ -90,45 +91,45 @@ def check_count(path: Path, dtypes: Mapping[str, str], expected: object) -> None
 
 
 def unseal(path: Path) -> dict[str, Any]:
-    """What a file says of its checkpoint, if it has not changed since it was written.
+    """Check the checksum of a file, and return the description of the checkpoint in its header.
 
     Raises:
-        CheckpointError: If it has, or is of another kind, or of a newer version.
+        CheckpointError: If the file was changed, or is of another format or a newer version.
     """
     try:
         text = _first_bytes(path)
-        described = json.loads(json.loads(text)["__metadata__"][KEY])
-        found = described["format"], described["version"]
-        checksum = str(described["checksum"])
+        header = json.loads(json.loads(text)["__metadata__"][KEY])
+        kind = header["format"], header["version"]
+        checksum = str(header["checksum"])
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is missing: download or save the checkpoint again") from error
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise damaged_file(path, f"its header does not describe packed weights: {error!r}") from error
-    if found != (FORMAT, FILE_VERSION):
+    if kind != (FORMAT, FILE_VERSION):
         raise CheckpointError(
-            f"{path} has format and version {found}: expected {(FORMAT, FILE_VERSION)}; update hf_prune, or save "
+            f"{path} has format and version {kind}: expected {(FORMAT, FILE_VERSION)}; update hf_prune, or save "
             f"it again"
         )
     where = text.find(checksum.encode()) if len(checksum) == len(UNSEALED) else -1
     if where < 0 or _digest(path, 8 + where) != checksum:
-        raise damaged_file(path, "its bytes do not give its checksum")
-    return described
+        raise damaged_file(path, "its bytes do not match its checksum")
+    return header
 
 
 def _digest(path: Path, hole: int) -> str:
-    """SHA-256 of a file in which the checksum's own digits are zeros."""
+    """SHA-256 of a file with zeros in place of the checksum, which begins at ``hole``."""
     with path.open("rb") as file:
         digest = hashlib.sha256(file.read(hole))
         file.seek(len(UNSEALED), 1)
         digest.update(UNSEALED.encode())
-        part = memoryview(bytearray(_READ_BYTES))  # of its own each time would be new memory, which is slow
+        part = memoryview(bytearray(_READ_BYTES))  # reused, since allocating new memory for each part is slow
         while length := file.readinto(part):
             digest.update(part[:length])
     return digest.hexdigest()
 
 
 def damaged_file(path: Path, what: str) -> CheckpointError:
-    """What to raise about a file."""
+    """The error for a damaged file."""
     return CheckpointError(f"{path} is damaged: {what}; download or save the checkpoint again")
 
 
@@ -144,20 +145,20 @@ def _first_bytes(path: Path) -> bytes:
 
 @dataclass(frozen=True)
 class Header:
-    """What a packed weight says of itself.
+    """The header of a packed weight.
 
     Args:
-        dtype: Of the weight.
-        shape: Of the weight.
-        layout: How positions are written: ``"full"``, ``"bits"``, ``"gaps"`` or ``"groups"``.
-        kept: How many values are stored.
-        masked: Whether the positions are a pruning mask, and not merely where values are not zero.
+        dtype: Dtype of the weight.
+        shape: Shape of the weight.
+        layout: How positions are stored: ``"full"``, ``"bits"``, ``"gaps"`` or ``"groups"``.
+        kept: Number of stored values.
+        masked: Whether the positions are a pruning mask, and not merely those of nonzero values.
         codec: ``"zstd"`` or ``"none"``.
         values: ``"exact"`` or ``"int8"``, which is lossy.
         rotated: Whether the sign was moved from the first bit of a value to the last.
-        transposed: Whether the values follow each other column by column.
+        transposed: Whether the values are stored column by column.
         group: N and M of ``"groups"``, zeros otherwise.
-        sections: First and last byte + 1 of each section: positions, scales of int8, values.
+        sections: Begin and end of each section in bytes: positions, scales of int8, values.
     """
 
     dtype: torch.dtype
@@ -174,24 +175,24 @@ class Header:
 
     @property
     def numel(self) -> int:
-        """How many weights it stands for."""
+        """Number of weights."""
         return math.prod(self.shape)
 
     @property
     def lossy(self) -> bool:
-        """Whether the values are not those that were packed."""
+        """Whether values were rounded."""
         return self.values == "int8"
 
 
 def read_header(data: Any, size: int | None = None) -> Header:
-    """Read and check what a packed weight says of itself, without reading its sections.
+    """Read and check the header of a packed weight, without its sections.
 
     Args:
-        data: The packed weight, or its first ``header_size`` bytes or more.
-        size: How many bytes it has in all; by default those given.
+        data: The packed weight, or at least its first ``HEADER_BYTES`` bytes.
+        size: Size of the packed weight in bytes; that of ``data`` by default.
 
     Raises:
-        CheckpointError: If it is damaged, or claims what its size does not bear out.
+        CheckpointError: If it is damaged, or claims a weight that is too large for its size.
     """
     size = len(data) if size is None else size
     try:
@@ -204,7 +205,7 @@ def read_header(data: Any, size: int | None = None) -> Header:
         numbers = struct.unpack_from(f"<{ndim + count}Q", data, HEAD.size)
         names = LAYOUTS[layout], CODECS[codec], VALUES[values]
     except (IndexError, struct.error) as error:
-        raise damaged(f"its header makes no sense: {error}") from error
+        raise damaged(f"its header is not valid: {error}") from error
     if max(masked, rotated, transposed) > 1:
         raise damaged("its header has flags other than 0 and 1")
     sections, start = [], _aligned(HEAD.size + 8 * len(numbers))
@@ -217,7 +218,7 @@ def read_header(data: Any, size: int | None = None) -> Header:
     if start > size:
         raise damaged(f"its sections end at byte {start}, and it has {size}")
     dense = header.numel * header.dtype.itemsize
-    # torch multiplies sizes even where one of them is zero
+    # The product of sizes must fit 63 bits even if one of them is 0, since torch multiplies the others.
     if dense > size * MAX_EXPANSION or math.prod(max(length, 1) for length in shape) >= 1 << 63:
         raise damaged(f"{size} bytes claim to be a weight of shape {list(shape)}, {dense} bytes")
     _check_counts(header)
@@ -227,7 +228,7 @@ def read_header(data: Any, size: int | None = None) -> Header:
 
 
 def damaged(what: str) -> CheckpointError:
-    """An error for a weight that is damaged."""
+    """The error for a damaged weight."""
     return CheckpointError(f"a packed weight is damaged: {what}; download or save the checkpoint again")
 
 
@@ -236,12 +237,12 @@ def _aligned(position: int) -> int:
 
 
 def _value_sections(codec: str, values: str, dtype: torch.dtype) -> int:
-    """Scales and values of int8; else one section for each byte of a value, or one in all."""
+    """The number of sections with values: scales and steps of int8; one for each byte of a value; or a single one."""
     return 2 if values == "int8" else dtype.itemsize if codec == "zstd" else 1
 
 
 def _check_counts(header: Header) -> None:
-    """Numbers that contradict each other, where the sections need not be read to see it."""
+    """Refuse a header whose numbers contradict each other or the lengths of its sections."""
     n, m = header.group
     kept, numel = header.kept, header.numel
     fits = {
@@ -256,13 +257,13 @@ def _check_counts(header: Header) -> None:
         raise damaged(f"a shape of {list(header.shape)} cannot be transposed")
     if header.codec == "none":
         expected = [*_lengths(header, header.sections[0][1] - header.sections[0][0])]
-        found = [end - start for start, end in header.sections]
-        if found != expected:
-            raise damaged(f"its sections have {found} bytes, expected {expected}")
+        lengths = [end - start for start, end in header.sections]
+        if lengths != expected:
+            raise damaged(f"its sections have {lengths} bytes, expected {expected}")
 
 
 def _lengths(header: Header, positions: int) -> list[int]:
-    """How many bytes each section has when it is not compressed; of gaps it takes the number that is given."""
+    """The uncompressed size of each section in bytes; that of gaps is not known from the header, so it is passed."""
     if header.layout == "bits":
         positions = -(-header.numel // 8)
     elif header.layout == "full":
@@ -282,7 +283,7 @@ def _rows(header: Header) -> int:
 
 
 def claim_fits(header: Header, index: int, claimed: int) -> bool:
-    """Whether a section of so many bytes is what the header calls for."""
+    """Whether an uncompressed section of ``claimed`` bytes fits the header."""
     if index == 0 and header.layout == "gaps":
         return header.kept <= claimed <= header.kept + header.numel // ESCAPE
     if index > 0 and not header.lossy and header.kept >= LEAST_PAIRED and claimed == TABLE + -(-header.kept // 2):
@@ -292,7 +293,7 @@ def claim_fits(header: Header, index: int, claimed: int) -> bool:
 
 @cache
 def pattern_table(n: int, m: int) -> np.ndarray:
-    """Positions within a group by number of the pattern: (groups in a byte, patterns, n)."""
+    """Positions of the kept weights for each group in a byte and each pattern: (groups in a byte, patterns, n)."""
     patterns = np.array(list(itertools.combinations(range(m), n)), dtype=np.int64)
     groups = 1
     while len(patterns) ** (groups + 1) <= 256:

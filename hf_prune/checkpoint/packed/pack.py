@@ -1,9 +1,9 @@
-"""Packs weights: where its values are, and the values themselves, bit for bit.
+"""Pack a weight: the positions of its remaining values, and the values themselves, bit for bit.
 
-A packed weight describes itself: a small header, then sections. ``docs/format.md`` is the specification,
-``unpacking.py`` reads it. Positions are a bit for each weight, gaps between the ones that stay, or numbers of N:M
-patterns, whichever is shortest. With the codec zstd, values are split into byte planes (all exponents, then all
-mantissas), since exponents hardly vary and mantissas are noise: an entropy coder then comes near the entropy of both.
+A packed weight is a small header followed by sections. ``docs/format.md`` is the specification, and ``unpack.py`` the
+reader. Positions are stored as one bit for each weight, as gaps between remaining weights, or as numbers of N:M
+patterns, whichever is shortest. With zstd, values are split into byte planes (all exponents, then all mantissas):
+exponents hardly vary and mantissas are noise, so an entropy coder comes near the entropy of both.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from hf_prune.checkpoint.packed.format import (
 )
 from hf_prune.errors import CheckpointError
 
-_SPARSE = 1 / 16  # from this share of zeros on, positions are worth their bytes
-# With hardly a memory, and with one. Noise repeats itself by chance, briefly: to say so takes more bytes, and more time
-# to read, than to spell it out. Rows that are the same are another matter.
+_SPARSE = 1 / 16  # with fewer zeros, positions take more bytes than they save
+# The smaller result of two is kept. With hardly any memory, zstd does not find the short repetitions that noise has by
+# chance, which cost more bytes and time than they save; with memory it finds rows that are equal.
 _SETTINGS = [
     zstandard.ZstdCompressionParameters.from_level(1, hash_log=6),
     zstandard.ZstdCompressionParameters.from_level(1),
@@ -43,20 +43,20 @@ _SETTINGS = [
 
 
 def pack(tensor: Tensor, mask: Tensor | None = None, *, codec: str = "zstd", values: str = "exact") -> np.ndarray:
-    """A weight as bytes.
+    """Pack a weight into bytes.
 
     Args:
         tensor: Any shape; float32, bfloat16, float16 or float64.
-        mask: Like the tensor, True = keep; by default what is not +0.0 is kept.
-        codec: ``"zstd"``, or ``"none"`` for sections that can be used where they lie in the file.
-        values: ``"int8"`` rounds what stays to 255 steps for each index of the first dimension, if something was
-            removed; of the second one where a matrix is stored column by column, as N:M patterns down its columns are.
+        mask: Bool of the same shape, True = keep; by default all values but +0.0 are kept.
+        codec: ``"zstd"``, or ``"none"`` for uncompressed sections.
+        values: ``"int8"`` rounds the remaining values, if anything was removed, to 255 steps for each index of the
+            first dimension, or of the second one for a matrix stored by columns, as with N:M patterns along columns.
 
     Returns:
-        uint8, one-dimensional, of a length that 8 divides.
+        uint8, one-dimensional, with a length divisible by 8.
 
     Raises:
-        CheckpointError: If the mask removes what is not +0.0, or ``"int8"`` is asked of values that are not finite.
+        CheckpointError: If the mask removes values other than +0.0, or values for ``"int8"`` are not finite.
     """
     bits = _bits(tensor)
     keep = (bits != 0) if mask is None else mask.cpu().numpy().reshape(-1)
@@ -73,7 +73,7 @@ def pack(tensor: Tensor, mask: Tensor | None = None, *, codec: str = "zstd", val
     layout, where = _positions(keep, group, codec) if sparse else ("full", b"")
     sections, rotated = [where], False
     if values == "int8" and sparse:
-        sections += [_squeeze(part, codec) for part in _to_int8(tensor, keep)]
+        sections += [_compress(part, codec) for part in _to_int8(tensor, keep)]
     else:
         values = "exact"
         parts, rotated = _planes(bits[np.flatnonzero(keep)] if sparse else bits, codec)
@@ -99,35 +99,36 @@ def pack(tensor: Tensor, mask: Tensor | None = None, *, codec: str = "zstd", val
     return np.frombuffer(body, dtype=np.uint8)
 
 
-def _squeeze(part: bytes | np.ndarray, codec: str) -> bytes:
+def _compress(part: bytes | np.ndarray, codec: str) -> bytes:
     raw = part if isinstance(part, bytes) else part.tobytes()
     if codec == "none":
         return raw
-    return min((zstandard.ZstdCompressor(compression_params=each).compress(raw) for each in _SETTINGS), key=len)
+    return min((zstandard.ZstdCompressor(compression_params=settings).compress(raw) for settings in _SETTINGS), key=len)
 
 
 def _bits(tensor: Tensor) -> np.ndarray:
-    """A tensor's values as unsigned integers, flat."""
+    """The values of a tensor as flat unsigned integers."""
     flat = tensor.detach().cpu().contiguous().view(-1)
     return flat.view(torch.uint8).numpy().view(f"<u{tensor.element_size()}")
 
 
 def _planes(values: np.ndarray, codec: str) -> tuple[list[bytes], bool]:
-    """The sections of exact values, and whether signs were moved, which is done where it saves bytes."""
+    """The sections of exact values, and whether signs were moved to the last bit because that saves bytes."""
     if codec == "none":
         return [values.tobytes()], False
     one = values.dtype.type(1)
-    turned = (values << one) | (values >> values.dtype.type(8 * values.itemsize - 1))
+    rotated_values = (values << one) | (values >> values.dtype.type(8 * values.itemsize - 1))
     both = [
         [_plane(np.ascontiguousarray(plane), codec) for plane in form.view(np.uint8).reshape(-1, form.itemsize).T]
-        for form in (values, turned)
+        for form in (values, rotated_values)
     ]
     plain, rotated = (sum(map(len, parts)) for parts in both)
     return both[rotated < plain], rotated < plain
 
 
 def _plane(plane: np.ndarray, codec: str) -> bytes:
-    whole = _squeeze(plane, codec)
+    """Compress a byte plane, as a table and pairs of numbers if it has few different bytes and that is shorter."""
+    whole = _compress(plane, codec)
     table = np.flatnonzero(np.bincount(plane, minlength=256))
     if len(plane) < LEAST_PAIRED or len(table) > TABLE:
         return whole
@@ -135,12 +136,12 @@ def _plane(plane: np.ndarray, codec: str) -> bytes:
     number[table] = np.arange(len(table))
     numbers = number[np.pad(plane, (0, len(plane) % 2), mode="edge")]
     head = np.pad(table.astype(np.uint8), (0, TABLE - len(table)))
-    paired = _squeeze(np.concatenate([head, numbers[::2] | numbers[1::2] << 4]), codec)
+    paired = _compress(np.concatenate([head, numbers[::2] | numbers[1::2] << 4]), codec)
     return min(whole, paired, key=len)
 
 
 def _to_int8(tensor: Tensor, keep: np.ndarray) -> list[np.ndarray]:
-    """Scales, one for each index of the first dimension, and the values that stay in steps of them."""
+    """The scale for each index of the first dimension, and the remaining values in steps of it."""
     rows = tensor.detach().cpu().float().reshape(tensor.shape[0], -1)
     if not bool(rows.isfinite().all()):
         raise CheckpointError("it has values that are not finite, which int8 cannot hold: use values='exact'")
@@ -151,14 +152,14 @@ def _to_int8(tensor: Tensor, keep: np.ndarray) -> list[np.ndarray]:
 
 def _positions(keep: np.ndarray, group: tuple[int, int], codec: str) -> tuple[str, bytes]:
     if group != (0, 0):
-        return "groups", _squeeze(_to_groups(keep, *group), codec)
-    bits = _squeeze(np.packbits(keep), codec)
-    gaps = _squeeze(_to_gaps(keep), codec)
+        return "groups", _compress(_to_groups(keep, *group), codec)
+    bits = _compress(np.packbits(keep), codec)
+    gaps = _compress(_to_gaps(keep), codec)
     return ("gaps", gaps) if len(gaps) < len(bits) else ("bits", bits)
 
 
 def _to_gaps(keep: np.ndarray) -> np.ndarray:
-    """How many zeros stand before each value that stays; a byte of 255 is 255 of them, and no value yet."""
+    """The number of zeros before each remaining value; a byte of 255 stands for 255 zeros and no value."""
     gaps = np.diff(np.flatnonzero(keep), prepend=-1) - 1
     jumps = gaps // ESCAPE
     out = np.full(len(gaps) + int(jumps.sum()), ESCAPE, dtype=np.uint8)
@@ -167,7 +168,7 @@ def _to_gaps(keep: np.ndarray) -> np.ndarray:
 
 
 def _find_groups(keep: np.ndarray, shape: Sequence[int]) -> tuple[tuple[int, int], bool]:
-    """N and M if each M in a row keep exactly N, and whether rows are the columns; (0, 0) if there is no such pair."""
+    """Find N and M such that every M weights in a row keep N, along rows or else columns (True); (0, 0) if none."""
     if len(shape) < 2 or not keep.size:
         return (0, 0), False
     views = [(keep.reshape(-1, shape[-1]), False)]
@@ -185,11 +186,12 @@ def _find_groups(keep: np.ndarray, shape: Sequence[int]) -> tuple[tuple[int, int
 
 
 def _all_keep(keep: np.ndarray, n: int, m: int) -> bool:
+    """Whether every M weights in a row keep exactly N."""
     return bool((keep.reshape(-1, m).sum(1, dtype=np.uint8) == n).all())
 
 
 def _to_groups(keep: np.ndarray, n: int, m: int) -> np.ndarray:
-    """As many pattern numbers in a byte as it holds, the first one the least significant."""
+    """The pattern numbers, as many in a byte as fit, the first one as the least significant."""
     table = pattern_table(n, m)
     groups, patterns, _ = table.shape
     number = np.zeros(1 << m, dtype=np.int64)

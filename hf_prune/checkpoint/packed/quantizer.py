@@ -1,9 +1,8 @@
-"""Has transformers read packed weights in ``from_pretrained``.
+"""Make ``from_pretrained`` of transformers read packed weights.
 
-transformers has one way for a checkpoint to say "my weights are not what they seem": ``quantization_config``. Here is
-what it then calls. Nothing here needs the rest of the package, since this file travels with checkpoints that load
-without it, see ``remote_code.py``; ``quantizer.py`` adds what does, and is what to import: transformers imports it
-while it is being imported itself.
+In transformers, a ``quantization_config`` in a checkpoint names the quantizer that converts its weights. This module
+is ours for packed weights. It imports nothing else from hf_prune, since its code is also written into checkpoints, see
+``remote_code.py``; ``hf_prune/quantizer.py`` adds masks and shrunk models, and is the one that hf_prune registers.
 """
 
 from __future__ import annotations
@@ -47,13 +46,13 @@ class HfPruneConfig(QuantizationConfigMixin):
     """The part of a config that describes a shrunk or compressed model.
 
     Args:
-        structure: Numbers of units by site.
-        format_version: Of this description.
-        compressed: Version of the format of the weights, None if they are plain.
-        **kwargs: Nothing; what else there is comes from a newer version.
+        structure: Number of units of each group, by name.
+        format_version: Version of this description.
+        compressed: Version of the packed format; None if the weights are plain.
+        **kwargs: Must be empty: other keys come from a newer version.
 
     Raises:
-        CheckpointError: If it is of a newer version, or damaged.
+        CheckpointError: If it is damaged, or of a newer version.
     """
 
     def __init__(
@@ -77,7 +76,7 @@ class HfPruneConfig(QuantizationConfigMixin):
         self.format_version = format_version
         self.structure = structure
         self.compressed = compressed
-        self.dequantize = True  # transformers then forgets about it once the weights are loaded: a plain model
+        self.dequantize = True  # transformers then treats the loaded model as a plain one
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -85,13 +84,13 @@ class HfPruneConfig(QuantizationConfigMixin):
 
 
 class PackedSlice:
-    """A packed weight as transformers sees the tensors of a file: what is asked of it is read when it is asked for.
+    """A packed weight with the interface of a safetensors slice, unpacked when it is used.
 
     Args:
-        packed: Its bytes, as ``get_slice`` of safetensors gives them.
+        packed: Its bytes, a slice from ``get_slice`` of safetensors.
 
     Raises:
-        CheckpointError: If they are no packed weight.
+        CheckpointError: If they are not a packed weight.
     """
 
     def __init__(self, packed: Any) -> None:
@@ -102,20 +101,20 @@ class PackedSlice:
         self._shape, self._dtype = header.shape, header.dtype
 
     def get_shape(self) -> list[int]:
-        """Of the weight."""
+        """The shape of the weight."""
         return list(self._shape)
 
     def get_dtype(self) -> str:
-        """Of the weight, as safetensors spells it."""
+        """The dtype of the weight, as in safetensors."""
         return SPELLED[self._dtype]
 
     def __getitem__(self, index: Any) -> torch.Tensor:
-        """The weight, or a part of it."""
+        """Unpack the weight, and return a part of it."""
         return unpack(self._packed[...].numpy())[index]
 
 
 def dense_tensors(paths: Sequence[str]) -> dict[str, Any]:
-    """The tensors of packed files under the names that they have in a dense checkpoint, none of them read yet."""
+    """The tensors of packed files by their names in a dense checkpoint, none of them read yet."""
     slices: dict[str, Any] = {}
     for path in paths:
         try:
@@ -129,23 +128,23 @@ def dense_tensors(paths: Sequence[str]) -> dict[str, Any]:
 
 
 def take_misfits(model: Any, tensors: dict[str, Any], mapping: Sequence[Any]) -> set[tuple[str, Any, Any]]:
-    """Take out the packed weights whose shape is not that of the model's, before memory is taken for them.
+    """Remove packed weights whose shape differs from the model's, before they are unpacked.
 
-    transformers compares shapes once it has the values: a small file could have it take gigabytes for nothing.
+    transformers compares shapes after it has read the values, so a small file could make it allocate gigabytes.
 
     Args:
-        model: On the meta device or not.
-        tensors: What :func:`dense_tensors` found; changed in place.
+        model: The model, on any device.
+        tensors: The result of :func:`dense_tensors`; changed in place.
         mapping: How transformers renames and converts the tensors of this model.
 
     Returns:
-        Name in the model, shape in the files and shape in the model of each, as transformers reports them.
+        Name, shape in the files and shape in the model of each removed weight, as transformers reports them.
 
     Raises:
-        CheckpointError: If those that conversions join and split have more values than the model.
+        CheckpointError: If the remaining weights have far more values than the model.
     """
-    renamings = [each for each in mapping if isinstance(each, WeightRenaming)]
-    converters = [each for each in mapping if isinstance(each, WeightConverter)]
+    renamings = [step for step in mapping if isinstance(step, WeightRenaming)]
+    converters = [step for step in mapping if isinstance(step, WeightConverter)]
     state, prefix = model.state_dict(), model.base_model_prefix
     misfits, values = set(), 0
     for name in [name for name, tensor in tensors.items() if isinstance(tensor, PackedSlice)]:
@@ -153,7 +152,7 @@ def take_misfits(model: Any, tensors: dict[str, Any], mapping: Sequence[Any]) ->
         if target not in state and name in state:
             target, converted = rename_source_key(name, [], [], prefix, state)
         if target not in state:
-            continue  # nobody reads it
+            continue  # never read
         shape = torch.Size(tensors[name].get_shape())
         if converted is None and shape != state[target].shape:
             misfits.add((target, shape, state[target].shape))
@@ -161,7 +160,7 @@ def take_misfits(model: Any, tensors: dict[str, Any], mapping: Sequence[Any]) ->
         else:
             values += math.prod(shape)
     room = sum(tensor.numel() for tensor in state.values())
-    if values > 2 * room:  # twice: some conversions might leave parts out
+    if values > 2 * room:  # twice as many: conversions may drop parts
         raise CheckpointError(
             f"the packed weights stand for {values:,} values, and the model that the config describes has {room:,}: "
             f"they do not belong together; download or save the checkpoint again"
@@ -170,11 +169,11 @@ def take_misfits(model: Any, tensors: dict[str, Any], mapping: Sequence[Any]) ->
 
 
 def take_dense_tensors() -> None:
-    """Have transformers take the tensors of a checkpoint from a quantizer that has ``dense_tensors``.
+    """Make transformers load the tensors that a quantizer's ``dense_tensors`` returns.
 
-    A quantizer can add steps to the conversions by which transformers fuses, splits and renames the tensors of many
-    model types while it loads them. Those go by names and shapes of a dense checkpoint, so for a packed one it takes
-    steps before them: what transformers has for GGUF files, a state dict made by the quantizer, but only for these.
+    While loading, transformers fuses, splits and renames the tensors of many model types. A quantizer can add steps
+    after these, but they need the names and shapes of a dense checkpoint, so packed weights must be replaced before
+    them. transformers can do that with a state dict, but offers it only for GGUF files.
     """
     from transformers.modeling_utils import PreTrainedModel
 
@@ -191,7 +190,7 @@ def take_dense_tensors() -> None:
         if state_dict is None and checkpoint_files and make is not None:
             state_dict = make(checkpoint_files)
             if state_dict is not None:
-                checkpoint_files = None  # or offloaded weights would be looked for in the files
+                checkpoint_files = None  # otherwise offloaded weights would be read from the files
                 misfits = take_misfits(model, state_dict, load_config.weight_mapping or ())
         info, *others = load(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
         info.missing_keys -= {name for name, *_ in misfits}
@@ -203,7 +202,7 @@ def take_dense_tensors() -> None:
 
 
 class PackedQuantizer(HfQuantizer):
-    """Checks files of packed weights before anything is read of them, and unpacks those."""
+    """Checks the files of packed weights before they are read, and unpacks them."""
 
     quantization_config: HfPruneConfig
 
@@ -218,15 +217,15 @@ class PackedQuantizer(HfQuantizer):
         return model
 
     def dense_tensors(self, paths: Sequence[str]) -> dict[str, Any] | None:
-        """The state dict to load, None to take the files as they are."""
+        """The state dict to load; None to load the files as they are."""
         return dense_tensors(paths) if self.quantization_config.compressed is not None else None
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
-        """That of the model, as without a quantizer."""
+        """The dtype of the model, as without a quantizer."""
         return dtype
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        """What is loaded is an ordinary model, which is saved as one."""
+        """Make the loaded model an ordinary one, which is saved as one."""
         if is_ours(getattr(model.config, "auto_map", None)):
             del model.config.auto_map
         model.__class__ = getattr(model, "native_class", type(model))
@@ -243,12 +242,12 @@ class PackedQuantizer(HfQuantizer):
 
 
 def as_packed(native: Any) -> Any:
-    """A class of transformers as one that ``auto_map`` may name; what it loads is of the native class."""
+    """A subclass of a transformers class for ``auto_map`` to name; the models that it loads have the native class."""
     names = {"__module__": __name__, "native_class": native, "is_custom_code": classmethod(lambda cls: False)}
     return type(native.__name__, (native,), names)
 
 
 def register(config: type, quantizer: Any) -> None:
-    """Have transformers use them for our checkpoints, whatever it knew before."""
+    """Make transformers use these classes for our checkpoints, in place of earlier ones."""
     AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = config
     AUTO_QUANTIZER_MAPPING[METHOD] = quantizer

@@ -1,6 +1,7 @@
-"""A file that loads packed weights where ``hf_prune`` is not installed, for ``trust_remote_code=True``.
+"""Write a Python file that loads packed weights without hf_prune, for ``trust_remote_code=True``.
 
-It is put together from the modules that read the format here, so there is one reader and not two.
+The file is concatenated from the modules that read the format here, so that there is only one reader. All of them
+share one namespace: no two of them may define the same name.
 """
 
 from __future__ import annotations
@@ -43,60 +44,60 @@ if not getattr(AUTO_QUANTIZER_MAPPING.get(METHOD), "__module__", "").startswith(
 
 
 def auto_classes(config: Mapping[str, Any]) -> dict[str, str]:
-    """The class that each AutoModel of transformers takes for a checkpoint, by the names of both.
+    """The class that each AutoModel class of transformers loads for a checkpoint, both by name.
 
     Args:
-        config: What ``config.json`` says.
+        config: The content of ``config.json``.
 
     Raises:
-        CheckpointError: If the checkpoint needs more than a class of transformers and its config.
+        CheckpointError: If the checkpoint needs more than a transformers class and its config.
     """
     from transformers.models.auto import configuration_auto, modeling_auto
     from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
     if config.get("auto_map"):
-        raise CheckpointError("remote_code=True: the checkpoint has remote code of its own (auto_map), expected none")
+        raise CheckpointError("remote_code=True: the checkpoint has its own remote code (auto_map), expected none")
     if (config.get("quantization_config") or {}).get("structure"):
         raise CheckpointError(
-            "remote_code=True: the layers of this shrunk model have sizes that only hf_prune knows how to make; leave "
+            "remote_code=True: the layers of this shrunk model have sizes that only hf_prune can build; leave "
             "remote_code out"
         )
     kind = str(config.get("model_type"))
-    found: dict[str, str] = {}
+    chosen: dict[str, str] = {}
     if kind in configuration_auto.CONFIG_MAPPING:
-        own = configuration_auto.CONFIG_MAPPING[kind]
+        config_class = configuration_auto.CONFIG_MAPPING[kind]
         for name, auto in vars(modeling_auto).items():
             mapping = auto._model_mapping if isinstance(auto, type) and issubclass(auto, _BaseAutoModelClass) else None
-            if mapping is not None and own in mapping:
-                classes = mapping[own]
+            if mapping is not None and config_class in mapping:
+                classes = mapping[config_class]
                 names = [cls.__name__ for cls in (classes if isinstance(classes, tuple) else (classes,))]
-                named = [each for each in names if each in (config.get("architectures") or [])]
-                found[name] = (named or names)[0]
-    if not set(config.get("architectures") or []) & set(found.values()):
+                named = [cls for cls in names if cls in (config.get("architectures") or [])]
+                chosen[name] = (named or names)[0]
+    if not set(config.get("architectures") or []) & set(chosen.values()):
         raise CheckpointError(
             f"remote_code=True: no AutoModel of transformers loads {config.get('architectures')} of type {kind!r}; "
             f"leave remote_code out"
         )
-    return found
+    return chosen
 
 
 def add_remote_code(folder: Path, config: dict[str, Any], classes: Mapping[str, str]) -> None:
-    """Write the file into a checkpoint, and have its config name it.
+    """Write the file into a checkpoint, and name it in the config.
 
     Args:
         folder: The checkpoint.
-        config: What ``config.json`` will say.
-        classes: What :func:`auto_classes` found.
+        config: The content of the future ``config.json``; changed in place.
+        classes: The result of :func:`auto_classes`.
     """
     config["auto_map"] = {auto: f"{MODELING}.{name}" for auto, name in classes.items()}
     (folder / FILE).write_text(modeling_source(sorted(set(classes.values()))), encoding="utf-8")
 
 
 def modeling_source(classes: list[str]) -> str:
-    """The file's text.
+    """The source code of the file.
 
     Args:
-        classes: Names of classes of transformers.
+        classes: Names of transformers classes.
     """
     imports, bodies = {"import transformers"}, []
     for name in _MODULES:
@@ -109,7 +110,7 @@ def modeling_source(classes: list[str]) -> str:
 
 
 def _parts(text: str) -> tuple[set[str], str]:
-    """The imports of a module, without ours, and what follows its docstring and imports."""
+    """The imports of a module except those from hf_prune, and its code without docstring and imports."""
     lines: list[str | None] = list(text.splitlines())
     imports = set()
     for number, node in enumerate(ast.parse(text).body):

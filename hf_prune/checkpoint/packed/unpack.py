@@ -1,4 +1,4 @@
-"""Unpacks weights, bit for bit, a piece at a time. Like ``packed_format.py`` it travels with checkpoints."""
+"""Unpack weights, bit for bit, in small parts. Like ``format.py``, this code is also written into checkpoints."""
 
 from __future__ import annotations
 
@@ -12,23 +12,26 @@ from torch import Tensor
 
 from hf_prune.checkpoint.packed.format import ESCAPE, TABLE, Header, claim_fits, damaged, pattern_table, read_header
 
-_CHUNK = 1 << 16  # decoded at a time, so that positions stay in the cache
-_AT_ONCE = 1 << 20  # bytes of a section that are decompressed in one piece: new memory for more takes longer to get
-_WINDOW = 1 << 23  # bytes that zstd may keep of a longer one, as RFC 8878 recommends; ours need half a megabyte
+_CHUNK = 1 << 16  # weights decoded at a time, so that positions stay in the cache
+_AT_ONCE = 1 << 20  # bytes; larger sections are decompressed as a stream, since allocating their memory takes longer
+_WINDOW = 1 << 23  # bytes of history for a stream, as RFC 8878 recommends; ours need half a megabyte
 
 
 def unpack(data: np.ndarray, header: Header | None = None) -> Tensor:
-    """The weight that :func:`pack` packed; beside it, unpacking takes the memory of pieces.
+    """Unpack a weight that :func:`pack` packed. Besides the result, this takes the memory of small parts only.
 
     Args:
-        data: uint8, one-dimensional.
-        header: What :func:`read_header` says of it, if it was called.
+        data: The packed weight, one-dimensional uint8.
+        header: Its header, if it was read before.
+
+    Returns:
+        The weight, in its dtype and shape.
 
     Raises:
         CheckpointError: If it is damaged.
     """
     header = header or read_header(data)
-    # numpy asks for large pages where torch does not, and to get small ones takes longer than to fill them
+    # Allocated by numpy, which uses large pages: getting small ones, as torch does, takes longer than filling them.
     make = np.empty if header.layout == "full" else np.zeros
     out = make(header.numel, dtype=_integers(header))
     if header.lossy:
@@ -50,11 +53,14 @@ def unpack(data: np.ndarray, header: Header | None = None) -> Tensor:
 
 
 def unpack_mask(data: np.ndarray, header: Header | None = None) -> Tensor:
-    """Where values of a packed weight are stored: its mask, if it was packed with one.
+    """Unpack only the positions of stored values: the mask of a weight that was packed with one.
 
     Args:
-        data: uint8, one-dimensional.
-        header: What :func:`read_header` says of it, if it was called.
+        data: The packed weight, one-dimensional uint8.
+        header: Its header, if it was read before.
+
+    Returns:
+        Bool, in the shape of the weight, True = kept.
 
     Raises:
         CheckpointError: If it is damaged.
@@ -69,7 +75,7 @@ def unpack_mask(data: np.ndarray, header: Header | None = None) -> Tensor:
 
 
 def _put(out: np.ndarray, header: Header, first: int, where: np.ndarray, values: Any) -> None:
-    """Write stored values to where they are in a weight, row by row; transposing it later would take it twice."""
+    """Write stored values to their positions in a weight. Transposing afterwards would take its memory twice."""
     if header.transposed:
         columns, rows = np.divmod(where + first, header.shape[0])
         out[rows * header.shape[1] + columns] = values
@@ -78,27 +84,29 @@ def _put(out: np.ndarray, header: Header, first: int, where: np.ndarray, values:
 
 
 def _section(data: np.ndarray, header: Header, index: int) -> tuple[int, Callable[[int], np.ndarray]]:
-    """How many bytes a section holds, and what reads so many of them on from where it stopped."""
+    """The uncompressed size of a section, and a function that reads its next bytes."""
     start, end = header.sections[index]
-    part = data[start:end]
+    section = data[start:end]
     if header.codec == "none" or (index == 0 and header.layout == "full"):
-        return len(part), _slices(part)
+        return len(section), _slices(section)
     try:
-        # what the frame says it will become decides whether it is unpacked at all
-        claimed = zstandard.frame_content_size(part.data) if len(part) else -1
+        # The frame states its uncompressed size: refuse a wrong one before anything is decompressed.
+        claimed = zstandard.frame_content_size(section.data) if len(section) else -1
         if not claim_fits(header, index, claimed):
             raise damaged(f"section {index} claims to hold {claimed} bytes")
         if claimed <= _AT_ONCE:
-            return claimed, _slices(np.frombuffer(zstandard.ZstdDecompressor().decompress(part.data), dtype=np.uint8))
+            return claimed, _slices(
+                np.frombuffer(zstandard.ZstdDecompressor().decompress(section.data), dtype=np.uint8)
+            )
     except zstandard.ZstdError as error:
         raise damaged(str(error)) from error
-    frame = zstandard.ZstdDecompressor(max_window_size=_WINDOW).stream_reader(part.data)
+    frame = zstandard.ZstdDecompressor(max_window_size=_WINDOW).stream_reader(section.data)
 
     def read(count: int) -> np.ndarray:
-        found = np.empty(count, dtype=np.uint8)
+        part = np.empty(count, dtype=np.uint8)
         try:
-            if frame.readinto(found.data) == count:
-                return found
+            if frame.readinto(part.data) == count:
+                return part
         except zstandard.ZstdError as error:
             raise damaged(str(error)) from error
         raise damaged(f"section {index} ends early")
@@ -122,26 +130,26 @@ def _integers(header: Header) -> np.dtype[Any]:
 
 
 def _plane_reader(data: np.ndarray, header: Header, index: int) -> Callable[[int], np.ndarray]:
-    """Reads one byte of each value, of so many values on from where it stopped."""
+    """A function that reads one byte of each of the next values, from a plain plane or from pairs of numbers."""
     length, read = _section(data, header, index)
     if length == header.kept:
         return read
     table = read(TABLE)
     both = np.stack([table[np.arange(256) % 16], table[np.arange(256) // 16]], axis=1).view("<u2").reshape(-1)
-    spare = table[:0]  # the second byte of a pair of which the first was read
+    spare = table[:0]  # the second byte of a pair whose first byte was read already
 
     def read_pairs(count: int) -> np.ndarray:
         nonlocal spare
         pairs = read((count - len(spare) + 1) // 2)
-        found = np.concatenate([spare, np.take(both, pairs, mode="clip").view(np.uint8)])
-        spare = found[count:]
-        return found[:count]
+        plane = np.concatenate([spare, np.take(both, pairs, mode="clip").view(np.uint8)])
+        spare = plane[count:]
+        return plane[:count]
 
     return read_pairs
 
 
 def _value_reader(data: np.ndarray, header: Header) -> Callable[[np.ndarray], np.ndarray]:
-    """Reads as many stored values as an array has room for, into it unless they can be had as they are."""
+    """A function that reads the next stored values into an array, or returns them where they are stored unchanged."""
     kind = _integers(header)
     if header.codec == "none":
         _, stored = _section(data, header, 1)
@@ -164,23 +172,23 @@ def _value_reader(data: np.ndarray, header: Header) -> Callable[[np.ndarray], np
 
 
 def _int8_reader(data: np.ndarray, header: Header) -> Callable[[np.ndarray], np.ndarray]:
-    """Reads the stored values on from where it stopped, by their positions: each is a step times the row's scale."""
+    """A function that reads the next stored values, given their positions: steps times the scale of the row."""
     length, read_scales = _section(data, header, 1)
     _, read_steps = _section(data, header, 2)
     count = length // 4
-    scales, end = np.empty(0, dtype="<f4"), 0  # of some rows, and the first row after these
+    scales, end = np.empty(0, dtype="<f4"), 0  # scales of some rows, and the first row after them
 
     def scales_of(rows: np.ndarray) -> np.ndarray:
         nonlocal scales, end
-        found, start = np.empty(len(rows), dtype=np.float32), 0
+        result, start = np.empty(len(rows), dtype=np.float32), 0
         while start < len(rows):
             if rows[start] >= end:
                 scales = read_scales(4 * min(_CHUNK, count - end)).view("<f4")
                 end += len(scales)
             stop = int(np.searchsorted(rows, end))
-            found[start:stop] = scales[rows[start:stop] - (end - len(scales))]
+            result[start:stop] = scales[rows[start:stop] - (end - len(scales))]
             start = stop
-        return found
+        return result
 
     def read(positions: np.ndarray) -> np.ndarray:
         steps = read_steps(len(positions)).view(np.int8).astype(np.float32)
@@ -191,28 +199,31 @@ def _int8_reader(data: np.ndarray, header: Header) -> Callable[[np.ndarray], np.
 
 
 def _group_width(header: Header) -> int:
-    """How many weights a byte of patterns stands for."""
+    """The number of weights in a byte of patterns."""
     return header.group[1] * len(pattern_table(*header.group))
 
 
 def _chunks(data: np.ndarray, header: Header) -> Any:
-    """Offsets and, from there, positions of the values that are stored, in order, some at a time.
+    """The positions of stored values in order, in parts.
+
+    Yields:
+        An offset, and positions counted from it.
 
     Raises:
-        CheckpointError: If there are more or fewer than the header says, or one is outside.
+        CheckpointError: If their number differs from the header, or a position is out of range.
     """
     length, read = _section(data, header, 0)
     step = _CHUNK // (_group_width(header) if header.layout == "groups" else {"bits": 8, "gaps": 1}[header.layout])
     parts = (read(min(step, length - start)) for start in range(0, length, step))
-    found = {"bits": _bit_chunks, "gaps": _gap_chunks, "groups": _group_chunks}[header.layout](parts, header)
-    left = header.kept
-    for first, where in found:
-        left -= len(where)
-        if left < 0 or (len(where) and first + int(where[-1]) >= header.numel):
+    decode = {"bits": _bit_chunks, "gaps": _gap_chunks, "groups": _group_chunks}[header.layout]
+    remaining = header.kept
+    for first, where in decode(parts, header):
+        remaining -= len(where)
+        if remaining < 0 or (len(where) and first + int(where[-1]) >= header.numel):
             break
         yield first, where
     else:
-        if left == 0:
+        if remaining == 0:
             return
     raise damaged(f"its positions are not those of {header.kept} values among {header.numel}")
 
@@ -228,7 +239,7 @@ def _gap_chunks(parts: Iterable[np.ndarray], header: Header) -> Any:
     first = 0
     for gaps in parts:
         values = gaps != ESCAPE
-        after = np.cumsum(gaps + values, dtype=np.intp)  # 255 + 0 fits a byte, and so does 254 + 1
+        after = np.cumsum(gaps + values, dtype=np.intp)  # no overflow: 255 + 0 and 254 + 1 fit a byte
         where = after - 1
         yield first, where if values.all() else where[values]
         first += int(after[-1])
@@ -238,19 +249,19 @@ def _group_chunks(parts: Iterable[np.ndarray], header: Header) -> Any:
     table = pattern_table(*header.group)
     groups, patterns, _ = table.shape
     numbers = np.arange(patterns**groups)
-    in_byte = [table[i, numbers // patterns**i % patterns] for i in range(groups)]  # of (bytes, n)
+    in_byte = [table[i, numbers // patterns**i % patterns] for i in range(groups)]  # each (bytes, n)
     lookup = np.concatenate(in_byte, axis=1)  # (bytes, groups * n)
     width = _group_width(header)
     starts = np.repeat(width * np.arange(_CHUNK // width), lookup.shape[1])
-    left = header.kept
+    remaining = header.kept
     first = 0
     for part in parts:
         if int(part.max()) >= len(lookup):
             raise damaged(f"a byte is {int(part.max())}, expected less than {len(lookup)}")
-        # indices are in range, and "clip" spares a buffer
+        # The indices are in range; mode "clip" only saves numpy a buffer.
         where = np.take(lookup, part, axis=0, mode="clip").reshape(-1)
         where += starts[: len(where)]
-        where = where[:left]
-        left -= len(where)
+        where = where[:remaining]
+        remaining -= len(where)
         yield first, where
         first += width * len(part)

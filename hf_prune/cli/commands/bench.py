@@ -24,7 +24,7 @@ from hf_prune.cli.timing_options import (
 )
 from hf_prune.errors import ConfigError
 from hf_prune.evaluation.tasks import ClassificationTask
-from hf_prune.utils.output_folder import check_file, say_replaced
+from hf_prune.utils.output_folder import check_file, warn_replaced
 
 EXPORTED_SUFFIXES = (".onnx", ".xml")
 PLOT_SUFFIXES = (".png", ".svg", ".pdf")
@@ -88,7 +88,7 @@ def bench(
         accuracies = score_all(loaded, tokenizers, labelled, split)
     notes = zero_notes(loaded)
     if plot is not None:
-        say_replaced(plot.parent, [plot.name])
+        warn_replaced(plot.parent, [plot.name])
         save_figure(plot_latency(result, accuracies, "hf-prune bench"), plot)
     if as_json:
         from hf_prune.hub.checksums import measured_weights

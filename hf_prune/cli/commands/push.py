@@ -34,7 +34,7 @@ def push(
     from hf_prune.hub.client import check_repo_id
 
     check_repo_id(repo)
-    from hf_prune.hub.card_data import has_report
+    from hf_prune.hub.folder_facts import has_report
     from hf_prune.hub.push import push_checkpoint
 
     card = None

@@ -12,7 +12,7 @@ from hf_prune.cli.console import echo
 from hf_prune.cli.options import AsJson, Model, Overwrite
 from hf_prune.cli.startup import start
 from hf_prune.errors import DataError
-from hf_prune.utils.output_folder import check_output, say_replaced
+from hf_prune.utils.output_folder import check_output, warn_replaced
 
 
 def report(
@@ -50,6 +50,6 @@ def report(
         before = weight_histogram(original, names)
     if plots is not None:
         after = weight_histogram(pruned, names, limit=None if before is None else float(before.edges[-1]))
-        say_replaced(plots, PLOTS)
+        warn_replaced(plots, PLOTS)
         write_plots(plots, result, before, after, display_name(model))
     echo(result.to_json() if as_json else str(result))

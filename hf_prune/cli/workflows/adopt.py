@@ -7,8 +7,7 @@ import os
 from pathlib import Path
 
 from hf_prune.auto import load_native
-from hf_prune.checkpoint.files import CARD_DATA, REPORTS, weight_files
-from hf_prune.checkpoint.packed.files import INDEX
+from hf_prune.checkpoint.files import CARD_DATA, INDEX, REPORTS, weight_files
 from hf_prune.checkpoint.staging import staged_checkpoint
 from hf_prune.pruning.adopt_zeros import MIN_SPARSITY, AdoptionReport, adopt_zeros
 from hf_prune.utils.folders import copy_beside

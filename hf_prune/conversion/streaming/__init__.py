@@ -1,5 +1,5 @@
-"""Prune a checkpoint without ever holding its model.
+"""Prune a checkpoint that is larger than the memory.
 
-Takes a folder of safetensors and a config, runs the model block by block on the meta device with weights read when
-they are needed, and writes pruned files tensor by tensor; a journal lets a killed run continue.
+Takes a folder of safetensors files and a config, runs the model block by block on the meta device with weights that are
+read when they are needed, and writes pruned files tensor by tensor. A journal lets an interrupted run continue.
 """

@@ -1,4 +1,4 @@
-"""Pruning that learns from inputs, on a model whose weights are read block by block."""
+"""Prune with calibration data a model whose weights are read block by block."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from hf_prune.calibration.batches import without_labels
 from hf_prune.calibration.input_reader import InputReader
 from hf_prune.conversion.streaming.lazy_weights import LazyWeights
-from hf_prune.conversion.streaming.meta_model import explained
+from hf_prune.conversion.streaming.meta_model import explain_meta_error
 from hf_prune.conversion.streaming.output import Output
 from hf_prune.criteria.base import INPUTS
 from hf_prune.errors import CalibrationError, HfPruneError
@@ -29,42 +29,42 @@ def prune_blocks(
     scratch: Path,
     progress: bool = False,
 ) -> None:
-    """Prune in the order of the calls, each target on what the pruned ones before it put out.
+    """Prune targets in the order of their calls, each with inputs from the pruned ones before it.
 
-    The same steps as :func:`prune_sequentially`, with the weights of one block in memory while
-    statistics are gathered, and those of one target while it is pruned. What is on the disk already is not pruned
-    again: only the outputs of those blocks are computed.
+    The same steps as in :func:`prune_sequentially`, with the weights of one block in memory while statistics are
+    gathered, and those of one target while it is pruned. For targets that an earlier run finished, only the outputs of
+    their blocks are computed.
 
     Args:
-        output: Where the weights come from and go to.
-        plan: The plan, of scope row or layer.
+        output: The checkpoint that weights are read from and written to.
+        plan: A plan with scope row or layer.
         batches: Mappings of model inputs.
-        cache_bytes: How much of what finished blocks put out is kept in memory.
-        scratch: A folder for the rest of it.
+        cache_bytes: Most bytes of block outputs that are kept in memory.
+        scratch: A folder for the other block outputs.
         progress: Show a progress bar.
 
     Raises:
         CalibrationError: If the batches are unusable.
-        PlanError: If the model cannot be run in this way.
+        PlanError: If the model cannot run block by block.
     """
-    model = output.skeleton.model
-    # The labels of a decoder with an encoder are its inputs; other models only compute a loss from them.
-    whole = bool(getattr(model.config, "is_encoder_decoder", False))
-    if not whole:
+    model = output.meta_model.model
+    # An encoder-decoder makes decoder inputs from labels; other models only compute a loss from them.
+    needs_labels = bool(getattr(model.config, "is_encoder_decoder", False))
+    if not needs_labels:
         batches = [without_labels(model, batch) if isinstance(batch, Mapping) else batch for batch in batches]
-    output.skeleton.load_buffers()
+    output.meta_model.load_buffers()
     reader = InputReader(model, targets_of(plan), batches, cache_bytes=cache_bytes, folder=scratch)
     planned = {tensor.target.name: tensor for tensor in plan.tensors}
-    lazy = LazyWeights(output.skeleton, output.read, output.read_rows, output.targets, skip_head=not whole)
+    lazy = LazyWeights(output.meta_model, output.read, output.read_rows, output.targets, skip_head=not needs_labels)
     try:
         counted: Bar[object] = Bar(total=len(plan.tensors), desc="Pruning", unit="weight", progress=progress)
         with reader, lazy, counted as bar:
             for step in reader.order():
                 lazy.release()
                 reader.advance()
-                left = [planned[target.name] for target in step if not output.done(target.name)]
-                bar.update(len(step) - len(left))
-                for tensor in _prune_step(output, plan, reader, lazy, left):
+                remaining = [planned[target.name] for target in step if not output.done(target.name)]
+                bar.update(len(step) - len(remaining))
+                for tensor in _prune_step(output, plan, reader, lazy, remaining):
                     bar.note(tensor.target.module)
                     bar.update()
                 reader.finish(step)
@@ -72,14 +72,15 @@ def prune_blocks(
         cause = error.__cause__ if isinstance(error, CalibrationError) else error
         if not isinstance(cause, RuntimeError) or isinstance(cause, HfPruneError):
             raise
-        if (told := explained(model, cause)) is cause:
+        if (explained := explain_meta_error(model, cause)) is cause:
             raise
-        raise told from cause
+        raise explained from cause
 
 
 def _prune_step(
     output: Output, plan: PruningPlan, reader: InputReader, lazy: LazyWeights, step: Sequence[PlannedTensor]
 ) -> list[PlannedTensor]:
+    """Gather the statistics of targets that share a pass over the batches, and prune them one by one."""
     if not step:
         return []
     gathered = reader.gather([tensor.target for tensor in step], plan.needs & INPUTS)

@@ -1,8 +1,8 @@
-"""The unfinished result of a long run: a hidden folder beside the output, with a journal of what is done.
+"""The unfinished result of a long run: a hidden folder beside the output, with a journal of the steps that are done.
 
-Each line of the journal is a JSON object with its checksum, and is on the disk before the next step begins. A line that
-was cut off by an interruption or is damaged does not count, nor does what follows it. The first line says what the
-result is of; only the same run continues it.
+Each line of the journal is a JSON object with a checksum, and is on the disk before the next step begins. A line that
+was cut off or damaged is ignored, with all lines after it. The first line identifies the run by its inputs; only a run
+with the same inputs continues it.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ from hf_prune.utils.staging import put_back
 
 _FORMAT = 3
 _JOURNAL = "journal.jsonl"
-_OWN = ("checkpoint", "checkpoint.old", "scratch", "masks.bits", _JOURNAL)
+_OWN = ("checkpoint", "checkpoint.old", "scratch", "masks.bits", _JOURNAL)  # what the folder may contain
 _TYPES = {"copied": list, "files": list, "folder": list, "found": list, "kept": dict, "placing": list, "tensors": dict}
 
 
 class Journal:
-    """A result in the making.
+    """The journal of an unfinished result.
 
     Args:
-        out: Where the result will be.
+        out: The output folder.
 
     Attributes:
-        folder: The hidden folder beside it.
-        staging: The part of it that becomes the result.
-        scratch: A folder for what nobody needs later.
-        key: What the result is of, as :meth:`begin` was told.
-        records: What is done.
+        folder: The hidden folder beside the output.
+        staging: The folder in it that becomes the output.
+        scratch: A folder in it for temporary files.
+        key: The inputs of the run, as passed to :meth:`begin`.
+        records: One entry for each finished step.
 
     Raises:
-        CheckpointError: If something else has the name of that folder.
+        CheckpointError: If something else has the name of the hidden folder.
     """
 
     def __init__(self, out: Path) -> None:
@@ -48,25 +48,25 @@ class Journal:
         self.folder = out.with_name(f".{out.name}.partial")
         self.staging = self.folder / "checkpoint"
         self.scratch = self.folder / "scratch"
-        self._refuse_others()
+        self._refuse_foreign_files()
         self.key, self.records = self._read()
 
-    def _refuse_others(self) -> None:
-        """Make sure that the hidden folder is one of ours, since it is deleted in the end."""
+    def _refuse_foreign_files(self) -> None:
+        """Make sure that hf_prune wrote the hidden folder, since it is deleted in the end."""
         if not os.path.lexists(self.folder):
             return
-        found = "no folder"
+        foreign = "not a folder"
         if self.folder.is_dir() and not self.folder.is_symlink():
-            found = first_few(sorted(path.name for path in self.folder.iterdir() if path.name not in _OWN))
-        if found:
+            foreign = first_few(sorted(path.name for path in self.folder.iterdir() if path.name not in _OWN))
+        if foreign:
             raise CheckpointError(
-                f"{self.folder} would hold the unfinished result, and hf_prune did not write what is there ({found}): "
-                f"move it away, or name another output"
+                f"{self.folder} is needed for the unfinished result, and hf_prune did not write what is there "
+                f"({foreign}): move it away, or name another output"
             )
 
     def _read(self) -> tuple[dict[str, str], list[dict[str, Any]]]:
-        values: list[dict[str, Any]] = []
-        self._end = 0  # of the lines that count
+        records: list[dict[str, Any]] = []
+        self._end = 0  # of the valid lines, in bytes
         try:
             lines = (self.folder / _JOURNAL).read_bytes().splitlines(keepends=True)
         except FileNotFoundError:
@@ -81,27 +81,27 @@ class Journal:
                 break
             if not isinstance(record, dict) or not all(isinstance(record.get(k, t()), t) for k, t in _TYPES.items()):
                 break
-            values.append(record)
+            records.append(record)
             self._end += len(line)
-        if not values or values[0].pop("format", None) != _FORMAT:
+        if not records or records[0].pop("format", None) != _FORMAT:
             return {}, []
-        return values[0], values[1:]
+        return records[0], records[1:]
 
     def begin(self, key: Mapping[str, str], restart: bool = False) -> None:
-        """Continue what an earlier run of the same left, or begin anew.
+        """Continue an interrupted run with the same inputs, or start a new one.
 
         Args:
-            key: What the result is of: short texts by what they describe.
-            restart: Begin anew in any case.
+            key: The inputs: a short text for each, such as a checksum, by name.
+            restart: Start again in any case.
 
         Raises:
-            CheckpointError: If there is an unfinished result of something else.
+            CheckpointError: If there is an unfinished result of a run with other inputs.
         """
         if self.key and not restart:
             self.check(key)
             shutil.rmtree(self.scratch, ignore_errors=True)
             self.scratch.mkdir()
-            self._mend()
+            self._drop_invalid_lines()
             return
         self.remove()
         self.staging.mkdir(parents=True)
@@ -110,29 +110,29 @@ class Journal:
         self._append({"format": _FORMAT, **key})
 
     def check(self, key: Mapping[str, str]) -> None:
-        """Make sure that what an earlier run left, if anything, is of the same.
+        """Make sure that an unfinished result, if there is one, has the same inputs.
 
         Args:
-            key: As of :meth:`begin`, or a part of it.
+            key: As for :meth:`begin`, or a part of it.
 
         Raises:
-            CheckpointError: If it is of something else.
+            CheckpointError: If it has other inputs.
         """
         if self.key and (different := [name for name, value in key.items() if self.key.get(name) != value]):
             raise CheckpointError(
                 f"{self.folder} holds an unfinished result of another run, which differs in "
-                f"{' and '.join(different)}: repeat that run to finish it, pass restart=True (--restart) to begin "
-                f"anew, or delete the folder"
+                f"{' and '.join(different)}: repeat that run to finish it, pass restart=True (--restart) to start "
+                f"again, or delete the folder"
             )
 
-    def _mend(self) -> None:
-        """Drop lines that do not count, so that the next one is not glued to them."""
+    def _drop_invalid_lines(self) -> None:
+        """Cut off invalid lines at the end, so that the next line is not appended to them."""
         path = self.folder / _JOURNAL
         if self._end < path.stat().st_size:
             os.truncate(path, self._end)
 
     def add(self, record: dict[str, Any], *written: Path) -> None:
-        """Say that something is done, once the files that it wrote are on the disk."""
+        """Record that a step is done, after the files that it wrote are on the disk."""
         for path in written:
             sync(path)
         self._append(record)
@@ -146,7 +146,7 @@ class Journal:
             os.fsync(file.fileno())
 
     def remove(self) -> None:
-        """Delete it; what it was taking out of the folder of the result is put back first."""
+        """Delete the hidden folder, after putting back files that were moved out of the output folder."""
         if self.folder.exists():
             put_back(self.staging, self.out)
             shutil.rmtree(self.folder)
@@ -154,5 +154,5 @@ class Journal:
 
 
 def _checksum(text: bytes) -> bytes:
-    """How a line ends, after a space."""
+    """The end of a line, after a space."""
     return f"{zlib.crc32(text):08x}\n".encode()

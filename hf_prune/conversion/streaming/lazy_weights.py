@@ -1,4 +1,4 @@
-"""Weights that are read when they are needed."""
+"""Read the weights of a model on the meta device when they are used."""
 
 from __future__ import annotations
 
@@ -15,34 +15,34 @@ from torch.overrides import TorchFunctionMode
 from hf_prune.calibration.block_sequence import replaced_forward
 from hf_prune.conversion.streaming.meta_model import MetaModel
 
-_DEVICE = Tensor.device.__get__  # what a TorchFunctionMode is told of ``tensor.device``
+_DEVICE = Tensor.device.__get__  # the function that a TorchFunctionMode sees for ``tensor.device``
 
 
 class LazyWeights:
-    """The weights of a model on the meta device, there while they are needed; a context in which the model runs.
+    """A context in which a model on the meta device can run: its weights are read while they are needed.
 
-    A module's own weights are read when it is called and forgotten afterwards, so that a batch needs the memory of one
-    module; the operating system's cache makes reading them again for the next batch cheap. Of an
-    embedding only the rows that are looked up are read. An output embedding that nobody prunes is not read at all: it
-    puts out a tensor on the meta device.
+    The weights of a module are read when it is called and dropped afterwards, so that a batch takes the memory of one
+    module; the operating system's cache makes it cheap to read them again for the next batch. Of an embedding only the
+    rows that are looked up are read. An output embedding that is not pruned is not read at all: its output is a tensor
+    on the meta device.
 
     Args:
-        skeleton: The model.
+        meta_model: The model.
         read: Reads a parameter by its name in the model.
-        read_rows: Reads some rows of one.
+        read_rows: Reads some rows of a parameter.
         targets: Names of the parameters that are pruned.
-        skip_head: Whether the output embedding may be left out.
+        skip_head: Whether the output embedding may be skipped.
     """
 
     def __init__(
         self,
-        skeleton: MetaModel,
+        meta_model: MetaModel,
         read: Callable[[str], Tensor],
         read_rows: Callable[[str, Sequence[int]], Tensor],
         targets: Iterable[str] = (),
         skip_head: bool = False,
     ) -> None:
-        self.model = skeleton.model
+        self.model = meta_model.model
         self._read = read
         self.read_rows = read_rows
         self._empty = {name: p for name, p in self.model.named_parameters() if p.is_meta}
@@ -78,12 +78,12 @@ class LazyWeights:
         self.release()
 
     def release(self) -> None:
-        """Forget all weights."""
+        """Drop all weights."""
         self.hold(())
         self._users.clear()
 
     def hold(self, names: Iterable[str]) -> None:
-        """Have these weights in the model, and no others."""
+        """Put exactly these weights into the model, and drop all others."""
         names = set(names)
         for name in self._loaded - names:
             self._put(name, self._empty[name])
@@ -92,7 +92,7 @@ class LazyWeights:
             self._load(name)
 
     def __getitem__(self, name: str) -> Tensor:
-        """A weight that is there."""
+        """A weight that is in the model."""
         module, attribute = self._places[name][0]
         parameter = module._parameters[attribute]
         assert parameter is not None
@@ -127,7 +127,7 @@ def _shape_only(outputs: int, x: Tensor) -> Tensor:
 
 
 class _Rows(TorchFunctionMode):
-    """Look-ups in an embedding whose weights are not there read just the rows, and ids are made where those will be."""
+    """Read only the rows that an embedding looks up, and report the CPU as the device of its absent weights."""
 
     def __init__(self, lazy: LazyWeights) -> None:
         super().__init__()

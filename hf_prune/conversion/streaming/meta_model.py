@@ -1,7 +1,7 @@
-"""A model without its weights: what there is to prune, where each weight lies on the disk, and how to run it anyway.
+"""A model on the meta device, built from its config alone, and the place of each of its weights in the files.
 
-The model is built on the meta device from its config alone. Its weights are then read from the checkpoint's files when
-a module is called, and forgotten afterwards, so that it runs as its author wrote it in the memory of a few modules.
+:class:`~hf_prune.conversion.streaming.lazy_weights.LazyWeights` then reads the weights when a module is called, so that
+the model runs as its author wrote it, in the memory of a few modules.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from hf_prune.checkpoint.files import find_file, weight_files
+from hf_prune.checkpoint.files import INDEX, SINGLE, find_file, weight_files
 from hf_prune.checkpoint.load import limited_to_files
 from hf_prune.checkpoint.native import explained_loading, native_class
 from hf_prune.checkpoint.shards import Shards, read_tensor
@@ -36,20 +36,18 @@ from hf_prune.utils.formatting import first_few
 from hf_prune.utils.notices import warn_user
 from hf_prune.utils.number_formats import EXPECTED, method_of_config
 
-_INDEX = "model.safetensors.index.json"
-
 
 @dataclass(frozen=True)
 class MetaModel:
     """A model on the meta device, and the files with its weights.
 
     Args:
-        model: In eval mode; buffers that no file has are as its class computes them.
-        shards: The files.
-        keys: The names in the files of each parameter, by its name in the model; several if tied ones were all saved,
-            none if its class computes it. Such a one is there, and not on the meta device.
-        buffers: The names in the files of buffers.
-        dtypes: What each parameter has in a loaded model.
+        model: The model in eval mode. Buffers that are in no file have the values that their class computes.
+        shards: The weight files.
+        keys: The names in the files of each parameter, by its name in the model: several if tied ones were all saved,
+            none if its class computes it. A computed parameter has its values, and is not on the meta device.
+        buffers: The names in the files of buffers, by their names in the model.
+        dtypes: The dtype of each parameter in a loaded model.
     """
 
     model: Any
@@ -59,7 +57,7 @@ class MetaModel:
     dtypes: Mapping[str, torch.dtype]
 
     def load_buffers(self) -> None:
-        """Read the buffers that the files have, such as the running statistics of a batch norm."""
+        """Read the buffers that are in the files, such as the running statistics of a batch norm."""
         for name, buffer in self.model.named_buffers():
             if name in self.buffers:
                 buffer.copy_(read_tensor(self.shards.folder, self.shards.entries[self.buffers[name]]))
@@ -72,8 +70,8 @@ def load_meta_model(source: str) -> MetaModel:
         source: Folder or Hub id, with weights in safetensors files.
 
     Raises:
-        DataError: If the source cannot be found, or its config names no class of transformers.
-        CheckpointError: If a file is missing or damaged, or what it holds cannot be matched with the model.
+        DataError: If the source cannot be found, or its config names no transformers class.
+        CheckpointError: If a file is missing or damaged, or its tensors cannot be matched with the model.
     """
     native = native_class(source)
     hub = {"local_files_only": check_model_source(source)}
@@ -82,16 +80,14 @@ def load_meta_model(source: str) -> MetaModel:
         raise CheckpointError(f"{source!r} is quantized with {method!r}: {EXPECTED}")
     if getattr(config, "quantization_config", None) is not None:
         raise CheckpointError(
-            f"{source!r} is compressed or shrunk, so its weights do not lie in its files as they are in the model: "
-            f"prune without streaming"
+            f"{source!r} is compressed or shrunk, so its weights are not stored as they are in the model: prune "
+            f"without streaming"
         )
     files = weight_files(source, hub)
     if not files:
-        raise CheckpointError(
-            f"{source!r} has no weights: expected model.safetensors, or {_INDEX} and the files that it names"
-        )
-    sharded = find_file(source, "model.safetensors", hub) is None
-    shards = Shards(files, find_file(source, _INDEX, hub) if sharded else None)
+        raise CheckpointError(f"{source!r} has no weights: expected {SINGLE}, or {INDEX} and the files that it names")
+    sharded = find_file(source, SINGLE, hub) is None
+    shards = Shards(files, find_file(source, INDEX, hub) if sharded else None)
     if config.dtype is None:  # as from_pretrained does
         floating = (entry.torch_dtype for entry in shards.entries.values() if entry.dtype.endswith(("F16", "F32")))
         config.dtype = next(floating, None)
@@ -108,7 +104,7 @@ def load_meta_model(source: str) -> MetaModel:
 
 
 class _EmptyOnMeta(TorchFunctionMode):
-    """Weights begin as ``torch.empty``, and take no memory here, not even for a moment; buffers begin as values."""
+    """Create the results of ``torch.empty``, which weights start from, on the meta device, without any memory."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.empty:
@@ -117,7 +113,7 @@ class _EmptyOnMeta(TorchFunctionMode):
 
 
 def _match(model: Any, shards: Shards, source: str) -> tuple[dict[str, tuple[str, ...]], dict[str, str]]:
-    """Which tensor in the files is which in the model, as transformers itself tells it."""
+    """Match the tensors in the files with the parameters and buffers of the model, by the rules of transformers."""
     transforms = get_model_conversion_mapping(model)
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
@@ -133,8 +129,8 @@ def _match(model: Any, shards: Shards, source: str) -> tuple[dict[str, tuple[str
             name, merged = rename_source_key(key, [], [], prefix, state)
         if merged is not None:
             raise CheckpointError(
-                f"{key} of {source!r} is part of a weight that transformers puts together when it loads the model "
-                f"({name}), so it cannot be pruned where it lies: prune without streaming"
+                f"{key} of {source!r} is part of a weight that transformers assembles while it loads the model "
+                f"({name}), so it cannot be pruned in its file: prune without streaming"
             )
         if name not in state:
             unknown.append(key)
@@ -149,8 +145,8 @@ def _match(model: Any, shards: Shards, source: str) -> tuple[dict[str, tuple[str
             keys[first[id(state[name])]].append(key)
         else:
             buffers[name] = key
-    missing = [name for name, found in keys.items() if not found]
-    if missing := [name for name in missing if name not in set(_compute_left_out(model, missing))]:
+    missing = [name for name, stored in keys.items() if not stored]
+    if missing := [name for name in missing if name not in set(_compute_missing(model, missing))]:
         pruned = any(f"{name}_orig" in shards.entries for name in missing)
         hint = "it was pruned with torch.nn.utils.prune: load it once without streaming" if pruned else "found others"
         raise CheckpointError(
@@ -161,21 +157,23 @@ def _match(model: Any, shards: Shards, source: str) -> tuple[dict[str, tuple[str
     ignored = model._keys_to_ignore_on_load_unexpected or ()
     if strange := [key for key in unknown if not any(re.search(pattern, key) for pattern in ignored)]:
         warn_user(
-            f"{len(strange)} tensors of {source!r} are not of {type(model).__name__}, and are copied as they are: "
+            f"{len(strange)} tensors of {source!r} do not belong to {type(model).__name__}, and are copied unchanged: "
             f"{first_few(strange)}",
         )
-    return {name: tuple(found) for name, found in keys.items()}, buffers
+    return {name: tuple(stored) for name, stored in keys.items()}, buffers
 
 
-def _compute_left_out(model: Any, names: Sequence[str]) -> list[str]:
-    """Compute parameters that files may lack since their class computes them, such as sinusoids of positions.
+def _compute_missing(model: Any, names: Sequence[str]) -> list[str]:
+    """Compute parameters that are missing in the files since their class computes them, such as sinusoidal positions.
+
+    Random initial values and prunable weights do not count as computed.
 
     Args:
-        model: Its parameters are on the meta device; those that could be computed are not afterwards.
-        names: Those that the files lack.
+        model: A model on the meta device; gets the values of computed parameters.
+        names: The missing parameters.
 
     Returns:
-        The names of those that were computed: what begins at random is none, nor what can be pruned.
+        The names of the computed ones.
     """
     allowed = model._keys_to_ignore_on_load_missing or ()
     prunable = {id(module._parameters["weight"]) for _, (module, _) in prunable_modules(model)}
@@ -188,7 +186,7 @@ def _compute_left_out(model: Any, names: Sequence[str]) -> list[str]:
         parts = [holder[:end] for end in range(len(holder) + 1) if end in (0, len(holder)) or holder[end] == "."]
         owners = [part for part in map(model.get_submodule, parts) if isinstance(part, PreTrainedModel)]
         values = []
-        for seed in (0, 1):
+        for seed in (0, 1):  # computed values depend neither on the seed nor on what was there before
             module._parameters[key] = nn.Parameter(
                 torch.full_like(parameter, seed, device="cpu"), requires_grad=parameter.requires_grad
             )
@@ -204,7 +202,7 @@ def _compute_left_out(model: Any, names: Sequence[str]) -> list[str]:
 
 
 def _dtypes(model: Any) -> dict[str, torch.dtype]:
-    """The dtypes that a loaded model has: a few classes keep some weights in float32."""
+    """The dtypes in a loaded model, where some classes keep a few weights in float32."""
     dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
     if exceptions := model._get_dtype_plan(model.config.dtype):
         pattern, patterns, _ = build_glob_alternation(list(exceptions))
@@ -214,8 +212,8 @@ def _dtypes(model: Any) -> dict[str, torch.dtype]:
     return dtypes
 
 
-def explained(model: nn.Module, error: Exception) -> Exception:
-    """The error to raise for one that running a model without its weights has brought up."""
+def explain_meta_error(model: nn.Module, error: Exception) -> Exception:
+    """Explain an error about the meta device from a model that runs without its weights; return others unchanged."""
     if "meta" not in str(error):
         return error
     line = next((line for line in str(error).splitlines() if line.strip()), repr(error))

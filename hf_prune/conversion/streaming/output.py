@@ -1,9 +1,8 @@
-"""What a streaming run writes: the pruned files, the masks and the report, each as soon as it is known."""
+"""The output of a stream: pruned files, masks and report, each written as soon as it is known."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import shutil
 from collections.abc import Container, Mapping, Sequence
@@ -15,13 +14,13 @@ import torch
 from torch import Tensor
 
 from hf_prune.checkpoint.companions import copy_companions
-from hf_prune.checkpoint.files import MASK_FILE, find_file
-from hf_prune.checkpoint.mask_file import mask_metadata, pack
+from hf_prune.checkpoint.files import INDEX, MASK_FILE, SINGLE, SPARSITY_REPORT, find_file
+from hf_prune.checkpoint.mask_file import mask_metadata, pack_mask
 from hf_prune.checkpoint.shards import Entry, header_bytes, read_parts, read_rows, read_tensor, write_all, write_tensor
 from hf_prune.checkpoint.sources import check_model_source
 from hf_prune.conversion.streaming.journal import Journal
 from hf_prune.conversion.streaming.meta_model import MetaModel
-from hf_prune.conversion.streaming.placing import COMMAND, place, report_of
+from hf_prune.conversion.streaming.placing import COMMAND, place_output, report_of
 from hf_prune.errors import CheckpointError
 from hf_prune.evaluation.sparsity_report import SparsityReport, TensorReport
 from hf_prune.evaluation.weight_statistics import WeightStatistics, nm_patterns
@@ -34,45 +33,42 @@ from hf_prune.planning.targets import bias_names, resolve_targets
 from hf_prune.utils.files import write_text
 from hf_prune.utils.output_folder import check_output
 
-REPORT_FILE = "sparsity_report.json"
 _BITS = "masks.bits"
-_SINGLE = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
-COPIED = ("config.json", "generation_config.json", _INDEX)  # as they are
+COPIED = ("config.json", "generation_config.json", INDEX)  # unchanged
 
 
 class Output:
-    """The pruned checkpoint in the making.
+    """The unfinished pruned checkpoint.
 
     Args:
-        skeleton: The model.
+        meta_model: The model.
         plan: Its plan.
         old_masks: Masks of earlier prunings, by parameter name.
-        partial: Where it is made.
+        journal: The journal, with the folder of the checkpoint.
     """
 
     def __init__(
-        self, skeleton: MetaModel, plan: PruningPlan, old_masks: Mapping[str, Tensor], partial: Journal
+        self, meta_model: MetaModel, plan: PruningPlan, old_masks: Mapping[str, Tensor], journal: Journal
     ) -> None:
-        self.skeleton = skeleton
+        self.meta_model = meta_model
         self.plan = plan
         self.old_masks = old_masks
-        self.partial = partial
+        self.journal = journal
         self.targets = {tensor.target.name: tensor.target for tensor in plan.tensors}
         self.reports: dict[str, dict[str, Any]] = {}
         self.kept: dict[str, int] = {}
         self._copied: set[str] = set()
         self._checked: set[str] = set()
-        self._parameters = dict(skeleton.model.named_parameters())
-        self.biases: dict[str, str] = {}  # those that the repair solves anew, by the target's name
+        self._parameters = dict(meta_model.model.named_parameters())
+        self.biases: dict[str, str] = {}  # biases that the repair changes, by the target's name
         if plan.config.repair is not None:
-            self.biases = bias_names(skeleton.model, list(self.targets.values()))
+            self.biases = bias_names(meta_model.model, list(self.targets.values()))
         self._weights = {bias: name for name, bias in self.biases.items()}
-        for record in partial.records:
+        for record in journal.records:
             self.reports |= record.get("tensors", {})
             self.kept |= record.get("kept", {})
             self._copied |= set(record.get("copied", ()))
-        self._bits: dict[str, tuple[int, int]] = {}  # where each mask begins and ends in the file of bits
+        self._bits: dict[str, tuple[int, int]] = {}  # begin and end of each mask in the file of bits
         end = 0
         for name in sorted({*self.targets, *old_masks}):
             start, end = end, end + (self._parameters[name].numel() + 7) // 8
@@ -80,29 +76,29 @@ class Output:
         self._bits_size = end
 
     def done(self, name: str) -> bool:
-        """Whether a target has its final weights on the disk."""
+        """Whether the final weights of a target are on the disk."""
         return name in self.kept
 
     def is_sound(self) -> bool:
-        """Whether the files that the journal speaks of are there, with the size that they must have."""
-        shards = self.skeleton.shards.shards
+        """Whether the files that the journal names exist with the right sizes."""
+        shards = self.meta_model.shards.shards
         if not self._copied <= shards.keys():
             return False
-        sizes = {self.partial.staging / name: shards[name].size for name in self._copied}
+        sizes = {self.journal.staging / name: shards[name].size for name in self._copied}
         if sizes:
-            sizes[self.partial.folder / _BITS] = self._bits_size
+            sizes[self.journal.folder / _BITS] = self._bits_size
         return all(path.is_file() and path.stat().st_size == size for path, size in sizes.items())
 
     # --- reading ------------------------------------------------------------------------------------
 
     def read(self, name: str) -> Tensor:
-        """A parameter as it is now, in the dtype of a loaded model.
+        """Read the current values of a parameter, in the dtype of a loaded model.
 
         Raises:
             PlanError: If a target has values that are not finite.
-            CheckpointError: If it has non-zero weights that an earlier mask removes.
+            CheckpointError: If it has nonzero weights that an earlier mask removes.
         """
-        weight = read_tensor(*self._place(name)).to(self.skeleton.dtypes[name])
+        weight = read_tensor(*self._place(name)).to(self.meta_model.dtypes[name])
         if name in self.targets and not self.done(name) and name not in self._checked:
             refuse_infinite({name: weight})
             self._check_old_mask(name, weight)
@@ -110,41 +106,43 @@ class Output:
         return weight
 
     def read_rows(self, name: str, rows: Sequence[int]) -> Tensor:
-        """Some rows of a parameter as it is now."""
-        return read_rows(*self._place(name), rows).to(self.skeleton.dtypes[name])
+        """Read the current values of some rows of a parameter."""
+        return read_rows(*self._place(name), rows).to(self.meta_model.dtypes[name])
 
     def _place(self, name: str) -> tuple[Path, Entry]:
-        folder = self.partial.staging if self.done(self._weights.get(name, name)) else self.skeleton.shards.folder
-        return folder, self.skeleton.shards.entries[self.skeleton.keys[name][0]]
+        folder = self.journal.staging if self.done(self._weights.get(name, name)) else self.meta_model.shards.folder
+        return folder, self.meta_model.shards.entries[self.meta_model.keys[name][0]]
 
     def _check_old_mask(self, name: str, weight: Tensor) -> None:
         old = self.old_masks.get(name)
         if old is not None and bool(weight.masked_select(~old).any()):
             raise CheckpointError(
-                f"the masks of {self.skeleton.shards.folder} are not those of its weights: {name!r} has non-zero "
+                f"the masks of {self.meta_model.shards.folder} are not those of its weights: {name!r} has nonzero "
                 f"weights that its mask removes; restore the matching {MASK_FILE}, or delete it to prune without masks"
             )
 
     # --- writing ------------------------------------------------------------------------------------
 
     def copy_rest(self) -> None:
-        """Make the files, with everything in them that is not pruned."""
-        names = {key: name for name, keys in self.skeleton.keys.items() for key in keys}
-        masked = {t.name: t for t in _masked_targets(self.skeleton.model, self.old_masks) if t.name not in self.targets}
-        computed = {  # in no file
+        """Create the weight files, with all tensors in them that are not pruned."""
+        names = {key: name for name, keys in self.meta_model.keys.items() for key in keys}
+        masked = {
+            t.name: t for t in _masked_targets(self.meta_model.model, self.old_masks) if t.name not in self.targets
+        }
+        computed = {  # parameters that are in no file
             name: self._report(name, None, None, int(self._parameters[name].count_nonzero()))
-            for name, keys in self.skeleton.keys.items()
+            for name, keys in self.meta_model.keys.items()
             if not keys
         }
-        bits = self.partial.folder / _BITS
+        bits = self.journal.folder / _BITS
         bits.touch()
         os.truncate(bits, self._bits_size)
-        for shard in self.skeleton.shards.shards.values():
+        for shard in self.meta_model.shards.shards.values():
             if shard.name in self._copied:
                 continue
             reports = dict(computed)
             kept: dict[str, int] = {}
-            path = self.partial.staging / shard.name
+            path = self.journal.staging / shard.name
             with path.open("wb", buffering=0) as file:
                 write_all(file, shard.header)
                 for entry in shard.entries:
@@ -153,7 +151,7 @@ class Output:
                         continue
                     file.seek(entry.start)
                     nonzero = 0
-                    for part in read_parts(self.skeleton.shards.folder, entry):
+                    for part in read_parts(self.meta_model.shards.folder, entry):
                         write_all(file, part)
                         if name is not None:
                             nonzero += int(torch.frombuffer(part, dtype=entry.torch_dtype).count_nonzero())
@@ -165,20 +163,20 @@ class Output:
                     elif name is not None:
                         reports[name] = self._report(name, None, None, nonzero)
                 file.truncate(shard.size)
-            self.partial.add({"copied": [shard.name], "tensors": reports, "kept": kept}, path, bits)
+            self.journal.add({"copied": [shard.name], "tensors": reports, "kept": kept}, path, bits)
             self.reports |= reports
             self.kept |= kept
 
     def write(
         self, tensor: PlannedTensor, weight: Tensor, mask: Tensor, new: Mapping[str, Tensor] = MappingProxyType({})
     ) -> None:
-        """Put the pruned weights of one target where they belong.
+        """Write the pruned weights of one target to their place in the files.
 
         Args:
             tensor: The target.
-            weight: Its dense weights, which become those after pruning.
-            mask: Bool, of the same shape.
-            new: New values of the weights that stay and of the bias, where they have some, by parameter name.
+            weight: Its dense weights; pruned in place.
+            mask: Bool of the same shape, True = keep.
+            new: Repaired values of the weight and of the bias, if there are any, by parameter name.
         """
         name = tensor.target.name
         before = WeightStatistics.of(weight)
@@ -191,26 +189,26 @@ class Output:
         reports = {name: self._report(name, tensor.target, weight)}
         reports[name]["before"] = dataclasses.asdict(before)
         for bias in new.keys() - {name}:
-            values = new[bias].to(self.skeleton.dtypes[bias])
+            values = new[bias].to(self.meta_model.dtypes[bias])
             written += self._store(bias, values)
             reports[bias] = {**self.reports[bias], "nonzero": int(values.count_nonzero())}
         kept = self._write_mask(name, mask)
-        bits = self.partial.folder / _BITS
-        self.partial.add({"tensors": reports, "kept": {name: kept}}, *dict.fromkeys(written), bits)
+        bits = self.journal.folder / _BITS
+        self.journal.add({"tensors": reports, "kept": {name: kept}}, *dict.fromkeys(written), bits)
         self.reports |= reports
         self.kept[name] = kept
 
     def _store(self, name: str, values: Tensor, mask: Tensor | None = None) -> list[Path]:
-        """Write a parameter in the dtype of its file: which files.
+        """Write a parameter in the dtype of its file, and return the files.
 
         Args:
-            name: Its name.
+            name: Name of the parameter.
             values: Its values.
-            mask: Which stay as they were in the file, bit for bit, where nothing but zeros is new.
+            mask: If the only change is zeros: the weights that keep the bits that they have in the file.
         """
-        shards = self.skeleton.shards
+        shards = self.meta_model.shards
         written = []
-        for key in self.skeleton.keys[name]:
+        for key in self.meta_model.keys[name]:
             entry = shards.entries[key]
             if entry.torch_dtype == values.dtype:
                 stored = values
@@ -219,19 +217,19 @@ class Output:
             else:
                 stored = read_tensor(shards.folder, entry)
                 zero_removed_(stored, mask)
-            write_tensor(self.partial.staging, entry, stored.contiguous())
-            written.append(self.partial.staging / entry.shard)
+            write_tensor(self.journal.staging, entry, stored.contiguous())
+            written.append(self.journal.staging / entry.shard)
         return written
 
     def _write_mask(self, name: str, mask: Tensor) -> int:
-        with (self.partial.folder / _BITS).open("r+b", buffering=0) as file:
+        with (self.journal.folder / _BITS).open("r+b", buffering=0) as file:
             file.seek(self._bits[name][0])
-            write_all(file, pack(mask).data)
+            write_all(file, pack_mask(mask).data)
         return int(mask.count_nonzero())
 
     def _report(self, name: str, target: Target | None, weight: Tensor | None, nonzero: int = 0) -> dict[str, Any]:
         parameter = self._parameters[name]
-        found = () if target is None or weight is None else nm_patterns(target, weight, self.plan.config)
+        patterns = () if target is None or weight is None else nm_patterns(target, weight, self.plan.config)
         return dataclasses.asdict(
             TensorReport(
                 name=name,
@@ -239,8 +237,8 @@ class Output:
                 is_target=target is not None,
                 parameters=parameter.numel(),
                 nonzero=nonzero if weight is None else int(weight.count_nonzero()),
-                nm_patterns=found,
-                bytes=parameter.numel() * self.skeleton.dtypes[name].itemsize,
+                nm_patterns=patterns,
+                bytes=parameter.numel() * self.meta_model.dtypes[name].itemsize,
                 after=None if weight is None else WeightStatistics.of(weight),
             )
         )
@@ -248,32 +246,32 @@ class Output:
     # --- the end ------------------------------------------------------------------------------------
 
     def finish(self, source: str, out: Path, overwrite: bool) -> SparsityReport:
-        """Add the other files, and put the checkpoint where it belongs."""
-        staging = self.partial.staging
-        _clear(staging, self.skeleton.shards.shards)
+        """Add the other files, and move the checkpoint into its folder."""
+        staging = self.journal.staging
+        _clear(staging, self.meta_model.shards.shards)
         hub = {"local_files_only": check_model_source(source)}
-        for name in COPIED[:-1] if _SINGLE in self.skeleton.shards.shards else COPIED:
+        for name in COPIED[:-1] if SINGLE in self.meta_model.shards.shards else COPIED:
             if (path := find_file(source, name, hub)) is not None:
                 shutil.copyfile(path, staging / name)
         copy_companions(source, staging)
         self._join_masks(staging / MASK_FILE)
         report = report_of(self.plan.model_name, list(self._parameters), self.reports, self.plan.notes)
-        write_text(staging / REPORT_FILE, report.to_json())
+        write_text(staging / SPARSITY_REPORT, report.to_json())
         check_output(out, COMMAND, overwrite=overwrite)
-        place(self.partial, out, list(self._parameters), report, overwrite)
+        place_output(self.journal, out, list(self._parameters), report, overwrite)
         return report
 
     def _join_masks(self, path: Path) -> None:
         tensors = {name: ("U8", (end - start,), end - start) for name, (start, end) in self._bits.items()}
         shapes = {name: list(self._parameters[name].shape) for name in self._bits}
         entries = {name: {"shape": shape, "kept": self.kept[name]} for name, shape in shapes.items()}
-        with path.open("wb", buffering=0) as file, (self.partial.folder / _BITS).open("rb") as bits:
+        with path.open("wb", buffering=0) as file, (self.journal.folder / _BITS).open("rb") as bits:
             write_all(file, header_bytes(tensors, mask_metadata(entries, self.plan.config)))
             shutil.copyfileobj(bits, file)
 
 
 def _clear(folder: Path, kept: Container[str]) -> None:
-    """Remove what an interrupted run had put beside the weights: nobody knows whether it is whole."""
+    """Remove files other than weights that an interrupted run left, since they may be incomplete."""
     for path in folder.iterdir():
         if path.is_dir():
             shutil.rmtree(path)
@@ -284,10 +282,5 @@ def _clear(folder: Path, kept: Container[str]) -> None:
 def _masked_targets(model: Any, masks: Mapping[str, Tensor]) -> list[Target]:
     if not masks:
         return []
-    every = resolve_targets(model, PruningConfig(target_modules=".*"), loaded=False)
-    return [target for target in every if target.name in masks]
-
-
-def digest_of(value: Any) -> str:
-    """JSON text with sorted keys, to compare."""
-    return json.dumps(value, sort_keys=True)
+    targets = resolve_targets(model, PruningConfig(target_modules=".*"), loaded=False)
+    return [target for target in targets if target.name in masks]

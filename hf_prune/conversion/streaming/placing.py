@@ -1,4 +1,4 @@
-"""Put finished files where they belong."""
+"""Move a finished stream into its output folder, and finish a move that was interrupted."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hf_prune.checkpoint.staging import completing, finish_checkpoint
+from hf_prune.checkpoint.staging import essential_files, finish_checkpoint
 from hf_prune.conversion.streaming.journal import Journal
 from hf_prune.evaluation.sparsity_report import SparsityReport, TensorReport
 from hf_prune.evaluation.weight_statistics import WeightStatistics
@@ -19,7 +19,7 @@ COMMAND = "prune"
 def report_of(
     model_name: str, names: Sequence[str], reports: Mapping[str, Mapping[str, Any]], notes: Sequence[str]
 ) -> SparsityReport:
-    """A report from what the journal says of each parameter."""
+    """The sparsity report, from the entries of all parameters in the journal."""
 
     def statistics(values: Mapping[str, float] | None) -> WeightStatistics | None:
         return None if values is None else WeightStatistics(**values)
@@ -42,43 +42,45 @@ def report_of(
     )
 
 
-def place(partial: Journal, out: Path, names: Sequence[str], report: SparsityReport, overwrite: bool) -> None:
-    """Move a finished checkpoint to where it belongs, in such a way that an interruption can be made good."""
-    gone = finish_checkpoint(partial.staging, out, COMMAND)
-    described = {"names": list(names), "model": report.model_name, "notes": list(report.notes)}
-    staged = partial.staging.stat()
-    there = {"folder": [staged.st_dev, staged.st_ino], "files": [name for name, *_ in _listed(partial.staging)]}
-    partial.add({"placing": gone, "found": _listed(out), **there, **described})
-    finish_placing(partial, out, overwrite)
+def place_output(journal: Journal, out: Path, names: Sequence[str], report: SparsityReport, overwrite: bool) -> None:
+    """Move a finished checkpoint into its folder; the journal records the move first, so that it can be continued."""
+    removed = finish_checkpoint(journal.staging, out, COMMAND)
+    summary = {"names": list(names), "model": report.model_name, "notes": list(report.notes)}
+    stat = journal.staging.stat()
+    staged = {"folder": [stat.st_dev, stat.st_ino], "files": [name for name, *_ in _list_files(journal.staging)]}
+    journal.add({"placing": removed, "found": _list_files(out), **staged, **summary})
+    finish_placing(journal, out, overwrite)
 
 
-def _listed(folder: Path) -> list[list[Any]]:
+def _list_files(folder: Path) -> list[list[Any]]:
     """Names, sizes and times of a folder's files."""
-    found = [(path.relative_to(folder).as_posix(), path.lstat()) for path in folder.rglob("*") if not path.is_dir()]
-    return sorted([name, stat.st_size, stat.st_mtime_ns] for name, stat in found)
+    files = [(path.relative_to(folder).as_posix(), path.lstat()) for path in folder.rglob("*") if not path.is_dir()]
+    return sorted([name, stat.st_size, stat.st_mtime_ns] for name, stat in files)
 
 
-def is_placing(partial: Journal) -> bool:
-    """Whether an interruption of :func:`place` left something to finish."""
-    return bool(partial.records) and partial.records[-1].keys() >= {"placing", "found", "folder", "files", "names"}
+def is_placing(journal: Journal) -> bool:
+    """Whether :func:`place_output` was interrupted."""
+    return bool(journal.records) and journal.records[-1].keys() >= {"placing", "found", "folder", "files", "names"}
 
 
-def finish_placing(partial: Journal, out: Path, overwrite: bool) -> SparsityReport:
-    """Finish what :func:`place` began; the report of the checkpoint.
+def finish_placing(journal: Journal, out: Path, overwrite: bool) -> SparsityReport:
+    """Finish the move that :func:`place_output` began, however far it came, and return the report.
 
     Raises:
-        CheckpointError: If something else has got in the way in the meantime.
+        CheckpointError: If other files appeared in the output folder in the meantime.
     """
-    last = partial.records[-1]
-    there = out.stat() if out.exists() else None
-    placed = there is not None and [there.st_dev, there.st_ino] == last["folder"]  # staging is the old one then
-    placed = placed or put_back(partial.staging, partial.out)
-    if not placed and all((partial.staging / name).is_file() for name in last["files"]):  # else it is being deleted
-        if _listed(out) != last["found"]:
+    last = journal.records[-1]
+    stat = out.stat() if out.exists() else None
+    # After an exchange of the folders, the output is the former staging folder.
+    placed = stat is not None and [stat.st_dev, stat.st_ino] == last["folder"]
+    placed = placed or put_back(journal.staging, journal.out)
+    # If files are missing in staging, the move was done and the journal's folder was being deleted.
+    if not placed and all((journal.staging / name).is_file() for name in last["files"]):
+        if _list_files(out) != last["found"]:
             check_output(out, COMMAND, overwrite=overwrite)
-        place_folder(partial.staging, partial.out, last["placing"], completing())
+        place_folder(journal.staging, journal.out, last["placing"], essential_files())
     reports: dict[str, dict[str, Any]] = {}
-    for record in partial.records:
+    for record in journal.records:
         reports |= record.get("tensors", {})
-    partial.remove()
+    journal.remove()
     return report_of(last["model"], last["names"], reports, last.get("notes", ()))

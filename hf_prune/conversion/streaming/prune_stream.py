@@ -1,9 +1,10 @@
-"""prune_stream(): a checkpoint larger than the memory, pruned tensor by tensor or block by block."""
+"""prune_stream(): prune a checkpoint larger than the memory, tensor by tensor or block by block."""
 
 from __future__ import annotations
 
 import functools
 import hashlib
+import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -24,7 +25,7 @@ from hf_prune.conversion.streaming.blocks import prune_blocks
 from hf_prune.conversion.streaming.journal import Journal
 from hf_prune.conversion.streaming.lazy_weights import LazyWeights
 from hf_prune.conversion.streaming.meta_model import MetaModel, load_meta_model
-from hf_prune.conversion.streaming.output import COPIED, Output, digest_of
+from hf_prune.conversion.streaming.output import COPIED, Output
 from hf_prune.conversion.streaming.placing import finish_placing, is_placing
 from hf_prune.criteria.base import CURVATURE, GRADIENTS, INPUTS, TRAINED, WeightStats, weight_seed
 from hf_prune.criteria.registry import CRITERIA
@@ -62,36 +63,36 @@ def prune_stream(
 ) -> SparsityReport:
     """Prune a checkpoint into a folder without ever holding its model.
 
-    The result is that of loading the model, pruning and saving it: the same masks, in safetensors files like those of
-    the source, one for one. Criteria without data read one weight at a time. Those that learn from inputs run the
-    batches through one block at a time, as :func:`hf_prune.prune` does in ``calibration_order="sequential"``; the
-    memory that takes is that of the largest block, of the statistics of one input, and of ``cache_bytes``.
+    The result is the same as loading the model, pruning it and saving it: the same masks, in the same safetensors files
+    as those of the source. Criteria without data read one weight at a time. Criteria that learn from inputs run the
+    batches through one block at a time, like :func:`hf_prune.prune` with ``calibration_order="sequential"``; that takes
+    the memory of the largest block, of the statistics of one input, and ``cache_bytes``.
 
-    Nothing appears at ``out`` before it is complete. An interrupted run leaves a hidden folder beside it, with which
+    Nothing appears at ``out`` before it is complete. An interrupted run leaves a hidden folder beside it, from which
     the same call continues: nothing is pruned twice, and the result has the same bits.
 
     Args:
-        source: Folder or Hub id of a checkpoint in safetensors files. Masks of an earlier pruning are respected.
+        source: Folder or Hub id of a checkpoint in safetensors files. Masks of an earlier pruning are kept.
         config: The settings, or just the sparsity.
-        out: The folder: new, empty, or an earlier output.
-        calibration: Batches, for criteria and repairs that learn from inputs; see :func:`hf_prune.text_batches`.
+        out: The folder to write: new, empty, or an earlier output.
+        calibration: Batches for criteria and repairs that learn from inputs; see :func:`hf_prune.text_batches`.
             Labels are not needed.
         progress: Show a progress bar.
-        cache_bytes: How much of what finished blocks put out is kept in memory; the rest goes to the hidden folder.
-        restart: Begin anew, whatever an interrupted run left.
-        overwrite: Replace what is in the way in ``out``.
-        **settings: Fields of :class:`PruningConfig`, in place of, or on top of, ``config``.
+        cache_bytes: Most bytes of block outputs kept in memory; the others go to the hidden folder.
+        restart: Start again, and discard what an interrupted run left.
+        overwrite: Replace existing files in ``out``.
+        **settings: Fields of :class:`PruningConfig`, instead of ``config`` or to change it.
 
     Returns:
-        What is zero in the pruned checkpoint, counted while it was written. It lies in the folder as
+        The sparsity report of the pruned checkpoint, counted while it was written; the folder has it as
         ``sparsity_report.json``.
 
     Raises:
         ConfigError: If a setting is invalid, or needs the whole model at once.
         PlanError: If the settings do not fit the model, or it cannot be run block by block.
         CalibrationError: If calibration data is missing or unusable.
-        CheckpointError: If the source is damaged, does not fit its config or is no safetensors checkpoint, or if an
-            interrupted run of other settings or something else is in the way. Then nothing is placed or replaced.
+        CheckpointError: If the source is damaged, does not fit its config or has no safetensors files, or if an
+            interrupted run with other settings or something else is in the way. ``out`` is then unchanged.
         DataError: If the source cannot be found.
 
     Example:
@@ -100,41 +101,41 @@ def prune_stream(
     config = resolve_config(config, settings)
     source, out = os.fspath(source), Path(out)
     check_streamable(config)
-    partial = Journal(out)
-    if not (placing := is_placing(partial)):  # whose run had looked at it
+    journal = Journal(out)
+    if not (placing := is_placing(journal)):  # the interrupted run has checked it
         check_output(out, "prune", [source], overwrite=overwrite)
     batches: list[Mapping[str, Any]] = []
     if config.needs & INPUTS:
         batches = _batches(config, calibration)
     key = {
         "path": os.path.abspath(source) if os.path.isdir(source) else source,
-        "settings": digest_of(config.to_dict()),
-        "calibration data": _checksum(batches),
+        "settings": json.dumps(config.to_dict(), sort_keys=True),
+        "calibration data": _batches_digest(batches),
         "version": __version__,
     }
     if not restart:
-        partial.check(key)
+        journal.check(key)
         if placing:
-            return finish_placing(partial, out, overwrite)
-    skeleton, plan, old_masks = _prepare(source, config)
+            return finish_placing(journal, out, overwrite)
+    meta_model, plan, old_masks = _prepare(source, config)
     warn_of(plan.notes)
     if placing:
-        finish_placing(partial, out, overwrite)
-    partial.begin({**key, **_fingerprints(source, skeleton)}, restart)
-    output = Output(skeleton, plan, old_masks, partial)
-    if not output.is_sound():  # someone else changed what an interrupted run left
-        partial.begin(partial.key, restart=True)
-        output = Output(skeleton, plan, old_masks, partial)
+        finish_placing(journal, out, overwrite)
+    journal.begin({**key, **_fingerprints(source, meta_model)}, restart)
+    output = Output(meta_model, plan, old_masks, journal)
+    if not output.is_sound():  # the files of the interrupted run were changed
+        journal.begin(journal.key, restart=True)
+        output = Output(meta_model, plan, old_masks, journal)
     output.copy_rest()
     if config.needs & INPUTS:
-        prune_blocks(output, plan, batches, cache_bytes, partial.scratch, progress)
+        prune_blocks(output, plan, batches, cache_bytes, journal.scratch, progress)
     else:
         _prune_tensors(output, plan, progress)
     return output.finish(source, out, overwrite)
 
 
 def plan_stream(source: str | os.PathLike[str], config: PruningConfig) -> PruningPlan:
-    """What :func:`prune_stream` would do; no weight is read.
+    """The plan of :func:`prune_stream`, made without reading any weight.
 
     Raises:
         ConfigError: If a setting needs the whole model at once.
@@ -146,10 +147,10 @@ def plan_stream(source: str | os.PathLike[str], config: PruningConfig) -> Prunin
 
 
 def check_streamable(config: PruningConfig) -> None:
-    """Make sure that settings can be used without holding the model.
+    """Make sure that the settings do not need the whole model in memory.
 
     Raises:
-        ConfigError: If they cannot.
+        ConfigError: If they do.
     """
     if config.removes_units:
         raise ConfigError(
@@ -162,10 +163,12 @@ def check_streamable(config: PruningConfig) -> None:
             f"another criterion and no schedule"
         )
     if config.needs & GRADIENTS:
-        able = [name for name in CRITERIA.names() if not CRITERIA.get(name).needs & (GRADIENTS | CURVATURE | TRAINED)]
+        supported = [
+            name for name in CRITERIA.names() if not CRITERIA.get(name).needs & (GRADIENTS | CURVATURE | TRAINED)
+        ]
         raise ConfigError(
             f"criterion {config.criterion!r} needs gradients, which need the whole model in memory: expected one of "
-            f"{', '.join(able)}; or prune without streaming"
+            f"{', '.join(supported)}; or prune without streaming"
         )
     if config.needs & CURVATURE or config.polish is not None:
         who = f"criterion {config.criterion!r}" if config.needs & CURVATURE else "polish"
@@ -178,10 +181,10 @@ def check_streamable(config: PruningConfig) -> None:
             f"or 'row', or prune without streaming"
         )
     if config.learns_allocation:
-        able = [name for name in ALLOCATIONS if name not in CALIBRATED_ALLOCATIONS]
+        supported = [name for name in ALLOCATIONS if name not in CALIBRATED_ALLOCATIONS]
         raise ConfigError(
-            f"allocation={config.allocation!r} needs the whole model in memory: expected one of {', '.join(able)}, or "
-            f"a sparsity for each module; or prune without streaming"
+            f"allocation={config.allocation!r} needs the whole model in memory: expected one of "
+            f"{', '.join(supported)}, or a sparsity for each module; or prune without streaming"
         )
     if config.objective != "layer":
         raise ConfigError(
@@ -207,26 +210,26 @@ def _batches(config: PruningConfig, calibration: Batches | None) -> list[Mapping
 def _prepare(source: str, config: PruningConfig) -> tuple[MetaModel, PruningPlan, Mapping[str, Tensor]]:
     if os.path.isdir(source):
         refuse_links(Path(source), COPIED)
-    skeleton = load_meta_model(source)
+    meta_model = load_meta_model(source)
     path = find_file(source, MASK_FILE, {"local_files_only": check_model_source(source)})
     masks: Mapping[str, Tensor] = MappingProxyType({}) if path is None else StoredMasks(path)
-    parameters = dict(skeleton.model.named_parameters())
+    parameters = dict(meta_model.model.named_parameters())
     for name in masks:
         if name not in parameters:
             raise CheckpointError(
                 f"the masks of {source} do not fit the model: {name!r} has a mask, and the model has no such "
                 f"parameter; delete {MASK_FILE} to prune without masks"
             )
-    MaskStore(cast("dict[str, Tensor]", masks)).check(skeleton.model)
-    return skeleton, make_plan(skeleton.model, config, loaded=False, masks=masks), masks
+    MaskStore(cast("dict[str, Tensor]", masks)).check(meta_model.model)
+    return meta_model, make_plan(meta_model.model, config, loaded=False, masks=masks), masks
 
 
-def _fingerprints(source: str, skeleton: MetaModel) -> dict[str, str]:
-    """What the files say that an unfinished result was made of, apart from the data."""
+def _fingerprints(source: str, meta_model: MetaModel) -> dict[str, str]:
+    """The fingerprints of the source's files, which an unfinished result was made from."""
     hub = {"local_files_only": check_model_source(source)}
     masks, config = find_file(source, MASK_FILE, hub), find_file(source, "config.json", hub)
     return {
-        "weights": skeleton.shards.fingerprint(),
+        "weights": meta_model.shards.fingerprint(),
         "masks": "" if masks is None else Shards([masks]).fingerprint(),
         "config.json": "" if config is None else hashlib.sha256(Path(config).read_bytes()).hexdigest(),
     }
@@ -237,37 +240,37 @@ def _fingerprints(source: str, skeleton: MetaModel) -> dict[str, str]:
 
 @torch.no_grad()
 def _prune_tensors(output: Output, plan: PruningPlan, progress: bool) -> None:
-    """One weight at a time; in global scope all are read a few times more, to find the score to cut at."""
-    lazy = LazyWeights(output.skeleton, output.read, output.read_rows)
-    cut = _cut(output, plan) if plan.config.scope == "global" else None
+    """Prune one weight at a time; in global scope, all weights are first read a few times to find the threshold."""
+    lazy = LazyWeights(output.meta_model, output.read, output.read_rows)
+    threshold = _global_threshold(output, plan) if plan.config.scope == "global" else None
     for i, tensor in enumerate(Bar(plan.tensors, desc="Pruning", unit="weight", progress=progress)):
         target = tensor.target
         if output.done(target.name):
             continue
         lazy.hold([target.name])
-        if cut is None:
-            mask, _ = prune_tensor(output.skeleton.model, plan, tensor, {}, output.old_masks, biases=output.biases)
+        if threshold is None:
+            mask, _ = prune_tensor(output.meta_model.model, plan, tensor, {}, output.old_masks, biases=output.biases)
         else:
-            part = functools.partial(_chunks, output, plan, tensor)
-            keep = keep_above(part, tensor.units, cut[0], cut[1][i])
+            scores = functools.partial(_scores, output, plan, tensor)
+            keep = keep_above(scores, tensor.units, threshold[0], threshold[1][i])
             mask = target.native(spread_units(plan, target, keep))
         output.write(tensor, lazy[target.name], mask)
     lazy.release()
 
 
-def _cut(output: Output, plan: PruningPlan) -> tuple[float, list[int]]:
-    """The score that all weights are cut at, and how many of those that are just there stay in each."""
-    for record in output.partial.records:
+def _global_threshold(output: Output, plan: PruningPlan) -> tuple[float, list[int]]:
+    """The score above which units are kept, and for each weight the number of kept units with exactly that score."""
+    for record in output.journal.records:
         if "cut" in record:
             return record["cut"], record["ties"]
-    parts = [functools.partial(_chunks, output, plan, tensor) for tensor in plan.tensors]
-    cut, ties = find_threshold(parts, [tensor.units for tensor in plan.tensors], plan.remove)
-    output.partial.add({"cut": cut, "ties": ties})
-    return cut, ties
+    scores = [functools.partial(_scores, output, plan, tensor) for tensor in plan.tensors]
+    threshold, ties = find_threshold(scores, [tensor.units for tensor in plan.tensors], plan.remove)
+    output.journal.add({"cut": threshold, "ties": ties})
+    return threshold, ties
 
 
-def _chunks(output: Output, plan: PruningPlan, tensor: PlannedTensor) -> Iterator[Tensor]:
-    """The scores of one weight, which is read anew."""
+def _scores(output: Output, plan: PruningPlan, tensor: PlannedTensor) -> Iterator[Tensor]:
+    """Read one weight, and compute the scores of its units in chunks."""
     target = tensor.target
     old = output.old_masks.get(target.name)
     weight = target.matrix(output.read(target.name))
@@ -275,8 +278,8 @@ def _chunks(output: Output, plan: PruningPlan, tensor: PlannedTensor) -> Iterato
     return unit_chunks(plan, target, weight, stats, None if old is None else target.matrix(old))
 
 
-def _checksum(batches: Iterable[Any]) -> str:
-    """A hash of calibration batches: names, types, shapes and values."""
+def _batches_digest(batches: Iterable[Any]) -> str:
+    """A hash of calibration batches: names, dtypes, shapes and values."""
     digest = hashlib.sha256()
     for batch in batches:
         for name, value in sorted(batch.items()) if isinstance(batch, Mapping) else [("", batch)]:

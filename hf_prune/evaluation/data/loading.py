@@ -20,8 +20,9 @@ from hf_prune.evaluation.data.files import (
     resolve_split,
     text_files,
 )
+from hf_prune.evaluation.data.hub import hub_repository
 from hf_prune.evaluation.data.sources import cached_splits, check_table
-from hf_prune.utils.hub_access import check_hub_reachable, hub_repository, local_folder
+from hf_prune.utils.hub_access import check_hub_reachable, local_folder
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -207,7 +208,7 @@ def _download(repo_id: str, config: str | None) -> Mapping[str, Dataset]:
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
 
-    from hf_prune.utils.hub_access import check_data_card
+    from hf_prune.evaluation.data.hub import check_data_card
 
     try:
         check_data_card(repo_id)

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 from hf_prune.errors import DataError
 from hf_prune.evaluation.data.files import TABLES
-from hf_prune.utils.hub_access import check_hub_reachable, hub_repository, local_folder
+from hf_prune.evaluation.data.hub import hub_repository
+from hf_prune.utils.hub_access import check_hub_reachable, local_folder
 
 if TYPE_CHECKING:
     from datasets import Dataset

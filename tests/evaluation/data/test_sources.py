@@ -692,7 +692,7 @@ def test_model_class_is_read_from_the_config(tmp_path, closed_port):
     assert of('{"architectures": ["LlamaForCausalLM"]}') == "LlamaForCausalLM"
     assert of('{"architectures": null}') == of("{}") == ""
     for text in ("[]", "no"):
-        with pytest.raises(DataError, match=r"the config.json of .* is no JSON object"):
+        with pytest.raises(DataError, match=r"the config.json of .* does not describe a model"):
             of(text)
     with pytest.raises(DataError, match=r"no such folder: '\./nothing'"):
         model_class("./nothing")

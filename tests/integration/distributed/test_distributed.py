@@ -64,7 +64,7 @@ def test_masks_and_weights_are_those_of_one_process(said, case):
 )
 def test_an_error_in_one_process_is_one_in_both(said, case, message):
     """The worker has made sure that the models are as they were."""
-    other = "1 of 2 processes failed, and so all stop: nothing was changed; see what they said"
+    other = "1 of 2 processes failed, so all of them stop and nothing was changed: see their messages"
     assert [one[case] for one in said] == [other, message]
 
 

@@ -226,7 +226,7 @@ def test_a_private_push_does_not_go_into_a_public_repository(app, hub):
     hub.put(f"{USER}/public", {"config.json": b'{"model_type": "bert"}'})
     visitor = client(app)
     prune(visitor)
-    with pytest.raises(Exception, match="is there already and public"):
+    with pytest.raises(Exception, match="exists already and is public"):
         visitor.predict("public", True, api_name="/push")
     assert set(hub.files(f"{USER}/public")) == {"config.json"}
 

@@ -1,28 +1,28 @@
-"""Whether the facts of a card can be true: ranges of numbers, and what they say of one another."""
+"""Whether the facts of a card can be true: numbers in range, and no contradiction between them."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from hf_prune.errors import DataError
 from hf_prune.evaluation.comparison import interval_of, mcnemar
 
-_ROUNDED = 0.005  # how far a number may be off that somebody wrote down with two digits
+_ROUNDING = 0.005  # error of a number written with two decimal places
 _MOST = 10**12  # examples and tokens
-_LONGEST = 4_000  # characters of a name or a path
-_NOISE = 1.5  # by what factor a speed-up, the median of ratios, may differ from the ratio of the medians
+_MAX_CHARACTERS = 4_000  # of a name or a path
+_NOISE = 1.5  # factor by which a speed-up, a median of ratios, may differ from the ratio of the medians
 
 
 def check_report(report: Mapping[str, Any]) -> None:
-    """Whether what was counted adds up.
+    """Check that the counts of a report add up.
 
     Args:
-        report: As of ``SparsityReport.to_dict()``.
+        report: ``SparsityReport.to_dict()``.
 
     Raises:
-        DataError: If it does not.
+        DataError: If they do not.
     """
     total = _whole(report, "parameters", 0)
     _whole(report, "nonzero", 0, total)
@@ -39,20 +39,20 @@ def check_report(report: Mapping[str, Any]) -> None:
         if report[name] != counted:
             raise DataError(f"{name} is {report[name]!r}, and the tensors of the report have {counted:,}: count again")
     patterns = report.get("nm_patterns") or []
-    if not isinstance(patterns, list | tuple) or not all(isinstance(each, str) for each in patterns):
+    if not isinstance(patterns, list | tuple) or not all(isinstance(pattern, str) for pattern in patterns):
         raise DataError(f"nm_patterns is {patterns!r:.100}: expected a list of patterns such as '2:4'")
     if (structure := report.get("structure")) is not None:
         check_structure(structure)
 
 
 def check_training(training: Mapping[str, Any]) -> None:
-    """Whether a training has steps, a report that adds up, and scores in range.
+    """Check the steps, the report and the scores of a training.
 
     Args:
-        training: As of ``training_report.json``.
+        training: The content of ``training_report.json``.
 
     Raises:
-        DataError: If not.
+        DataError: If they cannot be true.
     """
     _whole(training, "steps", 0)
     check_report(training["sparsity"])
@@ -62,13 +62,13 @@ def check_training(training: Mapping[str, Any]) -> None:
 
 
 def check_structure(structure: Mapping[str, Any]) -> None:
-    """Whether what is said of the units that were taken out can be true.
+    """Check the numbers of units before and after shrinking.
 
     Args:
-        structure: As of ``StructureReport.to_dict()``.
+        structure: ``StructureReport.to_dict()``.
 
     Raises:
-        DataError: If it cannot.
+        DataError: If they cannot be true.
     """
     _whole(structure, "parameters_before", _whole(structure, "parameters", 0))
     _whole(structure, "bytes", 0)
@@ -81,13 +81,13 @@ def check_structure(structure: Mapping[str, Any]) -> None:
 
 
 def check_evaluation(evaluation: Mapping[str, Any]) -> None:
-    """Whether scores are in range, and what their predictions and their comparison give.
+    """Check that scores are in range and agree with their predictions and their comparison.
 
     Args:
-        evaluation: As ``hf-prune evaluate --json`` prints it.
+        evaluation: The output of ``hf-prune evaluate --json``.
 
     Raises:
-        DataError: If they are not.
+        DataError: If they cannot be true.
     """
     score, dense, comparison = (evaluation.get(name) for name in ("evaluation", "dense", "comparison"))
     for part in (score, dense):
@@ -95,28 +95,28 @@ def check_evaluation(evaluation: Mapping[str, Any]) -> None:
             (_check_perplexity if "perplexity" in part else _check_accuracy)(part)
             _are_texts(part, "split", "source", "data_fingerprint", "dtype")
     if score is not None and dense is not None and ("perplexity" in score) != ("perplexity" in dense):
-        raise DataError("dense is another kind of score: expected two accuracies or two perplexities")
+        raise DataError("dense has another kind of score: expected two accuracies or two perplexities")
     if score is not None and dense is not None and score.get("n") != dense.get("n"):
         raise DataError(
-            f"n is {score.get('n')!r}, and of the dense model {dense.get('n')!r}: expected the same examples"
+            f"n is {score.get('n')!r}, and {dense.get('n')!r} for the dense model: expected the same examples"
         )
     if comparison is None or score is None:
         return
     if dense is None or not isinstance(comparison, Mapping):
-        raise DataError("the comparison is with nothing: expected the score of the dense model as well")
+        raise DataError("there is a comparison without the score of the dense model: expected both")
     _are_texts(comparison, "doubt")
     if "perplexity" in score:
         return
     n = _whole(comparison, "n", 1) if "n" in comparison else score["n"]
     if n != score["n"]:
-        raise DataError(f"the comparison is of n = {n}, and the scores of others: expected the same examples")
+        raise DataError(f"the comparison has n = {n}, and the scores {score['n']}: expected the same examples")
     p_value = _real(comparison, "p_value", 0, 1)
     _real(comparison, "confidence", 0.5, 1, open_=True)
     drop = _real(comparison, "drop", -100, 100)
     _is_same("drop", drop, 100 * (dense["accuracy"] - score["accuracy"]), "the accuracies give")
     if type(comparison["interval"]) not in (list, tuple) or len(comparison["interval"]) != 2:
         raise DataError(f"interval is {comparison['interval']!r:.60}: expected two numbers")
-    low, high = (_real({"interval": end}, "interval", -100, 100) for end in comparison["interval"])
+    low, high = (_real({"interval": bound}, "interval", -100, 100) for bound in comparison["interval"])
     if low > high:
         raise DataError(f"interval is {[low, high]!r}: expected two numbers from -100 to 100, the smaller one first")
     if dense["accuracy"] == score["accuracy"] and p_value < 1:
@@ -129,20 +129,20 @@ def check_evaluation(evaluation: Mapping[str, Any]) -> None:
         _is_same("drop", drop, 100 * (lost - won) / n, which)
         if abs(p_value - mcnemar(lost, won)) > 0.01 * mcnemar(lost, won):
             raise DataError(f"p_value is {p_value!r}, and {which} {mcnemar(lost, won):.3g}: measure again")
-        for end, counted in zip((low, high), interval_of(lost, won, n, comparison["confidence"])[0], strict=True):
-            _is_same("an end of the interval", end, counted, which)
-    if not low - _ROUNDED <= drop <= high + _ROUNDED:
+        for bound, counted in zip((low, high), interval_of(lost, won, n, comparison["confidence"])[0], strict=True):
+            _is_same("an end of the interval", bound, counted, which)
+    if not low - _ROUNDING <= drop <= high + _ROUNDING:
         raise DataError(f"interval is {[low, high]!r}: expected one around the drop, {drop:g}")
 
 
 def check_latency(latency: Mapping[str, Any]) -> None:
-    """Whether timings are in range, and speed-ups what the times give, but for noise.
+    """Check that timings are in range, and that speed-ups agree with them up to noise.
 
     Args:
-        latency: As ``hf-prune bench --json`` prints it.
+        latency: The output of ``hf-prune bench --json``.
 
     Raises:
-        DataError: If they are not.
+        DataError: If they cannot be true.
     """
     for name in ("rounds", "threads"):
         _whole(latency, name, 1, _MOST)
@@ -167,7 +167,7 @@ def check_latency(latency: Mapping[str, Any]) -> None:
         if (against := point.get("against")) is not None:
             value = _real(against, "value", 0, open_=True)
             if is_first:
-                raise DataError(f"the speed-up is {value!r}, and what it is against is not there: time both")
+                raise DataError(f"the speed-up is {value!r}, and the model that it is against has no time: time both")
             if type(against["is_real"]) is not bool:
                 raise DataError(f"is_real is {against['is_real']!r}: expected true or false")
             if not 1 / _NOISE <= value / (dense / median) <= _NOISE:
@@ -175,7 +175,7 @@ def check_latency(latency: Mapping[str, Any]) -> None:
 
 
 def check_sizes(files: Mapping[str, Any]) -> None:
-    """Whether sizes of files are sizes.
+    """Check that the sizes of files are whole numbers.
 
     Raises:
         DataError: If they are not.
@@ -184,9 +184,36 @@ def check_sizes(files: Mapping[str, Any]) -> None:
         _whole(files, name, 0)
 
 
+CHECKS: dict[str, Callable[[Mapping[str, Any]], None]] = {  # by field of PruningCardData
+    "report": check_report,
+    "files": check_sizes,
+    "evaluation": check_evaluation,
+    "latency": check_latency,
+    "training": check_training,
+}
+
+
+def check_fact(name: str, value: Any, where: str) -> None:
+    """Check one fact of a card.
+
+    Args:
+        name: A key of ``CHECKS``.
+        value: The fact.
+        where: What to call it in messages, such as the path of its file.
+
+    Raises:
+        DataError: If it cannot be true, or has another form than hf_prune writes.
+    """
+    try:
+        CHECKS[name](value)
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
+        reason = error if isinstance(error, DataError) else f"it is not as hf_prune writes it: {error!r}"
+        raise DataError(f"{where} cannot be true: {reason}") from error
+
+
 def _classes(score: Mapping[str, Any], name: str) -> Sequence[int]:
     classes = score.get(name)
-    if not isinstance(classes, list | tuple) or not all(type(each) is int for each in classes):
+    if not isinstance(classes, list | tuple) or not all(type(label) is int for label in classes):
         raise DataError(f"{name} is {classes!r:.60}: expected a list of class numbers")
     return classes
 
@@ -200,8 +227,8 @@ def _check_accuracy(score: Mapping[str, Any]) -> None:
         predictions, labels = _classes(score, "predictions"), _classes(score, "labels")
         if len(predictions) != len(labels) or len(labels) != n:
             raise DataError(f"n is {n!r}, and there are {len(predictions)} predictions of {len(labels)} labels")
-        right = sum(a == b for a, b in zip(predictions, labels, strict=True)) / n
-        _is_same("accuracy", accuracy, right, "the predictions give", 1e-9)
+        correct = sum(a == b for a, b in zip(predictions, labels, strict=True)) / n
+        _is_same("accuracy", accuracy, correct, "the predictions give", 1e-9)
     _is_same("accuracy", accuracy, round(accuracy * n) / n, f"the nearest share of {n:,} examples is", 1e-9)
     error = _real(score, "standard_error", 0, 0.5)
     _is_same("standard_error", error, math.sqrt(accuracy * (1 - accuracy) / n), "accuracy and n give")
@@ -225,13 +252,15 @@ def _check_perplexity(score: Mapping[str, Any]) -> None:
 def _are_texts(values: Mapping[str, Any], *names: str) -> None:
     for name in names:
         value = values.get(name)
-        if value is not None and (not isinstance(value, str) or len(value) > _LONGEST or not value.isprintable()):
-            raise DataError(f"{name} is {value!r:.60}: expected one line of at most {_LONGEST:,} characters")
+        if value is not None and (
+            not isinstance(value, str) or len(value) > _MAX_CHARACTERS or not value.isprintable()
+        ):
+            raise DataError(f"{name} is {value!r:.60}: expected one line of at most {_MAX_CHARACTERS:,} characters")
 
 
-def _is_same(name: str, said: float, counted: float, what: str, tolerance: float = _ROUNDED) -> None:
-    if abs(said - counted) > tolerance:
-        raise DataError(f"{name} is {said!r}, and {what} {counted:.6g}: measure again")
+def _is_same(name: str, claimed: float, counted: float, what: str, tolerance: float = _ROUNDING) -> None:
+    if abs(claimed - counted) > tolerance:
+        raise DataError(f"{name} is {claimed!r}, and {what} {counted:.6g}: measure again")
 
 
 def _whole(values: Mapping[str, Any], name: str, low: int, high: int | None = None) -> int:
