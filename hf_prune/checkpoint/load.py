@@ -182,7 +182,7 @@ def _attach(model: Any, store: MaskStore, source: Any, info: Mapping[str, Any]) 
         weight = parameters[name].detach()
         if not weight.is_meta and bool((weight.ne(0) & ~mask.to(weight.device)).any()):  # two bytes per weight
             raise CheckpointError(
-                f"the masks of {source} are not those of its weights: {name!r} has nonzero weights that its mask "
+                f"the masks of {source} are not those of its weights: {name!r} has non-zero weights that its mask "
                 f"removes; restore the matching {MASK_FILE}, or delete it to load without masks"
             )
     store.attach(model)

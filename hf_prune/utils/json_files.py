@@ -40,9 +40,11 @@ def read_json_object(path: str | os.PathLike[str], error: type[HfPruneError] = C
     except FileNotFoundError as missing:
         raise error(f"{path} is missing: expected a whole checkpoint, as save_pretrained writes it") from missing
     except (OSError, RecursionError, ValueError) as problem:
-        raise error(f"{path} is not valid JSON: {problem}; download or save it again") from problem
+        raise error(f"{path} is damaged and not valid JSON: {problem}; download or save it again") from problem
     if not isinstance(values, dict):
-        raise error(f"{path} holds a JSON {type(values).__name__}: expected an object; download or save it again")
+        raise error(
+            f"{path} is damaged and holds a JSON {type(values).__name__}: expected an object; download or save it again"
+        )
     return values
 
 

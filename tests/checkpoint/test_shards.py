@@ -94,7 +94,7 @@ def test_quantized_types_are_refused_when_read(tmp_path):
     save_file({"a": torch.ones(4).to(torch.float8_e4m3fn)}, tmp_path / "model.safetensors")
     entry = Shards([tmp_path / "model.safetensors"]).entries["a"]
     with pytest.raises(
-        CheckpointError, match=r"a in model.safetensors is of type F8_E4M3: expected one of .*; prune bef"
+        CheckpointError, match=r"a in model.safetensors has type F8_E4M3: expected one of .*; prune bef"
     ):
         read_tensor(tmp_path, entry)
 

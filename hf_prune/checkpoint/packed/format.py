@@ -35,8 +35,7 @@ ALIGNMENT = 8
 # The most bytes that one packed byte may expand to: writers pad up to it, and readers refuse more, so that a small file
 # cannot claim a terabyte.
 MAX_EXPANSION = 1024
-# Unpacked sections (positions, scales and steps of int8) may have this many bytes for each byte of the weight plus
-# _SPARE, which covers rows without elements. MAX_EXPANSION alone would not limit them.
+# Unpacked sections (positions, scales, steps) may have 4 bytes for each byte of the weight plus _SPARE, for empty rows.
 MOST_SECTIONS, _SPARE = 4, 1024
 ESCAPE = 255  # in a gap: 255 zeros without a value after them
 TABLE = 16  # a plane with at most 16 different bytes is stored as two 4-bit numbers in a byte

@@ -117,7 +117,7 @@ class Output:
         old = self.old_masks.get(name)
         if old is not None and bool(weight.masked_select(~old).any()):
             raise CheckpointError(
-                f"the masks of {self.meta_model.shards.folder} are not those of its weights: {name!r} has nonzero "
+                f"the masks of {self.meta_model.shards.folder} are not those of its weights: {name!r} has non-zero "
                 f"weights that its mask removes; restore the matching {MASK_FILE}, or delete it to prune without masks"
             )
 
