@@ -20,7 +20,7 @@ _OF_TRAINING = "checkpoint-"  # how the names of a Trainer's folders begin
 def copy_beside(
     source: Path,
     folder: Path,
-    own: Collection[str] = (),
+    handled: Collection[str] = (),
     stale: Sequence[str] = (),
     skip: Callable[[Path, Path], bool] = lambda name, path: False,
 ) -> tuple[str, ...]:
@@ -33,12 +33,12 @@ def copy_beside(
     Args:
         source: The checkpoint.
         folder: The folder to copy into; existing files are replaced.
-        own: Names at the top of the source that the caller handles itself.
+        handled: Names at the top of the source that the caller handles itself.
         stale: Glob patterns of names at the top of the source that are left out.
         skip: Also leaves out a file, given its path in the checkpoint and on the disk.
 
     Returns:
-        Paths of what was left out, without ``own``.
+        Paths of what was left out, without ``handled``.
     """
     source = source.resolve()
     left_out: list[str] = []
@@ -47,7 +47,7 @@ def copy_beside(
         for path in sorted(here.iterdir()):
             name = path.relative_to(source)
             top = here == source
-            if (top and path.name in own) or path.name in _NOT_REPORTED:
+            if (top and path.name in handled) or path.name in _NOT_REPORTED:
                 continue
             refused = (
                 is_left_out(name)

@@ -132,7 +132,7 @@ CHANGES = [
     (os, "link"),
     (staging_module, "sync"),
     (files, "sync"),
-    (staging_module, "_give"),
+    (staging_module, "_copy_owner"),
     (staging_module, "write_json"),
 ]
 OLD = dict.fromkeys(("w1.bin", "w2.bin", "w.index", "masks", "config", "notes", "sub/notes", "sub/shared"), "old")
@@ -343,7 +343,7 @@ def test_json_of_others_is_an_object_of_bounded_size_or_our_error(tmp_path, monk
     path = tmp_path / "config.json"
     path.write_bytes(text)
     for read in (json_files_module.read_json_object, json_files_module.read_config):
-        with pytest.raises(error, match=rf"config\.json is damaged, .*{message}"):
+        with pytest.raises(error, match=rf"config\.json is damaged and .*{message}"):
             read(path, error)
     with pytest.raises(error, match="is missing: expected a whole checkpoint"):
         json_files_module.read_json_object(tmp_path / "nothing.json", error)
