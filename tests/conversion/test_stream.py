@@ -39,6 +39,7 @@ from hf_prune.checkpoint import mask_file as mask_file_module
 from hf_prune.cli.workflows.stream import stream_checkpoint
 from hf_prune.conversion.streaming import blocks as stream_blocks
 from hf_prune.conversion.streaming import output as stream_output
+from hf_prune.conversion.streaming import placing
 from hf_prune.conversion.streaming import prune_stream as stream
 from hf_prune.conversion.streaming.journal import Journal
 from hf_prune.evaluation.data.loading import load_texts
@@ -426,7 +427,7 @@ def test_a_move_into_a_folder_that_was_interrupted_is_finished(moved, ends, tmp_
 def test_a_run_that_begins_anew_finishes_what_was_placed_first(tmp_path, monkeypatch):
     source, out = saved(models.tiny_llama(), tmp_path / "source"), tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(stream_output, "place_folder", lambda *args: (_ for _ in ()).throw(Stop))
+        patch.setattr(placing, "place_folder", lambda *args: (_ for _ in ()).throw(Stop))
         with pytest.raises(Stop):
             prune_stream(source, 0.5, out)
     assert not out.exists()
@@ -494,7 +495,7 @@ def test_what_lies_beside_the_weights_is_copied_anew_after_an_interruption(name,
 def test_what_got_into_the_output_before_it_was_placed_stays(tmp_path, monkeypatch):
     source, out = saved(models.tiny_llama(), tmp_path / "source"), tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(stream_output, "place_folder", lambda *args: (_ for _ in ()).throw(Stop))
+        patch.setattr(placing, "place_folder", lambda *args: (_ for _ in ()).throw(Stop))
         with pytest.raises(Stop):
             prune_stream(source, 0.5, out)
     out.mkdir()
@@ -749,7 +750,7 @@ def test_a_shard_that_shrinks_meanwhile_is_an_error(tmp_path, monkeypatch):
 def test_what_the_model_does_not_know_is_copied_with_a_warning(tmp_path):
     source = saved(models.tiny_bert(), tmp_path / "source", "1GB")
     change(source, lambda tensors: tensors.update(extra=torch.arange(5)))
-    with pytest.warns(UserWarning, match="1 tensors of .* are not of BertForSequenceClassification.*: extra"):
+    with pytest.warns(UserWarning, match="1 tensors of .* do not belong to BertForSequenceClassification.*: extra"):
         prune_stream(source, 0.5, tmp_path / "out")
     assert torch.equal(load_file(tmp_path / "out" / "model.safetensors")["extra"], torch.arange(5))
 
@@ -760,7 +761,7 @@ def test_weights_that_are_merged_at_loading_are_refused(tmp_path):
     values = {"vocab_size": 48, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
     values |= {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 2}
     source = saved(MixtralForCausalLM(MixtralConfig(**values)), tmp_path / "source")
-    with pytest.raises(CheckpointError, match="is part of a weight that transformers puts together when it loads"):
+    with pytest.raises(CheckpointError, match="is part of a weight that transformers assembles while it loads"):
         prune_stream(source, 0.5, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
