@@ -28,6 +28,8 @@ from urllib.parse import parse_qs, unquote, urlencode, urlsplit
 from joserfc import jwt
 from joserfc.jwk import RSAKey
 
+from tests.support.fresh_process import ROOT, ForkServer
+
 TOKEN = "hf_test_token_that_is_never_printed"
 USER = "tester"
 KINDS = {"models": "model", "datasets": "dataset", "spaces": "space"}
@@ -154,22 +156,52 @@ class Hub:
 
 
 @contextlib.contextmanager
-def serving() -> Iterator[Hub]:
-    """A hub that listens on a free port until the end of the block."""
-    hub = Hub()
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("BoundHandler", (_Handler,), {"hub": hub}))
+def listening() -> Iterator[Callable[[], Hub]]:
+    """A free port until the end of the block, and a function that puts a new hub there in place of the one before."""
+    handler = type("BoundHandler", (_Handler,), {})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     server.daemon_threads = True
-    hub.url = f"http://127.0.0.1:{server.server_address[1]}"
+
+    def renew() -> Hub:
+        hub = Hub()
+        hub.url = f"http://127.0.0.1:{server.server_address[1]}"
+        handler.hub = hub
+        return hub
+
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:
-        yield hub
+        yield renew
     finally:
         server.shutdown()
         server.server_close()
 
 
-def run_client(hub: Hub, home: Path, *command: str, token: str | None = TOKEN, code: int = 0) -> str:
+@contextlib.contextmanager
+def serving() -> Iterator[Hub]:
+    """A hub that listens on a free port until the end of the block."""
+    with listening() as renew:
+        yield renew()
+
+
+def client_environment(hub: Hub, home: Path) -> dict[str, str | None]:
+    """What a process needs in its environment so that its Hub is this one; what must not be there is ``None``."""
+    offline = dict.fromkeys(("HF_HUB_OFFLINE", "HF_TOKEN", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"))
+    settings = {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    return {**offline, **settings, "HF_ENDPOINT": hub.url, "HF_HOME": str(home)}
+
+
+COMMAND = "import runpy; runpy.run_module('hf_prune', run_name='__main__', alter_sys=True)"
+
+
+def run_client(
+    hub: Hub,
+    home: Path,
+    *command: str,
+    token: str | None = TOKEN,
+    code: int = 0,
+    processes: ForkServer | None = None,
+) -> str:
     """Run Python code, or a command of hf-prune, as a process whose Hub this is.
 
     Args:
@@ -178,21 +210,31 @@ def run_client(hub: Hub, home: Path, *command: str, token: str | None = TOKEN, c
         *command: One piece of Python code, or the words after ``hf-prune``.
         token: What the client logs in with.
         code: The exit code that is expected.
+        processes: Where to fork the process, started with :func:`client_environment`. Otherwise an interpreter starts.
 
     Returns:
         What it printed, stdout and stderr; no token is in it.
     """
-    root = str(Path(__file__).parents[1])
-    environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
-    environment |= {"PYTHONPATH": root, "OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
-    for name in ("HF_HUB_OFFLINE", "HF_TOKEN", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
-        environment.pop(name, None)
-    if token is not None:
-        environment["HF_TOKEN"] = token
-    words = ["-c", command[0]] if len(command) == 1 else ["-m", "hf_prune", *command]
-    done = subprocess.run(
-        [sys.executable, *words], env=environment, capture_output=True, text=True, timeout=180, cwd=home.parent
-    )
+    source, *words = command if len(command) == 1 else (COMMAND, *command)
+    login = {} if token is None else {"HF_TOKEN": token}
+    if processes is None:
+        environment = {
+            **os.environ,
+            **client_environment(hub, home),
+            **login,
+            "PYTHONPATH": ROOT,
+            "OMP_NUM_THREADS": "1",
+        }
+        done = subprocess.run(
+            [sys.executable, "-c", source, *words],
+            env={name: value for name, value in environment.items() if value is not None},
+            capture_output=True,
+            text=True,
+            timeout=180,
+            cwd=home.parent,
+        )
+    else:
+        done = processes.run(source, *words, cwd=home.parent, **login)
     said = done.stdout + done.stderr
     assert done.returncode == code, said[-3000:]
     assert TOKEN not in said

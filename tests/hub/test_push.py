@@ -20,15 +20,23 @@ from hf_prune.hub.card_metadata import read_facts
 from hf_prune.hub.describe import describe_model
 from hf_prune.utils.files import write_json
 from tests import models
-from tests.loopback_hub import TOKEN, USER, run_client, serving
+from tests.loopback_hub import TOKEN, USER, client_environment, listening, run_client
+from tests.support.fresh_process import ForkServer
 
 REPO = f"{USER}/pruned"
 
 
+@pytest.fixture(scope="module")
+def clients(tmp_path_factory):
+    """A function that renews the hub, the home of its clients, and where their processes are forked."""
+    home = tmp_path_factory.mktemp("clients") / "home"
+    with listening() as renew, ForkServer(**client_environment(renew(), home)) as processes:
+        yield renew, home, processes
+
+
 @pytest.fixture
-def hub():
-    with serving() as found:
-        yield found
+def hub(clients):
+    return clients[0]()
 
 
 @pytest.fixture(scope="module")
@@ -49,11 +57,14 @@ def folders(tmp_path_factory):
 
 
 @pytest.fixture
-def client(hub, tmp_path):
-    def run(*command, **options):
-        return run_client(hub, tmp_path / "home", *map(str, command), **options)
+def client(hub, clients):
+    _, home, processes = clients
 
-    return run
+    def run(*command, **options):
+        return run_client(hub, home, *map(str, command), processes=processes, **options)
+
+    yield run
+    shutil.rmtree(home, ignore_errors=True)
 
 
 def test_push_and_everything_that_loads(hub, client, folders, tmp_path):

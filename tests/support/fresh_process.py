@@ -25,17 +25,19 @@ LONGEST = 280  # seconds that a process may take: less than the limit of a test
 class ForkServer:
     """A context in which :meth:`run` is ``subprocess.run([sys.executable, "-c", code, ...])`` without the imports.
 
-    What libraries read from the environment while they are imported is that of the server, and settled in ``env``.
+    What libraries read from the environment while they are imported is what the server has: ``env`` sets it, and
+    ``None`` takes a variable out.
     """
 
-    def __init__(self, **env: str) -> None:
+    def __init__(self, **env: str | None) -> None:
+        settings = {**os.environ, "PYTHONPATH": ROOT, "OMP_NUM_THREADS": "1", **env}
         self._server = subprocess.Popen(
             [sys.executable, "-m", "tests.support.fresh_process"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
             cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": ROOT, "OMP_NUM_THREADS": "1", **env},
+            env={name: value for name, value in settings.items() if value is not None},
         )
 
     def __enter__(self) -> ForkServer:
@@ -44,16 +46,19 @@ class ForkServer:
     def __exit__(self, *error: object) -> None:
         self._server.communicate()  # closes its input, which ends it
 
-    def run(self, code: str, *arguments: object, **env: str) -> subprocess.CompletedProcess[str]:
-        """Run ``code`` with ``sys.argv[1:] == arguments`` to its end, and capture both outputs."""
+    def run(
+        self, code: str, *arguments: object, cwd: str | Path = ROOT, **env: str
+    ) -> subprocess.CompletedProcess[str]:
+        """Run ``code`` in the folder ``cwd`` with ``sys.argv[1:] == arguments``, and capture both outputs."""
         with tempfile.TemporaryDirectory() as folder:
-            request = {"code": code, "argv": ["-c", *map(str, arguments)], "env": env, "folder": folder}
+            argv = ["-c", *map(str, arguments)]
+            request = {"code": code, "argv": argv, "cwd": str(cwd), "env": env, "folder": folder}
             assert self._server.stdin is not None
             assert self._server.stdout is not None
             print(json.dumps(request), file=self._server.stdin, flush=True)
             status = int(self._server.stdout.readline())
             out, err = (Path(folder, name).read_text() for name in ("out", "err"))
-        return subprocess.CompletedProcess(request["argv"], status, out, err)
+        return subprocess.CompletedProcess(argv, status, out, err)
 
 
 def _execute(request: dict[str, Any]) -> int:
@@ -61,6 +66,7 @@ def _execute(request: dict[str, Any]) -> int:
     for stream, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(Path(request["folder"], name), os.O_WRONLY | os.O_CREAT), stream)
     signal.alarm(LONGEST)
+    os.chdir(request["cwd"])
     os.environ.update(request["env"])
     sys.argv = request["argv"]
     sys.modules["__main__"] = types.ModuleType("__main__")
