@@ -7,13 +7,13 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from hypothesis import assume, given
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_prune.criteria.base import Criterion
 from hf_prune.criteria.registry import CRITERIA
 from hf_prune.errors import ConfigError, UnknownNameError
-from hf_prune.planning.choices import ALLOCATIONS, SCOPES
+from hf_prune.planning.choices import ALLOCATIONS
 from hf_prune.planning.config import PruningConfig
 
 
@@ -189,18 +189,17 @@ shares = st.floats(0, 1)
 
 @given(
     st.none() | shares,
-    st.sampled_from(CRITERIA.names()),
+    st.sampled_from([(name, scope) for name in CRITERIA.names() for scope in CRITERIA.get(name).scopes]),
     st.sampled_from(["unstructured", "block:2x3", "16x1"]),
-    st.sampled_from(SCOPES),
     st.sampled_from(ALLOCATIONS) | st.dictionaries(names, shares, min_size=1, max_size=4),
     st.just("all-linear") | st.lists(names, min_size=1, max_size=3),
     st.lists(names, max_size=3),
     st.integers(0, 2**64),
 )
-def test_json_round_trip(sparsity, criterion, granularity, scope, allocation, targets, excluded, seed):
+def test_json_round_trip(sparsity, criterion_and_scope, granularity, allocation, targets, excluded, seed):
+    criterion, scope = criterion_and_scope
     if scope == "global":
         allocation = "uniform"
-    assume(scope in CRITERIA.get(criterion).scopes)
     config = PruningConfig(sparsity, criterion, granularity, scope, allocation, targets, excluded, seed)
     again = PruningConfig.from_json(config.to_json())
     assert again == config
