@@ -77,6 +77,7 @@ HEADS = PruningConfig(0.5, granularity=("head", "neuron"), scope="global")
 # --- what is on offer ---------------------------------------------------------------------------------
 
 
+@pytest.mark.matrix
 def test_every_combination_on_offer_prunes(space, make, dense, tmp_path):
     texts = make({"calibration": 4}).calibration_texts()
     before = models.snapshot(dense.model)
