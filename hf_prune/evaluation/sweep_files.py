@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from hf_prune.evaluation.sweep_result import FORMAT_VERSION
 from hf_prune.planning.config import PruningConfig
 from hf_prune.planning.plan import PruningPlan
 from hf_prune.structured.unit_plan import UnitPlan
+from hf_prune.utils.digests import examples_digest, tensors_digest
 from hf_prune.utils.json_files import read_json_object
 
 if TYPE_CHECKING:
@@ -58,14 +59,14 @@ def sweep_settings(
     model_config = {k: v for k, v in model.config.to_dict().items() if k not in _NOT_SETTINGS}
     return {
         "model": name or type(model).__name__,
-        "weights": weights_digest(model.named_parameters()),
+        "weights": tensors_digest(model.named_parameters()),
         "model_config": _text_digest(model_config),
         "tokenizer": _text_digest(tokens),
         "data": fingerprint(dataset, columns),
         "n": len(dataset),
         "config": shared,
-        "calibration": batches_digest(calibration),
-        "polish_data": batches_digest(polish_data),
+        "calibration": examples_digest(calibration),
+        "polish_data": examples_digest(polish_data),
         "evaluation": {k: v for k, v in sorted(score.items()) if k not in ("source", "split")},
         "versions": {"hf_prune": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
     }
@@ -73,23 +74,6 @@ def sweep_settings(
 
 def _text_digest(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-
-def batches_digest(batches: Batches | None) -> str | None:
-    """The :func:`weights_digest` of batches or examples, in their order; None if there are none."""
-    if batches is None:
-        return None
-    each = ((f"{i}.{key}", x) for i, batch in enumerate(batches) for key, x in sorted(batch.items()))
-    return weights_digest((name, torch.as_tensor(x)) for name, x in each)
-
-
-def weights_digest(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
-    """A short SHA-256 over names, dtypes, shapes and bytes of tensors."""
-    digest = hashlib.sha256()
-    for name, tensor in tensors:
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:16]
 
 
 def read(

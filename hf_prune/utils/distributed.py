@@ -6,8 +6,7 @@ processes does (``accelerate.PartialState()``, ``torch.distributed.init_process_
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -16,6 +15,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from hf_prune.errors import CalibrationError
+from hf_prune.utils.digests import batches_digest
 
 Item = TypeVar("Item")
 
@@ -89,27 +89,15 @@ def check_same_batches(batches: Iterable[Any]) -> None:
     if size == 1:
         return
     own = list(batches)
-    counts_and_sums = torch.zeros(size, 2, dtype=torch.int64)
-    counts_and_sums[rank] = torch.tensor([len(own), _checksum(own)])
-    counts_and_sums = all_reduce_sum(counts_and_sums)
-    if bool((counts_and_sums != counts_and_sums[0]).any()):
-        counts = ", ".join(map(str, counts_and_sums[:, 0].tolist()))
+    counts_and_digests = torch.zeros(size, 2, dtype=torch.int64)
+    counts_and_digests[rank] = torch.tensor([len(own), int(batches_digest(own)[:15], 16)])
+    counts_and_digests = all_reduce_sum(counts_and_digests)
+    if bool((counts_and_digests != counts_and_digests[0]).any()):
+        counts = ", ".join(map(str, counts_and_digests[:, 0].tolist()))
         raise CalibrationError(
             f"the {size} processes have different calibration batches ({counts} of them): pass the same list in all "
             f"processes; each takes its own share, so do not use a sampler or a prepared loader that splits them"
         )
-
-
-def _checksum(batches: Iterable[Any]) -> int:
-    total = 0
-    for batch in batches:
-        pairs = sorted(batch.items()) if isinstance(batch, Mapping) else [("", batch)]
-        for name, value in pairs:
-            kind = (name, value.dtype, tuple(value.shape)) if isinstance(value, Tensor) else (name, type(value))
-            total = zlib.crc32(str(kind).encode(), total)
-            if isinstance(value, Tensor):
-                total = zlib.crc32(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data, total)
-    return total
 
 
 def _on_backend_device(tensor: Tensor) -> Tensor:

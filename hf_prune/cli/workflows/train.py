@@ -23,7 +23,6 @@ from hf_prune.errors import CheckpointError, ConfigError
 from hf_prune.evaluation.data.files import refuse_same_split
 from hf_prune.evaluation.sparsity_report import SparsityReport, sparsity_report
 from hf_prune.evaluation.structure_report import structure_report
-from hf_prune.evaluation.sweep_files import batches_digest, weights_digest
 from hf_prune.evaluation.tasks import Task
 from hf_prune.planning.config import PruningConfig
 from hf_prune.pruning.mask_store import MaskStore
@@ -31,6 +30,7 @@ from hf_prune.training.distillation import Distillation
 from hf_prune.training.run_record import config_facts
 from hf_prune.training.state import check_old_run, last_whole_checkpoint, says_its_run
 from hf_prune.training.trainer import PruningTrainer
+from hf_prune.utils.digests import examples_digest, tensors_digest
 from hf_prune.utils.files import write_json
 from hf_prune.utils.locks import output_lock, writes_alone
 from hf_prune.utils.output_folder import check_output
@@ -199,12 +199,12 @@ def _old_run(
     """The facts that earlier versions wrote beside the checkpoints of a training, instead of into each of them."""
     config = trainer.pruning.config
     return {
-        "model": weights_digest(trainer.model.named_parameters()),
+        "model": tensors_digest(trainer.model.named_parameters()),
         "model config": config_facts(trainer.model),
-        "data": batches_digest(examples),
-        "calibration data": batches_digest(calibration),
+        "data": examples_digest(examples),
+        "calibration data": examples_digest(calibration),
         "pruning config": None if config is None else config.to_dict(),
-        "teacher": None if trainer.teacher is None else weights_digest(trainer.teacher.named_parameters()),
+        "teacher": None if trainer.teacher is None else tensors_digest(trainer.teacher.named_parameters()),
         "distillation": None if distillation is None else dataclasses.asdict(distillation),
         "shrink_at": trainer.pruning.shrink_at,
         **dataclasses.asdict(settings),

@@ -6,7 +6,7 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, cast
@@ -41,6 +41,7 @@ from hf_prune.pruning.compute_masks import unit_chunks
 from hf_prune.pruning.mask_store import MaskStore
 from hf_prune.pruning.selector import spread_units
 from hf_prune.pruning.sequential import prune_tensor
+from hf_prune.utils.digests import batches_digest
 from hf_prune.utils.distributed import rank_and_world_size
 from hf_prune.utils.folders import refuse_links
 from hf_prune.utils.locks import writes_alone
@@ -110,7 +111,7 @@ def prune_stream(
     key = {
         "path": os.path.abspath(source) if os.path.isdir(source) else source,
         "settings": json.dumps(config.to_dict(), sort_keys=True),
-        "calibration data": _batches_digest(batches),
+        "calibration data": batches_digest(batches),
         "version": __version__,
     }
     if not restart:
@@ -276,17 +277,3 @@ def _scores(output: Output, plan: PruningPlan, tensor: PlannedTensor) -> Iterato
     weight = target.matrix(output.read(target.name))
     stats = WeightStats(seed=weight_seed(plan.config.seed, target.name))
     return unit_chunks(plan, target, weight, stats, None if old is None else target.matrix(old))
-
-
-def _batches_digest(batches: Iterable[Any]) -> str:
-    """A hash of calibration batches: names, dtypes, shapes and values."""
-    digest = hashlib.sha256()
-    for batch in batches:
-        for name, value in sorted(batch.items()) if isinstance(batch, Mapping) else [("", batch)]:
-            if isinstance(value, Tensor):
-                digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-                digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-            else:
-                digest.update(f"{name} {type(value).__name__} {value!r}".encode())
-        digest.update(b"\n")
-    return digest.hexdigest()
