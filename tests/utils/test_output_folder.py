@@ -41,7 +41,7 @@ from hf_prune.cli.workflows.trim_vocab import trim_checkpoint
 from hf_prune.evaluation.plots import save_figure
 from hf_prune.utils import locks as locks_module
 from hf_prune.utils.files import write_json
-from hf_prune.utils.folders import MARK
+from hf_prune.utils.folders import MARK, is_left_out, is_never_uploaded
 from hf_prune.utils.output_folder import check_file, check_output
 from hf_prune.utils.staging import staged_folder
 from tests import models
@@ -610,3 +610,21 @@ def test_pictures_are_known_by_what_drew_them(tmp_path):
     Figure().savefig(tmp_path / "b.png")
     assert not is_drawn(tmp_path / "b.png")
     assert not is_drawn(tmp_path / "c.png")
+
+
+@pytest.mark.parametrize(
+    ("name", "copied", "uploaded"),
+    [
+        ("vocab.txt", True, True),
+        ("1_Pooling/config.json", True, True),
+        ("checkpoint-5.json", True, True),
+        ("checkpoint-5/config.json", False, False),
+        ("onnx/checkpoint-5/config.json", False, False),
+        (".git/config", False, False),
+        ("training_args.bin", False, False),
+        ("tf_model.h5", False, True),
+    ],
+)
+def test_copies_and_pushes_leave_out_the_same_files(name, copied, uploaded):
+    assert is_left_out(Path(name)) is not copied
+    assert is_never_uploaded(Path(name)) is not uploaded
