@@ -8,9 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from hf_prune.criteria.base import LABELLED
-from hf_prune.criteria.registry import CRITERIA
 from hf_prune.errors import CalibrationError
 from hf_prune.planning.config import PruningConfig
+from hf_prune.planning.traits import criterion_learns
 from hf_prune.utils.distributed import check_same_batches, fail_together, rank_and_world_size
 from hf_prune.utils.forward import as_batches
 
@@ -71,7 +71,7 @@ def data_user(config: PruningConfig, polish_data: Batches | None = None) -> str:
         config: The settings.
         polish_data: Batches of the polish alone, which then needs no others.
     """
-    if config.learns_units or (not config.removes_units and CRITERIA.get(config.criterion).needs):
+    if criterion_learns(config):
         return f"criterion {config.criterion!r}"
     if config.repair is not None:
         return f"repair={config.repair!r}"

@@ -17,6 +17,7 @@ from hf_prune.kernels.matrix import Target
 from hf_prune.planning.config import PruningConfig
 from hf_prune.planning.make_plan import coverage_notes
 from hf_prune.planning.targets import divisible, resolve_targets
+from hf_prune.planning.traits import weight_granularity
 from hf_prune.pruning.mask_store import MaskStore, warn_regrown
 from hf_prune.utils.formatting import format_count, format_table
 from hf_prune.utils.number_formats import refuse_quantized
@@ -270,7 +271,7 @@ def sparsity_report(model: nn.Module, config: PruningConfig | None = None) -> Sp
         )
     meant = config or (PruningConfig() if store is None else store.config)
     notes: tuple[str, ...] = ()
-    if meant is not None and not meant.removes_units:
+    if meant is not None and weight_granularity(meant) is not None:
         with contextlib.suppress(HfPruneError):  # what the settings mean is not there any more
             left_out = divisible(resolve_targets(model, meant), meant)[1]
             masked = store.masks.keys() if store is not None else ()

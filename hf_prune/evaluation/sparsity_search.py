@@ -18,8 +18,8 @@ from hf_prune.evaluation.accuracy_result import Evaluation
 from hf_prune.evaluation.comparison import compare, reason_to_doubt
 from hf_prune.evaluation.sweep import check_points, measure_point
 from hf_prune.evaluation.sweep_point import SweepPoint
-from hf_prune.granularities.registry import parse_granularity
 from hf_prune.planning.config import PruningConfig
+from hf_prune.planning.traits import fixed_sparsity
 from hf_prune.utils.distributed import broadcast
 from hf_prune.utils.formatting import format_table
 
@@ -208,7 +208,7 @@ def check_budget(config: PruningConfig, max_drop: object) -> None:
     number = isinstance(max_drop, numbers.Real) and not isinstance(max_drop, bool)
     if not number or not 0 < float(max_drop) < 100:  # type: ignore[arg-type]
         raise ConfigError(f"max_drop is {max_drop!r}: expected points of accuracy between 0 and 100, such as 1.0")
-    if not config.removes_units and parse_granularity(config.granularity).fixed_sparsity is not None:
+    if fixed_sparsity(config) is not None:
         raise ConfigError(
             f"max_drop contradicts granularity={config.granularity!r}, which fixes the sparsity at "
             f"{config.sparsity:g}: there is nothing to search for; prune, and compare the result with the dense model"

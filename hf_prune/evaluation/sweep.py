@@ -23,10 +23,10 @@ from hf_prune.evaluation.sparsity_report import sparsity_report
 from hf_prune.evaluation.sweep_files import read, sweep_settings
 from hf_prune.evaluation.sweep_point import SweepPoint
 from hf_prune.evaluation.sweep_result import FILES, SweepResult
-from hf_prune.granularities.registry import parse_granularity
 from hf_prune.pipeline import prune
 from hf_prune.planning.config import PruningConfig
 from hf_prune.planning.plan import PruningPlan
+from hf_prune.planning.traits import fixed_sparsity
 from hf_prune.pruning.mask_store import MaskStore
 from hf_prune.structured.unit_plan import UnitPlan
 from hf_prune.utils.files import write_json
@@ -102,7 +102,7 @@ def run_sweep(
         check_output(out, "sweep", overwrite=overwrite or earlier)
     base = config or PruningConfig()
     if sparsities is None:
-        fixed = None if base.removes_units else parse_granularity(base.granularity).fixed_sparsity
+        fixed = fixed_sparsity(base)
         sparsities = DEFAULT_SPARSITIES if fixed is None else (fixed,)
     sparsities, criteria = list(dict.fromkeys(sparsities)), list(dict.fromkeys(criteria))
     configs = [base.replace(criterion=c, sparsity=float(s)) for c in criteria for s in sparsities if s != 0]

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hf_prune.granularities.registry import parse_granularity
 from hf_prune.kernels.matrix import Target
 from hf_prune.planning.config import PruningConfig
+from hf_prune.planning.traits import nm_pattern
 from hf_prune.utils.offloaded_weights import values_of
 
 _CHUNK = 1 << 18  # numbers looked at together
@@ -52,14 +52,11 @@ def nm_patterns(target: Target, weight: Tensor, asked: PruningConfig | None = No
         weight: Its values, in its own layout.
         asked: The settings that it was pruned by.
     """
-    granularity = None if asked is None or asked.removes_units else parse_granularity(asked.granularity)
-    own = []
-    if granularity is not None and granularity.pool is not None and granularity.fixed_sparsity is not None:
-        own = [(round((1 - granularity.fixed_sparsity) * granularity.pool), granularity.pool)]
+    pattern = None if asked is None else nm_pattern(asked)
     matrix = target.matrix(weight)
     nonzero = int(weight.count_nonzero())
     used = [(n, m) for n, m in NM_PATTERNS if nonzero >= _USED * n / m * weight.numel()]
-    found = [(n, m) for n, m in dict.fromkeys([*own, *used]) if target.inputs % m == 0]
+    found = [(n, m) for n, m in dict.fromkeys([*([pattern] if pattern else []), *used]) if target.inputs % m == 0]
     for rows in matrix.split(max(1, _CHUNK // matrix.shape[1])):
         kept = rows != 0
         found = [(n, m) for n, m in found if int(kept.reshape(-1, m).sum(1, dtype=torch.int32).max()) <= n]

@@ -14,11 +14,9 @@ from typing import Any
 
 import jinja2
 
-from hf_prune.criteria.registry import CRITERIA
-from hf_prune.granularities.registry import parse_granularity
 from hf_prune.hub.card_data import PruningCardData
-from hf_prune.planning.choices import UNIT_CRITERIA_OF
 from hf_prune.planning.config import PruningConfig
+from hf_prune.planning.traits import criterion_paper, granularity_text
 from hf_prune.utils.formatting import format_count
 
 _NO_SPEED = (
@@ -95,14 +93,8 @@ def _done(data: PruningCardData) -> list[str]:
 
 
 def _method(config: PruningConfig) -> str:
-    if config.removes_units:
-        paper = UNIT_CRITERIA_OF[config.criterion][2]
-        what = f"{' and '.join(config.granularity)}s"
-    else:
-        paper = CRITERIA.get(config.criterion).paper
-        granularity = parse_granularity(config.granularity)
-        what = f"granularity {granularity.spec} ({granularity.paper})"
-    parts = [f"Criterion {config.criterion} ({paper})", what, f"scope {config.scope}"]
+    criterion = f"Criterion {config.criterion} ({criterion_paper(config)})"
+    parts = [criterion, granularity_text(config), f"scope {config.scope}"]
     if config.allocation != "uniform":
         parts.append(f"allocation {config.allocation if isinstance(config.allocation, str) else 'by module'}")
     if config.repair is not None:

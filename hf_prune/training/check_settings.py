@@ -8,6 +8,7 @@ from hf_prune.errors import ConfigError
 from hf_prune.planning.choices import MOVEMENT
 from hf_prune.planning.config import PruningConfig
 from hf_prune.planning.schedule import Schedule
+from hf_prune.planning.traits import removed_kinds
 
 
 def check_settings(config: PruningConfig, schedule: Schedule, steps: int, *, calibrates: bool) -> None:
@@ -34,7 +35,7 @@ def averages_gradients(config: PruningConfig | None, *, calibrates: bool) -> boo
 
 
 def _check_kind_of_pruning(config: PruningConfig) -> None:
-    for kind in config.granularity if config.removes_units else ():
+    for kind in removed_kinds(config):
         if not kind_named(kind).trained_with_masks:
             raise ConfigError(
                 f"granularity {kind!r} changes what a model computes at once: prune {kind}s before the training, with "

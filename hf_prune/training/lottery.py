@@ -20,6 +20,7 @@ from hf_prune.pipeline import prune, resolve_config
 from hf_prune.planning.config import PruningConfig
 from hf_prune.planning.schedule import Schedule
 from hf_prune.planning.targets import resolve_targets
+from hf_prune.planning.traits import fixed_sparsity, removed_kinds
 from hf_prune.pruning.mask_store import MaskStore
 from hf_prune.training.callback import PruningCallback
 from hf_prune.training.pruner import count_removed
@@ -137,8 +138,8 @@ def _check(config: PruningConfig, rounds: int, rewind_to: int) -> None:
         raise ConfigError(f"rounds is {rounds!r}: expected a whole number of at least 1")
     if isinstance(rewind_to, bool) or not isinstance(rewind_to, int) or rewind_to < 0:
         raise ConfigError(f"rewind_to is {rewind_to!r}: expected a number of steps of at least 0")
-    fixed = ":" in config.granularity and not str(config.granularity).startswith("block")
-    if config.removes_units or fixed or config.needs_data or config.schedule is not None:
+    grows = not removed_kinds(config) and fixed_sparsity(config) is None
+    if not grows or config.needs_data or config.schedule is not None:
         raise ConfigError(
             f"granularity {config.granularity!r} with criterion {config.criterion!r} and schedule={config.schedule!r}: "
             f"lottery tickets need a sparsity that can grow from round to round, a criterion without data, and no "

@@ -12,11 +12,11 @@ from hf_prune.architectures.kinds.channel import find_channel_groups, propagate_
 from hf_prune.criteria.base import WeightStats, weight_seed
 from hf_prune.criteria.registry import CRITERIA
 from hf_prune.errors import ConfigError, MaskError
-from hf_prune.granularities.registry import parse_granularity
 from hf_prune.planning.choices import MOVEMENT
 from hf_prune.planning.config import PruningConfig
 from hf_prune.planning.make_plan import coverage_notes, make_plan, warn_of
 from hf_prune.planning.targets import divisible, resolve_targets
+from hf_prune.planning.traits import nm_pattern, removed_kinds
 from hf_prune.pruning.compute_masks import compute_masks
 from hf_prune.pruning.local_masks import is_sharded
 from hf_prune.structured.choose_units import choose_units
@@ -27,7 +27,7 @@ from hf_prune.training.gradient_scores import GradientScores
 
 def pruned_parameters(model: nn.Module, config: PruningConfig) -> frozenset[str]:
     """Names of the parameters whose zeros are counted: the targets, or the matrices of heads and neurons."""
-    if config.removes_units:
+    if removed_kinds(config):
         return frozenset(piece.name for group in unit_groups_of(model, config) for piece in group.slices)
     targets, left_out = divisible(resolve_targets(model, config, loaded=not is_sharded(model)), config)
     warn_of(coverage_notes(model, config, targets, left_out))
@@ -44,17 +44,14 @@ def config_of_update(config: PruningConfig, sparsity: float) -> PruningConfig:
     config = config.replace(schedule=None)
     if config.sparsity is None:
         return config
-    if config.removes_units:
-        return config.replace(sparsity=sparsity)
-    granularity = parse_granularity(config.granularity)
-    if granularity.fixed_sparsity is None:
+    if (pattern := nm_pattern(config)) is None:
         return config.replace(sparsity=sparsity)
     # A pattern such as 2:4 fixes the sparsity. On the way there it goes through weaker patterns, 3:4 first.
-    assert granularity.pool is not None
-    removed = round(granularity.pool * sparsity)
+    pool = pattern[1]
+    removed = round(pool * sparsity)
     if not removed:
         return config.replace(granularity="unstructured", sparsity=0.0)
-    return config.replace(granularity=f"{granularity.pool - removed}:{granularity.pool}")
+    return config.replace(granularity=f"{pool - removed}:{pool}")
 
 
 def choose_masks(
@@ -86,7 +83,7 @@ def choose_masks(
             f"criterion {config.criterion!r} has seen no gradient of {unseen[0]} yet: begin the schedule after the "
             f"first step, and train that weight, or list its module in exclude_modules"
         )
-    if config.removes_units:
+    if removed_kinds(config):
         return _choose_unit_masks(model, config, scores, averages=learned.averages)
     fixed: Mapping[str, Tensor] = {} if config.criterion in MOVEMENT else masks
     plan = make_plan(model, config, loaded=not is_sharded(model), masks=fixed)

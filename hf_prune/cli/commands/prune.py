@@ -41,6 +41,7 @@ from hf_prune.errors import ConfigError
 from hf_prune.evaluation.tasks import ClassificationTask
 from hf_prune.evaluation.tasks.classification import POLISH_SAMPLES
 from hf_prune.planning.config import PruningConfig
+from hf_prune.planning.traits import can_shrink
 
 
 @takes_settings(
@@ -213,7 +214,7 @@ def _refuse_contradictions(given: dict[str, bool]) -> None:
 
 
 def _check_shrink(config: PruningConfig, shrink: bool | None) -> None:
-    if shrink is not None and not (config.removes_units or config.granularity in ("row", "column", "channel")):
+    if shrink is not None and not can_shrink(config):
         raise ConfigError(
             f"--shrink and --no-shrink are for head, neuron, layer, row, column and channel, not for granularity "
             f"{config.granularity!r}: leave them out"

@@ -29,6 +29,7 @@ from hf_prune.evaluation.tasks import ClassificationTask, Task
 from hf_prune.evaluation.weight_statistics import weight_histogram
 from hf_prune.planning.config import PruningConfig
 from hf_prune.planning.plan import PruningPlan
+from hf_prune.planning.traits import shrinks_by_default
 from hf_prune.structured.unit_plan import UnitPlan
 from hf_prune.utils.distributed import fail_together, is_main_process
 from hf_prune.utils.files import write_json, write_text
@@ -231,7 +232,7 @@ def _pruned_into(
 
     Of several processes only the first one writes; the others get no folder, and wait.
     """
-    shrinks = config.removes_units if shrink is None else shrink
+    shrinks = shrinks_by_default(config) if shrink is None else shrink
     if shrinks:
         find_unit_groups(model)  # raises before any work
     plan = model.plan(config)

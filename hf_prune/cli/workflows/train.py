@@ -25,6 +25,7 @@ from hf_prune.evaluation.sparsity_report import SparsityReport, sparsity_report
 from hf_prune.evaluation.structure_report import structure_report
 from hf_prune.evaluation.tasks import Task
 from hf_prune.planning.config import PruningConfig
+from hf_prune.planning.traits import shrinks_by_default
 from hf_prune.pruning.mask_store import MaskStore
 from hf_prune.training.distillation import Distillation
 from hf_prune.training.run_record import config_facts
@@ -174,7 +175,7 @@ def train_checkpoint(
         trained: Any = trainer.model
     trained.eval()
     sparsity = sparsity_report(trained)
-    if config is not None and config.removes_units:
+    if config is not None and shrinks_by_default(config):
         trained.shrink()
         sparsity = dataclasses.replace(sparsity, structure=structure_report(trained))
     pruned: Any = task.score(trained, tokenizer, score_split, source=task.source)

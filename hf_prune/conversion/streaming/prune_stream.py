@@ -37,6 +37,7 @@ from hf_prune.planning.choices import ALLOCATIONS, CALIBRATED_ALLOCATIONS
 from hf_prune.planning.config import PruningConfig
 from hf_prune.planning.make_plan import make_plan, warn_of
 from hf_prune.planning.plan import PlannedTensor, PruningPlan
+from hf_prune.planning.traits import removed_kinds
 from hf_prune.pruning.compute_masks import unit_chunks
 from hf_prune.pruning.mask_store import MaskStore
 from hf_prune.pruning.selector import spread_units
@@ -153,7 +154,7 @@ def check_streamable(config: PruningConfig) -> None:
     Raises:
         ConfigError: If they do.
     """
-    if config.removes_units:
+    if removed_kinds(config):
         raise ConfigError(
             f"granularity {config.granularity} needs the whole model in memory: expected 'unstructured', N:M or "
             f"'block:RxC', or prune without streaming"
