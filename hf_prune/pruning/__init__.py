@@ -1,6 +1,6 @@
 """From statistics to masks and repaired weights, one strategy a file.
 
-Takes a model, its plan and calibration data, writes the pruned weights, and keeps the masks in a ``MaskStore``; a
-``WeightBackup`` brings everything back after an error. A new way of going through the layers is a new file beside
-``sequential`` and ``iterative``, and a line in ``hf_prune.pipeline``.
+Takes a ``CalibrationRun`` (a model, its plan, the data) and keeps the masks in a ``MaskStore``; a
+``Transaction`` undoes all changes after an error. A new way of going through the layers is a new file beside
+``one_pass``, ``sequential`` and ``iterative``, and a line in ``strategy_for`` of ``hf_prune.pipeline``.
 """

@@ -16,6 +16,7 @@ from hf_prune.pipeline import prune
 from hf_prune.planning.choices import POLISH_DEFAULTS
 from hf_prune.planning.config import PruningConfig
 from hf_prune.planning.make_plan import make_plan
+from hf_prune.planning.plan import targets_of
 from hf_prune.pruning import polish as polish_module
 from hf_prune.pruning.mask_store import MaskStore
 from tests import models
@@ -128,8 +129,8 @@ def test_padding_does_not_count(build):
     batches = [{k: v for k, v in b.items() if k != "labels"} for b in tiny_batches(model, sizes=(4,) * 3, length=5)]
     plan = make_plan(model, PruningConfig(polish="distill"))
     with (
-        DenseOutputs(model, plan, batches) as plain,
-        DenseOutputs(model, plan, [padded(b, 4) for b in batches]) as wide,
+        DenseOutputs(model, targets_of(plan), batches) as plain,
+        DenseOutputs(model, targets_of(plan), [padded(b, 4) for b in batches]) as wide,
     ):
         torch.testing.assert_close(wide.sizes, plain.sizes, rtol=1e-3, atol=1e-6)
         assert plain.sizes.min() > 0
@@ -149,7 +150,7 @@ def test_a_language_model_computes_no_logits_and_no_cache(kind):
     model = large(kind)
     batches = tiny_batches(model, sizes=(4,) * 3)
     seen = []
-    with DenseOutputs(model, make_plan(model, PruningConfig()), batches) as dense, dense.running():
+    with DenseOutputs(model, targets_of(make_plan(model, PruningConfig())), batches) as dense, dense.running():
         handle = model.register_forward_hook(lambda _, args, out: seen.append(out))
         dense.distance(0)
         handle.remove()
@@ -172,7 +173,7 @@ def test_the_tokens_of_a_decoder_are_not_padded_where_the_encoder_is():
         if decoder is not None:
             batch["decoder_attention_mask"] = torch.ones_like(batch["labels"])
             batch["decoder_attention_mask"][:, decoder:] = 0
-        with DenseOutputs(model, plan, [batch, batch]) as dense:
+        with DenseOutputs(model, targets_of(plan), [batch, batch]) as dense:
             sizes.append(len(dense._run(0)[0]) / len(batch["labels"]) / model.config.d_model)
     assert sizes == [5, 2]
 
@@ -183,7 +184,7 @@ def test_the_distance_by_hand():
     batches = tiny_batches(model, sizes=(3, 4))
     with torch.no_grad():
         dense = [model(b["x"]).logits for b in batches]
-        with DenseOutputs(model, make_plan(model, PruningConfig()), batches) as outputs:
+        with DenseOutputs(model, targets_of(make_plan(model, PruningConfig())), batches) as outputs:
             model.fc2.weight[0, :4] = 0
             with outputs.running():
                 found = outputs.distance(1)
@@ -200,7 +201,7 @@ def test_of_several_labels_each_logit_counts():
         with torch.no_grad():
             model.classifier.weight[:] = model.classifier.weight[0]
             model.classifier.bias[:] = model.classifier.bias[0]
-        with DenseOutputs(model, make_plan(model, PruningConfig()), tiny_batches(model)) as dense:
+        with DenseOutputs(model, targets_of(make_plan(model, PruningConfig())), tiny_batches(model)) as dense:
             outputs.append(float(dense.sizes[0]))
     assert outputs[1] > 100 * outputs[0]
 
@@ -208,7 +209,7 @@ def test_of_several_labels_each_logit_counts():
 def test_of_deep_models_only_some_blocks_are_compared():
     for layers, expected in ((2, 3), (6, 7), (13, 7)):
         model = models.tiny_llama(num_hidden_layers=layers)
-        with DenseOutputs(model, make_plan(model, PruningConfig()), tiny_batches(model)) as dense:
+        with DenseOutputs(model, targets_of(make_plan(model, PruningConfig())), tiny_batches(model)) as dense:
             assert len(dense.sizes) == expected  # with what the output embedding gets
     blocks = [torch.nn.Linear(1, 1) for _ in range(13)]
     assert [blocks.index(block) for block in _spread(blocks, 6)] == [1, 3, 5, 8, 10, 12]
