@@ -13,6 +13,7 @@ import jinja2
 from hf_prune.architectures.find_unit_groups import find_unit_groups
 from hf_prune.architectures.layers import layer_lists
 from hf_prune.architectures.modules import base_prefix
+from hf_prune.checkpoint.files import CARD_DATA
 from hf_prune.errors import DataError
 from hf_prune.hub.card import render_card
 from hf_prune.hub.card_data import PruningCardData, is_score_of_training, load_card_data, with_counted_facts
@@ -61,6 +62,7 @@ def compare_facts(folder: Path, text: str, model: Any) -> tuple[list[Difference]
         expected = render_card(with_counted_facts(data, counted, report), text)
         differences += compare_text(expected, text, facts)
         differences += _compare_stored_facts(data, expected, text)
+        differences += _compare_stored_checksums(data.checksums, counted["checksums"], facts.get("sha256"))
         differences += _compare_reports(data.report, report)
         differences += _compare_measured_weights(data, counted)
         claims = _claims(data, folder, text)
@@ -80,6 +82,15 @@ def _compare_checksums(claimed: Any, counted: Mapping[str, str]) -> list[Differe
     claimed = claimed if isinstance(claimed, dict) else {}
     names = sorted({*(claimed.keys() & counted.keys()), *differing(claimed, counted)}, key=str)
     return [Difference(f"SHA-256 of {name}", claimed.get(name), counted.get(name)) for name in names]
+
+
+def _compare_stored_checksums(stored: Any, counted: Mapping[str, str], claimed: Any) -> list[Difference]:
+    """The checksums in ``pruning_card.json``, where those in the card do not already show the difference."""
+    shown = set(differing(claimed if isinstance(claimed, dict) else {}, counted))
+    names = set(differing(stored if isinstance(stored, Mapping) else {}, counted)) - shown
+    return [
+        Difference(f"SHA-256 of {name} in {CARD_DATA}", stored.get(name), counted.get(name)) for name in sorted(names)
+    ]
 
 
 def compare_text(expected: str, text: str, facts: Mapping[str, Any]) -> Iterator[Difference]:

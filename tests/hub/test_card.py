@@ -313,6 +313,14 @@ def different(folder):
     return [fact.name for fact in verify_checkpoint(str(folder)).facts if not fact.is_same]
 
 
+def test_verify_finds_an_edited_checksum_beside_the_card(folder):
+    write_card(folder, read_card_data(folder))
+    edit(folder / "pruning_card.json", lambda v: v["checksums"].update({"model.safetensors": "0" * 64}))
+    assert different(folder) == ["SHA-256 of model.safetensors in pruning_card.json"]
+    edit(folder / "pruning_card.json", lambda v: v["checksums"].pop("model.safetensors"))
+    assert different(folder) == ["SHA-256 of model.safetensors in pruning_card.json"]
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
 def test_verify_finds_a_byte_that_changes_neither_counts_nor_sizes(folder, name):
     write_card(folder, read_card_data(folder))
