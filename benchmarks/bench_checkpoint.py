@@ -1,12 +1,12 @@
-"""Size of compressed checkpoints, and what saving and loading them costs, beside what else could be done.
+"""Size of compressed checkpoints, and the cost of saving and loading them, beside alternatives.
 
 A classifier with random normal weights of BERT's spread (or ``--model``, a checkpoint) is pruned by magnitude in all
 its Linears, in turn at each sparsity and in each dtype. Bytes are counted for each target weight and for the file:
 
-- bitmask: one bit for each target weight and the values that stay, as they are;
-- zstd -19: the file of zeros, squeezed as a whole;
-- bound: entropy of the positions (of the pattern for N:M) and, order 0, of the upper 16 bits of the values that
-  stay, the others being noise. It is counted tensor by tensor, and a little too low where a tensor has few values.
+- bitmask: one bit for each target weight, and the remaining values as they are;
+- zstd -19: the dense file with its zeros, compressed as a whole;
+- bound: entropy of the positions (of the pattern for N:M) and, order 0, of the upper 16 bits of the remaining
+  values; their lower bits are noise. It is counted tensor by tensor, and a little too low for tensors with few values.
 
 Loading is ``from_pretrained`` from a warm cache until every page of the weights is there, dense and compressed in turns
 in one process on one thread; the peak is the growth of a fresh process's own memory (pages of a mapped file are not
@@ -75,13 +75,13 @@ def save_pruned(source: str | None, setting: str, dtype: str, folder: Path) -> s
 
 
 def entropy(counts: np.ndarray) -> float:
-    """Bits for each of the things that were counted."""
+    """Bits per symbol, from how often each occurs."""
     shares = counts[counts > 0] / counts.sum()
     return float(-(shares * np.log2(shares)).sum())
 
 
 def bound(tensor: Tensor, mask: Tensor, setting: str) -> float:
-    """Bytes, see above."""
+    """The bound in bytes, see the module's docstring."""
     values = tensor[mask]
     kept, total = values.numel(), tensor.numel()
     if ":" in setting:
@@ -110,13 +110,13 @@ def sizes(dense: Path, small: Path, raw: Path, names: set[str], setting: str, sl
     size = next(iter(tensors.values())).element_size()
     whole = [sum(path.stat().st_size for path in file_paths(folder)[0]) for folder in (dense, raw, small)]
     data = b"".join(path.read_bytes() for path in file_paths(dense)[0])
-    squeezed = len(zstandard.ZstdCompressor(level=19).compress(data)) / 1e6 if slow else math.nan
-    each = [float(size), weights / 8 / weights + kept / weights, packed(raw) / weights, packed(small) / weights]
+    recompressed = len(zstandard.ZstdCompressor(level=19).compress(data)) / 1e6 if slow else math.nan
+    per_weight = [float(size), weights / 8 / weights + kept / weights, packed(raw) / weights, packed(small) / weights]
     return [
-        *(f"{value:.4f}" for value in (*each, least / weights)),
-        f"{size / each[3]:.1f}×",
+        *(f"{value:.4f}" for value in (*per_weight, least / weights)),
+        f"{size / per_weight[3]:.1f}×",
         *(f"{value / 1e6:.1f}" for value in whole),
-        "–" if math.isnan(squeezed) else f"{squeezed:.1f}",
+        "–" if math.isnan(recompressed) else f"{recompressed:.1f}",
     ]
 
 
@@ -127,7 +127,7 @@ def load(folder: Path) -> None:
 
 
 def in_turns(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median seconds of each call, after one that is not counted."""
+    """Median seconds of each call, after one round that is not counted."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for number in range(rounds + 1):
         for name, call in calls.items():
@@ -139,28 +139,25 @@ def in_turns(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, f
 
 
 PEAK = """
-import sys, torch, hf_prune
-from pathlib import Path
+import sys, torch, hf_prune, hf_prune.checkpoint.packed.files, hf_prune.checkpoint.packed.unpack
+from harness import memory, start_of_peak
 from transformers import AutoModelForSequenceClassification, BertForSequenceClassification
-from hf_prune.checkpoint.packed import files, pack
 torch.set_num_threads(1)
-def kib(field):
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(field)).split()[1])
 AutoModelForSequenceClassification.from_pretrained(sys.argv[2])
-Path("/proc/self/clear_refs").write_text("5")
-before = kib("RssAnon")
+start_of_peak()
+before = memory("RssAnon")
 model = AutoModelForSequenceClassification.from_pretrained(sys.argv[1])
-print(kib("VmHWM") - kib("RssFile") - before, kib("RssAnon") - before)
+print(memory("VmHWM") - memory("RssFile") - before)
 """
 
 
 def peak(folder: Path, small: Path) -> float:
     """MB by which the memory of a process grows at most while it loads a checkpoint."""
-    done = subprocess.run(
-        [sys.executable, "-c", PEAK, str(folder), str(small)], capture_output=True, text=True, check=True
-    )
-    return int(done.stdout.split()[0]) * 1024 / 1e6
+    command = [sys.executable, "-c", PEAK, str(folder), str(small)]
+    path = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "PYTHONPATH": path}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    return int(done.stdout.split()[-1]) / 1e6
 
 
 def main() -> None:

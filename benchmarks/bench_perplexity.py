@@ -1,8 +1,8 @@
 """Perplexity after pruning in one shot: methods by sparsities, calibrated on unlabelled text, no training.
 
 All Linears but the output embedding are pruned. Each row has the ratio to the dense perplexity with its standard error,
-paired over the test windows; the seconds of pruning, calibration included; and by how much memory grew while pruning,
-at its peak. torch.nn.utils.prune, the first row, prunes the same Linears by L1 norm, layer by layer.
+paired over the test windows; the seconds of pruning, calibration included; and the peak growth of memory while pruning.
+torch.nn.utils.prune, the first row, prunes the same Linears by L1 norm, layer by layer.
 
     python benchmarks/bench_perplexity.py MODEL_FOLDER wiki.train.raw wiki.test.raw --out table.json
     python benchmarks/bench_perplexity.py model.gguf wiki.train.raw wiki.test.raw --windows 16 --test-windows 40
@@ -17,8 +17,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import ctypes
-import gc
 import json
 import platform
 import time
@@ -26,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from harness import memory, start_of_peak
 from torch import nn
 from torch.nn.utils import prune as torch_prune
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -56,11 +55,11 @@ def load(path: Path) -> tuple[Any, Any]:
 
 
 def tell_stories(model: Any, tokenizer: Any, n: int, seed: int, length: int = 256) -> list[str]:
-    """Texts that a model samples from its start token, as it would tell them itself."""
+    """Texts that a model samples from its start token."""
     starts = torch.full((n, 1), tokenizer.bos_token_id)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        told = model.generate(
+        tokens = model.generate(
             starts,
             attention_mask=torch.ones_like(starts),
             do_sample=True,
@@ -68,7 +67,7 @@ def tell_stories(model: Any, tokenizer: Any, n: int, seed: int, length: int = 25
             max_new_tokens=length,
             pad_token_id=tokenizer.eos_token_id,
         )
-    return tokenizer.batch_decode(told, skip_special_tokens=True)
+    return tokenizer.batch_decode(tokens, skip_special_tokens=True)
 
 
 def config_for(method: str, amount: str) -> PruningConfig:
@@ -85,20 +84,6 @@ def prune_with_torch(model: nn.Module, config: PruningConfig) -> None:
         module = model.get_submodule(planned.target.module)
         torch_prune.l1_unstructured(module, "weight", config.sparsity)
         torch_prune.remove(module, "weight")
-
-
-def start_of_peak() -> int:
-    """Resident memory in bytes, after free memory went back to the system; the peak starts from here (Linux)."""
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-    return memory("VmRSS")
-
-
-def memory(field: str) -> int:
-    """Resident memory of this process now (VmRSS) or at its peak (VmHWM), in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(field))
 
 
 def main() -> None:
@@ -121,8 +106,8 @@ def main() -> None:
 
     dense, tokenizer = load(args.model)
     if args.stories:
-        told = max(64, 2 * args.windows * args.length // 256)
-        train, test = (tell_stories(dense, tokenizer, n, args.seed + i) for i, n in enumerate((told, 128)))
+        stories = max(64, 2 * args.windows * args.length // 256)
+        train, test = (tell_stories(dense, tokenizer, n, args.seed + i) for i, n in enumerate((stories, 128)))
     else:
         train, test = load_texts(args.train, "train"), load_texts(args.test, "test")
     batches = token_windows(
@@ -152,11 +137,12 @@ def main() -> None:
             else:
                 prune(model, config, calibration=batches)
             seconds, extra = time.perf_counter() - start, memory("VmHWM") - before
-            found = compare_perplexity(score, evaluate_perplexity(model, tokenizer, test, **options))
-            error = "" if found.ratio_standard_error is None else f" ± {found.ratio_standard_error:.3f}"
-            row = [method, amount, f"{found.pruned_perplexity:.2f}", f"{found.ratio:.3f}{error}"]
+            comparison = compare_perplexity(score, evaluate_perplexity(model, tokenizer, test, **options))
+            error = "" if comparison.ratio_standard_error is None else f" ± {comparison.ratio_standard_error:.3f}"
+            row = [method, amount, f"{comparison.pruned_perplexity:.2f}", f"{comparison.ratio:.3f}{error}"]
             rows.append([*row, f"{seconds:.1f} s", f"{extra / 1e6:.0f} MB"])
-            records.append({"method": method, "amount": amount, "seconds": seconds, "extra": extra, **found.to_dict()})
+            record = {"method": method, "amount": amount, "seconds": seconds, "extra": extra}
+            records.append({**record, **comparison.to_dict()})
             print("  ".join(rows[-1]), flush=True)
     header = ["method", "sparsity", "perplexity", "times the dense one", "time", "extra memory"]
     print(f"\ndense {score.perplexity:.2f}, n = {score.n} windows of {score.window} tokens\n")

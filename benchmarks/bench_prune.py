@@ -1,13 +1,13 @@
 """Time and memory of pruning a DistilBERT-shaped model at 50 %, beside torch.nn.utils.prune and a floor.
 
 The floor is the least that any magnitude pruning does: one ``abs`` pass and one ``masked_fill_`` pass over the
-same weights. All methods take turns in one process on one thread; before each, the same dense weights are put
-back (not timed). Peak memory is measured for each method in a process of its own.
+same weights. All methods take turns in one process on one thread; before each, the same dense weights are restored
+(not timed). Peak memory is measured for each method in a process of its own.
 
     python benchmarks/bench_prune.py --rounds 7
 
-With ``--layers``, how the time grows with the number of layers, of tiny ones, instead: of chains of Linears for what is
-cheap, and with ``--blocks`` of Llamas of so many blocks for what runs data or reads files.
+With ``--layers``, it shows instead how the time grows with the number of layers: of chains of tiny Linears for cheap
+steps, and with ``--blocks`` of Llamas with this many blocks for steps that run data or read files.
 
     python benchmarks/bench_prune.py --layers 500 1000 2000 --blocks 50 100 200
 """
@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from harness import memory, start_of_peak
 from torch import nn
 from torch.nn.utils import prune as torch_prune
 from transformers import DistilBertConfig, DistilBertForSequenceClassification, LlamaConfig, LlamaForCausalLM
@@ -92,16 +93,10 @@ def peak_memory(name: str, queue: multiprocessing.Queue[int]) -> None:
     """Put the growth of this process's resident memory at its peak, in bytes, into a queue."""
     torch.set_num_threads(1)
     model = build()
-    METHODS[name](nn.Sequential(nn.Linear(8, 8)))  # load what is loaded once
-    status = Path("/proc/self/status")
-    Path("/proc/self/clear_refs").write_text("5")  # let the peak start from here
-
-    def kib(field: str) -> int:
-        return int(next(line for line in status.read_text().splitlines() if line.startswith(field)).split()[1])
-
-    before = kib("VmRSS")
+    METHODS[name](nn.Sequential(nn.Linear(8, 8)))  # import what is imported at the first use
+    before = start_of_peak()
     METHODS[name](model)
-    queue.put(1024 * (kib("VmHWM") - before))
+    queue.put(memory("VmHWM") - before)
 
 
 def measure(rounds: int) -> dict[str, list[float]]:
@@ -121,7 +116,7 @@ def measure(rounds: int) -> dict[str, list[float]]:
     methods = {"floor (abs + masked_fill_)": lambda model: floor(model, masks), **METHODS}
     seconds: dict[str, list[float]] = {name: [] for name in methods}
     for turn in range(rounds + 1):
-        found = {}
+        removed = {}
         for name, method in methods.items():
             reset()
             start = time.process_time()
@@ -129,15 +124,15 @@ def measure(rounds: int) -> dict[str, list[float]]:
             if turn > 0:  # the first round warms up
                 seconds[name].append(time.process_time() - start)
             if turn == 0:
-                found[name] = zeros(model)
+                removed[name] = zeros(model)
         for scope in ("layer", "global") if turn == 0 else ():
-            same = torch.equal(found[f"hf_prune {scope}"], found[f"torch.nn.utils.prune {scope}"])
+            same = torch.equal(removed[f"hf_prune {scope}"], removed[f"torch.nn.utils.prune {scope}"])
             print(f"masks of scope {scope}: {'equal' if same else 'DIFFERENT'}")
     return seconds
 
 
 def growth(counts: list[int]) -> None:
-    """What each layer costs, of so many tiny ones: the same for all, unless something looks at all layers for each."""
+    """Time per layer with this many tiny ones: constant, unless something visits all layers for each layer."""
     steps: dict[str, Callable[[nn.Module, list[dict[str, torch.Tensor]]], object]] = {
         "magnitude": lambda model, batches: prune(model, SPARSITY),
         "wanda, one pass": lambda model, batches: prune(
@@ -162,7 +157,7 @@ def growth(counts: list[int]) -> None:
 
 
 def growth_of_blocks(counts: list[int]) -> None:
-    """What each block costs, of a Llama with so many tiny ones, by method."""
+    """CPU time per block of Llamas with this many tiny blocks, by method."""
     units = {"granularity": ("head", "neuron")}
     whole = {"granularity": ("head", "neuron", "layer"), "scope": "global"}
     steps = {
@@ -204,7 +199,7 @@ def growth_of_blocks(counts: list[int]) -> None:
 
 def _tokens(labels: bool = True) -> list[dict[str, torch.Tensor]]:
     ids = [torch.arange(12).view(2, 6) + i for i in range(2)]
-    return [{"input_ids": each, "labels": each} if labels else {"input_ids": each} for each in ids]
+    return [{"input_ids": row, "labels": row} if labels else {"input_ids": row} for row in ids]
 
 
 def _pruning(**settings: Any) -> Callable[[nn.Module, Path], object]:

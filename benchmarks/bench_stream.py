@@ -4,15 +4,15 @@
     python benchmarks/bench_stream.py --layers 6 --limit 0.7 --runs sparsegpt     # slow: 40 s a block
 
 It makes a sharded Llama with random weights in bfloat16 in a temporary folder, and prunes it in child processes. Each
-child imports everything, prunes a tiny checkpoint to have every library loaded, notes its memory, limits what it may
-add (RLIMIT_DATA: private memory, whether used or not), and starts. The peak is that of the resident memory (VmHWM)
+child imports everything, prunes a tiny checkpoint so that every library is loaded, limits the memory that it may add
+(RLIMIT_DATA: private memory, whether used or not), and starts. The peak is that of the resident memory (VmHWM)
 less what it was before. Files are read, not mapped, so nothing of the checkpoint hides in the page cache. glibc keeps
-freed memory of up to twice the largest tensor for later; MALLOC_MMAP_THRESHOLD_ has it given back, so that the numbers
-are of what is held.
+freed memory of up to twice the largest tensor for later; MALLOC_MMAP_THRESHOLD_ makes it return that, so that the
+numbers are what is held.
 
 "statistics" is what the criterion keeps of the widest input of a block: for wanda its mean squares; for sparsegpt its
 Gram matrix in float32 (4 bytes) and the factor of its inverse, computed in float64 (8) and used in float32 (4). The
-bound is the largest block and its statistics plus 10 %. Finished blocks put their outputs on the disk.
+bound is the largest block and its statistics plus 10 %. Finished blocks write their outputs to disk.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import harness
 import torch
 
 from hf_prune.utils.formatting import format_table
@@ -77,37 +78,32 @@ def batches(vocab: int, texts: int, length: int, size: int = 4) -> list[dict[str
     return [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in ids.split(size)]
 
 
-def memory() -> dict[str, int]:
-    """VmData, VmRSS and VmHWM of this process, in bytes."""
-    lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
-    return {line[0][:-1]: int(line[1]) * 1024 for line in lines if line[0] in ("VmData:", "VmRSS:", "VmHWM:")}
-
-
-def child(run: str, source: str, out: str, limit: int, vocab: int, texts: int, length: int) -> None:
+def measure(args: argparse.Namespace, job: harness.Job) -> harness.Result:
+    """Prune within the memory limit, and measure what that takes."""
     from transformers.utils import logging
 
     from hf_prune import PruningConfig, prune_stream
     from hf_prune.auto import load_native
 
     logging.disable_progress_bar()
+    run, source, out = job["run"], job["source"], job["out"]
     config = PruningConfig(**RUNS.get(run, RUNS["magnitude, layer"]))
     with tempfile.TemporaryDirectory() as folder:
         make_checkpoint(Path(folder) / "tiny", 2, 256, 512, 64)
         for _ in range(2):
-            prune_stream(Path(folder) / "tiny", config, Path(folder) / "out", calibration=batches(64, 4, length))
+            prune_stream(Path(folder) / "tiny", config, Path(folder) / "out", calibration=batches(64, 4, args.length))
         load_native(str(Path(folder) / "out"))
-    before = memory()
-    resource.setrlimit(resource.RLIMIT_DATA, (before["VmData"] + limit,) * 2)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    resource.setrlimit(resource.RLIMIT_DATA, (harness.memory("VmData") + int(args.limit * 1e9),) * 2)
+    before = harness.start_of_peak()
     start = time.perf_counter()
     if run == DENSE:
         load_native(source).prune(config).save_pretrained(out)
         sparsity = -1.0
     else:
-        calibration = batches(vocab, texts, length) if config.needs else None
+        calibration = batches(args.vocab, args.texts, args.length) if config.needs else None
         sparsity = prune_stream(source, config, out, calibration=calibration, cache_bytes=0).target_sparsity
     seconds = time.perf_counter() - start
-    print(json.dumps({"peak": memory()["VmHWM"] - before["VmRSS"], "seconds": seconds, "sparsity": sparsity}))
+    return {"peak": harness.memory("VmHWM") - before, "seconds": seconds, "sparsity": sparsity}
 
 
 def main() -> None:
@@ -120,11 +116,9 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=64)
     parser.add_argument("--limit", type=float, default=1.5, help="GB beyond what the imports take")
     parser.add_argument("--runs", default="magnitude,wanda", help="names separated by commas, or parts of names")
-    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    limit = int(args.limit * 1e9)
-    if args.child:
-        child(*args.child, limit, args.vocab, args.texts, args.length)
+    if harness.is_child(args, measure):
         return
     with tempfile.TemporaryDirectory(prefix="bench_stream-") as folder:
         source = Path(folder) / "source"
@@ -142,18 +136,23 @@ def main() -> None:
             if run != DENSE and not any(part.strip() and part.strip() in run for part in args.runs.split(",")):
                 continue
             out = Path(folder) / "out"
-            given = [x for x in sys.argv[1:] if x]
-            command = [sys.executable, __file__, *given, "--child", run, str(source), str(out)]
             environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**20)}
-            done = subprocess.run(command, capture_output=True, text=True, env=environment)
+            job = {"run": run, "source": str(source), "out": str(out)}
+            done = harness.run_child(job, stderr=subprocess.PIPE, env=environment)
             extra = statistics.get(run.split(",")[0], 0)
             bound = 1.1 * (block + extra)
             row = [run, f"{block / MB:,.0f}", f"{extra / MB:,.0f}", f"{bound / MB:,.0f}"]
             if done.returncode == 0:
-                found = json.loads(done.stdout.splitlines()[-1])
-                verdict = "within" if found["peak"] <= bound else "ABOVE"
+                result = harness.last_json(done.stdout)
+                verdict = "within" if result["peak"] <= bound else "ABOVE"
                 rows.append(
-                    [*row, f"{found['peak'] / MB:,.0f}", verdict, f"{found['sparsity']:.4f}", f"{found['seconds']:.0f}"]
+                    [
+                        *row,
+                        f"{result['peak'] / MB:,.0f}",
+                        verdict,
+                        f"{result['sparsity']:.4f}",
+                        f"{result['seconds']:.0f}",
+                    ]
                 )
             else:
                 last = next((x for x in reversed(done.stderr.splitlines()) if x.strip()), f"signal {-done.returncode}")

@@ -3,8 +3,8 @@
 A classifier is pruned and trained for one epoch on its training sentences, but for those that share five words in a row
 with the held-out ones: by our recipe (calibrated pruning first, then distillation from the dense model, with fixed
 masks; or a cubic schedule with distillation), and by plain magnitude pruning and fine-tuning with the same budget. It
-is scored on dev and on held-out training sentences, drops paired with the dense model. Every run is a process of its
-own and is written to OUT/results.jsonl at once: an interrupted benchmark continues.
+is scored on dev and on held-out training sentences; drops are paired with the dense model. Every run has a process of
+its own and is written to OUT/results.jsonl at once: an interrupted benchmark continues.
 
     python benchmarks/bench_training.py MODEL DATA --out training
     python benchmarks/bench_training.py MODEL DATA --cost      # a step of ours beside one of the plain Trainer
@@ -14,18 +14,16 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import statistics
-import subprocess
-import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench_accuracy import BEST, ENCODER, split
+import harness
+from bench_accuracy import BEST, ENCODER
 
 METHODS = ("magnitude + fine-tuning", "cubic + distillation", "calibrated + distillation")
 AMOUNTS = ("0.8", "0.9", "0.95", "2:4", "3x")
@@ -33,110 +31,87 @@ WORKLOAD = {"batch_size": 1, "length": 64}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="folder of a classifier")
-    parser.add_argument("data", help="folder with train and dev splits, columns sentence and label")
+    parser = harness.classifier_parser(__doc__, out="training", held_out=1000)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--amounts", nargs="+", default=list(AMOUNTS), help="a sparsity, N:M, or a speed-up such as 3x")
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--sentences", type=int, default=512, help="for calibration")
-    parser.add_argument("--min-words", type=int, default=15, help="of a calibration sentence")
-    parser.add_argument("--held-out", type=int, default=1000, help="training sentences that nothing is trained on")
     parser.add_argument("--epochs", type=float, default=1.0)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--learning-rate", type=float, default=1e-4)
     parser.add_argument("--float32", action="store_true", help="do not train in bfloat16")
-    parser.add_argument("--out", type=Path, default=Path("training"), help="folder for the results")
-    parser.add_argument("--table", action="store_true", help="only print what has been measured")
     parser.add_argument("--cost", action="store_true", help="only the cost of a step")
-    parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.child:
-        print(json.dumps(measure(args, json.loads(args.child))))
+    if harness.is_child(args, measure):
         return
     if args.cost:
         cost(args)
         return
-    args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / "results.jsonl"
-    records = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    for job in [] if args.table else jobs(args):
-        if not any(record["job"] == job for record in records):
-            run = [sys.executable, *sys.argv, "--child", json.dumps(job)]
-            done = subprocess.run(run, stdout=subprocess.PIPE, text=True, check=True)
-            records.append({"job": job, "found": json.loads(done.stdout.splitlines()[-1])})
-            with path.open("a") as file:
-                file.write(json.dumps(records[-1]) + "\n")
-            found = records[-1]["found"]
-            right = [f"{name} {100 * statistics.mean(map(int, found[name])):.2f}" for name in ("dev", "held out")]
-            print(
-                f"{job['amount']:5} {job['method']:28} seed {job['seed']}: {', '.join(right)}, "
-                f"{found['pruning']:.0f} s + {found['training']:.0f} s",
-                flush=True,
-            )
-    print(table(args, records))
+    results = harness.Results(args.out)
+    results.measure([] if args.table else jobs(args), describe)
+    print(table(args, results))
 
 
 def jobs(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """What says which run it is."""
+    """What identifies each run."""
     keys = ("sentences", "min_words", "held_out", "epochs", "batch_size", "learning_rate", "float32")
     base = {"model": Path(args.model).resolve().name, **{key: getattr(args, key) for key in keys}}
     yield {**base, "method": "dense", "amount": "0", "seed": 0}
     for seed in range(args.seeds):
         for amount in args.amounts:
             for method in args.methods:
-                if not (amount.endswith("x") and method.startswith("cubic")):  # a speed-up is not a schedule's goal
+                if not (amount.endswith("x") and method.startswith("cubic")):  # schedules have no target speed-up
                     yield {**base, "method": method, "amount": amount, "seed": seed}
+
+
+def describe(job: harness.Job, result: harness.Result) -> str:
+    """A line about a new result."""
+    return (
+        f"{job['amount']:5} {job['method']:28} seed {job['seed']}: dev {harness.accuracy(result['dev']):.2f}, held out "
+        f"{harness.accuracy(result['held out']):.2f}, {result['pruning']:.0f} s + {result['training']:.0f} s"
+    )
 
 
 # --- one run, in its own process ------------------------------------------------------------------------------
 
 
-def measure(args: argparse.Namespace, job: Mapping[str, Any]) -> dict[str, Any]:
+def measure(args: argparse.Namespace, job: harness.Job) -> harness.Result:
     """Prune, train and score."""
-    import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    from hf_prune import evaluate_classification, load_classification, prune, shrink, text_batches
-    from hf_prune.evaluation.data.overlap import overlapping
+    from hf_prune import load_classification, prune, shrink, text_batches
 
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     dense = AutoModelForSequenceClassification.from_pretrained(args.model).eval()
     model = copy.deepcopy(dense)
     train, dev = load_classification(args.data, "train"), load_classification(args.data, "validation")
-    held_out, pool = split(args, train["sentence"])
-    found: dict[str, Any] = {"pruning": 0.0, "training": 0.0}
+    held_out, rest = harness.split_sentences(train["sentence"], args.held_out, args.min_words)
+    result: harness.Result = {"pruning": 0.0, "training": 0.0}
     if job["method"] != "dense":
-        drawn = [pool[i] for i in torch.randperm(len(pool), generator=torch.Generator().manual_seed(job["seed"]))]
-        every = train["sentence"]
-        known = overlapping(every, [every[i] for i in held_out])
-        rows = train.select([i for i, shared in enumerate(known) if not shared])
+        rows = harness.shuffled(rest, job["seed"])[: args.sentences]
+        examples = train.select(harness.without_overlap(train["sentence"], held_out))
         start = time.perf_counter()
-        settings = settings_of(job)
+        settings: dict[str, Any] | None = settings_of(job)
         if job["method"] != "cubic + distillation":
-            batches = text_batches([train[i]["sentence"] for i in drawn[: args.sentences]], tokenizer)
-            prune(model, seed=job["seed"], calibration=batches, **settings)
+            batches = text_batches([train[i]["sentence"] for i in rows], tokenizer)
+            prune(model, seed=job["seed"], calibration=batches, **(settings or {}))
             if job["amount"].endswith("x"):
                 shrink(model)
             settings = None
-        found["pruning"] = time.perf_counter() - start
+        result["pruning"] = time.perf_counter() - start
         start = time.perf_counter()
-        found["steps"] = train_it(args, job, model, dense, rows, tokenizer, settings)
-        found["training"] = time.perf_counter() - start
+        result["steps"] = train_it(args, job, model, dense, examples, tokenizer, settings)
+        result["training"] = time.perf_counter() - start
         if job["amount"].endswith("x"):
             from bench_structured import ratio
 
-            found["measured"], *_ = ratio(dense, model, WORKLOAD)
-    zeros = sum(int((p == 0).sum()) for n, p in model.named_parameters() if ".layer." in n and p.dim() == 2)
-    found["zeros"] = zeros / sum(p.numel() for n, p in model.named_parameters() if ".layer." in n and p.dim() == 2)
-    found["parameters"] = sum(p.numel() for p in model.parameters())
-    for name, data in (("dev", dev), ("held out", train.select(held_out))):
-        score = evaluate_classification(model.eval(), tokenizer, data)
-        found[name] = "".join(str(int(p == y)) for p, y in zip(score.predictions, score.labels, strict=True))
-    return found
+            result["measured"], *_ = ratio(dense, model, WORKLOAD)
+    matrices = [p for name, p in model.named_parameters() if ".layer." in name and p.dim() == 2]
+    result["zeros"] = sum(int((p == 0).sum()) for p in matrices) / sum(p.numel() for p in matrices)
+    result["parameters"] = sum(p.numel() for p in model.parameters())
+    return result | harness.score_splits(model.eval(), tokenizer, dev, train.select(held_out))
 
 
-def settings_of(job: Mapping[str, Any]) -> dict[str, Any]:
+def settings_of(job: harness.Job) -> dict[str, Any]:
     """Fields of a config."""
     amount, plain = job["amount"], job["method"].startswith("magnitude")
     if amount.endswith("x"):
@@ -150,7 +125,7 @@ def settings_of(job: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def train_it(
-    args: argparse.Namespace, job: Mapping[str, Any], model: Any, dense: Any, rows: Any, tokenizer: Any, settings: Any
+    args: argparse.Namespace, job: harness.Job, model: Any, dense: Any, rows: Any, tokenizer: Any, settings: Any
 ) -> int:
     """One epoch; how many steps it had."""
     from transformers import DataCollatorWithPadding, Trainer
@@ -162,17 +137,17 @@ def train_it(
     distills = "distillation" in job["method"]
     config = None if settings is None else PruningConfig(schedule=Schedule("cubic", end=0.6, every=20), **settings)
     with tempfile.TemporaryDirectory() as folder:
-        pieces = {
+        common = {
             "model": model,
             "args": arguments(args, folder, job["seed"]),
             "train_dataset": data,
             "data_collator": DataCollatorWithPadding(tokenizer),
         }
         if not distills and config is None and MaskStore.of(model) is None:  # a shrunk model is like any other
-            trainer = Trainer(**pieces)
+            trainer = Trainer(**common)
         else:
             trainer = PruningTrainer(
-                **pieces,
+                **common,
                 pruning_config=config,
                 teacher=copy.deepcopy(dense) if distills else None,
                 distillation=Distillation(task=0.0, logits=1.0, hidden=1.0) if distills else None,
@@ -182,7 +157,7 @@ def train_it(
 
 
 def arguments(args: argparse.Namespace, folder: str, seed: int, **more: Any) -> Any:
-    """Of the Trainer."""
+    """The Trainer's arguments."""
     from transformers import TrainingArguments
 
     settings: dict[str, Any] = {
@@ -207,41 +182,34 @@ def arguments(args: argparse.Namespace, folder: str, seed: int, **more: Any) -> 
 # --- all of them ------------------------------------------------------------------------------------------------
 
 
-def drop(dense: Mapping[str, Any], found: Sequence[Mapping[str, Any]], data: str) -> str:
-    """Mean over the seeds, in points, with its paired standard error."""
-    runs = [[int(x) for x in each[data]] for each in found]
-    lost = [int(d) - statistics.mean(r) for d, r in zip(dense[data], zip(*runs, strict=True), strict=True)]
-    return f"{100 * statistics.mean(lost):.2f} ± {100 * statistics.stdev(lost) / len(lost) ** 0.5:.2f}"
-
-
-def table(args: argparse.Namespace, records: Sequence[Mapping[str, Any]]) -> str:
+def table(args: argparse.Namespace, results: harness.Results) -> str:
     """What was measured."""
     from hf_prune.utils.formatting import format_table
 
-    dense = next(record["found"] for record in records if record["job"]["method"] == "dense")
+    dense = results.where(method="dense")[0]
     rows = []
     for amount in args.amounts:
         for method in args.methods:
-            found = [r["found"] for r in records if (r["job"]["amount"], r["job"]["method"]) == (amount, method)]
-            if found:
-                mean = {key: statistics.mean(f[key] for f in found) for key in ("pruning", "training", "zeros")}
-                faster = statistics.mean(f["measured"] for f in found) if "measured" in found[0] else None
-                rows.append(
-                    [
-                        amount,
-                        method,
-                        str(len(found)),
-                        f"{faster:.2f}x" if faster else f"{100 * mean['zeros']:.1f} %",
-                        drop(dense, found, "dev"),
-                        drop(dense, found, "held out"),
-                        f"{mean['pruning']:.0f} s + {mean['training']:.0f} s",
-                    ]
-                )
+            if not (runs := results.where(method=method, amount=amount)):
+                continue
+            mean = {name: statistics.mean(run[name] for run in runs) for name in ("pruning", "training", "zeros")}
+            speedup = statistics.mean(run["measured"] for run in runs) if "measured" in runs[0] else None
+            drops = [harness.paired_drop(dense[data], [run[data] for run in runs]) for data in ("dev", "held out")]
+            rows.append(
+                [
+                    amount,
+                    method,
+                    str(len(runs)),
+                    f"{100 * mean['zeros']:.1f} %" if speedup is None else f"{speedup:.2f}x",
+                    *(f"{drop:.2f} ± {error:.2f}" for drop, error in drops),
+                    f"{mean['pruning']:.0f} s + {mean['training']:.0f} s",
+                ]
+            )
     header = ["asked", "method", "seeds", "zeros, faster", "drop on dev", "on held-out", "time"]
-    right = {name: 100 * statistics.mean(map(int, dense[name])) for name in ("dev", "held out")}
     note = (
-        f"Drops in points: dev {right['dev']:.2f} dense, n = {len(dense['dev'])}; held-out training sentences "
-        f"{right['held out']:.2f}, n = {len(dense['held out'])}. Zeros: of the encoder's matrices."
+        f"Drops in points: dev {harness.accuracy(dense['dev']):.2f} dense, n = {len(dense['dev'])}; held-out training "
+        f"sentences {harness.accuracy(dense['held out']):.2f}, n = {len(dense['held out'])}. Zeros: of the encoder's "
+        f"matrices."
     )
     return format_table(header, rows, left=2) + "\n" + note
 
@@ -250,7 +218,7 @@ def table(args: argparse.Namespace, records: Sequence[Mapping[str, Any]]) -> str
 
 
 def cost(args: argparse.Namespace) -> None:
-    """A step of the plain Trainer, one of ours with masks that stay, one of ours with a schedule, and again."""
+    """Time steps of the plain Trainer, and of ours with fixed masks or with a schedule, in turns."""
     import torch
     from transformers import AutoModelForSequenceClassification, Trainer
 
@@ -288,19 +256,20 @@ def cost(args: argparse.Namespace) -> None:
         turns.run([trainer.train for trainer in trainers])
     plain = turns.times[0][first:]
     for name, times in zip(kinds, turns.times, strict=True):
-        found = times[first:]
-        ratios = statistics.quantiles([a / b for a, b in zip(found, plain, strict=True)], n=4)
+        counted = times[first:]
+        ratios = statistics.quantiles([a / b for a, b in zip(counted, plain, strict=True)], n=4)
         print(
-            f"{name:42} {1000 * statistics.mean(found):7.1f} ms of CPU a step, {sum(found) / sum(plain):.3f} of plain "
-            f"(quartiles of single steps {ratios[0]:.3f} to {ratios[2]:.3f}; {len(found)} steps in turns)"
+            f"{name:42} {1000 * statistics.mean(counted):7.1f} ms of CPU a step, "
+            f"{sum(counted) / sum(plain):.3f} of plain (quartiles of single steps {ratios[0]:.3f} to {ratios[2]:.3f}; "
+            f"{len(counted)} steps in turns)"
         )
 
 
 class Turns:
-    """Trainings that run in threads, one at a time, a step each: what else the machine does hits all of them alike.
+    """Trainings that run in threads and take turns, a step each, so that other load on the machine affects them alike.
 
-    A step is timed from its beginning to that of the next one, in CPU time of its thread, which with one thread of
-    torch has everything in it.
+    A step is timed from its start to the start of the next one, in CPU time of its thread, which covers everything
+    when torch has one thread.
 
     Args:
         n: How many trainings.
@@ -308,21 +277,21 @@ class Turns:
 
     def __init__(self, n: int) -> None:
         self.times: list[list[float]] = [[] for _ in range(n)]
-        self.left = list(range(n))
+        self.running = list(range(n))
         self.now = 0
         self.changed = threading.Condition()
 
     def wait(self, number: int) -> None:
-        """Until it is this one's turn."""
+        """Wait until it is this training's turn."""
         with self.changed:
             self.changed.wait_for(lambda: self.now == number)
 
     def go_on(self, number: int, *, for_good: bool = False) -> None:
-        """To the next one, for good if this one has ended."""
+        """Hand over to the next training, for good if this one has ended."""
         with self.changed:
             if for_good:
-                self.left.remove(number)
-            following = sorted(self.left, key=lambda n: (n <= number, n))
+                self.running.remove(number)
+            following = sorted(self.running, key=lambda n: (n <= number, n))
             self.now = following[0] if following else -1
             self.changed.notify_all()
 
@@ -345,7 +314,7 @@ class Turns:
         return Clock()
 
     def run(self, trainings: Sequence[Callable[[], Any]]) -> None:
-        """All of them, to their ends."""
+        """Run all trainings to their ends."""
         failed = []
 
         def one(number: int) -> None:
