@@ -1,4 +1,4 @@
-"""How accurate a sequence classifier is."""
+"""Measure the accuracy of a sequence classifier."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-_PADDED_LEFT = frozenset({"xlnet"})  # these classify the last position, whatever is there
+_PADDED_LEFT = frozenset({"xlnet"})  # these classify the last position, padding or not
 
 
 def accuracy_metric() -> evaluate.Metric:
@@ -135,8 +135,8 @@ def evaluate_classification(
 ) -> Evaluation:
     """Measure the accuracy of a sequence classifier, on the device and in the dtype it has.
 
-    Sentences of similar length share a batch, so little is computed on padding; the predictions come
-    back in the order of the data. The model runs in eval mode and gets its training flags back.
+    Sentences of similar length share a batch, so little is computed on padding; the predictions are
+    returned in the order of the data. The model runs in eval mode, and its training flags are restored.
 
     Args:
         model: A sequence classifier: ``logits`` of shape (batch, num_labels).
@@ -157,7 +157,7 @@ def evaluate_classification(
     Raises:
         ConfigError: If ``batch_size``, ``max_length`` or ``text_columns`` is out of range.
         DataError: If the data set is empty or lacks a column, a label is not one of the model's, the
-            tokenizer cannot pad as the model expects, or the model is no classifier or returns NaN.
+            tokenizer cannot pad as the model expects, or the model is not a classifier or returns NaN.
 
     Example:
         >>> from datasets import Dataset
@@ -227,9 +227,9 @@ def _predict(
 
 def _check_logits(logits: Any, model: PreTrainedModel) -> Tensor:
     if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[1] != model.config.num_labels:
-        found = f"logits of shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else "no logits"
+        returned = f"logits of shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else "no logits"
         raise DataError(
-            f"{type(model).__name__} returns {found}, expected (batch, {model.config.num_labels}): load it with "
+            f"{type(model).__name__} returns {returned}, expected (batch, {model.config.num_labels}): load it with "
             "AutoModelForSequenceClassification"
         )
     return logits

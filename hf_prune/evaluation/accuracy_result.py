@@ -1,25 +1,26 @@
-"""An accuracy, with what it was measured on."""
+"""The accuracy of a model, with the data and settings that it was measured with."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from hf_prune.errors import DataError
+from hf_prune.evaluation.saved_scores import check_fields
 
-_KINDS: dict[str, tuple[type, ...]] = {
+_TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("split", "source", "data_fingerprint", "dtype", "classes"), (str,)),
     **dict.fromkeys(("max_length", "batch_size"), (int,)),
     "seconds": (float, int),
 }
-_KIND_NAMES = {str: "a text", int: "a whole number, 0 or more", float: "a number, 0 or more"}
+_TYPE_NAMES = {str: "a text", int: "a whole number, 0 or more", float: "a number, 0 or more"}
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What one model got right on one data set.
+    """How many examples of a data set a model classifies right.
 
     Attributes:
         accuracy: Share of right predictions, 0 to 1.
@@ -29,12 +30,12 @@ class Evaluation:
         labels: True class of each example, in the order of the data.
         split: Name of the split.
         source: Where the data came from.
-        data_fingerprint: Hash of texts and labels, see ``data_loading.fingerprint``.
-        seconds: Wall time of tokenising and predicting.
+        data_fingerprint: Hash of texts and labels, see ``evaluation.data.loading.fingerprint``.
+        seconds: Wall time of tokenizing and predicting.
         dtype: Of the weights, such as ``float32``.
         max_length: Longer inputs were cut to this many tokens.
         batch_size: Examples per forward pass.
-        classes: How the classes of the model and of the data differ, in words; empty if nothing says that they do.
+        classes: How the classes of the model and of the data seem to differ, in words; empty if they do not.
     """
 
     accuracy: float
@@ -62,28 +63,22 @@ class Evaluation:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Evaluation:
-        """The inverse of ``to_dict``; the accuracy is computed anew from the predictions.
+        """The inverse of ``to_dict``; the accuracy is computed again from the predictions.
 
         Raises:
             DataError: If a field is missing or unknown, or a number is not what the predictions give.
         """
-        names = {field.name for field in fields(cls)}
-        missing, unknown = names - {"classes", *values}, set(values) - names
-        if missing or unknown:
-            raise DataError(
-                f"not a saved evaluation: missing {sorted(missing)}, unknown {sorted(unknown)}: pass what "
-                f"Evaluation.to_dict returned"
-            )
-        for name, kinds in _KINDS.items():
+        check_fields(cls, values, "evaluation", optional=("classes",))
+        for name, types in _TYPES.items():
             value = values.get(name, "")
-            if type(value) not in kinds or (str not in kinds and not 0 <= value < 1e15):
-                raise DataError(f"not a saved evaluation: {name} is {value!r}: expected {_KIND_NAMES[kinds[0]]}")
+            if type(value) not in types or (str not in types and not 0 <= value < 1e15):
+                raise DataError(f"not a saved evaluation: {name} is {value!r}: expected {_TYPE_NAMES[types[0]]}")
         for name in ("predictions", "labels"):
             if not isinstance(values[name], (list, tuple)):
                 raise DataError(f"not a saved evaluation: {name} is {values[name]!r}: expected a list of class numbers")
         predictions, labels = tuple(values["predictions"]), tuple(values["labels"])
         if not all(type(number) is int and number >= 0 for number in (*predictions, *labels)):
-            raise DataError("not a saved evaluation: predictions and labels are to be class numbers, 0 or more")
+            raise DataError("not a saved evaluation: predictions and labels must be class numbers, 0 or more")
         if not 0 < len(labels) == len(predictions):
             raise DataError(f"not a saved evaluation: {len(predictions)} predictions of {len(labels)} labels")
         counted = share_correct(predictions, labels)
@@ -97,11 +92,11 @@ class Evaluation:
 
 
 def share_correct(predictions: Sequence[int], labels: Sequence[int]) -> dict[str, float | int]:
-    """Share of right predictions, their number, and the standard error."""
+    """The share of right predictions, how many there are, and the standard error of the share."""
     n = len(labels)
     p = sum(a == b for a, b in zip(predictions, labels, strict=True)) / n
     return {"accuracy": p, "n": n, "standard_error": math.sqrt(p * (1 - p) / n)}
 
 
-def _is_near(said: Any, counted: float) -> bool:
-    return type(said) in (int, float) and math.isclose(said, counted, rel_tol=1e-9, abs_tol=1e-9)
+def _is_near(claimed: Any, counted: float) -> bool:
+    return type(claimed) in (int, float) and math.isclose(claimed, counted, rel_tol=1e-9, abs_tol=1e-9)

@@ -1,8 +1,8 @@
-"""Whether a pruned model is worse than its dense parent.
+"""Whether a pruned model is less accurate than the dense one.
 
-Two models are compared on the same examples, so the comparison is paired: what counts are the
-examples that only one of them gets right, and the error of the difference is usually much smaller
-than the errors of the two accuracies suggest.
+Both models are scored on the same examples, so the comparison is paired: only examples that one of them gets right and
+the other one wrong count, and the error of the difference is usually much smaller than the errors of the two
+accuracies suggest.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from hf_prune.evaluation.accuracy_result import Evaluation
 
 @dataclass(frozen=True)
 class Comparison:
-    """A pruned model against its dense parent on the same examples.
+    """A pruned model compared with the dense one on the same examples.
 
     Attributes:
         dense_accuracy: 0 to 1.
@@ -34,7 +34,7 @@ class Comparison:
         p_value: Of McNemar's exact two-sided test that both are equally accurate.
         n: Number of examples.
         confidence: Of the interval and of the bound, 0 to 1.
-        doubt: Why the drop says nothing, in words, see :func:`reason_to_doubt`; empty if it does.
+        doubt: Why the drop means nothing, in words; empty if it does. See :func:`reason_to_doubt`.
     """
 
     dense_accuracy: float
@@ -51,7 +51,7 @@ class Comparison:
     doubt: str = ""
 
     def __str__(self) -> str:
-        """One line: both accuracies, the drop with interval and bound, the test, and n; before it the doubt."""
+        """One line: both accuracies, the drop with interval and bound, the test, and n; a doubt comes first."""
         low, high = self.interval
         level = f"{100 * self.confidence:g} %"
         warning = f"Warning: {self.doubt}.\n" if self.doubt else ""
@@ -135,16 +135,16 @@ def interval_of(lost: int, won: int, n: int, confidence: float) -> tuple[tuple[f
 def reason_to_doubt(dense: Evaluation, confidence: float = 0.95) -> str:
     """Why a drop from a score says nothing about what pruning costs; empty if it does.
 
-    A model that does not do the task has nothing to lose: that is so if its classes are not those of the data, or if it
-    is not significantly better than one that always answers with the most frequent class (McNemar's exact test,
-    one-sided, on the same examples). Reversed labels are such a case.
+    A model that does not do the task has nothing to lose. That is the case if its classes are not those of the data, or
+    if it is not significantly better than always answering with the most frequent class (McNemar's exact test,
+    one-sided, on the same examples), for example with reversed labels.
 
     Args:
         dense: The score of the dense model.
-        confidence: With which it is to be better, between 0 and 1.
+        confidence: How sure it must be that the model is better, between 0 and 1.
 
     Example:
-        >>> doubt_of(dense)  # doctest: +SKIP
+        >>> reason_to_doubt(dense)  # doctest: +SKIP
         'the dense model is right on 8.50 % of the examples, and always answering class 1 on 52.00 %: ...'
     """
     if dense.classes:

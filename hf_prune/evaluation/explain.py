@@ -1,4 +1,4 @@
-"""Will this be faster? What a checkpoint's zeros and shapes are worth, and what a measurement says."""
+"""Explain whether a checkpoint is faster than the dense one: what its shapes and zeros mean, and what was measured."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from hf_prune.evaluation.sparsity_report import SparsityReport, sparsity_report
 from hf_prune.evaluation.structure_report import StructureReport, structure_report
 from hf_prune.inference.latency_result import LatencyResult
 
-SOME_ZEROS = 0.01  # share from which on zeros are worth a word
+SOME_ZEROS = 0.01  # share of zeros from which they are mentioned
 
 
 def explain_speed(model: nn.Module, measured: LatencyResult | None = None) -> str:
-    """Say whether a model is faster than the dense one it was, where, and why not.
+    """Explain whether a model is faster than the dense one it came from, where, and why or why not.
 
     Args:
         model: A transformers model.
-        measured: It and the dense one, timed in turns, if they were.
+        measured: The timing of both in turns, if there is one.
     """
     lines = [f"{type(model).__name__}:", *speed_reasons(model)]
     if measured is None:
@@ -29,7 +29,7 @@ def explain_speed(model: nn.Module, measured: LatencyResult | None = None) -> st
 
 
 def speed_reasons(model: nn.Module) -> list[str]:
-    """What the shapes and the zeros of a model are worth, in lines."""
+    """What the shapes and the zeros of a model mean for its speed, in lines."""
     zeros = sparsity_report(model)
     try:
         shapes = _shapes(structure_report(model))

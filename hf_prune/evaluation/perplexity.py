@@ -1,4 +1,4 @@
-"""How well a causal language model predicts text, and how much worse a pruned one does on the same windows."""
+"""Measure the perplexity of a causal language model, and compare a pruned model with the dense one."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from hf_prune.utils.progress import Bar
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-_WINDOW = 2048  # tokens, where the model has no shorter context: with what most perplexities are published
-_CHUNK = 1 << 23  # logits that are looked at in float32 at a time
-_PROBE = 8  # tokens that show whether a model looks ahead
+_WINDOW = 2048  # tokens, or the context of the model if that is shorter: most perplexities are published with it
+_CHUNK = 1 << 23  # logits that are converted to float32 at a time
+_PROBE = 8  # tokens by which a model that looks ahead is recognised
 _EXPECTED = (
     "perplexity is that of a causal language model, with logits (batch, seq, vocab); load one with AutoModelForCausalLM"
 )
@@ -51,13 +51,13 @@ def evaluate_perplexity(
     r"""Measure the perplexity of a causal language model, on the device and in the dtype it has.
 
     As published for WikiText-2 (Merity et al. 2016, arXiv:1609.07843): the texts are joined by ``"\n\n"``,
-    tokenised once, and cut in consecutive windows. Every token of a window but the first is predicted from those
-    before it in the window. What is left at the end and fills no window is not used. With a stride below the window,
-    windows overlap: the tokens that the window before has predicted are only context then, and each token is still
-    predicted once. The model runs in eval mode and gets its training flags back.
+    tokenized once, and cut into consecutive windows. Every token of a window but the first is predicted from the tokens
+    before it in the window. Tokens at the end that do not fill a window are not used. With a stride below the window
+    length, windows overlap: tokens that the window before has predicted are only context, so that each token is still
+    predicted once. The model runs in eval mode, and its training flags are restored.
 
     A beginning-of-sequence token stands where the tokenizer puts it: once, at the start of all text. That is the
-    convention, and right for models that do not care; for those that do (Gemma), set ``bos_in_every_window``.
+    convention, and fine for most models; for those that need one in each window (Gemma), set ``bos_in_every_window``.
 
     Args:
         model: A causal language model: ``logits`` of shape (batch, seq, vocab).
@@ -79,8 +79,8 @@ def evaluate_perplexity(
 
     Raises:
         ConfigError: If a setting is out of range, or the window is longer than the model's context.
-        DataError: If the text is too short for one window; the model is no causal language model, does not belong to
-            the tokenizer, or gives likelihoods that are not finite; or there is no BOS token where one is asked for.
+        DataError: If the text is too short for one window; the model is not a causal language model, does not belong to
+            the tokenizer, or gives likelihoods that are not finite; or there is no BOS token where one is required.
 
     Example:
         >>> texts = load_texts("Salesforce/wikitext:wikitext-2-raw-v1", "test")  # doctest: +SKIP
@@ -180,9 +180,9 @@ def compare_perplexity(dense: Perplexity, pruned: Perplexity, *, confidence: flo
     )
 
 
-def _bos(tokenizer: PreTrainedTokenizerBase, asked: bool) -> Tensor:
-    """(1,) with the BOS token, or (0,) if none is asked for."""
-    if not asked:
+def _bos(tokenizer: PreTrainedTokenizerBase, wanted: bool) -> Tensor:
+    """(1,) with the BOS token, or (0,) if none is wanted."""
+    if not wanted:
         return torch.tensor([], dtype=torch.int64)
     if tokenizer.bos_token_id is None:
         raise DataError(
@@ -193,7 +193,7 @@ def _bos(tokenizer: PreTrainedTokenizerBase, asked: bool) -> Tensor:
 
 
 def _window(model: PreTrainedModel, window: int | None, stride: int | None, lead: int) -> tuple[int, int]:
-    """Both lengths, checked."""
+    """Window and stride, checked, with their defaults filled in."""
     context = context_length(model)
     if window is None:
         window = _WINDOW if context is None else min(_WINDOW, context)
@@ -230,7 +230,7 @@ def _window_nlls(
     batch_size: int,
     progress: bool | str,
 ) -> list[float]:
-    """Mean negative log-likelihood of the last so many tokens of each window."""
+    """Mean negative log-likelihood of the last ``count`` tokens of each window."""
     title = progress if isinstance(progress, str) else "Scoring"
     starts = range(0, len(rows), batch_size)
     means: list[Tensor] = []
@@ -241,17 +241,17 @@ def _window_nlls(
             ids = torch.cat([lead.expand(len(part), -1), part], 1)  # (batch, window)
             for row, logits, count in zip(ids, _logits(model, ids), counts[start : start + batch_size], strict=True):
                 means.append(_nlls(logits[-count - 1 : -1], row[-count:]))
-    found = torch.stack(means).tolist()
-    if bad := sum(not math.isfinite(nll) for nll in found):
+    nlls: list[float] = torch.stack(means).tolist()
+    if bad := sum(not math.isfinite(nll) for nll in nlls):
         raise DataError(
-            f"{type(model).__name__} gives likelihoods that are not finite in {bad} of {len(found)} windows: its "
+            f"{type(model).__name__} gives likelihoods that are not finite in {bad} of {len(nlls)} windows: its "
             f"weights are damaged, or its dtype overflows (load it in float32 or bfloat16)"
         )
-    return found
+    return nlls
 
 
 def _nlls(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean negative log-likelihood, a few positions at a time.
+    """Mean negative log-likelihood, computed a few positions at a time to save memory.
 
     Args:
         logits: (seq, vocab).
@@ -266,25 +266,25 @@ def _nlls(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def _logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """(batch, seq, vocab)."""
+    """The logits of a batch: (batch, seq, vocab)."""
     options = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
     logits = getattr(
         run_model(model, {**batch_to_device(model, {"input_ids": ids}), **options}, DataError), "logits", None
     )
     if not isinstance(logits, Tensor) or logits.shape[:-1] != ids.shape or logits.shape[-1] <= int(ids.max()):
-        found = f"logits of shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else "no logits"
-        raise DataError(f"{type(model).__name__} returns {found} for {tuple(ids.shape)} tokens: {_EXPECTED}")
+        returned = f"logits of shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else "no logits"
+        raise DataError(f"{type(model).__name__} returns {returned} for {tuple(ids.shape)} tokens: {_EXPECTED}")
     return logits
 
 
 def _check_causal(model: PreTrainedModel, tokens: Tensor) -> None:
-    """Change the last token: what a model predicts before it must stay, or it has seen what it is to predict."""
+    """Make sure that a model does not look ahead: changing the last token must not change the predictions before it."""
     changed = tokens.clone()
     changed[-1] = 0 if tokens[-1] else 1
     one, other = _logits(model, torch.stack([tokens, changed]))[:, :-1].float()
     tolerance = max(1e-4, 4 * torch.finfo(next(model.parameters()).dtype).eps)
     if (one - other).abs().max() > tolerance * one.abs().max():
-        raise DataError(f"{type(model).__name__} looks at the tokens that it is to predict: {_EXPECTED}")
+        raise DataError(f"{type(model).__name__} sees the tokens that it has to predict: {_EXPECTED}")
 
 
 def _check_paired(dense: Perplexity, pruned: Perplexity) -> None:

@@ -1,31 +1,31 @@
-"""Perplexities as they are reported."""
+"""The perplexity of a model, and the comparison of two, with the windows that they were measured on."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from hf_prune.errors import DataError
+from hf_prune.evaluation.saved_scores import check_fields
 
 
 @dataclass(frozen=True)
 class Perplexity:
-    """How well one model predicts one text.
+    """How well a model predicts a text.
 
     Attributes:
         perplexity: exp of the mean negative log-likelihood of a predicted token; 1 is perfect.
         n: Number of windows.
         n_tokens: Number of predicted tokens.
-        standard_error: Of the perplexity, from how the windows differ; None for one window. Windows count as
-            independent, which those of one article are not quite.
+        standard_error: Standard error of the perplexity, from the variance between windows; None for one window.
+            Windows count as independent, although windows of one article are not quite.
         window_nll: Mean negative log-likelihood of the predicted tokens of each window, in nats, in text order.
         window_tokens: How many tokens are predicted in each window.
-        window: Tokens that the model sees at once.
+        window: Tokens in a window, which the model sees at once.
         stride: Tokens from the start of one window to that of the next.
         bos_in_every_window: Whether each window starts with the beginning-of-sequence token.
-        unused_tokens: Tokens at the end of the text that fill no window, or lie beyond the limit.
+        unused_tokens: Tokens at the end of the text that do not fill a window, or are beyond the limit.
         split: Name of the split.
         source: Where the text came from.
         data_fingerprint: Hash of the tokens.
@@ -69,19 +69,14 @@ class Perplexity:
         Raises:
             DataError: If a field is missing or unknown.
         """
-        names = {field.name for field in fields(cls)}
-        if names != set(values):
-            raise DataError(
-                f"not a saved perplexity: missing {sorted(names - set(values))}, "
-                f"unknown {sorted(set(values) - names)}: pass what Perplexity.to_dict returned"
-            )
+        check_fields(cls, values, "perplexity")
         lists = {name: tuple(values[name]) for name in ("window_nll", "window_tokens")}
         return cls(**{**values, **lists})
 
 
 @dataclass(frozen=True)
 class PerplexityComparison:
-    """A pruned model against its dense parent on the same windows.
+    """A pruned model compared with the dense one on the same windows.
 
     Attributes:
         dense_perplexity: 1 or more.
@@ -119,5 +114,5 @@ class PerplexityComparison:
 
 
 def exp_or_inf(x: float) -> float:
-    """``exp(x)``, and infinity where that is too large for a float."""
+    """``exp(x)``, or infinity where that is too large for a float."""
     return math.exp(x) if x < math.log(1.7e308) else math.inf

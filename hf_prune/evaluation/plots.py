@@ -1,4 +1,4 @@
-"""Pictures: weight histogram before and after, sparsity per layer, trade-off curve, latency."""
+"""Plots: histograms of weights, sparsity per layer, trade-off curves, latency."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ _GREY = "#8a8a8a"
 
 
 def plot_weight_histogram(before: WeightHistogram | None, after: WeightHistogram, title: str) -> Figure:
-    """Weights before and after pruning, on a logarithmic scale, the spike at zero as a bar of its own.
+    """Plot weights before and after pruning, on a logarithmic scale, with the zeros as a bar of their own.
 
     Args:
-        before: Histogram of the dense weights, None where they are not known.
+        before: Histogram of the dense weights, None if they are not known.
         after: Histogram of the pruned weights, with the same edges.
         title: What is shown.
     """
@@ -55,7 +55,7 @@ def plot_weight_histogram(before: WeightHistogram | None, after: WeightHistogram
 
 
 def plot_layer_sparsity(report: SparsityReport, title: str) -> Figure:
-    """Sparsity of every target, one bar each, in the order of the model.
+    """Plot the sparsity of every target, a bar each, in the order of the model.
 
     Args:
         report: The report.
@@ -84,7 +84,7 @@ def plot_layer_sparsity(report: SparsityReport, title: str) -> Figure:
 def plot_tradeoff(
     dense_accuracy: float, points: Sequence[SweepPoint], sweet_spot: SweepPoint | None, title: str, subtitle: str
 ) -> Figure:
-    """Accuracy against sparsity, one line per criterion, with the intervals of the paired drop and the sweet spot.
+    """Plot accuracy against sparsity, a line per criterion, with the intervals of the paired drop and the sweet spot.
 
     Args:
         dense_accuracy: Accuracy of the dense model, 0 to 1.
@@ -131,9 +131,9 @@ def plot_tradeoff(
 
 
 def plot_latency(result: LatencyResult, accuracies: Mapping[str, float], title: str) -> Figure:
-    """Accuracy against measured speed-up, a panel for each workload; without accuracies the latencies themselves.
+    """Plot accuracy against measured speed-up, a panel per workload; without accuracies, the latencies themselves.
 
-    A mark is hollow where a model was not told apart from the first one.
+    A mark is hollow if the model cannot be told apart from the first one.
 
     Args:
         result: Models timed in turns; the first one is what the others are compared with.
@@ -202,14 +202,14 @@ def _mark(point: LatencyPoint, number: int) -> dict[str, Any]:
 
 
 def save_figure(figure: Figure, path: Path) -> Path:
-    """Write a figure as a file, format by suffix; an existing file is replaced at once or not at all.
+    """Write a figure to a file atomically; its suffix gives the format.
 
     Args:
         figure: What to write.
         path: Where to, such as ``tradeoff.png``.
     """
     kind = path.suffix.removeprefix(".")
-    mark = {"Software": "hf_prune"} if kind == "png" else None  # by which is_drawn knows it
+    mark = {"Software": "hf_prune"} if kind == "png" else None  # is_drawn looks for it
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=150, format=kind, metadata=mark)
     return path
@@ -231,7 +231,7 @@ def write_plots(
     Args:
         folder: Where to.
         report: Sparsity per layer.
-        before: Histogram of the dense weights, None where they are not known.
+        before: Histogram of the dense weights, None if they are not known.
         after: Histogram of the pruned weights, with the same edges.
         name: What to call the model.
     """
@@ -240,9 +240,9 @@ def write_plots(
 
 
 def _literal(figure: Figure) -> Figure:
-    """The same figure, whose texts say what they say: a dollar sign in a name begins no formula.
+    """Turn off formulas in a figure's texts, so that a dollar sign in a name is just that.
 
-    The numbers of a logarithmic axis are formulas, and are written when it is drawn.
+    The numbers of logarithmic axes are formulas; they are made when the figure is drawn, and stay.
     """
     from matplotlib.text import Text
 
@@ -253,13 +253,13 @@ def _literal(figure: Figure) -> Figure:
 
 
 def _figure(width: float, height: float) -> tuple[Figure, Any]:
-    """A figure of its own, without pyplot's global state, so that plots work in threads and servers."""
+    """A figure with one panel, without pyplot's global state, so that plots work in threads and servers."""
     figure, (axes,) = _panels(width, height, 1, 1)
     return figure, axes
 
 
 def _panels(width: float, height: float, rows: int, columns: int) -> tuple[Figure, list[Any]]:
-    """The same with several panels, row by row, that share their vertical axis."""
+    """A figure with several panels, row by row, that share their vertical axis."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")

@@ -1,4 +1,4 @@
-"""SparsityReport: what is zero in a model, tensor by tensor and in total, counted from the weights."""
+"""Report what is zero in a model, tensor by tensor and in total, counted from the weights."""
 
 from __future__ import annotations
 
@@ -64,10 +64,10 @@ class SparsityReport:
     Args:
         model_name: The model's class.
         tensors: Every parameter once, tied ones under their first name.
-        polish: What each training after a pruning did, in one sentence; empty if there was none.
-        structure: What is left after what was pruned as a whole was taken out; None if nothing was.
-        notes: Sentences about what the settings mean and leave dense all the same, such as fused experts.
-        file_bytes: Size of the files that weights and masks were loaded from, where that is known.
+        polish: What each polish did, a sentence each; empty if there was none.
+        structure: What remains after whole units were cut out; None if none were.
+        notes: Sentences about weights that the settings cover and yet leave dense, such as fused experts.
+        file_bytes: Size of the files that weights and masks were loaded from, if known.
     """
 
     model_name: str
@@ -106,7 +106,7 @@ class SparsityReport:
     def remaining(self) -> int:
         """Parameters of the whole model less the zeros in the targets.
 
-        A zero elsewhere (a bias as it was initialised, a padding row) was not removed by anybody.
+        A zero elsewhere, such as an initial bias or a padding row, was not removed by pruning.
         """
         return self.parameters - self.removed
 
@@ -133,7 +133,7 @@ class SparsityReport:
         return tuple(p for p in self.targets[0].nm_patterns if all(p in t.nm_patterns for t in self.targets))
 
     def with_before(self, before: SparsityReport) -> SparsityReport:
-        """This report with the statistics of an earlier one beside its own.
+        """This report, with the statistics of an earlier one as those before pruning.
 
         Args:
             before: A report of the same model before pruning.
@@ -231,11 +231,11 @@ def sparsity_report(model: nn.Module, config: PruningConfig | None = None) -> Sp
 
     Args:
         model: Any torch module.
-        config: Which modules are targets; by default those that have masks, else those of the default config.
-            A model without any is reported with no targets.
+        config: The config whose targets are reported; by default the tensors that have masks, or else the targets of
+            the default config. A model without any is reported with no targets.
 
     Returns:
-        The report. Where the dense weights were kept, it has their statistics as well.
+        The report, which has statistics of the dense weights as well if they were kept.
 
     Raises:
         PlanError: If ``config`` is given and does not match the model, or weights are quantized, masked by
@@ -250,7 +250,7 @@ def sparsity_report(model: nn.Module, config: PruningConfig | None = None) -> Sp
     store = MaskStore.of(model)
     warn_regrown(model, "they are counted as they are")
     targets = _targets(model, config, store)
-    asked = config or (store.config if store is not None else None)
+    pruned_by = config or (store.config if store is not None else None)
     dense = store.dense if store is not None and store.dense is not None else {}
     tensors = []
     for name, parameter in model.named_parameters():
@@ -263,19 +263,19 @@ def sparsity_report(model: nn.Module, config: PruningConfig | None = None) -> Sp
                 is_target=is_target,
                 parameters=weight.numel(),
                 nonzero=int(weight.count_nonzero()),
-                nm_patterns=() if target is None else nm_patterns(target, weight, asked),
+                nm_patterns=() if target is None else nm_patterns(target, weight, pruned_by),
                 bytes=weight.numel() * weight.element_size(),
                 after=WeightStatistics.of(weight) if is_target else None,
                 before=WeightStatistics.of(dense[name]) if name in dense else None,
             )
         )
-    meant = config or (PruningConfig() if store is None else store.config)
+    covered_by = config or (PruningConfig() if store is None else store.config)
     notes: tuple[str, ...] = ()
-    if meant is not None and weight_granularity(meant) is not None:
-        with contextlib.suppress(HfPruneError):  # what the settings mean is not there any more
-            left_out = divisible(resolve_targets(model, meant), meant)[1]
+    if covered_by is not None and weight_granularity(covered_by) is not None:
+        with contextlib.suppress(HfPruneError):  # the modules of the settings may be gone
+            left_out = divisible(resolve_targets(model, covered_by), covered_by)[1]
             masked = store.masks.keys() if store is not None else ()
-            notes = coverage_notes(model, meant, list(targets.values()), left_out, masked)
+            notes = coverage_notes(model, covered_by, list(targets.values()), left_out, masked)
     polishes = " ".join(map(str, store.polishes)) if store is not None else ""
     return SparsityReport(type(model).__name__, tuple(tensors), polishes, notes=notes)
 

@@ -1,4 +1,4 @@
-"""The largest sparsity that keeps a promise about accuracy, found by bisection."""
+"""Find the largest sparsity whose drop in accuracy is within a budget, by bisection."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 FORMAT_VERSION = 1
-STEPS = 100  # of sparsity from 0 to 1: the answer is right to one of them
+STEPS = 100  # from sparsity 0 to 1: the resolution of the answer
 
 
 @dataclass(frozen=True)
@@ -127,11 +127,11 @@ def find_sparsity(
 ) -> SparsitySearch:
     """Find the largest sparsity whose drop in accuracy is, with the stated confidence, at most ``max_drop``.
 
-    Bisection over whole percents from 1 to 99, pruned from the dense weights each time: at most seven prunings. A
+    Bisection over whole percents from 1 to 99, pruning from the dense weights each time: at most seven prunings. A
     sparsity is within the budget if the one-sided upper bound of its paired drop is, as for the sweet spot of a sweep;
-    the chosen one has been measured itself. Accuracy need not fall evenly: a larger sparsity that happens to be within
-    the budget can be missed, and since the best of several looks is chosen, its bound is a little optimistic. Measure
-    the final model on data that played no part.
+    the chosen one was itself measured. Accuracy need not fall monotonically, so a larger sparsity within the budget can
+    be missed; and since the best of several measurements is chosen, its bound is a little optimistic. Measure the final
+    model on data that played no part in the search.
 
     Args:
         model: A dense sequence classifier; it is dense again afterwards.
@@ -190,7 +190,7 @@ def find_sparsity(
         )
         points.append(point)
         fits = point.comparison.upper_bound <= max_drop
-        if base.needs_data:  # the next pruning is one of all processes: they must agree on which
+        if base.needs_data:  # all processes prune together next: they must agree on the sparsity
             fits = bool(broadcast(torch.tensor(fits)))
         within, beyond = (step, beyond) if fits else (within, step)
     points.sort(key=lambda p: p.sparsity)
@@ -203,7 +203,7 @@ def check_budget(config: PruningConfig, max_drop: object) -> None:
     """Make sure that a sparsity can be searched for.
 
     Raises:
-        ConfigError: If it cannot.
+        ConfigError: If the budget is out of range, or the granularity fixes the sparsity.
     """
     number = isinstance(max_drop, numbers.Real) and not isinstance(max_drop, bool)
     if not number or not 0 < float(max_drop) < 100:  # type: ignore[arg-type]
@@ -216,7 +216,10 @@ def check_budget(config: PruningConfig, max_drop: object) -> None:
 
 
 def _check_size(n: int, max_drop: float, confidence: float) -> None:
-    """The bound of a model that changes no prediction at all is the smallest there is."""
+    """Make sure that there are enough examples to show a drop within the budget.
+
+    The smallest possible bound is that of a model that changes no prediction.
+    """
     right = Evaluation(1.0, n, 0.0, (0,) * n, (0,) * n, "", "", "", 0.0, "", 0, 0)
     bound = compare(right, right, confidence=confidence).upper_bound
     if bound > max_drop:

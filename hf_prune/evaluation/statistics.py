@@ -1,15 +1,18 @@
-"""Standard errors and Student's t."""
+"""Standard errors of weighted means, and quantiles of Student's t."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 
-_MANY = 10_000  # degrees of freedom from which Student's t is normal
+_MANY = 10_000  # degrees of freedom from which Student's t is as good as normal
 
 
 def standard_error_of(values: Sequence[float], weights: Sequence[int]) -> float | None:
-    """Of a mean of independent values whose weights are given: for equal weights s / sqrt(n)."""
+    """Standard error of a weighted mean of independent values; None for one value.
+
+    For equal weights it is s / sqrt(n).
+    """
     n, total = len(values), sum(weights)
     if n < 2:
         return None
@@ -19,14 +22,14 @@ def standard_error_of(values: Sequence[float], weights: Sequence[int]) -> float 
 
 
 def student_t(confidence: float, degrees: int) -> float:
-    """Within how many standard errors Student's t lies with this confidence.
+    """The two-sided quantile of Student's t: within how many standard errors it lies with this confidence.
 
     From the finite series of its distribution for whole degrees of freedom (Abramowitz and Stegun 1964, 26.7.3 and
     26.7.4), by bisection.
 
     Args:
         confidence: Two-sided, between 0 and 1.
-        degrees: Of freedom, at least 1; from 10,000 on it is normal.
+        degrees: Degrees of freedom, at least 1; from 10,000 on, the normal distribution is used.
 
     Example:
         >>> f"{student_t(0.95, 1):.3f} {student_t(0.95, 10):.3f} {student_t(0.95, 20000):.3f}"

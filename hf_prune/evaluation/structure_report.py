@@ -1,4 +1,4 @@
-"""StructureReport: which heads, neurons, channels and layers a model has left, and how it loads again."""
+"""Report which heads, neurons, channels and layers a model has left, and how it is loaded."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ class StructureReport:
     Args:
         model_name: The model's class.
         sites: Its attentions, feed-forward networks and convolutional blocks.
-        layers: By list of layers: how many there are, and how many there were.
-        parameters: Of the whole model, tied ones once.
-        parameters_before: When it was dense.
+        layers: By list of layers: how many there are now, and how many there were.
+        parameters: Parameters of the whole model, tied ones once.
+        parameters_before: The same for the dense model.
         bytes: Size in memory.
-        needs_plugin: Whether it loads only after ``import hf_prune``, since its config cannot tell its sizes.
-        speed: The speed-up that was asked for and measured, if there was one.
+        needs_plugin: Whether it loads only after ``import hf_prune``, because its config cannot express its sizes.
+        speed: The target and the measured speed-up, if there was a target.
     """
 
     model_name: str
@@ -107,7 +107,7 @@ def structure_report(model: nn.Module) -> StructureReport:
         model: A transformers model of an architecture in the table.
 
     Raises:
-        ArchitectureError: If nobody has said where the units of such a model are.
+        ArchitectureError: If the architecture is not known.
     """
     warn_regrown(model, "where a whole unit was removed, shrink() would not take it out")
     store = MaskStore.of(model)
@@ -117,9 +117,9 @@ def structure_report(model: nn.Module) -> StructureReport:
     before = {name: entry["before"] for name, entry in record.get("units", {}).items()}
     speed = store.speed if store is not None and store.speed is not None else record.get("speed")
     prefix, layers = base_prefix(model), {}
-    for each in layer_lists(model):
-        name = each.name.removeprefix(prefix)
-        layers[name] = (len(each.layers), record.get("layers", {}).get(name, {"before": len(each.layers)})["before"])
+    for stack in layer_lists(model):
+        name, count = stack.name.removeprefix(prefix), len(stack.layers)
+        layers[name] = (count, record.get("layers", {}).get(name, {"before": count})["before"])
     structure = structure_of(model, lambda: type(model)(copy.deepcopy(config))) if record else {}
     return StructureReport(
         model_name=type(model).__name__,

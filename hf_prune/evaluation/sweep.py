@@ -1,7 +1,7 @@
-"""Sweep: prune from the dense weights at every sparsity, score each, and name the sweet spot.
+"""Sweep: prune from the dense weights at every sparsity, score each result, and name the sweet spot.
 
-Results are on disk after every point, so an interrupted sweep continues where it was; results of other
-settings are never mixed in.
+Results are written after every point, so an interrupted sweep continues where it stopped; results of other settings are
+never mixed in.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from hf_prune.evaluation.comparison import compare, reason_to_doubt
 from hf_prune.evaluation.data.classification import class_numbers
 from hf_prune.evaluation.labels import class_doubt
 from hf_prune.evaluation.sparsity_report import sparsity_report
-from hf_prune.evaluation.sweep_files import read, sweep_settings
+from hf_prune.evaluation.sweep_files import read_results, sweep_settings
 from hf_prune.evaluation.sweep_point import SweepPoint
 from hf_prune.evaluation.sweep_result import FILES, SweepResult
 from hf_prune.pipeline import prune
@@ -91,14 +91,14 @@ def run_sweep(
         The result.
 
     Raises:
-        SweepError: If the model is pruned already, or ``out`` holds results of other settings, or such as were edited.
+        SweepError: If the model is already pruned, or ``out`` holds results of other settings, or edited ones.
         CheckpointError: If ``out`` holds something else.
         HfPruneError: As :func:`hf_prune.prune` does, for any of the points and before the first is measured.
     """
     if out is not None and Path(out).exists() and not Path(out).is_dir():
         raise SweepError(f"{out} is a file: expected a folder for the results")
     if out is not None:
-        earlier = (Path(out) / "results.json").is_file()  # which is looked at below, unless it is to be replaced
+        earlier = (Path(out) / "results.json").is_file()  # checked below, unless it is to be replaced
         check_output(out, "sweep", overwrite=overwrite or earlier)
     base = config or PruningConfig()
     if sparsities is None:
@@ -114,7 +114,7 @@ def run_sweep(
     settings = sweep_settings(model, dataset, base, calibration, polish_data, tokenizer, name, score)
     folder = None if out is None else Path(out)
     results = None if folder is None else folder / "results.json"
-    found = None
+    earlier_results = None
     if results is not None and not restart and results.exists():
         column = score.get("label_column", "label")
         labels = class_numbers(dataset, column, model)
@@ -127,15 +127,15 @@ def run_sweep(
             return known[key]
 
         fresh = {"classes": class_doubt(dataset, column, labels, model.config), "source": source, "split": split}
-        found = read(results, settings, confidence, model, labels, fresh, plan_of)
-    if found is not None:
-        dense, points, calibrated = found
+        earlier_results = read_results(results, settings, confidence, model, labels, fresh, plan_of)
+    if earlier_results is not None:
+        dense, points, calibrated = earlier_results
         settings = {**settings, "calibration": settings["calibration"] or calibrated}
     else:
         points = []
         dense = evaluate_classification(model, tokenizer, dataset, **score, progress=progress and "dense")
 
-    if doubt := reason_to_doubt(dense, confidence):  # said before the minutes that pruning takes
+    if doubt := reason_to_doubt(dense, confidence):  # warn before pruning, which takes minutes
         warn_user(f"{doubt}; no sweet spot will be named")
 
     def result() -> SweepResult:
@@ -145,7 +145,7 @@ def run_sweep(
 
     done = {(p.criterion, p.sparsity) for p in points}
     if results is not None:
-        if found is None:
+        if earlier_results is None:
             warn_replaced(results.parent, FILES)
         write_json(results, result().to_dict())
     for point_config in configs:
@@ -178,7 +178,7 @@ def check_points(
     calibration: Batches | None,
     polish_data: Batches | None = None,
 ) -> list[PruningPlan | UnitPlan]:
-    """The plans of all points, before any is measured.
+    """Make the plans of all points, so that errors come before any is measured.
 
     Raises:
         SweepError: If the model is pruned already.
@@ -204,7 +204,7 @@ def measure_point(
     progress: bool,
     polish_data: Batches | None = None,
 ) -> SweepPoint:
-    """Prune from the dense weights, score, and give the dense weights back.
+    """Prune from the dense weights, score, and restore the dense weights.
 
     Args:
         model: A dense model.

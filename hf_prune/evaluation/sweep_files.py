@@ -1,4 +1,4 @@
-"""Take up a sweep that was begun: its settings, and the points that are there."""
+"""Continue an interrupted sweep: compare its settings, and read and check the points that it has measured."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedModel
 
-_ROUNDED = 1000  # of so many weights one may become zero because a repair rounds it
-_TOKENIZED = 64  # sentences by whose tokens tokenizers are told apart
-# of a model's config: where it came from, and what a forward pass with labels fills in
+_ROUNDED = 1000  # one in this many weights may become zero because a repair rounds it
+_TOKENIZED = 64  # sentences whose tokens identify a tokenizer
+# fields of a model's config that say where it came from, or that a forward pass with labels fills in
 _NOT_SETTINGS = ("_name_or_path", "transformers_version", "architectures", "problem_type")
 
 
@@ -45,7 +45,7 @@ def sweep_settings(
     name: str,
     score: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """What two results must share to stand in one table."""
+    """The settings that results must share to stand in one table."""
     import transformers
 
     from hf_prune import __version__
@@ -76,7 +76,7 @@ def _text_digest(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def read(
+def read_results(
     path: Path,
     settings: Mapping[str, Any],
     confidence: float,
@@ -85,30 +85,45 @@ def read(
     fresh: Mapping[str, Any],
     plan_of: Callable[[SweepPoint], PruningPlan | UnitPlan],
 ) -> tuple[Evaluation, list[SweepPoint], str | None]:
-    """Earlier results that belong to the same settings: dense score, points, and digest of their calibration.
+    """Read the results of an earlier sweep with the same settings.
 
-    Anybody may have edited them: what can be counted again is, and no text of theirs is shown.
+    The file may have been edited: what can be counted is counted again, and texts in it are replaced by ``fresh``.
+
+    Args:
+        path: ``results.json``.
+        settings: The settings of this sweep.
+        confidence: Confidence of the comparisons.
+        model: The dense model.
+        labels: The labels of the data.
+        fresh: Texts of the scores, as this sweep knows them.
+        plan_of: Makes the plan of a point.
+
+    Returns:
+        The dense score, the points, and the digest of their calibration data.
+
+    Raises:
+        SweepError: If the results are of other settings, or damaged or edited.
     """
     try:
-        found = read_json_object(path, DataError)
+        values = read_json_object(path, DataError)
         for name, kind in (("settings", dict), ("dense", dict), ("points", list)):
-            if not isinstance(found.get(name), kind):
+            if not isinstance(values.get(name), kind):
                 raise DataError(f"expected an object that has {name}")
-        _check_same_settings(path, found["format_version"], dict(found["settings"]), settings)
-        calibrated = found["settings"].get("calibration")
+        _check_same_settings(path, values["format_version"], dict(values["settings"]), settings)
+        calibrated = values["settings"].get("calibration")
         if not (calibrated is None or (isinstance(calibrated, str) and re.fullmatch("[0-9a-f]{16}", calibrated))):
             raise DataError(f"calibration is {calibrated!r}: expected 16 hexadecimal digits")
-        dense = dataclasses.replace(Evaluation.from_dict(found["dense"]), **fresh)
+        dense = dataclasses.replace(Evaluation.from_dict(values["dense"]), **fresh)
         if dense.labels != tuple(labels):
             raise SweepError(
                 f"{path} has other labels than the data: it was edited; choose another folder, or restart to measure "
-                f"everything anew"
+                f"everything again"
             )
         if dense.data_fingerprint != settings["data"]:
             raise DataError(
                 f"data_fingerprint is {dense.data_fingerprint!r}, and that of the data {settings['data']!r}"
             )
-        points = [SweepPoint.from_dict(p, dense, confidence) for p in found["points"]]
+        points = [SweepPoint.from_dict(p, dense, confidence) for p in values["points"]]
         points = [dataclasses.replace(p, evaluation=dataclasses.replace(p.evaluation, **fresh)) for p in points]
         highest = max(max(e.predictions) for e in (dense, *(p.evaluation for p in points)))
         classes = int(model.config.num_labels or 0)
@@ -122,21 +137,25 @@ def read(
         raise
     except (AttributeError, HfPruneError, KeyError, OverflowError, RecursionError, TypeError, ValueError) as error:
         what = error if isinstance(error, HfPruneError) else repr(error)
-        raise SweepError(f"{path} is no sweep result: {what}; choose another folder, or restart") from error
+        raise SweepError(f"{path} is not a sweep result: {what}; choose another folder, or restart") from error
 
 
 def _check_counts(
     points: Sequence[SweepPoint], model: PreTrainedModel, plan_of: Callable[[SweepPoint], PruningPlan | UnitPlan]
 ) -> None:
-    """What a point says of its zeros must be what its pruning makes, and no point may be there twice."""
+    """Make sure that the zeros of each point are those of its pruning, and that there are no duplicates.
+
+    Raises:
+        DataError: If not.
+    """
     total = sum(parameter.numel() for parameter in model.parameters())
     for point in points:
         zeros, plan = total - point.remaining, plan_of(point)
         fits = 0 <= zeros and _is_share(point.model_sparsity, zeros, total)
         if isinstance(plan, PruningPlan):
             least, targets = plan.removed_parameters, plan.target_parameters
-            there = sum(int((model.get_parameter(t.target.name) == 0).sum()) for t in plan.tensors)
-            most = least + there + targets // _ROUNDED if plan.is_exact else targets
+            zeros_before = sum(int((model.get_parameter(t.target.name) == 0).sum()) for t in plan.tensors)
+            most = least + zeros_before + targets // _ROUNDED if plan.is_exact else targets
             fits = fits and least <= zeros <= most and _is_share(point.target_sparsity, zeros, targets)
         if not fits or point.model_sparsity > point.target_sparsity:
             raise DataError(
@@ -145,11 +164,11 @@ def _check_counts(
                 f"this pruning leaves of {total:,} parameters: the file was edited"
             )
     if len({(p.criterion, p.sparsity) for p in points}) < len(points):
-        raise DataError("a criterion and sparsity is there twice: the file was edited")
+        raise DataError("a criterion and sparsity occurs twice: the file was edited")
 
 
-def _is_share(said: float, part: int, whole: int) -> bool:
-    return math.isclose(said, part / whole, rel_tol=1e-9, abs_tol=1e-12)
+def _is_share(claimed: float, part: int, whole: int) -> bool:
+    return math.isclose(claimed, part / whole, rel_tol=1e-9, abs_tol=1e-12)
 
 
 def _check_same_settings(path: Path, version: object, theirs: dict[str, Any], settings: Mapping[str, Any]) -> None:
@@ -157,13 +176,13 @@ def _check_same_settings(path: Path, version: object, theirs: dict[str, Any], se
     if None in (theirs.get("calibration"), ours["calibration"]):  # one side had no criterion that needs it
         theirs["calibration"] = ours["calibration"] = theirs.get("calibration") or ours["calibration"]
     flat_theirs, flat_ours = _flatten(theirs), _flatten(ours)
-    every = [key for key in {**flat_ours, **flat_theirs} if key != "model"]
-    differing = [key for key in every if flat_theirs.get(key) != flat_ours.get(key)]
+    keys = [key for key in {**flat_ours, **flat_theirs} if key != "model"]
+    differing = [key for key in keys if flat_theirs.get(key) != flat_ours.get(key)]
     if type(version) is not int or version != FORMAT_VERSION or differing:
         details = "; ".join(f"{key} was {flat_theirs.get(key)!r}, now {flat_ours.get(key)!r}" for key in differing)
         raise SweepError(
             f"{path} holds results of other settings ({details or f'format {version!r}'}), which cannot stand in one "
-            f"table: choose another folder, or restart to measure everything anew"
+            f"table: choose another folder, or restart to measure everything again"
         )
 
 

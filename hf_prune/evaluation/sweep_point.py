@@ -1,4 +1,4 @@
-"""One point of a sweep: a sparsity, and what was measured there."""
+"""One point of a sweep: a criterion and a sparsity, and what was measured there."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _LARGEST = 1e15  # of any number in a result
 
 @dataclass(frozen=True)
 class SweepPoint:
-    """One pruning, scored.
+    """One pruning and its score.
 
     Args:
-        criterion: Which score.
+        criterion: The criterion.
         sparsity: The sparsity asked for.
         target_sparsity: Share of the target weights that is zero.
         model_sparsity: Zeros in the targets as a share of all parameters.
@@ -47,7 +47,7 @@ class SweepPoint:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], dense: Evaluation, confidence: float) -> SweepPoint:
-        """The point that :meth:`to_dict` described; score and comparison are computed anew from the predictions.
+        """The point that :meth:`to_dict` described; score and comparison are computed again from the predictions.
 
         Raises:
             DataError: If a value is of another type or out of range, or not what the predictions give.

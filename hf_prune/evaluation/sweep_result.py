@@ -1,4 +1,4 @@
-"""The points of a sweep and their table, as they are written and read."""
+"""What a sweep measured: its points, the sweet spot, and the table, CSV and plot that are written."""
 
 from __future__ import annotations
 
@@ -40,15 +40,15 @@ class SweepResult:
 
     @property
     def doubt(self) -> str:
-        """Why no drop here says what pruning costs, in words: the dense model does not do the task; else empty."""
+        """Why the drops say nothing about what pruning costs, in words; empty if they do."""
         return reason_to_doubt(self.dense, self.confidence)
 
     @property
     def sweet_spot(self) -> SweepPoint | None:
-        """The largest sparsity whose drop is, with the stated confidence, at most the tolerance; or None.
+        """The largest sparsity whose drop is at most the tolerance, with the stated confidence; or None.
 
-        Decided by the one-sided upper bound of the paired drop; between criteria, by the smaller drop. None as well if
-        a drop says nothing, see :attr:`doubt`.
+        The one-sided upper bound of the paired drop decides, and between criteria the smaller drop. Also None if the
+        drops say nothing, see :attr:`doubt`.
         """
         if self.doubt:
             return None
@@ -71,7 +71,7 @@ class SweepResult:
         }
 
     def rows(self) -> list[dict[str, Any]]:
-        """The table as flat rows, the dense model first; accuracies and drops in percent and points."""
+        """The table as flat rows, the dense model first; accuracies in percent, drops in points."""
         dense = {
             "criterion": "dense",
             "sparsity": 0.0,
@@ -156,7 +156,7 @@ class SweepResult:
         )
 
     def write(self, folder: Path) -> list[Path]:
-        """Write ``results.json``, ``results.csv`` and ``tradeoff.png``, each at once.
+        """Write ``results.json``, ``results.csv`` and ``tradeoff.png``, each atomically.
 
         Args:
             folder: Where to.

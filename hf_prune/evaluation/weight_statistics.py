@@ -1,4 +1,4 @@
-"""Statistics and histograms of weights."""
+"""Statistics, N:M patterns and histograms of weights."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from hf_prune.planning.config import PruningConfig
 from hf_prune.planning.traits import nm_pattern
 from hf_prune.utils.offloaded_weights import values_of
 
-_CHUNK = 1 << 18  # numbers looked at together
-NM_PATTERNS = ((2, 4),)  # what sparse tensor cores read
-_USED = 0.5  # share of the places of such a pattern that hold a weight; below, it is there by accident
+_CHUNK = 1 << 18  # weights processed at a time
+NM_PATTERNS = ((2, 4),)  # patterns that sparse tensor cores support
+_USED = 0.5  # of the weights that a pattern allows, the share that is not zero; below, it is fulfilled by accident
 
 
 @dataclass(frozen=True)
@@ -42,30 +42,32 @@ class WeightStatistics:
         return cls(float(tensor.min()), float(tensor.max()), mean, math.sqrt(spread / seen))
 
 
-def nm_patterns(target: Target, weight: Tensor, asked: PruningConfig | None = None) -> tuple[str, ...]:
-    """The N:M patterns that a weight satisfies: the one that was asked for, and those that hardware knows.
+def nm_patterns(target: Target, weight: Tensor, config: PruningConfig | None = None) -> tuple[str, ...]:
+    """The N:M patterns that a weight satisfies: the one it was pruned to, and those that hardware supports.
 
-    Sparse weights satisfy many patterns by accident: of the latter, only those count that are well used.
+    Very sparse weights satisfy many patterns by accident, so a hardware pattern counts only if at least half of the
+    weights that it allows are not zero.
 
     Args:
-        target: Which weight it is.
+        target: The target that the weight belongs to.
         weight: Its values, in its own layout.
-        asked: The settings that it was pruned by.
+        config: The settings that it was pruned by.
     """
-    pattern = None if asked is None else nm_pattern(asked)
+    pattern = None if config is None else nm_pattern(config)
     matrix = target.matrix(weight)
     nonzero = int(weight.count_nonzero())
     used = [(n, m) for n, m in NM_PATTERNS if nonzero >= _USED * n / m * weight.numel()]
-    found = [(n, m) for n, m in dict.fromkeys([*([pattern] if pattern else []), *used]) if target.inputs % m == 0]
+    candidates = dict.fromkeys([*([pattern] if pattern else []), *used])
+    satisfied = [(n, m) for n, m in candidates if target.inputs % m == 0]
     for rows in matrix.split(max(1, _CHUNK // matrix.shape[1])):
         kept = rows != 0
-        found = [(n, m) for n, m in found if int(kept.reshape(-1, m).sum(1, dtype=torch.int32).max()) <= n]
-    return tuple(f"{n}:{m}" for n, m in found)
+        satisfied = [(n, m) for n, m in satisfied if int(kept.reshape(-1, m).sum(1, dtype=torch.int32).max()) <= n]
+    return tuple(f"{n}:{m}" for n, m in satisfied)
 
 
 @dataclass(frozen=True)
 class WeightHistogram:
-    """How the target weights are spread.
+    """The distribution of weights.
 
     Args:
         edges: (bins + 1,) bin edges, symmetric about zero.
@@ -85,13 +87,13 @@ def weight_histogram(model: nn.Module, names: list[str], bins: int = 81, limit: 
         model: The model.
         names: Parameter names.
         bins: How many bins; an odd number puts one astride zero.
-        limit: Largest absolute value of the edges; by default four standard deviations of the widest.
+        limit: The outermost edges; by default four times the largest standard deviation of the parameters.
     """
     parameters: Mapping[str, Tensor] = dict(model.named_parameters())
     weights = [values_of(model, name, parameters[name]).float().reshape(-1).cpu() for name in names]
     if limit is None:
         limit = 4 * max((float(w.std(correction=0)) for w in weights), default=0.0) or 1.0
-    limit = float(np.float32(limit))  # so that a clamped weight is no further out than the last edge
+    limit = float(np.float32(limit))  # so that clamped weights lie within the last edge
     edges = np.linspace(-limit, limit, bins + 1)
     counts, zeros = np.zeros(bins, dtype=np.int64), 0
     for weight in weights:

@@ -300,9 +300,9 @@ def test_progress_bar_is_shown_only_when_asked_and_on_a_terminal(bert, tokenizer
         ({"sentence": [], "label": []}, "the data set is empty: expected at least one example"),
         ({"text": ["a"], "label": [0]}, r"has no column 'sentence' \(found: text, label\)"),
         ({"sentence": ["a"], "gold": [0]}, r"has no column 'label' \(found: sentence, gold\)"),
-        ({"sentence": ["a", "b"], "label": [0, 3]}, "row 2: label 3 is no class, expected 0 to 2: drop or renumber"),
-        ({"sentence": ["a"], "label": [-1]}, "row 1: label -1 is no class, expected 0 to 2"),
-        ({"sentence": ["a"], "label": [1.0]}, r"row 1: label 1\.0 is no class"),
+        ({"sentence": ["a", "b"], "label": [0, 3]}, "row 2: label 3 is not a class, expected 0 to 2: drop or renumber"),
+        ({"sentence": ["a"], "label": [-1]}, "row 1: label -1 is not a class, expected 0 to 2"),
+        ({"sentence": ["a"], "label": [1.0]}, r"row 1: label 1\.0 is not a class"),
         (
             {"sentence": ["a", "b"], "label": ["LABEL_0", "good"]},
             "row 2: label 'good' is not in label2id .known: 'LABEL_0', 'LABEL_1', 'LABEL_2'.: use those names",
@@ -440,8 +440,8 @@ def test_foreign_record():
         ({"standard_error": 0.0}, "standard_error is 0.0"),
         ({"predictions": [1, 1, 1, 1]}, "accuracy is 0.75, but the predictions that are saved with it give 1.0"),
         ({"labels": [1, 1, 1, 0]}, "accuracy is 0.75"),
-        ({"labels": [1, 1, 1, -1]}, "are to be class numbers"),
-        ({"predictions": [1, 1, 1, False]}, "are to be class numbers"),
+        ({"labels": [1, 1, 1, -1]}, "must be class numbers"),
+        ({"predictions": [1, 1, 1, False]}, "must be class numbers"),
         ({"predictions": [1, 1, 1]}, "3 predictions of 4 labels"),
         ({"predictions": [], "labels": []}, "0 predictions of 0 labels"),
     ],
@@ -678,14 +678,14 @@ def test_rows_in_errors_are_those_of_the_data(tokenizer):
     """Wherever the row comes in what is drawn, and whether it is drawn at all."""
     data = Dataset.from_dict({"sentence": ["a"] * 40, "label": [0] * 36 + [-1] + [0] * 3})
     for n in (1, 40):
-        with pytest.raises(DataError, match="row 37: label -1 is no class"):
+        with pytest.raises(DataError, match="row 37: label -1 is not a class"):
             classification_batches(data, tokenizer, n=n)
 
 
 def test_numbers_to_predict_are_no_classes(bert, tokenizer):
     data = Dataset.from_dict({"sentence": ["a"], "label": [2.5]})
     with pytest.raises(
-        DataError, match=r"row 1: label 2\.5 is no class, .*numbers to predict \(regression\) have no accur"
+        DataError, match=r"row 1: label 2\.5 is not a class, .*numbers to predict \(regression\) have no accur"
     ):
         evaluate_classification(bert, tokenizer, data)
 
@@ -697,7 +697,7 @@ def test_batch_settings_out_of_range(tokenizer, name):
 
 
 def test_batches_of_unusable_data(tokenizer):
-    with pytest.raises(DataError, match="row 1: label -1 is no class, expected 0 or more"):
+    with pytest.raises(DataError, match="row 1: label -1 is not a class, expected 0 or more"):
         classification_batches(Dataset.from_dict({"sentence": ["a"], "label": [-1]}), tokenizer)
     with pytest.raises(DataError, match="the data set is empty"):
         classification_batches(Dataset.from_dict({"sentence": [], "label": []}), tokenizer)

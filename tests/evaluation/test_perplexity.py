@@ -240,7 +240,7 @@ def test_settings_and_texts_that_are_refused(what):
     [
         (
             lambda: BertForMaskedLM(models._bert_config(initializer_range=0.5)),
-            r"BertForMaskedLM looks at the tokens that it is to predict: perplexity is that of a",
+            r"BertForMaskedLM sees the tokens that it has to predict: perplexity is that of a",
         ),
         (models.tiny_bert, r"BertForSequenceClassification returns logits of shape \(2, 2\) for \(2, 8\) tokens: perp"),
         (lambda: models.fill(BertForTokenClassification(models._bert_config())), r"logits of shape \(2, 8, 2\) for"),

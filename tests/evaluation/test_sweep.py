@@ -378,7 +378,7 @@ DAMAGE: dict[str, Callable[[str], str]] = {
 }
 
 
-# What an editor can change that makes a worse model look better: measured things are computed anew, or refused.
+# What an editor can change that makes a worse model look better: measured things are computed again, or refused.
 DAMAGE |= {
     "accuracy": _edit(lambda v: v["points"][0]["evaluation"].update(accuracy=0.999)),
     "dense accuracy": _edit(lambda v: v["dense"].update(accuracy=0.5)),
@@ -425,7 +425,7 @@ def test_damaged_results_are_refused(model, swept, scored, tmp_path, damage):
     path.write_text(DAMAGE[damage](path.read_text()))
     before = path.read_bytes()
     with pytest.raises(
-        SweepError, match=r"results.json (is no sweep|holds results of other|has other labels)"
+        SweepError, match=r"results.json (is not a sweep|holds results of other|has other labels)"
     ) as caught:
         sweep(model, tmp_path)
     assert "\x1b" not in str(caught.value)
@@ -435,7 +435,7 @@ def test_damaged_results_are_refused(model, swept, scored, tmp_path, damage):
     assert len(scored) == 3
 
 
-def test_comparisons_are_computed_anew(model, scored, tmp_path):
+def test_comparisons_are_computed_again(model, scored, tmp_path):
     first = sweep(model, tmp_path)
     path = tmp_path / "results.json"
     values = json.loads(path.read_text())

@@ -1,5 +1,5 @@
-"""Texts and labels from files, folders and the Hub, checked before anything is measured.
+"""Load texts and labels from files, folders and the Hub, and check them before anything is measured.
 
-Takes the name of a source and gives columns, batches, and splits that calibration and scoring do not share. A new
-file type is a reader in ``files``.
+Takes the name of a source and a split, and returns columns, padded batches or windows of tokens. A new file type is a
+reader in ``files``.
 """

@@ -1,4 +1,4 @@
-"""Whether columns hold texts and labels."""
+"""Check that the columns of a data set hold texts and labels."""
 
 from __future__ import annotations
 
@@ -14,7 +14,11 @@ if TYPE_CHECKING:
 
 
 def check_columns(dataset: Dataset, columns: Sequence[str], where: str) -> None:
-    """Raise a DataError that lists the columns found if any of ``columns`` is missing."""
+    """Make sure that a data set has some columns.
+
+    Raises:
+        DataError: If one is missing; the message lists those that are there.
+    """
     missing = [name for name in columns if name not in dataset.column_names]
     if missing:
         raise DataError(
@@ -29,14 +33,22 @@ def column(dataset: Dataset, name: str) -> list[Any]:
 
 
 def check_texts(texts: list[Any], name: str, where: str) -> None:
-    """Raises :class:`DataError` at the first row that is no text."""
+    """Make sure that all values of a column are texts.
+
+    Raises:
+        DataError: At the first row that is not a text.
+    """
     for number, text in enumerate(texts, start=1):
         if not isinstance(text, str):
             raise DataError(f"row {number} of {where}: {name!r} is {text!r}, expected text")
 
 
 def check_labels(labels: list[Any], name: str, where: str) -> list[int] | list[str]:
-    """Labels as integers, or as strings if the first one is a string that is no integer."""
+    """Labels as integers, or as strings if the first one is a string that is not an integer.
+
+    Raises:
+        DataError: If a label is missing, is written another way than the first one, or the data is unlabelled.
+    """
     integers = _is_number(labels[0]) or not isinstance(labels[0], str)
     checked: list[Any] = []
     for number, label in enumerate(labels, start=1):
@@ -60,7 +72,7 @@ def check_labels(labels: list[Any], name: str, where: str) -> list[int] | list[s
 
 
 def _as_integer(label: Any) -> int | None:
-    """A class number; tables with gaps in other columns write it as 1.0."""
+    """A class number, also if it is written as 1.0, as tables with gaps do; None if it is not one."""
     if isinstance(label, int) or (isinstance(label, float) and label.is_integer()):
         return int(label)
     match = re.fullmatch(r"(-?[0-9]+)(\.0+)?", label.strip()) if isinstance(label, str) else None

@@ -1,4 +1,4 @@
-"""Labelled sentences as batches that a classifier takes."""
+"""Turn labelled texts into batches and examples for a classifier."""
 
 from __future__ import annotations
 
@@ -68,8 +68,8 @@ def classification_batches(
         for start in range(0, len(examples), batch_size)
     ]
     if label_column is not None:
-        every = _label_ids(dataset, label_column, label2id or {}, None)  # so that errors name rows of the data
-        labels = torch.tensor([every[row] for row in rows])
+        all_labels = _label_ids(dataset, label_column, label2id or {}, None)  # so that errors name rows of the data
+        labels = torch.tensor([all_labels[row] for row in rows])
         for batch, part in zip(batches, labels.split(batch_size), strict=True):
             batch["labels"] = part
     return batches
@@ -108,7 +108,7 @@ def classification_examples(
 
 
 def sample_order(n: int, seed: int = 0) -> list[int]:
-    """The rows of a data set in the random order in which they are drawn for calibration."""
+    """The rows of a data set in the random order in which calibration draws them."""
     return torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()
 
 
@@ -116,7 +116,7 @@ def class_numbers(dataset: Dataset, label_column: str, model: PreTrainedModel) -
     """The labels of a data set as class numbers of a model.
 
     Args:
-        dataset: With class numbers, or keys of ``model.config.label2id``.
+        dataset: The data; labels are class numbers, or keys of ``model.config.label2id``.
         label_column: The column of the labels.
         model: A sequence classifier.
 
@@ -127,7 +127,11 @@ def class_numbers(dataset: Dataset, label_column: str, model: PreTrainedModel) -
 
 
 def count_labels(model: PreTrainedModel) -> int:
-    """The number of classes, if the model says that exactly one of several is right."""
+    """The number of classes of a model.
+
+    Raises:
+        DataError: If it does not choose one of several classes.
+    """
     kind, num_labels = getattr(model.config, "problem_type", None), model.config.num_labels
     if num_labels is None or num_labels < 2 or kind in ("regression", "multi_label_classification"):
         raise DataError(
@@ -142,7 +146,11 @@ def _label2id(model: PreTrainedModel) -> dict[str, int]:
 
 
 def check_padding(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel | None = None) -> None:
-    """Raises :class:`DataError` where sentences of several lengths cannot share a batch."""
+    """Make sure that sentences of different lengths can share a batch.
+
+    Raises:
+        DataError: If the tokenizer has no padding token, or the model expects another one.
+    """
     if tokenizer.pad_token is None:
         raise DataError(
             f"{type(tokenizer).__name__} has no padding token, so sentences cannot share a batch: set "
@@ -158,15 +166,19 @@ def check_padding(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel | N
         )
 
 
-def longest_input(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, asked: int | None) -> int:
-    """The length asked for if the model can take it, else the longest sensible one."""
+def longest_input(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, requested: int | None) -> int:
+    """The maximum length of an input: the requested one, or by default what tokenizer and model allow, at most 512.
+
+    Raises:
+        ConfigError: If the model has fewer positions than requested.
+    """
     positions = context_length(model)
-    if asked is None:
+    if requested is None:
         return min(limit for limit in (tokenizer.model_max_length, positions, _LONGEST) if limit is not None)
-    check_positive("max_length", asked)
-    if positions is not None and asked > positions:
-        raise ConfigError(f"max_length is {asked}: {type(model).__name__} has only {positions} positions")
-    return asked
+    check_positive("max_length", requested)
+    if positions is not None and requested > positions:
+        raise ConfigError(f"max_length is {requested}: {type(model).__name__} has only {positions} positions")
+    return requested
 
 
 def context_length(model: PreTrainedModel) -> int | None:
@@ -176,7 +188,7 @@ def context_length(model: PreTrainedModel) -> int | None:
         return None
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
-            return positions - module.padding_idx - 1  # RoBERTa and its kin start counting after the padding
+            return positions - module.padding_idx - 1  # RoBERTa and its kin count from after the padding
     return positions
 
 
@@ -195,27 +207,27 @@ def tokenize(
 
 
 def _label_ids(dataset: Dataset, label_column: str, label2id: Mapping[str, int], num_labels: int | None) -> list[int]:
-    """Class numbers, checked against the classes of the model if their number is known; names in any case."""
+    """Class numbers, checked against the model's classes if their number is known; case does not matter in names."""
     check_columns(dataset, [label_column], "the data set")
-    folded: dict[str, set[int]] = {}
+    by_folded_name: dict[str, set[int]] = {}
     for name, number in label2id.items():
-        folded.setdefault(name.strip().casefold(), set()).add(number)
+        by_folded_name.setdefault(name.strip().casefold(), set()).add(number)
     ids = []
     for row, label in enumerate(column(dataset, label_column), start=1):
         if isinstance(label, str):
-            alike = folded.get(label.strip().casefold(), set())
-            if label not in label2id and len(alike) != 1:
+            matches = by_folded_name.get(label.strip().casefold(), set())
+            if label not in label2id and len(matches) != 1:
                 known = ", ".join(map(repr, label2id)) or "none"
                 raise DataError(
                     f"row {row}: label {label!r} is not in label2id (known: {known}): use those names, or class "
                     "numbers, in the data"
                 )
-            label = label2id.get(label, next(iter(alike)))
+            label = label2id.get(label, next(iter(matches)))
         if not isinstance(label, int) or label < 0 or (num_labels is not None and label >= num_labels):
             limit = "0 or more" if num_labels is None else f"0 to {num_labels - 1}"
             hint = "; numbers to predict (regression) have no accuracy" if isinstance(label, float) else ""
             raise DataError(
-                f"row {row}: label {label!r} is no class, expected {limit}: drop or renumber such rows{hint}"
+                f"row {row}: label {label!r} is not a class, expected {limit}: drop or renumber such rows{hint}"
             )
         ids.append(int(label))
     return ids

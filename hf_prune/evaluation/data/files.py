@@ -1,4 +1,4 @@
-"""Data files in a local folder: which file is which split, and what is in it."""
+"""Data files in a local folder: which files are which split, and how each type is read."""
 
 from __future__ import annotations
 
@@ -95,11 +95,11 @@ def refuse_same_split(source: str, one: str, other: str, doing: str, why: str) -
     """Make sure that two splits are not the same data.
 
     Args:
-        source: A file, which is one split, a folder or a Hub id.
-        one: A split.
-        other: Another one.
-        doing: What would be done on both, for the message.
-        why: Why that is wrong.
+        source: A file, which is a single split, or a folder or Hub id.
+        one: The first split.
+        other: The second split.
+        doing: What would be done with both, for the message.
+        why: Why they must differ, for the message.
 
     Raises:
         ConfigError: If they are the same.
@@ -114,10 +114,10 @@ def refuse_same_split(source: str, one: str, other: str, doing: str, why: str) -
 
 
 def resolve_split(split: str, available: Sequence[str], where: str) -> str:
-    """The name under which a split is there.
+    """The name by which a source has a split; ``validation``, ``dev``, ``val`` and ``valid`` mean the same.
 
     Raises:
-        DataError: If it is not; ``where`` says where that is.
+        DataError: If it does not have it; ``where`` names the source in the message.
     """
     if split in available:
         return split
@@ -131,7 +131,7 @@ def read_tables(paths: list[Path]) -> Dataset:
     """The rows of TSV, CSV, JSONL or parquet files, one after the other.
 
     Raises:
-        DataError: If a file cannot be read, or they have other columns.
+        DataError: If a file cannot be read, or their columns differ.
     """
     from datasets import Dataset
 
@@ -176,7 +176,7 @@ def _read_parquet(paths: list[Path]) -> Dataset:
 
 
 def _read_table(path: Path, *, tabs: bool) -> dict[str, list[Any]]:
-    """Columns of a TSV file, where a quote is a character like any other, or of a CSV file."""
+    """Columns of a TSV file, in which quotes have no meaning, or of a CSV file."""
     with path.open(encoding="utf-8-sig", newline="") as file, _long_fields():
         if tabs:
             reader = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
@@ -184,10 +184,10 @@ def _read_table(path: Path, *, tabs: bool) -> dict[str, list[Any]]:
             reader = csv.reader(file)
         header = next(reader, [])
         rows: list[list[str]] = []
-        found = list(reader)
-        while found and (not found[-1] or (len(header) > 1 and not "".join(found[-1]).strip())):
-            found.pop()  # blank lines at the end
-        for number, fields in enumerate(found, start=1):
+        lines = list(reader)
+        while lines and (not lines[-1] or (len(header) > 1 and not "".join(lines[-1]).strip())):
+            lines.pop()  # blank lines at the end
+        for number, fields in enumerate(lines, start=1):
             if len(fields) != len(header):
                 raise DataError(
                     f"row {number} of {path} has {len(fields)} fields, but the header has {len(header)} "
@@ -199,7 +199,7 @@ def _read_table(path: Path, *, tabs: bool) -> dict[str, list[Any]]:
 
 @contextmanager
 def _long_fields() -> Iterator[None]:
-    """Inside, a field may have more than the 131,072 characters that Python's reader stops at."""
+    """Within this context, fields may be longer than the 131,072 characters that ``csv`` allows."""
     before = csv.field_size_limit(2**31 - 1)
     try:
         yield

@@ -1,4 +1,4 @@
-"""Data sets and texts from a local folder, the local cache, or the Hugging Face Hub, with every row checked."""
+"""Load data sets and texts from files, local folders, the local cache or the Hugging Face Hub, and check every row."""
 
 from __future__ import annotations
 
@@ -85,20 +85,10 @@ def load_classification(
     Example:
         >>> load_classification("glue/mrpc", "train", text_columns=("sentence1", "sentence2"))  # doctest: +SKIP
     """
-    source = os.fspath(source)
-    where = f"split {split!r} of {source!r}"
-    if os.path.isfile(source):
-        where = repr(source)
-        if label_column is None and not source.endswith(TABLES):
-            return _lines(Path(source), text_columns)
-        check_table(source)
-        dataset = read_tables([Path(source)])
-    elif (folder := local_folder(source, "data")) is None:
-        dataset = _load_hub(source, split)
-    elif label_column is None and (files := text_files(folder)) and not data_files(folder):
-        return _lines(files[resolve_split(split, list(files), repr(source))], text_columns)
-    else:
-        dataset = load_folder(folder, split)
+    content, where = _read_split(os.fspath(source), split, texts=label_column is None)
+    if isinstance(content, Path):
+        return _lines(content, text_columns)
+    dataset = content
     if label_column is not None and label_column not in dataset.column_names:
         raise DataError(
             f"{where} has no column {label_column!r} (found: {', '.join(dataset.column_names)}), and without labels it "
@@ -137,27 +127,17 @@ def load_texts(source: str | os.PathLike[str], split: str = "train", *, text_col
         The texts, in the order of the data.
 
     Raises:
-        DataError: If the data cannot be found or read, the column is missing, or a row is no text.
+        DataError: If the data cannot be found or read, the column is missing, or a row is not a text.
 
     Example:
         >>> load_texts("wiki.test.raw")[1]  # doctest: +SKIP
         ' = Robert Boulter = \n'
         >>> texts = load_texts("Salesforce/wikitext:wikitext-2-raw-v1", "test")  # doctest: +SKIP
     """
-    source = os.fspath(source)
-    where = f"split {split!r} of {source!r}"
-    if os.path.isfile(source):
-        where = repr(source)
-        path = Path(source)
-        if path.suffix not in TABLES:
-            return read_text(path)
-        dataset = read_tables([path])
-    elif (folder := local_folder(source, "data")) is None:
-        dataset = _load_hub(source, split)
-    elif (files := text_files(folder)) and not data_files(folder):
-        return read_text(files[resolve_split(split, list(files), repr(source))])
-    else:
-        dataset = load_folder(folder, split)
+    content, where = _read_split(os.fspath(source), split, texts=True)
+    if isinstance(content, Path):
+        return read_text(content)
+    dataset = content
     if text_column not in dataset.column_names:
         raise DataError(
             f"{where} has no column {text_column!r} (found: {', '.join(dataset.column_names)}): name it with "
@@ -171,14 +151,14 @@ def load_texts(source: str | os.PathLike[str], split: str = "train", *, text_col
 
 
 def fingerprint(dataset: Dataset, columns: Sequence[str]) -> str:
-    """Tell whether two results are on the same data: a hash of the contents, not of names or files.
+    """Hash the contents of a data set, to tell whether two results are on the same data.
 
     Args:
         dataset: Any data set; its format (torch, numpy) does not matter.
-        columns: The columns to look at, in this order.
+        columns: The columns to hash, in this order.
 
     Returns:
-        16 hexadecimal digits of a SHA-256; the order of the rows matters.
+        16 hexadecimal digits of a SHA-256; the order of the rows matters, file names do not.
 
     Raises:
         DataError: If a column is missing.
@@ -193,6 +173,30 @@ def fingerprint(dataset: Dataset, columns: Sequence[str]) -> str:
     for name in columns:
         digest.update(json.dumps(column(dataset, name), separators=(",", ":"), default=str).encode())
     return digest.hexdigest()[:16]
+
+
+def _read_split(source: str, split: str, *, texts: bool) -> tuple[Dataset | Path, str]:
+    """One split of a source: its table, or the path of its text file.
+
+    Args:
+        source: A file, a folder or a Hub id.
+        split: Name of the split; a file is one by itself.
+        texts: Whether text files will do.
+
+    Returns:
+        The split, and how to refer to it in messages.
+    """
+    if os.path.isfile(source):
+        if texts and not source.endswith(TABLES):
+            return Path(source), repr(source)
+        check_table(source)
+        return read_tables([Path(source)]), repr(source)
+    where = f"split {split!r} of {source!r}"
+    if (folder := local_folder(source, "data")) is None:
+        return _load_hub(source, split), where
+    if texts and (files := text_files(folder)) and not data_files(folder):
+        return files[resolve_split(split, list(files), repr(source))], where
+    return load_folder(folder, split), where
 
 
 def _load_hub(source: str, split: str) -> Dataset:

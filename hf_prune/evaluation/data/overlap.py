@@ -1,19 +1,19 @@
-"""Which texts have words in a row in common with others: such texts are no independent test of what others taught."""
+"""Find texts that share several words in a row with others, and so are no independent test after training on those."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-WORDS = 5  # in a row: in common they tell that two texts are cut from one
+WORDS = 5  # in a row: texts that share this many are likely cut from one
 
 
 def overlapping(texts: Iterable[str], others: Iterable[str], words: int = WORDS) -> list[bool]:
-    """Whether each text is one of the others or shares so many words in a row with one, whatever their case.
+    """Whether each text equals one of the others, or shares this many words in a row with one, ignoring case.
 
     Args:
-        texts: The texts in question.
-        others: What they are compared with.
-        words: How many words in a row are too many; shorter texts overlap only if they are equal.
+        texts: The texts to check.
+        others: The texts to compare them with.
+        words: How many words in a row make an overlap; shorter texts overlap only if they are equal.
 
     Example:
         >>> overlapping(["a film that never gets going", "a fine film"], ["Says a film that never gets off"])
@@ -24,6 +24,6 @@ def overlapping(texts: Iterable[str], others: Iterable[str], words: int = WORDS)
 
 
 def _runs(text: str, words: int) -> Iterator[tuple[str, ...]]:
-    found = text.lower().split()
-    for start in range(max(1, len(found) - words + 1)):
-        yield tuple(found[start : start + words])
+    split = text.lower().split()
+    for start in range(max(1, len(split) - words + 1)):
+        yield tuple(split[start : start + words])

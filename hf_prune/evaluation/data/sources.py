@@ -1,7 +1,7 @@
-"""Whether models and data are where they are said to be: a local folder, the local cache, or the Hugging Face Hub.
+"""Check that data exists where it is said to be: in a file or folder, the local cache, or on the Hugging Face Hub.
 
-Without a network the Hugging Face libraries retry for half a minute. The functions here ask once,
-for less than a second, and then say what was wanted, what went wrong and what to do instead.
+Without a network the Hugging Face libraries retry for half a minute. The functions here ask once, for less than a
+second, and then say what was asked for, what went wrong and what to do instead.
 """
 
 from __future__ import annotations
@@ -63,14 +63,14 @@ def check_text_source(source: str | os.PathLike[str]) -> None:
 
 
 def check_table(path: str) -> None:
-    """Make sure that a file is a table.
+    """Make sure that a file is a table, by its name.
 
     Raises:
-        DataError: If its name ends otherwise.
+        DataError: If it does not end in one of the known suffixes.
     """
     if not path.endswith(TABLES):
         raise DataError(
-            f"{path!r} is no table, and labels are needed: expected a file that ends in {', '.join(TABLES)}, or a "
+            f"{path!r} is not a table, and labels are needed: expected a file that ends in {', '.join(TABLES)}, or a "
             f"folder with one per split"
         )
 
@@ -83,7 +83,7 @@ def _refuse_missing_file(source: str, what: str) -> None:
 
 
 def cached_splits(repo_id: str, config: str | None) -> Mapping[str, Dataset] | None:
-    """The splits that ``datasets`` has cached, without a request: load_dataset would retry first."""
+    """The splits that ``datasets`` has cached, without a request to the Hub; None if there are none."""
     from datasets.packaged_modules.cache.cache import Cache
 
     name = repo_id.split("/")[-1]

@@ -1,4 +1,4 @@
-"""Texts as calibration batches: padded one by one, or joined and cut in windows."""
+"""Turn texts into calibration batches: padded one by one, or joined and cut into windows."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def text_batches(
     """Unlabelled texts as padded batches, for criteria and repairs that learn from the inputs of each layer.
 
     A decoder beside an encoder (T5, BART, Marian) reads the encoder's text unless a batch has ``labels`` or
-    ``decoder_input_ids``. Where it writes something else, as in translation, pass what it is to write as ``labels``:
+    ``decoder_input_ids``. Where its target differs, as in translation, pass the targets as ``labels``:
     ``tokenizer(texts, text_target=translations, padding=True, return_tensors="pt")`` is such a batch.
 
     Args:
@@ -36,7 +36,7 @@ def text_batches(
 
     Raises:
         ConfigError: If ``batch_size`` or ``max_length`` is below 1.
-        DataError: If there are no texts, one is no string, or the tokenizer has no padding token.
+        DataError: If there are no texts, one is not a string, or the tokenizer has no padding token.
 
     Example:
         >>> batches = text_batches(["a good film", "a bad one"], tokenizer)  # doctest: +SKIP
@@ -44,18 +44,18 @@ def text_batches(
     """
     for name, value in (("batch_size", batch_size), ("max_length", max_length)):
         check_positive(name, value)
-    found = _checked_texts(texts)
+    checked = _checked_texts(texts)
     if tokenizer.pad_token is None:
         raise DataError(
             "the tokenizer has no padding token: set one, for instance tokenizer.pad_token = tokenizer.eos_token"
         )
-    found.sort(key=len)
+    checked.sort(key=len)
     length = min(max_length, tokenizer.model_max_length)
 
     def encode(part: Sequence[str]) -> dict[str, Tensor]:
         return dict(tokenizer(part, padding=True, truncation=True, max_length=length, return_tensors="pt"))
 
-    return [encode(found[start : start + batch_size]) for start in range(0, len(found), batch_size)]
+    return [encode(checked[start : start + batch_size]) for start in range(0, len(checked), batch_size)]
 
 
 def token_windows(
@@ -70,9 +70,9 @@ def token_windows(
 ) -> list[dict[str, Tensor]]:
     """Full windows of joined text as batches, to calibrate causal language models without padding.
 
-    The texts become one row of tokens (see :func:`joined_tokens`), which is cut in consecutive windows; some are
-    drawn. SparseGPT (Frantar and Alistarh 2023, arXiv:2301.00774) and its followers calibrate on 128 windows of 2048
-    tokens.
+    The texts become one row of tokens (see :func:`joined_tokens`), which is cut into consecutive windows; some are
+    drawn at random. SparseGPT (Frantar and Alistarh 2023, arXiv:2301.00774) and its followers calibrate on 128 windows
+    of 2048 tokens.
 
     Args:
         texts: A list of texts, or a column of a data set.
@@ -88,7 +88,7 @@ def token_windows(
 
     Raises:
         ConfigError: If ``n``, ``length`` or ``batch_size`` is below 1.
-        DataError: If there are no texts, one is no string, or they are too short for one window.
+        DataError: If there are no texts, one is not a string, or they are too short for one window.
 
     Example:
         >>> batches = token_windows(load_texts("wiki.train.raw"), tokenizer, n=64)  # doctest: +SKIP
@@ -114,10 +114,9 @@ def token_windows(
 
 
 def joined_tokens(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    r"""Texts as one row of tokens, as perplexities on WikiText-2 are published.
+    r"""Texts as one row of tokens, as for published perplexities on WikiText-2.
 
-    The texts are joined by ``"\n\n"`` and tokenised once. So a token that opens a text for this tokenizer (BOS)
-    stands at the start of the row only.
+    The texts are joined by ``"\n\n"`` and tokenized once, so a beginning-of-sequence token occurs only at the start.
 
     Args:
         texts: A list of texts, or a column of a data set.
@@ -127,17 +126,17 @@ def joined_tokens(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> T
         (tokens,) int64, on the CPU.
 
     Raises:
-        DataError: If there are no texts, or one is no string.
+        DataError: If there are no texts, or one is not a string.
     """
     joined = "\n\n".join(_checked_texts(texts))
     return torch.tensor(tokenizer(joined, truncation=False, verbose=False)["input_ids"], dtype=torch.int64)
 
 
 def _checked_texts(texts: Iterable[str]) -> list[str]:
-    found = [] if isinstance(texts, str) else list(texts)
-    if not found:
+    checked = [] if isinstance(texts, str) else list(texts)
+    if not checked:
         raise DataError(f"texts is {texts!r}: expected a list of texts, at least one")
-    for i, text in enumerate(found):
+    for i, text in enumerate(checked):
         if not isinstance(text, str):
             raise DataError(f"text {i} is {text!r}: expected a string")
-    return found
+    return checked

@@ -438,7 +438,7 @@ def test_a_file_is_a_split_whatever_its_name(tmp_path):
 def test_a_file_that_is_no_table(tmp_path):
     (tmp_path / "all.txt").write_text("a\n")
     for call in (check_data_source, lambda path: load_classification(path, "train")):
-        with pytest.raises(DataError, match=r"all\.txt' is no table, and labels are needed: expected a file that"):
+        with pytest.raises(DataError, match=r"all\.txt' is not a table, and labels are needed: expected a file that"):
             call(str(tmp_path / "all.txt"))
     with pytest.raises(DataError, match=r"no such file or folder: 'none\.csv'\. Pass a file"):
         check_data_source("none.csv")
