@@ -150,3 +150,12 @@ def test_a_training_is_resumed(tmp_path):
     model = prunable(trainer.model)
     found = {**of_masks(model.masks), **of_weights(model.state_dict())}
     assert list(differences(WRITTEN["training"], found, TOLERANCE)) == []
+
+
+@pytest.mark.parametrize(
+    "name", ["polish.PolishRecord", "speed.SpeedRecord", "bypass._hand_on", "schedules.Schedule", "masking.MaskStore"]
+)
+def test_pickles_find_moved_classes_by_their_former_names(name):
+    module, _, attribute = name.rpartition(".")
+    found = pickle.loads(f"chf_prune.{module}\n{attribute}\n.".encode())
+    assert found.__name__ == attribute

@@ -642,3 +642,10 @@ def test_units_of_a_module_without_a_weight_are_refused():
         ArchitectureError, match=r"intermediate.dense of Bert.* is a Identity without a weight: expected"
     ):
         hf_prune.structure_report(model)
+
+
+def test_a_dry_run_needs_no_data_for_a_repair_nor_for_a_polish_with_its_own():
+    model, inputs = tiny("bert")
+    prune(model, 0.5, granularity="head", repair="least_squares", dry_run=True)
+    prune(model, 0.5, granularity="head", polish={"epochs": 1}, polish_data=batches_for(inputs, 4))
+    assert len(MaskStore.of(model).polishes) == 1
