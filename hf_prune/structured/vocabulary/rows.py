@@ -1,4 +1,4 @@
-"""Where a model has its vocabulary, which token ids it names, and how rows are taken out."""
+"""Find the vocabulary of a model and the token ids that it names, and remove rows."""
 
 from __future__ import annotations
 
@@ -24,7 +24,14 @@ _ID_KEY = re.compile(
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Where a model has its vocabulary: how many rows, and each tensor with its name and the dimension of the rows."""
+    """Where a model has its vocabulary.
+
+    Args:
+        rows: How many rows the input embedding has.
+        tensors: Each tensor with a row for each token, as (name, tensor, dimension of the rows).
+        padding: The ids that the embeddings use for padding.
+        has_output_layer: Whether an output layer gives each token a logit.
+    """
 
     rows: int
     tensors: list[tuple[str, Tensor, int]]
@@ -33,23 +40,25 @@ class Vocabulary:
 
 
 def find_vocabulary(model: Any) -> Vocabulary:
-    """Every tensor of a model with a row for each token.
+    """Find every tensor of a model that has a row for each token.
 
     Raises:
-        ArchitectureError: If there is none, or a tensor that may be one.
+        ArchitectureError: If there is none, or a tensor whose rows may or may not be tokens.
         PlanError: If the model is quantized.
     """
     refuse_quantized(model)
     name = type(model).__name__
     embedding = _embedding(model, "get_input_embeddings")
     if not isinstance(embedding, nn.Embedding):
-        found = "none" if embedding is None else f"a {type(embedding).__name__}"
-        raise ArchitectureError(f"the input embedding of {name} is {found}: expected a table with a row for each token")
+        actual = "none" if embedding is None else f"a {type(embedding).__name__}"
+        raise ArchitectureError(
+            f"the input embedding of {name} is {actual}: expected a table with a row for each token"
+        )
     rows = embedding.num_embeddings
-    known: dict[int, int] = {}
+    known: dict[int, int] = {}  # the dimension of the rows, by id of the tensor
     outputs: list[Any] = []
-    for part in (module for module in model.modules() if isinstance(module, PreTrainedModel)):
-        inputs, output = _embedding(part, "get_input_embeddings"), _embedding(part, "get_output_embeddings")
+    for inner in (module for module in model.modules() if isinstance(module, PreTrainedModel)):
+        inputs, output = _embedding(inner, "get_input_embeddings"), _embedding(inner, "get_output_embeddings")
         if isinstance(inputs, nn.Embedding) and inputs.num_embeddings == rows:
             known[id(inputs.weight)] = 0
         if isinstance(getattr(output, "weight", None), Tensor):
@@ -60,7 +69,7 @@ def find_vocabulary(model: Any) -> Vocabulary:
                 f"the output layer of {name} has {length:,} rows, its input embedding {rows:,}: expected one vocabulary"
             )
         known |= {id(t): 0 for t in (output.weight, getattr(output, "bias", None)) if t is not None}
-    for module in model.modules():  # BERT and ALBERT keep the bias of the output layer beside it
+    for module in model.modules():  # BERT and ALBERT keep the bias of the output layer in its parent
         if any(child in outputs for child in module.children()) and _is_row(getattr(module, "bias", None), rows):
             known[id(module.bias)] = 0
     saved = model.state_dict().keys()
@@ -91,10 +100,10 @@ def _check_one_vocabulary(model: nn.Module, rows: int) -> None:
 
 def _embedding(model: Any, getter: str) -> nn.Module | None:
     try:
-        found = getattr(model, getter)()
-    except (AttributeError, NotImplementedError):  # a model without
+        embedding = getattr(model, getter)()
+    except (AttributeError, NotImplementedError):  # the model has none
         return None
-    return found if isinstance(found, nn.Module) else None
+    return embedding if isinstance(embedding, nn.Module) else None
 
 
 def _is_row(tensor: Any, rows: int) -> bool:
@@ -105,42 +114,42 @@ def _is_row(tensor: Any, rows: int) -> bool:
 
 
 def named_ids(model: nn.Module, rows: int) -> set[int]:
-    """The ids that configs and modules name."""
-    found: set[int] = set()
+    """The token ids that configs and modules name, such as ``pad_token_id``."""
+    named: set[int] = set()
 
     def note(i: int) -> int:
-        found.add(i)
+        named.add(i)
         return i
 
     for holder in _holders(model):
         for key, value in list(vars(holder).items()):
             if _holds_ids(holder, key):
                 _renumbered(key, value, note)
-    return {i for i in found if 0 <= i < rows}
+    return {i for i in named if 0 <= i < rows}
 
 
 def _holds_ids(holder: Any, key: str) -> bool:
-    """Whether a setting is a token id or several; the padding of other embeddings is a position or a type."""
+    """Whether a setting holds token ids. The ``padding_idx`` of other embeddings is a position or a type."""
     padding = key == "padding_idx" and isinstance(holder, PreTrainedModel)
     return padding or _ID_KEY.fullmatch(key) is not None
 
 
 def _renumbered(key: str, value: Any, new: Callable[[int], int]) -> Any:
-    """The value of a setting with each token id in it replaced; what is no id stays."""
+    """The value of a setting with each token id in it replaced; everything else stays."""
     if key == "forced_decoder_ids" and value is not None:  # (position, id)
         return [[position, _renumbered("", token, new)] for position, token in value]
     if key == "sequence_bias" and value is not None:  # (ids, bias)
         pairs = value.items() if isinstance(value, Mapping) else value
         return [[_renumbered("", list(ids), new), bias] for ids, bias in pairs]
     if isinstance(value, Mapping):
-        return {name: _renumbered("", each, new) for name, each in value.items()}
+        return {name: _renumbered("", entry, new) for name, entry in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(_renumbered("", each, new) for each in value)
+        return type(value)(_renumbered("", entry, new) for entry in value)
     return new(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 def _holders(model: nn.Module) -> Iterator[Any]:
-    """Every module, and every config and generation config of one, each once."""
+    """Every module, and every config and generation config of any of them, each once."""
     configs: dict[int, Any] = {}
     for module in model.modules():
         yield module
@@ -156,38 +165,45 @@ def _holders(model: nn.Module) -> Iterator[Any]:
 
 def fixed_ids(model: nn.Module, vocabulary: Vocabulary) -> set[int]:
     """The ids up to the padding token, in models that count positions from it (RoBERTa)."""
-    own = {id(tensor) for _, tensor, _ in vocabulary.tensors}
-    others = (
-        m for m in model.modules() if not isinstance(m, PreTrainedModel) and id(getattr(m, "weight", 0)) not in own
-    )
-    padding = [getattr(module, "padding_idx", None) for module in others]
+    tables = {id(tensor) for _, tensor, _ in vocabulary.tensors}
+    modules = (module for module in model.modules() if not isinstance(module, PreTrainedModel))
+    of_others = (module for module in modules if id(getattr(module, "weight", 0)) not in tables)
+    padding = [getattr(module, "padding_idx", None) for module in of_others]
     return set(range(max((i for i in padding if isinstance(i, int)), default=-1) + 1))
 
 
-# --- taking rows out -------------------------------------------------------------------------------
+# --- removing rows ---------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def take_rows(model: Any, vocabulary: Vocabulary, ids: Mapping[int, int]) -> None:
-    """Replace tensors, masks and numbers; what can fail comes first, and ties stay ties."""
+    """Keep some rows of a vocabulary, in place: in tensors, masks, sizes and the ids that settings name.
+
+    New tensors are made before anything is replaced, so a failure leaves the model as it was. Tied tensors stay tied.
+
+    Args:
+        model: The model.
+        vocabulary: Where it has its vocabulary.
+        ids: New ids by the old ones that stay.
+    """
     rows, index = vocabulary.rows, torch.tensor(list(ids))
 
-    def taken(tensor: Tensor, dim: int) -> Tensor:
+    def kept_rows(tensor: Tensor, dim: int) -> Tensor:
         return tensor.detach().index_select(dim, index.to(tensor.device))
 
     new: dict[int, Tensor] = {}
     for _, tensor, dim in vocabulary.tensors:
-        values = taken(tensor, dim)
+        values = kept_rows(tensor, dim)
         is_parameter = isinstance(tensor, nn.Parameter)
         new[id(tensor)] = nn.Parameter(values, requires_grad=tensor.requires_grad) if is_parameter else values
     store = MaskStore.of(model)
     dims = {name: dim for name, _, dim in vocabulary.tensors}
     if store is not None:
-        store.masks |= {n: taken(m, dims[n]) for n, m in store.masks.items() if n in dims}
-        store.dense = store.dense and {n: taken(w, dims[n]) if n in dims else w for n, w in store.dense.items()}
+        store.masks |= {n: kept_rows(m, dims[n]) for n, m in store.masks.items() if n in dims}
+        store.dense = store.dense and {n: kept_rows(w, dims[n]) if n in dims else w for n, w in store.dense.items()}
     for module in model.modules():
-        mine = [*module._parameters.items(), *module._buffers.items()]
-        for name, tensor in [(n, t) for n, t in mine if t is not None and id(t) in new]:
+        tensors = [*module._parameters.items(), *module._buffers.items()]
+        for name, tensor in [(n, t) for n, t in tensors if t is not None and id(t) in new]:
             setattr(module, name, new[id(tensor)])
             if name == "weight":
                 _resize(module, rows, ids)

@@ -1,4 +1,4 @@
-"""Fewer tokens in a tokenizer, and the same segmentation of every text that needs none of the others.
+"""Remove tokens from a tokenizer, so that every text that needs none of them is split as before.
 
 Everything here works on the JSON of the ``tokenizers`` library, which all fast tokenizers have.
 """
@@ -27,13 +27,13 @@ _BATCH = 1024
 
 
 def tokenizer_json(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """What ``tokenizer.json`` says.
+    """The content of ``tokenizer.json``.
 
     Args:
         tokenizer: A fast tokenizer.
 
     Raises:
-        DataError: If it has no such file, or is of a kind that is not known.
+        DataError: If it has no such file, or its model is not supported.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if not isinstance(backend, Tokenizer):
@@ -48,14 +48,14 @@ def tokenizer_json(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
 
 
 def used_tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Counter[int]:
-    """How often texts use each token, without those that the tokenizer adds to each text.
+    """Count how often texts use each token, without the ones that the tokenizer adds to each text.
 
     Args:
         tokenizer: A fast tokenizer.
-        texts: The texts, which are never cut.
+        texts: The texts, which are never truncated.
 
     Returns:
-        Counts by token id; ids that are not used are not in it.
+        Counts by token id; unused ids are not in it.
 
     Raises:
         DataError: If the tokenizer has no ``tokenizer.json``.
@@ -72,7 +72,7 @@ def used_tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Cou
 
 
 def _encoded(tokenizer: Any, texts: Sequence[str], special: bool = True) -> Iterator[list[int]]:
-    """The ids of each text, by a copy of the tokenizer that neither cuts nor pads."""
+    """The ids of each text, from a copy of the tokenizer that neither truncates nor pads."""
     copy = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     copy.no_truncation()
     copy.no_padding()
@@ -82,32 +82,32 @@ def _encoded(tokenizer: Any, texts: Sequence[str], special: bool = True) -> Iter
 
 
 def all_tokens(values: Mapping[str, Any]) -> dict[str, int]:
-    """Every token of a tokenizer with its id, the model's first and then those that were added to it.
+    """Every token of a tokenizer with its id, the model's own first and then the added ones.
 
     Args:
-        values: What ``tokenizer.json`` says.
+        values: The content of ``tokenizer.json``.
     """
     return {**model_tokens(values), **{token["content"]: token["id"] for token in values["added_tokens"]}}
 
 
 def model_tokens(values: Mapping[str, Any]) -> dict[str, int]:
-    """The tokens that texts are split into, without those that were only added.
+    """The tokens that texts are split into, without the added ones.
 
     Args:
-        values: What ``tokenizer.json`` says.
+        values: The content of ``tokenizer.json``.
     """
     vocab = values["model"]["vocab"]
     return dict(vocab) if isinstance(vocab, dict) else {piece: i for i, (piece, _) in enumerate(vocab)}
 
 
 def required_tokens(values: Mapping[str, Any], *, keep_characters: bool = True) -> set[int]:
-    """The ids of what a tokenizer cannot do without.
+    """The ids that a tokenizer cannot do without.
 
-    These are the added and special tokens, the unknown token, what is put around texts, bytes that spell what has no
-    token, and of a Unigram model the least likely piece, from which the price of an unknown character follows.
+    These are the added and special tokens, the unknown token, the tokens put around texts, the bytes that spell what
+    has no token, and the least likely piece of a Unigram model, which sets the price of an unknown character.
 
     Args:
-        values: What ``tokenizer.json`` says.
+        values: The content of ``tokenizer.json``.
         keep_characters: Also keep every single character, so that other texts can be spelled. Byte-level BPE keeps its
             256 bytes in any case.
     """
@@ -130,18 +130,18 @@ def required_tokens(values: Mapping[str, Any], *, keep_characters: bool = True) 
 
 
 def _affixes(model: Mapping[str, Any]) -> tuple[str, str]:
-    """What marks a piece that continues a word, and one that ends it."""
+    """The prefix of a piece that continues a word, and the suffix of one that ends it."""
     return model.get("continuing_subword_prefix") or "", model.get("end_of_word_suffix") or ""
 
 
 def piece_finder(values: Mapping[str, Any]) -> Callable[[Iterable[int]], set[int]]:
-    """A function from ids to these ids and those of all pieces that building the tokens needs.
+    """A function from ids to these ids and the ids of all pieces that are needed to build their tokens.
 
-    Only BPE builds tokens, pair by pair. A token in the middle of a text comes about by the same merges as the token
-    alone, since no merge crossed its ends; so merging each token from its characters finds them all.
+    Only BPE builds tokens, pair by pair. A token inside a text results from the same merges as the token alone, since
+    no merge crossed its ends. Merging each token from its characters therefore finds all pieces.
 
     Args:
-        values: What ``tokenizer.json`` says.
+        values: The content of ``tokenizer.json``.
     """
     if values["model"]["type"] != "BPE":
         return set
@@ -151,19 +151,19 @@ def piece_finder(values: Mapping[str, Any]) -> Callable[[Iterable[int]], set[int
     ranks = {tuple(pair): rank for rank, pair in enumerate(values["model"]["merges"])}
 
     def pieces(token: str) -> Iterator[str]:
-        middle = token.removeprefix(prefix).removesuffix(suffix)
-        parts = [(prefix if i or token.startswith(prefix) else "") + c for i, c in enumerate(middle)]
-        if parts and token.endswith(suffix):
-            parts[-1] += suffix
-        yield from parts
-        while pairs := [(ranks[pair], i) for i, pair in enumerate(itertools.pairwise(parts)) if pair in ranks]:
-            i = min(pairs)[1]
-            parts[i : i + 2] = [_merged(parts[i], parts[i + 1], prefix)]
-            yield parts[i]
+        characters = token.removeprefix(prefix).removesuffix(suffix)
+        merged = [(prefix if i or token.startswith(prefix) else "") + c for i, c in enumerate(characters)]
+        if merged and token.endswith(suffix):
+            merged[-1] += suffix
+        yield from merged
+        while pairs := [(ranks[pair], i) for i, pair in enumerate(itertools.pairwise(merged)) if pair in ranks]:
+            i = min(pairs)[1]  # the pair that was learned first is merged first
+            merged[i : i + 2] = [_merged(merged[i], merged[i + 1], prefix)]
+            yield merged[i]
 
     def find(ids: Iterable[int]) -> set[int]:
-        found = set(ids)
-        return found | {tokens[p] for i in found if i in names for p in pieces(names[i]) if p in tokens}
+        wanted = set(ids)
+        return wanted | {tokens[p] for i in wanted if i in names for p in pieces(names[i]) if p in tokens}
 
     return find
 
@@ -173,19 +173,22 @@ def _merged(left: str, right: str, prefix: str) -> str:
 
 
 def number_tokens(values: Mapping[str, Any], kept: Iterable[int]) -> dict[int, int]:
-    """New ids for those that stay, without gaps: the model's tokens in their order, then added ones, then bare rows.
+    """New ids without gaps: the model's own tokens in their order, then added ones, then rows without a token.
 
     Args:
-        values: What ``tokenizer.json`` says.
-        kept: Old ids.
+        values: The content of ``tokenizer.json``.
+        kept: The old ids that stay.
+
+    Returns:
+        New ids by old ones.
     """
-    own, every = set(model_tokens(values).values()), set(all_tokens(values).values())
-    ordered = sorted(kept, key=lambda i: (i not in own, i not in every, i))
+    of_model, of_tokenizer = set(model_tokens(values).values()), set(all_tokens(values).values())
+    ordered = sorted(kept, key=lambda i: (i not in of_model, i not in of_tokenizer, i))
     return {old: new for new, old in enumerate(ordered)}
 
 
 def rebuild_tokenizer(tokenizer: Any, ids: Mapping[int, int]) -> Any:
-    """A new tokenizer with fewer tokens; the old one stays as it is.
+    """Make a tokenizer with fewer tokens; the old one is not changed.
 
     Args:
         tokenizer: A fast tokenizer.
@@ -219,51 +222,51 @@ def _trim_json(values: dict[str, Any], ids: Mapping[int, int]) -> None:
         token["id"] = ids[token["id"]]
     if values["padding"]:
         values["padding"]["pad_id"] = ids[values["padding"]["pad_id"]]
-    for part in _processors(values["post_processor"]):
-        if part["type"] == "TemplateProcessing":
-            for token in part["special_tokens"].values():
+    for processor in _processors(values["post_processor"]):
+        if processor["type"] == "TemplateProcessing":
+            for token in processor["special_tokens"].values():
                 token["ids"] = [ids[i] for i in token["ids"]]
-        elif part["type"] in ("BertProcessing", "RobertaProcessing"):
+        elif processor["type"] in ("BertProcessing", "RobertaProcessing"):
             for key in ("sep", "cls"):
-                part[key] = [part[key][0], ids[part[key][1]]]
+                processor[key] = [processor[key][0], ids[processor[key][1]]]
 
 
-def _template_ids(processor: Mapping[str, Any] | None) -> Iterator[int]:
-    """The ids of what is put around texts."""
-    for part in _processors(processor):
-        for token in part.get("special_tokens", {}).values():
+def _template_ids(post_processor: Mapping[str, Any] | None) -> Iterator[int]:
+    """The ids of the tokens that are put around texts."""
+    for processor in _processors(post_processor):
+        for token in processor.get("special_tokens", {}).values():
             yield from token["ids"]
-        yield from (part[key][1] for key in ("sep", "cls") if key in part)
+        yield from (processor[key][1] for key in ("sep", "cls") if key in processor)
 
 
-def _processors(processor: Mapping[str, Any] | None) -> Iterator[Any]:
-    """The parts of a post-processor."""
-    if processor and "processors" in processor:
-        for part in processor["processors"]:
-            yield from _processors(part)
-    elif processor:
-        yield processor
+def _processors(post_processor: Mapping[str, Any] | None) -> Iterator[Any]:
+    """The post-processors inside a post-processor, or the post-processor itself."""
+    if post_processor and "processors" in post_processor:
+        for processor in post_processor["processors"]:
+            yield from _processors(processor)
+    elif post_processor:
+        yield post_processor
 
 
 def check_segmentation(old: Any, new: Any, ids: Mapping[int, int], texts: Sequence[str]) -> int:
-    """Make sure that texts are split as before, and count the tokens for which that cannot be.
+    """Check that texts are split as before, and count the tokens for which that is impossible.
 
     Args:
-        old: The tokenizer.
-        new: The one with fewer tokens.
+        old: The original tokenizer.
+        new: The tokenizer with fewer tokens.
         ids: New ids by old ones.
         texts: The texts.
 
     Returns:
-        How many tokens of the texts are gone.
+        How many tokens of the texts were removed.
 
     Raises:
-        DataError: If a text all of whose tokens stay is split in another way.
+        DataError: If a text is split differently although all of its tokens stay.
     """
-    gone = 0
+    removed = 0
     for text, before, after in zip(texts, _encoded(old, texts), _encoded(new, texts), strict=True):
         missing = sum(i not in ids for i in before)
-        gone += missing
+        removed += missing
         if not missing and [ids[i] for i in before] != after:
             tokens = old.convert_ids_to_tokens(before), new.convert_ids_to_tokens(after)
             at = next((i for i, (a, b) in enumerate(zip(*tokens, strict=False)) if a != b), min(map(len, tokens)))
@@ -272,4 +275,4 @@ def check_segmentation(old: Any, new: Any, ids: Mapping[int, int], texts: Sequen
                 f"{tokens[1][at : at + 3]} at token {at}; leave that text out, or keep more tokens with keep=... "
                 f"Nothing was changed"
             )
-    return gone
+    return removed

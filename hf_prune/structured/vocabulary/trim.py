@@ -1,4 +1,4 @@
-"""Vocabulary pruning: rows of the embeddings that no text of a corpus uses are taken out, and the tokenizer is rebuilt.
+"""Vocabulary pruning: remove the rows of the embeddings that no text of a corpus uses, and rebuild the tokenizer.
 
 Abdaoui et al., "Load What You Need: Smaller Versions of Multilingual BERT", SustaiNLP 2020 (arXiv:2010.05609).
 """
@@ -37,14 +37,14 @@ class TrimResult:
         model: The model, changed in place.
         tokenizer: The new tokenizer.
         ids: New ids by the old ones that stayed.
-        vocabulary_before: Rows of the embedding.
-        parameters_before: Parameters of the whole model, tied ones counted once.
-        parameters: Those that are left.
-        bytes_before: What they took in memory.
-        bytes: What they take.
-        texts: How many texts were looked at.
-        tokens: How many tokens they have, without those that the tokenizer adds to each.
-        tokens_changed: How many of these are gone, and are spelled with others now.
+        vocabulary_before: Rows of the embedding before.
+        parameters_before: Parameters of the whole model before, tied ones counted once.
+        parameters: Parameters now.
+        bytes_before: Size of the parameters in memory before.
+        bytes: Size now.
+        texts: How many texts were given.
+        tokens: How many tokens they have, without the ones that the tokenizer adds to each.
+        tokens_changed: How many of these were removed, so that they are spelled with other tokens now.
         has_output_layer: Whether an output layer lost its rows too.
     """
 
@@ -68,7 +68,7 @@ class TrimResult:
 
     @property
     def removed(self) -> int:
-        """How many rows were taken out."""
+        """How many rows were removed."""
         return self.vocabulary_before - self.vocabulary
 
     def to_dict(self) -> dict[str, Any]:
@@ -122,25 +122,25 @@ def trim_vocabulary(
     round_to: int | None = None,
     keep_characters: bool = True,
 ) -> TrimResult:
-    """Take the tokens that texts never use out of a model, in place, and make a tokenizer without them.
+    """Remove the tokens that texts never use from a model, in place, and make a tokenizer without them.
 
-    Every text given is split as before, which is checked, so the model computes the same, bit for bit, up to its output
-    layer. That one gives the tokens that stay the same logits, up to rounding: a narrower matrix product may add up in
-    another order. Special and added tokens, and every id that a config names, always
-    stay. Texts that were not given are spelled with the tokens there are: their predictions may change.
+    Every given text is split as before, which is checked, so the model computes the same, bit for bit, up to its output
+    layer. The output layer gives the tokens that stay the same logits up to rounding, since a narrower matrix product
+    may add up in another order. Special and added tokens, and every id that a config names, always stay. Other texts
+    are spelled with the tokens that are left, so their predictions may change.
 
     Args:
         model: A transformers model.
-        tokenizer: Its fast tokenizer, which stays as it is.
+        tokenizer: Its fast tokenizer, which is not changed.
         texts: Texts of the kind that the model will see.
         keep: Tokens, or their ids, that stay in any case.
-        min_count: Tokens that the texts use less often go too; above 1 some texts are then split differently.
+        min_count: Tokens that the texts use less often are removed too; above 1, some texts are split differently.
         round_to: Keep some more tokens, the most frequent ones, so that their number is a multiple of this (at most
             all of them).
         keep_characters: Keep every single character, so that any text that could be spelled still can.
 
     Returns:
-        The model, the new tokenizer, new ids by old ones, and sizes before and after. Save both beside each other.
+        The model, the new tokenizer, new ids by old ones, and sizes before and after. Save both in the same folder.
 
     Raises:
         ConfigError: If ``min_count`` or ``round_to`` is below 1.
@@ -221,27 +221,27 @@ def _checked_texts(texts: Iterable[str] | None, keep: Iterable[int | str]) -> li
 
 
 def _ids_of(keep: Sequence[int | str], tokens: Mapping[str, int], rows: int) -> set[int]:
-    unknown = [each for each in keep if (each not in tokens if isinstance(each, str) else not 0 <= each < rows)]
+    unknown = [t for t in keep if (t not in tokens if isinstance(t, str) else not 0 <= t < rows)]
     if unknown:
         raise PlanError(
             f"keep has {len(unknown)} that the vocabulary of {rows:,} does not have: {unknown[0]!r}; expected ids from "
             f"0 to {rows - 1}, or tokens spelled as the tokenizer does ({min(tokens, key=lambda t: -tokens[t])!r})"
         )
-    return {tokens[each] if isinstance(each, str) else int(each) for each in keep}
+    return {tokens[token] if isinstance(token, str) else int(token) for token in keep}
 
 
 def _rounded(
     kept: set[int], values: Mapping[str, Any], counts: Counter[int], rows: int, round_to: int | None
 ) -> set[int]:
-    """The ids that stay, and the most useful others that make their number a multiple."""
+    """The ids that stay, with the most useful other ones that make their number a multiple of ``round_to``."""
     size = len(kept) + -len(kept) % (round_to or 1)
     if size >= rows:
         return kept if round_to is None or size == len(kept) else set(range(rows))
-    find, own = piece_finder(values), set(model_tokens(values).values())
-    others = sorted(set(range(rows)) - kept, key=lambda i: (i not in own, -counts[i], i))
+    find, of_model = piece_finder(values), set(model_tokens(values).values())
+    candidates = sorted(set(range(rows)) - kept, key=lambda i: (i not in of_model, -counts[i], i))
     kept = set(kept)
     while len(kept) < size:  # a token with its pieces may be too many; the shortest one always fits
-        kept |= next(new for i in others if i not in kept and len(new := find([i]) - kept) <= size - len(kept))
+        kept |= next(new for i in candidates if i not in kept and len(new := find([i]) - kept) <= size - len(kept))
     return kept
 
 
