@@ -7,7 +7,7 @@ from typing import Any
 
 from hf_prune import CRITERIA, ConfigError, PruningConfig
 from hf_prune.criteria.base import CURVATURE, LABELLED, TRAINED
-from hf_prune.planning.choices import UNIT_CRITERIA_OF
+from hf_prune.criteria.registry import unit_rankings
 
 WHAT: Mapping[str, str | tuple[str, ...]] = {
     "Single weights": "unstructured",
@@ -26,7 +26,7 @@ def criteria_for(what: str) -> dict[str, str]:
     Criteria that need labels or a training are left out, and the block Fisher criterion, which takes minutes.
     """
     if isinstance(WHAT[what], tuple):
-        criteria = {name: line for name, (_, line, _) in UNIT_CRITERIA_OF.items() if name != "movement"}
+        criteria = {name: r.description for name, r in unit_rankings().items() if r.needs != "a training"}
     else:
         slow = LABELLED | TRAINED | CURVATURE
         criteria = {n: CRITERIA.get(n).description for n in CRITERIA.names() if not CRITERIA.get(n).needs & slow}

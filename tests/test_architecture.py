@@ -211,7 +211,7 @@ SPACE_IMPORTS = {  # what the Space uses besides public names, and why
     "hf_prune.hub.checksums.checksums": "measurements on a card name the weights that they are of",
     "hf_prune.hub.checksums.weights_digest": "measurements on a card name the weights that they are of",
     "hf_prune.hub.describe.describe_model": "it previews the card that a push would write",
-    "hf_prune.planning.choices.UNIT_CRITERIA_OF": "criteria of units are offered with a line on each",
+    "hf_prune.criteria.registry.unit_rankings": "criteria of units are offered with a line on each",
     "hf_prune.utils.formatting.format_count": "it writes sizes as reports do",
     "hf_prune.utils.formatting.format_csv": "spreadsheets must not run cells as formulas",
 }

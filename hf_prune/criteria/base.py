@@ -6,7 +6,7 @@ import dataclasses
 import zlib
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar, Literal, Protocol
 
 from torch import Tensor
 
@@ -114,6 +114,33 @@ def weight_seed(seed: int, name: str) -> int:
     return zlib.crc32(f"{seed}:{name}".encode())
 
 
+@dataclass(frozen=True)
+class UnitRanking:
+    """How a criterion ranks whole heads, neurons and layers.
+
+    Args:
+        needs: What it learns from, for ``hf-prune list``.
+        description: One line for ``hf-prune list``.
+        paper: Where it comes from.
+    """
+
+    needs: Literal["no data", "texts", "a training"]
+    description: str
+    paper: str
+
+
+class UnitCriterion:
+    """A criterion that ranks whole units only; ``structured`` computes what removing each of them costs.
+
+    Attributes:
+        name: The registered name.
+        units: How it ranks units.
+    """
+
+    name: ClassVar[str]
+    units: ClassVar[UnitRanking]
+
+
 class Criterion(ABC):
     """A score for every weight, larger = keep.
 
@@ -123,8 +150,9 @@ class Criterion(ABC):
 
     Attributes:
         name: The registered name.
+        units: How it ranks whole units, if it does.
         description: One line for ``hf-prune list``.
-        paper: The paper that it comes from.
+        paper: Where it comes from.
         needs: The :class:`WeightStats` fields that it needs from calibration.
         scopes: The scopes in which its scores can be compared.
         rowwise: Whether the scores of an output depend only on the weights and statistics of that output, so that a
@@ -134,6 +162,7 @@ class Criterion(ABC):
     """
 
     name: ClassVar[str]
+    units: ClassVar[UnitRanking | None] = None
     description: ClassVar[str]
     paper: ClassVar[str]
     needs: ClassVar[frozenset[str]] = frozenset()

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from hf_prune.criteria.base import Criterion, WeightStats
+from hf_prune.criteria.base import Criterion, UnitRanking, WeightStats
 from hf_prune.criteria.registry import CRITERIA
 
 _DAMPING = 0.01  # of the mean diagonal of each block
@@ -31,6 +31,11 @@ class Fisher(Criterion):
     name = "fisher"
     description = "optimal brain surgeon on blocks of the Fisher matrix, updates what stays: no labels needed"
     paper = "Kurtic et al. 2022, arXiv:2203.07259"
+    units = UnitRanking(
+        "texts",
+        "squared gradients of gates; before a repair, times the share that other units cannot make up for",
+        "Kwon et al. 2022, arXiv:2204.09656",
+    )
     needs = frozenset({"fisher"})
     repairs = True
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import Tensor
 
-from hf_prune.criteria.base import TRAINED, Criterion, WeightStats
+from hf_prune.criteria.base import TRAINED, Criterion, UnitRanking, WeightStats
 from hf_prune.criteria.registry import CRITERIA
 
 
@@ -15,6 +17,9 @@ class Movement(Criterion):
     name = "movement"
     description = "-w · gradient, summed over a training: keeps what moves away from zero"
     paper = "Sanh et al. 2020, arXiv:2005.07683"
+    units: ClassVar[UnitRanking | None] = UnitRanking(
+        "a training", "how far weights moved from zero", "Lagunas et al. 2021, arXiv:2109.04838"
+    )
     needs = TRAINED
 
     def scores(self, weight: Tensor, stats: WeightStats) -> Tensor:
@@ -30,3 +35,4 @@ class SoftMovement(Movement):
     name = "soft_movement"
     description = "movement with a threshold in place of a count, until the schedule ends"
     scopes = frozenset({"global"})
+    units = None  # a threshold fixes no number of units

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hf_prune.criteria.base import Criterion, WeightStats
+from hf_prune.criteria.base import Criterion, UnitRanking, WeightStats
 from hf_prune.criteria.registry import CRITERIA
 
 
@@ -16,6 +16,7 @@ class Random(Criterion):
     name = "random"
     description = "uniform random scores from the seed: the baseline to beat"
     paper = "Blalock et al. 2020, arXiv:2003.03033"
+    units = UnitRanking("no data", "random numbers", "a baseline")
     rowwise = False  # one stream of numbers for the whole weight
 
     def scores(self, weight: Tensor, stats: WeightStats) -> Tensor:

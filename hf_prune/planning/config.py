@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hf_prune.architectures.kinds.registry import kind_named, unit_descriptions
-from hf_prune.criteria.registry import CRITERIA
+from hf_prune.criteria.registry import CRITERIA, unit_rankings
 from hf_prune.errors import ConfigError, UnknownNameError
 from hf_prune.granularities.registry import GRANULARITIES, parse_granularity
 from hf_prune.planning.checks import (
@@ -33,7 +33,6 @@ from hf_prune.planning.choices import (
     OBJECTIVES,
     REPAIRS,
     SCOPES,
-    UNIT_CRITERIA,
     UNIT_SCOPES,
 )
 from hf_prune.planning.schedule import Schedule
@@ -215,8 +214,8 @@ class PruningConfig:
         self._set("scope", ("global" if budgets else "layer") if self.scope is None else self.scope)
         if self.scope not in UNIT_SCOPES:
             raise unknown_name("scope of heads, neurons and layers", self.scope, UNIT_SCOPES)
-        if self.criterion not in UNIT_CRITERIA:
-            raise unknown_name("criterion of heads, neurons and layers", self.criterion, UNIT_CRITERIA)
+        if self.criterion not in (rankings := unit_rankings()):
+            raise unknown_name("criterion of heads, neurons and layers", self.criterion, rankings)
         for kind in self.granularity:
             criteria = kind_named(kind).criteria
             if criteria is not None and self.criterion not in criteria:
@@ -316,7 +315,7 @@ class PruningConfig:
     @property
     def learns_units(self) -> bool:
         """Whether the choice of units depends on calibration data."""
-        return self.removes_units and self.criterion not in ("magnitude", "random", *MOVEMENT)
+        return self.removes_units and unit_rankings()[self.criterion].needs == "texts"
 
     @property
     def learns_in_training(self) -> bool:

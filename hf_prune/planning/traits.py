@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from hf_prune.criteria.registry import CRITERIA
+from hf_prune.criteria.registry import CRITERIA, unit_rankings
 from hf_prune.granularities.registry import parse_granularity
-from hf_prune.planning.choices import UNIT_CRITERIA_OF
 from hf_prune.planning.config import PruningConfig
 
 if TYPE_CHECKING:  # which loads torch, that commands do without until they need it
@@ -46,7 +45,7 @@ def criterion_learns(config: PruningConfig) -> bool:
 
 def criterion_paper(config: PruningConfig) -> str:
     """Where the criterion comes from."""
-    return UNIT_CRITERIA_OF[config.criterion][2] if config.removes_units else CRITERIA.get(config.criterion).paper
+    return unit_rankings()[config.criterion].paper if config.removes_units else CRITERIA.get(config.criterion).paper
 
 
 def granularity_text(config: PruningConfig) -> str:

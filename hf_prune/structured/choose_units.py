@@ -153,17 +153,23 @@ def _curves(
             for name, gates in statistics.items()
         }
         return redundancy_curves(model, config, groups, batches, progress, cache_bytes, diagonals)
-    parameters = dict(model.named_parameters())
-    curves = {}
-    for group in groups:
-        if config.criterion == "random":
-            generator = torch.Generator().manual_seed(zlib.crc32(f"{config.seed}:{group.name}".encode()))
-            scores = torch.rand(group.units, generator=generator) * group.parameters_per_unit(parameters)
-        else:
-            weights = [p.by_unit(model.get_parameter(p.name).detach().float(), group.units) for p in group.slices]
-            scores = torch.stack([weight.square().sum(1) for weight in weights]).sum(0)
-        curves[group.name] = additive_curve(scores)
-    return curves, None
+    if config.criterion == "random":
+        return {group.name: additive_curve(_random_scores(model, group, config.seed)) for group in groups}, None
+    if config.criterion == "magnitude":
+        return {group.name: additive_curve(_squared_weights(model, group)) for group in groups}, None
+    raise PlanError(f"criterion {config.criterion!r} is registered for units, but choose_units has no curves for it")
+
+
+def _random_scores(model: nn.Module, group: UnitGroup, seed: int) -> Tensor:
+    """(units,) random numbers, scaled by the size of a unit so that large units are not cheap to remove."""
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{group.name}".encode()))
+    return torch.rand(group.units, generator=generator) * group.parameters_per_unit(dict(model.named_parameters()))
+
+
+def _squared_weights(model: nn.Module, group: UnitGroup) -> Tensor:
+    """(units,) the sum of squares of everything that belongs to a unit."""
+    weights = [p.by_unit(model.get_parameter(p.name).detach().float(), group.units) for p in group.slices]
+    return torch.stack([weight.square().sum(1) for weight in weights]).sum(0)
 
 
 def _learned_curves(groups: Sequence[UnitGroup], scores: Mapping[str, Tensor]) -> dict[str, Curve]:

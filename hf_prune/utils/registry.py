@@ -11,11 +11,12 @@ import importlib
 import pkgutil
 import re
 from collections.abc import Callable, Iterable
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from hf_prune.errors import UnknownNameError
 
 T = TypeVar("T")
+Entry = TypeVar("Entry", bound=type)
 _UNITS = "'head', 'neuron' or 'layer'"
 _ROWS = "'row', 'column' or 'channel'"
 _PRUNING = re.compile(r"^(pruning|prune|pruner)_|_(pruning|prune|pruner|sparsity)$")
@@ -105,22 +106,24 @@ class Registry(Generic[T]):
     Args:
         kind: What an entry is, for messages: ``"criterion"``.
         package: The package whose modules define the entries; imported at the first look-up.
+        listed: Which entries :meth:`names` and :meth:`get` know; the others are only in :meth:`entries`. None for all.
     """
 
-    def __init__(self, kind: str, package: str) -> None:
+    def __init__(self, kind: str, package: str, listed: Callable[[type], bool] | None = None) -> None:
         self.kind = kind
         self._package = package
-        self._entries: dict[str, type[T]] = {}
+        self._listed = listed
+        self._entries: dict[str, type[Any]] = {}
         self._loaded = False
 
-    def register(self, name: str) -> Callable[[type[T]], type[T]]:
+    def register(self, name: str) -> Callable[[Entry], Entry]:
         """Class decorator that adds an entry.
 
         Raises:
             ValueError: If the name is taken; nothing is ever replaced silently.
         """
 
-        def add(entry: type[T]) -> type[T]:
+        def add(entry: Entry) -> Entry:
             if name in self._entries:
                 raise ValueError(
                     f"{self.kind} {name!r} is already registered by "
@@ -137,16 +140,22 @@ class Registry(Generic[T]):
         Raises:
             UnknownNameError: If there is none; the message lists the valid names.
         """
-        self._load()
-        try:
-            return self._entries[name]
-        except (KeyError, TypeError):
-            raise unknown_name(self.kind, name, self.names()) from None
+        entry = self.entries().get(name) if isinstance(name, str) else None
+        if entry is None or not self._is_listed(entry):
+            raise unknown_name(self.kind, name, self.names())
+        return entry
 
     def names(self) -> tuple[str, ...]:
         """All names, sorted."""
+        return tuple(name for name, entry in self.entries().items() if self._is_listed(entry))
+
+    def entries(self) -> dict[str, type[Any]]:
+        """Every entry by its name, sorted, also those that are not listed."""
         self._load()
-        return tuple(sorted(self._entries))
+        return dict(sorted(self._entries.items()))
+
+    def _is_listed(self, entry: type[Any]) -> bool:
+        return self._listed is None or self._listed(entry)
 
     def _load(self) -> None:
         if not self._loaded:

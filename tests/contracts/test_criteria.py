@@ -6,12 +6,22 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hf_prune.criteria.base import DIFFERENCES, STATISTICS, TRAINED, Criterion, WeightStats
-from hf_prune.criteria.registry import CRITERIA
+from hf_prune.criteria.base import (
+    DIFFERENCES,
+    STATISTICS,
+    TRAINED,
+    Criterion,
+    UnitCriterion,
+    UnitRanking,
+    WeightStats,
+)
+from hf_prune.criteria.registry import CRITERIA, unit_rankings
+from hf_prune.errors import PlanError, UnknownNameError
 from hf_prune.pipeline import prune
 from hf_prune.planning.choices import SCOPES
 from hf_prune.planning.config import PruningConfig
 from hf_prune.pruning.mask_store import MaskStore
+from tests.architecture_models import tiny
 from tests.models import assert_unchanged, mlp, same_bits, snapshot, tiny_batches
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
@@ -255,3 +265,22 @@ def test_random_is_uniform():
     assert 0 < scores.min()
     assert scores.max() <= 1
     assert abs(scores.mean() - 0.5) < 0.02
+
+
+def test_criteria_say_how_they_rank_units_and_those_of_a_training_come_last():
+    rankings = unit_rankings()
+    assert list(rankings) == ["fisher", "magnitude", "random", "reconstruction", "taylor", "movement"]
+    assert all(ranking.description and ranking.paper for ranking in rankings.values())
+    with pytest.raises(UnknownNameError, match="unknown criterion 'reconstruction': expected one of alps, "):
+        PruningConfig(criterion="reconstruction")
+    with pytest.raises(UnknownNameError, match="criterion of heads, neurons and layers 'wanda': expected one of fi"):
+        PruningConfig(criterion="wanda", granularity="head")
+
+
+def test_a_criterion_of_units_without_curves_is_refused(monkeypatch):
+    CRITERIA.names()  # loaded, so that the entry below is the only change
+    new = type("New", (UnitCriterion,), {"name": "new", "units": UnitRanking("no data", "a line", "a paper")})
+    monkeypatch.setitem(CRITERIA._entries, "new", new)
+    model, _ = tiny("bert")
+    with pytest.raises(PlanError, match="'new' is registered for units, but choose_units has no curves for it"):
+        prune(model, 0.5, criterion="new", granularity="head")

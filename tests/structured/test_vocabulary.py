@@ -613,7 +613,7 @@ def test_command_errors(run, folder):
     assert "neither --texts nor --keep-tokens" in run(folder / "model", "--dry-run", code=1)
     assert "no such" in run(folder / "model", "--texts", folder / "nowhere", "--dry-run", code=1)
     (folder / "keep").write_bytes(b"\xff\xfe")
-    assert "is no text file" in run(folder / "model", "--keep-tokens", folder / "keep", "--dry-run", code=1)
+    assert "is not a text file" in run(folder / "model", "--keep-tokens", folder / "keep", "--dry-run", code=1)
     (folder / "keep").write_text("no-such-token\n")
     out = folder / "small"
     assert "'no-such-token'" in run(folder / "model", "--keep-tokens", folder / "keep", "--out", out, code=1)

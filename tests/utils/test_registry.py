@@ -35,6 +35,18 @@ def test_entries_are_found_sorted_and_loaded_once(package):
     assert sorted(sys.modules[package].LOADED) == ["a", "b"]
 
 
+def test_an_entry_that_is_not_listed_is_an_entry_all_the_same(package):
+    registry = Registry("thing", package, listed=lambda entry: issubclass(entry, int))
+    registry.register("z")(int)
+    registry.register("w")(float)
+    assert registry.names() == ("z",)
+    assert registry.entries() == {"w": float, "z": int}
+    with pytest.raises(UnknownNameError, match=r"unknown thing 'w': expected one of z\."):
+        registry.get("w")
+    with pytest.raises(ValueError, match="'w' is already registered"):
+        registry.register("w")(float)
+
+
 def test_nothing_is_imported_before_the_first_look_up(package):
     Registry("thing", package).register("z")(int)
     assert package not in sys.modules

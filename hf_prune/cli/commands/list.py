@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 from hf_prune.architectures.kinds.registry import unit_descriptions
 from hf_prune.cli.console import echo
 from hf_prune.cli.options import AsJson
-from hf_prune.criteria.registry import CRITERIA
+from hf_prune.criteria.registry import CRITERIA, unit_rankings
 from hf_prune.granularities.registry import GRANULARITIES
-from hf_prune.planning.choices import UNIT_CRITERIA_OF, UNIT_SCOPES
+from hf_prune.planning.choices import UNIT_SCOPES
 from hf_prune.utils.formatting import format_table
 
 if TYPE_CHECKING:
@@ -45,8 +45,8 @@ def list_(as_json: AsJson = False) -> None:
             ],
             "units": [{"name": name, "description": text} for name, text in unit_descriptions().items()],
             "unit_criteria": [
-                {"name": name, "needs": needs, "description": text, "paper": paper}
-                for name, (needs, text, paper) in UNIT_CRITERIA_OF.items()
+                {"name": name, "needs": r.needs, "description": r.description, "paper": r.paper}
+                for name, r in unit_rankings().items()
             ],
         }
         echo(json.dumps(values, indent=2))
@@ -57,7 +57,7 @@ def list_(as_json: AsJson = False) -> None:
     echo(format_table(["granularity", "scopes", "what goes together", "paper"], rows, left=4) + "\n")
     rows = [[name, ", ".join(UNIT_SCOPES), text] for name, text in unit_descriptions().items()]
     echo(format_table(["removed as a whole", "scopes", "what it is"], rows, left=3) + "\n")
-    rows = [[name, needs, text, paper] for name, (needs, text, paper) in UNIT_CRITERIA_OF.items()]
+    rows = [[name, r.needs, r.description, r.paper] for name, r in unit_rankings().items()]
     echo(format_table(["their criterion", "needs", "what it keeps", "paper"], rows, left=4))
 
 
