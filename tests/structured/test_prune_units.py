@@ -378,7 +378,7 @@ def test_a_polish_follows():
     [
         ({"granularity": ("head", "weight")}, "unknown kind of unit in granularity 'weight'"),
         ({"granularity": "head", "sparsity": 0.5, "target_params": 0.5}, "sparsity, target_params are all set"),
-        ({"granularity": "head", "target_params": 0}, "target_params is 0: expected the share that is left"),
+        ({"granularity": "head", "target_params": 0}, "target_params is 0: expected the share that remains"),
         ({"granularity": "head", "target_flops": 50}, r"target_flops is 50: .* did you mean 0\.5"),
         ({"granularity": "head", "target_speedup": 0.5}, r"target_speedup is 0\.5: expected a number of at least 1"),
         ({"granularity": "head", "scope": "row"}, "unknown scope of heads, neurons and layers 'row'"),

@@ -9,7 +9,7 @@ from hf_prune.criteria.registry import CRITERIA
 from hf_prune.errors import ConfigError, UnknownNameError
 from hf_prune.granularities.registry import GRANULARITIES, parse_granularity
 from hf_prune.planning.config import PruningConfig
-from hf_prune.utils.registry import _THEIR_WORDS, Registry, unknown_name
+from hf_prune.utils.registry import _NAMES_ELSEWHERE, Registry, unknown_name
 
 
 @pytest.fixture
@@ -110,8 +110,8 @@ def test_words_of_other_libraries_lead_to_ours(settings, meant):
 def test_what_other_libraries_say_is_none_of_our_words():
     """Else the suggestion would never be seen; and what is suggested exists."""
     for criterion, words in {"criterion": CRITERIA.names(), "granularity": GRANULARITIES.names()}.items():
-        assert not set(_THEIR_WORDS[criterion]) & (set(words) - {"block", "n:m"})
-    for suggestion in _THEIR_WORDS["criterion"].values():
+        assert not set(_NAMES_ELSEWHERE[criterion]) & (set(words) - {"block", "n:m"})
+    for suggestion in _NAMES_ELSEWHERE["criterion"].values():
         first = re.match("'(\\w+)'", suggestion)
         assert first is not None
         assert first[1] in CRITERIA.names()
