@@ -97,7 +97,7 @@ def prune(
         dry_run: Change nothing and return the plan. Sparsities that are learned from data are in it only if
             ``calibration`` is given.
         progress: Show a progress bar while calibrating; :func:`hf_prune.listen_to_progress` tells a function instead.
-        cache_bytes: How much of what finished layers and the dense model put out is kept in memory in all; the rest
+        cache_bytes: How many bytes of the outputs of finished layers and of the dense model stay in memory; the rest
             goes to a temporary folder (``TMPDIR`` says where), as do the weights that an error would give back.
         polish_data: Batches for a polish, if more or others than ``calibration``; labels in them are not looked at.
             What it aims at is the model before this call: of one that was pruned before, the pruned one.

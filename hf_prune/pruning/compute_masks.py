@@ -36,8 +36,8 @@ def compute_masks_synced(
     if not plan.needs:
         return compute_masks(model, plan, stats, previous_masks, fixed_masks, biases=biases)
     with fail_together():
-        found = compute_masks(model, plan, stats, previous_masks, fixed_masks, biases=biases)
-    masks, weights = ({name: broadcast(tensor) for name, tensor in tensors.items()} for tensors in found)
+        computed = compute_masks(model, plan, stats, previous_masks, fixed_masks, biases=biases)
+    masks, weights = ({name: broadcast(tensor) for name, tensor in tensors.items()} for tensors in computed)
     return masks, weights
 
 

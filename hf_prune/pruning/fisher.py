@@ -93,8 +93,8 @@ def runs(plan: PruningPlan, budget: int = FISHER_BYTES) -> list[list[Piece]]:
         plan: The plan.
         budget: Bytes of sums that a run may hold; it holds one row of units at least.
     """
-    found: list[list[Piece]] = [[]]
-    left = budget
+    piece_runs: list[list[Piece]] = [[]]
+    remaining = budget
     for tensor in plan.tensors:
         out, inputs = tensor.target.matrix_shape
         height, width = plan.granularity.block_in((out, inputs))
@@ -103,16 +103,16 @@ def runs(plan: PruningPlan, budget: int = FISHER_BYTES) -> list[list[Piece]]:
         cost = height * math.ceil(inputs / size) * size**2 * torch.float64.itemsize
         start = 0
         while start < out:
-            outputs = min(out - start, left // cost * height)
-            if outputs == 0 and found[-1]:  # full
-                found.append([])
-                left = budget
+            outputs = min(out - start, remaining // cost * height)
+            if outputs == 0 and piece_runs[-1]:  # full
+                piece_runs.append([])
+                remaining = budget
                 continue
             outputs = max(outputs, height)
-            found[-1].append(Piece(tensor, start, start + outputs, size))
+            piece_runs[-1].append(Piece(tensor, start, start + outputs, size))
             start += outputs
-            left = max(0, left - outputs // height * cost)
-    return found
+            remaining = max(0, remaining - outputs // height * cost)
+    return piece_runs
 
 
 def gather_blocks(
@@ -217,9 +217,9 @@ def prune_by_fisher(
         old = part(piece, previous_masks) if name in previous_masks else None
         if old is not None:
             _decouple(fisher, old)
-        found = criterion.scores(part(piece, parameters), stats(piece, fisher))
+        weight_scores = criterion.scores(part(piece, parameters), stats(piece, fisher))
         block = granularity.block_in(piece.tensor.target.matrix_shape)
-        scores[name].append(checked_units(found, block, old, criterion.name, name))
+        scores[name].append(checked_units(weight_scores, block, old, criterion.name, name))
         waiting.put((name, piece.start), fisher)
         pieces_of[name].append(piece)
 
@@ -264,5 +264,5 @@ def prune_by_fisher(
 def _decouple(fisher: Tensor, keep: Tensor) -> None:
     """Take what earlier prunings removed out of the blocks, in place: those weights stay zero whatever others do."""
     outputs, blocks, size, _ = fisher.shape
-    left = torch.nn.functional.pad(keep.to(fisher), (0, blocks * size - keep.shape[1])).view(outputs, blocks, size)
-    fisher.mul_(left.unsqueeze(-1)).mul_(left.unsqueeze(-2))
+    kept = torch.nn.functional.pad(keep.to(fisher), (0, blocks * size - keep.shape[1])).view(outputs, blocks, size)
+    fisher.mul_(kept.unsqueeze(-1)).mul_(kept.unsqueeze(-2))

@@ -23,7 +23,7 @@ from hf_prune.pruning.run import CalibrationRun
 from hf_prune.pruning.selector import unit_scores
 from hf_prune.utils.distributed import broadcast, fail_together
 
-_SHARES = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98)  # at which the error of a target is foretold
+_SHARES = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98)  # at which the error of a target is estimated
 _ITERATIONS = 3  # of least squares: enough to see what a repair will bring
 _OUTLIER = 5.0  # times the mean of a block
 
@@ -57,12 +57,12 @@ def _fisher(
     sensitivity: Sensitivity,
     masks: Mapping[str, Tensor],
 ) -> dict[str, float]:
-    """Sparsities that minimise the change of the predictions that the Fisher information foretells.
+    """Sparsities that minimise the change of the predictions, as the Fisher information estimates it.
 
     For each matrix the Fisher information is taken to be the product of a diagonal over the outputs and the Gram
-    matrix of the inputs, both weighed by squared gradients (K-FAC: Martens and Grosse 2015, arXiv:1503.05671). At some
-    sparsities the best weights by the Optimal Brain Surgeon are kept (Hassibi and Stork 1992) and solved anew, and the
-    error that remains is the point of a curve; see :func:`hf_prune.planning.allocation.minimize_total_error`.
+    matrix of the inputs, both weighted by squared gradients (K-FAC: Martens and Grosse 2015, arXiv:1503.05671). At some
+    sparsities the best weights by the Optimal Brain Surgeon are kept (Hassibi and Stork 1992) and solved for again; the
+    error that remains is a point of the matrix's curve; see :func:`hf_prune.planning.allocation.minimize_total_error`.
     """
     parameters = dict(reader.model.named_parameters())
     errors: dict[str, list[tuple[float, float]]] = {}
@@ -77,9 +77,9 @@ def _fisher(
                 errors[name] = _error_curve(weight, gram, outputs, block, old)
         reader.finish(step)
     units = {t.target.name: t.units for t in plan.tensors}
-    gone = {t.target.name: t.already // (t.target.size // t.units) for t in plan.tensors}
+    removed_before = {t.target.name: t.already // (t.target.size // t.units) for t in plan.tensors}
     pools = {t.target.name: t.units // t.pool for t in plan.tensors}
-    counts = minimize_total_error(errors, units, plan.remove, gone, pools=pools)
+    counts = minimize_total_error(errors, units, plan.remove, removed_before, pools=pools)
     agreed = broadcast(torch.tensor(list(counts.values()))).tolist()
     return {name: count / units[name] for name, count in zip(counts, agreed, strict=True)}
 
@@ -90,9 +90,9 @@ def weighted_grams(
     """The Gram matrix of what flows into each target, tokens weighed by how much the predictions depend on them."""
     sums = reader.repeated(lambda: _weighted_sums(reader, step, sensitivity))
     for t in step:
-        found = sums.pop(t.name)
-        found.add_others(reader.device)
-        gram = found.statistics({"input_gram"}, reader.device)["input_gram"]
+        accumulator = sums.pop(t.name)
+        accumulator.add_others(reader.device)
+        gram = accumulator.statistics({"input_gram"}, reader.device)["input_gram"]
         check_finite(t.name, {"input_gram": gram})
         yield t, gram
 
@@ -136,8 +136,8 @@ def _error_curve(
     for share in _SHARES:
         kept = keep_highest([lambda: [scores]], [scores.numel()], round(share * scores.numel()))[0]
         keep = spread_blocks(kept.view(scores.shape), block)
-        found = least_squares(weight, keep if old is None else keep & old, gram, iterations=_ITERATIONS)
-        curve.append((share, float((layer_errors(weight, found, gram) * outputs).sum())))
+        repaired = least_squares(weight, keep if old is None else keep & old, gram, iterations=_ITERATIONS)
+        curve.append((share, float((layer_errors(weight, repaired, gram) * outputs).sum())))
     return curve
 
 
@@ -150,11 +150,11 @@ def _owl(reader: InputReader, steps: list[list[Target]], plan: PruningPlan) -> d
         blocks.setdefault(reader.block_of(target.name) or target.name, []).append(target)
     outliers: dict[str, float] = {}
     for targets in blocks.values():
-        found = reader.gather(targets, frozenset({"input_norm"}))
+        statistics = reader.gather(targets, frozenset({"input_norm"}))
         products = {}
         for t in targets:
             weight = t.matrix(parameters[t.name].detach()).float()
-            products[t.name] = weight.abs() * found[t.name]["input_norm"]
+            products[t.name] = weight.abs() * statistics[t.name]["input_norm"]
         size = sum(sizes[name] for name in products)
         limit = _OUTLIER * sum(float(product.sum()) for product in products.values()) / size
         share = sum(int((product > limit).sum()) for product in products.values()) / size

@@ -18,7 +18,7 @@ class LocalMasks:
     """This process's parts of the masks of a model, as masks and parameters are at the time of asking.
 
     Args:
-        model: The model; FSDP replaces its parameters now and then, so they are looked up anew each time.
+        model: The model; FSDP replaces its parameters now and then, so they are looked up each time.
     """
 
     def __init__(self, model: nn.Module) -> None:

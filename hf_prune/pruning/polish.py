@@ -1,8 +1,8 @@
 """Polish: a short distillation from the dense model after pruning, on unlabelled calibration batches.
 
-This is training, and is reported as such. The masks stay as they are. What the dense model puts out, its logits and
-what its blocks hand on, is recorded before it is pruned, so that no second model is held; the pruned model is then
-trained to put out the same (Hinton et al. 2015, arXiv:1503.02531; hidden states as in Jiao et al. 2020,
+This is training, and is reported as such. The masks stay as they are. The outputs of the dense model, its logits and
+the hidden states between blocks, are recorded before it is pruned, so that no second model is held; the pruned model
+is then trained to reproduce them (Hinton et al. 2015, arXiv:1503.02531; hidden states as in Jiao et al. 2020,
 arXiv:1909.10351). No labels are used.
 """
 
@@ -141,12 +141,12 @@ def _train(
                         )
                     loss.backward()
         for name, parameter in trained.items():
-            found = torch.zeros_like(masters[name]) if parameter.grad is None else parameter.grad.to(wide[name])
+            gradient = torch.zeros_like(masters[name]) if parameter.grad is None else parameter.grad.to(wide[name])
             parameter.grad = None
-            found = all_reduce_sum(found)
+            gradient = all_reduce_sum(gradient)
             if name in masks:
-                found.mul_(masks[name].to(found.device))
-            masters[name].grad = found
+                gradient.mul_(masks[name].to(gradient.device))
+            masters[name].grad = gradient
         nn.utils.clip_grad_norm_(masters.values(), _CLIP)
         factor = min((step + 1) / warmup, (len(order) - step) / (len(order) - warmup + 1))
         for group in optimiser.param_groups:
@@ -176,8 +176,8 @@ def _distance(dense: DenseOutputs, batches: Sequence[int]) -> float:
     """The mean over some batches, in the units of the whole; the same bits in every process."""
     with fail_together():
         total = sum(float(dense.distance(index)) for index in batches if index in dense.mine)
-    found = broadcast(all_reduce_sum(torch.tensor(total, dtype=torch.float64)))
-    return float(found) * len(dense.batches) / len(batches)
+    agreed = broadcast(all_reduce_sum(torch.tensor(total, dtype=torch.float64)))
+    return float(agreed) * len(dense.batches) / len(batches)
 
 
 def _examples(batch: Mapping[str, Any]) -> int:

@@ -57,11 +57,11 @@ _FAR = 0.1  # share by which a measured speed-up may miss the predicted one befo
 
 @dataclass(frozen=True)
 class SpeedRecord:
-    """A speed-up that was asked for, foretold and measured.
+    """A speed-up that was asked for, predicted and measured.
 
     Args:
         asked: What was asked for.
-        predicted: What the table of times foretells.
+        predicted: What the table of measured times predicts.
         measured: What was measured, dense and pruned in turns.
         low: Lower end of its 95 % interval.
         high: Upper end.
@@ -86,7 +86,7 @@ class SpeedRecord:
     device: str
 
     def with_prediction(self, asked: float, predicted: float) -> SpeedRecord:
-        """The same with what was asked for and foretold."""
+        """The same record with the speed-up that was asked for and the predicted one."""
         return dataclasses.replace(self, asked=asked, predicted=predicted)
 
     def to_dict(self) -> dict[str, Any]:

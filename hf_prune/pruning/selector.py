@@ -67,13 +67,14 @@ class Selector:
         if self.pools:
             return self._spread(keep_highest_per_row(units.reshape(-1, self.width), per_pool).view(units.shape), start)
         lines = 1 if pools == 1 else len(units)  # a pool is the whole matrix, or a row of it
-        left = self._left(units.device).view(lines, -1, self.tensor.units // len(units))
+        remaining = self._left(units.device).view(lines, -1, self.tensor.units // len(units))
         first, last = start // self.width, stop // self.width
-        alive = left.sum((1, 2))  # (lines,)
-        extra = (per_pool - (left[0].numel() - alive)).clamp_min(0)  # still to go, beyond what earlier prunings removed
-        before = [left[:, :, :end].sum((1, 2)) for end in (first, last)]
+        alive = remaining.sum((1, 2))  # (lines,)
+        # Still to be removed, beyond what earlier prunings removed.
+        extra = (per_pool - (remaining[0].numel() - alive)).clamp_min(0)
+        before = [remaining[:, :, :end].sum((1, 2)) for end in (first, last)]
         shares = [(2 * extra * n + alive) // (2 * alive).clamp_min(1) for n in before]  # rounded, and exact at the end
-        here = left[:, :, first:last]
+        here = remaining[:, :, first:last]
         count = shares[1] - shares[0] + here[0].numel() - here.sum((1, 2))
         flat = units.reshape(lines, -1)
         if lines == 1:
@@ -131,9 +132,9 @@ def unit_scores(scores: Tensor, block: tuple[int, int], old: Tensor | None) -> T
     """
     if old is None:
         return block_sums(scores, block).contiguous()
-    left = old.to(scores.device)
-    sums = block_sums(scores.masked_fill(~left, 0), block)
-    return sums.masked_fill(~_alive(left, block), float("-inf")).contiguous()
+    previous = old.to(scores.device)
+    sums = block_sums(scores.masked_fill(~previous, 0), block)
+    return sums.masked_fill(~_alive(previous, block), float("-inf")).contiguous()
 
 
 def _alive(old: Tensor, block: tuple[int, int]) -> Tensor:
