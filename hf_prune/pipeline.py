@@ -20,7 +20,7 @@ from hf_prune.planning.make_plan import make_plan, warn_of
 from hf_prune.planning.plan import PruningPlan, targets_of
 from hf_prune.pruning.iterative import prune_iteratively
 from hf_prune.pruning.learned_allocation import learn_sparsities
-from hf_prune.pruning.mask_store import checked_masks
+from hf_prune.pruning.mask_store import checked_masks, warn_regrown
 from hf_prune.pruning.module_state import restores_modules
 from hf_prune.pruning.one_pass import prune_in_one_pass
 from hf_prune.pruning.polish import polish
@@ -133,6 +133,7 @@ def prune(
             resources.callback(run.sensitivity.close)
         if dry_run:
             return run.plan
+        warn_regrown(inner, "they become zero now")
         with Transaction(inner, keep_dense) as change:
             teacher = None
             if config.polish is not None:

@@ -242,6 +242,7 @@ def sparsity_report(model: nn.Module, config: PruningConfig | None = None) -> Sp
             ``torch.nn.utils.prune`` or not loaded; those that accelerate has offloaded are read.
 
     Example:
+        >>> import torch
         >>> print(sparsity_report(torch.nn.Linear(4, 2)).target_parameters)
         8
     """

@@ -1,4 +1,4 @@
-"""Modules as they were: hooks, replaced methods and modes that an interrupt leaves behind are taken back."""
+"""Undo what an interrupt leaves behind: hooks, replaced methods and modes of modules, and gradients switched off."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 from hf_prune.pruning.bypass import is_bypass
@@ -40,6 +41,7 @@ class _ModuleState:
     """A context, and no generator: within contextlib's own lines an interrupt would be lost."""
 
     def __init__(self, model: nn.Module) -> None:
+        self._records_gradients = torch.is_grad_enabled()  # Ctrl-C while ``no_grad`` ends would leave them off
         self._modules = [
             (module, module.training, module.__dict__.get("forward"), [set(getattr(module, key)) for key in _HOOKS])
             for module in model.modules()
@@ -52,6 +54,7 @@ class _ModuleState:
             run_to_the_end(self._restore)
 
     def _restore(self) -> None:
+        torch.set_grad_enabled(self._records_gradients)
         for module, training, forward, hooks in self._modules:
             module.training = training
             if forward is None:

@@ -30,8 +30,9 @@ def keep_sparse(model: nn.Module, optimizer: Any) -> RemovableHandle:
         ConfigError: If it is no optimizer, or one of other parameters.
 
     Example:
+        >>> import torch
         >>> from hf_prune import prune
-        >>> model = prune(nn.Linear(4, 4), 0.5)
+        >>> model = prune(torch.nn.Linear(4, 4), 0.5)
         >>> optimizer = torch.optim.AdamW(model.parameters())
         >>> _ = keep_sparse(model, optimizer)
         >>> model(torch.ones(1, 4)).sum().backward()

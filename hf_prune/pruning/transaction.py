@@ -11,7 +11,7 @@ from hf_prune.kernels.zeroing import zero_removed_
 from hf_prune.planning.config import PruningConfig
 from hf_prune.planning.targets import refuse_read_only
 from hf_prune.pruning.bypass import bypass, is_bypassed, restore
-from hf_prune.pruning.mask_store import MaskStore, warn_regrown
+from hf_prune.pruning.mask_store import MaskStore
 from hf_prune.pruning.records import PolishRecord
 from hf_prune.utils.interrupts import run_to_the_end
 from hf_prune.utils.offload_cache import OffloadCache
@@ -31,7 +31,6 @@ def check_changeable(model: nn.Module, keep_dense: bool) -> None:
     refuse_read_only(model)
     store = MaskStore.of(model) or MaskStore()
     store.check(model)
-    warn_regrown(model, "they become zero now")
     if keep_dense:
         store.check_dense()
 

@@ -583,7 +583,7 @@ USER_ERRORS: dict[str, tuple[list[str], str]] = {
     "targets": (["prune", "{text}", "--target-modules", "qery", "--dry-run"], "unknown module 'qery'"),
     "regex": (["prune", "{text}", "--target-modules", "re:(", "--dry-run"], "is not a regular expression"),
     "no config": (["prune", "{text}", "--config", "none.json", "--dry-run"], "none.json"),
-    "bad config": (["prune", "{text}", "--config", "{data}/dev.tsv", "--dry-run"], "not JSON"),
+    "bad config": (["prune", "{text}", "--config", "{data}/dev.tsv", "--dry-run"], "not valid JSON"),
     "no model": (["prune", "./nothing", "--dry-run"], "no such folder: './nothing'"),
     "empty model": (["report", "{data}"], "config.json"),
     "out is a file": (["prune", "{text}", "--out", "{data}/dev.tsv"], "dev.tsv is a file: expected a folder"),

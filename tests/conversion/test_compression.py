@@ -971,11 +971,9 @@ def test_adapters_beside_a_model_are_named(tmp_path):
     )
     before = {path.name: path.read_bytes() for path in model.iterdir()}
     for read in (load_native, load_meta_model, counted_facts, AutoPrunedModelForSequenceClassification.from_pretrained):
-        with pytest.raises(
-            CheckpointError, match=r"holds a model and adapter_config.json beside it, .*: expected one of"
-        ):
+        with pytest.raises(CheckpointError, match=r"holds a model and adapter_config.json, .*: expected one of"):
             read(model if read is counted_facts else str(model))
-    with pytest.raises(CheckpointError, match=r"adapter_config.json beside it"):
+    with pytest.raises(CheckpointError, match=r"holds a model and adapter_config.json"):
         compress_checkpoint(model, tmp_path / "small")
     assert {path.name: path.read_bytes() for path in model.iterdir()} == before
     assert not (tmp_path / "small").exists()

@@ -896,11 +896,11 @@ def test_memory_is_that_of_a_block_and_its_statistics(settings, statistics, larg
 def test_the_driver_is_used_for_what_learns_from_inputs(tmp_path, monkeypatch):
     model = models.tiny_llama()
     source, pruned = saved(model, tmp_path / "source"), []
-    prune_one = stream_blocks.prune_one
+    prune_tensor = stream_blocks.prune_tensor
 
     def noted(*arguments: Any, **more: Any) -> Any:
         pruned.append(arguments[2].target.name)
-        return prune_one(*arguments, **more)
+        return prune_tensor(*arguments, **more)
 
     monkeypatch.setattr(stream_blocks, "prune_tensor", noted)
     prune_stream(source, 0.5, tmp_path / "out", criterion="wanda", calibration=models.tiny_batches(model))

@@ -219,6 +219,7 @@ def test_text_pairs_use_both_columns_and_their_token_types(bert, tokenizer):
     data = Dataset.from_dict({**texts, "label": first["label"]})
     found = evaluate_classification(bert, tokenizer, data, text_columns=("a", "b"))
     with torch.no_grad():
+        bert.eval()
         inputs = [tokenizer(a, b, return_tensors="pt") for a, b in zip(*texts.values(), strict=True)]
         expected = tuple(int(bert(**pair).logits.argmax()) for pair in inputs)
     assert all(1 in pair["token_type_ids"] for pair in inputs)

@@ -210,7 +210,9 @@ def test_a_new_branch_begins_as_the_main_one(hub, client, folders):
     """So what is in the way there is in the way here."""
     client("push", folders / "pruned", REPO)
     hub.put(REPO, {**hub.files(REPO), "model-00001-of-00002.safetensors": b"old", "models/a.safetensors": b"other"})
-    assert "already and public" in client("push", folders / "pruned", REPO, "--private", "--revision", "secret", code=1)
+    assert "exists already and is public" in client(
+        "push", folders / "pruned", REPO, "--private", "--revision", "secret", code=1
+    )
     assert "holds a model of type 'bert', and" in client("push", folders / "llama", REPO, "--revision", "v2", code=1)
     assert set(hub.repos["model", REPO].refs) == {"main"}
     client("push", folders / "small", REPO, "--revision", "v2")

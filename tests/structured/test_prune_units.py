@@ -494,6 +494,7 @@ def test_ctrl_c_at_the_end_never_leaves_a_layer_switched_off_whose_weights_are_b
         with contextlib.suppress(KeyboardInterrupt):
             prune_until(model, line)
         outcomes.append(len(bypassed_layers(model)))
+        assert torch.is_grad_enabled(), line
         assert (MaskStore.of(model) is not None) == bool(outcomes[-1]), line
         if not outcomes[-1]:
             assert_unchanged(model, before)

@@ -185,7 +185,7 @@ def test_quanto(tmp_path):
 )
 def test_a_sparse_checkpoint_is_not_loaded_quantized(tmp_path, compressed, how):
     prunable(models.tiny_bert()).prune(0.5).save_pretrained(tmp_path, compressed=compressed)
-    with pytest.raises(CheckpointError, match=r"is sparse, and would be loaded quantized, as .* says"):
+    with pytest.raises(CheckpointError, match=r"is sparse, and .* would quantize it"):
         AutoPrunedModelForSequenceClassification.from_pretrained(tmp_path, **how)
 
 
@@ -199,7 +199,7 @@ def test_masks_do_not_meet_quantized_weights(tmp_path):
             super().post_init()
             self.is_quantized = True
 
-    with pytest.raises(CheckpointError, match="is sparse, and would be loaded quantized, as its config says"):
+    with pytest.raises(CheckpointError, match="is sparse, and its config would quantize it"):
         type(prunable(Loaded(models.tiny_bert().config))).from_pretrained(tmp_path)
 
 
