@@ -135,9 +135,8 @@ def call_hub(ask: Callable[[], Result], repo_id: str, *, missing: bool = False, 
     for attempt in range(attempts):
         try:
             return ask()
-        except LocalEntryNotFoundError:  # not in the cache, and the Hub does not answer
-            if attempt == attempts - 1:
-                raise HubError("the Hub cannot be reached: check the network connection, and try again") from None
+        except LocalEntryNotFoundError:  # not in the cache, and a download has tried for half a minute by itself
+            raise HubError("the Hub cannot be reached: check the network connection, and try again") from None
         except (RepositoryNotFoundError, RevisionNotFoundError, EntryNotFoundError) as error:
             status = getattr(getattr(error, "response", None), "status_code", None)
             if missing and status != 401:
