@@ -20,8 +20,7 @@ from torch import distributed as dist
 from torch import nn
 
 from hf_prune import prune
-from hf_prune.calibration import input_reader as activations
-from hf_prune.calibration import statistics as calibration
+from hf_prune.calibration import batch_runner, gradients
 from hf_prune.criteria.fisher import Fisher
 from hf_prune.errors import CalibrationError
 from hf_prune.pruning import compute_masks as scoring
@@ -140,11 +139,11 @@ def main(rank: int, size: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=size)
     found: dict[str, object] = {case: differing(alone[case], pruned(*SAME[case])) for case in SAME}
     batches = tiny_batches(models.tiny_bert(), sizes=SIZES)
-    with failing(rank, activations, "on_device", 12):
+    with failing(rank, batch_runner, "batch_to_device", 12):
         found["in a batch"] = message(lambda m: prune(m, criterion="alps", calibration=batches))
-    with failing(rank, calibration, "_loss", 1):
+    with failing(rank, gradients, "_loss", 1):
         found["in a gradient"] = message(lambda m: prune(m, criterion="taylor", calibration=batches))
-    with failing(rank, calibration, "_example_loss", 2):
+    with failing(rank, gradients, "_example_loss", 2):
         found["in an example"] = message(lambda m: prune(m, criterion="fisher", calibration=batches))
     with failing(rank, Fisher, "update", 3):
         found["in an update"] = message(lambda m: prune(m, criterion="fisher", calibration=batches))

@@ -69,7 +69,7 @@ def test_an_error_in_one_process_is_one_in_both(said, case, message):
 
 
 def test_different_batches_are_refused(said):
-    message = "the 2 processes have different calibration batches (5, 3 of them): pass the same list in all of them"
+    message = "the 2 processes have different calibration batches (5, 3 of them): pass the same list in all "
     assert all(one["other batches"].startswith(message) for one in said)
     assert all(one["empty"].startswith("calibration has no batches") for one in said)
 
