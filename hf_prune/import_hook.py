@@ -8,6 +8,7 @@ models contain.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.abc
 import importlib.util
@@ -19,7 +20,7 @@ from typing import Any
 
 _AFTER = "transformers.quantizers.auto"
 _REGISTERS = "hf_prune.quantizer"
-# Modules that pickles of pruned models name, and where their classes are now.
+# Modules that pickles of pruned models name, and where what was in them is now.
 _MOVED = {
     "hf_prune.masking": "hf_prune.pruning.mask_store",
     "hf_prune.polish": "hf_prune.pruning.records",
@@ -27,6 +28,57 @@ _MOVED = {
     "hf_prune.bypass": "hf_prune.pruning.bypass",
     "hf_prune.config": "hf_prune.planning.config",
     "hf_prune.schedules": "hf_prune.planning.schedule",
+}
+# Results and settings that may have been pickled too: by former module, where each class is now.
+_MOVED_CLASSES = {
+    "adoption": {"AdoptionReport": "pruning.adopt_zeros.AdoptionReport"},
+    "architectures": {
+        "Heads": "architectures.base.Heads",
+        "Neurons": "architectures.base.Neurons",
+        "Stack": "architectures.base.Stack",
+        "Channels": "architectures.base.Channels",
+    },
+    "budget": {"SparsitySearch": "evaluation.sparsity_search.SparsitySearch"},
+    "card_data": {"PruningCardData": "hub.card_data.PruningCardData"},
+    "comparison": {"Comparison": "evaluation.comparison.Comparison"},
+    "compressed": {"CompressionReport": "conversion.compression_report.CompressionReport"},
+    "distillation": {"Distillation": "training.distillation.Distillation"},
+    "evaluation": {"Evaluation": "evaluation.accuracy_result.Evaluation"},
+    "export": {"ExportReport": "conversion.export.ExportReport", "ExportedModel": "inference.backends.ExportedModel"},
+    "latency": {
+        "LatencyPoint": "inference.latency_result.LatencyPoint",
+        "LatencyResult": "inference.latency_result.LatencyResult",
+    },
+    "latency_inputs": {"Workload": "inference.workloads.Workload"},
+    "lora": {"MergeReport": "training.lora.MergeReport"},
+    "lottery": {"LotteryRound": "training.lottery.LotteryRound", "LotteryResult": "training.lottery.LotteryResult"},
+    "migration": {"MigrationReport": "conversion.migration.MigrationReport"},
+    "parts": {"Part": "architectures.unit_groups.UnitSlice", "Site": "architectures.unit_groups.UnitGroup"},
+    "perplexity": {
+        "Perplexity": "evaluation.perplexity_result.Perplexity",
+        "PerplexityComparison": "evaluation.perplexity_result.PerplexityComparison",
+    },
+    "plan": {"PlannedTensor": "planning.plan.PlannedTensor", "PruningPlan": "planning.plan.PruningPlan"},
+    "push": {"PushResult": "hub.upload.PushResult"},
+    "report": {
+        "WeightStatistics": "evaluation.weight_statistics.WeightStatistics",
+        "TensorReport": "evaluation.sparsity_report.TensorReport",
+        "SparsityReport": "evaluation.sparsity_report.SparsityReport",
+        "WeightHistogram": "evaluation.weight_statistics.WeightHistogram",
+    },
+    "structures": {
+        "SiteReport": "evaluation.structure_report.SiteReport",
+        "StructureReport": "evaluation.structure_report.StructureReport",
+    },
+    "sweep": {"SweepPoint": "evaluation.sweep_point.SweepPoint", "SweepResult": "evaluation.sweep_result.SweepResult"},
+    "targets": {"Target": "kernels.matrix.Target"},
+    "timing": {"Timings": "inference.timing.Timings", "Ratio": "inference.timing.Ratio"},
+    "unit_budget": {"Costs": "structured.budget.Costs", "Choice": "structured.budget.Choice"},
+    "unit_curves": {"Curve": "structured.loss_curves.Curve"},
+    "unit_plan": {"UnitPlan": "structured.unit_plan.UnitPlan"},
+    "units": {"Slice": "kernels.blocks.Slice", "Group": "kernels.blocks.Group"},
+    "verification": {"Difference": "hub.verification.Difference", "Verification": "hub.verification.Verification"},
+    "vocabulary": {"TrimResult": "structured.vocabulary.trim.TrimResult"},
 }
 
 
@@ -63,16 +115,29 @@ class _MovedFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        return ModuleSpec(fullname, self) if fullname in _MOVED else None
+        is_former = fullname in _MOVED or fullname.removeprefix("hf_prune.") in _MOVED_CLASSES
+        return ModuleSpec(fullname, self) if is_former else None
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return None
 
     def exec_module(self, module: ModuleType) -> None:
-        def moved(name: str) -> Any:
-            return getattr(importlib.import_module(_MOVED[module.__name__]), name)
+        module.__dict__["__getattr__"] = functools.partial(moved, module.__name__)
 
-        module.__dict__["__getattr__"] = moved
+
+def moved(module: str, name: str) -> Any:
+    """What a module of an earlier version held under a name, from where it is now.
+
+    Raises:
+        AttributeError: If it held nothing of that name that may have been pickled.
+    """
+    if module in _MOVED:
+        return getattr(importlib.import_module(_MOVED[module]), name)
+    try:
+        home, _, now = _MOVED_CLASSES[module.removeprefix("hf_prune.")][name].rpartition(".")
+    except KeyError:
+        raise AttributeError(f"module {module!r} has no attribute {name!r}") from None
+    return getattr(importlib.import_module(f"hf_prune.{home}"), now)
 
 
 def install() -> None:

@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -251,6 +252,12 @@ def test_texts_of_others_are_read_by_one_function_that_has_a_limit():
 def test_every_package_has_one_place():
     assert len(PLACE) == sum(len(names) for names in LINE)
     assert set(PACKAGES) <= set(PLACE)
+
+
+def test_contributing_gives_the_same_line():
+    text = (ROOT.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    steps = " ".join(text[text.index("`errors`") : text.index("\n\n| package")].split()).split(" < ")
+    assert [tuple(re.findall(r"`(\w+)`", step)) for step in steps] == list(LINE[:-1])  # but for __main__
 
 
 def imports_inside(package: str) -> dict[str, set[str]]:

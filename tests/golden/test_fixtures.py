@@ -19,6 +19,7 @@ from hf_prune import (
     CheckpointError,
     PruningConfig,
     decompress_checkpoint,
+    import_hook,
     prunable,
     read_card_data,
     render_card,
@@ -159,3 +160,12 @@ def test_pickles_find_moved_classes_by_their_former_names(name):
     module, _, attribute = name.rpartition(".")
     found = pickle.loads(f"chf_prune.{module}\n{attribute}\n.".encode())
     assert found.__name__ == attribute
+
+
+@pytest.mark.parametrize("module", sorted(import_hook._MOVED_CLASSES))
+def test_pickles_find_results_by_their_former_names(module):
+    for name, now in import_hook._MOVED_CLASSES[module].items():
+        found = pickle.loads(f"chf_prune.{module}\n{name}\n.".encode())
+        assert f"{found.__module__}.{found.__qualname__}" == f"hf_prune.{now}"
+    with pytest.raises(AttributeError):
+        pickle.loads(f"chf_prune.{module}\nNothing\n.".encode())

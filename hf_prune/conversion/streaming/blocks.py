@@ -89,7 +89,7 @@ def _prune_step(
         bias = output.biases.get(name)
         lazy.hold([name] if bias is None else [name, bias])
         mask, new = prune_tensor(
-            reader.model, plan, tensor, gathered.pop(name), output.old_masks, None, None, output.biases
+            reader.model, plan, tensor, gathered.pop(name), output.previous_masks, None, None, output.biases
         )
         output.write(tensor, lazy[name], mask, new)
     lazy.release()

@@ -43,16 +43,16 @@ class Output:
     Args:
         meta_model: The model.
         plan: Its plan.
-        old_masks: Masks of earlier prunings, by parameter name.
+        previous_masks: Masks of earlier prunings, by parameter name.
         journal: The journal, with the folder of the checkpoint.
     """
 
     def __init__(
-        self, meta_model: MetaModel, plan: PruningPlan, old_masks: Mapping[str, Tensor], journal: Journal
+        self, meta_model: MetaModel, plan: PruningPlan, previous_masks: Mapping[str, Tensor], journal: Journal
     ) -> None:
         self.meta_model = meta_model
         self.plan = plan
-        self.old_masks = old_masks
+        self.previous_masks = previous_masks
         self.journal = journal
         self.targets = {tensor.target.name: tensor.target for tensor in plan.tensors}
         self.reports: dict[str, dict[str, Any]] = {}
@@ -70,7 +70,7 @@ class Output:
             self._copied |= set(record.get("copied", ()))
         self._bits: dict[str, tuple[int, int]] = {}  # begin and end of each mask in the file of bits
         end = 0
-        for name in sorted({*self.targets, *old_masks}):
+        for name in sorted({*self.targets, *previous_masks}):
             start, end = end, end + (self._parameters[name].numel() + 7) // 8
             self._bits[name] = start, end
         self._bits_size = end
@@ -114,7 +114,7 @@ class Output:
         return folder, self.meta_model.shards.entries[self.meta_model.keys[name][0]]
 
     def _check_old_mask(self, name: str, weight: Tensor) -> None:
-        old = self.old_masks.get(name)
+        old = self.previous_masks.get(name)
         if old is not None and bool(weight.masked_select(~old).any()):
             raise CheckpointError(
                 f"the masks of {self.meta_model.shards.folder} are not those of its weights: {name!r} has non-zero "
@@ -127,7 +127,7 @@ class Output:
         """Create the weight files, with all tensors in them that are not pruned."""
         names = {key: name for name, keys in self.meta_model.keys.items() for key in keys}
         masked = {
-            t.name: t for t in _masked_targets(self.meta_model.model, self.old_masks) if t.name not in self.targets
+            t.name: t for t in _masked_targets(self.meta_model.model, self.previous_masks) if t.name not in self.targets
         }
         computed = {  # parameters that are in no file
             name: self._report(name, None, None, int(self._parameters[name].count_nonzero()))
@@ -159,7 +159,7 @@ class Output:
                         weight = self.read(name)
                         self._check_old_mask(name, weight)
                         reports[name] = self._report(name, masked[name], weight)
-                        kept[name] = self._write_mask(name, self.old_masks[name])
+                        kept[name] = self._write_mask(name, self.previous_masks[name])
                     elif name is not None:
                         reports[name] = self._report(name, None, None, nonzero)
                 file.truncate(shard.size)
@@ -180,7 +180,7 @@ class Output:
         """
         name = tensor.target.name
         before = WeightStatistics.of(weight)
-        if (old := self.old_masks.get(name)) is not None:
+        if (old := self.previous_masks.get(name)) is not None:
             mask = mask & old
         if name in new:
             weight.copy_(new[name])

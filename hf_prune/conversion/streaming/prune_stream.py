@@ -119,15 +119,15 @@ def prune_stream(
         journal.check(key)
         if placing:
             return finish_placing(journal, out, overwrite)
-    meta_model, plan, old_masks = _prepare(source, config)
+    meta_model, plan, previous_masks = _prepare(source, config)
     warn_of(plan.notes)
     if placing:
         finish_placing(journal, out, overwrite)
     journal.begin({**key, **_fingerprints(source, meta_model)}, restart)
-    output = Output(meta_model, plan, old_masks, journal)
+    output = Output(meta_model, plan, previous_masks, journal)
     if not output.is_sound():  # the files of the interrupted run were changed
         journal.begin(journal.key, restart=True)
-        output = Output(meta_model, plan, old_masks, journal)
+        output = Output(meta_model, plan, previous_masks, journal)
     output.copy_rest()
     if config.needs & INPUTS:
         prune_blocks(output, plan, batches, cache_bytes, journal.scratch, progress)
@@ -251,7 +251,9 @@ def _prune_tensors(output: Output, plan: PruningPlan, progress: bool) -> None:
             continue
         lazy.hold([target.name])
         if threshold is None:
-            mask, _ = prune_tensor(output.meta_model.model, plan, tensor, {}, output.old_masks, biases=output.biases)
+            mask, _ = prune_tensor(
+                output.meta_model.model, plan, tensor, {}, output.previous_masks, biases=output.biases
+            )
         else:
             scores = functools.partial(_scores, output, plan, tensor)
             keep = keep_above(scores, tensor.units, threshold[0], threshold[1][i])
@@ -274,7 +276,7 @@ def _global_threshold(output: Output, plan: PruningPlan) -> tuple[float, list[in
 def _scores(output: Output, plan: PruningPlan, tensor: PlannedTensor) -> Iterator[Tensor]:
     """Read one weight, and compute the scores of its units in chunks."""
     target = tensor.target
-    old = output.old_masks.get(target.name)
+    old = output.previous_masks.get(target.name)
     weight = target.matrix(output.read(target.name))
     stats = WeightStats(seed=weight_seed(plan.config.seed, target.name))
     return unit_chunks(plan, target, weight, stats, None if old is None else target.matrix(old))
