@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from hf_prune.calibration.accumulators import accumulate_dtype
 from hf_prune.calibration.batches import NO_BATCHES, Batches, count_examples, without_labels
 from hf_prune.calibration.predictions import sampled_prediction, token_mask
+from hf_prune.criteria.base import derived_seed
 from hf_prune.errors import CalibrationError
 from hf_prune.kernels.matrix import is_finite
 from hf_prune.utils.distributed import all_reduce_sum, fail_together, rank_items
@@ -158,7 +158,7 @@ def example_gradients(
     numbered = rank_items(enumerate(batches))
     for number, batch in Bar(numbered, desc="Calibrating", progress=progress):
         for i, example in enumerate(_examples(batch_to_device(model, batch))):
-            generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{number}:{i}".encode()))
+            generator = torch.Generator().manual_seed(derived_seed(seed, number, i))
             loss = _example_loss(model, example, generator)
             yield number, torch.autograd.grad(loss, parameters, allow_unused=True)
 

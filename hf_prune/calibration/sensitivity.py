@@ -9,7 +9,6 @@ outputs.
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -22,6 +21,7 @@ from hf_prune.calibration.hooks import Watcher
 from hf_prune.calibration.input_reader import CACHE_BYTES, InputReader
 from hf_prune.calibration.padding import first_input
 from hf_prune.calibration.predictions import sampled_prediction, token_mask
+from hf_prune.criteria.base import derived_seed
 from hf_prune.errors import CalibrationError
 from hf_prune.kernels.matrix import is_finite, output_rows
 from hf_prune.utils.distributed import all_reduce_sum, fail_together, rank_items
@@ -100,7 +100,7 @@ def measure_sensitivity(
         bar = Bar(rank_items(range(len(reader.batches))), desc="Sensitivity", progress=progress)
         for index in bar:
             gradients.start_batch()
-            generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{index}".encode()))
+            generator = torch.Generator().manual_seed(derived_seed(seed, index))
             _run_backwards(reader, index, generator)
             for name, calls in gradients.calls.items():
                 sensitivity.add_tokens(name, index, calls)

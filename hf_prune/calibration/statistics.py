@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from hf_prune.calibration.batches import Batches, require_batches
 from hf_prune.calibration.gradients import mean_gradients, squared_gradients
 from hf_prune.calibration.input_reader import InputReader
-from hf_prune.criteria.base import GRADIENTS, INPUTS, LABELLED, WeightStats, weight_seed
+from hf_prune.criteria.base import GRADIENTS, INPUTS, LABELLED, WeightStats, derived_seed
 from hf_prune.planning.plan import PruningPlan, targets_of
 
 
@@ -56,4 +56,4 @@ def collect_stats(
                 reader.order()
                 for name, statistics in reader.gather(targets, inputs, progress=progress).items():
                     fields[name].update(statistics)
-    return {name: WeightStats(seed=weight_seed(plan.config.seed, name), **values) for name, values in fields.items()}
+    return {name: WeightStats(seed=derived_seed(plan.config.seed, name), **values) for name, values in fields.items()}

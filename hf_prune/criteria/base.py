@@ -66,7 +66,7 @@ class WeightStats:
     """The statistics of one weight matrix; those that a criterion does not need are None.
 
     Args:
-        seed: The seed of this matrix, see :func:`weight_seed`.
+        seed: The seed of this matrix, see :func:`derived_seed`.
         gradient: (out, in) gradient of the loss, averaged over all calibration examples, float32.
         absolute_gradient: (out, in) absolute gradient of each batch's loss, averaged over the examples, float32.
         squared_gradient: (out, in) squared gradient of each example's predictions, averaged over the examples: the
@@ -109,9 +109,9 @@ class WeightStats:
         return dataclasses.replace(self, **parts)
 
 
-def weight_seed(seed: int, name: str) -> int:
-    """The seed of one weight, from the config's seed and the parameter's name."""
-    return zlib.crc32(f"{seed}:{name}".encode())
+def derived_seed(seed: int, *place: object) -> int:
+    """A seed from the config's seed and what it is for: the name of a parameter, or the number of a batch."""
+    return zlib.crc32(":".join(map(str, (seed, *place))).encode())
 
 
 @dataclass(frozen=True)

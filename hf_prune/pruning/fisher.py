@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from hf_prune.calibration.accumulators import accumulate_dtype
 from hf_prune.calibration.batches import Batches
 from hf_prune.calibration.gradients import differentiable, example_gradients, mean_over_examples
-from hf_prune.criteria.base import FISHER_BLOCK, WeightStats, weight_seed
+from hf_prune.criteria.base import FISHER_BLOCK, WeightStats, derived_seed
 from hf_prune.errors import CalibrationError
 from hf_prune.kernels.matrix import is_finite
 from hf_prune.planning.plan import PlannedTensor, PruningPlan
@@ -210,7 +210,7 @@ def prune_by_fisher(
     def stats(piece: Piece, fisher: Tensor) -> WeightStats:
         target = piece.tensor.target
         columns = granularity.block_in(target.matrix_shape)[1]
-        return WeightStats(seed=weight_seed(plan.config.seed, target.name), fisher=fisher, columns=columns)
+        return WeightStats(seed=derived_seed(plan.config.seed, target.name), fisher=fisher, columns=columns)
 
     def score(piece: Piece, fisher: Tensor) -> None:
         name = piece.tensor.target.name

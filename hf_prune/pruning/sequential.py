@@ -15,7 +15,7 @@ from hf_prune.calibration.output_matching import OutputMatcher
 from hf_prune.calibration.sensitivity import measure_sensitivity
 from hf_prune.calibration.statistics import collect_stats
 from hf_prune.calibration.trial import NotAlikeError
-from hf_prune.criteria.base import GRADIENTS, INPUTS, WeightStats, weight_seed
+from hf_prune.criteria.base import GRADIENTS, INPUTS, WeightStats, derived_seed
 from hf_prune.kernels.matrix import Target
 from hf_prune.planning.plan import PlannedTensor, PruningPlan, targets_of
 from hf_prune.planning.targets import bias_names
@@ -136,7 +136,7 @@ def prune_tensor(
         Its mask, and by name its weight and bias where these get new values.
     """
     name = tensor.target.name
-    stats = dataclasses.replace(dense_stats or WeightStats(seed=weight_seed(plan.config.seed, name)), **gathered)
+    stats = dataclasses.replace(dense_stats or WeightStats(seed=derived_seed(plan.config.seed, name)), **gathered)
     part = dataclasses.replace(plan, tensors=(tensor,))
     masks, weights = compute_masks_synced(model, part, {name: stats}, previous_masks, fixed_masks, biases)
     return masks[name], weights

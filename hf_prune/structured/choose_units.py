@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -17,6 +16,7 @@ from hf_prune.architectures.unit_groups import UnitGroup
 from hf_prune.calibration.batches import Batches
 from hf_prune.calibration.input_reader import CACHE_BYTES
 from hf_prune.calibration.sensitivity import Sensitivity
+from hf_prune.criteria.base import derived_seed
 from hf_prune.errors import PlanError
 from hf_prune.inference.speedup import measured_speedup, workload_inputs
 from hf_prune.planning.config import PruningConfig
@@ -162,7 +162,7 @@ def _curves(
 
 def _random_scores(model: nn.Module, group: UnitGroup, seed: int) -> Tensor:
     """(units,) random numbers, scaled by the size of a unit so that large units are not cheap to remove."""
-    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{group.name}".encode()))
+    generator = torch.Generator().manual_seed(derived_seed(seed, group.name))
     return torch.rand(group.units, generator=generator) * group.parameters_per_unit(dict(model.named_parameters()))
 
 

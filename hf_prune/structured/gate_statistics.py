@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from hf_prune.calibration.gradients import differentiable
 from hf_prune.calibration.hooks import Watcher
 from hf_prune.calibration.padding import first_input
 from hf_prune.calibration.predictions import named_logits, sampled_prediction, token_mask
+from hf_prune.criteria.base import derived_seed
 from hf_prune.errors import CalibrationError
 from hf_prune.pruning.bypass import bypass, restore
 from hf_prune.utils.distributed import all_reduce_sum, fail_together, rank_items
@@ -100,7 +100,7 @@ def gate_statistics(
             gradients.clear()
             inputs = without_labels(model, batch_to_device(model, batch))
             size[0] = count_examples(inputs)
-            generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{index}".encode()))
+            generator = torch.Generator().manual_seed(derived_seed(seed, index))
             with torch.enable_grad():
                 value = sampled_prediction(run_model(model, inputs), token_mask(model, inputs), generator)
             if not value.requires_grad:

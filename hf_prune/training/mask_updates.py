@@ -9,7 +9,7 @@ from collections.abc import Mapping, Set
 from torch import Tensor, nn
 
 from hf_prune.architectures.kinds.channel import find_channel_groups, propagate_channel_masks
-from hf_prune.criteria.base import WeightStats, weight_seed
+from hf_prune.criteria.base import WeightStats, derived_seed
 from hf_prune.criteria.registry import CRITERIA
 from hf_prune.errors import ConfigError, MaskError
 from hf_prune.planning.choices import MOVEMENT
@@ -91,7 +91,7 @@ def choose_masks(
     stats = {}
     for tensor in plan.tensors:
         name = tensor.target.name
-        seed = weight_seed(config.seed, name)
+        seed = derived_seed(config.seed, name)
         statistics = {need: tensor.target.matrix(scores[name]) for need in needs}
         stats[name] = dataclasses.replace(WeightStats(seed=seed), **statistics)  # type: ignore[arg-type]
     whole = {tensor.target.name: learned.whole_weight(tensor.target.name) for tensor in plan.tensors}

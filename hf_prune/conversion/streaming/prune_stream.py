@@ -27,7 +27,7 @@ from hf_prune.conversion.streaming.lazy_weights import LazyWeights
 from hf_prune.conversion.streaming.meta_model import MetaModel, load_meta_model
 from hf_prune.conversion.streaming.output import COPIED, Output
 from hf_prune.conversion.streaming.placing import finish_placing, is_placing
-from hf_prune.criteria.base import CURVATURE, GRADIENTS, INPUTS, TRAINED, WeightStats, weight_seed
+from hf_prune.criteria.base import CURVATURE, GRADIENTS, INPUTS, TRAINED, WeightStats, derived_seed
 from hf_prune.criteria.registry import CRITERIA
 from hf_prune.errors import CalibrationError, CheckpointError, ConfigError
 from hf_prune.evaluation.sparsity_report import SparsityReport
@@ -278,5 +278,5 @@ def _scores(output: Output, plan: PruningPlan, tensor: PlannedTensor) -> Iterato
     target = tensor.target
     old = output.previous_masks.get(target.name)
     weight = target.matrix(output.read(target.name))
-    stats = WeightStats(seed=weight_seed(plan.config.seed, target.name))
+    stats = WeightStats(seed=derived_seed(plan.config.seed, target.name))
     return unit_chunks(plan, target, weight, stats, None if old is None else target.matrix(old))
