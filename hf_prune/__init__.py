@@ -39,6 +39,7 @@ _MODULES = {
         "AutoPrunedModelForSpeechSeq2Seq",
         "AutoPrunedModelForTokenClassification",
     ),
+    "calibration.sentences": ("sentence_batches",),
     "conversion.compression": ("compress_checkpoint",),
     "conversion.compression_report": ("CompressionReport",),
     "conversion.decompression": ("decompress_checkpoint",),

@@ -3,34 +3,26 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
-from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
-from torch import Tensor
-from torch.utils.hooks import RemovableHandle
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     register_checkpoint_conversion_mapping,
 )
 
-from hf_prune.calibration.batches import Batches
 from hf_prune.errors import ModelTypeError
-from hf_prune.evaluation.sparsity_report import SparsityReport, sparsity_report
-from hf_prune.pipeline import prune
-from hf_prune.planning.config import PruningConfig
-from hf_prune.planning.plan import PruningPlan
-from hf_prune.pruning.adopt_zeros import AdoptionReport, adopt_zeros
-from hf_prune.pruning.mask_store import MaskStore, drop_masks
-from hf_prune.pruning.optimizer_hook import keep_sparse
-from hf_prune.saving_mixin import _SavingMixin, dense_class
+from hf_prune.pruning.mask_store import MaskStore
+from hf_prune.pruning_methods import _PruningMethods, dense_class
+from hf_prune.saving_mixin import _SavingMixin
+from hf_prune.sentence_mixin import _SentenceSavingMixin
 from hf_prune.structured.shrink import shrink_modules
-from hf_prune.structured.unit_plan import UnitPlan
-from hf_prune.utils.wrapping import check_is_model, sole_model, unload_adapters
+from hf_prune.utils.wrapping import check_is_model, is_sentence_class, outermost_models, sole_model, unload_adapters
 
-Model = TypeVar("Model", bound=PreTrainedModel)
-Self = TypeVar("Self", bound="PrunedModelMixin")
+Model = TypeVar("Model", bound=nn.Module)
+Self = TypeVar("Self", bound="_PruningMethods")
+_EXPECTED = "expected a transformers PreTrainedModel"
 
 
 class PrunedModelMixin(_SavingMixin):
@@ -58,102 +50,6 @@ class PrunedModelMixin(_SavingMixin):
         if conversions is not None and cls.__name__ != dense_class(cls).__name__:
             register_checkpoint_conversion_mapping(cls.__name__, conversions, overwrite=True)
 
-    def plan(
-        self,
-        config: PruningConfig | float | None = None,
-        *,
-        calibration: Batches | None = None,
-        progress: bool = False,
-        **settings: Any,
-    ) -> PruningPlan | UnitPlan:
-        """What :meth:`prune` would do with these settings; nothing is changed.
-
-        Args:
-            config: The settings, or just the sparsity.
-            calibration: Batches, for choices that are learned from data; without them the plan leaves these open.
-            progress: Show a progress bar while calibrating.
-            **settings: Fields of :class:`PruningConfig`.
-
-        Raises:
-            ConfigError: If a setting is invalid.
-            PlanError: If the settings do not fit the model.
-            CalibrationError: If the batches are unusable.
-        """
-        return prune(self, config, calibration=calibration, dry_run=True, progress=progress, **settings)
-
-    def prune(
-        self: Self,
-        config: PruningConfig | float | None = None,
-        *,
-        calibration: Batches | None = None,
-        polish_data: Batches | None = None,
-        keep_dense: bool = False,
-        progress: bool = False,
-        **settings: Any,
-    ) -> Self:
-        """Prune the model in place and return it; see :func:`hf_prune.prune`."""
-        return prune(
-            self,
-            config,
-            calibration=calibration,
-            polish_data=polish_data,
-            keep_dense=keep_dense,
-            dry_run=False,
-            progress=progress,
-            **settings,
-        )
-
-    @property
-    def masks(self) -> Mapping[str, Tensor]:
-        """Masks by parameter name, True = keep; empty before pruning and after :meth:`make_permanent`."""
-        store = MaskStore.of(self)
-        return store.view() if store is not None else MappingProxyType({})
-
-    @property
-    def pruning_config(self) -> PruningConfig | None:
-        """The settings of the last pruning; None without masks, or if the masks came from elsewhere."""
-        store = MaskStore.of(self)
-        return store.config if store is not None else None
-
-    def apply_masks(self: Self) -> Self:
-        """Set every removed weight to zero again, after something wrote to the weights, and return the model."""
-        if (store := MaskStore.of(self)) is not None:
-            store.apply(self)
-        return self
-
-    def adopt_zeros(self, **settings: Any) -> AdoptionReport:
-        """Turn zeros that another tool left into masks; see :func:`hf_prune.adopt_zeros`."""
-        return adopt_zeros(self, **settings)
-
-    def keep_sparse(self, optimizer: Any) -> RemovableHandle:
-        """Keep removed weights at zero after each step of an optimizer; see :func:`hf_prune.keep_sparse`."""
-        return keep_sparse(self, optimizer)
-
-    def make_permanent(self: Self) -> Self:
-        """Drop the masks, leave the zeros, and return the model."""
-        if (store := MaskStore.of(self)) is not None:
-            store.make_permanent(self)
-        return self
-
-    def discard_masks(self: Self) -> Self:
-        """Drop the masks, restore the dense weights bit for bit, and return the model.
-
-        Raises:
-            MaskError: If the model was pruned without ``keep_dense=True``.
-        """
-        if (store := MaskStore.of(self)) is not None:
-            store.discard(self)
-        return self
-
-    def drop_masks(self: Self, *names: str) -> Self:
-        """Drop the masks of some weights, for example after one was replaced, and return the model.
-
-        Raises:
-            UnknownNameError: If a name has no mask.
-        """
-        drop_masks(self, *names)
-        return self
-
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
         """As of ``PreTrainedModel``. Masks are resized too: present tokens keep theirs, new ones are not pruned."""
         before = {name: parameter.shape for name, parameter in self.named_parameters()}
@@ -168,37 +64,69 @@ class PrunedModelMixin(_SavingMixin):
         if not self._hf_peft_config_loaded:
             unload_adapters(self)
 
+
+class PrunedSentenceModelMixin(_SentenceSavingMixin):
+    """Adds pruning to models of sentence-transformers; see :func:`prunable`.
+
+    The transformers model inside is pruned, and has the methods of :class:`PrunedModelMixin` itself; pooling and what
+    else comes after it stay as they are. Texts are calibration data, see :func:`hf_prune.sentence_batches`.
+
+    Example:
+        >>> model = prunable(SentenceTransformer)("pruned")  # with its masks  # doctest: +SKIP
+        >>> model.prune(0.6, criterion="wanda", calibration=texts).save_pretrained("sparser")  # doctest: +SKIP
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if outermost_models(self):
+            prunable(self)
+        self._attach_saved_masks(*args, **kwargs)
+
     def shrink(self: Self) -> Self:
-        """Remove every head, neuron, channel and layer pruned as a whole, and return the model; see :func:`shrink`."""
-        return shrink_modules(self)
-
-    def sparsity_report(self, config: PruningConfig | None = None) -> SparsityReport:
-        """Count what is zero; see :func:`hf_prune.sparsity_report`."""
-        return sparsity_report(self, config)
+        """Remove every head, neuron and layer pruned as a whole, and return the model; see :func:`shrink`."""
+        for part in outermost_models(self):
+            shrink_modules(part)
+        return self
 
 
-def prunable(model: Model) -> Model:
+@overload
+def prunable(model: type[Model]) -> type[Model]: ...
+
+
+@overload
+def prunable(model: Model) -> Model: ...
+
+
+def prunable(model: Any) -> Any:
     """Give a loaded model the methods of :class:`PrunedModelMixin`, in place.
 
     The model's class becomes a subclass of the same name, so checkpoints, pickles, ``deepcopy`` and pipelines treat it
-    as before.
+    as before. That subclass is what a class gives: ``prunable(SentenceTransformer)("pruned")`` loads a checkpoint with
+    its masks.
 
     Args:
-        model: Any ``PreTrainedModel``.
+        model: Any ``PreTrainedModel``, or a model of sentence-transformers, such as ``SentenceTransformer`` or
+            ``CrossEncoder``; or the class of one.
 
     Returns:
-        The same object.
+        The same object; of a class the subclass.
 
     Raises:
-        ModelTypeError: If it is not a ``PreTrainedModel``; :func:`hf_prune.prune` takes any torch module.
+        ModelTypeError: If it is neither; :func:`hf_prune.prune` takes any torch module.
     """
+    if isinstance(model, type):
+        if issubclass(model, PreTrainedModel) or is_sentence_class(model):
+            return pruned_class(model)
+        raise ModelTypeError(f"found the class {model.__name__}: {_EXPECTED}, or its class")
     check_is_model(model)
-    if not isinstance(model, PreTrainedModel):
+    parts = outermost_models(model) if is_sentence_class(type(model)) else [model]
+    if not parts or not all(isinstance(part, PreTrainedModel) for part in parts):
         raise ModelTypeError(
-            f"found a {type(model).__name__}: expected a transformers PreTrainedModel; unwrap it, or pass what is "
-            f"inside, one model at a time; hf_prune.prune(model) takes any torch module"
+            f"found a {type(model).__name__}{'' if parts else ' without a transformers model'}: {_EXPECTED}; unwrap "
+            f"it, or pass what is inside, one model at a time; hf_prune.prune(model) takes any torch module"
         )
-    model.__class__ = pruned_class(type(model))  # type: ignore[arg-type]
+    for part in (*parts, model):
+        part.__class__ = pruned_class(type(part))  # type: ignore[arg-type]
     return model
 
 
@@ -228,17 +156,18 @@ def shrink(model: Model) -> Model:
         >>> shrink(model).config.intermediate_size
         12
     """
-    shrink_modules(prunable(sole_model(model)))  # type: ignore[type-var]
+    shrink_modules(prunable(sole_model(model)))
     return model
 
 
 @functools.cache
 def pruned_class(base: type) -> type:
     """The subclass of a model class that has the mixin's methods; the class itself if it has them already."""
-    if issubclass(base, PrunedModelMixin):
+    if issubclass(base, _PruningMethods):
         return base
+    mixin = PrunedSentenceModelMixin if is_sentence_class(base) else PrunedModelMixin
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
-    return type(base.__name__, (PrunedModelMixin, base), {**names, "__reduce_ex__": _reduce_ex})
+    return type(base.__name__, (mixin, base), {**names, "__reduce_ex__": _reduce_ex})
 
 
 def _reduce_ex(self: Any, protocol: object) -> tuple[Any, ...]:

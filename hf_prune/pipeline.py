@@ -13,6 +13,7 @@ from hf_prune.architectures.kinds.channel import find_channel_groups, propagate_
 from hf_prune.calibration.batches import Batches, needed_batches, require_batches
 from hf_prune.calibration.dense_outputs import DenseOutputs
 from hf_prune.calibration.input_reader import CACHE_BYTES
+from hf_prune.calibration.sentences import readable_batches
 from hf_prune.criteria.base import CURVATURE, INPUTS
 from hf_prune.errors import ConfigError
 from hf_prune.planning.config import PruningConfig
@@ -82,7 +83,8 @@ def prune(
 
     Pruning again only ever adds zeros: 0.3 and then 0.5 removes 0.5 in all. That holds however a model is passed: the
     masks are those of its weights, and the same inside ``DataParallel``, a ``PeftModel``, any module that holds the
-    model, or a part of it. Adapters are never pruned, nor the copies that ``modules_to_save`` trains.
+    model, or a part of it. Adapters are never pruned, nor the copies that ``modules_to_save`` trains. Of a model of
+    sentence-transformers, the transformers model inside is pruned, by its names, and what comes after it stays.
 
     Where ``torch.distributed`` is initialised, as by ``accelerate.PartialState()``, calibration is shared: every
     process calls this with the same model and the same batches, runs its share of them, and gets the masks that one
@@ -92,7 +94,8 @@ def prune(
         model: Any torch module; its weights become zero where they are removed.
         config: The settings, or just the sparsity.
         calibration: Batches, for criteria and repairs that need them; with labels for ``taylor`` and ``snip``.
-            See :func:`hf_prune.text_batches` for unlabelled texts.
+            See :func:`hf_prune.text_batches` for unlabelled texts; models of sentence-transformers take the texts
+            themselves, see :func:`hf_prune.sentence_batches`.
         keep_dense: Keep a copy of the dense weights, so that ``discard_masks`` can give them back.
         dry_run: Change nothing and return the plan. Sparsities that are learned from data are in it only if
             ``calibration`` is given.
@@ -122,6 +125,7 @@ def prune(
     """
     config = resolve_config(config, settings)
     _check_usable(config, polish_data, dry_run)
+    calibration, polish_data = readable_batches(model, calibration), readable_batches(model, polish_data)
     inner = cast("nn.Module", sole_model(model) if config.removes_units else unwrapped(model))
     if not dry_run:
         check_changeable(inner, keep_dense)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from hf_prune.checkpoint.load import load_pruned
 from hf_prune.checkpoint.save import refuse_adapters_alone, save_pruned
@@ -18,9 +18,10 @@ from hf_prune.hub.client import full_repo_id, is_downloaded
 from hf_prune.hub.describe import describe_model
 from hf_prune.hub.push import push_checkpoint
 from hf_prune.hub.upload import PushResult
+from hf_prune.pruning_methods import _PruningMethods, dense_class
 
 
-class _SavingMixin(nn.Module):
+class _SavingMixin(_PruningMethods):
     """The part of :class:`hf_prune.PrunedModelMixin` that reads and writes checkpoints."""
 
     def save_pretrained(
@@ -171,11 +172,6 @@ class _SavingMixin(nn.Module):
     def is_custom_code(cls) -> bool:
         """Whether the dense class is custom code, so that checkpoints are loaded as for that class."""
         return dense_class(cls).is_custom_code()
-
-
-def dense_class(cls: type) -> Any:
-    """The class that a pruned class is made from: the first of its bases that lacks the mixin."""
-    return next(c for c in cls.__mro__ if not issubclass(c, _SavingMixin))
 
 
 def _write_card(model: Any, folder: Path, repo_id: str, **facts: Any) -> None:

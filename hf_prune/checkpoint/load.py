@@ -103,6 +103,33 @@ def load_pruned(load: Callable[..., Any], source: Any, *args: Any, **kwargs: Any
     return loaded if returns_info else model
 
 
+def attach_saved_masks(model: Any, source: Any, hub: Mapping[str, Any]) -> None:
+    """Attach the masks of a checkpoint to a model that another library has loaded from it.
+
+    Args:
+        model: The model.
+        source: Folder or Hub id.
+        hub: Options for downloads, and ``subfolder``.
+
+    Raises:
+        CheckpointError: If masks are damaged or do not fit the weights, or were saved as ``torch.nn.utils.prune`` does,
+            which other libraries load as random weights.
+    """
+    files = weight_files(source, hub)
+    names = {name for file in files for name in tensor_names(file)}
+    if lone := sorted(name for name in names if name.endswith("_orig") and name.removesuffix("_orig") not in names):
+        raise CheckpointError(
+            f"{source} has {lone[0]}, a weight that torch.nn.utils.prune has masked, which was loaded as random "
+            f"numbers: convert it first, with hf-prune migrate"
+        )
+    path = find_file(source, MASK_FILE, hub)
+    store = load_masks(path) if path is not None else None
+    if files and is_packed(files[0]):
+        store = _with_packed_masks(store, PackedFiles(files), model)
+    if store is not None:
+        _attach(model, store, source, {})
+
+
 @contextlib.contextmanager
 def limited_to_files(source: Any, files: Sequence[str]) -> Iterator[None]:
     """Refuse to build a model far larger than its weight files can fill, within this context.

@@ -54,24 +54,44 @@ def without_wrappers(model: nn.Module) -> nn.Module:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside wrappers and inside a ``PeftModel``; changes of it are changes of those as well."""
+    """The model inside wrappers and inside a ``PeftModel``; changes of it are changes of those as well.
+
+    Of a model of sentence-transformers, that is the transformers model in it, if there is exactly one: what pools and
+    projects its outputs stays as it is.
+    """
     inner: Any = without_wrappers(model)
     while callable(getattr(type(inner), "get_base_model", None)):
         inner = without_wrappers(inner.get_base_model())
+    if is_sentence_model(inner) and len(parts := outermost_models(inner)) == 1:
+        return parts[0]
     return inner
 
 
 def sole_model(module: nn.Module) -> nn.Module:
     """The only transformers model inside another module; the unwrapped module itself if there is not exactly one."""
+    model = unwrapped(module)
+    parts = outermost_models(model)
+    return parts[0] if len(parts) == 1 else model
+
+
+def outermost_models(module: nn.Module) -> list[nn.Module]:
+    """The transformers models inside a module that are not inside another one; the module itself if it is one."""
     from transformers import PreTrainedModel
 
-    model = unwrapped(module)
-    if isinstance(model, PreTrainedModel):
-        return model
-    parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
+    parts = [part for part in module.modules() if isinstance(part, PreTrainedModel)]
     inside = {id(part) for outer in parts for part in list(outer.modules())[1:]}
-    outermost = [part for part in parts if id(part) not in inside]
-    return outermost[0] if len(outermost) == 1 else model
+    return [part for part in parts if id(part) not in inside]
+
+
+def is_sentence_model(module: object) -> bool:
+    """Whether a module is a model of sentence-transformers: ``SentenceTransformer``, ``CrossEncoder`` and the like."""
+    return is_sentence_class(type(module))
+
+
+def is_sentence_class(cls: type) -> bool:
+    """Whether a class is one of the models of sentence-transformers."""
+    library = sys.modules.get("sentence_transformers.base.model")  # without it, there is no such model
+    return library is not None and issubclass(cls, library.BaseModel)
 
 
 def plain_name(name: str) -> str:
