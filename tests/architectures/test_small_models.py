@@ -1,0 +1,80 @@
+"""Small models made from configs alone."""
+
+import pytest
+import torch
+import transformers
+
+from hf_prune.architectures.small_configs import small_config
+from hf_prune.architectures.small_models import example_inputs, small_model
+from hf_prune.errors import ArchitectureError
+
+TYPES = (
+    "bert",
+    "llama",
+    "qwen2",
+    "gpt2",
+    "t5",
+    "vit",
+    "whisper",
+    "mixtral",
+    "clip",
+    "llava",
+    "wav2vec2",
+    "swin",
+)
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_a_small_model_of_the_same_class_runs_on_its_example_inputs(model_type):
+    config = transformers.CONFIG_MAPPING[model_type]()
+    before = config.to_dict()
+    model = small_model(transformers.MODEL_MAPPING[type(config)], config)
+    assert type(model.config) is type(config)
+    assert config.to_dict() == before
+    assert sum(p.numel() for p in model.parameters()) < 3e6
+    first, second = example_inputs(model), example_inputs(model)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[k], second[k]) for k in first)
+    with torch.no_grad():
+        outputs = model(**first)
+    assert all(bool(v.isfinite().all()) for v in outputs.values() if isinstance(v, torch.Tensor))
+
+
+def test_images_reach_the_text_of_a_vision_language_model():
+    config = transformers.CONFIG_MAPPING["llava"]()
+    model = small_model(transformers.MODEL_MAPPING[type(config)], config)
+    inputs = example_inputs(model)
+    assert int((inputs["input_ids"] == model.config.image_token_id).sum()) > 0
+    assert "pixel_values" in inputs
+
+
+def test_structure_stays():
+    config = transformers.Qwen3MoeConfig(num_attention_heads=32, num_key_value_heads=4, mlp_only_layers=[0])
+    small = small_config(config)
+    assert 1 < small.num_key_value_heads < small.num_attention_heads
+    assert small.num_experts > small.num_experts_per_tok > 1
+    assert small.mlp_only_layers == [0]
+    assert small.num_hidden_layers > 1
+
+
+def test_every_kind_of_layer_stays():
+    config = transformers.CONFIG_MAPPING["gemma3_text"]()
+    small = small_config(config)
+    assert set(small.layer_types) == set(config.layer_types)
+    assert len(small.layer_types) == small.num_hidden_layers < config.num_hidden_layers
+
+
+def test_a_model_without_known_inputs_is_refused():
+    class Odd(torch.nn.Module):
+        main_input_name = "states"
+
+        def __init__(self):
+            super().__init__()
+            self.config = transformers.BertConfig()
+            self.weight = torch.nn.Parameter(torch.ones(2))
+
+        def forward(self, states):
+            return states
+
+    with pytest.raises(ArchitectureError, match="no example inputs are known for Odd"):
+        example_inputs(Odd())
