@@ -71,6 +71,9 @@ class UnitGroup:
         per_unit: What one unit adds to each of these.
         size: The size of a unit and the attribute of the config that holds it; None if there is none.
         buffers: Buffers with a slice for each unit, such as the running mean of a norm.
+        lists: Lists or dicts with one numbered module for each unit, of which no other unit has a part.
+        runs: Into how many runs of neighbouring units the group is divided; each of them must keep as many units as
+            every other.
     """
 
     name: str
@@ -86,6 +89,8 @@ class UnitGroup:
     per_unit: tuple[int, ...] = ()
     size: tuple[int, str] | None = None
     buffers: tuple[UnitSlice, ...] = ()
+    lists: tuple[str, ...] = ()
+    runs: int = 1
 
     @property
     def slices(self) -> tuple[UnitSlice, ...]:
@@ -99,12 +104,28 @@ class UnitGroup:
             shape = list(parameters[piece.name].shape)
             del shape[piece.dim]
             total += len(piece.offsets) * piece.width * math.prod(shape)
+        for name in self.lists:
+            inside = sum(p.numel() for key, p in parameters.items() if key.startswith(f"{name}."))
+            total += inside // max(1, self.units)
         return total
+
+    def own_parameters(self, model: nn.Module, units: Iterable[int]) -> list[list[str]]:
+        """Names of the parameters that belong to some units alone, unit by unit: those of modules in :attr:`lists`."""
+        keys = {name: numbered(model.get_submodule(name)) for name in self.lists}
+        modules = [[f"{name}.{keys[name][unit]}" for name in self.lists] for unit in units]
+        return [
+            [f"{m}.{key}" for m in inside for key, _ in model.get_submodule(m).named_parameters()] for inside in modules
+        ]
 
     def is_zero(self, model: nn.Module, slices: Iterable[UnitSlice]) -> Tensor:
         """(units,) bool: whether the slices of a unit are zero, all of them."""
         units = [piece.by_unit(model.get_parameter(piece.name).detach(), self.units) for piece in slices]
         return torch.stack([(entries == 0).all(1) for entries in units]).all(0)
+
+
+def numbered(container: nn.Module) -> list[str]:
+    """The keys of a list or dict of modules that end in a number; a dict may hold something else as well."""
+    return [key for key in container._modules if key[-1:].isdecimal()]
 
 
 def weight_names(groups: Iterable[UnitGroup], consumers_only: bool = False) -> list[str]:

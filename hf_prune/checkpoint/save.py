@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from hf_prune.architectures.switched_off import layers_without_units
 from hf_prune.checkpoint.files import MASK_FILE
 from hf_prune.checkpoint.mask_file import StoredMasks, save_masks
 from hf_prune.checkpoint.packed.quantization_config import structure_config
@@ -59,6 +60,11 @@ def save_pruned(
         raise CheckpointError(
             f"layers are switched off, which a checkpoint cannot express: {', '.join(bypassed)}; call shrink() first, "
             f"which removes them"
+        )
+    if without := layers_without_units(model):
+        raise CheckpointError(
+            f"experts are switched off, which a checkpoint cannot express: {', '.join(without)} would send tokens to "
+            f"them again; call shrink() first, which removes them"
         )
     places = set(getattr(model, "hf_device_map", {}).values())
     if kwargs.get("state_dict") is None and not places & {"cpu", "disk"} and any(p.is_meta for p in model.parameters()):
@@ -151,7 +157,9 @@ def _describe_structure(model: Any, dense_class: Any, folder: Path) -> None:
         return
     saved = read_json_object(folder / "config.json")
     saved |= {key: part.config.to_dict() for key, part in _stray_configs(model).items()}
-    described = type(model.config).from_dict(copy.deepcopy(saved))
+    config_class: Any = type(model.config)
+    # JSON has no infinity, and transformers writes an object in its place.
+    described = config_class.from_dict(config_class._decode_special_floats(copy.deepcopy(saved)))
     structure = structure_of(model, lambda: dense_class(copy.deepcopy(described)))
     # Build what a loader will build, and compare its shapes.
     with torch.device("meta"):

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_prune.architectures.switched_off import layers_without_units
 from hf_prune.errors import ExportError
 from hf_prune.inference.backends import SUFFIXES, ExportedModel, need
 from hf_prune.inference.speedup import workload_inputs
@@ -98,6 +99,8 @@ def export_model(model: nn.Module, path: str | Path, *, overwrite: bool = False)
         raise ExportError("the model is not in float32, as exported files must be: call model.float() first")
     if bypassed := bypassed_layers(model):
         raise ExportError(f"layers are switched off: {', '.join(bypassed)}; call shrink() first, which removes them")
+    if without := layers_without_units(model):
+        raise ExportError(f"experts are switched off in {', '.join(without)}; call shrink() first, which removes them")
     refuse_offloaded(model, "export_model()")
     warn_regrown(model, "the exported model is not the one that save_pretrained() writes, in which they are zero")
     inputs = workload_inputs(model, {"batch_size": 2, "length": 8})

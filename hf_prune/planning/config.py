@@ -222,6 +222,13 @@ class PruningConfig:
                 raise ConfigError(
                     f"criterion {self.criterion!r} cannot rank {kind}s: expected one of {', '.join(sorted(criteria))}"
                 )
+        for name in ("repair", "polish"):
+            kinds = [kind for kind in self.granularity if not kind_named(kind).repairs]
+            if kinds and getattr(self, name) is not None:
+                raise ConfigError(
+                    f"{name}={getattr(self, name)!r} contradicts granularity {kinds[0]!r}: what is left of a mixture "
+                    f"of {kinds[0]}s is not repaired; leave {name} out, and train the shrunk model instead"
+                )
         if self._kinds_without("scopes", self.scope):
             raise ConfigError(
                 f"granularity {self.granularity} contradicts scope='layer', in which every layer loses the same share: "

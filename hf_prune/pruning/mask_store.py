@@ -14,6 +14,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
+from hf_prune.architectures.switched_off import switch_all_on
 from hf_prune.errors import MaskError
 from hf_prune.kernels.zeroing import zero_removed_
 from hf_prune.planning.config import PruningConfig
@@ -228,6 +229,7 @@ class MaskStore:
         restore_dense(model, self.masks, self.dense)
         for layer in bypassed_layers(model):
             restore(model.get_submodule(layer))
+        switch_all_on(model)
         self.detach(model)
 
     def view(self) -> Mapping[str, Tensor]:

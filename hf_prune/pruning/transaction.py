@@ -7,6 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from hf_prune.architectures.switched_off import switch_off, switch_on, units_that_run
+from hf_prune.architectures.unit_groups import UnitGroup
 from hf_prune.kernels.zeroing import zero_removed_
 from hf_prune.planning.config import PruningConfig
 from hf_prune.planning.targets import refuse_read_only
@@ -90,6 +92,7 @@ class Transaction:
         self._before = MaskStore.of(model)
         self._keep_dense = keep_dense
         self._bypassed: list[nn.Module] = []
+        self._switched: list[tuple[UnitGroup, Tensor | None]] = []  # with the units that ran before
         self._zeroed: set[str] = set()  # names of the weights that have had their masks applied
         self._masks: Mapping[str, Tensor] = {}
         self._weights: Mapping[str, Tensor] = {}
@@ -112,6 +115,12 @@ class Transaction:
         if not is_bypassed(layer):
             self._bypassed.append(layer)
             bypass(layer)
+
+    def switch_off(self, group: UnitGroup, kept: Tensor) -> None:
+        """Have the layer of a group run with some units only, and of these with those that it runs with now."""
+        before = units_that_run(self.model, group)
+        self._switched.append((group, before))
+        switch_off(self.model, group, kept if before is None else kept[torch.isin(kept, before)])
 
     @torch.no_grad()
     def overwrite(self, masks: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
@@ -139,7 +148,7 @@ class Transaction:
                 costs no copies; but if anything was changed before, all is written now, so that all can be undone.
         """
         self._masks, self._weights = masks, weights
-        if at_once or self.backup.names or self._bypassed:
+        if at_once or self.backup.names or self._bypassed or self._switched:
             self.overwrite({name: mask for name, mask in masks.items() if name not in self._zeroed}, weights)
             self._weights = {}
 
@@ -163,6 +172,11 @@ class Transaction:
     def _roll_back(self) -> None:
         for layer in self._bypassed:
             restore(layer)
+        for group, before in reversed(self._switched):
+            if before is None:
+                switch_on(self.model, group)
+            else:
+                switch_off(self.model, group, before)
         self.restore_weights()
         if self.backup.names and self._before is None:
             MaskStore.detach(self.model)

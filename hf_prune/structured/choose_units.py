@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from hf_prune.architectures.kinds.registry import kind_named
 from hf_prune.architectures.layers import LayerList, layer_lists
+from hf_prune.architectures.switched_off import units_that_run
 from hf_prune.architectures.unit_groups import UnitGroup
 from hf_prune.calibration.batches import Batches
 from hf_prune.calibration.input_reader import CACHE_BYTES
@@ -79,7 +80,7 @@ def choose_units(
         batches = calibration or []
         curves, sensitivity = _curves(model, config, groups, batches, progress, cache_bytes)
     layer_costs = _layer_losses(model, config, layers, batches, progress)
-    sizes = {group.name: allowed_sizes(group.units, group.minimum, config.round_to) for group in groups}
+    sizes = {g.name: allowed_sizes(g.units, g.minimum, math.lcm(config.round_to, g.runs)) for g in groups}
     losses = {name: curve.losses.flip(0).numpy() for name, curve in curves.items()}
 
     def solve(costs: Costs, budget: float) -> Choice:
@@ -122,8 +123,11 @@ def _candidates(model: nn.Module, config: PruningConfig) -> tuple[list[UnitGroup
     names = [name for kind in config.granularity for name in kind_named(kind).removable_layers(model, is_excluded)]
     layers = {name: tuple(in_one_layer.get(name, ())) for name in names}
     if not groups and not layers:
+        obstacles = [reason for kind in config.granularity for reason in kind_named(kind).obstacles(model)]
         raise PlanError(
-            f"no {' or '.join(config.granularity)} of {type(model).__name__} may go: check exclude_modules "
+            f"no {' or '.join(config.granularity)} of {type(model).__name__} may go: {obstacles[0]}"
+            if obstacles
+            else f"no {' or '.join(config.granularity)} of {type(model).__name__} may go: check exclude_modules "
             f"({config.exclude_modules!r}), or prune a convolutional model with granularity='channel'"
         )
     return groups, layers
@@ -154,10 +158,18 @@ def _curves(
         }
         return redundancy_curves(model, config, groups, batches, progress, cache_bytes, diagonals)
     if config.criterion == "random":
-        return {group.name: additive_curve(_random_scores(model, group, config.seed)) for group in groups}, None
+        return {g.name: _curve(model, g, _random_scores(model, g, config.seed)) for g in groups}, None
     if config.criterion == "magnitude":
-        return {group.name: additive_curve(_squared_weights(model, group)) for group in groups}, None
+        return {group.name: _curve(model, group, _squared_weights(model, group)) for group in groups}, None
     raise PlanError(f"criterion {config.criterion!r} is registered for units, but choose_units has no curves for it")
+
+
+def _curve(model: nn.Module, group: UnitGroup, scores: Tensor) -> Curve:
+    """The curve of scores of units. Units that are switched off already are the first to go, and cost nothing."""
+    if (running := units_that_run(model, group)) is not None:
+        least = torch.finfo(torch.float32).tiny
+        scores = torch.zeros_like(scores).index_copy(0, running, scores[running].clamp_min(least))
+    return additive_curve(scores, group.runs)
 
 
 def _random_scores(model: nn.Module, group: UnitGroup, seed: int) -> Tensor:
@@ -169,7 +181,13 @@ def _random_scores(model: nn.Module, group: UnitGroup, seed: int) -> Tensor:
 def _squared_weights(model: nn.Module, group: UnitGroup) -> Tensor:
     """(units,) the sum of squares of everything that belongs to a unit."""
     weights = [p.by_unit(model.get_parameter(p.name).detach().float(), group.units) for p in group.slices]
-    return torch.stack([weight.square().sum(1) for weight in weights]).sum(0)
+    total = torch.stack([weight.square().sum(1).cpu() for weight in weights]).sum(0)
+    own = group.own_parameters(model, range(group.units))
+    return total + torch.tensor([sum(_norm(model.get_parameter(n)) for n in names) for names in own])
+
+
+def _norm(parameter: Tensor) -> float:
+    return float(parameter.detach().float().square().sum())
 
 
 def _learned_curves(groups: Sequence[UnitGroup], scores: Mapping[str, Tensor]) -> dict[str, Curve]:
@@ -208,7 +226,7 @@ def _layer_losses(
         draws = torch.rand(len(modules), generator=generator).tolist()
         sizes = [sum(p.numel() for p in module.parameters()) for module in modules.values()]
         return {name: draw * size for name, draw, size in zip(modules, draws, sizes, strict=True)}
-    return {n: sum(float(p.detach().float().square().sum()) for p in m.parameters()) for n, m in modules.items()}
+    return {name: sum(map(_norm, module.parameters())) for name, module in modules.items()}
 
 
 def _meet_budget(

@@ -33,18 +33,20 @@ class Curve:
         return self.order[len(self.order) - number :].sort().values
 
 
-def additive_curve(scores: Tensor) -> Curve:
+def additive_curve(scores: Tensor, runs: int = 1) -> Curve:
     """The curve whose loss is the sum of the scores of the removed units.
 
     Args:
         scores: (units,) not negative; of equal scores, the first unit is removed first.
+        runs: Into how many runs of neighbouring units the group is divided: each loses one unit, then each another.
 
     Example:
         >>> additive_curve(torch.tensor([3.0, 1.0])).losses
         tensor([0., 1., 4.], dtype=torch.float64)
     """
-    ordered = scores.double().cpu().sort(stable=True)
-    return Curve(ordered.indices, torch.cat([torch.zeros(1).double(), ordered.values.cumsum(0)]))
+    by_run = scores.double().cpu().view(runs, -1).sort(dim=1, stable=True)
+    order = by_run.indices + torch.arange(runs)[:, None] * by_run.indices.shape[1]  # (runs, units of a run)
+    return Curve(order.t().reshape(-1), torch.cat([torch.zeros(1).double(), by_run.values.t().reshape(-1).cumsum(0)]))
 
 
 def fisher_curve(fisher: Tensor) -> Curve:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from hf_prune.architectures.kinds.registry import kind_named
 from hf_prune.calibration.batches import Batches, needed_batches
 from hf_prune.planning.config import PruningConfig
 from hf_prune.planning.plan import PruningPlan
@@ -73,6 +74,9 @@ def prune_units(run: CalibrationRun[UnitPlan], change: Transaction) -> Result:
     masks = unit_masks(model, plan)
     for layer in sorted(plan.choice.layers):
         change.bypass(model.get_submodule(layer))
+    for group in plan.sites:
+        if group.name in plan.kept and not plan.is_gone(group) and not kind_named(group.kind).zeros_suffice:
+            change.switch_off(group, plan.kept[group.name])
     change.store.speed = plan.speed
     names = repaired_weights(model, plan.config, [group for group in plan.sites if not plan.is_gone(group)])
     if not names:
@@ -123,6 +127,9 @@ def unit_masks(model: nn.Module, plan: UnitPlan) -> dict[str, Tensor]:
             shape[part.dim] = -1
             mask = along.view(shape).expand(parameter.shape).to(parameter.device)
             masks[part.name] = masks[part.name] & mask if part.name in masks else mask.clone()
+        removed = sorted(set(range(site.units)) - set(units.tolist()))
+        for name in (name for names in site.own_parameters(model, removed) for name in names):
+            masks[name] = torch.zeros_like(model.get_parameter(name), dtype=torch.bool)
     for layer in plan.choice.layers:
         for name, parameter in model.get_submodule(layer).named_parameters():
             masks[f"{layer}.{name}"] = torch.zeros_like(parameter, dtype=torch.bool)

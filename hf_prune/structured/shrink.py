@@ -18,7 +18,8 @@ from hf_prune.architectures.find_unit_groups import find_unit_groups
 from hf_prune.architectures.kinds.registry import kind_named
 from hf_prune.architectures.layers import layer_lists
 from hf_prune.architectures.modules import base_prefix
-from hf_prune.architectures.unit_groups import UnitGroup
+from hf_prune.architectures.switched_off import cut_lists, switch_on
+from hf_prune.architectures.unit_groups import UnitGroup, numbered
 from hf_prune.errors import ArchitectureError
 from hf_prune.pruning.mask_store import MaskStore, warn_regrown
 from hf_prune.structured.remove_layers import bypassed_names, check_removal, remove_layers
@@ -66,12 +67,15 @@ def shrink_modules(model: Model, cuts: list[tuple[str, int, Tensor]] | None = No
         store.check(model)
     # Nothing above has changed the model, and nothing below fails.
     MaskStore.detach(model)
-    _replace_tensors(model, groups, kept, smaller)
+    removed_units = _modules_of_units(model, groups, kept)
+    units_renamed = _replace_tensors(model, groups, kept, smaller)
     if cuts is not None:
         cuts += _cuts(groups, kept)
     renamed = remove_layers(model, lists, removed)
     if store is not None:
-        _cut_masks(store, groups, kept, removed, renamed)
+        _cut_masks(store, groups, kept)
+        for gone, new in ((removed_units, units_renamed), (removed, renamed)):
+            store.masks = {new_name(name, new): m for name, m in store.masks.items() if layer_of(name, gone) is None}
         store.attach(model)
     record_structure(model, before, units, kept, lists, removed, renamed)
     if store is not None and (record := getattr(model.config, RECORD, None)) is not None:
@@ -114,7 +118,8 @@ def resize(model: nn.Module, units: Mapping[str, int]) -> None:
             )
     for prefix, (inner, groups) in inner_models.items():
         names = [group.name for group in groups if prefix + group.name in units]
-        cut_units(inner, groups, {name: torch.arange(units[prefix + name]) for name in names})
+        # On the CPU, since numbers of modules are read from it, and the model may be built on the meta device.
+        cut_units(inner, groups, {name: torch.arange(units[prefix + name], device="cpu") for name in names})
 
 
 def cut_units(model: nn.Module, groups: Sequence[UnitGroup], kept: Mapping[str, Tensor]) -> None:
@@ -129,6 +134,18 @@ def cut_units(model: nn.Module, groups: Sequence[UnitGroup], kept: Mapping[str, 
         ArchitectureError: If a weight is shared with another module; the model is as before.
     """
     _replace_tensors(model, groups, kept, _smaller_tensors(model, groups, kept))
+
+
+def _modules_of_units(model: nn.Module, groups: Sequence[UnitGroup], kept: Mapping[str, Tensor]) -> set[str]:
+    """Names of the modules that are units of their own, and do not stay."""
+    names = set()
+    for group in groups:
+        if group.name in kept:
+            staying = set(kept[group.name].tolist())
+            for holder in group.lists:
+                keys = numbered(model.get_submodule(holder))
+                names |= {f"{holder}.{key}" for unit, key in enumerate(keys) if unit not in staying}
+    return names
 
 
 def remove_bypassed_layers(model: nn.Module) -> None:
@@ -204,8 +221,12 @@ def _smaller_tensors(model: nn.Module, groups: Sequence[UnitGroup], kept: Mappin
 
 def _replace_tensors(
     model: nn.Module, groups: Sequence[UnitGroup], kept: Mapping[str, Tensor], smaller: Mapping[str, Tensor]
-) -> None:
-    """Put smaller tensors into a model, and correct what its modules say of their sizes."""
+) -> dict[str, str]:
+    """Put smaller tensors into a model, and correct what its modules say of their sizes.
+
+    Returns:
+        New names of modules that are units of their own, by the old ones.
+    """
     for name, tensor in smaller.items():
         holder, _, key = name.rpartition(".")
         module = model.get_submodule(holder)
@@ -217,11 +238,16 @@ def _replace_tensors(
         module._parameters[key] = nn.Parameter(tensor.contiguous(), requires_grad=old.requires_grad)
         if key == "weight" and tensor.ndim == 2:
             _set_features(module, tensor)
+    renamed: dict[str, str] = {}
     for group in groups:
         if group.name in kept:
+            if not kind_named(group.kind).zeros_suffice:
+                switch_on(model, group)
+            renamed |= cut_lists(model, group, kept[group.name])
             for holder, attribute in group.counts:
                 module = model.get_submodule(holder)
                 setattr(module, attribute, getattr(module, attribute) * len(kept[group.name]) // group.units)
+    return renamed
 
 
 def _parameter_or_buffer(model: nn.Module, name: str) -> Tensor:
@@ -239,23 +265,16 @@ def _set_features(module: nn.Module, weight: Tensor) -> None:
         module.out_features, module.in_features = first, second
     elif isinstance(module, nn.Embedding):
         module.num_embeddings, module.embedding_dim = first, second
-    else:  # Conv1D
+    elif hasattr(module, "nx"):  # Conv1D
         setattr(module, "nx", first)  # noqa: B010
         setattr(module, "nf", second)  # noqa: B010
 
 
-def _cut_masks(
-    store: MaskStore,
-    groups: Sequence[UnitGroup],
-    kept: Mapping[str, Tensor],
-    removed: set[str],
-    renamed: Mapping[str, str],
-) -> None:
+def _cut_masks(store: MaskStore, groups: Sequence[UnitGroup], kept: Mapping[str, Tensor]) -> None:
     """Cut the masks as their weights were cut; those that keep everything are dropped."""
     masks = dict(store.masks)
     for name, dim, index in _cuts(groups, kept):
         if name in masks:
             masks[name] = masks[name].index_select(dim, index.to(masks[name].device))
-    masks = {new_name(name, renamed): mask for name, mask in masks.items() if layer_of(name, removed) is None}
     store.dense = None
     store.masks = {name: mask for name, mask in masks.items() if not bool(mask.all())}

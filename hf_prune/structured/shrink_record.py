@@ -81,8 +81,7 @@ def simplify_config(model: nn.Module) -> None:
     for groups in by_attributes.values():
         first = groups[0]
         if first.units and len({(group.units, group.per_unit, group.size) for group in groups}) == 1:
-            for attribute, value in kind_named(first.kind).config_values(first).items():
-                setattr(model.config, attribute, value)
+            kind_named(first.kind).write_config(model, first)
 
 
 def is_shrunk(model: nn.Module) -> bool:

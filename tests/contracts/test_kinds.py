@@ -19,6 +19,7 @@ import hf_prune
 from hf_prune import ConfigError, PruningConfig, UnknownNameError, prune, shrink
 from hf_prune.architectures.find_unit_groups import find_unit_groups
 from hf_prune.architectures.kinds.registry import KINDS, all_kinds, kind_named, unit_descriptions
+from hf_prune.architectures.switched_off import switch_off
 from hf_prune.architectures.unit_groups import UnitGroup
 from hf_prune.cli.main import main
 from hf_prune.inference.speedup import workload_inputs
@@ -27,6 +28,7 @@ from hf_prune.structured.costs import flops
 from tests.architecture_models import tiny
 from tests.architectures.test_channels import tiny as tiny_convnet
 from tests.contracts import toy_kinds
+from tests.moe_models import tiny_moe
 
 ROOT = Path(hf_prune.__file__).parents[1]
 ALL = sorted({*KINDS.names(), *(kind.name for kind in toy_kinds.TOYS)})
@@ -50,7 +52,8 @@ def models() -> tuple[tuple[Any, Callable[[], dict[str, Tensor]]], ...]:
     pixels = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
     convnets = [tiny_convnet(name) for name in ("resnet", "mobilenet_v2")]
     texts = [tiny(name) for name in ("bert", "gpt2", "llama", "t5")]
-    return (*texts, *((model, lambda: {"pixel_values": pixels}) for model in convnets))
+    images = [(model, lambda: {"pixel_values": pixels}) for model in convnets]
+    return (*texts, *images, *(tiny_moe(name) for name in ("mixtral", "switch_transformers")))
 
 
 def units_in(kind: str) -> Iterator[tuple[Any, Any, list[UnitGroup], list[str]]]:
@@ -74,7 +77,12 @@ def logits(model: Any, inputs: Any) -> Tensor:
 
 @torch.no_grad()
 def silence(model: Any, group: UnitGroup, units: Tensor) -> None:
-    """Zero everything that belongs to some units."""
+    """Zero everything that belongs to some units, and switch them off where that does not suffice."""
+    if not kind_named(group.kind).zeros_suffice:
+        kept = [unit for unit in range(group.units) if unit not in units.tolist()]
+        switch_off(model, group, torch.tensor(kept))
+    for name in (name for names in group.own_parameters(model, units.tolist()) for name in names):
+        model.get_parameter(name).data.zero_()
     for piece in group.slices:
         model.get_parameter(piece.name).data.index_fill_(piece.dim, piece.index(units), 0)
 
@@ -113,7 +121,7 @@ def test_slices_of_different_units_do_not_overlap(kind: str) -> None:
             assert group.kind == kind
             assert group.units > group.minimum >= 0
             assert group.producers
-            assert group.consumers
+            assert group.consumers or not kind_named(kind).zeros_suffice
             for piece in (*group.slices, *group.values):
                 index = piece.index(torch.arange(group.units))
                 assert len(index.unique()) == len(index) <= model.get_parameter(piece.name).shape[piece.dim]
@@ -180,7 +188,8 @@ def test_a_budget_of_parameters_is_met_as_planned(kind: str) -> None:
     assert (share - 0.1) * before <= shrunk.num_parameters() <= share * before
 
 
-@pytest.mark.parametrize("kind", GRANULARITIES)
+# Removing experts saves no operations: a token goes to as many as before.
+@pytest.mark.parametrize("kind", [kind for kind in GRANULARITIES if kind != "expert"])
 def test_a_budget_of_operations_is_met(kind: str) -> None:
     model, _, _, _ = first_with(kind)
     share = 0.999 if kind == "pooled_feature" else 0.75
@@ -206,6 +215,10 @@ def test_masks_hold_the_outputs_of_the_shrunk_model(kind: str, tmp_path: Path) -
 @pytest.mark.parametrize("criterion", ["magnitude", "random", "taylor", "fisher", "reconstruction"])
 @pytest.mark.parametrize("kind", GRANULARITIES)
 def test_every_criterion_ranks_it(kind: str, criterion: str) -> None:
+    if criterion not in (kind_named(kind).criteria or [criterion]):
+        with pytest.raises(ConfigError, match=f"{criterion!r} cannot rank {kind}s"):
+            PruningConfig(granularity=[kind], criterion=criterion)
+        return
     model, inputs, _, _ = first_with(kind)
     before = model.num_parameters()
     batches = [{**inputs()}] if criterion in ("taylor", "fisher", "reconstruction") else None
@@ -268,13 +281,13 @@ def test_a_toy_goes_with_other_kinds_but_not_with_the_one_that_it_regroups() -> 
 
 
 def test_toys_are_listed_and_named_in_errors(capsys: pytest.CaptureFixture[str]) -> None:
-    assert list(unit_descriptions()) == ["head", "neuron", "layer", "neuron_pair", "pooled_feature"]
+    assert list(unit_descriptions()) == ["head", "neuron", "expert", "layer", "neuron_pair", "pooled_feature"]
     with pytest.raises(SystemExit, match="0"):
         main(["list", "--json"])
     assert {"name": "neuron_pair", "description": "pairs of neighbouring neurons"} in json.loads(
         capsys.readouterr().out
     )["units"]
-    with pytest.raises(UnknownNameError, match="'no_kind': expected one of head, neuron, layer, neuron_pair"):
+    with pytest.raises(UnknownNameError, match="'no_kind': expected one of head, neuron, expert, layer, neuron_pair"):
         PruningConfig(granularity=["head", "no_kind"])
 
 

@@ -8,6 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from hf_prune.architectures.settings import set_setting
+from hf_prune.architectures.switched_off import units_that_run
 from hf_prune.architectures.unit_groups import UnitGroup
 
 # Where configs of transformers name the function between the two matrices of a feed-forward network.
@@ -31,6 +33,9 @@ class UnitKind:
         objectives: What a repair after pruning them may minimise.
         criteria: Names of the criteria that rank it; None for all criteria of units.
         trained_with_masks: Whether a training can prune its units little by little.
+        zeros_suffice: Whether a unit of zero weights does nothing. Where it still does, masked units are also switched
+            off, see ``hf_prune.architectures.switched_off``, and those are what ``shrink()`` cuts.
+        repairs: Whether what is left after pruning them can be repaired or polished.
         fine_shares: The shares of its units at which the time of a forward pass is measured, besides all of them.
         coarse_shares: The same where a forward pass takes long.
     """
@@ -44,6 +49,8 @@ class UnitKind:
     objectives: ClassVar[frozenset[str]] = frozenset({"layer", "loss"})
     criteria: ClassVar[frozenset[str] | None] = None
     trained_with_masks: ClassVar[bool] = True
+    zeros_suffice: ClassVar[bool] = True
+    repairs: ClassVar[bool] = True
     fine_shares: ClassVar[tuple[float, ...]] = (0.0, 0.25, 0.5, 0.75)
     coarse_shares: ClassVar[tuple[float, ...]] = (0.0, 0.5)
 
@@ -67,10 +74,19 @@ class UnitKind:
     def silent_units(self, model: nn.Module, group: UnitGroup) -> Tensor:
         """(units,) bool: the units that change nothing in the output of the model.
 
-        By default those that nothing reads, or that compute zero because their slices of ``group.values`` are zero.
+        By default those that nothing reads, or that compute zero because their slices of ``group.values`` are zero;
+        where zeros do not suffice, those that are switched off.
         """
+        if not self.zeros_suffice:
+            kept = units_that_run(model, group)
+            silent = torch.full((group.units,), kept is not None)
+            return silent if kept is None else silent.index_fill(0, kept, False)
         silent = group.is_zero(model, group.consumers)
         return silent | group.is_zero(model, group.values) if group.values else silent
+
+    def obstacles(self, model: nn.Module) -> list[str]:
+        """Why units of this kind that a model seems to have cannot be removed, in one sentence each."""
+        return []
 
     def config_values(self, group: UnitGroup) -> dict[str, int]:
         """Attributes of a config that builds a model whose groups all have the units of this one.
@@ -81,6 +97,11 @@ class UnitKind:
         if group.size is not None:
             values[group.size[1]] = group.size[0]
         return values
+
+    def write_config(self, model: nn.Module, group: UnitGroup) -> None:
+        """Write into the config of a model that all groups like this one have as many units."""
+        for name, value in self.config_values(group).items():
+            set_setting(model.config, name, value)
 
 
 def activation_is_zero_at_zero(model: nn.Module) -> bool:

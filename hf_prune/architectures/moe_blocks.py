@@ -1,0 +1,248 @@
+"""Find the mixtures of experts in a model: what belongs to one expert, and which setting of the config counts them.
+
+Names of routers, biases and counters differ from family to family, so none of them is assumed. The model's class is
+built twice on the meta device, as its config says and with twice as many experts. What is twice as large in the second
+model has a part for each expert; a list that is twice as long holds the experts themselves.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from hf_prune.architectures.growth import Growth, built, growth
+from hf_prune.architectures.settings import config_of_setting, set_setting
+from hf_prune.architectures.unit_groups import UnitSlice
+
+_LAYER = re.compile(r"(.*?\.?\d+)\.")  # the outermost numbered module
+_TOP_K = re.compile(r"top_?k|per_tok|_k$|num_selected")
+_ROUTER_GROUPS = ("num_group", "n_group", "n_groups", "num_expert_group", "num_expert_groups")
+_CHOSEN_GROUPS = ("topk_group", "topk_groups")
+_LEAST_CHOSEN = 2  # experts per token where the model does not say how many
+_MOST_CACHED = 16
+
+
+@dataclass(frozen=True)
+class MoeBlock:
+    """A mixture of experts in one layer. All names are those of the model.
+
+    Args:
+        name: The module that holds the experts.
+        layer: The layer that it is in, as (list of layers, number).
+        config: The setting that counts the experts, with dots between a config and the one inside it.
+        router: The weight with a row for each expert that chooses among them.
+        parameters: Parts of parameters that belong to one expert each, that weight among them.
+        buffers: The same for buffers, such as corrections of the router's scores.
+        lists: Lists or dicts of modules with one module for each expert.
+        counts: Attributes of modules in the layer that are proportional to the number of experts.
+        outer_counts: Such attributes outside of the layers, which speak of all of them.
+    """
+
+    name: str
+    layer: tuple[str, int]
+    config: str
+    router: str
+    parameters: tuple[UnitSlice, ...]
+    buffers: tuple[UnitSlice, ...] = ()
+    lists: tuple[str, ...] = ()
+    counts: tuple[tuple[str, str], ...] = ()
+    outer_counts: tuple[tuple[str, str], ...] = ()
+
+
+_CACHE: dict[tuple[type, str], tuple[list[MoeBlock], list[str]]] = {}
+
+
+def moe_blocks(model: nn.Module) -> list[MoeBlock]:
+    """The mixtures of experts of a model, layer by layer; none whose experts cannot be told apart.
+
+    Args:
+        model: A transformers model; for any other one the list is empty. Its layers may have different sizes by now.
+    """
+    return _look(model)[0]
+
+
+def unusable_experts(model: nn.Module) -> list[str]:
+    """Why experts of a model cannot be removed, one sentence for each setting that counts some."""
+    return _look(model)[1]
+
+
+def tokens_per_choice(model: nn.Module, block: MoeBlock) -> tuple[int, int]:
+    """How many experts must stay in a block, and into how many groups its router divides them.
+
+    A token goes to ``top_k`` experts. A router with groups compares the two best experts of each, and chooses among the
+    experts of a few groups.
+
+    Returns:
+        (experts that must stay, router groups). Every group must keep as many experts as every other.
+    """
+    layer = f"{block.layer[0]}.{block.layer[1]}"
+    holders = [model.get_submodule(name) for name in _path(_owner(block.router), layer)]
+    config, _ = config_of_setting(model.config, block.config)
+    chosen = _integer(holders, lambda key: bool(_TOP_K.search(key)) and "group" not in key)
+    if chosen is None:
+        chosen = _integer([config], lambda key: bool(_TOP_K.search(key)) and "group" not in key)
+    groups = _integer(holders, _ROUTER_GROUPS.__contains__) or 1
+    chosen_groups = _integer(holders, _CHOSEN_GROUPS.__contains__) or 1
+    chosen = _LEAST_CHOSEN if chosen is None else chosen
+    if groups == 1:
+        return chosen, 1
+    return groups * max(2, -(-chosen // chosen_groups)), groups
+
+
+def _integer(objects: list[Any], is_meant: Any) -> int | None:
+    """The first attribute of some objects that has a certain name and holds a whole number."""
+    for thing in objects:
+        for key, value in vars(thing).items():
+            if is_meant(key) and isinstance(value, int) and not isinstance(value, bool) and value > 0:
+                return value
+    return None
+
+
+def _path(inner: str, outer: str) -> Iterator[str]:
+    """Names of a module and of those around it, up to another one."""
+    yield inner
+    while inner != outer:
+        inner = _owner(inner)
+        yield inner
+
+
+def _look(model: nn.Module) -> tuple[list[MoeBlock], list[str]]:
+    from transformers import PreTrainedModel
+
+    config: Any = getattr(model, "config", None)
+    if not isinstance(model, PreTrainedModel) or not (settings := list(_settings(config))):
+        return [], []
+    key = type(model), config.to_json_string(use_diff=False)
+    if key not in _CACHE:
+        while len(_CACHE) >= _MOST_CACHED:
+            del _CACHE[next(iter(_CACHE))]
+        _CACHE[key] = _compare(type(model), config, settings)
+    return _CACHE[key]
+
+
+def _settings(config: Any, before: str = "") -> Iterator[tuple[str, int]]:
+    """Whole numbers in a config, and in the configs inside it, that may count experts, with their dotted names."""
+    from transformers import PreTrainedConfig
+
+    for key, value in vars(config).items():
+        if isinstance(value, PreTrainedConfig):
+            yield from _settings(value, f"{before}{key}.")
+        elif "expert" in key and isinstance(value, int) and not isinstance(value, bool) and value > 1:
+            yield before + key, value
+
+
+def _compare(cls: type, config: Any, settings: list[tuple[str, int]]) -> tuple[list[MoeBlock], list[str]]:
+    blocks: list[MoeBlock] = []
+    reasons: list[str] = []
+    plain = built(cls, config)
+    for path, number in settings:
+        larger = copy.deepcopy(config)
+        set_setting(larger, path, 2 * number)
+        try:
+            twice = built(cls, larger)
+        except Exception:  # the config refuses the number: it does not count experts, or not by itself
+            continue
+        found = growth(plain, twice, number)
+        if not _counts_experts(plain, found):
+            continue
+        if found.odd:
+            reasons.append(
+                f"{found.odd[0]} of {cls.__name__} does not have one part for each of the {number} experts that "
+                f"config.{path} counts, so none of them can be removed"
+            )
+            continue
+        own, reason = _divided(plain, path, found)
+        blocks += own
+        reasons += reason
+    return blocks, reasons
+
+
+def _counts_experts(plain: nn.Module, found: Growth) -> bool:
+    """Whether what grows are experts, and not the sizes of some, or shared ones."""
+    packed = [piece for piece in found.parameters if piece.dim == 0 and _ndim(plain, piece) > 2]
+    rows = [piece for piece in found.parameters if (piece.dim, piece.width, _ndim(plain, piece)) == (0, 1, 2)]
+    return bool(found.lists or packed or (rows and any(piece.width > 1 for piece in found.parameters)))
+
+
+def _divided(plain: nn.Module, path: str, found: Growth) -> tuple[list[MoeBlock], list[str]]:
+    """What grows with a setting, layer by layer and router by router."""
+    experts = {_owner(piece.name) for piece in found.parameters if _ndim(plain, piece) > 2}
+    names = [piece.name for piece in (*found.parameters, *found.buffers)] + [f"{name}." for name in found.lists]
+    layers = dict.fromkeys(match[1] for name in names if (match := _LAYER.match(name)))
+    blocks: list[MoeBlock] = []
+    reasons: list[str] = []
+    outside = [name for name in names if not _LAYER.match(name)]
+    outer = tuple(count for count in found.counts if not _LAYER.match(f"{count[0]}."))
+    for layer in layers:
+        routers = [
+            piece.name
+            for piece in found.parameters
+            if _is_in(piece.name, layer) and _ndim(plain, piece) == 2 and (piece.dim, piece.width) == (0, 1)
+            if _owner(piece.name) not in experts
+        ]
+        for router in routers:
+
+            def belongs(name: str, router: str = router, routers: list[str] = routers, layer: str = layer) -> bool:
+                return _is_in(name, layer) and max(routers, key=lambda other: _common(name, other)) == router
+
+            parameters = tuple(piece for piece in found.parameters if belongs(piece.name))
+            lists = tuple(name for name in found.lists if belongs(f"{name}."))
+            large = [f"{name}." for name in lists]
+            large += [piece.name for piece in parameters if _ndim(plain, piece) > 2 or piece.width > 1]
+            if not large:
+                continue
+            stack, _, index = layer.rpartition(".")
+            blocks.append(
+                MoeBlock(
+                    name=_shared_path([_owner(name) for name in large]),
+                    layer=(stack, int(index)),
+                    config=path,
+                    router=router,
+                    parameters=parameters,
+                    buffers=tuple(piece for piece in found.buffers if belongs(piece.name)),
+                    lists=lists,
+                    counts=tuple((name, key) for name, key in found.counts if belongs(f"{name}.")),
+                    outer_counts=outer,
+                )
+            )
+    taken = {piece.name for block in blocks for piece in (*block.parameters, *block.buffers)}
+    taken |= {f"{name}." for block in blocks for name in block.lists}
+    if outside or (left := [name for name in names if name not in taken]):
+        name = (outside or left)[0].rstrip(".")
+        return [], [
+            f"{name} of {type(plain).__name__} grows with config.{path}, and belongs to no router in a layer, so no "
+            f"expert can be removed"
+        ]
+    return blocks, reasons
+
+
+def _ndim(model: nn.Module, piece: UnitSlice) -> int:
+    return model.get_parameter(piece.name).ndim
+
+
+def _owner(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def _is_in(name: str, layer: str) -> bool:
+    return f"{name}.".startswith(f"{layer}.")
+
+
+def _common(a: str, b: str) -> int:
+    """How many modules two names share, from the outermost one on."""
+    return len(_shared_path([_owner(a), _owner(b)]).split("."))
+
+
+def _shared_path(names: list[str]) -> str:
+    """The innermost module around some modules."""
+    shared = names[0].split(".")
+    for name in names[1:]:
+        other = name.split(".")
+        same = [a == b for a, b in zip(shared, other, strict=False)]
+        shared = shared[: same.index(False) if False in same else len(same)]
+    return ".".join(shared)

@@ -1,0 +1,169 @@
+"""Have a layer run without some of its units, exactly as if they had been cut out of it.
+
+Zero weights do not always do that: a router sends tokens to an expert of zeros as well, and shares its weights with it.
+While the layer runs, what belongs to such units is therefore taken out of its tensors, buffers, lists and counts, and
+put back afterwards. The weights stay where they are, and a training or a copy of the model sees all of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_prune.architectures.unit_groups import UnitGroup, UnitSlice, numbered
+
+_ATTRIBUTE = "_hf_prune_without"  # of layers: (group with names relative to the layer, units that stay), by its name
+_FORMER = "_hf_prune_former_forward"
+
+
+def switch_off(model: nn.Module, group: UnitGroup, kept: Tensor) -> None:
+    """Have the layer of a group run with some units only; the mark stays with it in copies and pickles.
+
+    Args:
+        model: The model.
+        group: A group in one layer.
+        kept: (n,) int64, the units that stay, in rising order.
+    """
+    layer, name = _layer_of(model, group)
+    inside = _relative(group, name)
+    state = layer.__dict__.setdefault(_ATTRIBUTE, {})
+    state[_key(inside)] = inside, kept.cpu().clone()
+    if not _is_replaced(layer):
+        layer.__dict__[_FORMER] = layer.__dict__.get("forward")
+        layer.__dict__["forward"] = functools.partial(_forward_without, layer)
+
+
+def switch_on(model: nn.Module, group: UnitGroup) -> None:
+    """Have a layer run with all units of a group again."""
+    layer, name = _layer_of(model, group)
+    state = layer.__dict__.get(_ATTRIBUTE, {})
+    state.pop(_key(_relative(group, name)), None)
+    if not state:
+        _restore(layer)
+
+
+def switch_all_on(model: nn.Module) -> None:
+    """Have all layers of a model run with all their units again."""
+    for layer in model.modules():
+        _restore(layer)
+
+
+def units_that_run(model: nn.Module, group: UnitGroup) -> Tensor | None:
+    """(n,) int64: the units of a group that its layer runs with; None if those are all."""
+    if len(group.layers) != 1:
+        return None
+    layer, name = _layer_of(model, group)
+    entry = layer.__dict__.get(_ATTRIBUTE, {}).get(_key(_relative(group, name)))
+    return None if entry is None else entry[1]
+
+
+def layers_without_units(model: nn.Module) -> list[str]:
+    """Names of the layers that run without some of their units."""
+    return [name for name, module in model.named_modules() if module.__dict__.get(_ATTRIBUTE)]
+
+
+def _layer_of(model: nn.Module, group: UnitGroup) -> tuple[nn.Module, str]:
+    ((stack, number),) = group.layers
+    name = f"{stack}.{number}"
+    return model.get_submodule(name), name
+
+
+def _key(group: UnitGroup) -> str:
+    return f"{group.kind} {group.slices[0].name}"
+
+
+def _relative(group: UnitGroup, layer: str) -> UnitGroup:
+    """A group whose names are those inside its layer."""
+
+    def inside(name: str) -> str:
+        return name.removeprefix(layer).removeprefix(".")
+
+    def pieces(slices: tuple[UnitSlice, ...]) -> tuple[UnitSlice, ...]:
+        return tuple(dataclasses.replace(piece, name=inside(piece.name)) for piece in slices)
+
+    return dataclasses.replace(
+        group,
+        producers=pieces(group.producers),
+        consumers=pieces(group.consumers),
+        values=(),
+        buffers=pieces(group.buffers),
+        lists=tuple(map(inside, group.lists)),
+        counts=tuple((inside(module), attribute) for module, attribute in group.counts),
+    )
+
+
+def _is_replaced(layer: nn.Module) -> bool:
+    forward = layer.__dict__.get("forward")
+    return isinstance(forward, functools.partial) and forward.func is _forward_without
+
+
+def _restore(layer: nn.Module) -> None:
+    layer.__dict__.pop(_ATTRIBUTE, None)
+    former = layer.__dict__.pop(_FORMER, None)
+    if _is_replaced(layer):
+        del layer.__dict__["forward"]
+        if former is not None:
+            layer.__dict__["forward"] = former
+
+
+def _forward_without(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    former = layer.__dict__.get(_FORMER)
+    with _cut(layer):
+        return former(*args, **kwargs) if former is not None else type(layer).forward(layer, *args, **kwargs)
+
+
+@contextmanager
+def _cut(layer: nn.Module) -> Iterator[None]:
+    """The layer without the units that are switched off; gradients flow into its weights through what stays."""
+    undo: list[Callable[[], None]] = []
+    try:
+        for group, kept in layer.__dict__.get(_ATTRIBUTE, {}).values():
+            for piece in (*group.slices, *group.buffers):
+                holder, _, key = piece.name.rpartition(".")
+                module = layer.get_submodule(holder)
+                tensors: dict[str, Any] = module._buffers if key in module._buffers else module._parameters
+                tensor = tensors[key]
+                undo.append(functools.partial(tensors.__setitem__, key, tensor))
+                tensors[key] = tensor.index_select(piece.dim, piece.index(kept.to(tensor.device)))
+            for name in group.lists:
+                module = layer.get_submodule(name)
+                undo.append(functools.partial(setattr, module, "_modules", module._modules))
+                module._modules = selected_modules(module, kept)
+            for name, attribute in group.counts:
+                module = layer.get_submodule(name)
+                number = getattr(module, attribute)
+                undo.append(functools.partial(setattr, module, attribute, number))
+                setattr(module, attribute, number * len(kept) // group.units)
+        yield
+    finally:
+        for step in reversed(undo):
+            step()
+
+
+def selected_modules(container: nn.Module, kept: Tensor) -> dict[str, nn.Module | None]:
+    """Some modules of a list or dict, renumbered: under the first of its keys."""
+    keys = numbered(container)
+    chosen = {key: container._modules[keys[unit]] for key, unit in zip(keys, kept.tolist(), strict=False)}
+    return chosen | {key: module for key, module in container._modules.items() if key not in keys}
+
+
+@torch.no_grad()
+def cut_lists(model: nn.Module, group: UnitGroup, kept: Tensor) -> dict[str, str]:
+    """Take modules out of the lists of a group, in place.
+
+    Returns:
+        The new names of the modules that stay, by the old ones.
+    """
+    renamed: dict[str, str] = {}
+    for name in group.lists:
+        container = model.get_submodule(name)
+        keys = numbered(container)
+        renamed |= {f"{name}.{keys[old]}": f"{name}.{keys[new]}" for new, old in enumerate(kept.tolist())}
+        container._modules = selected_modules(container, kept)
+    return renamed

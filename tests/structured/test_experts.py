@@ -1,0 +1,241 @@
+"""Experts: masked, shrunk and reloaded models are the same, whatever the family calls its parts."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import hf_prune
+from hf_prune import ArchitectureError, CheckpointError, ConfigError, MaskStore, PlanError, prune, shrink
+from hf_prune.architectures.find_unit_groups import find_unit_groups
+from hf_prune.architectures.moe_blocks import moe_blocks, unusable_experts
+from hf_prune.architectures.switched_off import layers_without_units
+from tests.moe_models import MODELS, tiny_moe
+
+
+@torch.no_grad()
+def logits(model: Any, inputs: Any) -> Tensor:
+    return model(**inputs()).logits
+
+
+def experts_of(model: Any) -> list[Any]:
+    return [group for group in find_unit_groups(model) if group.kind == "expert"]
+
+
+def close(a: Tensor, b: Tensor) -> bool:
+    """Equal up to what the alignment of tensors in memory does to a matrix product."""
+    return torch.allclose(a, b, rtol=1e-5, atol=1e-5 * float(b.abs().max()))
+
+
+@pytest.mark.parametrize("model_type", MODELS)
+def test_half_of_the_experts_go(model_type: str, tmp_path: Path) -> None:
+    model, inputs = tiny_moe(model_type)
+    dense, before, groups = logits(model, inputs), model.num_parameters(), experts_of(model)
+    assert groups
+    assert {group.units for group in groups} == {8}
+    prune(model, 0.5, granularity="expert")
+    masked = logits(model, inputs)
+    assert not torch.equal(masked, dense)
+    masks = MaskStore.of(model).masks
+    assert all((model.get_parameter(name)[~mask] == 0).all() for name, mask in masks.items())
+    shrunk = shrink(copy.deepcopy(model))
+    assert torch.equal(logits(shrunk, inputs), masked)
+    assert {group.units for group in experts_of(shrunk)} == {4}
+    assert shrunk.num_parameters() == before - sum(int((~mask).sum()) for mask in masks.values())
+    shrunk.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path).eval()
+    assert getattr(loaded.config, "quantization_config", None) is None  # plain transformers builds it
+    assert close(logits(loaded, inputs), masked)
+    assert {name: tuple(p.shape) for name, p in loaded.named_parameters()} == {
+        name: tuple(p.shape) for name, p in shrunk.named_parameters()
+    }
+
+
+@pytest.mark.parametrize("model_type", MODELS)
+def test_removed_experts_are_those_that_shrink_takes_out(model_type: str) -> None:
+    """The experts that stay keep their weights, rows and corrections, in order."""
+    model, _ = tiny_moe(model_type)
+    group = experts_of(model)[-1]
+    rows = {p.name: p.by_unit(model.get_parameter(p.name).detach(), 8).clone() for p in group.slices}
+    corrections = {p.name: p.by_unit(model.get_buffer(p.name), 8).clone() for p in group.buffers}
+    units = range(8) if group.lists else ()
+    own = [[model.get_parameter(name).detach() for name in names] for names in group.own_parameters(model, units)]
+    prune(model, 0.5, granularity="expert", criterion="random", seed=3)
+    piece = group.slices[0]
+    kept = piece.by_unit(MaskStore.of(model).masks[piece.name], 8).all(1).nonzero().reshape(-1)
+    assert len(kept) == 4
+    if group.runs > 1:
+        assert sorted(int(unit) // (8 // group.runs) for unit in kept) == sorted(
+            [*range(group.runs)] * (4 // group.runs)
+        )
+    staying = [[tensor.clone() for tensor in own[unit]] for unit in kept.tolist()] if own else []
+    shrink(model)
+    (after,) = [g for g in experts_of(model) if g.name == group.name]
+    for piece in after.slices:
+        assert torch.equal(piece.by_unit(model.get_parameter(piece.name).detach(), 4), rows[piece.name][kept])
+    for piece in after.buffers:
+        assert torch.equal(piece.by_unit(model.get_buffer(piece.name), 4), corrections[piece.name][kept])
+    for names, expected in zip(after.own_parameters(model, range(4) if own else ()), staying, strict=True):
+        assert all(torch.equal(model.get_parameter(n), t) for n, t in zip(names, expected, strict=True))
+
+
+def test_a_masked_model_is_copied_pickled_and_trained() -> None:
+    model, inputs = tiny_moe("mixtral")
+    prune(model, 0.5, granularity="expert", keep_dense=True)
+    masked = logits(model, inputs)
+    assert torch.equal(logits(copy.deepcopy(model), inputs), masked)
+    assert torch.equal(logits(pickle.loads(pickle.dumps(model)), inputs), masked)
+    model(**inputs(), labels=inputs()["input_ids"]).loss.backward()
+    packed, mask = model.model.layers[0].mlp.experts.down_proj, MaskStore.of(model).masks
+    assert (packed.grad[~mask["model.layers.0.mlp.experts.down_proj"]] == 0).all()
+    assert packed.grad.abs().sum() > 0
+    assert packed.shape[0] == 8
+
+
+def test_discarding_the_masks_gives_all_experts_back() -> None:
+    model, inputs = tiny_moe("qwen3_moe")
+    dense = logits(model, inputs)
+    prune(model, 0.5, granularity="expert", keep_dense=True)
+    MaskStore.of(model).discard(model)
+    assert not layers_without_units(model)
+    assert torch.equal(logits(model, inputs), dense)
+
+
+@pytest.mark.parametrize("criterion", ["magnitude", "random"])
+def test_pruning_again_only_adds(criterion: str) -> None:
+    model, inputs = tiny_moe("olmoe")
+    prune(model, 0.25, granularity="expert", criterion=criterion)
+    first = dict(MaskStore.of(model).masks)
+    prune(model, 0.5, granularity="expert", criterion=criterion, seed=1)
+    second = MaskStore.of(model).masks
+    assert all(not (second[name] & ~mask).any() for name, mask in first.items())
+    masked = logits(model, inputs)
+    assert {g.units for g in experts_of(shrink(model))} == {4}
+    assert torch.equal(logits(model, inputs), masked)
+
+
+def test_a_shrunk_model_is_pruned_again(tmp_path: Path) -> None:
+    model, inputs = tiny_moe("deepseek_v3")
+    shrink(prune(model, 0.25, granularity="expert"))
+    assert {g.units for g in experts_of(model)} == {6}
+    shrink(prune(model, 0.33, granularity="expert"))
+    assert {g.units for g in experts_of(model)} == {4}
+    assert model.config.pruned_structure["units"] == {"layers.1.mlp.experts": {"before": 8, "kept": 4}}
+    model.save_pretrained(tmp_path)
+    assert close(logits(type(model).from_pretrained(tmp_path).eval(), inputs), logits(model, inputs))
+
+
+def test_as_many_experts_stay_as_a_token_needs() -> None:
+    model, inputs = tiny_moe("mixtral", num_experts_per_tok=3)
+    with pytest.raises(PlanError, match=r"the budget of .* cannot be met"):
+        prune(model, 0.9, granularity="expert")
+    shrink(prune(model, 5 / 8, granularity="expert"))
+    assert {g.units for g in experts_of(model)} == {3}
+    assert logits(model, inputs).isfinite().all()
+
+
+def test_every_router_group_keeps_as_many() -> None:
+    model, inputs = tiny_moe("deepseek_v3", num_experts_per_tok=3)
+    (group,) = experts_of(model)
+    assert (group.minimum, group.runs) == (6, 2)  # three experts of the one group that a token goes to
+    shrink(prune(model, 0.25, granularity="expert", criterion="random"))
+    assert logits(model, inputs).isfinite().all()
+    with pytest.raises(PlanError, match="cannot be met"):
+        prune(tiny_moe("deepseek_v3", num_experts_per_tok=3)[0], 0.5, granularity="expert")
+
+
+def test_a_masked_model_is_not_saved_with_a_router_that_finds_the_experts_again(tmp_path: Path) -> None:
+    model, _ = tiny_moe("mixtral")
+    prune(model, 0.5, granularity="expert")
+    with pytest.raises(CheckpointError, match=r"experts are switched off.*model\.layers\.0.*call shrink\(\) first"):
+        hf_prune.prunable(model).save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_failure_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = tiny_moe("mixtral")
+    prune(model, 0.25, granularity="expert")
+    before = logits(model, inputs)
+    monkeypatch.setattr(MaskStore, "update", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        prune(model, 0.5, granularity="expert")
+    assert torch.equal(logits(model, inputs), before)
+    fresh, inputs = tiny_moe("mixtral")
+    before = logits(fresh, inputs)
+    with pytest.raises(ZeroDivisionError):
+        prune(fresh, 0.5, granularity="expert")
+    assert torch.equal(logits(fresh, inputs), before)
+    assert not layers_without_units(fresh)
+
+
+def test_an_interrupted_forward_pass_puts_everything_back() -> None:
+    model, inputs = tiny_moe("switch_transformers")
+    prune(model, 0.5, granularity="expert")
+    masked, shapes = logits(model, inputs), {name: p.shape for name, p in model.named_parameters()}
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    hook = model.encoder.block[1].layer[1].mlp.experts.register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        logits(model, inputs)
+    hook.remove()
+    assert {name: p.shape for name, p in model.named_parameters()} == shapes
+    assert torch.equal(logits(model, inputs), masked)
+
+
+def test_layers_can_be_spared_and_then_differ(tmp_path: Path) -> None:
+    model, inputs = tiny_moe("mixtral")
+    prune(model, 0.5, granularity="expert", exclude_modules=["layers.0.mlp.experts"])
+    masked = logits(model, inputs)
+    shrink(model)
+    assert [g.units for g in experts_of(model)] == [8, 4]
+    hf_prune.prunable(model).save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path).eval()
+    assert close(logits(loaded, inputs), masked)
+    assert [g.units for g in experts_of(loaded)] == [8, 4]
+
+
+def test_what_cannot_be_removed_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import LongcatFlashConfig, LongcatFlashForCausalLM
+
+    sizes = {"hidden_size": 32, "num_layers": 1, "num_attention_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16}
+    sizes |= {"qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8, "head_dim": 4, "ffn_hidden_size": 24}
+    model = LongcatFlashForCausalLM(
+        LongcatFlashConfig(
+            vocab_size=64, n_routed_experts=8, zero_expert_num=2, moe_topk=2, expert_ffn_hidden_size=20, **sizes
+        )
+    )
+    before = copy.deepcopy(model.state_dict())
+    assert not moe_blocks(model)
+    assert len(unusable_experts(model)) == 1
+    with pytest.raises(PlanError, match=r"no expert of LongcatFlashForCausalLM may go: .* config\.n_routed_experts"):
+        prune(model, 0.5, granularity="expert")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_settings_that_make_no_sense_are_refused() -> None:
+    with pytest.raises(ConfigError, match="'fisher' cannot rank experts: expected one of frequency, magnitude, "):
+        hf_prune.PruningConfig(granularity="expert", criterion="fisher")
+    with pytest.raises(ConfigError, match=r"repair='least_squares' contradicts granularity 'expert'"):
+        hf_prune.PruningConfig(granularity="expert", criterion="magnitude", repair="least_squares")
+    with pytest.raises(ConfigError, match=r"contradicts granularity 'expert'.*train the shrunk model instead"):
+        hf_prune.PruningConfig(granularity="expert", criterion="magnitude", polish="distill")
+
+
+def test_a_model_without_experts_has_none() -> None:
+    from tests.architecture_models import tiny
+
+    model, _ = tiny("llama")
+    with pytest.raises(PlanError, match="no expert of LlamaForCausalLM may go"):
+        prune(model, 0.5, granularity="expert")
+    model = torch.nn.Linear(4, 4)
+    with pytest.raises(ArchitectureError, match=re.escape("no entry for")):
+        prune(model, 0.5, granularity="expert")
