@@ -120,6 +120,9 @@ def resize(model: nn.Module, units: Mapping[str, int]) -> None:
         names = [group.name for group in groups if prefix + group.name in units]
         # On the CPU, since numbers of modules are read from it, and the model may be built on the meta device.
         cut_units(inner, groups, {name: torch.arange(units[prefix + name], device="cpu") for name in names})
+        for holder in (holder for group in groups if group.name in names for holder in group.lists):
+            # transformers would initialize as many modules as the config counts, before it reads the weights
+            setattr(inner.get_submodule(holder.rpartition(".")[0]), "_is_hf_initialized", True)  # noqa: B010
 
 
 def cut_units(model: nn.Module, groups: Sequence[UnitGroup], kept: Mapping[str, Tensor]) -> None:
