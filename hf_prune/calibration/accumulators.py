@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from hf_prune.kernels.matrix import Target
 from hf_prune.utils.distributed import all_reduce_sum
 
 _ROWS = 256  # of a matrix of products that are added at a time
@@ -111,6 +112,60 @@ class InputAccumulator:
         square = means["products"].diagonal() if "products" in means else means["squares"]
         values = {"input_gram": means.get("products"), "input_norm": square.sqrt(), "input_mean": means.get("mean")}
         return {need: value for need in needs if (value := values[need]) is not None}
+
+
+class SlabAccumulators:
+    """The sums of each matrix in a target, which has inputs of its own; most targets have one.
+
+    Args:
+        needs: See :class:`InputAccumulator`.
+        target: The target.
+        changes: Whether :meth:`add` gets the changes of its outputs.
+
+    Attributes:
+        parts: The sums of each matrix.
+    """
+
+    def __init__(self, needs: Iterable[str], target: Target, changes: bool = False) -> None:
+        outputs, inputs = target.slab_shape
+        self.parts = [InputAccumulator(needs, inputs, outputs if changes else 0) for _ in range(target.slabs)]
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """How many tokens were added to each matrix."""
+        return tuple(part.tokens for part in self.parts)
+
+    def add(self, x: Tensor, weight: Tensor | None = None, change: Tensor | None = None, slab: int = 0) -> None:
+        """Add some tokens; see :meth:`InputAccumulator.add`.
+
+        Args:
+            x: (tokens, in) of one matrix, or (matrices, tokens, in) of all.
+            weight: (tokens,).
+            change: (tokens, out) of the matrix, or (tokens, matrices * out).
+            slab: The matrix that they are for.
+        """
+        if x.dim() == 2:
+            self.parts[slab].add(x, weight, change)
+            return
+        changes = [None] * len(self.parts) if change is None else change.chunk(len(self.parts), dim=1)
+        for part, rows, of_part in zip(self.parts, x, changes, strict=True):
+            part.add(rows, weight, of_part)
+
+    def add_others(self, device: torch.device) -> None:
+        """Add the sums of the other processes."""
+        for part in self.parts:
+            part.add_others(device)
+
+    def statistics(self, needs: Iterable[str], device: torch.device) -> dict[str, Tensor]:
+        """The statistics of the inputs that are asked for, by name; several matrices are the first dimension."""
+        own = [part.statistics(needs, device) for part in self.parts]
+        return own[0] if len(own) == 1 else {name: torch.stack([of[name] for of in own]) for name in own[0]}
+
+    def changes(self, device: torch.device) -> dict[str, Tensor]:
+        """``output_change`` and ``change_products`` of all outputs."""
+        means = [part.means(device) for part in self.parts]
+        names = {"output_change": "changes", "change_products": "change_products"}
+        return {name: torch.cat([of_part[key] for of_part in means]) for name, key in names.items()}
 
 
 def _add_products(total: Tensor, left: Tensor, right: Tensor) -> None:

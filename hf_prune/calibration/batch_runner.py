@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -14,9 +14,12 @@ from hf_prune.calibration.batches import NO_BATCHES, Batches, batch_kinds, sampl
 from hf_prune.calibration.hooks import Stop, Watcher
 from hf_prune.calibration.padding import Padding, first_input, first_tensor
 from hf_prune.calibration.replay import Replay
+from hf_prune.calibration.routed_rows import RoutedRows
+from hf_prune.calibration.slabs import SlabCalls, packed_targets
 from hf_prune.calibration.tainted import Tainted
 from hf_prune.calibration.trial import NotAlikeError
 from hf_prune.errors import CalibrationError
+from hf_prune.kernels.matrix import Target
 from hf_prune.utils.distributed import all_reduce_sum, fail_together, rank_items
 from hf_prune.utils.forward import batch_to_device, device_of, no_cache, no_logits, run_model
 from hf_prune.utils.progress import Bar
@@ -28,12 +31,13 @@ class BatchRunner:
     Args:
         model: The model, in eval mode whenever it is run.
         batches: Mappings of model inputs, the same in every process; each process runs its share.
-        targets: Names of the parameters whose inputs or outputs the hooks look at.
+        targets: The weights whose inputs or outputs the hooks look at.
         replay: Its finished blocks return what they returned before.
 
     Attributes:
         device: Where the model computes.
         padding: Knows the padding of the batch that is running.
+        packed: The targets of several matrices that modules multiply with without being called, by name.
         kinds: For each batch the number of the first batch of its kind.
         samples: Numbers of the batches on which it is tried how the model behaves.
         once: Ids of the modules that each sample calls once at most.
@@ -43,7 +47,7 @@ class BatchRunner:
         CalibrationError: If there are no batches, or one is not a mapping.
     """
 
-    def __init__(self, model: nn.Module, batches: Batches, targets: Collection[str], replay: Replay) -> None:
+    def __init__(self, model: nn.Module, batches: Batches, targets: Collection[Target], replay: Replay) -> None:
         self.model = model
         self.device = device_of(model)  # kept: where no weight is loaded, the search passes over all of them
         self.batches = list(batches)
@@ -52,14 +56,17 @@ class BatchRunner:
         for batch in self.batches:
             batch_to_device(model, batch, self.device)  # refuses what is not a batch
         self.replay = replay
-        self.padding = Padding(model)
+        self.packed = packed_targets(model, targets)
+        rows = RoutedRows()
+        self._slab_calls = SlabCalls(self.packed.values(), rows) if self.packed else None
+        self.padding = Padding(model, rows)
         self.kinds = batch_kinds(self.batches)
         self.samples = sample_batches(self.batches, self.kinds)
         self.once: set[int] = set()
         self.current = 0
         self._diverged = False  # what the samples have shown does not hold for the batch that is running
         self._options = no_cache(model)
-        self._without_logits = {**self._options, **no_logits(model, set(targets))}
+        self._without_logits = {**self._options, **no_logits(model, {t.name for t in targets})}
 
     def run(
         self,
@@ -152,5 +159,5 @@ class BatchRunner:
 
     def _forward(self, batch: Mapping[str, Any], options: Mapping[str, Any]) -> Any:
         inputs = batch_to_device(self.model, batch, self.device)
-        with self.padding.of(inputs):
+        with self.padding.of(inputs), nullcontext() if self._slab_calls is None else self._slab_calls.watching():
             return run_model(self.model, {**options, **inputs})

@@ -134,7 +134,7 @@ def find_sequence(
     blocks: Sequence[nn.Module],
     counts: Mapping[int, Mapping[int, int]],
     kinds: Sequence[int],
-    names: Mapping[int, str],
+    names: Mapping[int, set[str]],
     new_cache: Callable[[], OffloadCache],
 ) -> BlockSequence | None:
     """The blocks of a list as a sequence, if batches call all of them once and in the same order.
@@ -143,7 +143,7 @@ def find_sequence(
         blocks: The blocks.
         counts: By sample batch, how often it called each module (by id), in the order of the first calls.
         kinds: The kind of every batch.
-        names: By the id of a module, the name of the target that it multiplies with.
+        names: By the id of a module, the names of the targets that it multiplies with.
         new_cache: Makes the cache of the sequence.
     """
     by_id = {id(block): block for block in blocks}
@@ -158,7 +158,7 @@ def find_sequence(
     if not same_order or not once or len(order) != len(by_id):
         return None
     ordered = [by_id[key] for key in order]
-    targets = [{names[key] for module in block.modules() if (key := id(module)) in names} for block in ordered]
+    targets = [set().union(*(names.get(id(module), set()) for module in block.modules())) for block in ordered]
     return BlockSequence(ordered, targets, sample_kinds, samples, new_cache())
 
 

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from hf_prune.calibration.batch_runner import BatchRunner
 from hf_prune.calibration.hooks import tensor_version
 from hf_prune.calibration.padding import first_input
+from hf_prune.calibration.slabs import Slab
 from hf_prune.kernels.matrix import Target
-from hf_prune.planning.targets import prunable_modules
+from hf_prune.planning.prunable import prunable_weights
 
 Modules = Mapping[str, Sequence[nn.Module]]  # by the name of a target
 
@@ -43,22 +44,27 @@ class CallOrder:
         """Ids of the modules that samples call, each of them once at most."""
         return {key for key in self.called if all(of_batch.get(key, 1) == 1 for of_batch in self.counts.values())}
 
+    def repeats(self, module: nn.Module) -> bool:
+        """Whether a sample called a module more than once."""
+        return any(of_batch.get(id(module), 0) > 1 for of_batch in self.counts.values())
+
 
 def find_users(model: nn.Module, targets: Collection[Target]) -> tuple[Modules, Modules]:
     """The modules that multiply with each target, and all that have it as a parameter.
 
-    The two differ for a tied embedding, which looks its rows up.
+    The two differ for a tied embedding, which looks its rows up, and for a packed parameter, for which
+    :class:`~hf_prune.calibration.slabs.PackedTarget` has modules that multiply.
     """
     wanted = {t.name for t in targets}
     names = {id(parameter): name for name, parameter in model.named_parameters() if name in wanted}
-    multiply = {id(module) for _, (module, _) in prunable_modules(model)}
+    multiply = {id(weight.module): weight for weight in prunable_weights(model) if weight.called}
     holders: dict[str, list[nn.Module]] = {name: [] for name in wanted}
     users: dict[str, list[nn.Module]] = {name: [] for name in wanted}
     for module in model.modules():
         for parameter in module._parameters.values():
             if (name := names.get(id(parameter))) is not None:
                 users[name].append(module)
-                if id(module) in multiply and parameter is module._parameters.get("weight"):
+                if id(module) in multiply and parameter is multiply[id(module)].weight:
                     holders[name].append(module)
     return holders, users
 
@@ -92,7 +98,7 @@ def observe_calls(runner: BatchRunner, targets: Sequence[Target], holders: Modul
                 hooks.callback(module.register_forward_pre_hook(note, with_kwargs=True).remove)
             if sample:
                 counts[index] = {}
-                for module in runner.model.modules():
+                for module in (*runner.model.modules(), *(m for m in modules if isinstance(m, Slab))):
                     hooks.callback(module.register_forward_pre_hook(count).remove)
             runner.run_batch(index)
         log.end_batch()

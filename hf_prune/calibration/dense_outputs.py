@@ -60,7 +60,7 @@ class DenseOutputs:
                 "a polish got 1 batch: expected at least 2, of which one is held out to see whether it helps; pass "
                 "more batches, or smaller ones"
             )
-        modules = {id(module): module for of_target in self._reader.holders.values() for module in of_target}
+        modules = {id(module): module for of_target in self._reader.places.values() for module in of_target}
         self.trained = trainable(model, modules.values())
         if not self.trained:
             raise PlanError(

@@ -7,9 +7,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hf_prune.calibration.accumulators import InputAccumulator
+from hf_prune.calibration.accumulators import SlabAccumulators
 from hf_prune.calibration.hooks import Watcher, tensor_version
 from hf_prune.calibration.padding import Padding, first_input
+from hf_prune.calibration.slabs import slab_number
 from hf_prune.kernels.matrix import Target
 
 Calls = list[tuple[Tensor, object]]  # the input tensor of each call, and its version
@@ -24,7 +25,7 @@ class InputGroup:
         layout: Of the first target, as in :class:`~hf_prune.kernels.matrix.Target`.
     """
 
-    def __init__(self, accumulator: InputAccumulator, padding: Padding, layout: str) -> None:
+    def __init__(self, accumulator: SlabAccumulators, padding: Padding, layout: str) -> None:
         self.accumulator = accumulator
         self._padding, self._layout = padding, layout
         self._calls: list[Calls] = [[]]  # of each target, in the batch that is running
@@ -32,7 +33,7 @@ class InputGroup:
     def add(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _: Any) -> None:
         """Add the inputs of one call of the first target: a hook."""
         x = first_input(args, kwargs)
-        self.accumulator.add(self._padding.rows(module, x, self._layout))
+        self.accumulator.add(self._padding.rows(module, x, self._layout), slab=slab_number(module))
         self._calls[0].append((x, tensor_version(x)))
 
     def follow(self) -> Callable[..., None]:
@@ -58,16 +59,16 @@ def group_by_input(
     targets: Sequence[Target],
     needs: frozenset[str],
     inputs: Mapping[str, tuple[int, ...]],
-    holders: Mapping[str, Sequence[nn.Module]],
+    watch: Callable[[str, Callable[..., Any]], list[Watcher]],
     padding: Padding,
-) -> tuple[list[InputGroup], dict[str, InputAccumulator], list[Watcher]]:
+) -> tuple[list[InputGroup], dict[str, SlabAccumulators], list[Watcher]]:
     """Group targets by their inputs.
 
     Args:
         targets: The targets.
         needs: Statistics of the inputs.
         inputs: By target, the numbers of its inputs; a target without is a group of its own.
-        holders: The modules that multiply with each target.
+        watch: Makes the hooks on all calls of a target.
         padding: Knows which rows count.
 
     Returns:
@@ -75,19 +76,19 @@ def group_by_input(
     """
     groups: list[InputGroup] = []
     by_inputs: dict[tuple[int, ...], InputGroup] = {}
-    accumulators: dict[str, InputAccumulator] = {}
+    accumulators: dict[str, SlabAccumulators] = {}
     watchers: list[Watcher] = []
     for t in targets:
         numbers = inputs.get(t.name)
-        group = None if numbers is None else by_inputs.get(numbers)
+        group = None if numbers is None or t.slabs > 1 else by_inputs.get(numbers)
         if group is None:
-            group = InputGroup(InputAccumulator(needs, t.matrix_shape[1]), padding, t.layout)
+            group = InputGroup(SlabAccumulators(needs, t), padding, t.layout)
             groups.append(group)
-            if numbers is not None:
+            if numbers is not None and t.slabs == 1:
                 by_inputs[numbers] = group
             call: Callable[..., None] = group.add
         else:
             call = group.follow()
         accumulators[t.name] = group.accumulator
-        watchers += [Watcher(module, call) for module in holders[t.name]]
+        watchers += watch(t.name, call)
     return groups, accumulators, watchers

@@ -13,13 +13,15 @@ from functools import partial
 from types import TracebackType
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
-from hf_prune.calibration.accumulators import InputAccumulator
+from hf_prune.calibration.accumulators import SlabAccumulators
 from hf_prune.calibration.batch_runner import BatchRunner
 from hf_prune.calibration.batches import Batches
 from hf_prune.calibration.block_sequence import BlockSequence, find_sequence, outer_lists
 from hf_prune.calibration.call_order import find_users, observe_calls, split_shared
+from hf_prune.calibration.hooks import Watcher
 from hf_prune.calibration.input_groups import group_by_input
 from hf_prune.calibration.reach import report_unreached, warn_of_few_tokens
 from hf_prune.calibration.replay import Replay
@@ -48,10 +50,11 @@ class InputReader(BatchRunner):
         folder: Where that folder is made; None for the system's.
 
     Attributes:
-        holders: By target, the modules that multiply with it.
+        holders: By target, the modules that multiply with it; of packed parameters, one that stands for each matrix.
+        places: The same, with the module of the model that holds a packed parameter.
         users: By target, all modules that have it: a tied embedding looks its rows up.
         inputs: By target, the numbers of its inputs; targets with the same numbers get the same tensors.
-        tokens: By target, how many tokens it saw.
+        tokens: By target, how many tokens each of its matrices saw.
 
     Raises:
         CalibrationError: If there are no batches, or one is not a mapping.
@@ -67,10 +70,12 @@ class InputReader(BatchRunner):
         folder: str | os.PathLike[str] | None = None,
     ) -> None:
         self.targets = tuple(targets)
-        super().__init__(model, batches, {t.name for t in self.targets}, Replay(self._tracer, reuse))
-        self.holders, self.users = find_users(model, self.targets)
+        super().__init__(model, batches, self.targets, Replay(self._tracer, reuse))
+        holders, self.users = find_users(model, self.targets)
+        self.places = {**holders, **{name: [entry.owner] for name, entry in self.packed.items()}}
+        self.holders = {**holders, **{name: list(entry.slabs) for name, entry in self.packed.items()}}
         self.inputs: dict[str, tuple[int, ...]] = {}
-        self.tokens: dict[str, int] = {}
+        self.tokens: dict[str, tuple[int, ...]] = {}
         self._new_cache = partial(OffloadCache, cache_bytes, folder)
         self._context = ExitStack()
 
@@ -96,11 +101,17 @@ class InputReader(BatchRunner):
         """
         observed = observe_calls(self, self.targets, self.holders)
         self.inputs, self.once = observed.inputs, observed.once
+        for entry in self.packed.values():  # an expert that no sample reaches is called once at most all the same
+            if id(entry.owner) in self.once:
+                self.once |= {id(slab) for slab in entry.slabs if not observed.repeats(slab)}
         steps = split_shared(observed.steps, self.users, self.once)
         reached = {t.name for step in steps for t in step}
         if unreached := [t for t in self.targets if t.name not in reached]:
             report_unreached(self.model, self.targets, unreached, observed.called, warn)
-        names = {id(module): name for name, modules in self.holders.items() for module in modules}
+        names: dict[int, set[str]] = {}
+        for name, modules in self.places.items():
+            for module in modules:
+                names.setdefault(id(module), set()).add(name)
         for blocks in outer_lists(self.model, set(names)):
             sequence = find_sequence(blocks, observed.counts, self.kinds, names, self._new_cache)
             if sequence is not None:
@@ -111,7 +122,22 @@ class InputReader(BatchRunner):
 
     def block_of(self, name: str) -> nn.Module | None:
         """The block that holds a target in all its uses, where what runs before it need not be computed again."""
-        return self.replay.block_of(self.holders[name])
+        return self.replay.block_of(self.places[name])
+
+    def watchers(self, name: str, call: Callable[..., Any], after: bool = False) -> list[Watcher]:
+        """Hooks on all calls of a target.
+
+        A run need not wait for every expert of a packed parameter, some of which no token may reach.
+
+        Args:
+            name: The target.
+            call: See :class:`Watcher`.
+            after: See :class:`Watcher`.
+        """
+        if name not in self.packed:
+            return [Watcher(module, call, after) for module in self.holders[name]]
+        experts = [Watcher(module, call, after, waits=False) for module in self.holders[name]]
+        return [*experts, Watcher(self.packed[name].owner, lambda *_: None, after=True)]
 
     def finish(self, targets: Iterable[Target]) -> None:
         """Say that these targets have their final weights, so that blocks without others need not run again."""
@@ -171,15 +197,19 @@ class InputReader(BatchRunner):
         accumulators = self.repeated(lambda: self._accumulate(targets, needs, progress))
         statistics = {}
         for t in targets:
-            statistics[t.name] = accumulators[t.name].statistics(needs, device_of(self.holders[t.name][0]))
+            statistics[t.name] = accumulators[t.name].statistics(needs, self.device_of(t.name))
             self.tokens[t.name] = accumulators[t.name].tokens
             check_finite(t.name, statistics[t.name])
         return statistics
 
+    def device_of(self, name: str) -> torch.device:
+        """Where a target lies."""
+        return device_of(self.places[name][0]) if self.places[name] else self.device
+
     def _accumulate(
         self, targets: Sequence[Target], needs: frozenset[str], progress: bool
-    ) -> dict[str, InputAccumulator]:
-        groups, accumulators, watchers = group_by_input(targets, needs, self.inputs, self.holders, self.padding)
+    ) -> dict[str, SlabAccumulators]:
+        groups, accumulators, watchers = group_by_input(targets, needs, self.inputs, self.watchers, self.padding)
 
         def same_inputs() -> bool:
             return all([group.end_batch() for group in groups])

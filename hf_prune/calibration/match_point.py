@@ -52,8 +52,8 @@ def find_match_point(reader: InputReader, name: str) -> MatchPoint | None:
     Returns:
         The place, the same in all processes, or None to compare the target's own output.
     """
-    module, block = reader.holders[name][0], reader.block_of(name)
-    if block is None or len(reader.holders[name]) > 1 or id(module) not in reader.once:
+    holders, block = reader.holders[name], reader.block_of(name)
+    if block is None or len(holders) != 1 or id(module := holders[0]) not in reader.once:
         return None
     norms = [m for m in block.modules() if "norm" in type(m).__name__.lower() and id(m) in reader.once]
     candidates = [*(MatchPoint(norm, output=False) for norm in norms), MatchPoint(block, output=True)]

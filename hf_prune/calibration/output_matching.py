@@ -19,13 +19,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hf_prune.calibration.accumulators import InputAccumulator
+from hf_prune.calibration.accumulators import SlabAccumulators
 from hf_prune.calibration.batches import Batches
 from hf_prune.calibration.hooks import Watcher
 from hf_prune.calibration.input_reader import InputReader, Statistics, check_finite
 from hf_prune.calibration.match_point import MatchPoint, find_match_point
 from hf_prune.calibration.padding import first_input
 from hf_prune.calibration.sensitivity import Sensitivity
+from hf_prune.calibration.slabs import slab_number
 from hf_prune.errors import CalibrationError
 from hf_prune.kernels.matrix import Target, output_rows
 from hf_prune.utils.offload_cache import OffloadCache
@@ -112,7 +113,7 @@ class OutputMatcher:
         rows: dict[str, list[Tensor]] = {}
         self._dense.finish(targets)
 
-        def keep(name: str, _: Tensor, z: Tensor) -> None:
+        def keep(name: str, _: int, __: Tensor, z: Tensor) -> None:
             rows.setdefault(name, []).append(z.clone())
 
         def end_batch() -> bool:
@@ -124,33 +125,33 @@ class OutputMatcher:
         self._dense.run(watchers, range(len(self._batches)), after_batch=end_batch)
 
     def _watchers(
-        self, reader: InputReader, target: Target, call: Callable[[str, Tensor, Tensor], None]
+        self, reader: InputReader, target: Target, call: Callable[[str, int, Tensor, Tensor], None]
     ) -> list[Watcher]:
         """Hooks that hand on each call of a target: its inputs (tokens, in) and its output, or the sum (tokens, out).
 
         Args:
             reader: Runs the model.
             target: The target.
-            call: Gets the name of the target, the inputs and the outputs.
+            call: Gets the name of the target, the number of its matrix, the inputs and the outputs.
         """
         name, layout = target.name, target.layout
         point = self._points[name]
-        pending: list[tuple[Tensor, Tensor | None]] = []
+        pending: list[tuple[int, Tensor, Tensor | None]] = []
 
-        def hand_on(x: Tensor, mask: Tensor | None, z: Tensor) -> None:
+        def hand_on(slab: int, x: Tensor, mask: Tensor | None, z: Tensor) -> None:
             z = output_rows(z, layout)
-            call(name, x, z if mask is None else z[mask])
+            call(name, slab, x, z if mask is None else z[mask])
 
         def see(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             x = first_input(args, kwargs)
             mask = None if layout == "conv" else reader.padding.mask(module, x)
             rows = reader.padding.rows(module, x, layout)
             if point is None:
-                hand_on(rows, mask, output)
+                hand_on(slab_number(module), rows, mask, output)
             else:
-                pending.append((rows.clone(), mask))  # what comes in between may change it in place
+                pending.append((slab_number(module), rows.clone(), mask))  # what comes in between may change it in place
 
-        watchers = [Watcher(module, see, after=True) for module in reader.holders[name]]
+        watchers = reader.watchers(name, see, after=True)
         if point is not None:
             watchers.append(point.watcher(lambda z: hand_on(*pending.pop(), z)))
         return watchers
@@ -178,11 +179,9 @@ class OutputMatcher:
         for t in matched:
             accumulator = accumulators[t.name]
             accumulator.add_others(reader.device)
-            means = accumulator.means(reader.device)
             statistics[t.name] = {
                 **accumulator.statistics(_NEEDS, reader.device),
-                "output_change": means["changes"],
-                "change_products": means["change_products"],
+                **accumulator.changes(reader.device),
             }
             reader.tokens[t.name] = accumulator.tokens
             check_finite(t.name, statistics[t.name])
@@ -192,11 +191,11 @@ class OutputMatcher:
 
     def _accumulate(
         self, reader: InputReader, targets: Sequence[Target], progress: bool
-    ) -> dict[str, InputAccumulator]:
-        accumulators = {t.name: InputAccumulator(_NEEDS, *reversed(t.matrix_shape)) for t in targets}
+    ) -> dict[str, SlabAccumulators]:
+        accumulators = {t.name: SlabAccumulators(_NEEDS, t, changes=True) for t in targets}
         calls: dict[tuple[str, int], int] = {}
 
-        def add(name: str, x: Tensor, z: Tensor) -> None:
+        def add(name: str, slab: int, x: Tensor, z: Tensor) -> None:
             key = (name, reader.current)
             call = calls[key] = calls.get(key, -1) + 1
             dense = self._outputs.get(key) if key in self._outputs else []
@@ -207,7 +206,8 @@ class OutputMatcher:
                     f"objective='loss' needs a model that treats every token alike; use objective='layer'"
                 )
             weight = self._sensitivity.weights(*key, call).to(x.device)
-            accumulators[name].add(x, 1 - TOKEN_SHARE + TOKEN_SHARE * weight, dense[call].float() - z.float())
+            change = dense[call].float() - z.float()
+            accumulators[name].add(x, 1 - TOKEN_SHARE + TOKEN_SHARE * weight, change, slab)
 
         watchers = [w for t in targets for w in self._watchers(reader, t, add)]
         reader.run(watchers, range(len(self._batches)), progress)

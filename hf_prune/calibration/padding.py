@@ -8,19 +8,24 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from hf_prune.calibration.routed_rows import RoutedRows
+from hf_prune.calibration.slabs import owner_of
+
 
 class Padding:
     """Knows the padding of the batch that a model is running.
 
     Args:
         model: The model.
+        routed: Knows which tokens a router has gathered.
 
     Attributes:
         encoder: Where the model has a decoder as well, its encoder and the ids of all modules in it: the other modules
             see the decoder's tokens.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, routed: RoutedRows | None = None) -> None:
+        self._routed = routed or RoutedRows()
         self.encoder = _encoder_modules(model)
         self._encoder_output: Tensor | None = None
         self._mask: Tensor | None = None
@@ -47,7 +52,7 @@ class Padding:
                 hook.remove()
 
     def rows(self, module: nn.Module, x: Tensor, layout: str = "linear") -> Tensor:
-        """The inputs of a module without padding: (tokens, in)."""
+        """The inputs of a module without padding: (tokens, in), or (groups, tokens, in) of a grouped convolution."""
         if layout == "conv":
             return _columns(module, x)
         mask = self.mask(module, x)
@@ -57,6 +62,8 @@ class Padding:
     def in_place(self, x: Tensor, layout: str = "linear") -> bool:
         """Whether a row of a module's inputs is the same token in every run: not so where a router chooses the rows."""
         masks = [mask.numel() for mask in (self._mask, self._decoder_mask) if mask is not None]
+        if self._routed.of(x) is not None:
+            return False
         return layout == "conv" or x.dim() > 2 or len(x) in (self._size, *masks)
 
     def mask(self, module: nn.Module, x: Tensor) -> Tensor | None:
@@ -64,16 +71,19 @@ class Padding:
 
         Args:
             module: A module of the model, while that runs.
-            x: (batch, seq, in) or (batch * seq, in) its input.
+            x: (batch, seq, in) or (batch * seq, in) its input, or rows that a router has gathered from it.
         """
         mask = self._mask
-        if self.encoder is not None and id(module) not in self.encoder[1]:
+        if self.encoder is not None and id(owner_of(module)) not in self.encoder[1]:
             # Modules of cross-attention belong to the decoder, and those that read the encoder's output see its tokens.
             encoded = self._encoder_output
             if encoded is None or x.data_ptr() != encoded.data_ptr() or x.shape != encoded.shape:
                 mask = self._decoder_mask
         if mask is None:
             return None
+        if (routed := self._routed.of(x)) is not None:
+            size, places = routed
+            return mask.reshape(-1)[places.to(mask.device)].to(x.device) if size == mask.numel() else None
         fits = x.shape[:2] == mask.shape if x.dim() == 3 else x.dim() == 2 and len(x) == mask.numel()
         return mask.reshape(-1) if fits else None
 
@@ -99,8 +109,10 @@ def _mask(mask: Any) -> Tensor | None:
 def _columns(module: nn.Module, x: Tensor) -> Tensor:
     """The input patches of a convolution: (positions, kernel * in), its columns ordered like a target's matrix.
 
+    With several groups, (groups, positions, kernel * in / groups).
+
     Args:
-        module: A convolution of one, two or three dimensions, with one group.
+        module: A convolution of one, two or three dimensions.
         x: (batch, in, *size), or without the batch.
     """
     assert isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
@@ -110,8 +122,10 @@ def _columns(module: nn.Module, x: Tensor) -> Tensor:
     x = nn.functional.pad(x, module._reversed_padding_repeated_twice, mode=mode)
     for dim, (size, step, gap) in enumerate(zip(module.kernel_size, module.stride, module.dilation, strict=True)):
         x = x.unfold(dim + 2, (size - 1) * gap + 1, step)[..., ::gap]
-    # (batch, in, *positions, *kernel) -> (batch, *positions, *kernel, in)
-    return x.movedim(1, -1).reshape(-1, module.in_channels * x.shape[-dims:].numel())
+    x = x.unflatten(1, (module.groups, -1))  # (batch, groups, in, *positions, *kernel)
+    x = x.movedim(1, 0).movedim(2, -1)  # (groups, batch, *positions, *kernel, in)
+    rows = x.reshape(module.groups, -1, x.shape[-1] * x.shape[-1 - dims : -1].numel())
+    return rows[0] if module.groups == 1 else rows
 
 
 def _encoder_modules(model: nn.Module) -> tuple[nn.Module, set[int]] | None:

@@ -51,28 +51,37 @@ def report_unreached(
         warn_user(f"{problem}they are pruned as if all their inputs were alike{why}")
 
 
-def warn_of_few_tokens(targets: Sequence[Target], tokens: Mapping[str, int]) -> None:
-    """Warn of experts that saw fewer tokens than they have inputs.
+def warn_of_few_tokens(targets: Sequence[Target], tokens: Mapping[str, Sequence[int]]) -> None:
+    """Warn of experts that saw no token at all, or fewer than they have inputs.
 
-    Experts are told by their names: targets of the same shape, whose names differ in numbers only, and that saw
+    Experts are told by their names: matrices of the same shape, whose names differ in numbers only, and that saw
     different numbers of tokens. All others see every token, or heads one per text: how many is the caller's choice.
 
     Args:
         targets: All targets.
-        tokens: How many tokens each of them saw.
+        tokens: How many tokens each matrix of each of them saw.
     """
-    kinds = {t.name: (_NUMBER.sub("#", t.name), t.matrix_shape) for t in targets}
+    by_name = {t.name: t for t in targets}
+    seen = {
+        (target.slab(i).name, target.slab_shape): number
+        for name, numbers in tokens.items()
+        for i, number in enumerate(numbers)
+        if (target := by_name[name])
+    }
     counts: dict[tuple[str, tuple[int, int]], set[int]] = {}
-    for name, number in tokens.items():
-        counts.setdefault(kinds[name], set()).add(number)
-    few = [
-        f"{name}: {number} for {kinds[name][1][1]} inputs"
-        for name, number in tokens.items()
-        if 0 < number < kinds[name][1][1] and len(counts[kinds[name]]) > 1
-    ]
+    for (name, shape), number in seen.items():
+        counts.setdefault((_NUMBER.sub("#", name), shape), set()).add(number)
+    routed = {k: n for k, n in seen.items() if len(counts[_NUMBER.sub("#", k[0]), k[1]]) > 1}
+    matrices = sum(t.slabs if t.layout != "conv" else 1 for t in targets)
+    if missed := [name for (name, _), number in routed.items() if not number]:
+        warn_user(
+            f"{len(missed)} of {matrices} targets are experts that saw no calibration token ({first_few(missed)}): "
+            f"they are pruned by magnitude; calibrate on more texts, or name them in exclude_modules"
+        )
+    few = [f"{name}: {n} for {shape[1]} inputs" for (name, shape), n in routed.items() if 0 < n < shape[1]]
     if few:
         warn_user(
-            f"{len(few)} of {len(targets)} targets are experts that saw fewer calibration tokens than they "
+            f"{len(few)} of {matrices} targets are experts that saw fewer calibration tokens than they "
             f"have inputs ({'; '.join(few[:3])}{'; …' if len(few) > 3 else ''}): their statistics are uncertain, "
             f"and only damping makes up for it; calibrate on more texts, or name them in exclude_modules",
         )

@@ -23,7 +23,8 @@ from hf_prune.calibration.padding import first_input
 from hf_prune.calibration.predictions import sampled_prediction, token_mask
 from hf_prune.criteria.base import derived_seed
 from hf_prune.errors import CalibrationError
-from hf_prune.kernels.matrix import is_finite, output_rows
+from hf_prune.calibration.slabs import slab_number
+from hf_prune.kernels.matrix import Target, is_finite, output_rows
 from hf_prune.utils.distributed import all_reduce_sum, fail_together, rank_items
 from hf_prune.utils.forward import batch_to_device
 from hf_prune.utils.offload_cache import OffloadCache
@@ -95,7 +96,7 @@ def measure_sensitivity(
         context.enter_context(_no_parameter_gradients(reader.model))
         for t in reader.targets:
             for module in reader.holders[t.name]:
-                Watcher(module, gradients.hook(t.name, t.layout), after=True).install(context, None)
+                Watcher(module, gradients.hook(t), after=True).install(context, None)
         context.enter_context(fail_together())
         bar = Bar(rank_items(range(len(reader.batches))), desc="Sensitivity", progress=progress)
         for index in bar:
@@ -109,7 +110,7 @@ def measure_sensitivity(
     for t, (total, tokens, routed) in zip(reader.targets, totals.tolist(), strict=True):
         if routed:
             sensitivity.misplaced.add(t.name)
-        mean = all_reduce_sum(gradients.output_sum(t.name, t.matrix_shape[0])) / max(1, tokens)
+        mean = gradients.output_means(t)
         if not is_finite(mean):
             raise CalibrationError(
                 f"the gradient of the predictions at {t.name} is not finite: expected finite values; calibrate in "
@@ -147,6 +148,7 @@ class _OutputGradients:
         self._device = next(reader.model.parameters()).device
         self._dtype = accumulate_dtype(self._device)
         self._output_sums: dict[str, Tensor] = {}
+        self._slab_tokens = {t.name: torch.zeros(t.slabs, dtype=torch.float64) for t in reader.targets}
         self.totals = torch.zeros(len(reader.targets), 3, dtype=torch.float64)
         self.calls: dict[str, list[Tensor]] = {}
 
@@ -159,15 +161,22 @@ class _OutputGradients:
                 [sum(float(values.sum()) for values in calls), sum(map(len, calls))]
             )
 
-    def output_sum(self, name: str, outputs: int) -> Tensor:
-        """(out,) squared gradients, summed over the tokens."""
-        if name in self._output_sums:
-            return self._output_sums[name]
-        return torch.zeros(outputs, dtype=self._dtype, device=self._device)
+    def output_means(self, target: Target) -> Tensor:
+        """(out,) squared gradients: their mean over the tokens that each output sees."""
+        tokens = all_reduce_sum(self._slab_tokens[target.name]).clamp_min(1)
+        total = all_reduce_sum(self._output_sum(target)).view(target.slabs, -1)
+        return (total / tokens.to(total)[:, None]).flatten()
 
-    def hook(self, name: str, layout: str) -> Callable[..., Tensor]:
+    def _output_sum(self, target: Target) -> Tensor:
+        """(out,) squared gradients, summed over the tokens."""
+        if target.name not in self._output_sums:
+            zeros = torch.zeros(target.matrix_shape[0], dtype=self._dtype, device=self._device)
+            self._output_sums[target.name] = zeros
+        return self._output_sums[target.name]
+
+    def hook(self, target: Target) -> Callable[..., Tensor]:
         """A hook on the output of a target."""
-        padding = self._reader.padding
+        name, layout, padding = target.name, target.layout, self._reader.padding
 
         def replace(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Tensor:
             x = first_input(args, kwargs)
@@ -179,11 +188,15 @@ class _OutputGradients:
             # A call that the predictions do not depend on gets no gradient: its tokens are known and count 0.
             calls.append(torch.zeros(int(mask.sum()) if mask is not None else len(output_rows(output, layout))))
 
+            slab = slab_number(module)
+            self._slab_tokens[name][slice(None) if layout == "conv" else slab] += len(calls[call])
+
             def read(gradient: Tensor) -> None:
                 rows = output_rows(gradient, layout)
                 square = (rows if mask is None else rows[mask]).float().square()  # (tokens, out)
                 calls[call] = square.sum(1).cpu()
-                self._output_sums[name] = self._output_sums.get(name, 0) + square.sum(0, dtype=self._dtype)
+                outputs = slice(None) if layout == "conv" else target.rows(slab)
+                self._output_sum(target)[outputs] += square.sum(0, dtype=self._dtype)
 
             leaf = output if output.requires_grad else output.detach().requires_grad_()
             watched = leaf.clone()  # a later operation in place does not change which tensor the gradient is for

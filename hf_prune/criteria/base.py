@@ -65,6 +65,9 @@ class Select(Protocol):
 class WeightStats:
     """The statistics of one weight matrix; those that a criterion does not need are None.
 
+    Where experts lie in one parameter, statistics of the inputs have one part for each of them, as a first dimension,
+    until :meth:`slab` takes one expert's. Criteria never see more than one.
+
     Args:
         seed: The seed of this matrix, see :func:`derived_seed`.
         gradient: (out, in) gradient of the loss, averaged over all calibration examples, float32.
@@ -107,6 +110,18 @@ class WeightStats:
             name: value[rows] for name in GRADIENTS | CURVATURE | TRAINED if (value := getattr(self, name)) is not None
         }
         return dataclasses.replace(self, **parts)
+
+    def slab(self, number: int, rows: slice) -> WeightStats:
+        """The statistics of one of several matrices that lie one above the other, each with inputs of its own.
+
+        Args:
+            number: Of the matrix: statistics of the inputs have one part for each.
+            rows: Its outputs.
+        """
+        own = {name: value[number] for name in INPUTS if (value := getattr(self, name)) is not None}
+        shared = GRADIENTS | CURVATURE | TRAINED | DIFFERENCES
+        parts = {name: value[rows] for name in shared if (value := getattr(self, name)) is not None}
+        return dataclasses.replace(self, seed=derived_seed(self.seed, number), **own, **parts)
 
 
 def derived_seed(seed: int, *place: object) -> int:

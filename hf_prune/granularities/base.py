@@ -52,11 +52,11 @@ class Granularity(ABC):
 
     def misfit(self, target: Target) -> str | None:
         """Why a target cannot be divided into these units, or None if it can."""
-        rows, columns = self.block_in(target.matrix_shape)
-        out = target.matrix_shape[0]
+        out, inputs = target.slab_shape
+        rows, columns = self.block_in(target.slab_shape)
         if out % rows:
             return f"its {out} outputs are not a multiple of {rows}"
-        if columns != target.matrix_shape[1] and target.inputs % columns:
+        if columns != inputs and target.inputs % columns:
             return f"its {target.inputs} inputs are not a multiple of {columns}"
         if self.pool is not None and target.inputs % self.pool:
             return f"its {target.inputs} inputs are not a multiple of {self.pool}"
@@ -70,6 +70,11 @@ class Granularity(ABC):
         """How many units lie along the outputs and the inputs of a matrix of the given shape."""
         rows, columns = self.block_in(shape)
         return shape[0] // rows, shape[1] // columns
+
+    def grid(self, target: Target) -> tuple[int, int]:
+        """How many units lie along the outputs and the inputs of a target's matrix; none lies in two slabs."""
+        rows, columns = self.units(target.slab_shape)
+        return target.slabs * rows, columns
 
     def groups(self, tensor: str, shape: tuple[int, int]) -> Iterator[Group]:
         """The units one by one: the definition, for tests and small tensors."""

@@ -18,14 +18,17 @@ class Target:
     Args:
         name: The parameter's name in ``model.named_parameters()``.
         module: The name of its module.
-        layout: ``"linear"`` (out, in), ``"conv1d"`` (in, out) or ``"conv"`` (out, in, *kernel).
+        layout: Of each slab: ``"linear"`` (out, in), ``"conv1d"`` (in, out) or ``"conv"`` (out, in, *kernel).
         shape: The parameter's shape.
+        slabs: How many matrices lie in the parameter one after the other, each with inputs of its own: the experts of
+            a packed parameter, the groups of a convolution.
     """
 
     name: str
     module: str
     layout: str
     shape: tuple[int, ...]
+    slabs: int = 1
 
     @property
     def size(self) -> int:
@@ -33,33 +36,60 @@ class Target:
         return math.prod(self.shape)
 
     @property
+    def slab_shape(self) -> tuple[int, int]:
+        """(out, in) of the canonical matrix of each slab."""
+        if self.layout == "conv":
+            out = self.shape[0] // self.slabs
+        elif self.layout == "conv1d":
+            out = self.shape[-1]
+        else:
+            out = self.size // self.slabs // self.shape[-1]
+        return out, self.size // self.slabs // out
+
+    @property
     def matrix_shape(self) -> tuple[int, int]:
-        """(out, in) of the canonical matrix."""
-        if self.layout == "conv1d":
-            return self.shape[1], self.shape[0]
-        return self.shape[0], self.size // self.shape[0]
+        """(slabs * out, in) of the canonical matrix, in which the slabs lie one above the other."""
+        out, inputs = self.slab_shape
+        return self.slabs * out, inputs
 
     @property
     def inputs(self) -> int:
         """The number of input features or channels: so many consecutive columns belong to one kernel position."""
-        return self.shape[0] if self.layout == "conv1d" else self.shape[1]
+        return self.shape[1] if self.layout == "conv" else self.slab_shape[1]
+
+    @property
+    def label(self) -> str:
+        """What users call it: its module, or the parameter where the module may have several."""
+        return self.module if self.name.rpartition(".")[2] == "weight" else self.name
+
+    def rows(self, slab: int) -> slice:
+        """The rows of one slab in the canonical matrix."""
+        out = self.slab_shape[0]
+        return slice(slab * out, (slab + 1) * out)
+
+    def slab(self, number: int) -> Target:
+        """One slab as a target by itself, whose canonical matrix is a part of this one's."""
+        out, inputs = self.slab_shape
+        layout, shape = ("conv", (out, *self.shape[1:])) if self.layout == "conv" else ("linear", (out, inputs))
+        return self if self.slabs == 1 else Target(f"{self.name}[{number}]", self.module, layout, shape)
 
     def matrix(self, tensor: Tensor) -> Tensor:
-        """The canonical (out, in) matrix of a tensor shaped like the weight; a view where possible."""
-        if self.layout == "conv1d":
-            return tensor.t()
+        """The canonical (slabs * out, in) matrix of a tensor shaped like the weight; a view where possible."""
         if self.layout == "conv":
             return tensor.movedim(1, -1).reshape(self.matrix_shape)  # (out, *kernel, in) -> (out, kernel * in)
-        return tensor
+        if self.layout == "conv1d":
+            out, inputs = self.slab_shape
+            tensor = tensor.reshape(self.slabs, inputs, out).mT  # (slabs, out, in)
+        return tensor.reshape(self.matrix_shape)
 
     def native(self, matrix: Tensor) -> Tensor:
         """The inverse of :meth:`matrix`: a contiguous tensor in the layout of the weight."""
-        if self.layout == "conv1d":
-            return matrix.t().contiguous()
         if self.layout == "conv":
             channels_last = matrix.reshape(self.shape[0], *self.shape[2:], self.shape[1])
             return channels_last.movedim(-1, 1).contiguous()
-        return matrix.contiguous()
+        if self.layout == "conv1d":
+            matrix = matrix.reshape(self.slabs, *self.slab_shape).mT  # (slabs, in, out)
+        return matrix.reshape(self.shape).contiguous()
 
 
 def is_finite(tensor: Tensor) -> bool:

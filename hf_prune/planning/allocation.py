@@ -49,7 +49,7 @@ def erdos_renyi_kernel(sparsity: float, targets: Sequence[Target]) -> dict[str, 
     Returns:
         Sparsity by parameter name.
     """
-    raw = {target.name: sum(target.shape) / target.size for target in targets}
+    raw = {target.name: _density(target) for target in targets}
     dense: set[str] = set()
     while True:
         budget = (1 - sparsity) * sum(t.size for t in targets) - sum(t.size for t in targets if t.name in dense)
@@ -61,15 +61,21 @@ def erdos_renyi_kernel(sparsity: float, targets: Sequence[Target]) -> dict[str, 
         dense |= full
 
 
+def _density(target: Target) -> float:
+    """(sum of dimensions) / (product of dimensions) of a weight, or of each expert in it."""
+    shape = target.shape if target.layout == "conv" else target.slab_shape
+    return sum(shape) / math.prod(shape)
+
+
 def _explicit(allocation: Mapping[str, float], sparsity: float, targets: Sequence[Target]) -> dict[str, float]:
     result = {target.name: sparsity for target in targets}
     named: dict[str, list[str]] = {}
     for target in targets:
-        for suffix in suffixes(target.module):
+        for suffix in {*suffixes(target.module), *suffixes(target.label)}:
             named.setdefault(suffix, []).append(target.name)
     for module, value in sorted(allocation.items(), key=lambda item: len(item[0])):  # longer names win
         if not (matched := named.get(module)):
-            raise PlanError(f"allocation: {unknown_name('target module', module, [t.module for t in targets])}")
+            raise PlanError(f"allocation: {unknown_name('target module', module, [t.label for t in targets])}")
         result.update(dict.fromkeys(matched, value))
     return result
 

@@ -9,39 +9,48 @@ from torch import nn
 
 from hf_prune.kernels.matrix import Target
 from hf_prune.planning.config import PruningConfig
-from hf_prune.planning.targets import (
-    ALL_LINEAR,
-    module_matches,
-    output_embeddings,
-    prunable_modules,
-    quick_pattern,
-)
+from hf_prune.planning.prunable import Convolution, output_embeddings, prunable_weights, stays_dense
+from hf_prune.planning.targets import ALL_LINEAR, module_matches, quick_pattern
 from hf_prune.utils.wrapping import adapters, copied_modules
-
-_RAW_CHANNELS = 4  # a convolution of at most so many channels reads pixels or samples
 
 
 def uncovered_matrices(model: nn.Module) -> dict[str, int]:
-    """Matrices that no config can target, such as fused experts: sizes by parameter name.
+    """Matrices that no config can target, such as experts of an unknown kind: sizes by parameter name.
 
     Embeddings are left out: their rows are looked up, not multiplied.
 
     Args:
         model: Any torch module.
     """
-    covered = {id(p) for _, (module, _) in prunable_modules(model) for p in module.parameters(recurse=False)}
+    covered = {id(weight.weight) for weight in prunable_weights(model)}
+    covered |= {id(b) for w in prunable_weights(model) if w.bias and (b := w.module._parameters.get(w.bias)) is not None}
     covered |= {id(p) for module in adapters(model) for p in module.parameters(recurse=False)}
     covered |= {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     matrices = {name: p for name, p in model.named_parameters() if id(p) not in covered}
     return {name: p.numel() for name, p in matrices.items() if sum(size > 1 for size in p.shape) > 1}
 
 
+def left_dense(model: nn.Module, config: PruningConfig, targets: Collection[Target]) -> dict[str, int]:
+    """Weights that the default targets leave dense by choice: sizes by parameter name.
+
+    Args:
+        model: Any torch module.
+        config: Its ``target_modules``; if they name modules, nothing is left by our choice.
+        targets: The targets that the config leads to.
+    """
+    if config.target_modules != ALL_LINEAR:
+        return {}
+    names, pruned = {id(parameter): name for name, parameter in model.named_parameters()}, {t.name for t in targets}
+    chosen = {names[id(w.weight)]: w.weight.numel() for w in prunable_weights(model) if stays_dense(w)}
+    return {name: size for name, size in chosen.items() if name not in pruned}
+
+
 def passed_over(model: nn.Module, config: PruningConfig, targets: Collection[Target]) -> dict[str, int]:
     """Matrices that a config asks to prune and that are not among the targets: sizes by parameter name, largest first.
 
-    By default these are fused experts and the like, convolutions, parametrized layers, and matrices that the
-    granularity does not divide. Embeddings (also by convolutions of pixels), the output embedding and modules in
-    ``exclude_modules`` are not counted.
+    By default these are parametrized layers, experts of an unknown kind and the like, and matrices that the granularity
+    does not divide. Embeddings, what is left dense by choice, the output embedding and modules in ``exclude_modules``
+    are not counted.
 
     Args:
         model: Any torch module.
@@ -53,18 +62,16 @@ def passed_over(model: nn.Module, config: PruningConfig, targets: Collection[Tar
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     sizes = {n: size for n, size in uncovered_matrices(model).items() if model.get_submodule(owner_of(n)) not in heads}
     copied = copied_modules(model)
-    owner = {name: copied.get(model.get_submodule(owner_of(name)), owner_of(name)) for name in sizes}
-    for module_name, (module, layout) in prunable_modules(model):
-        weight = module._parameters["weight"]
-        assert weight is not None
-        name = names[id(weight)]
-        embeds = isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and module.in_channels <= _RAW_CHANNELS
-        all_excluded = config.exclude_modules == ALL_LINEAR and layout != "conv"
-        if name not in target_names and module not in heads and not embeds and not all_excluded:
-            owner[name], sizes[name] = module_name, weight.numel()
+    owner = {name: (copied.get(model.get_submodule(owner_of(name)), owner_of(name)),) for name in sizes}
+    for weight in prunable_weights(model):
+        name = names[id(weight.weight)]
+        all_excluded = config.exclude_modules == ALL_LINEAR and not stays_dense(weight)
+        chosen = config.target_modules == ALL_LINEAR and stays_dense(weight)
+        if name not in target_names and weight.module not in heads and not chosen and not all_excluded:
+            owner[name], sizes[name] = weight.names, weight.weight.numel()
 
-    def means(pattern: str | Collection[str], name: str) -> bool:
-        return pattern != ALL_LINEAR and module_matches(name, pattern)
+    def means(pattern: str | Collection[str], names: tuple[str, ...]) -> bool:
+        return pattern != ALL_LINEAR and any(module_matches(name, pattern) for name in names)
 
     included, excluded = quick_pattern(config.target_modules), quick_pattern(config.exclude_modules)
     names_meant = [
@@ -80,7 +87,7 @@ def owner_of(name: str) -> str:
     return re.split(r"\.?parametrizations\.", name)[0] if "parametrizations." in name else name.rpartition(".")[0]
 
 
-def parametrized_linears(names: Collection[str], model: nn.Module) -> list[str]:
-    """The Linear modules whose weight is computed from some of the named parameters."""
+def parametrized(names: Collection[str], model: nn.Module) -> list[str]:
+    """The Linears and convolutions whose weight is computed from some of the named parameters."""
     owners = {owner: model.get_submodule(owner) for owner in map(owner_of, names)}
-    return [n for n, m in owners.items() if isinstance(m, nn.Linear) and "weight" not in m._parameters]
+    return [n for n, m in owners.items() if isinstance(m, nn.Linear | Convolution) and "weight" not in m._parameters]

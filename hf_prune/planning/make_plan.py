@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from torch import Tensor, nn
 
 from hf_prune.architectures.kinds.channel import coupled_parameters, find_channel_groups
-from hf_prune.criteria.base import CURVATURE, INPUTS, WIDEST_FISHER_BLOCK
+from hf_prune.criteria.base import CURVATURE, WIDEST_FISHER_BLOCK
 from hf_prune.criteria.registry import CRITERIA
 from hf_prune.errors import PlanError
 from hf_prune.granularities.base import Granularity
@@ -15,7 +15,7 @@ from hf_prune.granularities.registry import parse_granularity
 from hf_prune.kernels.matrix import Target, is_finite
 from hf_prune.planning.allocation import allocate
 from hf_prune.planning.config import PruningConfig
-from hf_prune.planning.coverage import owner_of, parametrized_linears, passed_over, uncovered_matrices
+from hf_prune.planning.coverage import left_dense, owner_of, parametrized, passed_over, uncovered_matrices
 from hf_prune.planning.plan import PlannedTensor, PruningPlan, least_weights, percent
 from hf_prune.planning.targets import divisible, resolve_targets
 from hf_prune.utils.notices import CoverageWarning, warn_user
@@ -68,7 +68,6 @@ def make_plan(
     parameters = dict(model.named_parameters())
     if loaded:
         refuse_infinite({t.name: parameters[t.name].detach() for t in targets})
-    _refuse_inputs(model, targets, config)
     _refuse_wide_units(targets, granularity, config)
     tensors, remove = _count(targets, config, granularity, masks or {}, learned)
     _refuse_regrowth(tensors, remove, config)
@@ -81,6 +80,7 @@ def make_plan(
         total_bytes=sum(p.numel() * p.element_size() for p in parameters.values()),
         element_size=parameters[targets[0].name].element_size(),
         uncovered=uncovered_matrices(model),
+        left_dense=left_dense(model, config, targets),
         notes=coverage_notes(model, config, targets, left_out),
     )
 
@@ -100,8 +100,8 @@ def coverage_notes(
 ) -> tuple[str, ...]:
     """Sentences about matrices that a config names and that stay dense all the same.
 
-    Position embeddings, class tokens and the convolution that cuts an image into patches are matrices too. In common
-    models without fused experts they are up to 6 % of the weights, too few for a sentence.
+    Position embeddings and class tokens are matrices too. In common models they are up to 6 % of the weights, too few
+    for a sentence.
 
     Args:
         model: Any torch module.
@@ -122,7 +122,7 @@ def coverage_notes(
             f"Not pruned, since modules_to_save trains copies of them: {_some(sorted(set(copied.values())))}; prune "
             f"before the adapters are added, or after they are merged."
         )
-    if computed := parametrized_linears(missed, model):
+    if computed := parametrized(missed, model):
         notes.append(
             f"Left dense, since their weights are computed from others (weight norm or another parametrization): "
             f"{_some(computed)}; torch.nn.utils.parametrize.remove_parametrizations makes plain weights of them."
@@ -131,8 +131,8 @@ def coverage_notes(
     whole = sum(t.size for t in targets) + dense
     if dense and dense >= _MUCH * whole:
         explained = {*left_out, *computed, *copied}
-        unexplained = {name: size for name, size in missed.items() if owner_of(name) not in explained}
-        covers = "pruning covers Linear and Conv1D, convolutions that target_modules names, and no fused experts"
+        unexplained = {name: size for name, size in missed.items() if not {name, owner_of(name)} & explained}
+        covers = "pruning covers Linear, Conv1D, convolutions, recurrent layers, attention and experts that it knows"
         reason = (
             f": {covers}" if unexplained == missed else f". Of {_largest(unexplained)}: {covers}" if unexplained else ""
         )
@@ -159,23 +159,9 @@ def refuse_infinite(weights: Mapping[str, Tensor]) -> None:
         raise PlanError(f"NaN or infinite values in {_some(bad)}: expected finite weights; check how they were made")
 
 
-def _refuse_inputs(model: nn.Module, targets: list[Target], config: PruningConfig) -> None:
-    """Refuse grouped convolutions where inputs are needed: their outputs do not share one matrix of inputs."""
-    if config.repair is None and not CRITERIA.get(config.criterion).needs & INPUTS:
-        return
-    modules = dict(model.named_modules())
-    grouped = [t.module for t in targets if t.layout == "conv" and t.inputs != modules[t.module].in_channels]
-    if grouped:
-        who = f"criterion {config.criterion!r}" if config.repair is None else f"repair={config.repair!r}"
-        raise PlanError(
-            f"{who} cannot handle grouped convolutions, whose outputs see different inputs, and found "
-            f"{_some(grouped)}: list those modules in exclude_modules"
-        )
-
-
 def _refuse_wide_units(targets: list[Target], granularity: Granularity, config: PruningConfig) -> None:
     """Refuse units too wide for a block of the Fisher matrix, whose size is that of the unit squared."""
-    width = granularity.pool or max(granularity.block_in(t.matrix_shape)[1] for t in targets)
+    width = granularity.pool or max(granularity.block_in(t.slab_shape)[1] for t in targets)
     if config.needs & CURVATURE and width > WIDEST_FISHER_BLOCK:
         raise PlanError(
             f"criterion {config.criterion!r} inverts blocks of neighbouring inputs, and granularity "
@@ -197,16 +183,25 @@ def _count(
     sparsities = learned or allocate(config.allocation, config.sparsity, targets)
     tensors = []
     for target in targets:
-        rows, columns = granularity.units(target.matrix_shape)
+        rows, columns = granularity.grid(target)
         units, sparsity = rows * columns, sparsities[target.name]
         mask = masks.get(target.name)
         already = 0 if mask is None else mask.numel() - int(mask.count_nonzero())
-        pool = granularity.pool or (columns if config.scope == "row" else units)
+        pool = granularity.pool or (columns if config.scope == "row" else units // pools_of(target, config))
         remove = None if unknown else round(sparsity * pool) * (units // pool)
         tensors.append(PlannedTensor(target, None if remove is None else sparsity, units, pool, remove, already))
     if unknown:
         return tuple(tensors), round(config.sparsity * sum(t.units for t in tensors))
     return tuple(tensors), sum(t.remove or 0 for t in tensors)
+
+
+def pools_of(target: Target, config: PruningConfig) -> int:
+    """In how many pools the units of a target compete in scope layer: those of each expert among themselves.
+
+    The groups of a convolution are one layer, unless a criterion repairs: then each is decided on by itself.
+    """
+    together = target.layout == "conv" and not CRITERIA.get(config.criterion).repairs
+    return 1 if together else target.slabs
 
 
 def _refuse_regrowth(tensors: tuple[PlannedTensor, ...], remove: int, config: PruningConfig) -> None:

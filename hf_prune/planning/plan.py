@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from hf_prune.criteria.base import INPUTS, Criterion
@@ -36,6 +36,18 @@ class PlannedTensor:
     remove: int | None
     already: int
 
+    def slab(self, number: int) -> PlannedTensor:
+        """What the plan removes from one of several experts in the weight; earlier prunings are not counted.
+
+        Args:
+            number: Of the expert.
+        """
+        target, slabs = self.target, self.target.slabs
+        units = self.units // slabs
+        remove = None if self.remove is None else self.remove // slabs
+        pool = min(self.pool, units)
+        return PlannedTensor(target.slab(number), self.sparsity, units, pool, remove, already=0)
+
 
 @dataclass(frozen=True)
 class PruningPlan:
@@ -51,6 +63,7 @@ class PruningPlan:
         element_size: Bytes of one target weight (of the first target).
         uncovered: Sizes of matrices that no config can target, by name (see ``coverage.uncovered_matrices``).
         notes: Sentences about matrices that the settings name and that stay dense all the same.
+        left_dense: Sizes of weights that are left dense by choice, by name (see ``coverage.left_dense``).
     """
 
     config: PruningConfig
@@ -62,6 +75,7 @@ class PruningPlan:
     element_size: int
     uncovered: Mapping[str, int]
     notes: tuple[str, ...] = ()
+    left_dense: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def criterion(self) -> Criterion:
@@ -110,6 +124,7 @@ class PruningPlan:
             "removed_parameters": self.removed_parameters,
             "removed_parameters_is_exact": self.is_exact,
             "uncovered_parameters": sum(self.uncovered.values()),
+            "left_dense_parameters": sum(self.left_dense.values()),
             "notes": [*self.notes, *sparsity_notes(self.config)],
             "tensors": [
                 {
@@ -160,11 +175,17 @@ class PruningPlan:
             f"{format_count(targets - removed).strip()} with a non-zero weight. "
             f"Dense kernels compute the zeros too: zeros alone bring no speed-up.",
         ]
+        if self.left_dense:
+            count, first = sum(self.left_dense.values()), next(iter(self.left_dense))
+            lines.append(
+                f"Left dense by choice: {count:,} weights in {len(self.left_dense)} depthwise or first convolutions, "
+                f"such as {first}; target_modules can name them."
+            )
         if self.uncovered:
             count, first = sum(self.uncovered.values()), next(iter(self.uncovered))
             lines.append(
-                f"Not covered: {count:,} parameters in {len(self.uncovered)} matrices outside Linear, Conv1D and "
-                f"convolutions, such as {first}."
+                f"Not covered: {count:,} parameters in {len(self.uncovered)} matrices of no kind that can be pruned, "
+                f"such as {first}."
             )
         lines += [*self.notes, *sparsity_notes(config)]
         return "\n".join(lines)

@@ -1,7 +1,8 @@
 """Which weights are pruned, and the one canonical (out_features, in_features) view of them.
 
 Layouts differ: ``nn.Linear`` stores (out, in), the ``Conv1D`` of GPT-2 (in, out), convolutions
-(out, in / groups, *kernel). Everything after this module sees a matrix with outputs as rows and inputs as columns. The
+(out, in / groups, *kernel), packed experts one such matrix after the other. Everything after this module sees a matrix
+with outputs as rows and inputs as columns; experts, and the groups of a convolution, lie in it one above the other. The
 columns of a convolution run over kernel positions and, fastest, over input channels, so that M consecutive columns are
 M consecutive inputs.
 """
@@ -9,7 +10,7 @@ M consecutive inputs.
 from __future__ import annotations
 
 import bisect
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 import regex
@@ -17,9 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from hf_prune.errors import PlanError
+from hf_prune.criteria.registry import CRITERIA
 from hf_prune.granularities.registry import parse_granularity
 from hf_prune.kernels.matrix import Target
 from hf_prune.planning.config import PruningConfig
+from hf_prune.planning.prunable import PrunableWeight, output_embeddings, prunable_weights, stays_dense
 from hf_prune.utils.number_formats import refuse_quantized
 from hf_prune.utils.registry import unknown_name
 from hf_prune.utils.torch_masks import refuse_torch_masks
@@ -51,12 +54,14 @@ def resolve_targets(
     """
     refuse_quantized(model)
     refuse_torch_masks(model)
-    prunable = dict(prunable_modules(model))
+    prunable = list(prunable_weights(model))
+    known = [name for weight in prunable for name in weight.names]
     every_name = [name for name, _ in model.named_modules(remove_duplicate=False)]
+    every_name += [weight.path for weight in prunable if weight.attribute != "weight"]
     if adapted := bool(adapters(model)):
         every_name += [unadapted_name(name) for name in every_name]
     for setting in ("target_modules", "exclude_modules"):
-        _check_matches(setting, getattr(config, setting), every_name, prunable)
+        _check_matches(setting, getattr(config, setting), every_name, known)
     heads = output_embeddings(model)
     aliases: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
@@ -64,25 +69,26 @@ def resolve_targets(
 
     included, excluded = quick_pattern(config.target_modules), quick_pattern(config.exclude_modules)
 
-    def means(pattern: str | Collection[str], module: nn.Module, layout: str) -> bool:
+    def means(pattern: str | Collection[str], weight: PrunableWeight) -> bool:
         if pattern == ALL_LINEAR:
-            return layout != "conv" and module not in heads
-        return any(module_matches(name, pattern) for name in aliases[id(module)])
+            return not stays_dense(weight) and weight.module not in heads
+        modules = aliases[id(weight.module)]
+        names = modules if weight.attribute == "weight" else [*modules, *(f"{m}.{weight.attribute}" for m in modules)]
+        return any(module_matches(name, pattern) for name in names)
 
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     targets: dict[int, Target] = {}
-    for module_name, (module, layout) in prunable.items():
-        if means(excluded, module, layout) or not means(included, module, layout):
+    for weight in prunable:
+        if means(excluded, weight) or not means(included, weight):
             continue
-        if only is not None and not any(name in only for name in aliases[id(module)]):
+        if only is not None and not any(name in only for name in aliases[id(weight.module)]):
             continue
-        weight = module._parameters["weight"]
-        assert weight is not None
-        if layout == "linear" and 0 in (module.out_features, module.in_features):
-            continue  # shrink() has removed all of it
-        if id(weight) not in targets:
-            _check_weight(module_name, weight, loaded)
-            targets[id(weight)] = Target(names[id(weight)], module_name, layout, tuple(weight.shape))
+        parameter = weight.weight
+        if weight.layout == "linear" and _is_removed(weight):
+            continue
+        if id(parameter) not in targets:
+            _check_weight(weight.path, parameter, loaded)
+            targets[id(parameter)] = weight.target(names[id(parameter)])
     if not targets:
         copied = ", ".join(dict.fromkeys(copied_modules(model).values()))
         raise PlanError(
@@ -126,37 +132,6 @@ def suffixes(name: str) -> Iterator[str]:
         yield name
 
 
-def prunable_modules(model: nn.Module) -> Iterator[tuple[str, tuple[nn.Module, str]]]:
-    """The modules that multiply with a weight that can be pruned: name, (module, layout), in the model's order."""
-    from transformers.pytorch_utils import Conv1D
-
-    passed_over = adapters(model).keys() | copied_modules(model).keys()
-    for name, module in model.named_modules():
-        if module in passed_over:
-            continue
-        if not isinstance(getattr(module, "_parameters", {}).get("weight"), nn.Parameter):
-            continue
-        if isinstance(module, nn.Linear):
-            yield name, (module, "linear")
-        elif isinstance(module, Conv1D):
-            yield name, (module, "conv1d")
-        elif isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-            yield name, (module, "conv")
-
-
-def output_embeddings(model: nn.Module) -> set[nn.Module]:
-    """The output embeddings of a model and of models inside it, with all modules in them, such as adapted layers."""
-    heads: set[nn.Module] = set()
-    for module in model.modules():
-        try:
-            head = getattr(module, "get_output_embeddings", lambda: None)()
-        except (AttributeError, NotImplementedError):  # a model without one
-            continue
-        if isinstance(head, nn.Module):
-            heads |= {head, *head.modules()}
-    return heads
-
-
 def _check_matches(setting: str, pattern: str | tuple[str, ...], names: list[str], prunable: Collection[str]) -> None:
     """Refuse a name that matches no module: a typing error would silently prune or protect nothing."""
     if pattern == ALL_LINEAR or not pattern:
@@ -176,25 +151,32 @@ def _check_matches(setting: str, pattern: str | tuple[str, ...], names: list[str
             raise PlanError(f"{setting}: {unknown_name('module', suffix, known)}")
 
 
-def _check_weight(module_name: str, weight: Tensor, loaded: bool) -> None:
+def _is_removed(weight: PrunableWeight) -> bool:
+    """Whether shrink() has removed all of a weight."""
+    if isinstance(weight.module, nn.Linear):
+        return 0 in (weight.module.out_features, weight.module.in_features)
+    return not weight.called and weight.weight.numel() == 0
+
+
+def _check_weight(name: str, weight: Tensor, loaded: bool) -> None:
     if weight.is_meta and loaded:
         raise PlanError(
-            f"{module_name}.weight is on the meta device (offloaded or not loaded): load the model without "
+            f"{name} is on the meta device (offloaded or not loaded): load the model without "
             f"offloading before pruning it"
         )
     if weight.numel() == 0:
         raise PlanError(
-            f"{module_name}.weight has no elements (shape {tuple(weight.shape)}): gather partitioned weights before "
+            f"{name} has no elements (shape {tuple(weight.shape)}): gather partitioned weights before "
             f"pruning, or list the module in exclude_modules"
         )
 
 
-def _available(prunable: dict[str, tuple[nn.Module, str]]) -> str:
+def _available(prunable: Sequence[PrunableWeight]) -> str:
     if not prunable:
         return "no Linear, Conv1D or convolution at all"
     kinds: dict[str, set[str]] = {}
-    for name, (module, _) in prunable.items():
-        kinds.setdefault(type(module).__name__, set()).add(name.rsplit(".", 1)[-1])
+    for weight in prunable:
+        kinds.setdefault(type(weight.module).__name__, set()).add(weight.names[-1].rsplit(".", 1)[-1])
     return "; ".join(f"{kind} named {', '.join(sorted(names))}" for kind, names in sorted(kinds.items()))
 
 
@@ -228,9 +210,19 @@ def refuse_read_only(model: nn.Module) -> None:
 def divisible(targets: list[Target], config: PruningConfig) -> tuple[list[Target], dict[str, str]]:
     """Split targets into those that the granularity divides into units and the reasons for others, by module name."""
     granularity = parse_granularity(config.granularity)
-    misfits = {t.name: (t, why) for t in targets if (why := granularity.misfit(t)) is not None}
-    left_out = {t.module: f"{t.shape}: {why}" for t, why in misfits.values()}
+    misfits = {t.name: (t, why) for t in targets if (why := granularity.misfit(t) or _lone_units(t, config)) is not None}
+    left_out = {t.label: f"{t.shape}: {why}" for t, why in misfits.values()}
     return [t for t in targets if t.name not in misfits], left_out
+
+
+def _lone_units(target: Target, config: PruningConfig) -> str | None:
+    """Why the groups of a convolution cannot be decided on one by one, as a criterion that repairs does."""
+    if target.layout != "conv" or target.slabs == 1 or not CRITERIA.get(config.criterion).repairs:
+        return None
+    rows, columns = parse_granularity(config.granularity).units(target.slab_shape)
+    if rows * columns > 1:
+        return None
+    return f"each of its {target.slabs} groups is a single unit, and criterion {config.criterion!r} needs several"
 
 
 def bias_names(model: nn.Module, targets: Collection[Target]) -> dict[str, str]:
@@ -247,12 +239,13 @@ def bias_names(model: nn.Module, targets: Collection[Target]) -> dict[str, str]:
     biases: dict[str, list[Tensor | None]] = {}
     users: dict[int, int] = {}
     for module in model.modules():
-        bias = module._parameters.get("bias")
-        if bias is not None:
-            users[id(bias)] = users.get(id(bias), 0) + 1
-    for _, (module, _) in prunable_modules(model):  # a tied embedding does not count
-        if (name := names.get(id(module._parameters["weight"]))) in target_names:
+        for attribute, parameter in module._parameters.items():
+            if parameter is not None and "bias" in attribute:
+                users[id(parameter)] = users.get(id(parameter), 0) + 1
+    for weight in prunable_weights(model):  # a tied embedding does not count
+        if (name := names.get(id(weight.weight))) in target_names:
             assert name is not None
-            biases.setdefault(name, []).append(module._parameters.get("bias"))
+            bias = None if weight.bias is None else weight.module._parameters.get(weight.bias)
+            biases.setdefault(name, []).append(bias)
     single = {name: of_target[0] for name, of_target in biases.items() if len(of_target) == 1}
     return {name: names[id(b)] for name, b in single.items() if b is not None and users[id(b)] == 1}

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from hf_prune.criteria.base import INPUTS, WeightStats
+from hf_prune.criteria.base import INPUTS, Criterion, WeightStats
 from hf_prune.errors import CalibrationError
 from hf_prune.kernels.least_squares import refit, with_output_correction
 from hf_prune.kernels.matrix import Target, is_finite
@@ -87,42 +88,89 @@ def compute_masks(
         sources = {t.target.name: source(t.target, matrix(t.target)) for t in plan.tensors}
         return {t.target.name: t.target.native(keep) for t, keep in keep_units(plan, plan.tensors, sources)}, weights
     for tensor in plan.tensors:
-        target = tensor.target
-        name, repaired = target.name, None
-        stat, dense, old = stats[name], matrix(target), old_matrix(target)
-        weight, scale = loss_aware_weight(dense, stat) if criterion.needs & INPUTS else (dense, None)
+        target, name = tensor.target, tensor.target.name
+        dense, old = matrix(target), old_matrix(target)
+        slabs = _slabs(tensor, dense, old, stats[name], criterion)
+        repaired: list[Tensor | None] = [None] * len(slabs)
         if fixed_masks is not None:
             keep = target.matrix(fixed_masks[name])
         elif criterion.repairs:
-            select = Selector(criterion.name, tensor, granularity, old)
-            keep, repaired = criterion.prune_weight(weight, stat, select)
-            repaired = repaired if scale is None else repaired / scale
+            kept = []
+            for number, slab in enumerate(slabs):
+                select = Selector(criterion.name, slab.tensor, granularity, slab.old)
+                slab_keep, weight = criterion.prune_weight(slab.weight, slab.stats, select)
+                kept.append(slab_keep)
+                repaired[number] = weight if slab.scale is None else weight / slab.scale
+            keep = torch.cat(kept)
         else:
+            weight = dense if slabs[0].scale is None else torch.cat([slab.weight for slab in slabs])
             ((_, keep),) = keep_units(plan, [tensor], {name: source(target, weight)})
         if plan.config.repair is not None:
-            assert stat.input_gram is not None
             bias = biases.get(name)
-            repaired, new_bias = refit(
-                dense,
-                keep if old is None else keep & old.to(keep.device),
-                stat.input_gram,
-                stat.input_mean,
-                None if bias is None else parameter(bias).detach(),
-                stat.output_change,
-                stat.change_products,
-                start=repaired,
-            )
-            if bias is not None and new_bias is not None:
-                weights[bias] = new_bias.to(parameter(bias).dtype)
+            old_bias = None if bias is None else parameter(bias).detach()
+            new_biases = []
+            for number, slab in enumerate(slabs):
+                rows = target.rows(number)
+                assert slab.stats.input_gram is not None
+                repaired[number], new_bias = refit(
+                    slab.dense,
+                    keep[rows] if slab.old is None else keep[rows] & slab.old.to(keep.device),
+                    slab.stats.input_gram,
+                    slab.stats.input_mean,
+                    None if old_bias is None else old_bias.reshape(-1)[rows],
+                    slab.stats.output_change,
+                    slab.stats.change_products,
+                    start=repaired[number],
+                )
+                if new_bias is not None:
+                    new_biases.append(new_bias)
+            if bias is not None and old_bias is not None and new_biases:
+                weights[bias] = torch.cat(new_biases).reshape(old_bias.shape).to(old_bias.dtype)
         masks[name] = target.native(keep)
-        if repaired is not None:
-            if not is_finite(repaired):
+        if changed := [weight for weight in repaired if weight is not None]:
+            if not all(map(is_finite, changed)):
                 raise CalibrationError(
                     f"the repaired weights of {name} are not finite: calibrate in float32 or bfloat16, and check the "
                     f"batches"
                 )
-            weights[name] = target.native(repaired.to(matrix(target).dtype))
+            weights[name] = target.native(torch.cat(changed).to(dense.dtype))
     return masks, weights
+
+
+@dataclass(frozen=True)
+class _Slab:
+    """One of the matrices of a weight, as a criterion sees it.
+
+    Args:
+        tensor: What the plan says of it.
+        dense: (out, in).
+        weight: What the criterion gets in its place, see :func:`loss_aware_weight`.
+        scale: (out, 1), by which that is scaled; None if it is not.
+        stats: Its statistics.
+        old: (out, in) bool mask of earlier prunings, or None.
+    """
+
+    tensor: PlannedTensor
+    dense: Tensor
+    weight: Tensor
+    scale: Tensor | None
+    stats: WeightStats
+    old: Tensor | None
+
+
+def _slabs(
+    tensor: PlannedTensor, dense: Tensor, old: Tensor | None, stats: WeightStats, criterion: Criterion
+) -> list[_Slab]:
+    """The matrices of a weight one by one: most weights have a single one."""
+    target, slabs = tensor.target, []
+    for number in range(target.slabs):
+        part, rows, stat = tensor, target.rows(number), stats
+        if target.slabs > 1:
+            part, stat = tensor.slab(number), stats.slab(number, rows)
+        matrix = dense[rows]
+        weight, scale = loss_aware_weight(matrix, stat) if criterion.needs & INPUTS else (matrix, None)
+        slabs.append(_Slab(part, matrix, weight, scale, stat, None if old is None else old[rows]))
+    return slabs
 
 
 def loss_aware_weight(weight: Tensor, stats: WeightStats) -> tuple[Tensor, Tensor | None]:
@@ -185,11 +233,17 @@ def unit_chunks(
         stats: What is known of it.
         old: (out, in) bool mask of earlier prunings, or None.
     """
-    criterion, block = plan.criterion, plan.granularity.block_in(target.matrix_shape)
-    step = len(weight)
-    if criterion.rowwise:
-        step = max(1, CHUNK // (weight.shape[1] * block[0])) * block[0]
-    for start in range(0, len(weight), step):
-        rows = slice(start, start + step)
-        scores = criterion.scores(weight[rows], stats.rows(rows))
-        yield checked_units(scores, block, None if old is None else old[rows], criterion.name, target.name)
+    criterion, block = plan.criterion, plan.granularity.block_in(target.slab_shape)
+    apart = criterion.needs & INPUTS or not criterion.rowwise
+    for number in range(target.slabs if apart else 1):
+        slab, first, length = stats, 0, len(weight)
+        if apart and target.slabs > 1:
+            slab, first, length = stats.slab(number, target.rows(number)), target.rows(number).start, target.slab_shape[0]
+        step = length
+        if criterion.rowwise:
+            step = max(1, CHUNK // (weight.shape[1] * block[0])) * block[0]
+        for start in range(0, length, step):
+            rows = slice(start, min(start + step, length))
+            here = slice(first + rows.start, first + rows.stop)
+            scores = criterion.scores(weight[here], slab.rows(rows))
+            yield checked_units(scores, block, None if old is None else old[here], criterion.name, target.name)

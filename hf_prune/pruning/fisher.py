@@ -97,7 +97,7 @@ def runs(plan: PruningPlan, budget: int = FISHER_BYTES) -> list[list[Piece]]:
     remaining = budget
     for tensor in plan.tensors:
         out, inputs = tensor.target.matrix_shape
-        height, width = plan.granularity.block_in((out, inputs))
+        height, width = plan.granularity.block_in(tensor.target.slab_shape)
         width = plan.granularity.pool or width
         size = block_size(inputs, width)
         cost = height * math.ceil(inputs / size) * size**2 * torch.float64.itemsize
@@ -209,7 +209,7 @@ def prune_by_fisher(
 
     def stats(piece: Piece, fisher: Tensor) -> WeightStats:
         target = piece.tensor.target
-        columns = granularity.block_in(target.matrix_shape)[1]
+        columns = granularity.block_in(target.slab_shape)[1]
         return WeightStats(seed=derived_seed(plan.config.seed, target.name), fisher=fisher, columns=columns)
 
     def score(piece: Piece, fisher: Tensor) -> None:
@@ -218,7 +218,7 @@ def prune_by_fisher(
         if old is not None:
             _decouple(fisher, old)
         weight_scores = criterion.scores(part(piece, parameters), stats(piece, fisher))
-        block = granularity.block_in(piece.tensor.target.matrix_shape)
+        block = granularity.block_in(piece.tensor.target.slab_shape)
         scores[name].append(checked_units(weight_scores, block, old, criterion.name, name))
         waiting.put((name, piece.start), fisher)
         pieces_of[name].append(piece)

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_prune.calibration.accumulators import InputAccumulator
-from hf_prune.calibration.hooks import Watcher
+from hf_prune.calibration.accumulators import SlabAccumulators
 from hf_prune.calibration.input_reader import InputReader, check_finite
 from hf_prune.calibration.padding import first_input
 from hf_prune.calibration.sensitivity import Sensitivity, measure_sensitivity
+from hf_prune.calibration.slabs import slab_number
 from hf_prune.kernels.blocks import spread_blocks
 from hf_prune.kernels.least_squares import damped, layer_errors, least_squares
 from hf_prune.kernels.matrix import Target
@@ -73,8 +73,13 @@ def _fisher(
             old = None if name not in masks else target.matrix(masks[name]).to(gram.device)
             outputs = sensitivity.outputs[name].to(gram)
             with fail_together():
-                block = plan.granularity.block_in(target.matrix_shape)
-                errors[name] = _error_curve(weight, gram, outputs, block, old)
+                block = plan.granularity.block_in(target.slab_shape)
+                curves = []
+                for number, of_slab in enumerate(gram if target.slabs > 1 else gram[None]):
+                    rows = target.rows(number)
+                    kept = None if old is None else old[rows]
+                    curves.append(_error_curve(weight[rows], of_slab, outputs[rows], block, kept))
+                errors[name] = [(share, sum(c[i][1] for c in curves)) for i, (share, _) in enumerate(curves[0])]
         reader.finish(step)
     units = {t.target.name: t.units for t in plan.tensors}
     removed_before = {t.target.name: t.already // (t.target.size // t.units) for t in plan.tensors}
@@ -97,8 +102,8 @@ def weighted_grams(
         yield t, gram
 
 
-def _weighted_sums(reader: InputReader, step: list[Target], sensitivity: Sensitivity) -> dict[str, InputAccumulator]:
-    sums = {t.name: InputAccumulator({"input_gram"}, t.matrix_shape[1]) for t in step}
+def _weighted_sums(reader: InputReader, step: list[Target], sensitivity: Sensitivity) -> dict[str, SlabAccumulators]:
+    sums = {t.name: SlabAccumulators({"input_gram"}, t) for t in step}
     calls: dict[tuple[str, int], int] = {}
 
     def watch(name: str, layout: str) -> Callable[..., None]:
@@ -107,11 +112,12 @@ def _weighted_sums(reader: InputReader, step: list[Target], sensitivity: Sensiti
             call = calls[key] = calls.get(key, -1) + 1
             rows = reader.padding.rows(module, first_input(args, kwargs), layout)
             known = name not in sensitivity.misplaced
-            sums[name].add(rows, sensitivity.weights(*key, call).to(rows.device) if known else None)
+            weights = sensitivity.weights(*key, call).to(rows.device) if known else None
+            sums[name].add(rows, weights, slab=slab_number(module))
 
         return read
 
-    watchers = [Watcher(module, watch(t.name, t.layout)) for t in step for module in reader.holders[t.name]]
+    watchers = [watcher for t in step for watcher in reader.watchers(t.name, watch(t.name, t.layout))]
     reader.run(watchers, range(len(reader.batches)))
     return sums
 
@@ -154,7 +160,8 @@ def _owl(reader: InputReader, steps: list[list[Target]], plan: PruningPlan) -> d
         products = {}
         for t in targets:
             weight = t.matrix(parameters[t.name].detach()).float()
-            products[t.name] = weight.abs() * statistics[t.name]["input_norm"]
+            norms = statistics[t.name]["input_norm"].view(t.slabs, -1)  # of each expert, in an own row
+            products[t.name] = weight.abs() * norms.repeat_interleave(t.slab_shape[0], 0)
         size = sum(sizes[name] for name in products)
         limit = _OUTLIER * sum(float(product.sum()) for product in products.values()) / size
         share = sum(int((product > limit).sum()) for product in products.values()) / size

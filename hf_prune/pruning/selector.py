@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -17,8 +18,8 @@ from hf_prune.planning.plan import PlannedTensor, PruningPlan
 
 def spread_units(plan: PruningPlan, target: Target, keep: Tensor) -> Tensor:
     """(units,) bool -> (out, in) bool."""
-    granularity, shape = plan.granularity, target.matrix_shape
-    return spread_blocks(keep.view(granularity.units(shape)), granularity.block_in(shape))
+    granularity = plan.granularity
+    return spread_blocks(keep.view(granularity.grid(target)), granularity.block_in(target.slab_shape))
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Selector:
     @property
     def block(self) -> tuple[int, int]:
         """(outputs, inputs) of one unit."""
-        return self.granularity.block_in(self.tensor.target.matrix_shape)
+        return self.granularity.block_in(self.tensor.target.slab_shape)
 
     @property
     def pools(self) -> bool:
@@ -84,7 +85,7 @@ class Selector:
 
     def _left(self, device: torch.device) -> Tensor:
         """Bool, one per unit: whether earlier prunings left anything of it."""
-        shape = self.granularity.units(self.tensor.target.matrix_shape)
+        shape = self.granularity.grid(self.tensor.target)
         if self.old is None:
             return torch.ones(shape, dtype=torch.bool, device=device)
         return _alive(self.old.to(device), self.block)
@@ -116,7 +117,25 @@ def select_units(tensor: PlannedTensor, scores: Chunks) -> Tensor:
     if pools == 1:
         return keep_highest([scores], [tensor.units], tensor.remove)[0]
     per_pool = tensor.remove // pools
+    if tensor.pool == tensor.units // tensor.target.slabs:
+        parts = regroup(scores(), tensor.pool)
+        return torch.cat([keep_highest([lambda part=part: [part]], [tensor.pool], per_pool)[0] for part in parts])
     return torch.cat([keep_highest_per_row(c.reshape(-1, tensor.pool), per_pool).reshape(-1) for c in scores()])
+
+
+def regroup(chunks: Iterable[Tensor], size: int) -> Iterator[Tensor]:
+    """Chunks of any shape as flat tensors of one size: the scores of one expert at a time."""
+    waiting: list[Tensor] = []
+    count = 0
+    for chunk in chunks:
+        flat = chunk.reshape(-1)
+        while count + len(flat) >= size:
+            yield torch.cat([*waiting, flat[: size - count]])
+            flat = flat[size - count :]
+            waiting, count = [], 0
+        if len(flat):
+            waiting.append(flat)
+            count += len(flat)
 
 
 def unit_scores(scores: Tensor, block: tuple[int, int], old: Tensor | None) -> Tensor:

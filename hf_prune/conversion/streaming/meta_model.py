@@ -31,7 +31,7 @@ from hf_prune.checkpoint.native import explained_loading, native_class
 from hf_prune.checkpoint.shards import Shards, read_tensor
 from hf_prune.checkpoint.sources import check_model_source
 from hf_prune.errors import CheckpointError, PlanError
-from hf_prune.planning.targets import prunable_modules
+from hf_prune.planning.prunable import prunable_weights
 from hf_prune.utils.formatting import first_few
 from hf_prune.utils.notices import warn_user
 from hf_prune.utils.number_formats import EXPECTED, method_of_config
@@ -176,7 +176,7 @@ def _compute_missing(model: Any, names: Sequence[str]) -> list[str]:
         The names of the computed ones.
     """
     allowed = model._keys_to_ignore_on_load_missing or ()
-    prunable = {id(module._parameters["weight"]) for _, (module, _) in prunable_modules(model)}
+    prunable = {id(weight.weight) for weight in prunable_weights(model)}
     computed = []
     for name in names:
         holder, _, key = name.rpartition(".")

@@ -1,0 +1,129 @@
+"""The weights of a model that can be pruned, which of them stay dense by choice, and its output embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+from hf_prune.architectures.experts import packed_weights
+from hf_prune.kernels.matrix import Target
+from hf_prune.utils.wrapping import adapters, copied_modules
+
+Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
+_RAW_CHANNELS = 4  # a convolution of at most so many channels reads pixels or samples
+
+
+@dataclass(frozen=True, eq=False)
+class PrunableWeight:
+    """A parameter that inputs are multiplied with.
+
+    Args:
+        module_name: The name of the module that holds it.
+        module: The module.
+        layout: See :class:`~hf_prune.kernels.matrix.Target`.
+        attribute: The parameter's name in the module.
+        slabs: See :class:`~hf_prune.kernels.matrix.Target`.
+        bias: The name, in the module, of the parameter that is added to its outputs, if it has one.
+        called: Whether calling the module multiplies its first argument with the weight.
+    """
+
+    module_name: str
+    module: nn.Module
+    layout: str
+    attribute: str = "weight"
+    slabs: int = 1
+    bias: str | None = "bias"
+    called: bool = True
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The parameter."""
+        weight = self.module._parameters[self.attribute]
+        assert weight is not None
+        return weight
+
+    @property
+    def path(self) -> str:
+        """The parameter's name, as its module goes."""
+        return f"{self.module_name}.{self.attribute}" if self.module_name else self.attribute
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What users may call it: its module, and the parameter itself where that is not simply its weight."""
+        return (self.module_name,) if self.attribute == "weight" else (self.module_name, self.path)
+
+    def target(self, name: str) -> Target:
+        """The weight as a target.
+
+        Args:
+            name: The parameter's name in ``model.named_parameters()``.
+        """
+        return Target(name, self.module_name, self.layout, tuple(self.weight.shape), self.slabs)
+
+
+def prunable_weights(model: nn.Module) -> Iterator[PrunableWeight]:
+    """The weights of a model that can be pruned, in the order of its modules.
+
+    These are the weights of Linear, Conv1D, convolutions and recurrent layers, the projections that
+    ``nn.MultiheadAttention`` packs, and packed experts.
+
+    Args:
+        model: Any torch module.
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    passed_over = adapters(model).keys() | copied_modules(model).keys()
+    packed: dict[nn.Module, list[PrunableWeight]] = {}
+    for p in packed_weights(model):
+        weight = PrunableWeight(p.module_name, p.module, p.layout, p.attribute, p.experts, p.bias, called=False)
+        packed.setdefault(p.module, []).append(weight)
+    for name, module in model.named_modules():
+        if module in passed_over:
+            continue
+        if module in packed:
+            yield from packed[module]
+        elif isinstance(module, nn.MultiheadAttention):
+            if isinstance(module._parameters.get("in_proj_weight"), nn.Parameter):
+                yield PrunableWeight(name, module, "linear", "in_proj_weight", 3, "in_proj_bias", called=False)
+            for attribute in ("q_proj_weight", "k_proj_weight", "v_proj_weight"):
+                if isinstance(module._parameters.get(attribute), nn.Parameter):
+                    yield PrunableWeight(name, module, "linear", attribute, bias=None, called=False)
+        elif isinstance(module, nn.RNNBase | nn.RNNCellBase):
+            for attribute in module._parameters:
+                if attribute.startswith("weight_"):
+                    bias = attribute.replace("weight", "bias", 1)
+                    yield PrunableWeight(name, module, "linear", attribute, bias=bias, called=False)
+        elif isinstance(getattr(module, "_parameters", {}).get("weight"), nn.Parameter):
+            if isinstance(module, nn.Linear):
+                yield PrunableWeight(name, module, "linear")
+            elif isinstance(module, Conv1D):
+                yield PrunableWeight(name, module, "conv1d")
+            elif isinstance(module, Convolution):
+                yield PrunableWeight(name, module, "conv", slabs=module.groups)
+
+
+def stays_dense(weight: PrunableWeight) -> bool:
+    """Whether a weight is left dense unless it is named: depthwise convolutions, and those of pixels or samples.
+
+    They have few weights, and each of them matters: a depthwise convolution has one input for each output, and a first
+    convolution sees the whole input through a handful of channels.
+    """
+    module = weight.module
+    if not isinstance(module, Convolution):
+        return False
+    return module.in_channels <= _RAW_CHANNELS or module.in_channels == module.groups
+
+
+def output_embeddings(model: nn.Module) -> set[nn.Module]:
+    """The output embeddings of a model and of models inside it, with all modules in them, such as adapted layers."""
+    heads: set[nn.Module] = set()
+    for module in model.modules():
+        try:
+            head = getattr(module, "get_output_embeddings", lambda: None)()
+        except (AttributeError, NotImplementedError):  # a model without one
+            continue
+        if isinstance(head, nn.Module):
+            heads |= {head, *head.modules()}
+    return heads
