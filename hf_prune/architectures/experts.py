@@ -105,9 +105,7 @@ def packed_weights(model: nn.Module) -> list[PackedWeight]:
             experts = len(parameter) if entry.slabs is None else int(getattr(module, entry.slabs))
             name = f"{module_name}.{entry.attribute}" if module_name else entry.attribute
             bias = entry.bias if entry.bias is not None and module._parameters.get(entry.bias) is not None else None
-            found[id(parameter)] = PackedWeight(
-                name, module_name, module, entry.attribute, experts, entry.layout, bias
-            )
+            found[id(parameter)] = PackedWeight(name, module_name, module, entry.attribute, experts, entry.layout, bias)
     return list(found.values())
 
 

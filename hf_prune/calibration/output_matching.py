@@ -149,7 +149,8 @@ class OutputMatcher:
             if point is None:
                 hand_on(slab_number(module), rows, mask, output)
             else:
-                pending.append((slab_number(module), rows.clone(), mask))  # what comes in between may change it in place
+                rows = rows.clone()  # what comes in between may change it in place
+                pending.append((slab_number(module), rows, mask))
 
         watchers = reader.watchers(name, see, after=True)
         if point is not None:

@@ -103,4 +103,6 @@ def _rows(x: Tensor) -> int:
     return x.numel() // max(1, x.shape[-1])
 
 
-_REORDERS = frozenset("sort flip roll cat stack t transpose permute swapaxes movedim rot90 gather scatter __get__".split())
+_REORDERS = frozenset(
+    "sort flip roll cat stack t transpose permute swapaxes movedim rot90 gather scatter __get__".split()
+)

@@ -21,9 +21,9 @@ from hf_prune.calibration.hooks import Watcher
 from hf_prune.calibration.input_reader import CACHE_BYTES, InputReader
 from hf_prune.calibration.padding import first_input
 from hf_prune.calibration.predictions import sampled_prediction, token_mask
+from hf_prune.calibration.slabs import slab_number
 from hf_prune.criteria.base import derived_seed
 from hf_prune.errors import CalibrationError
-from hf_prune.calibration.slabs import slab_number
 from hf_prune.kernels.matrix import Target, is_finite, output_rows
 from hf_prune.utils.distributed import all_reduce_sum, fail_together, rank_items
 from hf_prune.utils.forward import batch_to_device

@@ -98,14 +98,15 @@ class PackedTarget:
         Raises:
             CalibrationError: If it is not one of the slabs as they are declared.
         """
-        number, rest = divmod(matrix.storage_offset() - parameter.storage_offset(), matrix.numel() or 1)
+        start = int(matrix.storage_offset()) - int(parameter.storage_offset())
+        number, rest = divmod(start, matrix.numel() or 1)
         out, inputs = self._shape
         stride = (1, out) if self.target.layout == "conv1d" else (inputs, 1)
         if tuple(matrix.shape) != self._shape or matrix.stride() != stride or rest or number >= len(self.slabs):
             raise CalibrationError(
                 f"{type(self.owner).__name__} multiplies with a part of {self.target.name} of shape "
-                f"{tuple(matrix.shape)} and strides {matrix.stride()}, as (outputs, inputs): expected {self._shape} and "
-                f"{stride}, one of its {len(self.slabs)} experts as they are declared; choose a criterion without "
+                f"{tuple(matrix.shape)} and strides {matrix.stride()}, as (outputs, inputs): expected {self._shape} "
+                f"and {stride}, one of its {len(self.slabs)} experts as they are declared; choose a criterion without "
                 f"data, or list it in exclude_modules"
             )
         return self.slabs[number]
@@ -197,12 +198,10 @@ class SlabCalls(TorchFunctionMode):
         output, maps = func(*call.args, **call.kwargs)
         return project(output), maps
 
-    def _multiply(
-        self, func: Any, name: str, args: Any, kwargs: Any, parameter: Tensor, entry: PackedTarget
-    ) -> Tensor:
+    def _multiply(self, func: Any, name: str, args: Any, kwargs: Any, parameter: Tensor, entry: PackedTarget) -> Tensor:
         x, weight, *more = args
         if not x.numel():
-            return func(*args, **kwargs)  # type: ignore[no-any-return]
+            return func(*args, **kwargs)
         if weight.dim() == 2:
             slab = entry.slab_of(parameter, weight if name == "linear" else weight.mT)
             output = self._call(slab, x, lambda x: func(x, weight, *more, **kwargs))
@@ -216,12 +215,12 @@ class SlabCalls(TorchFunctionMode):
             slab = entry.slab_of(parameter, matrix.mT)
             routed = x[number].ne(0).any(-1)
             if bool(routed.all()):
-                parts.append(self._call(slab, x[number], lambda _, n=number: whole[n]))
+                parts.append(self._call(slab, x[number], partial(_constant, whole[number])))
             elif bool(routed.any()):
                 places = routed.nonzero().squeeze(1)
                 rows = x[number][places]
                 self._rows.note(rows, x.shape[1], places)
-                output = self._call(slab, rows, lambda _, n=number, at=places: whole[n][at])
+                output = self._call(slab, rows, partial(_constant, whole[number][places]))
                 parts.append(whole[number].index_copy(0, places, output))
             else:
                 parts.append(whole[number])
@@ -232,6 +231,10 @@ class SlabCalls(TorchFunctionMode):
         output: Tensor = slab(x)
         del slab.product
         return output
+
+
+def _constant(output: Tensor, _: Tensor) -> Tensor:
+    return output
 
 
 @contextmanager

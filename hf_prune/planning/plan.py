@@ -178,8 +178,8 @@ class PruningPlan:
         if self.left_dense:
             count, first = sum(self.left_dense.values()), next(iter(self.left_dense))
             lines.append(
-                f"Left dense by choice: {count:,} weights in {len(self.left_dense)} depthwise or first convolutions, "
-                f"such as {first}; target_modules can name them."
+                f"Left dense by choice: {count:,} weights in {len(self.left_dense)} first or depthwise convolutions "
+                f"and routers, such as {first}."
             )
         if self.uncovered:
             count, first = sum(self.uncovered.values()), next(iter(self.uncovered))

@@ -116,6 +116,20 @@ def stays_dense(weight: PrunableWeight) -> bool:
     return module.in_channels <= _RAW_CHANNELS or module.in_channels == module.groups
 
 
+def router_weights(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Matrices by which tokens choose their experts, where these are no Linear: by parameter name.
+
+    They are left alone: they have next to no weights, and decide on what all others compute.
+    """
+    weights = {}
+    for name, module in model.named_modules():
+        if any(word in type(module).__name__ for word in ("Router", "Gate")) and not isinstance(module, nn.Linear):
+            for attribute, parameter in module._parameters.items():
+                if parameter is not None and parameter.dim() == 2:
+                    weights[f"{name}.{attribute}"] = parameter
+    return weights
+
+
 def output_embeddings(model: nn.Module) -> set[nn.Module]:
     """The output embeddings of a model and of models inside it, with all modules in them, such as adapted layers."""
     heads: set[nn.Module] = set()

@@ -17,8 +17,8 @@ import regex
 import torch
 from torch import Tensor, nn
 
-from hf_prune.errors import PlanError
 from hf_prune.criteria.registry import CRITERIA
+from hf_prune.errors import PlanError
 from hf_prune.granularities.registry import parse_granularity
 from hf_prune.kernels.matrix import Target
 from hf_prune.planning.config import PruningConfig
@@ -210,7 +210,9 @@ def refuse_read_only(model: nn.Module) -> None:
 def divisible(targets: list[Target], config: PruningConfig) -> tuple[list[Target], dict[str, str]]:
     """Split targets into those that the granularity divides into units and the reasons for others, by module name."""
     granularity = parse_granularity(config.granularity)
-    misfits = {t.name: (t, why) for t in targets if (why := granularity.misfit(t) or _lone_units(t, config)) is not None}
+    misfits = {
+        t.name: (t, why) for t in targets if (why := granularity.misfit(t) or _lone_units(t, config)) is not None
+    }
     left_out = {t.label: f"{t.shape}: {why}" for t, why in misfits.values()}
     return [t for t in targets if t.name not in misfits], left_out
 

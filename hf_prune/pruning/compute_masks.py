@@ -238,7 +238,8 @@ def unit_chunks(
     for number in range(target.slabs if apart else 1):
         slab, first, length = stats, 0, len(weight)
         if apart and target.slabs > 1:
-            slab, first, length = stats.slab(number, target.rows(number)), target.rows(number).start, target.slab_shape[0]
+            outputs = target.rows(number)
+            slab, first, length = stats.slab(number, outputs), outputs.start, outputs.stop - outputs.start
         step = length
         if criterion.rowwise:
             step = max(1, CHUNK // (weight.shape[1] * block[0])) * block[0]

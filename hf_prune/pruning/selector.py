@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -119,7 +120,7 @@ def select_units(tensor: PlannedTensor, scores: Chunks) -> Tensor:
     per_pool = tensor.remove // pools
     if tensor.pool == tensor.units // tensor.target.slabs:
         parts = regroup(scores(), tensor.pool)
-        return torch.cat([keep_highest([lambda part=part: [part]], [tensor.pool], per_pool)[0] for part in parts])
+        return torch.cat([keep_highest([partial(iter, [part])], [tensor.pool], per_pool)[0] for part in parts])
     return torch.cat([keep_highest_per_row(c.reshape(-1, tensor.pool), per_pool).reshape(-1) for c in scores()])
 
 

@@ -89,13 +89,38 @@ def test_a_shared_module_answers_to_all_its_names():
     assert names(Shared(), "all-linear", ["b"]) == ["c"]
 
 
-def test_convolutions_only_when_named():
+def test_convolutions_are_targets_unless_depthwise_or_first():
     model = models.conv_net()
-    assert names(model) == ["fc"]
-    assert names(model, ["conv1d", "conv2d"]) == ["conv1d", "conv2d"]
+    assert names(model) == [
+        name for name in names(model, ".*") if model.get_submodule(name) not in first_or_depthwise(model)
+    ]
     assert names(model, ".*") == ["conv1d", "conv2d", "grouped", "fc"]
-    assert names(model, ".*", "all-linear") == ["conv1d", "conv2d", "grouped"]
-    assert names(models.tiny_resnet()) == ["classifier.1"]
+    assert names(model, ".*", "all-linear") == [n for n in names(model, ".*") if n not in names(model)]
+    assert names(models.tiny_resnet())[-1] == "classifier.1"
+
+
+def first_or_depthwise(model):
+    convolutions = [m for m in model.modules() if isinstance(m, nn.Conv1d | nn.Conv2d)]
+    return {m for m in convolutions if m.in_channels <= 4 or m.groups == m.in_channels}
+
+
+def test_attention_of_torch_has_three_projections_in_one_weight():
+    """Its output projection is a Linear that it reads without calling it."""
+    attention = nn.MultiheadAttention(8, 2)
+    packed, output = resolve_targets(attention, PruningConfig())
+    assert (packed.name, packed.slabs, packed.matrix_shape, packed.slab_shape) == ("in_proj_weight", 3, (24, 8), (8, 8))
+    assert output.name == "out_proj.weight"
+    assert names(nn.Sequential(attention), ["in_proj_weight"]) == ["0"]
+    apart = nn.MultiheadAttention(8, 2, kdim=6, vdim=4)
+    assert [t.name for t in resolve_targets(apart, PruningConfig())] == [
+        *("q_proj_weight", "k_proj_weight", "v_proj_weight", "out_proj.weight")
+    ]
+
+
+def test_recurrent_layers_are_targets():
+    found = resolve_targets(nn.LSTM(6, 4), PruningConfig())
+    assert [(t.name, t.matrix_shape) for t in found] == [("weight_ih_l0", (16, 6)), ("weight_hh_l0", (16, 4))]
+    assert [t.name for t in resolve_targets(nn.GRUCell(6, 4), PruningConfig())] == ["weight_ih", "weight_hh"]
 
 
 def test_embeddings_and_norms_are_never_targets(bert):
@@ -161,7 +186,7 @@ def test_a_name_that_matches_nothing_is_refused(bert, setting, value, message):
         (nn.Sequential(nn.Conv2d(2, 2, 1)), {}, r"no target matched .*Sequential has Conv2d named 0"),
         (
             models.conv_net(),
-            {"exclude_modules": ["fc"]},
+            {"exclude_modules": ".*"},
             r"ConvNet has Conv1d named conv1d; Conv2d named conv2d, grouped",
         ),
     ],
@@ -205,6 +230,10 @@ LAYOUTS = {
     "conv, one dimension": (nn.Conv1d(4, 6, 3).weight, (6, 12), 4),
     "conv, groups": (nn.Conv2d(4, 6, 3, groups=2).weight, (6, 18), 2),
     "conv, three dimensions": (nn.Conv3d(2, 2, (1, 2, 3)).weight, (2, 12), 2),
+    "linear, experts": (nn.Parameter(torch.randn(3, 4, 5)), (12, 5), 5),
+    "linear, experts below one another": (nn.Parameter(torch.randn(12, 5)), (12, 5), 5),
+    "conv1d, experts": (nn.Parameter(torch.randn(3, 5, 4)), (12, 5), 5),
+    "conv1d, experts below one another": (nn.Parameter(torch.randn(15, 4)), (12, 5), 5),
 }
 
 
@@ -212,10 +241,15 @@ LAYOUTS = {
 def test_the_canonical_matrix(kind):
     weight, shape, inputs = LAYOUTS[kind]
     weight = weight.detach()
-    target = Target("w", "m", kind.partition(",")[0], tuple(weight.shape))
+    slabs = 3 if "experts" in kind else 1
+    target = Target("w", "m", kind.partition(",")[0], tuple(weight.shape), slabs)
     assert (target.matrix_shape, target.inputs, target.size) == (shape, inputs, weight.numel())
     matrix = target.matrix(weight)
-    assert torch.equal(matrix, reference_matrix(target, weight))
+    if slabs == 1:
+        assert torch.equal(matrix, reference_matrix(target, weight))
+    for number, slab in enumerate(weight.reshape(slabs, -1, weight.shape[-1]) if slabs > 1 else ()):
+        assert torch.equal(matrix[target.rows(number)], slab if target.layout == "linear" else slab.t())
+        assert torch.equal(target.slab(number).matrix(matrix[target.rows(number)]), matrix[target.rows(number)])
     back = target.native(matrix)
     assert torch.equal(back, weight)
     assert back.is_contiguous()
