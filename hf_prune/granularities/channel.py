@@ -13,7 +13,7 @@ class Channel(Granularity):
 
     name = "channel"
     usage = "channel"
-    description = "whole output channels of convolutions, which have to be named in target_modules"
+    description = "whole output channels of convolutions"
     paper = "Li et al. 2017, arXiv:1608.08710"
     scopes = frozenset({"layer", "global"})
     spec = "channel"
@@ -29,4 +29,4 @@ class Channel(Granularity):
 
     def misfit(self, target: Target) -> str | None:
         """Only convolutions have channels."""
-        return None if target.layout == "conv" else "it is not a convolution: name convolutions in target_modules"
+        return None if target.layout == "conv" else "it is not a convolution"
