@@ -3,9 +3,9 @@
 import pytest
 import torch
 import transformers
-
 from hf_prune.architectures.small_configs import small_config
 from hf_prune.architectures.small_models import example_inputs, small_model
+
 from hf_prune.errors import ArchitectureError
 
 TYPES = (
