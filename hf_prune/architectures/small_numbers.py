@@ -3,31 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from hf_prune.architectures.config_fields import (
-    EXPERTS,
-    GROUPS,
-    HEAD_COUNT,
-    HEAD_SIZE,
-    LAYER_INDEXES,
-    LAYERS,
-    NO_WIDTH,
-    PERIOD,
-    POSITION,
-    TOKEN,
-    TOP_K,
-    VOCAB,
-    WIDTH,
-)
+from hf_prune.architectures import config_fields as fields
 
 _HEADS = 4
 _VOCABULARY = 256
+_SPECIAL = 64  # tokens at the end of the vocabulary, for those that were beyond it
 _POSITIONS = 256
+_EXPERTS = 4
 _PIXELS = 64
 _NARROW = 16  # widths up to here stay
+_HIDDEN = ("hidden_size", "d_model", "dim", "embed_dim", "n_embd", "hidden_dim")
+_MROPE = (16, 24, 24)  # sections of rotary embeddings of images, where the config leaves them to the code
 
 
 @dataclass
@@ -44,106 +34,84 @@ class Shared:
 
 
 def whole_number(config: Any, *names: str) -> int | None:
-    """The first of some attributes that is a whole number."""
+    """The first of some attributes that is a positive whole number."""
     for name in names:
-        value = getattr(config, name, None)
+        value = attribute(config, name)
         if isinstance(value, int) and not isinstance(value, bool) and value > 0:
             return value
     return None
 
 
+def attribute(config: Any, name: str) -> Any:
+    """An attribute of a config, None without one; for a config that differs from layer to layer, that of the whole."""
+    return vars(config).get(type(config).attribute_map.get(name, name))
+
+
+def hidden_size(config: Any) -> int | None:
+    """The hidden size of a config."""
+    return whole_number(config, *_HIDDEN)
+
+
 @dataclass(frozen=True)
 class Scale:
-    """How the numbers of one config become small."""
+    """How the numbers of one config become small.
+
+    Args:
+        config: The config.
+        shared: What is equal in all configs of the model.
+        layers: How many layers the config has.
+        kept: The numbers of those that stay.
+        hidden: The width that the others are measured by.
+        small_hidden: What it becomes.
+        heads: Attention heads.
+        small_heads: How many there will be.
+        staged: Whether the config describes stages of different widths.
+    """
 
     config: Any
     shared: Shared
-    layers: int  # how many layers the config has
-    kept: tuple[int, ...]  # layers that stay, by number
+    layers: int
+    kept: tuple[int, ...]
     hidden: int
     small_hidden: int
     heads: int
     small_heads: int
-    head_size: int
-    hierarchical: bool
+    staged: bool
 
     @classmethod
     def of(cls, config: Any, values: Mapping[str, Any], shared: Shared) -> Scale:
-        """Read the main sizes of a config."""
-        stages = [v for v in values.values() if isinstance(v, list | tuple) and len(v) > 1]
-        hierarchical = any(name in values for name in ("depths", "num_hidden_groups_per_stage", "hidden_sizes"))
-        hidden = whole_number(config, "hidden_size", "d_model", "dim", "embed_dim", "n_embd")
-        if hidden is None or hierarchical:
-            hidden = _first_width(values) or hidden or 64
+        """Read the main sizes of a config, given its fields."""
+        staged = any(isinstance(values.get(n), list | tuple) for n in ("depths", "hidden_sizes", "blocks_per_stage"))
+        hidden = hidden_size(config) or 64
+        if staged:
+            hidden = _first_width(values) or hidden
         heads = whole_number(config, "num_attention_heads", "num_heads", "n_head", "encoder_attention_heads") or 1
-        small_heads = _HEADS if heads > _HEADS else heads
-        small_hidden = min(hidden, 16 if hierarchical else shared.hidden.get(hidden, 64))
+        small_hidden = min(hidden, 16 if staged else shared.hidden.get(hidden, 64))
         layers = whole_number(config, "num_hidden_layers", "num_layers", "n_layer", "encoder_layers", "depth") or 1
-        head_size = whole_number(config, "head_dim", "d_kv", "v_head_dim", "kv_channels") or max(hidden // heads, 1)
-        del stages
-        return cls(
-            config, shared, layers, _kept_layers(config, values, layers), hidden, small_hidden, heads, small_heads,
-            head_size, hierarchical,
-        )  # fmt: skip
+        kept = _kept_layers(values, layers)
+        return cls(config, shared, layers, kept, hidden, small_hidden, heads, min(heads, _HEADS), staged)
 
     def value(self, name: str, value: Any) -> Any:
         """The small value of a field."""
         if isinstance(value, Mapping):
-            return self.mapping(name, value)
+            return self._mapping(value)
         if isinstance(value, list | tuple) and len(value) > 0:
-            return self.sequence(name, value)
+            return self._sequence(name, value)
         if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
             return value
-        return self.number(name, value)
-
-    def number(self, name: str, value: int) -> int:
-        """The small value of a field that is a positive whole number."""
-        if VOCAB.fullmatch(name):
-            return min(value, _VOCABULARY)
-        if POSITION.fullmatch(name):
-            return min(value, _POSITIONS)
-        if name == "image_size" or name.endswith("_image_size"):
-            return self.pixels(value)
-        if name == "window_size" and self.hierarchical and hasattr(self.config, "image_size"):
-            return min(value, 2)  # the last stage has 2 x 2 patches
-        if name.startswith("first_k_dense") or name == "num_kv_shared_layers":
-            return 1
-        if name.startswith(("n_group", "num_expert_group", "topk_group", "num_limited")) and _experts(self.config):
-            return min(value, 1 if name.startswith("topk") else 2)
-        if EXPERTS.fullmatch(name):
-            return min(value, 4)
-        if TOP_K.fullmatch(name):
-            return min(value, 2)
-        if PERIOD.fullmatch(name):
-            return min(value, 2)
-        if name.endswith("_offset") and value < self.layers:
-            return min(value, 1)
-        if GROUPS.fullmatch(name):
-            return self.groups(value)
-        if HEAD_COUNT.fullmatch(name):
-            return self.head_count(value)
-        if HEAD_SIZE.fullmatch(name):
-            return self.size_of_head(name, value)
-        if (
-            LAYER_INDEXES.fullmatch(name)
-            and not name.startswith("num_")
-            and "encoder_layers" not in name
-            and "decoder_layers" not in name
-        ):
-            return self.layer_index(value)
-        if LAYERS.fullmatch(name) and "feat_extract" not in name and "postnet" not in name:
-            return min(value, len(self.kept) if value == self.layers else 2)
-        if TOKEN.fullmatch(name):
-            return self.token(value)
-        if WIDTH.fullmatch(name) and not NO_WIDTH.fullmatch(name):
-            return self.width(value)
+        for pattern, rule in _RULES:
+            if pattern.fullmatch(name):
+                return rule(self, name, value)
         return value
 
-    def width(self, value: int) -> int:
-        """The small value of a width: its ratio to the hidden size stays."""
+    # --- numbers --------------------------------------------------------------------------------------
+
+    def _width(self, name: str, value: int) -> int:
+        if fields.NO_WIDTH.fullmatch(name) and value != self.hidden:
+            return value
         if value == self.hidden:
             return self.small_hidden
-        if value in self.shared.hidden and not self.hierarchical:
+        if value in self.shared.hidden and not self.staged:
             return self.shared.hidden[value]
         if value <= _NARROW:
             return value
@@ -152,144 +120,157 @@ class Scale:
             small += 8 if value > self.hidden else -8
         return min(small, value)
 
-    def groups(self, value: int) -> int:
-        """Heads of keys and values, or groups of states."""
+    def _groups(self, name: str, value: int) -> int:
         if value == self.heads:
             return self.small_heads
         return min(value, max(self.small_heads // 2, 1))
 
-    def head_count(self, value: int) -> int:
-        """Heads, of which other parts of the model may have more or fewer."""
+    def _head_count(self, name: str, value: int) -> int:
         if value == self.heads:
             return self.small_heads
-        ratio = value * self.small_heads / self.heads
-        count = 1
-        while 2 * count <= min(ratio, 8):
+        ratio, count = value * self.small_heads / self.heads, 1
+        while 2 * count <= min(ratio, 2 * _HEADS):
             count *= 2
         return min(value, max(count, 2))
 
-    def size_of_head(self, name: str, value: int) -> int:
-        """The size of a head: all heads together are as wide as before, in units of the hidden size."""
-        count = self.partner(name)
+    def _head_size(self, name: str, value: int) -> int:
+        """Heads together are as wide as before, in units of the hidden size, where that is a whole number."""
+        count = self._heads_of(name)
         if count is not None and count * value % self.hidden == 0:
-            return max(count * value // self.hidden * self.small_hidden // self.head_count(count), 1)
-        small = max(8, 8 * round(value / self.head_size * 2))
+            small_count = self.small_heads if count == self.heads else self._head_count(name, count)
+            return max(count * value // self.hidden * self.small_hidden // small_count, 1)
+        main = whole_number(self.config, "head_dim", "d_kv", "v_head_dim", "kv_channels") or self.hidden // self.heads
+        small = max(8, 8 * round(2 * value / max(main, 1)))
         if small * self.small_heads == self.small_hidden and value * self.heads != self.hidden:
             small *= 2
         return min(small, value)
 
-    def partner(self, name: str) -> int | None:
-        """How many heads have a size."""
-        for suffix, counts in (
-            ("d_head", ("n_heads",)),
-            ("head_dim", ("num_heads", "n_heads")),
-            ("head_size", ("num_heads",)),
-        ):
+    def _heads_of(self, name: str) -> int | None:
+        """How many heads have a size, by its name."""
+        for suffix in ("d_head", "head_dim", "head_size"):
             if name.endswith(suffix) and name != suffix:
-                for count in counts:
-                    found = whole_number(self.config, name.removesuffix(suffix) + count)
-                    if found is not None:
-                        return found
-                return None
+                prefix = name.removesuffix(suffix)
+                return whole_number(self.config, *(prefix + n for n in ("n_heads", "num_heads", "num_attention_heads")))
         return self.heads
 
-    def pixels(self, value: int) -> int:
-        """The small size of an image: an even number of patches."""
-        patch = whole_number(self.config, "patch_size") or 1
-        while patch * 2 < 8:
-            patch *= 2
-        least = _PIXELS if self.hierarchical else 56
-        return min(value, 2 * patch * -(-least // (2 * patch)))
+    def _pixels(self, name: str, value: int) -> int:
+        patch = whole_number(self.config, "patch_size") or 8
+        patch *= 2  # an even number of patches
+        least = _PIXELS if self.staged else _PIXELS - 8
+        return min(value, patch * -(-least // patch))
 
-    def token(self, value: int) -> int:
-        """A token within the small vocabulary; different tokens stay different."""
-        if value < _VOCABULARY - 64:
+    def _window(self, name: str, value: int) -> int:
+        """The last of four stages has 2 x 2 patches."""
+        return min(value, 2) if self.staged and attribute(self.config, "image_size") is not None else value
+
+    def _token(self, name: str, value: int) -> int:
+        if value < _VOCABULARY - _SPECIAL:
             return value
         return self.shared.tokens.setdefault(value, _VOCABULARY - 1 - len(self.shared.tokens))
 
-    def layer_index(self, value: int) -> int:
-        """The number of a layer among those that stay."""
-        return min(value, len(self.kept) - 1)
+    def _layer_count(self, name: str, value: int) -> int:
+        return min(value, len(self.kept))
 
-    def sequence(self, name: str, value: Sequence[Any]) -> Any:
-        """The small value of a list: per layer, of layers, per stage."""
+    def _expert_groups(self, name: str, value: int) -> int:
+        routed = any(fields.EXPERTS.fullmatch(other) for other in vars(self.config))
+        return min(value, 2) if routed else self._groups(name, value)
+
+    # --- lists and mappings ---------------------------------------------------------------------------
+
+    def _sequence(self, name: str, value: Sequence[Any]) -> Any:
         kind: Any = type(value)
-        if len(value) == self.layers and self.layers > 1 and not self.hierarchical:
+        if len(value) == self.layers and self.layers > 1 and not self.staged:  # one for each layer
             return kind(self.value(name, value[i]) if not isinstance(value[i], str) else value[i] for i in self.kept)
-        whole = all(isinstance(v, int) and not isinstance(v, bool) for v in value)
-        if not whole:
-            return (
-                kind(self.sequence(name, v) if isinstance(v, list | tuple) else v for v in value)
-                if any(isinstance(v, list | tuple) for v in value) and "pinpoints" not in name
-                else value
-            )
-        if "out_indices" in name or "out_features" in name:
-            return kind(range(1, len(value) + 1)) if not self.hierarchical and max(value) > len(value) else value
-        if name in ("depths", "blocks_per_stage", "layers"):
-            return kind(min(v, 2) for v in value)
-        if LAYER_INDEXES.fullmatch(name):
-            most = len(self.kept)
-            return kind(range(max(0, most - len(value)), most))
+        if any(isinstance(item, list | tuple) for item in value):
+            return value
+        if not all(isinstance(item, int) and not isinstance(item, bool) for item in value):
+            return value
+        if "out_indices" in name:
+            return kind(range(1, len(value) + 1)) if not self.staged and max(value) > len(value) else value
+        if fields.PIXELS.fullmatch(name):
+            return kind(self._pixels(name, item) for item in value)
+        if self.staged and fields.LAYERS.fullmatch(name) or name in ("depths", "blocks_per_stage"):
+            return kind(min(item, 2) for item in value)
+        if fields.LAYER_INDEXES.fullmatch(name):
+            first = 0 if value[0] == 0 else max(0, len(self.kept) - len(value))
+            return kind(range(first, min(first + len(value), len(self.kept))))
         if "heads" in name:
             divisor = math.gcd(*value)
-            return kind(v // divisor * min(divisor, 2) for v in value)
-        if name == "image_size":
-            return kind(self.pixels(v) for v in value)
-        if TOKEN.fullmatch(name):
-            return kind(self.token(v) for v in value)
-        if WIDTH.fullmatch(name) and not NO_WIDTH.fullmatch(name):
-            return kind(self.width(v) for v in value)
+            return kind(item // divisor * min(divisor, 2) for item in value)
+        if fields.TOKEN.fullmatch(name):
+            return kind(self._token(name, item) for item in value)
+        if fields.WIDTH.fullmatch(name) and not fields.NO_WIDTH.fullmatch(name):
+            return kind(self._width(name, item) for item in value)
         return value
 
-    def mapping(self, name: str, value: Mapping[str, Any]) -> dict[str, Any]:
-        """The small value of rotary settings: sections and factors as many as half a small head has."""
+    def _mapping(self, value: Mapping[str, Any]) -> dict[str, Any]:
+        """Rotary settings: sections and factors for a small head."""
         small = dict(value)
-        head = self.size_of_head("head_dim", self.head_size)
+        head = self._head_size("head_dim", whole_number(self.config, "head_dim") or self.hidden // self.heads)
+        rotated = int(head * (value.get("partial_rotary_factor") or 1.0)) // 2
         for key, item in value.items():
             if isinstance(item, Mapping):
-                small[key] = self.mapping(key, item)
-            elif key == "mrope_section":
-                small[key] = _sections(item, head)
+                small[key] = self._mapping(item)
             elif key in ("short_factor", "long_factor") and isinstance(item, list | tuple):
-                small[key] = list(item[: head // 2])
+                small[key] = list(item[:rotated])
+        with_sections = "mrope_section" in getattr(self.config, "ignore_keys_at_rope_validation", ())
+        if "mrope_section" in value or (with_sections and "rope_theta" in value):
+            small["mrope_section"] = _sections(value.get("mrope_section", _MROPE), rotated)
         return small
 
 
-def _sections(sections: Sequence[int], head: int) -> list[int]:
-    """Scale the sections of a rotary embedding, whose sum is half a head."""
-    total, half = sum(sections), head // 2
-    small = [max(1, section * half // total) for section in sections]
+_RULES: tuple[tuple[Any, Callable[[Scale, str, int], int]], ...] = (
+    (fields.VOCAB, lambda scale, name, value: min(value, _VOCABULARY)),
+    (fields.POSITION, lambda scale, name, value: min(value, _POSITIONS)),
+    (fields.FIRST_DENSE, lambda scale, name, value: 1),
+    (fields.FIXED, lambda scale, name, value: value),
+    (fields.PIXELS, Scale._pixels),
+    (fields.EXPERT_GROUPS, Scale._expert_groups),
+    (fields.TOP_GROUPS, lambda scale, name, value: 1),
+    (fields.EXPERTS, lambda scale, name, value: min(value, _EXPERTS)),
+    (fields.TOP_K, lambda scale, name, value: min(value, 2)),
+    (fields.PERIOD, lambda scale, name, value: min(value, 2)),
+    (fields.OFFSET, lambda scale, name, value: min(value, 1)),
+    (fields.GROUPS, Scale._groups),
+    (fields.HEAD_SIZE, Scale._head_size),
+    (fields.HEAD_COUNT, Scale._head_count),
+    (fields.LAYER_INDEXES, lambda scale, name, value: min(value, len(scale.kept) - 1)),
+    (fields.LAYERS, Scale._layer_count),
+    (fields.TOKEN, Scale._token),
+    (fields.WINDOW, Scale._window),
+    (fields.NORM_GROUPS, lambda scale, name, value: min(value, 8)),
+    (fields.AT_LEAST_32, lambda scale, name, value: min(value, 32)),
+    (fields.WIDTH, Scale._width),
+)
+
+
+def _sections(sections: Sequence[int], half: int) -> list[int]:
+    """Scale the sections of a rotary embedding to a sum of half a head."""
+    small = [max(1, section * half // sum(sections)) for section in sections]
     small[0] += half - sum(small)
     return small
 
 
 def _first_width(values: Mapping[str, Any]) -> int | None:
     """The width of the first stage."""
-    for name in ("embed_dim", "hidden_sizes", "embed_dims", "embed_dim_per_stage", "embedding_size", "stem_channels"):
+    for name in ("embed_dim", "hidden_sizes", "embed_dims", "embed_dim_per_stage", "embedding_size"):
         value = values.get(name)
-        if isinstance(value, list | tuple) and value and isinstance(value[0], int):
+        if isinstance(value, list | tuple) and value and all(isinstance(item, int) for item in value):
             value = min(value)
         if isinstance(value, int):
             return value
     return None
 
 
-def _experts(config: Any) -> bool:
-    return any(EXPERTS.fullmatch(name) for name in vars(config))
-
-
-def _kept_layers(config: Any, values: Mapping[str, Any], layers: int) -> tuple[int, ...]:
-    """Which layers stay: the first of each kind, at least two, and as many as the config's rules and lists need."""
+def _kept_layers(values: Mapping[str, Any], layers: int) -> tuple[int, ...]:
+    """Which layers stay: the first of each kind, and as many as the config's rules and lists of outputs need."""
     per_layer = [v for v in values.values() if isinstance(v, list | tuple) and len(v) == layers and layers > 1]
     kinds = [tuple(str(v[i]) for v in per_layer) for i in range(layers)]
     firsts = {kinds.index(kind) for kind in dict.fromkeys(kinds)} if per_layer else set()
-    rules = [
-        v for n, v in values.items() if (PERIOD.fullmatch(n) or n.startswith("first_k_dense")) and isinstance(v, int)
-    ]
+    dense_first = any(fields.FIRST_DENSE.fullmatch(n) and v for n, v in values.items())
     outputs = max((len(v) for n, v in values.items() if "out_indices" in n and isinstance(v, list | tuple)), default=0)
-    least = max(2 + sum(bool(v) and v > 0 for v in rules[:1]), outputs)
+    least = min(max(3 if dense_first else 2, outputs), layers)
     for number in range(layers):
-        if len(firsts) >= min(least, layers):
-            break
-        firsts.add(number)
+        if len(firsts) < least:
+            firsts.add(number)
     return tuple(sorted(firsts))

@@ -19,6 +19,7 @@ TYPES = (
     "mixtral",
     "clip",
     "llava",
+    "qwen2_vl",
     "wav2vec2",
     "swin",
 )

@@ -1,0 +1,301 @@
+"""Inputs to try on a model: guessed from what its forward pass takes and what its config says."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+BATCH = 2
+_LENGTH = 16
+_PIXELS = 64
+_FRAMES = (64, 128, 256, 1024, 3000)  # of sounds
+_SAMPLES = (3200, 16000)
+# What a forward pass raises on inputs of another kind or shape.
+FORWARD_ERRORS: tuple[type[Exception], ...] = (
+    ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NameError,
+    RuntimeError, TypeError, ValueError,
+)  # fmt: skip
+_MEDIA = (
+    "pixel_values", "pixel_values_videos", "hidden_states", "input_features", "input_values", "input_values_videos",
+    "audio_mel", "spectrogram", "flattened_patches", "past_values", "states",
+)  # fmt: skip
+
+
+def candidate_inputs(model: Any) -> Iterator[dict[str, Any]]:
+    """Inputs to try on a model, those with the most kinds of data first; only text where it has nothing else.
+
+    Args:
+        model: A transformers model.
+
+    Yields:
+        Keyword arguments of its forward pass, two examples each.
+    """
+    takes = inspect.signature(model.forward).parameters
+    text = _text(model, takes)
+    media = list(_media(model, takes))
+    if text:
+        for item in media:
+            yield from (_completed(model, takes, case) for case in _with_placeholders(model, takes, text, item))
+        yield _completed(model, takes, text)
+    for item in media:
+        yield _completed(model, takes, item)
+        if "decoder_input_ids" in takes:
+            yield _completed(model, takes, {**item, "decoder_input_ids": _tokens(model, 4)})
+    if not text and not media:
+        yield _completed(model, takes, {})
+
+
+# --- text -----------------------------------------------------------------------------------------------
+
+
+def _tokens(model: Any, length: int = _LENGTH) -> Tensor:
+    """Ordinary tokens of the text model."""
+    text = model.config.get_text_config()
+    known = next((v for n in ("vocab_size", "input_vocab_size") if isinstance(v := getattr(text, n, None), int)), 64)
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(min(3, known - 1), min(known, 160), (BATCH, length), generator=generator)
+
+
+def _text(model: Any, takes: Mapping[str, Any]) -> dict[str, Any]:
+    if "input_ids" not in takes:
+        return {}
+    ids = _tokens(model)
+    text: dict[str, Any] = {"input_ids": ids}
+    if "attention_mask" in takes:
+        text["attention_mask"] = torch.ones_like(ids)
+    if "decoder_input_ids" in takes:
+        text["decoder_input_ids"] = _tokens(model, 6)
+    return text
+
+
+def _kind(media: Mapping[str, Any]) -> str:
+    if any("video" in name for name in media):
+        return "video"
+    return "image" if any("pixel" in name for name in media) else "audio"
+
+
+def _with_placeholders(
+    model: Any, takes: Mapping[str, Any], text: Mapping[str, Any], media: Mapping[str, Any]
+) -> Iterator[dict[str, Any]]:
+    """Text with placeholder tokens in the places of images or sounds; also without, for models that keep them apart."""
+    kind = _kind(media)
+    token = next(
+        (
+            v
+            for n in ("token_id", "token_index", "token")
+            if isinstance(v := getattr(model.config, f"{kind}_{n}", None), int)
+        ),
+        None,
+    )
+    count = _feature_count(model, kind, media) if token is not None else None
+    if token is not None and count and count <= 1024:
+        each = -(-count // BATCH)
+        ids = torch.cat([_tokens(model, 4), torch.full((BATCH, each), token), _tokens(model, 6)], dim=1)
+        if count % BATCH:
+            ids[-1, 4] = 5  # the last example has fewer
+        case = {**text, "input_ids": ids, **media}
+        if "attention_mask" in text:
+            case["attention_mask"] = torch.ones_like(ids)
+        if "mm_token_type_ids" in takes:
+            case["mm_token_type_ids"] = (ids == token).int() * (2 if kind == "video" else 1)
+        yield case
+    yield {**text, **media}
+
+
+def _feature_count(model: Any, kind: str, media: Mapping[str, Any]) -> int | None:
+    """How many placeholder tokens images or sounds take: as many as they have features of the text model's size."""
+    holders = (model, getattr(model, "model", None))
+    get = next((f for m in holders if callable(f := getattr(m, f"get_{kind}_features", None))), None)
+    if get is None:
+        return None
+    accepts = inspect.signature(get).parameters
+    try:
+        found = get(**{k: v for k, v in media.items() if k in accepts})
+    except FORWARD_ERRORS:
+        return None
+    width = getattr(model.config.get_text_config(), "hidden_size", None)
+    return _vectors(getattr(found, "pooler_output", found), width)
+
+
+def _vectors(features: Any, width: int | None) -> int | None:
+    if isinstance(features, Tensor):
+        return features.numel() // width if width and features.shape[-1] == width else None
+    if isinstance(features, list | tuple):
+        return sum(count for item in features if (count := _vectors(item, width))) or None
+    return None
+
+
+# --- images, sounds and series --------------------------------------------------------------------------
+
+
+def _media(model: Any, takes: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Images, sounds or series in the shapes that models take; the main input first."""
+    main = getattr(model, "main_input_name", None)
+    for name in sorted((n for n in takes if n in _MEDIA), key=lambda n: n != main):
+        if name in ("pixel_values", "pixel_values_videos", "hidden_states"):
+            yield from _images(model.config, takes, name)
+        elif name in ("past_values", "states"):
+            yield from _series(model.config, name)
+        else:
+            yield from _sounds(model.config, takes, name)
+
+
+def _images(config: Any, takes: Mapping[str, Any], name: str) -> Iterator[dict[str, Any]]:
+    channels = find(config, "num_channels", "in_channels", "in_chans") or 3
+    patch = find(config, "patch_size") or 1
+    grids = [
+        n for n in takes if "grid_" in n or n in ("tgt_sizes", "target_sizes", "spatial_shapes", "image_position_ids")
+    ]
+    for grid_name in (n for n in grids if ("video" in n) == ("video" in name)):
+        patch = patch if isinstance(patch, int) else patch[-1]
+        frames = find(config, "temporal_patch_size") or 1
+        for across in (4, 8):
+            grid = torch.tensor([[1, across, across]] * BATCH)
+            patches = BATCH * across * across
+            for shape in ((channels * frames * patch**2,), (channels * patch**2,), (channels, patch, patch)):
+                yield {name: noise(patches, *shape), grid_name: grid}
+                yield {name: noise(patches, *shape), grid_name: grid[:, 1:]}
+            yield {name: noise(BATCH, across * across, channels * patch**2), grid_name: grid[:, 1:]}
+            yield {name: noise(BATCH, channels, patch, patch * across * across), grid_name: grid[:, 1:]}
+    known = find(config, "image_size") or _PIXELS
+    for size in dict.fromkeys([tuple(known) if isinstance(known, list | tuple) else known, 64, 128, 224]):
+        height, width = size if isinstance(size, tuple) else (size, size)
+        for lead in ((), (1,), (find(config, "num_frames") or 4,)):
+            images = {name: noise(BATCH, *lead, channels, height, width)}
+            if "image_sizes" in takes:
+                yield {**images, "image_sizes": torch.tensor([[height, width]] * BATCH)}
+            yield images
+    yield {name: noise(BATCH, 16, channels * (patch if isinstance(patch, int) else patch[-1]) ** 2)}
+
+
+def _sounds(config: Any, takes: Mapping[str, Any], name: str) -> Iterator[dict[str, Any]]:
+    if name == "input_values":
+        for samples in _SAMPLES:
+            yield {name: noise(BATCH, samples)}
+            yield {name: noise(BATCH, find(config, "audio_channels", "channels") or 1, samples)}
+    names = (
+        "num_mel_bins",
+        "feature_size",
+        "input_feat_per_channel",
+        "n_mels",
+        "num_mels",
+        "mel_bins",
+        "input_feat_size",
+    )
+    bins = list(
+        dict.fromkeys([find(config, n) for n in (*names, "feature_projection_input_dim", "input_dim")] + [80, 128])
+    )
+    frames = [2 * m for m in [find(config, "max_source_positions")] if m]
+    frames += [t for t in (find(config, "max_length"), find(config, "spec_size")) if isinstance(t, int)]
+    mask = next((n for n in takes if n.endswith("_mask") and name.split("_")[-1] in n), None)
+    if mask is None and "attention_mask" in takes and "input_ids" not in takes:
+        mask = "attention_mask"
+    for length in dict.fromkeys([*frames, *_FRAMES]):
+        for width in (b for b in bins if b):
+            for shape in ((width, length), (length, width)):
+                sound = {name: noise(BATCH, *shape)}
+                if mask is not None:
+                    yield {**sound, mask: torch.ones(BATCH, length, dtype=torch.bool)}
+                yield sound
+            yield {name: noise(BATCH, 1, length, width)}
+
+
+def _series(config: Any, name: str) -> Iterator[dict[str, Any]]:
+    if name == "states":
+        actions = find(config, "act_dim") or 4
+        yield {
+            "states": noise(BATCH, 4, find(config, "state_dim") or 17),
+            "actions": noise(BATCH, 4, actions),
+            "rewards": noise(BATCH, 4, 1),
+            "returns_to_go": noise(BATCH, 4, 1),
+            "timesteps": torch.arange(4).repeat(BATCH, 1),
+        }
+        return
+    length = find(config, "context_length") or 32
+    lags = find(config, "lags_sequence")
+    past = length + max(lags) if isinstance(lags, list | tuple) and lags else length
+    times = (find(config, "num_time_features") or 0) + 1
+    yield {"past_values": noise(BATCH, length, find(config, "num_input_channels") or 1)}
+    yield {"past_values": noise(BATCH, length), "past_values_padding": torch.zeros(BATCH, length, dtype=torch.long)}
+    for features in (times, times - 1):
+        yield {
+            "past_values": noise(BATCH, past),
+            "past_time_features": noise(BATCH, past, features),
+            "past_observed_mask": torch.ones(BATCH, past),
+            "future_values": noise(BATCH, find(config, "prediction_length") or 4),
+            "future_time_features": noise(BATCH, find(config, "prediction_length") or 4, features),
+        }
+
+
+# --- the rest -------------------------------------------------------------------------------------------
+
+# Arguments that follow from the others, by name.
+_COMPANIONS: Mapping[str, Callable[[Any, Mapping[str, Any]], Any]] = {
+    "bbox": lambda model, inputs: _boxes(model, inputs),
+    "visual_feats": lambda model, inputs: noise(BATCH, 4, find(model.config, "visual_feat_dim")),
+    "visual_pos": lambda model, inputs: noise(BATCH, 4, 4).sigmoid(),
+    "qformer_input_ids": lambda model, inputs: _tokens(model, 4),
+    "task_inputs": lambda model, inputs: torch.ones(BATCH, find(model.config, "task_seq_len") or 77, dtype=torch.long),
+    "input_ids": lambda model, inputs: _tokens(model),
+    "freq": lambda model, inputs: torch.zeros(BATCH, 1, dtype=torch.long),
+    "merge_sizes": lambda model, inputs: torch.ones(BATCH, dtype=torch.long),
+    "query_embeds": lambda model, inputs: noise(BATCH, 4, find(model.config, "hidden_size")),
+    "inputs": lambda model, inputs: noise(BATCH, 8, find(model.config, "d_model", "hidden_size")),
+    "inputs_embeds": lambda model, inputs: noise(BATCH, 8, find(model.config, "hidden_size")),
+    "hidden_states": lambda model, inputs: noise(BATCH, find(model.config, "hidden_size", "codebook_dim"), 16),
+    "latents": lambda model, inputs: noise(BATCH, find(model.config, "hidden_size"), 16),
+    "pixel_position_ids": lambda model, inputs: torch.stack(
+        torch.meshgrid(torch.arange(4), torch.arange(4), indexing="xy"), dim=-1
+    ).reshape(1, 16, 2).expand(BATCH, 16, 2),
+    "pixel_attention_mask": lambda model, inputs: _patch_mask(inputs),
+    "action_embeds": lambda model, inputs: noise(BATCH, 4, find(model.config, "dit_hidden_size", "hidden_size")),
+    "image_attention_mask": lambda model, inputs: torch.ones(BATCH, inputs["input_ids"].shape[1], 1),
+}  # fmt: skip
+_ALWAYS = {"bbox", "visual_feats", "visual_pos"}  # although their default is None
+
+
+def _completed(model: Any, takes: Mapping[str, Any], inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Inputs with the arguments that have no default and follow from them."""
+    complete = dict(inputs)
+    for name, parameter in takes.items():
+        wanted = parameter.default is parameter.empty or name in _ALWAYS
+        if wanted and name not in complete and name in _COMPANIONS:
+            complete[name] = _COMPANIONS[name](model, complete)
+    return complete
+
+
+def _boxes(model: Any, inputs: Mapping[str, Any]) -> Tensor:
+    """Boxes of words: whole numbers where the model looks them up."""
+    boxes = torch.tensor([1, 1, 5, 5]).expand(BATCH, inputs["input_ids"].shape[1] if "input_ids" in inputs else 4, 4)
+    looked_up = find(model.config, "max_2d_position_embeddings") is not None
+    return boxes if looked_up and model.config.model_type != "udop" else boxes / 8
+
+
+def _patch_mask(inputs: Mapping[str, Any]) -> Tensor:
+    pixels = inputs["pixel_values"]
+    return torch.ones(
+        pixels.shape[:2] if pixels.dim() == 3 else (*pixels.shape[:-3], *pixels.shape[-2:]), dtype=torch.long
+    )
+
+
+def find(config: Any, *names: str) -> Any:
+    """The first value of some attributes in a config or the configs in it; None if there is none."""
+    from transformers import PreTrainedConfig
+
+    for name in names:
+        value = vars(config).get(type(config).attribute_map.get(name, name))
+        if value is not None and not isinstance(value, str | bool):
+            return value
+    for inner in vars(config).values():
+        if isinstance(inner, PreTrainedConfig) and (value := find(inner, *names)) is not None:
+            return value
+    return None
+
+
+def noise(*shape: int) -> Tensor:
+    """Random numbers of a shape, always the same ones."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1))
