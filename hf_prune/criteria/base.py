@@ -131,17 +131,19 @@ def derived_seed(seed: int, *place: object) -> int:
 
 @dataclass(frozen=True)
 class UnitRanking:
-    """How a criterion ranks whole heads, neurons and layers.
+    """How a criterion ranks whole units, such as heads, neurons, experts and layers.
 
     Args:
         needs: What it learns from, for ``hf-prune list``.
         description: One line for ``hf-prune list``.
         paper: Where it comes from.
+        kinds: The kinds of units that it ranks; None for all that do not name their criteria.
     """
 
     needs: Literal["no data", "texts", "a training"]
     description: str
     paper: str
+    kinds: frozenset[str] | None = None
 
 
 class UnitCriterion:

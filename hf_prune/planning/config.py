@@ -218,10 +218,12 @@ class PruningConfig:
         if self.criterion not in (rankings := unit_rankings()):
             raise unknown_name("criterion of heads, neurons and layers", self.criterion, rankings)
         for kind in self.granularity:
+            able = [name for name, ranking in rankings.items() if ranking.kinds is None or kind in ranking.kinds]
             criteria = kind_named(kind).criteria
-            if criteria is not None and self.criterion not in criteria:
+            able = able if criteria is None else [name for name in able if name in criteria]
+            if self.criterion not in able:
                 raise ConfigError(
-                    f"criterion {self.criterion!r} cannot rank {kind}s: expected one of {', '.join(sorted(criteria))}"
+                    f"criterion {self.criterion!r} cannot rank {kind}s: expected one of {', '.join(sorted(able))}"
                 )
         for name in ("repair", "polish"):
             kinds = [kind for kind in self.granularity if not kind_named(kind).repairs]

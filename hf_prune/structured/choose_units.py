@@ -12,12 +12,10 @@ from torch import Tensor, nn
 
 from hf_prune.architectures.kinds.registry import kind_named
 from hf_prune.architectures.layers import LayerList, layer_lists
-from hf_prune.architectures.switched_off import units_that_run
 from hf_prune.architectures.unit_groups import UnitGroup
 from hf_prune.calibration.batches import Batches
 from hf_prune.calibration.input_reader import CACHE_BYTES
 from hf_prune.calibration.sensitivity import Sensitivity
-from hf_prune.criteria.base import derived_seed
 from hf_prune.errors import PlanError
 from hf_prune.inference.speedup import measured_speedup, workload_inputs
 from hf_prune.planning.config import PruningConfig
@@ -30,7 +28,15 @@ from hf_prune.structured.gate_statistics import gate_statistics, layer_losses
 from hf_prune.structured.latency_costs import latency_costs
 from hf_prune.structured.loss_curves import Curve, additive_curve, fisher_curve
 from hf_prune.structured.reconstruction import reconstruction_curves, redundancy_curves
+from hf_prune.structured.routing import observe_routing
 from hf_prune.structured.unit_plan import UnitPlan, unit_groups_of
+from hf_prune.structured.unit_scores import (
+    curve_of_scores,
+    learned_curves,
+    random_scores,
+    squared_weights,
+    sum_of_squares,
+)
 from hf_prune.utils.distributed import broadcast, fail_together
 from hf_prune.utils.offloaded_weights import refuse_offloaded
 
@@ -75,7 +81,7 @@ def choose_units(
     batches: Batches = []
     sensitivity = None
     if scores is not None:
-        curves = _learned_curves(groups, scores)
+        curves = learned_curves(groups, scores)
     else:
         batches = calibration or []
         curves, sensitivity = _curves(model, config, groups, batches, progress, cache_bytes)
@@ -157,52 +163,15 @@ def _curves(
             for name, gates in statistics.items()
         }
         return redundancy_curves(model, config, groups, batches, progress, cache_bytes, diagonals)
+    if config.criterion in ("reap", "frequency"):
+        routing = observe_routing(model, groups, batches, progress)
+        values = {name: seen.reap if config.criterion == "reap" else seen.frequency for name, seen in routing.items()}
+        return {group.name: curve_of_scores(model, group, values[group.name]) for group in groups}, None
     if config.criterion == "random":
-        return {g.name: _curve(model, g, _random_scores(model, g, config.seed)) for g in groups}, None
+        return {g.name: curve_of_scores(model, g, random_scores(model, g, config.seed)) for g in groups}, None
     if config.criterion == "magnitude":
-        return {group.name: _curve(model, group, _squared_weights(model, group)) for group in groups}, None
+        return {group.name: curve_of_scores(model, group, squared_weights(model, group)) for group in groups}, None
     raise PlanError(f"criterion {config.criterion!r} is registered for units, but choose_units has no curves for it")
-
-
-def _curve(model: nn.Module, group: UnitGroup, scores: Tensor) -> Curve:
-    """The curve of scores of units. Units that are switched off already are the first to go, and cost nothing."""
-    if (running := units_that_run(model, group)) is not None:
-        least = torch.finfo(torch.float32).tiny
-        scores = torch.zeros_like(scores).index_copy(0, running, scores[running].clamp_min(least))
-    return additive_curve(scores, group.runs)
-
-
-def _random_scores(model: nn.Module, group: UnitGroup, seed: int) -> Tensor:
-    """(units,) random numbers, scaled by the size of a unit so that large units are not cheap to remove."""
-    generator = torch.Generator().manual_seed(derived_seed(seed, group.name))
-    return torch.rand(group.units, generator=generator) * group.parameters_per_unit(dict(model.named_parameters()))
-
-
-def _squared_weights(model: nn.Module, group: UnitGroup) -> Tensor:
-    """(units,) the sum of squares of everything that belongs to a unit."""
-    weights = [p.by_unit(model.get_parameter(p.name).detach().float(), group.units) for p in group.slices]
-    total = torch.stack([weight.square().sum(1).cpu() for weight in weights]).sum(0)
-    own = group.own_parameters(model, range(group.units))
-    return total + torch.tensor([sum(_norm(model.get_parameter(n)) for n in names) for names in own])
-
-
-def _norm(parameter: Tensor) -> float:
-    return float(parameter.detach().float().square().sum())
-
-
-def _learned_curves(groups: Sequence[UnitGroup], scores: Mapping[str, Tensor]) -> dict[str, Curve]:
-    """Curves from scores of weights.
-
-    Scores of movement may be negative. All weights are lifted by the same amount, so that a unit's score still is a sum
-    over its weights, and no unit gains by being larger.
-    """
-    totals, sizes = {}, {}
-    for group in groups:
-        weights = [piece.by_unit(scores[piece.name], group.units) for piece in group.slices if piece.name in scores]
-        totals[group.name] = torch.stack([weight.float().sum(1) for weight in weights]).sum(0)
-        sizes[group.name] = sum(weight.shape[1] for weight in weights)
-    lowest = min(0.0, *(float(totals[name].min()) / sizes[name] for name in totals))
-    return {name: additive_curve(total - lowest * sizes[name]) for name, total in totals.items()}
 
 
 def _rearranged(fisher: Tensor) -> Curve:
@@ -226,7 +195,7 @@ def _layer_losses(
         draws = torch.rand(len(modules), generator=generator).tolist()
         sizes = [sum(p.numel() for p in module.parameters()) for module in modules.values()]
         return {name: draw * size for name, draw, size in zip(modules, draws, sizes, strict=True)}
-    return {name: sum(map(_norm, module.parameters())) for name, module in modules.items()}
+    return {name: sum(map(sum_of_squares, module.parameters())) for name, module in modules.items()}
 
 
 def _meet_budget(

@@ -269,7 +269,8 @@ def test_random_is_uniform():
 
 def test_criteria_say_how_they_rank_units_and_those_of_a_training_come_last():
     rankings = unit_rankings()
-    assert list(rankings) == ["fisher", "magnitude", "random", "reconstruction", "taylor", "movement"]
+    names = ["fisher", "frequency", "magnitude", "random", "reap", "reconstruction", "taylor", "movement"]
+    assert list(rankings) == names
     assert all(ranking.description and ranking.paper for ranking in rankings.values())
     with pytest.raises(UnknownNameError, match="unknown criterion 'reconstruction': expected one of alps, "):
         PruningConfig(criterion="reconstruction")

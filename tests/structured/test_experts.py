@@ -203,6 +203,25 @@ def test_layers_can_be_spared_and_then_differ(tmp_path: Path) -> None:
     assert [g.units for g in experts_of(loaded)] == [8, 4]
 
 
+@pytest.mark.parametrize("model_type", ["mixtral", "deepseek_v3", "switch_transformers"])
+def test_layers_keep_different_numbers_where_experts_compete(model_type: str, tmp_path: Path) -> None:
+    model, inputs = tiny_moe(model_type, **({} if model_type != "deepseek_v3" else {"num_hidden_layers": 3}))
+    groups = experts_of(model)
+    for group in groups[1:]:  # the experts of the first block are worth less than all others
+        for name in [p.name for p in group.slices] + [n for ns in group.own_parameters(model, range(8)) for n in ns]:
+            model.get_parameter(name).data.mul_(3)
+    prune(model, 0.25, granularity="expert", scope="global")
+    masked = logits(model, inputs)
+    shrink(model)
+    kept = [group.units for group in experts_of(model)]
+    assert kept == [4, *[8] * (len(groups) - 1)]
+    assert torch.equal(logits(model, inputs), masked)
+    hf_prune.prunable(model).save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path).eval()
+    assert [group.units for group in experts_of(loaded)] == kept
+    assert close(logits(loaded, inputs), masked)
+
+
 def test_what_cannot_be_removed_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers import LongcatFlashConfig, LongcatFlashForCausalLM
 
