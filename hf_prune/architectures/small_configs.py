@@ -1,0 +1,59 @@
+"""Small configs: a model of the same class and structure as another, but of a few layers and small sizes.
+
+Everything structural stays: which kinds of blocks alternate, grouped keys, gates, biases, tied weights, routing, and the
+ratios between widths. Fields are recognized by their names, since transformers' configs share a vocabulary of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from hf_prune.architectures.small_numbers import Scale, Shared, hidden_size
+
+_HIDDEN = (64, 96, 128, 160, 192)  # small hidden sizes, a different one for each size in a composite model
+# Of a backbone, made from out_indices and the number of stages; and what transformers keeps for itself.
+_DERIVED = {"_out_features", "stage_names", "transformers_version", "per_layer_config"}
+
+
+def small_config(config: Any) -> Any:
+    """A config of the same class, of few layers and small sizes, with every kind of block that the config describes.
+
+    Args:
+        config: A transformers config; it stays as it is.
+
+    Returns:
+        The small config: hidden sizes of 64 to 192, 4 heads (keys grouped as before), 2 layers or as many as it takes to
+        have each kind of layer, 256 tokens, 4 or more experts.
+    """
+    shared = Shared()
+    for part in _parts(config):
+        hidden = hidden_size(part)
+        if hidden is not None:
+            shared.hidden.setdefault(hidden, _HIDDEN[min(len(shared.hidden), len(_HIDDEN) - 1)])
+    return _shrunk(config, shared)
+
+
+def _parts(config: Any) -> list[Any]:
+    """A config and all configs in it."""
+    inner = [v for v in vars(config).values() if _is_config(v)]
+    return [config, *(part for child in inner for part in _parts(child))]
+
+
+def _is_config(value: Any) -> bool:
+    from transformers import PreTrainedConfig
+
+    return isinstance(value, PreTrainedConfig)
+
+
+def _shrunk(config: Any, shared: Shared) -> Any:
+    own = {f.name for f in dataclasses.fields(config)}
+    values = {name: value for name, value in vars(config).items() if not _is_config(value) and name not in _DERIVED}
+    scale = Scale.of(config, values, shared)
+    small = {name: scale.value(name, value) for name, value in values.items()}
+    inner = {name: _shrunk(value, shared) for name, value in vars(config).items() if _is_config(value)}
+    made = type(config)(**{name: value for name, value in {**small, **inner}.items() if name in own})
+    for name, value in {**small, **inner}.items():  # of a sub-config, which its parent has added
+        if name not in vars(made) and not name.startswith("_"):
+            setattr(made, name, value)
+    return made
