@@ -15,6 +15,7 @@
     ├── DataError         (ValueError)    a model or data set cannot be found or read
     ├── HubError          (RuntimeError)  the Hub cannot be reached, or refuses the request
     ├── ExportError       (RuntimeError)  a model cannot be written for another runtime
+    ├── KernelError       (RuntimeError)  the compiled sparse kernel cannot be used on this machine
     └── SweepError        (RuntimeError)  results of different settings would be mixed
 
 A message says what was found, what was expected and what to do. After an error, the model and the files are as they
@@ -74,6 +75,10 @@ class HubError(HfPruneError, RuntimeError):
 
 class ExportError(HfPruneError, RuntimeError):
     """A model cannot be written for another runtime, or gives other results there."""
+
+
+class KernelError(HfPruneError, RuntimeError):
+    """The compiled sparse kernel cannot be used on this machine, or not for what is asked."""
 
 
 class SweepError(HfPruneError, RuntimeError):

@@ -1,0 +1,130 @@
+"""A sparse matrix in the format of the kernel, and products with it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+WIDEST_CHUNK = 1 << 16  # inputs that 16 bits can number
+_DTYPES = (torch.float32, torch.bfloat16)
+
+
+@dataclass(frozen=True, eq=False)
+class SparseRows:
+    """The weights of a matrix that are not zero, row by row in chunks of neighbouring inputs.
+
+    Args:
+        values: (nonzero,) float32 or bfloat16.
+        columns: (nonzero,) int16, to be read as unsigned: the number of the input inside its chunk.
+        starts: (chunks * outputs + 1,) int32: where each row of each chunk begins.
+        outputs: Rows of the matrix.
+        inputs: Columns of the matrix.
+        chunk: How many inputs a chunk has. About 256 suit 32 tokens and more, whose part of the inputs then fits into
+            the first-level cache; for a few tokens one chunk is best.
+    """
+
+    values: Tensor
+    columns: Tensor
+    starts: Tensor
+    outputs: int
+    inputs: int
+    chunk: int
+
+    def __post_init__(self) -> None:
+        """Make sure that no entry points outside of the matrix: the kernel reads what it is told to.
+
+        Raises:
+            ValueError: If an entry does, or a tensor has another shape or dtype.
+        """
+        chunks = max(1, -(-self.inputs // self.chunk)) if 1 <= self.chunk <= WIDEST_CHUNK else 0
+        tensors = (self.values, self.columns, self.starts)
+        dtypes = tuple(tensor.dtype for tensor in tensors)
+        if not chunks or self.values.dtype not in _DTYPES or dtypes[1:] != (torch.int16, torch.int32):
+            raise ValueError(f"found chunks of {self.chunk} and dtypes {dtypes}: expected what from_dense() gives")
+        if any(t.dim() != 1 or not t.is_contiguous() or t.device.type != "cpu" for t in tensors):
+            raise ValueError("found tensors that are not contiguous vectors on the CPU: expected those of from_dense()")
+        counts = self.starts.diff()
+        whole = len(self.starts) == chunks * self.outputs + 1 and int(self.starts[0]) == 0
+        if not whole or bool((counts < 0).any()) or not int(self.starts[-1]) == len(self.values) == len(self.columns):
+            raise ValueError(
+                f"found {len(self.starts)} starts for {chunks} chunks of {self.outputs} outputs, up to entry "
+                f"{int(self.starts[-1])} of {len(self.values)} values and {len(self.columns)} columns: they do not fit"
+            )
+        for number in range(chunks):
+            first, last = self.starts[number * self.outputs], self.starts[(number + 1) * self.outputs]
+            inside = _unsigned(self.columns[first:last])
+            width = min(self.chunk, self.inputs - number * self.chunk)
+            if len(inside) and int(inside.max()) >= width:
+                raise ValueError(f"found input {int(inside.max())} in a chunk of {width} inputs: expected less")
+
+    @classmethod
+    def from_dense(cls, weight: Tensor, chunk: int = 256) -> SparseRows:
+        """Take the entries of a matrix that are not zero; a negative zero counts as an entry, so that none is lost.
+
+        Args:
+            weight: (outputs, inputs) float32 or bfloat16, on the CPU.
+            chunk: How many inputs a chunk has.
+
+        Raises:
+            ValueError: If the weight has another number of dimensions, dtype or device.
+        """
+        if weight.dim() != 2 or weight.dtype not in _DTYPES or weight.device.type != "cpu":
+            raise ValueError(
+                f"found a {weight.dtype} weight of shape {tuple(weight.shape)} on {weight.device}: expected a float32 "
+                f"or bfloat16 matrix on the CPU"
+            )
+        outputs, inputs = weight.shape
+        bits = weight.detach().contiguous().view(torch.int32 if weight.dtype == torch.float32 else torch.int16)
+        values, columns, counts = [], [], []
+        for part, of_chunk in zip(bits.split(chunk, 1), weight.detach().split(chunk, 1), strict=True):
+            rows, inside = part.nonzero(as_tuple=True)
+            values.append(of_chunk[rows, inside])
+            columns.append(inside.to(torch.int32).to(torch.int16))
+            counts.append(torch.bincount(rows, minlength=outputs))
+        starts = torch.cat([torch.zeros(1, dtype=torch.int64), *counts]).cumsum(0).to(torch.int32)
+        if not inputs:
+            starts = torch.zeros(outputs + 1, dtype=torch.int32)
+        empty = weight.detach().new_empty(0), torch.empty(0, dtype=torch.int16)
+        return cls(torch.cat([empty[0], *values]), torch.cat([empty[1], *columns]), starts, outputs, inputs, chunk)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the three tensors."""
+        return sum(t.numel() * t.element_size() for t in (self.values, self.columns, self.starts))
+
+    def to_dense(self) -> Tensor:
+        """(outputs, inputs): the matrix, bit for bit."""
+        chunks = max(1, -(-self.inputs // self.chunk))
+        counts = self.starts.diff().to(torch.int64)
+        place = torch.arange(chunks * self.outputs).repeat_interleave(counts)  # chunk * outputs + row
+        columns = place.div(max(1, self.outputs), rounding_mode="floor") * self.chunk + _unsigned(self.columns)
+        dense = self.values.new_zeros(self.outputs, self.inputs)
+        dense[place % max(1, self.outputs), columns] = self.values
+        return dense
+
+    def linear(self, x: Tensor, bias: Tensor | None = None, level: str = "") -> Tensor:
+        """``x @ weight.T + bias`` by the compiled kernel, with sums in float32; no gradients flow through it.
+
+        Args:
+            x: (..., inputs), of the dtype of the values, on the CPU.
+            bias: (outputs,) or None.
+            level: ``"avx512"``, ``"avx2"`` or ``"portable"``; empty for the best that the processor has.
+
+        Returns:
+            (..., outputs) like ``x``.
+
+        Raises:
+            RuntimeError: If a shape or dtype does not fit, the processor lacks the level, or the kernel is not loaded;
+                see :func:`~hf_prune.kernels.sparse.build.load_kernel`.
+        """
+        product: Tensor = torch.ops.hf_prune.sparse_linear(
+            x, self.values, self.columns, self.starts, bias, self.outputs, self.inputs, self.chunk, level
+        )
+        return product
+
+
+def _unsigned(columns: Tensor) -> Tensor:
+    """int64 of int16 that are to be read as unsigned."""
+    return columns.to(torch.int64) & 0xFFFF
