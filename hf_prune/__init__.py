@@ -70,6 +70,7 @@ _MODULES = {
         "ExportError",
         "HfPruneError",
         "HubError",
+        "KernelError",
         "MaskError",
         "ModelTypeError",
         "PlanError",
@@ -144,6 +145,9 @@ _MODULES = {
     "hub.upload": ("PushResult",),
     "hub.verification": ("Verification",),
     "hub.verify": ("verify_checkpoint",),
+    "inference.acceleration.accelerate": ("accelerate",),
+    "inference.acceleration.install": ("decelerate",),
+    "inference.acceleration.report": ("AccelerationReport",),
     "inference.backends": ("ExportedModel",),
     "inference.latency": ("measure_latency",),
     "inference.latency_result": (

@@ -11,6 +11,9 @@ from torch.utils.hooks import RemovableHandle
 
 from hf_prune.calibration.batches import Batches
 from hf_prune.evaluation.sparsity_report import SparsityReport, sparsity_report
+from hf_prune.inference.acceleration.accelerate import accelerate
+from hf_prune.inference.acceleration.install import decelerate
+from hf_prune.inference.acceleration.report import AccelerationReport
 from hf_prune.pipeline import prune
 from hf_prune.planning.config import PruningConfig
 from hf_prune.planning.plan import PruningPlan
@@ -125,6 +128,15 @@ class _PruningMethods(nn.Module):
     def shrink(self: Self) -> Self:
         """Remove every head, neuron, channel and layer pruned as a whole, and return the model; see :func:`shrink`."""
         return shrink_modules(self)
+
+    def accelerate(self, inputs: Mapping[str, Any] | None = None, **settings: Any) -> AccelerationReport:
+        """Run each linear layer on the kernel that is fastest on this machine; see :func:`hf_prune.accelerate`."""
+        return accelerate(self, inputs, **settings)
+
+    def decelerate(self: Self) -> Self:
+        """Undo :meth:`accelerate` bit for bit, and return the model."""
+        decelerate(self)
+        return self
 
     def sparsity_report(self, config: PruningConfig | None = None) -> SparsityReport:
         """Count what is zero; see :func:`hf_prune.sparsity_report`."""

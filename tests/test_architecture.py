@@ -235,6 +235,8 @@ READ_WHOLE = {
     "cli.demo.assets",
     "cli.settings",
     "hub.card_text",
+    "inference.acceleration.report",
+    "kernels.sparse.build",
     "planning.targets",
     "structured.vocabulary.tokenizer",
     "utils.staging",

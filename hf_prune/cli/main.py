@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Sequence
 
 from hf_prune.cli.app import app, command
+from hf_prune.cli.commands.accelerate import accelerate
 from hf_prune.cli.commands.bench import bench
 from hf_prune.cli.commands.card import card
 from hf_prune.cli.commands.compress import compress
@@ -48,6 +49,7 @@ command(
 command(epilog="Example: hf-prune report pruned --dense MODEL --plots plots")(report)
 command(epilog="Example: hf-prune export pruned pruned.onnx")(export)
 command(epilog="Example: hf-prune bench MODEL pruned --batch 1,32 --length 64 --threads 1")(bench)
+command(epilog="Example: hf-prune accelerate pruned --length 32 --threads 1 --out acceleration.json")(accelerate)
 command(epilog="Example: hf-prune explain pruned --against MODEL")(explain)
 command(epilog="Example: hf-prune trim-vocab MODEL --texts glue/sst2 --out smaller")(trim_vocab)
 command(epilog="Example: hf-prune train MODEL --sparsity 0.8 --teacher self --data glue/sst2 --out pruned")(train)

@@ -17,6 +17,7 @@ from hf_prune.pruning.mask_store import MaskStore
 from hf_prune.pruning.records import PolishRecord
 from hf_prune.utils.interrupts import run_to_the_end
 from hf_prune.utils.offload_cache import OffloadCache
+from hf_prune.utils.offloaded_weights import refuse_accelerated
 
 
 def check_changeable(model: nn.Module, keep_dense: bool) -> None:
@@ -27,9 +28,10 @@ def check_changeable(model: nn.Module, keep_dense: bool) -> None:
         keep_dense: Whether its dense weights are to be kept.
 
     Raises:
-        PlanError: If its weights cannot be written to.
+        PlanError: If its weights cannot be written to, or layers keep copies of them for faster kernels.
         MaskError: If the masks of an earlier pruning do not fit the model, or it did not keep dense weights.
     """
+    refuse_accelerated(model, "pruning")
     refuse_read_only(model)
     store = MaskStore.of(model) or MaskStore()
     store.check(model)

@@ -1,6 +1,12 @@
-"""Weights offloaded by accelerate: the model holds placeholders on the meta device instead."""
+"""Weights kept elsewhere: the model holds placeholders on the meta device instead.
+
+Either hooks of the library accelerate hold them (offloaded weights), or a layer that ``hf_prune.accelerate`` gave
+another kernel.
+"""
 
 from __future__ import annotations
+
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -20,6 +26,11 @@ def values_of(model: nn.Module, name: str, parameter: Tensor) -> Tensor:
     """
     if not parameter.is_meta:
         return parameter.detach()
+    holder, _, key = name.rpartition(".")
+    module: Any = model.get_submodule(holder)
+    if key == "weight" and hasattr(module, "dense_weight"):  # an accelerated layer
+        weight: Tensor = module.dense_weight()
+        return weight
     from transformers.integrations.accelerate import load_offloaded_parameter
 
     try:
@@ -40,9 +51,25 @@ def refuse_offloaded(model: nn.Module, what: str) -> None:
     Raises:
         PlanError: If a parameter is on the meta device.
     """
+    refuse_accelerated(model, what)
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
             raise PlanError(
                 f"{name} is on the meta device (offloaded or not loaded), where {what} does not reach it: load the "
                 f"model without offloading, on devices with room for all of it"
             )
+
+
+def refuse_accelerated(model: nn.Module, what: str) -> None:
+    """Make sure that no layer of a model runs on a kernel with a copy of its weights.
+
+    Args:
+        model: Any torch module.
+        what: The function that writes weights, for messages: ``"shrink()"``.
+
+    Raises:
+        PlanError: If one does.
+    """
+    for name, module in model.named_modules():
+        if hasattr(module, "dense_weight"):
+            raise PlanError(f"{name} is accelerated, with a copy of its weights: call decelerate() before {what}")

@@ -1,0 +1,53 @@
+"""hf-prune accelerate: options, help, and what it prints."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hf_prune.cli.console import echo
+from hf_prune.cli.options import AsJson, Model, Overwrite, split_names
+from hf_prune.cli.startup import start
+from hf_prune.cli.timing_options import Threads
+from hf_prune.utils.output_folder import check_file
+
+
+def accelerate(
+    model: Model,
+    batch: Annotated[int, typer.Option(min=1, help="Examples in a batch.")] = 1,
+    length: Annotated[int, typer.Option(min=1, help="Tokens of each example; of images and sound, none.")] = 128,
+    threads: Threads = None,
+    dtypes: Annotated[str, typer.Option(help="Lower precisions that layers may compute in: bfloat16.")] = "",
+    tolerance: Annotated[
+        float, typer.Option(min=0, help="The largest change of an output, as a share of the largest output.")
+    ] = 1e-4,
+    out: Annotated[Path | None, typer.Option(help="Write the choice of kernels to this JSON file.")] = None,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure which kernels make a checkpoint faster on this machine, layer by layer, and by how much."""
+    start([model])
+    if out is not None:
+        check_file(out, overwrite=overwrite)
+    import torch
+
+    from hf_prune.auto import load_native
+    from hf_prune.inference.acceleration.accelerate import accelerate as choose_kernels
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    report = choose_kernels(
+        load_native(model),
+        workload={"batch_size": batch, "length": length},
+        dtypes=split_names(dtypes) if dtypes else (),
+        tolerance=tolerance,
+        progress=True,
+    )
+    echo(json.dumps(report.to_dict(), indent=2) if as_json else str(report))
+    if out is not None:
+        report.save(out)
+        if not as_json:
+            echo(f"Saved: {out}; in Python: model.accelerate(saved={str(out)!r})")

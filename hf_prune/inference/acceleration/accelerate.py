@@ -1,0 +1,140 @@
+"""accelerate(): give every linear layer of a model the kernel that is fastest for it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from hf_prune.errors import ConfigError, KernelError
+from hf_prune.inference.acceleration.choose import TOKENS, Choice, choose
+from hf_prune.inference.acceleration.install import install
+from hf_prune.inference.acceleration.kernels import sparsity_of
+from hf_prune.inference.acceleration.layers import is_accelerated
+from hf_prune.inference.acceleration.observe import DTYPES, matrix_of, observe
+from hf_prune.inference.acceleration.report import AccelerationReport, LayerKind, read_choices, this_machine
+from hf_prune.inference.speedup import workload_inputs
+from hf_prune.utils.forward import eval_mode
+from hf_prune.utils.number_formats import refuse_quantized
+from hf_prune.utils.offloaded_weights import refuse_offloaded
+from hf_prune.utils.progress import Bar
+from hf_prune.utils.wrapping import check_is_model
+
+_WORKLOAD = {"batch_size": 1, "length": 128}
+
+
+def accelerate(
+    model: nn.Module,
+    inputs: Mapping[str, Any] | None = None,
+    *,
+    workload: Mapping[str, int] | None = None,
+    dtypes: Sequence[str] = (),
+    tolerance: float = 1e-4,
+    saved: str | os.PathLike[str] | None = None,
+    progress: bool = False,
+) -> AccelerationReport:
+    """Have each linear layer of a model run on the kernel that is fastest on this machine, in place.
+
+    For each distinct layer (shape, precision, share of zeros) and several numbers of tokens, these are timed in turns:
+    torch's default, oneDNN, the sparse kernel of hf_prune and torch's CSR matrices, and, where ``dtypes`` allows it,
+    lower precisions. A layer runs on another kernel than torch's default only where that is faster beyond the noise,
+    and the whole model only if it is. The weights that only sparse kernels read are kept in their format alone.
+
+    The model is then for inference: it has no gradients, and stays in its precision on the CPU. ``save_pretrained``
+    saves the plain model, and :func:`decelerate` gives it back bit for bit.
+
+    Args:
+        model: Any torch module on the CPU; pruned ones gain the most.
+        inputs: Keyword arguments of a typical forward pass; None makes them from the config.
+        workload: ``batch_size`` and ``length`` of the inputs that are made; one text of 128 tokens by default.
+        dtypes: Lower precisions that layers may compute in: ``"bfloat16"``.
+        tolerance: The largest change of an output that is accepted, as a share of the largest output.
+        saved: The file of an earlier :meth:`AccelerationReport.save` on such a machine: its kernels are taken, and
+            only the whole model is timed.
+        progress: Show a progress bar.
+
+    Returns:
+        What was chosen and what it brought. "No layer gains" is an answer too; the model is then as before.
+
+    Raises:
+        ConfigError: If a dtype is unknown.
+        PlanError: If the model is quantized or offloaded, or inputs for it cannot be made.
+        KernelError: If the model is accelerated already, not on the CPU, its outputs change by more than ``tolerance``,
+            or ``saved`` is for another machine or model; the model is as before.
+        CheckpointError: If ``saved`` cannot be read.
+    """
+    check_is_model(model)
+    if unknown := [name for name in dtypes if name not in DTYPES]:
+        raise ConfigError(f"dtypes names {unknown[0]!r}: expected some of {', '.join(DTYPES)}")
+    if is_accelerated(model):
+        raise KernelError("the model is accelerated already: call decelerate() first, to choose anew")
+    refuse_quantized(model)
+    refuse_offloaded(model, "accelerate()")
+    if devices := {p.device.type for p in model.parameters()} - {"cpu"}:
+        raise KernelError(
+            f"the model is on {', '.join(sorted(devices))}: expected it on the CPU, for which kernels are"
+        )
+    inputs = dict(inputs) if inputs is not None else workload_inputs(model, {**_WORKLOAD, **(workload or {})})
+    with eval_mode(model):
+        seen = observe(model, inputs)
+        if saved is None:
+            allowed = [DTYPES[name] for name in dtypes]
+            groups = Bar(_kinds(seen.layers), desc="Choosing kernels", unit="layer", progress=progress)
+            kinds = [_chosen(group, seen.tokens, allowed) for group in groups]
+        else:
+            kinds = _from_file(saved, seen.layers)
+        return install(model, inputs, seen, kinds, tolerance)
+
+
+def _kinds(layers: Mapping[str, nn.Module]) -> list[tuple[dict[str, nn.Module], float]]:
+    """Layers that are timed as one, each group with its share of zeros, rounded to 5 %."""
+    groups: dict[tuple[Any, ...], tuple[dict[str, nn.Module], float]] = {}
+    for name, module in layers.items():
+        weight = module._parameters["weight"]
+        assert weight is not None
+        sparsity = round(20 * sparsity_of(weight)) / 20
+        key = (type(module), tuple(weight.shape), weight.dtype, module._parameters.get("bias") is None, sparsity)
+        groups.setdefault(key, ({}, sparsity))[0][name] = module
+    return list(groups.values())
+
+
+def _chosen(group: tuple[dict[str, nn.Module], float], tokens: set[int], dtypes: Sequence[torch.dtype]) -> LayerKind:
+    """The choice for layers of one kind, timed on the first."""
+    layers, sparsity = group
+    first = next(iter(layers.values()))
+    weight, bias = matrix_of(first), first._parameters.get("bias")
+    choices = choose(weight, None if bias is None else bias.detach(), sorted({*TOKENS, *tokens}), dtypes)
+    return LayerKind(
+        layers=tuple(layers),
+        shape=(weight.shape[0], weight.shape[1]),
+        dtype=str(weight.dtype).removeprefix("torch."),
+        sparsity=sparsity,
+        choices=tuple(_merged(choices)),
+    )
+
+
+def _merged(choices: Sequence[Choice]) -> list[Choice]:
+    """Choices without those that the default would make: all of them if another kernel is chosen anywhere."""
+    return list(choices) if any(choice.kernel != "dense" for choice in choices) else list(choices[:1])
+
+
+def _from_file(saved: str | os.PathLike[str], layers: Mapping[str, nn.Module]) -> list[LayerKind]:
+    kinds, machine = read_choices(saved)
+    here = this_machine()
+    if different := [key for key in here if machine.get(key) != here[key]]:
+        raise KernelError(
+            f"{saved} is for {', '.join(f'{key} {machine.get(key)}' for key in different)}, and this is "
+            f"{', '.join(f'{key} {here[key]}' for key in different)}: leave saved out, to choose for this machine"
+        )
+    for kind in kinds:
+        for name in kind.layers:
+            shape = tuple(matrix_of(layers[name]).shape) if name in layers else None
+            if shape != kind.shape:
+                raise KernelError(
+                    f"{saved} is for another model: it has a layer {name} of shape {kind.shape}, and here "
+                    f"{'there is none' if shape is None else f'it is {shape}'}; leave saved out, to choose anew"
+                )
+    return kinds

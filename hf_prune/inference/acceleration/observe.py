@@ -1,0 +1,91 @@
+"""What a model does on its inputs: which layers it calls, on how many tokens, and what it answers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_prune.inference.acceleration.layers import CLASSES
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass
+class Seen:
+    """One run of the model.
+
+    Args:
+        layers: The layers that it called and that can be accelerated, by name.
+        tokens: The numbers of tokens that they got.
+        outputs: What the model returned.
+        subnormal: Names of layers whose inputs hold subnormal numbers.
+    """
+
+    layers: dict[str, nn.Module] = field(default_factory=dict)
+    tokens: set[int] = field(default_factory=set)
+    outputs: list[Tensor] = field(default_factory=list)
+    subnormal: list[str] = field(default_factory=list)
+
+
+def observe(model: nn.Module, inputs: Mapping[str, Any]) -> Seen:
+    """Run the model and see which layers it calls: weights that it reads without a call must stay where they are."""
+    seen = Seen()
+
+    def note(name: str, module: nn.Module) -> Any:
+        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+            if args and isinstance(args[0], Tensor):
+                seen.layers[name] = module
+                seen.tokens.add(args[0].numel() // max(1, args[0].shape[-1]))
+                tiny = torch.finfo(args[0].dtype).tiny
+                if bool(((args[0] != 0) & (args[0].abs() < tiny)).any()):
+                    seen.subnormal.append(name)
+
+        return hook
+
+    with ExitStack() as hooks:
+        for name, module in model.named_modules():
+            if _suits(module):
+                hooks.callback(module.register_forward_pre_hook(note(name, module)).remove)
+        with torch.inference_mode():
+            seen.outputs = [tensor.clone() for tensor in _tensors(model(**inputs))]
+    return seen
+
+
+def _suits(module: nn.Module) -> bool:
+    weight = module._parameters.get("weight")
+    plain = type(module) in CLASSES and "forward" not in module.__dict__ and type(weight) is nn.Parameter
+    return plain and weight is not None and weight.numel() > 0 and weight.dtype in DTYPES.values()
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    """The floating-point tensors of an output, in order."""
+    if isinstance(output, Tensor):
+        if output.is_floating_point():
+            yield output
+    elif isinstance(output, Mapping):
+        for value in output.values():
+            yield from _tensors(value)
+    elif isinstance(output, list | tuple):
+        for value in output:
+            yield from _tensors(value)
+
+
+def matrix_of(module: nn.Module) -> Tensor:
+    """(out, in) of a layer's weight."""
+    weight = module._parameters["weight"]
+    assert weight is not None
+    return weight.detach() if isinstance(module, nn.Linear) else weight.detach().t()
+
+
+def difference_to(before: Sequence[Tensor], model: nn.Module, inputs: Mapping[str, Any]) -> float:
+    """The largest change of an output, as a share of the largest one."""
+    with torch.inference_mode():
+        after = list(_tensors(model(**inputs)))
+    largest = max((float(tensor.abs().max()) for tensor in before if tensor.numel()), default=0.0)
+    changes = [float((a - b).abs().max()) for a, b in zip(after, before, strict=True) if a.numel()]
+    return max(changes, default=0.0) / max(largest, 1e-30)

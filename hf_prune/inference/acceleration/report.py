@@ -1,0 +1,182 @@
+"""What an acceleration chose and brought."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hf_prune.errors import CheckpointError
+from hf_prune.inference.acceleration.choose import Choice
+from hf_prune.inference.timing import Ratio
+from hf_prune.utils.files import write_json
+from hf_prune.utils.formatting import format_count, format_table
+from hf_prune.utils.json_files import read_json_object
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class LayerKind:
+    """Layers that were timed as one: of one shape, precision and sparsity.
+
+    Args:
+        layers: Their names.
+        shape: (out, in).
+        dtype: Such as ``"float32"``.
+        sparsity: The share of zeros, rounded to 5 %.
+        choices: The kernels, by numbers of tokens in rising order.
+    """
+
+    layers: tuple[str, ...]
+    shape: tuple[int, int]
+    dtype: str
+    sparsity: float
+    choices: tuple[Choice, ...]
+
+    @property
+    def gains(self) -> bool:
+        """Whether another kernel than torch's default is the fastest for some number of tokens."""
+        return any(choice.kernel != "dense" for choice in self.choices)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {**vars(self), "choices": [choice.to_dict() for choice in self.choices]}
+
+
+@dataclass(frozen=True)
+class AccelerationReport:
+    """Which kernels the layers of a model run on, and what that brought.
+
+    Args:
+        kinds: The layers.
+        speedup: How many times as fast the model is as before, end to end on the inputs; None if no layer gains.
+        before: Median seconds of a forward pass before.
+        after: Median seconds of a forward pass after.
+        difference: The largest change of an output, as a share of the largest output.
+        bytes_before: Bytes of the layers' weights before.
+        bytes_after: Bytes of what is kept in their place.
+        threads: PyTorch threads.
+        machine: The processor, and what its kernels were chosen for.
+        notes: What else there is to know.
+    """
+
+    kinds: tuple[LayerKind, ...]
+    speedup: Ratio | None
+    before: float
+    after: float
+    difference: float
+    bytes_before: int
+    bytes_after: int
+    threads: int
+    machine: Mapping[str, str]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def accelerated(self) -> tuple[str, ...]:
+        """Names of the layers that run on another kernel than torch's default."""
+        changed = [kind for kind in self.kinds if kind.gains]
+        return tuple(name for kind in changed for name in kind.layers) if self.speedup is not None else ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON: numbers and names, no weights."""
+        ratio = None if self.speedup is None else dict(vars(self.speedup))
+        return {
+            "format": FORMAT,
+            **vars(self),
+            "kinds": [kind.to_dict() for kind in self.kinds],
+            "speedup": ratio,
+            "machine": dict(self.machine),
+        }
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the choices to a file, for ``accelerate(saved=path)`` on the same kind of machine."""
+        write_json(path, self.to_dict())
+
+    def __str__(self) -> str:
+        rows = []
+        for kind in self.kinds:
+            for choice in kind.choices:
+                rows.append(
+                    [
+                        f"{kind.shape[1]}→{kind.shape[0]}",
+                        str(len(kind.layers)),
+                        f"{100 * kind.sparsity:.0f} %",
+                        str(choice.tokens),
+                        choice.kernel,
+                        f"{1e6 * choice.dense_seconds:.0f}" if choice.dense_seconds else "",
+                        f"{1e6 * choice.seconds:.0f}" if choice.seconds else "",
+                        f"{choice.ratio:.2f}×",
+                    ]
+                )
+        header = ["layer", "count", "zeros", "tokens", "kernel", "default µs", "µs", "gain"]
+        lines = [format_table(header, rows)] if rows else []
+        if not any(kind.gains for kind in self.kinds):
+            lines.append("No layer gains: every one stays as it is.")
+        if (ratio := self.speedup) is not None:
+            lines += [
+                f"End to end: {ratio.value:.2f} times as fast (95 % interval {ratio.low:.2f} to {ratio.high:.2f}), "
+                f"{1e3 * self.before:.2f} ms -> {1e3 * self.after:.2f} ms, threads: {self.threads}, "
+                f"{self.machine['cpu']}.",
+                f"Largest change of an output: {self.difference:.1e} of the largest output.",
+                f"Weights of these layers in memory: {format_count(self.bytes_before)}B -> "
+                f"{format_count(self.bytes_after)}B.",
+            ]
+        return "\n".join([*lines, *self.notes])
+
+
+def this_machine() -> dict[str, str]:
+    """What choices of kernels depend on, besides the model."""
+    return {
+        "cpu": _processor(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "torch": torch.__version__,
+        "threads": str(torch.get_num_threads()),
+    }
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def read_choices(path: str | os.PathLike[str]) -> tuple[list[LayerKind], dict[str, str]]:
+    """The layers and the machine of a saved report.
+
+    Raises:
+        CheckpointError: If the file is missing, damaged, or of another format.
+    """
+    saved = read_json_object(Path(path))
+    try:
+        if saved["format"] != FORMAT:
+            raise KeyError(f"format {saved['format']}")
+        kinds = [
+            LayerKind(
+                layers=tuple(map(str, kind["layers"])),
+                shape=(int(kind["shape"][0]), int(kind["shape"][1])),
+                dtype=str(kind["dtype"]),
+                sparsity=float(kind["sparsity"]),
+                choices=tuple(_choice(choice) for choice in kind["choices"]),
+            )
+            for kind in saved["kinds"]
+        ]
+        return kinds, {str(key): str(value) for key, value in saved["machine"].items()}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path} is not a record of an acceleration ({type(error).__name__}: {error}): expected what "
+            f"AccelerationReport.save() or hf-prune accelerate --out writes"
+        ) from error
+
+
+def _choice(saved: Mapping[str, Any]) -> Choice:
+    numbers: Sequence[float] = [float(saved[key]) for key in ("dense_seconds", "seconds", "ratio")]
+    return Choice(int(saved["tokens"]), str(saved["kernel"]), *numbers)
