@@ -1,131 +1,162 @@
-"""A tiny random model for each of several families with mixtures of experts, and inputs for it."""
+"""Tiny mixtures, one for each way in which transformers packs experts, and their twins with lists of Linears."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 import transformers
+from torch import Tensor, nn
 
-from tests.architecture_models import Inputs
+from tests.models import VOCAB, fill
 
-_TEXT = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
+_SIZES: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 16,
     "intermediate_size": 24,
-    "max_position_embeddings": 64,
+    "moe_intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "num_experts_per_tok": 2,
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-_LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8}
-_GROUPED = {"n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 20, "n_shared_experts": 1}
-_GROUPED |= {"first_k_dense_replace": 1, "n_group": 2, "topk_group": 1}
-_MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_expand": 2, "mamba_d_state": 8, "mamba_n_groups": 1}
-_SEQ2SEQ = {"vocab_size": 64, "d_model": 32, "num_experts": 8}
+_DEEPSEEK: dict[str, Any] = {
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 0,
+    "kv_lora_rank": 8,
+    "q_lora_rank": None,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 8,
+}
 
-# model_type -> (name of the class, settings of its config)
-MODELS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
-    "mixtral": ("MixtralForCausalLM", {**_TEXT, "num_local_experts": 8, "num_experts_per_tok": 2}),
-    "qwen2_moe": (
-        "Qwen2MoeForCausalLM",
-        {**_TEXT, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 20,
-         "shared_expert_intermediate_size": 16},
+#: By family: the class, and what differs from the sizes that all have.
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "mixtral": ("Mixtral", {"num_local_experts": 4}),
+    "qwen3_moe": ("Qwen3Moe", {"num_experts": 4}),
+    "qwen2_moe": ("Qwen2Moe", {"num_experts": 4, "shared_expert_intermediate_size": 24}),
+    "deepseek_v3": ("DeepseekV3", _DEEPSEEK),
+    "deepseek_v2": ("DeepseekV2", _DEEPSEEK),
+    "olmoe": ("Olmoe", {"num_experts": 4}),
+    "phimoe": ("Phimoe", {"num_local_experts": 4}),
+    "granitemoe": ("GraniteMoe", {"num_local_experts": 4}),
+    "jetmoe": ("JetMoe", {"num_local_experts": 4, "kv_channels": 8, "num_key_value_heads": 1}),
+    "gpt_oss": ("GptOss", {"num_local_experts": 4, "layer_types": ["full_attention"] * 2}),  # transposed, with biases
+    "llama4": ("Llama4Text", {"num_local_experts": 4, "intermediate_size_mlp": 24, "attention_chunk_size": 64}),
+    "nemotron_h": (  # no gate
+        "NemotronH",
+        {
+            "layers_block_type": ["attention", "moe"],
+            "n_routed_experts": 4,
+            "moe_shared_expert_intermediate_size": 24,
+            "n_group": 1,
+            "topk_group": 1,
+        },
     ),
-    "qwen3_moe": (
-        "Qwen3MoeForCausalLM",
-        {**_TEXT, "head_dim": 8, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 20},
-    ),
-    "olmoe": ("OlmoeForCausalLM", {**_TEXT, "num_experts": 8, "num_experts_per_tok": 2}),
-    "deepseek_v2": (
-        "DeepseekV2ForCausalLM",
-        {**_TEXT, **_LATENT, **_GROUPED, "num_key_value_heads": 4, "topk_method": "group_limited_greedy"},
-    ),
-    "deepseek_v3": ("DeepseekV3ForCausalLM", {**_TEXT, **_LATENT, **_GROUPED, "num_key_value_heads": 4}),
-    "glm4_moe": ("Glm4MoeForCausalLM", {**_TEXT, **_GROUPED, "head_dim": 8, "n_group": 1}),
-    "gpt_oss": ("GptOssForCausalLM", {**_TEXT, "head_dim": 8, "num_local_experts": 8, "num_experts_per_tok": 2}),
-    "llama4": (
-        "Llama4ForCausalLM",
-        {**_TEXT, "head_dim": 8, "num_local_experts": 8, "num_experts_per_tok": 1, "intermediate_size_mlp": 24,
-         "interleave_moe_layer_step": 1},
-    ),
-    "granitemoe": ("GraniteMoeForCausalLM", {**_TEXT, "num_local_experts": 8, "num_experts_per_tok": 2}),
-    "granitemoehybrid": (
-        "GraniteMoeHybridForCausalLM",
-        {**_TEXT, **_MAMBA, "num_local_experts": 8, "num_experts_per_tok": 2, "shared_intermediate_size": 16,
-         "layer_types": ["mamba", "attention"], "mamba_chunk_size": 8},
-    ),
-    "jetmoe": ("JetMoeForCausalLM", {**_TEXT, "num_local_experts": 8, "num_experts_per_tok": 2, "kv_channels": 8}),
-    "phimoe": ("PhimoeForCausalLM", {**_TEXT, "num_local_experts": 8, "num_experts_per_tok": 2}),
-    "ernie4_5_moe": (
-        "Ernie4_5_MoeForCausalLM",
-        {**_TEXT, "moe_num_experts": 8, "moe_k": 2, "moe_intermediate_size": 20, "moe_layer_start_index": 0},
-    ),
-    "lfm2_moe": (
-        "Lfm2MoeForCausalLM",
-        {**_TEXT, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 20, "num_dense_layers": 1,
-         "layer_types": ["conv", "full_attention"]},
-    ),
-    "gemma4_text": (
-        "Gemma4ForCausalLM",
-        {**_TEXT, "head_dim": 8, "global_head_dim": 8, "num_experts": 8, "top_k_experts": 2,
-         "moe_intermediate_size": 20, "enable_moe_block": True, "hidden_size_per_layer_input": 8,
-         "vocab_size_per_layer_input": 64, "num_kv_shared_layers": 0,
-         "layer_types": ["sliding_attention", "full_attention"]},
-    ),
-    "minimax_m2": ("MiniMaxM2ForCausalLM", {**_TEXT, "head_dim": 8, "num_local_experts": 8, "num_experts_per_tok": 2}),
-    "hunyuan_v1_moe": ("HunYuanMoEV1ForCausalLM", {**_TEXT, "head_dim": 8, "num_experts": 8, "moe_topk": 2}),
-    "dbrx": (
-        "DbrxForCausalLM",
-        {"vocab_size": 64, "d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 64, "pad_token_id": 0,
-         "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
-         "ffn_config": {"ffn_hidden_size": 24, "moe_num_experts": 8, "moe_top_k": 2, "hidden_size": 32}},
-    ),
-    "nemotron_h": (
-        "NemotronHForCausalLM",
-        {**_TEXT, "layers_block_type": ["mamba", "moe", "attention", "moe"], "n_routed_experts": 8,
-         "num_experts_per_tok": 2, "moe_intermediate_size": 20, "moe_shared_expert_intermediate_size": 16,
-         "n_group": 1, "topk_group": 1, "mamba_num_heads": 4, "mamba_head_dim": 16, "ssm_state_size": 8,
-         "n_groups": 1, "head_dim": 8, "chunk_size": 8},
-    ),
-    "switch_transformers": (
-        "SwitchTransformersForConditionalGeneration",
-        {**_SEQ2SEQ, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 4,
-         "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1, "decoder_start_token_id": 0,
-         "pad_token_id": 0},
-    ),
-    "nllb-moe": (
-        "NllbMoeForConditionalGeneration",
-        {**_SEQ2SEQ, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
-         "decoder_attention_heads": 4, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "encoder_sparse_step": 2,
-         "decoder_sparse_step": 2, "expert_capacity": 64, "decoder_start_token_id": 2, "pad_token_id": 1},
-    ),
-}  # fmt: skip
+}
 
 
-def _text() -> dict[str, torch.Tensor]:
-    return {"input_ids": torch.arange(24).view(2, 12) % 60 + 3}
+def tiny_mixture(family: str, seed: int = 0) -> Any:
+    """A language model of one family with four experts in a layer, which multiplies them one by one."""
+    name, settings = FAMILIES[family]
+    config = getattr(transformers, f"{name}Config")(**{**_SIZES, **settings})
+    config._experts_implementation = "eager"
+    model = fill(
+        getattr(transformers, "Llama4ForCausalLM" if name == "Llama4Text" else f"{name}ForCausalLM")(config), seed
+    )
+    with torch.no_grad():  # as different from one another as routers that were trained
+        for parameter_name, parameter in model.named_parameters():
+            if "router" in parameter_name or ".gate." in parameter_name:
+                parameter.mul_(20)
+    return model.eval()
 
 
-def _translation() -> dict[str, torch.Tensor]:
-    return {**_text(), "decoder_input_ids": _text()["input_ids"][:, :6]}
+def packed(model: nn.Module) -> list[str]:
+    """The names of the packed experts of a model."""
+    return [name for name, p in model.named_parameters() if p.dim() == 3 and "expert" in name]
 
 
-def tiny_moe(model_type: str, **settings: Any) -> tuple[Any, Inputs]:
-    """A model of a family, every weight and correction random and large enough to matter, and what makes inputs."""
-    name, own = MODELS[model_type]
-    cls: Any = getattr(transformers, name)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = cls(cls.config_class(**{**own, **settings}))
-    generator = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():
-        parameter.data.normal_(0, 0.2, generator=generator)
-    for key, buffer in model.named_buffers():
-        if key.endswith(("correction_bias", "expert_bias")):
-            buffer.normal_(0, 0.05, generator=generator)
-    return model.eval(), _translation if model.config.is_encoder_decoder else _text
+class ListOfExperts(nn.Module):
+    """What a module of packed experts computes, with a Linear for each matrix of each expert."""
+
+    def __init__(self, packed_experts: Any) -> None:
+        super().__init__()
+        self.__dict__["packed"] = packed_experts  # for its activation, and no submodule
+        first = "gate_up_proj" if hasattr(packed_experts, "gate_up_proj") else "up_proj"
+        self.batched = "Llama4" in type(packed_experts).__name__
+        transposed = self.batched or packed_experts.is_transposed
+        self.first, self.second = (
+            nn.ModuleList(
+                _linear(matrix.t() if transposed else matrix, None if biases is None else biases[number])
+                for number, matrix in enumerate(getattr(packed_experts, name).detach())
+            )
+            for name in (first, "down_proj")
+            for biases in [getattr(packed_experts, f"{name}_bias", None)]
+        )
+
+    def forward(self, x: Tensor, index: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
+        """As the packed module does it, on the tokens that are routed to each expert."""
+        total = torch.zeros_like(x)
+        if self.batched:
+            each = len(x) // len(self.first)
+            for number in range(len(self.first)):
+                rows = number * each + x[number * each : (number + 1) * each].ne(0).any(-1).nonzero().squeeze(1)
+                total = total.index_copy(0, rows, self._expert(number, x[rows])) if len(rows) else total
+            return total
+        for number in range(len(self.first)):
+            token, place = torch.where(index == number)
+            if len(token):
+                total = total.index_add(0, token, self._expert(number, x[token]) * weights[token, place, None])
+        return total
+
+    def _expert(self, number: int, x: Tensor) -> Tensor:
+        hidden = self.first[number](x)
+        if self.batched:
+            gate, up = hidden.chunk(2, dim=-1)
+            hidden = up * self.packed.act_fn(gate)
+        else:
+            hidden = self.packed._apply_gate(hidden) if self.packed.has_gate else self.packed.act_fn(hidden)
+        return self.second[number](hidden)
+
+
+def _linear(matrix: Tensor, bias: Tensor | None) -> nn.Linear:
+    linear = nn.Linear(matrix.shape[1], matrix.shape[0], bias=bias is not None)
+    with torch.no_grad():
+        linear.weight.copy_(matrix)
+        if bias is not None:
+            linear.bias.copy_(bias)
+    return linear
+
+
+def twin(family: str) -> nn.Module:
+    """The same model as :func:`tiny_mixture` with lists of Linears in place of its packed experts."""
+    model = tiny_mixture(family)
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if (
+                any(key in child._parameters for key in ("gate_up_proj", "up_proj"))
+                and "down_proj" in child._parameters
+            ):
+                setattr(module, name, ListOfExperts(child))
+    return model
+
+
+def experts_of(model: nn.Module, name: str, transposed: bool) -> Tensor:
+    """The weights of a twin in the layout of a packed parameter.
+
+    Args:
+        model: The twin.
+        name: Of the parameter.
+        transposed: Whether it holds (in, out).
+    """
+    module, _, attribute = name.rpartition(".")
+    experts: Any = model.get_submodule(module)
+    linears = experts.second if attribute == "down_proj" else experts.first
+    return torch.stack([linear.weight.detach().t() if transposed else linear.weight.detach() for linear in linears])

@@ -38,6 +38,7 @@ class BatchRunner:
         device: Where the model computes.
         padding: Knows the padding of the batch that is running.
         packed: The targets of several matrices that modules multiply with without being called, by name.
+        routed: Whether a router chooses the tokens of some targets, so that it is followed which ones.
         kinds: For each batch the number of the first batch of its kind.
         samples: Numbers of the batches on which it is tried how the model behaves.
         once: Ids of the modules that each sample calls once at most.
@@ -58,7 +59,8 @@ class BatchRunner:
         self.replay = replay
         self.packed = packed_targets(model, targets)
         rows = RoutedRows()
-        self._slab_calls = SlabCalls(self.packed.values(), rows) if self.packed else None
+        self._slab_calls = SlabCalls(self.packed.values(), rows)
+        self.routed = bool(self.packed)
         self.padding = Padding(model, rows)
         self.kinds = batch_kinds(self.batches)
         self.samples = sample_batches(self.batches, self.kinds)
@@ -159,5 +161,5 @@ class BatchRunner:
 
     def _forward(self, batch: Mapping[str, Any], options: Mapping[str, Any]) -> Any:
         inputs = batch_to_device(self.model, batch, self.device)
-        with self.padding.of(inputs), nullcontext() if self._slab_calls is None else self._slab_calls.watching():
+        with self.padding.of(inputs), self._slab_calls.watching() if self.routed else nullcontext():
             return run_model(self.model, {**options, **inputs})

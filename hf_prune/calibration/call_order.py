@@ -83,7 +83,9 @@ def observe_calls(runner: BatchRunner, targets: Sequence[Target], holders: Modul
     counts: dict[int, dict[int, int]] = {}
 
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        log.note(by_module[id(module)], first_input(args, kwargs), runner.current in counts)
+        target, x = by_module[id(module)], first_input(args, kwargs)
+        runner.routed |= not runner.padding.in_place(x, target.layout)
+        log.note(target, x, runner.current in counts)
 
     def count(module: nn.Module, _: Any) -> None:
         of_batch = counts[runner.current]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,7 +11,10 @@ from hf_prune.calibration.batches import Batches, require_batches
 from hf_prune.calibration.gradients import mean_gradients, squared_gradients
 from hf_prune.calibration.input_reader import InputReader
 from hf_prune.criteria.base import GRADIENTS, INPUTS, LABELLED, WeightStats, derived_seed
+from hf_prune.kernels.matrix import Target
 from hf_prune.planning.plan import PruningPlan, targets_of
+from hf_prune.utils.formatting import first_few
+from hf_prune.utils.notices import warn_user
 
 
 def collect_stats(
@@ -51,9 +55,39 @@ def collect_stats(
         for t in targets:
             for need, tensors in gradients.items():
                 fields[t.name][need] = t.matrix(tensors[t.name])
+        if gradients and plan.config.scope != "global":
+            _rank_unreached_by_magnitude(targets, fields, set(gradients))
         if inputs := needs & INPUTS:
             with InputReader(model, targets, batches) as reader:
                 reader.order()
                 for name, statistics in reader.gather(targets, inputs, progress=progress).items():
                     fields[name].update(statistics)
     return {name: WeightStats(seed=derived_seed(plan.config.seed, name), **values) for name, values in fields.items()}
+
+
+def _rank_unreached_by_magnitude(
+    targets: Sequence[Target], fields: Mapping[str, dict[str, Any]], needs: Set[str]
+) -> None:
+    """Have gradients of 1 stand for those that are 0 in a whole matrix, such as that of an expert without tokens.
+
+    All its scores would be equal, and its first weights would go.
+
+    Args:
+        targets: The targets.
+        fields: Their statistics, by name; changed in place.
+        needs: The statistics that are gradients.
+    """
+    without = []
+    for t in targets:
+        for number in range(t.slabs if t.layout != "conv" else 1):
+            rows = t.rows(number) if t.layout != "conv" else slice(None)
+            parts = [fields[t.name][need][rows] for need in needs]
+            if not any(bool(part.any()) for part in parts):
+                without.append(t.slab(number).name if t.layout != "conv" else t.name)
+                for part in parts:
+                    part.fill_(1)
+    if without:
+        warn_user(
+            f"the predictions depend on no weight of {len(without)} matrices on these batches ({first_few(without)}): "
+            f"they are pruned by magnitude"
+        )

@@ -105,29 +105,37 @@ def prunable_weights(model: nn.Module) -> Iterator[PrunableWeight]:
 
 
 def stays_dense(weight: PrunableWeight) -> bool:
-    """Whether a weight is left dense unless it is named: depthwise convolutions, and those of pixels or samples.
+    """Whether a weight is left dense unless it is named: routers, depthwise convolutions, and those of raw inputs.
 
     They have few weights, and each of them matters: a depthwise convolution has one input for each output, and a first
     convolution sees the whole input through a handful of channels.
     """
     module = weight.module
+    if is_router(module):
+        return True
     if not isinstance(module, Convolution):
         return False
     return module.in_channels <= _RAW_CHANNELS or module.in_channels == module.groups
 
 
 def router_weights(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Matrices by which tokens choose their experts, where these are no Linear: by parameter name.
+    """Matrices by which tokens choose their experts, where these are no plain Linear: by parameter name.
 
     They are left alone: they have next to no weights, and decide on what all others compute.
     """
     weights = {}
     for name, module in model.named_modules():
-        if any(word in type(module).__name__ for word in ("Router", "Gate")) and not isinstance(module, nn.Linear):
+        if is_router(module):
             for attribute, parameter in module._parameters.items():
                 if parameter is not None and parameter.dim() == 2:
                     weights[f"{name}.{attribute}"] = parameter
     return weights
+
+
+def is_router(module: nn.Module) -> bool:
+    """Whether a module chooses experts; a plain Linear that does is pruned like any other."""
+    name = type(module).__name__
+    return any(word in name for word in ("Router", "Gate")) and type(module) is not nn.Linear
 
 
 def output_embeddings(model: nn.Module) -> set[nn.Module]:

@@ -1,0 +1,207 @@
+"""Packed experts are pruned like lists of expert modules: the same masks and weights, from the same tokens."""
+
+import re
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from hf_prune.auto import AutoPrunedModelForCausalLM
+from hf_prune.calibration.input_reader import InputReader
+from hf_prune.errors import CalibrationError
+from hf_prune.mixin import prunable
+from hf_prune.pipeline import prune
+from hf_prune.planning.config import PruningConfig
+from hf_prune.planning.make_plan import make_plan
+from hf_prune.planning.plan import targets_of
+from hf_prune.pruning.mask_store import MaskStore
+from tests.models import VOCAB, assert_unchanged, snapshot
+from tests.moe_models import FAMILIES, experts_of, packed, tiny_mixture, twin
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*experts that saw (fewer|no) calibration token",
+    "ignore:no calibration batch reached",
+    "ignore:the predictions depend on no weight of",
+)
+LISTS = [family for family in FAMILIES if family != "jetmoe"]
+TRANSPOSED = {"gpt_oss", "llama4"}
+
+
+def batches(padding: int = 0, number: int = 3):
+    generator = torch.Generator().manual_seed(1)
+    ids = [torch.randint(3, VOCAB, (2, 10), generator=generator) for _ in range(number)]
+    masks = [torch.ones_like(x) for x in ids]
+    for mask in masks:
+        mask[1, 10 - padding :] = 0
+    return [{"input_ids": x, "attention_mask": m, "labels": x} for x, m in zip(ids, masks, strict=True)]
+
+
+def pruned_pair(family, data=None, **settings):
+    """The packed model and its twin, pruned with the same settings."""
+    model, listed = tiny_mixture(family), twin(family)
+    prune(model, calibration=data, **settings)
+    prune(listed, calibration=data, **settings)
+    return model, listed
+
+
+def assert_same(family, model, listed, tolerance=0.0):
+    """The same zeros in every expert, and the same values up to rounding."""
+    for name in packed(model):
+        weight = model.get_parameter(name).detach()
+        expected = experts_of(listed, name, family in TRANSPOSED)
+        assert torch.equal(weight == 0, expected == 0), name
+        assert torch.allclose(weight, expected, rtol=tolerance, atol=tolerance), name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_half_of_every_expert_goes_and_plain_transformers_loads_the_rest(family, tmp_path):
+    model = prunable(tiny_mixture(family))
+    model.prune(0.5)
+    assert packed(model)
+    for name in packed(model):
+        assert [int((expert == 0).sum()) for expert in model.get_parameter(name)] == [
+            model.get_parameter(name)[0].numel() // 2
+        ] * 4
+    before, masks = snapshot(model), dict(model.masks)
+    model.save_pretrained(tmp_path / "plain")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
+    assert_unchanged(loaded, before)
+    again = AutoPrunedModelForCausalLM.from_pretrained(tmp_path / "plain")
+    assert masks.keys() == again.masks.keys()
+    assert all(torch.equal(mask, again.masks[name]) for name, mask in masks.items())
+    model.save_pretrained(tmp_path / "packed", compressed=True)
+    unpacked = AutoPrunedModelForCausalLM.from_pretrained(tmp_path / "packed")
+    assert_unchanged(unpacked, before)
+    assert all(torch.equal(mask, unpacked.masks[name]) for name, mask in masks.items())
+
+
+@pytest.mark.parametrize("family", LISTS)
+@pytest.mark.parametrize("criterion", ["magnitude", "wanda", "sparsegpt"])
+def test_like_a_list_of_expert_modules(family, criterion):
+    model, listed = pruned_pair(family, batches(), sparsity=0.5, criterion=criterion)
+    assert_same(family, model, listed, 1e-5)
+
+
+SETTINGS = [
+    {"criterion": "alps"},
+    {"criterion": "snip"},
+    {"criterion": "taylor"},
+    {"criterion": "fisher"},
+    {"criterion": "fisher_diagonal", "scope": "global"},
+    {"criterion": "magnitude", "scope": "global"},
+    {"criterion": "magnitude", "scope": "row"},
+    {"criterion": "magnitude", "allocation": "erk"},
+    {"criterion": "magnitude", "granularity": "block:4x2"},
+    {"criterion": "magnitude", "granularity": "row"},
+    {"criterion": "magnitude", "granularity": "column"},
+    {"criterion": "wanda", "granularity": "2:4", "sparsity": None},
+    {"criterion": "sparsegpt", "granularity": "2:4", "sparsity": None},
+    {"criterion": "wanda", "calibration_order": "one_pass"},
+    {"criterion": "wanda", "repair": "least_squares"},
+    {"criterion": "magnitude", "repair": "least_squares", "scope": "global"},
+    {"criterion": "wanda", "objective": "loss"},
+    {"criterion": "sparsegpt", "objective": "loss", "repair": "least_squares"},
+    {"criterion": "wanda", "allocation": "owl"},
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=lambda s: "-".join(map(str, s.values())))
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "llama4"])
+def test_like_a_list_in_every_setting(family, settings):
+    model, listed = pruned_pair(family, batches(), **{"sparsity": 0.5, **settings})
+    assert_same(family, model, listed, 1e-3 if "alps" in settings.values() else 1e-4)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "llama4", "nemotron_h"])
+@pytest.mark.parametrize("criterion", ["wanda", "sparsegpt"])
+def test_padding_that_a_router_gathers_does_not_count(family, criterion):
+    """The same texts in batches of one, without padding."""
+    padded = batches(padding=4)
+    apart = []
+    for batch in padded:
+        for i in (0, 1):
+            kept = batch["attention_mask"][i].bool()
+            apart.append({name: value[i : i + 1, kept] for name, value in batch.items()})
+    names = {}
+    for data in (padded, apart):
+        model = tiny_mixture(family)
+        plan = make_plan(model, PruningConfig(0.5, criterion=criterion))
+        with InputReader(model, targets_of(plan), data) as reader:
+            reader.order()
+            names[len(data)] = reader.gather(reader.targets, frozenset({"input_gram"})), dict(reader.tokens)
+    (with_padding, counts), (without, expected) = names.values()
+    assert counts == expected
+    for name in packed(model):
+        assert sum(counts[name]) > 0
+        difference = (with_padding[name]["input_gram"] - without[name]["input_gram"]).abs().max()
+        assert difference <= 1e-5 * without[name]["input_gram"].abs().max()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_calibration_computes_what_the_model_computes(family):
+    """Every expert's product goes through a module that hooks can see, bit for bit."""
+    model = tiny_mixture(family)
+    plan = make_plan(model, PruningConfig(0.5, criterion="wanda"))
+    expected = model(**{k: v for k, v in batches()[0].items() if k != "labels"}).logits
+    with InputReader(model, targets_of(plan), batches()) as reader, torch.no_grad():
+        found = reader.forward({k: v for k, v in batches()[0].items() if k != "labels"}).logits
+    assert torch.equal(found, expected)
+
+
+def test_every_implementation_of_experts_is_left_as_it_was():
+    model = tiny_mixture("mixtral")
+    model.set_experts_implementation("grouped_mm")
+    prune(model, 0.5, criterion="wanda", calibration=batches())
+    assert model.config._experts_implementation == "grouped_mm"
+    eager = tiny_mixture("mixtral")
+    prune(eager, 0.5, criterion="wanda", calibration=batches())
+    for name in packed(model):
+        assert torch.equal(model.get_parameter(name), eager.get_parameter(name))
+
+
+@pytest.mark.parametrize("criterion", ["wanda", "sparsegpt", "alps", "taylor", "snip", "fisher", "fisher_diagonal"])
+def test_an_expert_without_tokens_is_pruned_by_magnitude_and_named(criterion):
+    """Others saw a few tokens, and are warned of once."""
+    model = tiny_mixture("deepseek_v3")
+    for layer in model.model.layers:
+        layer.mlp.gate.e_score_correction_bias[:2] += 100  # the last two are never chosen
+    name = "model.layers.1.mlp.experts.gate_up_proj"
+    plain = prune(tiny_mixture("deepseek_v3"), 0.5).get_parameter(name)
+    if criterion == "fisher":
+        prune(model, 0.5, criterion=criterion, calibration=batches())
+    else:
+        words = "saw no calibration token" if criterion in ("wanda", "sparsegpt", "alps") else "depend on no weight of"
+        with pytest.warns(UserWarning, match=words) as caught:
+            prune(model, 0.5, criterion=criterion, calibration=batches())
+        assert len([w for w in caught if words in str(w.message)]) == 1
+    for expert in (2, 3):
+        assert torch.equal(model.get_parameter(name)[expert] == 0, plain[expert] == 0)
+    assert not torch.equal(model.get_parameter(name)[0] == 0, plain[0] == 0)
+
+
+def test_a_layout_that_is_not_as_declared_is_refused():
+    model = tiny_mixture("mixtral")
+    for module in model.modules():
+        if hasattr(module, "is_transposed"):
+            module.is_transposed = True
+    before = snapshot(model)
+    with pytest.raises(
+        CalibrationError, match=r"MixtralExperts multiplies with a part of .*gate_up_proj .*as they are declared"
+    ):
+        prune(model, 0.5, criterion="wanda", calibration=batches())
+    assert_unchanged(model, before)
+    assert MaskStore.of(model) is None
+
+
+def test_the_parts_of_a_mixture_can_be_named():
+    model = tiny_mixture("mixtral")
+    names = [t.target.name for t in make_plan(model, PruningConfig(0.5, target_modules=["down_proj"])).tensors]
+    assert names == [f"model.layers.{i}.mlp.experts.down_proj" for i in (0, 1)]
+    both = [t.target.name for t in make_plan(model, PruningConfig(0.5, target_modules=["experts"])).tensors]
+    assert both == packed(model)
+    rest = [t.target.name for t in make_plan(model, PruningConfig(0.5, exclude_modules=["experts"])).tensors]
+    assert rest
+    assert not set(rest) & set(both)
+    plan = make_plan(model, PruningConfig(0.5, allocation={"down_proj": 0.25}))
+    assert {t.sparsity for t in plan.tensors if t.target.name.endswith("down_proj")} == {0.25}
+    assert re.search(r"experts\.down_proj +4x16x24", str(plan))
