@@ -55,8 +55,8 @@ def collect_stats(
         for t in targets:
             for need, tensors in gradients.items():
                 fields[t.name][need] = t.matrix(tensors[t.name])
-        if gradients and plan.config.scope != "global":
-            _rank_unreached_by_magnitude(targets, fields, set(gradients))
+        if labelled and plan.config.scope != "global":
+            _rank_unreached_by_magnitude(targets, fields, labelled)
         if inputs := needs & INPUTS:
             with InputReader(model, targets, batches) as reader:
                 reader.order()
