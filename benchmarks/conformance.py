@@ -1,0 +1,133 @@
+"""Build every model type that the installed transformers can build small, and check what hf_prune does with it.
+
+Each type is measured in a process of its own, forked from one that has imported everything, with limits of memory and time. Results
+are written after each type, and types that have a result are not measured again.
+
+    python -m benchmarks.conformance --out conformance          # all types, about half an hour on one core
+    python -m benchmarks.conformance --out conformance --only bert mixtral
+    python -m benchmarks.conformance --out conformance --docs docs   # only write the tables from what was measured
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import resource
+import signal
+import time
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+Result = dict[str, Any]
+
+
+def main() -> None:
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("conformance"), help="folder of results.jsonl")
+    parser.add_argument("--only", nargs="+", help="model types")
+    parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
+    parser.add_argument("--seconds", type=int, default=60, help="most time for a type")
+    parser.add_argument("--gigabytes", type=int, default=8, help="most memory for a type")
+    parser.add_argument("--again", action="store_true", help="measure also what has a result")
+    parser.add_argument("--docs", type=Path, help="only write architectures.md and architectures.json to this folder")
+    args = parser.parse_args()
+    results = read_results(args.out)
+    if args.docs is None:
+        from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
+
+        types = [t for t in args.only or MODEL_MAPPING_NAMES if args.again or t not in results]
+        args.out.mkdir(parents=True, exist_ok=True)
+        with (args.out / "results.jsonl").open("a") as file:
+            for number, result in enumerate(run(types, args.jobs, args.seconds, args.gigabytes), 1):
+                results[result["type"]] = result
+                file.write(json.dumps(result) + "\n")
+                file.flush()
+                print(f"{number}/{len(types)} {result['type']}: {summary(result)}", flush=True)
+    else:
+        from benchmarks.conformance_table import write_tables
+
+        write_tables(list(results.values()), args.docs)
+
+
+def read_results(folder: Path) -> dict[str, Result]:
+    """The last result of each type in a folder."""
+    path = folder / "results.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return {result["type"]: result for result in map(json.loads, lines)}
+
+
+def summary(result: Result) -> str:
+    """One result in a line."""
+    if not result["built"]:
+        return f"not built: {result['reason'][:100]}"
+    share = result["covered"] / max(1, result["matrices"] - result["dense_by_choice"])
+    bad = [f"{name}: {text[:90]}" for name, text in result["checks"].items() if text.startswith("failed")]
+    return f"{share:.0%} covered, {result['seconds']:.1f} s{'; ' if bad else ''}{'; '.join(bad)}"
+
+
+def run(types: Sequence[str], jobs: int, seconds: int, gigabytes: int) -> Iterator[Result]:
+    """Measure types, each in a process forked from this one.
+
+    Args:
+        types: Model types.
+        jobs: Processes at a time.
+        seconds: Most time for a type.
+        gigabytes: Most memory for a type.
+
+    Yields:
+        Results, in the order in which they are ready.
+    """
+    preload()
+    context = multiprocessing.get_context("fork")
+    waiting, running = list(types), {}
+    while waiting or running:
+        while waiting and len(running) < jobs:
+            receiver, sender = context.Pipe(duplex=False)
+            process = context.Process(target=_child, args=(waiting[0], sender, seconds, gigabytes))
+            process.start()
+            sender.close()
+            running[process] = (waiting.pop(0), receiver, time.monotonic())
+        for receiver in multiprocessing.connection.wait([r for _, r, _ in running.values()]):
+            process = next(p for p, (_, r, _) in running.items() if r is receiver)
+            model_type, _, start = running.pop(process)
+            try:
+                result = receiver.recv()
+            except EOFError:
+                result = {"type": model_type, "built": False, "reason": f"took more than {seconds} s or {gigabytes} GB"}
+            process.join()
+            yield {**result, "seconds": round(time.monotonic() - start, 1)}
+
+
+def preload() -> None:
+    """Import what the children need, and load the files of the most common models."""
+    import multiprocessing.connection
+
+    import torch
+    import transformers
+
+    from benchmarks import conformance_checks
+
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    for model_type in ("bert", "llama", "mixtral", "vit", "resnet", "whisper", "llava"):
+        conformance_checks.measure(model_type)
+
+
+def _child(model_type: str, sender: Any, seconds: int, gigabytes: int) -> None:
+    from benchmarks.conformance_checks import measure
+
+    signal.alarm(seconds)
+    resource.setrlimit(resource.RLIMIT_AS, (gigabytes << 30, gigabytes << 30))
+    devnull = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(devnull, 1)
+    os.dup2(devnull, 2)
+    sender.send(measure(model_type))
+
+
+if __name__ == "__main__":
+    main()
