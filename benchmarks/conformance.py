@@ -1,7 +1,7 @@
 """Build every model type that the installed transformers can build small, and check what hf_prune does with it.
 
-Each type is measured in a process of its own, forked from one that has imported everything, with limits of memory and time. Results
-are written after each type, and types that have a result are not measured again.
+Each type is measured in a process of its own, forked from one that has imported everything, with limits of memory and
+time. Results are written after each type, and types that have a result are not measured again.
 
     python -m benchmarks.conformance --out conformance          # all types, about half an hour on one core
     python -m benchmarks.conformance --out conformance --only bert mixtral
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import multiprocessing.connection
 import os
 import resource
 import signal
@@ -103,8 +104,6 @@ def run(types: Sequence[str], jobs: int, seconds: int, gigabytes: int) -> Iterat
 
 def preload() -> None:
     """Import what the children need, and load the files of the most common models."""
-    import multiprocessing.connection
-
     import torch
     import transformers
 

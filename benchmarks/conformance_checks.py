@@ -194,7 +194,8 @@ def _check_training(model: Any, inputs: Mapping[str, Any]) -> str | None:
 def _check_units(kind: str) -> Callable[[Any, Mapping[str, Any]], str | None]:
     def check(model: Any, inputs: Mapping[str, Any]) -> str | None:
         parameters = model.num_parameters()
-        hf_prune.prune(model, 0.4, granularity=kind, criterion="magnitude")
+        scope = "global" if kind == "layer" else "layer"
+        hf_prune.prune(model, 0.3, granularity=kind, criterion="magnitude", scope=scope)
         model.conformance_stage = "pruned"  # from here on, nothing may be refused
         masked = outputs(model, inputs)
         shrunk = hf_prune.shrink(copy.deepcopy(model))

@@ -9,10 +9,12 @@ LAYERS = re.compile(
     r"(num_|n_)?(\w+_)?(layers?(?!_)|depth|blocks|hidden_groups|resnets)|num_layers_\w+|\w*layers_per_block"
     r"|max_window_layers|n_layers?"
 )
-FIXED = re.compile(  # counts of layers that the lengths of lists or the code fix, and settings that only look like sizes
-    r"num_feat_extract_layers|\w*postnet\w*|iou_head_depth|no_rope_layers|num_upsampling_layers|num_feature_levels"
-    r"|num_ssl_layers|\w*_stage_layers|chunk_size_feed_forward|\w*ignore_index|\w*latent_stride|num_lstm_layers"
-    r"|max_num_frames|\w*num_kv_shared_layers"
+FIXED = (
+    re.compile(  # counts of layers that the lengths of lists or the code fix, and settings that only look like sizes
+        r"num_feat_extract_layers|\w*postnet\w*|iou_head_depth|no_rope_layers|num_upsampling_layers|num_feature_levels"
+        r"|num_ssl_layers|\w*_stage_layers|chunk_size_feed_forward|\w*ignore_index|\w*latent_stride|num_lstm_layers"
+        r"|max_num_frames|\w*num_kv_shared_layers"
+    )
 )
 HEAD_COUNT = re.compile(r"(\w+_)?(heads?|attention_heads\w*)")
 GROUPS = re.compile(
@@ -36,7 +38,7 @@ NO_WIDTH = re.compile(
 VOCAB = re.compile(r"(\w+_)?(vocab_size|vocabulary_size|vocab_sizes|group_vocab)(_\w+)?|\w*vocab_offset|ngram_vocab\w*")
 TOKEN = re.compile(r"(\w+_)?(id|ids|index|token|idx)")
 POSITION = re.compile(
-    r"\w*max_\w*position\w*|n_positions|\w*max_seq_len|\w*max_sequence_length|n_ctx|block_size|seq_length"
+    r"\w*max_\w*position\w*|n_positions|\w*max_seq_len|\w*max_sequence_length|n_ctx|block_size|seq_length|pos_emb_(height|width)|\w*num_position_embeddings"
 )
 EXPERTS = re.compile(
     r"(\w+_)?(num_experts|n_routed_experts|num_local_experts|num_routed_experts|n_experts|num_moe_experts)"
@@ -54,6 +56,6 @@ LAYER_INDEXES = re.compile(
     r"|merge_index|intermediate_\w*_indices|_hook_ids)"
 )
 PIXELS = re.compile(r"(\w+_)?image_size")
-WINDOW = re.compile(r"window_size")
+WINDOW = re.compile(r"window_size|attention_window")
 NORM_GROUPS = re.compile(r"num_groups")
 AT_LEAST_32 = re.compile(r"base_channels")  # of image tokenizers, whose norms have 32 groups

@@ -1,7 +1,7 @@
 """Small configs: a model of the same class and structure as another, but of a few layers and small sizes.
 
-Everything structural stays: which kinds of blocks alternate, grouped keys, gates, biases, tied weights, routing, and the
-ratios between widths. Fields are recognized by their names, since transformers' configs share a vocabulary of them.
+Everything structural stays: which kinds of blocks alternate, grouped keys, gates, biases, tied weights, routing, and
+the ratios between widths. Fields are recognized by their names, since transformers' configs share a vocabulary of them.
 """
 
 from __future__ import annotations
@@ -15,6 +15,23 @@ _HIDDEN = (64, 96, 128, 160, 192)  # small hidden sizes, a different one for eac
 # Of a backbone, made from out_indices and the number of stages; and what transformers keeps for itself.
 _DERIVED = {"_out_features", "stage_names", "transformers_version", "per_layer_config"}
 
+_EFFICIENTNET: dict[str, Any] = {  # whose code fixes the width of the first convolution
+    "in_channels": [32, 16, 24],
+    "out_channels": [16, 24, 40],
+    "kernel_sizes": [3, 3, 5],
+    "strides": [1, 2, 2],
+    "num_block_repeats": [1, 1, 1],
+    "expand_ratios": [1, 6, 6],
+    "width_coefficient": 1.0,
+    "depth_coefficient": 1.0,
+    "hidden_dim": 1280,
+}
+_EXCEPTIONS: dict[str, dict[str, Any]] = {  # by model_type: sizes that the rules cannot tell
+    "align_vision_model": _EFFICIENTNET,
+    "efficientnet": _EFFICIENTNET,
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2},
+}
+
 
 def small_config(config: Any) -> Any:
     """A config of the same class, of few layers and small sizes, with every kind of block that the config describes.
@@ -23,14 +40,16 @@ def small_config(config: Any) -> Any:
         config: A transformers config; it stays as it is.
 
     Returns:
-        The small config: hidden sizes of 64 to 192, 4 heads (keys grouped as before), 2 layers or as many as it takes to
-        have each kind of layer, 256 tokens, 4 or more experts.
+        The small config: hidden sizes of 64 to 192, 4 heads (keys grouped as before), 2 layers or as many as it takes
+        to have each kind of layer, 256 tokens, 4 experts.
     """
     shared = Shared()
     for part in _parts(config):
         hidden = hidden_size(part)
         if hidden is not None:
-            shared.hidden.setdefault(hidden, _HIDDEN[min(len(shared.hidden), len(_HIDDEN) - 1)])
+            # Boxes are embedded in sixths of the hidden size, and 96 is a multiple of 6.
+            number = len(shared.hidden) + (hasattr(part, "max_2d_position_embeddings") and not shared.hidden)
+            shared.hidden.setdefault(hidden, _HIDDEN[min(number, len(_HIDDEN) - 1)])
     return _shrunk(config, shared)
 
 
@@ -52,7 +71,10 @@ def _shrunk(config: Any, shared: Shared) -> Any:
     scale = Scale.of(config, values, shared)
     small = {name: scale.value(name, value) for name, value in values.items()}
     inner = {name: _shrunk(value, shared) for name, value in vars(config).items() if _is_config(value)}
-    made = type(config)(**{name: value for name, value in {**small, **inner}.items() if name in own})
+    small |= _EXCEPTIONS.get(config.model_type, {})
+    if "_out_indices" in small:
+        small["out_indices"] = small.pop("_out_indices")
+    made = type(config)(**{n: v for n, v in {**small, **inner}.items() if n in own or n == "out_indices"})
     for name, value in {**small, **inner}.items():  # of a sub-config, which its parent has added
         if name not in vars(made) and not name.startswith("_"):
             setattr(made, name, value)

@@ -62,7 +62,10 @@ def example_inputs(model: nn.Module) -> dict[str, Any]:
         ArchitectureError: If the model runs on none of them.
     """
     reason = ""
-    device, dtype = device_of(model), next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    device, dtype = (
+        device_of(model),
+        next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32),
+    )
     with torch.random.fork_rng(devices=[]), eval_mode(model), torch.no_grad():
         for inputs in candidate_inputs(model):
             placed = {
@@ -78,6 +81,6 @@ def example_inputs(model: nn.Module) -> dict[str, Any]:
                 continue
             return placed
     raise ArchitectureError(
-        f"no example inputs are known for {type(model).__name__} (the first try failed {reason}): expected a model of text, "
-        f"images or sound; pass inputs that it takes"
+        f"no example inputs are known for {type(model).__name__} (the first try failed {reason}): expected a model of "
+        f"text, images or sound; pass inputs that it takes"
     )

@@ -15,6 +15,7 @@ _SPECIAL = 64  # tokens at the end of the vocabulary, for those that were beyond
 _POSITIONS = 256
 _EXPERTS = 4
 _PIXELS = 64
+_STAGES = 5
 _NARROW = 16  # widths up to here stay
 _HIDDEN = ("hidden_size", "d_model", "dim", "embed_dim", "n_embd", "hidden_dim")
 _MROPE = (16, 24, 24)  # sections of rotary embeddings of images, where the config leaves them to the code
@@ -113,6 +114,8 @@ class Scale:
             return self.small_hidden
         if value in self.shared.hidden and not self.staged:
             return self.shared.hidden[value]
+        if name.endswith("num_pos_feats") and 2 * value in self.shared.hidden:
+            return self.shared.hidden[2 * value] // 2
         if value <= _NARROW:
             return value
         small = max(8, 8 * round(value * self.small_hidden / self.hidden / 8))
@@ -136,12 +139,13 @@ class Scale:
     def _head_size(self, name: str, value: int) -> int:
         """Heads together are as wide as before, in units of the hidden size, where that is a whole number."""
         count = self._heads_of(name)
-        if count is not None and count * value % self.hidden == 0:
+        if count is not None and (count * value % self.hidden == 0 or count * value in vars(self.config).values()):
             small_count = self.small_heads if count == self.heads else self._head_count(name, count)
-            return max(count * value // self.hidden * self.small_hidden // small_count, 1)
+            return max(count * value * self.small_hidden // self.hidden // small_count, 1)
         main = whole_number(self.config, "head_dim", "d_kv", "v_head_dim", "kv_channels") or self.hidden // self.heads
         small = max(8, 8 * round(2 * value / max(main, 1)))
-        if small * self.small_heads == self.small_hidden and value * self.heads != self.hidden:
+        compressed = attribute(self.config, "v_head_dim") is not None  # then sizes of heads are sums of others
+        if small * self.small_heads == self.small_hidden and value * self.heads != self.hidden and not compressed:
             small *= 2
         return min(small, value)
 
@@ -161,6 +165,8 @@ class Scale:
 
     def _window(self, name: str, value: int) -> int:
         """The last of four stages has 2 x 2 patches."""
+        if name == "attention_window":
+            return min(value, 8)
         return min(value, 2) if self.staged and attribute(self.config, "image_size") is not None else value
 
     def _token(self, name: str, value: int) -> int:
@@ -169,7 +175,7 @@ class Scale:
         return self.shared.tokens.setdefault(value, _VOCABULARY - 1 - len(self.shared.tokens))
 
     def _layer_count(self, name: str, value: int) -> int:
-        return min(value, len(self.kept))
+        return value if self.staged and value <= _STAGES else min(value, len(self.kept))
 
     def _expert_groups(self, name: str, value: int) -> int:
         routed = any(fields.EXPERTS.fullmatch(other) for other in vars(self.config))
@@ -189,7 +195,7 @@ class Scale:
             return kind(range(1, len(value) + 1)) if not self.staged and max(value) > len(value) else value
         if fields.PIXELS.fullmatch(name):
             return kind(self._pixels(name, item) for item in value)
-        if self.staged and fields.LAYERS.fullmatch(name) or name in ("depths", "blocks_per_stage"):
+        if (self.staged and fields.LAYERS.fullmatch(name)) or name in ("depths", "blocks_per_stage"):
             return kind(min(item, 2) for item in value)
         if fields.LAYER_INDEXES.fullmatch(name):
             first = 0 if value[0] == 0 else max(0, len(self.kept) - len(value))
@@ -207,7 +213,10 @@ class Scale:
         """Rotary settings: sections and factors for a small head."""
         small = dict(value)
         head = self._head_size("head_dim", whole_number(self.config, "head_dim") or self.hidden // self.heads)
-        rotated = int(head * (value.get("partial_rotary_factor") or 1.0)) // 2
+        rotated = (
+            int(head * (value.get("partial_rotary_factor") or attribute(self.config, "partial_rotary_factor") or 1.0))
+            // 2
+        )
         for key, item in value.items():
             if isinstance(item, Mapping):
                 small[key] = self._mapping(item)
@@ -269,7 +278,9 @@ def _kept_layers(values: Mapping[str, Any], layers: int) -> tuple[int, ...]:
     firsts = {kinds.index(kind) for kind in dict.fromkeys(kinds)} if per_layer else set()
     dense_first = any(fields.FIRST_DENSE.fullmatch(n) and v for n, v in values.items())
     outputs = max((len(v) for n, v in values.items() if "out_indices" in n and isinstance(v, list | tuple)), default=0)
-    least = min(max(3 if dense_first else 2, outputs), layers)
+    pattern = values.get("block_types")
+    repeated = len(pattern) if isinstance(pattern, list | tuple) else 0
+    least = min(max(3 if dense_first else 2, outputs, repeated), layers)
     for number in range(layers):
         if len(firsts) < least:
             firsts.add(number)
