@@ -206,10 +206,18 @@ class Unused(models.MLP):
 def test_a_weight_that_no_batch_reaches_has_no_gradient_and_goes_first():
     model = models.fill(Unused())
     batches = tiny_batches(mlp())
-    assert not collect(model, batches)["idle.weight"].absolute_gradient.any()
+    assert not collect(model, batches, scope="global")["idle.weight"].absolute_gradient.any()
     prune(model, 16 / (96 + 36 + 16), criterion="taylor", scope="global", calibration=batches)
     assert not model.idle.weight.any()
     assert bool(model.fc1.weight.all())
+
+
+@pytest.mark.parametrize("criterion", ["taylor", "snip"])
+def test_within_a_layer_it_goes_by_magnitude(criterion):
+    model, plain = models.fill(Unused()), models.fill(Unused())
+    with pytest.warns(UserWarning, match=r"depend on no weight of 1 matrices on these batches \(idle\.weight\)"):
+        prune(model, 0.5, criterion=criterion, calibration=tiny_batches(mlp()))
+    assert torch.equal(model.idle.weight, prune(plain, 0.5).idle.weight)
 
 
 class Fixed(nn.Module):

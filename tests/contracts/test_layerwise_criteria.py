@@ -6,7 +6,6 @@ from torch import nn
 
 from hf_prune.criteria.base import WeightStats
 from hf_prune.criteria.registry import CRITERIA
-from hf_prune.errors import PlanError
 from hf_prune.kernels.least_squares import damped, layer_error, least_squares
 from hf_prune.pipeline import prune
 from hf_prune.planning.config import PruningConfig
@@ -181,12 +180,54 @@ def test_transformers_are_pruned_exactly_and_the_same_each_time(criterion, granu
     assert all(same_bits(found[0][name], found[1][name]) for name in found[0])
 
 
-@pytest.mark.parametrize("criterion", ["wanda", *REPAIRING])
-def test_grouped_convolutions_are_refused(criterion):
-    with pytest.raises(PlanError, match=rf"'{criterion}' cannot handle grouped convolutions.* found grouped: list"):
-        make_plan(models.conv_net(), PruningConfig(criterion=criterion, target_modules=".*"))
-    with pytest.raises(PlanError, match=r"repair='least_squares' cannot handle grouped convolutions"):
-        make_plan(models.conv_net(), PruningConfig(repair="least_squares", target_modules=".*"))
+class Grouped(nn.Module):
+    """A convolution of three groups, or three convolutions that each see a third of the channels."""
+
+    def __init__(self, together: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        whole = nn.Conv2d(12, 6, (3, 2), stride=2, padding=1, groups=3)
+        apart = nn.ModuleList(nn.Conv2d(4, 2, (3, 2), stride=2, padding=1) for _ in range(3))
+        for i, part in enumerate(apart):
+            part.weight.data.copy_(whole.weight[2 * i : 2 * i + 2])
+            part.bias.data.copy_(whole.bias[2 * i : 2 * i + 2])
+        self.convolutions = nn.ModuleList([whole]) if together else apart
+
+    def forward(self, x):
+        parts = x.chunk(len(self.convolutions), dim=1)
+        return torch.cat([conv(part) for conv, part in zip(self.convolutions, parts, strict=True)], 1)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"criterion": "wanda", "scope": "row"},
+        {"criterion": "wanda", "granularity": "2:4"},
+        *({"criterion": criterion} for criterion in REPAIRING),
+        {"criterion": "magnitude", "scope": "row", "repair": "least_squares"},
+    ],
+    ids=lambda settings: "-".join(settings.values()),
+)
+def test_each_group_of_a_convolution_has_inputs_of_its_own(settings):
+    batches = [{"x": torch.randn(2, 12, 8, 8, generator=torch.Generator().manual_seed(i))} for i in range(3)]
+    models_ = [Grouped(True), Grouped(False)]
+    for model in models_:
+        sparsity = {} if "granularity" in settings else {"sparsity": 0.5}
+        prune(model, calibration=batches, target_modules=".*", **sparsity, **settings)
+    (whole,), parts = models_[0].convolutions, models_[1].convolutions
+    assert torch.equal(whole.weight == 0, torch.cat([part.weight for part in parts]) == 0)
+    assert torch.allclose(whole.weight, torch.cat([part.weight for part in parts]), atol=1e-4)
+    assert torch.allclose(whole.bias, torch.cat([part.bias for part in parts]), atol=1e-4)
+
+
+def test_groups_that_are_a_single_unit_stay_dense():
+    """A criterion that repairs decides on each group by itself, and here each has one channel."""
+    model = nn.Sequential(nn.Conv2d(8, 4, 3, groups=4), nn.Conv2d(4, 8, 1))
+    plan = make_plan(model, PruningConfig(0.5, "sparsegpt", granularity="row", target_modules=".*"))
+    assert [t.target.module for t in plan.tensors] == ["1"]
+    assert "each of its 4 groups is a single unit, and criterion 'sparsegpt' needs several" in str(plan)
+    wanda = make_plan(model, PruningConfig(0.5, "wanda", granularity="row", scope="layer", target_modules=".*"))
+    assert [t.remove for t in wanda.tensors] == [2, 4]
 
 
 def test_the_plan_says_what_will_happen():
