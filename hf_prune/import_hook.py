@@ -25,7 +25,8 @@ _MOVED = {
     "hf_prune.masking": "hf_prune.pruning.mask_store",
     "hf_prune.polish": "hf_prune.pruning.records",
     "hf_prune.speed": "hf_prune.pruning.records",
-    "hf_prune.bypass": "hf_prune.pruning.bypass",
+    "hf_prune.bypass": "hf_prune.architectures.bypass",
+    "hf_prune.pruning.bypass": "hf_prune.architectures.bypass",
     "hf_prune.config": "hf_prune.planning.config",
     "hf_prune.schedules": "hf_prune.planning.schedule",
 }

@@ -69,29 +69,87 @@ class Neurons:
 
 
 @dataclass(frozen=True)
+class Piece:
+    """A parameter or buffer with a slice for each of some :class:`Units`.
+
+    Args:
+        name: Its name relative to the layer, or to the base model if it lies outside of the layers.
+        dim: The dimension along which the units lie.
+        wide: The parts that lie one after another along it, each with a slice of every unit: whether such a slice is as
+            wide as what the consumer reads of a unit. All other parts have slices of one width.
+        outside: Whether it lies outside of the layer.
+    """
+
+    name: str
+    dim: int
+    wide: tuple[bool, ...] = (True,)
+    outside: bool = False
+
+
+@dataclass(frozen=True)
+class Units:
+    """Units that discovery found in the layers of a stack, such as the heads of an attention.
+
+    Args:
+        kind: The name of the kind of unit.
+        producers: The parameters whose outputs the units are.
+        consumers: The weights that read them.
+        buffers: Buffers with a slice for each unit.
+        size: The attribute, relative to the layer, that holds the width of one slice of ``sized``; None if each of the
+            features that the consumer reads is a unit, or if ``number`` is given.
+        sized: The name of the producer or consumer that ``size`` speaks of.
+        number: The attribute, relative to the layer, that holds the number of units.
+        counts: Attributes, relative to the layer, that are proportional to the number of units.
+        values: Names of producers; a unit computes zero once its slices of all of them are zero.
+        config: Attributes of the model's config that can tell another number of units, with dots for configs in it.
+        narrow: For each of these, whether there is one for each slice as wide as ``size`` of what the consumer reads
+            (query heads of a group), and not one for each unit.
+        config_size: The attribute of the config that holds the size then.
+        shared: Whether all layers must keep the same units, because a table outside of them has a slice for each.
+    """
+
+    kind: str
+    producers: tuple[Piece, ...]
+    consumers: tuple[Piece, ...]
+    buffers: tuple[Piece, ...] = ()
+    size: str | None = None
+    sized: str | None = None
+    number: str | None = None
+    counts: tuple[str, ...] = ()
+    values: tuple[str, ...] = ()
+    config: tuple[str, ...] = ()
+    narrow: tuple[bool, ...] = ()
+    config_size: str | None = None
+    shared: bool = False
+
+
+@dataclass(frozen=True)
 class Stack:
     """Layers that run one after the other.
 
     Args:
         layers: The ``ModuleList`` that holds them, relative to the base model.
         attentions: The attentions of a layer.
-        neurons: The feed-forward network of a layer.
-        config: The attribute of the model's config that gives the number of layers.
+        neurons: The feed-forward network of a layer; None if ``units`` has it, or there is none.
+        config: The attribute of the model's config that gives the number of layers; empty if none does, so that no
+            layer can be removed.
         fixed: How many layers at the start cannot be removed.
         per_layer: Attributes of the config that are lists with an entry for each layer.
         first_heads: Whether the first layer must keep a head, because a cache counts tokens there.
         not_below: Another list of layers that must not become longer than this one, because transformers makes caches
             for as many layers as this list has.
+        units: What discovery found in the layers; those that a layer lacks are skipped.
     """
 
     layers: str
     attentions: tuple[Heads, ...]
-    neurons: Neurons
+    neurons: Neurons | None
     config: str
     fixed: int = 0
     per_layer: tuple[str, ...] = ()
     first_heads: bool = False
     not_below: str | None = None
+    units: tuple[Units, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from hf_prune.architectures.bypass import bypassed_layers
 from hf_prune.architectures.switched_off import layers_without_units
 from hf_prune.checkpoint.files import MASK_FILE
 from hf_prune.checkpoint.mask_file import StoredMasks, save_masks
 from hf_prune.checkpoint.packed.quantization_config import structure_config
 from hf_prune.checkpoint.staging import other_variants, staged_checkpoint
 from hf_prune.errors import CheckpointError
-from hf_prune.pruning.bypass import bypassed_layers
 from hf_prune.pruning.mask_store import MaskStore, warn_regrown
 from hf_prune.structured.shrink import resize, structure_of
 from hf_prune.structured.shrink_record import RECORD, is_shrunk

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_prune.architectures.bypass import bypassed_layers
 from hf_prune.architectures.switched_off import layers_without_units
 from hf_prune.errors import ExportError
 from hf_prune.inference.backends import SUFFIXES, ExportedModel, need
 from hf_prune.inference.speedup import workload_inputs
-from hf_prune.pruning.bypass import bypassed_layers
 from hf_prune.pruning.mask_store import warn_regrown
 from hf_prune.utils.files import sync
 from hf_prune.utils.forward import eval_mode

@@ -14,11 +14,11 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
+from hf_prune.architectures.bypass import bypassed_layers, restore
 from hf_prune.architectures.switched_off import switch_all_on
 from hf_prune.errors import MaskError
 from hf_prune.kernels.zeroing import zero_removed_
 from hf_prune.planning.config import PruningConfig
-from hf_prune.pruning.bypass import bypassed_layers, restore
 from hf_prune.pruning.dense_weights import can_keep_dense, restore_dense
 from hf_prune.pruning.held_masks import (
     ATTRIBUTE,

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from hf_prune.pruning.bypass import is_bypass
+from hf_prune.architectures.bypass import is_bypass
 from hf_prune.utils.interrupts import run_to_the_end
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")

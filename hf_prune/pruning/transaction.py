@@ -7,12 +7,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from hf_prune.architectures.bypass import bypass, is_bypassed, restore
 from hf_prune.architectures.switched_off import switch_off, switch_on, units_that_run
 from hf_prune.architectures.unit_groups import UnitGroup
 from hf_prune.kernels.zeroing import zero_removed_
 from hf_prune.planning.config import PruningConfig
 from hf_prune.planning.targets import refuse_read_only
-from hf_prune.pruning.bypass import bypass, is_bypassed, restore
 from hf_prune.pruning.mask_store import MaskStore
 from hf_prune.pruning.records import PolishRecord
 from hf_prune.utils.interrupts import run_to_the_end

@@ -14,14 +14,15 @@ import numpy as np
 import torch
 from torch import nn
 
+from hf_prune.architectures.bypass import bypass
+from hf_prune.architectures.cut_units import cut_units
 from hf_prune.architectures.kinds.registry import kind_named
 from hf_prune.architectures.layers import LayerList
 from hf_prune.architectures.unit_groups import UnitGroup
 from hf_prune.errors import PlanError
-from hf_prune.pruning.bypass import bypass
 from hf_prune.pruning.mask_store import MaskStore
 from hf_prune.structured.budget import Costs
-from hf_prune.structured.shrink import cut_units, remove_bypassed_layers
+from hf_prune.structured.shrink import remove_bypassed_layers
 
 #: At how many sizes a cost is measured: those that a kind of unit names for "fine" or "coarse", or, for costs that are
 #: linear in the number of units, only without any.

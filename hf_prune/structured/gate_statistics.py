@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_prune.architectures.bypass import bypass, restore
 from hf_prune.architectures.unit_groups import UnitGroup
 from hf_prune.calibration.accumulators import accumulate_dtype
 from hf_prune.calibration.batches import Batches, count_examples, without_labels
@@ -19,7 +20,6 @@ from hf_prune.calibration.padding import first_input
 from hf_prune.calibration.predictions import named_logits, sampled_prediction, token_mask
 from hf_prune.criteria.base import derived_seed
 from hf_prune.errors import CalibrationError
-from hf_prune.pruning.bypass import bypass, restore
 from hf_prune.utils.distributed import all_reduce_sum, fail_together, rank_items
 from hf_prune.utils.forward import batch_to_device, eval_mode, run_model
 from hf_prune.utils.progress import Bar

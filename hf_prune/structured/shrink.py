@@ -14,15 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from hf_prune.architectures.base import list_architectures
+from hf_prune.architectures.cut_units import cut_units, replace_tensors, smaller_tensors, tensor_cuts
 from hf_prune.architectures.find_unit_groups import find_unit_groups
 from hf_prune.architectures.kinds.registry import kind_named
 from hf_prune.architectures.layers import layer_lists
 from hf_prune.architectures.modules import base_prefix
-from hf_prune.architectures.switched_off import cut_lists, switch_on
+from hf_prune.architectures.remove_layers import bypassed_names, check_removal, remove_layers
 from hf_prune.architectures.unit_groups import UnitGroup, numbered
 from hf_prune.errors import ArchitectureError
 from hf_prune.pruning.mask_store import MaskStore, warn_regrown
-from hf_prune.structured.remove_layers import bypassed_names, check_removal, remove_layers
 from hf_prune.structured.shrink_record import RECORD, layer_of, new_name, record_structure, simplify_config
 from hf_prune.utils.offloaded_weights import refuse_offloaded
 
@@ -62,15 +62,15 @@ def shrink_modules(model: Model, cuts: list[tuple[str, int, Tensor]] | None = No
     before = sum(p.numel() for p in model.parameters())
     units = {group.name: group.units for group in groups}
     kept = {group.name: index for group in groups if (index := surviving_units(model, group)) is not None}
-    smaller = _smaller_tensors(model, groups, kept)
+    smaller = smaller_tensors(model, groups, kept)
     if (store := MaskStore.of(model)) is not None:
         store.check(model)
     # Nothing above has changed the model, and nothing below fails.
     MaskStore.detach(model)
     removed_units = _modules_of_units(model, groups, kept)
-    units_renamed = _replace_tensors(model, groups, kept, smaller)
+    units_renamed = replace_tensors(model, groups, kept, smaller)
     if cuts is not None:
-        cuts += _cuts(groups, kept)
+        cuts += tensor_cuts(groups, kept)
     renamed = remove_layers(model, lists, removed)
     if store is not None:
         _cut_masks(store, groups, kept)
@@ -123,20 +123,6 @@ def resize(model: nn.Module, units: Mapping[str, int]) -> None:
         for holder in (holder for group in groups if group.name in names for holder in group.lists):
             # transformers would initialize as many modules as the config counts, before it reads the weights
             setattr(inner.get_submodule(holder.rpartition(".")[0]), "_is_hf_initialized", True)  # noqa: B010
-
-
-def cut_units(model: nn.Module, groups: Sequence[UnitGroup], kept: Mapping[str, Tensor]) -> None:
-    """Cut units out of a model, in place: its parameters, buffers, and what its modules say of their own sizes.
-
-    Args:
-        model: The model.
-        groups: Groups of it.
-        kept: The units to keep, in rising order, by group; groups that are not named keep all.
-
-    Raises:
-        ArchitectureError: If a weight is shared with another module; the model is as before.
-    """
-    _replace_tensors(model, groups, kept, _smaller_tensors(model, groups, kept))
 
 
 def _modules_of_units(model: nn.Module, groups: Sequence[UnitGroup], kept: Mapping[str, Tensor]) -> set[str]:
@@ -192,91 +178,10 @@ def _inner_models(model: nn.Module) -> dict[str, tuple[nn.Module, list[UnitGroup
     return inner_models or {"": (model, find_unit_groups(model))}
 
 
-def _cuts(groups: Sequence[UnitGroup], kept: Mapping[str, Tensor]) -> list[tuple[str, int, Tensor]]:
-    """(parameter or buffer, dimension, positions that stay) of everything that becomes smaller."""
-    return [
-        (piece.name, piece.dim, piece.index(kept[group.name]))
-        for group in groups
-        if group.name in kept
-        for piece in group.slices + group.buffers
-    ]
-
-
-def _smaller_tensors(model: nn.Module, groups: Sequence[UnitGroup], kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The parameters and buffers that become smaller, by name; the model is not touched."""
-    users: dict[int, list[str]] = {}  # the names under which modules hold each parameter
-    for name, module in model.named_modules():
-        for key, parameter in module._parameters.items():
-            if parameter is not None:
-                users.setdefault(id(parameter), []).append(f"{name}.{key}".removeprefix("."))
-    smaller: dict[str, Tensor] = {}
-    for name, dim, index in _cuts(groups, kept):
-        tensor = _parameter_or_buffer(model, name)
-        if len(names := users.get(id(tensor), [])) > 1:
-            raise ArchitectureError(
-                f"{name} cannot be made smaller: it is shared by {', '.join(names)}; give each a weight of "
-                f"its own first"
-            )
-        current = smaller.get(name, tensor.detach())  # two groups may cut one tensor, along different dimensions
-        smaller[name] = current.index_select(dim, index.to(current.device))
-    return smaller
-
-
-def _replace_tensors(
-    model: nn.Module, groups: Sequence[UnitGroup], kept: Mapping[str, Tensor], smaller: Mapping[str, Tensor]
-) -> dict[str, str]:
-    """Put smaller tensors into a model, and correct what its modules say of their sizes.
-
-    Returns:
-        New names of modules that are units of their own, by the old ones.
-    """
-    for name, tensor in smaller.items():
-        holder, _, key = name.rpartition(".")
-        module = model.get_submodule(holder)
-        if key in module._buffers:
-            module._buffers[key] = tensor.contiguous()
-            continue
-        old = module._parameters[key]
-        assert old is not None
-        module._parameters[key] = nn.Parameter(tensor.contiguous(), requires_grad=old.requires_grad)
-        if key == "weight" and tensor.ndim == 2:
-            _set_features(module, tensor)
-    renamed: dict[str, str] = {}
-    for group in groups:
-        if group.name in kept:
-            if not kind_named(group.kind).zeros_suffice:
-                switch_on(model, group)
-            renamed |= cut_lists(model, group, kept[group.name])
-            for holder, attribute in group.counts:
-                module = model.get_submodule(holder)
-                setattr(module, attribute, getattr(module, attribute) * len(kept[group.name]) // group.units)
-    return renamed
-
-
-def _parameter_or_buffer(model: nn.Module, name: str) -> Tensor:
-    holder, _, key = name.rpartition(".")
-    module = model.get_submodule(holder)
-    tensor = module._buffers.get(key) if key in module._buffers else module._parameters[key]
-    assert tensor is not None
-    return tensor
-
-
-def _set_features(module: nn.Module, weight: Tensor) -> None:
-    """Correct what a module says of its own shape."""
-    first, second = weight.shape
-    if isinstance(module, nn.Linear):
-        module.out_features, module.in_features = first, second
-    elif isinstance(module, nn.Embedding):
-        module.num_embeddings, module.embedding_dim = first, second
-    elif hasattr(module, "nx"):  # Conv1D
-        setattr(module, "nx", first)  # noqa: B010
-        setattr(module, "nf", second)  # noqa: B010
-
-
 def _cut_masks(store: MaskStore, groups: Sequence[UnitGroup], kept: Mapping[str, Tensor]) -> None:
     """Cut the masks as their weights were cut; those that keep everything are dropped."""
     masks = dict(store.masks)
-    for name, dim, index in _cuts(groups, kept):
+    for name, dim, index in tensor_cuts(groups, kept):
         if name in masks:
             masks[name] = masks[name].index_select(dim, index.to(masks[name].device))
     store.dense = None

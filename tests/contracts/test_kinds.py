@@ -17,13 +17,13 @@ from torch import Tensor
 
 import hf_prune
 from hf_prune import ConfigError, PruningConfig, UnknownNameError, prune, shrink
+from hf_prune.architectures.bypass import bypass
 from hf_prune.architectures.find_unit_groups import find_unit_groups
 from hf_prune.architectures.kinds.registry import KINDS, all_kinds, kind_named, unit_descriptions
 from hf_prune.architectures.switched_off import switch_off
 from hf_prune.architectures.unit_groups import UnitGroup
 from hf_prune.cli.main import main
 from hf_prune.inference.speedup import workload_inputs
-from hf_prune.pruning.bypass import bypass
 from hf_prune.structured.costs import flops
 from tests.architecture_models import tiny
 from tests.architectures.test_channels import tiny as tiny_convnet

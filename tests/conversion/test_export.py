@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from hf_prune import ExportError, export_model, measure_latency, prune, shrink
+from hf_prune.architectures.bypass import bypass
 from hf_prune.cli.main import main
 from hf_prune.errors import ConfigError, DataError
 from hf_prune.inference.backends import ExportedModel
-from hf_prune.pruning.bypass import bypass
 from tests.architecture_models import tiny
 
 

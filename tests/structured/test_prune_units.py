@@ -11,11 +11,11 @@ import torch
 
 import hf_prune
 from hf_prune import ArchitectureError, CalibrationError, ConfigError, PlanError, PruningConfig, prunable, prune, shrink
+from hf_prune.architectures.bypass import bypassed_layers
 from hf_prune.architectures.find_unit_groups import find_unit_groups
 from hf_prune.calibration.predictions import sampled_prediction
 from hf_prune.inference.speedup import workload_inputs
 from hf_prune.inference.timing import Timings
-from hf_prune.pruning.bypass import bypassed_layers
 from hf_prune.pruning.mask_store import MaskStore
 from hf_prune.structured.costs import flops
 from hf_prune.structured.gate_statistics import gate_statistics, layer_losses

@@ -10,9 +10,9 @@ from torch import nn
 
 import hf_prune
 from hf_prune import ArchitectureError, CheckpointError, Heads, Neurons, Stack, prunable, prune, shrink
+from hf_prune.architectures.bypass import bypass, bypassed_layers, restore
 from hf_prune.architectures.find_unit_groups import find_unit_groups
 from hf_prune.architectures.layers import layer_lists
-from hf_prune.pruning.bypass import bypass, bypassed_layers, restore
 from hf_prune.pruning.mask_store import MaskStore
 from tests.architecture_models import MODELS, tiny
 from tests.architectures.test_channels import REGISTERED

@@ -6,10 +6,10 @@ from collections.abc import Collection, Sequence
 
 from torch import nn
 
+from hf_prune.architectures.bypass import is_bypassed
 from hf_prune.architectures.layers import LayerList
 from hf_prune.architectures.modules import base_prefix
 from hf_prune.errors import ArchitectureError
-from hf_prune.pruning.bypass import is_bypassed
 
 
 def bypassed_names(lists: Sequence[LayerList]) -> set[str]:

@@ -1,0 +1,107 @@
+"""Cut units out of a model: slices of its parameters and buffers, and what its modules say of their own sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor, nn
+
+from hf_prune.architectures.kinds.registry import kind_named
+from hf_prune.architectures.switched_off import cut_lists, switch_on
+from hf_prune.architectures.unit_groups import UnitGroup
+from hf_prune.errors import ArchitectureError
+
+
+def cut_units(model: nn.Module, groups: Sequence[UnitGroup], kept: Mapping[str, Tensor]) -> None:
+    """Cut units out of a model, in place: its parameters, buffers, and what its modules say of their own sizes.
+
+    Args:
+        model: The model.
+        groups: Groups of it.
+        kept: The units to keep, in rising order, by group; groups that are not named keep all.
+
+    Raises:
+        ArchitectureError: If a weight is shared with another module; the model is as before.
+    """
+    replace_tensors(model, groups, kept, smaller_tensors(model, groups, kept))
+
+
+def tensor_cuts(groups: Sequence[UnitGroup], kept: Mapping[str, Tensor]) -> list[tuple[str, int, Tensor]]:
+    """(parameter or buffer, dimension, positions that stay) of everything that becomes smaller."""
+    return [
+        (piece.name, piece.dim, piece.index(kept[group.name]))
+        for group in groups
+        if group.name in kept
+        for piece in group.slices + group.buffers
+    ]
+
+
+def smaller_tensors(model: nn.Module, groups: Sequence[UnitGroup], kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The parameters and buffers that become smaller, by name; the model is not touched."""
+    users: dict[int, list[str]] = {}  # the names under which modules hold each parameter
+    for name, module in model.named_modules():
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                users.setdefault(id(parameter), []).append(f"{name}.{key}".removeprefix("."))
+    smaller: dict[str, Tensor] = {}
+    for name, dim, index in tensor_cuts(groups, kept):
+        tensor = _parameter_or_buffer(model, name)
+        if len(names := users.get(id(tensor), [])) > 1:
+            raise ArchitectureError(
+                f"{name} cannot be made smaller: it is shared by {', '.join(names)}; give each a weight of "
+                f"its own first"
+            )
+        current = smaller.get(name, tensor.detach())  # two groups may cut one tensor, along different dimensions
+        smaller[name] = current.index_select(dim, index.to(current.device))
+    return smaller
+
+
+def replace_tensors(
+    model: nn.Module, groups: Sequence[UnitGroup], kept: Mapping[str, Tensor], smaller: Mapping[str, Tensor]
+) -> dict[str, str]:
+    """Put smaller tensors into a model, and correct what its modules say of their sizes.
+
+    Returns:
+        New names of modules that are units of their own, by the old ones.
+    """
+    for name, tensor in smaller.items():
+        holder, _, key = name.rpartition(".")
+        module = model.get_submodule(holder)
+        if key in module._buffers:
+            module._buffers[key] = tensor.contiguous()
+            continue
+        old = module._parameters[key]
+        assert old is not None
+        module._parameters[key] = nn.Parameter(tensor.contiguous(), requires_grad=old.requires_grad)
+        if key == "weight" and tensor.ndim == 2:
+            _set_features(module, tensor)
+    renamed: dict[str, str] = {}
+    for group in groups:
+        if group.name in kept:
+            if not kind_named(group.kind).zeros_suffice:
+                switch_on(model, group)
+            renamed |= cut_lists(model, group, kept[group.name])
+            for holder, attribute in group.counts:
+                module = model.get_submodule(holder)
+                setattr(module, attribute, getattr(module, attribute) * len(kept[group.name]) // group.units)
+    return renamed
+
+
+def _parameter_or_buffer(model: nn.Module, name: str) -> Tensor:
+    holder, _, key = name.rpartition(".")
+    module = model.get_submodule(holder)
+    tensor = module._buffers.get(key) if key in module._buffers else module._parameters[key]
+    assert tensor is not None
+    return tensor
+
+
+def _set_features(module: nn.Module, weight: Tensor) -> None:
+    """Correct what a module says of its own shape."""
+    first, second = weight.shape
+    if isinstance(module, nn.Linear):
+        module.out_features, module.in_features = first, second
+    elif isinstance(module, nn.Embedding):
+        module.num_embeddings, module.embedding_dim = first, second
+    elif hasattr(module, "nx"):  # Conv1D
+        setattr(module, "nx", first)  # noqa: B010
+        setattr(module, "nf", second)  # noqa: B010
