@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from hf_prune.architectures.kinds.registry import kind_named
@@ -28,12 +30,16 @@ def cut_units(model: nn.Module, groups: Sequence[UnitGroup], kept: Mapping[str, 
 
 def tensor_cuts(groups: Sequence[UnitGroup], kept: Mapping[str, Tensor]) -> list[tuple[str, int, Tensor]]:
     """(parameter or buffer, dimension, positions that stay) of everything that becomes smaller."""
-    return [
-        (piece.name, piece.dim, piece.index(kept[group.name]))
-        for group in groups
-        if group.name in kept
-        for piece in group.slices + group.buffers
-    ]
+    cuts = []
+    for group in groups:
+        if group.name in kept:
+            by_place: dict[tuple[str, int], list[Tensor]] = {}
+            for piece in group.slices + group.buffers:
+                by_place.setdefault((piece.name, piece.dim), []).append(piece.index(kept[group.name]))
+            # Parts of several widths of one matrix, such as queries beside fewer keys, are slices of their own.
+            for (name, dim), parts in by_place.items():
+                cuts.append((name, dim, parts[0] if len(parts) == 1 else torch.cat(parts).sort().values))
+    return cuts
 
 
 def smaller_tensors(model: nn.Module, groups: Sequence[UnitGroup], kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -81,10 +87,20 @@ def replace_tensors(
             if not kind_named(group.kind).zeros_suffice:
                 switch_on(model, group)
             renamed |= cut_lists(model, group, kept[group.name])
-            for holder, attribute in group.counts:
-                module = model.get_submodule(holder)
-                setattr(module, attribute, getattr(module, attribute) * len(kept[group.name]) // group.units)
+            holders = {(holder, attribute): _holder(model, holder, attribute) for holder, attribute in group.counts}
+            # Several layers may share the config that counts their heads.
+            for owner, key in {(id(owner), key): (owner, key) for owner, key in holders.values()}.values():
+                setattr(owner, key, getattr(owner, key) * len(kept[group.name]) // group.units)
     return renamed
+
+
+def _holder(model: nn.Module, module: str, attribute: str) -> tuple[Any, str]:
+    """What an attribute of a module belongs to, such as its config for ``"config.num_heads"``, and its name there."""
+    owner: Any = model.get_submodule(module)
+    *path, key = attribute.split(".")
+    for name in path:
+        owner = getattr(owner, name)
+    return owner, key
 
 
 def _parameter_or_buffer(model: nn.Module, name: str) -> Tensor:

@@ -2,35 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from torch import nn
 
 from hf_prune.architectures.base import Stack
-from hf_prune.architectures.modules import base_prefix, entries_of, find_module, model_type_of
+from hf_prune.architectures.entries import entries_of
+from hf_prune.architectures.layer_list import LayerList
+from hf_prune.architectures.modules import base_prefix, find_module, model_type_of
 from hf_prune.errors import ArchitectureError
 from hf_prune.utils.number_formats import refuse_quantized
 from hf_prune.utils.torch_masks import refuse_torch_masks
 from hf_prune.utils.wrapping import adapters
-
-
-@dataclass(frozen=True)
-class LayerList:
-    """The layers of one stack.
-
-    Args:
-        name: The list's name in the model.
-        stack: Its entry in the table.
-        layers: The layers.
-    """
-
-    name: str
-    stack: Stack
-    layers: tuple[nn.Module, ...]
-
-    def layer_names(self) -> list[str]:
-        """The name of each layer in the model."""
-        return [f"{self.name}.{number}" for number in range(len(self.layers))]
 
 
 def layer_lists(model: nn.Module) -> list[LayerList]:
@@ -53,7 +34,7 @@ def layer_lists(model: nn.Module) -> list[LayerList]:
     lists = []
     for stack in stacks:
         layers = find_module(model, prefix + stack.layers)
-        if isinstance(layers, nn.ModuleList):
+        if isinstance(layers, nn.ModuleList | nn.Sequential):
             lists.append(LayerList(prefix + stack.layers, stack, tuple(layers)))
     if stacks and not lists:
         raise ArchitectureError(

@@ -2,28 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
-
 from torch import nn
 
-from hf_prune.architectures.base import Channels, Stack, architecture_of, list_architectures
-from hf_prune.architectures.moe_blocks import moe_blocks, unusable_experts
 from hf_prune.architectures.unit_groups import UnitSlice, plain_weights
 from hf_prune.errors import ArchitectureError
-
-Entry = TypeVar("Entry", Stack, Channels)
-
-
-def entries_of(model: nn.Module, entry_class: type[Entry]) -> list[Entry]:
-    """What the table says of a model, as far as it is of one class.
-
-    Raises:
-        ArchitectureError: If the table has no entry for the model.
-    """
-    if model_type_of(model) not in list_architectures() and (moe_blocks(model) or unusable_experts(model)):
-        return []  # its experts are found without the table
-    entries = architecture_of(model_type_of(model), type(model).__name__)
-    return [entry for entry in entries if isinstance(entry, entry_class)]
 
 
 def model_type_of(model: nn.Module) -> str:

@@ -7,8 +7,9 @@ from collections.abc import Collection, Sequence
 from torch import nn
 
 from hf_prune.architectures.bypass import is_bypassed
-from hf_prune.architectures.layers import LayerList
+from hf_prune.architectures.layer_list import LayerList
 from hf_prune.architectures.modules import base_prefix
+from hf_prune.architectures.settings import config_of_setting
 from hf_prune.errors import ArchitectureError
 
 
@@ -75,13 +76,15 @@ def _replace_list(model: nn.Module, layers: LayerList, numbers: Sequence[int]) -
         for module in layers.layers[old].modules():
             if isinstance(getattr(module, "layer_idx", None), int):  # where a cache keeps its keys and values
                 setattr(module, "layer_idx", new)  # noqa: B010
-    configs = {id(c): c for c in (model.config, getattr(parent, "config", None)) if c is not None}
+    holder_of_count, key_of_count = config_of_setting(model.config, layers.stack.config)
+    candidates = (model.config, holder_of_count, getattr(parent, "config", None))
+    configs = {id(c): c for c in candidates if c is not None}
     for config in configs.values():
         for key in layers.stack.per_layer:
             if isinstance(values := getattr(config, key, None), list) and len(values) == total:
                 setattr(config, key, [values[number] for number in numbers])
-    setattr(model.config, layers.stack.config, len(numbers))
-    for counter in (parent, *(c for c in configs.values() if c is not model.config)):
-        for key in ("num_layers", "num_hidden_layers", "n_layers"):
+    setattr(holder_of_count, key_of_count, len(numbers))
+    for counter in (parent, *(c for c in configs.values() if c is not holder_of_count and c is not model.config)):
+        for key in ("num_layers", "num_hidden_layers", "n_layers", key_of_count):
             if getattr(counter, key, None) == total:
                 setattr(counter, key, len(numbers))

@@ -74,6 +74,7 @@ class UnitGroup:
         lists: Lists or dicts with one numbered module for each unit, of which no other unit has a part.
         runs: Into how many runs of neighbouring units the group is divided; each of them must keep as many units as
             every other.
+        is_found: Whether discovery found and proved it; False for what the table says.
     """
 
     name: str
@@ -91,6 +92,7 @@ class UnitGroup:
     buffers: tuple[UnitSlice, ...] = ()
     lists: tuple[str, ...] = ()
     runs: int = 1
+    is_found: bool = False
 
     @property
     def slices(self) -> tuple[UnitSlice, ...]:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from hf_prune.architectures.kinds.registry import kind_named
-from hf_prune.architectures.layers import LayerList, layer_lists
+from hf_prune.architectures.layer_list import LayerList
+from hf_prune.architectures.layers import layer_lists
 from hf_prune.architectures.unit_groups import UnitGroup
 from hf_prune.calibration.batches import Batches
 from hf_prune.calibration.input_reader import CACHE_BYTES

@@ -17,7 +17,7 @@ from torch import nn
 from hf_prune.architectures.bypass import bypass
 from hf_prune.architectures.cut_units import cut_units
 from hf_prune.architectures.kinds.registry import kind_named
-from hf_prune.architectures.layers import LayerList
+from hf_prune.architectures.layer_list import LayerList
 from hf_prune.architectures.unit_groups import UnitGroup
 from hf_prune.errors import PlanError
 from hf_prune.pruning.mask_store import MaskStore

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from hf_prune.architectures.layers import LayerList
+from hf_prune.architectures.layer_list import LayerList
 from hf_prune.architectures.unit_groups import UnitGroup
 from hf_prune.inference.speedup import forward
 from hf_prune.inference.timing import quantile, time_together

@@ -163,7 +163,7 @@ def _sizes(model: nn.Module) -> dict[str, int]:
 
 
 def _inner_models(model: nn.Module) -> dict[str, tuple[nn.Module, list[UnitGroup]]]:
-    """The model and its groups; or, if the table does not have it, the models inside it that the table has, by name."""
+    """The model and its groups; if the table does not have it, the models inside it that the table has come first."""
     from transformers import PreTrainedModel
 
     inner_models: dict[str, tuple[nn.Module, list[UnitGroup]]] = {}
@@ -175,7 +175,21 @@ def _inner_models(model: nn.Module) -> dict[str, tuple[nn.Module, list[UnitGroup
             prefix = f"{name}.".removeprefix(base_prefix(model)) if name else ""
             inner_models[prefix] = module, find_unit_groups(module)
             covered.update(module.modules())
-    return inner_models or {"": (model, find_unit_groups(model))}
+    if "" not in inner_models:
+        try:
+            groups = find_unit_groups(model)
+        except ArchitectureError:
+            if not inner_models:
+                raise
+            groups = []
+        known = {_identity(inner, group) for inner, inner_groups in inner_models.values() for group in inner_groups}
+        inner_models[""] = model, [group for group in groups if _identity(model, group) not in known]
+    return inner_models
+
+
+def _identity(model: nn.Module, group: UnitGroup) -> tuple[str, int]:
+    """What tells a group from all others, in whichever of several nested models it was found."""
+    return group.kind, id(model.get_parameter((group.consumers or group.producers)[0].name))
 
 
 def _cut_masks(store: MaskStore, groups: Sequence[UnitGroup], kept: Mapping[str, Tensor]) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from hf_prune.architectures.find_unit_groups import find_unit_groups
 from hf_prune.architectures.kinds.registry import kind_named
-from hf_prune.architectures.layers import LayerList
+from hf_prune.architectures.layer_list import LayerList
 from hf_prune.architectures.modules import base_prefix
 from hf_prune.architectures.unit_groups import UnitGroup
 

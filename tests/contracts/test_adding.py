@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from transformers import BertGenerationConfig, BertGenerationEncoder
 
 import hf_prune
 from hf_prune.architectures import base
+from hf_prune.architectures.find_unit_groups import find_unit_groups
 from hf_prune.architectures.kinds.registry import KINDS
 from hf_prune.criteria.registry import CRITERIA
 from hf_prune.granularities.registry import GRANULARITIES
@@ -64,9 +66,12 @@ def test_granularity_guide() -> None:
 def test_architecture_guide() -> None:
     sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 24}
     model = BertGenerationEncoder(BertGenerationConfig(vocab_size=50, **sizes))
-    with pytest.raises(hf_prune.ArchitectureError, match="no entry for 'bert-generation'"):
-        hf_prune.shrink(model)
+    found = find_unit_groups(model)
+    assert all(group.is_found for group in found)
     run_example("architectures")
+    assert [replace(group, is_found=False, counts=(), values=(), minimum=0) for group in found] == [
+        replace(group, counts=(), values=(), minimum=0) for group in find_unit_groups(model)
+    ]
     hf_prune.shrink(hf_prune.prune(model, 0.5, granularity=("head", "neuron"), criterion="magnitude"))
     layer = model.encoder.layer[1]
     assert layer.attention.self.query.out_features == 16

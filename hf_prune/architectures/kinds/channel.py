@@ -13,9 +13,10 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor, nn
 
 from hf_prune.architectures.base import Channels, list_architectures
+from hf_prune.architectures.entries import entries_of
 from hf_prune.architectures.kinds.base import UnitKind, activation_is_zero_at_zero
 from hf_prune.architectures.kinds.registry import KINDS
-from hf_prune.architectures.modules import base_prefix, entries_of, model_type_of
+from hf_prune.architectures.modules import base_prefix, model_type_of
 from hf_prune.architectures.unit_groups import UnitGroup, UnitSlice, plain_weights
 from hf_prune.errors import ArchitectureError
 

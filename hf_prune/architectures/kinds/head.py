@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 from torch import nn
 
 from hf_prune.architectures.base import Heads
+from hf_prune.architectures.found_units import found_groups, joined_groups
 from hf_prune.architectures.kinds.base import UnitKind
 from hf_prune.architectures.kinds.registry import KINDS
-from hf_prune.architectures.layers import LayerList, layer_lists
+from hf_prune.architectures.layer_list import LayerList
+from hf_prune.architectures.layers import layer_lists
 from hf_prune.architectures.modules import base_prefix, expected_module, input_slice, output_count, output_slices
 from hf_prune.architectures.unit_groups import UnitGroup, UnitSlice, plain_weights
-from hf_prune.errors import ArchitectureError
 
 
 @KINDS.register("head")
@@ -34,7 +34,8 @@ class Head(UnitKind):
                     if not heads.shared:
                         groups.append(_attention(model, layers, number, heads))
                     elif number == 0:
-                        groups.append(_joined([_attention(model, layers, i, heads) for i in every]))
+                        groups.append(joined_groups([_attention(model, layers, i, heads) for i in every]))
+            groups += found_groups(model, layers, self.name)
         return groups
 
     def config_values(self, group: UnitGroup) -> dict[str, int]:
@@ -87,21 +88,3 @@ def _queries_per_key(model: nn.Module, heads: Heads) -> int:
     """How many queries the config gives each key, for a layer that has none left."""
     queries, keys = [getattr(model.config, name, None) for name in (*heads.config, "", "")[:2]]
     return queries // keys if queries and keys else 1
-
-
-def _joined(groups: Sequence[UnitGroup]) -> UnitGroup:
-    """One group of the heads that several layers must keep or lose together."""
-    if len({group.units for group in groups}) > 1:
-        raise ArchitectureError(
-            f"the layers of {groups[0].name} share their position biases and have {[g.units for g in groups]} heads: "
-            f"expected the same number everywhere"
-        )
-    return replace(
-        groups[0],
-        layers=tuple(place for group in groups for place in group.layers),
-        producers=tuple(piece for group in groups for piece in group.producers),
-        consumers=tuple(piece for group in groups for piece in group.consumers),
-        values=tuple(piece for group in groups for piece in group.values),
-        counts=tuple(count for group in groups for count in group.counts),
-        minimum=1,
-    )

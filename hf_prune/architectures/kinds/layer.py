@@ -27,7 +27,9 @@ class Layer(UnitKind):
         names: list[str] = []
         for layers in layer_lists(model):
             # transformers could not generate if only this list became shorter, so it stays as long as it is.
-            candidates = [] if layers.stack.not_below else layers.layer_names()[layers.stack.fixed :]
+            candidates = (
+                [] if layers.stack.not_below or not layers.stack.config else layers.layer_names()[layers.stack.fixed :]
+            )
             allowed = [name for name in candidates if not is_excluded(name)]
             names += allowed[1:] if len(allowed) == len(layers.layers) else allowed
         return names

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from hf_prune.architectures.base import Neurons
+from hf_prune.architectures.found_units import found_groups
 from hf_prune.architectures.kinds.base import UnitKind, activation_is_zero_at_zero
 from hf_prune.architectures.kinds.registry import KINDS
-from hf_prune.architectures.layers import LayerList, layer_lists
+from hf_prune.architectures.layer_list import LayerList
+from hf_prune.architectures.layers import layer_lists
 from hf_prune.architectures.modules import (
     base_prefix,
     expected_module,
@@ -31,12 +34,17 @@ class Neuron(UnitKind):
 
     def groups(self, model: nn.Module) -> list[UnitGroup]:
         """See :meth:`UnitKind.groups`."""
-        return [
-            _network(model, layers, number) for layers in layer_lists(model) for number in range(len(layers.layers))
-        ]
+        groups = []
+        for layers in layer_lists(model):
+            if (neurons := layers.stack.neurons) is not None:
+                groups += [_network(model, layers, number, neurons) for number in range(len(layers.layers))]
+            groups += found_groups(model, layers, self.name)
+        return groups
 
     def silent_units(self, model: nn.Module, group: UnitGroup) -> Tensor:
         """See :meth:`UnitKind.silent_units`; a gated neuron is zero as soon as one of its two factors is."""
+        if group.is_found:  # the activation may be another one than the config's
+            return super().silent_units(model, group)
         silent = group.is_zero(model, group.consumers)
         if activation_is_zero_at_zero(model):
             for weight in group.producers:
@@ -47,9 +55,9 @@ class Neuron(UnitKind):
         return silent
 
 
-def _network(model: nn.Module, layers: LayerList, number: int) -> UnitGroup:
+def _network(model: nn.Module, layers: LayerList, number: int, neurons: Neurons) -> UnitGroup:
     """The neurons of one layer."""
-    neurons, layer = layers.stack.neurons, f"{layers.name}.{number}"
+    layer = f"{layers.name}.{number}"
     ups = [name for name in (f"{layer}.{up}" for up in neurons.up) if find_module(model, name) is not None]
     down = f"{layer}.{neurons.down}"
     if not ups:

@@ -1,0 +1,181 @@
+"""See from gradients which rows of which parameters reach which inputs of which matrix.
+
+Within one layer, the derivative of each input of a matrix with respect to every parameter is either zero by
+construction, or not. Derivatives of heads with respect to the rows of another head's projections are zero; those of a
+norm over all features are not. This tells any layout of projections apart, whatever its modules are called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from hf_prune.architectures.discovery.blocks import Blocks, first_hidden
+from hf_prune.architectures.discovery.sample import Sample
+
+_MOST_CALLS = 4  # of one matrix in a forward pass that are looked at
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)  # no derivatives by their running statistics
+_BATCH = 64  # derivatives computed at once
+
+
+@dataclass(frozen=True)
+class Flow:
+    """What reaches the inputs of one matrix.
+
+    Args:
+        consumer: The name of the module with the matrix.
+        reaches: By name of a parameter or buffer, for each of its dimensions, (inputs, length) bool: whether anything
+            at a position along that dimension reaches an input.
+    """
+
+    consumer: str
+    reaches: Mapping[str, Sequence[Tensor]]
+
+
+def matrix_dims(module: nn.Module) -> tuple[int, int] | None:
+    """The dimensions of a module's weight along which outputs and inputs lie; None if it is not a matrix."""
+    from transformers.pytorch_utils import Conv1D
+
+    if isinstance(module, nn.Linear):
+        return 0, 1
+    if isinstance(module, Conv1D):
+        return 1, 0
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        return 0, 1
+    return None
+
+
+def trace_flows(sample: Sample, blocks: Sequence[Blocks]) -> dict[str, list[Flow]]:
+    """What reaches each matrix in the first layer of each kind, by the name of the layer."""
+    layers = {f"{b.name}.{number}": b.layers[number] for b in blocks for number in b.kinds()}
+    every_layer = {f"{b.name}.{number}": layer for b in blocks for number, layer in enumerate(b.layers)}
+    taken: dict[str, list[Tensor]] = {}
+    handles = [layer.register_forward_pre_hook(_cut_graph, with_kwargs=True) for layer in every_layer.values()]
+    for layer_name, layer in layers.items():
+        for name, module in layer.named_modules(prefix=layer_name):
+            if _may_consume(name, module):
+                handles.append(module.register_forward_pre_hook(_recorder(taken.setdefault(name, []))))
+    leaves = _leaves(sample.model)
+    states = [tensor.requires_grad for tensor in leaves.values()]
+    try:
+        for tensor in leaves.values():
+            tensor.requires_grad_(True)
+        with torch.enable_grad(), _NoDeadNeurons():
+            sample.model(**dict(sample.inputs))
+            return {
+                layer_name: [
+                    flow
+                    for name, inputs in taken.items()
+                    if name.startswith(f"{layer_name}.") and (flow := _flow(name, sample.model, inputs, leaves))
+                ]
+                for layer_name in layers
+            }
+    finally:
+        for handle in handles:
+            handle.remove()
+        for tensor, state in zip(leaves.values(), states, strict=True):
+            tensor.requires_grad_(state)
+
+
+class _NoDeadNeurons(TorchFunctionMode):
+    """Makes rectifiers leak, so that no derivative is zero just because of the weights."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in ("relu", "relu_", "relu6"):
+            return nn.functional.leaky_relu(args[0] if args else kwargs["input"], 0.1)
+        return func(*args, **(kwargs or {}))
+
+
+def _may_consume(name: str, module: nn.Module) -> bool:
+    """Whether a module may read units; experts have a kind of unit of their own."""
+    return matrix_dims(module) is not None and getattr(module, "groups", 1) == 1 and "experts" not in name.split(".")
+
+
+def _cut_graph(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Have a layer start from its hidden states and those of an encoder, so that derivatives end there.
+
+    Tables of positions, which the layers of some models share, are passed as other shapes and stay connected.
+    """
+
+    def cut(value: Any) -> Any:
+        return value.detach() if isinstance(value, Tensor) and value.dim() == 3 else value
+
+    hidden = first_hidden(args, kwargs)
+    if isinstance(hidden, Tensor):
+        args = (hidden.detach(), *args[1:]) if args else args
+        kwargs = kwargs if args else {**kwargs, "hidden_states": hidden.detach()}
+    return tuple(map(cut, args)), {key: cut(value) for key, value in kwargs.items()}
+
+
+def _recorder(inputs: list[Tensor]) -> Any:
+    def record(module: nn.Module, args: tuple[Any, ...]) -> None:
+        if args and isinstance(args[0], Tensor) and args[0].requires_grad and len(inputs) < _MOST_CALLS:
+            inputs.append(args[0])
+
+    return record
+
+
+def _leaves(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters and buffers of real numbers, by name."""
+    norms = {name for name, module in model.named_modules() if isinstance(module, BATCH_NORMS)}
+    buffers = [(name, buffer) for name, buffer in model.named_buffers() if name.rpartition(".")[0] not in norms]
+    tensors = [*model.named_parameters(), *buffers]
+    return {name: tensor for name, tensor in tensors if tensor.is_floating_point() and tensor.is_leaf and tensor.dim()}
+
+
+def _flow(consumer: str, model: nn.Module, inputs: Sequence[Tensor], leaves: Mapping[str, Tensor]) -> Flow | None:
+    """What reaches one matrix; None if no other parameter of the layer does."""
+    is_convolution = isinstance(model.get_submodule(consumer), nn.Conv1d | nn.Conv2d | nn.Conv3d)
+    generator = torch.Generator().manual_seed(0)
+    features: Tensor | None = None
+    for tensor in inputs:  # (batch, ..., features), of a convolution (batch, features, ...)
+        last = tensor.movedim(1, -1) if is_convolution else tensor
+        weights = torch.rand(last.shape, generator=generator) + 0.5
+        total = (last * weights.to(last.dtype)).reshape(-1, last.shape[-1]).sum(0)  # (features,)
+        features = total if features is None else features + total
+    if features is None:
+        return None
+    names = [name for name, tensor in leaves.items() if not name.startswith(f"{consumer}.")]
+    gradients = torch.autograd.grad(
+        features.sum(), [leaves[name] for name in names], retain_graph=True, allow_unused=True
+    )
+    names = [name for name, gradient in zip(names, gradients, strict=True) if gradient is not None]
+    if not any(leaves[name].dim() >= 2 for name in names):
+        return None
+    return Flow(consumer, _reaches(features, {name: leaves[name] for name in names}))
+
+
+def _reaches(features: Tensor, leaves: Mapping[str, Tensor]) -> dict[str, list[Tensor]]:
+    """For each leaf and each of its dimensions, (features, length) bool."""
+    rows: dict[str, list[list[Tensor]]] = {name: [[] for _ in range(leaf.dim())] for name, leaf in leaves.items()}
+    identity = torch.eye(len(features), dtype=features.dtype)
+    for chunk in identity.split(_BATCH):
+        for (name, leaf), gradient in zip(leaves.items(), _derivatives(features, leaves, chunk), strict=True):
+            used = gradient != 0  # (chunk, *leaf.shape)
+            for dim in range(leaf.dim()):
+                rows[name][dim].append(used.movedim(dim + 1, 1).flatten(2).any(2) if leaf.dim() > 1 else used)
+    return {name: [torch.cat(parts) for parts in by_dim] for name, by_dim in rows.items()}
+
+
+def _derivatives(features: Tensor, leaves: Mapping[str, Tensor], directions: Tensor) -> list[Tensor]:
+    """(directions, *leaf.shape) for each leaf."""
+    tensors = list(leaves.values())
+    try:
+        found = torch.autograd.grad(
+            features, tensors, directions, retain_graph=True, allow_unused=True, is_grads_batched=True
+        )
+    except RuntimeError:  # an operation that cannot be batched
+        each = [
+            torch.autograd.grad(features, tensors, direction, retain_graph=True, materialize_grads=True)
+            for direction in directions
+        ]
+        return [torch.stack(gradients) for gradients in zip(*each, strict=True)]
+    return [
+        torch.zeros(len(directions), *tensor.shape) if gradient is None else gradient
+        for tensor, gradient in zip(tensors, found, strict=True)
+    ]

@@ -1,0 +1,136 @@
+"""Prove on a small model that removing units gives the outputs of zeroing them, and removing layers of bypassing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_prune.architectures.base import Stack
+from hf_prune.architectures.bypass import bypass
+from hf_prune.architectures.cut_units import cut_units
+from hf_prune.architectures.discovery.sample import Sample
+from hf_prune.architectures.found_units import found_groups
+from hf_prune.architectures.layer_list import LayerList
+from hf_prune.architectures.modules import base_prefix
+from hf_prune.architectures.remove_layers import remove_layers
+from hf_prune.architectures.unit_groups import UnitGroup
+
+_TOLERANCE = 2e-4  # of outputs, as a share of the largest; errors of float32 stay far below, wrong units far above
+FAILURES = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+
+
+def layer_list(model: nn.Module, stack: Stack) -> LayerList:
+    """The layers of a stack in a model that has them."""
+    name = base_prefix(model) + stack.layers
+    return LayerList(name, stack, tuple(model.get_submodule(name).children()))
+
+
+def groups_in(model: nn.Module, stack: Stack) -> list[UnitGroup]:
+    """The groups of units of all kinds that a stack has."""
+    kinds = dict.fromkeys(units.kind for units in stack.units)
+    layers = layer_list(model, stack)
+    return [group for kind in kinds for group in found_groups(model, layers, kind)]
+
+
+def unit_failure(sample: Sample, groups: Sequence[UnitGroup], dense: Sequence[Tensor]) -> str | None:
+    """Why units cannot be removed; None if removing them gives the outputs of zeroing them.
+
+    Every layer loses another number of units, so the proof also shows that the code runs with unequal layers.
+
+    Args:
+        sample: The small model.
+        groups: What to remove units from.
+        dense: The outputs of the small model.
+    """
+    generator = torch.Generator().manual_seed(0)
+    gone, kept = {}, {}
+    for number, group in enumerate(groups):
+        most = max(group.units - group.minimum, 1)
+        order = torch.randperm(group.units, generator=generator)
+        count = 1 + number % min(most, 3)
+        gone[group.name], kept[group.name] = order[:count], order[count:].sort().values
+    with sample.zeroed((piece, gone[group.name]) for group in groups for piece in group.consumers):
+        expected = sample.outputs()
+    if not differ(expected, dense):
+        return "zeroing them changes no output"
+    cut = sample.twin()
+    try:
+        cut_units(cut, groups, kept)
+        outputs = sample.outputs(cut)
+    except FAILURES as error:
+        return f"the code does not run without them ({first_line(error)})"
+    return "outputs are others without them than with zeros" if differ(outputs, expected) else None
+
+
+def layer_failure(sample: Sample, stack: Stack, number: int) -> str | None:
+    """Why a layer cannot be removed; None if removing it gives the outputs of bypassing it."""
+    bypassed, removed = sample.twin(), sample.twin()
+    name = f"{layer_list(bypassed, stack).name}.{number}"
+    try:
+        bypass(bypassed.get_submodule(name))
+        expected = sample.outputs(bypassed)
+    except FAILURES as error:
+        return f"the code does not run while it is bypassed ({first_line(error)})"
+    try:
+        remove_layers(removed, [layer_list(removed, stack)], {name})
+        outputs = sample.outputs(removed)
+    except FAILURES as error:
+        return f"the code does not run without it ({first_line(error)})"
+    return "outputs are others without it than when it is bypassed" if differ(outputs, expected) else None
+
+
+def differ(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
+    """Whether two lists of outputs differ by more than rounding."""
+    if [tensor.shape for tensor in first] != [tensor.shape for tensor in second]:
+        return True
+    for one, other in zip(first, second, strict=True):
+        scale = float(other.nan_to_num(0, 0, 0).abs().max()) if other.numel() else 0.0
+        if not torch.allclose(one, other, rtol=0, atol=_TOLERANCE * max(scale, 1e-6), equal_nan=True):
+            return True
+    return False
+
+
+def zero_values(sample: Sample, group: UnitGroup, consumer: str) -> tuple[str, ...]:
+    """Producers that make units compute zero once their slices of them are zero; empty if there are none.
+
+    Args:
+        sample: The small model.
+        group: Units of one layer.
+        consumer: The module that reads them.
+
+    Returns:
+        Names of parameters: of one module if its slices suffice, or else all.
+    """
+    by_module: dict[str, list[str]] = {}
+    for piece in group.producers:
+        by_module.setdefault(piece.name.rpartition(".")[0], []).append(piece.name)
+    every = tuple(dict.fromkeys(piece.name for piece in group.producers))
+    for names in [*(tuple(names) for names in by_module.values()), every]:
+        if _is_zero(sample, group, consumer, names):
+            return names
+    return ()
+
+
+def _is_zero(sample: Sample, group: UnitGroup, consumer: str, names: Sequence[str]) -> bool:
+    """Whether the first unit is zero where the consumer reads it, once its slices of some producers are zero."""
+    first = torch.tensor([0])
+    module: Any = sample.model.get_submodule(consumer)
+    read: list[Tensor] = []
+    handle = module.register_forward_pre_hook(lambda _, args: read.append(args[0]))
+    try:
+        with sample.zeroed((piece, first) for piece in group.producers if piece.name in names):
+            sample.outputs()
+    finally:
+        handle.remove()
+    index = group.consumers[0].index(first)
+    feature_dim = 1 if module.weight.dim() > 2 else -1
+    return bool(read) and all(not bool(tensor.index_select(feature_dim, index).any()) for tensor in read)
+
+
+def first_line(error: Exception) -> str:
+    """An error in one line."""
+    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return f"{type(error).__name__}: {text[:160]}"
