@@ -85,6 +85,8 @@ def _units_of(model: nn.Module, flow: Flow) -> FoundUnits | str | None:
     producers: list[FoundSlices] = []
     buffers: list[FoundSlices] = []
     for name, by_dim in flow.reaches.items():
+        if _matrix_of_bias(model, name) in flow.reaches:
+            continue  # it goes with the matrix; that of keys has no derivative but rounding
         slices = [_slices(name, dim, touched, labels, units) for dim, touched in enumerate(by_dim)]
         whole = next((piece for piece in slices if isinstance(piece, FoundSlices)), None)
         if whole is not None:
@@ -93,6 +95,12 @@ def _units_of(model: nn.Module, flow: Flow) -> FoundUnits | str | None:
             return f"{name} has rows for these units, and others that do something else"
     if not any(_is_matrix(model, piece) for piece in producers):
         return None
+    producers = [
+        with_bias
+        for piece in producers
+        for with_bias in (piece, FoundSlices(piece.name.removesuffix("weight") + "bias", 0, piece.widths))
+        if with_bias is piece or (with_bias.name in parameters and _is_matrix(model, piece))
+    ]
     buffers += [statistics for piece in producers for statistics in _running_statistics(model, piece)]
     dims = matrix_dims(model.get_submodule(flow.consumer))
     assert dims is not None
@@ -168,6 +176,13 @@ def _part_widths(owners: Sequence[int], units: int) -> tuple[int, ...] | None:
         widths.append(width)
         start += len(expected)
     return tuple(widths)
+
+
+def _matrix_of_bias(model: nn.Module, name: str) -> str | None:
+    """The weight of the matrix that a parameter is the bias of; None if it is no such bias."""
+    module_name, _, key = name.rpartition(".")
+    is_bias = key == "bias" and matrix_dims(model.get_submodule(module_name)) is not None
+    return f"{module_name}.weight" if is_bias else None
 
 
 def _running_statistics(model: nn.Module, piece: FoundSlices) -> list[FoundSlices]:
