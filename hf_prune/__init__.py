@@ -130,6 +130,11 @@ _MODULES = {
     "evaluation.sweep": ("run_sweep",),
     "evaluation.sweep_point": ("SweepPoint",),
     "evaluation.sweep_result": ("SweepResult",),
+    "evaluation.unit_description": (
+        "UnitDescription",
+        "UnitsOfKind",
+        "describe_units",
+    ),
     "evaluation.weight_statistics": ("weight_histogram",),
     "granularities.base": ("Granularity",),
     "granularities.registry": ("GRANULARITIES",),

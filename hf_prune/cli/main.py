@@ -16,6 +16,7 @@ from hf_prune.cli.commands.demo import demo
 from hf_prune.cli.commands.evaluate import evaluate
 from hf_prune.cli.commands.explain import explain
 from hf_prune.cli.commands.export import export
+from hf_prune.cli.commands.inspect import inspect
 from hf_prune.cli.commands.list import list_
 from hf_prune.cli.commands.lottery import lottery
 from hf_prune.cli.commands.migrate import migrate
@@ -47,6 +48,7 @@ command(
     "--sparsity 0,0.3,0.5,0.6,0.8 --criterion magnitude --data glue/sst2"
 )(sweep)
 command(epilog="Example: hf-prune report pruned --dense MODEL --plots plots")(report)
+command(epilog="Example: hf-prune inspect MODEL --json")(inspect)
 command(epilog="Example: hf-prune export pruned pruned.onnx")(export)
 command(epilog="Example: hf-prune bench MODEL pruned --batch 1,32 --length 64 --threads 1")(bench)
 command(epilog="Example: hf-prune accelerate pruned --length 32 --threads 1 --out acceleration.json")(accelerate)

@@ -1,0 +1,74 @@
+"""Describe the units of a checkpoint from its config alone."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+from hf_prune.errors import DataError
+
+if TYPE_CHECKING:
+    from hf_prune.evaluation.unit_description import UnitDescription
+
+_MOST_MODULES = 1_000_000
+_MOST_BUFFER_BYTES = 4 << 30
+
+
+def describe_checkpoint(source: str) -> UnitDescription:
+    """What can be removed as a whole from the model of a checkpoint, whose weights are not read.
+
+    Args:
+        source: Folder or Hub id.
+
+    Raises:
+        DataError: If the source cannot be found, or its config describes no model of transformers.
+        PlanError: If the checkpoint is quantized.
+    """
+    import torch
+    import transformers
+
+    from hf_prune.checkpoint.building import limited_building
+    from hf_prune.checkpoint.native import explained_loading
+    from hf_prune.checkpoint.sources import check_model_source
+    from hf_prune.evaluation.unit_description import describe_units
+    from hf_prune.structured.shrink import resize
+    from hf_prune.utils.number_formats import EXPECTED, method_of_config
+    from hf_prune.utils.quantization_method import METHOD
+
+    offline = check_model_source(source)
+    with explained_loading(source):
+        config = transformers.AutoConfig.from_pretrained(source, local_files_only=offline, trust_remote_code=False)
+    ours: Any = getattr(config, "quantization_config", None) or {}
+    method = method_of_config(config)
+    if method not in (None, METHOD):
+        raise DataError(f"{source!r} is quantized with {method!r}: {EXPECTED}")
+    native = _class_of(source, config)
+    structure = copy.deepcopy(dict(ours).get("structure") or {}) if method == METHOD else {}
+    with (
+        explained_loading(source),
+        limited_building(
+            f"{source!r}", "inspect another checkpoint", modules=_MOST_MODULES, buffer_bytes=_MOST_BUFFER_BYTES
+        ),
+        torch.device("meta"),
+    ):
+        model = native._from_config(config)
+        if structure:
+            resize(model, structure)
+    return describe_units(model)
+
+
+def _class_of(source: str, config: Any) -> Any:
+    """The class that a config names, or else the one that AutoModel takes for it."""
+    from transformers.models.auto.modeling_auto import MODEL_MAPPING
+
+    from hf_prune.checkpoint.native import native_class
+
+    if config.architectures:
+        return native_class(source)
+    if type(config) not in MODEL_MAPPING:
+        raise DataError(
+            f"the config of {source!r} names no class, and AutoModel knows none for {config.model_type!r}: expected "
+            f"the config of a transformers model"
+        )
+    native = MODEL_MAPPING[type(config)]
+    return native[0] if isinstance(native, tuple) else native
