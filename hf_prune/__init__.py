@@ -100,6 +100,7 @@ _MODULES = {
         "text_batches",
         "token_windows",
     ),
+    "evaluation.data.sentences": ("load_sentences",),
     "evaluation.explain": ("explain_speed",),
     "evaluation.perplexity": (
         "compare_perplexity",
@@ -115,6 +116,12 @@ _MODULES = {
         "plot_tradeoff",
         "plot_weight_histogram",
     ),
+    "evaluation.sentence_result": (
+        "SentenceComparison",
+        "SentenceScore",
+        "compare_sentences",
+    ),
+    "evaluation.sentences": ("evaluate_sentences",),
     "evaluation.sparsity_report": (
         "SparsityReport",
         "sparsity_report",

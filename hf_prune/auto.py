@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any, ClassVar
 
 import transformers
 
-from hf_prune.checkpoint.load import load_pruned
-from hf_prune.checkpoint.native import load_plain
+from hf_prune.checkpoint.files import weight_files
+from hf_prune.checkpoint.load import limited_to_files, load_pruned
+from hf_prune.checkpoint.native import explained_loading, load_plain
+from hf_prune.checkpoint.sources import check_model_source, model_class, sentence_class
+from hf_prune.errors import DataError
 from hf_prune.mixin import prunable
+from hf_prune.utils.wrapping import is_sentence_class
 
 
 class AutoPrunedModel:
@@ -65,6 +70,45 @@ def load_native(source: str) -> Any:
         CheckpointError: If the masks are damaged or do not fit the weights.
     """
     return prunable(load_plain(source))
+
+
+def load_sentence_model(source: str) -> Any:
+    """Load a checkpoint of sentence-transformers as the class that it is made for, with its masks.
+
+    A sequence classifier without such a description is loaded as a ``CrossEncoder``, as that library does.
+
+    Args:
+        source: Folder or Hub id.
+
+    Raises:
+        DataError: If the source cannot be found or is no such checkpoint, or the library is missing.
+        CheckpointError: If the masks are damaged or do not fit the weights, or the files hold another model.
+    """
+    offline = check_model_source(source)
+    name = sentence_class(source) or (
+        "CrossEncoder" if model_class(source).endswith("ForSequenceClassification") else ""
+    )
+    if not name:
+        raise DataError(
+            f"{source!r} is a {model_class(source) or 'model'} without modules.json: expected a model of "
+            f"sentence-transformers, which says how its outputs are pooled"
+        )
+    try:
+        import sentence_transformers
+    except ImportError as error:
+        raise DataError(
+            f"{source!r} is a {name} of sentence-transformers, which is not installed and knows how it reads texts: "
+            f"pip install 'hf_prune[sentences]'"
+        ) from error
+    cls = getattr(sentence_transformers, name, None)
+    if not (isinstance(cls, type) and is_sentence_class(cls)):
+        raise DataError(
+            f"{source!r} is made for {name!r}: expected a class of sentence-transformers, such as SentenceTransformer"
+        )
+    local = offline or os.path.isdir(source)
+    with explained_loading(source), limited_to_files(source, weight_files(source, {"local_files_only": local})):
+        load: Any = prunable(cls)
+        return load(source, device="cpu", local_files_only=local, trust_remote_code=False)
 
 
 def _for(task: str) -> type[AutoPrunedModel]:

@@ -17,6 +17,8 @@ from tests import models
 def tiny_encoder(folder: Path, *, prompts: dict[str, str] | None = None, **options: Any) -> SentenceTransformer:
     """BERT, mean pooling and a projection; ``folder`` gets the BERT that it is made from."""
     bert = models.fill(BertModel(models.tiny_bert().config))
+    with torch.no_grad():
+        bert.embeddings.word_embeddings.weight.mul_(20)  # else all texts are nearly the same
     bert.save_pretrained(folder)
     models.tiny_tokenizer().save_pretrained(folder)
     dense = models.fill(Dense(16, 8, activation_function=torch.nn.Tanh()), 1)

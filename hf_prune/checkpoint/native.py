@@ -11,10 +11,13 @@ from huggingface_hub.errors import StrictDataclassError
 
 from hf_prune.checkpoint.files import find_file
 from hf_prune.checkpoint.load import load_pruned
-from hf_prune.checkpoint.sources import check_model_source, class_of_transformers
+from hf_prune.checkpoint.sources import check_model_source, class_of_transformers, sentence_class
 from hf_prune.errors import CheckpointError, DataError, HfPruneError
 from hf_prune.utils.json_files import read_config
 
+# Models whose heads sentence-transformers does not load, and its classes that do not.
+_WITH_HEADS = ("ForMaskedLM", "ForPreTraining", "ForCausalLM", "LMHeadModel")
+_HEADLESS = ("SentenceTransformer", "MultiVectorEncoder")
 # What transformers and PyTorch raise for configs that no model can be built from.
 _CONFIG_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError)
 
@@ -101,6 +104,8 @@ def native_class(source: str) -> Any:
         ) from error
     named = isinstance(architectures, list | tuple) and bool(architectures) and isinstance(architectures[0], str)
     native = class_of_transformers(architectures[0]) if named else None
+    if native is not None and native.__name__.endswith(_WITH_HEADS) and sentence_class(source) in _HEADLESS:
+        native = transformers.MODEL_MAPPING.get(type(config), native)  # whose weights alone the files hold
     if native is None:
         raise DataError(
             f"the config of {source!r} names the class {architectures or '(none)'}: expected a transformers model such "

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
 
+from hf_prune.checkpoint.files import find_file
 from hf_prune.errors import CheckpointError, DataError
+from hf_prune.utils.files import read_text
 from hf_prune.utils.formatting import listing
 from hf_prune.utils.hub_access import check_hub_reachable, check_repo_id, local_folder
 from hf_prune.utils.json_files import read_config, read_json_object
@@ -42,6 +45,12 @@ def check_model_source(
         if not os.path.isfile(os.path.join(source, "config.json")):
             if os.path.isfile(adapters := os.path.join(source, "adapter_config.json")):
                 raise holds_adapters(source, adapters)
+            if modules := sentence_modules(source):
+                raise DataError(
+                    f"{source!r} is a model of sentence-transformers whose weights are in "
+                    f"{modules[0].get('path')!r}, as early versions of that library wrote them: load it with it and "
+                    f"save it again, SentenceTransformer({source!r}).save(folder)"
+                )
             raise DataError(
                 f"{source!r} is a folder without config.json (found: {listing(Path(source))}): "
                 "pass the folder that save_pretrained wrote"
@@ -94,6 +103,24 @@ def model_class(source: str | os.PathLike[str]) -> str:
         >>> model_class("./model")  # doctest: +SKIP
         'LlamaForCausalLM'
     """
+    names: list[str] = _read_described(source).get("architectures") or [""]
+    return names[0]
+
+
+def has_classes(source: str | os.PathLike[str]) -> bool:
+    """Whether a checkpoint is of a classifier with several classes, by its config.
+
+    Args:
+        source: Folder or Hub id.
+    """
+    config = _read_described(source)
+    return str((config.get("architectures") or [""])[0]).endswith("ForSequenceClassification") and (
+        len(config.get("id2label") or {0: "", 1: ""}) > 1  # transformers leaves out what is two
+    )
+
+
+def _read_described(source: str | os.PathLike[str]) -> dict[str, Any]:
+    """The config of a checkpoint, without loading transformers."""
     offline = check_model_source(source)
     path = os.path.join(source, "config.json")
     if not os.path.isdir(source):
@@ -107,10 +134,55 @@ def model_class(source: str | os.PathLike[str]) -> str:
                 f"model {os.fspath(source)!r} cannot be loaded from the Hugging Face Hub: {error}"
             ) from error
     try:
-        names: list[str] = read_config(path, DataError).get("architectures") or [""]
+        return read_config(path, DataError)
     except DataError as error:
         raise DataError(f"the config.json of {os.fspath(source)!r} does not describe a model: {error}") from error
-    return names[0]
+
+
+def sentence_class(source: str | os.PathLike[str]) -> str:
+    """The class of sentence-transformers that a checkpoint is made for; empty for a model of transformers alone.
+
+    Args:
+        source: Folder or Hub id.
+
+    Returns:
+        For example ``"SentenceTransformer"`` or ``"CrossEncoder"``.
+
+    Raises:
+        DataError: If the checkpoint cannot be found.
+        CheckpointError: If its description is damaged.
+    """
+    offline = check_model_source(source)
+    if not sentence_modules(source, offline):
+        return ""
+    path = _find(source, "config_sentence_transformers.json", offline)
+    config = {} if path is None else read_json_object(path)
+    return str(config.get("model_type") or "SentenceTransformer")  # earlier versions wrote no other
+
+
+def sentence_modules(source: str | os.PathLike[str], local_files_only: bool = False) -> list[dict[str, Any]]:
+    """The modules of a checkpoint of sentence-transformers, the transformers model first; empty for any other.
+
+    Args:
+        source: Folder or Hub id.
+        local_files_only: Look in the cache only, not on the Hub.
+    """
+    path = _find(source, "modules.json", local_files_only)
+    if path is None:
+        return []
+    try:
+        modules = json.loads(read_text(path))
+    except (RecursionError, ValueError):
+        return []
+    usable = isinstance(modules, list) and all(isinstance(module, dict) for module in modules)
+    return modules if usable else []
+
+
+def _find(source: str | os.PathLike[str], name: str, local_files_only: bool) -> str | None:
+    """The path of a file of a checkpoint; without transformers, which takes a second to load, for a folder."""
+    if os.path.isdir(source):
+        return path if os.path.isfile(path := os.path.join(source, name)) else None
+    return find_file(source, name, {"local_files_only": local_files_only})
 
 
 def class_of_transformers(name: object) -> Any | None:

@@ -7,12 +7,16 @@ from typing import Annotated
 
 import typer
 
+from hf_prune.checkpoint.sources import has_classes, is_language_model, model_class, sentence_class
 from hf_prune.cli.console import show_notices
 from hf_prune.errors import ConfigError
-from hf_prune.evaluation.tasks import ClassificationTask, LanguageModelingTask, Task
+from hf_prune.evaluation.tasks import ClassificationTask, LanguageModelingTask, SentenceTask, Task
 
+LANGUAGE, SENTENCES, CLASSES = "language", "sentences", "classes"  # what a model is for
 SST2 = "glue/sst2"
 WIKITEXT = "Salesforce/wikitext:wikitext-2-raw-v1"
+STSB = "sentence-transformers/stsb"
+DATA = {LANGUAGE: WIKITEXT, SENTENCES: STSB, CLASSES: SST2}  # where none is named
 
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="A folder with a checkpoint, or a Hub id.", show_default=False)
@@ -25,12 +29,22 @@ AnyData = Annotated[
     str | None,
     typer.Option(
         help="A folder with train/dev files, a file, or a Hub data set; where no labels are needed, text files too. "
-        "[default: glue/sst2, or WikiText-2 for language models]"
+        "[default: glue/sst2, WikiText-2 for language models, or STS-B for those of sentence-transformers]"
     ),
 ]
 AnyText = Annotated[
     str | None,
-    typer.Option(help="Text column, or two separated by a comma. [default: sentence, or text for language models]"),
+    typer.Option(
+        help="Text column, or two separated by a comma. [default: sentence; text for language models; for those of "
+        "sentence-transformers sentence1,sentence2 or query,document]"
+    ),
+]
+Metric = Annotated[
+    str | None,
+    typer.Option(
+        help="Models of sentence-transformers: spearman, for pairs of texts with a score, or ndcg, for queries with "
+        "documents. [default: ndcg where the first column is a query or question]"
+    ),
 ]
 Split = Annotated[str, typer.Option(help="The split to score.")]
 Text = Annotated[str, typer.Option(help="Text column, or two separated by a comma.")]
@@ -49,21 +63,53 @@ Overwrite = Annotated[
 Restart = Annotated[bool, typer.Option("--restart", help="Measure everything again instead of resuming.")]
 
 
+def task_kind(model: str, metric: str | None = None) -> str:
+    """What a checkpoint is for: ``"language"``, ``"sentences"`` or ``"classes"``.
+
+    Args:
+        model: Folder or Hub id.
+        metric: The value of ``--metric``, which only models of sentence-transformers have.
+
+    Raises:
+        DataError: If it cannot be found, or its config does not describe a model.
+    """
+    name, sentences = model_class(model), sentence_class(model)
+    if metric is not None or (sentences and not (sentences == "CrossEncoder" and has_classes(model))):
+        return SENTENCES
+    return LANGUAGE if is_language_model(name) else CLASSES
+
+
 def read_task(
-    of_language: bool,
-    source: str,
+    kind: str,
+    source: str | None,
     text_column: str | None,
     label_column: str,
     calibration_split: str = "train",
     calibration_samples: int = 128,
     *,
     window: int = 512,
+    metric: str | None = None,
 ) -> Task:
-    """The task that options describe: language modeling, or classification."""
-    if of_language:
-        return LanguageModelingTask(source, text_column or "text", calibration_split, calibration_samples, window)
-    columns = split_names(text_column or "sentence")
-    return ClassificationTask(source, columns, label_column, calibration_split, calibration_samples)
+    """The task that options describe.
+
+    Args:
+        kind: What the model is for, see :func:`task_kind`.
+        source: Where the data is; None for that of ``DATA``.
+        text_column: The value of ``--text-column``.
+        label_column: The value of ``--label-column``.
+        calibration_split: The value of ``--calibration-split``.
+        calibration_samples: The value of ``--calibration-samples``.
+        window: The value of ``--window``.
+        metric: The value of ``--metric``.
+    """
+    source = source or DATA[kind]
+    seen = (calibration_split, calibration_samples)
+    if kind == LANGUAGE:
+        return LanguageModelingTask(source, text_column or "text", *seen, window)
+    if kind == SENTENCES:
+        columns = None if text_column is None else split_names(text_column)
+        return SentenceTask(source, columns, None if label_column == "label" else label_column, metric, *seen)
+    return ClassificationTask(source, split_names(text_column or "sentence"), label_column, *seen)
 
 
 def split_names(text: str) -> tuple[str, ...]:

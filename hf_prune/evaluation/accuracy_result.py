@@ -52,6 +52,16 @@ class Evaluation:
     batch_size: int
     classes: str = ""
 
+    @property
+    def metric(self) -> str:
+        """What the score is called where there are several kinds."""
+        return "accuracy"
+
+    @property
+    def value(self) -> float:
+        """The score: the accuracy, 0 to 1."""
+        return self.accuracy
+
     def __str__(self) -> str:
         """One line: accuracy and standard error in percent, n, and the data."""
         data = " ".join(part for part in (self.source, self.split) if part) or f"data {self.data_fingerprint}"

@@ -82,28 +82,34 @@ def plot_layer_sparsity(report: SparsityReport, title: str) -> Figure:
 
 
 def plot_tradeoff(
-    dense_accuracy: float, points: Sequence[SweepPoint], sweet_spot: SweepPoint | None, title: str, subtitle: str
+    dense_accuracy: float,
+    points: Sequence[SweepPoint],
+    sweet_spot: SweepPoint | None,
+    title: str,
+    subtitle: str,
+    metric: str = "accuracy",
 ) -> Figure:
-    """Plot accuracy against sparsity, a line per criterion, with the intervals of the paired drop and the sweet spot.
+    """Plot a score against sparsity, a line per criterion, with the intervals of the paired drop and the sweet spot.
 
     Args:
-        dense_accuracy: Accuracy of the dense model, 0 to 1.
+        dense_accuracy: Accuracy or other score of the dense model, 0 to 1.
         points: The measured points.
         sweet_spot: The point to mark, or None.
         title: The model.
         subtitle: Data, n, tolerance.
+        metric: What the score is.
     """
     figure, axes = _figure(8.0, 5.0)
-    axes.axhline(
-        100 * dense_accuracy, color=_GREY, linestyle="--", linewidth=1.2, label=f"dense: {100 * dense_accuracy:.2f} %"
-    )
+    sign = " %" if metric == "accuracy" else ""
+    dense = f"dense: {100 * dense_accuracy:.2f}{sign}"
+    axes.axhline(100 * dense_accuracy, color=_GREY, linestyle="--", linewidth=1.2, label=dense)
     for i, criterion in enumerate(dict.fromkeys(p.criterion for p in points)):
         line = sorted((p for p in points if p.criterion == criterion), key=lambda p: p.sparsity)
         low = [p.comparison.drop - p.comparison.interval[0] for p in line]
         high = [p.comparison.interval[1] - p.comparison.drop for p in line]
         axes.errorbar(
             [100 * p.sparsity for p in line],
-            [100 * p.evaluation.accuracy for p in line],
+            [100 * p.evaluation.value for p in line],
             yerr=[[max(0.0, v) for v in high], [max(0.0, v) for v in low]],
             color=_COLOURS[i % len(_COLOURS)],
             marker=_MARKERS[i % len(_MARKERS)],
@@ -112,7 +118,7 @@ def plot_tradeoff(
             label=criterion,
         )
     if sweet_spot is not None:
-        x, y = 100 * sweet_spot.sparsity, 100 * sweet_spot.evaluation.accuracy
+        x, y = 100 * sweet_spot.sparsity, 100 * sweet_spot.evaluation.value
         axes.plot(
             x,
             y,
@@ -124,7 +130,7 @@ def plot_tradeoff(
             label=f"sweet spot: {x:g} % ({sweet_spot.criterion})",
             zorder=5,
         )
-    axes.set(xlabel="sparsity of the targets (%)", ylabel="accuracy (%)")
+    axes.set(xlabel="sparsity of the targets (%)", ylabel="accuracy (%)" if sign else f"{metric} × 100")
     axes.set_title(f"{title}\n{subtitle}", fontsize=10)
     axes.legend(frameon=False, loc="best")
     return _literal(figure)

@@ -16,6 +16,7 @@ from hf_prune.errors import BudgetError, ConfigError
 from hf_prune.evaluation.accuracy import evaluate_classification
 from hf_prune.evaluation.accuracy_result import Evaluation
 from hf_prune.evaluation.comparison import compare, reason_to_doubt
+from hf_prune.evaluation.scores import Score
 from hf_prune.evaluation.sweep import check_points, measure_point
 from hf_prune.evaluation.sweep_point import SweepPoint
 from hf_prune.planning.config import PruningConfig
@@ -88,7 +89,7 @@ class SparsitySearch:
             [
                 f"{100 * p.sparsity:g} %",
                 f"{100 * p.model_sparsity:.2f} %",
-                f"{100 * p.evaluation.accuracy:.2f} %",
+                f"{100 * p.evaluation.value:.2f} %",
                 f"{p.comparison.drop:.2f} ± {p.comparison.drop_standard_error:.2f}",
                 f"{p.comparison.upper_bound:.2f}",
                 "yes" if p.comparison.upper_bound <= self.max_drop else "no",
@@ -243,5 +244,5 @@ def _none_within(smallest: SweepPoint, max_drop: float) -> str:
     return message + f"score about {max(drop.n, math.ceil(needed)):,} sentences or more, or accept a larger drop"
 
 
-def _summary(evaluation: Evaluation) -> dict[str, Any]:
+def _summary(evaluation: Score) -> dict[str, Any]:
     return {k: v for k, v in evaluation.to_dict().items() if k not in ("predictions", "labels")}

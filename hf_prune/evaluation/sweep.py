@@ -14,11 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_prune.calibration.batches import Batches, needed_batches
 from hf_prune.errors import ConfigError, SweepError
-from hf_prune.evaluation.accuracy import evaluate_classification
-from hf_prune.evaluation.accuracy_result import Evaluation
-from hf_prune.evaluation.comparison import compare, reason_to_doubt
-from hf_prune.evaluation.data.classification import class_numbers
-from hf_prune.evaluation.labels import class_doubt
+from hf_prune.evaluation.scores import Score, compare_scores, known_truth, score_doubt, score_model
 from hf_prune.evaluation.sparsity_report import sparsity_report
 from hf_prune.evaluation.sweep_files import read_results, sweep_settings
 from hf_prune.evaluation.sweep_point import SweepPoint
@@ -66,16 +62,17 @@ def run_sweep(
     """Prune a model at several sparsities, from its dense weights each time, and score every result.
 
     Args:
-        model: A dense sequence classifier; it is dense again afterwards.
+        model: A dense sequence classifier, or a model of sentence-transformers; it is dense again afterwards.
         tokenizer: Its tokenizer.
-        dataset: Labelled sentences, as for :func:`hf_prune.evaluate_classification`.
+        dataset: Labelled sentences, as for :func:`hf_prune.evaluate_classification`, or scored texts, as for
+            :func:`hf_prune.evaluate_sentences`.
         sparsities: Shares to remove, 0 to 1; 0 is the dense model, which is always measured. By default what an N:M
             granularity fixes, or else 0.3, 0.5, 0.6, 0.7 and 0.8.
         criteria: Names of criteria.
         config: All other settings.
         calibration: Batches for criteria that need them.
         polish_data: Batches for a polish, if more or others than ``calibration``.
-        tolerance: Largest accepted drop, in points of accuracy.
+        tolerance: Largest accepted drop, in points: hundredths of the score.
         confidence: Of intervals and sweet spot.
         out: Folder for ``results.json``, ``results.csv`` and ``tradeoff.png``; points that it already has are
             not measured again.
@@ -85,7 +82,7 @@ def run_sweep(
         source: Where the data is from, for results.
         split: Which split it is, for results.
         progress: Show progress bars.
-        **evaluation: Passed to :func:`hf_prune.evaluate_classification`.
+        **evaluation: Passed to :func:`hf_prune.evaluate_classification` or :func:`hf_prune.evaluate_sentences`.
 
     Returns:
         The result.
@@ -116,8 +113,7 @@ def run_sweep(
     results = None if folder is None else folder / "results.json"
     earlier_results = None
     if results is not None and not restart and results.exists():
-        column = score.get("label_column", "label")
-        labels = class_numbers(dataset, column, model)
+        truth, fresh = known_truth(model, dataset, score)
         known = {(plan.config.criterion, plan.config.sparsity): plan for plan in plans}
 
         def plan_of(point: SweepPoint) -> PruningPlan | UnitPlan:
@@ -126,16 +122,15 @@ def run_sweep(
                 known[key] = prune(model, base.replace(criterion=key[0], sparsity=key[1]), dry_run=True)
             return known[key]
 
-        fresh = {"classes": class_doubt(dataset, column, labels, model.config), "source": source, "split": split}
-        earlier_results = read_results(results, settings, confidence, model, labels, fresh, plan_of)
+        earlier_results = read_results(results, settings, confidence, model, truth, fresh, plan_of)
     if earlier_results is not None:
         dense, points, calibrated = earlier_results
         settings = {**settings, "calibration": settings["calibration"] or calibrated}
     else:
         points = []
-        dense = evaluate_classification(model, tokenizer, dataset, **score, progress=progress and "dense")
+        dense = score_model(model, tokenizer, dataset, **score, progress=progress and "dense")
 
-    if doubt := reason_to_doubt(dense, confidence):  # warn before pruning, which takes minutes
+    if doubt := score_doubt(dense, confidence):  # warn before pruning, which takes minutes
         warn_user(f"{doubt}; no sweet spot will be named")
 
     def result() -> SweepResult:
@@ -198,7 +193,7 @@ def measure_point(
     dataset: Dataset,
     config: PruningConfig,
     calibration: Batches | None,
-    dense: Evaluation,
+    dense: Score,
     confidence: float,
     score: Mapping[str, Any],
     progress: bool,
@@ -214,7 +209,7 @@ def measure_point(
         calibration: Batches, if the config needs them.
         dense: The score of the dense model on the same data.
         confidence: Of the comparison with it.
-        score: Options of :func:`hf_prune.evaluate_classification`.
+        score: Options of :func:`hf_prune.evaluate_classification` or :func:`hf_prune.evaluate_sentences`.
         progress: Show progress bars.
         polish_data: Batches for a polish, if others than ``calibration``.
     """
@@ -225,7 +220,7 @@ def measure_point(
         seconds = time.perf_counter() - start
         report = sparsity_report(model)
         title = f"{config.criterion} {100 * config.sparsity:g} %"
-        evaluation = evaluate_classification(model, tokenizer, dataset, **score, progress=progress and title)
+        evaluation = score_model(model, tokenizer, dataset, **score, progress=progress and title)
     finally:
         if (store := MaskStore.of(model)) is not None:
             store.discard(model)
@@ -237,5 +232,5 @@ def measure_point(
         remaining=report.remaining,
         prune_seconds=round(seconds, 3),
         evaluation=evaluation,
-        comparison=compare(dense, evaluation, confidence=confidence),
+        comparison=compare_scores(dense, evaluation, confidence=confidence),
     )

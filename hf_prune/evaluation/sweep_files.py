@@ -17,6 +17,7 @@ from hf_prune.calibration.batches import Batches
 from hf_prune.errors import DataError, HfPruneError, SweepError
 from hf_prune.evaluation.accuracy_result import Evaluation
 from hf_prune.evaluation.data.loading import fingerprint
+from hf_prune.evaluation.scores import Score, read_score, scored_columns
 from hf_prune.evaluation.sweep_point import SweepPoint
 from hf_prune.evaluation.sweep_result import FORMAT_VERSION
 from hf_prune.planning.config import PruningConfig
@@ -24,6 +25,7 @@ from hf_prune.planning.plan import PruningPlan
 from hf_prune.structured.unit_plan import UnitPlan
 from hf_prune.utils.digests import examples_digest, tensors_digest
 from hf_prune.utils.json_files import read_json_object
+from hf_prune.utils.wrapping import sole_model
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -53,8 +55,8 @@ def sweep_settings(
     shared = config.to_dict()
     for varied in ("sparsity", "criterion"):
         shared.pop(varied)
-    texts = list(score.get("text_columns", ("sentence",)))
-    columns = [*texts, score.get("label_column", "label")]
+    texts, truth = scored_columns(model, dataset, score)
+    columns = [*texts, *([truth] if truth else [])]
     tokens = tokenizer(*(list(dataset[name])[:_TOKENIZED] for name in texts))["input_ids"]
     model_config = {k: v for k, v in model.config.to_dict().items() if k not in _NOT_SETTINGS}
     return {
@@ -81,10 +83,10 @@ def read_results(
     settings: Mapping[str, Any],
     confidence: float,
     model: PreTrainedModel,
-    labels: list[int],
+    truth: Mapping[str, Any],
     fresh: Mapping[str, Any],
     plan_of: Callable[[SweepPoint], PruningPlan | UnitPlan],
-) -> tuple[Evaluation, list[SweepPoint], str | None]:
+) -> tuple[Score, list[SweepPoint], str | None]:
     """Read the results of an earlier sweep with the same settings.
 
     The file may have been edited: what can be counted is counted again, and texts in it are replaced by ``fresh``.
@@ -94,7 +96,7 @@ def read_results(
         settings: The settings of this sweep.
         confidence: Confidence of the comparisons.
         model: The dense model.
-        labels: The labels of the data.
+        truth: What scores must say of the data, see :func:`hf_prune.evaluation.scores.known_truth`.
         fresh: Texts of the scores, as this sweep knows them.
         plan_of: Makes the plan of a point.
 
@@ -113,8 +115,8 @@ def read_results(
         calibrated = values["settings"].get("calibration")
         if not (calibrated is None or (isinstance(calibrated, str) and re.fullmatch("[0-9a-f]{16}", calibrated))):
             raise DataError(f"calibration is {calibrated!r}: expected 16 hexadecimal digits")
-        dense = dataclasses.replace(Evaluation.from_dict(values["dense"]), **fresh)
-        if dense.labels != tuple(labels):
+        dense = dataclasses.replace(read_score(values["dense"]), **fresh)
+        if any(getattr(dense, name, None) != value for name, value in truth.items()):
             raise SweepError(
                 f"{path} has other labels than the data: it was edited; choose another folder, or restart to measure "
                 f"everything again"
@@ -125,12 +127,7 @@ def read_results(
             )
         points = [SweepPoint.from_dict(p, dense, confidence) for p in values["points"]]
         points = [dataclasses.replace(p, evaluation=dataclasses.replace(p.evaluation, **fresh)) for p in points]
-        highest = max(max(e.predictions) for e in (dense, *(p.evaluation for p in points)))
-        classes = int(model.config.num_labels or 0)
-        if highest >= classes:
-            raise DataError(
-                f"a prediction is class {highest}, and the model has {classes} classes: the file was edited"
-            )
+        _check_classes([dense, *(p.evaluation for p in points)], model)
         _check_counts(points, model, plan_of)
         return dense, points, calibrated
     except SweepError:
@@ -138,6 +135,13 @@ def read_results(
     except (AttributeError, HfPruneError, KeyError, OverflowError, RecursionError, TypeError, ValueError) as error:
         what = error if isinstance(error, HfPruneError) else repr(error)
         raise SweepError(f"{path} is not a sweep result: {what}; choose another folder, or restart") from error
+
+
+def _check_classes(scores: Sequence[Score], model: PreTrainedModel) -> None:
+    predicted = [score.predictions for score in scores if isinstance(score, Evaluation)]
+    highest, classes = max(map(max, predicted), default=-1), int(model.config.num_labels or 0)
+    if highest >= classes:
+        raise DataError(f"a prediction is class {highest}, and the model has {classes} classes: the file was edited")
 
 
 def _check_counts(
@@ -154,7 +158,8 @@ def _check_counts(
         fits = 0 <= zeros and _is_share(point.model_sparsity, zeros, total)
         if isinstance(plan, PruningPlan):
             least, targets = plan.removed_parameters, plan.target_parameters
-            zeros_before = sum(int((model.get_parameter(t.target.name) == 0).sum()) for t in plan.tensors)
+            pruned = sole_model(model)
+            zeros_before = sum(int((pruned.get_parameter(t.target.name) == 0).sum()) for t in plan.tensors)
             most = least + zeros_before + targets // _ROUNDED if plan.is_exact else targets
             fits = fits and least <= zeros <= most and _is_share(point.target_sparsity, zeros, targets)
         if not fits or point.model_sparsity > point.target_sparsity:

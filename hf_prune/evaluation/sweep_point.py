@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hf_prune.errors import DataError
-from hf_prune.evaluation.accuracy_result import Evaluation
-from hf_prune.evaluation.comparison import Comparison, compare
+from hf_prune.evaluation.scores import Score, ScoreComparison, compare_scores, read_score
 
 _LARGEST = 1e15  # of any number in a result
 
@@ -37,8 +36,8 @@ class SweepPoint:
     model_sparsity: float
     remaining: int
     prune_seconds: float
-    evaluation: Evaluation
-    comparison: Comparison
+    evaluation: Score
+    comparison: ScoreComparison
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -46,7 +45,7 @@ class SweepPoint:
         return {**values, "evaluation": self.evaluation.to_dict(), "comparison": self.comparison.to_dict()}
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any], dense: Evaluation, confidence: float) -> SweepPoint:
+    def from_dict(cls, values: Mapping[str, Any], dense: Score, confidence: float) -> SweepPoint:
         """The point that :meth:`to_dict` described; score and comparison are computed again from the predictions.
 
         Raises:
@@ -56,12 +55,12 @@ class SweepPoint:
             raise DataError(f"a point is {reprlib.repr(values)}: expected an object with a score")
         if not isinstance(values["criterion"], str):
             raise DataError(f"criterion is {values['criterion']!r}: expected a name")
-        evaluation = Evaluation.from_dict(values["evaluation"])
+        evaluation = read_score(values["evaluation"])
         fields = {f.name: values[f.name] for f in dataclasses.fields(cls)}
         for name in ("sparsity", "target_sparsity", "model_sparsity", "remaining", "prune_seconds"):
             value, most = fields[name], 1 if name.endswith("sparsity") else math.inf
             types = (int,) if name == "remaining" else (int, float)
             if type(value) not in types or not (0 <= value <= most and value < _LARGEST):
                 raise DataError(f"{name} is {value!r}: expected a number from 0 to {most:g}")
-        fields |= {"evaluation": evaluation, "comparison": compare(dense, evaluation, confidence=confidence)}
+        fields |= {"evaluation": evaluation, "comparison": compare_scores(dense, evaluation, confidence=confidence)}
         return cls(**fields)

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hf_prune.evaluation.accuracy_result import Evaluation
-from hf_prune.evaluation.comparison import reason_to_doubt
 from hf_prune.evaluation.plots import plot_tradeoff, save_figure
+from hf_prune.evaluation.scores import Score, score_doubt
 from hf_prune.evaluation.sweep_point import SweepPoint
 from hf_prune.utils.files import write_json, write_text
 from hf_prune.utils.formatting import format_csv, format_table
@@ -27,13 +26,13 @@ class SweepResult:
         parameters: Parameters of the whole model.
         dense: The score of the dense model.
         points: One per criterion and sparsity.
-        tolerance: Largest accepted drop, in points of accuracy.
+        tolerance: Largest accepted drop, in points: hundredths of the score.
         confidence: Confidence of the intervals and of the sweet spot.
     """
 
     settings: Mapping[str, Any]
     parameters: int
-    dense: Evaluation
+    dense: Score
     points: tuple[SweepPoint, ...]
     tolerance: float
     confidence: float
@@ -41,7 +40,7 @@ class SweepResult:
     @property
     def doubt(self) -> str:
         """Why the drops say nothing about what pruning costs, in words; empty if they do."""
-        return reason_to_doubt(self.dense, self.confidence)
+        return score_doubt(self.dense, self.confidence)
 
     @property
     def sweet_spot(self) -> SweepPoint | None:
@@ -71,13 +70,14 @@ class SweepResult:
         }
 
     def rows(self) -> list[dict[str, Any]]:
-        """The table as flat rows, the dense model first; accuracies in percent, drops in points."""
+        """The table as flat rows, the dense model first; scores times 100, in a column named like the metric."""
+        metric = self.dense.metric
         dense = {
             "criterion": "dense",
             "sparsity": 0.0,
             "model_sparsity": 0.0,
             "remaining": self.parameters,
-            "accuracy": 100 * self.dense.accuracy,
+            metric: 100 * self.dense.value,
             "standard_error": 100 * self.dense.standard_error,
             "n": self.dense.n,
             "drop": 0.0,
@@ -93,7 +93,7 @@ class SweepResult:
                 "sparsity": p.sparsity,
                 "model_sparsity": p.model_sparsity,
                 "remaining": p.remaining,
-                "accuracy": 100 * p.evaluation.accuracy,
+                metric: 100 * p.evaluation.value,
                 "standard_error": 100 * p.evaluation.standard_error,
                 "n": p.evaluation.n,
                 "drop": p.comparison.drop,
@@ -112,13 +112,15 @@ class SweepResult:
         return format_csv(list(rows[0]), rows)
 
     def __str__(self) -> str:
+        metric = self.dense.metric
+        sign = " %" if metric == "accuracy" else ""  # a rank correlation times 100 is no share of anything
         cells = [
             [
                 row["criterion"],
                 f"{100 * row['sparsity']:g} %",
                 f"{100 * row['model_sparsity']:.2f} %",
                 f"{row['remaining']:,}",
-                f"{row['accuracy']:.2f} %",
+                f"{row[metric]:.2f}{sign}",
                 "-" if row["criterion"] == "dense" else f"{row['drop']:.2f} ± {row['drop_standard_error']:.2f}",
                 "-" if row["criterion"] == "dense" else f"{row['drop_low']:.2f} to {row['drop_high']:.2f}",
                 "-" if row["criterion"] == "dense" else f"{row['p_value']:.2g}",
@@ -126,11 +128,12 @@ class SweepResult:
             for row in self.rows()
         ]
         percent = f"{100 * self.confidence:g} %"
-        header = ["criterion", "target", "of all weights", "remaining", "accuracy", "drop ± s.e.", percent, "p"]
+        header = ["criterion", "target", "of all weights", "remaining", metric, "drop ± s.e.", percent, "p"]
         where = " ".join(filter(None, [self.dense.source, self.dense.split]))
+        test = "McNemar's exact test" if metric == "accuracy" else "a normal test of the drop"
         note = (
             f"n = {self.dense.n} ({where}); drop in points against the dense model on the same examples, its standard "
-            f"error and {percent} interval paired, p by McNemar's exact test."
+            f"error and {percent} interval paired, p by {test}."
         )
         warning = [f"Warning: {self.doubt}."] if self.doubt else []
         return "\n".join([*warning, format_table(header, cells), note, self.verdict()])
@@ -168,6 +171,7 @@ class SweepResult:
         files.append(write_text(folder / "results.csv", self.to_csv()))
         where = " ".join(filter(None, [self.dense.source, self.dense.split]))
         subtitle = f"{where}, n = {self.dense.n}; bars: {100 * self.confidence:g} % interval of the paired drop"
-        figure = plot_tradeoff(self.dense.accuracy, self.points, self.sweet_spot, str(self.settings["model"]), subtitle)
+        name, dense = str(self.settings["model"]), self.dense
+        figure = plot_tradeoff(dense.value, self.points, self.sweet_spot, name, subtitle, dense.metric)
         files.append(save_figure(figure, folder / "tradeoff.png"))
         return files

@@ -8,11 +8,10 @@ from typing import Annotated, Any
 
 import typer
 
-from hf_prune.checkpoint.sources import is_language_model, model_class
 from hf_prune.cli.console import echo, resumable
 from hf_prune.cli.options import (
-    SST2,
-    WIKITEXT,
+    CLASSES,
+    DATA,
     AnyData,
     AnyText,
     AsJson,
@@ -24,6 +23,7 @@ from hf_prune.cli.options import (
     Model,
     Overwrite,
     read_task,
+    task_kind,
 )
 from hf_prune.cli.settings import (
     BUDGETS,
@@ -141,21 +141,20 @@ def prune(
         from hf_prune.conversion.streaming.prune_stream import check_streamable
 
         check_streamable(chosen)
-    of_language = not searches and is_language_model(model_class(model))
-    source = data or (WIKITEXT if of_language else SST2)
+    kind = CLASSES if searches else task_kind(model)
     plan_learns = chosen.learns_allocation or chosen.learns_units
     if (plan_learns if dry_run else chosen.needs_data) or searches:
         from hf_prune.criteria.base import LABELLED
 
-        with_labels = searches or (not of_language and bool(chosen.needs & LABELLED))
-        check_texts([model], source, labelled=with_labels)
+        with_labels = searches or (kind == CLASSES and bool(chosen.needs & LABELLED))
+        check_texts([model], data or DATA[kind], labelled=with_labels)
     from hf_prune.cli.workflows.prune import plan_checkpoint, prune_checkpoint, prune_to_budget
     from hf_prune.cli.workflows.stream import stream_checkpoint
     from hf_prune.conversion.streaming.prune_stream import plan_stream
     from hf_prune.utils.distributed import is_main_process
 
     seen = (calibration_split, calibration_samples)
-    task = read_task(of_language, source, text_column, label_column, *seen, window=window)
+    task = read_task(kind, data, text_column, label_column, *seen, window=window)
     if out is None or dry_run:
         plan = plan_stream(model, chosen) if stream else plan_checkpoint(model, chosen, task=task)
         echo(json.dumps(plan.to_dict(), indent=2) if as_json else str(plan))

@@ -10,7 +10,19 @@ import typer
 
 from hf_prune.checkpoint.sources import is_language_model, model_class
 from hf_prune.cli.console import echo
-from hf_prune.cli.options import SST2, WIKITEXT, AnyData, AnyText, AsJson, Config, Label, Model, Overwrite, read_task
+from hf_prune.cli.options import (
+    CLASSES,
+    DATA,
+    LANGUAGE,
+    AnyData,
+    AnyText,
+    AsJson,
+    Config,
+    Label,
+    Model,
+    Overwrite,
+    read_task,
+)
 from hf_prune.cli.settings import SEED, SELECTION, read_config, takes_settings
 from hf_prune.cli.startup import check_texts, start
 from hf_prune.cli.training_options import BatchSize, Bf16, Epochs, LearningRate, Out, Sparsity, TrainSplit
@@ -102,13 +114,12 @@ def train(
         raise ConfigError(f"--{', --'.join(distilled)} need a teacher: add --teacher self, or leave them out")
     pruning = None if keep_masks else _with_schedule(read_config(config, **settings), curve)
     start([model, *([teacher] if teacher not in (None, "self") else [])])
-    of_language = is_language_model(model_class(model))
-    source = data or (WIKITEXT if of_language else SST2)
-    check_texts([model], source, labelled=not of_language)
+    kind = LANGUAGE if is_language_model(model_class(model)) else CLASSES
+    check_texts([model], data or DATA[kind], labelled=kind == CLASSES)
     from hf_prune.cli.workflows.train import TrainingSettings, train_checkpoint
     from hf_prune.training.distillation import Distillation
 
-    model_task = read_task(of_language, source, text_column, label_column, split, window=window)
+    model_task = read_task(kind, data, text_column, label_column, split, window=window)
     report = train_checkpoint(
         model,
         pruning,

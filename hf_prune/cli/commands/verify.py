@@ -8,9 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from hf_prune.checkpoint.sources import is_language_model, model_class
 from hf_prune.cli.console import echo
-from hf_prune.cli.options import SST2, WIKITEXT, AnyData, AnyText, AsJson, Label, read_task
+from hf_prune.cli.options import LANGUAGE, AnyData, AnyText, AsJson, Label, read_task, task_kind
 from hf_prune.cli.startup import start
 
 
@@ -34,10 +33,9 @@ def verify(
         from hf_prune.utils.front_matter import read_card
 
         claimed = read_facts(read_card(Path(folder) / "README.md"))["score"]
-        of_language = is_language_model(model_class(folder))
-        dataset = data or claimed.get("dataset") or (WIKITEXT if of_language else SST2)
-        task = read_task(of_language, dataset, text_column, label_column)
-        options = {"window": claimed.get("window"), "limit": claimed.get("n")} if of_language else {}
+        kind = task_kind(folder)
+        task = read_task(kind, data or claimed.get("dataset"), text_column, label_column)
+        options = {"window": claimed.get("window"), "limit": claimed.get("n")} if kind == LANGUAGE else {}
         return evaluate_checkpoint(
             folder, task, split or claimed.get("split") or task.default_split, **options
         ).to_dict()

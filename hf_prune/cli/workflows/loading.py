@@ -6,12 +6,12 @@ import inspect
 import os
 from typing import Any
 
-from hf_prune.auto import load_native
+from hf_prune.auto import load_native, load_sentence_model
 from hf_prune.checkpoint.companions import has_tokenizer
 from hf_prune.checkpoint.native import load_tokenizer
 from hf_prune.checkpoint.sources import check_model_source, class_of_transformers, model_class
 from hf_prune.errors import DataError
-from hf_prune.evaluation.tasks import ClassificationTask, Task
+from hf_prune.evaluation.tasks import ClassificationTask, SentenceTask, Task
 from hf_prune.utils.distributed import rank_and_world_size
 
 _OTHER_INPUTS = {
@@ -26,6 +26,8 @@ _OTHER_INPUTS = {
 def load_for_task(source: str, task: Task, *, labelled: bool = True) -> tuple[Any, Any]:
     """A model for a task, and its tokenizer.
 
+    Of a checkpoint of sentence-transformers, the model is that library's, with the transformers model in it.
+
     Args:
         source: Folder or Hub id.
         task: What the model is for.
@@ -35,6 +37,9 @@ def load_for_task(source: str, task: Task, *, labelled: bool = True) -> tuple[An
     Raises:
         DataError: If it cannot be found or is of another kind.
     """
+    if isinstance(task, SentenceTask):
+        sentence_model = load_sentence_model(source)
+        return sentence_model, sentence_model.tokenizer
     task.check_model_class(source, model_class(source), labelled=labelled)
     model, tokenizer = load_checked(source)
     task.check_model_class(source, type(model).__name__, labelled=labelled)  # configs need not name a class

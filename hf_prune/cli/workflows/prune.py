@@ -37,6 +37,7 @@ from hf_prune.utils.formatting import display_name
 from hf_prune.utils.locks import writes_alone
 from hf_prune.utils.notices import reported, warn_user
 from hf_prune.utils.output_folder import check_output
+from hf_prune.utils.wrapping import sole_model
 
 
 @writes_alone("prune")
@@ -83,7 +84,7 @@ def prune_checkpoint(
     polish_data = None if task is None else task.polish_batches([config], model, tokenizer, polish_samples)
     pruned = _pruned_into(
         out,
-        model,
+        sole_model(model),
         config,
         batches,
         polish_data,

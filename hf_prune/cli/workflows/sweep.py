@@ -9,7 +9,7 @@ from hf_prune.cli.workflows.loading import load_for_task
 from hf_prune.evaluation.data.files import refuse_same_split
 from hf_prune.evaluation.sweep import run_sweep
 from hf_prune.evaluation.sweep_result import SweepResult
-from hf_prune.evaluation.tasks import ClassificationTask
+from hf_prune.evaluation.tasks import ClassificationTask, SentenceTask
 from hf_prune.planning.config import PruningConfig
 from hf_prune.utils.formatting import display_name
 from hf_prune.utils.locks import writes_alone
@@ -19,7 +19,7 @@ from hf_prune.utils.output_folder import check_output
 @writes_alone("sweep")
 def sweep_checkpoint(
     source: str,
-    task: ClassificationTask,
+    task: ClassificationTask | SentenceTask,
     out: Path,
     *,
     sparsities: Sequence[float] | None = None,
@@ -36,7 +36,7 @@ def sweep_checkpoint(
     """Sweep over a checkpoint; see :func:`hf_prune.run_sweep`.
 
     Args:
-        source: Folder or Hub id of a dense sequence classifier.
+        source: Folder or Hub id of a dense sequence classifier, or of a model of sentence-transformers.
         task: What to score and calibrate on.
         out: Folder for the results.
         sparsities: Shares to remove; see :func:`hf_prune.run_sweep` for the default.

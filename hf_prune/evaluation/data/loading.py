@@ -85,7 +85,7 @@ def load_classification(
     Example:
         >>> load_classification("glue/mrpc", "train", text_columns=("sentence1", "sentence2"))  # doctest: +SKIP
     """
-    content, where = _read_split(os.fspath(source), split, texts=label_column is None)
+    content, where = read_split(os.fspath(source), split, texts=label_column is None)
     if isinstance(content, Path):
         return _lines(content, text_columns)
     dataset = content
@@ -134,7 +134,7 @@ def load_texts(source: str | os.PathLike[str], split: str = "train", *, text_col
         ' = Robert Boulter = \n'
         >>> texts = load_texts("Salesforce/wikitext:wikitext-2-raw-v1", "test")  # doctest: +SKIP
     """
-    content, where = _read_split(os.fspath(source), split, texts=True)
+    content, where = read_split(os.fspath(source), split, texts=True)
     if isinstance(content, Path):
         return read_text(content)
     dataset = content
@@ -175,7 +175,7 @@ def fingerprint(dataset: Dataset, columns: Sequence[str]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _read_split(source: str, split: str, *, texts: bool) -> tuple[Dataset | Path, str]:
+def read_split(source: str, split: str, *, texts: bool) -> tuple[Dataset | Path, str]:
     """One split of a source: its table, or the path of its text file.
 
     Args:
@@ -185,6 +185,9 @@ def _read_split(source: str, split: str, *, texts: bool) -> tuple[Dataset | Path
 
     Returns:
         The split, and how to refer to it in messages.
+
+    Raises:
+        DataError: If it cannot be found or read.
     """
     if os.path.isfile(source):
         if texts and not source.endswith(TABLES):

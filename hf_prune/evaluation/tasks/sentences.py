@@ -1,0 +1,150 @@
+"""Texts for models of sentence-transformers. Describing the task loads none of the large libraries."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
+
+from hf_prune.criteria.base import LABELLED
+from hf_prune.errors import ConfigError, DataError
+from hf_prune.evaluation.data.sentences import load_sentences, load_unscored
+from hf_prune.evaluation.tasks.classification import POLISH_SAMPLES
+from hf_prune.planning.config import PruningConfig
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from hf_prune.evaluation.sentence_result import SentenceComparison, SentenceScore
+
+
+@dataclass(frozen=True)
+class SentenceTask:
+    """Pairs of texts with a score, or queries with documents, for a ``SentenceTransformer`` or a ``CrossEncoder``.
+
+    Scored by Spearman's rank correlation, or by nDCG@10 and MRR@10; see :func:`hf_prune.evaluate_sentences`.
+
+    Args:
+        source: A file, a folder or a Hub data set, as for :func:`hf_prune.load_sentences`; to calibrate a
+            ``SentenceTransformer``, text files too, in which every line is a text.
+        text_columns: The columns of texts: two, or any for calibration alone; None for those that
+            :func:`hf_prune.load_sentences` looks for.
+        score_column: The column of the score, as there.
+        metric: As there.
+        calibration_split: The split that calibrated criteria learn from.
+        calibration_samples: How many texts, or pairs of a ``CrossEncoder``, they see.
+    """
+
+    default_split: ClassVar[str] = "validation"  # to score
+
+    source: str
+    text_columns: tuple[str, ...] | None = None
+    score_column: str | None = None
+    metric: str | None = None
+    calibration_split: str = "train"
+    calibration_samples: int = 128
+
+    @property
+    def columns(self) -> dict[str, Any]:
+        """The columns and the metric, as keyword arguments of functions that take such data."""
+        return {"text_columns": self.text_columns, "score_column": self.score_column, "metric": self.metric}
+
+    def load(self, split: str) -> Dataset:
+        """One split."""
+        return load_sentences(self.source, split, **self.columns)
+
+    def check_model_class(self, source: str, name: str, *, labelled: bool = True) -> None:
+        """Nothing to check: which model it is, sentence-transformers reads from the folder."""
+
+    def calibration_batches(
+        self, configs: Sequence[PruningConfig], model: Any, tokenizer: Any, n: int | None = None
+    ) -> list[dict[str, Any]] | None:
+        """Padded batches as the model itself reads texts; None if none of the configs needs data.
+
+        Args:
+            configs: The configs that will be used.
+            model: The model of sentence-transformers.
+            tokenizer: Not used: the model has its own.
+            n: How many texts; by default ``calibration_samples``. A larger draw begins with the smaller one.
+
+        Raises:
+            ConfigError: If a criterion needs labels.
+        """
+        if not any(config.needs_data for config in configs):
+            return None
+        from hf_prune.calibration.sentences import sentence_batches
+        from hf_prune.evaluation.data.classification import sample_order
+
+        if needing := [config.criterion for config in configs if config.needs & LABELLED]:
+            raise ConfigError(
+                f"criterion {needing[0]!r} needs labels, and the scores of texts are none: choose one that learns from "
+                f"texts alone, such as wanda, sparsegpt or fisher"
+            )
+        texts = load_unscored(self.source, self.calibration_split, self.text_columns, pairs=hasattr(model, "predict"))
+        chosen = [texts[i] for i in sample_order(len(texts))[: n or self.calibration_samples]]
+        return sentence_batches(chosen, model, batch_size=16)
+
+    def polish_batches(
+        self, configs: Sequence[PruningConfig], model: Any, tokenizer: Any, n: int | None = None
+    ) -> list[dict[str, Any]] | None:
+        """Batches for a polish, including those of :meth:`calibration_batches`; None if none of the configs has one.
+
+        Args:
+            configs: The configs that will be used.
+            model: The model of sentence-transformers.
+            tokenizer: Not used.
+            n: How many texts; by default 4,096 or ``calibration_samples``, whichever is more.
+        """
+        if all(config.polish is None for config in configs):
+            return None
+        return self.calibration_batches(configs, model, tokenizer, n or max(POLISH_SAMPLES, self.calibration_samples))
+
+    def streaming_batches(self, tokenizer: Any, positions: int | None) -> NoReturn:
+        """Refuse: the model of sentence-transformers, which reads texts in its own way, is never loaded.
+
+        Raises:
+            ConfigError: Always.
+        """
+        raise ConfigError(
+            "--stream does not read texts as a model of sentence-transformers does: leave it out, or choose a "
+            "criterion without data, such as magnitude"
+        )
+
+    def training_examples(self, split: str, model: Any, tokenizer: Any) -> NoReturn:
+        """Refuse: how such a model is trained, sentence-transformers knows.
+
+        Raises:
+            DataError: Always.
+        """
+        raise DataError(
+            "a model of sentence-transformers learns from its own losses: train it with the SentenceTransformerTrainer "
+            "or CrossEncoderTrainer, and model.keep_sparse(optimizer) or a PruningCallback"
+        )
+
+    def data_collator(self, tokenizer: Any) -> None:
+        """None: nothing is trained."""
+
+    def score(
+        self, model: Any, tokenizer: Any, split: str, *, source: str | None = None, **options: Any
+    ) -> SentenceScore:
+        """The score on a split.
+
+        Args:
+            model: A ``SentenceTransformer`` or a ``CrossEncoder``.
+            tokenizer: Not used.
+            split: Which split.
+            source: What to call the data in the result.
+            **options: Passed to :func:`hf_prune.evaluate_sentences`.
+        """
+        from hf_prune.evaluation.sentences import evaluate_sentences
+
+        split_name = "" if Path(self.source).is_file() else split  # a file is one split by itself
+        named = {"source": source or self.source, "split": split_name, **self.columns}
+        return evaluate_sentences(model, self.load(split), **named, **options)
+
+    def compare(self, dense: SentenceScore, pruned: SentenceScore) -> SentenceComparison:
+        """Two scores on the same data, compared in pairs."""
+        from hf_prune.evaluation.sentence_result import compare_sentences
+
+        return compare_sentences(dense, pruned)
