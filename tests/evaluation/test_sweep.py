@@ -63,7 +63,7 @@ def scored(monkeypatch) -> list[float]:
         sparsities.append(round(sparsity_report(model).target_sparsity, 2))
         return evaluate_classification(model, *args, **kwargs)
 
-    monkeypatch.setattr(sweep_module, "evaluate_classification", count)
+    monkeypatch.setattr(sweep_module, "score_model", count)
     return sparsities
 
 
@@ -172,7 +172,7 @@ def test_model_is_dense_again(model):
 def test_model_is_dense_again_after_an_interruption(model, monkeypatch, tmp_path, where, error):
     before, calls = snapshot(model), 0
     path = {
-        "evaluate": "hf_prune.evaluation.sweep.evaluate_classification",
+        "evaluate": "hf_prune.evaluation.sweep.score_model",
         "report": "hf_prune.evaluation.sweep.sparsity_report",
         "apply": "hf_prune.pruning.mask_store.zero_removed_",
         "calibrate": "hf_prune.pruning.one_pass.collect_stats",
@@ -251,7 +251,7 @@ def test_finished_points_are_not_measured_again(model, scored, tmp_path):
 
 
 def test_resuming_after_an_interruption(model, scored, tmp_path, monkeypatch):
-    counted = hf_prune.evaluation.sweep.evaluate_classification
+    counted = hf_prune.evaluation.sweep.score_model
 
     def stop(*args: Any, **kwargs: Any) -> Evaluation:
         if len(scored) == 2:
@@ -259,7 +259,7 @@ def test_resuming_after_an_interruption(model, scored, tmp_path, monkeypatch):
         return counted(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(sweep_module, "evaluate_classification", stop)
+        patch.setattr(sweep_module, "score_model", stop)
         with pytest.raises(KeyboardInterrupt):
             sweep(model, tmp_path, sparsities=[0.3, 0.5, 0.6])
     assert scored == [0, 0.3]
