@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
-from hf_prune.criteria.base import LABELLED
 from hf_prune.errors import ConfigError, DataError
 from hf_prune.evaluation.data.sentences import load_sentences, load_unscored
 from hf_prune.evaluation.tasks.classification import POLISH_SAMPLES
@@ -74,6 +73,7 @@ class SentenceTask:
         if not any(config.needs_data for config in configs):
             return None
         from hf_prune.calibration.sentences import sentence_batches
+        from hf_prune.criteria.base import LABELLED
         from hf_prune.evaluation.data.classification import sample_order
 
         if needing := [config.criterion for config in configs if config.needs & LABELLED]:
