@@ -1,0 +1,192 @@
+"""Is it faster now? Sparsity against measured speed on this CPU, of one layer and of a whole model.
+
+Layer: a Linear of 768 inputs and 3,072 outputs with random zeros; the sparse kernel (its best chunk), torch's CSR
+matrices as ``(W @ Xᵀ)ᵀ``, and the dense product in torch's default and in oneDNN. Model: DistilBERT's shape with random
+weights, pruned by magnitude; plain (in torch's default, and in oneDNN through ``set_float32_matmul_precision``),
+accelerated, with CSR matrices in all of its layers, and with ``--runtimes`` dense in ONNX Runtime and OpenVINO.
+
+Everything of one row is timed in turns, and speed-ups are medians of the ratios within a round, with a 95 % interval,
+against the better of the two dense baselines.
+
+    python benchmarks/bench_accelerate.py --threads 1 --plot acceleration.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import statistics
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import DistilBertConfig, DistilBertForSequenceClassification
+
+from hf_prune import ExportedModel, accelerate, export_model, prune
+from hf_prune.inference.acceleration.kernels import CHUNKS, Csr, Dense, Kernel, OneDNN, Sparse
+from hf_prune.inference.acceleration.layers import Ranges, switch_on
+from hf_prune.inference.acceleration.report import this_machine
+from hf_prune.inference.timing import Ratio, speedup, time_together
+from hf_prune.utils.formatting import format_table
+
+SPARSITIES = (0.5, 0.7, 0.8, 0.9, 0.95)
+INPUTS, OUTPUTS = 768, 3072
+
+
+@contextmanager
+def onednn() -> Iterator[None]:
+    """Inside, torch multiplies float32 matrices with oneDNN."""
+    torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def measure(runs: dict[str, Callable[[], object]], dense: Sequence[str], seconds: float) -> dict[str, Any]:
+    """Time functions in turns; the ratios are against the fastest of the dense ones."""
+    with torch.inference_mode():
+        timings = time_together(runs, rounds=200, warmup=2, seconds=seconds)
+    medians = {name: statistics.median(times.wall) for name, times in timings.items()}
+    base = min(dense, key=medians.__getitem__)
+    ratios = {name: speedup(timings[base].wall, times.wall) for name, times in timings.items()}
+    return {"base": base, "seconds": medians, "ratios": {name: list(vars(r).values()) for name, r in ratios.items()}}
+
+
+# --- one layer -------------------------------------------------------------------------------------------------
+
+
+def layer(tokens: int, sparsity: float, seconds: float) -> dict[str, Any]:
+    """One Linear with a bias on some tokens."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(OUTPUTS, INPUTS, generator=generator)
+    weight *= torch.rand(OUTPUTS, INPUTS, generator=generator) >= sparsity
+    bias, x = torch.randn(OUTPUTS, generator=generator), torch.randn(tokens, INPUTS, generator=generator)
+    kernels: list[Kernel] = [Dense(), OneDNN(), Csr(weight), *(Sparse(weight, chunk) for chunk in CHUNKS)]
+    runs = {kernel.name: partial(kernel, x, weight, bias) for kernel in kernels}
+    return measure(runs, ("dense", "onednn"), seconds)
+
+
+# --- a whole model ---------------------------------------------------------------------------------------------
+
+
+def model(tokens: int, sparsity: float, seconds: float, runtimes: bool) -> dict[str, Any]:
+    """DistilBERT's shape on one text."""
+    torch.manual_seed(0)
+    plain = DistilBertForSequenceClassification(DistilBertConfig()).eval()
+    prune(plain, sparsity)
+    inputs = {"input_ids": torch.randint(5, 30_000, (1, tokens)), "attention_mask": torch.ones(1, tokens).long()}
+    faster, csr = copy.deepcopy(plain), copy.deepcopy(plain)
+    report = accelerate(faster, inputs)
+    for module in csr.modules():
+        if type(module) is nn.Linear:
+            switch_on(module, Ranges((), (Csr(module.weight),)))
+    runs: dict[str, Callable[[], object]] = {
+        "dense": partial(plain, **inputs),
+        "onednn": partial(in_onednn, plain, inputs),
+        "accelerated": partial(faster, **inputs),
+        "csr": partial(csr, **inputs),
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        if runtimes:
+            for suffix in ("onnx", "xml"):
+                path = Path(folder) / f"model.{suffix}"
+                export_model(plain, path)
+                runs[suffix] = partial(ExportedModel(path, torch.get_num_threads()), **inputs)
+        found = measure(runs, ("dense", "onednn"), seconds)
+    return {**found, "bytes": [report.bytes_before, report.bytes_after], "difference": report.difference}
+
+
+def in_onednn(plain: nn.Module, inputs: dict[str, Any]) -> None:
+    with onednn():
+        plain(**inputs)
+
+
+# --- output ----------------------------------------------------------------------------------------------------
+
+
+def table(results: Sequence[dict[str, Any]], names: Sequence[str]) -> str:
+    rows = []
+    for result in results:
+        found, cells = result["found"], []
+        for name in names:
+            if name not in found["seconds"]:
+                cells.append("")
+                continue
+            ratio = Ratio(*found["ratios"][name])
+            interval = f" ({ratio.low:.2f} to {ratio.high:.2f})" if name in ("accelerated", "sparse") else ""
+            cells.append(f"{1e6 * found['seconds'][name]:,.0f} {ratio.value:.2f}×{interval}")
+        rows.append([f"{result['tokens']}", f"{100 * result['sparsity']:.0f} %", found["base"], *cells])
+    return format_table(["tokens", "zeros", "baseline", *names], rows)
+
+
+def best_chunk(found: dict[str, Any]) -> dict[str, Any]:
+    """The sparse kernel once, with the chunk that is fastest."""
+    chunks = [name for name in found["seconds"] if name.startswith("sparse:")]
+    best = min(chunks, key=found["seconds"].__getitem__)
+    return {
+        **found,
+        "seconds": {**found["seconds"], "sparse": found["seconds"][best]},
+        "ratios": {**found["ratios"], "sparse": found["ratios"][best]},
+    }
+
+
+def draw(results: Sequence[dict[str, Any]], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 4), layout="constrained")
+    axes = figure.subplots()
+    for tokens in dict.fromkeys(result["tokens"] for result in results):
+        points = [r for r in results if r["tokens"] == tokens]
+        x = [100 * r["sparsity"] for r in points]
+        ratios = [r["found"]["ratios"]["accelerated"] for r in points]
+        (line,) = axes.plot(x, [r[0] for r in ratios], marker="o", label=f"{tokens} tokens")
+        axes.fill_between(x, [r[1] for r in ratios], [r[2] for r in ratios], color=line.get_color(), alpha=0.2)
+    axes.axhline(1, color="grey", linewidth=1)
+    axes.set_xlabel("zeros in every Linear, %")
+    axes.set_ylabel("times as fast as the better dense model")
+    axes.legend()
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--layer-tokens", type=int, nargs="*", default=[1, 32, 128])
+    parser.add_argument("--model-tokens", type=int, nargs="*", default=[1, 32, 128])
+    parser.add_argument("--sparsity", type=float, nargs="+", default=list(SPARSITIES))
+    parser.add_argument("--seconds", type=float, default=4.0, help="for each row")
+    parser.add_argument("--runtimes", action="store_true", help="ONNX Runtime and OpenVINO beside them")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--plot", type=Path)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    print(", ".join(f"{key} {value}" for key, value in this_machine().items()))
+    layers = [
+        {"tokens": tokens, "sparsity": sparsity, "found": best_chunk(layer(tokens, sparsity, args.seconds / 2))}
+        for tokens in args.layer_tokens
+        for sparsity in args.sparsity
+    ]
+    print(f"\nLinear {INPUTS}→{OUTPUTS}, microseconds and speed-up against the better dense product:")
+    print(table(layers, ("dense", "onednn", "csr", "sparse")), flush=True)
+    models = [
+        {"tokens": tokens, "sparsity": sparsity, "found": model(tokens, sparsity, args.seconds, args.runtimes)}
+        for tokens in args.model_tokens
+        for sparsity in args.sparsity
+    ]
+    print("\nDistilBERT's shape, batch 1, microseconds and speed-up against the better dense model:")
+    print(table(models, ("dense", "onednn", "csr", "accelerated", *(("onnx", "xml") if args.runtimes else ()))))
+    if args.json:
+        args.json.write_text(json.dumps({"machine": this_machine(), "layers": layers, "models": models}, indent=2))
+    if args.plot and models:
+        draw(models, args.plot)
+
+
+if __name__ == "__main__":
+    main()
