@@ -7,6 +7,7 @@ the ratios between widths. Fields are recognized by their names, since transform
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from typing import Any
 
 from hf_prune.architectures.small_numbers import Scale, Shared, hidden_size
@@ -67,6 +68,7 @@ def _is_config(value: Any) -> bool:
 
 def _shrunk(config: Any, shared: Shared) -> Any:
     own = {f.name for f in dataclasses.fields(config)}
+    own |= inspect.signature(type(config).__init__).parameters.keys()  # of a class that is no dataclass, as custom code
     values = {name: value for name, value in vars(config).items() if not _is_config(value) and name not in _DERIVED}
     scale = Scale.of(config, values, shared)
     small = {name: scale.value(name, value) for name, value in values.items()}

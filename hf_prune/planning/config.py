@@ -57,7 +57,7 @@ class PruningConfig:
         scope: Who competes with whom: the weights of one output (``"row"``), of one tensor
             (``"layer"``) or of all targets (``"global"``). An N:M granularity brings its own pools. Heads and neurons
             compete across the whole model (``"global"``), or every layer loses the same share (``"layer"``). None means
-            ``"layer"``, and ``"global"`` for heads, neurons and layers under a ``target_…``.
+            ``"layer"``, and ``"global"`` for heads, neurons and layers under a ``target_…`` or where layers may go.
         allocation: How a sparsity is shared out between tensors in scope row or layer: ``"uniform"``,
             ``"erk"`` (Erdős–Rényi kernel, Evci et al. 2020, arXiv:1911.11134: larger tensors lose a
             larger share), or ``{module: sparsity}`` for chosen modules, named by suffix, of which the
@@ -212,7 +212,8 @@ class PruningConfig:
             self._set(name, check_budget(name, getattr(self, name)))
         self._set("workload", check_workload(self.workload))
         check_positive("round_to", self.round_to)
-        self._set("scope", ("global" if budgets else "layer") if self.scope is None else self.scope)
+        everywhere = budgets or self._kinds_without("scopes", "layer")
+        self._set("scope", ("global" if everywhere else "layer") if self.scope is None else self.scope)
         if self.scope not in UNIT_SCOPES:
             raise unknown_name("scope of heads, neurons and layers", self.scope, UNIT_SCOPES)
         if self.criterion not in (rankings := unit_rankings()):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
@@ -16,6 +17,7 @@ _SIZE_OR_WIDTH = re.compile(r"\w*(dim|size|channels|features|d_k|d_v)\w*")
 _NUMBER = re.compile(r"\w*(heads?|groups?|n_head\w*|h)")
 _QUERIES_PER_KEY = re.compile(r"\w*(key_value_groups|kv_groups|n_rep|queries_per|per_group|kv_repeat)\w*")
 _WIDTH = re.compile(r"\w*(size|dim|width|channels|features|embed|d_model|hidden|inner|total|split|ffn|intermediate)\w*")
+_MOST_UNNAMED = 4  # attributes of which every combination is tried
 _HIDDEN = re.compile(r"hidden_size|embed_dim|d_model|dim|embedding_dim|hidden_dim|in_features|out_features|n_embd")
 
 
@@ -74,7 +76,12 @@ def _sizes(attributes: dict[str, int], found: FoundUnits, units: Units) -> list[
         if value == found.units and _NUMBER.fullmatch(name.rpartition(".")[2]) and not is_in_config(name)
     ]
     sizes = [way for way in ways if _SIZE.fullmatch(str(way.size).rpartition(".")[2])]
-    return sizes[:1] + numbers[:1] + [way for way in ways if way not in sizes][:1]
+    unnamed = [  # by its value alone, in code with names of its own
+        replace(units, number=name)
+        for name, value in attributes.items()
+        if value == found.units and not is_in_config(name) and not _NUMBER.fullmatch(name.rpartition(".")[2])
+    ]
+    return sizes[:1] + numbers[:1] + [way for way in ways if way not in sizes][:1] + unnamed[:1]
 
 
 def _counts(attributes: dict[str, int], found: FoundUnits) -> list[tuple[str, ...]]:
@@ -99,6 +106,13 @@ def _counts(attributes: dict[str, int], found: FoundUnits) -> list[tuple[str, ..
     # Code that reads the config while it runs needs other numbers there, and then in all layers.
     own = [[name for name in guess if not is_in_config(name)] for guess in guesses]
     guesses = own + [guess for guess in guesses if any(map(is_in_config, guess))]
+    if found.width > 1:  # by their values alone, in code with names of its own
+        ratios = {found.width // width for piece in pieces for width in piece.widths}
+        ratios |= {width for piece in pieces for width in piece.widths if width < found.width}  # a number for each head
+        heads |= {found.units * ratio for ratio in ratios}
+        same = [name for name, value in attributes.items() if value in heads and not is_in_config(name)]
+        sizes = range(min(len(same), _MOST_UNNAMED), 0, -1)
+        guesses += [list(guess) for size in sizes for guess in itertools.combinations(same[:_MOST_UNNAMED], size)]
     return list(dict.fromkeys(tuple(guess) for guess in guesses))
 
 

@@ -1,0 +1,44 @@
+"""Units of a model that is nobody's family are found and proven: masked == shrunk == reloaded."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from hf_prune import describe_units, prunable
+from hf_prune.architectures.small_models import small_config
+from tests.architectures.custom_models import OwnConfig, OwnModel
+
+INPUTS = {"input_ids": torch.arange(20).view(2, 10)}
+PAIRS = [("grouped", "gated"), ("per_head", "interleaved"), ("thirds", "halves")]
+
+
+def model(mixer, network):
+    torch.manual_seed(0)
+    return prunable(OwnModel(OwnConfig(mixer=mixer, network=network)).eval())
+
+
+def test_a_small_config_keeps_the_settings_of_custom_code():
+    small = small_config(OwnConfig(mixer="per_head", network="halves", ff=80))
+    assert (small.mixer, small.network) == ("per_head", "halves")
+
+
+@pytest.mark.parametrize(("mixer", "network"), PAIRS)
+@torch.no_grad()
+def test_masked_is_shrunk_is_reloaded(mixer, network, tmp_path):
+    dense = model(mixer, network)
+    heads = 4 if mixer == "grouped" else 8
+    for kind, units in (("head", heads), ("neuron", 96), ("layer", 3)):
+        pruned = copy.deepcopy(dense).prune(0.5, granularity=kind)
+        masked = pruned(**INPUTS).logits
+        assert not torch.equal(masked, dense(**INPUTS).logits)
+        pruned.shrink()
+        assert pruned.num_parameters() < dense.num_parameters()
+        torch.testing.assert_close(pruned(**INPUTS).logits, masked, atol=1e-6, rtol=1e-5)
+        pruned.save_pretrained(tmp_path / kind)
+        reloaded = OwnModel.from_pretrained(tmp_path / kind).eval()
+        torch.testing.assert_close(reloaded(**INPUTS).logits, masked, atol=1e-6, rtol=1e-5)
+        assert str(units) in str(describe_units(dense))
+    assert "found and proven" in str(describe_units(dense))
