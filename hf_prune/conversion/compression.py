@@ -192,7 +192,7 @@ def _masks_of_files(masks: Mapping[str, Tensor], shards: Shards, config: Mapping
     Masks have the names of the model's parameters. transformers renames, splits and permutes the weights of some model
     types while it loads them, so the same name may stand for another weight, or other rows, in the files.
     """
-    same = {name for name in masks if name in shards.entries and _can_pack(shards.entries[name])}
+    same = {name for name in masks if name in shards.entries and _can_pack(shards.entries[name], masked=True)}
     if len(same) == len(masks) and not any(map(get_checkpoint_conversion_mapping, _kinds(config))):
         return same  # nothing is converted, so a mask that does not fit is an error
     return {name for name in same if _fits(masks[name], read_tensor(shards.folder, shards.entries[name]))}
@@ -210,14 +210,15 @@ def _kinds(config: Any) -> Iterator[str]:
             yield from _kinds(part)
 
 
-def _can_pack(entry: Entry) -> bool:
+def _can_pack(entry: Entry, masked: bool) -> bool:
+    """Whether a tensor is packed: one called weight, and under any other name, as of experts, matrices with a mask."""
     leaf = entry.name.rpartition(".")[2]
-    return leaf == _LEAF and entry.dtype in SPELLED.values()
+    return (leaf == _LEAF or (masked and len(entry.shape) > 1)) and entry.dtype in SPELLED.values()
 
 
 def _packed(folder: Path, entry: Entry, mask: Tensor | None, codec: str, values: str) -> list[Item]:
     """A tensor to write: packed if it has a mask, or if that makes it smaller."""
-    if _can_pack(entry) and (mask is not None or len(entry.shape) > 1 or not entry.size):
+    if _can_pack(entry, mask is not None) and (mask is not None or len(entry.shape) > 1 or not entry.size):
         tensor = read_tensor(folder, entry)
         if mask is not None and mask.shape != tensor.shape:
             raise CheckpointError(

@@ -755,17 +755,6 @@ def test_what_the_model_does_not_know_is_copied_with_a_warning(tmp_path):
     assert torch.equal(load_file(tmp_path / "out" / "model.safetensors")["extra"], torch.arange(5))
 
 
-def test_weights_that_are_merged_at_loading_are_refused(tmp_path):
-    from transformers import MixtralConfig, MixtralForCausalLM
-
-    values = {"vocab_size": 48, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
-    values |= {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 2}
-    source = saved(MixtralForCausalLM(MixtralConfig(**values)), tmp_path / "source")
-    with pytest.raises(CheckpointError, match="is part of a weight that transformers assembles while it loads"):
-        prune_stream(source, 0.5, tmp_path / "out")
-    assert [path.name for path in tmp_path.iterdir()] == ["source"]
-
-
 def test_infinite_weights_are_refused(tmp_path):
     source = saved(models.tiny_bert(), tmp_path / "source", "1GB")
     change(source, lambda tensors: tensors["classifier.weight"].fill_(float("nan")))

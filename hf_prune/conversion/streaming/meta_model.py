@@ -30,6 +30,7 @@ from hf_prune.checkpoint.load import limited_to_files
 from hf_prune.checkpoint.native import explained_loading, native_class
 from hf_prune.checkpoint.shards import Shards, read_tensor
 from hf_prune.checkpoint.sources import check_model_source
+from hf_prune.conversion.streaming.merged import Index, MergedWeights
 from hf_prune.errors import CheckpointError, PlanError
 from hf_prune.planning.prunable import prunable_weights
 from hf_prune.utils.formatting import first_few
@@ -48,6 +49,7 @@ class MetaModel:
             none if its class computes it. A computed parameter has its values, and is not on the meta device.
         buffers: The names in the files of buffers, by their names in the model.
         dtypes: The dtype of each parameter in a loaded model.
+        parts: Of each parameter that several tensors in the files are merged into, where each of them lies in it.
     """
 
     model: Any
@@ -55,6 +57,7 @@ class MetaModel:
     keys: Mapping[str, tuple[str, ...]]
     buffers: Mapping[str, str]
     dtypes: Mapping[str, torch.dtype]
+    parts: Mapping[str, Mapping[str, Index]]
 
     def load_buffers(self) -> None:
         """Read the buffers that are in the files, such as the running statistics of a batch norm."""
@@ -99,8 +102,8 @@ def load_meta_model(source: str) -> MetaModel:
                 model = native._from_config(config)
         model.tie_weights()
     model.eval()
-    keys, buffers = _match(model, shards, source)
-    return MetaModel(model, shards, keys, buffers, _dtypes(model))
+    keys, buffers, parts = _match(model, shards, source)
+    return MetaModel(model, shards, keys, buffers, _dtypes(model), parts)
 
 
 class _EmptyOnMeta(TorchFunctionMode):
@@ -112,7 +115,9 @@ class _EmptyOnMeta(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _match(model: Any, shards: Shards, source: str) -> tuple[dict[str, tuple[str, ...]], dict[str, str]]:
+def _match(
+    model: Any, shards: Shards, source: str
+) -> tuple[dict[str, tuple[str, ...]], dict[str, str], dict[str, dict[str, Index]]]:
     """Match the tensors in the files with the parameters and buffers of the model, by the rules of transformers."""
     transforms = get_model_conversion_mapping(model)
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
@@ -123,15 +128,14 @@ def _match(model: Any, shards: Shards, source: str) -> tuple[dict[str, tuple[str
     keys: dict[str, list[str]] = {name: [] for name in first.values()}
     buffers: dict[str, str] = {}
     unknown = []
+    assembled = MergedWeights(converters, shards, source)
     for key in sorted(shards.entries, key=dot_natural_key):
         name, merged = rename_source_key(key, renamings, converters, prefix, state)
         if name not in state and key in state:
             name, merged = rename_source_key(key, [], [], prefix, state)
         if merged is not None:
-            raise CheckpointError(
-                f"{key} of {source!r} is part of a weight that transformers assembles while it loads the model "
-                f"({name}), so it cannot be pruned in its file: prune without streaming"
-            )
+            assembled.add(name, merged, key)
+            continue
         if name not in state:
             unknown.append(key)
             continue
@@ -145,6 +149,9 @@ def _match(model: Any, shards: Shards, source: str) -> tuple[dict[str, tuple[str
             keys[first[id(state[name])]].append(key)
         else:
             buffers[name] = key
+    parts = assembled.parts(dict(model.named_parameters()))
+    for name, of_weight in parts.items():
+        keys[name].extend(of_weight)
     missing = [name for name, stored in keys.items() if not stored]
     if missing := [name for name in missing if name not in set(_compute_missing(model, missing))]:
         pruned = any(f"{name}_orig" in shards.entries for name in missing)
@@ -160,7 +167,7 @@ def _match(model: Any, shards: Shards, source: str) -> tuple[dict[str, tuple[str
             f"{len(strange)} tensors of {source!r} do not belong to {type(model).__name__}, and are copied unchanged: "
             f"{first_few(strange)}",
         )
-    return {name: tuple(stored) for name, stored in keys.items()}, buffers
+    return {name: tuple(stored) for name, stored in keys.items()}, buffers, parts
 
 
 def _compute_missing(model: Any, names: Sequence[str]) -> list[str]:

@@ -98,7 +98,7 @@ class Output:
             PlanError: If a target has values that are not finite.
             CheckpointError: If it has nonzero weights that an earlier mask removes.
         """
-        weight = read_tensor(*self._place(name)).to(self.meta_model.dtypes[name])
+        weight = self._read_stored(name).to(self.meta_model.dtypes[name])
         if name in self.targets and not self.done(name) and name not in self._checked:
             refuse_infinite({name: weight})
             self._check_old_mask(name, weight)
@@ -108,6 +108,15 @@ class Output:
     def read_rows(self, name: str, rows: Sequence[int]) -> Tensor:
         """Read the current values of some rows of a parameter."""
         return read_rows(*self._place(name), rows).to(self.meta_model.dtypes[name])
+
+    def _read_stored(self, name: str) -> Tensor:
+        folder, entry = self._place(name)
+        if (parts := self.meta_model.parts.get(name)) is None:
+            return read_tensor(folder, entry)
+        weight = torch.empty(self._parameters[name].shape, dtype=entry.torch_dtype)
+        for key, index in parts.items():
+            weight[index] = read_tensor(folder, self.meta_model.shards.entries[key])
+        return weight
 
     def _place(self, name: str) -> tuple[Path, Entry]:
         folder = self.journal.staging if self.done(self._weights.get(name, name)) else self.meta_model.shards.folder
@@ -155,6 +164,10 @@ class Output:
                         write_all(file, part)
                         if name is not None:
                             nonzero += int(torch.frombuffer(part, dtype=entry.torch_dtype).count_nonzero())
+                    if name in self.meta_model.parts and name is not None:  # several tensors make up one parameter
+                        nonzero += (reports.get(name) or self.reports.get(name, {})).get("nonzero", 0)
+                    if name in masked and (name in kept or name in self.kept):
+                        continue
                     if name in masked:
                         weight = self.read(name)
                         self._check_old_mask(name, weight)
@@ -209,14 +222,14 @@ class Output:
         shards = self.meta_model.shards
         written = []
         for key in self.meta_model.keys[name]:
-            entry = shards.entries[key]
+            entry, index = shards.entries[key], self.meta_model.parts.get(name, {}).get(key, ())
             if entry.torch_dtype == values.dtype:
-                stored = values
+                stored = values[index]
             elif mask is None:
-                stored = values.to(entry.torch_dtype)
+                stored = values[index].to(entry.torch_dtype)
             else:
                 stored = read_tensor(shards.folder, entry)
-                zero_removed_(stored, mask)
+                zero_removed_(stored, mask[index])
             write_tensor(self.journal.staging, entry, stored.contiguous())
             written.append(self.journal.staging / entry.shard)
         return written

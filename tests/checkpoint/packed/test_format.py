@@ -61,19 +61,20 @@ def test_which_tensors_are_packed(tmp_path):
     zeros, noise = torch.zeros(64, 64), torch.randn(4, 4)
     tensors = {"a.weight": zeros, "weight": zeros.double(), "masked.weight": noise, "flat.weight": torch.ones(9)}
     tensors |= {"empty.weight": torch.zeros(0)}
-    plain = {"in_proj_weight": zeros, "a.bias": zeros, "i.weight": zeros.int(), "noise.weight": noise.clone()}
+    tensors |= {"in_proj_weight": zeros}  # it has a mask
+    plain = {"gate_up_proj": zeros, "a.bias": torch.zeros(64), "i.weight": zeros.int(), "noise.weight": noise.clone()}
     plain |= {"norm.weight": torch.zeros(999)}
     (tmp_path / "dense").mkdir()
     save_file({n: t.clone() for n, t in (tensors | plain).items()}, tmp_path / "dense" / "model.safetensors")
     (tmp_path / "dense" / "config.json").write_text("{}")
     masks = {name: torch.ones_like(tensors[name]).bool() for name in ("masked.weight", "flat.weight")}
-    masks |= {"in_proj_weight": zeros.bool(), "not.there": torch.ones(2).bool()}
+    masks |= {"in_proj_weight": zeros.bool(), "a.bias": torch.ones(64).bool(), "not.there": torch.ones(2).bool()}
     save_masks(MaskStore(masks), tmp_path / "dense" / "pruning_masks.safetensors")
     compress_checkpoint(tmp_path / "dense", tmp_path / "small")
     metadata, found = metadata_of(tmp_path / "small" / "model.safetensors")
     assert set(found) == {*tensors, *plain, *(f"{name}_packed" for name in tensors)}
     assert json.loads(metadata["hf_prune"])["pruning"] == {}
-    assert set(metadata_of(tmp_path / "small" / "pruning_masks.safetensors")[1]) == {"in_proj_weight", "not.there"}
+    assert set(metadata_of(tmp_path / "small" / "pruning_masks.safetensors")[1]) == {"a.bias", "not.there"}
 
 
 def test_auto_map_and_settings_of_a_model(tmp_path):
