@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from hf_prune.architectures.base import Piece, Units
 from hf_prune.architectures.layer_list import LayerList
 from hf_prune.architectures.modules import base_prefix
-from hf_prune.architectures.unit_groups import UnitGroup, UnitSlice
+from hf_prune.architectures.unit_groups import FOUND, UnitGroup, UnitSlice
 from hf_prune.errors import ArchitectureError
 
 
@@ -111,7 +111,7 @@ def found_group(model: nn.Module, stack: str, number: int, units: Units) -> Unit
         per_unit=tuple(per_size if narrow else 1 for narrow in units.narrow),
         size=(size, units.config_size) if size and units.config_size else None,
         buffers=tuple(s for piece in units.buffers for s in slices[piece]),
-        is_found=True,
+        origin=FOUND,
     )
 
 

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from hf_prune.errors import ArchitectureError
 
+FOUND = "found and proven"  # the origin of units that discovery gives
+
 
 @dataclass(frozen=True)
 class UnitSlice:
@@ -74,7 +76,7 @@ class UnitGroup:
         lists: Lists or dicts with one numbered module for each unit, of which no other unit has a part.
         runs: Into how many runs of neighbouring units the group is divided; each of them must keep as many units as
             every other.
-        is_found: Whether discovery found and proved it; False for what the table says.
+        origin: How it is known where the units are.
     """
 
     name: str
@@ -92,7 +94,12 @@ class UnitGroup:
     buffers: tuple[UnitSlice, ...] = ()
     lists: tuple[str, ...] = ()
     runs: int = 1
-    is_found: bool = False
+    origin: str = "from the table"
+
+    @property
+    def is_found(self) -> bool:
+        """Whether discovery found and proved it."""
+        return self.origin == FOUND
 
     @property
     def slices(self) -> tuple[UnitSlice, ...]:

@@ -197,7 +197,7 @@ def _places(groups: Sequence[UnitGroup], parameters: Mapping[str, Any]) -> tuple
             parameters=sum(group.units * group.parameters_per_unit(parameters) for group in members),
             config=members[0].config,
             together=any(len(group.layers) > 1 for group in members),
-            origin="found and proven" if members[0].is_found else "from the table",
+            origin=members[0].origin,
         )
         for (kind, name), members in by_place.items()
     )

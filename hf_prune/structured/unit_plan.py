@@ -74,6 +74,7 @@ class UnitPlan:
                 {
                     "name": group.name,
                     "kind": group.kind,
+                    "origin": group.origin,
                     "units": group.units,
                     "kept": None if choice is None else self._kept_units(group),
                 }
@@ -113,6 +114,9 @@ class UnitPlan:
             f"The model has {before:,} parameters"
             + ("." if after is None else f", and {after:,} ({100 * after / before:.1f} %) once it is shrunk."),
         ]
+        for origin in dict.fromkeys(group.origin for group in self.sites):
+            kinds = dict.fromkeys(f"{group.kind}s" for group in self.sites if group.origin == origin)
+            lines.append(f"Where its {' and '.join(kinds)} are: {origin}.")
         if self.speed is not None:
             lines.append(str(self.speed))
         return "\n".join(lines)

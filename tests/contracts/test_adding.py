@@ -69,7 +69,7 @@ def test_architecture_guide() -> None:
     found = find_unit_groups(model)
     assert all(group.is_found for group in found)
     run_example("architectures")
-    assert [replace(group, is_found=False, counts=(), values=(), minimum=0) for group in found] == [
+    assert [replace(group, origin="from the table", counts=(), values=(), minimum=0) for group in found] == [
         replace(group, counts=(), values=(), minimum=0) for group in find_unit_groups(model)
     ]
     hf_prune.shrink(hf_prune.prune(model, 0.5, granularity=("head", "neuron"), criterion="magnitude"))

@@ -65,4 +65,5 @@ def _group(model: nn.Module, block: MoeBlock, prefix: str) -> UnitGroup:
         buffers=block.buffers,
         lists=block.lists,
         runs=runs,
+        origin="read off the class",
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import TYPE_CHECKING, Any
 
 from hf_prune.errors import DataError
@@ -29,6 +28,7 @@ def describe_checkpoint(source: str) -> UnitDescription:
 
     from hf_prune.checkpoint.building import limited_building
     from hf_prune.checkpoint.native import explained_loading
+    from hf_prune.checkpoint.packed.quantizer import HfPruneConfig
     from hf_prune.checkpoint.sources import check_model_source
     from hf_prune.evaluation.unit_description import describe_units
     from hf_prune.structured.shrink import resize
@@ -39,11 +39,10 @@ def describe_checkpoint(source: str) -> UnitDescription:
     with explained_loading(source):
         config = transformers.AutoConfig.from_pretrained(source, local_files_only=offline, trust_remote_code=False)
     ours: Any = getattr(config, "quantization_config", None) or {}
-    method = method_of_config(config)
-    if method not in (None, METHOD):
+    if (method := method_of_config(config)) is not None:
         raise DataError(f"{source!r} is quantized with {method!r}: {EXPECTED}")
     native = _class_of(source, config)
-    structure = copy.deepcopy(dict(ours).get("structure") or {}) if method == METHOD else {}
+    structure = HfPruneConfig(**ours).structure if ours.get("quant_method") == METHOD else {}
     with (
         explained_loading(source),
         limited_building(
