@@ -14,8 +14,8 @@ from torch import nn
 from hf_prune.architectures.base import Stack, Units
 from hf_prune.architectures.cut_units import cut_units
 from hf_prune.architectures.discovery.blocks import kind_of
-from hf_prune.architectures.discovery.proof import FAILURES, differ, groups_in, layer_failure, layer_list
-from hf_prune.architectures.discovery.sample import Sample, build_model
+from hf_prune.architectures.discovery.proof import differ, groups_in, layer_failure, layer_list
+from hf_prune.architectures.discovery.sample import FAILURES, Sample, build_model
 from hf_prune.architectures.remove_layers import remove_layers
 from hf_prune.architectures.settings import config_of_setting, set_setting
 

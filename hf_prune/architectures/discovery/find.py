@@ -15,8 +15,8 @@ from hf_prune.architectures.discovery.config_fields import with_layer_fields, wi
 from hf_prune.architectures.discovery.flow import trace_flows
 from hf_prune.architectures.discovery.naming import is_in_config, named_units, outside_names
 from hf_prune.architectures.discovery.partition import FoundUnits, find_units
-from hf_prune.architectures.discovery.proof import FAILURES, first_line, groups_in, unit_failure, zero_values
-from hf_prune.architectures.discovery.sample import Sample, make_sample, plain_surroundings
+from hf_prune.architectures.discovery.proof import first_line, groups_in, unit_failure, zero_values
+from hf_prune.architectures.discovery.sample import FAILURES, Sample, make_sample, plain_surroundings
 from hf_prune.architectures.small_models import small_config
 from hf_prune.errors import ArchitectureError
 

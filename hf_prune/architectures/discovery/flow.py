@@ -16,11 +16,13 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from hf_prune.architectures.discovery.blocks import Blocks, first_hidden
-from hf_prune.architectures.discovery.sample import Sample
+from hf_prune.architectures.discovery.sample import FAILURES, Sample
 
 _MOST_CALLS = 4  # of one matrix in a forward pass that are looked at
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)  # no derivatives by their running statistics
 _BATCH = 64  # derivatives computed at once
+_MOST_TOKENS = 24
+Call = tuple[tuple[Any, ...], dict[str, Any]]  # arguments of a layer
 
 
 @dataclass(frozen=True)
@@ -53,33 +55,88 @@ def matrix_dims(module: nn.Module) -> tuple[int, int] | None:
 def trace_flows(sample: Sample, blocks: Sequence[Blocks]) -> dict[str, list[Flow]]:
     """What reaches each matrix in the first layer of each kind, by the name of the layer."""
     layers = {f"{b.name}.{number}": b.layers[number] for b in blocks for number in b.kinds()}
-    every_layer = {f"{b.name}.{number}": layer for b in blocks for number, layer in enumerate(b.layers)}
-    taken: dict[str, list[Tensor]] = {}
-    handles = [layer.register_forward_pre_hook(_cut_graph, with_kwargs=True) for layer in every_layer.values()]
-    for layer_name, layer in layers.items():
-        for name, module in layer.named_modules(prefix=layer_name):
-            if _may_consume(name, module):
-                handles.append(module.register_forward_pre_hook(_recorder(taken.setdefault(name, []))))
     leaves = _leaves(sample.model)
     states = [tensor.requires_grad for tensor in leaves.values()]
     try:
         for tensor in leaves.values():
             tensor.requires_grad_(True)
         with torch.enable_grad(), _NoDeadNeurons():
-            sample.model(**dict(sample.inputs))
-            return {
-                layer_name: [
-                    flow
-                    for name, inputs in taken.items()
-                    if name.startswith(f"{layer_name}.") and (flow := _flow(name, sample.model, inputs, leaves))
-                ]
-                for layer_name in layers
-            }
+            calls = _first_calls(sample, layers)
+            return {name: _flows_in(sample.model, name, call, leaves) for name, call in calls.items()}
+    finally:
+        for tensor, state in zip(leaves.values(), states, strict=True):
+            tensor.requires_grad_(state)
+
+
+def _first_calls(sample: Sample, layers: Mapping[str, nn.Module]) -> dict[str, Call]:
+    """What each layer is called with first, in a forward pass of the whole model."""
+    calls: dict[str, Call] = {}
+
+    def hook(name: str) -> Any:
+        def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            calls.setdefault(name, (args, kwargs))
+
+        return record
+
+    handles = [layer.register_forward_pre_hook(hook(name), with_kwargs=True) for name, layer in layers.items()]
+    try:
+        sample.model(**dict(sample.inputs))
     finally:
         for handle in handles:
             handle.remove()
-        for tensor, state in zip(leaves.values(), states, strict=True):
-            tensor.requires_grad_(state)
+    return calls
+
+
+def _flows_in(model: nn.Module, layer: str, call: Call, leaves: Mapping[str, Tensor]) -> list[Flow]:
+    """What reaches each matrix in a layer that is called by itself: with few tokens if it can do with few."""
+    module = model.get_submodule(layer)
+    for shorten in (True, False):
+        args, kwargs = _own_inputs(call, shorten)
+        taken: dict[str, list[Tensor]] = {}
+        handles = [
+            matrix.register_forward_pre_hook(_recorder(taken.setdefault(name, [])))
+            for name, matrix in module.named_modules(prefix=layer)
+            if _may_consume(name, matrix)
+        ]
+        try:
+            module(*args, **kwargs)
+        except FAILURES:
+            if not shorten:
+                raise
+        else:
+            flows = [_flow(name, model, inputs, leaves) for name, inputs in taken.items()]
+            return [flow for flow in flows if flow is not None]
+        finally:
+            for handle in handles:
+                handle.remove()
+    return []
+
+
+def _own_inputs(call: Call, shorten: bool) -> Call:
+    """What a layer was called with, so that derivatives end at its hidden states and those of an encoder.
+
+    Tables of positions, which the layers of some models share, are passed in other shapes and stay connected.
+
+    Args:
+        call: Arguments of the layer.
+        shorten: Keep only the first tokens, since derivatives of attention take quadratic time.
+    """
+    args, kwargs = call
+    hidden = first_hidden(args, kwargs)
+    tokens = hidden.shape[1] if isinstance(hidden, Tensor) and hidden.dim() == 3 else 0
+
+    def own(value: Any) -> Any:
+        if isinstance(value, tuple | list):
+            return type(value)(map(own, value))
+        if not isinstance(value, Tensor):
+            return value
+        if value is hidden or value.dim() == 3:
+            value = value.detach()
+        for dim in range(value.dim()) if shorten and tokens > _MOST_TOKENS else ():
+            value = value.narrow(dim, 0, _MOST_TOKENS) if value.shape[dim] == tokens else value
+        return value
+
+    return tuple(map(own, args)), {key: own(value) for key, value in kwargs.items()}
 
 
 class _NoDeadNeurons(TorchFunctionMode):
@@ -94,22 +151,6 @@ class _NoDeadNeurons(TorchFunctionMode):
 def _may_consume(name: str, module: nn.Module) -> bool:
     """Whether a module may read units; experts have a kind of unit of their own."""
     return matrix_dims(module) is not None and getattr(module, "groups", 1) == 1 and "experts" not in name.split(".")
-
-
-def _cut_graph(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Have a layer start from its hidden states and those of an encoder, so that derivatives end there.
-
-    Tables of positions, which the layers of some models share, are passed as other shapes and stay connected.
-    """
-
-    def cut(value: Any) -> Any:
-        return value.detach() if isinstance(value, Tensor) and value.dim() == 3 else value
-
-    hidden = first_hidden(args, kwargs)
-    if isinstance(hidden, Tensor):
-        args = (hidden.detach(), *args[1:]) if args else args
-        kwargs = kwargs if args else {**kwargs, "hidden_states": hidden.detach()}
-    return tuple(map(cut, args)), {key: cut(value) for key, value in kwargs.items()}
 
 
 def _recorder(inputs: list[Tensor]) -> Any:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from hf_prune.architectures.base import Stack
 from hf_prune.architectures.bypass import bypass
 from hf_prune.architectures.cut_units import cut_units
-from hf_prune.architectures.discovery.sample import Sample
+from hf_prune.architectures.discovery.sample import FAILURES, Sample
 from hf_prune.architectures.found_units import found_groups
 from hf_prune.architectures.layer_list import LayerList
 from hf_prune.architectures.modules import base_prefix
@@ -19,7 +19,6 @@ from hf_prune.architectures.remove_layers import remove_layers
 from hf_prune.architectures.unit_groups import UnitGroup
 
 _TOLERANCE = 2e-4  # of outputs, as a share of the largest; errors of float32 stay far below, wrong units far above
-FAILURES = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 def layer_list(model: nn.Module, stack: Stack) -> LayerList:

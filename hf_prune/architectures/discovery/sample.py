@@ -15,6 +15,9 @@ from hf_prune.architectures.small_models import example_inputs
 from hf_prune.architectures.unit_groups import UnitSlice
 from hf_prune.utils.forward import no_cache
 
+# What models raise when they are built or run with sizes or inputs that they cannot take.
+FAILURES = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+
 
 @dataclass(frozen=True)
 class Sample:
