@@ -6,7 +6,7 @@ import re
 
 # Each pattern matches the whole name of a field; most allow a prefix such as ``encoder_``.
 LAYERS = re.compile(
-    r"(num_|n_)?(\w+_)?(layers?(?!_)|depth|blocks|hidden_groups|resnets)|num_layers_\w+|\w*layers_per_block"
+    r"(num_|n_)?(\w+_)?(layers?(?!_)|depth|blocks|hidden_groups|resnets|attends_per_block)|num_layers_\w+|\w*layers_per_block"
     r"|max_window_layers|n_layers?"
 )
 FIXED = (
@@ -27,18 +27,18 @@ HEAD_SIZE = re.compile(
 WIDTH = re.compile(
     r"(\w+_)?(size|sizes|dim|dims|d_model|n_embd|n_embed|n_inner|d_ff|width|channels|rank|units|features|filters"
     r"|embed_dim_per_stage|channel_list|emb_size|hidden|conv_dim|d_inner|num_pos_feats|planes|d_ssm|embed_dims?"
-    r"|lru_width|upsample_groups|hidden_dimension|upsample_initial_channel)"
+    r"|lru_width|hidden_size_global|hidden_size_per_layer_input|d_latents|upsample_groups|hidden_dimension|upsample_initial_channel)"
 )
 NO_WIDTH = re.compile(
     r"\w*(vocab|image|patch|window|kernel|chunk|merge|codebook_s|codebooks|position|buffer|queue|bucket|tile|sample_size|group_size"
     r"|block|crop|grid|input_size|context|batch|max_|num_channels|in_chans|roi|feat_sizes|background|stack"
     r"|pool_|beam|frame|hop|fft|mel|stride|cache|conv_kernel|d_conv|feature_size|audio_channels|query_dim|quantizer"
-    r"|bins|mm_tokens|min_|pretrain|memory_size|dilat|static|time_features|categorical|anchor|entity|num_groups)\w*"
+    r"|bins|mm_tokens|min_|spec_|input_dim|pretrain|memory_size|dilat|static|time_features|categorical|anchor|entity|num_groups)\w*"
 )
 VOCAB = re.compile(r"(\w+_)?(vocab_size|vocabulary_size|vocab_sizes|group_vocab)(_\w+)?|\w*vocab_offset|ngram_vocab\w*")
 TOKEN = re.compile(r"(\w+_)?(id|ids|index|token|idx)")
 POSITION = re.compile(
-    r"\w*max_\w*position\w*|n_positions|\w*max_seq_len|\w*max_sequence_length|n_ctx|block_size|seq_length|pos_emb_(height|width)|\w*num_position_embeddings"
+    r"\w*max_\w*position\w*|n_positions|\w*max_seq_len|\w*max_sequence_length|n_ctx|block_size|seq_length|position_embedding_size|max_length|pos_emb_(height|width)|\w*num_position_embeddings"
 )
 EXPERTS = re.compile(
     r"(\w+_)?(num_experts|n_routed_experts|num_local_experts|num_routed_experts|n_experts|num_moe_experts)"
@@ -47,15 +47,19 @@ EXPERT_GROUPS = re.compile(r"n_groups?|num_expert_groups?")
 TOP_GROUPS = re.compile(r"topk_groups?|num_limited_groups")
 TOP_K = re.compile(r"(\w+_)?(experts_per_tok(en)?|moe_topk|moe_top_k|moe_k|top_k_experts|experts_top_k|top_k)")
 PERIOD = re.compile(
-    r"(\w+_)?(period|interval|pattern|sparse_step|layer_frequency|attention_frequency|layer_freq|every_n|every_n_layers)"
+    r"(\w+_)?(period|interval|pattern|sparse_step|layer_frequency|attention_frequency|layer_freq|every_n|every_n_layers|layer_group_size)"
 )
 OFFSET = re.compile(r"(attn|expert|moe)_layer_offset")
 FIRST_DENSE = re.compile(r"first_k_dense_replace|\w*num_kv_shared_layers|num_dense_layers|moe_layer_start_index")
+LAYER_NUMBERS = re.compile(
+    r"\w*(_indexes|attention_blocks|_layer_ids|_layers|_layer_idx|_attn_idxs|_layer_indices|_at_layers)"
+)
 LAYER_INDEXES = re.compile(
     r"\w*(_indexes|_indices|attention_blocks|_layer_ids|feature_layers?|layer_idx|layer_id|mlp_only_layers"
     r"|merge_index|intermediate_\w*_indices|_hook_ids)"
 )
 PIXELS = re.compile(r"(\w+_)?image_size")
 WINDOW = re.compile(r"window_size|attention_window")
+QUERIES = re.compile(r"num_queries|two_stage_num_proposals|num_latents|latent_query_num|num_latent_queries")
 NORM_GROUPS = re.compile(r"num_groups")
 AT_LEAST_32 = re.compile(r"base_channels")  # of image tokenizers, whose norms have 32 groups

@@ -11,7 +11,7 @@ from torch import Tensor
 BATCH = 2
 _PIXELS = 64
 _FRAMES = (64, 128, 256, 1024, 3000)  # of sounds
-_SAMPLES = (6400, 16000)
+_SAMPLES = (7680, 16000)
 _MEDIA = (
     "pixel_values",
     "pixel_values_videos",
@@ -52,19 +52,20 @@ def _images(config: Any, takes: Mapping[str, Any], name: str) -> Iterator[dict[s
     ]
     for grid_name in (n for n in grids if ("video" in n) == ("video" in name)):
         patch = patch if isinstance(patch, int) else patch[-1]
-        frames = find(config, "temporal_patch_size") or 1
+        frames = find(config, "temporal_patch_size", "patch_temporal") or 1
         for across in (4, 8):
             grid = torch.tensor([[1, across, across]] * BATCH)
             patches = BATCH * across * across
             for shape in ((channels * frames * patch**2,), (channels * patch**2,), (channels, patch, patch)):
                 yield {name: noise(patches, *shape), grid_name: grid}
                 yield {name: noise(patches, *shape), grid_name: grid[:, 1:]}
+            yield {name: noise(1, patches, channels, patch, patch), grid_name: grid}
             yield {name: noise(BATCH, across * across, channels * patch**2), grid_name: grid[:, 1:]}
             yield {name: noise(BATCH, channels, patch, patch * across * across), grid_name: grid[:, 1:]}
     known = find(config, "image_size") or _PIXELS
     for size in dict.fromkeys([tuple(known) if isinstance(known, list | tuple) else known, 64, 128, 224]):
         height, width = size if isinstance(size, tuple) else (size, size)
-        for lead in ((), (1,), (find(config, "num_frames") or 4,)):
+        for lead in ((), (1,), (2,), (find(config, "num_frames") or 4,)):
             images = {name: noise(BATCH, *lead, channels, height, width)}
             if "image_sizes" in takes:
                 yield {**images, "image_sizes": torch.tensor([[height, width]] * BATCH)}
@@ -77,11 +78,13 @@ def _sounds(config: Any, takes: Mapping[str, Any], name: str) -> Iterator[dict[s
         for samples in _SAMPLES:
             yield {name: noise(BATCH, samples)}
             yield {name: noise(BATCH, find(config, "audio_channels", "channels") or 1, samples)}
+            yield {name: noise(BATCH, 1, samples)}
     names = (
         "num_mel_bins",
         "feature_size",
         "input_feat_per_channel",
         "n_mels",
+        "input_size",
         "num_mels",
         "mel_bins",
         "input_feat_size",
@@ -91,7 +94,7 @@ def _sounds(config: Any, takes: Mapping[str, Any], name: str) -> Iterator[dict[s
     )
     frames = [2 * m for m in [find(config, "max_source_positions")] if m]
     frames += [t for t in (find(config, "max_length"), find(config, "spec_size")) if isinstance(t, int)]
-    mask = next((n for n in takes if n.endswith("_mask") and name.split("_")[-1] in n), None)
+    mask = next((n for n in takes if n.endswith("_mask") and name.split("_")[-1].rstrip("s") in n), None)
     if mask is None and "attention_mask" in takes and "input_ids" not in takes:
         mask = "attention_mask"
     for length in dict.fromkeys([*frames, *_FRAMES]):

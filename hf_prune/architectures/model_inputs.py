@@ -145,6 +145,7 @@ _COMPANIONS: Mapping[str, Callable[[Any, Mapping[str, Any]], Any]] = {
     ).reshape(1, 16, 2).expand(BATCH, 16, 2),
     "pixel_attention_mask": lambda model, inputs: _patch_mask(inputs),
     "action_embeds": lambda model, inputs: noise(BATCH, 4, find(model.config, "dit_hidden_size", "hidden_size")),
+    "input_features": lambda model, inputs: noise(BATCH, 64, find(model.config, "feature_projection_input_dim") or 80),
     "image_attention_mask": lambda model, inputs: torch.ones(BATCH, inputs["input_ids"].shape[1], 1),
 }  # fmt: skip
 _ALWAYS = {"bbox", "visual_feats", "visual_pos"}  # although their default is None

@@ -6,6 +6,7 @@ the ratios between widths. Fields are recognized by their names, since transform
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import inspect
 from typing import Any
@@ -30,7 +31,11 @@ _EFFICIENTNET: dict[str, Any] = {  # whose code fixes the width of the first con
 _EXCEPTIONS: dict[str, dict[str, Any]] = {  # by model_type: sizes that the rules cannot tell
     "align_vision_model": _EFFICIENTNET,
     "efficientnet": _EFFICIENTNET,
+    "depth_pro": {"patch_size": 56},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2},
+    "seggpt": {"num_hidden_layers": 4, "merge_index": 0, "intermediate_hidden_state_indices": [1, 2, 3]},
+    "tvp": {"max_img_size": 64, "visual_prompt_size": 16},
+    "zamba": {"num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"]},
 }
 
 
@@ -67,6 +72,8 @@ def _is_config(value: Any) -> bool:
 
 
 def _shrunk(config: Any, shared: Shared) -> Any:
+    if any(name.endswith(("block_configs", "stage_configs")) for name in vars(config)):
+        return copy.deepcopy(config)  # small, and of a structure of its own
     own = {f.name for f in dataclasses.fields(config)}
     own |= inspect.signature(type(config).__init__).parameters.keys()  # of a class that is no dataclass, as custom code
     values = {name: value for name, value in vars(config).items() if not _is_config(value) and name not in _DERIVED}

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hf_prune.architectures import config_fields as fields
+from hf_prune.architectures.kept_layers import kept_layers, numbers_layers
 
 _HEADS = 4
 _VOCABULARY = 256
@@ -89,7 +90,7 @@ class Scale:
         heads = whole_number(config, "num_attention_heads", "num_heads", "n_head", "encoder_attention_heads") or 1
         small_hidden = min(hidden, 16 if staged else shared.hidden.get(hidden, 64))
         layers = whole_number(config, "num_hidden_layers", "num_layers", "n_layer", "encoder_layers", "depth") or 1
-        kept = _kept_layers(values, layers)
+        kept = kept_layers(values, layers)
         return cls(config, shared, layers, kept, hidden, small_hidden, heads, min(heads, _HEADS), staged)
 
     def value(self, name: str, value: Any) -> Any:
@@ -185,6 +186,8 @@ class Scale:
 
     def _sequence(self, name: str, value: Sequence[Any]) -> Any:
         kind: Any = type(value)
+        if numbers_layers(name, value, self.layers):
+            return kind([new for new, old in enumerate(self.kept) if old in value] or [len(self.kept) - 1])
         if len(value) == self.layers and self.layers > 1 and not self.staged:  # one for each layer
             return kind(self.value(name, value[i]) if not isinstance(value[i], str) else value[i] for i in self.kept)
         if any(isinstance(item, list | tuple) for item in value):
@@ -212,7 +215,9 @@ class Scale:
     def _mapping(self, value: Mapping[str, Any]) -> dict[str, Any]:
         """Rotary settings: sections and factors for a small head."""
         small = dict(value)
-        head = self._head_size("head_dim", whole_number(self.config, "head_dim") or self.hidden // self.heads)
+        head = self.small_hidden // self.small_heads
+        if (size := whole_number(self.config, "head_dim")) is not None:
+            head = self._head_size("head_dim", size)
         rotated = (
             int(head * (value.get("partial_rotary_factor") or attribute(self.config, "partial_rotary_factor") or 1.0))
             // 2
@@ -247,6 +252,7 @@ _RULES: tuple[tuple[Any, Callable[[Scale, str, int], int]], ...] = (
     (fields.LAYERS, Scale._layer_count),
     (fields.TOKEN, Scale._token),
     (fields.WINDOW, Scale._window),
+    (fields.QUERIES, lambda scale, name, value: min(value, 16)),
     (fields.NORM_GROUPS, lambda scale, name, value: min(value, 8)),
     (fields.AT_LEAST_32, lambda scale, name, value: min(value, 32)),
     (fields.WIDTH, Scale._width),
@@ -269,19 +275,3 @@ def _first_width(values: Mapping[str, Any]) -> int | None:
         if isinstance(value, int):
             return value
     return None
-
-
-def _kept_layers(values: Mapping[str, Any], layers: int) -> tuple[int, ...]:
-    """Which layers stay: the first of each kind, and as many as the config's rules and lists of outputs need."""
-    per_layer = [v for v in values.values() if isinstance(v, list | tuple) and len(v) == layers and layers > 1]
-    kinds = [tuple(str(v[i]) for v in per_layer) for i in range(layers)]
-    firsts = {kinds.index(kind) for kind in dict.fromkeys(kinds)} if per_layer else set()
-    dense_first = any(fields.FIRST_DENSE.fullmatch(n) and v for n, v in values.items())
-    outputs = max((len(v) for n, v in values.items() if "out_indices" in n and isinstance(v, list | tuple)), default=0)
-    pattern = values.get("block_types")
-    repeated = len(pattern) if isinstance(pattern, list | tuple) else 0
-    least = min(max(3 if dense_first else 2, outputs, repeated), layers)
-    for number in range(layers):
-        if len(firsts) < least:
-            firsts.add(number)
-    return tuple(sorted(firsts))
