@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_prune.architectures.discovery.find import discover
+from hf_prune.architectures.entries import is_in_table
 from hf_prune.architectures.kinds.registry import kind_named
 from hf_prune.architectures.layer_list import LayerList
 from hf_prune.architectures.layers import layer_lists
@@ -130,14 +132,23 @@ def _candidates(model: nn.Module, config: PruningConfig) -> tuple[list[UnitGroup
     names = [name for kind in config.granularity for name in kind_named(kind).removable_layers(model, is_excluded)]
     layers = {name: tuple(in_one_layer.get(name, ())) for name in names}
     if not groups and not layers:
-        obstacles = [reason for kind in config.granularity for reason in kind_named(kind).obstacles(model)]
         raise PlanError(
-            f"no {' or '.join(config.granularity)} of {type(model).__name__} may go: {obstacles[0]}"
-            if obstacles
-            else f"no {' or '.join(config.granularity)} of {type(model).__name__} may go: check exclude_modules "
-            f"({config.exclude_modules!r}), or prune a convolutional model with granularity='channel'"
+            f"no {' or '.join(config.granularity)} of {type(model).__name__} may go: {_why_none(model, config)}"
         )
     return groups, layers
+
+
+def _why_none(model: nn.Module, config: PruningConfig) -> str:
+    """Why nothing of a model may be removed."""
+    if config.exclude_modules:
+        return f"check exclude_modules ({config.exclude_modules!r})"
+    reasons = [reason for kind in config.granularity for reason in kind_named(kind).obstacles(model)]
+    if not reasons and not is_in_table(model):
+        reasons = [f"{name}: {reason}" for name, reason in discover(model).refused.items()]
+    return "; ".join(reasons[:2]) or (
+        "none was found that can go by itself, as heads cannot that share one key; describe_units(model) lists what can, "
+        "and granularity='channel' prunes convolutions"
+    )
 
 
 def _curves(

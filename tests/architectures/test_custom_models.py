@@ -6,9 +6,11 @@ import copy
 
 import pytest
 import torch
+from transformers import FalconConfig, FalconForCausalLM
 
 from hf_prune import describe_units, prunable
 from hf_prune.architectures.small_models import small_config
+from hf_prune.errors import PlanError
 from tests.architectures.custom_models import OwnConfig, OwnModel
 
 INPUTS = {"input_ids": torch.arange(20).view(2, 10)}
@@ -42,3 +44,14 @@ def test_masked_is_shrunk_is_reloaded(mixer, network, tmp_path):
         torch.testing.assert_close(reloaded(**INPUTS).logits, masked, atol=1e-6, rtol=1e-5)
         assert str(units) in str(describe_units(dense))
     assert "found and proven" in str(describe_units(dense))
+
+
+def test_what_cannot_go_is_explained():
+    config = FalconConfig(
+        hidden_size=32, num_attention_heads=4, num_hidden_layers=2, vocab_size=50, multi_query=True, ffn_hidden_size=64
+    )
+    dense = prunable(FalconForCausalLM(config).eval())
+    before = {name: tensor.clone() for name, tensor in dense.state_dict().items()}
+    with pytest.raises(PlanError, match=r"no head of FalconForCausalLM may go: none was found.*share one key"):
+        dense.prune(0.5, granularity="head")  # all of its heads share one key
+    assert all(torch.equal(tensor, before[name]) for name, tensor in dense.state_dict().items())
