@@ -146,8 +146,8 @@ def _why_none(model: nn.Module, config: PruningConfig) -> str:
     if not reasons and not is_in_table(model):
         reasons = [f"{name}: {reason}" for name, reason in discover(model).refused.items()]
     return "; ".join(reasons[:2]) or (
-        "none was found that can go by itself, as heads cannot that share one key; describe_units(model) lists what can, "
-        "and granularity='channel' prunes convolutions"
+        "none was found that can go by itself, as heads cannot that share one key; describe_units(model) lists what "
+        "can, and granularity='channel' prunes convolutions"
     )
 
 
