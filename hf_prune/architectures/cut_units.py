@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hf_prune.architectures.kinds.registry import kind_named
 from hf_prune.architectures.switched_off import cut_lists, switch_on
-from hf_prune.architectures.unit_groups import UnitGroup
+from hf_prune.architectures.unit_groups import UnitGroup, selected
 from hf_prune.errors import ArchitectureError
 
 
@@ -38,7 +38,7 @@ def tensor_cuts(groups: Sequence[UnitGroup], kept: Mapping[str, Tensor]) -> list
                 by_place.setdefault((piece.name, piece.dim), []).append(piece.index(kept[group.name]))
             # Parts of several widths of one matrix, such as queries beside fewer keys, are slices of their own.
             for (name, dim), parts in by_place.items():
-                cuts.append((name, dim, parts[0] if len(parts) == 1 else torch.cat(parts).sort().values))
+                cuts.append((name, dim, parts[0] if len(parts) == 1 else torch.cat(parts, -1).sort().values))
     return cuts
 
 
@@ -58,7 +58,7 @@ def smaller_tensors(model: nn.Module, groups: Sequence[UnitGroup], kept: Mapping
                 f"its own first"
             )
         current = smaller.get(name, tensor.detach())  # two groups may cut one tensor, along different dimensions
-        smaller[name] = current.index_select(dim, index.to(current.device))
+        smaller[name] = selected(current, dim, index)
     return smaller
 
 
@@ -90,7 +90,7 @@ def replace_tensors(
             holders = {(holder, attribute): _holder(model, holder, attribute) for holder, attribute in group.counts}
             # Several layers may share the config that counts their heads.
             for owner, key in {(id(owner), key): (owner, key) for owner, key in holders.values()}.values():
-                setattr(owner, key, getattr(owner, key) * len(kept[group.name]) // group.units)
+                setattr(owner, key, getattr(owner, key) * kept[group.name].shape[-1] // group.units)
     return renamed
 
 

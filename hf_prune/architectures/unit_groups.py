@@ -34,17 +34,28 @@ class UnitSlice:
         """Positions along :attr:`dim` that belong to some units.
 
         Args:
-            units: (n,) int64.
+            units: (n,) int64, or (choices, n), where each slab along the first dimension chooses for itself.
 
         Returns:
-            (offsets * n * width,) int64.
+            (offsets * n * width,) int64, or (choices, offsets * n * width).
         """
         inside = torch.arange(self.width, device=units.device)
         starts = torch.tensor(self.offsets, device=units.device)[:, None, None]
-        return (starts + units[:, None] * self.width + inside).reshape(-1)
+        return (starts + units[..., None, :, None] * self.width + inside).flatten(-3)
 
-    def by_unit(self, tensor: Tensor, units: int) -> Tensor:
-        """(units, rest): the entries of a tensor shaped like the parameter that belong to each unit."""
+    def by_unit(self, tensor: Tensor, units: int, choices: int = 0) -> Tensor:
+        """(units, rest): the entries of a tensor shaped like the parameter that belong to each unit.
+
+        Args:
+            tensor: The tensor.
+            units: How many units there are.
+            choices: How many slabs lie along the first dimension, if each chooses for itself; then (choices, units,
+                rest) is returned.
+        """
+        if choices:
+            slabs = tensor.movedim(self.dim, 1).reshape(choices, tensor.shape[self.dim], -1)
+            places = self.index(torch.arange(units, device=tensor.device)).view(len(self.offsets), units, self.width)
+            return slabs[:, places].movedim(2, 1).reshape(choices, units, -1)
         flat = tensor.movedim(self.dim, 0).reshape(tensor.shape[self.dim], -1)
         index = self.index(torch.arange(units, device=tensor.device)).view(len(self.offsets), units, self.width)
         return flat[index].movedim(1, 0).reshape(units, -1)  # (offsets, units, width, rest) -> (units, all of it)
@@ -76,6 +87,9 @@ class UnitGroup:
         lists: Lists or dicts with one numbered module for each unit, of which no other unit has a part.
         runs: Into how many runs of neighbouring units the group is divided; each of them must keep as many units as
             every other.
+        choices: How many slabs lie along the first dimension of every tensor, such as packed experts, if each slab
+            keeps as many units as every other one, but others of them; 0 where there is one choice.
+        step: The number of units that stay is a multiple of this, or all of them: kernels refuse others.
         origin: How it is known where the units are.
     """
 
@@ -94,6 +108,8 @@ class UnitGroup:
     buffers: tuple[UnitSlice, ...] = ()
     lists: tuple[str, ...] = ()
     runs: int = 1
+    choices: int = 0
+    step: int = 1
     origin: str = "from the table"
 
     @property
@@ -127,9 +143,27 @@ class UnitGroup:
         ]
 
     def is_zero(self, model: nn.Module, slices: Iterable[UnitSlice]) -> Tensor:
-        """(units,) bool: whether the slices of a unit are zero, all of them."""
-        units = [piece.by_unit(model.get_parameter(piece.name).detach(), self.units) for piece in slices]
-        return torch.stack([(entries == 0).all(1) for entries in units]).all(0)
+        """(units,) bool, or (choices, units): whether the slices of a unit are zero, all of them."""
+        units = [p.by_unit(model.get_parameter(p.name).detach(), self.units, self.choices) for p in slices]
+        return torch.stack([(entries == 0).all(-1) for entries in units]).all(0)
+
+
+def selected(tensor: Tensor, dim: int, index: Tensor) -> Tensor:
+    """Some positions of a tensor along a dimension.
+
+    Args:
+        tensor: The tensor.
+        dim: The dimension.
+        index: (n,) int64, or (slabs, n) with other positions for each slab along the first dimension.
+    """
+    index = index.to(tensor.device)
+    if index.ndim == 1:
+        return tensor.index_select(dim, index)
+    shape = [1] * tensor.ndim
+    shape[0], shape[dim] = index.shape
+    sizes = [*tensor.shape]
+    sizes[dim] = index.shape[1]
+    return tensor.gather(dim, index.view(shape).expand(sizes))
 
 
 def numbered(container: nn.Module) -> list[str]:

@@ -21,11 +21,14 @@ class Costs:
         base: The part that does not depend on them.
         groups: (units + 1,) the cost of each group with 0, 1, … units; it never falls.
         layers: What each layer costs beyond its groups, which is saved only if the layer is removed.
+        inside: Groups whose units are parts of the units of another group, such as neurons of experts, with that group:
+            what they cost is proportional to how many of its units stay.
     """
 
     base: float
     groups: Mapping[str, np.ndarray]
     layers: Mapping[str, float] = field(default_factory=dict)
+    inside: Mapping[str, str] = field(default_factory=dict)
 
     def total(
         self, kept: Mapping[str, int], removed: Collection[str] = (), members: Mapping[str, Sequence[str]] = {}
@@ -38,7 +41,15 @@ class Costs:
             members: The groups in each layer.
         """
         in_removed = {group for layer in removed for group in members[layer]}
-        groups = sum(float(c[kept.get(name, len(c) - 1)]) for name, c in self.groups.items() if name not in in_removed)
+
+        def share(name: str) -> float:
+            if (outer := self.inside.get(name)) is None:
+                return 1.0
+            most = len(self.groups[outer]) - 1
+            return kept.get(outer, most) / most
+
+        staying = {name: c for name, c in self.groups.items() if name not in in_removed}
+        groups = sum(share(name) * float(c[kept.get(name, len(c) - 1)]) for name, c in staying.items())
         return self.base + groups + sum(cost for layer, cost in self.layers.items() if layer not in removed)
 
 

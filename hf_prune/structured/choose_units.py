@@ -77,6 +77,7 @@ def choose_units(
     lists = layer_lists(model)
     groups, layers = _candidates(model, config)
     parameters = parameter_costs(model, groups, layers)
+    _check_packed(config, groups, parameters)
     refuse_infinite({p.name: model.get_parameter(p.name).detach() for group in groups for p in group.slices})
     plan = UnitPlan(config, type(model).__name__, tuple(groups), layers, parameters, None, {})
     if (config.learns_units or config.learns_in_training) and calibration is None and scores is None:
@@ -89,7 +90,7 @@ def choose_units(
         batches = calibration or []
         curves, sensitivity = _curves(model, config, groups, batches, progress, cache_bytes)
     layer_costs = _layer_losses(model, config, layers, batches, progress)
-    sizes = {g.name: allowed_sizes(g.units, g.minimum, math.lcm(config.round_to, g.runs)) for g in groups}
+    sizes = {g.name: allowed_sizes(g.units, g.minimum, math.lcm(config.round_to, g.runs, g.step)) for g in groups}
     losses = {name: curve.losses.flip(0).numpy() for name, curve in curves.items()}
 
     def solve(costs: Costs, budget: float) -> Choice:
@@ -101,8 +102,28 @@ def choose_units(
         return _synchronized(choice, list(layers))
 
     choice, speed = _meet_budget(model, config, plan, lists, solve)
-    kept = {name: curves[name].kept(n) for name, n in choice.kept.items() if n < len(curves[name].order)}
+    kept = {name: curves[name].kept(n) for name, n in choice.kept.items() if n < curves[name].order.shape[-1]}
     return UnitPlan(config, plan.model_name, plan.sites, layers, parameters, choice, kept, speed), sensitivity
+
+
+def _check_packed(config: PruningConfig, groups: Sequence[UnitGroup], costs: Costs) -> None:
+    """Refuse settings that need to see the neurons of packed experts, or to weigh them against whole experts."""
+    if costs.inside and config.scope == "global":
+        raise PlanError(
+            "experts and the neurons inside them share weights, so one cannot be weighed against the other: use "
+            "scope='layer', which removes the same share of both, or prune them one after the other"
+        )
+    packed = next((group for group in groups if group.choices), None)
+    if packed is not None and config.criterion not in ("magnitude", "random"):
+        raise PlanError(
+            f"criterion {config.criterion!r} cannot watch the neurons of {packed.name}, whose experts share a tensor: "
+            f"choose magnitude or random, or spare the experts with exclude_modules={[packed.name]!r}"
+        )
+    if packed is not None and config.repair is not None:
+        raise PlanError(
+            f"repair={config.repair!r} cannot repair {packed.name}, whose experts share a tensor: leave repair out, "
+            f"or spare the experts with exclude_modules={[packed.name]!r}"
+        )
 
 
 def _synchronized(choice: Choice, layers: Sequence[str]) -> Choice:

@@ -44,12 +44,23 @@ def parameter_costs(model: nn.Module, groups: Sequence[UnitGroup], layers: Mappi
         * (group.parameters_per_unit(parameters) if group.units else 0)
         for group in groups
     }
+    packed = [group for group in groups if group.choices]
+    inside = {inner.name: outer.name for inner in packed for outer in groups if _holds(outer, inner)}
+    for inner, outer in inside.items():  # the experts cost what their neurons do not
+        experts = by_group[outer]
+        by_group[outer] = experts - np.arange(len(experts)) * by_group[inner][-1] / max(1, len(experts) - 1)
     by_layer = {
         name: sum(p.numel() for p in model.get_submodule(name).parameters()) - sum(by_group[g][-1] for g in inside)
         for name, inside in layers.items()
     }
     total = sum(p.numel() for p in model.parameters())
-    return Costs(total - sum(c[-1] for c in by_group.values()) - sum(by_layer.values()), by_group, by_layer)
+    return Costs(total - sum(c[-1] for c in by_group.values()) - sum(by_layer.values()), by_group, by_layer, inside)
+
+
+def _holds(outer: UnitGroup, inner: UnitGroup) -> bool:
+    """Whether the units of one group, such as experts, are slabs of the tensors of the other."""
+    slabs = {piece.name for piece in outer.slices if piece.dim == 0}
+    return outer is not inner and {piece.name for piece in inner.slices} <= slabs
 
 
 def measured_costs(

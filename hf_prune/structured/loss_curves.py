@@ -21,7 +21,8 @@ class Curve:
     """What removing units of a group costs.
 
     Args:
-        order: (units,) int64, the unit that is removed first comes first.
+        order: (units,) int64, the unit that is removed first comes first; (choices, units) where several slabs lose as
+            many units, but others.
         losses: (units + 1,) float64, after the first n units have been removed; it never falls.
     """
 
@@ -29,21 +30,25 @@ class Curve:
     losses: Tensor
 
     def kept(self, number: int) -> Tensor:
-        """The ``number`` units that stay longest, in rising order."""
-        return self.order[len(self.order) - number :].sort().values
+        """The ``number`` units that stay longest, in rising order, for each choice."""
+        return self.order[..., self.order.shape[-1] - number :].sort().values
 
 
 def additive_curve(scores: Tensor, runs: int = 1) -> Curve:
     """The curve whose loss is the sum of the scores of the removed units.
 
     Args:
-        scores: (units,) not negative; of equal scores, the first unit is removed first.
+        scores: (units,) not negative; of equal scores, the first unit is removed first. (choices, units) where several
+            slabs lose as many units, but others.
         runs: Into how many runs of neighbouring units the group is divided: each loses one unit, then each another.
 
     Example:
         >>> additive_curve(torch.tensor([3.0, 1.0])).losses
         tensor([0., 1., 4.], dtype=torch.float64)
     """
+    if scores.ndim == 2:
+        by_slab = scores.double().cpu().sort(dim=1, stable=True)
+        return Curve(by_slab.indices, torch.cat([torch.zeros(1).double(), by_slab.values.sum(0).cumsum(0)]))
     by_run = scores.double().cpu().view(runs, -1).sort(dim=1, stable=True)
     order = by_run.indices + torch.arange(runs)[:, None] * by_run.indices.shape[1]  # (runs, units of a run)
     return Curve(order.t().reshape(-1), torch.cat([torch.zeros(1).double(), by_run.values.t().reshape(-1).cumsum(0)]))

@@ -121,13 +121,18 @@ def unit_masks(model: nn.Module, plan: UnitPlan) -> dict[str, Tensor]:
         units = plan.kept.get(site.name, torch.arange(site.units))
         for part in site.slices:
             parameter = model.get_parameter(part.name)
-            along = torch.zeros(parameter.shape[part.dim], dtype=torch.bool)
-            along[part.index(units)] = True
+            index = part.index(units)
             shape = [1] * parameter.dim()
             shape[part.dim] = -1
+            along = torch.zeros(parameter.shape[part.dim], dtype=torch.bool)
+            if index.ndim == 2:  # for each slab along the first dimension its own
+                shape[0] = len(index)
+                along = along.repeat(len(index), 1).scatter(1, index, True)
+            else:
+                along[index] = True
             mask = along.view(shape).expand(parameter.shape).to(parameter.device)
             masks[part.name] = masks[part.name] & mask if part.name in masks else mask.clone()
-        removed = sorted(set(range(site.units)) - set(units.tolist()))
+        removed = sorted(set(range(site.units)) - set(units.tolist())) if site.lists else []
         for name in (name for names in site.own_parameters(model, removed) for name in names):
             masks[name] = torch.zeros_like(model.get_parameter(name), dtype=torch.bool)
     for layer in plan.choice.layers:

@@ -20,7 +20,7 @@ from hf_prune.architectures.kinds.registry import kind_named
 from hf_prune.architectures.layers import layer_lists
 from hf_prune.architectures.modules import base_prefix
 from hf_prune.architectures.remove_layers import bypassed_names, check_removal, remove_layers
-from hf_prune.architectures.unit_groups import UnitGroup, numbered
+from hf_prune.architectures.unit_groups import UnitGroup, numbered, selected
 from hf_prune.errors import ArchitectureError
 from hf_prune.pruning.mask_store import MaskStore, warn_regrown
 from hf_prune.structured.shrink_record import RECORD, layer_of, new_name, record_structure, simplify_config
@@ -91,7 +91,13 @@ def surviving_units(model: nn.Module, group: UnitGroup) -> Tensor | None:
     """The units of a group that still do something, or have to stay; None if those are all."""
     if group.units == 0:
         return None
-    surviving = (~kind_named(group.kind).silent_units(model, group)).nonzero().reshape(-1)
+    works = ~kind_named(group.kind).silent_units(model, group)
+    if group.choices:  # slabs in which fewer units work keep silent ones as well, which change nothing
+        number = max(int(works.sum(1).max()), group.minimum)
+        number = min(group.units, -(-number // group.step) * group.step)
+        order = works.int().sort(dim=1, descending=True, stable=True).indices
+        return None if number == group.units else order[:, :number].sort(dim=1).values
+    surviving = works.nonzero().reshape(-1)
     if len(surviving) < group.minimum:
         surviving = torch.arange(group.minimum, device=surviving.device)  # silent ones, which change nothing
     return None if len(surviving) == group.units else surviving
@@ -129,7 +135,7 @@ def _modules_of_units(model: nn.Module, groups: Sequence[UnitGroup], kept: Mappi
     """Names of the modules that are units of their own, and do not stay."""
     names = set()
     for group in groups:
-        if group.name in kept:
+        if group.name in kept and group.lists:
             staying = set(kept[group.name].tolist())
             for holder in group.lists:
                 keys = numbered(model.get_submodule(holder))
@@ -197,6 +203,6 @@ def _cut_masks(store: MaskStore, groups: Sequence[UnitGroup], kept: Mapping[str,
     masks = dict(store.masks)
     for name, dim, index in tensor_cuts(groups, kept):
         if name in masks:
-            masks[name] = masks[name].index_select(dim, index.to(masks[name].device))
+            masks[name] = selected(masks[name], dim, index)
     store.dense = None
     store.masks = {name: mask for name, mask in masks.items() if not bool(mask.all())}

@@ -60,7 +60,7 @@ def record_structure(
     }
     for name, index in kept.items():
         entry = recorded_units.setdefault(new_name(name, new_names), {"before": units[name]})
-        entry["kept"] = len(index)
+        entry["kept"] = index.shape[-1]
     recorded_layers: dict[str, Any] = {name: dict(entry) for name, entry in record.get("layers", {}).items()}
     for layers in lists:
         total = len(layers.layers)

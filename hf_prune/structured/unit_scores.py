@@ -28,15 +28,20 @@ def curve_of_scores(model: nn.Module, group: UnitGroup, scores: Tensor) -> Curve
 
 
 def random_scores(model: nn.Module, group: UnitGroup, seed: int) -> Tensor:
-    """(units,) random numbers, scaled by the size of a unit so that large units are not cheap to remove."""
+    """(units,) or (choices, units) random numbers, scaled by the size of a unit: large ones are not cheap to remove."""
     generator = torch.Generator().manual_seed(derived_seed(seed, group.name))
-    return torch.rand(group.units, generator=generator) * group.parameters_per_unit(dict(model.named_parameters()))
+    sizes = (group.choices, group.units) if group.choices else (group.units,)
+    return torch.rand(sizes, generator=generator) * group.parameters_per_unit(dict(model.named_parameters()))
 
 
 def squared_weights(model: nn.Module, group: UnitGroup) -> Tensor:
-    """(units,) the sum of squares of everything that belongs to a unit."""
-    weights = [p.by_unit(model.get_parameter(p.name).detach().float(), group.units) for p in group.slices]
-    total = torch.stack([weight.square().sum(1).cpu() for weight in weights]).sum(0)
+    """(units,) or (choices, units) the sum of squares of everything that belongs to a unit."""
+    total = torch.zeros(())
+    for piece in group.slices:
+        entries = piece.by_unit(model.get_parameter(piece.name).detach(), group.units, group.choices)
+        total = total + entries.float().square().sum(-1).cpu()
+    if not group.lists:
+        return total
     own = group.own_parameters(model, range(group.units))
     return total + torch.tensor([sum(sum_of_squares(model.get_parameter(n)) for n in names) for names in own])
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from hf_prune.architectures.unit_groups import selected
 from hf_prune.errors import ConfigError
 from hf_prune.structured.shrink import shrink_modules
 
@@ -35,7 +36,7 @@ def shrink_with_optimizer(model: nn.Module, optimizer: Any) -> Callable[[str, Te
 
     def cut(name: str, tensor: Tensor) -> Tensor:
         for dim, index in cuts_of.get(name, ()):
-            tensor = tensor.index_select(dim, index.to(tensor.device))
+            tensor = selected(tensor, dim, index)
         return tensor.contiguous()
 
     parameters = dict(model.named_parameters())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from hf_prune.architectures.base import Neurons
+from hf_prune.architectures.expert_neurons import expert_neuron_groups
 from hf_prune.architectures.found_units import found_groups
 from hf_prune.architectures.kinds.base import UnitKind, activation_is_zero_at_zero
 from hf_prune.architectures.kinds.registry import KINDS
@@ -39,13 +40,15 @@ class Neuron(UnitKind):
             if (neurons := layers.stack.neurons) is not None:
                 groups += [_network(model, layers, number, neurons) for number in range(len(layers.layers))]
             groups += found_groups(model, layers, self.name)
-        return groups
+        return groups + expert_neuron_groups(model)
 
     def silent_units(self, model: nn.Module, group: UnitGroup) -> Tensor:
         """See :meth:`UnitKind.silent_units`; a gated neuron is zero as soon as one of its two factors is."""
         if group.is_found:  # the activation may be another one than the config's
             return super().silent_units(model, group)
         silent = group.is_zero(model, group.consumers)
+        if group.choices:
+            return silent  # how experts join their two factors is their own affair
         if activation_is_zero_at_zero(model):
             for weight in group.producers:
                 if weight.name.endswith(".weight"):
