@@ -28,7 +28,7 @@ from hf_prune.structured.costs import flops
 from tests.architecture_models import tiny
 from tests.architectures.test_channels import tiny as tiny_convnet
 from tests.contracts import toy_kinds
-from tests.moe_models import tiny_moe
+from tests.moe_families import tiny_moe
 
 ROOT = Path(hf_prune.__file__).parents[1]
 ALL = sorted({*KINDS.names(), *(kind.name for kind in toy_kinds.TOYS)})

@@ -17,7 +17,7 @@ from hf_prune import ArchitectureError, CheckpointError, ConfigError, MaskStore,
 from hf_prune.architectures.find_unit_groups import find_unit_groups
 from hf_prune.architectures.moe_blocks import moe_blocks, unusable_experts
 from hf_prune.architectures.switched_off import layers_without_units
-from tests.moe_models import MODELS, tiny_moe
+from tests.moe_families import MODELS, tiny_moe
 
 
 @torch.no_grad()

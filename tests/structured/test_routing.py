@@ -12,7 +12,7 @@ from hf_prune import CalibrationError, ConfigError, MaskStore, PruningConfig, pr
 from hf_prune.architectures.kinds.registry import kind_named
 from hf_prune.structured import routing
 from hf_prune.structured.routing import observe_routing
-from tests.moe_models import MODELS, tiny_moe
+from tests.moe_families import MODELS, tiny_moe
 
 
 def batches(inputs: Any, number: int = 3) -> list[dict[str, Tensor]]:
