@@ -123,7 +123,10 @@ def find_attribute(model: nn.Module, name: str) -> int | None:
     except AttributeError:
         return None
     for key in attribute.split("."):
-        value = getattr(value, key, None)
+        try:
+            value = getattr(value, key, None)
+        except RuntimeError:  # transformers refuses what a config gives layer by layer
+            return None
     return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
