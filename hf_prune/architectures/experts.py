@@ -24,7 +24,7 @@ class Layout:
         layout: Of each slab: ``"linear"`` (out, in) or ``"conv1d"`` (in, out).
         bias: The name of the parameter with the biases, (slabs, out), if there are any.
         slabs: The attribute of the module that counts the slabs of a two-dimensional parameter; None where the first of
-            three dimensions does.
+            three dimensions does, or where it is a single matrix.
     """
 
     attribute: str
@@ -63,10 +63,17 @@ _LAYOUTS: dict[str, tuple[Layout, ...]] = {
         for name, layout in (("w1", "linear"), ("v1", "linear"), ("w2", "conv1d"))
     ),
     "GroupedLinearLayer": (Layout("weight", "conv1d"),),  # ConvBERT's feed-forward network in groups
+    "Inkling2RelativeLogits": (Layout("proj", "conv1d"),),
+    "InklingRelativeLogits": (Layout("proj", "conv1d"),),
     "InklingSharedExperts": (Layout("gate_proj"), Layout("up_proj"), Layout("down_proj")),
     "JetMoeParallelExperts": (Layout("weight"),),
     "Llama4TextExperts": (Layout("gate_up_proj", "conv1d"), Layout("down_proj", "conv1d")),
     "LongcatFlashExperts": _PACKED,
+    "QuantLinear": (Layout("weight", bias="bias"),),  # of I-BERT
+    "RecurrentGemmaRglru": (
+        Layout("input_gate_weight", "conv1d", "input_gate_bias"),
+        Layout("recurrent_gate_weight", "conv1d", "recurrent_gate_bias"),
+    ),
     "MoshiFlexibleLinear": (Layout("weight"),),  # one matrix for each codebook
     "Step3p7Experts": _PACKED,
 }
@@ -102,7 +109,9 @@ def packed_weights(model: nn.Module) -> list[PackedWeight]:
             parameter = module._parameters.get(entry.attribute)
             if parameter is None or id(parameter) in found or parameter.dim() not in (2, 3):
                 continue
-            experts = len(parameter) if entry.slabs is None else int(getattr(module, entry.slabs))
+            experts = len(parameter) if parameter.dim() == 3 else 1
+            if entry.slabs is not None:
+                experts = int(getattr(module, entry.slabs))
             name = f"{module_name}.{entry.attribute}" if module_name else entry.attribute
             bias = entry.bias if entry.bias is not None and module._parameters.get(entry.bias) is not None else None
             found[id(parameter)] = PackedWeight(name, module_name, module, entry.attribute, experts, entry.layout, bias)

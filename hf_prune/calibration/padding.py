@@ -6,10 +6,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from hf_prune.calibration.routed_rows import RoutedRows
 from hf_prune.calibration.slabs import owner_of
+from hf_prune.planning.prunable import Convolution, Transposed
 
 
 class Padding:
@@ -115,17 +117,35 @@ def _columns(module: nn.Module, x: Tensor) -> Tensor:
         module: A convolution of one, two or three dimensions.
         x: (batch, in, *size), or without the batch.
     """
-    assert isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+    assert isinstance(module, Convolution)
     dims = len(module.kernel_size)
     x = x if x.dim() == dims + 2 else x.unsqueeze(0)
-    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-    x = nn.functional.pad(x, module._reversed_padding_repeated_twice, mode=mode)
-    for dim, (size, step, gap) in enumerate(zip(module.kernel_size, module.stride, module.dilation, strict=True)):
+    steps = module.stride
+    if isinstance(module, Transposed):
+        x, steps = _spread_out(module, x), (1,) * dims
+    else:
+        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+        x = nn.functional.pad(x, module._reversed_padding_repeated_twice, mode=mode)
+    for dim, (size, step, gap) in enumerate(zip(module.kernel_size, steps, module.dilation, strict=True)):
         x = x.unfold(dim + 2, (size - 1) * gap + 1, step)[..., ::gap]
+    if isinstance(module, Transposed):  # its kernel runs backwards
+        x = x.flip(list(range(-dims, 0)))
     x = x.unflatten(1, (module.groups, -1))  # (batch, groups, in, *positions, *kernel)
     x = x.movedim(1, 0).movedim(2, -1)  # (groups, batch, *positions, *kernel, in)
     rows = x.reshape(module.groups, -1, x.shape[-1] * x.shape[-1 - dims : -1].numel())
     return rows[0] if module.groups == 1 else rows
+
+
+def _spread_out(module: Transposed, x: Tensor) -> Tensor:
+    """The input of the ordinary convolution that a transposed one is: zeros between the inputs, and around them."""
+    margins: list[int] = []
+    for i, size in enumerate(module.kernel_size):
+        places = torch.arange(x.shape[i + 2], device=x.device) * module.stride[i]
+        wide = x.new_zeros(*x.shape[: i + 2], int(places[-1]) + 1, *x.shape[i + 3 :])
+        x = wide.index_copy(i + 2, places, x)
+        margin = module.dilation[i] * (size - 1) - int(module.padding[i])
+        margins = [margin, margin + module.output_padding[i], *margins]  # of the last dimension first
+    return nn.functional.pad(x, margins)
 
 
 def _encoder_modules(model: nn.Module) -> tuple[nn.Module, set[int]] | None:

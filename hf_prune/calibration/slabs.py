@@ -159,8 +159,10 @@ class SlabCalls(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call a function, through a slab if it multiplies with one."""
-        kwargs = kwargs or {}
+        kwargs = dict(kwargs or {})
         name = getattr(func, "__name__", "")
+        if name == "linear" and len(args) == 1 and "weight" in kwargs:
+            args = (*args, kwargs.pop("weight"))
         if name in _PRODUCTS and len(args) > 1 and (found := self._find(args[1])) is not None:
             return self._multiply(func, name, args, kwargs, *found)
         if name == "multi_head_attention_forward" and any(self._find(x) for x in (*args, *kwargs.values())):

@@ -22,6 +22,7 @@ class Target:
         shape: The parameter's shape.
         slabs: How many matrices lie in the parameter one after the other, each with inputs of its own: the experts of
             a packed parameter, the groups of a convolution.
+        transposed: Whether it is a transposed convolution: (in, out, *kernel), the inputs of one group after the other.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Target:
     layout: str
     shape: tuple[int, ...]
     slabs: int = 1
+    transposed: bool = False
 
     @property
     def size(self) -> int:
@@ -39,7 +41,7 @@ class Target:
     def slab_shape(self) -> tuple[int, int]:
         """(out, in) of the canonical matrix of each slab."""
         if self.layout == "conv":
-            out = self.shape[0] // self.slabs
+            out = self.shape[1] if self.transposed else self.shape[0] // self.slabs
         elif self.layout == "conv1d":
             out = self.shape[-1]
         else:
@@ -55,7 +57,9 @@ class Target:
     @property
     def inputs(self) -> int:
         """The number of input features or channels: so many consecutive columns belong to one kernel position."""
-        return self.shape[1] if self.layout == "conv" else self.slab_shape[1]
+        if self.layout != "conv":
+            return self.slab_shape[1]
+        return self.shape[0] // self.slabs if self.transposed else self.shape[1]
 
     @property
     def label(self) -> str:
@@ -70,11 +74,17 @@ class Target:
     def slab(self, number: int) -> Target:
         """One slab as a target by itself, whose canonical matrix is a part of this one's."""
         out, inputs = self.slab_shape
-        layout, shape = ("conv", (out, *self.shape[1:])) if self.layout == "conv" else ("linear", (out, inputs))
-        return self if self.slabs == 1 else Target(f"{self.name}[{number}]", self.module, layout, shape)
+        if self.slabs == 1:
+            return self
+        name = f"{self.name}[{number}]"
+        if self.layout == "conv":
+            return Target(name, self.module, "conv", (out, self.inputs, *self.shape[2:]))
+        return Target(name, self.module, "linear", (out, inputs))
 
     def matrix(self, tensor: Tensor) -> Tensor:
         """The canonical (slabs * out, in) matrix of a tensor shaped like the weight; a view where possible."""
+        if self.transposed:
+            tensor = tensor.unflatten(0, (self.slabs, -1)).transpose(1, 2).flatten(0, 1)  # (out, in, *kernel)
         if self.layout == "conv":
             return tensor.movedim(1, -1).reshape(self.matrix_shape)  # (out, *kernel, in) -> (out, kernel * in)
         if self.layout == "conv1d":
@@ -85,8 +95,11 @@ class Target:
     def native(self, matrix: Tensor) -> Tensor:
         """The inverse of :meth:`matrix`: a contiguous tensor in the layout of the weight."""
         if self.layout == "conv":
-            channels_last = matrix.reshape(self.shape[0], *self.shape[2:], self.shape[1])
-            return channels_last.movedim(-1, 1).contiguous()
+            channels_last = matrix.reshape(self.matrix_shape[0], *self.shape[2:], self.inputs)
+            weight = channels_last.movedim(-1, 1)  # (out, in, *kernel)
+            if self.transposed:
+                weight = weight.unflatten(0, (self.slabs, -1)).transpose(1, 2).flatten(0, 1)
+            return weight.contiguous()
         if self.layout == "conv1d":
             matrix = matrix.reshape(self.slabs, *self.slab_shape).mT  # (slabs, in, out)
         return matrix.reshape(self.shape).contiguous()

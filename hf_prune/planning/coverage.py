@@ -9,7 +9,14 @@ from torch import nn
 
 from hf_prune.kernels.matrix import Target
 from hf_prune.planning.config import PruningConfig
-from hf_prune.planning.prunable import Convolution, output_embeddings, prunable_weights, router_weights, stays_dense
+from hf_prune.planning.prunable import (
+    Convolution,
+    output_embeddings,
+    prunable_weights,
+    router_weights,
+    stays_dense,
+    tables,
+)
 from hf_prune.planning.targets import ALL_LINEAR, module_matches, quick_pattern
 from hf_prune.utils.wrapping import adapters, copied_modules
 
@@ -17,7 +24,8 @@ from hf_prune.utils.wrapping import adapters, copied_modules
 def uncovered_matrices(model: nn.Module) -> dict[str, int]:
     """Matrices that no config can target, such as experts of an unknown kind: sizes by parameter name.
 
-    Embeddings are left out: their rows are looked up, not multiplied. So are routers, which are left alone.
+    Embeddings and position tables are left out: they are looked up or added, not multiplied. So are routers, which are
+    left alone.
 
     Args:
         model: Any torch module.
@@ -27,7 +35,7 @@ def uncovered_matrices(model: nn.Module) -> dict[str, int]:
         for w in prunable_weights(model)
         for attribute in (w.attribute, w.bias or "")
     }
-    covered |= set(map(id, router_weights(model).values()))
+    covered |= {id(p) for p in (router_weights(model) | tables(model)).values()}
     covered |= {id(p) for module in adapters(model) for p in module.parameters(recurse=False)}
     covered |= {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     matrices = {name: p for name, p in model.named_parameters() if id(p) not in covered}
@@ -35,7 +43,7 @@ def uncovered_matrices(model: nn.Module) -> dict[str, int]:
 
 
 def left_dense(model: nn.Module, config: PruningConfig, targets: Collection[Target]) -> dict[str, int]:
-    """Weights that the default targets leave dense by choice, and routers: sizes by parameter name.
+    """Weights that the default targets leave dense by choice, routers, and tables: sizes by parameter name.
 
     Args:
         model: Any torch module.
@@ -46,7 +54,7 @@ def left_dense(model: nn.Module, config: PruningConfig, targets: Collection[Targ
         return {}
     names, pruned = {id(parameter): name for name, parameter in model.named_parameters()}, {t.name for t in targets}
     chosen = {names[id(w.weight)]: w.weight.numel() for w in prunable_weights(model) if stays_dense(w)}
-    chosen |= {names[id(weight)]: weight.numel() for weight in router_weights(model).values()}
+    chosen |= {names[id(weight)]: weight.numel() for weight in (router_weights(model) | tables(model)).values()}
     return {name: size for name, size in chosen.items() if name not in pruned}
 
 

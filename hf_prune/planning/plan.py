@@ -178,8 +178,8 @@ class PruningPlan:
         if self.left_dense:
             count, first = sum(self.left_dense.values()), next(iter(self.left_dense))
             lines.append(
-                f"Left dense by choice: {count:,} weights in {len(self.left_dense)} first or depthwise convolutions "
-                f"and routers, such as {first}."
+                f"Left dense by choice: {count:,} weights in {len(self.left_dense)} first or depthwise convolutions, "
+                f"routers, and tables that are looked up or added, such as {first}."
             )
         if self.uncovered:
             count, first = sum(self.uncovered.values()), next(iter(self.uncovered))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -11,7 +12,12 @@ from hf_prune.architectures.experts import packed_weights
 from hf_prune.kernels.matrix import Target
 from hf_prune.utils.wrapping import adapters, copied_modules
 
-Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
+Transposed = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
+Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d | Transposed
+_ROUTER = re.compile(r"Router|Gate(?!d)|Hyper(Connection|Head)")
+_TABLE = re.compile(  # parameters that are added, looked up or scaled with, and never multiplied as a matrix
+    r"pos(ition)?_?emb|position|embed|token|quer(y|ies)|probe|bias|A_log|scale|gamma|time_(mix|decay|first|maa)"
+)
 _RAW_CHANNELS = 4  # a convolution of at most so many channels reads pixels or samples
 
 
@@ -60,7 +66,8 @@ class PrunableWeight:
         Args:
             name: The parameter's name in ``model.named_parameters()``.
         """
-        return Target(name, self.module_name, self.layout, tuple(self.weight.shape), self.slabs)
+        transposed = isinstance(self.module, Transposed)
+        return Target(name, self.module_name, self.layout, tuple(self.weight.shape), self.slabs, transposed)
 
 
 def prunable_weights(model: nn.Module) -> Iterator[PrunableWeight]:
@@ -119,7 +126,7 @@ def stays_dense(weight: PrunableWeight) -> bool:
 
 
 def router_weights(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Matrices by which tokens choose their experts, where these are no plain Linear: by parameter name.
+    """Matrices by which tokens choose experts or streams, where these are no plain Linear: by parameter name.
 
     They are left alone: they have next to no weights, and decide on what all others compute.
     """
@@ -132,10 +139,27 @@ def router_weights(model: nn.Module) -> dict[str, nn.Parameter]:
     return weights
 
 
+def tables(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters of several dimensions that are added or looked up, such as positions, by name: no matrices."""
+    weights = {id(weight.weight) for weight in prunable_weights(model)}
+    looked_up = {
+        id(parameter)
+        for module in model.modules()
+        if "Embedding" in type(module).__name__ and not isinstance(module, nn.Embedding)
+        for parameter in module._parameters.values()
+    }
+    return {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if sum(size > 1 for size in parameter.shape) > 1
+        and id(parameter) not in weights
+        and (id(parameter) in looked_up or _TABLE.search(name.rpartition(".")[2]))
+    }
+
+
 def is_router(module: nn.Module) -> bool:
-    """Whether a module chooses experts; a plain Linear that does is pruned like any other."""
-    name = type(module).__name__
-    return any(word in name for word in ("Router", "Gate")) and type(module) is not nn.Linear
+    """Whether a module chooses experts or mixes streams; a plain Linear that does is pruned like any other."""
+    return _ROUTER.search(type(module).__name__) is not None and type(module) is not nn.Linear
 
 
 def output_embeddings(model: nn.Module) -> set[nn.Module]:

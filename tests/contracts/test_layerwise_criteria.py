@@ -4,12 +4,15 @@ import pytest
 import torch
 from torch import nn
 
+from hf_prune.calibration.padding import Padding
 from hf_prune.criteria.base import WeightStats
 from hf_prune.criteria.registry import CRITERIA
 from hf_prune.kernels.least_squares import damped, layer_error, least_squares
+from hf_prune.kernels.matrix import output_rows
 from hf_prune.pipeline import prune
 from hf_prune.planning.config import PruningConfig
 from hf_prune.planning.make_plan import make_plan
+from hf_prune.planning.targets import resolve_targets
 from hf_prune.pruning.mask_store import MaskStore
 from hf_prune.pruning.selector import Selector
 from tests import models
@@ -218,6 +221,27 @@ def test_each_group_of_a_convolution_has_inputs_of_its_own(settings):
     assert torch.equal(whole.weight == 0, torch.cat([part.weight for part in parts]) == 0)
     assert torch.allclose(whole.weight, torch.cat([part.weight for part in parts]), atol=1e-4)
     assert torch.allclose(whole.bias, torch.cat([part.bias for part in parts]), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.ConvTranspose1d(8, 5, 4, stride=2, padding=1),
+        nn.ConvTranspose1d(8, 6, 3, stride=3, output_padding=1, dilation=2, groups=2),
+        nn.ConvTranspose2d(6, 4, (2, 3), stride=(2, 1), padding=(0, 2)),
+        nn.Conv2d(6, 4, (2, 3), stride=(2, 1), padding=(0, 2), groups=2, dilation=2),
+        nn.Conv1d(8, 4, 5, padding="same", padding_mode="reflect"),
+    ],
+)
+def test_the_inputs_of_a_convolution_times_its_matrix_are_its_outputs(layer):
+    x = torch.randn(2, layer.in_channels, *((7,) * len(layer.kernel_size)), generator=torch.Generator().manual_seed(0))
+    (target,) = resolve_targets(nn.Sequential(layer), PruningConfig(target_modules=".*"))
+    rows = Padding(layer).rows(layer, x, "conv")
+    matrix = target.matrix(layer.weight.detach())
+    parts = [
+        part @ matrix[target.rows(number)].t() for number, part in enumerate(rows if target.slabs > 1 else rows[None])
+    ]
+    assert torch.allclose(torch.cat(parts, 1) + layer.bias, output_rows(layer(x), "conv"), atol=1e-5)
 
 
 def test_groups_that_are_a_single_unit_stay_dense():

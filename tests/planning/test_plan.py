@@ -286,7 +286,7 @@ def test_experts_are_targets_and_routers_are_left_dense_by_choice(recwarn):
     sizes = {name: p.numel() for name, p in model.named_parameters() if p.dim() > 1}
     assert plan.target_parameters == sum(n for name, n in sizes.items() if "experts" in name or "self_attn" in name)
     assert dict(plan.left_dense) == {f"model.layers.{i}.mlp.gate.weight": 4 * 16 for i in (0, 1)}
-    assert "Left dense by choice: 128 weights in 2 first or depthwise convolutions and routers, such as" in str(plan)
+    assert "Left dense by choice: 128 weights in 2 first or depthwise convolutions, routers, and tables" in str(plan)
     assert not plan.uncovered
     assert not recwarn.list
 

@@ -237,6 +237,21 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_transposed_convolution_is_a_matrix_like_any_other(groups):
+    layer = nn.ConvTranspose2d(4, 6, (2, 3), groups=groups)
+    target = resolve_targets(nn.Sequential(layer), PruningConfig(target_modules=".*"))[0]
+    assert (target.slabs, target.matrix_shape, target.inputs) == (groups, (6, 4 // groups * 6), 4 // groups)
+    weight = layer.weight.detach()
+    matrix = target.matrix(weight)
+    for output in range(6):
+        group, place = divmod(output, 6 // groups)
+        inputs = weight.chunk(groups)[group][:, place]  # (inputs, *kernel)
+        assert torch.equal(matrix[output], inputs.movedim(0, -1).flatten())
+    assert torch.equal(target.native(matrix), weight)
+    assert target.native(matrix).is_contiguous()
+
+
 @pytest.mark.parametrize("kind", LAYOUTS)
 def test_the_canonical_matrix(kind):
     weight, shape, inputs = LAYOUTS[kind]
