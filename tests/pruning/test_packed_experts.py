@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainingArguments
 
 from hf_prune.auto import AutoPrunedModelForCausalLM
 from hf_prune.calibration.input_reader import InputReader
@@ -15,6 +15,7 @@ from hf_prune.planning.config import PruningConfig
 from hf_prune.planning.make_plan import make_plan
 from hf_prune.planning.plan import targets_of
 from hf_prune.pruning.mask_store import MaskStore
+from hf_prune.training.trainer import PruningTrainer
 from tests.models import VOCAB, assert_unchanged, snapshot
 from tests.moe_models import FAMILIES, experts_of, packed, tiny_mixture, twin
 
@@ -205,3 +206,39 @@ def test_the_parts_of_a_mixture_can_be_named():
     plan = make_plan(model, PruningConfig(0.5, allocation={"down_proj": 0.25}))
     assert {t.sparsity for t in plan.tensors if t.target.name.endswith("down_proj")} == {0.25}
     assert re.search(r"experts\.down_proj +4x16x24", str(plan))
+
+
+@pytest.mark.parametrize("criterion", ["movement", "magnitude", "taylor"])
+@pytest.mark.parametrize("family", ["mixtral", "llama4"])
+def test_a_training_holds_the_same_zeros_as_with_a_list(family, criterion, tmp_path):
+    examples = [{k: v[i] for k, v in batch.items()} for batch in batches(number=6) for i in (0, 1)]
+    trained = []
+    for model in (tiny_mixture(family), twin(family)):
+        options = {"report_to": [], "save_strategy": "no", "seed": 1, "dataloader_pin_memory": False}
+        arguments = TrainingArguments(str(tmp_path), max_steps=5, per_device_train_batch_size=4, **options)
+        config = PruningConfig(0.5, criterion=criterion, schedule="cubic")
+        PruningTrainer(model=model, args=arguments, train_dataset=examples, pruning_config=config).train()
+        trained.append(model.eval())
+    assert_same(family, *trained, 1e-4)
+    name = packed(trained[0])[0]
+    assert [int((expert == 0).sum()) for expert in trained[0].get_parameter(name)] == [384] * 4
+
+
+def test_a_polish_trains_what_is_left_of_experts():
+    data = batches(number=8)
+    model = prune(tiny_mixture("mixtral"), 0.5, calibration=data, polish={"epochs": 8, "learning_rate": 1e-2})
+    plain = prune(tiny_mixture("mixtral"), 0.5)
+    changed = [name for name in packed(model) if not torch.equal(model.get_parameter(name), plain.get_parameter(name))]
+    assert changed == packed(model)
+    for name in changed:
+        assert torch.equal(model.get_parameter(name) == 0, plain.get_parameter(name) == 0)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # peft reads it
+def test_experts_under_adapters_are_pruned():
+    peft = pytest.importorskip("peft")
+    model = tiny_mixture("mixtral")
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], r=2))
+    prune(adapted, 0.5, criterion="wanda", calibration=batches())
+    names = packed(model)
+    assert all(int((model.get_parameter(name) == 0).sum()) * 2 == model.get_parameter(name).numel() for name in names)
