@@ -79,7 +79,7 @@ def build(model_type: str) -> tuple[Any, dict[str, Any]]:
 
 
 def measure(model_type: str, checks: tuple[str, ...] = CHECKS) -> dict[str, Any]:
-    """What is covered in a model type, and how each check went.
+    """What is covered in a model type, and how each check went; to be called in a process of its own.
 
     Args:
         model_type: A type that ``AutoModel`` knows.
@@ -89,6 +89,7 @@ def measure(model_type: str, checks: tuple[str, ...] = CHECKS) -> dict[str, Any]
         Plain values for JSON. Each check is ``"passed"``, ``"refused: …"`` in the library's own words, with the model
         unchanged, or ``"failed: …"``.
     """
+    warnings.simplefilter("ignore")
     try:
         model, inputs = build(model_type)
     except Exception as error:  # whatever transformers raises for a config
@@ -143,9 +144,7 @@ def _checked(name: str, model: Any, inputs: Mapping[str, Any]) -> str:
     work = hf_prune.prunable(copy.deepcopy(model))
     before = {key: value.clone() for key, value in work.state_dict().items()}
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            detail = _RUNS[name](work, inputs)
+        detail = _RUNS[name](work, inputs)
     except HfPruneError as error:
         unchanged = same_tensors(before, work.state_dict()) is None
         text = one_line(error)

@@ -31,6 +31,9 @@ def small_model(model_class: type[nn.Module], config: Any, seed: int = 0) -> Any
         model = model_class(small_config(config)).float()
         for name, parameter in model.named_parameters():
             randomize(name, parameter)
+        for module in model.modules():
+            if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+                module.weight.data[module.padding_idx] = 0  # as some classes set it whenever they load
     return model.eval()
 
 

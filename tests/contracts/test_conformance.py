@@ -1,0 +1,86 @@
+"""A sample of the conformance run: types of every family, each in a process forked from one that has imported all."""
+
+import pytest
+
+from benchmarks import conformance
+from benchmarks.conformance_table import count, share, write_tables
+
+# Encoders, decoders, both; experts packed and in lists; state spaces, delta-nets; vision, sound, towers; convolutions.
+SAMPLE = (
+    "bert",
+    "distilbert",
+    "modernbert",
+    "deberta-v2",
+    "mpnet",
+    "gpt2",
+    "opt",
+    "llama",
+    "gemma3_text",
+    "qwen3",
+    "phi3",
+    "falcon",
+    "t5",
+    "bart",
+    "mixtral",
+    "qwen3_moe",
+    "gpt_oss",
+    "deepseek_v3",
+    "granitemoe",
+    "mamba2",
+    "qwen3_next",
+    "vit",
+    "dinov2",
+    "swin",
+    "clip",
+    "llava",
+    "qwen2_vl",
+    "whisper",
+    "wav2vec2",
+    "resnet",
+)
+STRUCTURED = ("bert", "distilbert", "gpt2", "opt", "llama", "qwen3", "t5", "vit", "whisper")
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("model_type", SAMPLE)
+def test_a_type_is_pruned_saved_loaded_and_trained(model_type):
+    (result,) = conformance.run([model_type], jobs=1, seconds=200, gigabytes=8, warm_up=())
+    assert result["built"], result
+    checks = result["checks"]
+    assert {name: checks[name] for name in ("dense", "compressed", "2:4", "training")} == dict.fromkeys(
+        ("dense", "compressed", "2:4", "training"), "passed"
+    )
+    assert not [text for text in checks.values() if text.startswith("failed")]
+    assert share(result) >= 0.95 or model_type == "wav2vec2"  # whose positions are a convolution with a normed weight
+    if model_type in STRUCTURED:
+        assert [checks[kind] for kind in ("head", "neuron", "layer")] == ["passed"] * 3
+    if model_type in ("mixtral", "qwen3_moe", "gpt_oss"):
+        assert checks["expert"] == "passed"
+
+
+def test_a_type_that_runs_too_long_is_reported(tmp_path):
+    (result,) = conformance.run(["bert"], jobs=1, seconds=0, gigabytes=8, warm_up=())
+    assert (result["built"], result["type"]) == (False, "bert")
+    assert "more than 0 s" in result["reason"]
+
+
+def test_tables(tmp_path):
+    result = {
+        "type": "a", "built": True, "class": "A", "parameters": 200, "matrices": 110, "covered": 80,
+        "dense_by_choice": 10, "uncovered": 20, "largest_uncovered": "x.weight", "checks": dict.fromkeys(conformance_checks(), "passed"),
+    }  # fmt: skip
+    result["checks"] |= {"head": "refused: no heads", "compressed": "failed: one tensor differs"}
+    none = {"type": "b", "built": False, "reason": "needs timm"}
+    assert count([result, none])["default targets prune at least 95 % of the weights"] == 0
+    assert count([result, none])["heads, neurons, layers or experts can be removed"] == 1
+    write_tables([none, result], tmp_path)
+    text = (tmp_path / "architectures.md").read_text()
+    assert "| `a` | 80 % | in part | yes | – | yes | yes | yes |" in text
+    assert "* `a`, compressed: failed: one tensor differs" in text
+    assert "* `b`: needs timm" in text
+
+
+def conformance_checks():
+    from benchmarks.conformance_checks import CHECKS
+
+    return CHECKS
