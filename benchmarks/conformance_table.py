@@ -18,8 +18,8 @@ _MARKS = {"passed": "yes", "refused": "–", "failed": "**no**"}
 _INTRO = """# Architectures
 
 Every model type that `AutoModel` of transformers {version} maps, built small from its config class (a few layers with
-each kind of block, widths of 64 to 192), and what hf_prune does with it. Search this page for a `model_type`, the one in
-a model's `config.json`. Written by `python -m benchmarks.conformance`; the numbers behind it are in
+each kind of block, widths of 64 to 192), and what hf_prune does with it. Search this page for a `model_type`, the one
+in a model's `config.json`. Written by `python -m benchmarks.conformance`; the numbers behind it are in
 [architectures.json](architectures.json).
 
 | | types |

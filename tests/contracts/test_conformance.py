@@ -3,6 +3,7 @@
 import pytest
 
 from benchmarks import conformance
+from benchmarks.conformance_checks import CHECKS
 from benchmarks.conformance_table import count, share, write_tables
 
 # Encoders, decoders, both; experts packed and in lists; state spaces, delta-nets; vision, sound, towers; convolutions.
@@ -67,7 +68,8 @@ def test_a_type_that_runs_too_long_is_reported(tmp_path):
 def test_tables(tmp_path):
     result = {
         "type": "a", "built": True, "class": "A", "parameters": 200, "matrices": 110, "covered": 80,
-        "dense_by_choice": 10, "uncovered": 20, "largest_uncovered": "x.weight", "checks": dict.fromkeys(conformance_checks(), "passed"),
+        "dense_by_choice": 10, "uncovered": 20, "largest_uncovered": "x.weight", 
+        "checks": dict.fromkeys(CHECKS, "passed"),
     }  # fmt: skip
     result["checks"] |= {"head": "refused: no heads", "compressed": "failed: one tensor differs"}
     none = {"type": "b", "built": False, "reason": "needs timm"}
@@ -78,9 +80,3 @@ def test_tables(tmp_path):
     assert "| `a` | 80 % | in part | yes | – | yes | yes | yes |" in text
     assert "* `a`, compressed: failed: one tensor differs" in text
     assert "* `b`: needs timm" in text
-
-
-def conformance_checks():
-    from benchmarks.conformance_checks import CHECKS
-
-    return CHECKS
