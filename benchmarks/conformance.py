@@ -18,11 +18,12 @@ import resource
 import signal
 import time
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 Result = dict[str, Any]
+CHECKS = ("dense", "compressed", "2:4", "training", "head", "neuron", "layer", "expert")
 WARM_UP = ("bert", "llama", "mixtral", "vit", "resnet", "whisper", "llava")
 
 
@@ -30,6 +31,7 @@ def main() -> None:
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("conformance"), help="folder of results.jsonl")
     parser.add_argument("--only", nargs="+", help="model types")
+    parser.add_argument("--checks", nargs="+", choices=CHECKS, default=CHECKS, help="checks, in this order")
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
     parser.add_argument("--seconds", type=int, default=60, help="most time for a type")
     parser.add_argument("--gigabytes", type=int, default=8, help="most memory for a type")
@@ -40,11 +42,14 @@ def main() -> None:
     if args.docs is None:
         from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
-        types = [t for t in args.only or MODEL_MAPPING_NAMES if args.again or t not in results]
+        types = {
+            model_type: tuple(c for c in args.checks if args.again or c not in _measured(results.get(model_type)))
+            for model_type in args.only or MODEL_MAPPING_NAMES
+        }
+        types = {model_type: checks for model_type, checks in types.items() if checks}
         args.out.mkdir(parents=True, exist_ok=True)
         with (args.out / "results.jsonl").open("a") as file:
             for number, result in enumerate(run(types, args.jobs, args.seconds, args.gigabytes), 1):
-                results[result["type"]] = result
                 file.write(json.dumps(result) + "\n")
                 file.flush()
                 print(f"{number}/{len(types)} {result['type']}: {summary(result)}", flush=True)
@@ -55,10 +60,18 @@ def main() -> None:
 
 
 def read_results(folder: Path) -> dict[str, Result]:
-    """The last result of each type in a folder."""
+    """The results of each type in a folder: the last of each check."""
     path = folder / "results.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    return {result["type"]: result for result in map(json.loads, lines)}
+    results: dict[str, Result] = {}
+    for result in map(json.loads, path.read_text().splitlines() if path.exists() else []):
+        earlier = results.get(result["type"], {})
+        results[result["type"]] = {**result, "checks": {**earlier.get("checks", {}), **result.get("checks", {})}}
+    return results
+
+
+def _measured(result: Result | None) -> Container[str]:
+    """The checks that need no measuring: those that were made, and all of a type that cannot be built."""
+    return () if result is None else result["checks"] if result["built"] else CHECKS
 
 
 def summary(result: Result) -> str:
@@ -71,12 +84,12 @@ def summary(result: Result) -> str:
 
 
 def run(
-    types: Sequence[str], jobs: int, seconds: int, gigabytes: int, warm_up: Sequence[str] = WARM_UP
+    types: Mapping[str, Sequence[str]], jobs: int, seconds: int, gigabytes: int, warm_up: Sequence[str] = WARM_UP
 ) -> Iterator[Result]:
     """Measure types, each in a process forked from this one.
 
     Args:
-        types: Model types.
+        types: Checks by model type.
         jobs: Processes at a time.
         seconds: Most time for a type.
         gigabytes: Most memory for a type.
@@ -91,7 +104,8 @@ def run(
     while waiting or running:
         while waiting and len(running) < jobs:
             receiver, sender = context.Pipe(duplex=False)
-            process = context.Process(target=_child, args=(waiting[0], sender, seconds, gigabytes))
+            checks = types[waiting[0]]
+            process = context.Process(target=_child, args=(waiting[0], checks, sender, seconds, gigabytes))
             process.start()
             sender.close()
             running[process] = (waiting.pop(0), receiver, time.monotonic())
@@ -120,7 +134,7 @@ def _preload(warm_up: Sequence[str]) -> None:
         conformance_checks.measure(model_type)
 
 
-def _child(model_type: str, sender: Any, seconds: int, gigabytes: int) -> None:
+def _child(model_type: str, checks: Sequence[str], sender: Any, seconds: int, gigabytes: int) -> None:
     from benchmarks.conformance_checks import measure
 
     signal.setitimer(signal.ITIMER_REAL, max(seconds, 0.001))
@@ -128,7 +142,7 @@ def _child(model_type: str, sender: Any, seconds: int, gigabytes: int) -> None:
     devnull = os.open(os.devnull, os.O_WRONLY)
     os.dup2(devnull, 1)
     os.dup2(devnull, 2)
-    sender.send(measure(model_type))
+    sender.send(measure(model_type, checks))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import transformers
 from torch import Tensor, nn
 
 import hf_prune
+from benchmarks.conformance import CHECKS
 from hf_prune.architectures.small_models import example_inputs, small_model
 from hf_prune.errors import HfPruneError
 from hf_prune.planning.coverage import left_dense, passed_over
@@ -21,7 +22,6 @@ from hf_prune.planning.prunable import output_embeddings
 from hf_prune.planning.targets import resolve_targets
 
 UNITS = ("head", "neuron", "layer", "expert")
-CHECKS = ("dense", "compressed", "2:4", "training", *UNITS)
 _CLOSE = 1e-4  # of outputs, in units of their largest value
 
 # Settings without which the default config of a type builds no model, or none that runs; its checkpoints have them.
@@ -78,12 +78,12 @@ def build(model_type: str) -> tuple[Any, dict[str, Any]]:
     return model, example_inputs(model)
 
 
-def measure(model_type: str, checks: tuple[str, ...] = CHECKS) -> dict[str, Any]:
+def measure(model_type: str, checks: Sequence[str] = CHECKS) -> dict[str, Any]:
     """What is covered in a model type, and how each check went; to be called in a process of its own.
 
     Args:
         model_type: A type that ``AutoModel`` knows.
-        checks: Some of ``CHECKS``.
+        checks: Some of ``conformance.CHECKS``.
 
     Returns:
         Plain values for JSON. Each check is ``"passed"``, ``"refused: …"`` in the library's own words, with the model

@@ -32,7 +32,8 @@ in a model's `config.json`. Written by `python -m benchmarks.conformance`; the n
   after 2:4.
 * **training**: two steps of AdamW, after which every removed weight is zero and others have moved.
 * **heads, neurons, layers, experts**: a part of them removed; the masked, the shrunk and the reloaded model give the
-  same outputs. "–" is a refusal in one sentence, with the model unchanged.
+  same outputs. "–" is a refusal in one sentence, with the model unchanged;
+  an empty cell was not measured.
 """
 
 
@@ -70,9 +71,14 @@ def count(results: Sequence[Result]) -> dict[str, int]:
     whole["2:4, compressed, reloads bit for bit"] = passed["2:4"]
     whole["training keeps the zeros"] = passed["training"]
     whole["heads, neurons, layers or experts can be removed"] = sum(
-        any(r["checks"][kind] == "passed" for kind in UNITS) for r in built
+        any(r["checks"].get(kind) == "passed" for kind in UNITS) for r in built
     )
-    return whole | {f"{kind}s can be removed": passed[kind] for kind in UNITS}
+    for kind in UNITS:
+        measured = sum(kind in r["checks"] for r in built)
+        whole[f"{kind}s can be removed" + ("" if measured == len(built) else f" (of {measured} measured)")] = passed[
+            kind
+        ]
+    return whole
 
 
 def share(result: Result) -> float:
@@ -83,13 +89,13 @@ def share(result: Result) -> float:
 
 def _row(result: Result) -> str:
     checks = result["checks"]
-    saved = {_mark(checks[name]) for name in _ROUND_TRIPS}
+    saved = {_mark(checks.get(name)) for name in _ROUND_TRIPS}
     cells = [f"`{result['type']}`", f"{100 * share(result):.0f} %", saved.pop() if len(saved) == 1 else "in part"]
-    return "| " + " | ".join([*cells, *(_mark(checks[name]) for name in ("training", *UNITS))]) + " |"
+    return "| " + " | ".join([*cells, *(_mark(checks.get(name)) for name in ("training", *UNITS))]) + " |"
 
 
-def _mark(text: str) -> str:
-    return _MARKS[text.split(":")[0]]
+def _mark(text: str | None) -> str:
+    return "" if text is None else _MARKS[text.split(":")[0]]
 
 
 def _uncovered(built: Sequence[Result]) -> list[str]:

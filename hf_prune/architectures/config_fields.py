@@ -37,6 +37,7 @@ NO_WIDTH = re.compile(
 )
 VOCAB = re.compile(r"(\w+_)?(vocab_size|vocabulary_size|vocab_sizes|group_vocab)(_\w+)?|\w*vocab_offset|ngram_vocab\w*")
 TOKEN = re.compile(r"(\w+_)?(id|ids|index|token|idx)")
+TABLE = re.compile(r"max_length")
 POSITION = re.compile(
     r"\w*max_\w*position\w*|n_positions|\w*max_seq_len|\w*max_sequence_length|n_ctx|block_size|seq_length|position_embedding_size|max_length|pos_emb_(height|width)|\w*num_position_embeddings"
 )

@@ -235,6 +235,7 @@ class Scale:
 
 _RULES: tuple[tuple[Any, Callable[[Scale, str, int], int]], ...] = (
     (fields.VOCAB, lambda scale, name, value: min(value, _VOCABULARY)),
+    (fields.TABLE, lambda scale, name, value: min(value, 64)),
     (fields.POSITION, lambda scale, name, value: min(value, _POSITIONS)),
     (fields.FIRST_DENSE, lambda scale, name, value: 1),
     (fields.FIXED, lambda scale, name, value: value),
