@@ -45,15 +45,15 @@ class PruningConfig:
 
     Args:
         sparsity: Share of the target weights to remove, 0 to 1. None means 0.5, or what an N:M granularity fixes (0.5
-            for 2:4). For heads, neurons and layers: the share of the parameters of all units that may be removed.
+            for 2:4). For heads, neurons, experts and layers: the share of the parameters of all units that may go.
         criterion: Name of the score, larger = keep; ``hf-prune list`` shows all names, with a list of their own for
-            heads, neurons and layers.
+            heads, neurons, experts and layers.
         granularity: What is removed together: ``"unstructured"``, ``"N:M"`` (at most N non-zeros in
             every M consecutive inputs), ``"block:RxC"`` (R outputs by C inputs), ``"row"`` or ``"column"`` (whole
             outputs or inputs) or ``"channel"`` (output channels of convolutions, also in the norm and the depthwise
             convolution that follow); or one or several of ``"head"`` (with grouped queries, the whole group),
-            ``"neuron"`` (of feed-forward networks) and ``"layer"``, such as ``("head", "neuron")``, which ``shrink()``
-            removes from the model.
+            ``"neuron"`` (of feed-forward networks and packed experts), ``"expert"`` (with its rows of the router) and
+            ``"layer"``, such as ``("head", "neuron")``, which ``shrink()`` removes from the model.
         scope: Who competes with whom: the weights of one output (``"row"``), of one tensor
             (``"layer"``) or of all targets (``"global"``). An N:M granularity brings its own pools. Heads and neurons
             compete across the whole model (``"global"``), or every layer loses the same share (``"layer"``). None means

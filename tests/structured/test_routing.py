@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,8 +12,10 @@ from torch import Tensor, nn
 
 from hf_prune import CalibrationError, ConfigError, MaskStore, PruningConfig, prune, shrink
 from hf_prune.architectures.kinds.registry import kind_named
+from hf_prune.cli.main import main
 from hf_prune.structured import routing
 from hf_prune.structured.routing import observe_routing
+from tests.models import tiny_tokenizer
 from tests.moe_families import MODELS, tiny_moe
 
 
@@ -131,3 +135,29 @@ def test_reap_needs_texts_and_ranks_experts_only() -> None:
         PruningConfig(granularity="head", criterion="reap")
     with pytest.raises(ConfigError, match=r"'frequency' cannot rank neurons"):
         PruningConfig(granularity=("expert", "neuron"), criterion="frequency")
+
+
+@pytest.mark.filterwarnings("ignore:Token indices sequence length")
+def test_the_command_line_removes_experts_with_texts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, _ = tiny_moe("qwen3_moe")
+    tokenizer = tiny_tokenizer()
+    model.resize_token_embeddings(len(tokenizer))
+    model.save_pretrained(tmp_path / "dense")
+    tokenizer.save_pretrained(tmp_path / "dense")
+    words = [f"w{number}" for number in range(40)]
+    (tmp_path / "texts.txt").write_text("\n".join(" ".join(words) for _ in range(60)))
+    options = ["--granularity", "expert", "--criterion", "reap", "--sparsity", "0.5", "--window", "16"]
+    data = ["--data", str(tmp_path / "texts.txt"), "--calibration-samples", "4"]
+    with pytest.raises(SystemExit) as done:
+        main(["prune", str(tmp_path / "dense"), *options, *data, "--out", str(tmp_path / "pruned")])
+    output, errors = capsys.readouterr()
+    assert done.value.code == 0, errors
+    assert re.search(r"layers\.1\.mlp\.experts +experts +8 +4", output)
+    assert "It loads with plain transformers, without hf_prune." in output
+    loaded = type(model).from_pretrained(tmp_path / "pruned")
+    assert {group.units for group in kind_named("expert").groups(loaded)} == {4}
+    with pytest.raises(SystemExit, match="0"):
+        main(["list"])
+    listed = capsys.readouterr().out
+    assert re.search(r"reap +texts +router-weighted norm", listed)
+    assert re.search(r"expert +layer, global +experts of a mixture", listed)
