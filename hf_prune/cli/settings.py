@@ -42,6 +42,13 @@ SELECTION: Table = {
         _Text, typer.Option(help="all-linear, module names separated by commas, or re:REGEX for whole module names.")
     ],
     "exclude_modules": Annotated[_Text, typer.Option(help="Modules to leave alone, in the same form.")],
+    "only": Annotated[
+        _Text,
+        typer.Option(
+            help="The part of a composite model to prune, such as language_model or vision_tower; several are "
+            "separated by commas. [default: all of it]"
+        ),
+    ],
     "repair": Annotated[_Text, typer.Option(help=f"{', '.join(REPAIRS)}: recompute the weights that stay.")],
 }
 #: How a model that is not trained is pruned: prune and sweep take these.
@@ -175,5 +182,6 @@ _READERS: Mapping[str, Callable[[str], Any]] = {
     "allocation": _read_allocation,
     "target_modules": _read_modules,
     "exclude_modules": _read_modules,
+    "only": split_names,
     "workload": _read_workload,
 }

@@ -208,6 +208,22 @@ def _check_pattern(name: str, pattern: str) -> None:
         raise ConfigError(f"{name}={pattern!r} is not a regular expression: {error}") from error
 
 
+def check_parts(only: object) -> tuple[str, ...] | None:
+    """Check the names of the parts of a model that are pruned.
+
+    Raises:
+        ConfigError: If it is neither a name nor a list of names.
+    """
+    if only is None:
+        return None
+    names = tuple(only) if isinstance(only, Iterable) and not isinstance(only, str) else (only,)
+    if not names or not all(isinstance(name, str) and name.strip(".") == name != "" for name in names):
+        raise ConfigError(
+            f"only is {only!r}: expected the name of a part of the model, such as 'language_model', or a list of names"
+        )
+    return names
+
+
 def check_modules(name: str, modules: object) -> str | tuple[str, ...]:
     """Check names of modules, or a pattern that matches them.
 

@@ -16,6 +16,7 @@ from hf_prune.planning.checks import (
     check_allocation,
     check_budget,
     check_modules,
+    check_parts,
     check_polish,
     check_positive,
     check_sparsity,
@@ -69,6 +70,9 @@ class PruningConfig:
             convolution, or convolution of at most 4 channels, which reads pixels or samples), a list of suffixes of
             names of modules or packed parameters, or a regular expression for whole names.
         exclude_modules: Modules that are not pruned, named in the same way.
+        only: The part of a composite model that is pruned, or several, such as ``"language_model"`` or
+            ``("vision_tower", "text_model")``: names of modules, whole or without their beginnings. Everything outside
+            of them stays. None means all of the model.
         seed: Seed of everything that is random.
         calibration_order: For a criterion or a repair that learns from the inputs of a weight: ``"sequential"`` prunes
             layer by layer, so that each layer sees the outputs of the pruned layers before it; ``"one_pass"`` runs the
@@ -116,6 +120,7 @@ class PruningConfig:
     allocation: str | Mapping[str, float] = "uniform"
     target_modules: str | tuple[str, ...] = "all-linear"
     exclude_modules: str | tuple[str, ...] = ()
+    only: str | tuple[str, ...] | None = None
     seed: int = 0
     calibration_order: str = "sequential"
     repair: str | None = None
@@ -181,6 +186,7 @@ class PruningConfig:
     def _check_modules(self) -> None:
         self._set("target_modules", check_modules("target_modules", self.target_modules))
         self._set("exclude_modules", check_modules("exclude_modules", self.exclude_modules))
+        self._set("only", check_parts(self.only))
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
             raise ConfigError(f"seed is {self.seed!r}: expected an integer of at least 0")
         if not self.target_modules:
@@ -360,6 +366,8 @@ class PruningConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON, with the version of the format."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        if self.only is None:  # earlier versions do not know it
+            del values["only"]
         for name, value in values.items():
             if isinstance(value, tuple):
                 values[name] = list(value)

@@ -9,6 +9,7 @@ from torch import nn
 
 from hf_prune.kernels.matrix import Target
 from hf_prune.planning.config import PruningConfig
+from hf_prune.planning.parts import is_chosen
 from hf_prune.planning.prunable import (
     Convolution,
     output_embeddings,
@@ -67,7 +68,7 @@ def passed_over(model: nn.Module, config: PruningConfig, targets: Collection[Tar
 
     Args:
         model: Any torch module.
-        config: Its ``target_modules`` and ``exclude_modules``.
+        config: Its ``target_modules``, ``exclude_modules`` and ``only``.
         targets: The targets that the config leads to.
     """
     heads = output_embeddings(model) if config.target_modules == ALL_LINEAR else set()
@@ -89,10 +90,13 @@ def passed_over(model: nn.Module, config: PruningConfig, targets: Collection[Tar
         return pattern != ALL_LINEAR and any(module_matches(name, pattern) for name in names)
 
     included, excluded = quick_pattern(config.target_modules), quick_pattern(config.exclude_modules)
+    in_part = is_chosen(model, config)
     names_meant = [
         name
         for name in sizes
-        if (included == ALL_LINEAR or means(included, owner[name])) and not (excluded and means(excluded, owner[name]))
+        if (included == ALL_LINEAR or means(included, owner[name]))
+        and not (excluded and means(excluded, owner[name]))
+        and any(map(in_part, owner[name]))
     ]
     return {name: sizes[name] for name in sorted(names_meant, key=lambda name: -sizes[name])}
 

@@ -22,6 +22,7 @@ from hf_prune.errors import PlanError
 from hf_prune.granularities.registry import parse_granularity
 from hf_prune.kernels.matrix import Target
 from hf_prune.planning.config import PruningConfig
+from hf_prune.planning.parts import in_parts, is_chosen
 from hf_prune.planning.prunable import PrunableWeight, output_embeddings, prunable_weights, stays_dense
 from hf_prune.utils.number_formats import refuse_quantized
 from hf_prune.utils.registry import unknown_name
@@ -43,7 +44,7 @@ def resolve_targets(
 
     Args:
         model: Any torch module.
-        config: Its ``target_modules`` and ``exclude_modules``.
+        config: Its ``target_modules``, ``exclude_modules`` and ``only``.
         loaded: Whether the weights must be loaded. False for a model on the meta device, whose weights come later.
         only: Whole names of modules to choose from; None for all that the config names.
 
@@ -68,6 +69,7 @@ def resolve_targets(
         aliases.setdefault(id(module), []).extend({name, unadapted_name(name)} if adapted else {name})
 
     included, excluded = quick_pattern(config.target_modules), quick_pattern(config.exclude_modules)
+    in_part = is_chosen(model, config)
 
     def means(pattern: str | Collection[str], weight: PrunableWeight) -> bool:
         if pattern == ALL_LINEAR:
@@ -79,7 +81,7 @@ def resolve_targets(
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     targets: dict[int, Target] = {}
     for weight in prunable:
-        if means(excluded, weight) or not means(included, weight):
+        if means(excluded, weight) or not means(included, weight) or not any(map(in_part, aliases[id(weight.module)])):
             continue
         if only is not None and not any(name in only for name in aliases[id(weight.module)]):
             continue
@@ -93,7 +95,7 @@ def resolve_targets(
         copied = ", ".join(dict.fromkeys(copied_modules(model).values()))
         raise PlanError(
             f"no target matched target_modules={config.target_modules!r} with exclude_modules="
-            f"{config.exclude_modules!r}: {type(model).__name__} has {_available(prunable)}"
+            f"{config.exclude_modules!r}{in_parts(config)}: {type(model).__name__} has {_available(prunable)}"
             f"{f', and modules_to_save trains copies of {copied}' if copied else ''}"
         )
     return list(targets.values())

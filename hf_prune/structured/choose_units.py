@@ -23,6 +23,7 @@ from hf_prune.errors import PlanError
 from hf_prune.inference.speedup import measured_speedup, workload_inputs
 from hf_prune.planning.config import PruningConfig
 from hf_prune.planning.make_plan import refuse_infinite
+from hf_prune.planning.parts import is_chosen
 from hf_prune.planning.targets import module_matches, quick_pattern
 from hf_prune.pruning.records import SpeedRecord
 from hf_prune.structured.budget import Choice, Costs, allowed_sizes, solve_budget, uniform_sizes
@@ -139,10 +140,10 @@ def _synchronized(choice: Choice, layers: Sequence[str]) -> Choice:
 
 def _candidates(model: nn.Module, config: PruningConfig) -> tuple[list[UnitGroup], dict[str, tuple[str, ...]]]:
     """What may be removed: units of groups, and whole layers, each with the names of the groups in it."""
-    excluded = quick_pattern(config.exclude_modules)
+    excluded, in_part = quick_pattern(config.exclude_modules), is_chosen(model, config)
 
     def is_excluded(name: str) -> bool:
-        return bool(excluded) and module_matches(name, excluded)
+        return (bool(excluded) and module_matches(name, excluded)) or not in_part(name)
 
     groups = unit_groups_of(model, config)
     in_one_layer: dict[str, list[str]] = {}
@@ -161,6 +162,8 @@ def _candidates(model: nn.Module, config: PruningConfig) -> tuple[list[UnitGroup
 
 def _why_none(model: nn.Module, config: PruningConfig) -> str:
     """Why nothing of a model may be removed."""
+    if config.only is not None:
+        return f"check only ({config.only!r})"
     if config.exclude_modules:
         return f"check exclude_modules ({config.exclude_modules!r})"
     reasons = [reason for kind in config.granularity for reason in kind_named(kind).obstacles(model)]

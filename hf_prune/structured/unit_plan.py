@@ -13,6 +13,7 @@ from hf_prune.architectures.kinds.registry import kind_named
 from hf_prune.architectures.unit_groups import UnitGroup, overlapping_kinds, weight_names
 from hf_prune.errors import ConfigError
 from hf_prune.planning.config import PruningConfig
+from hf_prune.planning.parts import is_chosen
 from hf_prune.planning.targets import module_matches, quick_pattern
 from hf_prune.pruning.records import SpeedRecord
 from hf_prune.structured.budget import Choice, Costs
@@ -133,18 +134,19 @@ def unit_groups_of(model: nn.Module, config: PruningConfig) -> list[UnitGroup]:
 
     Args:
         model: A transformers model of an architecture in the table.
-        config: Its ``granularity`` and ``exclude_modules``.
+        config: Its ``granularity``, ``exclude_modules`` and ``only``.
 
     Raises:
         ArchitectureError: If the architecture is not registered, or its modules are not where the table says.
         ConfigError: If two kinds of the granularity hold the same slices.
     """
-    excluded = quick_pattern(config.exclude_modules)
+    excluded, in_part = quick_pattern(config.exclude_modules), is_chosen(model, config)
 
     def is_excluded(group: UnitGroup) -> bool:
         names = {piece.name.rpartition(".")[0] for piece in group.slices}
         names |= {f"{name}.{number}" for name, number in group.layers}
-        return bool(excluded) and any(module_matches(name, excluded) for name in names)
+        named = bool(excluded) and any(module_matches(name, excluded) for name in names)
+        return named or not all(map(in_part, names))
 
     groups = find_unit_groups(model)  # of all kinds: an error of any of them would come from shrink() as well
     for kind in map(kind_named, config.granularity):

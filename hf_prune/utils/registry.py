@@ -68,6 +68,7 @@ _NAMES_ELSEWHERE: dict[str, dict[str, str]] = {
         **dict.fromkeys(("n", "m"), "'granularity', such as '2:4'"),
         **dict.fromkeys(("targets", "modules", "layers", "include", "module_names", "parameters"), "'target_modules'"),
         **dict.fromkeys(("ignore", "exclude", "ignored_layers", "excluded_modules", "skip"), "'exclude_modules'"),
+        **dict.fromkeys(("tower", "towers", "part", "parts", "submodule", "submodel"), "'only'"),
         **dict.fromkeys(("global_pruning", "pruning_scope"), "'scope'"),
         **dict.fromkeys(("iterations", "num_steps", "iterative_steps", "pruning_steps"), "'steps'"),
         **dict.fromkeys(("random_state", "random_seed"), "'seed'"),
