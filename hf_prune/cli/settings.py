@@ -42,6 +42,7 @@ SELECTION: Table = {
         _Text, typer.Option(help="all-linear, module names separated by commas, or re:REGEX for whole module names.")
     ],
     "exclude_modules": Annotated[_Text, typer.Option(help="Modules to leave alone, in the same form.")],
+    "repair": Annotated[_Text, typer.Option(help=f"{', '.join(REPAIRS)}: recompute the weights that stay.")],
     "only": Annotated[
         _Text,
         typer.Option(
@@ -49,7 +50,6 @@ SELECTION: Table = {
             "separated by commas. [default: all of it]"
         ),
     ],
-    "repair": Annotated[_Text, typer.Option(help=f"{', '.join(REPAIRS)}: recompute the weights that stay.")],
 }
 #: How a model that is not trained is pruned: prune and sweep take these.
 METHOD: Table = {

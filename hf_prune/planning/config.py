@@ -70,9 +70,6 @@ class PruningConfig:
             convolution, or convolution of at most 4 channels, which reads pixels or samples), a list of suffixes of
             names of modules or packed parameters, or a regular expression for whole names.
         exclude_modules: Modules that are not pruned, named in the same way.
-        only: The part of a composite model that is pruned, or several, such as ``"language_model"`` or
-            ``("vision_tower", "text_model")``: names of modules, whole or without their beginnings. Everything outside
-            of them stays. None means all of the model.
         seed: Seed of everything that is random.
         calibration_order: For a criterion or a repair that learns from the inputs of a weight: ``"sequential"`` prunes
             layer by layer, so that each layer sees the outputs of the pruned layers before it; ``"one_pass"`` runs the
@@ -100,6 +97,9 @@ class PruningConfig:
         round_to: The remaining numbers of heads and neurons are multiples of this, which some kernels need to be fast.
         schedule: For a :class:`PruningTrainer`: at which steps it prunes, and how much; a :class:`Schedule`, its name,
             or a mapping of its settings. None prunes everything at once.
+        only: The part of a composite model that is pruned, or several, such as ``"language_model"`` or
+            ``("vision_tower", "text_model")``: names of modules, whole or without their beginnings. Everything outside
+            of them stays. None means all of the model.
 
     Raises:
         ConfigError: If a value is unknown, out of range, or contradicts another one.
@@ -120,7 +120,6 @@ class PruningConfig:
     allocation: str | Mapping[str, float] = "uniform"
     target_modules: str | tuple[str, ...] = "all-linear"
     exclude_modules: str | tuple[str, ...] = ()
-    only: str | tuple[str, ...] | None = None
     seed: int = 0
     calibration_order: str = "sequential"
     repair: str | None = None
@@ -133,6 +132,7 @@ class PruningConfig:
     workload: Mapping[str, int] | None = None
     round_to: int = 1
     schedule: Schedule | Mapping[str, Any] | str | None = None
+    only: str | tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.schedule is not None:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from transformers.cache_utils import Cache
 
 from hf_prune.architectures.discovery.blocks import Blocks, first_hidden
 from hf_prune.architectures.discovery.sample import FAILURES, Sample
@@ -128,6 +129,8 @@ def _own_inputs(call: Call, shorten: bool) -> Call:
     def own(value: Any) -> Any:
         if isinstance(value, tuple | list):
             return type(value)(map(own, value))
+        if isinstance(value, Cache):  # it holds the tokens of the call that was watched
+            return None
         if not isinstance(value, Tensor):
             return value
         if value is hidden or value.dim() == 3:
