@@ -10,12 +10,13 @@ from typing import Any, Literal, TypeVar, cast, overload
 from torch import Tensor, nn
 
 from hf_prune.architectures.kinds.channel import find_channel_groups, propagate_channel_masks
+from hf_prune.architectures.switched_off import layers_without_units
 from hf_prune.calibration.batches import Batches, needed_batches, require_batches
 from hf_prune.calibration.dense_outputs import DenseOutputs
 from hf_prune.calibration.input_reader import CACHE_BYTES
 from hf_prune.calibration.sentences import readable_batches
 from hf_prune.criteria.base import CURVATURE, INPUTS
-from hf_prune.errors import ConfigError
+from hf_prune.errors import ConfigError, PlanError
 from hf_prune.planning.config import PruningConfig
 from hf_prune.planning.make_plan import make_plan, warn_of
 from hf_prune.planning.plan import PruningPlan, targets_of
@@ -181,6 +182,11 @@ def _plan_weights(
 ) -> CalibrationRun[PruningPlan]:
     """Plan which weights are removed; see :func:`plan_units` for heads, neurons and layers."""
     masks = checked_masks(model)
+    if config.needs_data and (without := layers_without_units(model)):
+        raise PlanError(
+            f"experts are switched off in {', '.join(without)}, so calibration cannot tell by their numbers which of "
+            f"them a token is sent to: call shrink() first, which removes them"
+        )
     plan = make_plan(model, config, masks=masks)
     if not dry_run:
         warn_of(plan.notes)

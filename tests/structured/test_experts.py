@@ -258,3 +258,16 @@ def test_a_model_without_experts_has_none() -> None:
     model = torch.nn.Linear(4, 4)
     with pytest.raises(ArchitectureError, match=re.escape("no entry for")):
         prune(model, 0.5, granularity="expert")
+
+
+def test_weights_are_calibrated_after_shrinking() -> None:
+    model, inputs = tiny_moe("mixtral")
+    prune(model, 0.5, granularity="expert")
+    before = logits(model, inputs)
+    with pytest.raises(PlanError, match=r"experts are switched off in model\.layers\.0, .* call shrink\(\) first"):
+        prune(model, 0.5, criterion="wanda", calibration=[inputs()])
+    assert torch.equal(logits(model, inputs), before)
+    prune(model, 0.5)  # magnitude needs no tokens
+    texts = [{"input_ids": (inputs()["input_ids"] * (i + 1)) % 60 + 3} for i in range(20)]
+    shrunk = prune(shrink(model), 0.6, criterion="wanda", calibration=texts)
+    assert (shrunk.model.layers[0].mlp.experts.down_proj == 0).float().mean() > 0.5
