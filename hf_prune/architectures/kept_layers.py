@@ -11,7 +11,7 @@ from hf_prune.architectures import config_fields as fields
 def numbers_layers(name: str, value: Sequence[Any], layers: int) -> bool:
     """Whether a list holds the numbers of some layers, in order."""
     whole = all(isinstance(item, int) and not isinstance(item, bool) for item in value)
-    ordered = whole and list(value) == sorted(set(value)) and 0 <= value[0] and value[-1] < layers
+    ordered = whole and len(value) > 0 and list(value) == sorted(set(value)) and 0 <= value[0] and value[-1] < layers
     return bool(fields.LAYER_NUMBERS.fullmatch(name)) and ordered
 
 

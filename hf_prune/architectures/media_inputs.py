@@ -62,6 +62,8 @@ def _images(config: Any, takes: Mapping[str, Any], name: str) -> Iterator[dict[s
             yield {name: noise(1, patches, channels, patch, patch), grid_name: grid}
             yield {name: noise(BATCH, across * across, channels * patch**2), grid_name: grid[:, 1:]}
             yield {name: noise(BATCH, channels, patch, patch * across * across), grid_name: grid[:, 1:]}
+    if name == "hidden_states":  # of a codec
+        yield {name: noise(BATCH, find(config, "channels") or 1, _SAMPLES[0])}
     known = find(config, "image_size") or _PIXELS
     for size in dict.fromkeys([tuple(known) if isinstance(known, list | tuple) else known, 64, 128, 224]):
         height, width = size if isinstance(size, tuple) else (size, size)
@@ -74,6 +76,9 @@ def _images(config: Any, takes: Mapping[str, Any], name: str) -> Iterator[dict[s
 
 
 def _sounds(config: Any, takes: Mapping[str, Any], name: str) -> Iterator[dict[str, Any]]:
+    if "decoder_input_values" in takes:  # vectors, as what comes before the model makes them of sound
+        width = find(config, "hidden_size")
+        yield {name: noise(BATCH, 16, width), "decoder_input_values": noise(BATCH, 4, width)}
     if name == "input_values":
         for samples in _SAMPLES:
             yield {name: noise(BATCH, samples)}

@@ -35,6 +35,7 @@ def candidate_inputs(model: Any) -> Iterator[dict[str, Any]]:
         for item in media:
             yield from (_completed(model, takes, case) for case in _with_placeholders(model, takes, text, item))
         yield _completed(model, takes, text)
+        yield from (_completed(model, takes, case) for case in _codes(model, text))
     for item in media:
         yield _completed(model, takes, item)
         if "decoder_input_ids" in takes:
@@ -64,6 +65,15 @@ def _text(model: Any, takes: Mapping[str, Any]) -> dict[str, Any]:
     if "decoder_input_ids" in takes:
         text["decoder_input_ids"] = _tokens(model, 6)
     return text
+
+
+def _codes(model: Any, text: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Several tokens at each position, as models of sound have them."""
+    for name, extra in (("num_codebooks", 1), ("num_codebooks", 0), ("num_channels", 0)):
+        if isinstance(streams := find(model.config, name), int):
+            each = {k: v[..., None].expand(*v.shape, streams + extra) for k, v in text.items() if "input_ids" in k}
+            yield {**text, **each}
+            yield {**text, **{k: v for k, v in each.items() if k.startswith("decoder")}}
 
 
 def _kind(media: Mapping[str, Any]) -> str:
@@ -146,9 +156,10 @@ _COMPANIONS: Mapping[str, Callable[[Any, Mapping[str, Any]], Any]] = {
     "pixel_attention_mask": lambda model, inputs: _patch_mask(inputs),
     "action_embeds": lambda model, inputs: noise(BATCH, 4, find(model.config, "dit_hidden_size", "hidden_size")),
     "input_features": lambda model, inputs: noise(BATCH, 64, find(model.config, "feature_projection_input_dim") or 80),
+    "image_embeds_position_mask": lambda model, inputs: torch.ones(BATCH, _LENGTH, dtype=torch.long),
     "image_attention_mask": lambda model, inputs: torch.ones(BATCH, inputs["input_ids"].shape[1], 1),
 }  # fmt: skip
-_ALWAYS = {"bbox", "visual_feats", "visual_pos"}  # although their default is None
+_ALWAYS = {"image_embeds_position_mask", "bbox", "visual_feats", "visual_pos"}  # although their default is None
 
 
 def _completed(model: Any, takes: Mapping[str, Any], inputs: Mapping[str, Any]) -> dict[str, Any]:

@@ -29,7 +29,8 @@ _EFFICIENTNET: dict[str, Any] = {  # whose code fixes the width of the first con
     "hidden_dim": 1280,
 }
 _EXCEPTIONS: dict[str, dict[str, Any]] = {  # by model_type: sizes that the rules cannot tell
-    "align_vision_model": _EFFICIENTNET,
+    "align": {"projection_dim": 640},
+    "align_vision_model": {**_EFFICIENTNET, "hidden_dim": 640, "width_coefficient": 1.0},
     "efficientnet": _EFFICIENTNET,
     "depth_pro": {"patch_size": 56},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2},

@@ -58,6 +58,15 @@ def test_structure_stays():
     assert small.num_hidden_layers > 1
 
 
+def test_lists_of_layer_numbers_are_those_of_the_layers_that_stay():
+    config = transformers.Qwen3MoeConfig(mlp_only_layers=[])
+    assert small_config(config).mlp_only_layers == []
+    config = transformers.Qwen3MoeConfig(mlp_only_layers=[3, 7])
+    small = small_config(config)
+    assert small.mlp_only_layers == [1]
+    assert small.num_hidden_layers == 2
+
+
 def test_every_kind_of_layer_stays():
     config = transformers.CONFIG_MAPPING["gemma3_text"]()
     small = small_config(config)
