@@ -25,12 +25,14 @@ class Layout:
         bias: The name of the parameter with the biases, (slabs, out), if there are any.
         slabs: The attribute of the module that counts the slabs of a two-dimensional parameter; None where the first of
             three dimensions does, or where it is a single matrix.
+        single: Whether three dimensions are one matrix, as where outputs are numbered by head and place in the head.
     """
 
     attribute: str
     layout: str = "linear"
     bias: str | None = None
     slabs: str | None = None
+    single: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +64,7 @@ _LAYOUTS: dict[str, tuple[Layout, ...]] = {
         Layout(name, layout, slabs="moe_num_experts")
         for name, layout in (("w1", "linear"), ("v1", "linear"), ("w2", "conv1d"))
     ),
+    "FunnelRelMultiheadAttention": (Layout("r_kernel", "conv1d", single=True),),
     "GroupedLinearLayer": (Layout("weight", "conv1d"),),  # ConvBERT's feed-forward network in groups
     "Inkling2RelativeLogits": (Layout("proj", "conv1d"),),
     "InklingRelativeLogits": (Layout("proj", "conv1d"),),
@@ -76,6 +79,10 @@ _LAYOUTS: dict[str, tuple[Layout, ...]] = {
     ),
     "MoshiFlexibleLinear": (Layout("weight"),),  # one matrix for each codebook
     "Step3p7Experts": _PACKED,
+    "XLNetRelativeAttention": (
+        *(Layout(name, "conv1d", single=True) for name in ("q", "k", "v", "r")),
+        Layout("o", single=True),
+    ),
 }
 
 
@@ -109,7 +116,7 @@ def packed_weights(model: nn.Module) -> list[PackedWeight]:
             parameter = module._parameters.get(entry.attribute)
             if parameter is None or id(parameter) in found or parameter.dim() not in (2, 3):
                 continue
-            experts = len(parameter) if parameter.dim() == 3 else 1
+            experts = len(parameter) if parameter.dim() == 3 and not entry.single else 1
             if entry.slabs is not None:
                 experts = int(getattr(module, entry.slabs))
             name = f"{module_name}.{entry.attribute}" if module_name else entry.attribute

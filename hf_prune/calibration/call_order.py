@@ -64,8 +64,9 @@ def find_users(model: nn.Module, targets: Collection[Target]) -> tuple[Modules, 
         for parameter in module._parameters.values():
             if (name := names.get(id(parameter))) is not None:
                 users[name].append(module)
-                if id(module) in multiply and parameter is multiply[id(module)].weight:
-                    holders[name].append(module)
+    for module in model.modules():
+        if id(module) in multiply and (name := names.get(id(multiply[id(module)].weight))) is not None:
+            holders[name].append(module)
     return holders, users
 
 

@@ -40,13 +40,14 @@ class Target:
     @property
     def slab_shape(self) -> tuple[int, int]:
         """(out, in) of the canonical matrix of each slab."""
+        size, shape = self.size // self.slabs, self.shape
         if self.layout == "conv":
-            out = self.shape[1] if self.transposed else self.shape[0] // self.slabs
-        elif self.layout == "conv1d":
-            out = self.shape[-1]
+            out = shape[1] if self.transposed else shape[0] // self.slabs
+        elif self.slabs == 1 and shape[0] > 1:  # further dimensions, such as heads, belong to the second one
+            out = shape[0] if self.layout == "linear" else size // shape[0]
         else:
-            out = self.size // self.slabs // self.shape[-1]
-        return out, self.size // self.slabs // out
+            out = size // shape[-1] if self.layout == "linear" else shape[-1]
+        return out, size // out
 
     @property
     def matrix_shape(self) -> tuple[int, int]:

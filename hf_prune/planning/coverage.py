@@ -31,11 +31,8 @@ def uncovered_matrices(model: nn.Module) -> dict[str, int]:
     Args:
         model: Any torch module.
     """
-    covered = {
-        id(w.module._parameters.get(attribute))
-        for w in prunable_weights(model)
-        for attribute in (w.attribute, w.bias or "")
-    }
+    covered = {id(weight.weight) for weight in prunable_weights(model)}
+    covered |= {id(weight.module._parameters.get(weight.bias or "")) for weight in prunable_weights(model)}
     covered |= {id(p) for p in (router_weights(model) | tables(model)).values()}
     covered |= {id(p) for module in adapters(model) for p in module.parameters(recurse=False)}
     covered |= {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}

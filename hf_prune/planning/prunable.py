@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import nn
+from torch.nn.utils import parametrizations, parametrize
 
 from hf_prune.architectures.experts import packed_weights
 from hf_prune.kernels.matrix import Target
@@ -14,6 +15,7 @@ from hf_prune.utils.wrapping import adapters, copied_modules
 
 Transposed = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d | Transposed
+WEIGHT_NORM = "parametrizations.weight.original1"  # the direction of a weight, beside its length
 _ROUTER = re.compile(r"Router|Gate(?!d)|Hyper(Connection|Head)")
 _TABLE = re.compile(  # parameters that are added, looked up or scaled with, and never multiplied as a matrix
     r"pos(ition)?_?emb|position|embed|token|quer(y|ies)|probe|bias|A_log|scale|gamma|time_(mix|decay|first|maa)"
@@ -29,7 +31,7 @@ class PrunableWeight:
         module_name: The name of the module that holds it.
         module: The module.
         layout: See :class:`~hf_prune.kernels.matrix.Target`.
-        attribute: The parameter's name in the module.
+        attribute: The parameter's name in the module; of a weight that weight norm computes, its direction.
         slabs: See :class:`~hf_prune.kernels.matrix.Target`.
         bias: The name, in the module, of the parameter that is added to its outputs, if it has one.
         called: Whether calling the module multiplies its first argument with the weight.
@@ -46,9 +48,12 @@ class PrunableWeight:
     @property
     def weight(self) -> nn.Parameter:
         """The parameter."""
-        weight = self.module._parameters[self.attribute]
-        assert weight is not None
-        return weight
+        return self.module.get_parameter(self.attribute)
+
+    @property
+    def is_direction(self) -> bool:
+        """Whether weight norm divides it by its length, slice by slice: zeros stay zeros, other values change."""
+        return self.attribute == WEIGHT_NORM
 
     @property
     def path(self) -> str:
@@ -109,6 +114,17 @@ def prunable_weights(model: nn.Module) -> Iterator[PrunableWeight]:
                 yield PrunableWeight(name, module, "conv1d")
             elif isinstance(module, Convolution):
                 yield PrunableWeight(name, module, "conv", slabs=module.groups)
+        elif isinstance(module, nn.Linear | Convolution) and _has_weight_norm(module):
+            layout, groups = ("linear", 1) if isinstance(module, nn.Linear) else ("conv", module.groups)
+            yield PrunableWeight(name, module, layout, WEIGHT_NORM, groups, bias=None)
+
+
+def _has_weight_norm(module: nn.Module) -> bool:
+    """Whether a module's weight is computed by ``torch.nn.utils.parametrizations.weight_norm`` alone."""
+    if not parametrize.is_parametrized(module, "weight"):
+        return False
+    steps = list(module.parametrizations["weight"].children())  # type: ignore[index, union-attr]
+    return len(steps) == 1 and type(steps[0]) is parametrizations._WeightNorm
 
 
 def stays_dense(weight: PrunableWeight) -> bool:

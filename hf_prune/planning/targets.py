@@ -23,7 +23,7 @@ from hf_prune.granularities.registry import parse_granularity
 from hf_prune.kernels.matrix import Target
 from hf_prune.planning.config import PruningConfig
 from hf_prune.planning.parts import in_parts, is_chosen
-from hf_prune.planning.prunable import PrunableWeight, output_embeddings, prunable_weights, stays_dense
+from hf_prune.planning.prunable import WEIGHT_NORM, PrunableWeight, output_embeddings, prunable_weights, stays_dense
 from hf_prune.utils.number_formats import refuse_quantized
 from hf_prune.utils.registry import unknown_name
 from hf_prune.utils.torch_masks import refuse_torch_masks
@@ -212,9 +212,8 @@ def refuse_read_only(model: nn.Module) -> None:
 def divisible(targets: list[Target], config: PruningConfig) -> tuple[list[Target], dict[str, str]]:
     """Split targets into those that the granularity divides into units and the reasons for others, by module name."""
     granularity = parse_granularity(config.granularity)
-    misfits = {
-        t.name: (t, why) for t in targets if (why := granularity.misfit(t) or _lone_units(t, config)) is not None
-    }
+    reasons = {t.name: granularity.misfit(t) or _lone_units(t, config) or _computed(t, config) for t in targets}
+    misfits = {t.name: (t, why) for t in targets if (why := reasons[t.name]) is not None}
     left_out = {t.label: f"{t.shape}: {why}" for t, why in misfits.values()}
     return [t for t in targets if t.name not in misfits], left_out
 
@@ -227,6 +226,13 @@ def _lone_units(target: Target, config: PruningConfig) -> str | None:
     if rows * columns > 1:
         return None
     return f"each of its {target.slabs} groups is a single unit, and criterion {config.criterion!r} needs several"
+
+
+def _computed(target: Target, config: PruningConfig) -> str | None:
+    """Why the values of a weight cannot be changed, as repairs do."""
+    if not target.name.endswith(WEIGHT_NORM) or (config.repair is None and not CRITERIA.get(config.criterion).repairs):
+        return None
+    return "weight norm computes it, so it cannot be repaired unless parametrize.remove_parametrizations was called"
 
 
 def bias_names(model: nn.Module, targets: Collection[Target]) -> dict[str, str]:

@@ -14,10 +14,13 @@ from hf_prune.kernels.least_squares import refit, with_output_correction
 from hf_prune.kernels.matrix import Target, is_finite
 from hf_prune.kernels.selection import CHUNK, Chunks, keep_highest
 from hf_prune.planning.plan import PlannedTensor, PruningPlan
+from hf_prune.planning.prunable import WEIGHT_NORM
 from hf_prune.planning.targets import bias_names
 from hf_prune.pruning.selector import Selector, checked_units, select_units, spread_units
+from hf_prune.pruning.weight_norm import check_directions, largest_of_slices
 from hf_prune.utils.distributed import broadcast, fail_together
 
+_LAST = 1e30  # a score above all others, small enough to be added up
 _LEAST_SHARE = 1e-6  # of the mean weight of outputs that the predictions hardly depend on
 
 
@@ -80,13 +83,17 @@ def compute_masks(
         return None if old is None else target.matrix(old)
 
     def source(target: Target, weight: Tensor) -> Chunks:
-        return lambda: unit_chunks(plan, target, weight, stats[target.name], old_matrix(target))
+        kept = largest_of_slices(model, target, parameter(target.name).detach())
+        return lambda: unit_chunks(plan, target, weight, stats[target.name], old_matrix(target), kept)
 
     masks: dict[str, Tensor] = {}
     weights: dict[str, Tensor] = {}
     if plan.config.scope == "global" and fixed_masks is None:
         sources = {t.target.name: source(t.target, matrix(t.target)) for t in plan.tensors}
-        return {t.target.name: t.target.native(keep) for t, keep in keep_units(plan, plan.tensors, sources)}, weights
+        masks = {t.target.name: t.target.native(keep) for t, keep in keep_units(plan, plan.tensors, sources)}
+        for name in (name for name in masks if name.endswith(WEIGHT_NORM)):
+            check_directions(name, masks[name], model.get_parameter(name.removesuffix("1") + "0"))
+        return masks, weights
     for tensor in plan.tensors:
         target, name = tensor.target, tensor.target.name
         dense, old = matrix(target), old_matrix(target)
@@ -127,6 +134,8 @@ def compute_masks(
             if bias is not None and old_bias is not None and new_biases:
                 weights[bias] = torch.cat(new_biases).reshape(old_bias.shape).to(old_bias.dtype)
         masks[name] = target.native(keep)
+        if name.endswith(WEIGHT_NORM):
+            check_directions(name, masks[name], model.get_parameter(name.removesuffix("1") + "0"))
         if changed := [weight for weight in repaired if weight is not None]:
             if not all(map(is_finite, changed)):
                 raise CalibrationError(
@@ -222,7 +231,12 @@ def keep_units(
 
 
 def unit_chunks(
-    plan: PruningPlan, target: Target, weight: Tensor, stats: WeightStats, old: Tensor | None
+    plan: PruningPlan,
+    target: Target,
+    weight: Tensor,
+    stats: WeightStats,
+    old: Tensor | None,
+    last: Tensor | None = None,
 ) -> Iterator[Tensor]:
     """Scores of one weight's units, in order, a few rows at a time where the criterion allows it.
 
@@ -232,6 +246,7 @@ def unit_chunks(
         weight: (out, in).
         stats: What is known of it.
         old: (out, in) bool mask of earlier prunings, or None.
+        last: (out, in) bool, True for weights that go after all others, or None.
     """
     criterion, block = plan.criterion, plan.granularity.block_in(target.slab_shape)
     apart = criterion.needs & INPUTS or not criterion.rowwise
@@ -247,4 +262,5 @@ def unit_chunks(
             rows = slice(start, min(start + step, length))
             here = slice(first + rows.start, first + rows.stop)
             scores = criterion.scores(weight[here], slab.rows(rows))
+            scores = scores if last is None else scores.masked_fill(last[here], _LAST)
             yield checked_units(scores, block, None if old is None else old[here], criterion.name, target.name)

@@ -405,7 +405,7 @@ def old_weight_norm(module):
 
 @pytest.mark.parametrize(
     "change",
-    [old_weight_norm, torch.nn.utils.parametrizations.weight_norm, torch.nn.utils.parametrizations.orthogonal],
+    [old_weight_norm, torch.nn.utils.parametrizations.orthogonal],
 )
 def test_layers_whose_weights_are_computed_are_named(change):
     """One in ten thousand weights, and still somebody meant it."""
@@ -421,6 +421,46 @@ def test_layers_whose_weights_are_computed_are_named(change):
     plain = nn.ModuleDict({"wide": nn.Linear(256, 256), "small": nn.Linear(4, 4)})
     change(plain["small"])
     prune(plain, 0.5, exclude_modules=["small"])
+
+
+@pytest.mark.parametrize("dim", [0, 2])
+def test_weight_norm_is_pruned_in_its_directions(dim):
+    """Zeros of the direction are zeros of the weight, and the lengths stay as they are."""
+    layer = torch.nn.utils.parametrizations.weight_norm(models.fill(nn.Conv1d(8, 6, 5)), dim=dim)
+    model = nn.Sequential(layer)
+    (tensor,) = make_plan(model, PruningConfig(0.5)).tensors
+    assert (tensor.target.module, tensor.target.matrix_shape) == ("0", (6, 40))
+    prune(model, 0.5)
+    assert int((layer.weight == 0).sum()) == 120
+    lengths = layer.weight.norm(dim=[d for d in range(3) if d != dim], keepdim=True)
+    assert torch.allclose(lengths, layer.parametrizations.weight.original0)
+    prune(model, 0.7, criterion="wanda", calibration=[{"input": torch.randn(2, 8, 20)}])
+    assert int((layer.weight == 0).sum()) == 168
+    assert make_plan(model, PruningConfig(0.8, target_modules=["0"])).tensors
+
+
+def test_something_is_left_of_every_slice_of_weight_norm():
+    """Its length is divided by: the largest weight of a slice goes after all others."""
+    layer = torch.nn.utils.parametrizations.weight_norm(models.fill(nn.ConvTranspose1d(16, 6, 2)))
+    with torch.no_grad():
+        layer.parametrizations.weight.original1[:8] *= 1e-3  # a slice for each input
+    model = nn.Sequential(layer)
+    for sparsity in (0.5, 0.9):
+        prune(model, sparsity, scope="global")
+        assert int((layer.weight == 0).sum()) == round(sparsity * 192)
+        assert bool(layer.weight.isfinite().all())
+        assert bool((layer.weight != 0).any(2).any(1).all())
+
+
+def test_what_weight_norm_cannot_do():
+    model = nn.Sequential(torch.nn.utils.parametrizations.weight_norm(nn.Conv1d(8, 6, 5)), nn.Conv1d(6, 4, 1))
+    plan = make_plan(model, PruningConfig(0.5, "sparsegpt"))
+    assert [t.target.module for t in plan.tensors] == ["1"]
+    assert "weight norm computes it, so it cannot be repaired unless" in str(plan)
+    before = snapshot(model)
+    with pytest.raises(PlanError, match=r"nothing would be left of 3 of 6 slices of 0\.parametriz.* scope 'row'"):
+        prune(model, 0.5, granularity="row", target_modules=["0"])
+    assert_unchanged(model, before)
 
 
 def test_sparsities_that_remove_nothing_or_everything():

@@ -232,6 +232,8 @@ LAYOUTS = {
     "conv, three dimensions": (nn.Conv3d(2, 2, (1, 2, 3)).weight, (2, 12), 2),
     "linear, experts": (nn.Parameter(torch.randn(3, 4, 5)), (12, 5), 5),
     "linear, experts below one another": (nn.Parameter(torch.randn(12, 5)), (12, 5), 5),
+    "linear, outputs by heads": (nn.Parameter(torch.randn(4, 3, 5)), (4, 15), 15),
+    "conv1d, outputs by heads": (nn.Parameter(torch.randn(4, 3, 5)), (15, 4), 4),
     "conv1d, experts": (nn.Parameter(torch.randn(3, 5, 4)), (12, 5), 5),
     "conv1d, experts below one another": (nn.Parameter(torch.randn(15, 4)), (12, 5), 5),
 }
@@ -260,7 +262,9 @@ def test_the_canonical_matrix(kind):
     target = Target("w", "m", kind.partition(",")[0], tuple(weight.shape), slabs)
     assert (target.matrix_shape, target.inputs, target.size) == (shape, inputs, weight.numel())
     matrix = target.matrix(weight)
-    if slabs == 1:
+    if "heads" in kind:
+        assert torch.equal(matrix, weight.flatten(1) if target.layout == "linear" else weight.flatten(1).t())
+    elif slabs == 1:
         assert torch.equal(matrix, reference_matrix(target, weight))
     for number, slab in enumerate(weight.reshape(slabs, -1, weight.shape[-1]) if slabs > 1 else ()):
         assert torch.equal(matrix[target.rows(number)], slab if target.layout == "linear" else slab.t())

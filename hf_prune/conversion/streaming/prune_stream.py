@@ -42,6 +42,7 @@ from hf_prune.pruning.compute_masks import unit_chunks
 from hf_prune.pruning.mask_store import MaskStore
 from hf_prune.pruning.selector import spread_units
 from hf_prune.pruning.sequential import prune_tensor
+from hf_prune.pruning.weight_norm import largest_of_slices
 from hf_prune.utils.digests import batches_digest
 from hf_prune.utils.distributed import rank_and_world_size
 from hf_prune.utils.folders import refuse_links
@@ -277,6 +278,8 @@ def _scores(output: Output, plan: PruningPlan, tensor: PlannedTensor) -> Iterato
     """Read one weight, and compute the scores of its units in chunks."""
     target = tensor.target
     old = output.previous_masks.get(target.name)
-    weight = target.matrix(output.read(target.name))
+    weight = output.read(target.name)
+    last = largest_of_slices(output.meta_model.model, target, weight)
     stats = WeightStats(seed=derived_seed(plan.config.seed, target.name))
-    return unit_chunks(plan, target, weight, stats, None if old is None else target.matrix(old))
+    kept = None if old is None else target.matrix(old)
+    return unit_chunks(plan, target, target.matrix(weight), stats, kept, last)
