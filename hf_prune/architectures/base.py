@@ -139,6 +139,7 @@ class Stack:
         not_below: Another list of layers that must not become longer than this one, because transformers makes caches
             for as many layers as this list has.
         units: What discovery found in the layers; those that a layer lacks are skipped.
+        is_found: Whether discovery found it.
     """
 
     layers: str
@@ -150,6 +151,7 @@ class Stack:
     first_heads: bool = False
     not_below: str | None = None
     units: tuple[Units, ...] = ()
+    is_found: bool = False
 
 
 @dataclass(frozen=True)

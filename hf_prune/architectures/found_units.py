@@ -92,8 +92,10 @@ def found_group(model: nn.Module, stack: str, number: int, units: Units) -> Unit
         raise _misfit(names[units.consumers[0]], wide_total, count or 0)
     wide = wide_total // count
     slices = {piece: _slices(names[piece], piece, totals[piece], count, wide) for piece in pieces}
-    for name in units.counts:
-        value = find_attribute(model, f"{layer}.{name}")
+    values = {name: find_attribute(model, f"{layer}.{name}") for name in units.counts}
+    if None in values.values():
+        return None
+    for name, value in values.items():
         if value is None or value % count:
             raise _misfit(f"{layer}.{name}", value or 0, count)
     per_size = wide // size if size else 1

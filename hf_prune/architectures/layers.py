@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
+
 from torch import nn
 
 from hf_prune.architectures.base import Stack
@@ -35,7 +38,9 @@ def layer_lists(model: nn.Module) -> list[LayerList]:
     for stack in stacks:
         layers = find_module(model, prefix + stack.layers)
         if isinstance(layers, nn.ModuleList | nn.Sequential):
-            lists.append(LayerList(prefix + stack.layers, stack, tuple(layers)))
+            members = tuple(layers.children())
+            fixed = _first_alike(members) if stack.is_found and stack.fixed else stack.fixed
+            lists.append(LayerList(prefix + stack.layers, dataclasses.replace(stack, fixed=fixed), members))
     if stacks and not lists:
         raise ArchitectureError(
             f"{type(model).__name__} has no list of layers at {' or '.join(prefix + s.layers for s in stacks)}, where "
@@ -43,3 +48,9 @@ def layer_lists(model: nn.Module) -> list[LayerList]:
             f"hf_prune.register_architecture under another config.model_type"
         )
     return lists
+
+
+def _first_alike(layers: Sequence[nn.Module]) -> int:
+    """How many layers at the start have the same parameters, such as those before the first mixture of experts."""
+    names = [{name for name, _ in layer.named_parameters()} for layer in layers]
+    return next((number for number, of_layer in enumerate(names) if of_layer != names[0]), 1)

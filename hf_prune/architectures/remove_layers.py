@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Sequence
+from typing import Any
 
 from torch import nn
 
+from hf_prune.architectures.base import Stack
 from hf_prune.architectures.bypass import is_bypassed
+from hf_prune.architectures.growth import built
 from hf_prune.architectures.layer_list import LayerList
 from hf_prune.architectures.modules import base_prefix
 from hf_prune.architectures.settings import config_of_setting
@@ -44,6 +48,38 @@ def check_removal(model: nn.Module, lists: Sequence[LayerList], removed: Collect
                 f"{layers.name} would be left with {len(numbers)} layers and {other} with {len(staying[other])}: "
                 f"transformers cannot generate with such a {type(model).__name__}; remove as many layers of {other}"
             )
+        if stack.is_found and len(numbers) < len(layers.layers):
+            _check_rebuilt(model, layers, numbers)
+
+
+def _check_rebuilt(model: nn.Module, layers: LayerList, numbers: Sequence[int]) -> None:
+    """Make sure that a config of fewer layers describes those that stay, and not what its rules put in their places."""
+    model_type = type(model).__name__
+    if not layers.stack.config:
+        raise ArchitectureError(
+            f"no layer of {layers.name} can be removed: nothing in the config of {model_type} counts them as removable "
+            f"layers, as `hf-prune inspect` explains; undo it with discard_masks(), or reload the model"
+        )
+    config: Any = copy.deepcopy(model.config)
+    _shorten_config(config, layers.stack, numbers, len(layers.layers))
+    rebuilt = built(type(model), config).get_submodule(layers.name)
+    for (number, new), old in zip(rebuilt.named_children(), numbers, strict=True):
+        if _contents(new) != _contents(layers.layers[old]):
+            raise ArchitectureError(
+                f"layers {sorted(set(range(len(layers.layers))) - set(numbers))} of {layers.name} cannot be removed "
+                f"together: {layers.name}.{old} would become layer {number}, where the config of {model_type} has "
+                f"another kind of layer; undo it with discard_masks(), and remove others"
+            )
+
+
+def _contents(layer: nn.Module) -> set[Any]:
+    """What is in a layer, whatever its sizes: modules, parameters, flags and words."""
+    return {(name, type(module)) for name, module in layer.named_modules()} | {
+        (name, key, value)
+        for name, module in layer.named_modules()
+        for key, value in (vars(module) | dict.fromkeys(module._parameters)).items()
+        if isinstance(value, bool | str | type(None)) and key != "training" and not key.startswith("_")
+    }
 
 
 def remove_layers(model: nn.Module, lists: Sequence[LayerList], removed: Collection[str]) -> dict[str, str]:
@@ -71,20 +107,33 @@ def _replace_list(model: nn.Module, layers: LayerList, numbers: Sequence[int]) -
     total = len(layers.layers)
     holder, _, attribute = layers.name.rpartition(".")
     parent = model.get_submodule(holder)
-    setattr(parent, attribute, nn.ModuleList([layers.layers[number] for number in numbers]))
+    kept = [layers.layers[number] for number in numbers]
+    is_sequence = isinstance(getattr(parent, attribute), nn.Sequential)
+    setattr(parent, attribute, nn.Sequential(*kept) if is_sequence else nn.ModuleList(kept))
     for new, old in enumerate(numbers):
         for module in layers.layers[old].modules():
             if isinstance(getattr(module, "layer_idx", None), int):  # where a cache keeps its keys and values
                 setattr(module, "layer_idx", new)  # noqa: B010
+    _shorten_config(model.config, layers.stack, numbers, total)
+    own, counts = getattr(parent, "config", None), ("num_layers", "num_hidden_layers", "n_layers")
     holder_of_count, key_of_count = config_of_setting(model.config, layers.stack.config)
-    candidates = (model.config, holder_of_count, getattr(parent, "config", None))
-    configs = {id(c): c for c in candidates if c is not None}
-    for config in configs.values():
-        for key in layers.stack.per_layer:
-            if isinstance(values := getattr(config, key, None), list) and len(values) == total:
-                setattr(config, key, [values[number] for number in numbers])
-    setattr(holder_of_count, key_of_count, len(numbers))
-    for counter in (parent, *(c for c in configs.values() if c is not holder_of_count and c is not model.config)):
-        for key in ("num_layers", "num_hidden_layers", "n_layers", key_of_count):
+    if own is not None and own is not model.config and own is not holder_of_count:
+        _shorten_lists(own, layers.stack, numbers, total)
+    for counter in (parent, *([] if own is None or own in (model.config, holder_of_count) else [own])):
+        for key in (*counts, key_of_count):
             if getattr(counter, key, None) == total:
                 setattr(counter, key, len(numbers))
+
+
+def _shorten_config(config: Any, stack: Stack, numbers: Sequence[int], total: int) -> None:
+    """Write into a model's config which layers of a stack stay."""
+    holder, key = config_of_setting(config, stack.config)
+    for owner in {id(owner): owner for owner in (config, holder)}.values():
+        _shorten_lists(owner, stack, numbers, total)
+    setattr(holder, key, len(numbers))
+
+
+def _shorten_lists(config: Any, stack: Stack, numbers: Sequence[int], total: int) -> None:
+    for key in stack.per_layer:
+        if isinstance(values := getattr(config, key, None), list) and len(values) == total:
+            setattr(config, key, [values[number] for number in numbers])

@@ -98,7 +98,7 @@ def _discovered(sample: Sample) -> Discovery:
     outside = {name for layer, units in by_layer.items() for found in units for name in outside_names(layer, found)}
     stacks = []
     for block_list in blocks:
-        stack = Stack(block_list.name, (), None, "")
+        stack = Stack(block_list.name, (), None, "", is_found=True)
         units = _proven_units(sample, block_list, stack, by_layer, outside, dense, refused)
         stacks.append(replace(stack, units=tuple(units)))
     stacks = with_unit_fields(sample, stacks)

@@ -23,6 +23,7 @@ _MOST_CALLS = 4  # of one matrix in a forward pass that are looked at
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)  # no derivatives by their running statistics
 _BATCH = 64  # derivatives computed at once
 _MOST_TOKENS = 24
+_LARGEST_SHARED = 4096  # entries of a table outside of the layers, such as one of position biases
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # arguments of a layer
 
 
@@ -105,7 +106,12 @@ def _flows_in(model: nn.Module, layer: str, call: Call, leaves: Mapping[str, Ten
             if not shorten:
                 raise
         else:
-            flows = [_flow(name, model, inputs, leaves) for name, inputs in taken.items()]
+            near = {
+                name: leaf
+                for name, leaf in leaves.items()
+                if name.startswith(f"{layer}.") or leaf.numel() <= _LARGEST_SHARED
+            }
+            flows = [_flow(name, model, inputs, near) for name, inputs in taken.items()]
             return [flow for flow in flows if flow is not None]
         finally:
             for handle in handles:
@@ -184,14 +190,24 @@ def _flow(consumer: str, model: nn.Module, inputs: Sequence[Tensor], leaves: Map
         features = total if features is None else features + total
     if features is None:
         return None
-    names = [name for name, tensor in leaves.items() if not name.startswith(f"{consumer}.")]
-    gradients = torch.autograd.grad(
-        features.sum(), [leaves[name] for name in names], retain_graph=True, allow_unused=True
-    )
-    names = [name for name, gradient in zip(names, gradients, strict=True) if gradient is not None]
-    if not any(leaves[name].dim() >= 2 for name in names):
-        return None
+    names = [name for name in leaves if not name.startswith(f"{consumer}.")]
+    # Most of what lies before a matrix reaches all of its inputs. Two inputs tell, and nothing need be derived by it.
+    for one in (features[0], features[-1]):
+        tensors = [leaves[name] for name in names]
+        gradients = torch.autograd.grad(one, tensors, retain_graph=True, allow_unused=True)
+        names = [name for name, gradient in zip(names, gradients, strict=True) if _is_partly_used(gradient)]
+        if not any(leaves[name].dim() >= 2 for name in names):
+            return None
     return Flow(consumer, _reaches(features, {name: leaves[name] for name in names}))
+
+
+def _is_partly_used(gradient: Tensor | None) -> bool:
+    """Whether a derivative is zero at some positions of a dimension, and not at others."""
+    if gradient is None:
+        return False
+    used = gradient != 0
+    by_dim = [used.movedim(dim, 0).flatten(1).any(1) if used.dim() > 1 else used for dim in range(used.dim())]
+    return any(bool(positions.any()) and not bool(positions.all()) for positions in by_dim)
 
 
 def _reaches(features: Tensor, leaves: Mapping[str, Tensor]) -> dict[str, list[Tensor]]:
