@@ -79,6 +79,12 @@ def test_the_command_reads_the_config_alone(tmp_path):
     assert values["units"][0]["origin"] == "found and proven"
 
 
+def test_the_command_in_a_process_of_its_own(tmp_path, fresh_process):
+    modernbert(**_MODERN).save_pretrained(tmp_path)
+    done = fresh_process.run("import sys; from hf_prune.cli.main import main; main(['inspect', sys.argv[1]])", tmp_path)
+    assert "found and proven" in done.stdout, done.stderr
+
+
 def test_the_command_knows_the_sizes_of_a_shrunk_checkpoint(tmp_path):
     torch.manual_seed(0)
     model = transformers.ModernBertForMaskedLM(modernbert(**_MODERN))

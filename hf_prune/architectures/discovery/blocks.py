@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 from hf_prune.architectures.discovery.sample import Sample
 
 Kind = tuple[Any, ...]
+# The layer's own number, and rates of dropout, which often grow with it.
+_OF_NUMBER = re.compile(r"(layer|block)_(idx|id|num|number|index)|idx|training|drop_prob|drop_path\w*|p|\w*dropout\w*")
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ def plain_attributes(layer: nn.Module) -> tuple[tuple[str, str, Any], ...]:
         for key, value in sorted(vars(module).items())
         if isinstance(value, bool | int | float | str | type(None))
         and not key.startswith("_")
-        and key not in ("layer_idx", "layer_id", "layer_number", "training", "block_idx", "idx")
+        and not _OF_NUMBER.fullmatch(key)
     )
 
 

@@ -10,6 +10,7 @@ from dataclasses import replace
 from torch import nn
 
 from hf_prune.architectures.base import Piece, Units
+from hf_prune.architectures.discovery.flow import BATCH_NORMS
 from hf_prune.architectures.discovery.partition import FoundSlices, FoundUnits
 
 _SIZE = re.compile(r"\w*(head_dim|head_size|d_kv|d_head|dim_head|key_value_proj_dim|head_features|dim_per_head)\w*")
@@ -52,11 +53,12 @@ def named_units(model: nn.Module, layer: str, found: FoundUnits, outside: Collec
         buffers=tuple(map(piece, found.buffers)),
         shared=any(p.name in outside for p in found.producers + found.buffers),
     )
+    of_torch = _attributes_of_torch(model, layer, found)
     attributes = _attributes(model, layer, [p.name for p in found.producers + found.consumers])
     for sized in _sizes(attributes, found, units) if head else [units]:
         for counts in _counts(attributes, found):
             if sized.number is None or sized.number in counts:
-                yield replace(sized, counts=counts)
+                yield replace(sized, counts=counts + of_torch)
 
 
 def _sizes(attributes: dict[str, int], found: FoundUnits, units: Units) -> list[Units]:
@@ -114,6 +116,22 @@ def _counts(attributes: dict[str, int], found: FoundUnits) -> list[tuple[str, ..
         sizes = range(min(len(same), _MOST_UNNAMED), 0, -1)
         guesses += [list(guess) for size in sizes for guess in itertools.combinations(same[:_MOST_UNNAMED], size)]
     return list(dict.fromkeys(tuple(guess) for guess in guesses))
+
+
+def _attributes_of_torch(model: nn.Module, layer: str, found: FoundUnits) -> tuple[str, ...]:
+    """What convolutions and norms say of their own channels; linear modules are corrected with their weights."""
+    names: dict[str, None] = {}
+    for piece in found.producers + found.consumers:
+        module_name = piece.name.rpartition(".")[0]
+        module = model.get_submodule(module_name)
+        keys: tuple[str, ...] = ()
+        if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            own = ("out_channels", "in_channels", "groups") if module.groups > 1 else ("out_channels",)
+            keys = ("in_channels",) if piece in found.consumers else own
+        elif isinstance(module, BATCH_NORMS):
+            keys = ("num_features",)
+        names |= dict.fromkeys(f"{module_name}.{key}".removeprefix(f"{layer}.") for key in keys)
+    return tuple(names)
 
 
 def _attributes(model: nn.Module, layer: str, names: Sequence[str]) -> dict[str, int]:

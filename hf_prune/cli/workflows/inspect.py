@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from hf_prune.errors import DataError
+from hf_prune.errors import CheckpointError, DataError
 
 if TYPE_CHECKING:
     from hf_prune.evaluation.unit_description import UnitDescription
@@ -21,14 +21,14 @@ def describe_checkpoint(source: str) -> UnitDescription:
 
     Raises:
         DataError: If the source cannot be found, or its config describes no model of transformers.
-        PlanError: If the checkpoint is quantized.
+        CheckpointError: If the sizes of a shrunk model are damaged, or do not fit its config.
     """
     import torch
     import transformers
 
     from hf_prune.checkpoint.building import limited_building
     from hf_prune.checkpoint.native import explained_loading
-    from hf_prune.checkpoint.packed.quantizer import HfPruneConfig
+    from hf_prune.checkpoint.packed.quantization_config import is_structure
     from hf_prune.checkpoint.sources import check_model_source
     from hf_prune.evaluation.unit_description import describe_units
     from hf_prune.structured.shrink import resize
@@ -42,7 +42,12 @@ def describe_checkpoint(source: str) -> UnitDescription:
     if (method := method_of_config(config)) is not None:
         raise DataError(f"{source!r} is quantized with {method!r}: {EXPECTED}")
     native = _class_of(source, config)
-    structure = HfPruneConfig(**ours).structure if ours.get("quant_method") == METHOD else {}
+    structure = ours.get("structure") or {} if ours.get("quant_method") == METHOD else {}
+    if not is_structure(structure):
+        raise CheckpointError(
+            f"the structure in the quantization_config of {source!r} is {structure!r}: expected numbers of heads and "
+            f"neurons by module; save or download it again"
+        )
     with (
         explained_loading(source),
         limited_building(
