@@ -16,8 +16,10 @@ from hf_prune.architectures.cut_units import cut_units
 from hf_prune.architectures.discovery.blocks import kind_of
 from hf_prune.architectures.discovery.proof import differ, groups_in, layer_failure, layer_list
 from hf_prune.architectures.discovery.sample import FAILURES, Sample, build_model
+from hf_prune.architectures.found_units import find_attribute
 from hf_prune.architectures.remove_layers import remove_layers
 from hf_prune.architectures.settings import config_of_setting, set_setting
+from hf_prune.architectures.unit_groups import UnitGroup
 
 _LAYERS = re.compile(r"\w*(layer|depth|block|n_blocks)\w*")
 _HEADS = re.compile(r"\w*(head|group|n_kv)\w*")
@@ -67,7 +69,7 @@ def with_layer_fields(sample: Sample, stack: Stack) -> tuple[Stack, str | None]:
     if total < 2:
         return stack, "the small model has one layer only, so removing it proves nothing"
     reason = "no attribute of the config gives their number"
-    for name in _names(sample.model.config, total, _LAYERS, _own_config(sample.model, stack.layers)):
+    for name in _names(sample.model.config, total, _LAYERS, _own_config(sample.model, layers.name)):
         holder, _ = config_of_setting(sample.model.config, name)
         lists = tuple(key for key, value in vars(holder).items() if isinstance(value, list) and len(value) == total)
         for fixed in (0, 1):
@@ -106,7 +108,7 @@ def _changes(
     """Settings of the config that might halve the number of some units, with what they say of it."""
     group = next(group for group in groups_in(sample.model, replace(stack, units=(units,))) if group.units > 1)
     config, number, fewer = sample.model.config, group.units, max(group.units // 2, 1)
-    own = _own_config(sample.model, stack.layers)
+    own = _own_config(sample.model, layer_list(sample.model, stack).name)
     if units.kind == "neuron":
         for name in _names(config, number, re.compile(r"\w+"), own):
             yield {name: fewer}, (False,), None
@@ -144,10 +146,10 @@ def _own_config(model: Any, name: str) -> str:
     return ""
 
 
-def _size(model: nn.Module, group: Any, units: Units) -> int:
+def _size(model: nn.Module, group: UnitGroup, units: Units) -> int | None:
+    """The size of a head."""
     (stack, number), *_ = group.layers
-    holder, _, attribute = f"{stack}.{number}.{units.size}".rpartition(".")
-    return int(getattr(model.get_submodule(holder), attribute))
+    return find_attribute(model, f"{stack}.{number}.{units.size}")
 
 
 def _units_that_follow(sample: Sample, stacks: Sequence[Stack], change: Mapping[str, int]) -> set[tuple[str, Units]]:

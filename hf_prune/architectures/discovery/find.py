@@ -17,6 +17,7 @@ from hf_prune.architectures.discovery.naming import is_in_config, named_units, o
 from hf_prune.architectures.discovery.partition import FoundUnits, find_units
 from hf_prune.architectures.discovery.proof import first_line, groups_in, unit_failure, zero_values
 from hf_prune.architectures.discovery.sample import FAILURES, Sample, make_sample, plain_surroundings
+from hf_prune.architectures.modules import base_prefix
 from hf_prune.architectures.small_models import small_config
 from hf_prune.errors import ArchitectureError
 
@@ -48,20 +49,33 @@ def discover(model: nn.Module) -> Discovery:
     Raises:
         ArchitectureError: If no small model can be built or run, or nothing in it can be removed.
     """
-    base = getattr(model, "base_model", model)
-    config: Any = base.config
-    # A class of ours is a class of transformers with methods for masks.
-    native = next(cls for cls in type(base).__mro__ if not cls.__module__.startswith("hf_prune."))
+    reasons = []
     with plain_surroundings():
-        found = _remembered(native, config)
-    if isinstance(found, str):
-        model_type = getattr(config, "model_type", "")
-        raise ArchitectureError(
-            f"the table of architectures has no entry for {model_type!r} ({type(model).__name__}), and {found}: say "
-            f"where its layers, heads and neurons are with hf_prune.register_architecture({model_type!r}, Stack(...)), "
-            f"or its channels with Channels(...), or prune it with another granularity"
-        )
-    return found
+        for holder in _holders(model):
+            found = _remembered(_native_class(holder), holder.config)
+            if isinstance(found, Discovery):
+                return found
+            reasons.append(found)
+    model_type = getattr(model.config, "model_type", "")
+    raise ArchitectureError(
+        f"the table of architectures has no entry for {model_type!r} ({type(model).__name__}), and {reasons[-1]}: say "
+        f"where its layers, heads and neurons are with hf_prune.register_architecture({model_type!r}, Stack(...)), "
+        f"or its channels with Channels(...), or prune it with another granularity"
+    )
+
+
+def _holders(model: Any) -> list[Any]:
+    """The models of which a small one is tried: the base model, which needs no head's inputs, or else the whole."""
+    from transformers import PreTrainedModel
+
+    base = model.base_model
+    is_base = base is not model and isinstance(base, PreTrainedModel) and not base_prefix(base)
+    return [base, model] if is_base else [model]
+
+
+def _native_class(model: nn.Module) -> Any:
+    """The class of transformers that a model is of; ours only adds methods for masks."""
+    return next(cls for cls in type(model).__mro__ if not cls.__module__.startswith("hf_prune."))
 
 
 def _remembered(model_class: Any, config: Any) -> Discovery | str:
@@ -95,10 +109,11 @@ def _discovered(sample: Sample) -> Discovery:
     for layer, flows in trace_flows(sample, blocks).items():
         by_layer[layer], reasons = find_units(sample.model, flows)
         refused |= reasons
+    prefix = base_prefix(sample.model)
     outside = {name for layer, units in by_layer.items() for found in units for name in outside_names(layer, found)}
     stacks = []
     for block_list in blocks:
-        stack = Stack(block_list.name, (), None, "", is_found=True)
+        stack = Stack(block_list.name.removeprefix(prefix), (), None, "", is_found=True)
         units = _proven_units(sample, block_list, stack, by_layer, outside, dense, refused)
         stacks.append(replace(stack, units=tuple(units)))
     stacks = with_unit_fields(sample, stacks)
@@ -129,7 +144,7 @@ def _proven_units(
             consumer = found.consumers[0].name
             if any(_describes(sample, stack, units, number, found) for units in proven):
                 continue
-            reason = f"{found.units} units of width {found.width} were found, but no attribute tells their number"
+            reason = ""
             for units in named_units(sample.model, layer, found, outside):
                 is_global = any(map(is_in_config, units.counts))
                 joined = replace(units, shared=True)
@@ -138,12 +153,15 @@ def _proven_units(
                     if failure is None:
                         proven.append(_with_values(sample, stack, candidate, number))
                         break
-                    reason = f"{found.units} units of width {found.width} were found, but {failure}"
+                    reason = reason or failure  # of the plainest guess
                 else:
                     continue
                 break
             else:
-                refused[consumer.removesuffix(".weight")] = reason
+                refused[consumer.removesuffix(".weight")] = (
+                    f"{found.units} units of width {found.width} were found, but "
+                    f"{reason or 'no attribute tells their number'}"
+                )
     return proven
 
 
@@ -160,9 +178,9 @@ def _failure(sample: Sample, stack: Stack, found: FoundUnits, dense: Sequence[Te
 
 def _describes(sample: Sample, stack: Stack, units: Units, number: int, found: FoundUnits) -> bool:
     """Whether units that are proven already are those that were found in a layer of another kind."""
-    name = found.consumers[0].name.removesuffix(".weight")
+    place = base_prefix(sample.model) + stack.layers, number
     for group in groups_in(sample.model, replace(stack, units=(units,))):
-        if (stack.layers, number) in group.layers and name in {p.name.removesuffix(".weight") for p in group.consumers}:
+        if place in group.layers and found.consumers[0].name in {piece.name for piece in group.consumers}:
             producers = {piece.name for piece in group.producers + group.buffers}
             return {piece.name for piece in found.producers + found.buffers} <= producers
     return False
@@ -174,5 +192,5 @@ def _with_values(sample: Sample, stack: Stack, units: Units, number: int) -> Uni
     group = next(group for group in groups if group.layers[0][1] == number)
     consumer = group.consumers[0].name.rpartition(".")[0]
     names = zero_values(sample, group, consumer)
-    layer = f"{stack.layers}.{number}."
+    layer = f"{base_prefix(sample.model)}{stack.layers}.{number}."
     return replace(units, values=tuple(name.removeprefix(layer) for name in names))

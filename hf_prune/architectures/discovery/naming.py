@@ -12,6 +12,7 @@ from torch import nn
 from hf_prune.architectures.base import Piece, Units
 from hf_prune.architectures.discovery.flow import BATCH_NORMS
 from hf_prune.architectures.discovery.partition import FoundSlices, FoundUnits
+from hf_prune.architectures.modules import base_prefix
 
 _SIZE = re.compile(r"\w*(head_dim|head_size|d_kv|d_head|dim_head|key_value_proj_dim|head_features|dim_per_head)\w*")
 _SIZE_OR_WIDTH = re.compile(r"\w*(dim|size|channels|features|d_k|d_v)\w*")
@@ -40,9 +41,11 @@ def named_units(model: nn.Module, layer: str, found: FoundUnits, outside: Collec
     """
     head = found.width > 1
 
+    prefix = base_prefix(model)
+
     def piece(slices: FoundSlices) -> Piece:
         is_outside = slices.name in outside
-        name = slices.name if is_outside else slices.name.removeprefix(f"{layer}.")
+        name = slices.name.removeprefix(prefix) if is_outside else slices.name.removeprefix(f"{layer}.")
         wide = tuple(width == found.width for width in slices.widths)
         return Piece(name, slices.dim, wide, is_outside)
 
@@ -67,16 +70,23 @@ def _sizes(attributes: dict[str, int], found: FoundUnits, units: Units) -> list[
     named = [(p, s) for p, s in named if len(set(s.widths)) == 1 and not p.outside]
     ways = []
     for pattern in (_SIZE, _SIZE_OR_WIDTH):
-        attributes = {name: value for name, value in attributes.items() if not is_in_config(name)}
         for piece, slices in sorted(named, key=lambda pair: pair[1].widths[0]):
             for name, value in attributes.items():
-                if value == slices.widths[0] > 1 and pattern.fullmatch(name.rpartition(".")[2]):
+                word = name.rpartition(".")[2]
+                if value == slices.widths[0] > 1 and pattern.fullmatch(word) and not is_in_config(name):
                     ways.append(replace(units, size=name, sized=piece.name))
     numbers = [
         replace(units, number=name)
         for name, value in attributes.items()
         if value == found.units and _NUMBER.fullmatch(name.rpartition(".")[2]) and not is_in_config(name)
     ]
+    if not ways and not numbers:  # code that reads the config while it runs
+        ways = [
+            replace(units, size=name, sized=piece.name)
+            for piece, slices in sorted(named, key=lambda pair: pair[1].widths[0])
+            for name, value in attributes.items()
+            if value == slices.widths[0] > 1 and is_in_config(name) and _SIZE.fullmatch(name.rpartition(".")[2])
+        ]
     sizes = [way for way in ways if _SIZE.fullmatch(str(way.size).rpartition(".")[2])]
     unnamed = [  # by its value alone, in code with names of its own
         replace(units, number=name)
