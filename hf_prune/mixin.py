@@ -106,7 +106,7 @@ def prunable(model: Any) -> Any:
 
     Args:
         model: Any ``PreTrainedModel``, or a model of sentence-transformers, such as ``SentenceTransformer`` or
-            ``CrossEncoder``; or the class of one.
+            ``CrossEncoder``; what ``torch.compile`` made of one; or the class of one.
 
     Returns:
         The same object; of a class the subclass.
@@ -119,6 +119,9 @@ def prunable(model: Any) -> Any:
             return pruned_class(model)
         raise ModelTypeError(f"found the class {model.__name__}: {_EXPECTED}, or its class")
     check_is_model(model)
+    if isinstance(compiled := model._modules.get("_orig_mod"), nn.Module):  # the wrapper has what the model has
+        prunable(compiled)
+        return model
     parts = outermost_models(model) if is_sentence_class(type(model)) else [model]
     if not parts or not all(isinstance(part, PreTrainedModel) for part in parts):
         raise ModelTypeError(

@@ -32,7 +32,7 @@ from hf_prune.pruning.transaction import Transaction, check_changeable
 from hf_prune.structured.prune_units import plan_units, prune_units, trained_plan
 from hf_prune.structured.unit_plan import UnitPlan
 from hf_prune.utils.distributed import is_main_process
-from hf_prune.utils.wrapping import sole_model, unwrapped
+from hf_prune.utils.wrapping import sole_model, uncompiled, unwrapped
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -131,6 +131,7 @@ def prune(
     if not dry_run:
         check_changeable(inner, keep_dense)
     with ExitStack() as resources:
+        resources.enter_context(uncompiled())
         plan = plan_units if config.removes_units else _plan_weights
         memory = MemoryBudget.split(cache_bytes, config)
         run = plan(inner, config, calibration, polish_data, dry_run, progress and is_main_process(), memory)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import reprlib
 import sys
+from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -51,6 +54,19 @@ def without_wrappers(model: nn.Module) -> nn.Module:
             model = inner
         else:
             return model
+
+
+@contextlib.contextmanager
+def uncompiled() -> Iterator[None]:
+    """Within this context, what ``torch.compile`` compiled runs as it is written.
+
+    Hooks would be compiled too, each of them many times over.
+    """
+    if "torch._dynamo" not in sys.modules:  # then nothing is compiled, and loading it takes seconds
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
