@@ -3,6 +3,7 @@
 Takes a model, and gives its groups of units: which slices of which parameters go together, and in which layers. A
 family of architectures is one file in ``families/`` (or one call of ``register_architecture``), a kind of unit is one
 file in ``kinds/``; ``find_unit_groups`` asks every kind. ``ADDING.md`` and ``kinds/ADDING.md`` show how to add either.
+``small_models`` builds a small model of any class from its config, on which what was found is proven.
 """
 
 from __future__ import annotations
