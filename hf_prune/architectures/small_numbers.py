@@ -178,6 +178,11 @@ class Scale:
     def _layer_count(self, name: str, value: int) -> int:
         return value if self.staged and value <= _STAGES else min(value, len(self.kept))
 
+    def _expert_count(self, name: str, value: int) -> int:
+        """More of them where they are chosen by groups, so that some of a group can go."""
+        grouped = (whole_number(self.config, "n_group", "num_expert_group") or 1) > 1
+        return min(value, 2 * _EXPERTS if grouped else _EXPERTS)
+
     def _expert_groups(self, name: str, value: int) -> int:
         routed = any(fields.EXPERTS.fullmatch(other) for other in vars(self.config))
         return min(value, 2) if routed else self._groups(name, value)
@@ -242,7 +247,7 @@ _RULES: tuple[tuple[Any, Callable[[Scale, str, int], int]], ...] = (
     (fields.PIXELS, Scale._pixels),
     (fields.EXPERT_GROUPS, Scale._expert_groups),
     (fields.TOP_GROUPS, lambda scale, name, value: 1),
-    (fields.EXPERTS, lambda scale, name, value: min(value, _EXPERTS)),
+    (fields.EXPERTS, Scale._expert_count),
     (fields.TOP_K, lambda scale, name, value: min(value, 2)),
     (fields.PERIOD, lambda scale, name, value: min(value, 2)),
     (fields.OFFSET, lambda scale, name, value: min(value, 1)),
