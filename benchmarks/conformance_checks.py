@@ -155,9 +155,9 @@ def _checked(name: str, model: Any, inputs: Mapping[str, Any]) -> str:
     except HfPruneError as error:
         unchanged = same_tensors(before, work.state_dict()) is None
         text = one_line(error)
-        if not unchanged:
-            return f"failed: the model was changed by a refusal: {text}"
-        return f"refused: {text}" if getattr(work, "conformance_stage", None) is None else f"failed: {text}"
+        if getattr(work, "conformance_stage", None) is not None:
+            return f"failed: after it was {work.conformance_stage}: {text}"
+        return f"refused: {text}" if unchanged else f"failed: the model was changed by a refusal: {text}"
     except Exception as error:  # anything that is not the library's own is a fault
         return f"failed: {type(error).__name__}: {one_line(error)}"
     return "passed" if detail is None else f"failed: {detail}"
@@ -237,7 +237,7 @@ def _check_units(kind: str) -> Callable[[Any, Mapping[str, Any]], str | None]:
 
 def _reloads(model: Any, inputs: Mapping[str, Any], compressed: bool, with_masks: bool = False) -> str | None:
     """Whether what plain ``from_pretrained`` reads is what was saved, bit by bit, and runs alike."""
-    model.conformance_stage = "saving"
+    model.conformance_stage = "pruned"
     native = next(c for c in type(model).__mro__ if c.__module__.startswith("transformers."))
     expected = outputs(model, inputs)
     with tempfile.TemporaryDirectory() as folder:
