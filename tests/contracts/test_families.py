@@ -38,6 +38,12 @@ FAMILIES = {
     "dinov2": "head neuron layer",
     "wav2vec2": "head neuron layer",
     "bart": "head neuron layer",
+    "lfm2": "head neuron layer",
+    "gpt_oss": "head layer",
+    "dinov3_vit": "head neuron layer",
+    "wav2vec2-conformer": "head neuron layer",
+    "parakeet_encoder": "head neuron layer",
+    "moonshine": "neuron layer",
     "albert": "head neuron",
     "bloom": "neuron layer",
 }
