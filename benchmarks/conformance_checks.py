@@ -51,6 +51,7 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "emu3": {"vocabulary_map": {"<|extra_200|>": 5, "<image>": 6}},
     "instructblip": {"image_token_index": 50265},
     "instructblipvideo": {"video_token_index": 50265},
+    "reformer": {"axial_pos_shape": [4, 4]},
     "step3p7": {"text_config": {"sliding_window": 512}},
     "esm": {"vocab_size": 33, "pad_token_id": 1, "mask_token_id": 32},
     "hunyuan_vl": {"text_config": {"head_dim": 128}},
