@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -321,5 +322,5 @@ def _equal(a: Tensor, b: Tensor) -> bool:
 
 
 def one_line(error: BaseException) -> str:
-    """An error in one line."""
-    return " ".join(str(error).split())[:600] or type(error).__name__
+    """An error in one line, without the folder of the installed packages."""
+    return re.sub(r"/\S*site-packages/", "", " ".join(str(error).split()))[:600] or type(error).__name__
