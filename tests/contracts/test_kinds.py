@@ -136,9 +136,10 @@ def test_cutting_a_silenced_unit_changes_no_output_and_saves_what_was_counted(ki
         before, parameters = model.num_parameters(), dict(model.named_parameters())
         if groups:
             group = groups[-1]
-            units = torch.tensor([1]) if group.units > group.minimum + 1 else torch.tensor([0])
-            silence(model, group, units)
-            saved = group.parameters_per_unit(parameters)
+            # As many as are cut at once: one, or more where kernels want multiples.
+            first = 1 if group.units > group.minimum + group.step else 0
+            silence(model, group, torch.arange(first, first + group.step))
+            saved = group.step * group.parameters_per_unit(parameters)
         else:
             bypass(model.get_submodule(layers[-1]))
             saved = sum(p.numel() for p in model.get_submodule(layers[-1]).parameters())
