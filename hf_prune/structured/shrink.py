@@ -83,7 +83,8 @@ def shrink_modules(model: Model, cuts: list[tuple[str, int, Tensor]] | None = No
             record["speed"] = store.speed.to_dict()
         if store.config is not None:
             record["pruning_config"] = store.config.to_dict()
-    simplify_config(model)
+    if units:
+        simplify_config(model)
     return model
 
 
@@ -113,6 +114,8 @@ def resize(model: nn.Module, units: Mapping[str, int]) -> None:
     Raises:
         ArchitectureError: If a group is unknown, or has fewer units.
     """
+    if not units:
+        return
     inner_models = _inner_models(model)
     available = {prefix + group.name: group.units for prefix, (_, groups) in inner_models.items() for group in groups}
     for name, number in units.items():
@@ -160,8 +163,15 @@ def structure_of(model: nn.Module, dense: Callable[[], nn.Module]) -> dict[str, 
         Units by group, for the groups whose size differs.
     """
     with torch.device("meta"):
-        from_config = _sizes(dense())
+        expected = dense()
+    if _shapes(expected) == _shapes(model):
+        return {}  # also of a model of whose units nothing is known
+    from_config = _sizes(expected)
     return {name: units for name, units in _sizes(model).items() if units != from_config.get(name)}
+
+
+def _shapes(model: nn.Module) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
 
 
 def _sizes(model: nn.Module) -> dict[str, int]:

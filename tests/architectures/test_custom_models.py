@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from transformers import FalconConfig, FalconForCausalLM
+from transformers import FalconConfig, FalconForCausalLM, Mamba2Config, Mamba2ForCausalLM
 
 from hf_prune import describe_units, prunable
 from hf_prune.architectures.small_models import small_config
@@ -55,3 +55,17 @@ def test_what_cannot_go_is_explained():
     with pytest.raises(PlanError, match=r"no head of FalconForCausalLM may go: none was found.*share one key"):
         dense.prune(0.5, granularity="head")  # all of its heads share one key
     assert all(torch.equal(tensor, before[name]) for name, tensor in dense.state_dict().items())
+
+
+@torch.no_grad()
+def test_a_model_with_one_layer_left_is_saved(tmp_path):
+    config = Mamba2Config(
+        hidden_size=32, num_hidden_layers=2, vocab_size=50, num_heads=4, head_dim=16, state_size=8, n_groups=1
+    )
+    torch.manual_seed(0)
+    pruned = prunable(Mamba2ForCausalLM(config).eval()).prune(0.5, granularity="layer")
+    masked = pruned(**INPUTS).logits
+    pruned.shrink()
+    assert pruned.config.num_hidden_layers == 1
+    pruned.save_pretrained(tmp_path)
+    assert torch.equal(Mamba2ForCausalLM.from_pretrained(tmp_path).eval()(**INPUTS).logits, masked)
