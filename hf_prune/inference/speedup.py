@@ -29,6 +29,8 @@ def workload_inputs(model: nn.Module, workload: Mapping[str, int] | None) -> dic
     """
     assert workload is not None
     config: Any = getattr(model, "config", None)
+    if config is None:
+        raise PlanError(f"a {type(model).__name__} has no config, so inputs for it are unknown: pass inputs=")
     batch, length = workload["batch_size"], workload["length"]
     device = device_of(model)
     generator = torch.Generator().manual_seed(0)

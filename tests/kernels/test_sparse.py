@@ -212,3 +212,9 @@ def test_under_sanitizers(tmp_path):
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert " passed" in done.stdout
+
+
+def test_a_folder_that_cannot_be_made_is_said(monkeypatch):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "/proc/nowhere")
+    with pytest.raises(KernelError, match="TORCH_EXTENSIONS_DIR"):
+        load_kernel.__wrapped__()

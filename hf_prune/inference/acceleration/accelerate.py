@@ -21,7 +21,7 @@ from hf_prune.utils.forward import eval_mode
 from hf_prune.utils.number_formats import refuse_quantized
 from hf_prune.utils.offloaded_weights import refuse_offloaded
 from hf_prune.utils.progress import Bar
-from hf_prune.utils.wrapping import check_is_model
+from hf_prune.utils.wrapping import check_is_model, sole_model
 
 _WORKLOAD = {"batch_size": 1, "length": 128}
 
@@ -44,7 +44,9 @@ def accelerate(
     and the whole model only if it is. The weights that only sparse kernels read are kept in their format alone.
 
     The model is then for inference: it has no gradients, and stays in its precision on the CPU. ``save_pretrained``
-    saves the plain model, and :func:`decelerate` gives it back bit for bit.
+    saves the plain model, and :func:`decelerate` gives it back bit for bit. Do not write to its weights in between: its
+    kernels hold copies of them. Products add up in float32; a sparse kernel passes over zeros also where an input is
+    infinite or NaN, which a dense one turns into NaN.
 
     Args:
         model: Any torch module on the CPU; pruned ones gain the most.
@@ -67,6 +69,7 @@ def accelerate(
         CheckpointError: If ``saved`` cannot be read.
     """
     check_is_model(model)
+    model = sole_model(model)
     if unknown := [name for name in dtypes if name not in DTYPES]:
         raise ConfigError(f"dtypes names {unknown[0]!r}: expected some of {', '.join(DTYPES)}")
     if is_accelerated(model):
@@ -85,7 +88,7 @@ def accelerate(
             groups = Bar(_kinds(seen.layers), desc="Choosing kernels", unit="layer", progress=progress)
             kinds = [_chosen(group, seen.tokens, allowed) for group in groups]
         else:
-            kinds = _from_file(saved, seen.layers)
+            kinds = _from_file(saved, seen.layers, dtypes)
         return install(model, inputs, seen, kinds, tolerance)
 
 
@@ -121,7 +124,9 @@ def _merged(choices: Sequence[Choice]) -> list[Choice]:
     return list(choices) if any(choice.kernel != "dense" for choice in choices) else list(choices[:1])
 
 
-def _from_file(saved: str | os.PathLike[str], layers: Mapping[str, nn.Module]) -> list[LayerKind]:
+def _from_file(
+    saved: str | os.PathLike[str], layers: Mapping[str, nn.Module], dtypes: Sequence[str]
+) -> list[LayerKind]:
     kinds, machine = read_choices(saved)
     here = this_machine()
     if different := [key for key in here if machine.get(key) != here[key]]:
@@ -130,6 +135,9 @@ def _from_file(saved: str | os.PathLike[str], layers: Mapping[str, nn.Module]) -
             f"{', '.join(f'{key} {here[key]}' for key in different)}: leave saved out, to choose for this machine"
         )
     for kind in kinds:
+        lower = [choice.kernel for choice in kind.choices if choice.kernel.rpartition(":")[2] in {*DTYPES} - {*dtypes}]
+        if lower:
+            raise KernelError(f"{saved} chose {lower[0]}: allow it with dtypes, or leave saved out, to choose anew")
         for name in kind.layers:
             shape = tuple(matrix_of(layers[name]).shape) if name in layers else None
             if shape != kind.shape:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import statistics
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -86,9 +87,10 @@ def install(
             f"{ratio.low:.2f} to {ratio.high:.2f})."
         )
         return dataclasses.replace(report, notes=(note, *report.notes))
+    first = _first_parameters(model)
     for name in ranges:
-        module = seen.layers[name]
-        drop_weight(module, users[id(module._parameters["weight"])] > 1)
+        weight = seen.layers[name]._parameters["weight"]
+        drop_weight(seen.layers[name], users[id(weight)] > 1 or id(weight) in first)
     return dataclasses.replace(
         report,
         speedup=ratio,
@@ -134,6 +136,14 @@ def _time(model: nn.Module, inputs: Mapping[str, Any], layers: Sequence[nn.Modul
         for layer, layer_class in classes["after"]:
             layer.__class__ = layer_class
     return {name: times.wall for name, times in timings.items()}
+
+
+def _first_parameters(model: nn.Module) -> set[int]:
+    """Ids of the parameters that tell where a model is: ``model.device`` asks the first one of each."""
+    from transformers import PreTrainedModel
+
+    models = [model, *(module for module in model.modules() if isinstance(module, PreTrainedModel))]
+    return {id(parameter) for one in models for parameter in itertools.islice(one.parameters(), 1)}
 
 
 def _nbytes(module: nn.Module) -> int:

@@ -82,6 +82,7 @@ class Sparse(Kernel):
         """Unpickled in a process that may not have loaded the kernel."""
         load_kernel()
         self.__dict__.update(state)
+        self.rows.__post_init__()  # the kernel reads where it is told to
 
 
 class Csr(Kernel):
@@ -101,6 +102,12 @@ class Csr(Kernel):
         product = (self.matrix @ x.reshape(-1, x.shape[-1]).t()).t()
         product = product if bias is None else product + bias
         return product.reshape(*x.shape[:-1], product.shape[-1])
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Csr:
+        """Torch does not copy sparse matrices that way."""
+        copied = Csr.__new__(Csr)
+        copied.matrix = self.matrix.clone()
+        return copied
 
     @property
     def nbytes(self) -> int:

@@ -80,23 +80,27 @@ class Accelerated(nn.Module):
     weight: Any  # a parameter
     bias: Any  # a parameter or None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """(..., in) -> (..., out), by the kernel for this number of tokens.
+
+        An input of another precision than the weight's, as autocast makes them, is cast and the result cast back.
 
         Raises:
             KernelError: If the layer is in training mode.
         """
         if self.training:
             raise KernelError("an accelerated model is for inference: call decelerate() before training it, or eval()")
-        kernel = self.ranges.kernel_for(x.numel() // max(1, x.shape[-1]))
+        kernel = self.ranges.kernel_for(input.numel() // max(1, input.shape[-1]))
 
         def product(x: Tensor) -> Tensor:
-            return kernel(x, self.matrix() if kernel.reads_weight else None, self.bias)
+            with torch.autocast("cpu", enabled=False):
+                result = kernel(x.to(self.weight.dtype), self.matrix() if kernel.reads_weight else None, self.bias)
+                return result.to(x.dtype)
 
-        if torch.is_grad_enabled() and x.requires_grad:
-            return _NoGradients.apply(x, product)
+        if torch.is_grad_enabled() and input.requires_grad:
+            return _NoGradients.apply(input, product)
         with torch.no_grad():
-            return product(x)
+            return product(input)
 
     def matrix(self) -> Tensor:
         """(out, in) of the weight."""
@@ -115,7 +119,9 @@ class Accelerated(nn.Module):
         destination[f"{prefix}weight"] = self.dense_weight()
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        raise KernelError("weights cannot be loaded into an accelerated model: call decelerate() first")
+        """The weights that are loaded are others than those of the kernels, so the layer is a plain one again."""
+        self._end("other weights were loaded")
+        self._load_from_state_dict(*args, **kwargs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Where the model is moved or cast, the layer is a plain one again: its kernels were chosen for what it was."""
@@ -123,12 +129,16 @@ class Accelerated(nn.Module):
         moved = fn(probe)
         if moved.dtype == probe.dtype and moved.device == probe.device:
             return self
+        self._end("it was moved or cast")
+        return self._apply(fn, recurse)
+
+    def _end(self, why: str) -> None:
+        """Be a plain layer again."""
         warn_user(
-            "An accelerated model was moved or cast, and runs on torch's default kernels again: call accelerate() "
-            "afterwards, to choose for what it is now."
+            f"An accelerated model runs on torch's default kernels again, since {why}: call accelerate() afterwards, "
+            f"to choose for what it is now."
         )
         switch_off(self)
-        return self._apply(fn, recurse)
 
 
 class AcceleratedLinear(Accelerated, nn.Linear):
@@ -141,6 +151,10 @@ class AcceleratedConv1D(Accelerated, Conv1D):
     """An accelerated ``Conv1D`` of GPT-2, whose weight is (in, out)."""
 
     dense_class = Conv1D
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See :meth:`Accelerated.forward`."""
+        return super().forward(x)
 
     def matrix(self) -> Tensor:
         """See :meth:`Accelerated.matrix`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -37,20 +38,21 @@ def observe(model: nn.Module, inputs: Mapping[str, Any]) -> Seen:
     seen = Seen()
 
     def note(name: str, module: nn.Module) -> Any:
-        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-            if args and isinstance(args[0], Tensor):
-                seen.layers[name] = module
-                seen.tokens.add(args[0].numel() // max(1, args[0].shape[-1]))
-                tiny = torch.finfo(args[0].dtype).tiny
-                if bool(((args[0] != 0) & (args[0].abs() < tiny)).any()):
-                    seen.subnormal.append(name)
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+            if x is None:
+                return
+            seen.layers[name] = module
+            seen.tokens.add(x.numel() // max(1, x.shape[-1]))
+            if bool(((x != 0) & (x.abs() < torch.finfo(x.dtype).tiny)).any()):
+                seen.subnormal.append(name)
 
         return hook
 
     with ExitStack() as hooks:
         for name, module in model.named_modules():
             if _suits(module):
-                hooks.callback(module.register_forward_pre_hook(note(name, module)).remove)
+                hooks.callback(module.register_forward_pre_hook(note(name, module), with_kwargs=True).remove)
         with torch.inference_mode():
             seen.outputs = [tensor.clone() for tensor in _tensors(model(**inputs))]
     return seen
@@ -83,9 +85,14 @@ def matrix_of(module: nn.Module) -> Tensor:
 
 
 def difference_to(before: Sequence[Tensor], model: nn.Module, inputs: Mapping[str, Any]) -> float:
-    """The largest change of an output, as a share of the largest one."""
+    """The largest change of an output, as a share of the largest one in the same tensor; NaN where one became NaN."""
     with torch.inference_mode():
         after = list(_tensors(model(**inputs)))
-    largest = max((float(tensor.abs().max()) for tensor in before if tensor.numel()), default=0.0)
-    changes = [float((a - b).abs().max()) for a, b in zip(after, before, strict=True) if a.numel()]
-    return max(changes, default=0.0) / max(largest, 1e-30)
+    shares = [0.0]
+    for new, old in zip(after, before, strict=True):
+        if old.numel():
+            change = torch.where(new == old, 0, (new - old).abs())  # infinities that stay are no change
+            finite = old.abs()[old.isfinite()]
+            largest = float(finite.max()) if finite.numel() else 0.0
+            shares.append(float(torch.where(new.isnan() & old.isnan(), 0, change).max()) / max(largest, 1e-30))
+    return math.nan if any(map(math.isnan, shares)) else max(shares)

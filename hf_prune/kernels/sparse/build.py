@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from hf_prune.errors import KernelError
+from hf_prune.errors import CheckpointError, KernelError
 from hf_prune.utils.locks import output_lock
 from hf_prune.utils.output_folder import SAVE
 
@@ -24,8 +24,12 @@ _NAME = "hf_prune_sparse"
 _WAIT = 600.0  # seconds for another process that is compiling
 
 
+@functools.cache
 def kernel_problem() -> str | None:
-    """Why the kernel cannot be used here; None once it is loaded, which compiles it at first use."""
+    """Why the kernel cannot be used here; None once it is loaded, which compiles it at first use.
+
+    A failure is remembered: nothing is compiled a second time in one process.
+    """
     try:
         load_kernel()
     except KernelError as error:
@@ -49,9 +53,14 @@ def load_kernel() -> None:
     folder = root / f"{_NAME}_{_fingerprint()}"
     library = folder / f"{_NAME}.so"
     if not library.is_file():
-        with output_lock(folder, SAVE, wait=_WAIT):
-            if not library.is_file():  # another process may have built it while this one waited
-                _compile(folder, library)
+        try:
+            with output_lock(folder, SAVE, wait=_WAIT):
+                if not library.is_file():  # another process may have built it while this one waited
+                    _compile(folder, library)
+        except (OSError, CheckpointError) as error:
+            raise KernelError(
+                f"the sparse kernel cannot be kept in {root} ({error}): name another folder in TORCH_EXTENSIONS_DIR"
+            ) from error
     try:
         if not hasattr(torch.ops.hf_prune, "sparse_linear"):  # which compiling it has loaded
             torch.ops.load_library(str(library))

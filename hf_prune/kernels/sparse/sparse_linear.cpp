@@ -196,7 +196,13 @@ INLINE void add_row(const float* panel, const uint16_t* columns, const T* values
   for (; entry + 4 <= end; entry += 4) {
     uint64_t four;  // columns at once
     std::memcpy(&four, columns + entry, 8);
-    const auto input = [&](int i) { return panel + static_cast<size_t>(four >> 16 * i & 0xffff) * width; };
+    const auto input = [&](int i) {
+#if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+      return panel + static_cast<size_t>(four >> 16 * i & 0xffff) * width;
+#else
+      return panel + static_cast<size_t>(columns[entry + i]) * width;
+#endif
+    };
     if constexpr (lanes == 1) {
 #pragma GCC unroll 4
       for (int i = 0; i < 4; i++) total[i % sets][0] += to_float(values[entry + i]) * *input(i);
@@ -377,6 +383,8 @@ at::Tensor sparse_linear(const at::Tensor& x, const at::Tensor& values, const at
            reinterpret_cast<const uint16_t*>(columns.const_data_ptr<int16_t>()), values.const_data_ptr(), nullptr};
   TORCH_CHECK(chunk >= 1 && chunk <= 1 << 16 && starts.numel() == w.chunks() * outputs + 1,
               "starts has ", starts.numel(), " entries: expected one for each chunk and output, and one more");
+  TORCH_CHECK(columns.numel() == values.numel() && w.starts[starts.numel() - 1] == values.numel(),
+              "the weight has ", values.numel(), " values and ", columns.numel(), " columns: expected as many");
   at::Tensor float_bias;
   if (bias.has_value()) {
     float_bias = bias->to(at::kFloat).contiguous();
