@@ -37,8 +37,7 @@ from hf_prune import (
     sparsity_report,
 )
 from hf_prune.checkpoint.native import load_tokenizer
-from hf_prune.cli.app import app
-from hf_prune.cli.main import main
+from hf_prune.cli.main import app, main
 from hf_prune.cli.workflows import prune as prune_workflow
 from hf_prune.cli.workflows import sweep as sweep_workflow
 from hf_prune.criteria.registry import CRITERIA
@@ -884,7 +883,7 @@ def test_options_of_other_tools_lead_to_ours(hf_prune, arguments, message):
 @pytest.mark.parametrize("options", [[], ["--stream"], ["--dry-run"]])
 def test_what_stays_dense_is_said_once(hf_prune, tmp_path, options):
     models.tiny_resnet().save_pretrained(tmp_path / "resnet")
-    done = hf_prune("prune", tmp_path / "resnet", *options, "--out", tmp_path / "out")
+    done = hf_prune("prune", tmp_path / "resnet", "--granularity", "8:16", *options, "--out", tmp_path / "out")
     assert done.code == 0
     assert (done.out + done.err).count("stay dense, the largest") == 1
 

@@ -53,7 +53,7 @@ from hf_prune.checkpoint.packed.files import PackedFiles
 from hf_prune.checkpoint.packed.format import CODECS, HEAD, LAYOUTS, MAGIC, is_packed, read_header
 from hf_prune.checkpoint.packed.remote_code import modeling_source
 from hf_prune.checkpoint.shards import header_bytes
-from hf_prune.cli.app import app
+from hf_prune.cli.main import app
 from hf_prune.conversion.compression import compress_checkpoint
 from hf_prune.conversion.decompression import decompress_checkpoint
 from hf_prune.conversion.migration import migrate_checkpoint

@@ -24,7 +24,7 @@ from hf_prune import (
     sparsity_report,
 )
 from hf_prune.checkpoint.mask_file import load_masks
-from hf_prune.cli.app import app
+from hf_prune.cli.main import app
 from tests import models
 from tests.models import assert_unchanged, conv_net, mlp, same_bits, snapshot
 
