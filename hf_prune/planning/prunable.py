@@ -16,9 +16,12 @@ from hf_prune.utils.wrapping import adapters, copied_modules
 Transposed = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d | Transposed
 WEIGHT_NORM = "parametrizations.weight.original1"  # the direction of a weight, beside its length
-_ROUTER = re.compile(r"Router|Gate(?!d)|Hyper(Connection|Head)")
+_ROUTER = re.compile(r"Router|Gate$|TopKGating$|Hyper(Connection|Head)")
+_HOLDS_ROUTER = re.compile(r"Router(MLP)?$|MoE\w*Gate$|TopKGating$")  # the weights of other gates are as large as any
 _TABLE = re.compile(  # parameters that are added, looked up or scaled with, and never multiplied as a matrix
-    r"pos(ition)?_?emb|position|embed|token|quer(y|ies)|probe|bias|A_log|scale|gamma|time_(mix|decay|first|maa)"
+    r"(?![Ww]_|(?:.*_)?(?:weight|proj|projection|kernel|matrix)s?(?:_|$))(?:.*_)?(?:"
+    r"(?:position(?:s|al)?|(?:pos|position)?emb(?:ed(?:s|ding|dings)?)?|time_(?:mix|decay|first|maa))(?:_.*)?"
+    r"|(?:tokens?|query|queries|probe|bias(?:es)?|A_log|scale|gamma)(?:_[a-z]|_\d+)?)"
 )
 _RAW_CHANNELS = 4  # a convolution of at most so many channels reads pixels or samples
 
@@ -35,6 +38,7 @@ class PrunableWeight:
         slabs: See :class:`~hf_prune.kernels.matrix.Target`.
         bias: The name, in the module, of the parameter that is added to its outputs, if it has one.
         called: Whether calling the module multiplies its first argument with the weight.
+        routes: Whether the module is part of a router, which :func:`is_router` does not see in itself.
     """
 
     module_name: str
@@ -44,6 +48,7 @@ class PrunableWeight:
     slabs: int = 1
     bias: str | None = "bias"
     called: bool = True
+    routes: bool = False
 
     @property
     def weight(self) -> nn.Parameter:
@@ -87,6 +92,7 @@ def prunable_weights(model: nn.Module) -> Iterator[PrunableWeight]:
     from transformers.pytorch_utils import Conv1D
 
     passed_over = adapters(model).keys() | copied_modules(model).keys()
+    routing = _parts_of_routers(model)
     packed: dict[nn.Module, list[PrunableWeight]] = {}
     for p in packed_weights(model):
         weight = PrunableWeight(p.module_name, p.module, p.layout, p.attribute, p.experts, p.bias, called=False)
@@ -109,7 +115,7 @@ def prunable_weights(model: nn.Module) -> Iterator[PrunableWeight]:
                     yield PrunableWeight(name, module, "linear", attribute, bias=bias, called=False)
         elif isinstance(getattr(module, "_parameters", {}).get("weight"), nn.Parameter):
             if isinstance(module, nn.Linear):
-                yield PrunableWeight(name, module, "linear")
+                yield PrunableWeight(name, module, "linear", routes=module in routing)
             elif isinstance(module, Conv1D):
                 yield PrunableWeight(name, module, "conv1d")
             elif isinstance(module, Convolution):
@@ -127,6 +133,23 @@ def _has_weight_norm(module: nn.Module) -> bool:
     return len(steps) == 1 and type(steps[0]) is parametrizations._WeightNorm
 
 
+def _parts_of_routers(model: nn.Module) -> set[nn.Module]:
+    """The modules inside the routers of a model.
+
+    A list of modules inside a router holds what it chooses among, such as experts, and a model inside it is no part.
+    """
+    from transformers import PreTrainedModel
+
+    parts: set[nn.Module] = set()
+    waiting = [m for m in model.modules() if m is not model and _HOLDS_ROUTER.search(type(m).__name__)]
+    while waiting:
+        module = waiting.pop()
+        if not isinstance(module, nn.ModuleList | nn.ModuleDict | PreTrainedModel):
+            parts.add(module)
+            waiting += module.children()
+    return parts
+
+
 def stays_dense(weight: PrunableWeight) -> bool:
     """Whether a weight is left dense unless it is named: routers, depthwise convolutions, and those of raw inputs.
 
@@ -134,7 +157,7 @@ def stays_dense(weight: PrunableWeight) -> bool:
     convolution sees the whole input through a handful of channels.
     """
     module = weight.module
-    if is_router(module):
+    if weight.routes or is_router(module):
         return True
     if not isinstance(module, Convolution):
         return False
@@ -169,13 +192,16 @@ def tables(model: nn.Module) -> dict[str, nn.Parameter]:
         for name, parameter in model.named_parameters()
         if sum(size > 1 for size in parameter.shape) > 1
         and id(parameter) not in weights
-        and (id(parameter) in looked_up or _TABLE.search(name.rpartition(".")[2]))
+        and (id(parameter) in looked_up or _TABLE.fullmatch(name.rpartition(".")[2]))
     }
 
 
 def is_router(module: nn.Module) -> bool:
-    """Whether a module chooses experts or mixes streams; a plain Linear that does is pruned like any other."""
-    return _ROUTER.search(type(module).__name__) is not None and type(module) is not nn.Linear
+    """Whether a module is of a class that chooses experts or mixes streams.
+
+    A plain Linear that does is pruned like any other, unless it is part of such a module.
+    """
+    return _ROUTER.search(type(module).__name__) is not None
 
 
 def output_embeddings(model: nn.Module) -> set[nn.Module]:

@@ -20,6 +20,7 @@ from hf_prune.pruning.mask_store import MaskStore, checked_masks
 from hf_prune.training.pruner import TrainingPruner
 from tests import models
 from tests.models import assert_unchanged, mlp, snapshot
+from tests.moe_families import tiny_moe
 
 
 def removes(model: nn.Module, **settings) -> list[int | None]:
@@ -289,6 +290,67 @@ def test_experts_are_targets_and_routers_are_left_dense_by_choice(recwarn):
     assert "Left dense by choice: 128 weights in 2 first or depthwise convolutions, routers, and tables" in str(plan)
     assert not plan.uncovered
     assert not recwarn.list
+
+
+ROUTERS = {  # a Linear inside a class of its own
+    "switch_transformers": r".*\.mlp\.router\.classifier\.weight",
+    "nllb-moe": r".*\.ffn\.router\.classifier\.weight",
+    "jetmoe": r"model\.layers\.\d\.(mlp|self_attention\.experts)\.router\.layer\.weight",
+    "hunyuan_v1_moe": r"model\.layers\.\d\.mlp\.gate\.wg\.weight",
+    "dbrx": r".*\.ffn\.router\.layer\.weight",
+}
+
+
+@pytest.mark.parametrize("family", ROUTERS)
+def test_a_linear_inside_a_router_is_left_dense_by_choice(family):
+    model, _ = tiny_moe(family)
+    plan = make_plan(model, PruningConfig(0.5))
+    routers = {name for name, _ in model.named_parameters() if re.fullmatch(ROUTERS[family], name)}
+    assert routers
+    assert routers <= set(plan.left_dense)
+    targets = {t.target.name for t in plan.tensors}
+    assert not [name for name in targets if "router" in name or ".gate." in name]
+    assert any("experts" in name or ".ffn." in name for name in targets)
+    (named,) = make_plan(model, PruningConfig(0.5, target_modules=[min(routers).removesuffix(".weight")])).tensors
+    assert named.target.name == min(routers)
+
+
+class QueryRouter(nn.Module):
+    """Chooses among its experts, and is no small part of anything."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.choose = nn.Linear(8, 2)
+        self.experts = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+
+
+class GateUpLinear(nn.Linear):
+    """The name of a layer that gates nothing by itself."""
+
+
+def test_what_a_router_chooses_among_and_layers_with_similar_names_are_targets():
+    model = nn.Sequential(QueryRouter(), GateUpLinear(8, 8))
+    plan = make_plan(model, PruningConfig(0.5))
+    assert [t.target.name for t in plan.tensors] == ["0.experts.0.weight", "0.experts.1.weight", "1.weight"]
+    assert dict(plan.left_dense) == {"0.choose.weight": 16}
+    assert "choose.weight" in {t.target.name for t in make_plan(model[0], PruningConfig(0.5)).tensors}
+
+
+@pytest.mark.parametrize(
+    ("name", "table"),
+    [
+        *((name, True) for name in ("query", "query_tokens", "pos_embed", "position_bias", "r_w_bias", "gamma_2")),
+        *((name, True) for name in ("relative_position_bias_table", "attention_biases", "A_log", "time_maa_w")),
+        *((name, False) for name in ("query_weight", "w_query", "query_key_value", "token_mixer", "debias")),
+        *((name, False) for name in ("embed_proj", "scale_matrix", "bias_kernel")),
+    ],
+)
+def test_tables_are_told_by_whole_words_of_their_names(name, table):
+    """Matrices that are multiplied and that no config can target are named as such, and not as tables."""
+    model = nn.Sequential(nn.Linear(4, 4))
+    model.register_parameter(name, nn.Parameter(torch.ones(4, 4)))
+    plan = make_plan(model, PruningConfig(0.5))
+    assert (name in plan.left_dense, name in plan.uncovered) == (table, not table)
 
 
 def test_matrices_that_stay_dense_are_named_once():
