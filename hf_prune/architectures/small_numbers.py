@@ -91,7 +91,10 @@ class Scale:
         small_hidden = min(hidden, 16 if staged else shared.hidden.get(hidden, 64))
         layers = whole_number(config, "num_hidden_layers", "num_layers", "n_layer", "encoder_layers", "depth") or 1
         kept = kept_layers(values, layers)
-        return cls(config, shared, layers, kept, hidden, small_hidden, heads, min(heads, _HEADS), staged)
+        small_heads = min(heads, _HEADS)
+        if small_hidden % small_heads:
+            small_heads = 2  # which divides every width that we give
+        return cls(config, shared, layers, kept, hidden, small_hidden, heads, small_heads, staged)
 
     def value(self, name: str, value: Any) -> Any:
         """The small value of a field."""

@@ -7,6 +7,7 @@ layer is removed if it is bypassed.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
@@ -83,9 +84,13 @@ def shrink_modules(model: Model, cuts: list[tuple[str, int, Tensor]] | None = No
             record["speed"] = store.speed.to_dict()
         if store.config is not None:
             record["pruning_config"] = store.config.to_dict()
-    if units:
-        simplify_config(model)
+    simplify_config(model, [dataclasses.replace(g, units=_staying(g, kept)) for g in groups])
     return model
+
+
+def _staying(group: UnitGroup, kept: Mapping[str, Tensor]) -> int:
+    """How many units a group has without those that were cut."""
+    return int(kept[group.name].shape[-1]) if group.name in kept else group.units
 
 
 def surviving_units(model: nn.Module, group: UnitGroup) -> Tensor | None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
-from hf_prune.architectures.find_unit_groups import find_unit_groups
 from hf_prune.architectures.kinds.registry import kind_named
 from hf_prune.architectures.layer_list import LayerList
 from hf_prune.architectures.modules import base_prefix
@@ -72,15 +71,20 @@ def record_structure(
     setattr(model.config, RECORD, {**record, "units": recorded_units, "layers": recorded_layers})
 
 
-def simplify_config(model: nn.Module) -> None:
-    """Write sizes into the model's config wherever it can tell them: where all groups that it speaks of are alike."""
+def simplify_config(model: nn.Module, groups: Iterable[UnitGroup]) -> None:
+    """Write sizes into the model's config wherever it can tell them: where all groups that it speaks of are alike.
+
+    Args:
+        model: The model, already shrunk.
+        groups: Its groups, with the units that they have now.
+    """
     by_attributes: dict[tuple[str, ...], list[UnitGroup]] = {}
-    for group in find_unit_groups(model):
+    for group in groups:
         if group.config:
             by_attributes.setdefault(group.config, []).append(group)
-    for groups in by_attributes.values():
-        first = groups[0]
-        if first.units and len({(group.units, group.per_unit, group.size) for group in groups}) == 1:
+    for alike in by_attributes.values():
+        first = alike[0]
+        if first.units and len({(group.units, group.per_unit, group.size) for group in alike}) == 1:
             kind_named(first.kind).write_config(model, first)
 
 

@@ -254,4 +254,4 @@ def _resize_like(model: Any, folder: str) -> None:
     resize(model, {site.name: site.units for site in find_unit_groups(shrunk)})
     if (record := getattr(shrunk.config, RECORD, None)) is not None:
         setattr(model.config, RECORD, record)
-    simplify_config(model)
+    simplify_config(model, find_unit_groups(model))

@@ -17,9 +17,12 @@ class OwnConfig(PreTrainedConfig):
 
     model_type = "one_of_its_own"
 
-    def __init__(self, width=64, nh=8, nkv=4, depth=3, ff=96, vocab=100, mixer="grouped", network="gated", **kwargs):
+    def __init__(
+        self, width=64, nh=8, nkv=4, depth=3, ff=96, vocab=100, mixer="grouped", network="gated", breadth=1, **kwargs
+    ):
         self.width, self.nh, self.nkv, self.depth, self.ff, self.vocab = width, nh, nkv, depth, ff, vocab
         self.mixer, self.network = mixer, network
+        self.breadth = breadth
         super().__init__(**kwargs)
 
 

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from transformers import FalconConfig, FalconForCausalLM, Mamba2Config, Mamba2ForCausalLM
+from transformers import FalconConfig, FalconForCausalLM, Mamba2Config, Mamba2ForCausalLM, Phi3Config, Phi3ForCausalLM
 
 from hf_prune import describe_units, prunable
 from hf_prune.architectures.small_models import small_config
@@ -69,3 +69,32 @@ def test_a_model_with_one_layer_left_is_saved(tmp_path):
     assert pruned.config.num_hidden_layers == 1
     pruned.save_pretrained(tmp_path)
     assert torch.equal(Mamba2ForCausalLM.from_pretrained(tmp_path).eval()(**INPUTS).logits, masked)
+
+
+@torch.no_grad()
+def test_three_heads_are_left_and_the_config_is_written_from_what_was_known(tmp_path):
+    config = Phi3Config(
+        hidden_size=64, num_attention_heads=4, num_key_value_heads=4, num_hidden_layers=2, intermediate_size=48,
+        vocab_size=50, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    pruned = prunable(Phi3ForCausalLM(config).eval()).prune(0.25, granularity="head")
+    masked = pruned(**INPUTS).logits
+    pruned.shrink()
+    assert pruned.config.num_attention_heads == 3
+    pruned.save_pretrained(tmp_path)
+    reloaded = prunable(Phi3ForCausalLM.from_pretrained(tmp_path).eval())
+    torch.testing.assert_close(reloaded(**INPUTS).logits, masked, atol=1e-6, rtol=1e-5)
+    assert "heads" in str(describe_units(reloaded))
+
+
+def test_a_config_in_words_of_its_own_builds_nothing_large():
+    class Vast(OwnModel):
+        def __init__(self, config):
+            super().__init__(config)
+            self.wide = torch.nn.Linear(config.breadth, config.breadth)
+
+    with torch.device("meta"):
+        large = Vast(OwnConfig(breadth=40_000))
+    assert "40,000" not in str(describe_units(large))
+    assert "are not small" in str(describe_units(large))

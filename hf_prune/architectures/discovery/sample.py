@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from hf_prune.architectures.small_models import example_inputs
 from hf_prune.architectures.unit_groups import UnitSlice
+from hf_prune.errors import ArchitectureError
 from hf_prune.utils.forward import no_cache
 
 # What models raise when they are built or run with sizes or inputs that they cannot take.
@@ -28,6 +29,9 @@ FAILURES = (
     TypeError,
     ValueError,
 )
+
+
+_LARGEST = 60_000_000  # parameters of a small model; nearly all have fewer than a million
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,16 @@ def make_sample(model_class: Any, config: Any) -> Sample:
     Args:
         model_class: A class of transformers' models.
         config: A small config; it is not changed.
+
+    Raises:
+        ArchitectureError: If the model would not be small, since the config names its sizes in words of its own.
     """
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in model_class(copy.deepcopy(config)).parameters())
+    if parameters > _LARGEST:
+        raise ArchitectureError(
+            f"its config does not tell which of its numbers are sizes, and {parameters:,} parameters are not small"
+        )
     model = build_model(model_class, copy.deepcopy(config))
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
