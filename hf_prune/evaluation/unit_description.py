@@ -36,7 +36,7 @@ class UnitsOfKind:
         config: The settings of the config that can tell another number of units for all of them at once; empty if
             other sizes are recorded beside the config.
         together: Whether all layers must lose the same units.
-        origin: ``"found and proven"`` or ``"from the table"``.
+        origin: ``"found and proven"``, ``"from the table"``, or of experts ``"read off the class"``.
     """
 
     name: str
