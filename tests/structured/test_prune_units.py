@@ -384,7 +384,7 @@ def test_a_polish_follows():
         ({"granularity": "head", "target_speedup": 0.5}, r"target_speedup is 0\.5: expected a number of at least 1"),
         ({"granularity": "head", "scope": "row"}, "unknown scope of heads, neurons and layers 'row'"),
         ({"granularity": "head", "criterion": "wanda"}, "unknown criterion of heads, neurons and layers 'wanda'"),
-        ({"granularity": "layer"}, "scope='layer', in which every layer loses the same share"),
+        ({"granularity": "layer", "scope": "layer"}, "scope='layer', in which every layer loses the same share"),
         ({"granularity": "head", "target_modules": ["query"]}, "target_modules=.* contradicts granularity"),
         ({"granularity": "head", "allocation": "erk"}, "allocation='erk' contradicts granularity"),
         ({"granularity": "head", "steps": 3}, "steps=3 contradicts granularity"),
