@@ -57,7 +57,7 @@ class PrunableWeight:
 
     @property
     def is_direction(self) -> bool:
-        """Whether weight norm divides it by its length, slice by slice: zeros stay zeros, other values change."""
+        """Whether weight norm divides it by its length, slice by slice: zeros stay zeros."""
         return self.attribute == WEIGHT_NORM
 
     @property

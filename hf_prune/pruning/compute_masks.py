@@ -14,10 +14,9 @@ from hf_prune.kernels.least_squares import refit, with_output_correction
 from hf_prune.kernels.matrix import Target, is_finite
 from hf_prune.kernels.selection import CHUNK, Chunks, keep_highest
 from hf_prune.planning.plan import PlannedTensor, PruningPlan
-from hf_prune.planning.prunable import WEIGHT_NORM
 from hf_prune.planning.targets import bias_names
 from hf_prune.pruning.selector import Selector, checked_units, select_units, spread_units
-from hf_prune.pruning.weight_norm import check_directions, largest_of_slices
+from hf_prune.pruning.weight_norm import effective_weight, keeps_values, largest_of_slices, lengths_left
 from hf_prune.utils.distributed import broadcast, fail_together
 
 _LAST = 1e30  # a score above all others, small enough to be added up
@@ -63,12 +62,12 @@ def compute_masks(
         stats: What calibration gathered.
         previous_masks: Masks of earlier prunings, by parameter name.
         fixed_masks: Masks that are known already, so that only the repair is left.
-        whole: The weights by name, where the model does not hold them whole.
+        whole: The weights, and their lengths under weight norm, by name, where the model does not hold them whole.
         biases: What :func:`bias_names` says, if it was asked: it walks through the whole model.
 
     Returns:
-        Bool masks, and the weights and biases that the criterion or the repair gave new values, both in the
-        parameters' own layouts, by name.
+        Bool masks, and the weights and biases that the criterion or the repair gave new values, and the lengths that
+        weight norm gives what is left, all in the parameters' own layouts, by name.
     """
     parameter = model.get_parameter if whole is None else whole.__getitem__  # often of one target among thousands
     criterion, granularity = plan.criterion, plan.granularity
@@ -76,7 +75,8 @@ def compute_masks(
         biases = bias_names(model, [t.target for t in plan.tensors]) if plan.config.repair is not None else {}
 
     def matrix(target: Target) -> Tensor:
-        return target.matrix(parameter(target.name).detach())
+        by_value = keeps_values(plan)
+        return target.matrix(effective_weight(target.name, parameter) if by_value else parameter(target.name).detach())
 
     def old_matrix(target: Target) -> Tensor | None:
         old = previous_masks.get(target.name)
@@ -88,11 +88,12 @@ def compute_masks(
 
     masks: dict[str, Tensor] = {}
     weights: dict[str, Tensor] = {}
+
     if plan.config.scope == "global" and fixed_masks is None:
         sources = {t.target.name: source(t.target, matrix(t.target)) for t in plan.tensors}
         masks = {t.target.name: t.target.native(keep) for t, keep in keep_units(plan, plan.tensors, sources)}
-        for name in (name for name in masks if name.endswith(WEIGHT_NORM)):
-            check_directions(name, masks[name], model.get_parameter(name.removesuffix("1") + "0"))
+        for name, mask in masks.items():
+            weights |= lengths_left(plan, name, mask, previous_masks, parameter)
         return masks, weights
     for tensor in plan.tensors:
         target, name = tensor.target, tensor.target.name
@@ -134,8 +135,7 @@ def compute_masks(
             if bias is not None and old_bias is not None and new_biases:
                 weights[bias] = torch.cat(new_biases).reshape(old_bias.shape).to(old_bias.dtype)
         masks[name] = target.native(keep)
-        if name.endswith(WEIGHT_NORM):
-            check_directions(name, masks[name], model.get_parameter(name.removesuffix("1") + "0"))
+        weights |= lengths_left(plan, name, masks[name], previous_masks, parameter)
         if changed := [weight for weight in repaired if weight is not None]:
             if not all(map(is_finite, changed)):
                 raise CalibrationError(

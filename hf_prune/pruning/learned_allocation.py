@@ -21,6 +21,7 @@ from hf_prune.planning.allocation import minimize_total_error, outlier_sparsitie
 from hf_prune.planning.plan import PruningPlan, targets_of
 from hf_prune.pruning.run import CalibrationRun
 from hf_prune.pruning.selector import unit_scores
+from hf_prune.pruning.weight_norm import effective_weight
 from hf_prune.utils.distributed import broadcast, fail_together
 
 _SHARES = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98)  # at which the error of a target is estimated
@@ -69,7 +70,7 @@ def _fisher(
     for step in steps:
         for target, gram in weighted_grams(reader, step, sensitivity):
             name = target.name
-            weight = target.matrix(parameters[name].detach()).to(gram.dtype)
+            weight = target.matrix(effective_weight(name, parameters.__getitem__)).to(gram.dtype)
             old = None if name not in masks else target.matrix(masks[name]).to(gram.device)
             outputs = sensitivity.outputs[name].to(gram)
             with fail_together():
@@ -159,7 +160,7 @@ def _owl(reader: InputReader, steps: list[list[Target]], plan: PruningPlan) -> d
         statistics = reader.gather(targets, frozenset({"input_norm"}))
         products = {}
         for t in targets:
-            weight = t.matrix(parameters[t.name].detach()).float()
+            weight = t.matrix(effective_weight(t.name, parameters.__getitem__)).float()
             norms = statistics[t.name]["input_norm"].view(t.slabs, -1)  # of each expert, in an own row
             products[t.name] = weight.abs() * norms.repeat_interleave(t.slab_shape[0], 0)
         size = sum(sizes[name] for name in products)

@@ -19,6 +19,7 @@ from hf_prune.planning.targets import divisible, resolve_targets
 from hf_prune.planning.traits import nm_pattern, removed_kinds
 from hf_prune.pruning.compute_masks import compute_masks
 from hf_prune.pruning.local_masks import is_sharded
+from hf_prune.pruning.weight_norm import lengths_name
 from hf_prune.structured.choose_units import choose_units
 from hf_prune.structured.prune_units import unit_masks
 from hf_prune.structured.unit_plan import unit_groups_of
@@ -94,7 +95,9 @@ def choose_masks(
         seed = derived_seed(config.seed, name)
         statistics = {need: tensor.target.matrix(scores[name]) for need in needs}
         stats[name] = dataclasses.replace(WeightStats(seed=seed), **statistics)  # type: ignore[arg-type]
-    whole = {tensor.target.name: learned.whole_weight(tensor.target.name) for tensor in plan.tensors}
+    names = [tensor.target.name for tensor in plan.tensors]
+    names += [lengths for name in names if (lengths := lengths_name(name)) is not None]
+    whole = {name: learned.whole_weight(name) for name in names}
     chosen, _ = compute_masks(model, plan, stats, fixed, whole=whole)
     removed = sum(int((~mask).sum()) for mask in chosen.values())
     if plan.is_exact and removed != plan.removed_parameters:

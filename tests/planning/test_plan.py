@@ -3,6 +3,7 @@
 import json
 import re
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from hf_prune.conversion.streaming.prune_stream import prune_stream
-from hf_prune.errors import MaskError, PlanError
+from hf_prune.errors import CalibrationError, MaskError, PlanError
 from hf_prune.evaluation.sparsity_report import sparsity_report
 from hf_prune.mixin import prunable
 from hf_prune.pipeline import prune
@@ -487,7 +488,7 @@ def test_layers_whose_weights_are_computed_are_named(change):
 
 @pytest.mark.parametrize("dim", [0, 2])
 def test_weight_norm_is_pruned_in_its_directions(dim):
-    """Zeros of the direction are zeros of the weight, and the lengths stay as they are."""
+    """Zeros of the direction are zeros of the weight, and the lengths are those of what is left."""
     layer = torch.nn.utils.parametrizations.weight_norm(models.fill(nn.Conv1d(8, 6, 5)), dim=dim)
     model = nn.Sequential(layer)
     (tensor,) = make_plan(model, PruningConfig(0.5)).tensors
@@ -499,6 +500,81 @@ def test_weight_norm_is_pruned_in_its_directions(dim):
     prune(model, 0.7, criterion="wanda", calibration=[{"input": torch.randn(2, 8, 20)}])
     assert int((layer.weight == 0).sum()) == 168
     assert make_plan(model, PruningConfig(0.8, target_modules=["0"])).tensors
+
+
+NORMED = {
+    "linear": (lambda: nn.Linear(32, 32), 0),
+    "input by input": (lambda: nn.Linear(32, 32), 1),
+    "one length": (lambda: nn.Linear(32, 32), None),
+    "grouped": (lambda: nn.Conv1d(8, 8, 4, groups=2), 2),  # as in wav2vec2
+    "transposed": (lambda: nn.ConvTranspose1d(16, 6, 2), 0),
+}
+
+
+@pytest.mark.parametrize("kind", NORMED)
+@pytest.mark.parametrize("settings", [{}, {"scope": "global"}, {"criterion": "wanda"}, {"criterion": "random"}])
+def test_weight_norm_is_pruned_as_what_the_layer_multiplies_with(kind, settings):
+    """Lengths of directions have no effect; what stays keeps its value, and a second pruning goes on from there."""
+    build, dim = NORMED[kind]
+    plain = nn.Sequential(models.fill(build()))
+    normed = nn.Sequential(torch.nn.utils.parametrizations.weight_norm(models.fill(build()), dim=dim))
+    parts = normed[0].parametrizations.weight
+    with torch.no_grad():
+        (parts.original1 if dim == 1 else parts.original1[: len(parts.original1) // 2]).mul_(100)
+        if dim is None:
+            parts.original1[len(parts.original1) // 2 :] *= 100
+        plain[0].weight.copy_(normed[0].weight)
+    original = plain[0].weight.detach().clone()
+    dense = [p.detach().clone() for p in normed.parameters()]
+    size = (3, 32) if isinstance(plain[0], nn.Linear) else (2, plain[0].in_channels, 12)
+    data = [{"input": torch.randn(size, generator=torch.Generator().manual_seed(0))}]
+    for sparsity in (0.3, 0.6):
+        given = {**settings, "calibration": data} if "wanda" in settings.values() else settings
+        for model in (plain, normed):
+            prune(model, sparsity, keep_dense=True, **given)
+        if settings.get("criterion") == "random":  # seeded by the name, which differs
+            assert torch.allclose(normed[0].weight[normed[0].weight != 0], original[normed[0].weight != 0])
+        else:
+            assert torch.equal(normed[0].weight == 0, plain[0].weight == 0)
+            assert torch.allclose(normed[0].weight, plain[0].weight, rtol=1e-5)
+    MaskStore.of(normed).discard(normed)
+    assert all(torch.equal(p, before) for p, before in zip(normed.parameters(), dense, strict=True))
+
+
+def test_lengths_of_weight_norm_stay_where_gradients_take_them_as_given():
+    layer = torch.nn.utils.parametrizations.weight_norm(models.fill(nn.Linear(8, 8)))
+    lengths = layer.parametrizations.weight.original0.detach().clone()
+    data = [{"x": torch.randn(4, 8), "labels": torch.zeros(4).long()}]
+    before = layer.weight.detach().clone()
+    prune(Loss(layer), 0.5, criterion="taylor", calibration=data)
+    assert torch.equal(layer.parametrizations.weight.original0, lengths)
+    assert not torch.allclose(layer.weight[layer.weight != 0], before[layer.weight != 0])
+
+
+class Loss(nn.Module):
+    """The loss of one layer."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x, labels):
+        return SimpleNamespace(loss=nn.functional.cross_entropy(self.layer(x), labels))
+
+
+def test_an_error_gives_lengths_back():
+    """The next layer fails after the first one was pruned."""
+    model = nn.Sequential(torch.nn.utils.parametrizations.weight_norm(models.fill(nn.Linear(8, 8))), nn.Linear(8, 8))
+    before = snapshot(model)
+
+    def fail(*_):
+        raise RuntimeError("on purpose")
+
+    model[1].register_forward_pre_hook(lambda *_: fail() if (model[0].weight == 0).any() else None)
+    with pytest.raises(CalibrationError, match="on purpose"):
+        prune(model, 0.5, criterion="wanda", calibration=[{"input": torch.randn(4, 8)}])
+    assert_unchanged(model, before)
+    assert MaskStore.of(model) is None
 
 
 def test_something_is_left_of_every_slice_of_weight_norm():

@@ -17,6 +17,7 @@ from hf_prune.criteria.base import INPUTS
 from hf_prune.errors import CalibrationError, HfPruneError
 from hf_prune.planning.plan import PlannedTensor, PruningPlan, targets_of
 from hf_prune.pruning.sequential import prune_tensor
+from hf_prune.pruning.weight_norm import lengths_name
 from hf_prune.utils.progress import Bar
 
 
@@ -86,8 +87,8 @@ def _prune_step(
     gathered = reader.gather([tensor.target for tensor in step], plan.needs & INPUTS)
     for tensor in step:
         name = tensor.target.name
-        bias = output.biases.get(name)
-        lazy.hold([name] if bias is None else [name, bias])
+        beside = (output.biases.get(name), lengths_name(name))
+        lazy.hold([name, *(other for other in beside if other is not None)])
         mask, new = prune_tensor(
             reader.model, plan, tensor, gathered.pop(name), output.previous_masks, None, None, output.biases
         )

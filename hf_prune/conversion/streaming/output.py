@@ -30,6 +30,7 @@ from hf_prune.planning.config import PruningConfig
 from hf_prune.planning.make_plan import refuse_infinite
 from hf_prune.planning.plan import PlannedTensor, PruningPlan
 from hf_prune.planning.targets import bias_names, resolve_targets
+from hf_prune.pruning.weight_norm import lengths_name
 from hf_prune.utils.files import write_text
 from hf_prune.utils.output_folder import check_output
 
@@ -57,13 +58,13 @@ class Output:
         self.targets = {tensor.target.name: tensor.target for tensor in plan.tensors}
         self.reports: dict[str, dict[str, Any]] = {}
         self.kept: dict[str, int] = {}
-        self._copied: set[str] = set()
-        self._checked: set[str] = set()
+        self._copied, self._checked = set[str](), set[str]()
         self._parameters = dict(meta_model.model.named_parameters())
         self.biases: dict[str, str] = {}  # biases that the repair changes, by the target's name
         if plan.config.repair is not None:
             self.biases = bias_names(meta_model.model, list(self.targets.values()))
         self._weights = {bias: name for name, bias in self.biases.items()}
+        self._weights |= {lengths: name for name in self.targets if (lengths := lengths_name(name))}
         for record in journal.records:
             self.reports |= record.get("tensors", {})
             self.kept |= record.get("kept", {})
@@ -189,7 +190,7 @@ class Output:
             tensor: The target.
             weight: Its dense weights; pruned in place.
             mask: Bool of the same shape, True = keep.
-            new: Repaired values of the weight and of the bias, if there are any, by parameter name.
+            new: New values of the weight, of the bias and of lengths, if there are any, by parameter name.
         """
         name = tensor.target.name
         before = WeightStatistics.of(weight)

@@ -42,7 +42,7 @@ from hf_prune.pruning.compute_masks import unit_chunks
 from hf_prune.pruning.mask_store import MaskStore
 from hf_prune.pruning.selector import spread_units
 from hf_prune.pruning.sequential import prune_tensor
-from hf_prune.pruning.weight_norm import largest_of_slices
+from hf_prune.pruning.weight_norm import effective_weight, largest_of_slices, lengths_left, lengths_name
 from hf_prune.utils.digests import batches_digest
 from hf_prune.utils.distributed import rank_and_world_size
 from hf_prune.utils.folders import refuse_links
@@ -244,22 +244,23 @@ def _fingerprints(source: str, meta_model: MetaModel) -> dict[str, str]:
 @torch.no_grad()
 def _prune_tensors(output: Output, plan: PruningPlan, progress: bool) -> None:
     """Prune one weight at a time; in global scope, all weights are first read a few times to find the threshold."""
-    lazy = LazyWeights(output.meta_model, output.read, output.read_rows)
+    model, lazy = output.meta_model.model, LazyWeights(output.meta_model, output.read, output.read_rows)
     threshold = _global_threshold(output, plan) if plan.config.scope == "global" else None
     for i, tensor in enumerate(Bar(plan.tensors, desc="Pruning", unit="weight", progress=progress)):
         target = tensor.target
         if output.done(target.name):
             continue
-        lazy.hold([target.name])
+        lengths = lengths_name(target.name)
+        lazy.hold([target.name] if lengths is None else [target.name, lengths])
+        new: Mapping[str, Tensor] = {}
         if threshold is None:
-            mask, _ = prune_tensor(
-                output.meta_model.model, plan, tensor, {}, output.previous_masks, biases=output.biases
-            )
+            mask, new = prune_tensor(model, plan, tensor, {}, output.previous_masks, biases=output.biases)
         else:
             scores = functools.partial(_scores, output, plan, tensor)
             keep = keep_above(scores, tensor.units, threshold[0], threshold[1][i])
             mask = target.native(spread_units(plan, target, keep))
-        output.write(tensor, lazy[target.name], mask)
+            new = lengths_left(plan, target.name, mask, output.previous_masks, lazy.__getitem__)
+        output.write(tensor, lazy[target.name], mask, new)
     lazy.release()
 
 
@@ -282,4 +283,5 @@ def _scores(output: Output, plan: PruningPlan, tensor: PlannedTensor) -> Iterato
     last = largest_of_slices(output.meta_model.model, target, weight)
     stats = WeightStats(seed=derived_seed(plan.config.seed, target.name))
     kept = None if old is None else target.matrix(old)
-    return unit_chunks(plan, target, target.matrix(weight), stats, kept, last)
+    values = effective_weight(target.name, lambda name: weight if name == target.name else output.read(name))
+    return unit_chunks(plan, target, target.matrix(values), stats, kept, last)
