@@ -15,7 +15,8 @@ from torch import nn
 
 from hf_prune.architectures.growth import Growth, built, growth
 from hf_prune.architectures.modules import base_prefix
-from hf_prune.architectures.moe_blocks import MoeBlock, moe_blocks
+from hf_prune.architectures.moe_block import MoeBlock
+from hf_prune.architectures.moe_blocks import moe_blocks
 from hf_prune.architectures.settings import config_of_setting, set_setting
 from hf_prune.architectures.unit_groups import UnitGroup, UnitSlice
 
@@ -35,7 +36,7 @@ class _Neurons:
     config: tuple[str, ...]
 
 
-_CACHE: dict[tuple[type, str], list[_Neurons]] = {}
+_CACHE: dict[tuple[type, str, tuple[MoeBlock, ...]], list[_Neurons]] = {}
 
 
 def expert_neuron_groups(model: nn.Module) -> list[UnitGroup]:
@@ -48,7 +49,7 @@ def expert_neuron_groups(model: nn.Module) -> list[UnitGroup]:
     if not blocks:
         return []
     config: Any = model.config
-    key = type(model), config.to_json_string(use_diff=False)
+    key = type(model), config.to_json_string(use_diff=False), tuple(blocks)
     if key not in _CACHE:
         while len(_CACHE) >= _MOST_CACHED:
             del _CACHE[next(iter(_CACHE))]

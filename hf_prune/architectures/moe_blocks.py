@@ -10,12 +10,13 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from hf_prune.architectures.growth import Growth, built, growth
+from hf_prune.architectures.moe_block import MoeBlock, misfit
 from hf_prune.architectures.settings import config_of_setting, set_setting
 from hf_prune.architectures.unit_groups import UnitSlice
 
@@ -27,43 +28,25 @@ _LEAST_CHOSEN = 2  # experts per token where the model does not say how many
 _MOST_CACHED = 16
 
 
-@dataclass(frozen=True)
-class MoeBlock:
-    """A mixture of experts in one layer. All names are those of the model.
-
-    Args:
-        name: The module that holds the experts.
-        layer: The layer that it is in, as (list of layers, number).
-        config: The setting that counts the experts, with dots between a config and the one inside it.
-        router: The weight with a row for each expert that chooses among them.
-        parameters: Parts of parameters that belong to one expert each, that weight among them.
-        buffers: The same for buffers, such as corrections of the router's scores.
-        lists: Lists or dicts of modules with one module for each expert.
-        counts: Attributes of modules in the layer that are proportional to the number of experts.
-        outer_counts: Such attributes outside of the layers, which speak of all of them.
-    """
-
-    name: str
-    layer: tuple[str, int]
-    config: str
-    router: str
-    parameters: tuple[UnitSlice, ...]
-    buffers: tuple[UnitSlice, ...] = ()
-    lists: tuple[str, ...] = ()
-    counts: tuple[tuple[str, str], ...] = ()
-    outer_counts: tuple[tuple[str, str], ...] = ()
-
-
 _CACHE: dict[tuple[type, str], tuple[list[MoeBlock], list[str]]] = {}
 
 
 def moe_blocks(model: nn.Module) -> list[MoeBlock]:
     """The mixtures of experts of a model, layer by layer; none whose experts cannot be told apart.
 
+    None either of those that a setting counts if the model lacks one of them, or has it in another form.
+
     Args:
         model: A transformers model; for any other one the list is empty. Its layers may have different sizes by now.
     """
     return _look(model)[0]
+
+
+def removable_blocks(model: nn.Module) -> list[MoeBlock]:
+    """The mixtures whose experts can be removed: where no router of those that a setting counts has a table."""
+    blocks = moe_blocks(model)
+    fixed = {block.config for block in blocks if block.table}
+    return [block for block in blocks if block.config not in fixed]
 
 
 def unusable_experts(model: nn.Module) -> list[str]:
@@ -122,7 +105,9 @@ def _look(model: nn.Module) -> tuple[list[MoeBlock], list[str]]:
         while len(_CACHE) >= _MOST_CACHED:
             del _CACHE[next(iter(_CACHE))]
         _CACHE[key] = _compare(type(model), config, settings)
-    return _CACHE[key]
+    blocks, reasons = _CACHE[key]
+    misfits = {block.config: said for block in reversed(blocks) if (said := misfit(model, block))}
+    return [block for block in blocks if block.config not in misfits], [*reasons, *misfits.values()]
 
 
 def _settings(config: Any, before: str = "") -> Iterator[tuple[str, int]]:
@@ -139,7 +124,11 @@ def _settings(config: Any, before: str = "") -> Iterator[tuple[str, int]]:
 def _compare(cls: type, config: Any, settings: list[tuple[str, int]]) -> tuple[list[MoeBlock], list[str]]:
     blocks: list[MoeBlock] = []
     reasons: list[str] = []
-    plain = built(cls, config)
+    try:
+        plain = built(cls, config)
+    except Exception as error:  # whatever a class may ask for
+        found_no = f"{cls.__name__} cannot be built from its config alone ({type(error).__name__}: {error})"
+        return [], [f"{found_no}, so its experts cannot be told apart"]
     for path, number in settings:
         larger = copy.deepcopy(config)
         set_setting(larger, path, 2 * number)
@@ -159,6 +148,11 @@ def _compare(cls: type, config: Any, settings: list[tuple[str, int]]) -> tuple[l
         own, reason = _divided(plain, path, found)
         blocks += own
         reasons += reason
+        if table := next((block.table for block in own if block.table), ""):
+            reasons.append(
+                f"{table} of {cls.__name__} holds whole numbers beside a router, which may be numbers of experts and "
+                f"would name others after a removal, so none of the experts that config.{path} counts can be removed"
+            )
     return blocks, reasons
 
 
@@ -208,6 +202,7 @@ def _divided(plain: nn.Module, path: str, found: Growth) -> tuple[list[MoeBlock]
                     lists=lists,
                     counts=tuple((name, key) for name, key in found.counts if belongs(f"{name}.")),
                     outer_counts=outer,
+                    table=_table(plain, router, layer, {piece.name for piece in (*found.parameters, *found.buffers)}),
                 )
             )
     taken = {piece.name for block in blocks for piece in (*block.parameters, *block.buffers)}
@@ -219,6 +214,21 @@ def _divided(plain: nn.Module, path: str, found: Growth) -> tuple[list[MoeBlock]
             f"expert can be removed"
         ]
     return blocks, reasons
+
+
+def _table(plain: nn.Module, router: str, layer: str, divided: set[str]) -> str:
+    """A tensor of whole numbers in a router's module, or in one around it, that has no part for each expert."""
+    for holder in _path(_owner(router), layer):
+        if holder == layer and holder != _owner(router):
+            break
+        module = plain.get_submodule(holder)
+        is_router = holder == _owner(router)  # with all that is in it
+        for kind in (module.named_buffers, module.named_parameters):
+            for key, tensor in kind(recurse=is_router):
+                whole = not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
+                if whole and tensor.numel() > 1 and f"{holder}.{key}" not in divided:
+                    return f"{holder}.{key}"
+    return ""
 
 
 def _ndim(model: nn.Module, piece: UnitSlice) -> int:

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from hf_prune.architectures.modules import base_prefix
-from hf_prune.architectures.moe_blocks import MoeBlock, moe_blocks
+from hf_prune.architectures.moe_block import MoeBlock
+from hf_prune.architectures.moe_blocks import moe_blocks
 from hf_prune.architectures.switched_off import units_that_run
 from hf_prune.architectures.unit_groups import UnitGroup, numbered
 from hf_prune.calibration.batches import Batches, without_labels

@@ -240,6 +240,67 @@ def test_what_cannot_be_removed_is_said(monkeypatch: pytest.MonkeyPatch) -> None
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
+def _hashing(kinds: list[str]) -> Any:
+    from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
+
+    sizes: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"num_key_value_heads": 1, "head_dim": 16, "q_lora_rank": 16, "o_groups": 2, "o_lora_rank": 8}
+    sizes |= {"n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 20, "pad_token_id": 0}
+    sizes |= {"layer_types": ["sliding_attention"] * 2, "mlp_layer_types": kinds}
+    return DeepseekV4ForCausalLM(DeepseekV4Config(**sizes)).eval()
+
+
+def test_experts_that_a_table_of_tokens_names_stay() -> None:
+    """The table has the same shape for any number of experts, but its values are their numbers."""
+    assert len(experts_of(_hashing(["moe", "moe"]))) == 2
+    model = _hashing(["hash_moe", "moe"])  # one setting counts the experts of both layers
+    assert not experts_of(model)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(PlanError, match=r"layers\.0\.mlp\.gate\.tid2eid .* whole numbers .* config\.n_routed_experts"):
+        prune(model, 0.5, granularity="expert")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert any("experts" in group.name for group in find_unit_groups(model) if group.kind == "neuron")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda model: model.model.layers.__delitem__(1), r"has no model\.layers\.1\.mlp\.\S+, so none"),
+        (
+            lambda model: setattr(model.model.layers[1], "mlp", torch.nn.Identity()),
+            r"has no model\.layers\.1\.mlp\.\S+",
+        ),
+        (
+            lambda model: setattr(
+                model.model.layers[0].mlp.experts, "down_proj", torch.nn.Parameter(torch.zeros(6, 32, 24))
+            ),
+            r"experts\.down_proj of the shape \(6, 32, 24\) has no part for each of 8",
+        ),
+    ],
+)
+def test_a_model_that_its_config_does_not_describe_is_refused(change: Any, said: str) -> None:
+    model, _ = tiny_moe("mixtral")
+    change(model)
+    assert not moe_blocks(model)
+    with pytest.raises(PlanError, match=said):
+        prune(model, 0.5, granularity="expert")
+
+
+def test_a_class_that_its_config_cannot_build_is_refused() -> None:
+    from transformers import MixtralForCausalLM
+
+    class NeedsMore(MixtralForCausalLM):
+        def __init__(self, config: Any, more: int) -> None:
+            super().__init__(config)
+            self.more = more
+
+    model = NeedsMore(tiny_moe("mixtral")[0].config, 1)
+    (reason,) = unusable_experts(model)
+    assert "NeedsMore cannot be built from its config alone (TypeError" in reason
+    with pytest.raises(PlanError, match="NeedsMore cannot be built"):
+        prune(model, 0.5, granularity="expert")
+
+
 def test_settings_that_make_no_sense_are_refused() -> None:
     with pytest.raises(ConfigError, match="'fisher' cannot rank experts: expected one of frequency, magnitude, "):
         hf_prune.PruningConfig(granularity="expert", criterion="fisher")

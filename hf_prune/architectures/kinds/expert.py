@@ -7,7 +7,8 @@ from torch import nn
 from hf_prune.architectures.kinds.base import UnitKind
 from hf_prune.architectures.kinds.registry import KINDS
 from hf_prune.architectures.modules import base_prefix
-from hf_prune.architectures.moe_blocks import MoeBlock, moe_blocks, tokens_per_choice, unusable_experts
+from hf_prune.architectures.moe_block import MoeBlock
+from hf_prune.architectures.moe_blocks import removable_blocks, tokens_per_choice, unusable_experts
 from hf_prune.architectures.unit_groups import UnitGroup
 
 
@@ -31,7 +32,7 @@ class Expert(UnitKind):
     def groups(self, model: nn.Module) -> list[UnitGroup]:
         """See :meth:`UnitKind.groups`."""
         prefix = base_prefix(model)
-        return [_group(model, block, prefix) for block in moe_blocks(model)]
+        return [_group(model, block, prefix) for block in removable_blocks(model)]
 
     def obstacles(self, model: nn.Module) -> list[str]:
         """See :meth:`UnitKind.obstacles`."""
@@ -40,7 +41,7 @@ class Expert(UnitKind):
     def write_config(self, model: nn.Module, group: UnitGroup) -> None:
         """See :meth:`UnitKind.write_config`."""
         super().write_config(model, group)
-        for block in moe_blocks(model):
+        for block in removable_blocks(model):
             if block.config in group.config:
                 for name, attribute in block.outer_counts:
                     setattr(model.get_submodule(name), attribute, group.units)
