@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from torch import nn
 
 from hf_prune.architectures.base import Stack
+
+# Attributes of a layer's modules that hold the layer's own number.
+LAYER_NUMBER = re.compile(r"(layer|block)_(idx|id|num|number|index)|idx")
 
 
 @dataclass(frozen=True)

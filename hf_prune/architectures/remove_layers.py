@@ -11,7 +11,7 @@ from torch import nn
 from hf_prune.architectures.base import Stack
 from hf_prune.architectures.bypass import is_bypassed
 from hf_prune.architectures.growth import built
-from hf_prune.architectures.layer_list import LayerList
+from hf_prune.architectures.layer_list import LAYER_NUMBER, LayerList
 from hf_prune.architectures.modules import base_prefix
 from hf_prune.architectures.settings import config_of_setting
 from hf_prune.errors import ArchitectureError
@@ -112,8 +112,9 @@ def _replace_list(model: nn.Module, layers: LayerList, numbers: Sequence[int]) -
     setattr(parent, attribute, nn.Sequential(*kept) if is_sequence else nn.ModuleList(kept))
     for new, old in enumerate(numbers):
         for module in layers.layers[old].modules():
-            if isinstance(getattr(module, "layer_idx", None), int):  # where a cache keeps its keys and values
-                setattr(module, "layer_idx", new)  # noqa: B010
+            for key, value in list(vars(module).items()):  # by which a cache keeps keys and values, for one
+                if LAYER_NUMBER.fullmatch(key) and type(value) is int and value == old:
+                    setattr(module, key, new)
     _shorten_config(model.config, layers.stack, numbers, total)
     own, counts = getattr(parent, "config", None), ("num_layers", "num_hidden_layers", "n_layers")
     holder_of_count, key_of_count = config_of_setting(model.config, layers.stack.config)

@@ -18,7 +18,7 @@ def config_of_setting(config: Any, name: str) -> tuple[Any, str]:
     return config, key
 
 
-def set_setting(config: Any, name: str, value: int) -> None:
+def set_setting(config: Any, name: str, value: Any) -> None:
     """Set a setting; arguments as :func:`config_of_setting`."""
     holder, key = config_of_setting(config, name)
     setattr(holder, key, value)

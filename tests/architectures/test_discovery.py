@@ -8,9 +8,10 @@ import torch
 import transformers
 
 from hf_prune import ArchitectureError, shrink
+from hf_prune.architectures.bypass import bypass
 from hf_prune.architectures.discovery import find
 from hf_prune.architectures.discovery.partition import _components, _part_widths
-from hf_prune.architectures.discovery.proof import groups_in, unit_failure
+from hf_prune.architectures.discovery.proof import groups_in, layers_failure, unit_failure
 from hf_prune.architectures.discovery.sample import make_sample, plain_surroundings
 from hf_prune.architectures.find_unit_groups import find_unit_groups
 from hf_prune.architectures.small_models import small_config
@@ -66,6 +67,95 @@ def test_heads_that_code_outside_counts_are_refused_with_the_reason():
     found = find.discover(transformers.BloomModel(config))
     assert "4 units of width 16 were found, but the code does not run" in found.refused["h.0.self_attention.dense"]
     assert [units.kind for units in found.stacks[0].units] == ["neuron"]
+
+
+def _described(model_class, **settings):
+    with torch.device("meta"):
+        model = model_class(model_class.config_class(**settings))
+    found = find.discover(model)
+    return [stack.config for stack in found.stacks], found.refused
+
+
+@pytest.mark.parametrize(
+    ("model_class", "settings"),
+    [
+        (transformers.GPTNeoXForCausalLM, {}),
+        (transformers.GPTNeoXForSequenceClassification, {}),  # without a padding token
+        (transformers.ModernBertForSequenceClassification, {}),
+        (transformers.BartForConditionalGeneration, {}),
+        (transformers.Wav2Vec2ForSequenceClassification, {}),
+    ],
+)
+def test_layers_under_a_head_that_reads_the_last_hidden_states_can_go(model_class, settings):
+    counts, _ = _described(model_class, **settings)
+    assert all(counts)
+
+
+@pytest.mark.parametrize(
+    ("model_class", "settings", "layers"),
+    [
+        (
+            transformers.DPTForDepthEstimation,
+            {"num_hidden_layers": 6, "backbone_out_indices": [1, 2, 3, 4]},
+            "encoder.layer",
+        ),
+        (transformers.CLIPSegForImageSegmentation, {"extract_layers": [1, 2, 3]}, "vision_model.encoder.layers"),
+        (transformers.Data2VecVisionForSemanticSegmentation, {}, "encoder.layer"),
+        (transformers.Wav2Vec2ForSequenceClassification, {"use_weighted_layer_sum": True}, "encoder.layers"),
+    ],
+)
+def test_layers_under_a_head_that_picks_hidden_states_by_number_stay(model_class, settings, layers):
+    counts, refused = _described(model_class, **settings)
+    assert not any(counts)
+    assert f"its layers stay: with the head of {model_class.__name__}, " in refused[layers]
+    assert "without layer 0" in refused[layers]
+
+
+def test_layers_under_a_head_that_cannot_be_run_small_stay(monkeypatch):
+    def make(model_class, config):
+        if model_class is transformers.GPTNeoXForCausalLM:
+            raise ValueError("no such inputs")
+        return make_sample(model_class, config)
+
+    monkeypatch.setattr(find, "_FOUND", {})
+    monkeypatch.setattr("hf_prune.architectures.discovery.proof.make_sample", make)
+    found = find.discover(neox())
+    assert [stack.config for stack in found.stacks] == [""]
+    assert found.refused["layers"] == (
+        "its layers stay: with the head of GPTNeoXForCausalLM, a small model could not be run to prove that they can "
+        "go (ValueError: no such inputs)"
+    )
+
+
+def test_every_layer_is_tried_in_a_longer_model():
+    class ReadsTheThirdLast(transformers.GPTNeoXModel):
+        def forward(self, input_ids, attention_mask):
+            return super().forward(input_ids, attention_mask, output_hidden_states=True).hidden_states[-3]
+
+    config, stack = small_config(neox().config), find.discover(neox()).stacks[0]
+    with plain_surroundings():
+        assert layers_failure(transformers.GPTNeoXModel, config, stack) is None
+        failure = layers_failure(ReadsTheThirdLast, config, stack)
+    assert failure == "outputs are others without layer 2 than when it is bypassed"
+
+
+def test_layers_that_number_themselves_by_another_name_are_renumbered(tmp_path):
+    config = transformers.GPTNeoConfig(
+        **{"vocab_size": 60, "hidden_size": 32, "num_heads": 4, "num_layers": 4, "window_size": 4},
+        **{"attention_types": [[["global", "local"], 2]], "bos_token_id": None, "eos_token_id": None},
+    )
+    torch.manual_seed(0)
+    model = transformers.GPTNeoForCausalLM(config).eval()
+    for layer in model.transformer.h[1:3]:
+        bypass(layer)
+    shrink(model)
+    model.save_pretrained(tmp_path)
+    loaded = transformers.GPTNeoForCausalLM.from_pretrained(tmp_path).eval()
+    settings = {"max_new_tokens": 8, "do_sample": False, "output_scores": True, "return_dict_in_generate": True}
+    outputs = [each.generate(torch.arange(3, 9)[None], **settings, pad_token_id=0) for each in (model, loaded)]
+    assert [layer.attn.attention.layer_id for layer in model.transformer.h] == [0, 1]
+    assert torch.equal(outputs[0].sequences, outputs[1].sequences)
+    assert all(torch.equal(one, other) for one, other in zip(outputs[0].scores, outputs[1].scores, strict=True))
 
 
 def test_a_model_without_units_says_why_and_stays_as_it_was():

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from hf_prune.architectures.discovery.sample import Sample
+from hf_prune.architectures.layer_list import LAYER_NUMBER
 
 Kind = tuple[Any, ...]
-# The layer's own number, and rates of dropout, which often grow with it.
-_OF_NUMBER = re.compile(r"(layer|block)_(idx|id|num|number|index)|idx|training|drop_prob|drop_path\w*|p|\w*dropout\w*")
+# Rates of dropout, which often grow with the layer's number.
+_DROPOUT = re.compile(r"training|drop_prob|drop_path\w*|p|\w*dropout\w*")
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,8 @@ def plain_attributes(layer: nn.Module) -> tuple[tuple[str, str, Any], ...]:
         for key, value in sorted(vars(module).items())
         if isinstance(value, bool | int | float | str | type(None))
         and not key.startswith("_")
-        and not _OF_NUMBER.fullmatch(key)
+        and not LAYER_NUMBER.fullmatch(key)
+        and not _DROPOUT.fullmatch(key)
     )
 
 

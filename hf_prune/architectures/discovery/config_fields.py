@@ -14,7 +14,7 @@ from torch import nn
 from hf_prune.architectures.base import Stack, Units
 from hf_prune.architectures.cut_units import cut_units
 from hf_prune.architectures.discovery.blocks import kind_of
-from hf_prune.architectures.discovery.proof import differ, groups_in, layer_failure, layer_list
+from hf_prune.architectures.discovery.proof import differ, groups_in, layer_list, layers_failure
 from hf_prune.architectures.discovery.sample import FAILURES, Sample, build_model
 from hf_prune.architectures.found_units import find_attribute
 from hf_prune.architectures.remove_layers import remove_layers
@@ -85,7 +85,7 @@ def with_layer_fields(sample: Sample, stack: Stack) -> tuple[Stack, str | None]:
             if not _is_same(sample, twin, rebuilt) or not (lists or _is_regular(sample, counted, total)):
                 reason = f"the config tells by the number of a layer what is in it (with {name} lowered)"
                 continue
-            failure = layer_failure(sample, counted, fixed)
+            failure = layers_failure(type(sample.model), sample.model.config, counted)
             if failure is None:
                 return counted, None
             reason = failure

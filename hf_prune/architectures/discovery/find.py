@@ -15,7 +15,7 @@ from hf_prune.architectures.discovery.config_fields import with_layer_fields, wi
 from hf_prune.architectures.discovery.flow import trace_flows
 from hf_prune.architectures.discovery.naming import is_in_config, named_units, outside_names
 from hf_prune.architectures.discovery.partition import FoundUnits, find_units
-from hf_prune.architectures.discovery.proof import first_line, groups_in, unit_failure, zero_values
+from hf_prune.architectures.discovery.proof import first_line, groups_in, layers_failure, unit_failure, zero_values
 from hf_prune.architectures.discovery.sample import FAILURES, Sample, make_sample, plain_surroundings
 from hf_prune.architectures.modules import base_prefix
 from hf_prune.architectures.small_models import small_config
@@ -53,6 +53,8 @@ def discover(model: nn.Module) -> Discovery:
     with plain_surroundings():
         for holder in _holders(model):
             found = _remembered(_native_class(holder), holder.config)
+            if isinstance(found, Discovery) and holder is not model:
+                found = _remembered_with_head(_native_class(model), model.config, found)
             if isinstance(found, Discovery):
                 return found
             reasons.append(found)
@@ -81,8 +83,7 @@ def _native_class(model: nn.Module) -> Any:
 def _remembered(model_class: Any, config: Any) -> Discovery | str:
     """What was found for a class and config; a sentence if nothing was."""
     try:
-        small = small_config(config)
-        key = (model_class, json.dumps(small.to_dict(), sort_keys=True, default=str))
+        small, key = _small(model_class, config)
     except FAILURES as error:
         return f"no small config could be made of its own ({first_line(error)})"
     if key not in _FOUND:
@@ -92,16 +93,50 @@ def _remembered(model_class: Any, config: Any) -> Discovery | str:
         except FAILURES as error:
             _FOUND[key] = f"a small model of its class could not be run to find them ({first_line(error)})"
         else:
-            found = _discovered(sample)
-            _FOUND[key] = found if found.stacks else f"nothing was found that can be removed{_reasons(found.refused)}"
+            _FOUND[key] = _discovered(sample)
     return _FOUND[key]
+
+
+def _small(model_class: Any, config: Any) -> tuple[Any, tuple[Any, str]]:
+    """A small config, and by what is remembered what was found for it."""
+    small = small_config(config)
+    return small, (model_class, json.dumps(small.to_dict(), sort_keys=True, default=str))
+
+
+def _remembered_with_head(model_class: Any, config: Any, base: Discovery) -> Discovery | str:
+    """What holds of what was found in a base model once its head is on it; a sentence if nothing does.
+
+    A head can pick hidden states by the number of a layer: the layers are proven again with it.
+    """
+    try:
+        small, key = _small(model_class, config)
+    except FAILURES as error:
+        return f"no small config could be made of its own ({first_line(error)})"
+    if key not in _FOUND:
+        if getattr(small, "pad_token_id", 0) is None:
+            small.pad_token_id = 0  # without one, classifiers take one text at a time
+        refused, stacks = dict(base.refused), []
+        for stack in base.stacks:
+            failure = layers_failure(model_class, small, stack) if stack.config else None
+            if failure is not None:
+                refused[stack.layers] = f"its layers stay: with the head of {model_class.__name__}, {failure}"
+                stack = replace(stack, config="", per_layer=(), fixed=0)
+            stacks.append(stack)
+        _FOUND[key] = _summary(stacks, refused)
+    return _FOUND[key]
+
+
+def _summary(stacks: Sequence[Stack], refused: Mapping[str, str]) -> Discovery | str:
+    """What was found, or a sentence if nothing of it can be removed."""
+    useful = tuple(stack for stack in stacks if stack.units or stack.config)
+    return Discovery(useful, refused) if useful else f"nothing was found that can be removed{_reasons(refused)}"
 
 
 def _reasons(refused: Mapping[str, str]) -> str:
     return "".join(f"; {name}: {reason}" for name, reason in list(refused.items())[:3])
 
 
-def _discovered(sample: Sample) -> Discovery:
+def _discovered(sample: Sample) -> Discovery | str:
     """Find and prove units, then layers, then what the config can tell of them."""
     blocks, dense = find_blocks(sample), sample.outputs()
     refused: dict[str, str] = {}
@@ -124,7 +159,7 @@ def _discovered(sample: Sample) -> Discovery:
         stacks[number], reason = with_layer_fields(sample, stacks[number])
         if reason is not None:
             refused[block_list.name] = f"its layers stay: {reason}"
-    return Discovery(tuple(stack for stack in stacks if stack.units or stack.config), refused)
+    return _summary(stacks, refused)
 
 
 def _proven_units(

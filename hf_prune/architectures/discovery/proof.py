@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
+from itertools import cycle, islice
 from typing import Any
 
 import torch
@@ -11,14 +13,16 @@ from torch import Tensor, nn
 from hf_prune.architectures.base import Stack
 from hf_prune.architectures.bypass import bypass
 from hf_prune.architectures.cut_units import cut_units
-from hf_prune.architectures.discovery.sample import FAILURES, Sample
+from hf_prune.architectures.discovery.sample import FAILURES, Sample, make_sample
 from hf_prune.architectures.found_units import found_groups
 from hf_prune.architectures.layer_list import LayerList
 from hf_prune.architectures.modules import base_prefix
 from hf_prune.architectures.remove_layers import remove_layers
+from hf_prune.architectures.settings import config_of_setting, set_setting
 from hf_prune.architectures.unit_groups import UnitGroup
 
 _TOLERANCE = 2e-4  # of outputs, as a share of the largest; errors of float32 stay far below, wrong units far above
+_MORE_LAYERS = 3  # than the small model has, in which each is tried
 
 
 def layer_list(model: nn.Module, stack: Stack) -> LayerList:
@@ -64,7 +68,42 @@ def unit_failure(sample: Sample, groups: Sequence[UnitGroup], dense: Sequence[Te
     return "outputs are others without them than with zeros" if differ(outputs, expected) else None
 
 
-def layer_failure(sample: Sample, stack: Stack, number: int) -> str | None:
+def layers_failure(model_class: Any, config: Any, stack: Stack) -> str | None:
+    """Why some layer of a stack cannot be removed; None if removing any one gives the outputs of bypassing it.
+
+    Every layer is tried, in a model of a few more layers where the config allows that: code that picks hidden states by
+    the number of a layer shows itself only if the layer lies before them, or after them.
+
+    Args:
+        model_class: The class of the model.
+        config: A small config.
+        stack: What discovery found, with the attribute of the config that counts the layers.
+    """
+    try:
+        sample = _longer_sample(model_class, config, stack) or make_sample(model_class, config)
+        total = len(layer_list(sample.model, stack).layers)
+    except FAILURES as error:
+        return f"a small model could not be run to prove that they can go ({first_line(error)})"
+    failures = (_layer_failure(sample, stack, number) for number in range(stack.fixed, total))
+    return next((failure for failure in failures if failure is not None), None)
+
+
+def _longer_sample(model_class: Any, config: Any, stack: Stack) -> Sample | None:
+    """A small model with more layers than its config has; None if there is none."""
+    config = copy.deepcopy(config)
+    try:
+        holder, key = config_of_setting(config, stack.config)
+        total = getattr(holder, key) + _MORE_LAYERS
+        set_setting(config, stack.config, total)
+        for name in stack.per_layer:
+            set_setting(config, name, list(islice(cycle(getattr(config, name)), total)))
+        sample = make_sample(model_class, config)
+        return sample if len(layer_list(sample.model, stack).layers) == total else None
+    except FAILURES:
+        return None
+
+
+def _layer_failure(sample: Sample, stack: Stack, number: int) -> str | None:
     """Why a layer cannot be removed; None if removing it gives the outputs of bypassing it."""
     bypassed, removed = sample.twin(), sample.twin()
     name = f"{layer_list(bypassed, stack).name}.{number}"
@@ -72,13 +111,15 @@ def layer_failure(sample: Sample, stack: Stack, number: int) -> str | None:
         bypass(bypassed.get_submodule(name))
         expected = sample.outputs(bypassed)
     except FAILURES as error:
-        return f"the code does not run while it is bypassed ({first_line(error)})"
+        return f"the code does not run while layer {number} is bypassed ({first_line(error)})"
     try:
         remove_layers(removed, [layer_list(removed, stack)], {name})
         outputs = sample.outputs(removed)
     except FAILURES as error:
-        return f"the code does not run without it ({first_line(error)})"
-    return "outputs are others without it than when it is bypassed" if differ(outputs, expected) else None
+        return f"the code does not run without layer {number} ({first_line(error)})"
+    if differ(outputs, expected):
+        return f"outputs are others without layer {number} than when it is bypassed"
+    return None
 
 
 def differ(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
