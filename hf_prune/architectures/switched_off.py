@@ -2,7 +2,8 @@
 
 Zero weights do not always do that: a router sends tokens to an expert of zeros as well, and shares its weights with it.
 While the layer runs, what belongs to such units is therefore taken out of its tensors, buffers, lists and counts, and
-put back afterwards. The weights stay where they are, and a training or a copy of the model sees all of them.
+put back afterwards. The weights stay where they are, and a training or a copy of the model sees all of them. A state
+dict cannot say what is switched off, so there is none until ``shrink()``.
 """
 
 from __future__ import annotations
@@ -16,7 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_prune.architectures.moe_block import MoeBlock
+from hf_prune.architectures.moe_blocks import removable_blocks
+from hf_prune.architectures.settings import config_of_setting
 from hf_prune.architectures.unit_groups import UnitGroup, UnitSlice, numbered
+from hf_prune.errors import CheckpointError
 
 _ATTRIBUTE = "_hf_prune_without"  # of layers: (group with names relative to the layer, units that stay), by its name
 _FORMER = "_hf_prune_former_forward"
@@ -37,6 +42,8 @@ def switch_off(model: nn.Module, group: UnitGroup, kept: Tensor) -> None:
     if not _is_replaced(layer):
         layer.__dict__[_FORMER] = layer.__dict__.get("forward")
         layer.__dict__["forward"] = functools.partial(_forward_without, layer)
+        layer.register_state_dict_pre_hook(_refuse_state)
+    count_running(model)
 
 
 def switch_on(model: nn.Module, group: UnitGroup) -> None:
@@ -46,12 +53,16 @@ def switch_on(model: nn.Module, group: UnitGroup) -> None:
     state.pop(_key(_relative(group, name)), None)
     if not state:
         _restore(layer)
+    count_running(model)
 
 
 def switch_all_on(model: nn.Module) -> None:
     """Have all layers of a model run with all their units again."""
+    without = layers_without_units(model)
     for layer in model.modules():
         _restore(layer)
+    if without:
+        count_running(model)
 
 
 def units_that_run(model: nn.Module, group: UnitGroup) -> Tensor | None:
@@ -107,9 +118,47 @@ def _restore(layer: nn.Module) -> None:
     layer.__dict__.pop(_ATTRIBUTE, None)
     former = layer.__dict__.pop(_FORMER, None)
     if _is_replaced(layer):
+        for key, hook in list(layer._state_dict_pre_hooks.items()):
+            if hook is _refuse_state:
+                del layer._state_dict_pre_hooks[key]
         del layer.__dict__["forward"]
         if former is not None:
             layer.__dict__["forward"] = former
+
+
+def _refuse_state(layer: nn.Module, prefix: str, keep_vars: bool) -> None:
+    """Of functions that take the state of a layer: without this one, a saved model would be another one, silently."""
+    raise CheckpointError(
+        f"experts are switched off in {prefix.rstrip('.') or type(layer).__name__}, which a state dict cannot express: "
+        f"a model with its weights would send tokens to them again; call shrink() first, which removes them"
+    )
+
+
+def running_experts(model: nn.Module, block: MoeBlock) -> Tensor:
+    """(n,) int64: the experts that a block runs with."""
+    name = f"{block.layer[0]}.{block.layer[1]}"
+    router = block.router.removeprefix(f"{name}.")
+    for group, kept in model.get_submodule(name).__dict__.get(_ATTRIBUTE, {}).values():
+        if any(piece.name == router for piece in group.slices):
+            running: Tensor = kept
+            return running
+    return torch.arange(model.get_parameter(block.router).shape[0], device="cpu")
+
+
+def count_running(model: nn.Module) -> None:
+    """Have attributes outside of the layers say how many experts run, such as that of a loss that balances routers.
+
+    Where layers run with different numbers of them, no number is right, and that of the config is written.
+    """
+    numbers: dict[tuple[str, str], set[int]] = {}
+    settings: dict[tuple[str, str], str] = {}
+    for block in removable_blocks(model):
+        for place in block.outer_counts:
+            numbers.setdefault(place, set()).add(len(running_experts(model, block)))
+            settings[place] = block.config
+    for (name, attribute), found in numbers.items():
+        holder, key = config_of_setting(model.config, settings[name, attribute])
+        setattr(model.get_submodule(name), attribute, found.pop() if len(found) == 1 else getattr(holder, key))
 
 
 def _forward_without(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from hf_prune.architectures.kinds.registry import kind_named
 from hf_prune.calibration.batches import Batches, needed_batches
+from hf_prune.errors import PlanError
 from hf_prune.planning.config import PruningConfig
 from hf_prune.planning.plan import PruningPlan
 from hf_prune.pruning.mask_store import checked_masks
@@ -18,6 +19,7 @@ from hf_prune.pruning.sequential import prune_sequentially
 from hf_prune.pruning.transaction import Transaction
 from hf_prune.structured.choose_units import choose_units
 from hf_prune.structured.reconstruction import inner_plan, repaired_weights
+from hf_prune.structured.routing import refuse_unequal_routers
 from hf_prune.structured.unit_plan import UnitPlan
 
 
@@ -46,13 +48,20 @@ def plan_units(
 
     Raises:
         ArchitectureError: If the architecture of the model is not registered.
-        PlanError: If the budget cannot be met.
+        PlanError: If the budget cannot be met, or layers would keep different numbers of experts, for which the loss
+            that balances routers has no use, and the config asks for it.
         CalibrationError: If calibration data is missing or unusable.
     """
     batches = None
     if not dry_run or (calibration is not None and config.learns_units):
         batches = needed_batches(config, calibration, polish_data)
     plan, sensitivity = choose_units(model, config, batches, progress, memory.shared)
+    try:
+        refuse_unequal_routers(model, plan.kept, plan.choice.layers if plan.choice is not None else frozenset())
+    except PlanError:
+        if sensitivity is not None:
+            sensitivity.close()
+        raise
     return CalibrationRun(model, plan, memory, batches, checked_masks(model), progress, sensitivity)
 
 

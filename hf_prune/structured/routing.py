@@ -8,7 +8,7 @@ beyond what it does without any expert, is the weighted output of that one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,13 +18,14 @@ from torch import Tensor, nn
 
 from hf_prune.architectures.modules import base_prefix
 from hf_prune.architectures.moe_block import MoeBlock
-from hf_prune.architectures.moe_blocks import moe_blocks
-from hf_prune.architectures.switched_off import units_that_run
+from hf_prune.architectures.moe_blocks import moe_blocks, removable_blocks
+from hf_prune.architectures.settings import config_of_setting
+from hf_prune.architectures.switched_off import running_experts, units_that_run
 from hf_prune.architectures.unit_groups import UnitGroup, numbered
 from hf_prune.calibration.batches import Batches, without_labels
 from hf_prune.calibration.hooks import Watcher
 from hf_prune.calibration.padding import Padding, first_tensor
-from hf_prune.errors import CalibrationError
+from hf_prune.errors import CalibrationError, PlanError
 from hf_prune.utils.distributed import all_reduce_sum, fail_together, rank_items
 from hf_prune.utils.forward import batch_to_device, eval_mode, run_model
 from hf_prune.utils.progress import Bar
@@ -53,6 +54,39 @@ class Routing:
     def reap(self) -> Tensor:
         """(experts,) mean of g(x)·‖f(x)‖ over the tokens x that an expert f gets with weight g; 0 if it gets none."""
         return self.norms / self.tokens.clamp_min(1)
+
+
+def refuse_unequal_routers(model: nn.Module, kept: Mapping[str, Tensor], removed: Collection[str]) -> None:
+    """Refuse a plan that leaves layers with different numbers of experts, if their routers' outputs are put together.
+
+    Args:
+        model: The model.
+        kept: The units that each smaller group is to keep, by its name.
+        removed: Names of the layers that go as a whole.
+
+    Raises:
+        PlanError: If the config asks for the outputs of routers, and with them for the loss that balances these.
+    """
+    prefix = base_prefix(model)
+    staying = [b for b in removable_blocks(model) if f"{b.layer[0]}.{b.layer[1]}" not in removed]
+    blocks = [block for block in staying if block.name.removeprefix(prefix) in kept]
+    settings = {block.config for block in blocks}
+    numbers: set[int] = set()
+    for block in staying:
+        running = running_experts(model, block)
+        chosen = kept.get(block.name.removeprefix(prefix))
+        if block.config in settings:
+            numbers.add(len(running) if chosen is None else int(torch.isin(running, chosen.cpu()).sum()))
+    if len(numbers) < 2:
+        return
+    for name in ("", *(f"{block.config.rpartition('.')[0]}." for block in blocks if "." in block.config)):
+        holder, key = config_of_setting(model.config, f"{name}output_router_logits")
+        if getattr(holder, key, False):
+            raise PlanError(
+                f"layers would keep {' or '.join(map(str, sorted(numbers)))} experts, and config.{name}{key} is on: "
+                f"the loss that balances routers expects as many in all layers; set it to False, or have all layers "
+                f"lose the same share, with scope='layer' and none of them excluded"
+            )
 
 
 @torch.no_grad()

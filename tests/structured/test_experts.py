@@ -159,6 +159,70 @@ def test_a_masked_model_is_not_saved_with_a_router_that_finds_the_experts_again(
     assert not list(tmp_path.iterdir())
 
 
+def test_nor_do_others_get_its_weights(tmp_path: Path) -> None:
+    model, inputs = tiny_moe("mixtral")
+    prune(model, 0.5, granularity="expert", criterion="magnitude", keep_dense=True)
+    copied, pickled = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+    said = r"experts are switched off in model\.layers\.0, .* call shrink\(\) first"
+    for masked in (model, copied, pickled):
+        with pytest.raises(CheckpointError, match=said):
+            masked.save_pretrained(tmp_path)
+        with pytest.raises(CheckpointError, match=said):
+            masked.state_dict()
+    assert not list(tmp_path.glob("*.safetensors"))
+    expected = logits(model, inputs)
+    shrink(copied).save_pretrained(tmp_path)
+    assert close(logits(type(model).from_pretrained(tmp_path).eval(), inputs), expected)
+    MaskStore.of(pickled).discard(pickled)
+    dense = tiny_moe("mixtral")[0].state_dict()
+    assert all(torch.equal(tensor, dense[name]) for name, tensor in pickled.state_dict().items())
+    assert all(not module._state_dict_pre_hooks for m in (copied, pickled) for module in m.modules())
+
+
+@torch.no_grad()
+def balanced(model: Any, inputs: Any) -> Any:
+    return model(**inputs(), labels=inputs()["input_ids"], output_router_logits=True)
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe", "granitemoe"])
+def test_the_loss_that_balances_routers_is_that_of_the_shrunk_model(model_type: str, tmp_path: Path) -> None:
+    model, inputs = tiny_moe(model_type, output_router_logits=True)
+    dense = balanced(model, inputs)
+    assert dense.aux_loss > 0
+    prune(model, 0.5, granularity="expert", keep_dense=True)
+    masked = balanced(model, inputs)
+    shrunk = shrink(copy.deepcopy(model))
+    shrunk.save_pretrained(tmp_path)
+    for other in (shrunk, type(model).from_pretrained(tmp_path).eval()):
+        assert close(balanced(other, inputs).aux_loss, masked.aux_loss)
+        assert close(balanced(other, inputs).loss, masked.loss)
+    MaskStore.of(model).discard(model)
+    assert balanced(model, inputs).loss == dense.loss
+
+
+def test_a_failure_gives_the_loss_that_balances_routers_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = tiny_moe("mixtral")
+    dense = balanced(model, inputs).loss
+    monkeypatch.setattr(MaskStore, "update", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        prune(model, 0.5, granularity="expert")
+    assert balanced(model, inputs).loss == dense
+
+
+def test_layers_do_not_differ_where_the_config_balances_their_routers() -> None:
+    model, inputs = tiny_moe("mixtral", output_router_logits=True)
+    settings: dict[str, Any] = {"granularity": "expert", "exclude_modules": ["layers.0.mlp.experts"]}
+    dense = balanced(model, inputs).loss
+    with pytest.raises(PlanError, match=r"layers would keep 4 or 8 experts, and config\.output_router_logits is on"):
+        prune(model, 0.5, **settings)
+    assert not layers_without_units(model)
+    assert balanced(model, inputs).loss == dense
+    model.config.output_router_logits = False
+    prune(model, 0.5, **settings)
+    masked = logits(model, inputs)
+    assert torch.equal(logits(shrink(model), inputs), masked)
+
+
 def test_a_failure_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     model, inputs = tiny_moe("mixtral")
     prune(model, 0.25, granularity="expert")

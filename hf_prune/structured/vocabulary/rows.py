@@ -72,8 +72,8 @@ def find_vocabulary(model: Any) -> Vocabulary:
     for module in model.modules():  # BERT and ALBERT keep the bias of the output layer in its parent
         if any(child in outputs for child in module.children()) and _is_row(getattr(module, "bias", None), rows):
             known[id(module.bias)] = 0
-    saved = model.state_dict().keys()
-    tensors = [*model.named_parameters(), *((n, b) for n, b in model.named_buffers() if n in saved)]
+    unsaved = {f"{n}.{key}".lstrip(".") for n, m in model.named_modules() for key in m._non_persistent_buffers_set}
+    tensors = [*model.named_parameters(), *((n, b) for n, b in model.named_buffers() if n not in unsaved)]
     known |= {id(t): t.dim() - 1 for n, t in tensors if n.endswith("final_logits_bias") and t.shape[-1] == rows}
     if unknown := [(n, t) for n, t in tensors if id(t) not in known and rows in t.shape]:
         raise ArchitectureError(
