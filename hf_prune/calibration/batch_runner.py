@@ -15,7 +15,7 @@ from hf_prune.calibration.hooks import Stop, Watcher
 from hf_prune.calibration.padding import Padding, first_input, first_tensor
 from hf_prune.calibration.replay import Replay
 from hf_prune.calibration.routed_rows import RoutedRows
-from hf_prune.calibration.slabs import SlabCalls, packed_targets
+from hf_prune.calibration.slabs import SlabCalls, attentions_of, packed_targets
 from hf_prune.calibration.tainted import Tainted
 from hf_prune.calibration.trial import NotAlikeError
 from hf_prune.errors import CalibrationError
@@ -59,8 +59,9 @@ class BatchRunner:
         self.replay = replay
         self.packed = packed_targets(model, targets)
         rows = RoutedRows()
-        self._slab_calls = SlabCalls(self.packed.values(), rows)
-        self.routed = bool(self.packed)
+        attentions = attentions_of(model, targets)
+        self._slab_calls = SlabCalls(self.packed.values(), rows, attentions)
+        self.routed = bool(self.packed or attentions)
         self.padding = Padding(model, rows)
         self.kinds = batch_kinds(self.batches)
         self.samples = sample_batches(self.batches, self.kinds)

@@ -34,8 +34,16 @@ def report_unreached(
         f"no calibration batch reached {len(unreached)} of {len(targets)} targets "
         f"({first_few([t.name for t in unreached])}): "
     )
-    passed = {}
-    for t in unreached:
+    passed, reasons = {}, []
+    modules = {t.name: model.get_submodule(t.module) for t in unreached}
+    if recurrent := [t.module for t in unreached if isinstance(modules[t.name], nn.RNNBase | nn.RNNCellBase)]:
+        reasons.append(f"recurrent layers ({first_few(list(dict.fromkeys(recurrent)))}) multiply inside one operator")
+    others = [t for t in unreached if t.module not in recurrent]
+    if inside := {type(m).__name__ for t in others if id(m := modules[t.name]) in called}:
+        reasons.append(f"{', '.join(sorted(inside))} ran, and multiplies in a way that calibration cannot follow")
+    for t in others:
+        if id(modules[t.name]) in called:
+            continue
         parent = model.get_submodule(t.module.rpartition(".")[0])
         if id(parent) in called and t.module:
             passed[t.module] = f"{type(parent).__module__}.{type(parent).__name__}"
@@ -47,8 +55,9 @@ def report_unreached(
             f"data"
         )
     if warn:
-        why = f"; {kinds} ran without calling {', '.join(list(passed)[:3])}" if passed else ""
-        warn_user(f"{problem}they are pruned as if all their inputs were alike{why}")
+        if passed:
+            reasons.append(f"{kinds} ran without calling {', '.join(list(passed)[:3])}")
+        warn_user("; ".join([f"{problem}they are pruned as if all their inputs were alike", *reasons]))
 
 
 def warn_of_few_tokens(targets: Sequence[Target], tokens: Mapping[str, Sequence[int]]) -> None:

@@ -8,7 +8,7 @@ tokens routed to that expert and its outputs, and may replace these, as with any
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -17,12 +17,16 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from hf_prune.calibration.expert_implementation import eager_experts
 from hf_prune.calibration.routed_rows import RoutedRows
 from hf_prune.errors import CalibrationError
 from hf_prune.kernels.matrix import Target
 from hf_prune.planning.prunable import PrunableWeight, prunable_weights
 
-_PRODUCTS = frozenset("linear matmul __matmul__ mm bmm".split())
+_PRODUCTS = {  # where the input is among the arguments; the matrix comes after it
+    **dict.fromkeys("linear matmul __matmul__ mm bmm".split(), 0),
+    **dict.fromkeys(("addmm", "baddbmm"), 1),
+}
 
 
 class Slab(nn.Module):
@@ -75,6 +79,19 @@ def packed_targets(model: nn.Module, targets: Collection[Target]) -> dict[str, P
     return packed
 
 
+def attentions_of(model: nn.Module, targets: Collection[Target]) -> list[nn.MultiheadAttention]:
+    """The attentions of torch whose output projection, which they read without calling it, is a target.
+
+    Args:
+        model: The model.
+        targets: Some of its weights.
+    """
+    by_name = dict(model.named_parameters())
+    wanted = {id(by_name[t.name]) for t in targets}
+    attentions = [module for module in model.modules() if isinstance(module, nn.MultiheadAttention)]
+    return [attention for attention in attentions if id(getattr(attention.out_proj, "weight", None)) in wanted]
+
+
 class PackedTarget:
     """A target of several matrices, and the modules that stand for them.
 
@@ -103,13 +120,23 @@ class PackedTarget:
         out, inputs = self._shape
         stride = (1, out) if self.target.layout == "conv1d" else (inputs, 1)
         if tuple(matrix.shape) != self._shape or matrix.stride() != stride or rest or number >= len(self.slabs):
-            raise CalibrationError(
-                f"{type(self.owner).__name__} multiplies with a part of {self.target.name} of shape "
-                f"{tuple(matrix.shape)} and strides {matrix.stride()}, as (outputs, inputs): expected {self._shape} "
-                f"and {stride}, one of its {len(self.slabs)} experts as they are declared; choose a criterion without "
-                f"data, or list it in exclude_modules"
+            raise self.refusal(
+                f"with a part of {self.target.name} of shape {tuple(matrix.shape)} and strides {matrix.stride()}, as "
+                f"(outputs, inputs): expected {self._shape} and {stride}, one of its {len(self.slabs)} experts as they "
+                f"are declared"
             )
         return self.slabs[number]
+
+    def refusal(self, what: str) -> CalibrationError:
+        """The error for a product that cannot be followed.
+
+        Args:
+            what: What is multiplied, and what was expected.
+        """
+        return CalibrationError(
+            f"{type(self.owner).__name__} multiplies {what}; choose a criterion without data, or list it in "
+            f"exclude_modules"
+        )
 
 
 class SlabCalls(TorchFunctionMode):
@@ -118,10 +145,15 @@ class SlabCalls(TorchFunctionMode):
     Args:
         packed: The packed targets.
         rows: Follows which tokens a router has gathered.
+        attentions: Those of torch that are to call their output projections.
     """
 
-    def __init__(self, packed: Collection[PackedTarget], rows: RoutedRows) -> None:
+    def __init__(
+        self, packed: Collection[PackedTarget], rows: RoutedRows, attentions: Collection[nn.MultiheadAttention] = ()
+    ) -> None:
         super().__init__()
+        self._attentions = attentions
+        self._projected: dict[int, nn.MultiheadAttention] = {}  # by the id of the output projection's weight
         self._by_owner: dict[nn.Module, list[PackedTarget]] = {}
         for entry in packed:
             self._by_owner.setdefault(entry.owner, []).append(entry)
@@ -135,12 +167,15 @@ class SlabCalls(TorchFunctionMode):
         with ExitStack() as context:
             for owner in self._by_owner:  # weights that are loaded when they are needed are there by then
                 context.callback(owner.register_forward_pre_hook(self._look_up).remove)
+            for attention in self._attentions:
+                context.callback(attention.register_forward_pre_hook(self._look_up_projection).remove)
             context.enter_context(eager_experts(list(self._by_owner)))
             context.enter_context(self)
             try:
                 yield
             finally:
                 self._current.clear()
+                self._projected.clear()
                 self._rows.clear()
 
     def _look_up(self, module: nn.Module, _: Any) -> None:
@@ -148,6 +183,9 @@ class SlabCalls(TorchFunctionMode):
             parameter = module._parameters[entry.attribute]
             assert parameter is not None
             self._current[id(parameter)] = parameter, entry
+
+    def _look_up_projection(self, module: Any, _: Any) -> None:
+        self._projected[id(module.out_proj.weight)] = module
 
     def _find(self, matrix: Any) -> tuple[Tensor, PackedTarget] | None:
         """The packed parameter that a tensor is a view of."""
@@ -163,10 +201,12 @@ class SlabCalls(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name == "linear" and len(args) == 1 and "weight" in kwargs:
             args = (*args, kwargs.pop("weight"))
-        if name in _PRODUCTS and len(args) > 1 and (found := self._find(args[1])) is not None:
+        place = _PRODUCTS.get(name)
+        if place is not None and len(args) > place + 1 and (found := self._find(args[place + 1])) is not None:
             return self._multiply(func, name, args, kwargs, *found)
-        if name == "multi_head_attention_forward" and any(self._find(x) for x in (*args, *kwargs.values())):
-            return self._attend(func, args, kwargs)
+        if name == "multi_head_attention_forward":
+            if any(self._find(x) or id(x) in self._projected for x in (*args, *kwargs.values())):
+                return self._attend(func, args, kwargs)
         result = func(*args, **kwargs)
         self._rows.follow(name, args, kwargs, result)
         return result
@@ -182,7 +222,7 @@ class SlabCalls(TorchFunctionMode):
         shared = not values["use_separate_proj_weight"]
         weights = [values["in_proj_weight"]] * 3 if shared else [values[f"{part}_proj_weight"] for part in "qkv"]
         biases = [None] * 3 if values["in_proj_bias"] is None else values["in_proj_bias"].chunk(3)
-        owner: Any = None
+        owner: Any = self._projected.get(id(values["out_proj_weight"]))
         for number, (name, weight, bias) in enumerate(zip(("query", "key", "value"), weights, biases, strict=True)):
             if (found := self._find(weight)) is None:
                 part = weight.chunk(3)[number] if shared else weight
@@ -201,32 +241,40 @@ class SlabCalls(TorchFunctionMode):
         return project(output), maps
 
     def _multiply(self, func: Any, name: str, args: Any, kwargs: Any, parameter: Tensor, entry: PackedTarget) -> Tensor:
-        x, weight, *more = args
+        place = _PRODUCTS[name]
+        first, (x, weight, *more) = args[:place], args[place:]
         if not x.numel():
             return func(*args, **kwargs)
         if weight.dim() == 2:
             slab = entry.slab_of(parameter, weight if name == "linear" else weight.mT)
-            output = self._call(slab, x, lambda x: func(x, weight, *more, **kwargs))
+            output = self._call(slab, x, lambda x: func(*first, x, weight, *more, **kwargs))
             if (known := self._rows.of(x)) is not None:
                 self._rows.note(output, *known)
             return output
         # All experts at once: rows of zeros were not routed to an expert, and add nothing to its output.
-        whole = func(*args, **kwargs)
+        whole = func(*args, **kwargs)  # (..., experts, tokens, out)
+        experts = weight.shape[-3]
+        if x.dim() == 1 or weight[..., 0, 0].numel() != experts or whole.shape[-3] != experts:
+            raise entry.refusal(
+                f"an input of shape {tuple(x.shape)} with a part of {entry.target.name} of shape "
+                f"{tuple(weight.shape)}: expected one input for each of its matrices, or one for all of them"
+            )
+        every = x.expand(*whole.shape[:-1], x.shape[-1])  # (..., experts, tokens, in)
         parts = []
-        for number, matrix in enumerate(weight):
-            slab = entry.slab_of(parameter, matrix.mT)
-            routed = x[number].ne(0).any(-1)
+        for number, matrix in enumerate(weight.reshape(weight.shape[-3:]) if weight.dim() > 3 else weight):
+            slab, x, result = entry.slab_of(parameter, matrix.mT), every.select(-3, number), whole.select(-3, number)
+            routed = x.ne(0).any(-1)  # (..., tokens)
             if bool(routed.all()):
-                parts.append(self._call(slab, x[number], partial(_constant, whole[number])))
+                parts.append(self._call(slab, x, partial(_constant, result)))
             elif bool(routed.any()):
-                places = routed.nonzero().squeeze(1)
-                rows = x[number][places]
-                self._rows.note(rows, x.shape[1], places)
-                output = self._call(slab, rows, partial(_constant, whole[number][places]))
-                parts.append(whole[number].index_copy(0, places, output))
+                places = routed.flatten().nonzero().squeeze(1)
+                rows, flat = x.flatten(0, -2)[places], result.flatten(0, -2)
+                self._rows.note(rows, routed.numel(), places)
+                output = self._call(slab, rows, partial(_constant, flat[places]))
+                parts.append(flat.index_copy(0, places, output).view_as(result))
             else:
-                parts.append(whole[number])
-        return torch.stack(parts)
+                parts.append(result)
+        return torch.stack(parts, -3)
 
     def _call(self, slab: Slab, x: Tensor, product: Callable[[Tensor], Tensor]) -> Tensor:
         slab.product = product
@@ -237,26 +285,3 @@ class SlabCalls(TorchFunctionMode):
 
 def _constant(output: Tensor, _: Tensor) -> Tensor:
     return output
-
-
-@contextmanager
-def eager_experts(owners: Sequence[nn.Module]) -> Iterator[None]:
-    """Inside, experts of transformers are multiplied one by one, as their class is written; afterwards as before.
-
-    Args:
-        owners: The modules that hold them.
-    """
-    attribute = "_experts_implementation_internal"
-    configs: dict[int, Any] = {}
-    for owner in owners:
-        config = getattr(owner, "config", None)
-        if config is not None and attribute in vars(config):
-            configs.setdefault(id(config), config)
-    previous: Mapping[int, Any] = {key: vars(config)[attribute] for key, config in configs.items()}
-    try:
-        for config in configs.values():
-            vars(config)[attribute] = "eager"
-        yield
-    finally:
-        for key, config in configs.items():
-            vars(config)[attribute] = previous[key]

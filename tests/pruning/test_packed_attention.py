@@ -77,6 +77,19 @@ def test_like_four_linears(settings, apart):
     assert torch.allclose(model(**batches()[0]).logits, listed(**batches()[0]).logits, atol=1e-4)
 
 
+@pytest.mark.parametrize("target", ["out_proj", "in_proj_weight"])
+def test_one_of_its_projections_alone(target):
+    """Reached, and decided on as a Linear by itself; no warning says otherwise."""
+    model, listed = Attention(True), Attention(False)
+    prune(model, 0.5, criterion="wanda", calibration=batches(), target_modules=[target])
+    names = ["parts.3"] if target == "out_proj" else ["parts.0", "parts.1", "parts.2"]
+    prune(listed, 0.5, criterion="wanda", calibration=batches(), target_modules=names)
+    found = [*model.attention.in_proj_weight.chunk(3), model.attention.out_proj.weight]
+    for weight, part in zip(found, listed.parts, strict=True):
+        assert torch.equal(weight == 0, part.weight == 0)
+    assert torch.allclose(model(**batches()[0]).logits, listed(**batches()[0]).logits, atol=1e-5)
+
+
 def test_calibration_changes_no_output_and_reaches_every_projection():
     model = fill(
         SiglipVisionModel(

@@ -4,8 +4,10 @@ import re
 
 import pytest
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, TrainingArguments
 
+from hf_prune.architectures import experts
 from hf_prune.auto import AutoPrunedModelForCausalLM
 from hf_prune.calibration.input_reader import InputReader
 from hf_prune.errors import CalibrationError
@@ -242,3 +244,71 @@ def test_experts_under_adapters_are_pruned():
     prune(adapted, 0.5, criterion="wanda", calibration=batches())
     names = packed(model)
     assert all(int((model.get_parameter(name) == 0).sum()) * 2 == model.get_parameter(name).numel() for name in names)
+
+
+PRODUCTS = {  # how a class multiplies its experts, and the shape of what it is given
+    "matmul": (lambda x, w, b: torch.matmul(x, w), (4, 16, 8)),
+    "one input for all": (lambda x, w, b: torch.matmul(x, w), (16, 8)),
+    "one of one": (lambda x, w, b: x @ w, (1, 16, 8)),
+    "bmm": (lambda x, w, b: torch.bmm(x, w), (4, 16, 8)),
+    "baddbmm": (lambda x, w, b: torch.baddbmm(b[:, None], x, w), (4, 16, 8)),
+    "addmm": (lambda x, w, b: torch.stack([torch.addmm(b[i], x[i], w[i]) for i in range(4)]), (4, 16, 8)),
+    "four dimensions": (lambda x, w, b: torch.matmul(x[:, :, None], w[None]).squeeze(2), (16, 4, 8)),
+    "a scalar for each": (lambda x, w, b: torch.matmul(x, w), (8,)),
+    "four inputs for one": (lambda x, w, b: torch.matmul(x, w[:1]), (4, 16, 8)),
+}
+
+
+class BatchedExperts(nn.Module):
+    """Four matrices in a parameter, multiplied at once."""
+
+    def __init__(self, multiply) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.w = nn.Parameter(torch.randn(4, 8, 6, generator=generator))
+        self.b = nn.Parameter(torch.randn(4, 6, generator=generator))
+        self.multiply = multiply
+
+    def forward(self, x):
+        return self.multiply(x, self.w, self.b)
+
+
+experts.register_packed("BatchedExperts", experts.Layout("w", "conv1d", "b"))
+
+
+@pytest.mark.parametrize("kind", PRODUCTS)
+def test_products_of_all_experts_at_once(kind):
+    """Every expert sees the inputs that it is multiplied with, or the product is refused."""
+    multiply, shape = PRODUCTS[kind]
+    model = nn.Sequential(BatchedExperts(multiply))
+    generator = torch.Generator().manual_seed(1)
+    data = [{"input": torch.randn(shape, generator=generator)} for _ in range(3)]
+    if kind in ("a scalar for each", "four inputs for one"):
+        with pytest.raises(
+            CalibrationError, match=r"BatchedExperts multiplies an input of shape .*: expected one input"
+        ):
+            prune(model, 0.5, criterion="wanda", calibration=data)
+        return
+    expected = model(data[0]["input"])
+    plan = make_plan(model, PruningConfig(0.5, criterion="wanda"))
+    with InputReader(model, targets_of(plan), data) as reader, torch.no_grad():
+        assert torch.equal(reader.forward(data[0]), expected)
+        reader.order()
+        statistics = reader.gather(reader.targets, frozenset({"input_gram"}))
+        assert reader.tokens["0.w"] == (48,) * 4
+    inputs = torch.stack([batch["input"] for batch in data])
+    for number, gram in enumerate(statistics["0.w"]["input_gram"]):
+        given = {"four dimensions": inputs[:, :, number] if inputs.dim() == 4 else inputs}.get(kind)
+        if given is None:
+            given = inputs if shape == (16, 8) else inputs[:, number if shape[0] == 4 else 0]
+        rows = given.reshape(-1, 8)
+        assert torch.allclose(gram, rows.T @ rows / 48, rtol=1e-4, atol=1e-4)
+
+
+def test_what_calibration_does_not_reach_is_told_by_its_reason():
+    recurrent = nn.LSTM(8, 8)
+    with pytest.warns(UserWarning, match=r"recurrent layers \(0\) multiply inside one operator$"):
+        prune(nn.Sequential(recurrent), 0.5, criterion="wanda", calibration=[{"input": torch.randn(4, 8)}])
+    model = nn.Sequential(BatchedExperts(lambda x, w, b: torch.einsum("eni,eio->eno", x, w)))
+    with pytest.warns(UserWarning, match=r"BatchedExperts ran, and multiplies in a way that calibration cannot follow"):
+        prune(model, 0.5, criterion="wanda", calibration=[{"input": torch.randn(4, 16, 8)}])
