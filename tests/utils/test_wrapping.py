@@ -603,19 +603,29 @@ def test_adapters_that_do_not_call_what_they_adapt_are_not_calibrated_through(ki
     assert sum("base_layer" in name for name in MaskStore.of(model).masks) == 4
 
 
-class Pooled(nn.Module):
+class Reads(nn.Module):
+    """Multiplies with the weight of a Linear that it never calls."""
+
     def __init__(self):
         super().__init__()
-        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
-        self.out = nn.Linear(8, 3)
+        self.inner = nn.Linear(8, 8)
 
     def forward(self, x):
-        return self.out(self.attention(x, x, x, need_weights=False)[0])
+        return nn.functional.linear(x, self.inner.weight)
+
+
+class Holder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.reads, self.out = Reads(), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.out(self.reads(x))
 
 
 @pytest.mark.filterwarnings("ignore:.* stay dense")
 def test_a_module_that_reads_the_weights_of_others_is_named_in_the_warning():
     batches = [{"x": torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))}]
-    message = r"reached 1 of 2 targets \(attention.out_proj.weight\): .*MultiheadAttention ran without calling"
+    message = r"reached 1 of 2 targets \(reads.inner.weight\): .*Reads ran without calling"
     with pytest.warns(UserWarning, match=message):
-        prune(models.fill(Pooled()), 0.5, criterion="wanda", scope="row", calibration=batches)
+        prune(models.fill(Holder()), 0.5, criterion="wanda", scope="row", calibration=batches)
