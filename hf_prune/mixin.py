@@ -69,7 +69,8 @@ class PrunedSentenceModelMixin(_SentenceSavingMixin):
     """Adds pruning to models of sentence-transformers; see :func:`prunable`.
 
     The transformers model inside is pruned, and has the methods of :class:`PrunedModelMixin` itself; pooling and what
-    else comes after it stay as they are. Texts are calibration data, see :func:`hf_prune.sentence_batches`.
+    else comes after it stay as they are. Several of them, as in a ``Router``, are pruned as a whole, with all else that
+    multiplies. Texts are calibration data, see :func:`hf_prune.sentence_batches`.
 
     Example:
         >>> model = prunable(SentenceTransformer)("pruned")  # with its masks  # doctest: +SKIP

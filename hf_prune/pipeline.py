@@ -85,7 +85,8 @@ def prune(
     Pruning again only ever adds zeros: 0.3 and then 0.5 removes 0.5 in all. That holds however a model is passed: the
     masks are those of its weights, and the same inside ``DataParallel``, a ``PeftModel``, any module that holds the
     model, or a part of it. Adapters are never pruned, nor the copies that ``modules_to_save`` trains. Of a model of
-    sentence-transformers, the transformers model inside is pruned, by its names, and what comes after it stays.
+    sentence-transformers, the transformers model inside is pruned, by its names, and what comes after it stays; one
+    with several of them inside, such as a ``Router``, is pruned as a whole, projections included, by its own names.
 
     Where ``torch.distributed`` is initialised, as by ``accelerate.PartialState()``, calibration is shared: every
     process calls this with the same model and the same batches, runs its share of them, and gets the masks that one

@@ -25,6 +25,7 @@ from tests import models
 
 pytest.importorskip("sentence_transformers", reason="needs sentence-transformers")
 from sentence_transformers import CrossEncoder, SentenceTransformer
+from sentence_transformers.base.modules.router import Router
 
 from tests.sentence_models import pairs, texts, tiny_cross_encoder, tiny_encoder
 
@@ -250,3 +251,15 @@ def test_masks_that_do_not_fit_are_refused_on_loading(tmp_path):
     masks.write_bytes((tmp_path / "wrong" / masks.name).read_bytes())
     with pytest.raises(CheckpointError, match="are not those of its weights"):
         loaded(prunable(SentenceTransformer), tmp_path / "out")
+
+
+def test_a_router_of_several_models_is_pruned_as_a_whole(tmp_path):
+    """All models inside and the projections of each route, by the names that they have in the whole."""
+    routes = {name: list(tiny_encoder(tmp_path / name)) for name in ("query", "document")}
+    model = SentenceTransformer(modules=[Router(routes, default_route="document")], device="cpu")
+    plan = prune(model, 0.5, dry_run=True)
+    names = {tensor.target.name for tensor in plan.tensors}
+    for route in routes:
+        assert f"0.sub_modules.{route}.2.linear.weight" in names
+        assert any(name.startswith(f"0.sub_modules.{route}.0.") for name in names)
+    assert not [name for name in plan.left_dense if "linear" in name or "dense" in name]

@@ -65,6 +65,7 @@ class PruningConfig:
             longest counts; modules not named get ``sparsity``. Two learn from calibration data, without labels:
             ``"fisher"`` minimises the change of the model's predictions that its gradients predict, and ``"owl"``
             (Yin et al. 2024, arXiv:2310.05175) removes less from blocks with many outliers among weights times inputs.
+            Matrices that lie in one parameter, such as packed experts, share one sparsity.
         target_modules: ``"all-linear"`` (everything that multiplies: Linear, Conv1D, convolutions, recurrent layers,
             the projections of ``nn.MultiheadAttention`` and packed experts, but no output embedding, router, depthwise
             convolution, or convolution of at most 4 channels, which reads pixels or samples), a list of suffixes of
