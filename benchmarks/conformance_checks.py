@@ -155,10 +155,10 @@ def _checked(name: str, model: Any, inputs: Mapping[str, Any]) -> str:
     try:
         detail = _RUNS[name](work, inputs)
     except HfPruneError as error:
-        unchanged = same_tensors(before, work.state_dict()) is None
         text = one_line(error)
         if getattr(work, "conformance_stage", None) is not None:
             return f"failed: after it was {work.conformance_stage}: {text}"
+        unchanged = same_tensors(before, work.state_dict()) is None
         return f"refused: {text}" if unchanged else f"failed: the model was changed by a refusal: {text}"
     except Exception as error:  # anything that is not the library's own is a fault
         return f"failed: {type(error).__name__}: {one_line(error)}"
