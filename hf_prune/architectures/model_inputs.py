@@ -35,7 +35,7 @@ def candidate_inputs(model: Any) -> Iterator[dict[str, Any]]:
         for item in media:
             yield from (_completed(model, takes, case) for case in _with_placeholders(model, takes, text, item))
         yield _completed(model, takes, text)
-        yield from (_completed(model, takes, case) for case in _codes(model, text))
+        yield from (_completed(model, takes, case) for case in (*_ended(model, text), *_codes(model, text)))
     for item in media:
         yield _completed(model, takes, item)
         if "decoder_input_ids" in takes:
@@ -65,6 +65,16 @@ def _text(model: Any, takes: Mapping[str, Any]) -> dict[str, Any]:
     if "decoder_input_ids" in takes:
         text["decoder_input_ids"] = _tokens(model, 6)
     return text
+
+
+def _ended(model: Any, text: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Text that ends with the end of a sequence, which classifiers of sequences with a decoder look for."""
+    end = getattr(model.config, "eos_token_id", None)
+    if isinstance(end, int) and "decoder_input_ids" in text:
+        ids = text["input_ids"].clone()
+        ids[ids == end] = 3 if end != 3 else 4
+        ids[:, -1] = end
+        yield {k: v for k, v in {**text, "input_ids": ids}.items() if not k.startswith("decoder")}
 
 
 def _codes(model: Any, text: Mapping[str, Any]) -> Iterator[dict[str, Any]]:

@@ -83,6 +83,7 @@ def _described(model_class, **settings):
         (transformers.GPTNeoXForSequenceClassification, {}),  # without a padding token
         (transformers.ModernBertForSequenceClassification, {}),
         (transformers.BartForConditionalGeneration, {}),
+        (transformers.BartForSequenceClassification, {}),  # which looks for the end of the text
         (transformers.Wav2Vec2ForSequenceClassification, {}),
     ],
 )
