@@ -72,7 +72,12 @@ def test_tables(tmp_path):
     }  # fmt: skip
     result["checks"] |= {"head": "refused: no heads", "compressed": "failed: one tensor differs"}
     none = {"type": "b", "built": False, "reason": "needs timm"}
-    assert count([result, none])["default targets prune at least 95 % of the weights"] == 0
+    slow = {"type": "c", "built": False, "reason": "took more than 60 s or 8 GB"}
+    nothing = {**result, "type": "d", "matrices": 10}  # all of it is dense by choice
+    counts = count([result, none, slow, nothing])
+    assert counts["default targets prune at least 95 % of these"] == 0
+    assert counts["with weights in matrices that are not dense by choice"] == 1
+    assert counts["took more time or memory than the run allows"] == 1
     assert count([result, none])["heads, neurons, layers or experts can be removed"] == 1
     write_tables([none, result], tmp_path)
     text = (tmp_path / "architectures.md").read_text()
