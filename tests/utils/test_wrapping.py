@@ -614,7 +614,7 @@ class Reads(nn.Module):
         return nn.functional.linear(x, self.inner.weight)
 
 
-class Holder(nn.Module):
+class AroundReads(nn.Module):
     def __init__(self):
         super().__init__()
         self.reads, self.out = Reads(), nn.Linear(8, 3)
@@ -628,4 +628,4 @@ def test_a_module_that_reads_the_weights_of_others_is_named_in_the_warning():
     batches = [{"x": torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))}]
     message = r"reached 1 of 2 targets \(reads.inner.weight\): .*Reads ran without calling"
     with pytest.warns(UserWarning, match=message):
-        prune(models.fill(Holder()), 0.5, criterion="wanda", scope="row", calibration=batches)
+        prune(models.fill(AroundReads()), 0.5, criterion="wanda", scope="row", calibration=batches)
