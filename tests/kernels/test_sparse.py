@@ -197,7 +197,7 @@ def test_under_sanitizers(tmp_path):
         "build._FLAGS = ('-O1', '-g', '-std=c++20', '-Wno-psabi', '-fsanitize=address,undefined',\n"
         "                '-fno-sanitize-recover=all')\n"
         "import pytest, sys\n"
-        "sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', '-p', 'no:xdist', sys.argv[1], '-k',\n"
+        "sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', sys.argv[1], '-k',\n"
         "                      'not sanitizers and not compiler and not 70000']))\n"
     )
     environment = {
