@@ -370,3 +370,16 @@ def test_the_first_parameter_tells_where_a_model_is(quick):
 def test_a_model_without_a_config_needs_inputs():
     with pytest.raises(PlanError, match="inputs="):
         accelerate(torch.nn.Sequential(torch.nn.Linear(2, 2)))
+
+
+def test_negative_zeros_come_back(quick):
+    layer = torch.nn.Linear(8, 8)
+    with torch.no_grad():
+        layer.weight *= torch.arange(8) < 2  # leaves negative zeros
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), layer).eval()
+    model.forward = lambda x: layer(x)  # takes its input by name
+    before = layer.weight.detach().clone()
+    accelerate(model, {"x": torch.randn(4, 8)})
+    assert isinstance(layer, Accelerated)
+    decelerate(model)
+    assert torch.equal(layer.weight.view(torch.int32), before.view(torch.int32))

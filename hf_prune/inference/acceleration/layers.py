@@ -191,6 +191,8 @@ def drop_weight(module: nn.Module, shared: bool) -> None:
     if not shared and not module.ranges.reads_weight and module.ranges.exact() is not None:
         old = module._parameters["weight"]
         assert old is not None
+        if bool(((old == 0) & old.signbit()).any()):
+            return  # negative zeros, which sparse formats lose
         module._parameters["weight"] = nn.Parameter(old.detach().to("meta"), requires_grad=old.requires_grad)
 
 

@@ -61,7 +61,7 @@ class SparseRows:
 
     @classmethod
     def from_dense(cls, weight: Tensor, chunk: int = 256) -> SparseRows:
-        """Take the entries of a matrix that are not zero; a negative zero counts as an entry, so that none is lost.
+        """Take the entries of a matrix that are not zero, of either sign.
 
         Args:
             weight: (outputs, inputs) float32 or bfloat16, on the CPU.
@@ -76,10 +76,9 @@ class SparseRows:
                 f"or bfloat16 matrix on the CPU"
             )
         outputs, inputs = weight.shape
-        bits = weight.detach().contiguous().view(torch.int32 if weight.dtype == torch.float32 else torch.int16)
         values, columns, counts = [], [], []
-        for part, of_chunk in zip(bits.split(chunk, 1), weight.detach().split(chunk, 1), strict=True):
-            rows, inside = part.nonzero(as_tuple=True)
+        for of_chunk in weight.detach().split(chunk, 1):
+            rows, inside = of_chunk.nonzero(as_tuple=True)
             values.append(of_chunk[rows, inside])
             columns.append(inside.to(torch.int32).to(torch.int16))
             counts.append(torch.bincount(rows, minlength=outputs))
@@ -95,7 +94,7 @@ class SparseRows:
         return sum(t.numel() * t.element_size() for t in (self.values, self.columns, self.starts))
 
     def to_dense(self) -> Tensor:
-        """(outputs, inputs): the matrix, bit for bit."""
+        """(outputs, inputs): the matrix, bit for bit but for negative zeros."""
         chunks = max(1, -(-self.inputs // self.chunk))
         counts = self.starts.diff().to(torch.int64)
         place = torch.arange(chunks * self.outputs).repeat_interleave(counts)  # chunk * outputs + row
