@@ -24,7 +24,7 @@ from hf_prune.errors import CheckpointError, ConfigError, KernelError, PlanError
 from hf_prune.inference.acceleration import accelerate as module
 from hf_prune.inference.acceleration import choose, install
 from hf_prune.inference.acceleration.choose import Choice, limits
-from hf_prune.inference.acceleration.kernels import Csr, Dense, Lower, OneDNN, Sparse, candidates
+from hf_prune.inference.acceleration.kernels import Csr, Dense, Lower, OneDNN, Sparse, candidates, make_kernel
 from hf_prune.inference.acceleration.layers import Accelerated, Ranges, is_accelerated, switch_on
 from hf_prune.inference.acceleration.observe import difference_to
 from hf_prune.inference.timing import Timings
@@ -77,8 +77,8 @@ def test_every_kernel_computes_the_layer():
             x = torch.randn(shape)
             expected = torch.nn.functional.linear(x, weight, bias)
             names = []
-            for name, make in candidates(weight, [torch.bfloat16]):
-                kernel = make(weight)
+            for name in candidates(weight, [torch.bfloat16]):
+                kernel = make_kernel(name, weight)
                 names.append(name)
                 assert kernel.name == name
                 exact = "bfloat16" not in name
@@ -226,7 +226,7 @@ def test_bfloat16_models_and_lower_precision(quick):
     outputs = half(**INPUTS).logits
     half.accelerate(INPUTS, tolerance=0.05)
     torch.testing.assert_close(half(**INPUTS).logits, outputs, atol=0.05, rtol=0.1)
-    lower = Lower(torch.eye(4), torch.bfloat16, lambda _: Dense())
+    lower = Lower(torch.eye(4), torch.bfloat16, "dense")
     assert lower.nbytes == 32
     with pytest.raises(ConfigError, match="bfloat16"):
         model.accelerate(INPUTS, dtypes=["float8"])
@@ -332,8 +332,8 @@ def test_copies_autocast_and_names_of_arguments_with_every_kernel(winner, monkey
     model = torch.nn.Sequential(layer).eval()
     x = torch.randn(3, 16)
     expected = layer(x)
-    make = dict(candidates(layer.weight, []))[winner]
-    switch_on(layer, Ranges((), (make(layer.weight),)))
+    assert winner in candidates(layer.weight, [])
+    switch_on(layer, Ranges((), (make_kernel(winner, layer.weight),)))
     torch.testing.assert_close(layer(input=x), expected)
     torch.testing.assert_close(copy.deepcopy(model)(x), expected)
     torch.testing.assert_close(pickle.loads(pickle.dumps(model))(x), expected)
@@ -383,3 +383,24 @@ def test_negative_zeros_come_back(quick):
     assert isinstance(layer, Accelerated)
     decelerate(model)
     assert torch.equal(layer.weight.view(torch.int32), before.view(torch.int32))
+
+
+def test_layers_on_both_sides_of_the_least_sparsity_are_one_kind(quick):
+    model = torch.nn.Sequential(torch.nn.Linear(10, 10), torch.nn.Linear(10, 10)).eval()
+    with torch.no_grad():
+        for layer, zeros in zip(model, (31, 29), strict=True):  # of 100: the second alone would not try sparse kernels
+            layer.weight.view(-1)[:zeros] = 0
+    wrapper = torch.nn.Module()
+    wrapper.inner, wrapper.forward = model, lambda x: model(x)
+    x = torch.randn(4, 10)
+    with torch.no_grad():
+        expected = model(x)
+    report = accelerate(wrapper.eval(), {"x": x})
+    assert set(report.accelerated) == {"inner.0", "inner.1"}
+    torch.testing.assert_close(model(x), expected)
+
+
+@pytest.mark.parametrize("name", ["", "sparse", "sparse:0", "sparse:x", "sparse:8:", "csr:8", "dense:float8", "other"])
+def test_unknown_kernels_are_refused(name):
+    with pytest.raises(KernelError, match="choose anew"):
+        make_kernel(name, torch.eye(4))

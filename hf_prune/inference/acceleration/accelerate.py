@@ -12,9 +12,9 @@ from torch import nn
 from hf_prune.errors import ConfigError, KernelError
 from hf_prune.inference.acceleration.choose import TOKENS, Choice, choose
 from hf_prune.inference.acceleration.install import install
-from hf_prune.inference.acceleration.kernels import sparsity_of
+from hf_prune.inference.acceleration.kernels import DTYPES, sparsity_of
 from hf_prune.inference.acceleration.layers import is_accelerated
-from hf_prune.inference.acceleration.observe import DTYPES, matrix_of, observe
+from hf_prune.inference.acceleration.observe import matrix_of, observe
 from hf_prune.inference.acceleration.report import AccelerationReport, LayerKind, read_choices, this_machine
 from hf_prune.inference.speedup import workload_inputs
 from hf_prune.utils.forward import eval_mode

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_prune.inference.acceleration.kernels import Kernel, candidates
+from hf_prune.inference.acceleration.kernels import Kernel, candidates, make_kernel
 from hf_prune.inference.timing import SHORTEST, speedup, time_together
 
 TOKENS = (1, 4, 16, 64, 256)  # that are timed besides those of the workload
@@ -58,10 +58,10 @@ def choose(weight: Tensor, bias: Tensor | None, tokens: Sequence[int], dtypes: S
     Returns:
         A choice for each number of tokens, in rising order.
     """
-    makers = dict(candidates(weight, dtypes))
-    if len(makers) == 1:
+    names = candidates(weight, dtypes)
+    if len(names) == 1:
         return [Choice(min(tokens), "dense", 0.0, 0.0, 1.0)]
-    kernels = {name: make(weight) for name, make in makers.items()}
+    kernels = {name: make_kernel(name, weight) for name in names}
     times = {count: _times(kernels, weight, bias, count) for count in sorted(set(tokens))}
     kernels = {name: kernels[name] for name in _one_layout(list(kernels), times)}
     choices = []

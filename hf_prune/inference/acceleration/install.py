@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from hf_prune.errors import KernelError
 from hf_prune.inference.acceleration.choose import Choice, limits
-from hf_prune.inference.acceleration.kernels import Kernel, candidates
+from hf_prune.inference.acceleration.kernels import make_kernel
 from hf_prune.inference.acceleration.layers import Accelerated, Ranges, drop_weight, switch_off, switch_on
-from hf_prune.inference.acceleration.observe import DTYPES, Seen, difference_to, matrix_of
+from hf_prune.inference.acceleration.observe import Seen, difference_to, matrix_of
 from hf_prune.inference.acceleration.report import AccelerationReport, LayerKind, this_machine
 from hf_prune.inference.speedup import forward
 from hf_prune.inference.timing import speedup, time_together
@@ -103,13 +103,7 @@ def install(
 
 def _ranges(weight: Tensor, choices: Sequence[Choice]) -> Ranges:
     """The kernels of one layer, each made once; neighbouring ranges of the same kernel are one."""
-    makers = dict(candidates(weight, list(DTYPES.values())))
-    made: dict[str, Kernel] = {}
-    for choice in choices:
-        if choice.kernel not in makers:
-            raise KernelError(f"the kernel {choice.kernel!r} is not available for this layer here: choose anew")
-        if choice.kernel not in made:
-            made[choice.kernel] = makers[choice.kernel](weight)
+    made = {name: make_kernel(name, weight) for name in dict.fromkeys(choice.kernel for choice in choices)}
     ends = limits([choice.tokens for choice in choices])
     names = [choice.kernel for choice in choices]
     last = [i for i, name in enumerate(names) if i + 1 == len(names) or names[i + 1] != name]

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from hf_prune.errors import KernelError
 from hf_prune.kernels.sparse.build import kernel_problem, load_kernel
 from hf_prune.kernels.sparse.sparse_rows import WIDEST_CHUNK, SparseRows
 
 CHUNKS = (192, 384, WIDEST_CHUNK)  # inputs of a chunk that are tried: for 64 tokens, for 32, and for few
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # of weights, and of computations that may be allowed
 _LEAST_SPARSITY = 0.3  # below it no sparse kernel has ever been the fastest
 
 
@@ -119,12 +121,12 @@ class Csr(Kernel):
 class Lower(Kernel):
     """Another kernel on inputs and weights of a lower precision; the result is cast back."""
 
-    def __init__(self, weight: Tensor, dtype: torch.dtype, make: Callable[[Tensor], Kernel]) -> None:
+    def __init__(self, weight: Tensor, dtype: torch.dtype, name: str) -> None:
         lower = weight.detach().to(dtype)
-        self.kernel = make(lower)
+        self.kernel = make_kernel(name, lower)
         self.weight = lower if self.kernel.reads_weight else None
         self.dtype = dtype
-        self.name = f"{self.kernel.name}:{str(dtype).removeprefix('torch.')}"
+        self.name = f"{name}:{_text(dtype)}"
 
     def __call__(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         """See :meth:`Kernel.__call__`."""
@@ -141,34 +143,61 @@ def sparsity_of(weight: Tensor) -> float:
     return 1 - int(weight.count_nonzero()) / max(1, weight.numel())
 
 
-def candidates(weight: Tensor, dtypes: Sequence[torch.dtype]) -> Iterator[tuple[str, Callable[[Tensor], Kernel]]]:
-    """The kernels that may suit a weight: name, and a function that makes it for a weight.
+def candidates(weight: Tensor, dtypes: Sequence[torch.dtype]) -> list[str]:
+    """The names of the kernels that may suit a weight, for :func:`make_kernel`.
 
     Args:
         weight: (out, in) on the CPU.
         dtypes: Precisions that are allowed besides the weight's own.
     """
-    yield "dense", lambda _: Dense()
-    if weight.dtype == torch.float32 and torch.backends.mkldnn.is_available():
-        yield "onednn", lambda _: OneDNN()
+    single = weight.dtype == torch.float32
     sparse = sparsity_of(weight) >= _LEAST_SPARSITY
-    compiled = sparse and weight.dtype in (torch.float32, torch.bfloat16) and kernel_problem() is None
-    if compiled:
-        for chunk in _chunks(weight):
-            yield f"sparse:{chunk}", lambda w, chunk=chunk: Sparse(w, chunk)  # type: ignore[misc]
-    if sparse and weight.dtype == torch.float32:
-        yield "csr", Csr
+    compiled = sparse and weight.dtype in DTYPES.values() and kernel_problem() is None
+    layouts = [f"sparse:{chunk}" for chunk in _chunks(weight)] if compiled else []
+    names = [
+        "dense",
+        *(["onednn"] if single and torch.backends.mkldnn.is_available() else []),
+        *layouts,
+        *(["csr"] if sparse and single else []),
+    ]
     for dtype in dtypes:
-        if dtype == weight.dtype:
-            continue
-        text = str(dtype).removeprefix("torch.")
-        yield f"dense:{text}", lambda w, dtype=dtype: Lower(w, dtype, lambda _: Dense())  # type: ignore[misc]
-        if compiled and dtype == torch.bfloat16:
-            for chunk in _chunks(weight):
-                yield (
-                    f"sparse:{chunk}:{text}",
-                    lambda w, dtype=dtype, chunk=chunk: Lower(w, dtype, lambda v: Sparse(v, chunk)),  # type: ignore[misc]
-                )
+        if dtype != weight.dtype:
+            names += [f"{name}:{_text(dtype)}" for name in ("dense", *layouts)]
+    return names
+
+
+def make_kernel(name: str, weight: Tensor) -> Kernel:
+    """The kernel with a name, such as ``"sparse:384"`` or ``"dense:bfloat16"``, for a weight.
+
+    Args:
+        name: One that :func:`candidates` gives, for this weight or for another.
+        weight: (out, in) on the CPU.
+
+    Raises:
+        KernelError: If there is no such kernel, or not on this machine.
+    """
+    kind, _, detail = name.partition(":")
+    chunk, _, lower = detail.partition(":") if kind == "sparse" else ("", "", detail)
+    if lower in DTYPES:
+        return Lower(weight, DTYPES[lower], name.removesuffix(f":{lower}"))
+    if name == f"sparse:{chunk}" and chunk.isdigit() and 1 <= int(chunk) <= WIDEST_CHUNK:
+        return Sparse(weight, int(chunk))
+    if name == "onednn" and not torch.backends.mkldnn.is_available():
+        raise KernelError("torch has no oneDNN here, which the kernel 'onednn' is: choose anew")
+    if name in _PLAIN:
+        return _PLAIN[name](weight)
+    raise KernelError(f"there is no kernel {name!r}: choose anew")
+
+
+_PLAIN: dict[str, Callable[[Tensor], Kernel]] = {
+    "dense": lambda _: Dense(),
+    "onednn": lambda _: OneDNN(),
+    "csr": Csr,
+}
+
+
+def _text(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _chunks(weight: Tensor) -> list[int]:

@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_prune.inference.acceleration.kernels import DTYPES
 from hf_prune.inference.acceleration.layers import CLASSES
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass
