@@ -21,6 +21,7 @@ from hf_prune.errors import HfPruneError
 from hf_prune.planning.coverage import left_dense, passed_over
 from hf_prune.planning.prunable import output_embeddings
 from hf_prune.planning.targets import resolve_targets
+from hf_prune.utils.forward import tensors_in
 
 UNITS = ("head", "neuron", "layer", "expert")
 _CLOSE = 1e-4  # of outputs, in units of their largest value
@@ -206,7 +207,7 @@ def _check_training(model: Any, inputs: Mapping[str, Any]) -> str | None:
             found = model(**inputs)
         except (AssertionError, ValueError):  # some want labels or longer texts in train mode
             found = model.eval()(**inputs)
-        tensors = [t for t in tensors_of(found) if t.requires_grad and t.is_floating_point()]
+        tensors = [t for t in tensors_in(found) if t.requires_grad and t.is_floating_point()]
         if not tensors:
             return "no output has a gradient"
         loss = sum(t.float().square().mean() for t in tensors)
@@ -278,18 +279,7 @@ def outputs(model: Any, inputs: Mapping[str, Any]) -> list[Tensor]:
     """All tensors that a model returns, with the same noise each time."""
     model.eval()
     torch.manual_seed(0)
-    return tensors_of(model(**inputs))
-
-
-def tensors_of(value: Any) -> list[Tensor]:
-    """The tensors in an output."""
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, Mapping):
-        return [t for item in value.values() for t in tensors_of(item)]
-    if isinstance(value, list | tuple):
-        return [t for item in value for t in tensors_of(item)]
-    return []
+    return list(tensors_in(model(**inputs)))
 
 
 def differ(expected: list[Tensor], found: list[Tensor]) -> str | None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_prune.architectures.kinds.registry import kind_named
+from hf_prune.architectures.modules import find_tensor
 from hf_prune.architectures.switched_off import cut_lists, switch_on
 from hf_prune.architectures.unit_groups import UnitGroup, selected
 from hf_prune.errors import ArchitectureError
@@ -51,7 +52,8 @@ def smaller_tensors(model: nn.Module, groups: Sequence[UnitGroup], kept: Mapping
                 users.setdefault(id(parameter), []).append(f"{name}.{key}".removeprefix("."))
     smaller: dict[str, Tensor] = {}
     for name, dim, index in tensor_cuts(groups, kept):
-        tensor = _parameter_or_buffer(model, name)
+        tensor = find_tensor(model, name)
+        assert tensor is not None
         if len(names := users.get(id(tensor), [])) > 1:
             raise ArchitectureError(
                 f"{name} cannot be made smaller: it is shared by {', '.join(names)}; give each a weight of "
@@ -101,14 +103,6 @@ def _holder(model: nn.Module, module: str, attribute: str) -> tuple[Any, str]:
     for name in path:
         owner = getattr(owner, name)
     return owner, key
-
-
-def _parameter_or_buffer(model: nn.Module, name: str) -> Tensor:
-    holder, _, key = name.rpartition(".")
-    module = model.get_submodule(holder)
-    tensor = module._buffers.get(key) if key in module._buffers else module._parameters[key]
-    assert tensor is not None
-    return tensor
 
 
 def _set_features(module: nn.Module, weight: Tensor) -> None:

@@ -6,11 +6,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from hf_prune.architectures.base import Piece, Units
 from hf_prune.architectures.layer_list import LayerList
-from hf_prune.architectures.modules import base_prefix
+from hf_prune.architectures.modules import base_prefix, find_tensor
 from hf_prune.architectures.unit_groups import FOUND, UnitGroup, UnitSlice
 from hf_prune.errors import ArchitectureError
 
@@ -75,7 +75,7 @@ def found_group(model: nn.Module, stack: str, number: int, units: Units) -> Unit
     layer, prefix = f"{stack}.{number}", base_prefix(model)
     pieces = units.producers + units.consumers + units.buffers
     names = {piece: prefix + piece.name if piece.outside else f"{layer}.{piece.name}" for piece in pieces}
-    tensors = {piece: _find_tensor(model, name) for piece, name in names.items()}
+    tensors = {piece: find_tensor(model, name) for piece, name in names.items()}
     totals = {piece: tensor.shape[piece.dim] for piece, tensor in tensors.items() if tensor is not None}
     size = None if units.size is None else find_attribute(model, f"{layer}.{units.size}")
     if len(totals) < len(pieces) or (units.size is not None and not size):
@@ -158,17 +158,6 @@ def _slices(name: str, piece: Piece, total: int, units: int, wide: int) -> tuple
         offsets[width].append(start)
         start += width * units
     return tuple(UnitSlice(name, piece.dim, width, tuple(starts)) for width, starts in offsets.items())
-
-
-def _find_tensor(model: nn.Module, name: str) -> Tensor | None:
-    """The parameter or buffer with a name, or None."""
-    holder, _, key = name.rpartition(".")
-    try:
-        module = model.get_submodule(holder)
-    except AttributeError:
-        return None
-    tensor = module._parameters.get(key)
-    return module._buffers.get(key) if tensor is None else tensor
 
 
 def _misfit(name: str, total: int, units: int) -> ArchitectureError:

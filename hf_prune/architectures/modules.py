@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 
 from hf_prune.architectures.unit_groups import UnitSlice, plain_weights
 from hf_prune.errors import ArchitectureError
@@ -25,6 +25,15 @@ def find_module(model: nn.Module, name: str) -> nn.Module | None:
         return model.get_submodule(name)
     except AttributeError:
         return None
+
+
+def find_tensor(model: nn.Module, name: str) -> Tensor | None:
+    """The parameter or buffer with a name, or None."""
+    holder, _, key = name.rpartition(".")
+    if (module := find_module(model, holder)) is None:
+        return None
+    parameter = module._parameters.get(key)
+    return module._buffers.get(key) if parameter is None else parameter
 
 
 def expected_module(model: nn.Module, name: str) -> nn.Module:

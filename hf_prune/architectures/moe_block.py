@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import nn
 
+from hf_prune.architectures.modules import find_tensor
 from hf_prune.architectures.unit_groups import UnitSlice, numbered
 
 
@@ -50,10 +51,10 @@ def misfit(model: nn.Module, block: MoeBlock) -> str | None:
     """
     experts = f"config.{block.config} counts the experts of {type(model).__name__}"
     advice = "so none can be removed: make the model and its config agree first"
-    router = _tensor(model, block.router)
+    router = find_tensor(model, block.router)
     units = 0 if router is None or not router.ndim else router.shape[0]
     for piece in (*block.parameters, *block.buffers):
-        tensor = _tensor(model, piece.name)
+        tensor = find_tensor(model, piece.name)
         if tensor is None:
             return f"{experts}, which has no {piece.name}, {advice}"
         if tensor.ndim <= piece.dim or tensor.shape[piece.dim] != units * piece.width:
@@ -67,14 +68,3 @@ def misfit(model: nn.Module, block: MoeBlock) -> str | None:
         if number != units:
             return f"{experts}, whose {name} has {number}, and whose router has {units}, {advice}"
     return None
-
-
-def _tensor(model: nn.Module, name: str) -> Tensor | None:
-    """A parameter or buffer; None if there is none of that name."""
-    holder, _, key = name.rpartition(".")
-    try:
-        module = model.get_submodule(holder)
-    except AttributeError:
-        return None
-    found = module._parameters.get(key)
-    return module._buffers.get(key) if found is None else found

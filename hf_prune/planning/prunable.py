@@ -56,11 +56,6 @@ class PrunableWeight:
         return self.module.get_parameter(self.attribute)
 
     @property
-    def is_direction(self) -> bool:
-        """Whether weight norm divides it by its length, slice by slice: zeros stay zeros."""
-        return self.attribute == WEIGHT_NORM
-
-    @property
     def path(self) -> str:
         """The parameter's name, as its module goes."""
         return f"{self.module_name}.{self.attribute}" if self.module_name else self.attribute

@@ -184,6 +184,15 @@ def _shifted(model: Any, ids: Tensor) -> Tensor | None:
     return None if start is None else torch.cat([torch.full_like(ids[:, :1], start), ids[:, :-1]], 1)
 
 
+def tensors_in(output: Any) -> Iterator[Tensor]:
+    """The tensors in the output of a model, however it nests them, in order."""
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, Mapping | list | tuple):
+        for value in output.values() if isinstance(output, Mapping) else output:
+            yield from tensors_in(value)
+
+
 def device_of(model: nn.Module) -> torch.device:
     """The device of a model's first loaded weight; the CPU if none is loaded."""
     return next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))

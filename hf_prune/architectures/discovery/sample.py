@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from hf_prune.architectures.small_models import example_inputs
 from hf_prune.architectures.unit_groups import UnitSlice
 from hf_prune.errors import ArchitectureError
-from hf_prune.utils.forward import no_cache
+from hf_prune.utils.forward import no_cache, tensors_in
 
 # What models raise when they are built or run with sizes or inputs that they cannot take.
 FAILURES = (
@@ -54,7 +54,7 @@ class Sample:
         """
         with torch.no_grad():
             result = (self.model if model is None else model)(**copy.copy(dict(self.inputs)))
-        return [tensor.float() for tensor in _tensors(result) if tensor.is_floating_point()]
+        return [tensor.float() for tensor in tensors_in(result) if tensor.is_floating_point()]
 
     def twin(self) -> nn.Module:
         """A copy of the model, to cut; it shares what is not cut."""
@@ -143,15 +143,3 @@ def _fill(name: str, tensor: Tensor, generator: torch.Generator) -> None:
     else:
         fan_in = max(tensor[0].numel(), 1)
         tensor.normal_(0.0, 1.5 * fan_in**-0.5, generator=generator)
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    """The tensors in nested outputs of a model."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _tensors(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _tensors(item)

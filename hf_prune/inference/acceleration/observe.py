@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from hf_prune.inference.acceleration.kernels import DTYPES
 from hf_prune.inference.acceleration.layers import CLASSES
+from hf_prune.utils.forward import tensors_in
 
 
 @dataclass
@@ -52,8 +53,7 @@ def observe(model: nn.Module, inputs: Mapping[str, Any]) -> Seen:
         for name, module in model.named_modules():
             if _suits(module):
                 hooks.callback(module.register_forward_pre_hook(note(name, module), with_kwargs=True).remove)
-        with torch.inference_mode():
-            seen.outputs = [tensor.clone() for tensor in _tensors(model(**inputs))]
+        seen.outputs = [tensor.clone() for tensor in _answer(model, inputs)]
     return seen
 
 
@@ -63,17 +63,10 @@ def _suits(module: nn.Module) -> bool:
     return plain and weight is not None and weight.numel() > 0 and weight.dtype in DTYPES.values()
 
 
-def _tensors(output: Any) -> Iterator[Tensor]:
-    """The floating-point tensors of an output, in order."""
-    if isinstance(output, Tensor):
-        if output.is_floating_point():
-            yield output
-    elif isinstance(output, Mapping):
-        for value in output.values():
-            yield from _tensors(value)
-    elif isinstance(output, list | tuple):
-        for value in output:
-            yield from _tensors(value)
+def _answer(model: nn.Module, inputs: Mapping[str, Any]) -> list[Tensor]:
+    """The floating-point tensors that a model returns, in order."""
+    with torch.inference_mode():
+        return [tensor for tensor in tensors_in(model(**inputs)) if tensor.is_floating_point()]
 
 
 def matrix_of(module: nn.Module) -> Tensor:
@@ -85,10 +78,8 @@ def matrix_of(module: nn.Module) -> Tensor:
 
 def difference_to(before: Sequence[Tensor], model: nn.Module, inputs: Mapping[str, Any]) -> float:
     """The largest change of an output, as a share of the largest one in the same tensor; NaN where one became NaN."""
-    with torch.inference_mode():
-        after = list(_tensors(model(**inputs)))
     shares = [0.0]
-    for new, old in zip(after, before, strict=True):
+    for new, old in zip(_answer(model, inputs), before, strict=True):
         if old.numel():
             change = torch.where(new == old, 0, (new - old).abs())  # infinities that stay are no change
             finite = old.abs()[old.isfinite()]
