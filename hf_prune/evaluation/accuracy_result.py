@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from hf_prune.errors import DataError
-from hf_prune.evaluation.saved_scores import check_fields
+from hf_prune.evaluation.saved_scores import check_fields, data_name
 
 _TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("split", "source", "data_fingerprint", "dtype", "classes"), (str,)),
@@ -64,7 +64,7 @@ class Evaluation:
 
     def __str__(self) -> str:
         """One line: accuracy and standard error in percent, n, and the data."""
-        data = " ".join(part for part in (self.source, self.split) if part) or f"data {self.data_fingerprint}"
+        data = data_name(self)
         return f"accuracy {100 * self.accuracy:.2f} % ± {100 * self.standard_error:.2f} (n = {self.n}, {data})"
 
     def to_dict(self) -> dict[str, Any]:

@@ -13,8 +13,9 @@ from dataclasses import asdict, dataclass
 from statistics import NormalDist
 from typing import Any
 
-from hf_prune.errors import ConfigError, DataError
+from hf_prune.errors import DataError
 from hf_prune.evaluation.accuracy_result import Evaluation
+from hf_prune.evaluation.statistics import check_confidence
 
 
 @dataclass(frozen=True)
@@ -92,8 +93,7 @@ def compare(dense: Evaluation, pruned: Evaluation, *, confidence: float = 0.95) 
         >>> print(compare(dense, pruned))  # doctest: +SKIP
         accuracy 90.48 % -> 89.91 %: drop 0.57 points (95 % interval -0.52 to 1.66, ...
     """
-    if not 0 < confidence < 1:
-        raise ConfigError(f"confidence is {confidence!r}: expected a number between 0 and 1, such as 0.95")
+    check_confidence(confidence)
     _check_paired(dense, pruned)
     n = dense.n
     pairs = [(a == y, b == y) for a, b, y in zip(dense.predictions, pruned.predictions, dense.labels, strict=True)]

@@ -17,7 +17,7 @@ from hf_prune.errors import ConfigError, DataError
 from hf_prune.evaluation.data.classification import context_length
 from hf_prune.evaluation.data.texts import joined_tokens
 from hf_prune.evaluation.perplexity_result import Perplexity, PerplexityComparison, exp_or_inf
-from hf_prune.evaluation.statistics import standard_error_of, student_t
+from hf_prune.evaluation.statistics import check_confidence, standard_error_of, student_t
 from hf_prune.planning.checks import check_positive
 from hf_prune.pruning.mask_store import warn_regrown
 from hf_prune.utils.forward import batch_to_device, eval_mode, run_model
@@ -158,8 +158,7 @@ def compare_perplexity(dense: Perplexity, pruned: Perplexity, *, confidence: flo
         >>> print(compare_perplexity(dense, pruned))  # doctest: +SKIP
         perplexity 22.35 -> 28.10: 1.2573 ± 0.0081 times the dense one (95 % interval 1.2410 to 1.2738, paired, ...
     """
-    if not 0 < confidence < 1:
-        raise ConfigError(f"confidence is {confidence!r}: expected a number between 0 and 1, such as 0.95")
+    check_confidence(confidence)
     _check_paired(dense, pruned)
     weights = dense.window_tokens
     differences = [b - a for a, b in zip(dense.window_nll, pruned.window_nll, strict=True)]

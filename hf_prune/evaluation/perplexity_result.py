@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from hf_prune.evaluation.saved_scores import check_fields
+from hf_prune.evaluation.saved_scores import check_fields, data_name
 
 
 @dataclass(frozen=True)
@@ -53,9 +53,9 @@ class Perplexity:
 
     def __str__(self) -> str:
         """One line: perplexity and standard error, n, and the data."""
-        data = " ".join(part for part in (self.source, self.split) if part) or f"data {self.data_fingerprint}"
         error = "" if self.standard_error is None else f" ± {self.standard_error:.2f}"
         windows = "window" if self.n == 1 else "windows"
+        data = data_name(self)
         return f"perplexity {self.perplexity:.2f}{error} (n = {self.n} {windows} of {self.window} tokens, {data})"
 
     def to_dict(self) -> dict[str, Any]:

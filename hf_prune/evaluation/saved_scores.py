@@ -1,4 +1,4 @@
-"""What all scores have in common when they are read back from a file."""
+"""What all scores have in common: what their data is called, and how they are read back from a file."""
 
 from __future__ import annotations
 
@@ -7,6 +7,11 @@ from dataclasses import fields
 from typing import Any
 
 from hf_prune.errors import DataError
+
+
+def data_name(score: Any) -> str:
+    """What to call the data of a score: its source and split, or the fingerprint if it has neither."""
+    return " ".join(part for part in (score.source, score.split) if part) or f"data {score.data_fingerprint}"
 
 
 def check_fields(score: type[Any], values: Mapping[str, Any], name: str, optional: Collection[str] = ()) -> None:

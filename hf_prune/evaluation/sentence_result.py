@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import NormalDist
 from typing import Any
 
 from hf_prune.errors import DataError
-from hf_prune.evaluation.saved_scores import check_fields
+from hf_prune.evaluation.saved_scores import check_fields, data_name
+from hf_prune.evaluation.statistics import check_confidence, standard_error_of
 
 SPEARMAN, NDCG = "Spearman", "nDCG@10"
 METRICS = {"spearman": SPEARMAN, "ndcg": NDCG}  # by the names that options have
@@ -58,9 +59,9 @@ class SentenceScore:
 
     def __str__(self) -> str:
         """One line: the score and its standard error, n, and the data."""
-        data = " ".join(part for part in (self.source, self.split) if part) or f"data {self.data_fingerprint}"
         what = "pairs" if self.mrr is None else "queries"
         second = "" if self.mrr is None else f", MRR@10 {self.mrr:.4f}"
+        data = data_name(self)
         return f"{self.metric} {self.value:.4f} ± {self.standard_error:.4f}{second} (n = {self.n:,} {what}, {data})"
 
     def to_dict(self) -> dict[str, Any]:
@@ -156,8 +157,10 @@ def compare_sentences(dense: SentenceScore, pruned: SentenceScore, *, confidence
         confidence: Of the two-sided interval and of the one-sided bound, between 0 and 1.
 
     Raises:
+        ConfigError: If ``confidence`` is not between 0 and 1.
         DataError: If the two are not on the same data, or not of the same metric.
     """
+    check_confidence(confidence)
     same = dense.metric == pruned.metric and dense.n == pruned.n and dense.data_fingerprint == pruned.data_fingerprint
     if not same or (dense.metric == SPEARMAN and dense.references != pruned.references):
         raise DataError(
@@ -243,13 +246,10 @@ def resampled_spearman(values: Any, references: Any, samples: int = 1000) -> Any
     return found
 
 
-def standard_error_of_mean(values: Any) -> float:
+def standard_error_of_mean(values: Sequence[float]) -> float:
     """``s / sqrt(n)``; infinite for one value, which says nothing about others."""
-    n = len(values)
-    if n < 2:
-        return math.inf
-    mean = math.fsum(values) / n
-    return math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1) / n)
+    error = standard_error_of(values, [1] * len(values))
+    return math.inf if error is None else error
 
 
 def _is_finite(number: object) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor
 from hf_prune.errors import DataError, ModelTypeError
 from hf_prune.evaluation.data.checks import check_columns, column
 from hf_prune.evaluation.data.loading import fingerprint
-from hf_prune.evaluation.data.sentences import SentenceColumns, sentence_columns
+from hf_prune.evaluation.data.sentences import sentence_columns
 from hf_prune.evaluation.sentence_result import NDCG, SentenceScore, summarise
 from hf_prune.planning.checks import check_positive
 from hf_prune.pruning.mask_store import warn_regrown
@@ -91,7 +91,7 @@ def evaluate_sentences(
         references=references,
         split=split,
         source=source,
-        data_fingerprint=_fingerprint(dataset, columns),
+        data_fingerprint=fingerprint(dataset, columns.names),
         seconds=seconds,
         dtype=str(model.dtype).removeprefix("torch."),
         max_length=model.max_seq_length or 0,
@@ -114,10 +114,6 @@ def _check_kind(model: Any) -> None:
 
 def _crosses(model: Any) -> bool:
     return hasattr(model, "predict")
-
-
-def _fingerprint(dataset: Dataset, columns: SentenceColumns) -> str:
-    return fingerprint(dataset, columns.names)
 
 
 def _similarities(

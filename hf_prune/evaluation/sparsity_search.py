@@ -17,6 +17,7 @@ from hf_prune.evaluation.accuracy import evaluate_classification
 from hf_prune.evaluation.accuracy_result import Evaluation
 from hf_prune.evaluation.comparison import compare, reason_to_doubt
 from hf_prune.evaluation.scores import Score
+from hf_prune.evaluation.statistics import check_confidence
 from hf_prune.evaluation.sweep import check_points, measure_point
 from hf_prune.evaluation.sweep_point import SweepPoint
 from hf_prune.planning.config import PruningConfig
@@ -165,8 +166,7 @@ def find_sparsity(
     """
     base = config or PruningConfig()
     check_budget(base, max_drop)
-    if not 0 < confidence < 1:
-        raise ConfigError(f"confidence is {confidence!r}: expected a number between 0 and 1, such as 0.95")
+    check_confidence(confidence)
     check_points(model, [base.replace(sparsity=1 / STEPS)], calibration, polish_data)
     _check_size(len(dataset), max_drop, confidence)
     dense = evaluate_classification(model, tokenizer, dataset, **evaluation, progress=progress and "dense")

@@ -1,11 +1,23 @@
-"""Standard errors of weighted means, and quantiles of Student's t."""
+"""Standard errors of means, quantiles of Student's t, and the check of a confidence."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 
+from hf_prune.errors import ConfigError
+
 _MANY = 10_000  # degrees of freedom from which Student's t is as good as normal
+
+
+def check_confidence(confidence: float) -> None:
+    """Make sure that a confidence is one.
+
+    Raises:
+        ConfigError: If it is not between 0 and 1.
+    """
+    if not 0 < confidence < 1:
+        raise ConfigError(f"confidence is {confidence!r}: expected a number between 0 and 1, such as 0.95")
 
 
 def standard_error_of(values: Sequence[float], weights: Sequence[int]) -> float | None:

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_prune.calibration.batches import Batches, needed_batches
-from hf_prune.errors import ConfigError, SweepError
+from hf_prune.errors import SweepError
 from hf_prune.evaluation.scores import Score, compare_scores, known_truth, score_doubt, score_model
 from hf_prune.evaluation.sparsity_report import sparsity_report
+from hf_prune.evaluation.statistics import check_confidence
 from hf_prune.evaluation.sweep_files import read_results, sweep_settings
 from hf_prune.evaluation.sweep_point import SweepPoint
 from hf_prune.evaluation.sweep_result import FILES, SweepResult
@@ -104,8 +105,7 @@ def run_sweep(
     sparsities, criteria = list(dict.fromkeys(sparsities)), list(dict.fromkeys(criteria))
     configs = [base.replace(criterion=c, sparsity=float(s)) for c in criteria for s in sparsities if s != 0]
     plans = check_points(model, configs, calibration, polish_data)
-    if not 0 < confidence < 1:
-        raise ConfigError(f"confidence is {confidence!r}: expected a number between 0 and 1, such as 0.95")
+    check_confidence(confidence)
     parameters = sum(p.numel() for p in model.parameters())
     score: dict[str, Any] = {"source": source, "split": split, **evaluation}
     settings = sweep_settings(model, dataset, base, calibration, polish_data, tokenizer, name, score)

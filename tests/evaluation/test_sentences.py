@@ -190,6 +190,8 @@ def test_what_cannot_be_compared_is_refused(tmp_path):
         compare_sentences(one, other)
     with pytest.raises(DataError, match=r"found Spearman on 30 examples .* and nDCG@10 on 5"):
         compare_sentences(one, evaluate_sentences(model, searched()))
+    with pytest.raises(ConfigError, match=r"confidence is 95: expected a number between 0 and 1"):
+        compare_sentences(one, one, confidence=95)
 
 
 # --- saved scores ------------------------------------------------------------------------------------
