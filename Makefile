@@ -18,10 +18,10 @@ PIP   := $(PY) -m pip install --quiet --disable-pip-version-check --constraint c
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-rest test-all lint types check clean
+.PHONY: help demo test test-rest test-pages test-all lint types docs dist compat check clean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s  %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s  %s\n", $$1, $$2}' Makefile
 	@echo
 	@echo "  Settings: PYTHON=$(PYTHON) VENV=$(VENV) WORKERS=$(WORKERS) ARGS=\"more words for pytest or the demo\""
 	@echo "  The CPU build of torch, on Linux: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make test"
@@ -30,10 +30,13 @@ demo: $(STAMP)  ## prune a small model, offline
 	"$(VENV)/bin/hf-prune" demo $(ARGS)
 
 test: $(STAMP)  ## the everyday tests, in parallel
-	$(TESTS) -m "not ($(REST))" $(ARGS)
+	$(TESTS) -m "not (docs or $(REST))" $(ARGS)
 
 test-rest: $(STAMP)  ## the tests marked browser, crash, distributed or matrix
 	$(TESTS) -m "$(REST)" $(ARGS)
+
+test-pages: $(STAMP)  ## the tests marked docs: every page and notebook from start to end, and the wheel
+	$(TESTS) -m docs $(ARGS)
 
 test-all: $(STAMP)  ## every test
 	$(TESTS) $(ARGS)
@@ -45,10 +48,31 @@ lint: $(STAMP)  ## ruff
 types: $(STAMP)  ## mypy
 	$(PY) -m mypy
 
+docs: $(STAMP)  ## the documentation, as a site in build/site; warnings are errors
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
+	@echo "Built build/site/index.html"
+
+dist: $(STAMP)  ## wheel and sdist, in dist
+	rm -rf dist
+	$(PY) -m build --no-isolation --outdir dist .
+
+# Other releases in front of everything else that is installed.
+compat: $(STAMP)  ## a short test with the oldest and the newest transformers and datasets
+	@for end in oldest newest; do \
+	    venv="$(VENV)-$$end"; \
+	    $(PY) -m venv --clear --without-pip "$$venv" && \
+	    $(PY) -m pip --python "$$venv/bin/python" install --quiet --no-deps --requirement "tests/$$end.txt" && \
+	    $(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > "$$venv/dependencies.pth" && \
+	    mv "$$venv/dependencies.pth" \
+	        "$$("$$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" && \
+	    echo "With the $$end: $$(grep == "tests/$$end.txt" | paste -sd ' ')" && \
+	    OMP_NUM_THREADS=1 "$$venv/bin/python" -m pytest -q -W default tests/test_compatibility.py || exit 1; \
+	done
+
 check: lint types test  ## lint, types and test
 
 clean:  ## remove .venv, caches and build products
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info
+	rm -rf .venv .venv-oldest .venv-newest .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info
 	find . -name .git -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # `make -j clean test` must not delete what it is installing.

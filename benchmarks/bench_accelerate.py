@@ -1,9 +1,10 @@
 """Is it faster now? Sparsity against measured speed on this CPU, of one layer and of a whole model.
 
-Layer: a Linear of 768 inputs and 3,072 outputs with random zeros; the sparse kernel (its best chunk), torch's CSR
+Layer: a Linear of 768 inputs and 3,072 outputs with random zeros; the sparse kernel (its best format), torch's CSR
 matrices as ``(W @ Xᵀ)ᵀ``, and the dense product in torch's default and in oneDNN. Model: DistilBERT's shape with random
 weights, pruned by magnitude; plain (in torch's default, and in oneDNN through ``set_float32_matmul_precision``),
 accelerated, with CSR matrices in all of its layers, and with ``--runtimes`` dense in ONNX Runtime and OpenVINO.
+Generation: a token of SmolLM2-135M's shape behind 64 others in the cache, in float32 and in bfloat16.
 
 Everything of one row is timed in turns, and speed-ups are medians of the ratios within a round, with a 95 % interval,
 against the better of the two dense baselines.
@@ -26,12 +27,20 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import DistilBertConfig, DistilBertForSequenceClassification
+from transformers import (
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from hf_prune import ExportedModel, accelerate, export_model, prune
-from hf_prune.inference.acceleration.kernels import CHUNKS, Csr, Dense, Kernel, OneDNN, Sparse
+from hf_prune.inference.acceleration.dense_kernels import Dense, OneDNN
+from hf_prune.inference.acceleration.kernel import Kernel
 from hf_prune.inference.acceleration.layers import Ranges, switch_on
 from hf_prune.inference.acceleration.report import this_machine
+from hf_prune.inference.acceleration.sparse_kernels import Csr, Sparse, formats_for
 from hf_prune.inference.timing import Ratio, speedup, time_together
 from hf_prune.utils.formatting import format_table
 
@@ -68,7 +77,7 @@ def layer(tokens: int, sparsity: float, seconds: float) -> dict[str, Any]:
     weight = torch.randn(OUTPUTS, INPUTS, generator=generator)
     weight *= torch.rand(OUTPUTS, INPUTS, generator=generator) >= sparsity
     bias, x = torch.randn(OUTPUTS, generator=generator), torch.randn(tokens, INPUTS, generator=generator)
-    kernels: list[Kernel] = [Dense(), OneDNN(), Csr(weight), *(Sparse(weight, chunk) for chunk in CHUNKS)]
+    kernels: list[Kernel] = [Dense(), OneDNN(), Csr(weight), *(Sparse(weight, name) for name in formats_for(weight))]
     runs = {kernel.name: partial(kernel, x, weight, bias) for kernel in kernels}
     return measure(runs, ("dense", "onednn"), seconds)
 
@@ -103,9 +112,50 @@ def model(tokens: int, sparsity: float, seconds: float, runtimes: bool) -> dict[
     return {**found, "bytes": [report.bytes_before, report.bytes_after], "difference": report.difference}
 
 
-def in_onednn(plain: nn.Module, inputs: dict[str, Any]) -> None:
+def in_onednn(plain: Callable[..., object], inputs: dict[str, Any]) -> None:
     with onednn():
         plain(**inputs)
+
+
+# --- generation ------------------------------------------------------------------------------------------------
+
+
+def generation(sparsity: float, dtype: torch.dtype, seconds: float) -> dict[str, Any]:
+    """One token of SmolLM2-135M's shape, with 64 in the cache."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=49_152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        tie_word_embeddings=True,
+    )
+    plain = LlamaForCausalLM(config).eval()
+    prune(plain, sparsity)
+    plain.to(dtype)
+    token = torch.tensor([[7]])
+    faster = copy.deepcopy(plain)
+    report = accelerate(faster, {"input_ids": token, "use_cache": False}, tolerance=1e-2)
+
+    def decoding(model: nn.Module) -> Callable[[], object]:
+        cache = DynamicCache(config=config)
+        with torch.inference_mode():
+            model(torch.arange(64).view(1, 64), past_key_values=cache)
+
+        def run() -> None:
+            model(token, past_key_values=cache)
+            cache.crop(-1)
+
+        return run
+
+    runs: dict[str, Callable[[], object]] = {"dense": decoding(plain), "accelerated": decoding(faster)}
+    if dtype == torch.float32:
+        runs["onednn"] = partial(in_onednn, decoding(plain), {})
+    found = measure(runs, [name for name in ("dense", "onednn") if name in runs], seconds)
+    kernels = sorted({kind.choices[0].kernel for kind in report.kinds})
+    return {**found, "kernels": kernels, "bytes": [report.bytes_before, report.bytes_after]}
 
 
 # --- output ----------------------------------------------------------------------------------------------------
@@ -126,10 +176,10 @@ def table(results: Sequence[dict[str, Any]], names: Sequence[str]) -> str:
     return format_table(["tokens", "zeros", "baseline", *names], rows)
 
 
-def best_chunk(found: dict[str, Any]) -> dict[str, Any]:
-    """The sparse kernel once, with the chunk that is fastest."""
-    chunks = [name for name in found["seconds"] if name.startswith("sparse:")]
-    best = min(chunks, key=found["seconds"].__getitem__)
+def best_format(found: dict[str, Any]) -> dict[str, Any]:
+    """The sparse kernel once, in the format that is fastest."""
+    formats = [name for name in found["seconds"] if name not in ("dense", "onednn", "csr")]
+    best = min(formats, key=found["seconds"].__getitem__)
     return {
         **found,
         "seconds": {**found["seconds"], "sparse": found["seconds"][best]},
@@ -160,6 +210,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--layer-tokens", type=int, nargs="*", default=[1, 32, 128])
     parser.add_argument("--model-tokens", type=int, nargs="*", default=[1, 32, 128])
+    parser.add_argument("--generation", type=float, nargs="*", default=[0.8, 0.9], help="sparsities")
     parser.add_argument("--sparsity", type=float, nargs="+", default=list(SPARSITIES))
     parser.add_argument("--seconds", type=float, default=4.0, help="for each row")
     parser.add_argument("--runtimes", action="store_true", help="ONNX Runtime and OpenVINO beside them")
@@ -169,7 +220,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     print(", ".join(f"{key} {value}" for key, value in this_machine().items()))
     layers = [
-        {"tokens": tokens, "sparsity": sparsity, "found": best_chunk(layer(tokens, sparsity, args.seconds / 2))}
+        {"tokens": tokens, "sparsity": sparsity, "found": best_format(layer(tokens, sparsity, args.seconds / 2))}
         for tokens in args.layer_tokens
         for sparsity in args.sparsity
     ]
@@ -182,8 +233,16 @@ def main() -> None:
     ]
     print("\nDistilBERT's shape, batch 1, microseconds and speed-up against the better dense model:")
     print(table(models, ("dense", "onednn", "csr", "accelerated", *(("onnx", "xml") if args.runtimes else ()))))
+    texts = [
+        {"tokens": str(dtype).removeprefix("torch."), "sparsity": s, "found": generation(s, dtype, args.seconds)}
+        for dtype in (torch.float32, torch.bfloat16)
+        for s in args.generation
+    ]
+    print("\nSmolLM2-135M's shape, one token behind 64, microseconds and speed-up against the better dense model:")
+    print(table(texts, ("dense", "onednn", "accelerated")))
     if args.json:
-        args.json.write_text(json.dumps({"machine": this_machine(), "layers": layers, "models": models}, indent=2))
+        values = {"machine": this_machine(), "layers": layers, "models": models, "generation": texts}
+        args.json.write_text(json.dumps(values, indent=2))
     if args.plot and models:
         draw(models, args.plot)
 

@@ -44,6 +44,7 @@ from hf_prune.checkpoint.packed.format import SUFFIX
 from hf_prune.checkpoint.packed.unpack import unpack
 from hf_prune.conversion.compression import compress_checkpoint
 from hf_prune.conversion.decompression import decompress_checkpoint
+from hf_prune.kernels.sparse.build import load_kernel
 from hf_prune.utils.formatting import format_table
 
 SETTINGS = ("0", "0.5", "0.8", "0.9", "0.95", "2:4")
@@ -126,16 +127,28 @@ def load(folder: Path) -> None:
         parameter.detach().view(-1).view(torch.uint8).numpy()[::4096].sum()
 
 
-def in_turns(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median seconds of each call, after one round that is not counted."""
+def in_turns(calls: dict[str, Callable[[], object]], rounds: int) -> tuple[dict[str, float], str]:
+    """Median seconds of each call, after one round that is not counted, and how zstd compares with dense in each round.
+
+    Returns:
+        Seconds by call, and the median over rounds of load zstd / load dense: in time, and in that of the processor,
+        all threads together, in which other processes on the machine do not count.
+    """
     times: dict[str, list[float]] = {name: [] for name in calls}
+    processor: dict[str, list[float]] = {name: [] for name in calls}
     for number in range(rounds + 1):
         for name, call in calls.items():
-            begin = time.perf_counter()
+            begin, begin_processor = time.perf_counter(), time.process_time()
             call()
             if number:
                 times[name].append(time.perf_counter() - begin)
-    return {name: statistics.median(values) for name, values in times.items()}
+                processor[name].append(time.process_time() - begin_processor)
+    ratios = [
+        statistics.median(small / dense for small, dense in zip(of["load zstd"], of["load dense"], strict=True))
+        for of in (times, processor)
+    ]
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    return medians, ", ".join(f"{ratio:.1f}×" for ratio in ratios)
 
 
 PEAK = """
@@ -166,10 +179,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--settings", default=",".join(SETTINGS))
     parser.add_argument("--dtypes", default=",".join(DTYPES))
+    parser.add_argument("--compiled", action="store_true", help="unpack with the compiled kernel, built if need be")
     parser.add_argument("--no-zstd19", action="store_true", help="leave out the slow column")
     parser.add_argument("--json", type=Path, help="where to put the results as well")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    if arguments.compiled:
+        load_kernel()
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     print(f"{platform.processor() or platform.machine()}, torch {torch.__version__}, one thread")
@@ -197,17 +213,17 @@ def main() -> None:
                     "decompress": lambda small=small, out=folder / "c": decompress_checkpoint(small, out),
                     "decode": lambda packed=packed: [unpack(data) for data in packed.values()],
                 }
-                seconds = in_turns(calls, arguments.rounds)
+                seconds, compared = in_turns(calls, arguments.rounds)
                 speed = dense_bytes / seconds.pop("decode") / 1e9
                 peaks = [f"{peak(path, small):.0f}" for path in (dense, small)]
                 times = [f"{1000 * value:.0f}" for value in seconds.values()]
-                time_rows.append([dtype, setting, *times, f"{speed:.2f}", *peaks])
+                time_rows.append([dtype, setting, *times, compared, f"{speed:.2f}", *peaks])
     header = ["dtype", "pruned", "dense", "bitmask", "raw", "zstd", "bound", "smaller"]
     header += ["dense MB", "raw MB", "zstd MB", "zstd -19 MB"]
     print("\nBytes for each target weight, and MB of the file\n")
     print(format_table(header, size_rows, left=2))
     header_2 = ["dtype", "pruned", "load dense", "load zstd", "load raw", "save dense", "compress", "decompress"]
-    header_2 += ["decode GB/s", "peak dense MB", "peak zstd MB"]
+    header_2 += ["zstd / dense: time, processor", "decode GB/s", "peak dense MB", "peak zstd MB"]
     print("\nMilliseconds (medians), decoding of the target weights alone, and peak memory of loading\n")
     print(format_table(header_2, time_rows, left=2))
     if arguments.json is not None:

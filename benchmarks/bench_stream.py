@@ -2,6 +2,8 @@
 
     python benchmarks/bench_stream.py                             # 3 GB of checkpoint, a limit of 1.5 GB, 7 GB of disk
     python benchmarks/bench_stream.py --layers 6 --limit 0.7 --runs sparsegpt     # slow: 40 s a block
+    python benchmarks/bench_stream.py --layers 30 --hidden 1024 --ffn 2816 --vocab 32000 --limit 1.237 \
+        --runs "magnitude;wanda;sparsegpt"                        # 440 million parameters, as 8 billion on 24 GB
 
 It makes a sharded Llama with random weights in bfloat16 in a temporary folder, and prunes it in child processes. Each
 child imports everything, prunes a tiny checkpoint so that every library is loaded, limits the memory that it may add
@@ -20,6 +22,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -38,8 +41,13 @@ RUNS = {
     "magnitude, global": {"criterion": "magnitude", "scope": "global"},
     "wanda, row": {"criterion": "wanda", "scope": "row"},
     "sparsegpt": {"criterion": "sparsegpt"},
+    "sparsegpt by loss": {"criterion": "sparsegpt", "objective": "loss"},
+    "alps by loss": {"criterion": "alps", "objective": "loss"},
 }
-DENSE = "without streaming"
+IN_MEMORY = {
+    "magnitude, in memory": {"criterion": "magnitude"},
+    "sparsegpt, in memory": {"criterion": "sparsegpt"},
+}
 
 
 def make_checkpoint(folder: Path, layers: int, hidden: int, ffn: int, vocab: int, per_shard: int = 4) -> None:
@@ -87,23 +95,29 @@ def measure(args: argparse.Namespace, job: harness.Job) -> harness.Result:
 
     logging.disable_progress_bar()
     run, source, out = job["run"], job["source"], job["out"]
-    config = PruningConfig(**RUNS.get(run, RUNS["magnitude, layer"]))
+    config = PruningConfig(**{**RUNS, **IN_MEMORY}[run])
     with tempfile.TemporaryDirectory() as folder:
         make_checkpoint(Path(folder) / "tiny", 2, 256, 512, 64)
         for _ in range(2):
-            prune_stream(Path(folder) / "tiny", config, Path(folder) / "out", calibration=batches(64, 4, args.length))
+            calibration = batches(64, 4, args.length, 2)
+            prune_stream(Path(folder) / "tiny", config, Path(folder) / "out", calibration=calibration)
         load_native(str(Path(folder) / "out"))
     resource.setrlimit(resource.RLIMIT_DATA, (harness.memory("VmData") + int(args.limit * 1e9),) * 2)
     before = harness.start_of_peak()
-    start = time.perf_counter()
-    if run == DENSE:
-        load_native(source).prune(config).save_pretrained(out)
-        sparsity = -1.0
+    start, cpu = time.perf_counter(), time.process_time()
+    calibration = batches(args.vocab, args.texts, args.length, args.batch) if config.needs else None
+    if run in IN_MEMORY:
+        model = load_native(source).prune(config, calibration=calibration, cache_bytes=0)
+        sparsity = model.sparsity_report().target_sparsity
+        model.save_pretrained(out, max_shard_size="200MB")
     else:
-        calibration = batches(args.vocab, args.texts, args.length) if config.needs else None
         sparsity = prune_stream(source, config, out, calibration=calibration, cache_bytes=0).target_sparsity
-    seconds = time.perf_counter() - start
-    return {"peak": harness.memory("VmHWM") - before, "seconds": seconds, "sparsity": sparsity}
+    return {
+        "peak": harness.memory("VmHWM") - before,
+        "seconds": time.perf_counter() - start,
+        "cpu": time.process_time() - cpu,
+        "sparsity": sparsity,
+    }
 
 
 def main() -> None:
@@ -114,8 +128,9 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, default=16000)
     parser.add_argument("--texts", type=int, default=8)
     parser.add_argument("--length", type=int, default=64)
+    parser.add_argument("--batch", type=int, default=4, help="texts that run together")
     parser.add_argument("--limit", type=float, default=1.5, help="GB beyond what the imports take")
-    parser.add_argument("--runs", default="magnitude,wanda", help="names separated by commas, or parts of names")
+    parser.add_argument("--runs", default="magnitude;wanda", help="names separated by semicolons, or how they start")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if harness.is_child(args, measure):
@@ -127,21 +142,22 @@ def main() -> None:
         block = 2 * (4 * args.hidden**2 + 3 * args.hidden * args.ffn + 2 * args.hidden)
         block = max(block, 2 * args.vocab * args.hidden)
         width = max(args.hidden, args.ffn)
-        statistics = {"wanda": 12 * width, "sparsegpt": 16 * width**2}
+        statistics = {"wanda": 12 * width, "sparsegpt": 16 * width**2, "alps": 32 * width**2}
         print(
             f"checkpoint {size / 1e9:.2f} GB in {len(list(source.glob('*.safetensors')))} files, limit {args.limit} GB"
         )
         rows = []
-        for run in [DENSE, *RUNS]:
-            if run != DENSE and not any(part.strip() and part.strip() in run for part in args.runs.split(",")):
+        for run in [*IN_MEMORY, *RUNS]:
+            if not any(part.strip() and run.startswith(part.strip()) for part in args.runs.split(";")):
                 continue
             out = Path(folder) / "out"
             environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**20)}
             job = {"run": run, "source": str(source), "out": str(out)}
             done = harness.run_child(job, stderr=subprocess.PIPE, env=environment)
-            extra = statistics.get(run.split(",")[0], 0)
-            bound = 1.1 * (block + extra)
-            row = [run, f"{block / MB:,.0f}", f"{extra / MB:,.0f}", f"{bound / MB:,.0f}"]
+            extra = statistics.get(re.split("[, ]", run)[0], 0)
+            held = size if run in IN_MEMORY else block
+            bound = 1.1 * (held + extra)
+            row = [run, f"{held / MB:,.0f}", f"{extra / MB:,.0f}", f"{bound / MB:,.0f}"]
             if done.returncode == 0:
                 result = harness.last_json(done.stdout)
                 verdict = "within" if result["peak"] <= bound else "ABOVE"
@@ -152,15 +168,16 @@ def main() -> None:
                         verdict,
                         f"{result['sparsity']:.4f}",
                         f"{result['seconds']:.0f}",
+                        f"{result['cpu']:.0f}",
                     ]
                 )
             else:
                 last = next((x for x in reversed(done.stderr.splitlines()) if x.strip()), f"signal {-done.returncode}")
                 why = "can't allocate memory" if "allocate memory" in done.stderr else last[:60]
-                rows.append([run, "", "", "", "", f"fails: {why}", "", ""])
+                rows.append([run, "", "", "", "", f"fails: {why}", "", "", ""])
             print(rows[-1], file=sys.stderr)
             subprocess.run(["rm", "-rf", str(out)], check=True)
-        heads = ["run", "block MB", "statistics MB", "bound MB", "peak MB", "", "sparsity", "seconds"]
+        heads = ["run", "weights MB", "statistics MB", "bound MB", "peak MB", "", "sparsity", "seconds", "CPU s"]
         print(format_table(heads, rows))
 
 

@@ -208,7 +208,7 @@ def distill(student: Any, teacher: Any, texts: Sequence[str], tokenizer: Any, ra
     import torch
     from torch.nn import functional as F
 
-    from hf_prune.evaluation.data.texts import text_batches
+    from hf_prune.calibration.texts import text_batches
 
     batches = text_batches(list(texts), tokenizer, batch_size=32)
     order = torch.randperm(len(batches), generator=torch.Generator().manual_seed(seed)).tolist()

@@ -79,7 +79,7 @@ def summary(result: Result) -> str:
     if not result["built"]:
         return f"not built: {result['reason'][:100]}"
     share = result["covered"] / max(1, result["matrices"] - result["dense_by_choice"])
-    bad = [f"{name}: {text[:90]}" for name, text in result["checks"].items() if text.startswith("failed")]
+    bad = [f"{name}: {text[:90]}" for name, text in result["checks"].items() if text.startswith(("failed", "took"))]
     return f"{share:.0%} covered, {result['seconds']:.1f} s{'; ' if bad else ''}{'; '.join(bad)}"
 
 
@@ -96,11 +96,12 @@ def run(
         warm_up: Types that are measured before, so that the others find what they need imported.
 
     Yields:
-        Results, in the order in which they are ready.
+        Results, in the order in which they are ready. Of a process that a limit ends, those of the checks that it had
+        made, and which one it was at; those after it are left out.
     """
     _preload(warm_up)
     context = multiprocessing.get_context("fork")
-    waiting, running = list(types), {}
+    waiting, running, made = list(types), {}, {}
     while waiting or running:
         while waiting and len(running) < jobs:
             receiver, sender = context.Pipe(duplex=False)
@@ -108,16 +109,28 @@ def run(
             process = context.Process(target=_child, args=(waiting[0], checks, sender, seconds, gigabytes))
             process.start()
             sender.close()
-            running[process] = (waiting.pop(0), receiver, time.monotonic())
-        for receiver in multiprocessing.connection.wait([r for _, r, _ in running.values()]):
-            process = next(p for p, (_, r, _) in running.items() if r is receiver)
-            model_type, _, start = running.pop(process)
+            running[process] = (receiver, time.monotonic())
+            made[process] = {"type": waiting.pop(0), "built": False}
+        for receiver in multiprocessing.connection.wait([r for r, _ in running.values()]):
+            process = next(p for p, (r, _) in running.items() if r is receiver)
             try:
-                result = receiver.recv()
+                made[process] = receiver.recv()
             except EOFError:
-                result = {"type": model_type, "built": False, "reason": f"took more than {seconds} s or {gigabytes} GB"}
-            process.join()
-            yield {**result, "seconds": round(time.monotonic() - start, 1)}
+                process.join()
+                _, start = running.pop(process)
+                result = made.pop(process)
+                if process.exitcode:
+                    limit = f"took more than {seconds} s or {gigabytes} GB"
+                    result = _cut_short(result, types[result["type"]], limit)
+                yield {**result, "seconds": round(time.monotonic() - start, 1)}
+
+
+def _cut_short(result: Result, checks: Sequence[str], limit: str) -> Result:
+    """What is known of a type whose process was ended."""
+    if not result["built"]:
+        return {**result, "reason": limit}
+    ended = [name for name in checks if name not in result["checks"]][:1]
+    return {**result, "checks": {**result["checks"], **dict.fromkeys(ended, limit)}}
 
 
 def _preload(warm_up: Sequence[str]) -> None:
@@ -131,7 +144,7 @@ def _preload(warm_up: Sequence[str]) -> None:
     transformers.utils.logging.disable_progress_bar()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     for model_type in warm_up:
-        conformance_checks.measure(model_type)
+        list(conformance_checks.measure(model_type))
 
 
 def _child(model_type: str, checks: Sequence[str], sender: Any, seconds: int, gigabytes: int) -> None:
@@ -142,7 +155,8 @@ def _child(model_type: str, checks: Sequence[str], sender: Any, seconds: int, gi
     devnull = os.open(os.devnull, os.O_WRONLY)
     os.dup2(devnull, 1)
     os.dup2(devnull, 2)
-    sender.send(measure(model_type, checks))
+    for result in measure(model_type, checks):
+        sender.send(result)
 
 
 if __name__ == "__main__":

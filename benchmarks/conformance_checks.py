@@ -6,7 +6,7 @@ import copy
 import re
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,25 +88,31 @@ def build(model_type: str) -> tuple[Any, dict[str, Any]]:
     return model, example_inputs(model)
 
 
-def measure(model_type: str, checks: Sequence[str] = CHECKS) -> dict[str, Any]:
+def measure(model_type: str, checks: Sequence[str] = CHECKS) -> Iterator[dict[str, Any]]:
     """What is covered in a model type, and how each check went; to be called in a process of its own.
 
     Args:
         model_type: A type that ``AutoModel`` knows.
         checks: Some of ``conformance.CHECKS``.
 
-    Returns:
-        Plain values for JSON. Each check is ``"passed"``, ``"refused: …"`` in the library's own words, with the model
+    Yields:
+        Plain values for JSON, once the model is built and again after each check, so that none is lost if a later one
+        takes too long. Each check is ``"passed"``, ``"refused: …"`` in the library's own words, with the model
         unchanged, or ``"failed: …"``.
     """
     warnings.simplefilter("ignore")
     try:
         model, inputs = build(model_type)
     except Exception as error:  # whatever transformers raises for a config
-        return {"type": model_type, "built": False, "reason": one_line(error)}
+        yield {"type": model_type, "built": False, "reason": one_line(error)}
+        return
     found = {"type": model_type, "built": True, "class": type(model).__name__, **coverage(model)}
     found["inputs"] = {k: list(v.shape) for k, v in inputs.items() if isinstance(v, Tensor)}
-    return found | {"checks": {name: _checked(name, model, inputs) for name in checks}}
+    made: dict[str, str] = {}
+    yield {**found, "checks": {}}
+    for name in checks:
+        made[name] = _checked(name, model, inputs)
+        yield {**found, "checks": dict(made)}
 
 
 def coverage(model: nn.Module) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from benchmarks.conformance_checks import UNITS
 
 Result = Mapping[str, Any]
 _ROUND_TRIPS = ("dense", "compressed", "2:4")
-_MARKS = {"passed": "yes", "refused": "–", "failed": "**no**"}
+_MARKS = {"passed": "yes", "refused": "–", "failed": "**no**", "took": "slow"}
 
 _INTRO = """# Architectures
 
@@ -33,7 +33,7 @@ in a model's `config.json`. Written by `python -m benchmarks.conformance`; the n
 * **training**: two steps of AdamW, after which every removed weight is zero and others have moved.
 * **heads, neurons, layers, experts**: a part of them removed; the masked, the shrunk and the reloaded model give the
   same outputs. "–" is a refusal in one sentence, with the model unchanged;
-  an empty cell was not measured.
+  an empty cell was not measured, and "slow" took more time or memory than the run allows.
 """
 
 
@@ -108,7 +108,7 @@ def _row(result: Result) -> str:
 
 
 def _mark(text: str | None) -> str:
-    return "" if text is None else _MARKS[text.split(":")[0]]
+    return "" if text is None else _MARKS[re.split("[ :]", text, maxsplit=1)[0]]
 
 
 def _uncovered(built: Sequence[Result]) -> list[str]:

@@ -40,12 +40,20 @@ _MODULES = {
         "AutoPrunedModelForTokenClassification",
     ),
     "calibration.sentences": ("sentence_batches",),
+    "calibration.texts": (
+        "text_batches",
+        "token_windows",
+    ),
     "conversion.compression": ("compress_checkpoint",),
     "conversion.compression_report": ("CompressionReport",),
     "conversion.decompression": ("decompress_checkpoint",),
     "conversion.export": (
         "ExportReport",
         "export_model",
+    ),
+    "conversion.gguf.write": (
+        "GGUFReport",
+        "export_gguf",
     ),
     "conversion.migration": (
         "MigrationReport",
@@ -87,6 +95,7 @@ _MODULES = {
         "Comparison",
         "compare",
     ),
+    "evaluation.divergence": ("Divergence",),
     "evaluation.data.classification": (
         "classification_batches",
         "classification_examples",
@@ -96,12 +105,29 @@ _MODULES = {
         "load_sst2",
         "load_texts",
     ),
-    "evaluation.data.texts": (
-        "text_batches",
-        "token_windows",
-    ),
     "evaluation.data.sentences": ("load_sentences",),
+    "evaluation.examples.evaluate": ("evaluate_examples",),
+    "evaluation.examples.score": (
+        "ExampleScore",
+        "compare_examples",
+    ),
+    "evaluation.benchmark_result": (
+        "BenchmarkComparison",
+        "BenchmarkScores",
+    ),
+    "evaluation.benchmarks": (
+        "compare_benchmarks",
+        "evaluate_benchmarks",
+    ),
     "evaluation.explain": ("explain_speed",),
+    "evaluation.generation": (
+        "compare_generation",
+        "evaluate_generation",
+    ),
+    "evaluation.generation_result": (
+        "Generation",
+        "GenerationComparison",
+    ),
     "evaluation.perplexity": (
         "compare_perplexity",
         "evaluate_perplexity",
@@ -142,6 +168,10 @@ _MODULES = {
         "UnitsOfKind",
         "describe_units",
     ),
+    "evaluation.tasks": (
+        "ClassificationTask",
+        "LanguageModelingTask",
+    ),
     "evaluation.weight_statistics": ("weight_histogram",),
     "granularities.base": ("Granularity",),
     "granularities.registry": ("GRANULARITIES",),
@@ -174,6 +204,10 @@ _MODULES = {
     "pipeline": ("prune",),
     "planning.config": ("PruningConfig",),
     "planning.plan": ("PruningPlan",),
+    "planning.presets": (
+        "PRESETS",
+        "Preset",
+    ),
     "planning.schedule": (
         "Schedule",
         "register_schedule",
@@ -187,6 +221,15 @@ _MODULES = {
         "drop_masks",
     ),
     "pruning.torch_prune": ("from_torch_prune",),
+    "search.result": (
+        "SearchPoint",
+        "SearchResult",
+    ),
+    "search.run": ("auto_prune",),
+    "structured.hidden.trim": (
+        "HiddenResult",
+        "trim_hidden",
+    ),
     "structured.unit_plan": ("UnitPlan",),
     "structured.vocabulary.trim": (
         "TrimResult",

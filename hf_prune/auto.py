@@ -7,12 +7,15 @@ from typing import Any, ClassVar
 
 import transformers
 
+from hf_prune.checkpoint.custom_code import is_trusted
 from hf_prune.checkpoint.files import weight_files
 from hf_prune.checkpoint.load import limited_to_files, load_pruned
 from hf_prune.checkpoint.native import explained_loading, load_plain
 from hf_prune.checkpoint.sources import check_model_source, model_class, sentence_class
 from hf_prune.errors import DataError
 from hf_prune.mixin import prunable
+from hf_prune.utils.load_options import load_options, resolve_device
+from hf_prune.utils.progress import working
 from hf_prune.utils.wrapping import is_sentence_class
 
 
@@ -59,6 +62,7 @@ class AutoPrunedModel:
         return prunable(getattr(transformers, cls._auto_class).from_config(config, **kwargs))
 
 
+@working("Loading the model")
 def load_native(source: str) -> Any:
     """Load a checkpoint as the class that its config names, with its masks, ready to be pruned.
 
@@ -72,6 +76,7 @@ def load_native(source: str) -> Any:
     return prunable(load_plain(source))
 
 
+@working("Loading the model")
 def load_sentence_model(source: str) -> Any:
     """Load a checkpoint of sentence-transformers as the class that it is made for, with its masks.
 
@@ -105,10 +110,19 @@ def load_sentence_model(source: str) -> Any:
         raise DataError(
             f"{source!r} is made for {name!r}: expected a class of sentence-transformers, such as SentenceTransformer"
         )
-    local = offline or os.path.isdir(source)
+    local, options = offline or os.path.isdir(source), load_options()
+    settings: dict[str, Any] = options.hub(source)
+    if options.dtype != "auto":
+        settings["model_kwargs"] = {"dtype": options.dtype}
     with explained_loading(source), limited_to_files(source, weight_files(source, {"local_files_only": local})):
         load: Any = prunable(cls)
-        return load(source, device="cpu", local_files_only=local, trust_remote_code=False)
+        return load(
+            source,
+            device=str(resolve_device(options.device)),
+            local_files_only=local,
+            trust_remote_code=is_trusted(),
+            **settings,
+        )
 
 
 def _for(task: str) -> type[AutoPrunedModel]:

@@ -14,12 +14,17 @@ from hf_prune.architectures.switched_off import layers_without_units
 from hf_prune.calibration.batches import Batches, needed_batches, require_batches
 from hf_prune.calibration.dense_outputs import DenseOutputs
 from hf_prune.calibration.input_reader import CACHE_BYTES
-from hf_prune.calibration.sentences import readable_batches
-from hf_prune.criteria.base import CURVATURE, INPUTS
+from hf_prune.calibration.read import CalibrationData, read_calibration
+from hf_prune.checkpoint.target_size import with_target_size
+from hf_prune.criteria.base import CURVATURE, GRADIENTS, INPUTS, LABELLED
 from hf_prune.errors import ConfigError, PlanError
+from hf_prune.kernels.fast_products import fast_products
 from hf_prune.planning.config import PruningConfig
+from hf_prune.planning.expectations import note_expectation, warn_of_magnitude
 from hf_prune.planning.make_plan import make_plan, warn_of
 from hf_prune.planning.plan import PruningPlan, targets_of
+from hf_prune.planning.resolve import resolve_config
+from hf_prune.planning.signature import with_settings
 from hf_prune.pruning.iterative import prune_iteratively
 from hf_prune.pruning.learned_allocation import learn_sparsities
 from hf_prune.pruning.mask_store import checked_masks, warn_regrown
@@ -31,7 +36,8 @@ from hf_prune.pruning.sequential import prune_sequentially
 from hf_prune.pruning.transaction import Transaction, check_changeable
 from hf_prune.structured.prune_units import plan_units, prune_units, trained_plan
 from hf_prune.structured.unit_plan import UnitPlan
-from hf_prune.utils.distributed import is_main_process
+from hf_prune.utils.distributed import fail_together, is_main_process
+from hf_prune.utils.offloaded_weights import is_offloaded
 from hf_prune.utils.wrapping import sole_model, uncompiled, unwrapped
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -42,12 +48,14 @@ def prune(
     model: nn.Module,
     config: PruningConfig | float | None = ...,
     *,
-    calibration: Batches | None = ...,
+    calibration: CalibrationData | None = ...,
     keep_dense: bool = ...,
     dry_run: Literal[True],
-    progress: bool = ...,
+    progress: bool | None = ...,
     cache_bytes: int = ...,
-    polish_data: Batches | None = ...,
+    polish_data: CalibrationData | None = ...,
+    tokenizer: Any = ...,
+    target_size: int | str | None = ...,
     **settings: Any,
 ) -> PruningPlan | UnitPlan: ...
 
@@ -57,27 +65,32 @@ def prune(
     model: Model,
     config: PruningConfig | float | None = ...,
     *,
-    calibration: Batches | None = ...,
+    calibration: CalibrationData | None = ...,
     keep_dense: bool = ...,
     dry_run: Literal[False] = ...,
-    progress: bool = ...,
+    progress: bool | None = ...,
     cache_bytes: int = ...,
-    polish_data: Batches | None = ...,
+    polish_data: CalibrationData | None = ...,
+    tokenizer: Any = ...,
+    target_size: int | str | None = ...,
     **settings: Any,
 ) -> Model: ...
 
 
+@with_settings
 @restores_modules
 def prune(
     model: Model,
     config: PruningConfig | float | None = None,
     *,
-    calibration: Batches | None = None,
+    calibration: CalibrationData | None = None,
     keep_dense: bool = False,
     dry_run: bool = False,
-    progress: bool = False,
+    progress: bool | None = None,
     cache_bytes: int = CACHE_BYTES,
-    polish_data: Batches | None = None,
+    polish_data: CalibrationData | None = None,
+    tokenizer: Any = None,
+    target_size: int | str | None = None,
     **settings: Any,
 ) -> Model | PruningPlan | UnitPlan:
     """Prune a model in place.
@@ -95,18 +108,26 @@ def prune(
     Args:
         model: Any torch module; its weights become zero where they are removed.
         config: The settings, or just the sparsity.
-        calibration: Batches, for criteria and repairs that need them; with labels for ``taylor`` and ``snip``.
-            See :func:`hf_prune.text_batches` for unlabelled texts; models of sentence-transformers take the texts
-            themselves, see :func:`hf_prune.sentence_batches`.
+        calibration: Data for criteria and repairs that need it: a list of texts (or pairs of texts, images, sounds), a
+            ``datasets.Dataset`` (of more than 512 rows, 512 drawn at random), a ``DataLoader``, one batch, or batches:
+            dicts of the model's inputs. Criteria such as ``taylor`` and ``snip`` need labels too: a column ``label`` or
+            ``labels``; those of a causal language model are its texts.
         keep_dense: Keep a copy of the dense weights, so that ``discard_masks`` can give them back.
         dry_run: Change nothing and return the plan. Sparsities that are learned from data are in it only if
             ``calibration`` is given.
         progress: Show a progress bar while calibrating; :func:`hf_prune.listen_to_progress` tells a function instead.
         cache_bytes: How many bytes of the outputs of finished layers and of the dense model stay in memory; the rest
-            goes to a temporary folder (``TMPDIR`` says where), as do the weights that an error would give back.
-        polish_data: Batches for a polish, if more or others than ``calibration``; labels in them are not looked at.
+            goes to a temporary folder, as do the weights that an error would give back: in that of the system, or where
+            ``TMPDIR`` says; if the system's lies in memory, in ``/var/tmp`` or the user's cache.
+        polish_data: The same for a polish, if more or others than ``calibration``; labels in it are not looked at.
             What it aims at is the model before this call: of one that was pruned before, the pruned one.
-        **settings: Fields of :class:`PruningConfig`, in place of, or on top of, ``config``.
+        tokenizer: The tokenizer or processor that reads ``calibration``; by default the one in the folder that the
+            model was loaded from.
+        target_size: In place of a sparsity: the largest size of the file that the model is saved to, in bytes or as
+            ``"30MB"``. Where weights become zeros, that is what ``save_pretrained(compressed=True)`` writes; where
+            heads, neurons or layers go, the plain file after ``shrink()``.
+        **settings: Fields of :class:`PruningConfig` and ``preset``, in place of, or on top of, ``config``. Where no
+            method is named, the preset is ``"balanced"`` with calibration data, and ``"fast"`` without.
 
     Returns:
         The model, or the plan for ``dry_run``.
@@ -125,14 +146,26 @@ def prune(
         >>> int((model.weight == 0).sum())
         8
     """
-    config = resolve_config(config, settings)
+    if target_size is not None and (not isinstance(config, PruningConfig | None) or "sparsity" in settings):
+        raise ConfigError("sparsity and target_size are both set, and each decides how much goes: leave one out")
+    is_complete, has_data = isinstance(config, PruningConfig), calibration is not None
+    config = resolve_config(config, settings, has_data=has_data)
     _check_usable(config, polish_data, dry_run)
-    calibration, polish_data = readable_batches(model, calibration), readable_batches(model, polish_data)
     inner = cast("nn.Module", sole_model(model) if config.removes_units else unwrapped(model))
     if not dry_run:
         check_changeable(inner, keep_dense)
+    _refuse_gradients_of_offloaded(inner, config)
+    if config.needs_data:
+        with fail_together():
+            labels = bool(config.needs & LABELLED)
+            calibration = read_calibration(model, calibration, tokenizer, labels=labels)
+            polish_data = read_calibration(model, polish_data, tokenizer)
+    if target_size is not None:
+        config = with_target_size(inner, config, target_size)
     with ExitStack() as resources:
         resources.enter_context(uncompiled())
+        if config.needs_data and not dry_run:
+            resources.enter_context(fast_products(inner.parameters()))
         plan = plan_units if config.removes_units else _plan_weights
         memory = MemoryBudget.split(cache_bytes, config)
         run = plan(inner, config, calibration, polish_data, dry_run, progress and is_main_process(), memory)
@@ -141,6 +174,8 @@ def prune(
         if dry_run:
             return run.plan
         warn_regrown(inner, "they become zero now")
+        if not is_complete:
+            note_expectation(config, settings, has_data=has_data)
         with Transaction(inner, keep_dense) as change:
             teacher = None
             if config.polish is not None:
@@ -179,7 +214,7 @@ def _plan_weights(
     calibration: Batches | None,
     polish_data: Batches | None,
     dry_run: bool,
-    progress: bool,
+    progress: bool | None,
     memory: MemoryBudget,
 ) -> CalibrationRun[PruningPlan]:
     """Plan which weights are removed; see :func:`plan_units` for heads, neurons and layers."""
@@ -192,6 +227,7 @@ def _plan_weights(
     plan = make_plan(model, config, masks=masks)
     if not dry_run:
         warn_of(plan.notes)
+        warn_of_magnitude(type(model).__name__, config)
     learns = config.learns_allocation and not (dry_run and calibration is None)
     batches = needed_batches(config, calibration, polish_data) if learns or not dry_run else None
     run = CalibrationRun(model, plan, memory, batches, masks, progress)
@@ -205,6 +241,24 @@ def _plan_weights(
             sensitivity.close()
         raise
     return dataclasses.replace(run, plan=plan, sensitivity=sensitivity)
+
+
+def _refuse_gradients_of_offloaded(model: nn.Module, config: PruningConfig) -> None:
+    """Refuse settings that take gradients, or train, where weights come and go while the model runs."""
+    asked = {
+        f"criterion {config.criterion!r}": bool(config.needs & (GRADIENTS | CURVATURE)),
+        "objective 'loss'": config.objective == "loss",
+        "allocation 'fisher'": config.allocation == "fisher",
+        "a polish": config.polish is not None,
+    }
+    if (what := next((name for name, does in asked.items() if does), None)) is None:
+        return
+    if (name := next((name for name, _ in model.named_parameters() if is_offloaded(model, name)), None)) is not None:
+        raise PlanError(
+            f"{name} is offloaded, and {what} takes gradients, which need all weights at once: choose criterion "
+            f"'magnitude', 'wanda' or 'sparsegpt' without it, or load the model without offloading, on devices with "
+            f"room for all of it"
+        )
 
 
 def _record_dense(run: CalibrationRun[Any], polish_data: Batches | None) -> DenseOutputs:
@@ -233,19 +287,3 @@ def _with_followers(model: nn.Module, config: PruningConfig, masks: Mapping[str,
     if config.granularity != "channel":
         return masks
     return propagate_channel_masks(masks, find_channel_groups(model), model)
-
-
-def resolve_config(config: PruningConfig | float | None, settings: Mapping[str, Any]) -> PruningConfig:
-    """One config from what a caller passed.
-
-    Raises:
-        ConfigError: If a setting is unknown or invalid, or the sparsity is given twice.
-    """
-    if isinstance(config, PruningConfig):
-        return config.replace(**settings) if settings else config
-    values = dict(settings)
-    if config is not None:
-        if "sparsity" in values:
-            raise ConfigError(f"sparsity is given twice: {config!r} and {values['sparsity']!r}")
-        values["sparsity"] = config
-    return PruningConfig.from_dict(values)

@@ -23,8 +23,10 @@ class HfPruneQuantizer(PackedQuantizer):
     ) -> Any:
         if self.quantization_config.compressed is not None and checkpoint_files is not None:
             from hf_prune.checkpoint.packed.files import PackedFiles
+            from hf_prune.kernels.sparse.build import load_if_compiled
 
-            PackedFiles(checkpoint_files)  # raises before memory is allocated
+            PackedFiles(checkpoint_files, unsealed=True)  # raises before memory is allocated
+            load_if_compiled()
         if self.quantization_config.structure:
             from hf_prune.structured.shrink import resize
 

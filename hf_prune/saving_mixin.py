@@ -19,11 +19,14 @@ from hf_prune.hub.describe import describe_model
 from hf_prune.hub.push import push_checkpoint
 from hf_prune.hub.upload import PushResult
 from hf_prune.pruning_methods import _PruningMethods, dense_class
+from hf_prune.structured.shrink_record import is_shrunk
+from hf_prune.utils.progress import working
 
 
 class _SavingMixin(_PruningMethods):
     """The part of :class:`hf_prune.PrunedModelMixin` that reads and writes checkpoints."""
 
+    @working("Saving")
     def save_pretrained(
         self,
         save_directory: str | os.PathLike[str],
@@ -52,8 +55,8 @@ class _SavingMixin(_PruningMethods):
             compressed: Save packed weights, see ``docs/format.md``.
             codec: Of packed weights: ``"zstd"``, or ``"none"`` for values that are stored as they are.
             values: Of packed weights: ``"exact"``, or ``"int8"``, which rounds what pruning left and is lossy.
-            remote_code: Of packed weights: add a file with which ``from_pretrained(…, trust_remote_code=True)`` loads
-                them where hf_prune is not installed.
+            remote_code: Of packed weights, and of shrunk models whose layers differ: add a file with which
+                ``from_pretrained(…, trust_remote_code=True)`` loads them where hf_prune is not installed.
             overwrite: Also delete weights in the folder that another checkpoint left. Files of the same names are
                 always replaced, and other variants of the weights are always kept.
             **kwargs: As of ``PreTrainedModel.save_pretrained``.
@@ -61,10 +64,11 @@ class _SavingMixin(_PruningMethods):
         Raises:
             CheckpointError: If ``save_directory`` is a file, or holds weights of another checkpoint that would be
                 deleted; if a weight cannot be packed; if only adapters would be saved compressed, or uploaded; or if
-                ``remote_code`` is set for a shrunk model or one whose class is not part of transformers.
-            ConfigError: If ``codec`` or ``values`` is unknown, or ``remote_code`` is set for a dense checkpoint.
+                ``remote_code`` is set for a model whose class is not part of transformers.
+            ConfigError: If ``codec`` or ``values`` is unknown, or ``remote_code`` is set for a checkpoint that any
+                transformers loads.
         """
-        if remote_code and not compressed:
+        if remote_code and not compressed and not is_shrunk(self):
             raise ConfigError("remote_code=True without compressed=True: any transformers loads a dense checkpoint")
         if compressed or push_to_hub:
             refuse_adapters_alone(self, "compressed=True" if compressed else "push_to_hub=True")
@@ -86,7 +90,8 @@ class _SavingMixin(_PruningMethods):
                 overwrite=overwrite,
             )
         elif is_main_process:
-            save_pruned(self, native, save, save_directory, overwrite=overwrite, state_dict=state_dict, **kwargs)
+            more: dict[str, Any] = {"overwrite": overwrite, "remote_code": remote_code, "state_dict": state_dict}
+            save_pruned(self, native, save, save_directory, **more, **kwargs)
         else:
             save(self, save_directory, is_main_process=False, state_dict=state_dict, **kwargs)
         if push_to_hub and is_main_process:

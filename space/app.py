@@ -17,7 +17,8 @@ from pathlib import Path
 
 import gradio as gr
 from guard import OwnPagesOnly, own_names
-from pages import CSS, THEME, build
+from look import CSS, THEME
+from pages import build
 from sessions import Sessions
 from starlette.middleware import Middleware
 from tradeoff import read_results

@@ -20,6 +20,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import measuring
 import models
 import tradeoff
 import transformers.models.bert.modeling_bert
@@ -36,9 +37,9 @@ from hf_prune import (
     plot_weight_histogram,
     push_checkpoint,
 )
-from hf_prune.evaluation.plots import save_figure
 from hf_prune.hub.checksums import checksums, weights_digest
 from hf_prune.hub.describe import describe_model
+from hf_prune.utils.figures import save_figure
 
 try:
     import resource
@@ -108,7 +109,7 @@ class Worker:
         """The probabilities that both models give: (models, sentences, classes)."""
         pruned = self._pruned()
         both = (pruned.dense.model, pruned.model)
-        return [models.probabilities_of(model, pruned.tokenizer, texts).tolist() for model in both]
+        return [measuring.probabilities_of(model, pruned.tokenizer, texts).tolist() for model in both]
 
     def card(self, name: str, latency: dict[str, Any] | None, evaluation: dict[str, Any] | None) -> str:
         """Write the card beside the checkpoint."""
@@ -145,22 +146,10 @@ class Worker:
             for part in sorted(path for path in folder.iterdir() if not path.name.startswith(".")):
                 packed.write(part, part.name)
 
-    def measure(self, model: Mapping[str, Any], folder: str) -> dict[str, Any]:
-        """Time a dense model and the pruned one in a folder in turns."""
-        dense, pruned = self._pair(model, folder)
-        self.progress("Timing both in turns", 0.3)
-        result = models.time_both(dense.model, pruned.model)
-        points = [
-            {"model": p.model, "median": p.median, "low": p.low, "high": p.high, "verdict": p.verdict}
-            for p in result.points
-        ]
-        return {"latency": result.to_dict(), "points": points, "doubts": result.doubts()}
-
-    def score(self, model: Mapping[str, Any], folder: str, data: str, data_name: str, n: int) -> dict[str, Any]:
-        """Score both on the same held-out sentences."""
-        dense, pruned = self._pair(model, folder)
-        sentences = models.held_out(data, n)
-        return models.compare_scores(*(models.score(part, sentences, data_name) for part in (dense, pruned)))
+    def measure(self, model: Mapping[str, Any], folder: str, **settings: Any) -> None:
+        """Measure the dense model and the pruned one in a folder, and send a message with each result."""
+        for part in measuring.measure_both(*self._pair(model, folder), **settings, progress=self.progress):
+            self._send("point", part)
 
     def sweep(
         self,
@@ -173,7 +162,7 @@ class Worker:
         root: str,
     ) -> None:
         """Prune a model in several ways, and send a message with each measured point."""
-        dense, sentences = self._dense(model), models.held_out(data, n)
+        dense, sentences = self._dense(model), measuring.held_out(data, n)
         chosen = [(what, how, repair) for what, how, repair in methods]
         for point in tradeoff.measure(dense, chosen, sparsities, sentences, texts, Path(root), self.progress):
             self._send("point", point)

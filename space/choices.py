@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from hf_prune import CRITERIA, ConfigError, PruningConfig
+from hf_prune import CRITERIA, PRESETS, ConfigError, PruningConfig
 from hf_prune.criteria.base import CURVATURE, LABELLED, TRAINED
 from hf_prune.criteria.registry import unit_rankings
 
@@ -18,10 +18,11 @@ WHAT: Mapping[str, str | tuple[str, ...]] = {
     "Heads and neurons": ("head", "neuron"),
     "Whole layers": ("layer",),
 }
+GOALS = {"A faster model": "Heads and neurons", "A smaller file": "Single weights"}  # what each of them removes
 
 
 def criteria_for(what: str) -> dict[str, str]:
-    """The criteria on offer for what is removed, each with a line that explains it.
+    """The presets and criteria on offer for what is removed, each with a line that explains it.
 
     Criteria that need labels or a training are left out, and the block Fisher criterion, which takes minutes.
     """
@@ -30,12 +31,37 @@ def criteria_for(what: str) -> dict[str, str]:
     else:
         slow = LABELLED | TRAINED | CURVATURE
         criteria = {n: CRITERIA.get(n).description for n in CRITERIA.names() if not CRITERIA.get(n).needs & slow}
-    return {name: line for name, line in criteria.items() if _config(what, name) is not None}
+    presets = {name: preset.summary for name, preset in PRESETS.items() if "polish" not in preset.weights}
+    return {name: line for name, line in {**presets, **criteria}.items() if _config(what, name) is not None}
+
+
+def presets_for(what: str) -> list[str]:
+    """The presets on offer for what is removed, without those that come to the same as one before."""
+    configs: dict[str, PruningConfig | None] = {}
+    for name in criteria_for(what):
+        if name in PRESETS and (config := _config(what, name)) not in configs.values():
+            configs[name] = config
+    return list(configs)
+
+
+def reason_for(what: str, how: str) -> str:
+    """What a preset or a criterion does, in a sentence or two."""
+    if how not in PRESETS:
+        return f"{how}: {criteria_for(what)[how]}."
+    goal, left = (
+        ("heads and neurons", "60 % of the parameters left")
+        if isinstance(WHAT[what], tuple)
+        else ("zeros", "80 % zeros")
+    )
+    summary = PRESETS[how].summary
+    return (
+        f"{summary[0].upper()}{summary[1:]}. With {left}, another small classifier lost {PRESETS[how].measured[goal]}."
+    )
 
 
 def can_repair(what: str, how: str) -> bool:
-    """Whether a least-squares repair is possible: after whole layers there is nothing to repair."""
-    return WHAT[what] != ("layer",) and _config(what, how, repair="least_squares") is not None
+    """Whether a repair is to be chosen: presets have their own, and after whole layers there is nothing to repair."""
+    return how not in PRESETS and WHAT[what] != ("layer",) and _config(what, how, repair="least_squares") is not None
 
 
 def fixed_sparsity(what: str) -> float | None:
@@ -45,8 +71,9 @@ def fixed_sparsity(what: str) -> float | None:
 
 def _config(what: str, how: str, **more: Any) -> PruningConfig | None:
     scope = "global" if isinstance(WHAT[what], tuple) else None
+    method = {"preset": how} if how in PRESETS else {"criterion": how}
     try:
-        return PruningConfig(granularity=WHAT[what], criterion=how, scope=scope, **more)
+        return PruningConfig(granularity=WHAT[what], scope=scope, **method, **more)
     except ConfigError:
         return None
 
@@ -56,7 +83,7 @@ def make_config(what: str, how: str, repair: bool, sparsity: float) -> PruningCo
 
     Args:
         what: What is removed, a key of ``WHAT``.
-        how: The criterion that chooses it.
+        how: The preset, or the criterion that chooses it.
         repair: Whether the rest is repaired by least squares.
         sparsity: The share that is removed, 0 to 0.95.
 
@@ -72,8 +99,7 @@ def make_config(what: str, how: str, repair: bool, sparsity: float) -> PruningCo
     if not isinstance(sparsity, int | float) or not 0 <= sparsity <= 0.95:
         raise ConfigError(f"the sparsity is {str(sparsity)[:20]}: expected a number from 0 to 0.95")
     fixed = fixed_sparsity(what)
-    config = _config(
-        what, how, sparsity=sparsity if fixed is None else fixed, repair="least_squares" if repair else None
-    )
+    more = {"repair": "least_squares"} if repair else {}
+    config = _config(what, how, sparsity=sparsity if fixed is None else fixed, **more)
     assert config is not None
     return config

@@ -17,7 +17,8 @@ from pathlib import Path
 
 import torch
 from limits import Limits
-from models import held_out, load_dense
+from measuring import held_out
+from models import load_dense
 from sessions import DEMO
 from tradeoff import measure
 

@@ -16,16 +16,10 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from hf_prune import (
     DataError,
-    Evaluation,
     HfPruneError,
-    LatencyResult,
     PruningConfig,
     SparsityReport,
     StructureReport,
-    compare,
-    evaluate_classification,
-    load_classification,
-    measure_latency,
     prunable,
     shrink,
     sparsity_report,
@@ -113,8 +107,6 @@ class PrunedModel(Sized):
             "file_bytes_before": self.dense.file_bytes,
             "file_bytes_compressed": self.file_bytes,
             "seconds": round(self.seconds, 2),
-            "latency": None,
-            "score": None,
         }
 
 
@@ -166,12 +158,6 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or any(words in str(error).lower() for words in _OUT_OF_MEMORY)
 
 
-def held_out(data: str, n: int) -> Any:
-    """At most ``n`` labelled sentences that the demo's model was not trained on."""
-    sentences = load_classification(data, "dev")
-    return sentences.select(range(min(len(sentences), n)))
-
-
 def prune_copy(
     dense: DenseModel, config: PruningConfig, sentences: Sequence[str], folder: Path, progress: Progress
 ) -> PrunedModel:
@@ -185,7 +171,7 @@ def prune_copy(
         progress: Called with what is being done.
     """
     progress("Reading sentences to learn from", 0.0)
-    texts = text_batches(list(sentences), dense.tokenizer, batch_size=16, max_length=_length(dense.model, 64))
+    texts = text_batches(list(sentences), dense.tokenizer, batch_size=16, max_length=length_for(dense.model, 64))
     model = copy.deepcopy(dense.model)
     progress("Pruning", 0.0)
     start = time.perf_counter()
@@ -235,23 +221,6 @@ def unit_map(model: Any) -> dict[str, list[bool]]:
     return remaining
 
 
-def time_both(dense: Any, pruned: Any) -> LatencyResult:
-    """Time two models in turns on a sentence of 64 tokens, or of as many as the model can read."""
-    models = {"dense": dense, "pruned": pruned}
-    return measure_latency(models, batch_sizes=[1], lengths=[_length(dense, 64)], rounds=30)
-
-
-def score(model: DenseModel | PrunedModel, data: Any, source: str) -> Evaluation:
-    """The accuracy on labelled sentences."""
-    return evaluate_classification(model.model, model.tokenizer, data, source=source, split="held out")
-
-
-def compare_scores(dense: Evaluation, pruned: Evaluation) -> dict[str, Any]:
-    """Two scores on the same sentences, in the format of ``hf-prune evaluate --against --json``."""
-    comparison = compare(dense, pruned)
-    return {"dense": dense.to_dict(), "evaluation": pruned.to_dict(), "comparison": comparison.to_dict()}
-
-
 def count_removed_units(units: Mapping[str, list[bool]]) -> dict[str, int]:
     """How many units of each kind were removed, from a :func:`unit_map`."""
     removed: Counter[str] = Counter()
@@ -260,21 +229,6 @@ def count_removed_units(units: Mapping[str, list[bool]]) -> dict[str, int]:
     return dict(removed)
 
 
-@torch.inference_mode()
-def probabilities_of(model: Any, tokenizer: Any, texts: Sequence[str]) -> torch.Tensor:
-    """The probabilities that a model gives: (sentences, classes)."""
-    batches = []
-    for start in range(0, len(texts), 16):
-        batch = tokenizer(
-            list(texts[start : start + 16]),
-            truncation=True,
-            max_length=_length(model, 256),
-            padding=True,
-            return_tensors="pt",
-        )
-        batches.append(model(**batch).logits.float().softmax(-1))
-    return torch.cat(batches)
-
-
-def _length(model: Any, wanted: int) -> int:
+def length_for(model: Any, wanted: int) -> int:
+    """How many tokens a model is given: as many as wanted, or as it can read."""
     return min(wanted, context_length(model) or wanted)

@@ -15,9 +15,8 @@ from sessions import Sessions
 
 def publish_tab(sessions: Sessions, login: bool) -> None:
     gr.Markdown(
-        "The card says only what was counted and measured here: measure the speed and the "
-        "accuracy first to have them in it. The checkpoint is compressed; plain `from_pretrained` loads it after "
-        "`import hf_prune`."
+        "The card says only what was counted and measured here. The checkpoint is compressed; plain `from_pretrained` "
+        "loads it after `import hf_prune`."
     )
     name = gr.Textbox(
         "my-pruned-model",
@@ -36,8 +35,8 @@ def publish_tab(sessions: Sessions, login: bool) -> None:
     else:
         gr.Markdown("A push uses the token that this machine is logged in with (`hf auth login`, or `HF_TOKEN`).")
     push = gr.Button("Push to the Hub", elem_id="push")
-    said = gr.Markdown(elem_id="pushed", container=True)
-    card = gr.Markdown(elem_id="card", container=True, label="The card")
+    said = gr.Markdown("Nothing was pushed yet.", elem_id="pushed", container=True)
+    card = gr.Markdown("The card stands here, as it will on the Hub.", elem_id="card", container=True, label="The card")
 
     @explain_errors
     def make_card(name: str, request: gr.Request) -> str:

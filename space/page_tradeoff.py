@@ -7,24 +7,29 @@ from html import escape
 from typing import Any
 
 import gradio as gr
+import panel
 import tradeoff
 import views
 from components import HEAVY, QUICK, cancel_handler, explain_errors, show_progress, take_turn, visitor
-from sessions import Sessions
+from sessions import DEMO, Sessions
 
 from hf_prune import HfPruneError
 
 SPARSITIES = ("30 %", "50 %", "60 %", "70 %", "80 %", "90 %")
 MOST_POINTS, SWEEP_SENTENCES = 6, 200
+HEADERS = ("method", "sparsity", "accuracy", "drop ± s.e.", "sentences", "file", "speed", "measured")
 
 
 def tradeoff_tab(sessions: Sessions, results: Mapping[str, Any]) -> None:
+    is_demo = sessions.names[0] == DEMO
     methods = list(dict.fromkeys(p["method"] for p in results["points"]))
     gr.Markdown(
-        f"Accuracy of hf_prune's demo model against what was removed, measured before: {results['note']} "
-        f"Or measure a few points here."
+        "What accuracy costs what size and time. The points of hf_prune's demo model were measured before; measure a "
+        "few of your own beneath."
     )
-    state = gr.State({"dense": results["dense"], "points": results["points"]})
+    with gr.Accordion("How they were measured", open=False):
+        gr.Markdown(results["note"])
+    state = gr.State(results["points"])
     with gr.Row():
         axis = gr.Radio(
             [("Sparsity", "sparsity"), ("File size", "size"), ("Time", "time")],
@@ -46,16 +51,13 @@ def tradeoff_tab(sessions: Sessions, results: Mapping[str, Any]) -> None:
     shown = gr.Dropdown(methods, value=methods, multiselect=True, label="Methods", elem_id="shown")
     spot = gr.Markdown(elem_id="spot", container=True)
     chart = gr.Plot(label="Trade-off", elem_id="chart")
-    table = gr.Dataframe(
-        headers=["method", "sparsity", "accuracy", "drop ± s.e.", "file", "speed"],
-        label="All points",
-        interactive=False,
-        wrap=True,
-        elem_id="points",
-    )
+    with gr.Accordion("All points as a table", open=False):
+        table = gr.HTML(elem_id="points", apply_default_css=False)
     file = gr.DownloadButton("Download the table (CSV)", elem_id="csv")
     gr.Markdown(
-        f"### Measure it here\nAt most {MOST_POINTS} points, {SWEEP_SENTENCES} sentences each; takes a minute or more."
+        f"### Measure it here\nAt most {MOST_POINTS} points of {sessions.names[0]}, {SWEEP_SENTENCES} sentences each; "
+        "takes a minute or more. "
+        + ("They join the points above." if is_demo else "They take the place of the demo model's points.")
     )
     with gr.Row():
         which = gr.Dropdown(
@@ -66,13 +68,13 @@ def tradeoff_tab(sessions: Sessions, results: Mapping[str, Any]) -> None:
         )
     with gr.Row():
         go = gr.Button("Measure", variant="primary", elem_id="sweep")
-        stop = gr.Button("Cancel", variant="stop")
-        again = gr.Button("Show the earlier results", elem_id="earlier")
+        stop = gr.Button("Cancel")
+        again = gr.Button("Forget them", elem_id="earlier")
 
     @explain_errors
-    def draw(data: Mapping[str, Any], axis: str, tolerance: float, shown: Sequence[str]) -> list[Any]:
+    def draw(measured: Sequence[Mapping[str, Any]], axis: str, tolerance: float, shown: Sequence[str]) -> list[Any]:
         """The chart, the sweet spot, the table, and the file of the points."""
-        points = [p for p in data["points"] if p["method"] in (shown or [])]
+        points = [p for p in measured if p["method"] in (shown or [])]
         best = tradeoff.sweet_spot(points, axis, float(tolerance))
         doubt = next((p["doubt"] for p in points if p.get("doubt")), "")
         words = (
@@ -81,11 +83,17 @@ def tradeoff_tab(sessions: Sessions, results: Mapping[str, Any]) -> None:
             else f"No point has a drop of at most {tolerance:g} points with 95 % confidence."
             if best is None
             else f"**Sweet spot:** {best['method']} at {100 * best['sparsity']:.0f} %: drop {best['drop']:.1f} points, "
-            f"with 95 % confidence at most {best['drop_bound']:.1f}; {best['file_bytes'] / 1e6:.1f} MB, "
-            f"{views.speed(best)}."
+            f"at most {best['drop_bound']:.1f} with 95 % confidence, n = {best['n']}; "
+            f"{best['file_bytes'] / 1e6:.1f} MB, {views.speed(best)}."
         )
         file = tradeoff.write_csv(points, sessions.folder / "tables")
-        return [words, views.tradeoff(points, axis, data["dense"], best), views.tradeoff_rows(points), str(file)]
+        rows = panel.table(
+            HEADERS,
+            views.tradeoff_rows(points),
+            empty="No method is chosen: choose one above.",
+            marked=[bool(p.get("here")) for p in points],
+        )
+        return [words, views.tradeoff(points, axis, best), rows, str(file)]
 
     outputs = [spot, chart, table, file]
     settings = [state, axis, tolerance, shown]
@@ -96,6 +104,7 @@ def tradeoff_tab(sessions: Sessions, results: Mapping[str, Any]) -> None:
     def sweep(
         which: Sequence[str],
         how_much: Sequence[str],
+        known: Sequence[Mapping[str, Any]],
         request: gr.Request,
         progress: gr.Progress = gr.Progress(),  # noqa: B008
     ) -> list[Any]:
@@ -116,19 +125,18 @@ def tradeoff_tab(sessions: Sessions, results: Mapping[str, Any]) -> None:
             if not points:
                 raise
             gr.Warning(f"Only {len(points)} of {count} points were measured: {escape(str(error))}")
-        accuracy = points[0]["accuracy"] + points[0]["drop"]
-        measured = {"dense": {"accuracy": accuracy, "file_bytes": sessions.own_model_bytes()}, "points": points}
-        return [measured, gr.Dropdown(value=list(which))]
+        new = [{**p, "here": True} for p in points]
+        replaced = {(p["method"], p["sparsity"]) for p in new}
+        others = [p for p in known if not p.get("here") and is_demo]  # points of another model are not comparable
+        others += [p for p in known if p.get("here") and (p["method"], p["sparsity"]) not in replaced]
+        return [[*others, *new], gr.Dropdown(value=list(which))]
 
-    go.click(sweep, [which, how_much], [state, shown], api_name="sweep", show_progress_on=spot, **HEAVY)
+    go.click(sweep, [which, how_much, state], [state, shown], api_name="sweep", show_progress_on=spot, **HEAVY)
 
     stop.click(cancel_handler(sessions), None, spot, api_name="cancel_sweep", queue=False, api_visibility="private")
 
     def earlier() -> list[Any]:
         """Back to what was measured before."""
-        return [
-            {"dense": results["dense"], "points": results["points"]},
-            gr.Dropdown(value=methods),
-        ]
+        return [results["points"], gr.Dropdown(value=methods)]
 
     again.click(earlier, None, [state, shown], api_name="earlier", **QUICK)

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
 from components import visitor
+from look import MARK
 from page_compare import compare_tab
-from page_prune import prune_tab, see_tab, wire
+from page_prune import prune_tab, wire
 from page_publish import publish_tab
+from page_see import see_tab
 from page_tradeoff import tradeoff_tab
 from sessions import Sessions
 
-FONTS = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"]
-THEME = gr.themes.Soft(primary_hue="blue", font=FONTS, font_mono=["ui-monospace", "Menlo", "Consolas", "monospace"])
-CSS = (Path(__file__).parent / "style.css").read_text(encoding="utf-8")
+TOP = f"""<div>{MARK}</div><div><h1>Prune a model, and see what it costs</h1>
+<p>Make a text classifier faster or smaller, and see at once how right it still is. Every number is measured here, with
+<a href="https://pypi.org/project/hf-prune/" target="_blank" rel="noopener">hf_prune</a>.</p></div>"""
 
 
 def build(sessions: Sessions, results: Mapping[str, Any], *, login: bool) -> gr.Blocks:
@@ -33,29 +34,23 @@ def build(sessions: Sessions, results: Mapping[str, Any], *, login: bool) -> gr.
         fill_width=False,
         delete_cache=(600, 3600),
     ) as demo:
-        gr.Markdown(
-            "# Prune a model, and see what it costs\n"
-            "Take weights, heads, neurons or layers out of a text classifier, look at what is left, and compare its "
-            "answers with those of the dense model. Everything shown here is measured, with "
-            "[hf_prune](https://pypi.org/project/hf-prune/).",
-            elem_id="top",
-        )
+        gr.HTML(f"<div id='top'>{TOP}</div>", apply_default_css=False)
         if login:
             with gr.Row(elem_id="account"):
                 gr.Markdown("To push a model to your account, log in **before** you prune: it reloads this page.")
                 gr.LoginButton(size="sm", elem_id="login")
         with gr.Tabs():
             with gr.Tab("1 Prune", id="prune"):
-                choose = prune_tab(sessions)
+                parts = prune_tab(sessions)
             with gr.Tab("2 See", id="see"):
-                seen = see_tab(sessions)
+                seen, measured, again = see_tab()
             with gr.Tab("3 Compare", id="compare"):
                 compare_tab(sessions)
             with gr.Tab("4 Trade-off", id="tradeoff"):
                 tradeoff_tab(sessions, results)
             with gr.Tab("5 Publish", id="publish"):
                 publish_tab(sessions, login)
-        wire(sessions, choose, seen)
+        wire(sessions, parts, seen, measured, again)
 
         def leave(request: gr.Request) -> None:
             sessions.forget(visitor(request))

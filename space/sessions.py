@@ -10,62 +10,25 @@ from __future__ import annotations
 import functools
 import re
 import shutil
-import threading
-import time
 import uuid
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from children import Child, Children, EndedError
-from downloads import Downloads, check_name
+from children import Children, EndedError
+from downloads import Downloads
 from jobs import Jobs
 from limits import Limits
+from runner import Progress, Runner
+from session import Session, Shelf
 
 from hf_prune import DataError, PruningConfig, load_classification
-
-Progress = Callable[[str, float], object]  # what is being done, and which share of it is done
 
 DEMO = "Demo model (film reviews)"
 LISTED = (
     "distilbert/distilbert-base-uncased-finetuned-sst-2-english",
     "lxyuan/distilbert-base-multilingual-cased-sentiments-student",
 )
-
-
-@dataclass
-class Session:
-    """A visitor's pruned model: its process and folder, and what is shown of it."""
-
-    child: Child
-    model: Mapping[str, Any]
-    folder: Path
-    config: PruningConfig
-    facts: Mapping[str, Any]
-    labels: Sequence[str]
-    removed_units: Mapping[str, int]  # by kind
-    layers: Sequence[Sequence[int]] | None  # (now, before) of each list of layers
-    histograms: Sequence[Mapping[str, Any]]
-    units: Mapping[str, list[bool]]
-    removed_shares: Mapping[str, float]  # by matrix
-    reasons: Sequence[str]
-    used: float = field(default_factory=time.monotonic)
-    reading: threading.Lock = field(default_factory=threading.Lock)  # held while others read its folder
-    latency: dict[str, Any] | None = None
-    evaluation: dict[str, Any] | None = None
-
-    @property
-    def name(self) -> str:
-        """The dense model's name."""
-        return str(self.model["name"])
-
-    @property
-    def memory(self) -> int:
-        """Bytes it takes: the weights of both models, or what its process reports if that is more."""
-        return max(self.child.memory, self.facts["memory_bytes_before"] + self.facts["memory_bytes"])
 
 
 class Sessions:
@@ -107,47 +70,15 @@ class Sessions:
         self.jobs = Jobs(public=public)
         self._data_name = data_name
         self._demo, self.folder = demo, folder
-        self._children = children or Children(secrets=not public)
-        self._downloads = Downloads(folder / "hub", self.limits.downloads) if public else None
-        self._sessions: OrderedDict[str, Session] = OrderedDict()  # by visitor, the most recently used one last
-        self._changing = threading.RLock()
+        downloads = Downloads(folder / "hub", self.limits.downloads) if public else None
+        own = None if demo is None else (name, Path(demo))
+        self._runner = Runner(children or Children(secrets=not public), self.jobs, self.limits, downloads, own)
+        self._shelf = Shelf(self.limits)
 
     def close(self) -> None:
         """End all jobs and sessions."""
-        for visitor in [*self.jobs.visitors(), *self._sessions]:
+        for visitor in [*self.jobs.visitors(), *self._shelf.visitors()]:
             self.forget(visitor)
-
-    def _run_job(
-        self,
-        visitor: str,
-        name: str,
-        command: str,
-        arguments: Mapping[str, Any],
-        progress: Progress,
-        points: list[Any] | None = None,
-    ) -> tuple[Child, dict[str, Any], Any]:
-        """Run a job on a model in a new process; returns the process, how the model is loaded, and the result."""
-
-        def on_message(kind: str, value: Any) -> None:
-            if kind == "progress":
-                progress(*value)
-            elif points is not None:
-                points.append(value)
-
-        with self.jobs.run(visitor) as cancelled, self._source(name) as model:
-            child = self._children.start(self.limits.memory_bytes)
-            try:
-                result = child.ask(
-                    command,
-                    {"model": model, **arguments},
-                    seconds=self.limits.seconds,
-                    cancelled=cancelled,
-                    on_message=on_message,
-                )
-                return child, model, result
-            except BaseException:
-                child.end()
-                raise
 
     # --- models ---------------------------------------------------------------------------------------
 
@@ -157,29 +88,8 @@ class Sessions:
         Raises:
             DataError: If it is not a text classifier, too large, or cannot be fetched.
         """
-        child, _, _ = self._run_job("", self.names[0], "check", {}, lambda *_: None)
+        child, _, _ = self._runner.run("", self.names[0], "check", {}, lambda *_: None)
         child.end()
-
-    @contextmanager
-    def _source(self, name: str) -> Iterator[dict[str, Any]]:
-        """How a process gets a model, whose files stay for as long as it needs them."""
-        source = {
-            "name": name,
-            "folder": None,
-            "download_bytes": self.limits.download_bytes,
-            "token": False if self.public else None,
-            "cache": None,
-            "parameters": self.limits.parameters,
-        }
-        if self._is_own(name):
-            yield {**source, "folder": str(self._demo)}
-            return
-        check_name(name)
-        if self._downloads is None:
-            yield source
-            return
-        with self._downloads.reading(name):
-            yield {**source, "cache": str(self._downloads.cache)}
 
     def _is_own(self, name: str) -> bool:
         return self._demo is not None and name == self.names[0]
@@ -195,12 +105,12 @@ class Sessions:
         folder = self.folder / uuid.uuid4().hex
         try:
             arguments = {"config": config.to_dict(), "texts": self.calibration_texts(), "folder": str(folder)}
-            child, model, shown = self._run_job(visitor, name, "prune", arguments, progress)
+            child, model, shown = self._runner.run(visitor, name, "prune", arguments, progress)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
         session = Session(child, model, folder, config, **shown)
-        self._keep(visitor, session)
+        self._shelf.keep(visitor, session)
         return session
 
     def calibration_texts(self) -> list[str]:
@@ -214,88 +124,54 @@ class Sessions:
         Raises:
             DataError: If they have none, or no longer.
         """
-        with self._changing:
-            self._drop_idle()
-            if visitor not in self._sessions:
-                raise DataError(
-                    f"there is no pruned model of yours: prune one first (it goes after "
-                    f"{self.limits.idle_seconds / 60:.0f} minutes without use, or when many others come)"
-                )
-            session = self._sessions[visitor]
-            session.used = time.monotonic()
-            self._sessions.move_to_end(visitor)
-            return session
+        return self._shelf.of(visitor)
+
+    def has(self, visitor: str) -> bool:
+        """Whether a visitor has a session."""
+        return visitor in self._shelf.visitors()
 
     def forget(self, visitor: str) -> None:
         """End a visitor's job and session."""
         self.jobs.cancel(visitor)
-        with self._changing:
-            self._drop(visitor)
-
-    def _keep(self, visitor: str, session: Session) -> None:
-        with self._changing:
-            self._drop(visitor)
-            self._sessions[visitor] = session
-            self._drop_idle()
+        self._shelf.drop(visitor)
 
     def drop_idle(self) -> None:
         """Drop sessions that have been idle for too long, and those that there is no memory for."""
-        with self._changing:
-            self._drop_idle()
-
-    def _drop_idle(self) -> None:
-        now = time.monotonic()
-        for visitor in [v for v, session in self._sessions.items() if now - session.used > self.limits.idle_seconds]:
-            self._drop(visitor)
-        while len(self._sessions) > 1 and (
-            len(self._sessions) > self.limits.visitors
-            or sum(session.memory for session in self._sessions.values()) > self.limits.kept_bytes
-        ):
-            self._drop(next(iter(self._sessions)))
-
-    def _drop(self, visitor: str) -> None:
-        session = self._sessions.pop(visitor, None)
-        if session is not None and (session.child.turn.locked() or session.reading.locked()):  # in use: do not wait
-            threading.Thread(target=_remove, args=(session,), daemon=True).start()
-        elif session is not None:
-            _remove(session)
+        self._shelf.drop_idle()
 
     def _ask(self, visitor: str, session: Session, command: str, arguments: Mapping[str, Any]) -> Any:
         """Have the process with a visitor's model answer something short."""
         try:
             return session.child.ask(command, arguments, seconds=self.limits.answer_seconds)
         except EndedError as error:
-            with self._changing:
-                if self._sessions.get(visitor) is session:
-                    self._drop(visitor)
+            self._shelf.drop(visitor, session)
             raise EndedError(f"{error}. Your pruned model went with it: prune one again") from None
 
     # --- measuring ---------------------------------------------------------------
 
-    def measure(self, visitor: str, progress: Progress) -> dict[str, Any]:
-        """Time the dense and the pruned model in turns; returns the points, doubts, and the whole result."""
-        session = self.of(visitor)
-        session.latency = self._with_both(visitor, session, "measure", {}, progress)
-        return session.latency
+    def measure(self, visitor: str, progress: Progress) -> Session:
+        """Measure the dense and the pruned model side by side: how right they are, and how fast.
 
-    def score(self, visitor: str, progress: Progress) -> dict[str, Any]:
-        """Score both on the same held-out sentences, whose labels only the first model on the list knows."""
+        Only the first model on the list has labelled sentences that fit it. For others, it is counted on how many
+        sentences both give the same answer. What was measured before an error is kept.
+        """
         session = self.of(visitor)
-        if not self._is_own(session.name):
-            raise DataError(f"the held-out sentences fit {self.names[0]} only: other models know other labels")
-        arguments = {"data": self._labelled_data(), "data_name": self._data_name, "n": self.limits.scored}
-        session.evaluation = self._with_both(visitor, session, "score", arguments, progress)
-        return session.evaluation
-
-    def _with_both(
-        self, visitor: str, session: Session, command: str, arguments: Mapping[str, Any], progress: Progress
-    ) -> dict[str, Any]:
-        """Run a job on the dense and the pruned model, which is read from its folder."""
-        arguments = {**arguments, "folder": str(session.folder)}
-        with session.reading:
-            child, _, result = self._run_job(visitor, session.name, command, arguments, progress)
-        child.end()
-        return dict(result)
+        arguments = {
+            "folder": str(session.folder),
+            "data": self.data if self._is_own(session.name) else None,
+            "data_name": self._data_name,
+            "n": self.limits.scored,
+            "texts": self.sentences,
+            "zeros": not session.config.removes_units,
+        }
+        parts: list[dict[str, Any]] = []
+        try:
+            with session.reading:
+                child, _, _ = self._runner.run(visitor, session.name, "measure", arguments, progress, parts)
+            child.end()
+        finally:  # also if it was cancelled, or out of time
+            session.measured |= {name: value for part in parts for name, value in part.items()}
+        return session
 
     def _labelled_data(self) -> str:
         if self.data is None:
@@ -331,14 +207,10 @@ class Sessions:
             "root": str(root),
         }
         try:
-            child, _, _ = self._run_job(visitor, self.names[0], "sweep", arguments, progress, points)
+            child, _, _ = self._runner.run(visitor, self.names[0], "sweep", arguments, progress, points)
             child.end()
         finally:
             shutil.rmtree(root, ignore_errors=True)
-
-    def own_model_bytes(self) -> int:
-        """Size of the weights' files of the first model on the list."""
-        return sum(path.stat().st_size for path in Path(str(self._demo)).glob("*.safetensors"))
 
     def probabilities(self, visitor: str, texts: Sequence[str]) -> tuple[Session, list[list[float]], list[list[float]]]:
         """The probabilities that both models give to sentences: (sentences, classes) each.
@@ -366,13 +238,13 @@ class Sessions:
             HfPruneError: If there is no model, or it cannot have this name.
         """
         session = self._to_publish(visitor, name)
-        return str(self._ask(visitor, session, "card", _card_arguments(session, name))), session.folder
+        return str(self._ask(visitor, session, "card", session.card_arguments(name))), session.folder
 
     def archive(self, visitor: str, name: str) -> Path:
         """Pack the checkpoint with its card into a zip file, which replaces the one before."""
         session = self._to_publish(visitor, name)
-        path = _archive_folder(session.folder) / f"{name.rpartition('/')[2]}.zip"
-        self._ask(visitor, session, "archive", {"path": str(path), **_card_arguments(session, name)})
+        path = session.archive_folder / f"{name.rpartition('/')[2]}.zip"
+        self._ask(visitor, session, "archive", {"path": str(path), **session.card_arguments(name)})
         return path
 
     def push(self, visitor: str, repo: str, token: str, private: bool) -> dict[str, Any]:
@@ -384,7 +256,7 @@ class Sessions:
         session = self._to_publish(visitor, repo)
         with session.reading:
             self.card(visitor, repo)
-            child = self._children.start(self.limits.memory_bytes)
+            child = self._runner.children.start(self.limits.memory_bytes)
             try:
                 arguments = {"folder": str(session.folder), "repo": repo, "token": token, "private": private}
                 return dict(child.ask("push", arguments, seconds=self.limits.upload_seconds))
@@ -395,19 +267,3 @@ class Sessions:
         if not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", name):
             raise DataError(f"{name[:100]!r} is not a name for a model: expected letters, digits, '-', '_', '.'")
         return self.of(visitor)
-
-
-def _card_arguments(session: Session, name: str) -> dict[str, Any]:
-    latency = None if session.latency is None else session.latency["latency"]
-    return {"name": name, "latency": latency, "evaluation": session.evaluation}
-
-
-def _remove(session: Session) -> None:
-    with session.reading, session.child.turn:
-        session.child.end()
-        shutil.rmtree(session.folder, ignore_errors=True)
-        shutil.rmtree(_archive_folder(session.folder), ignore_errors=True)
-
-
-def _archive_folder(folder: Path) -> Path:
-    return folder.parent / f"{folder.name}-zip"

@@ -14,14 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from choices import WHAT, criteria_for, fixed_sparsity, make_config
-from models import DenseModel, Progress, prune_copy, score, time_both
+from measuring import score, time_both
+from models import DenseModel, Progress, prune_copy
 
 from hf_prune import DataError, compare
 from hf_prune.utils.formatting import format_csv
 
 FIELDS = (
     "method", "sparsity", "accuracy", "drop", "drop_standard_error", "drop_bound", "n", "parameters", "nonzero",
-    "file_bytes", "speedup", "speedup_low", "speedup_high", "faster", "seconds",
+    "file_bytes", "speedup", "speedup_low", "speedup_high", "faster", "seconds", "here",
 )  # fmt: skip
 _LARGEST = 1e15  # of any number
 SURELY_FASTER = 1.05  # with 95 % confidence; some of many points would reach less by chance
@@ -171,7 +172,7 @@ def sweet_spot(points: Sequence[Mapping[str, Any]], axis: str, tolerance: float)
 
 def to_csv(points: Sequence[Mapping[str, Any]]) -> str:
     """The points as CSV."""
-    return format_csv(FIELDS, points)
+    return format_csv(FIELDS, [{"here": False, **point} for point in points])
 
 
 def write_csv(points: Sequence[Mapping[str, Any]], folder: Path) -> Path:

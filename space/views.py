@@ -11,10 +11,12 @@ from typing import Any
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from hf_prune.utils.figures import PALETTE, lines_of
 from hf_prune.utils.formatting import format_count
 
-GREY, BLUE, ORANGE, TEXT, GRID = "#8a94a3", "#2f81c7", "#d9731a", "#7c8796", "rgba(128,140,155,0.25)"
-COLOURS = (BLUE, ORANGE, "#1f9e77", "#b35fa8", "#c9a014", "#5aa9d6", "#c8504b")  # told apart by the colour-blind, too
+TEXT, GRID = "#7c8796", "rgba(128,140,155,0.25)"
+BLUE, ORANGE, GREEN = PALETTE[:3]
+DENSE = "#8a94a3"  # the dense model, everywhere
 MARKS = ("circle", "square", "diamond", "triangle-up", "cross", "x", "pentagon")
 _COLUMNS = 96  # of a map: more units share a cell
 
@@ -39,7 +41,7 @@ def figure_of(figure: go.Figure, height: int, **layout: Any) -> go.Figure:
 def histogram(before: Mapping[str, Any], after: Mapping[str, Any]) -> go.Figure:
     """Weights that are not zero, before and after."""
     figure = go.Figure()
-    for name, bins, colour in (("dense", before, GREY), ("pruned", after, BLUE)):
+    for name, bins, colour in (("dense", before, DENSE), ("pruned", after, BLUE)):
         middle = [(a + b) / 2 for a, b in itertools.pairwise(bins["edges"])]
         total = sum(bins["counts"]) + bins["zeros"]
         figure.add_trace(
@@ -49,13 +51,17 @@ def histogram(before: Mapping[str, Any], after: Mapping[str, Any]) -> go.Figure:
                 name=f"{name}: {100 * bins['zeros'] / max(total, 1):.1f} % of {format_count(total)} are zero",
                 line={"color": colour, "shape": "hvh", "width": 2},
                 fill="tozeroy",
-                fillcolor=f"rgba({int(colour[1:3], 16)},{int(colour[3:5], 16)},{int(colour[5:7], 16)},0.25)",
+                fillcolor=_faint(colour, 0.25),
                 hovertemplate="%{y:,} weights near %{x:.3f}<extra></extra>",
             )
         )
     figure.update_xaxes(title="weight")
     figure.update_yaxes(title="weights that are not zero")
     return figure_of(figure, 400)
+
+
+def _faint(colour: str, opacity: float) -> str:
+    return f"rgba({int(colour[1:3], 16)},{int(colour[3:5], 16)},{int(colour[5:7], 16)},{opacity})"
 
 
 def layers(removed_shares: Mapping[str, float]) -> go.Figure:
@@ -105,7 +111,7 @@ def unit_maps(units: Mapping[str, list[bool]]) -> go.Figure | None:
                 zmax=1,
                 xgap=2 if kind == "head" else 0,
                 ygap=2,
-                colorscale=[[0, "rgba(217,115,26,0.45)"], [1, BLUE]],
+                colorscale=[[0, _faint(ORANGE, 0.55)], [1, BLUE]],
                 showscale=False,
                 hovertemplate="%{y}<br>%{text}<extra></extra>",
             ),
@@ -121,45 +127,6 @@ def unit_maps(units: Mapping[str, list[bool]]) -> go.Figure | None:
 def _cells(kept: list[bool]) -> list[list[bool]]:
     step = max(1, -(-len(kept) // _COLUMNS))
     return [kept[i : i + step] for i in range(0, len(kept), step)] or [[False]]
-
-
-def sizes(facts: Mapping[str, Any]) -> list[list[str]]:
-    """Rows for a table: what, dense, pruned, how many times smaller."""
-    rows = [
-        (
-            "Parameters",
-            f"{facts['parameters_before']:,}",
-            f"{facts['parameters']:,}",
-            "parameters_before",
-            "parameters",
-        ),
-        ("not zero", "", f"{facts['nonzero']:,}", "parameters_before", "nonzero"),
-        ("Memory", *_bytes(facts, "memory_bytes_before", "memory_bytes"), "memory_bytes_before", "memory_bytes"),
-        (
-            "File (pruned: compressed)",
-            *_bytes(facts, "file_bytes_before", "file_bytes_compressed"),
-            "file_bytes_before",
-            "file_bytes_compressed",
-        ),
-    ]
-    return [[what, dense, pruned, f"{facts[a] / max(facts[b], 1):.2f}×"] for what, dense, pruned, a, b in rows]
-
-
-def _bytes(facts: Mapping[str, Any], *keys: str) -> list[str]:
-    return [f"{format_count(facts[key])}B" for key in keys]
-
-
-def latency_rows(points: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """Rows for a table: model, median, quartiles, verdict."""
-    return [
-        [
-            p["model"],
-            f"{1e3 * p['median']:.2f} ms",
-            f"{1e3 * p['low']:.2f} to {1e3 * p['high']:.2f} ms",
-            p["verdict"],
-        ]
-        for p in points
-    ]
 
 
 def side_by_side(text: str, labels: Sequence[str], dense: Sequence[float], pruned: Sequence[float]) -> str:
@@ -189,36 +156,47 @@ def _bar(share: float, kind: str) -> str:
     return f"<div class='bar {kind}'><span style='width:{100 * share:.1f}%'></span><em>{100 * share:.1f} %</em></div>"
 
 
-def tradeoff(
-    points: Sequence[Mapping[str, Any]], axis: str, dense: Mapping[str, Any], best: Mapping[str, Any] | None
-) -> go.Figure:
-    """Accuracy against sparsity, size or time, one line per method, the sweet spot marked."""
+def tradeoff(points: Sequence[Mapping[str, Any]], axis: str, best: Mapping[str, Any] | None) -> go.Figure:
+    """Accuracy against sparsity, size or time, one line per method, the sweet spot marked.
+
+    What was measured before has whole lines, what was measured here dashed ones with open markers; the dense model's
+    accuracy is a line for each number of sentences.
+    """
     title, value = {
         "sparsity": ("sparsity of what may go, %", lambda p: 100 * p["sparsity"]),
         "size": ("compressed file, MB", lambda p: p["file_bytes"] / 1e6),
         "time": ("time of a sentence, % of the dense model's", lambda p: 100 / p["speedup"]),
     }[axis]
     figure = go.Figure()
-    for number, method in enumerate(dict.fromkeys(p["method"] for p in points)):
-        line = sorted((p for p in points if p["method"] == method), key=lambda p: p["sparsity"])
-        figure.add_trace(
-            go.Scatter(
-                x=[value(p) for p in line],
-                y=[p["accuracy"] for p in line],
-                error_y={"array": [p["drop_standard_error"] for p in line], "thickness": 1, "width": 3},
-                name=method,
-                mode="lines+markers",
-                line={"color": COLOURS[number % len(COLOURS)], "width": 2},
-                marker={"symbol": MARKS[number % len(MARKS)], "size": 8},
-                text=[
-                    f"{100 * p['sparsity']:.0f} % sparse: {p['accuracy']:.1f} %, drop {p['drop']:.1f} ± "
-                    f"{p['drop_standard_error']:.1f}; {p['file_bytes'] / 1e6:.1f} MB; {speed(p)}"
-                    for p in line
-                ],
-                hovertemplate="%{text}<extra>%{fullData.name}</extra>",
+    numbers = {method: i % len(PALETTE) for i, method in enumerate(dict.fromkeys(p["method"] for p in points))}
+    for here in (False, True):
+        chosen = [p for p in points if bool(p.get("here")) is here]
+        lines = lines_of(chosen, lambda p: p["method"], lambda p: p["sparsity"], lambda p: p["accuracy"])
+        for method, line in lines.items():
+            number = numbers[method]
+            symbol = MARKS[number % len(MARKS)]
+            figure.add_trace(
+                go.Scatter(
+                    x=[value(p) for p in line],
+                    y=[p["accuracy"] for p in line],
+                    error_y={"array": [p["drop_standard_error"] for p in line], "thickness": 1, "width": 3},
+                    name=f"{method} (here, n = {line[0]['n']})" if here else method,
+                    mode="lines+markers",
+                    line={"color": PALETTE[number], "width": 2, "dash": "dash" if here else "solid"},
+                    marker={"symbol": f"{symbol}-open" if here else symbol, "size": 11 if here else 8},
+                    text=[
+                        f"{100 * p['sparsity']:.0f} % sparse: {p['accuracy']:.1f} %, drop {p['drop']:.1f} ± "
+                        f"{p['drop_standard_error']:.1f}, n = {p['n']}; {p['file_bytes'] / 1e6:.1f} MB; {speed(p)}"
+                        for p in line
+                    ],
+                    hovertemplate="%{text}<extra>%{fullData.name}</extra>",
+                )
             )
-        )
-    figure.add_hline(y=dense["accuracy"], line={"color": GREY, "dash": "dot"}, annotation_text="dense")
+    dense = {p["n"]: p["accuracy"] + p["drop"] for p in points}
+    for place, (n, accuracy) in enumerate(sorted(dense.items(), reverse=True)):
+        side = ("top right", "bottom right")[place % 2]
+        line_style = {"color": DENSE, "dash": "dot"}
+        figure.add_hline(y=accuracy, line=line_style, annotation_text=f"dense, n = {n}", annotation_position=side)
     if best is not None:
         figure.add_trace(
             go.Scatter(
@@ -234,7 +212,7 @@ def tradeoff(
         )
     figure.update_xaxes(title=title)
     figure.update_yaxes(title="accuracy, %")
-    return figure_of(figure, 500)
+    return figure_of(figure, 440 + 22 * len(figure.data))
 
 
 def speed(point: Mapping[str, Any]) -> str:
@@ -242,15 +220,17 @@ def speed(point: Mapping[str, Any]) -> str:
 
 
 def tradeoff_rows(points: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """Rows for a table: method, sparsity, accuracy, drop, file, speed."""
+    """Rows for a table: method, sparsity, accuracy, drop, sentences, file, speed, and where it was measured."""
     return [
         [
             p["method"],
             f"{100 * p['sparsity']:.0f} %",
-            f"{p['accuracy']:.2f} %",
-            f"{p['drop']:.2f} ± {p['drop_standard_error']:.2f}",
+            f"{p['accuracy']:.1f} %",
+            f"{p['drop']:.1f} ± {p['drop_standard_error']:.1f}",
+            f"{p['n']}",
             f"{p['file_bytes'] / 1e6:.1f} MB",
             speed(p),
+            "here" if p.get("here") else "before",
         ]
         for p in points
     ]

@@ -280,6 +280,14 @@ def assert_same_masks(model: nn.Module, store: MaskStore | None) -> None:
         assert (now.config, now.polishes, now.speed) == (store.config, store.polishes, store.speed)
 
 
+def forward_hooks(model: nn.Module) -> list[Any]:
+    """Hooks of all modules inside a model, but for what guards its masks."""
+    from hf_prune.pruning.optimizer_guard import guard_again
+
+    hooks = [hook for m in model.modules() for hook in (*m._forward_pre_hooks.values(), *m._forward_hooks.values())]
+    return [hook for hook in hooks if hook is not guard_again]
+
+
 def assert_unchanged(model: nn.Module, before: dict[str, Tensor]) -> None:
     """Every parameter and buffer has the bits of an earlier :func:`snapshot`."""
     now = snapshot(model)

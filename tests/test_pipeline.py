@@ -14,10 +14,11 @@ from transformers import DistilBertConfig, DistilBertForSequenceClassification
 from transformers.pytorch_utils import Conv1D
 
 from hf_prune.errors import ConfigError, MaskError, PlanError
-from hf_prune.kernels.zeroing import zero_removed_
-from hf_prune.pipeline import prune, resolve_config
+from hf_prune.pipeline import prune
 from hf_prune.planning.config import PruningConfig
 from hf_prune.planning.plan import PruningPlan
+from hf_prune.planning.resolve import resolve_config
+from hf_prune.pruning.mask_fit import zero_weight
 from hf_prune.pruning.mask_store import MaskStore
 from hf_prune.utils.offload_cache import OffloadCache
 from tests import models
@@ -349,12 +350,12 @@ def test_bad_settings_are_refused_before_any_change(config, settings, message):
 def test_refused_plans_change_nothing(bert, settings, message):
     prune(bert, 0.3)
     before, store = snapshot(bert), MaskStore.of(bert)
-    early = {name: (id(mask), mask.clone()) for name, mask in store.masks.items()}
+    early, packed = dict(store.masks), dict(store.masks.packed)
     with pytest.raises(PlanError, match=message):
         prune(bert, **settings)
     assert_unchanged(bert, before)
-    assert {n: id(m) for n, m in MaskStore.of(bert).masks.items()} == {n: id(m) for n, m in store.masks.items()}
-    assert all(id(mask) == early[name][0] and torch.equal(mask, early[name][1]) for name, mask in store.masks.items())
+    assert MaskStore.of(bert).masks.packed == store.masks.packed == packed  # the very same
+    assert all(torch.equal(mask, early[name]) for name, mask in store.masks.items())
     assert store.config == PruningConfig(0.3)
 
 
@@ -386,7 +387,8 @@ def test_compiled_model_is_pruned_itself():
     compiled = torch.compile(model, backend="eager")
     assert prune(compiled, 0.5) is compiled
     assert MaskStore.of(model) is not None
-    assert MaskStore.of(compiled).masks["_orig_mod.fc1.weight"] is MaskStore.of(model).masks["fc1.weight"]
+    outside, inside = MaskStore.of(compiled).masks.packed, MaskStore.of(model).masks.packed
+    assert outside["_orig_mod.fc1.weight"] is inside["fc1.weight"]
 
 
 _WRITING = ("pipeline.py", "transaction.py", "mask_store.py", "held_masks.py", "interrupts.py")
@@ -440,7 +442,7 @@ def test_ctrl_c_leaves_a_model_before_or_after_and_never_between(settings, again
 
 @pytest.mark.parametrize(
     ("settings", "where"),
-    [({}, "mask_store.zero_removed_"), ({"criterion": "wanda"}, "transaction.zero_removed_")],
+    [({"criterion": "magnitude"}, "mask_store.zero_weight"), ({"criterion": "wanda"}, "transaction.zero_weight")],
 )
 def test_ctrl_c_pressed_again_and_again_leaves_a_model_before_or_after(settings, where, monkeypatch):
     """Also while the last step is done to its end, or weights and masks are given back."""
@@ -457,7 +459,7 @@ def test_ctrl_c_pressed_again_and_again_leaves_a_model_before_or_after(settings,
 
         return wrapped
 
-    monkeypatch.setattr(f"hf_prune.pruning.{where}", pressed(zero_removed_))
+    monkeypatch.setattr(f"hf_prune.pruning.{where}", pressed(zero_weight))
     monkeypatch.setattr(OffloadCache, "get", pressed(OffloadCache.get))
     with pytest.raises(KeyboardInterrupt):
         prune(model, 0.5, calibration=batches, **settings)

@@ -263,3 +263,14 @@ def test_a_router_of_several_models_is_pruned_as_a_whole(tmp_path):
         assert f"0.sub_modules.{route}.2.linear.weight" in names
         assert any(name.startswith(f"0.sub_modules.{route}.0.") for name in names)
     assert not [name for name in plan.left_dense if "linear" in name or "dense" in name]
+
+
+def test_blank_texts_are_left_out_of_batches(tmp_path):
+    model, pair_model = tiny_encoder(tmp_path / "a"), tiny_cross_encoder(tmp_path / "b")
+    [with_blanks] = sentence_batches(["", "w7 w8", " \n"], model)
+    [without] = sentence_batches(["w7 w8"], model)
+    assert torch.equal(with_blanks["input_ids"], without["input_ids"])
+    [batch] = sentence_batches([("", " "), ("w1", ""), ("w1", "w2")], pair_model)
+    assert len(batch["input_ids"]) == 2
+    with pytest.raises(DataError, match="all 2 texts are blank: expected at least one with words"):
+        sentence_batches(["", " "], model)

@@ -78,12 +78,15 @@ class Piece:
         wide: The parts that lie one after another along it, each with a slice of every unit: whether such a slice is as
             wide as what the consumer reads of a unit. All other parts have slices of one width.
         outside: Whether it lies outside of the layer.
+        fixed: Before which part, or behind all, lie further positions that belong to no unit, such as the one key that
+            all queries share; all parts are wide then. None if there are none.
     """
 
     name: str
     dim: int
     wide: tuple[bool, ...] = (True,)
     outside: bool = False
+    fixed: int | None = None
 
 
 @dataclass(frozen=True)
@@ -128,7 +131,8 @@ class Stack:
     """Layers that run one after the other.
 
     Args:
-        layers: The ``ModuleList`` that holds them, relative to the base model.
+        layers: The ``ModuleList`` that holds them, relative to the base model. Modules that stand in no list are named
+            one by one, with ``*`` for a number, if ``is_list`` is false.
         attentions: The attentions of a layer.
         neurons: The feed-forward network of a layer; None if ``units`` has it, or there is none.
         config: The attribute of the model's config that gives the number of layers; empty if none does, so that no
@@ -140,6 +144,7 @@ class Stack:
             for as many layers as this list has.
         units: What discovery found in the layers; those that a layer lacks are skipped.
         is_found: Whether discovery found it.
+        is_list: Whether ``layers`` names a list; if not, none of what it names can be removed as a layer.
     """
 
     layers: str
@@ -152,6 +157,7 @@ class Stack:
     not_below: str | None = None
     units: tuple[Units, ...] = ()
     is_found: bool = False
+    is_list: bool = True
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ HEAD_SIZE = re.compile(
     r"(\w+_)?(head_dim|head_size|d_kv|dim_head|d_head|kv_channels|dim_key|rotary_dim|rope_dim|attention_head_dim)"
 )
 WIDTH = re.compile(
-    r"(\w+_)?(size|sizes|dim|dims|d_model|n_embd|n_embed|n_inner|d_ff|width|channels|rank|units|features|filters"
+    r"(\w+_)?(size|sizes|dim|dims|d_model|n_embd|n_embed|n_inner|d_ff|dff|dim_ff|n_ff|ffn?|width|channels|rank|units|features|filters"
     r"|embed_dim_per_stage|channel_list|emb_size|hidden|conv_dim|d_inner|num_pos_feats|planes|d_ssm|embed_dims?"
     r"|lru_width|hidden_size_global|hidden_size_per_layer_input|d_latents|upsample_groups|hidden_dimension|upsample_initial_channel)"
 )
@@ -61,6 +61,8 @@ LAYER_INDEXES = re.compile(
 )
 PIXELS = re.compile(r"(\w+_)?image_size")
 WINDOW = re.compile(r"window_size|attention_window")
-QUERIES = re.compile(r"num_queries|two_stage_num_proposals|num_latents|latent_query_num|num_latent_queries")
+QUERIES = re.compile(
+    r"num_queries|two_stage_num_proposals|num_latents|latent_query_num|num_latent_queries|mm_tokens_per_image"
+)
 NORM_GROUPS = re.compile(r"num_groups")
 AT_LEAST_32 = re.compile(r"base_channels")  # of image tokenizers, whose norms have 32 groups

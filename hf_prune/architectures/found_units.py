@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -9,8 +10,8 @@ from typing import Any
 from torch import nn
 
 from hf_prune.architectures.base import Piece, Units
-from hf_prune.architectures.layer_list import LayerList
-from hf_prune.architectures.modules import base_prefix, find_tensor
+from hf_prune.architectures.layer_list import LayerList, inside
+from hf_prune.architectures.modules import attribute_value, base_prefix, find_tensor
 from hf_prune.architectures.unit_groups import FOUND, UnitGroup, UnitSlice
 from hf_prune.errors import ArchitectureError
 
@@ -24,12 +25,22 @@ def found_groups(model: nn.Module, layers: LayerList, kind: str) -> list[UnitGro
     groups: list[UnitGroup] = []
     units_of_kind = [units for units in layers.stack.units if units.kind == kind]
     together: dict[Units, list[UnitGroup]] = {units: [] for units in units_of_kind if units.shared}
-    for number in range(len(layers.layers)):
-        of_layer = [(u, g) for u in units_of_kind if (g := found_group(model, layers.name, number, u)) is not None]
+    for number, layer in enumerate(layers.layer_names()):
+        place = () if layers.names else ((layers.name, number),)
+        of_layer = [(u, g) for u in units_of_kind if (g := found_group(model, layer, u, place)) is not None]
         for units, group in of_layer:
             if _is_largest(group, [other for _, other in of_layer]):
                 together.get(units, groups).append(group)
     return groups + [joined_groups(bundle) for bundle in together.values() if bundle]
+
+
+def groups_outside(model: nn.Module, modules: Sequence[LayerList], kind: str) -> list[UnitGroup]:
+    """The groups of units of one kind in modules that stand in no list, as far as their sizes fit what was found."""
+    groups: list[UnitGroup] = []
+    for holders in modules:
+        with contextlib.suppress(ArchitectureError):  # a module of the same name, and of another kind
+            groups += found_groups(model, holders, kind)
+    return groups
 
 
 def _is_largest(group: UnitGroup, others: Iterable[UnitGroup]) -> bool:
@@ -60,29 +71,29 @@ def joined_groups(groups: Sequence[UnitGroup]) -> UnitGroup:
     )
 
 
-def found_group(model: nn.Module, stack: str, number: int, units: Units) -> UnitGroup | None:
+def found_group(model: nn.Module, layer: str, units: Units, place: tuple[tuple[str, int], ...]) -> UnitGroup | None:
     """The units of one layer; None if the layer does not have such units.
 
     Args:
         model: The model.
-        stack: The name of the list of layers.
-        number: The number of the layer.
+        layer: The name of the layer.
         units: What was found in layers of the list.
+        place: The list of layers and the number in it; empty outside of lists.
 
     Raises:
         ArchitectureError: If the sizes of the layer do not fit what was found.
     """
-    layer, prefix = f"{stack}.{number}", base_prefix(model)
+    prefix = base_prefix(model)
     pieces = units.producers + units.consumers + units.buffers
-    names = {piece: prefix + piece.name if piece.outside else f"{layer}.{piece.name}" for piece in pieces}
+    names = {piece: prefix + piece.name if piece.outside else inside(layer, piece.name) for piece in pieces}
     tensors = {piece: find_tensor(model, name) for piece, name in names.items()}
     totals = {piece: tensor.shape[piece.dim] for piece, tensor in tensors.items() if tensor is not None}
-    size = None if units.size is None else find_attribute(model, f"{layer}.{units.size}")
+    size = None if units.size is None else find_attribute(model, inside(layer, units.size))
     if len(totals) < len(pieces) or (units.size is not None and not size):
         return None
     wide_total = totals[units.consumers[0]] // len(units.consumers[0].wide)
     if units.number is not None:
-        count = find_attribute(model, f"{layer}.{units.number}")
+        count = find_attribute(model, inside(layer, units.number))
     elif size:
         sized = next(piece for piece in pieces if piece.name == units.sized)
         count = totals[sized] // (len(sized.wide) * size)
@@ -92,12 +103,12 @@ def found_group(model: nn.Module, stack: str, number: int, units: Units) -> Unit
         raise _misfit(names[units.consumers[0]], wide_total, count or 0)
     wide = wide_total // count
     slices = {piece: _slices(names[piece], piece, totals[piece], count, wide) for piece in pieces}
-    values = {name: find_attribute(model, f"{layer}.{name}") for name in units.counts}
+    values = {name: find_attribute(model, inside(layer, name)) for name in units.counts}
     if None in values.values():
         return None
     for name, value in values.items():
         if value is None or value % count:
-            raise _misfit(f"{layer}.{name}", value or 0, count)
+            raise _misfit(inside(layer, name), value or 0, count)
     per_size = wide // size if size else 1
     return UnitGroup(
         name=names[units.consumers[0]].rpartition(".")[0].removeprefix(prefix),
@@ -105,9 +116,9 @@ def found_group(model: nn.Module, stack: str, number: int, units: Units) -> Unit
         units=count,
         producers=tuple(s for piece in units.producers for s in slices[piece]),
         consumers=tuple(s for piece in units.consumers for s in slices[piece]),
-        layers=((stack, number),),
+        layers=place,
         values=tuple(s for piece in units.producers if piece.name in units.values for s in slices[piece]),
-        counts=tuple(_split_attribute(f"{layer}.{name}") for name in units.counts),
+        counts=tuple(_split_attribute(inside(layer, name)) for name in units.counts),
         minimum=1,
         config=units.config,
         per_unit=tuple(per_size if narrow else 1 for narrow in units.narrow),
@@ -118,7 +129,7 @@ def found_group(model: nn.Module, stack: str, number: int, units: Units) -> Unit
 
 
 def find_attribute(model: nn.Module, name: str) -> int | None:
-    """The whole number that an attribute of a module or of its config holds; None if there is none."""
+    """The whole number that an attribute of a module (or an entry of it) or of its config holds; None without one."""
     holder, attribute = _split_attribute(name)
     try:
         value: Any = model.get_submodule(holder)
@@ -126,7 +137,7 @@ def find_attribute(model: nn.Module, name: str) -> int | None:
         return None
     for key in attribute.split("."):
         try:
-            value = getattr(value, key, None)
+            value = attribute_value(value, key)
         except RuntimeError:  # transformers refuses what a config gives layer by layer
             return None
     return value if isinstance(value, int) and not isinstance(value, bool) else None
@@ -143,6 +154,12 @@ def _split_attribute(name: str) -> tuple[str, str]:
 def _slices(name: str, piece: Piece, total: int, units: int, wide: int) -> tuple[UnitSlice, ...]:
     """Where the units lie in one parameter; two slices if its parts have two widths."""
     parts = len(piece.wide)
+    if piece.fixed is not None:
+        fixed, begin = total - parts * units * wide, piece.fixed * units * wide
+        if fixed <= 0:
+            raise _misfit(name, total, units)
+        starts = tuple(part * units * wide + (fixed if part >= piece.fixed else 0) for part in range(parts))
+        return (UnitSlice(name, piece.dim, wide, starts, fixed=(begin, fixed)),)
     if len(set(piece.wide)) == 1:
         if total % (units * parts):
             raise _misfit(name, total, units)

@@ -9,7 +9,7 @@ from torch import nn
 
 from hf_prune.architectures.base import Stack
 from hf_prune.architectures.entries import entries_of
-from hf_prune.architectures.layer_list import LayerList
+from hf_prune.architectures.layer_list import LayerList, layer_list
 from hf_prune.architectures.modules import base_prefix, find_module, model_type_of
 from hf_prune.errors import ArchitectureError
 from hf_prune.utils.number_formats import refuse_quantized
@@ -33,7 +33,7 @@ def layer_lists(model: nn.Module) -> list[LayerList]:
             f"expected a plain {type(model).__name__}; merge them first, with hf_prune.merge_lora or "
             f"merge_and_unload(), or prune before get_peft_model()"
         )
-    stacks, prefix = entries_of(model, Stack), base_prefix(model)
+    stacks, prefix = [stack for stack in entries_of(model, Stack) if stack.is_list], base_prefix(model)
     lists = []
     for stack in stacks:
         layers = find_module(model, prefix + stack.layers)
@@ -48,6 +48,11 @@ def layer_lists(model: nn.Module) -> list[LayerList]:
             f"hf_prune.register_architecture under another config.model_type"
         )
     return lists
+
+
+def modules_outside(model: nn.Module) -> list[LayerList]:
+    """Modules that stand in no list of layers, and hold units that discovery found."""
+    return [layer_list(model, stack) for stack in entries_of(model, Stack) if not stack.is_list]
 
 
 def _first_alike(layers: Sequence[nn.Module]) -> int:

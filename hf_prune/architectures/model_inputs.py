@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from hf_prune.architectures.media_inputs import BATCH, find, media_inputs, noise
 
 _LENGTH = 16
+_PLACEHOLDER = re.compile(r"(image|video|audio|speech)_token")  # settings that hold a token in the place of other data
 # What a forward pass raises on inputs of another kind or shape.
 FORWARD_ERRORS: tuple[type[Exception], ...] = (
     ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NameError,
@@ -42,17 +44,58 @@ def candidate_inputs(model: Any) -> Iterator[dict[str, Any]]:
             yield _completed(model, takes, {**item, "decoder_input_ids": _tokens(model, 4)})
     if not text and not media:
         yield _completed(model, takes, {})
+    yield from _by_kind(model, takes)
+
+
+def _by_kind(model: Any, takes: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """What a class of custom code names as examples; else tokens, images or vectors, under whatever names it takes."""
+    if isinstance(examples := getattr(model, "dummy_inputs", None), Mapping):
+        yield {name: value for name, value in examples.items() if name in takes}
+    plain = {n: p for n, p in takes.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+    main = getattr(model, "main_input_name", None)
+    names = [n for n, p in plain.items() if p.default is p.empty] or [n for n in plain if n == main] or [*plain][:1]
+    hidden = find(model.config, "hidden_size", "d_model", "dim", "embed_dim", "hidden_dim", "width")
+    embeddings = [m.embedding_dim for m in model.modules() if isinstance(m, torch.nn.Embedding)]
+    features = [m.in_features for m in model.modules() if isinstance(m, torch.nn.Linear)]
+    channels = [m.in_channels for m in model.modules() if isinstance(m, torch.nn.Conv2d)]
+    kinds = [_tokens(model)] if embeddings else []
+    kinds += [
+        noise(BATCH, channels[0], side, side)
+        for side in (find(model.config, "image_size"), 64)
+        if channels and isinstance(side, int)
+    ]
+    for width in dict.fromkeys(size for size in (*features[:1], hidden) if isinstance(size, int)):
+        kinds += [noise(BATCH, _LENGTH, width), noise(BATCH, width)]
+    for value in kinds if names else []:
+        yield dict.fromkeys(names, value)
+    if "encoder_hidden_states" in takes:
+        states = noise(
+            BATCH, 8, find(model.config, "encoder_hidden_size", "cross_attention_hidden_size", "hidden_size")
+        )
+        yield _completed(model, takes, {**_text(model, takes), "encoder_hidden_states": states})
 
 
 # --- text -----------------------------------------------------------------------------------------------
 
 
 def _tokens(model: Any, length: int = _LENGTH) -> Tensor:
-    """Ordinary tokens of the text model."""
-    text = model.config.get_text_config()
+    """Ordinary tokens of the text model, none of which stands for an image or a sound."""
+    text = text_config(model.config)
     known = next((v for n in ("vocab_size", "input_vocab_size") if isinstance(v := getattr(text, n, None), int)), 64)
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(min(3, known - 1), min(known, 160), (BATCH, length), generator=generator)
+    placeholders = {v for n, v in vars(model.config).items() if _PLACEHOLDER.match(n) and isinstance(v, int)}
+    ids = torch.randint(min(3, known - 1), min(known, 160), (BATCH, length), generator=generator)
+    for token in placeholders & set(ids.unique().tolist()):
+        ids[ids == token] = next((other for other in range(3, known) if other not in placeholders), 0)
+    return ids
+
+
+def text_config(config: Any) -> Any:
+    """The config of the text model; of several, that of the decoder."""
+    try:
+        return config.get_text_config()
+    except ValueError:
+        return config.get_text_config(decoder=True)
 
 
 def _text(model: Any, takes: Mapping[str, Any]) -> dict[str, Any]:
@@ -84,6 +127,8 @@ def _codes(model: Any, text: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
             each = {k: v[..., None].expand(*v.shape, streams + extra) for k, v in text.items() if "input_ids" in k}
             yield {**text, **each}
             yield {**text, **{k: v for k, v in each.items() if k.startswith("decoder")}}
+            if not extra and "decoder_input_ids" in text:  # one after the other
+                yield {**text, "decoder_input_ids": text["decoder_input_ids"].repeat(streams, 1)}
 
 
 def _kind(media: Mapping[str, Any]) -> str:
@@ -131,7 +176,7 @@ def _feature_count(model: Any, kind: str, media: Mapping[str, Any]) -> int | Non
         found = get(**{k: v for k, v in media.items() if k in accepts})
     except FORWARD_ERRORS:
         return None
-    width = getattr(model.config.get_text_config(), "hidden_size", None)
+    width = getattr(text_config(model.config), "hidden_size", None)
     return _vectors(getattr(found, "pooler_output", found), width)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from hf_prune.architectures.unit_groups import UnitSlice, plain_weights
@@ -34,6 +36,39 @@ def find_tensor(model: nn.Module, name: str) -> Tensor | None:
         return None
     parameter = module._parameters.get(key)
     return module._buffers.get(key) if parameter is None else parameter
+
+
+def is_saved(model: nn.Module, name: str) -> bool:
+    """Whether a tensor is part of checkpoints; buffers that are not are computed anew when a model is loaded."""
+    holder, _, key = name.rpartition(".")
+    return key not in model.get_submodule(holder)._non_persistent_buffers_set
+
+
+def attribute_holder(model: nn.Module, module: str, attribute: str) -> tuple[Any, str]:
+    """What an attribute of a module belongs to, such as its config for ``"config.num_heads"``, and its name there."""
+    owner: Any = model.get_submodule(module)
+    *path, key = attribute.split(".")
+    for name in path:
+        owner = getattr(owner, name)
+    return owner, key
+
+
+def attribute_value(owner: Any, key: str) -> Any:
+    """What an attribute holds, or an entry of its list or tuple, as in ``"sizes[0]"``; None without it."""
+    name, _, index = key.removesuffix("]").partition("[")
+    value = getattr(owner, name, None)
+    if not index:
+        return value
+    return value[int(index)] if isinstance(value, list | tuple) and int(index) < len(value) else None
+
+
+def set_attribute_value(owner: Any, key: str, value: Any) -> None:
+    """Set an attribute, or an entry of its list or tuple, in place of which comes a new one: others may share it."""
+    name, _, index = key.removesuffix("]").partition("[")
+    if index:
+        entries = getattr(owner, name)
+        value = type(entries)(value if number == int(index) else entry for number, entry in enumerate(entries))
+    setattr(owner, name, value)
 
 
 def expected_module(model: nn.Module, name: str) -> nn.Module:
@@ -82,7 +117,7 @@ def output_slices(
     width = size // units if units else empty_width
     offsets = tuple(range(0, total, size)) if size else (0,) * projections
     module = expected_module(model, name)
-    weight = UnitSlice(f"{name}.weight", _output_and_input_dim(module)[0], width, offsets)
+    weight = UnitSlice(f"{name}.weight", output_and_input_dim(module)[0], width, offsets)
     if module._parameters.get("bias") is None:
         return (weight,)
     return weight, UnitSlice(f"{name}.bias", 0, width, offsets)
@@ -92,7 +127,7 @@ def input_slice(model: nn.Module, name: str, units: int, empty_width: int) -> Un
     """The slice of the weight of a linear module whose inputs are units; arguments as :func:`output_slices`."""
     total = input_count(model, name)
     _check_divides(model, name, total, units)
-    dim = _output_and_input_dim(expected_module(model, name))[1]
+    dim = output_and_input_dim(expected_module(model, name))[1]
     return UnitSlice(f"{name}.weight", dim, total // units if units else empty_width)
 
 
@@ -113,11 +148,11 @@ def _features(model: nn.Module, name: str) -> tuple[int, int]:
             f"{name} of {type(model).__name__} is a {type(module).__name__} without a weight: expected a Linear, as in "
             f"the table of architectures; register the architecture under another config.model_type"
         )
-    output_dim, input_dim = _output_and_input_dim(module)
+    output_dim, input_dim = output_and_input_dim(module)
     return weight.shape[output_dim], weight.shape[input_dim]
 
 
-def _output_and_input_dim(module: nn.Module) -> tuple[int, int]:
+def output_and_input_dim(module: nn.Module) -> tuple[int, int]:
     """The dimensions of a weight along which outputs and inputs lie."""
     from transformers.pytorch_utils import Conv1D
 

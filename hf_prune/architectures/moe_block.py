@@ -25,6 +25,10 @@ class MoeBlock:
         counts: Attributes of modules in the layer that are proportional to the number of experts.
         outer_counts: Such attributes outside of the layers, which speak of all of them.
         table: A tensor of whole numbers at the router, which may be numbers of experts; empty if there is none.
+        reads_config: Whether the code looks up how many there are in the config while it runs, so that all layers must
+            have as many.
+        is_rebuilt: Whether a config that counts fewer builds the model that is left once experts are cut out.
+        least: How many experts must stay, where that is more than the model says.
     """
 
     name: str
@@ -37,6 +41,9 @@ class MoeBlock:
     counts: tuple[tuple[str, str], ...] = ()
     outer_counts: tuple[tuple[str, str], ...] = ()
     table: str = ""
+    reads_config: bool = False
+    is_rebuilt: bool = True
+    least: int = 0
 
 
 def misfit(model: nn.Module, block: MoeBlock) -> str | None:

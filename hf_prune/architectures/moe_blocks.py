@@ -16,16 +16,18 @@ import torch
 from torch import nn
 
 from hf_prune.architectures.growth import Growth, built, growth
+from hf_prune.architectures.memory import remembered
+from hf_prune.architectures.modules import is_saved
 from hf_prune.architectures.moe_block import MoeBlock, misfit
+from hf_prune.architectures.moe_settings import expert_settings, is_named
 from hf_prune.architectures.settings import config_of_setting, set_setting
 from hf_prune.architectures.unit_groups import UnitSlice
 
 _LAYER = re.compile(r"(.*?\.?\d+)\.")  # the outermost numbered module
-_TOP_K = re.compile(r"top_?k|per_tok|_k$|num_selected")
+_TOP_K = re.compile(r"top_?k|per_tok|(^|_)k$|num_selected|n(um)?_(active|chosen)")
 _ROUTER_GROUPS = ("num_group", "n_group", "n_groups", "num_expert_group", "num_expert_groups")
 _CHOSEN_GROUPS = ("topk_group", "topk_groups")
 _LEAST_CHOSEN = 2  # experts per token where the model does not say how many
-_MOST_CACHED = 16
 
 
 _CACHE: dict[tuple[type, str], tuple[list[MoeBlock], list[str]]] = {}
@@ -43,9 +45,16 @@ def moe_blocks(model: nn.Module) -> list[MoeBlock]:
 
 
 def removable_blocks(model: nn.Module) -> list[MoeBlock]:
-    """The mixtures whose experts can be removed: where no router of those that a setting counts has a table."""
+    """The mixtures whose experts can be removed: where no router has a table, and all parts of experts are saved.
+
+    What holds of one mixture holds of all that the same setting counts.
+    """
     blocks = moe_blocks(model)
-    fixed = {block.config for block in blocks if block.table}
+    fixed = {
+        block.config
+        for block in blocks
+        if block.table or not all(is_saved(model, piece.name) for piece in block.buffers)
+    }
     return [block for block in blocks if block.config not in fixed]
 
 
@@ -98,27 +107,12 @@ def _look(model: nn.Module) -> tuple[list[MoeBlock], list[str]]:
     from transformers import PreTrainedModel
 
     config: Any = getattr(model, "config", None)
-    if not isinstance(model, PreTrainedModel) or not (settings := list(_settings(config))):
+    if not isinstance(model, PreTrainedModel) or not (settings := expert_settings(model)):
         return [], []
     key = type(model), config.to_json_string(use_diff=False)
-    if key not in _CACHE:
-        while len(_CACHE) >= _MOST_CACHED:
-            del _CACHE[next(iter(_CACHE))]
-        _CACHE[key] = _compare(type(model), config, settings)
-    blocks, reasons = _CACHE[key]
+    blocks, reasons = remembered(_CACHE, key, lambda: _compare(type(model), config, settings))
     misfits = {block.config: said for block in reversed(blocks) if (said := misfit(model, block))}
     return [block for block in blocks if block.config not in misfits], [*reasons, *misfits.values()]
-
-
-def _settings(config: Any, before: str = "") -> Iterator[tuple[str, int]]:
-    """Whole numbers in a config, and in the configs inside it, that may count experts, with their dotted names."""
-    from transformers import PreTrainedConfig
-
-    for key, value in vars(config).items():
-        if isinstance(value, PreTrainedConfig):
-            yield from _settings(value, f"{before}{key}.")
-        elif "expert" in key and isinstance(value, int) and not isinstance(value, bool) and value > 1:
-            yield before + key, value
 
 
 def _compare(cls: type, config: Any, settings: list[tuple[str, int]]) -> tuple[list[MoeBlock], list[str]]:
@@ -128,7 +122,8 @@ def _compare(cls: type, config: Any, settings: list[tuple[str, int]]) -> tuple[l
         plain = built(cls, config)
     except Exception as error:  # whatever a class may ask for
         found_no = f"{cls.__name__} cannot be built from its config alone ({type(error).__name__}: {error})"
-        return [], [f"{found_no}, so its experts cannot be told apart"]
+        is_said = any(is_named(path) for path, _ in settings)
+        return [], [f"{found_no}, so its experts cannot be told apart"] if is_said else []
     for path, number in settings:
         larger = copy.deepcopy(config)
         set_setting(larger, path, 2 * number)
@@ -138,16 +133,27 @@ def _compare(cls: type, config: Any, settings: list[tuple[str, int]]) -> tuple[l
             continue
         found = growth(plain, twice, number)
         if not _counts_experts(plain, found):
+            if is_named(path) and (names := _attributes(plain, twice, found)):
+                reasons.append(
+                    f"the experts of {cls.__name__} that config.{path} counts are numbered attributes ({names}), which "
+                    f"do not close up when one of them goes, so none can be removed: keep them in an nn.ModuleList"
+                )
             continue
         if found.odd:
-            reasons.append(
-                f"{found.odd[0]} of {cls.__name__} does not have one part for each of the {number} experts that "
-                f"config.{path} counts, so none of them can be removed"
-            )
+            if is_named(path):
+                reasons.append(
+                    f"{found.odd[0]} of {cls.__name__} does not have one part for each of the {number} experts that "
+                    f"config.{path} counts, so none of them can be removed"
+                )
             continue
+        if (lost := next((piece.name for piece in found.buffers if not is_saved(plain, piece.name)), None)) is not None:
+            reasons.append(
+                f"{lost} of {cls.__name__} has a part for each of the {number} experts that config.{path} counts and "
+                f"is not saved with the model, so none of them can be removed"
+            )
         own, reason = _divided(plain, path, found)
         blocks += own
-        reasons += reason
+        reasons += reason if is_named(path) else []
         if table := next((block.table for block in own if block.table), ""):
             reasons.append(
                 f"{table} of {cls.__name__} holds whole numbers beside a router, which may be numbers of experts and "
@@ -161,6 +167,15 @@ def _counts_experts(plain: nn.Module, found: Growth) -> bool:
     packed = [piece for piece in found.parameters if piece.dim == 0 and _ndim(plain, piece) > 2]
     rows = [piece for piece in found.parameters if (piece.dim, piece.width, _ndim(plain, piece)) == (0, 1, 2)]
     return bool(found.lists or packed or (rows and any(piece.width > 1 for piece in found.parameters)))
+
+
+def _attributes(plain: nn.Module, twice: nn.Module, found: Growth) -> str | None:
+    """A module that is added where a config counts more experts, and a router that has a row for it; None without."""
+    router = next((piece.name for piece in found.parameters if piece.dim == 0 and _ndim(plain, piece) == 2), None)
+    known = dict(plain.named_modules())
+    added = (name for name, _ in twice.named_modules() if name not in known and re.search(r"\d$", name))
+    first = next(added, None)
+    return first and router and f"such as {first} in a larger one, beside the router {router}"
 
 
 def _divided(plain: nn.Module, path: str, found: Growth) -> tuple[list[MoeBlock], list[str]]:

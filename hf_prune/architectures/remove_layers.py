@@ -10,8 +10,9 @@ from torch import nn
 
 from hf_prune.architectures.base import Stack
 from hf_prune.architectures.bypass import is_bypassed
+from hf_prune.architectures.discovery.blocks import plain_attributes
 from hf_prune.architectures.growth import built
-from hf_prune.architectures.layer_list import LAYER_NUMBER, LayerList
+from hf_prune.architectures.layer_list import LayerList, is_layer_number, number_places
 from hf_prune.architectures.modules import base_prefix
 from hf_prune.architectures.settings import config_of_setting
 from hf_prune.errors import ArchitectureError
@@ -63,8 +64,15 @@ def _check_rebuilt(model: nn.Module, layers: LayerList, numbers: Sequence[int]) 
     config: Any = copy.deepcopy(model.config)
     _shorten_config(config, layers.stack, numbers, len(layers.layers))
     rebuilt = built(type(model), config).get_submodule(layers.name)
+    whole = [
+        *built(type(model), model.config).get_submodule(layers.name).children()
+    ]  # in sizes that no cut has changed
+    own = number_places(whole)
     for (number, new), old in zip(rebuilt.named_children(), numbers, strict=True):
-        if _contents(new) != _contents(layers.layers[old]):
+        other_numbers = len(whole) == len(layers.layers) and plain_attributes(new, own) != plain_attributes(
+            whole[old], own
+        )
+        if other_numbers or _contents(new) != _contents(layers.layers[old]):
             raise ArchitectureError(
                 f"layers {sorted(set(range(len(layers.layers))) - set(numbers))} of {layers.name} cannot be removed "
                 f"together: {layers.name}.{old} would become layer {number}, where the config of {model_type} has "
@@ -110,10 +118,11 @@ def _replace_list(model: nn.Module, layers: LayerList, numbers: Sequence[int]) -
     kept = [layers.layers[number] for number in numbers]
     is_sequence = isinstance(getattr(parent, attribute), nn.Sequential)
     setattr(parent, attribute, nn.Sequential(*kept) if is_sequence else nn.ModuleList(kept))
+    places = number_places(layers.layers)
     for new, old in enumerate(numbers):
-        for module in layers.layers[old].modules():
+        for name, module in layers.layers[old].named_modules():
             for key, value in list(vars(module).items()):  # by which a cache keeps keys and values, for one
-                if LAYER_NUMBER.fullmatch(key) and type(value) is int and value == old:
+                if type(value) is int and value == old and is_layer_number((name, key), places):
                     setattr(module, key, new)
     _shorten_config(model.config, layers.stack, numbers, total)
     own, counts = getattr(parent, "config", None), ("num_layers", "num_hidden_layers", "n_layers")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Mapping
 from typing import Any
 
 
@@ -22,3 +24,24 @@ def set_setting(config: Any, name: str, value: Any) -> None:
     """Set a setting; arguments as :func:`config_of_setting`."""
     holder, key = config_of_setting(config, name)
     setattr(holder, key, value)
+
+
+def objection_to(config: Any, values: Mapping[str, Any]) -> str | None:
+    """What the class of a config says against some settings; None if it accepts them. The config is not changed.
+
+    Several classes want a number of heads that divides the hidden size.
+
+    Args:
+        config: The model's config.
+        values: Settings by name, as for :func:`config_of_setting`.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+
+    changed = copy.deepcopy(config)
+    for name, value in values.items():
+        set_setting(changed, name, value)
+    try:
+        getattr(changed, "validate", bool)()
+    except StrictDataclassError as error:
+        return str(error.__cause__ or error).strip().splitlines()[-1].strip().rstrip(".")
+    return None

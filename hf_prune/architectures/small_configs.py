@@ -7,15 +7,16 @@ the ratios between widths. Fields are recognized by their names, since transform
 from __future__ import annotations
 
 import copy
-import dataclasses
-import inspect
 from typing import Any
 
-from hf_prune.architectures.small_numbers import Scale, Shared, hidden_size
+from hf_prune.architectures.config_sizes import hidden_size, whole_number
+from hf_prune.architectures.config_values import values_of, with_values
+from hf_prune.architectures.model_inputs import text_config
+from hf_prune.architectures.small_numbers import Scale, Shared
 
 _HIDDEN = (64, 96, 128, 160, 192)  # small hidden sizes, a different one for each size in a composite model
-# Of a backbone, made from out_indices and the number of stages; and what transformers keeps for itself.
-_DERIVED = {"_out_features", "stage_names", "transformers_version", "per_layer_config"}
+# Of a backbone, made from out_indices and the number of stages; what transformers keeps for itself; and our record.
+_DERIVED = {"_out_features", "stage_names", "transformers_version", "per_layer_config", "pruned_structure"}
 
 _EFFICIENTNET: dict[str, Any] = {  # whose code fixes the width of the first convolution
     "in_channels": [32, 16, 24],
@@ -40,11 +41,13 @@ _EXCEPTIONS: dict[str, dict[str, Any]] = {  # by model_type: sizes that the rule
 }
 
 
-def small_config(config: Any) -> Any:
+def small_config(config: Any, most_layers: int | None = None, widths: bool = False) -> Any:
     """A config of the same class, of few layers and small sizes, with every kind of block that the config describes.
 
     Args:
         config: A transformers config; it stays as it is.
+        most_layers: Keep all layers, up to this number of them, rather than a few.
+        widths: Keep the widths and the numbers of heads and experts.
 
     Returns:
         The small config: hidden sizes of 64 to 192, 4 heads (keys grouped as before), 2 layers or as many as it takes
@@ -57,7 +60,21 @@ def small_config(config: Any) -> Any:
             # Boxes are embedded in sixths of the hidden size, and 96 is a multiple of 6.
             number = len(shared.hidden) + (hasattr(part, "max_2d_position_embeddings") and not shared.hidden)
             shared.hidden.setdefault(hidden, _HIDDEN[min(number, len(_HIDDEN) - 1)])
-    return _shrunk(config, shared)
+    _join_towers(config, shared, widths)
+    return _shrunk(config, shared, most_layers, widths)
+
+
+def _join_towers(config: Any, shared: Shared, widths: bool) -> None:
+    """Have towers fit together that do not in a config of defaults: what images become, and which tokens they take."""
+    text = text_config(config)
+    shared.vocabulary = min(shared.vocabulary, whole_number(text, "vocab_size") or shared.vocabulary)
+    small = hidden_size(text) if widths else shared.hidden.get(hidden_size(text) or 0)
+    for part in _parts(config):
+        width = whole_number(part, "out_hidden_size")
+        if part is not text and width is not None and small is not None:
+            if width == hidden_size(part) != hidden_size(text):
+                shared.joined = small
+            shared.hidden.setdefault(width, small)
 
 
 def _parts(config: Any) -> list[Any]:
@@ -72,20 +89,20 @@ def _is_config(value: Any) -> bool:
     return isinstance(value, PreTrainedConfig)
 
 
-def _shrunk(config: Any, shared: Shared) -> Any:
+def _shrunk(config: Any, shared: Shared, most_layers: int | None, widths: bool) -> Any:
     if any(name.endswith(("block_configs", "stage_configs")) for name in vars(config)):
         return copy.deepcopy(config)  # small, and of a structure of its own
-    own = {f.name for f in dataclasses.fields(config)}
-    own |= inspect.signature(type(config).__init__).parameters.keys()  # of a class that is no dataclass, as custom code
-    values = {name: value for name, value in vars(config).items() if not _is_config(value) and name not in _DERIVED}
-    scale = Scale.of(config, values, shared)
+    values = {
+        name: value for name, value in values_of(config).items() if not _is_config(value) and name not in _DERIVED
+    }
+    scale = Scale.of(config, values, shared, most_layers, widths)
     small = {name: scale.value(name, value) for name, value in values.items()}
-    inner = {name: _shrunk(value, shared) for name, value in vars(config).items() if _is_config(value)}
+    inner = {
+        name: _shrunk(value, shared, most_layers, widths) for name, value in vars(config).items() if _is_config(value)
+    }
+    if shared.joined is not None and "out_hidden_size" in small:
+        small["out_hidden_size"] = shared.joined
     small |= _EXCEPTIONS.get(config.model_type, {})
     if "_out_indices" in small:
         small["out_indices"] = small.pop("_out_indices")
-    made = type(config)(**{n: v for n, v in {**small, **inner}.items() if n in own or n == "out_indices"})
-    for name, value in {**small, **inner}.items():  # of a sub-config, which its parent has added
-        if name not in vars(made) and not name.startswith("_"):
-            setattr(made, name, value)
-    return made
+    return with_values(config, {**small, **inner})

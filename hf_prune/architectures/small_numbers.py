@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hf_prune.architectures import config_fields as fields
+from hf_prune.architectures.config_sizes import attribute, first_width, hidden_size, number_of_layers, whole_number
 from hf_prune.architectures.kept_layers import kept_layers, numbers_layers
 
 _HEADS = 4
@@ -18,7 +19,7 @@ _EXPERTS = 4
 _PIXELS = 64
 _STAGES = 5
 _NARROW = 16  # widths up to here stay
-_HIDDEN = ("hidden_size", "d_model", "dim", "embed_dim", "n_embd", "hidden_dim")
+_WIDE = 1024  # no small model needs more
 _MROPE = (16, 24, 24)  # sections of rotary embeddings of images, where the config leaves them to the code
 
 
@@ -29,29 +30,14 @@ class Shared:
     Args:
         hidden: Small hidden size by hidden size.
         tokens: Small token id by token id.
+        vocabulary: The number of tokens.
+        joined: What a tower's outputs become that are as wide as itself, and not as the text model that reads them.
     """
 
     hidden: dict[int, int] = field(default_factory=dict)
     tokens: dict[int, int] = field(default_factory=dict)
-
-
-def whole_number(config: Any, *names: str) -> int | None:
-    """The first of some attributes that is a positive whole number."""
-    for name in names:
-        value = attribute(config, name)
-        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
-            return value
-    return None
-
-
-def attribute(config: Any, name: str) -> Any:
-    """An attribute of a config, None without one; for a config that differs from layer to layer, that of the whole."""
-    return vars(config).get(type(config).attribute_map.get(name, name))
-
-
-def hidden_size(config: Any) -> int | None:
-    """The hidden size of a config."""
-    return whole_number(config, *_HIDDEN)
+    vocabulary: int = _VOCABULARY
+    joined: int | None = None
 
 
 @dataclass(frozen=True)
@@ -68,6 +54,8 @@ class Scale:
         heads: Attention heads.
         small_heads: How many there will be.
         staged: Whether the config describes stages of different widths.
+        most_layers: Up to how many layers all stay; None to have a few.
+        widths: Whether widths, heads and experts stay as they are.
     """
 
     config: Any
@@ -79,22 +67,31 @@ class Scale:
     heads: int
     small_heads: int
     staged: bool
+    most_layers: int | None = None
+    widths: bool = False
 
     @classmethod
-    def of(cls, config: Any, values: Mapping[str, Any], shared: Shared) -> Scale:
+    def of(
+        cls,
+        config: Any,
+        values: Mapping[str, Any],
+        shared: Shared,
+        most_layers: int | None = None,
+        widths: bool = False,
+    ) -> Scale:
         """Read the main sizes of a config, given its fields."""
         staged = any(isinstance(values.get(n), list | tuple) for n in ("depths", "hidden_sizes", "blocks_per_stage"))
         hidden = hidden_size(config) or 64
         if staged:
-            hidden = _first_width(values) or hidden
+            hidden = first_width(values) or hidden
         heads = whole_number(config, "num_attention_heads", "num_heads", "n_head", "encoder_attention_heads") or 1
         small_hidden = min(hidden, 16 if staged else shared.hidden.get(hidden, 64))
-        layers = whole_number(config, "num_hidden_layers", "num_layers", "n_layer", "encoder_layers", "depth") or 1
-        kept = kept_layers(values, layers)
+        layers = number_of_layers(config)
+        kept = kept_layers(values, layers) if most_layers is None else tuple(range(min(layers, most_layers)))
         small_heads = min(heads, _HEADS)
         if small_hidden % small_heads:
             small_heads = 2  # which divides every width that we give
-        return cls(config, shared, layers, kept, hidden, small_hidden, heads, small_heads, staged)
+        return cls(config, shared, layers, kept, hidden, small_hidden, heads, small_heads, staged, most_layers, widths)
 
     def value(self, name: str, value: Any) -> Any:
         """The small value of a field."""
@@ -106,6 +103,8 @@ class Scale:
             return value
         for pattern, rule in _RULES:
             if pattern.fullmatch(name):
+                if self.widths and pattern in _WIDTHS:
+                    return value
                 return rule(self, name, value)
         return value
 
@@ -123,6 +122,9 @@ class Scale:
         if value <= _NARROW:
             return value
         small = max(8, 8 * round(value * self.small_hidden / self.hidden / 8))
+        # Of a projector between models, each with a width; channels may be halved several times.
+        if small > _WIDE and hidden_size(self.config) is None and "channel" not in name:
+            small = 8 * round(value / 512)
         if small == self.small_hidden:
             small += 8 if value > self.hidden else -8
         return min(small, value)
@@ -130,7 +132,8 @@ class Scale:
     def _groups(self, name: str, value: int) -> int:
         if value == self.heads:
             return self.small_heads
-        return min(value, max(self.small_heads // 2, 1))
+        least = 2 if self.heads == 1 else 1  # heads are counted in another config: several stay several
+        return min(value, max(self.small_heads // 2, least))
 
     def _head_count(self, name: str, value: int) -> int:
         if value == self.heads:
@@ -174,12 +177,16 @@ class Scale:
         return min(value, 2) if self.staged and attribute(self.config, "image_size") is not None else value
 
     def _token(self, name: str, value: int) -> int:
-        if value < _VOCABULARY - _SPECIAL:
+        if value < min(self.shared.vocabulary, _VOCABULARY - _SPECIAL):
             return value
-        return self.shared.tokens.setdefault(value, _VOCABULARY - 1 - len(self.shared.tokens))
+        return self.shared.tokens.setdefault(value, self.shared.vocabulary - 1 - len(self.shared.tokens))
 
     def _layer_count(self, name: str, value: int) -> int:
-        return value if self.staged and value <= _STAGES else min(value, len(self.kept))
+        return value if self.staged and value <= _STAGES else min(value, self.most_layers or len(self.kept))
+
+    def _interval(self, value: int, most: int) -> int:
+        """What comes at every so many layers."""
+        return min(value, most if self.most_layers is None else self.most_layers)
 
     def _expert_count(self, name: str, value: int) -> int:
         """More of them where they are chosen by groups, so that some of a group can go."""
@@ -203,14 +210,22 @@ class Scale:
         if not all(isinstance(item, int) and not isinstance(item, bool) for item in value):
             return value
         if "out_indices" in name:
-            return kind(range(1, len(value) + 1)) if not self.staged and max(value) > len(value) else value
+            return (
+                kind(range(1, len(value) + 1))
+                if not self.staged and max(value) > max(len(value), self.most_layers or 0)
+                else value
+            )
         if fields.PIXELS.fullmatch(name):
             return kind(self._pixels(name, item) for item in value)
         if (self.staged and fields.LAYERS.fullmatch(name)) or name in ("depths", "blocks_per_stage"):
-            return kind(min(item, 2) for item in value)
+            return kind(min(item, self.most_layers or 2) for item in value)
         if fields.LAYER_INDEXES.fullmatch(name):
+            if self.most_layers and max(value) < len(self.kept):
+                return value
             first = 0 if value[0] == 0 else max(0, len(self.kept) - len(value))
             return kind(range(first, min(first + len(value), len(self.kept))))
+        if self.widths and not fields.TOKEN.fullmatch(name) and not fields.PIXELS.fullmatch(name):
+            return value
         if "heads" in name:
             divisor = math.gcd(*value)
             return kind(item // divisor * min(divisor, 2) for item in value)
@@ -223,6 +238,8 @@ class Scale:
     def _mapping(self, value: Mapping[str, Any]) -> dict[str, Any]:
         """Rotary settings: sections and factors for a small head."""
         small = dict(value)
+        if self.widths:
+            return small
         head = self.small_hidden // self.small_heads
         if (size := whole_number(self.config, "head_dim")) is not None:
             head = self._head_size("head_dim", size)
@@ -241,19 +258,23 @@ class Scale:
         return small
 
 
+_WIDTHS = {
+    fields.EXPERT_GROUPS, fields.TOP_GROUPS, fields.EXPERTS, fields.TOP_K, fields.GROUPS, fields.HEAD_SIZE,
+    fields.HEAD_COUNT, fields.QUERIES, fields.NORM_GROUPS, fields.AT_LEAST_32, fields.WIDTH,
+}  # fmt: skip
 _RULES: tuple[tuple[Any, Callable[[Scale, str, int], int]], ...] = (
     (fields.VOCAB, lambda scale, name, value: min(value, _VOCABULARY)),
     (fields.TABLE, lambda scale, name, value: min(value, 64)),
     (fields.POSITION, lambda scale, name, value: min(value, _POSITIONS)),
-    (fields.FIRST_DENSE, lambda scale, name, value: 1),
+    (fields.FIRST_DENSE, lambda scale, name, value: scale._interval(value, 1)),
     (fields.FIXED, lambda scale, name, value: value),
     (fields.PIXELS, Scale._pixels),
     (fields.EXPERT_GROUPS, Scale._expert_groups),
     (fields.TOP_GROUPS, lambda scale, name, value: 1),
     (fields.EXPERTS, Scale._expert_count),
     (fields.TOP_K, lambda scale, name, value: min(value, 2)),
-    (fields.PERIOD, lambda scale, name, value: min(value, 2)),
-    (fields.OFFSET, lambda scale, name, value: min(value, 1)),
+    (fields.PERIOD, lambda scale, name, value: scale._interval(value, 2)),
+    (fields.OFFSET, lambda scale, name, value: scale._interval(value, 1)),
     (fields.GROUPS, Scale._groups),
     (fields.HEAD_SIZE, Scale._head_size),
     (fields.HEAD_COUNT, Scale._head_count),
@@ -273,14 +294,3 @@ def _sections(sections: Sequence[int], half: int) -> list[int]:
     small = [max(1, section * half // sum(sections)) for section in sections]
     small[0] += half - sum(small)
     return small
-
-
-def _first_width(values: Mapping[str, Any]) -> int | None:
-    """The width of the first stage."""
-    for name in ("embed_dim", "hidden_sizes", "embed_dims", "embed_dim_per_stage", "embedding_size"):
-        value = values.get(name)
-        if isinstance(value, list | tuple) and value and all(isinstance(item, int) for item in value):
-            value = min(value)
-        if isinstance(value, int):
-            return value
-    return None

@@ -4,27 +4,37 @@ Zero weights do not always do that: a router sends tokens to an expert of zeros 
 While the layer runs, what belongs to such units is therefore taken out of its tensors, buffers, lists and counts, and
 put back afterwards. The weights stay where they are, and a training or a copy of the model sees all of them. A state
 dict cannot say what is switched off, so there is none until ``shrink()``.
+
+A layer whose activations are checkpointed runs once more in the backward pass, after all was put back. What is run
+again takes the units out by itself, in the first run too: both have to do the same, for the same gradients.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from hf_prune.architectures.modules import attribute_holder
 from hf_prune.architectures.moe_block import MoeBlock
 from hf_prune.architectures.moe_blocks import removable_blocks
 from hf_prune.architectures.settings import config_of_setting
 from hf_prune.architectures.unit_groups import UnitGroup, UnitSlice, numbered
-from hf_prune.errors import CheckpointError
+from hf_prune.errors import ArchitectureError, CheckpointError
 
 _ATTRIBUTE = "_hf_prune_without"  # of layers: (group with names relative to the layer, units that stay), by its name
 _FORMER = "_hf_prune_former_forward"
+_CHANGES = "_hf_prune_changes"  # of layers, while they run: what was done to them
+_CHECKPOINT = "_gradient_checkpointing_func"  # by which modules of transformers checkpoint what they run
+_LOCKS: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()  # no copy shares one
+_ALL_LOCKS = threading.Lock()
 
 
 def switch_off(model: nn.Module, group: UnitGroup, kept: Tensor) -> None:
@@ -163,36 +173,99 @@ def count_running(model: nn.Module) -> None:
 
 def _forward_without(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
     former = layer.__dict__.get(_FORMER)
-    with _cut(layer):
+    with _lock_of(layer), _cut(layer):  # another thread would find the layer without units, and cut it once more
         return former(*args, **kwargs) if former is not None else type(layer).forward(layer, *args, **kwargs)
+
+
+def _lock_of(layer: nn.Module) -> threading.RLock:
+    """Held while a layer runs without some of its units."""
+    with _ALL_LOCKS:
+        return _LOCKS.setdefault(layer, threading.RLock())
 
 
 @contextmanager
 def _cut(layer: nn.Module) -> Iterator[None]:
     """The layer without the units that are switched off; gradients flow into its weights through what stays."""
-    undo: list[Callable[[], None]] = []
+    changes: list[_Change] = []
+    layer.__dict__[_CHANGES] = changes
     try:
-        for group, kept in layer.__dict__.get(_ATTRIBUTE, {}).values():
-            for piece in (*group.slices, *group.buffers):
-                holder, _, key = piece.name.rpartition(".")
-                module = layer.get_submodule(holder)
-                tensors: dict[str, Any] = module._buffers if key in module._buffers else module._parameters
-                tensor = tensors[key]
-                undo.append(functools.partial(tensors.__setitem__, key, tensor))
-                tensors[key] = tensor.index_select(piece.dim, piece.index(kept.to(tensor.device)))
-            for name in group.lists:
-                module = layer.get_submodule(name)
-                undo.append(functools.partial(setattr, module, "_modules", module._modules))
-                module._modules = selected_modules(module, kept)
-            for name, attribute in group.counts:
-                module = layer.get_submodule(name)
-                number = getattr(module, attribute)
-                undo.append(functools.partial(setattr, module, attribute, number))
-                setattr(module, attribute, number * len(kept) // group.units)
+        for change in _changes(layer):
+            change.make()
+            changes.append(change)
         yield
     finally:
-        for step in reversed(undo):
-            step()
+        for change in reversed(changes):
+            change.undo()
+        layer.__dict__.pop(_CHANGES, None)
+
+
+@contextmanager
+def _whole(layer: nn.Module) -> Iterator[None]:
+    """The layer as it is outside of :func:`_cut`, also within."""
+    changes: list[_Change] | None = layer.__dict__.pop(_CHANGES, None)
+    for change in reversed(changes or []):
+        change.undo()
+    try:
+        yield
+    finally:
+        for change in changes or []:
+            change.make()
+        if changes is not None:
+            layer.__dict__[_CHANGES] = changes
+
+
+class _Change(NamedTuple):
+    """Something of a layer that is another thing while it runs."""
+
+    write: Callable[[Any], None]
+    before: Any
+    after: Any
+
+    def make(self) -> None:
+        self.write(self.after)
+
+    def undo(self) -> None:
+        self.write(self.before)
+
+
+def _changes(layer: nn.Module) -> Iterator[_Change]:
+    """What there is to change so that a layer runs without some units."""
+    for group, kept in layer.__dict__.get(_ATTRIBUTE, {}).values():
+        for piece in (*group.slices, *group.buffers):
+            holder, _, key = piece.name.rpartition(".")
+            module = layer.get_submodule(holder)
+            tensors: dict[str, Any] = module._buffers if key in module._buffers else module._parameters
+            if (tensor := tensors.get(key)) is None:
+                raise ArchitectureError(
+                    f"experts are switched off in a {type(layer).__name__}, and {piece.name} is no longer in its "
+                    f"module (a {type(module).__name__}): expected plain experts; remove the adapters on them, and "
+                    f"call shrink() before they are added"
+                )
+            selected = tensor.index_select(piece.dim, piece.index(kept.to(tensor.device)))
+            yield _Change(functools.partial(tensors.__setitem__, key), tensor, selected)
+        for name in group.lists:
+            module = layer.get_submodule(name)
+            write = functools.partial(setattr, module, "_modules")
+            yield _Change(write, module._modules, selected_modules(module, kept))
+        for name, attribute in group.counts:
+            owner, key = attribute_holder(layer, name, attribute)
+            number = getattr(owner, key)
+            yield _Change(functools.partial(setattr, owner, key), number, number * len(kept) // group.units)
+    for module in layer.modules():
+        if (checkpoint := module.__dict__.get(_CHECKPOINT)) is not None:
+            again = functools.partial(_checkpoint_cut, layer, checkpoint)
+            yield _Change(functools.partial(setattr, module, _CHECKPOINT), checkpoint, again)
+
+
+def _checkpoint_cut(layer: nn.Module, checkpoint: Callable[..., Any], function: Any, *args: Any, **kwargs: Any) -> Any:
+    """Checkpoint a function of a layer that runs without some of its units, and does so again when it is recomputed."""
+
+    @functools.wraps(function, updated=())
+    def cut(*inputs: Any, **named: Any) -> Any:
+        with _lock_of(layer), _whole(layer), _cut(layer):
+            return function(*inputs, **named)
+
+    return checkpoint(cut, *args, **kwargs)
 
 
 def selected_modules(container: nn.Module, kept: Tensor) -> dict[str, nn.Module | None]:

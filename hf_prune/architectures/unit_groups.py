@@ -23,12 +23,17 @@ class UnitSlice:
         dim: The dimension along which the units lie.
         width: How many neighbouring positions along it belong to one unit.
         offsets: Where the first unit begins; several if one matrix holds several projections.
+        slab: How many positions along it belong to each of several slabs, such as experts in the rows of one matrix,
+            that choose for themselves; 0 if slabs lie along the first of three dimensions, or there are none.
+        fixed: A run of positions that belong to no unit: where it begins, and its length.
     """
 
     name: str
     dim: int
     width: int
     offsets: tuple[int, ...] = (0,)
+    slab: int = 0
+    fixed: tuple[int, int] = (0, 0)
 
     def index(self, units: Tensor) -> Tensor:
         """Positions along :attr:`dim` that belong to some units.
@@ -37,11 +42,15 @@ class UnitSlice:
             units: (n,) int64, or (choices, n), where each slab along the first dimension chooses for itself.
 
         Returns:
-            (offsets * n * width,) int64, or (choices, offsets * n * width).
+            (offsets * n * width,) int64, or (choices, offsets * n * width); one after the other if slabs lie along the
+            same dimension.
         """
         inside = torch.arange(self.width, device=units.device)
         starts = torch.tensor(self.offsets, device=units.device)[:, None, None]
-        return (starts + units[..., None, :, None] * self.width + inside).flatten(-3)
+        index = (starts + units[..., None, :, None] * self.width + inside).flatten(-3)
+        if self.slab and units.ndim == 2:
+            return (index + torch.arange(len(units), device=units.device)[:, None] * self.slab).flatten()
+        return index
 
     def by_unit(self, tensor: Tensor, units: int, choices: int = 0) -> Tensor:
         """(units, rest): the entries of a tensor shaped like the parameter that belong to each unit.
@@ -53,7 +62,8 @@ class UnitSlice:
                 rest) is returned.
         """
         if choices:
-            slabs = tensor.movedim(self.dim, 1).reshape(choices, tensor.shape[self.dim], -1)
+            along = tensor.movedim(self.dim, 0 if self.slab else 1)
+            slabs = along.reshape(choices, self.slab or tensor.shape[self.dim], -1)
             places = self.index(torch.arange(units, device=tensor.device)).view(len(self.offsets), units, self.width)
             return slabs[:, places].movedim(2, 1).reshape(choices, units, -1)
         flat = tensor.movedim(self.dim, 0).reshape(tensor.shape[self.dim], -1)
@@ -127,8 +137,9 @@ class UnitGroup:
         total = 0
         for piece in self.slices:
             shape = list(parameters[piece.name].shape)
-            del shape[piece.dim]
-            total += len(piece.offsets) * piece.width * math.prod(shape)
+            length = shape.pop(piece.dim)
+            slabs = length // piece.slab if piece.slab else 1
+            total += len(piece.offsets) * piece.width * slabs * math.prod(shape)
         for name in self.lists:
             inside = sum(p.numel() for key, p in parameters.items() if key.startswith(f"{name}."))
             total += inside // max(1, self.units)
@@ -166,6 +177,19 @@ def selected(tensor: Tensor, dim: int, index: Tensor) -> Tensor:
     return tensor.gather(dim, index.view(shape).expand(sizes))
 
 
+def staying_mask(tensor: Tensor, dim: int, index: Tensor) -> Tensor:
+    """Bool, shaped like a tensor: True at some positions along a dimension; arguments as :func:`selected`."""
+    shape = [1] * tensor.ndim
+    shape[dim] = -1
+    along = torch.zeros(tensor.shape[dim], dtype=torch.bool)
+    if index.ndim == 2:  # for each slab along the first dimension its own
+        shape[0] = len(index)
+        along = along.repeat(len(index), 1).scatter(1, index.cpu(), True)
+    else:
+        along[index.cpu()] = True
+    return along.view(shape).expand(tensor.shape).to(tensor.device)
+
+
 def numbered(container: nn.Module) -> list[str]:
     """The keys of a list or dict of modules that end in a number; a dict may hold something else as well."""
     return [key for key in container._modules if key[-1:].isdecimal()]
@@ -184,9 +208,11 @@ def weight_names(groups: Iterable[UnitGroup], consumers_only: bool = False) -> l
 
 def overlapping_kinds(groups: Sequence[UnitGroup]) -> tuple[UnitGroup, UnitGroup] | None:
     """Two groups of different kinds that hold slices of the same dimension of a parameter, or that share a name."""
-    owners: dict[tuple[str, int], UnitGroup] = {}
+    owners: dict[tuple[str, int, bool], UnitGroup] = {}
     for group in groups:
-        for key in [(group.name, -1), *((piece.name, piece.dim) for piece in group.slices)]:
+        # A matrix that names what belongs to none of these units may hold units of another kind there.
+        slices = [piece for piece in group.slices if not piece.fixed[1]]
+        for key in [(group.name, -1, False), *((piece.name, piece.dim, piece.slab > 0) for piece in slices)]:
             owner = owners.setdefault(key, group)
             if owner.kind != group.kind:
                 return owner, group

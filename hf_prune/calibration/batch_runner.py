@@ -75,7 +75,7 @@ class BatchRunner:
         self,
         watchers: Sequence[Watcher],
         batches: Sequence[int],
-        progress: bool = False,
+        progress: bool | None = None,
         record: bool = True,
         after_batch: Callable[[], bool] | None = None,
     ) -> None:

@@ -12,11 +12,12 @@ from hf_prune.errors import CalibrationError
 from hf_prune.planning.config import PruningConfig
 from hf_prune.planning.traits import criterion_learns
 from hf_prune.utils.distributed import check_same_batches, fail_together, rank_and_world_size
-from hf_prune.utils.forward import as_batches
+from hf_prune.utils.forward import is_encoder_decoder
 
 Batches = Iterable[Mapping[str, Any]]
 NO_BATCHES = "calibration has no batches: expected at least one; a used-up generator yields none"
-_IGNORED = -100  # a label that is padding
+IGNORED = -100  # a label that does not count, such as that of padding
+_MOST_LOGITS = 2**25  # of a language model in one backward pass, which holds several copies of them
 
 
 def require_batches(config: PruningConfig, calibration: Batches | None) -> Batches:
@@ -33,10 +34,10 @@ def require_batches(config: PruningConfig, calibration: Batches | None) -> Batch
         if calibration is None:
             labels = " and labels" if config.needs & LABELLED else ""
             raise CalibrationError(
-                f"{data_user(config) or 'pruning'} needs calibration data, and got none: pass calibration=batches, "
-                f"an iterable of dicts with the model's inputs{labels}"
+                f"{data_user(config) or 'pruning'} needs calibration data, and got none: pass calibration=, a list of "
+                f"texts, a datasets.Dataset, a DataLoader or batches (dicts with the model's inputs{labels})"
             )
-        batches: Batches = as_batches(calibration)
+        batches: Batches = calibration
         if rank_and_world_size()[1] > 1:
             batches = list(batches)
     check_same_batches(batches)
@@ -92,15 +93,18 @@ def without_labels(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]
     """
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     labels = batch.get("labels")
-    decodes = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
-    if labels is None or not decodes or {"decoder_input_ids", "decoder_inputs_embeds"} & inputs.keys():
+    if (
+        labels is None
+        or not is_encoder_decoder(model)
+        or {"decoder_input_ids", "decoder_inputs_embeds"} & inputs.keys()
+    ):
         return inputs
     shift: Any = getattr(model, "prepare_decoder_input_ids_from_labels", None)
     if shift is None:  # the model shifts them itself, or reads something else: its predictions are as they are
         return dict(batch)
     inputs["decoder_input_ids"] = shift(labels=labels)
-    if "decoder_attention_mask" not in inputs and bool((labels == _IGNORED).any()):
-        inputs["decoder_attention_mask"] = (labels != _IGNORED).long()
+    if "decoder_attention_mask" not in inputs and bool((labels == IGNORED).any()):
+        inputs["decoder_attention_mask"] = (labels != IGNORED).long()
     return inputs
 
 
@@ -116,6 +120,34 @@ def count_examples(batch: Mapping[str, Any]) -> int:
             f"a calibration batch holds no tensors (found: {', '.join(batch) or 'nothing'}): expected model inputs"
         )
     return len(tensors.get("labels", next(iter(tensors.values()))))
+
+
+def small_batches(model: nn.Module, batch: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Split a batch of a language model whose logits would fill the memory; other batches stay whole.
+
+    Args:
+        model: The model.
+        batch: Its inputs by name.
+
+    Returns:
+        Batches of fewer examples in the same order, of one at least.
+    """
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    weight = getattr(head, "weight", None)
+    tensors = [value for value in batch.values() if isinstance(value, Tensor) and value.dim() > 0]
+    examples = count_examples(batch)
+    tokens = max((value.numel() for value in tensors if value.dim() == 2 and not value.is_floating_point()), default=0)
+    if (
+        not isinstance(weight, Tensor)
+        or tokens * len(weight) <= _MOST_LOGITS
+        or any(len(t) != examples for t in tensors)
+    ):
+        return [dict(batch)]
+    size = max(1, _MOST_LOGITS * examples // (tokens * len(weight)))
+    return [
+        {k: v[i : i + size] if isinstance(v, Tensor) and v.dim() > 0 else v for k, v in batch.items()}
+        for i in range(0, examples, size)
+    ]
 
 
 def batch_kinds(batches: Sequence[Mapping[str, Any]]) -> list[int]:

@@ -7,14 +7,14 @@ smaller; or else its first output) and the outputs of its blocks. Padding does n
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from hf_prune.calibration.batches import Batches, without_labels
+from hf_prune.calibration.batches import Batches, small_batches, without_labels
 from hf_prune.calibration.block_sequence import outer_lists, replaced_forward
 from hf_prune.calibration.hooks import Watcher
 from hf_prune.calibration.input_reader import CACHE_BYTES, InputReader
@@ -51,7 +51,7 @@ class DenseOutputs:
         targets: Iterable[Target],
         batches: Batches,
         cache_bytes: int = CACHE_BYTES,
-        progress: bool = False,
+        progress: bool | None = None,
     ) -> None:
         self.batches = list(batches)
         self._reader = InputReader(model, targets, self.batches)
@@ -105,7 +105,7 @@ class DenseOutputs:
         return self._reader.device
 
     def running(self) -> InputReader:
-        """A context in which :meth:`distance` may be called."""
+        """A context in which :meth:`distances` may be called."""
         return self._reader
 
     @torch.no_grad()
@@ -113,9 +113,10 @@ class DenseOutputs:
         total = torch.zeros(1 + len(self._blocks), dtype=torch.float64)
         with self._reader, fail_together():
             for index in Bar(self.mine, desc="Dense outputs", progress=self._progress):
-                outputs = self._run(index)
-                total += torch.tensor([float(x.float().square().sum(dtype=torch.float64)) for x in outputs])
-                self._cache.put(index, [x.to(torch.bfloat16) if i else x for i, x in enumerate(outputs)])
+                for number, window in enumerate(self._windows(index)):
+                    outputs = self._run(window)
+                    total += torch.tensor([float(x.float().square().sum(dtype=torch.float64)) for x in outputs])
+                    self._cache.put((index, number), [x.to(torch.bfloat16) if i else x for i, x in enumerate(outputs)])
         self.sizes = all_reduce_sum(total)
         if not bool(torch.isfinite(self.sizes).all()):
             raise CalibrationError(
@@ -123,7 +124,15 @@ class DenseOutputs:
                 "use float32 or bfloat16, and check the batches"
             )
 
-    def _run(self, index: int) -> list[Tensor]:
+    def _windows(self, index: int) -> list[dict[str, Any]]:
+        """The parts of a batch that run one after the other; those of a language model are single windows."""
+        batch = self.batches[index]
+        if self._reader.padding.encoder is None:
+            batch = without_labels(self._reader.model, batch)
+        splits = self._head is not None and "labels" not in batch
+        return small_batches(self._reader.model, batch) if splits else [dict(batch)]
+
+    def _run(self, batch: Mapping[str, Any]) -> list[Tensor]:
         """The predictions for a batch, flat, and the output of each block; without padding."""
         states: dict[int, Tensor] = {}
         last: list[Tensor] = []
@@ -136,9 +145,6 @@ class DenseOutputs:
         def keep_last(module: nn.Module, args: Any, kwargs: Any, _: Any) -> None:
             last.append(self._copied_rows(module, first_input(args, kwargs)))
 
-        batch = self.batches[index]
-        if self._reader.padding.encoder is None:
-            batch = without_labels(self._reader.model, batch)
         with ExitStack() as hooks:
             for block in self._blocks:
                 Watcher(block, keep_state, after=True).install(hooks, None)
@@ -173,19 +179,20 @@ class DenseOutputs:
         ]
         return [self._reader.padding.rows(self._last, x) if x.dim() == 3 else x for x in centred]
 
-    def distance(self, index: int) -> Tensor:
-        """How far the model's outputs for a batch are from the dense ones.
+    def distances(self, index: int) -> Iterator[Tensor]:
+        """How far the model's outputs for a batch are from the dense ones, in parts that add up to it.
 
         The squared distance of the logits (of a language model: of the inputs of its output embedding), plus the mean
         over the blocks of the squared distances of their outputs; each in units of the sum of the squares of the dense
-        values over all batches.
+        values over all batches. Each part is a run of the model on one window of text.
         """
-        now, dense = self._run(index), self._cache.get(index)
-        parts = [
-            (a.float() - b.float()).square().sum() / size
-            for a, b, size in zip(now, dense, self.sizes.clamp_min(1e-30).tolist(), strict=True)
-        ]
-        return parts[0] + (torch.stack(parts[1:]).mean() if parts[1:] else 0.0)
+        for number, window in enumerate(self._windows(index)):
+            now, dense = self._run(window), self._cache.get((index, number))
+            parts = [
+                (a.float() - b.float()).square().sum() / size
+                for a, b, size in zip(now, dense, self.sizes.clamp_min(1e-30).tolist(), strict=True)
+            ]
+            yield parts[0] + (torch.stack(parts[1:]).mean() if parts[1:] else 0.0)
 
 
 def trainable(model: nn.Module, modules: Iterable[nn.Module]) -> dict[str, nn.Parameter]:

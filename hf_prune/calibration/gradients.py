@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hf_prune.calibration.accumulators import accumulate_dtype
-from hf_prune.calibration.batches import NO_BATCHES, Batches, count_examples, without_labels
-from hf_prune.calibration.predictions import sampled_prediction, token_mask
+from hf_prune.calibration.batches import IGNORED, NO_BATCHES, Batches, count_examples, small_batches, without_labels
+from hf_prune.calibration.output_head import HeadFinder, sampled_by
+from hf_prune.calibration.predictions import token_mask
 from hf_prune.criteria.base import derived_seed
 from hf_prune.errors import CalibrationError
 from hf_prune.kernels.matrix import is_finite
@@ -19,9 +22,11 @@ from hf_prune.utils.distributed import all_reduce_sum, fail_together, rank_items
 from hf_prune.utils.forward import batch_to_device, eval_mode, run_model
 from hf_prune.utils.progress import Bar
 
+_NOT_FINITE = "the loss of a calibration batch is {}: expected a finite number"
+
 
 def mean_gradients(
-    model: nn.Module, names: Sequence[str], batches: Batches, needs: frozenset[str], progress: bool = False
+    model: nn.Module, names: Sequence[str], batches: Batches, needs: frozenset[str], progress: bool | None = None
 ) -> dict[str, dict[str, Tensor]]:
     """Mean gradients and mean absolute gradients of the loss of labelled batches, weighted by their examples.
 
@@ -36,17 +41,19 @@ def mean_gradients(
         By each of ``needs``, tensors like the parameters, float32, by name.
 
     Raises:
-        CalibrationError: If there are no batches, or one gives no loss, or a gradient is not finite.
+        CalibrationError: If there are no batches, or one gives no loss, or no label counts in any (all are -100), or a
+            gradient is not finite.
     """
     parameters = dict(model.named_parameters())
     dtype = accumulate_dtype(parameters[names[0]].device)
     totals = {need: {name: torch.zeros_like(parameters[name], dtype=dtype) for name in names} for need in needs}
-    examples = 0
+    examples = ignored = 0
+    find_head = HeadFinder(model)
     with differentiable(model, names), fail_together():
         for batch in Bar(rank_items(batches), desc="Calibrating", progress=progress):
-            size, loss = _loss(model, batch)
-            gradients = torch.autograd.grad(loss, [parameters[name] for name in names], allow_unused=True)
+            size, gradients = _loss_gradients(model, batch, [parameters[name] for name in names], find_head)
             examples += size
+            ignored += size == 0
             for name, gradient in zip(names, gradients, strict=True):
                 if gradient is None:
                     continue
@@ -54,6 +61,12 @@ def mean_gradients(
                     totals["gradient"][name].add_(gradient, alpha=size)
                 if "absolute_gradient" in totals:
                     totals["absolute_gradient"][name].add_(gradient.abs(), alpha=size)
+    labelled, unlabelled = all_reduce_sum(torch.tensor([examples, ignored])).tolist()
+    if unlabelled and not labelled:
+        raise CalibrationError(
+            f"{_NOT_FINITE.format(math.nan)}, and no label counts in any of the {unlabelled} batches: expected token "
+            f"ids as labels, and {IGNORED} only where a token is not to be predicted"
+        )
     return {need: mean_over_examples(tensors, examples) for need, tensors in totals.items()}
 
 
@@ -69,6 +82,19 @@ def differentiable(model: nn.Module, names: Collection[str]) -> Iterator[None]:
     finally:
         for parameter, flag in required:
             parameter.requires_grad_(flag)
+
+
+@contextmanager
+def no_parameter_gradients(model: nn.Module) -> Iterator[None]:
+    """Inside, no parameter requires a gradient; afterwards the same ones do as before."""
+    required = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for parameter in required:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in required:
+            parameter.requires_grad_(True)
 
 
 def mean_over_examples(totals: Mapping[str, Tensor], examples: int) -> dict[str, Tensor]:
@@ -99,7 +125,7 @@ def mean_over_examples(totals: Mapping[str, Tensor], examples: int) -> dict[str,
 
 
 def squared_gradients(
-    model: nn.Module, names: Sequence[str], batches: Batches, seed: int = 0, progress: bool = False
+    model: nn.Module, names: Sequence[str], batches: Batches, seed: int = 0, progress: bool | None = None
 ) -> dict[str, Tensor]:
     """The diagonal of the Fisher matrix: the mean squared gradient of each example's predictions.
 
@@ -130,7 +156,7 @@ def squared_gradients(
 
 
 def example_gradients(
-    model: nn.Module, names: Sequence[str], batches: Batches, seed: int = 0, progress: bool = False
+    model: nn.Module, names: Sequence[str], batches: Batches, seed: int = 0, progress: bool | None = None
 ) -> Iterator[tuple[int, tuple[Tensor | None, ...]]]:
     """The gradient of each example's predictions, one example after the other, for this process's share of the batches.
 
@@ -155,11 +181,12 @@ def example_gradients(
     """
     by_name = dict(model.named_parameters())
     parameters = [by_name[name] for name in names]
+    find_head = HeadFinder(model)
     numbered = rank_items(enumerate(batches))
     for number, batch in Bar(numbered, desc="Calibrating", progress=progress):
         for i, example in enumerate(_examples(batch_to_device(model, batch))):
             generator = torch.Generator().manual_seed(derived_seed(seed, number, i))
-            loss = _example_loss(model, example, generator)
+            loss = _example_loss(model, example, generator, find_head)
             yield number, torch.autograd.grad(loss, parameters, allow_unused=True)
 
 
@@ -178,28 +205,56 @@ def _examples(batch: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         yield {k: v[split] if isinstance(v, Tensor) and v.dim() > 0 else v for k, v in batch.items()}
 
 
-def _example_loss(model: nn.Module, batch: Mapping[str, Any], generator: torch.Generator) -> Tensor:
+def _example_loss(
+    model: nn.Module, batch: Mapping[str, Any], generator: torch.Generator, find_head: HeadFinder
+) -> Tensor:
     inputs = without_labels(model, batch)
+    mask, head = token_mask(model, inputs), find_head(inputs)
     with torch.enable_grad():
-        return _checked(sampled_prediction(run_model(model, inputs), token_mask(model, inputs), generator))
+        return _checked(sampled_by(head, partial(run_model, model), inputs, mask, generator))
 
 
-def _loss(model: nn.Module, batch: Mapping[str, Any]) -> tuple[int, Tensor]:
-    """The number of examples in a batch, and the loss that the model computes from its labels."""
+def _loss_gradients(
+    model: nn.Module, batch: Mapping[str, Any], parameters: Sequence[Tensor], find_head: HeadFinder
+) -> tuple[int, Sequence[Tensor | None]]:
+    """The number of examples in a batch, and the gradients of the loss that the model computes from its labels.
+
+    A batch in which no label counts has no loss, and therefore no weight: 0 examples.
+    """
+    nothing: list[Tensor | None] = [None] * len(parameters)
     inputs = batch_to_device(model, batch)
-    with torch.enable_grad():
-        loss = getattr(run_model(model, inputs), "loss", None)
-    if loss is None:
-        raise CalibrationError(
-            f"the model returned no loss for a batch with {', '.join(sorted(inputs))}: "
-            f"expected the labels among them, usually under 'labels'"
-        )
-    return count_examples(inputs), _checked(loss)
+    size = count_examples(inputs)
+    if (head := find_head(inputs)) is None or "labels" not in inputs:
+        with torch.enable_grad():
+            loss = getattr(run_model(model, inputs), "loss", None)
+        if loss is None:
+            raise CalibrationError(
+                f"the model returned no loss for a batch with {', '.join(sorted(inputs))}: "
+                f"expected the labels among them, usually under 'labels'"
+            )
+        if loss.isnan().all() and _all_ignored(inputs.get("labels")):
+            return 0, nothing
+        return size, torch.autograd.grad(_checked(loss), parameters, allow_unused=True)
+    if (counted := int((inputs["labels"][:, 1:] != IGNORED).sum())) == 0:
+        return 0, nothing
+    gradients = nothing
+    for window in small_batches(model, inputs):
+        with torch.enable_grad():
+            loss = _checked(head.cross_entropy(partial(run_model, model), window)[0] / counted)
+        for i, part in enumerate(torch.autograd.grad(loss, parameters, allow_unused=True)):
+            if part is not None:
+                gradients[i] = part if (total := gradients[i]) is None else total.add_(part)
+    return size, gradients
+
+
+def _all_ignored(labels: Any) -> bool:
+    """Whether no label is one that a token is to be predicted for; the first of a causal language model is not."""
+    return isinstance(labels, Tensor) and labels.dim() == 2 and bool((labels[:, 1:] == IGNORED).all())
 
 
 def _checked(loss: Tensor) -> Tensor:
     if not torch.isfinite(loss):
-        raise CalibrationError(f"the loss of a calibration batch is {loss.item()}: expected a finite number")
+        raise CalibrationError(_NOT_FINITE.format(loss.item()))
     if not loss.requires_grad:
         raise CalibrationError(
             "the loss of a calibration batch depends on none of the weights to be pruned: check target_modules, and "

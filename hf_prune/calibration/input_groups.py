@@ -57,7 +57,7 @@ class InputGroup:
 
 def group_by_input(
     targets: Sequence[Target],
-    needs: frozenset[str],
+    new: Callable[[Target], SlabAccumulators],
     inputs: Mapping[str, tuple[int, ...]],
     watch: Callable[[str, Callable[..., Any]], list[Watcher]],
     padding: Padding,
@@ -66,7 +66,7 @@ def group_by_input(
 
     Args:
         targets: The targets.
-        needs: Statistics of the inputs.
+        new: Makes the accumulator of a group from its first target.
         inputs: By target, the numbers of its inputs; a target without is a group of its own.
         watch: Makes the hooks on all calls of a target.
         padding: Knows which rows count.
@@ -82,7 +82,7 @@ def group_by_input(
         numbers = inputs.get(t.name)
         group = None if numbers is None or t.slabs > 1 else by_inputs.get(numbers)
         if group is None:
-            group = InputGroup(SlabAccumulators(needs, t), padding, t.layout)
+            group = InputGroup(new(t), padding, t.layout)
             groups.append(group)
             if numbers is not None and t.slabs == 1:
                 by_inputs[numbers] = group

@@ -180,7 +180,7 @@ class InputReader(BatchRunner):
 
     # --- statistics ---------------------------------------------------------------------------------
 
-    def gather(self, targets: Sequence[Target], needs: frozenset[str], progress: bool = False) -> Statistics:
+    def gather(self, targets: Sequence[Target], needs: frozenset[str], progress: bool | None = None) -> Statistics:
         """Statistics of the inputs of some targets, with the weights that the model has now.
 
         Args:
@@ -207,9 +207,11 @@ class InputReader(BatchRunner):
         return device_of(self.places[name][0]) if self.places[name] else self.device
 
     def _accumulate(
-        self, targets: Sequence[Target], needs: frozenset[str], progress: bool
+        self, targets: Sequence[Target], needs: frozenset[str], progress: bool | None
     ) -> dict[str, SlabAccumulators]:
-        groups, accumulators, watchers = group_by_input(targets, needs, self.inputs, self.watchers, self.padding)
+        groups, accumulators, watchers = group_by_input(
+            targets, partial(SlabAccumulators, needs), self.inputs, self.watchers, self.padding
+        )
 
         def same_inputs() -> bool:
             return all([group.end_batch() for group in groups])

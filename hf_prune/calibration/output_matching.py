@@ -14,6 +14,7 @@ replayed, everything is recorded at the start.
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from hf_prune.calibration.accumulators import SlabAccumulators
 from hf_prune.calibration.batches import Batches
 from hf_prune.calibration.hooks import Watcher
+from hf_prune.calibration.input_matching import gather_changes, is_plain_linear
 from hf_prune.calibration.input_reader import InputReader, Statistics, check_finite
 from hf_prune.calibration.match_point import MatchPoint, find_match_point
 from hf_prune.calibration.padding import first_input
@@ -46,6 +48,7 @@ class OutputMatcher:
         cache_bytes: How much is kept in memory of the outputs of blocks, and again of the outputs of targets; the rest
             goes to a temporary folder.
         reuse: Whether finished blocks may return what they returned before.
+        folder: Where that temporary folder is made; None for the system's.
     """
 
     def __init__(
@@ -56,14 +59,16 @@ class OutputMatcher:
         sensitivity: Sensitivity,
         cache_bytes: int,
         reuse: bool = True,
+        folder: str | os.PathLike[str] | None = None,
     ) -> None:
         self._batches = list(batches)
         self._sensitivity = sensitivity
-        self._dense = InputReader(model, targets, self._batches, reuse=reuse, cache_bytes=cache_bytes)
+        self._dense = InputReader(model, targets, self._batches, reuse=reuse, cache_bytes=cache_bytes, folder=folder)
         self._dense.order(warn=False)
         self._dense.replay.enabled = reuse and self._dense.verify()
-        self._outputs = OffloadCache(cache_bytes)  # of the dense model, by target and batch
+        self._outputs = OffloadCache(cache_bytes, folder)  # of the dense model, by target and batch
         self._points: dict[str, MatchPoint | None] = {}
+        self._sources: dict[str, str] = {}  # targets that are matched by their inputs, and whose inputs were recorded
 
     def __enter__(self) -> OutputMatcher:
         self._dense.__enter__()
@@ -110,6 +115,9 @@ class OutputMatcher:
         self._outputs.close()
         for t in known:
             self._points[t.name] = find_match_point(self._dense, t.name)
+            if self._points[t.name] is None and self._sensitivity.tokens_alike and self._is_plain(t):
+                same = (name for name in self._sources if self._dense.inputs[name] == self._dense.inputs[t.name])
+                self._sources[t.name] = next(same, t.name)
         rows: dict[str, list[Tensor]] = {}
         self._dense.finish(targets)
 
@@ -121,7 +129,17 @@ class OutputMatcher:
                 self._outputs.put((name, self._dense.current), rows.pop(name))
             return True
 
-        watchers = [w for t in known for w in self._watchers(self._dense, t, keep)]
+        def keep_inputs(name: str, layout: str) -> Callable[..., None]:
+            def see(module: nn.Module, args: Any, kwargs: Any, _: Any) -> None:
+                x = first_input(args, kwargs)
+                rows.setdefault(name, []).append(self._dense.padding.rows(module, x, layout).clone())
+
+            return see
+
+        by_input = [t for t in known if self._sources.get(t.name) == t.name]
+        by_output = [t for t in known if t.name not in self._sources]
+        watchers = [w for t in by_output for w in self._watchers(self._dense, t, keep)]
+        watchers += [w for t in by_input for w in self._dense.watchers(t.name, keep_inputs(t.name, t.layout))]
         self._dense.run(watchers, range(len(self._batches)), after_batch=end_batch)
 
     def _watchers(
@@ -157,7 +175,7 @@ class OutputMatcher:
             watchers.append(point.watcher(lambda z: hand_on(*pending.pop(), z)))
         return watchers
 
-    def gather(self, reader: InputReader, targets: Sequence[Target], progress: bool = False) -> Statistics:
+    def gather(self, reader: InputReader, targets: Sequence[Target], progress: bool | None = None) -> Statistics:
         """Statistics of some targets of the segment that was recorded last, on the pruned model.
 
         Args:
@@ -173,10 +191,14 @@ class OutputMatcher:
         Raises:
             CalibrationError: If one is not finite.
         """
-        matched = [t for t in targets if t.name in self._points]
+        by_input = [t for t in targets if t.name in self._sources]
+        matched = [t for t in targets if t.name in self._points and t.name not in self._sources]
         rest = [t for t in targets if t.name not in self._points]
         accumulators = reader.repeated(lambda: self._accumulate(reader, matched, progress)) if matched else {}
         statistics = reader.gather(rest, _NEEDS, progress) if rest else {}
+        statistics |= gather_changes(reader, by_input, _NEEDS, self._recorded_input, progress)
+        for t in by_input:
+            check_finite(t.name, statistics[t.name])
         for t in matched:
             accumulator = accumulators[t.name]
             accumulator.add_others(reader.device)
@@ -191,7 +213,7 @@ class OutputMatcher:
         return statistics
 
     def _accumulate(
-        self, reader: InputReader, targets: Sequence[Target], progress: bool
+        self, reader: InputReader, targets: Sequence[Target], progress: bool | None
     ) -> dict[str, SlabAccumulators]:
         accumulators = {t.name: SlabAccumulators(_NEEDS, t, changes=True) for t in targets}
         calls: dict[tuple[str, int], int] = {}
@@ -199,17 +221,30 @@ class OutputMatcher:
         def add(name: str, slab: int, x: Tensor, z: Tensor) -> None:
             key = (name, reader.current)
             call = calls[key] = calls.get(key, -1) + 1
-            dense = self._outputs.get(key) if key in self._outputs else []
-            if call >= len(dense) or dense[call].shape != z.shape:
-                before = tuple(dense[call].shape) if call < len(dense) else "nothing"
-                raise CalibrationError(
-                    f"{name} returned {tuple(z.shape)} for a calibration batch, and {before} when the model was dense: "
-                    f"objective='loss' needs a model that treats every token alike; use objective='layer'"
-                )
-            weight = self._sensitivity.weights(*key, call).to(x.device)
-            change = dense[call].float() - z.float()
-            accumulators[name].add(x, 1 - TOKEN_SHARE + TOKEN_SHARE * weight, change, slab)
+            dense = self._recorded(key, call, z)
+            weight = self._sensitivity.weights(*key, call)
+            if weight is not None:
+                weight = 1 - TOKEN_SHARE + TOKEN_SHARE * weight.to(x.device)
+            accumulators[name].add(x, weight, dense.float() - z.float(), slab)
 
         watchers = [w for t in targets for w in self._watchers(reader, t, add)]
         reader.run(watchers, range(len(self._batches)), progress)
         return accumulators
+
+    def _is_plain(self, target: Target) -> bool:
+        holders = self._dense.holders[target.name]
+        return len(holders) == 1 and is_plain_linear(holders[0], target)
+
+    def _recorded_input(self, name: str, batch: int, call: int, x: Tensor) -> Tensor:
+        return self._recorded((self._sources[name], batch), call, x)
+
+    def _recorded(self, key: tuple[str, int], call: int, like: Tensor) -> Tensor:
+        """What the dense model had in the place of a tensor."""
+        dense: list[Tensor] = self._outputs.get(key) if key in self._outputs else []
+        if call >= len(dense) or dense[call].shape != like.shape:
+            before = tuple(dense[call].shape) if call < len(dense) else "nothing"
+            raise CalibrationError(
+                f"{key[0]} returned {tuple(like.shape)} for a calibration batch, and {before} when the model was "
+                f"dense: objective='loss' needs a model that treats every token alike; use objective='layer'"
+            )
+        return dense[call]

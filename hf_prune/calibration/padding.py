@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from hf_prune.calibration.routed_rows import RoutedRows
 from hf_prune.calibration.slabs import owner_of
 from hf_prune.planning.prunable import Convolution, Transposed
+from hf_prune.utils.forward import is_encoder_decoder
 
 
 class Padding:
@@ -150,7 +151,7 @@ def _spread_out(module: Transposed, x: Tensor) -> Tensor:
 
 def _encoder_modules(model: nn.Module) -> tuple[nn.Module, set[int]] | None:
     """The encoder of a model that has a decoder as well, and the ids of all modules in it; None for other models."""
-    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+    if not is_encoder_decoder(model):
         return None
     encoder, decoder = (getattr(model, f"get_{part}", lambda: None)() for part in ("encoder", "decoder"))
     if encoder is None or decoder is None:

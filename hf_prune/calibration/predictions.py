@@ -16,6 +16,9 @@ from torch import Tensor, nn
 
 from hf_prune.calibration.padding import first_tensor
 from hf_prune.errors import CalibrationError
+from hf_prune.kernels.chunked_logits import rows_of_chunk
+from hf_prune.kernels.matrix import is_finite
+from hf_prune.utils.forward import is_encoder_decoder
 
 
 def sampled_prediction(outputs: Any, mask: Tensor | None, generator: torch.Generator) -> Tensor:
@@ -34,16 +37,9 @@ def sampled_prediction(outputs: Any, mask: Tensor | None, generator: torch.Gener
     total: Tensor = torch.zeros(())
     for values in named_logits(outputs):
         y = values.float()
-        if not bool(torch.isfinite(y.detach()).all()):
-            raise CalibrationError(
-                "the model's outputs for a calibration batch are not finite: calibrate in float32 or bfloat16, and "
-                "check the batches"
-            )
+        check_finite(y.detach())
         if has_logits and y.dim() == 3 and y.shape[-1] > 1:  # (batch, seq, classes)
-            logs = y.log_softmax(-1)
-            flat = logs.detach().exp().reshape(-1, y.shape[-1]).cpu()
-            labels = torch.multinomial(flat, 1, generator=generator).view(*y.shape[:2], 1).to(y.device)
-            y = logs.gather(-1, labels)  # (batch, seq, 1)
+            y = _SampledLogProbability.apply(y, generator)  # (batch, seq, 1)
             direction = torch.ones_like(y)
         else:
             direction = torch.randn(y.shape, generator=generator).to(y.device)
@@ -56,9 +52,47 @@ def sampled_prediction(outputs: Any, mask: Tensor | None, generator: torch.Gener
     return total
 
 
+class _SampledLogProbability(torch.autograd.Function):
+    """Log-probabilities of classes drawn from logits, a few rows at a time: of many classes, a copy fills memory."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, generator: torch.Generator) -> Tensor:
+        """(batch, seq, 1) from (batch, seq, classes)."""
+        rows = logits.reshape(-1, logits.shape[-1])
+        drawn, logs = [], []
+        for part in rows.split(rows_of_chunk(rows.shape[1])):
+            log_softmax = part.log_softmax(-1)
+            drawn.append(torch.multinomial(log_softmax.exp().cpu(), 1, generator=generator).to(rows.device))
+            logs.append(log_softmax.gather(1, drawn[-1]))
+        labels = torch.cat(drawn)
+        ctx.save_for_backward(logits, labels)
+        return torch.cat(logs).view(*logits.shape[:2], 1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        """The gradient of a log-probability: one for the class that was drawn, minus all probabilities."""
+        logits, labels = ctx.saved_tensors
+        scale = gradients[0].reshape(-1, 1)
+        result = logits.reshape(-1, logits.shape[-1]).softmax(-1).mul_(-scale)
+        return result.scatter_add_(1, labels, scale).view(logits.shape), None
+
+
+def check_finite(outputs: Tensor) -> None:
+    """Make sure that what a model returned is finite.
+
+    Raises:
+        CalibrationError: If it is not.
+    """
+    if not is_finite(outputs):
+        raise CalibrationError(
+            "the model's outputs for a calibration batch are not finite: calibrate in float32 or bfloat16, and "
+            "check the batches"
+        )
+
+
 def token_mask(model: nn.Module, batch: Mapping[str, Any]) -> Tensor | None:
     """The mask of the tokens that a model makes predictions for: (batch, seq), or None if the batch has none."""
-    side = "decoder_" if getattr(getattr(model, "config", None), "is_encoder_decoder", False) else ""
+    side = "decoder_" if is_encoder_decoder(model) else ""
     mask = batch.get(f"{side}attention_mask")
     return mask if isinstance(mask, Tensor) else None
 

@@ -16,7 +16,7 @@ class RoutedRows:
     """Follows rows from where they are gathered through everything that keeps their number and order.
 
     A row is known by the number of rows that it was gathered from, and its place among them: padding is then told from
-    tokens as if nothing had been gathered. Joining and transposing end the trail.
+    tokens as if nothing had been gathered. Rows that are joined one after the other stay known; transposing ends it.
     """
 
     def __init__(self) -> None:
@@ -55,6 +55,8 @@ class RoutedRows:
             kwargs: Its keyword arguments.
             result: What it returned.
         """
+        if name in ("cat", "concat", "concatenate") and args:
+            self._join(args[0], args[1] if len(args) > 1 else kwargs.get("dim", 0), result)
         if not args or not isinstance(args[0], Tensor) or args[0].dim() < _KEEPS_ROWS:
             return
         source = args[0]
@@ -70,6 +72,15 @@ class RoutedRows:
             known = self.of(source)
             if known is not None and _rows(result) == len(known[1]):
                 self.note(result, *known)
+
+    def _join(self, parts: Any, dim: Any, result: Any) -> None:
+        """Rows of several experts, one after the other; those without any say nothing."""
+        known = [self.of(part) for part in parts if part.numel()]
+        found = [entry for entry in known if entry is not None]
+        if dim == 0 and found and len(found) == len(known) and len({size for size, _ in found}) == 1:
+            places = torch.cat([places.reshape(-1) for _, places in found])
+            if result.dim() == _KEEPS_ROWS and len(result) == len(places):
+                self.note(result, found[0][0], places)
 
     def _divide(self, source: Tensor, parts: Any) -> None:
         known = self.of(source)

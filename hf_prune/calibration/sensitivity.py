@@ -9,41 +9,55 @@ outputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+import itertools
+import os
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hf_prune.calibration.accumulators import accumulate_dtype
+from hf_prune.calibration.batches import Batches, small_batches, without_labels
+from hf_prune.calibration.gradients import no_parameter_gradients
 from hf_prune.calibration.hooks import Watcher
 from hf_prune.calibration.input_reader import CACHE_BYTES, InputReader
+from hf_prune.calibration.output_head import HeadFinder, OutputHead, join_windows, sampled_by
 from hf_prune.calibration.padding import first_input
-from hf_prune.calibration.predictions import sampled_prediction, token_mask
+from hf_prune.calibration.predictions import token_mask
 from hf_prune.calibration.slabs import slab_number
 from hf_prune.criteria.base import derived_seed
 from hf_prune.errors import CalibrationError
 from hf_prune.kernels.matrix import Target, is_finite, output_rows
+from hf_prune.planning.expectations import is_language_model
 from hf_prune.utils.distributed import all_reduce_sum, fail_together, rank_items
 from hf_prune.utils.forward import batch_to_device
 from hf_prune.utils.offload_cache import OffloadCache
 from hf_prune.utils.progress import Bar
 
+_MOST_TOKENS = 4096  # that are measured of a language model: backward passes are dear, and more change next to nothing
+
 
 class Sensitivity:
     """Squared gradients of the predictions with respect to the outputs of targets.
 
+    Args:
+        cache_bytes: How much of those of the tokens is kept in memory.
+        folder: Where the rest goes; None for the system's temporary folder.
+
     Attributes:
         outputs: (out,) mean over the tokens, by parameter name, float32.
         misplaced: Names of targets whose tokens cannot be told apart: those of experts, which get any of them.
+        tokens_alike: Whether all tokens count the same.
     """
 
-    def __init__(self, cache_bytes: int) -> None:
+    def __init__(self, cache_bytes: int, folder: str | os.PathLike[str] | None = None) -> None:
         self.outputs: dict[str, Tensor] = {}
         self.misplaced: set[str] = set()
         self._means: dict[str, float] = {}
-        self._tokens = OffloadCache(cache_bytes)
+        self._tokens = OffloadCache(cache_bytes, folder)
+        self.tokens_alike = False
 
     def add_tokens(self, name: str, batch: int, calls: list[Tensor]) -> None:
         """Keep the squared gradients of a target in one batch.
@@ -66,18 +80,60 @@ class Sensitivity:
         self.outputs[name] = outputs.float()
         self._means[name] = token_mean
 
-    def weights(self, name: str, batch: int, call: int) -> Tensor:
-        """(tokens,) how much each token of a call counts, 1 in the mean over all batches."""
+    def weights(self, name: str, batch: int, call: int) -> Tensor | None:
+        """(tokens,) how much each token of a call counts, 1 in the mean over all batches; None if all are alike."""
+        if self.tokens_alike:
+            return None
         values: Tensor = self._tokens.get((name, batch))[call]
         return values / self._means[name] if self._means[name] else torch.ones_like(values)
+
+    def forget_tokens(self) -> None:
+        """Have all tokens count the same from now on, as where only some batches were measured."""
+        self.tokens_alike = True
+        self._tokens.close()
 
     def close(self) -> None:
         """Forget the tokens."""
         self._tokens.close()
 
 
+def measured_batches(model: nn.Module, batches: Batches) -> list[Mapping[str, Any]]:
+    """The batches that sensitivities are measured on: of a language model some, spread over all of them.
+
+    Args:
+        model: The model.
+        batches: All batches.
+    """
+    every = list(batches)
+    tokens = sum(map(_count_tokens, every))
+    if not is_language_model(type(model).__name__) or tokens <= _MOST_TOKENS:
+        return every
+    number = max(1, len(every) * _MOST_TOKENS // tokens)
+    return [every[i * len(every) // number] for i in range(number)]
+
+
+def _count_tokens(batch: Mapping[str, Any]) -> int:
+    ids = batch.get("input_ids")
+    return ids.numel() if isinstance(ids, Tensor) else 0
+
+
+def sensitivity_of(
+    reader: InputReader, seed: int, progress: bool | None = None, cache_bytes: int = CACHE_BYTES
+) -> Sensitivity:
+    """:func:`measure_sensitivity` on those of the batches that :func:`measured_batches` chooses."""
+    some = measured_batches(reader.model, reader.batches)
+    if len(some) == len(reader.batches):
+        return measure_sensitivity(reader, seed, progress, cache_bytes)
+    with InputReader(reader.model, reader.targets, some, cache_bytes=cache_bytes) as part:
+        part.order(warn=False)
+        sensitivity = measure_sensitivity(part, seed, progress, cache_bytes)
+        part.tokens.clear()
+    sensitivity.forget_tokens()
+    return sensitivity
+
+
 def measure_sensitivity(
-    reader: InputReader, seed: int, progress: bool = False, cache_bytes: int = CACHE_BYTES
+    reader: InputReader, seed: int, progress: bool | None = None, cache_bytes: int = CACHE_BYTES
 ) -> Sensitivity:
     """Run all batches forwards and backwards once, on the model as it is.
 
@@ -91,41 +147,47 @@ def measure_sensitivity(
         CalibrationError: If a gradient is not finite, or the predictions depend on no target.
     """
     sensitivity = Sensitivity(cache_bytes)
-    gradients = _OutputGradients(reader)
+    gradients = OutputGradients(reader)
     with ExitStack() as context:
-        context.enter_context(_no_parameter_gradients(reader.model))
+        context.enter_context(no_parameter_gradients(reader.model))
         for t in reader.targets:
             for module in reader.holders[t.name]:
                 Watcher(module, gradients.hook(t), after=True).install(context, None)
         context.enter_context(fail_together())
+        find_head = HeadFinder(reader.model, reader.forward, itertools.chain(*reader.holders.values()))
         bar = Bar(rank_items(range(len(reader.batches))), desc="Sensitivity", progress=progress)
         for index in bar:
-            gradients.start_batch()
             generator = torch.Generator().manual_seed(derived_seed(seed, index))
-            _run_backwards(reader, index, generator)
-            for name, calls in gradients.calls.items():
+            for name, calls in _batch_gradients(reader, index, gradients, find_head, generator).items():
                 sensitivity.add_tokens(name, index, calls)
-            gradients.end_batch()
-    totals = all_reduce_sum(gradients.totals)
-    for t, (total, tokens, routed) in zip(reader.targets, totals.tolist(), strict=True):
-        if routed:
-            sensitivity.misplaced.add(t.name)
-        mean = gradients.output_means(t)
-        if not is_finite(mean):
-            raise CalibrationError(
-                f"the gradient of the predictions at {t.name} is not finite: expected finite values; calibrate in "
-                f"float32 or bfloat16, and check the batches"
-            )
-        sensitivity.add_means(t.name, mean, total / max(1, tokens))
+    gradients.hand_on(sensitivity)
     return sensitivity
 
 
-def _run_backwards(reader: InputReader, index: int, generator: torch.Generator) -> None:
-    batch = reader.batches[index]
+def _batch_gradients(
+    reader: InputReader, index: int, gradients: OutputGradients, find_head: HeadFinder, generator: torch.Generator
+) -> dict[str, list[Tensor]]:
+    """By target, (tokens,) squared gradients of each call in a batch, which runs window by window where it is large."""
+    of_windows: list[dict[str, list[Tensor]]] = []
+    for window in small_batches(reader.model, batch_to_device(reader.model, reader.batches[index])):
+        head = find_head(without_labels(reader.model, window))
+        gradients.start()
+        run_backwards(reader, window, head, generator)
+        of_windows.append(gradients.stop())
+    return join_windows(of_windows)
+
+
+def run_backwards(
+    reader: InputReader, batch: Mapping[str, Any], head: OutputHead | None, generator: torch.Generator
+) -> None:
+    """Run a batch forwards, and the gradient of what the model predicts backwards.
+
+    Raises:
+        CalibrationError: If the predictions depend on nothing that has a gradient.
+    """
+    mask = token_mask(reader.model, batch)
     with torch.enable_grad():
-        outputs = reader.forward(batch)
-        mask = token_mask(reader.model, batch_to_device(reader.model, batch))
-        value = sampled_prediction(outputs, mask, generator)
+        value = sampled_by(head, reader.forward, batch, mask, generator)
         if not value.requires_grad:
             raise CalibrationError(
                 "the model's outputs for a calibration batch depend on none of the weights to be pruned: check "
@@ -134,7 +196,7 @@ def _run_backwards(reader: InputReader, index: int, generator: torch.Generator) 
         value.backward()
 
 
-class _OutputGradients:
+class OutputGradients:
     """Reads the gradients of the outputs of targets, and adds up their squares.
 
     Attributes:
@@ -145,23 +207,46 @@ class _OutputGradients:
     def __init__(self, reader: InputReader) -> None:
         self._reader = reader
         self._row = {t.name: i for i, t in enumerate(reader.targets)}
-        self._device = next(reader.model.parameters()).device
+        self._device = reader.device
         self._dtype = accumulate_dtype(self._device)
         self._output_sums: dict[str, Tensor] = {}
         self._slab_tokens = {t.name: torch.zeros(t.slabs, dtype=torch.float64) for t in reader.targets}
         self.totals = torch.zeros(len(reader.targets), 3, dtype=torch.float64)
         self.calls: dict[str, list[Tensor]] = {}
+        self._watches = False
 
-    def start_batch(self) -> None:
-        self.calls = {}
+    def start(self) -> None:
+        """Watch what runs next."""
+        self.calls, self._watches = {}, True
 
-    def end_batch(self) -> None:
+    def stop(self) -> dict[str, list[Tensor]]:
+        """Add up what was seen, and return it."""
+        self._watches = False
         for name, calls in self.calls.items():
             self.totals[self._row[name], :2] += torch.tensor(
                 [sum(float(values.sum()) for values in calls), sum(map(len, calls))]
             )
+        return self.calls
 
-    def output_means(self, target: Target) -> Tensor:
+    def hand_on(self, sensitivity: Sensitivity) -> None:
+        """Give the means over the batches of all processes to a sensitivity.
+
+        Raises:
+            CalibrationError: If one is not finite.
+        """
+        totals = all_reduce_sum(self.totals)
+        for t, (total, tokens, routed) in zip(self._reader.targets, totals.tolist(), strict=True):
+            if routed:
+                sensitivity.misplaced.add(t.name)
+            mean = self._output_means(t)
+            if not is_finite(mean):
+                raise CalibrationError(
+                    f"the gradient of the predictions at {t.name} is not finite: expected finite values; calibrate in "
+                    f"float32 or bfloat16, and check the batches"
+                )
+            sensitivity.add_means(t.name, mean, total / max(1, tokens))
+
+    def _output_means(self, target: Target) -> Tensor:
         """(out,) squared gradients: their mean over the tokens that each output sees."""
         tokens = all_reduce_sum(self._slab_tokens[target.name]).clamp_min(1)
         total = all_reduce_sum(self._output_sum(target)).view(target.slabs, -1)
@@ -174,11 +259,13 @@ class _OutputGradients:
             self._output_sums[target.name] = zeros
         return self._output_sums[target.name]
 
-    def hook(self, target: Target) -> Callable[..., Tensor]:
+    def hook(self, target: Target) -> Callable[..., Tensor | None]:
         """A hook on the output of a target."""
         name, layout, padding = target.name, target.layout, self._reader.padding
 
-        def replace(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Tensor:
+        def replace(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Tensor | None:
+            if not self._watches:
+                return None
             x = first_input(args, kwargs)
             mask = None if layout == "conv" else padding.mask(module, x)
             if not padding.in_place(x, layout):
@@ -204,16 +291,3 @@ class _OutputGradients:
             return watched
 
         return replace
-
-
-@contextmanager
-def _no_parameter_gradients(model: nn.Module) -> Iterator[None]:
-    """Inside, no parameter requires a gradient; afterwards the same ones do as before."""
-    required = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    try:
-        for parameter in required:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for parameter in required:
-            parameter.requires_grad_(True)

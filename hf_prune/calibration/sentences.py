@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from hf_prune.calibration.batches import Batches
 from hf_prune.errors import ConfigError, DataError
 from hf_prune.planning.checks import check_positive
-from hf_prune.utils.wrapping import is_sentence_model, without_wrappers
 
 if TYPE_CHECKING:
     from sentence_transformers.base.model import BaseModel
 
+_log = logging.getLogger(__name__)
 _BOOKKEEPING = ("prompt_length", "task")  # keys of features that are not inputs of the transformers model
 
 
@@ -36,6 +36,7 @@ def sentence_batches(
         prompt_name: Which of ``model.prompts`` stands before the texts; None for the model's default.
         batch_size: Texts per batch; the last batch may be smaller.
         max_length: Longer texts are cut to this many tokens, or to what the model allows if that is less.
+            Blank texts are left out.
 
     Returns:
         Batches on the CPU with the inputs of the transformers model: ``input_ids`` and ``attention_mask`` (batch, seq),
@@ -43,7 +44,7 @@ def sentence_batches(
 
     Raises:
         ConfigError: If ``batch_size`` or ``max_length`` is below 1, or the model has no such prompt.
-        DataError: If there are no texts, or one is neither a text nor a pair of texts.
+        DataError: If there are no texts, all are blank, or one is neither a text nor a pair of texts.
 
     Example:
         >>> batches = sentence_batches(questions, model, prompt_name="query")  # doctest: +SKIP
@@ -58,6 +59,11 @@ def sentence_batches(
         raise DataError(f"texts is {texts!r}: expected a list of texts, or of pairs of texts, at least one")
     if len({type(text) for text in checked}) > 1:
         raise DataError("found texts and pairs of texts: expected only texts, or only pairs of two")
+    if not (filled := [text for text in checked if "".join(text).strip()]):
+        raise DataError(f"all {len(checked):,} texts are blank: expected at least one with words")
+    if len(filled) < len(checked):
+        _log.info("%d of %d texts are blank, and are left out.", len(checked) - len(filled), len(checked))
+    checked = filled
     checked.sort(key=lambda text: len(text) if isinstance(text, str) else sum(map(len, text)))
     limit = min(max_length, model.max_seq_length or max_length)
 
@@ -71,25 +77,6 @@ def sentence_batches(
 def inputs_of_model(features: Mapping[str, Any]) -> dict[str, Tensor]:
     """The inputs of the transformers model among the features of a model of sentence-transformers."""
     return {name: x for name, x in features.items() if isinstance(x, Tensor) and name not in _BOOKKEEPING}
-
-
-def readable_batches(model: nn.Module, data: Any) -> Any:
-    """Calibration data for a model of sentence-transformers: texts become batches, features lose what is no input.
-
-    Args:
-        model: Any model; for others the data stays as it is.
-        data: Batches, features or texts; None if there are none.
-    """
-    holder = without_wrappers(model)
-    if not is_sentence_model(holder) or data is None or isinstance(data, Mapping):
-        return data
-    if isinstance(data, str):
-        raise DataError(f"calibration data is the text {data[:40]!r}: expected a list of texts")
-    items: list[Any] = list(data)
-    if items and isinstance(items[0], str | Sequence):
-        return sentence_batches(items, holder)  # type: ignore[arg-type]
-    batches: Batches = [inputs_of_model(item) if isinstance(item, Mapping) else item for item in items]
-    return batches
 
 
 def _prompt(model: Any, name: str | None) -> str | None:

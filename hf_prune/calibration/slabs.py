@@ -265,12 +265,12 @@ class SlabCalls(TorchFunctionMode):
             slab, x, result = entry.slab_of(parameter, matrix.mT), every.select(-3, number), whole.select(-3, number)
             routed = x.ne(0).any(-1)  # (..., tokens)
             if bool(routed.all()):
-                parts.append(self._call(slab, x, partial(_constant, result)))
+                parts.append(self._call(slab, x, partial(_corrected, result, x, matrix)))
             elif bool(routed.any()):
                 places = routed.flatten().nonzero().squeeze(1)
                 rows, flat = x.flatten(0, -2)[places], result.flatten(0, -2)
                 self._rows.note(rows, routed.numel(), places)
-                output = self._call(slab, rows, partial(_constant, flat[places]))
+                output = self._call(slab, rows, partial(_corrected, flat[places], rows, matrix))
                 parts.append(flat.index_copy(0, places, output).view_as(result))
             else:
                 parts.append(result)
@@ -283,5 +283,6 @@ class SlabCalls(TorchFunctionMode):
         return output
 
 
-def _constant(output: Tensor, _: Tensor) -> Tensor:
-    return output
+def _corrected(output: Tensor, x: Tensor, matrix: Tensor, given: Tensor) -> Tensor:
+    """What a product gives for another input, by what it gave for ``x``."""
+    return output if given is x else output + (given - x) @ matrix

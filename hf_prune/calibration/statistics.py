@@ -18,7 +18,7 @@ from hf_prune.utils.notices import warn_user
 
 
 def collect_stats(
-    model: nn.Module, plan: PruningPlan, calibration: Batches | None = None, progress: bool = False
+    model: nn.Module, plan: PruningPlan, calibration: Batches | None = None, progress: bool | None = None
 ) -> dict[str, WeightStats]:
     """Gather the statistics that a plan needs of every target, on the model as it is.
 

@@ -15,7 +15,9 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from hf_prune.errors import CheckpointError
+from hf_prune.utils.folders import RUN_FILE
 from hf_prune.utils.json_files import read_json_object
+from hf_prune.utils.load_options import load_options
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTERS = "adapter_config.json"
@@ -39,6 +41,7 @@ OF_WEIGHTS = (
     "lottery.json",
     "ticket.safetensors",
     "modeling_hf_prune.py",
+    RUN_FILE,
 )
 
 
@@ -57,7 +60,8 @@ def find_file(source: Any, filename: str, hub: Mapping[str, Any]) -> str | None:
     """The local path of a file of a checkpoint, downloaded if needed; None if the checkpoint has no such file."""
     from transformers.utils import cached_file
 
-    return cached_file(source, filename, _raise_exceptions_for_missing_entries=False, **hub)
+    options = {**load_options().hub(source), **hub}
+    return cached_file(source, filename, _raise_exceptions_for_missing_entries=False, **options)
 
 
 def size_of_weights(source: str | os.PathLike[str]) -> int | None:

@@ -19,9 +19,10 @@ from hf_prune.checkpoint.building import limited_building
 from hf_prune.checkpoint.files import MASK_FILE, SINGLE, find_file, tensor_names, weight_files
 from hf_prune.checkpoint.mask_file import load_masks, read_pruning
 from hf_prune.checkpoint.packed.files import PackedFiles
-from hf_prune.checkpoint.packed.format import is_packed
+from hf_prune.checkpoint.packed.seal import is_packed
 from hf_prune.checkpoint.sources import check_model_source, holds_adapters
 from hf_prune.errors import CheckpointError, PlanError
+from hf_prune.kernels.packed_masks import PackedMasks
 from hf_prune.pruning.mask_store import MaskStore
 from hf_prune.pruning.torch_prune import masked_weight
 from hf_prune.utils.json_files import read_config
@@ -67,7 +68,7 @@ def load_pruned(load: Callable[..., Any], source: Any, *args: Any, **kwargs: Any
         if find_file(source, MASK_FILE, hub) is not None or (files and is_packed(files[0])):
             raise _sparse_and_quantized(source, requested[0])
     returns_info = kwargs.pop("output_loading_info", False)
-    packed = PackedFiles(files) if files and is_packed(files[0]) else None
+    packed = PackedFiles(files, unsealed=True) if files and is_packed(files[0]) else None  # loading unseals them
     gguf = find_file(source, kwargs["gguf_file"], hub) if kwargs.get("gguf_file") else None
 
     def limited(*args: Any, **kwargs: Any) -> Any:
@@ -91,14 +92,15 @@ def load_pruned(load: Callable[..., Any], source: Any, *args: Any, **kwargs: Any
             kwargs = {key: value for key, value in kwargs.items() if key not in _HUB_KEYS}
             loaded = limited(weights, *args, **kwargs, output_loading_info=True)
             markers, marker_info = limited(masks, *args, **kwargs, output_loading_info=True)
-            store = MaskStore(_masks_from_markers(markers, marker_info))
+            store = MaskStore(PackedMasks(_masks_from_markers(markers, marker_info)))
     model, info = loaded if isinstance(loaded, tuple) else (loaded, {})
     if packed is not None:
         store = _with_packed_masks(store, packed, model)
     if store is not None:
         if kwargs.get("ignore_mismatched_sizes"):  # mismatched weights are newly initialized, and have no mask
             shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-            store.masks = {name: m for name, m in store.masks.items() if shapes.get(name, m.shape) == m.shape}
+            fitting = {n: m for n, m in store.masks.packed.items() if shapes.get(n, m.shape) == m.shape}
+            store.masks = PackedMasks.sharing(fitting)
         _attach(model, store, source, info)
     return loaded if returns_info else model
 
@@ -125,7 +127,7 @@ def attach_saved_masks(model: Any, source: Any, hub: Mapping[str, Any]) -> None:
     path = find_file(source, MASK_FILE, hub)
     store = load_masks(path) if path is not None else None
     if files and is_packed(files[0]):
-        store = _with_packed_masks(store, PackedFiles(files), model)
+        store = _with_packed_masks(store, PackedFiles(files, unsealed=True), model)
     if store is not None:
         _attach(model, store, source, {})
 
@@ -164,7 +166,7 @@ def _with_packed_masks(store: MaskStore | None, packed: PackedFiles, model: Any)
     """
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     prefix = f"{model.base_model_prefix}."
-    masks = {}
+    masks = PackedMasks()
     for name, header in packed.headers.items():
         if header.masked:
             names = (name, name.removeprefix(prefix), prefix + name.removeprefix(prefix))
@@ -191,7 +193,7 @@ def _attach(model: Any, store: MaskStore, source: Any, info: Mapping[str, Any]) 
     parameters = dict(model.named_parameters())
     saved = model.config.architectures or []
     if saved and not any(cls.__name__ in saved for cls in type(model).__mro__):
-        store.masks = _masks_of_base_model(model, store.masks, parameters) or store.masks
+        store.masks = PackedMasks(_masks_of_base_model(model, store.masks, parameters)) or store.masks
     if random := sorted(store.masks.keys() & set(info.get("missing_keys", ()))):
         unexpected = sorted(info.get("unexpected_keys", ()))
         raise CheckpointError(
@@ -199,7 +201,7 @@ def _attach(model: Any, store: MaskStore, source: Any, info: Mapping[str, Any]) 
             f"would be random{f', and {unexpected[0]!r}, which the model does not have' if unexpected else ''}: load "
             f"the class that was saved; if it is this one, save the checkpoint again"
         )
-    for name, mask in store.masks.items():
+    for name, mask in store.masks.packed.items():
         if name not in parameters or parameters[name].shape != mask.shape:
             actual = "no such parameter" if name not in parameters else f"shape {tuple(parameters[name].shape)}"
             raise CheckpointError(
@@ -207,7 +209,8 @@ def _attach(model: Any, store: MaskStore, source: Any, info: Mapping[str, Any]) 
                 f"model has {actual}; load the class that was saved, or delete {MASK_FILE} to load without masks"
             )
         weight = parameters[name].detach()
-        if not weight.is_meta and bool((weight.ne(0) & ~mask.to(weight.device)).any()):  # two bytes per weight
+        # two bytes per weight
+        if not weight.is_meta and bool((weight.ne(0) & ~mask.to(weight.device).unpacked()).any()):
             raise CheckpointError(
                 f"the masks of {source} are not those of its weights: {name!r} has non-zero weights that its mask "
                 f"removes; restore the matching {MASK_FILE}, or delete it to load without masks"

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from hf_prune.checkpoint.shards import Shards, read_tensor
 from hf_prune.errors import CheckpointError
+from hf_prune.kernels.packed_masks import PackedMasks
 from hf_prune.planning.config import PruningConfig
 from hf_prune.pruning.mask_store import MaskStore
 from hf_prune.pruning.records import PolishRecord
@@ -34,9 +35,9 @@ def save_masks(store: MaskStore, path: str | os.PathLike[str]) -> None:
         store: The masks and the settings that made them.
         path: The file.
     """
-    masks = {plain_name(name): mask for name, mask in store.masks.items()}  # the names in state dicts
-    packed = {name: torch.from_numpy(pack_mask(mask)) for name, mask in masks.items()}
-    entries = {name: {"shape": list(m.shape), "kept": int(m.count_nonzero())} for name, m in masks.items()}
+    masks = {plain_name(name): mask for name, mask in store.masks.packed.items()}  # the names in state dicts
+    packed = {name: mask.bits.cpu() for name, mask in masks.items()}
+    entries = {name: {"shape": list(mask.shape), "kept": mask.kept()} for name, mask in masks.items()}
     with atomic_path(path) as temporary:
         save_file(packed, temporary, mask_metadata(entries, store.config, store.polishes))
 
@@ -95,7 +96,7 @@ def load_masks(path: str | os.PathLike[str]) -> MaskStore:
         CheckpointError: If the file is damaged, of another kind, or of a newer version.
     """
     stored = StoredMasks(path)
-    return MaskStore(dict(stored), config=stored.config, polishes=stored.polishes)
+    return MaskStore(PackedMasks(stored), config=stored.config, polishes=stored.polishes)
 
 
 class StoredMasks(Mapping[str, Tensor]):

@@ -9,11 +9,13 @@ from typing import Any
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 
+from hf_prune.checkpoint.custom_code import custom_class, is_trusted, refuse_untrusted
 from hf_prune.checkpoint.files import find_file
 from hf_prune.checkpoint.load import load_pruned
 from hf_prune.checkpoint.sources import check_model_source, class_of_transformers, sentence_class
 from hf_prune.errors import CheckpointError, DataError, HfPruneError
 from hf_prune.utils.json_files import read_config
+from hf_prune.utils.load_options import load_options, resolve_device
 
 # Models whose heads sentence-transformers does not load, and its classes that do not.
 _WITH_HEADS = ("ForMaskedLM", "ForPreTraining", "ForCausalLM", "LMHeadModel")
@@ -25,6 +27,8 @@ _CONFIG_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, 
 def load_plain(source: str) -> Any:
     """Load a checkpoint with its masks, as the transformers class that its config names.
 
+    Dtype, device and revision are those of :func:`hf_prune.utils.load_options.loading_with`.
+
     Args:
         source: Folder or Hub id.
 
@@ -33,17 +37,20 @@ def load_plain(source: str) -> Any:
         CheckpointError: If the masks are damaged or do not fit the weights, or the files hold another model than the
             config describes.
     """
+    options = load_options()
+    device = resolve_device(options.device)
     native, offline = native_class(source), check_model_source(source)
     with explained_loading(source):
         model, info = load_pruned(
             native.from_pretrained,
             source,
             local_files_only=offline,
-            trust_remote_code=False,
+            trust_remote_code=is_trusted(),
             output_loading_info=True,
+            **options.loading(source),
         )
     _refuse_other_weights(source, model, info)
-    return model
+    return model if device.type == "cpu" else model.to(device)
 
 
 def _refuse_other_weights(source: str, model: Any, info: Mapping[str, Any]) -> None:
@@ -75,25 +82,28 @@ def explained_loading(source: str) -> Iterator[None]:
         yield
     except HfPruneError:
         raise
+    except ImportError as error:  # of what reads quantized weights, or of what a model's own code needs
+        raise CheckpointError(f"{source!r} cannot be loaded: {_first_line(error)}") from error
     except (*_CONFIG_ERRORS, RuntimeError) as error:
         raise CheckpointError(f"the weights of {source!r} do not fit its config: {_first_line(error)}") from error
 
 
-def native_class(source: str) -> Any:
-    """The transformers class that a checkpoint's config names.
+def load_config(source: str) -> Any:
+    """The config of a checkpoint, as the class of its model type, which is one of its own where its code is trusted.
 
     Args:
         source: Folder or Hub id.
 
     Raises:
-        DataError: If the source cannot be found, or its config names no transformers class.
+        DataError: If the source cannot be found, needs code that is not trusted, or transformers knows no such model.
     """
     offline = check_model_source(source)
     if (path := find_file(source, "config.json", {"local_files_only": offline})) is not None:
-        read_config(path, DataError)
+        refuse_untrusted(source, read_config(path, DataError))
     try:
-        config = transformers.AutoConfig.from_pretrained(source, local_files_only=offline, trust_remote_code=False)
-        architectures = config.architectures or []
+        return transformers.AutoConfig.from_pretrained(
+            source, local_files_only=offline, trust_remote_code=is_trusted(), **load_options().hub(source)
+        )
     except (KeyError, ValueError) as error:
         raise DataError(
             f"the config of {source!r} describes no model that transformers knows: {_first_line(error)}"
@@ -102,6 +112,21 @@ def native_class(source: str) -> Any:
         raise DataError(
             f"the config.json of {source!r} is not one that save_pretrained wrote: {_first_line(error)}"
         ) from error
+
+
+def native_class(source: str) -> Any:
+    """The class that a checkpoint's config names: one of transformers, or of its own code where that is trusted.
+
+    Args:
+        source: Folder or Hub id.
+
+    Raises:
+        DataError: If the source cannot be found, or its config names no transformers class.
+    """
+    config, offline = load_config(source), check_model_source(source)
+    architectures = config.architectures or []
+    if (custom := custom_class(source, config, offline)) is not None:
+        return custom
     named = isinstance(architectures, list | tuple) and bool(architectures) and isinstance(architectures[0], str)
     native = class_of_transformers(architectures[0]) if named else None
     if native is not None and native.__name__.endswith(_WITH_HEADS) and sentence_class(source) in _HEADLESS:
@@ -115,7 +140,7 @@ def native_class(source: str) -> Any:
 
 
 def load_tokenizer(source: str, *, local_files_only: bool = False) -> Any:
-    """Load the tokenizer of a checkpoint, without running code from it.
+    """Load the tokenizer of a checkpoint, without running code from it, unless that is trusted.
 
     Args:
         source: Folder or Hub id.
@@ -126,14 +151,41 @@ def load_tokenizer(source: str, *, local_files_only: bool = False) -> Any:
     """
     try:
         return transformers.AutoTokenizer.from_pretrained(
-            source, local_files_only=local_files_only, trust_remote_code=False
+            source,
+            local_files_only=local_files_only,
+            trust_remote_code=is_trusted(),
+            **load_options().hub(source),
         )
     except OSError:
         raise  # which says what is not there
     except Exception as error:  # tokenizers knows no class of its own
         raise DataError(
-            f"the tokenizer of {source!r} cannot be loaded: {_first_line(error)}; if it needs its own code, which "
-            f"you trust, load model and tokenizer in Python with trust_remote_code=True"
+            f"the tokenizer of {source!r} cannot be loaded: {_first_line(error)}; if it needs code of its "
+            f"own, which you trust, set trust_remote_code"
+        ) from error
+
+
+def load_processor(source: str, *, local_files_only: bool = False) -> Any:
+    """Load the processor of images of a checkpoint.
+
+    Args:
+        source: Folder or Hub id.
+        local_files_only: Use only local files and the cache, not the Hub.
+
+    Raises:
+        DataError: If there is none, or it cannot be read.
+    """
+    try:
+        return transformers.AutoImageProcessor.from_pretrained(
+            source,
+            local_files_only=local_files_only,
+            trust_remote_code=is_trusted(),
+            **load_options().hub(source),
+        )
+    except (*_CONFIG_ERRORS, ImportError, OSError) as error:
+        raise DataError(
+            f"{source!r} has no processor of images that can be loaded ({_first_line(error)}): save it beside the "
+            f"model with processor.save_pretrained({source!r})"
         ) from error
 
 

@@ -17,9 +17,11 @@ from hf_prune.architectures.bypass import bypassed_layers
 from hf_prune.architectures.switched_off import layers_without_units
 from hf_prune.checkpoint.files import MASK_FILE
 from hf_prune.checkpoint.mask_file import StoredMasks, save_masks
+from hf_prune.checkpoint.module_changes import module_changes
 from hf_prune.checkpoint.packed.quantization_config import structure_config
+from hf_prune.checkpoint.packed.remote_code import add_remote_code, auto_classes
 from hf_prune.checkpoint.staging import other_variants, staged_checkpoint
-from hf_prune.errors import CheckpointError
+from hf_prune.errors import CheckpointError, ConfigError
 from hf_prune.pruning.mask_store import MaskStore, warn_regrown
 from hf_prune.structured.shrink import resize, structure_of
 from hf_prune.structured.shrink_record import RECORD, is_shrunk
@@ -36,6 +38,7 @@ def save_pruned(
     folder: str | os.PathLike[str],
     *,
     overwrite: bool = False,
+    remote_code: bool = False,
     **kwargs: Any,
 ) -> None:
     """Save a model as its dense class would, with its masks in a file beside the weights.
@@ -46,6 +49,7 @@ def save_pruned(
         save: The unbound ``save_pretrained`` of that class.
         folder: The folder to save into; files with other names stay.
         overwrite: Also delete weights in the way that others wrote.
+        remote_code: Add a file that builds a shrunk model where hf_prune is not installed.
         **kwargs: Passed to ``save``.
 
     Raises:
@@ -112,7 +116,7 @@ def save_pruned(
                 if any(plain_name(name) != name for name in tensors):  # PEFT looks them up by module names
                     save_file({plain_name(name): t for name, t in tensors.items()}, path, {"format": "pt"})
             if not only_adapters:
-                _describe_structure(model, dense_class, staging)
+                describe_structure(model, dense_class, staging, remote_code)
                 if store is not None:
                     save_masks(store, staging / MASK_FILE)
     finally:
@@ -151,8 +155,19 @@ def _check_variants(store: MaskStore | None, folder: Path, variant: str | None) 
         )
 
 
-def _describe_structure(model: Any, dense_class: Any, folder: Path) -> None:
-    """Add the sizes of a shrunk model to its saved config, where the config alone does not give them."""
+def describe_structure(model: Any, dense_class: Any, folder: Path, remote_code: bool = False) -> None:
+    """Add the sizes of a shrunk model to its saved config, where the config alone does not give them.
+
+    Args:
+        model: The model, of which only the shapes are looked at.
+        dense_class: The class that the checkpoint names.
+        folder: Where its ``config.json`` is.
+        remote_code: Add a file that builds the model where hf_prune is not installed.
+
+    Raises:
+        CheckpointError: If a part is shrunk in a way that the config cannot describe.
+        ConfigError: If code is asked for that nothing needs.
+    """
     if not is_shrunk(model):
         return
     saved = read_json_object(folder / "config.json")
@@ -174,6 +189,10 @@ def _describe_structure(model: Any, dense_class: Any, folder: Path) -> None:
             f"that config.json can describe (None: it is missing), so the checkpoint could not be loaded: nothing was "
             f"saved; save the shrunk part alone, with its own save_pretrained"
         )
+    if remote_code and not structure:
+        raise ConfigError("remote_code=True for a model whose config tells all its sizes: any transformers loads it")
+    if remote_code:
+        add_remote_code(folder, saved, auto_classes(saved), module_changes(dense_class, described, structure))
     if structure:
         saved["quantization_config"] = structure_config(structure)
     write_config(folder, saved)

@@ -13,6 +13,8 @@ from hf_prune.utils.files import read_text
 from hf_prune.utils.formatting import listing
 from hf_prune.utils.hub_access import check_hub_reachable, check_repo_id, local_folder
 from hf_prune.utils.json_files import read_config, read_json_object
+from hf_prune.utils.load_options import load_options
+from hf_prune.utils.quantization_method import METHOD
 
 
 def check_model_source(
@@ -62,6 +64,7 @@ def check_model_source(
     try:
         check_hub_reachable(f"model {source!r}")
     except DataError:
+        revision = revision or load_options().revision_of(source)
         if not isinstance(try_to_load_from_cache(source, "config.json", cache_dir=cache_dir, revision=revision), str):
             raise
         return True
@@ -103,7 +106,7 @@ def model_class(source: str | os.PathLike[str]) -> str:
         >>> model_class("./model")  # doctest: +SKIP
         'LlamaForCausalLM'
     """
-    names: list[str] = _read_described(source).get("architectures") or [""]
+    names: list[str] = described_model(source).get("architectures") or [""]
     return names[0]
 
 
@@ -113,22 +116,45 @@ def has_classes(source: str | os.PathLike[str]) -> bool:
     Args:
         source: Folder or Hub id.
     """
-    config = _read_described(source)
+    config = described_model(source)
     return str((config.get("architectures") or [""])[0]).endswith("ForSequenceClassification") and (
         len(config.get("id2label") or {0: "", 1: ""}) > 1  # transformers leaves out what is two
     )
 
 
-def _read_described(source: str | os.PathLike[str]) -> dict[str, Any]:
+def check_unquantized(source: str | os.PathLike[str]) -> None:
+    """Make sure that the weights of a checkpoint are plain numbers by its config, before any library is loaded.
+
+    Args:
+        source: Folder or Hub id.
+
+    Raises:
+        DataError: If they are quantized, or the checkpoint cannot be found.
+    """
+    described = described_model(source)
+    parts = [described, *(part for part in described.values() if isinstance(part, dict))]
+    for settings in (part.get("quantization_config") for part in parts):
+        if isinstance(settings, dict) and (method := settings.get("quant_method", "an unnamed method")) != METHOD:
+            from hf_prune.utils.number_formats import EXPECTED
+
+            raise DataError(f"{os.fspath(source)!r} is quantized with {method!r}: {EXPECTED}")
+
+
+def described_model(source: str | os.PathLike[str]) -> dict[str, Any]:
     """The config of a checkpoint, without loading transformers."""
     offline = check_model_source(source)
     path = os.path.join(source, "config.json")
     if not os.path.isdir(source):
         from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import HfHubHTTPError
+        from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
         try:
-            path = hf_hub_download(os.fspath(source), "config.json", local_files_only=offline)
+            options = load_options().hub(source)
+            path = hf_hub_download(os.fspath(source), "config.json", local_files_only=offline, **options)
+        except RepositoryNotFoundError:
+            raise DataError(
+                f"model {os.fspath(source)!r} does not exist, or is private: check its name, and `hf auth whoami`"
+            ) from None
         except HfHubHTTPError as error:
             raise DataError(
                 f"model {os.fspath(source)!r} cannot be loaded from the Hugging Face Hub: {error}"
@@ -200,8 +226,3 @@ def class_of_transformers(name: object) -> Any | None:
     cls: Any = getattr(transformers, name, None) if isinstance(name, str) else None
     is_model = isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)
     return cls if is_model and cls.forward is not nn.Module.forward else None  # base classes cannot run
-
-
-def is_language_model(class_name: str) -> bool:
-    """Whether the name of a transformers class is that of a causal language model."""
-    return class_name.endswith(("ForCausalLM", "LMHeadModel"))

@@ -25,6 +25,7 @@ def staged_checkpoint(
     overwrite: bool = False,
     variant: str | None = None,
     beside: Collection[str | os.PathLike[str] | None] = (),
+    announce: bool = True,
 ) -> Iterator[Path]:
     """A temporary folder that becomes a checkpoint, or replaces the weights of an old one.
 
@@ -39,6 +40,7 @@ def staged_checkpoint(
         overwrite: Replace existing files of others.
         variant: Variant of the weights, as in ``save_pretrained``.
         beside: As for :func:`hf_prune.utils.output_folder.check_output`.
+        announce: Log which files are replaced, except by ``"save_pretrained"``.
 
     Raises:
         CheckpointError: If ``folder`` is a file, or weights that others wrote would be deleted. If something else
@@ -57,7 +59,7 @@ def staged_checkpoint(
             except CheckpointError as error:
                 kept = staging.rename(folder.with_name(f"{folder.name}-{staging.name[-10:-4]}"))
                 raise CheckpointError(f"{error}. The result is in {kept}") from None
-        stale += finish_checkpoint(staging, folder, command, overwrite=overwrite, variant=variant)
+        stale += finish_checkpoint(staging, folder, command, overwrite=overwrite, variant=variant, announce=announce)
         if command != SAVE or has_weights(staging, variant):  # not for adapters, for one
             last += essential_files(variant)
 
@@ -69,7 +71,13 @@ def essential_files(variant: str | None = None) -> tuple[str, ...]:
 
 
 def finish_checkpoint(
-    staging: Path, folder: Path, command: str, *, overwrite: bool = False, variant: str | None = None
+    staging: Path,
+    folder: Path,
+    command: str,
+    *,
+    overwrite: bool = False,
+    variant: str | None = None,
+    announce: bool = True,
 ) -> list[str]:
     """Mark a finished checkpoint as the output of a command.
 
@@ -79,6 +87,7 @@ def finish_checkpoint(
         command: As for :func:`staged_checkpoint`.
         overwrite: As for :func:`staged_checkpoint`.
         variant: As for :func:`staged_checkpoint`.
+        announce: As for :func:`staged_checkpoint`.
 
     Returns:
         Glob patterns of the files that must be deleted from the folder.
@@ -105,7 +114,7 @@ def finish_checkpoint(
         removed |= present & {*OF_WEIGHTS, MASK_FILE} - written
     kept = {name: stamp for name, stamp in ours.items() if name not in removed} if command == SAVE else None
     write_mark(staging, command, written - set(OF_WEIGHTS), kept)
-    if command != SAVE:  # save_pretrained replaces files in transformers too
+    if command != SAVE and announce:  # save_pretrained replaces files in transformers too
         warn_replaced(folder, {*removed, *written})
     return [glob.escape(name) for name in sorted(removed)]
 

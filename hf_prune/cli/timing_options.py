@@ -7,14 +7,14 @@ from typing import Annotated
 import typer
 
 from hf_prune.cli.options import split_names
+from hf_prune.cli.panels import one_of
 from hf_prune.errors import ConfigError
 
 DTYPES = ("float32", "bfloat16", "float16")
 
 Batches = Annotated[str, typer.Option(help="Batch sizes, separated by commas.")]
 Lengths = Annotated[str, typer.Option(help="Tokens of each example, separated by commas.")]
-Dtype = Annotated[str, typer.Option(help=f"{', '.join(DTYPES)}: of all models.")]
-Device = Annotated[str, typer.Option(help="Where they run, such as cpu or cuda.")]
+Dtype = Annotated[str, one_of(DTYPES, "What all models compute in.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads of PyTorch. [default: its own]")]
 Rounds = Annotated[int, typer.Option(min=1, help="How many times each is timed, in turns.")]
 Warmup = Annotated[int, typer.Option(min=1, help="Untimed runs before that.")]

@@ -17,21 +17,25 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 from hf_prune.checkpoint.files import INDEX, MASK_FILE, file_paths
 from hf_prune.checkpoint.mask_file import StoredMasks, describe_pruning, save_masks
+from hf_prune.checkpoint.module_changes import changes_of_checkpoint
 from hf_prune.checkpoint.packed.files import Item, packed_item, plain_item, write_shards
-from hf_prune.checkpoint.packed.format import CODECS, SPELLED, VALUES, is_packed
+from hf_prune.checkpoint.packed.format import CODECS, SPELLED, VALUES
 from hf_prune.checkpoint.packed.pack import pack
 from hf_prune.checkpoint.packed.quantization_config import compressed_config, is_structure
 from hf_prune.checkpoint.packed.remote_code import FILE, add_remote_code, auto_classes
+from hf_prune.checkpoint.packed.seal import is_packed
 from hf_prune.checkpoint.shards import Entry, Shards, read_tensor
 from hf_prune.checkpoint.staging import staged_checkpoint
 from hf_prune.conversion.compression_report import CompressionReport
 from hf_prune.errors import CheckpointError, ConfigError
 from hf_prune.hub.card_renewal import renew_card
+from hf_prune.kernels.packed_masks import PackedMasks
 from hf_prune.pruning.mask_store import MaskStore
 from hf_prune.utils.folders import copy_beside
 from hf_prune.utils.json_files import read_config, write_config
 from hf_prune.utils.locks import output_lock
 from hf_prune.utils.output_folder import SAVE, check_output, refuse_file, source_folder
+from hf_prune.utils.progress import working
 from hf_prune.utils.quantization_method import METHOD
 from hf_prune.utils.staging import scratch_folder
 
@@ -40,6 +44,7 @@ _LEAF = "weight"
 _REWRITTEN = (MASK_FILE, "config.json", INDEX, FILE)  # never copied
 
 
+@working("Compressing")
 def compress_checkpoint(
     source: str | os.PathLike[str],
     folder: str | os.PathLike[str],
@@ -66,7 +71,7 @@ def compress_checkpoint(
 
     Raises:
         CheckpointError: If the source is damaged or compressed already, or its masks do not fit; if ``remote_code`` is
-            set for a shrunk model or one that is not part of transformers; or if something is in the way.
+            set for a model that is not part of transformers; or if something is in the way.
         ConfigError: If a setting is unknown.
 
     Example:
@@ -94,7 +99,7 @@ def _compress(
         raise CheckpointError(f"{origin} has a tensor named {suffixed[0]}, a name that compressed checkpoints need")
     config, structure = read_plain_config(origin)
     packable = _masks_of_files(masks, shards, config) if masks is not None else set()
-    classes = auto_classes(config) if remote_code else {}
+    classes, changes = (auto_classes(config), changes_of_checkpoint(config)) if remote_code else ({}, {})
     config["quantization_config"] = compressed_config(structure)
     header: dict[str, Any] = {"tensors": len(shards.entries), "values": values}
     if masks is not None and packable:
@@ -106,9 +111,9 @@ def _compress(
     )
     write_shards(staging, items, shard_bytes, header)
     if masks is not None and (rest := {name: masks[name] for name in masks if name not in packable}):
-        save_masks(MaskStore(rest, config=masks.config, polishes=masks.polishes), staging / MASK_FILE)
+        save_masks(MaskStore(PackedMasks(rest), config=masks.config, polishes=masks.polishes), staging / MASK_FILE)
     if classes:
-        add_remote_code(staging, config, classes)
+        add_remote_code(staging, config, classes, changes)
     write_config(staging, config)
     card, stale = renew_card(staging, origin.resolve(), target.resolve().name, lossy=values != "exact")
     after = weights_size(staging)

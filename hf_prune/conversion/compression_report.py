@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from hf_prune.utils.formatting import format_count
+from hf_prune.utils.results import Result
 
 
-@dataclass(frozen=True)
-class CompressionReport:
+@dataclass(frozen=True, repr=False)
+class CompressionReport(Result):
     """Sizes before and after a compression. Print it.
 
     Args:
@@ -19,11 +21,17 @@ class CompressionReport:
         card: What happened to our part of the model card; empty if there was none.
     """
 
+    bars = ("before", "after")
+
     before: int
     after: int
     lossy: bool = False
     left: tuple[str, ...] = ()
     card: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {**vars(self), "left": list(self.left)}
 
     def __str__(self) -> str:
         times = self.before / self.after if self.after else 0.0

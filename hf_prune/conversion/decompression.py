@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
-from torch import Tensor
-
 from hf_prune.checkpoint.files import MASK_FILE, file_paths
 from hf_prune.checkpoint.mask_file import StoredMasks, read_pruning, save_masks
 from hf_prune.checkpoint.packed.files import Item, PackedFiles, plain_item, write_shards
@@ -17,12 +15,15 @@ from hf_prune.checkpoint.staging import staged_checkpoint
 from hf_prune.conversion.compression import SHARD_BYTES, copy_other_files, read_plain_config, weights_size
 from hf_prune.conversion.compression_report import CompressionReport
 from hf_prune.hub.card_renewal import renew_card
+from hf_prune.kernels.packed_masks import PackedMasks
 from hf_prune.pruning.mask_store import MaskStore
 from hf_prune.utils.json_files import write_config
 from hf_prune.utils.offload_cache import raw_bytes
 from hf_prune.utils.output_folder import check_output, source_folder
+from hf_prune.utils.progress import working
 
 
+@working("Decompressing")
 def decompress_checkpoint(
     source: str | os.PathLike[str],
     folder: str | os.PathLike[str],
@@ -51,11 +52,11 @@ def decompress_checkpoint(
         del config["auto_map"]
     if structure:
         config["quantization_config"] = structure_config(structure)
-    masks: dict[str, Tensor] = files.masks()
+    masks = PackedMasks(files.masks())
     pruning, polishes = read_pruning(files.header.get("pruning", {}), paths[0])
     if (origin / MASK_FILE).is_file():
         rest = StoredMasks(origin / MASK_FILE)
-        masks |= dict(rest)
+        masks |= rest
         pruning, polishes = pruning or rest.config, polishes or rest.polishes
     with staged_checkpoint(target, "decompress", overwrite=overwrite) as staging:
         left_out = copy_other_files(origin, staging, paths)

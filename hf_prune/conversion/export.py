@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
+import re
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 
 from hf_prune.architectures.bypass import bypassed_layers
 from hf_prune.architectures.switched_off import layers_without_units
+from hf_prune.conversion.int8 import check_quantizer, write_int8
 from hf_prune.errors import ExportError
 from hf_prune.inference.backends import SUFFIXES, ExportedModel, need
 from hf_prune.inference.speedup import workload_inputs
@@ -25,27 +28,54 @@ from hf_prune.utils.forward import eval_mode
 from hf_prune.utils.number_formats import refuse_quantized
 from hf_prune.utils.offloaded_weights import refuse_offloaded
 from hf_prune.utils.output_folder import check_file, warn_replaced
+from hf_prune.utils.progress import working
+from hf_prune.utils.results import Result
 
 _TOLERANCE = 1e-3  # largest difference from PyTorch, relative to the largest output if that is above 1
 
 
-@dataclass(frozen=True)
-class ExportReport:
+@dataclass(frozen=True, repr=False)
+class ExportReport(Result):
     """The file that an export wrote, and how close its outputs are. Print it.
 
     Args:
         path: The file.
         runtime: The runtime that checked it: ``"onnxruntime"`` or ``"openvino"``.
-        difference: Largest difference of an output from PyTorch's, on inputs of another size than those of the export.
+        difference: Largest difference of an output from PyTorch's, on inputs of another size than those of the export;
+            of the float32 file, also where another one was written.
+        quantized: ``"int8"`` if such a file was written, or None.
+        quantized_difference: Its largest difference from PyTorch's outputs, on the same inputs.
+        largest_output: The largest of PyTorch's outputs there, by magnitude.
+        float_bytes: What the float32 file takes, with the file of its weights.
+        bytes: What the written file takes.
     """
+
+    bars = ("difference", "quantized_difference")
 
     path: Path
     runtime: str
     difference: float
+    quantized: str | None = None
+    quantized_difference: float | None = None
+    largest_output: float | None = None
+    float_bytes: int | None = None
+    bytes: int | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {**vars(self), "path": str(self.path)}
 
     def __str__(self) -> str:
         differ = f"its outputs differ from PyTorch's by {self.difference:.1e} at most"
-        return f"Saved {self.path}; in {self.runtime} {differ}."
+        if self.quantized is None:
+            return f"Saved {self.path}; in {self.runtime} {differ}."
+        assert self.float_bytes is not None
+        assert self.bytes is not None
+        return (
+            f"Saved {self.path} in {self.quantized}: {self.bytes / 1e6:,.2f} MB, {self.float_bytes / 1e6:,.2f} MB in "
+            f"float32.\nIn {self.runtime} its outputs differ from PyTorch's by {self.quantized_difference:.1e} at most "
+            f"(the largest is {self.largest_output:.1e}), those in float32 by {self.difference:.1e}."
+        )
 
 
 class _Logits(nn.Module):
@@ -67,7 +97,10 @@ def first_output(outputs: Any) -> Any:
     return logits if logits is not None else outputs[0]
 
 
-def export_model(model: nn.Module, path: str | Path, *, overwrite: bool = False) -> ExportReport:
+@working("Exporting")
+def export_model(
+    model: nn.Module, path: str | Path, *, quantize: str | None = None, overwrite: bool = False
+) -> ExportReport:
     """Export a model to ONNX (``.onnx``) or OpenVINO (``.xml``, with a ``.bin`` beside it), and check the file.
 
     The batch size and the number of tokens are free dimensions, and the logits are the only output. Before the file is
@@ -76,6 +109,8 @@ def export_model(model: nn.Module, path: str | Path, *, overwrite: bool = False)
     Args:
         model: A transformers model for text, images or sound, in float32.
         path: The file.
+        quantize: ``"int8"`` for int8 matrices of linear layers and embeddings (ONNX by ONNX Runtime's dynamic
+            quantization, OpenVINO by NNCF), which changes the outputs: the report says by how much. None for float32.
         overwrite: Replace an existing file and the files that belong to it.
 
     Returns:
@@ -84,14 +119,17 @@ def export_model(model: nn.Module, path: str | Path, *, overwrite: bool = False)
     Raises:
         CheckpointError: If the file exists already.
         ExportError: If a package is missing, the suffix is unknown, the model cannot be exported, or the outputs of the
-            file differ from PyTorch's.
+            float32 file differ from PyTorch's, or those of the int8 file are not finite.
         PlanError: If weights are offloaded or quantized.
     """
     path = Path(path)
     refuse_quantized(model)
     if path.suffix not in SUFFIXES:
-        raise ExportError(f"{path} ends in {path.suffix!r}: expected .onnx, or .xml for OpenVINO")
+        raise ExportError(
+            f"{path} ends in {path.suffix!r}: expected .onnx, or .xml for OpenVINO; export_gguf() writes .gguf"
+        )
     data = path.with_suffix(".bin") if path.suffix == ".xml" else path.with_name(f"{path.name}.data")
+    check_quantizer(path, quantize)
     for file in (path, data):
         check_file(file, overwrite=overwrite)
     need("onnx", "onnxscript", *(("openvino",) if path.suffix == ".xml" else ("onnxruntime",)))
@@ -126,11 +164,38 @@ def export_model(model: nn.Module, path: str | Path, *, overwrite: bool = False)
                 f"the outputs of the exported model in {runtime} differ from PyTorch's by {difference:.2g}: nothing "
                 f"was written"
             )
-        warn_replaced(path.parent, (file.name for file in Path(name).iterdir()))
-        for file in sorted(Path(name).iterdir(), key=lambda file: file == written):  # the files that it refers to first
+        report = ExportReport(path, runtime, difference)
+        if quantize is not None:
+            written, report = _quantized(written, quantize, report, other, expected)
+        files = [file for file in written.parent.iterdir() if file.is_file()]
+        warn_replaced(path.parent, (file.name for file in files))
+        for file in sorted(files, key=lambda file: file == written):  # the files that it refers to first
             sync(file)
             file.replace(path.parent / file.name)
-    return ExportReport(path, runtime, difference)
+    return report
+
+
+def _quantized(
+    written: Path, kind: str, report: ExportReport, inputs: Mapping[str, Tensor], expected: Tensor
+) -> tuple[Path, ExportReport]:
+    """A file beside the exported one in a folder of its own, with smaller weights, and what it does."""
+    target = written.parent / kind / written.name
+    target.parent.mkdir()
+    with _quiet():
+        write_int8(written, target)
+    actual = torch.from_numpy(ExportedModel(target)(**inputs))
+    if not actual.isfinite().all():
+        raise ExportError(f"the outputs of the {kind} model in {report.runtime} are not finite: nothing was written")
+    sizes = [sum(file.stat().st_size for file in each.parent.iterdir() if file.is_file()) for each in (written, target)]
+    changed = dataclasses.replace(
+        report,
+        quantized=kind,
+        quantized_difference=float((actual - expected).abs().max()),
+        largest_output=float(expected.abs().max()),
+        float_bytes=sizes[0],
+        bytes=sizes[1],
+    )
+    return target, changed
 
 
 def _program(model: Any, inputs: Mapping[str, Tensor]) -> Any:
@@ -152,9 +217,16 @@ def _program(model: Any, inputs: Mapping[str, Tensor]) -> Any:
                 )
             except Exception as error:  # torch raises many kinds
                 errors.append(error)
-    raise ExportError(
-        f"torch cannot export this {type(model).__name__}: {str(errors[-1]).strip().splitlines()[-1]}"
-    ) from errors[-1]
+    raise ExportError(f"torch cannot export this {type(model).__name__}: {_reason(errors[-1])}") from errors[-1]
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong at first, in a line: what torch says around it only points to its stack trace."""
+    while (inner := error.__cause__ or error.__context__) is not None:
+        error = inner
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    told = [line for line in lines if not re.search("stack trace|report|verbose=|TORCH_", line, re.IGNORECASE)]
+    return (told or lines or [type(error).__name__])[0]
 
 
 @contextlib.contextmanager

@@ -30,18 +30,21 @@ from hf_prune.checkpoint.packed.quantization_config import structure_config
 from hf_prune.checkpoint.staging import staged_checkpoint
 from hf_prune.conversion.foreign_masks import decode
 from hf_prune.errors import CheckpointError
+from hf_prune.kernels.packed_masks import PackedMasks
 from hf_prune.pruning.mask_store import MaskStore
 from hf_prune.utils.folders import PICKLES, copy_beside
 from hf_prune.utils.json_files import read_config, write_config
 from hf_prune.utils.output_folder import check_output, source_folder
+from hf_prune.utils.progress import working
 from hf_prune.utils.quantization_method import METHOD
+from hf_prune.utils.results import Result
 
 _FOREIGN = ("compression_config", "sparsity_config")  # keys of configs, besides quantization_config
 _QUANTIZED = re.compile(r".*\.(weight_scale|weight_zero_point|weight_packed|input_scale|qweight|qzeros)")
 
 
-@dataclass(frozen=True)
-class MigrationReport:
+@dataclass(frozen=True, repr=False)
+class MigrationReport(Result):
     """What was migrated, and what was not. Print it.
 
     Args:
@@ -52,6 +55,8 @@ class MigrationReport:
         scaled: Weights whose mask had values other than 0 and 1, which they were multiplied by.
         unmasked: Weights from a ``weight_orig`` without a mask, which have no mask now.
     """
+
+    bars = ("masks", "heads")
 
     masks: int
     formats: tuple[str, ...]
@@ -79,6 +84,7 @@ class MigrationReport:
         return "\n".join(lines)
 
 
+@working("Migrating")
 def migrate_checkpoint(source: str | Path, out: str | Path, *, overwrite: bool = False) -> MigrationReport:
     """Migrate a checkpoint that another tool pruned.
 
@@ -137,7 +143,7 @@ def migrate_checkpoint(source: str | Path, out: str | Path, *, overwrite: bool =
     with staged_checkpoint(out, "migrate", overwrite=overwrite) as staging:
         save_file({n: t.contiguous() for n, t in decoded.weights.items()}, staging / SINGLE, {"format": "pt"})
         if decoded.masks:
-            save_masks(MaskStore(decoded.masks), staging / MASK_FILE)
+            save_masks(MaskStore(PackedMasks(decoded.masks)), staging / MASK_FILE)
         write_config(staging, config)
         rewritten = ("config.json", INDEX, *(Path(file).name for file in files))
         left_out += copy_beside(source, staging, rewritten, ["model*.safetensors", MASK_FILE])

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from hf_prune.criteria.base import Criterion, Select, WeightStats
 from hf_prune.criteria.registry import CRITERIA
-from hf_prune.kernels.least_squares import damped, layer_error, least_squares
+from hf_prune.kernels.least_squares import cholesky_factor, damped, layer_error, least_squares
 
 _ITERATIONS = 300
 _CHECK_EVERY = 3  # iterations between two comparisons of the support
@@ -16,6 +16,7 @@ _MIN_PENALTY = 1e-5
 _SETTLED_AFTER, _SETTLED_CHANGE = 30, 3e-4  # from so many iterations on, stop once less than this share changes
 _SOLVE = 10  # iterations of conjugate gradients, which start close to the solution
 _CLOSE = 1.5  # times the error of ADMM: only a magnitude mask within that is solved to the end
+_SMALL = 1 << 16  # weights of a layer, up to which the largest of them are tried in place of what ADMM found
 _NO_INPUT = 1e-12
 
 
@@ -51,7 +52,8 @@ class ALPS(Criterion):
         # In units of their inputs all weights are comparable: the Gram matrix has ones on its diagonal.
         keep, free = _support(reached * size, gram / torch.outer(size, size), select)
         new = least_squares(dense, keep, gram, start=free / size, iterations=_SOLVE)
-        keep, new = _better_of_magnitude(dense, keep, new, gram, stats.input_gram.to(gram.dtype), select)
+        if dense.numel() <= _SMALL:
+            keep, new = _better_of_magnitude(dense, keep, new, gram, stats.input_gram.to(gram.dtype), select)
         return keep, new.to(weight.dtype)
 
 
@@ -86,14 +88,16 @@ def _support(dense: Tensor, gram: Tensor, select: Select) -> tuple[Tensor, Tenso
         select: Keeps the largest scores.
     """
     keep = select(dense.float() ** 2)
-    values, vectors = torch.linalg.eigh(gram)
     image = dense @ gram
     penalty, grown = _PENALTY, False
+    inverse, inverted = _ridge_inverse(gram, penalty), penalty
     sparse, dual = dense * keep, torch.zeros_like(dense)
     previous = keep
     for iteration in range(1, _ITERATIONS + 1):
         # One step of ADMM: best weights near the sparse ones, projection onto the number of non-zeros, dual ascent.
-        free = _ridge(image - dual + penalty * sparse, values, vectors, penalty)
+        if penalty != inverted:
+            inverse, inverted = _ridge_inverse(gram, penalty), penalty
+        free = (image - dual + penalty * sparse) @ inverse
         shifted = free + dual / penalty
         keep = select(shifted.float() ** 2)
         sparse = shifted * keep
@@ -122,12 +126,9 @@ def _support(dense: Tensor, gram: Tensor, select: Select) -> tuple[Tensor, Tenso
     return keep, free
 
 
-def _ridge(target: Tensor, values: Tensor, vectors: Tensor, penalty: float) -> Tensor:
-    """``target @ inverse(gram + penalty)``, by the eigenvalues and eigenvectors of the Gram matrix.
+def _ridge_inverse(gram: Tensor, penalty: float) -> Tensor:
+    """``inverse(gram + penalty)`` of a Gram matrix with ones on its diagonal.
 
-    The penalty changes all the time, and with them no matrix is factored again. The order of the products is the one
-    that multiplies less.
+    The penalty stays for a few iterations, each of which is then one product.
     """
-    if len(target) > len(values):
-        return target @ ((vectors / (values + penalty)) @ vectors.t())
-    return ((target @ vectors) / (values + penalty)) @ vectors.t()
+    return torch.cholesky_inverse(cholesky_factor(gram, penalty))

@@ -21,6 +21,7 @@ from hf_prune.evaluation.data.classification import (
     tokenize,
 )
 from hf_prune.evaluation.data.loading import fingerprint, load_sst2
+from hf_prune.evaluation.divergence import IMPOSSIBLE, pack_rows
 from hf_prune.evaluation.labels import class_doubt
 from hf_prune.planning.checks import check_positive
 from hf_prune.pruning.mask_store import warn_regrown
@@ -131,7 +132,7 @@ def evaluate_classification(
     max_length: int | None = None,
     source: str = "",
     split: str = "",
-    progress: bool | str = False,
+    progress: bool | str | None = None,
 ) -> Evaluation:
     """Measure the accuracy of a sequence classifier, on the device and in the dtype it has.
 
@@ -173,7 +174,8 @@ def evaluate_classification(
     start = time.perf_counter()
     examples = tokenize(tokenizer, dataset, text_columns, max_length)
     labels = class_numbers(dataset, label_column, model)
-    predictions = _predict(model, tokenizer, examples, batch_size, progress)
+    distributions = _predict(model, tokenizer, examples, batch_size, progress)
+    predictions = distributions.numpy().argmax(axis=-1).tolist()  # of equal ones the first
     seconds = time.perf_counter() - start
     score = accuracy_metric().compute(predictions=predictions, references=labels)
     return Evaluation(
@@ -190,6 +192,7 @@ def evaluate_classification(
         max_length=max_length,
         batch_size=batch_size,
         classes=class_doubt(dataset, label_column, labels, model.config),
+        distributions=pack_rows(distributions),
     )
 
 
@@ -198,31 +201,29 @@ def _predict(
     tokenizer: PreTrainedTokenizerBase,
     examples: list[dict[str, list[int]]],
     batch_size: int,
-    progress: bool | str,
-) -> list[int]:
-    """Predicted class of each example, in the order of ``examples``."""
+    progress: bool | str | None,
+) -> Tensor:
+    """(n, num_labels) float32 log-probabilities of each example's classes, in the order of ``examples``."""
     order = sorted(range(len(examples)), key=lambda i: -len(examples[i]["input_ids"]))
     side = "left" if model.config.model_type in _PADDED_LEFT else "right"
     device = device_of(model)
     parts: list[Tensor] = []
     starts, title = range(0, len(order), batch_size), progress if isinstance(progress, str) else "Scoring"
     with eval_mode(model), torch.inference_mode():
-        for start in Bar(starts, desc=title, progress=bool(progress)):
+        for start in Bar(starts, desc=title, progress=progress):
             batch = pad(tokenizer, [examples[i] for i in order[start : start + batch_size]], side)
             inputs = {name: tensor.to(device) for name, tensor in batch.items()}
             logits = _check_logits(getattr(run_model(model, inputs, DataError), "logits", None), model)
-            # (batch, num_labels) -> (batch,); -1 marks NaN, found without waiting for the device at every batch
-            parts.append(logits.argmax(dim=-1).masked_fill(logits.isnan().any(dim=-1), -1))
-    predicted = torch.cat(parts).tolist()
-    if -1 in predicted:
+            parts.append(logits.double().log_softmax(dim=-1).clamp_min(IMPOSSIBLE).float())
+    rows = torch.cat(parts).cpu()
+    if broken := int(rows.isnan().any(dim=-1).sum()):
         raise DataError(
-            f"{type(model).__name__} returns NaN for {predicted.count(-1)} of {len(predicted)} examples: its weights "
+            f"{type(model).__name__} returns NaN for {broken} of {len(rows)} examples: its weights "
             f"are damaged, or {logits.dtype} overflows (load it in float32 or bfloat16)"
         )
-    predictions = [0] * len(order)
-    for i, prediction in zip(order, predicted, strict=True):
-        predictions[i] = prediction
-    return predictions
+    distributions = torch.empty_like(rows)
+    distributions[order] = rows
+    return distributions
 
 
 def _check_logits(logits: Any, model: PreTrainedModel) -> Tensor:

@@ -8,7 +8,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from hf_prune.errors import DataError
+from hf_prune.evaluation.divergence import read_distributions, stored_rows
 from hf_prune.evaluation.saved_scores import check_fields, data_name
+from hf_prune.utils.results import Result
 
 _TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("split", "source", "data_fingerprint", "dtype", "classes"), (str,)),
@@ -18,8 +20,8 @@ _TYPES: dict[str, tuple[type, ...]] = {
 _TYPE_NAMES = {str: "a text", int: "a whole number, 0 or more", float: "a number, 0 or more"}
 
 
-@dataclass(frozen=True)
-class Evaluation:
+@dataclass(frozen=True, repr=False)
+class Evaluation(Result):
     """How many examples of a data set a model classifies right.
 
     Attributes:
@@ -36,7 +38,11 @@ class Evaluation:
         max_length: Longer inputs were cut to this many tokens.
         batch_size: Examples per forward pass.
         classes: How the classes of the model and of the data seem to differ, in words; empty if they do not.
+        distributions: The log-probabilities of each example's classes, as
+            :func:`hf_prune.evaluation.divergence.pack_rows` writes them; empty in scores of earlier versions.
     """
+
+    bars = ("accuracy",)
 
     accuracy: float
     n: int
@@ -51,6 +57,7 @@ class Evaluation:
     max_length: int
     batch_size: int
     classes: str = ""
+    distributions: tuple[str, ...] = ()
 
     @property
     def metric(self) -> str:
@@ -68,8 +75,9 @@ class Evaluation:
         return f"accuracy {100 * self.accuracy:.2f} % ± {100 * self.standard_error:.2f} (n = {self.n}, {data})"
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields, ready for JSON."""
-        return {**asdict(self), "predictions": list(self.predictions), "labels": list(self.labels)}
+        """All fields, ready for JSON; no distributions where they are more than 200,000 numbers (n times classes)."""
+        lists = {name: list(getattr(self, name)) for name in ("predictions", "labels")}
+        return {**asdict(self), **lists, "distributions": stored_rows(self.distributions)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Evaluation:
@@ -78,7 +86,7 @@ class Evaluation:
         Raises:
             DataError: If a field is missing or unknown, or a number is not what the predictions give.
         """
-        check_fields(cls, values, "evaluation", optional=("classes",))
+        check_fields(cls, values, "evaluation", optional=("classes", "distributions"))
         for name, types in _TYPES.items():
             value = values.get(name, "")
             if type(value) not in types or (str not in types and not 0 <= value < 1e15):
@@ -98,7 +106,9 @@ class Evaluation:
                     f"{name} is {values[name]!r}, but the predictions that are saved with it give {number!r}: the file "
                     f"was edited; measure again"
                 )
-        return cls(**{**values, **counted, "predictions": predictions, "labels": labels})
+        distributions = read_distributions(values, len(labels), predictions)
+        lists = {"predictions": predictions, "labels": labels, "distributions": distributions}
+        return cls(**{**values, **counted, **lists})
 
 
 def share_correct(predictions: Sequence[int], labels: Sequence[int]) -> dict[str, float | int]:

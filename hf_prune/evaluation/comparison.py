@@ -15,11 +15,13 @@ from typing import Any
 
 from hf_prune.errors import DataError
 from hf_prune.evaluation.accuracy_result import Evaluation
+from hf_prune.evaluation.divergence import Divergence, saved_divergence
 from hf_prune.evaluation.statistics import check_confidence
+from hf_prune.utils.results import Result
 
 
-@dataclass(frozen=True)
-class Comparison:
+@dataclass(frozen=True, repr=False)
+class Comparison(Result):
     """A pruned model compared with the dense one on the same examples.
 
     Attributes:
@@ -36,7 +38,10 @@ class Comparison:
         n: Number of examples.
         confidence: Of the interval and of the bound, 0 to 1.
         doubt: Why the drop means nothing, in words; empty if it does. See :func:`reason_to_doubt`.
+        divergence: How far the predictions are from the dense model's; None if a score does not have them.
     """
+
+    bars = ("dense_accuracy", "pruned_accuracy")
 
     dense_accuracy: float
     pruned_accuracy: float
@@ -50,17 +55,22 @@ class Comparison:
     n: int
     confidence: float
     doubt: str = ""
+    divergence: Divergence | None = None
 
     def __str__(self) -> str:
-        """One line: both accuracies, the drop with interval and bound, the test, and n; a doubt comes first."""
+        """One line: both accuracies, the drop with interval and bound, the test, and n; a doubt comes first.
+
+        A second line has the divergence of the predictions.
+        """
         low, high = self.interval
         level = f"{100 * self.confidence:g} %"
         warning = f"Warning: {self.doubt}.\n" if self.doubt else ""
+        moved = "" if self.divergence is None else f"\npredictions: {self.divergence.summary()}"
         return (
             f"{warning}accuracy {100 * self.dense_accuracy:.2f} % -> {100 * self.pruned_accuracy:.2f} %: "
             f"drop {self.drop:.2f} points ({level} interval {low:.2f} to {high:.2f}, one-sided upper bound "
             f"{self.upper_bound:.2f}; {self.only_dense_right} only dense right, {self.only_pruned_right} only pruned "
-            f"right, McNemar p = {self.p_value:.3g}, n = {self.n})"
+            f"right, McNemar p = {self.p_value:.3g}, n = {self.n}){moved}"
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -113,6 +123,7 @@ def compare(dense: Evaluation, pruned: Evaluation, *, confidence: float = 0.95) 
         n=n,
         confidence=confidence,
         doubt=reason_to_doubt(dense, confidence),
+        divergence=saved_divergence(dense.distributions, pruned.distributions, confidence=confidence),
     )
 
 

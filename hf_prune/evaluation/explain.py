@@ -8,22 +8,28 @@ from hf_prune.architectures.kinds.registry import unit_descriptions
 from hf_prune.errors import ArchitectureError
 from hf_prune.evaluation.sparsity_report import SparsityReport, sparsity_report
 from hf_prune.evaluation.structure_report import StructureReport, structure_report
+from hf_prune.inference.acceleration.report import AccelerationReport
 from hf_prune.inference.latency_result import LatencyResult
 
 SOME_ZEROS = 0.01  # share of zeros from which they are mentioned
 
 
-def explain_speed(model: nn.Module, measured: LatencyResult | None = None) -> str:
+def explain_speed(
+    model: nn.Module, measured: LatencyResult | None = None, acceleration: AccelerationReport | None = None
+) -> str:
     """Explain whether a model is faster than the dense one it came from, where, and why or why not.
 
     Args:
         model: A transformers model.
         measured: The timing of both in turns, if there is one.
+        acceleration: What :func:`hf_prune.accelerate` found for the model, if it was asked.
     """
     lines = [f"{type(model).__name__}:", *speed_reasons(model)]
-    if measured is None:
+    if acceleration is not None:
+        lines.append(acceleration.sentence)
+    if measured is None and acceleration is None:
         lines.append("Nothing was timed: name the dense model to compare with.")
-    else:
+    elif measured is not None:
         lines += ["Measured:", str(measured)]
     return "\n".join(lines)
 

@@ -8,10 +8,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from hf_prune.evaluation.saved_scores import check_fields, data_name
+from hf_prune.utils.results import Result
 
 
-@dataclass(frozen=True)
-class Perplexity:
+@dataclass(frozen=True, repr=False)
+class Perplexity(Result):
     """How well a model predicts a text.
 
     Attributes:
@@ -33,6 +34,8 @@ class Perplexity:
         dtype: Of the weights, such as ``float32``; likelihoods are computed in float32 at least.
         batch_size: Windows per forward pass.
     """
+
+    bars = ("perplexity",)
 
     perplexity: float
     n: int
@@ -74,8 +77,8 @@ class Perplexity:
         return cls(**{**values, **lists})
 
 
-@dataclass(frozen=True)
-class PerplexityComparison:
+@dataclass(frozen=True, repr=False)
+class PerplexityComparison(Result):
     """A pruned model compared with the dense one on the same windows.
 
     Attributes:
@@ -87,6 +90,8 @@ class PerplexityComparison:
         n: Number of windows.
         confidence: Of the interval, 0 to 1.
     """
+
+    bars = ("dense_perplexity", "pruned_perplexity")
 
     dense_perplexity: float
     pruned_perplexity: float

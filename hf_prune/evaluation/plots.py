@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_prune.evaluation.sparsity_report import SparsityReport
 from hf_prune.evaluation.weight_statistics import WeightHistogram
-from hf_prune.utils.files import atomic_path
+from hf_prune.utils.figures import (
+    GREY,
+    MARKERS,
+    PALETTE,
+    figure,
+    lines_of,
+    literal,
+    panels,
+    save_figure,
+    spread_labels,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from hf_prune.evaluation.sweep_point import SweepPoint
     from hf_prune.inference.latency_result import LatencyPoint, LatencyResult
-
-# Okabe & Ito's palette, which colour-blind readers can tell apart; after that, line styles differ as well.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-_MARKERS = ("o", "s", "^", "D", "v", "P")
-_GREY = "#8a8a8a"
 
 
 def plot_weight_histogram(before: WeightHistogram | None, after: WeightHistogram, title: str) -> Figure:
@@ -31,18 +37,18 @@ def plot_weight_histogram(before: WeightHistogram | None, after: WeightHistogram
         after: Histogram of the pruned weights, with the same edges.
         title: What is shown.
     """
-    figure, axes = _figure(8.0, 4.5)
+    drawn, axes = figure(8.0, 4.5)
     first = after if before is None else before
     width = first.edges[1] - first.edges[0]
     total = max(1, first.counts.sum() + first.zeros)
     if before is not None:
-        axes.stairs(before.counts, before.edges, fill=True, color=_GREY, alpha=0.45, label="dense")
-    axes.stairs(after.counts, after.edges, color=_COLOURS[0], linewidth=1.6, label="pruned: the weights that remain")
+        axes.stairs(before.counts, before.edges, fill=True, color=GREY, alpha=0.45, label="dense")
+    axes.stairs(after.counts, after.edges, color=PALETTE[0], linewidth=1.6, label="pruned: the weights that remain")
     axes.bar(
         0,
         after.zeros,
         width=width,
-        color=_COLOURS[1],
+        color=PALETTE[1],
         label=f"pruned: exactly zero ({after.zeros:,}, {100 * after.zeros / total:.1f} %)",
     )
     axes.set(title=title, xlabel="weight (the outermost bins hold everything beyond)", ylabel="weights per bin")
@@ -51,7 +57,7 @@ def plot_weight_histogram(before: WeightHistogram | None, after: WeightHistogram
     axes.set_ylim(bottom=max(0.5, lowest / 3), top=3 * total)  # a bin of one weight is visible
     axes.set_yscale("log")
     axes.legend(frameon=False, loc="upper left")
-    return _literal(figure)
+    return literal(drawn)
 
 
 def plot_layer_sparsity(report: SparsityReport, title: str) -> Figure:
@@ -62,12 +68,12 @@ def plot_layer_sparsity(report: SparsityReport, title: str) -> Figure:
         title: What is shown.
     """
     targets = report.targets
-    figure, axes = _figure(8.0, max(2.5, 0.19 * len(targets) + 1.2))
+    drawn, axes = figure(8.0, max(2.5, 0.19 * len(targets) + 1.2))
     position = list(range(len(targets)))
-    axes.barh(position, [100 * t.sparsity for t in targets], color=_COLOURS[0], height=0.75)
+    axes.barh(position, [100 * t.sparsity for t in targets], color=PALETTE[0], height=0.75)
     axes.axvline(
         100 * report.target_sparsity,
-        color=_COLOURS[1],
+        color=PALETTE[1],
         linestyle="--",
         label=f"all targets: {100 * report.target_sparsity:.1f} %",
     )
@@ -77,8 +83,8 @@ def plot_layer_sparsity(report: SparsityReport, title: str) -> Figure:
     axes.set_xlim(0, 100)
     axes.set(title=title, xlabel="sparsity (% of the weights)")
     axes.grid(axis="y", visible=False)
-    figure.legend(frameon=False, loc="outside lower center")
-    return _literal(figure)
+    drawn.legend(frameon=False, loc="outside lower center")
+    return literal(drawn)
 
 
 def plot_tradeoff(
@@ -99,69 +105,106 @@ def plot_tradeoff(
         subtitle: Data, n, tolerance.
         metric: What the score is.
     """
-    figure, axes = _figure(8.0, 5.0)
+    drawn, axes = figure(8.0, 5.0)
+    lines = _tradeoff_lines(dense_accuracy, points)
     sign = " %" if metric == "accuracy" else ""
-    dense = f"dense: {100 * dense_accuracy:.2f}{sign}"
-    axes.axhline(100 * dense_accuracy, color=_GREY, linestyle="--", linewidth=1.2, label=dense)
-    for i, criterion in enumerate(dict.fromkeys(p.criterion for p in points)):
-        line = sorted((p for p in points if p.criterion == criterion), key=lambda p: p.sparsity)
-        low = [p.comparison.drop - p.comparison.interval[0] for p in line]
-        high = [p.comparison.interval[1] - p.comparison.drop for p in line]
+    dense = 100 * dense_accuracy
+    axes.axhline(dense, color=GREY, linestyle="--", linewidth=1.0, zorder=1)
+    axes.plot(0, dense, marker="o", markersize=8, color=GREY, zorder=4)
+    axes.annotate(f"dense {dense:.2f}{sign}", (0, dense), (6, 6), textcoords="offset points", fontsize=9, color=GREY)
+    for i, line in enumerate(lines):
         axes.errorbar(
-            [100 * p.sparsity for p in line],
-            [100 * p.evaluation.value for p in line],
-            yerr=[[max(0.0, v) for v in high], [max(0.0, v) for v in low]],
-            color=_COLOURS[i % len(_COLOURS)],
-            marker=_MARKERS[i % len(_MARKERS)],
-            linestyle=("-", "--", ":")[i // len(_COLOURS) % 3],
+            line.sparsity,
+            line.score,
+            label=line.name,
+            yerr=[line.below, line.above],
+            color=PALETTE[i],
+            marker=MARKERS[i],
+            markersize=5,
             capsize=3,
-            label=criterion,
+            zorder=3,
         )
     if sweet_spot is not None:
         x, y = 100 * sweet_spot.sparsity, 100 * sweet_spot.evaluation.value
-        axes.plot(
-            x,
-            y,
-            marker="*",
-            markersize=20,
-            color="#F0E442",
-            markeredgecolor="black",
-            linestyle="none",
-            label=f"sweet spot: {x:g} % ({sweet_spot.criterion})",
-            zorder=5,
-        )
+        axes.plot(x, y, marker="o", markersize=15, color="none", markeredgecolor=GREY, markeredgewidth=2, zorder=5)
+        axes.annotate("sweet spot", (x, y), (0, 13), textcoords="offset points", fontsize=9, ha="center")
     axes.set(xlabel="sparsity of the targets (%)", ylabel="accuracy (%)" if sign else f"{metric} × 100")
     axes.set_title(f"{title}\n{subtitle}", fontsize=10)
-    axes.legend(frameon=False, loc="best")
-    return _literal(figure)
+    low, high = axes.get_ylim()
+    ends = spread_labels([line.score[-1] for line in lines], 0.05 * (high - low))
+    for i, (line, height) in enumerate(zip(lines, ends, strict=True)):
+        axes.annotate(
+            line.name,
+            (line.sparsity[-1], line.score[-1]),
+            (line.sparsity[-1] + 1.5, height),
+            textcoords="data",
+            color=PALETTE[i],
+            va="center",
+            annotation_clip=False,
+        )
+    if lines:  # room for the names at the ends
+        longest = max(len(line.name) for line in lines)
+        axes.set_xlim(-3, max(line.sparsity[-1] for line in lines) * (1.03 + 0.018 * longest))
+    return literal(drawn)
 
 
-def plot_latency(result: LatencyResult, accuracies: Mapping[str, float], title: str) -> Figure:
+@dataclass(frozen=True)
+class _Line:
+    """One line of a trade-off, in per cent."""
+
+    name: str
+    sparsity: list[float]
+    score: list[float]
+    below: list[float]
+    above: list[float]
+
+
+def _tradeoff_lines(dense_value: float, points: Sequence[SweepPoint]) -> list[_Line]:
+    """The lines of a trade-off, each from the dense model on, with their intervals."""
+    pruned = [p for p in points if p.sparsity > 0]
+    lines = lines_of(pruned, lambda p: p.criterion, lambda p: p.sparsity, lambda p: p.evaluation.value)
+    return [
+        _Line(
+            name,
+            [0.0, *(100 * p.sparsity for p in line)],
+            [100 * dense_value, *(100 * p.evaluation.value for p in line)],
+            [0.0, *(max(0.0, p.comparison.interval[1] - p.comparison.drop) for p in line)],
+            [0.0, *(max(0.0, p.comparison.drop - p.comparison.interval[0]) for p in line)],
+        )
+        for name, line in lines.items()
+    ]
+
+
+def plot_latency(
+    result: LatencyResult, accuracies: Mapping[str, float], title: str, *, measure: str = "accuracy (%)"
+) -> Figure:
     """Plot accuracy against measured speed-up, a panel per workload; without accuracies, the latencies themselves.
 
     A mark is hollow if the model cannot be told apart from the first one.
 
     Args:
         result: Models timed in turns; the first one is what the others are compared with.
-        accuracies: Accuracy of each model by name, 0 to 1; empty if they were not scored.
+        accuracies: Accuracy of each model by name, 0 to 1, or another score; empty if they were not scored.
         title: What was compared.
+        measure: What the scores are; accuracies are drawn in per cent.
     """
+    scale = 100 if measure == "accuracy (%)" else 1
     workloads = list(dict.fromkeys(p.workload for p in result.points))
     models = list(dict.fromkeys(p.model for p in result.points))
     columns = 2 if len(workloads) == 4 else min(3, len(workloads))
     rows = -(-len(workloads) // columns)
     height = 3.6 if accuracies else 0.7 + 0.45 * len(models)
-    figure, panels = _panels(max(8.0, 4.0 * columns), 1.0 + height * rows, rows, columns)
-    for axes, workload in zip(panels, workloads, strict=False):
+    drawn, panes = panels(max(8.0, 4.0 * columns), 1.0 + height * rows, rows, columns)
+    for axes, workload in zip(panes, workloads, strict=False):
         for point in (p for p in result.points if p.workload == workload):
             number = models.index(point.model)
             if accuracies:
-                _draw_speedup(axes, point, number, 100 * accuracies[point.model])
+                _draw_speedup(axes, point, number, scale * accuracies[point.model])
             else:
                 _draw_latency(axes, point, number)
         axes.set_title(workload, fontsize=10)
         if accuracies:
-            axes.axvline(1, color=_GREY, linestyle="--", linewidth=1.2, zorder=1)
+            axes.axvline(1, color=GREY, linestyle="--", linewidth=1.2, zorder=1)
             axes.margins(0.12)
             axes.set_xlabel(f"times as fast as {models[0]}")
         else:
@@ -169,17 +212,17 @@ def plot_latency(result: LatencyResult, accuracies: Mapping[str, float], title: 
             axes.margins(x=0.12)
             axes.set(xlabel="milliseconds", ylim=(len(models) - 0.4, -0.7))
             axes.set_xlim(left=0)
-    for axes in panels[len(workloads) :]:
+    for axes in panes[len(workloads) :]:
         axes.set_visible(False)
     if accuracies:
-        for axes in panels[::columns]:
-            axes.set_ylabel("accuracy (%)")
-        figure.legend(*panels[0].get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=3)
+        for axes in panes[::columns]:
+            axes.set_ylabel(measure)
+        drawn.legend(*panes[0].get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=3)
     hollow = "" if all(p.against is None or p.against.is_real for p in result.points) else "; hollow: within the noise"
     what = f"medians and {'95 % intervals' if accuracies else 'quartiles'}{hollow}"
     setting = f"{result.rounds} rounds in turns, {result.dtype}, {result.device}, {result.threads} thread(s)"
-    figure.suptitle(f"{title}\n{setting}\n{what}", fontsize=10)
-    return _literal(figure)
+    drawn.suptitle(f"{title}\n{setting}\n{what}", fontsize=10)
+    return literal(drawn)
 
 
 def _draw_speedup(axes: Any, point: LatencyPoint, number: int, accuracy: float) -> None:
@@ -196,34 +239,15 @@ def _draw_latency(axes: Any, point: LatencyPoint, number: int) -> None:
 
 
 def _mark(point: LatencyPoint, number: int) -> dict[str, Any]:
-    colour = _COLOURS[number % len(_COLOURS)]
+    colour = PALETTE[number % len(PALETTE)]
     told = point.against is None or point.against.is_real
     return {
         "color": colour,
-        "marker": _MARKERS[(number + number // len(_COLOURS)) % len(_MARKERS)],  # a pair of its own for each of 36
+        "marker": MARKERS[(number + number // len(PALETTE)) % len(MARKERS)],  # a pair of its own for each of 36
         "markerfacecolor": colour if told else "white",
         "linestyle": "none",
         "capsize": 3,
     }
-
-
-def save_figure(figure: Figure, path: Path) -> Path:
-    """Write a figure to a file atomically; its suffix gives the format.
-
-    Args:
-        figure: What to write.
-        path: Where to, such as ``tradeoff.png``.
-    """
-    kind = path.suffix.removeprefix(".")
-    mark = {"Software": "hf_prune"} if kind == "png" else None  # is_drawn looks for it
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=150, format=kind, metadata=mark)
-    return path
-
-
-def is_drawn(path: Path) -> bool:
-    """Whether a file is a PNG that :func:`save_figure` wrote."""
-    return path.is_file() and b"Software\0hf_prune" in path.read_bytes()[:4096]
 
 
 PLOTS = ("layers.png", "weights.png")
@@ -243,35 +267,3 @@ def write_plots(
     """
     save_figure(plot_layer_sparsity(report, f"Sparsity per layer: {name}"), folder / "layers.png")
     save_figure(plot_weight_histogram(before, after, f"Weights of the targets: {name}"), folder / "weights.png")
-
-
-def _literal(figure: Figure) -> Figure:
-    """Turn off formulas in a figure's texts, so that a dollar sign in a name is just that.
-
-    The numbers of logarithmic axes are formulas; they are made when the figure is drawn, and stay.
-    """
-    from matplotlib.text import Text
-
-    for text in figure.findobj(Text):
-        if "$" in text.get_text() and r"\mathdefault" not in text.get_text():
-            text.set_parse_math(False)
-    return figure
-
-
-def _figure(width: float, height: float) -> tuple[Figure, Any]:
-    """A figure with one panel, without pyplot's global state, so that plots work in threads and servers."""
-    figure, (axes,) = _panels(width, height, 1, 1)
-    return figure, axes
-
-
-def _panels(width: float, height: float, rows: int, columns: int) -> tuple[Figure, list[Any]]:
-    """A figure with several panels, row by row, that share their vertical axis."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    panels = list(figure.subplots(rows, columns, sharey=True, squeeze=False).flat)
-    for axes in panels:
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.3)
-        axes.set_axisbelow(True)
-    return figure, panels

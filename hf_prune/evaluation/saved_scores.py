@@ -1,4 +1,4 @@
-"""What all scores have in common: what their data is called, and how they are read back from a file."""
+"""What all scores have in common: what their data is called, and how they are written to a file and read back."""
 
 from __future__ import annotations
 
@@ -33,3 +33,19 @@ def check_fields(score: type[Any], values: Mapping[str, Any], name: str, optiona
             f"not a saved {name}: missing {sorted(missing)}, unknown {sorted(unknown)}: pass what "
             f"{score.__name__}.to_dict returned"
         )
+
+
+def scores_to_dict(score: Mapping[str, Any], dense: Mapping[str, Any], compared: Mapping[str, Any]) -> dict[str, Any]:
+    """Scores and comparisons as plain values: those of ``"evaluation"`` at the top, the others under their names.
+
+    Args:
+        score: By name, of the model.
+        dense: By name, of the dense model; empty if there is none.
+        compared: By name, of both.
+    """
+    values: dict[str, Any] = {}
+    for name in score:
+        results = {"evaluation": score[name], "dense": dense.get(name), "comparison": compared.get(name)}
+        part = {key: result.to_dict() for key, result in results.items() if result is not None}
+        values |= part if name == "evaluation" else {name: part}
+    return values

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from statistics import NormalDist
 from typing import Any
 
 from hf_prune.errors import DataError
+from hf_prune.evaluation.divergence import Divergence
 from hf_prune.evaluation.saved_scores import check_fields, data_name
-from hf_prune.evaluation.statistics import check_confidence, standard_error_of
+from hf_prune.evaluation.statistics import check_confidence, spearman, standard_error_of_mean
+from hf_prune.utils.results import Result
 
 SPEARMAN, NDCG = "Spearman", "nDCG@10"
 METRICS = {"spearman": SPEARMAN, "ndcg": NDCG}  # by the names that options have
 
 
-@dataclass(frozen=True)
-class SentenceScore:
+@dataclass(frozen=True, repr=False)
+class SentenceScore(Result):
     """How well a model orders pairs of texts by their similarity, or documents by their relevance to queries.
 
     Attributes:
@@ -37,6 +39,8 @@ class SentenceScore:
         max_length: Longer texts were cut to this many tokens.
         batch_size: Texts per forward pass.
     """
+
+    bars = ("value",)
 
     metric: str
     value: float
@@ -99,8 +103,29 @@ class SentenceScore:
         return cls(**{**values, **counted, **lists})
 
 
-@dataclass(frozen=True)
-class SentenceComparison:
+def check_sentences(values: Mapping[str, Any]) -> None:
+    """Check that a score can be true, also one whose values of single pairs or queries were left out.
+
+    Args:
+        values: Of :meth:`SentenceScore.to_dict`.
+
+    Raises:
+        DataError: If it cannot.
+    """
+    metric, value, error, n = (values[name] for name in ("metric", "value", "standard_error", "n"))
+    if metric not in METRICS.values():
+        raise DataError(f"metric is {metric!r:.60}: expected one of {', '.join(METRICS.values())}")
+    least = -1 if metric == SPEARMAN else 0
+    if not _is_finite(value) or not least <= value <= 1:
+        raise DataError(f"value is {value!r}: expected a number from {least} to 1")
+    if not _is_finite(error) or error < 0 or type(n) is not int or n < 1:
+        raise DataError(f"standard_error is {error!r} and n {n!r}: expected 0 or more, and a whole number above 0")
+    if values.get("values") is not None or values.get("references") is not None:
+        SentenceScore.from_dict(values)
+
+
+@dataclass(frozen=True, repr=False)
+class SentenceComparison(Result):
     """A pruned model compared with the dense one on the same pairs or queries.
 
     Attributes:
@@ -115,7 +140,10 @@ class SentenceComparison:
         n: Number of pairs or queries.
         confidence: Of the interval and of the bound, 0 to 1.
         doubt: Why the drop means nothing, in words; empty if it does. See :func:`order_doubt`.
+        divergence: How far the predictions are from the dense model's; None where there are no distributions.
     """
+
+    bars = ("dense_value", "pruned_value")
 
     metric: str
     dense_value: float
@@ -128,15 +156,54 @@ class SentenceComparison:
     n: int
     confidence: float
     doubt: str = ""
+    divergence: Divergence | None = None
+
+    @classmethod
+    def of(
+        cls,
+        dense: Any,
+        pruned: Any,
+        error: float,
+        confidence: float,
+        doubt: str,
+        divergence: Divergence | None = None,
+    ) -> SentenceComparison:
+        """The comparison of two scores by the same metric, whose drop is taken as normally distributed.
+
+        Args:
+            dense: The score of the dense model.
+            pruned: That of the pruned model.
+            error: The standard error of the drop, paired, in points.
+            confidence: Of the two-sided interval and of the one-sided bound, between 0 and 1.
+            doubt: Why the drop means nothing; empty if it does.
+            divergence: How far the predictions are from each other, if that is known.
+        """
+        drop = 100 * (dense.value - pruned.value)
+        two_sided = NormalDist().inv_cdf((1 + confidence) / 2) * error
+        return cls(
+            metric=dense.metric,
+            dense_value=dense.value,
+            pruned_value=pruned.value,
+            drop=drop,
+            drop_standard_error=error,
+            interval=(drop - two_sided, drop + two_sided),
+            upper_bound=drop + NormalDist().inv_cdf(confidence) * error,
+            p_value=2 * NormalDist().cdf(-abs(drop) / error) if error else float(drop == 0),
+            n=dense.n,
+            confidence=confidence,
+            doubt=doubt,
+            divergence=divergence,
+        )
 
     def __str__(self) -> str:
         """One line: both scores, the drop with interval and bound, the test, and n; a doubt comes first."""
         low, high = self.interval
         warning = f"Warning: {self.doubt}.\n" if self.doubt else ""
+        moved = "" if self.divergence is None else f"\npredictions: {self.divergence.summary()}"
         return (
             f"{warning}{self.metric} {self.dense_value:.4f} -> {self.pruned_value:.4f}: drop {self.drop:.2f} points "
             f"({100 * self.confidence:g} % interval {low:.2f} to {high:.2f}, one-sided upper bound "
-            f"{self.upper_bound:.2f}; p = {self.p_value:.3g}, paired, n = {self.n:,})"
+            f"{self.upper_bound:.2f}; p = {self.p_value:.3g}, paired, n = {self.n:,}){moved}"
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -173,22 +240,7 @@ def compare_sentences(dense: SentenceScore, pruned: SentenceScore, *, confidence
     else:
         differences = [a - b for a, b in zip(dense.values, pruned.values, strict=True)]
         error = 100 * standard_error_of_mean(differences)
-    drop = 100 * (dense.value - pruned.value)
-    two_sided = NormalDist().inv_cdf((1 + confidence) / 2) * error
-    p_value = 2 * NormalDist().cdf(-abs(drop) / error) if error else float(drop == 0)
-    return SentenceComparison(
-        metric=dense.metric,
-        dense_value=dense.value,
-        pruned_value=pruned.value,
-        drop=drop,
-        drop_standard_error=error,
-        interval=(drop - two_sided, drop + two_sided),
-        upper_bound=drop + NormalDist().inv_cdf(confidence) * error,
-        p_value=p_value,
-        n=dense.n,
-        confidence=confidence,
-        doubt=order_doubt(dense, confidence),
-    )
+    return SentenceComparison.of(dense, pruned, error, confidence, order_doubt(dense, confidence))
 
 
 def order_doubt(dense: SentenceScore, confidence: float = 0.95) -> str:
@@ -217,15 +269,6 @@ def summarise(metric: str, values: tuple[float, ...], references: tuple[float, .
     return {"value": spearman(values, references), "standard_error": error, "n": n}
 
 
-def spearman(values: Any, references: Any) -> float:
-    """Spearman's rank correlation, -1 to 1; 0 where either orders nothing, since all of it is equal."""
-    from scipy.stats import spearmanr
-
-    if len(set(values)) < 2 or len(set(references)) < 2:
-        return 0.0
-    return float(spearmanr(values, references).statistic)
-
-
 def resampled_spearman(values: Any, references: Any, samples: int = 1000) -> Any:
     """Spearman's correlation in bootstrap samples of the pairs; the same samples in each call with as many pairs.
 
@@ -244,12 +287,6 @@ def resampled_spearman(values: Any, references: Any, samples: int = 1000) -> Any
         norm = math.sqrt(float((ranks[0] ** 2).sum() * (ranks[1] ** 2).sum()))
         found[i] = (ranks[0] * ranks[1]).sum() / norm if norm else 0.0
     return found
-
-
-def standard_error_of_mean(values: Sequence[float]) -> float:
-    """``s / sqrt(n)``; infinite for one value, which says nothing about others."""
-    error = standard_error_of(values, [1] * len(values))
-    return math.inf if error is None else error
 
 
 def _is_finite(number: object) -> bool:

@@ -39,7 +39,7 @@ def evaluate_sentences(
     batch_size: int = 32,
     source: str = "",
     split: str = "",
-    progress: bool | str = False,
+    progress: bool | str | None = None,
 ) -> SentenceScore:
     """Measure how well a model orders texts, on the device and in the dtype it has.
 
@@ -117,7 +117,7 @@ def _crosses(model: Any) -> bool:
 
 
 def _similarities(
-    model: Any, pairs: Sequence[tuple[str, str]], scores: Sequence[float], batch_size: int, progress: bool | str
+    model: Any, pairs: Sequence[tuple[str, str]], scores: Sequence[float], batch_size: int, progress: bool | str | None
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """What the model says of each pair, and the score in the data."""
     if len(set(scores)) < 2:
@@ -133,7 +133,7 @@ def _similarities(
 
 
 def _rankings(
-    model: Any, pairs: Sequence[tuple[str, str]], scores: Sequence[float], batch_size: int, progress: bool | str
+    model: Any, pairs: Sequence[tuple[str, str]], scores: Sequence[float], batch_size: int, progress: bool | str | None
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """nDCG@10 of each query, and the reciprocal rank of its first relevant document."""
     relevant: dict[str, dict[str, float]] = {}
@@ -175,7 +175,7 @@ def _rankings(
 
 
 def _by_text(
-    model: Any, answer: Callable[..., Tensor], texts: Sequence[Any], batch_size: int, progress: bool | str
+    model: Any, answer: Callable[..., Tensor], texts: Sequence[Any], batch_size: int, progress: bool | str | None
 ) -> Mapping[Any, Tensor]:
     """The embedding or score of each text or pair; those of about the same length run together.
 
@@ -185,7 +185,7 @@ def _by_text(
     distinct = sorted(dict.fromkeys(texts), key=lambda text: -len(text if isinstance(text, str) else "".join(text)))
     title, step = progress if isinstance(progress, str) else "Scoring", batch_size * _CHUNK
     answers: dict[Any, Tensor] = {}
-    for start in Bar(range(0, len(distinct), step), desc=title, progress=bool(progress)):
+    for start in Bar(range(0, len(distinct), step), desc=title, progress=progress):
         part = distinct[start : start + step]
         values = answer(part, batch_size=batch_size, convert_to_tensor=True, show_progress_bar=False)
         if not bool(torch.isfinite(values).all()):

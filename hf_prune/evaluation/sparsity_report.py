@@ -22,6 +22,8 @@ from hf_prune.pruning.mask_store import MaskStore, warn_regrown
 from hf_prune.utils.formatting import format_count, format_table
 from hf_prune.utils.number_formats import refuse_quantized
 from hf_prune.utils.offloaded_weights import values_of
+from hf_prune.utils.progress import working
+from hf_prune.utils.results import Result
 from hf_prune.utils.torch_masks import refuse_torch_masks
 
 
@@ -57,8 +59,8 @@ class TensorReport:
         return 1 - self.nonzero / self.parameters if self.parameters else 0.0
 
 
-@dataclass(frozen=True)
-class SparsityReport:
+@dataclass(frozen=True, repr=False)
+class SparsityReport(Result):
     """What is zero in a model. ``print(report)`` shows it as a table; :meth:`to_dict` has everything.
 
     Args:
@@ -69,6 +71,8 @@ class SparsityReport:
         notes: Sentences about weights that the settings cover and yet leave dense, such as fused experts.
         file_bytes: Size of the files that weights and masks were loaded from, if known.
     """
+
+    bars, listed = ("sparsity",), "is_target"
 
     model_name: str
     tensors: tuple[TensorReport, ...]
@@ -196,11 +200,13 @@ class SparsityReport:
         ]
         table = format_table(header, rows, left=2)
         if self.structure is not None:
-            return f"{self.structure}\nBefore that: {self.summary().splitlines()[0]}"
+            return "\n".join([str(self.structure), *self._outcome()])
         return "\n".join([f"Sparsity of {self.model_name}", table, "", self._values(), "", self.summary()])
 
     def summary(self) -> str:
         """The totals, without the tables."""
+        if self.structure is not None:  # its masks covered whole units, which are gone
+            return "\n".join([self.structure.summary(), *self._outcome()])
         lines = [
             f"Targets: {self.removed:,} of {self.target_parameters:,} weights are zero "
             f"({100 * self.target_sparsity:.2f} %). Whole model: {self.remaining:,} of {self.parameters:,} parameters "
@@ -212,20 +218,21 @@ class SparsityReport:
             lines.append(f"{elsewhere:,} more are zero in tensors that pruning does not cover.")
         if self.nm_patterns:
             lines.append(f"N:M: every target satisfies {', '.join(self.nm_patterns)}.")
-        if self.polish:
-            lines.append(self.polish)
-        lines += self.notes
-        if self.structure is not None:
-            lines.append(self.structure.summary())
-            if self.file_bytes is not None:
-                lines.append(f"Size: {format_count(self.file_bytes)}B in files.")
-        else:
+        return "\n".join([*lines, *self._outcome()])
+
+    def _outcome(self) -> list[str]:
+        """Sentences about polishing, coverage and size."""
+        lines = [*([self.polish] if self.polish else []), *self.notes]
+        if self.structure is None:
             files = "" if self.file_bytes is None else f"{format_count(self.file_bytes)}B in files, "
             stored = "" if files else "; zeros are stored like any other number"
             lines.append(f"Size: {files}{format_count(self.bytes)}B dense{stored}.")
-        return "\n".join(lines)
+        elif self.file_bytes is not None:
+            lines.append(f"Size: {format_count(self.file_bytes)}B in files.")
+        return lines
 
 
+@working("Counting zeros")
 def sparsity_report(model: nn.Module, config: PruningConfig | None = None) -> SparsityReport:
     """Count what is zero in a model.
 

@@ -1,9 +1,10 @@
-"""Standard errors of means, quantiles of Student's t, and the check of a confidence."""
+"""Standard errors of means, rank correlation, quantiles of Student's t, and the check of a confidence."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from hf_prune.errors import ConfigError
 
@@ -31,6 +32,21 @@ def standard_error_of(values: Sequence[float], weights: Sequence[int]) -> float 
     mean = math.fsum(v * w for v, w in zip(values, weights, strict=True)) / total
     squares = math.fsum((w / total * (v - mean)) ** 2 for v, w in zip(values, weights, strict=True))
     return math.sqrt(n / (n - 1) * squares)
+
+
+def standard_error_of_mean(values: Sequence[float]) -> float:
+    """``s / sqrt(n)``; infinite for one value, which says nothing about others."""
+    error = standard_error_of(values, [1] * len(values))
+    return math.inf if error is None else error
+
+
+def spearman(values: Any, references: Any) -> float:
+    """Spearman's rank correlation, -1 to 1; 0 where either orders nothing, since all of it is equal."""
+    from scipy.stats import spearmanr
+
+    if len(set(values)) < 2 or len(set(references)) < 2:
+        return 0.0
+    return float(spearmanr(values, references).statistic)
 
 
 def student_t(confidence: float, degrees: int) -> float:

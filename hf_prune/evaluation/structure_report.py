@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from hf_prune.pruning.records import SpeedRecord
 from hf_prune.structured.shrink import structure_of
 from hf_prune.structured.shrink_record import RECORD
 from hf_prune.utils.formatting import format_count, format_table
+from hf_prune.utils.results import Result
 
 
 @dataclass(frozen=True)
@@ -35,8 +37,8 @@ class SiteReport:
     before: int
 
 
-@dataclass(frozen=True)
-class StructureReport:
+@dataclass(frozen=True, repr=False)
+class StructureReport(Result):
     """The structure of a model. ``print(report)`` shows it as a table.
 
     Args:
@@ -49,6 +51,8 @@ class StructureReport:
         needs_plugin: Whether it loads only after ``import hf_prune``, because its config cannot express its sizes.
         speed: The target and the measured speed-up, if there was a target.
     """
+
+    bars = ("units", "before")
 
     model_name: str
     sites: tuple[SiteReport, ...]
@@ -98,6 +102,19 @@ class StructureReport:
         rows = [[site.name, f"{site.kind}s", f"{site.before:,}", f"{site.units:,}"] for site in self.sites]
         table = format_table(["site", "units", "dense", "left"], rows, left=2)
         return f"Structure of {self.model_name}\n{table}\n\n{self.summary()}"
+
+
+def structure_from_dict(values: Mapping[str, Any]) -> StructureReport:
+    """The report that :meth:`StructureReport.to_dict` returned as a dict, of a model without a target for its speed."""
+    return StructureReport(
+        model_name=values["model"],
+        sites=tuple(SiteReport(**site) for site in values["sites"]),
+        layers={name: (entry["now"], entry["before"]) for name, entry in values["layers"].items()},
+        parameters=values["parameters"],
+        parameters_before=values["parameters_before"],
+        bytes=values["bytes"],
+        needs_plugin=values["needs_plugin"],
+    )
 
 
 def structure_report(model: nn.Module) -> StructureReport:

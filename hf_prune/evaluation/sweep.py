@@ -13,11 +13,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_prune.calibration.batches import Batches, needed_batches
-from hf_prune.errors import SweepError
-from hf_prune.evaluation.scores import Score, compare_scores, known_truth, score_doubt, score_model
+from hf_prune.errors import ConfigError, SweepError
+from hf_prune.evaluation.allowed_loss import AllowedLoss
+from hf_prune.evaluation.scores import (
+    Score,
+    compare_scores,
+    known_truth,
+    left_out_distributions,
+    score_doubt,
+    score_model,
+)
 from hf_prune.evaluation.sparsity_report import sparsity_report
 from hf_prune.evaluation.statistics import check_confidence
-from hf_prune.evaluation.sweep_files import read_results, sweep_settings
+from hf_prune.evaluation.sweep_files import check_is_sweep, read_results, sweep_settings
 from hf_prune.evaluation.sweep_point import SweepPoint
 from hf_prune.evaluation.sweep_result import FILES, SweepResult
 from hf_prune.pipeline import prune
@@ -26,6 +34,7 @@ from hf_prune.planning.plan import PruningPlan
 from hf_prune.planning.traits import fixed_sparsity
 from hf_prune.pruning.mask_store import MaskStore
 from hf_prune.structured.unit_plan import UnitPlan
+from hf_prune.utils.earlier_results import own_results
 from hf_prune.utils.files import write_json
 from hf_prune.utils.locks import writes_alone
 from hf_prune.utils.notices import warn_user
@@ -50,6 +59,7 @@ def run_sweep(
     calibration: Sequence[Mapping[str, Any]] | None = None,
     polish_data: Sequence[Mapping[str, Any]] | None = None,
     tolerance: float = 2.0,
+    max_flips: float | None = None,
     confidence: float = 0.95,
     out: str | os.PathLike[str] | None = None,
     restart: bool = False,
@@ -57,7 +67,7 @@ def run_sweep(
     name: str = "",
     source: str = "",
     split: str = "",
-    progress: bool = False,
+    progress: bool | None = None,
     **evaluation: Any,
 ) -> SweepResult:
     """Prune a model at several sparsities, from its dense weights each time, and score every result.
@@ -74,6 +84,7 @@ def run_sweep(
         calibration: Batches for criteria that need them.
         polish_data: Batches for a polish, if more or others than ``calibration``.
         tolerance: Largest accepted drop, in points: hundredths of the score.
+        max_flips: Instead, for classifiers: the largest share of answers that may change, right or not, in percent.
         confidence: Of intervals and sweet spot.
         out: Folder for ``results.json``, ``results.csv`` and ``tradeoff.png``; points that it already has are
             not measured again.
@@ -89,6 +100,7 @@ def run_sweep(
         The result.
 
     Raises:
+        ConfigError: If ``max_flips`` is out of range, or the model's answers are not classes.
         SweepError: If the model is already pruned, or ``out`` holds results of other settings, or edited ones.
         CheckpointError: If ``out`` holds something else.
         HfPruneError: As :func:`hf_prune.prune` does, for any of the points and before the first is measured.
@@ -97,6 +109,8 @@ def run_sweep(
         raise SweepError(f"{out} is a file: expected a folder for the results")
     if out is not None:
         earlier = (Path(out) / "results.json").is_file()  # checked below, unless it is to be replaced
+        if restart:
+            own_results(Path(out) / "results.json", check_is_sweep, overwrite=overwrite)
         check_output(out, "sweep", overwrite=overwrite or earlier)
     base = config or PruningConfig()
     if sparsities is None:
@@ -106,6 +120,8 @@ def run_sweep(
     configs = [base.replace(criterion=c, sparsity=float(s)) for c in criteria for s in sparsities if s != 0]
     plans = check_points(model, configs, calibration, polish_data)
     check_confidence(confidence)
+    if max_flips is not None:
+        AllowedLoss.of(None, max_flips)  # refuses what is out of range
     parameters = sum(p.numel() for p in model.parameters())
     score: dict[str, Any] = {"source": source, "split": split, **evaluation}
     settings = sweep_settings(model, dataset, base, calibration, polish_data, tokenizer, name, score)
@@ -126,17 +142,26 @@ def run_sweep(
     if earlier_results is not None:
         dense, points, calibrated = earlier_results
         settings = {**settings, "calibration": settings["calibration"] or calibrated}
+        missing = {(c.criterion, c.sparsity) for c in configs} - {(p.criterion, p.sparsity) for p in points}
+        if missing and left_out_distributions(dense, int(model.config.num_labels or 0)):
+            dense = score_model(model, tokenizer, dataset, **score, progress=progress and "dense")
     else:
         points = []
         dense = score_model(model, tokenizer, dataset, **score, progress=progress and "dense")
 
+    scored_by_classes = bool(points or getattr(dense, "distributions", ()))
+    if max_flips is not None and not (scored_by_classes and all(p.comparison.divergence is not None for p in points)):
+        raise ConfigError(
+            f"max_flips is {max_flips:g}, and {dense.metric} was scored here without answers that are classes: use "
+            f"tolerance, or restart if an earlier version scored it"
+        )
     if doubt := score_doubt(dense, confidence):  # warn before pruning, which takes minutes
         warn_user(f"{doubt}; no sweet spot will be named")
 
     def result() -> SweepResult:
         order = {(p.config.criterion, p.config.sparsity): i for i, p in enumerate(plans)}
         ranked = sorted(points, key=lambda p: order.get((p.criterion, p.sparsity), len(order)))
-        return SweepResult(settings, parameters, dense, tuple(ranked), tolerance, confidence)
+        return SweepResult(settings, parameters, dense, tuple(ranked), tolerance, confidence, max_flips)
 
     done = {(p.criterion, p.sparsity) for p in points}
     if results is not None:
@@ -196,7 +221,7 @@ def measure_point(
     dense: Score,
     confidence: float,
     score: Mapping[str, Any],
-    progress: bool,
+    progress: bool | None,
     polish_data: Batches | None = None,
 ) -> SweepPoint:
     """Prune from the dense weights, score, and restore the dense weights.

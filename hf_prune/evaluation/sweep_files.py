@@ -16,8 +16,7 @@ import torch
 from hf_prune.calibration.batches import Batches
 from hf_prune.errors import DataError, HfPruneError, SweepError
 from hf_prune.evaluation.accuracy_result import Evaluation
-from hf_prune.evaluation.data.loading import fingerprint
-from hf_prune.evaluation.scores import Score, read_score, scored_columns
+from hf_prune.evaluation.scores import Score, data_identity, read_score
 from hf_prune.evaluation.sweep_point import SweepPoint
 from hf_prune.evaluation.sweep_result import FORMAT_VERSION
 from hf_prune.planning.config import PruningConfig
@@ -32,7 +31,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _ROUNDED = 1000  # one in this many weights may become zero because a repair rounds it
-_TOKENIZED = 64  # sentences whose tokens identify a tokenizer
 # fields of a model's config that say where it came from, or that a forward pass with labels fills in
 _NOT_SETTINGS = ("_name_or_path", "transformers_version", "architectures", "problem_type")
 
@@ -55,16 +53,12 @@ def sweep_settings(
     shared = config.to_dict()
     for varied in ("sparsity", "criterion"):
         shared.pop(varied)
-    texts, truth = scored_columns(model, dataset, score)
-    columns = [*texts, *([truth] if truth else [])]
-    tokens = tokenizer(*(list(dataset[name])[:_TOKENIZED] for name in texts))["input_ids"]
     model_config = {k: v for k, v in model.config.to_dict().items() if k not in _NOT_SETTINGS}
     return {
         "model": name or type(model).__name__,
         "weights": tensors_digest(model.named_parameters()),
         "model_config": _text_digest(model_config),
-        "tokenizer": _text_digest(tokens),
-        "data": fingerprint(dataset, columns),
+        **data_identity(model, tokenizer, dataset, score),
         "n": len(dataset),
         "config": shared,
         "calibration": examples_digest(calibration),
@@ -76,6 +70,26 @@ def sweep_settings(
 
 def _text_digest(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def check_is_sweep(path: Path) -> bool:
+    """Make sure that a file is the result of a sweep, of whatever settings, which a new sweep may replace.
+
+    Raises:
+        SweepError: If it is not.
+    """
+    try:
+        values = read_json_object(path, DataError)
+        if not isinstance(values.get("points"), list) or not isinstance(values.get("settings"), dict):
+            raise DataError("expected an object with settings and points")
+        if "dense" not in values:
+            raise DataError("expected an object with the score of the dense model")
+    except DataError as error:
+        raise SweepError(
+            f"{path} is not the result of a sweep: {error}; choose another folder, or pass --overwrite "
+            f"(overwrite=True) to replace it"
+        ) from error
+    return True
 
 
 def read_results(

@@ -10,13 +10,22 @@ from dataclasses import dataclass
 from typing import Any
 
 from hf_prune.errors import DataError
-from hf_prune.evaluation.scores import Score, ScoreComparison, compare_scores, read_score
+from hf_prune.evaluation.divergence import read_divergence
+from hf_prune.evaluation.scores import (
+    Score,
+    ScoreComparison,
+    changed_answers,
+    compare_scores,
+    has_distributions,
+    read_score,
+)
+from hf_prune.utils.results import Result
 
 _LARGEST = 1e15  # of any number in a result
 
 
-@dataclass(frozen=True)
-class SweepPoint:
+@dataclass(frozen=True, repr=False)
+class SweepPoint(Result):
     """One pruning and its score.
 
     Args:
@@ -29,6 +38,8 @@ class SweepPoint:
         evaluation: The score.
         comparison: The paired comparison with the dense model.
     """
+
+    bars = ("sparsity", "model_sparsity")
 
     criterion: str
     sparsity: float
@@ -48,6 +59,8 @@ class SweepPoint:
     def from_dict(cls, values: Mapping[str, Any], dense: Score, confidence: float) -> SweepPoint:
         """The point that :meth:`to_dict` described; score and comparison are computed again from the predictions.
 
+        The divergence from the dense model is the saved one where the distributions were too many for the file.
+
         Raises:
             DataError: If a value is of another type or out of range, or not what the predictions give.
         """
@@ -62,5 +75,10 @@ class SweepPoint:
             types = (int,) if name == "remaining" else (int, float)
             if type(value) not in types or not (0 <= value <= most and value < _LARGEST):
                 raise DataError(f"{name} is {value!r}: expected a number from 0 to {most:g}")
-        fields |= {"evaluation": evaluation, "comparison": compare_scores(dense, evaluation, confidence=confidence)}
+        comparison, compared = compare_scores(dense, evaluation, confidence=confidence), values["comparison"]
+        saved = compared.get("divergence") if isinstance(compared, dict) else None
+        if comparison.divergence is None and isinstance(saved, dict) and has_distributions(dense):
+            moved = read_divergence(saved, changed_answers(dense, evaluation), dense.n, confidence)
+            comparison = dataclasses.replace(comparison, divergence=moved)
+        fields |= {"evaluation": evaluation, "comparison": comparison}
         return cls(**fields)

@@ -20,6 +20,7 @@ from hf_prune.architectures.modules import base_prefix
 from hf_prune.architectures.unit_groups import UnitGroup
 from hf_prune.errors import ArchitectureError
 from hf_prune.utils.formatting import format_table
+from hf_prune.utils.results import Result
 
 _NUMBERS = re.compile(r"\b\d+\b")
 
@@ -36,7 +37,7 @@ class UnitsOfKind:
         config: The settings of the config that can tell another number of units for all of them at once; empty if
             other sizes are recorded beside the config.
         together: Whether all layers must lose the same units.
-        origin: ``"found and proven"``, ``"from the table"``, or of experts ``"read off the class"``.
+        origin: ``"found and proven"`` or ``"from the table"``.
     """
 
     name: str
@@ -48,8 +49,8 @@ class UnitsOfKind:
     origin: str
 
 
-@dataclass(frozen=True)
-class UnitDescription:
+@dataclass(frozen=True, repr=False)
+class UnitDescription(Result):
     """What can be removed from a model as a whole. ``print(description)`` shows it as a table.
 
     Args:
@@ -62,6 +63,8 @@ class UnitDescription:
         tied: Names of parameters that are the same, each after the one whose place they take.
         refused: Why something that looks like units or layers cannot be removed, by its name.
     """
+
+    bars = ("parameters",)
 
     model_name: str
     model_type: str

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import UnionType
@@ -12,17 +12,24 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from hf_prune.checkpoint.files import CARD_DATA, REPORTS
 from hf_prune.errors import CheckpointError, DataError, HfPruneError
+from hf_prune.evaluation.generation_result import PER_PROMPT
 from hf_prune.hub.checksums import BESIDE, PICTURES, checksums, differing, weights_digest
 from hf_prune.hub.folder_facts import counted_facts
 from hf_prune.hub.licenses import LICENSE_FIELDS, inherited_license
 from hf_prune.hub.measurements import MEASURED, read_measurement
-from hf_prune.hub.plausibility import CHECKS, check_fact
+from hf_prune.hub.plausibility import BESIDE_SCORES, CHECKS, check_fact
 from hf_prune.planning.config import PruningConfig
+from hf_prune.utils.files import read_text
+from hf_prune.utils.folders import RUN_FILE
+from hf_prune.utils.formatting import display_name
+from hf_prune.utils.front_matter import read_yaml
 from hf_prune.utils.json_files import read_json_object
 
 # What a card keeps from an earlier card of the same files, whatever else is counted again.
-KEPT = ("base_model", "dataset", "command", "evaluation", "latency")
-_PER_EXAMPLE = ("predictions", "labels")  # of scores: too long for a card
+KEPT = ("base_model", "dataset", "language", "calibration", "example", "command", "evaluation", "latency")
+# Fields of scores with an entry for each example: too long for a card.
+_PER_EXAMPLE = ("predictions", "labels", "distributions", "values", "references", "kept", *PER_PROMPT, "by_example")
+_SCORES = {"evaluation": ("evaluation", "dense"), "training": ("dense", "pruned")}
 
 
 @dataclass(frozen=True)
@@ -43,6 +50,10 @@ class PruningCardData:
         license: Identifier of the license, normally that of the base model.
         license_name: Name of a license whose identifier is ``"other"``.
         license_link: Where that license can be read.
+        language: What the model reads, such as ``en``, by its code.
+        calibration: The data that pruning learned from, in words.
+        example: An ``"input"`` and the ``"output"`` that a pipeline gave for it, as it was printed.
+        labels: The classes that a classifier tells apart, separated by commas.
         command: The command that made the checkpoint.
         needs_plugin: Whether it loads only after ``import hf_prune``.
         remote_code: Whether it also loads without hf_prune, with ``trust_remote_code=True``.
@@ -65,6 +76,10 @@ class PruningCardData:
     license: str | None = None
     license_name: str | None = None
     license_link: str | None = None
+    language: str | None = None
+    calibration: str | None = None
+    example: Mapping[str, str] | None = None
+    labels: str = ""
     command: str | None = None
     needs_plugin: bool = False
     remote_code: bool = False
@@ -90,12 +105,9 @@ class PruningCardData:
         """Plain values for JSON, without the predictions for single examples."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         values["config"] = None if self.config is None else self.config.to_dict()
-        for kind, parts in (("evaluation", ("evaluation", "dense")), ("training", ("dense", "pruned"))):
+        for kind, parts in _SCORES.items():
             if values[kind] is not None:
-                values[kind] = {
-                    key: _without_examples(value) if key in parts and isinstance(value, Mapping) else value
-                    for key, value in values[kind].items()
-                }
+                values[kind] = _without_examples_in(values[kind], parts)
         return values
 
     @classmethod
@@ -133,12 +145,26 @@ def read_card_data(folder: str | Path, **more: Any) -> PruningCardData:
             facts[key] = read_measurement(key, value, weights_digest(facts["checksums"]), folder)
         elif value is not None:
             facts[key] = value
+    config = facts.get("config")
+    if "calibration" not in facts and config is not None and config.needs_data and (seen := _data_of_run(folder)):
+        facts["calibration"] = seen
     if (base := facts.get("base_model")) is not None:
         if "license" not in facts:
             facts |= inherited_license(base)
         if Path(base).is_dir():  # not a Hub id, so the card cannot name it
             del facts["base_model"]
     return PruningCardData(**facts)
+
+
+def _data_of_run(folder: Path) -> str | None:
+    """The data that a run of the command line learned from, as its settings say; None if they do not."""
+    path = folder / RUN_FILE
+    settings = (read_yaml(read_text(path), str(path), "delete it") or {}) if path.is_file() else {}
+    if not isinstance(settings, dict) or not isinstance(source := settings.get("data"), str):
+        return None
+    number, split = settings.get("calibration_samples"), settings.get("calibration_split")
+    where = f"{display_name(source)}, {split}" if split else display_name(source)
+    return f"up to {number} samples of {where}" if number else where
 
 
 def _read_reports(folder: Path, report: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -232,6 +258,18 @@ def stored_card_data(folder: Path, sums: Mapping[str, str] | None = None) -> Pru
         return None
     changed = set(differing(data.checksums, checksums(folder) if sums is None else sums))
     return None if changed - set(BESIDE) else data
+
+
+def _without_examples_in(scores: Mapping[str, Any], parts: Sequence[str]) -> dict[str, Any]:
+    """Scores, comparisons, and what else was measured beside them, without what is said of single examples."""
+    short: dict[str, Any] = {}
+    for key, value in scores.items():
+        if key in parts and isinstance(value, Mapping):
+            value = _without_examples(value)
+        elif key in BESIDE_SCORES and isinstance(value, Mapping):
+            value = _without_examples_in(value, parts)
+        short[key] = value
+    return short
 
 
 def _without_examples(score: Mapping[str, Any]) -> dict[str, Any]:

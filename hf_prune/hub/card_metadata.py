@@ -9,11 +9,16 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from hf_prune.errors import DataError
 from hf_prune.hub.card_data import PruningCardData
+from hf_prune.hub.card_language import language_facts
 from hf_prune.hub.card_surroundings import FACTS, parts_of
 from hf_prune.hub.card_text import data_name
+from hf_prune.hub.card_words import task_of
 from hf_prune.hub.client import is_repo_id
 from hf_prune.hub.licenses import is_license, is_link
 from hf_prune.utils.front_matter import split_card
+
+#: What the facts say of how far predictions moved, which ``verify`` can measure again beside the dense model.
+DIVERGENCE = ("kl", "kl_standard_error", "flips", "flips_standard_error", "n")
 
 
 def read_metadata(text: str) -> dict[str, Any]:
@@ -61,8 +66,12 @@ def card_metadata(data: PruningCardData, text: str) -> dict[str, Any]:
     results = []
     score = (data.evaluation or {}).get("evaluation")
     if score and data.dataset:
-        kind, value = ("perplexity", score.get("perplexity")) if data.tokens else ("accuracy", score.get("accuracy"))
-        task = "text-generation" if data.tokens else "text-classification"
+        task, kind = "text-classification", "accuracy"
+        if data.tokens:
+            task, kind = "text-generation", "perplexity"
+        if "metric" in score:
+            task, kind = str(score.get("kind", "sentence-similarity")), score["metric"].lower()
+        value = score.get("value" if "metric" in score else kind)
         results = [
             EvalResult(
                 task_type=task,
@@ -79,7 +88,9 @@ def card_metadata(data: PruningCardData, text: str) -> dict[str, Any]:
         license_name=data.license_name,
         license_link=data.license_link,
         datasets=[data.dataset] if data.dataset else None,
+        language=data.language,
         library_name="transformers",
+        pipeline_tag=(task_of(str(data.report["model"])) or (None,))[0],
         tags=["pruned", "sparse", "hf_prune"],
         model_name=data.name if results else None,
         eval_results=results or None,
@@ -99,8 +110,28 @@ def _facts(data: PruningCardData, text: str) -> dict[str, Any]:
     if data.license:
         facts["license"] = data.license
     if (score := (data.evaluation or {}).get("evaluation")) is not None:
-        keys = ("accuracy", "perplexity", "standard_error", "n", "window", "split", "data_fingerprint")
+        keys = (
+            "accuracy",
+            "perplexity",
+            "metric",
+            "name",
+            "kind",
+            "value",
+            "standard_error",
+            "n",
+            "window",
+            "split",
+            "data_fingerprint",
+        )
         facts["score"] = {key: score[key] for key in keys if score.get(key) is not None}
+        if score.get("bos_in_every_window"):
+            facts["score"]["bos_in_every_window"] = True
+        if (data.evaluation or {}).get("held_out"):
+            facts["score"]["held_out"] = dict((data.evaluation or {})["held_out"])
+        facts["score"] |= language_facts(data.evaluation or {})
+        moved = ((data.evaluation or {}).get("comparison") or {}).get("divergence")
+        if moved is not None:
+            facts["divergence"] = {key: moved[key] for key in DIVERGENCE}
         if data.dataset:
             facts["score"]["dataset"] = data.dataset
         elif name := data_name(data):

@@ -92,6 +92,7 @@ def results_of(index: Any, score: Mapping[str, Any]) -> list[tuple[Any, Any]]:
         score: The score in a card's facts.
     """
     kind, results = "accuracy" if "accuracy" in score else "perplexity", []
+    kind = str(score["metric"]).lower() if "metric" in score else kind
     for _, result in _each_result(index):
         try:
             values = [metric["value"] for metric in result["metrics"] if metric["type"] == kind]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import html
 import importlib.resources
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +16,8 @@ from typing import Any
 import jinja2
 
 from hf_prune.hub.card_data import PruningCardData
+from hf_prune.hub.card_language import benchmark_rows, perplexity_ratio, written
+from hf_prune.hub.card_words import headline, task_of
 from hf_prune.planning.config import PruningConfig
 from hf_prune.planning.traits import criterion_paper, granularity_text
 from hf_prune.utils.formatting import format_count
@@ -34,15 +37,22 @@ def card_text(data: PruningCardData) -> str:
         name=_plain(data.name),
         model_class=_plain(report["model"]),
         base_model=data.base_model,
+        headline=headline(data),
+        task=(task_of(str(report["model"])) or ("", ""))[1],
+        labels=_plain(data.labels),
         what=[*_counted(report), *_done(data)],
         scores=_scores(data),
+        written=written(data.evaluation or {}, _plain),
+        benchmarks=benchmark_rows(data.evaluation or {}, _plain),
         size=_size(report, data.files),
-        before=f"{structure['parameters_before']:,}" if structure else None,
+        dense=_dense_size(report),
+        is_shrunk=bool(structure),
         speed=_speed(data),
         layers=_layers(report),
         pictures=[{"file": name, "text": _plain(text)} for name, text in data.pictures.items()],
         loading=_loading(data),
         made=_made(data),
+        paper=_plain(criterion_paper(data.config)) if data.config is not None else "",
     )
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
@@ -53,6 +63,13 @@ def _size(report: Mapping[str, Any], files: Mapping[str, int]) -> list[str]:
     counts = [structure["parameters"]] if structure else [report["parameters"], report["nonzero"]]
     sizes = [(structure or report)["bytes"], sum(files.values())]
     return ["this model", *(f"{count:,}" for count in counts), *(f"{format_count(size)}B" for size in sizes)]
+
+
+def _dense_size(report: Mapping[str, Any]) -> list[str]:
+    """The same cells of the dense model, as far as they are known: what has zeros has its shapes and its dtype."""
+    if (structure := report.get("structure")) is not None:
+        return ["dense", f"{structure['parameters_before']:,}", "", ""]
+    return ["dense", f"{report['parameters']:,}", "", f"{format_count(report['bytes'])}B", ""]
 
 
 def _plain(text: str) -> str:
@@ -113,19 +130,28 @@ def _scores(data: PruningCardData) -> dict[str, Any] | None:
     rows = [["this model", *_figures(score)]]
     if dense is not None:
         rows.append(["dense", *_figures(dense)])
-    if "accuracy" not in score:
+    if "perplexity" in score:
         note = f"Measured on {where}, {score.get('n_tokens', 0):,} tokens."
+        if "generation" in evaluation:  # what earlier versions measured has no interval in its card
+            note += perplexity_ratio(evaluation)
         return {"names": ["perplexity"], "rows": rows, "note": note}
+    test = "paired" if "metric" in score else "McNemar's exact"
     note = f"Measured on {where}, {_plain(score.get('split') or 'all of it')}; ± is one standard error."
     if comparison is not None:
         low, high = comparison["interval"]
         note += (
             f" On the same examples the drop is {comparison['drop']:.2f} points ({100 * comparison['confidence']:g} % "
-            f"interval {low:.2f} to {high:.2f}); McNemar's exact p = {comparison['p_value']:.3g}."
+            f"interval {low:.2f} to {high:.2f}); {test} p = {comparison['p_value']:.3g}."
         )
+        if (moved := comparison.get("divergence")) is not None:
+            note += (
+                f" The mean KL divergence of its predictions from the dense model's is {moved['kl']:.4f} ± "
+                f"{moved['kl_standard_error']:.4f} nats, and {moved['flips']:.2f} % ± "
+                f"{moved['flips_standard_error']:.2f} of the answers changed."
+            )
         if comparison.get("doubt"):
             note += f" Warning: {_plain(comparison['doubt'])}."
-    return {"names": ["accuracy", "n"], "rows": rows, "note": note}
+    return {"names": [score.get("metric", "accuracy"), "n"], "rows": rows, "note": note}
 
 
 def data_name(data: PruningCardData) -> str:
@@ -134,9 +160,11 @@ def data_name(data: PruningCardData) -> str:
 
 
 def _figures(score: Mapping[str, Any]) -> list[str]:
-    """Cells of a row: the perplexity, or the accuracy and the number of examples."""
-    if "accuracy" not in score:
+    """Cells of a row: the perplexity, or the accuracy or rank score and the number of examples."""
+    if "perplexity" in score:
         return [f"{score['perplexity']:.3f}"]
+    if "metric" in score:
+        return [f"{score['value']:.4f} ± {score['standard_error']:.4f}", f"{score['n']:,}"]
     return [f"{100 * score['accuracy']:.2f} % ± {100 * score['standard_error']:.2f}", f"{score['n']:,}"]
 
 
@@ -147,7 +175,9 @@ def _speed(data: PruningCardData) -> str:
         for point in data.latency["points"]:
             against = point.get("against")
             faster = "" if against is None else f"{against['value']:.2f}x" + ("" if against["is_real"] else " (noise)")
-            size = f"{point['batch_size']} x {point['length']}"
+            size = f"{point['batch_size']} x {point['length']}" + (
+                ", generating" if point.get("task") == "generate" else ""
+            )
             lines.append(
                 f"| {_plain(Path(point['model']).name)} | {size} | {1000 * point['median']:.1f} ms | {faster} |"
             )
@@ -161,9 +191,10 @@ def _speed(data: PruningCardData) -> str:
         )
         return "\n".join(lines)
     if (speed := structure.get("speed")) is not None:
+        new = f" and {speed['new_tokens']} generated" if speed.get("new_tokens") else ""
         return _plain(
             f"{speed['measured']:.2f} times as fast as the dense model (batch {speed['batch_size']} x "
-            f"{speed['length']} tokens, {speed['dtype']}, {speed['device']}, {speed['threads']} thread(s), "
+            f"{speed['length']} tokens{new}, {speed['dtype']}, {speed['device']}, {speed['threads']} thread(s), "
             f"{speed['rounds']} rounds in turns)."
         )
     return "Nothing was timed. Its matrices are smaller than those of the dense model." if structure else _NO_SPEED
@@ -191,15 +222,30 @@ def _layers(report: Mapping[str, Any]) -> list[list[str]]:
 
 def _loading(data: PruningCardData) -> str:
     name = re.sub(r"[^\w./-]", "_", data.name)
+    blocks = ["import hf_prune  # pip install hf_prune: tells transformers how to read it"] if data.needs_plugin else []
+    if (task := task_of(str(data.report["model"]))) is not None:
+        text = json.dumps((data.example or {}).get("input", "…"), ensure_ascii=False)
+        blocks += ["from transformers import pipeline", "", f'pipe = pipeline("{task[0]}", model="{name}")']
+        blocks += [f"pipe({text})", *(f"# {line}" for line in (data.example or {}).get("output", "").splitlines()), ""]
     model = str(data.report["model"])
-    auto = next((f"AutoModelFor{end}" for end in _ENDINGS if model.endswith(f"For{end}")), "AutoModel")
-    lines = [f"from transformers import {auto}", "", f'model = {auto}.from_pretrained("{name}")']
-    if data.needs_plugin:
-        lines.insert(0, "import hf_prune  # pip install hf_prune: tells transformers how to read it")
+    auto = _auto_class(model)
+    lines = [*blocks, f"from transformers import {auto}", "", f'model = {auto}.from_pretrained("{name}")']
     if data.remote_code:
         lines += ["", "# or where hf_prune is not installed, with the code in this repository:"]
         lines.append(f'model = {auto}.from_pretrained("{name}", trust_remote_code=True)')
     return "\n".join(lines)
+
+
+def _auto_class(model: str) -> str:
+    """The class of transformers that loads a class of models."""
+    named = next((f"AutoModelFor{end}" for end in _ENDINGS if model.endswith(f"For{end}")), None)
+    if named is None:
+        from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES as SEQ2SEQ
+
+        if model in SEQ2SEQ.values():  # ForConditionalGeneration is also the end of models that read images
+            return "AutoModelForSeq2SeqLM"
+        return "AutoModelForCausalLM" if model.endswith("LMHeadModel") else "AutoModel"
+    return named
 
 
 _ENDINGS = ("SequenceClassification", "TokenClassification", "QuestionAnswering", "CausalLM", "MaskedLM",
@@ -207,7 +253,7 @@ _ENDINGS = ("SequenceClassification", "TokenClassification", "QuestionAnswering"
 
 
 def _made(data: PruningCardData) -> list[str]:
-    lines = []
+    lines = [_plain(f"Calibrated on {data.calibration}.")] if data.calibration else []
     if data.command:
         lines.append(f"Command: <code>{_plain(data.command)}</code>")
         if data.versions:

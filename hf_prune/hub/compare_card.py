@@ -30,7 +30,9 @@ from hf_prune.utils.front_matter import split_card
 
 _COUNTED = ("parameters", "nonzero", "target_parameters", "removed", "nm_patterns")
 _RESULTS = ".eval_results"  # where the Hub finds scores besides a card's metadata
-_CLAIMED = ("license", "score")
+SCORES = "scores (add --evaluate)"
+DIVERGENCE = "how far predictions moved (add --evaluate --against MODEL)"
+_CLAIMED = ("license", "score", "divergence")
 _OURS = ("library_name", "tags")  # keys of the metadata that hf_prune decides; all others are the author's
 _NOT_COUNTED = ("polish", "notes", "file_bytes", "before", "speed", "parameters_before")  # fields of a report
 _PLAUSIBLE_SPEED = 2.0  # a speed-up may exceed the ratio of the sizes by this factor
@@ -184,7 +186,11 @@ def _claims(data: PruningCardData, folder: Path, text: str) -> tuple[str, ...]:
     license_ = read_metadata(text).get("license")
     claims = {
         "sizes of the dense model": structure,
-        "scores (add --evaluate)": data.evaluation,
+        SCORES: data.evaluation,
+        DIVERGENCE: ((data.evaluation or {}).get("comparison") or {}).get("divergence"),
+        "the score of the dense model": (data.evaluation or {}).get("dense"),
+        "what the dense model writes": ((data.evaluation or {}).get("generation") or {}).get("dense"),
+        "benchmarks": (data.evaluation or {}).get("benchmarks"),
         "timings": data.latency or (structure or {}).get("speed"),
         "what training did": data.training,
         "the name": data.name,
@@ -194,6 +200,9 @@ def _claims(data: PruningCardData, folder: Path, text: str) -> tuple[str, ...]:
         "what was polished": data.report.get("polish") or None,
         "what was rounded": data.rounded or None,
         "the base model": data.base_model,
+        "the language": data.language,
+        "the calibration data": data.calibration,
+        "the output of the example": data.example,
         "the command": data.command,
         "the author's own words": (before + after).strip() or None,
         f"the results in {_RESULTS}": (folder / _RESULTS).exists() or None,
@@ -241,6 +250,9 @@ def _compare_structure(model: Any) -> Iterator[Difference]:
         ratio *= (len(stack.layers) + removed_layers) / max(1, len(stack.layers))
     if any(group.kind == "channel" for group in groups):  # weights between two blocks grow with the channels of both
         total *= ratio
+    hidden, size = record.get("hidden_size"), getattr(model.config, "hidden_size", None)
+    if isinstance(hidden, dict) and isinstance(hidden.get("before"), int) and isinstance(size, int) and size:
+        total *= (hidden["before"] / size) ** 2  # matrices read hidden states, write them, or do both
     claimed = record.get("parameters_before")
     possible = isinstance(claimed, int) and claimed <= total
     yield Difference("parameters before, in config.json", claimed, claimed if possible else f"at most {total:,.0f}")

@@ -8,14 +8,16 @@ from typing import Any
 
 from hf_prune.checkpoint.files import INDEX, MASK_FILE, REPORTS, SINGLE, file_paths
 from hf_prune.checkpoint.mask_file import StoredMasks, read_pruning
-from hf_prune.checkpoint.packed.format import is_packed, unseal
 from hf_prune.checkpoint.packed.quantization_config import is_ours
+from hf_prune.checkpoint.packed.seal import is_packed, unseal
 from hf_prune.errors import DataError
 from hf_prune.hub.checksums import checksums
 from hf_prune.planning.config import PruningConfig
 from hf_prune.structured.shrink_record import RECORD
 from hf_prune.utils.json_files import read_config
 from hf_prune.utils.quantization_method import METHOD
+
+_MOST_LABELS = 8  # that a card names
 
 
 def counted_facts(folder: Path) -> dict[str, Any]:
@@ -37,8 +39,18 @@ def counted_facts(folder: Path) -> dict[str, Any]:
         "remote_code": is_ours(config.get("auto_map")),
         "files": {path.name: path.stat().st_size for path in sorted(folder.glob("*.safetensors"))},
         "checksums": checksums(folder),
+        "labels": _labels(config),
         "tokens": any(name.endswith("ForCausalLM") for name in config.get("architectures") or []),
     }
+
+
+def _labels(config: Mapping[str, Any]) -> str:
+    """The names of the classes in a config, in their order; empty if they have none of their own."""
+    names = config.get("id2label")
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        return ""
+    kept = [name for number, name in names.items() if name != f"LABEL_{number}"]
+    return ", ".join(kept[:_MOST_LABELS]) + (f" and {len(kept) - _MOST_LABELS} more" if kept[_MOST_LABELS:] else "")
 
 
 def has_report(folder: Path) -> bool:

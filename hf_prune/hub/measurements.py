@@ -13,6 +13,13 @@ from hf_prune.utils.json_files import read_json_object
 # By field of PruningCardData: the key that must be there, and the command that prints it.
 MEASURED = {"evaluation": ("evaluation", "hf-prune evaluate"), "latency": ("points", "hf-prune bench")}
 
+# By a field that only one kind of score has: the numbers that it must have.
+_NUMBERS = {
+    "perplexity": ("perplexity",),
+    "metric": ("value", "standard_error", "n"),
+    "accuracy": ("accuracy", "standard_error", "n"),
+}
+
 
 def read_measurement(key: str, value: Any, weights: str | None, folder: Path) -> dict[str, Any]:
     """Scores or timings that a card can show, measured on the weights beside it.
@@ -32,7 +39,7 @@ def read_measurement(key: str, value: Any, weights: str | None, folder: Path) ->
     inner, command = MEASURED[key]
     part = measured.get(inner) if isinstance(measured, Mapping) else None
     if key == "evaluation" and isinstance(part, Mapping):
-        numbers = ("perplexity",) if "perplexity" in part else ("accuracy", "standard_error", "n")
+        numbers = next((names for kind, names in _NUMBERS.items() if kind in part), _NUMBERS["accuracy"])
         complete = all(isinstance(part.get(name), int | float) for name in numbers)
     else:
         complete = key == "latency" and isinstance(part, list)

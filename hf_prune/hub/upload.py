@@ -12,16 +12,17 @@ from huggingface_hub import HfApi, hf_hub_download
 
 from hf_prune.errors import HubError
 from hf_prune.hub.client import call_hub, hub_answers
-from hf_prune.utils.folders import MARK, is_never_uploaded, refuse_links
+from hf_prune.utils.folders import MARK, RUN_FILE, is_never_uploaded, refuse_links
 from hf_prune.utils.formatting import format_count, format_table
 from hf_prune.utils.json_files import read_config
+from hf_prune.utils.results import Result
 
 _DRY_RUN_TIMEOUT = 2.0  # seconds
 _INITIAL_FILES = (".gitattributes", "README.md")  # a repository with no other files counts as new
 
 
-@dataclass(frozen=True)
-class PushResult:
+@dataclass(frozen=True, repr=False)
+class PushResult(Result):
     """What was uploaded, or would be in a dry run.
 
     Args:
@@ -35,6 +36,8 @@ class PushResult:
         asked: Whether the Hub said what the repository holds; in a dry run it may not have answered.
     """
 
+    bars = ("bytes",)
+
     repo_id: str
     files: dict[str, int]
     removed: tuple[str, ...]
@@ -47,6 +50,10 @@ class PushResult:
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         return {**vars(self), "removed": list(self.removed), "skipped": list(self.skipped)}
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The files with their sizes."""
+        return [{"file": name, "bytes": size} for name, size in self.files.items()]
 
     def __str__(self) -> str:
         rows = [[name, f"{format_count(size)}B"] for name, size in self.files.items()]
@@ -76,7 +83,7 @@ def files_to_upload(folder: Path) -> tuple[dict[str, Path], tuple[str, ...]]:
     for path in sorted(p for p in folder.rglob("*") if p.is_file() or p.is_symlink()):
         name = path.relative_to(folder)
         refuse_links(folder, [name.as_posix()])
-        if path.name == MARK:
+        if path.name in (MARK, RUN_FILE):  # the second one names folders of this machine
             continue
         if is_never_uploaded(name) or not path.is_file():
             skipped.append(name.as_posix())

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hf_prune.utils.formatting import format_table
+from hf_prune.utils.results import Result
 
 _SHA256 = re.compile("[0-9a-f]{64}")
 
@@ -48,8 +49,8 @@ class Difference:
         }
 
 
-@dataclass(frozen=True)
-class Verification:
+@dataclass(frozen=True, repr=False)
+class Verification(Result):
     """A card compared with its files. ``print(verification)`` shows it as a table.
 
     Args:

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from hf_prune.errors import CheckpointError, ConfigError
 from hf_prune.hub.card_metadata import read_facts
 from hf_prune.hub.client import download_checkpoint
-from hf_prune.hub.compare_card import compare_facts
+from hf_prune.hub.compare_card import DIVERGENCE, SCORES, compare_facts
 from hf_prune.hub.verification import Difference, Verification
 from hf_prune.utils.front_matter import read_card
+from hf_prune.utils.progress import working
 
 
+@working("Counting again")
 def verify_checkpoint(
-    source: str, *, revision: str | None = None, score: Callable[[str], dict[str, Any]] | None = None
+    source: str,
+    *,
+    revision: str | None = None,
+    score: Callable[[str], dict[str, Any]] | None = None,
+    divergence: Callable[[str], dict[str, Any] | None] | None = None,
 ) -> Verification:
     """Verify a model card: count every number again from the files, render the card again, and compare.
 
@@ -28,6 +35,8 @@ def verify_checkpoint(
         source: A folder, or a repository on the Hub, which is downloaded.
         revision: Revision of the repository.
         score: Scores the checkpoint in a folder like ``hf-prune evaluate``; None leaves scores unchecked.
+        divergence: Measures how far the predictions of the checkpoint in a folder are from the dense model's, after
+            ``score``; None leaves that unchecked.
 
     Raises:
         CheckpointError: If the card has no facts, or the files are damaged or do not belong together.
@@ -50,19 +59,38 @@ def verify_checkpoint(
     claimed_score = facts.get("score")
     if score is not None and not isinstance(claimed_score, dict):
         raise CheckpointError(f"the card of {source} gives no score to verify: leave --evaluate out")
+    claimed_divergence = facts.get("divergence")
+    if divergence is not None and not isinstance(claimed_divergence, dict):
+        raise CheckpointError(
+            f"the card of {source} does not say how far its predictions are from the dense model's: leave --against out"
+        )
     model = load_plain(str(folder))
     differences, claims = compare_facts(folder, text, model)
     if score is not None and isinstance(claimed_score, dict):
         differences += _compare_scores(claimed_score, score(str(folder)))
-    return Verification(source, tuple(differences), claims)
+    if divergence is not None and isinstance(claimed_divergence, dict):
+        differences += _compare_divergences(claimed_divergence, divergence(str(folder)) or {})
+    measured = {name for name, again in ((SCORES, score), (DIVERGENCE, divergence)) if again is not None}
+    return Verification(source, tuple(differences), tuple(name for name in claims if name not in measured))
 
 
-def _compare_scores(claimed: Mapping[str, Any], measured: Mapping[str, Any]) -> list[Difference]:
+def _compare_scores(claimed: Mapping[str, Any], measured: Mapping[str, Any]) -> Iterator[Difference]:
+    """Every number of a score that was measured again; what is compared with another model was not."""
     error = claimed.get("standard_error")
     near = error / 10 if isinstance(error, int | float) else 0.0
-    tolerances = {"accuracy": near, "perplexity": near, "standard_error": near}
-    return [
-        Difference(key, value, measured.get(key), tolerances.get(key, 0.0))
-        for key, value in claimed.items()
-        if key not in ("dataset", "data")
-    ]
+    tolerances = dict.fromkeys(("accuracy", "perplexity", "value", "distinct", "standard_error"), near)
+    for key, value in claimed.items():
+        if isinstance(value, dict) and isinstance(measured.get(key), dict):  # what the model writes
+            again = {name: item for name, item in value.items() if name in measured[key]}
+            for fact in _compare_scores(again, measured[key]):
+                yield dataclasses.replace(fact, name=f"{key}: {fact.name}")
+        elif not isinstance(value, dict) and key not in ("dataset", "data"):
+            yield Difference(key, value, measured.get(key), tolerances.get(key, 0.0))
+
+
+def _compare_divergences(claimed: Mapping[str, Any], measured: Mapping[str, Any]) -> Iterator[Difference]:
+    """Numbers may differ by a tenth of the standard error that the card claims."""
+    for key, value in claimed.items():
+        error = claimed.get(f"{key.removesuffix('_standard_error')}_standard_error")
+        near = error / 10 if isinstance(error, int | float) else 0.0
+        yield Difference(f"{key} of the divergence", value, measured.get(key), near)

@@ -56,8 +56,12 @@ class ExportedModel:
         return lambda inputs: compiled({k: v for k, v in inputs.items() if k in names})[0]
 
 
-def need(*packages: str) -> None:
+def need(*packages: str, extra: str | None = None) -> None:
     """Make sure that some packages are installed.
+
+    Args:
+        *packages: Their names.
+        extra: The extra of ``hf_prune`` that has them; None for those of ONNX and OpenVINO.
 
     Raises:
         ExportError: If one is not.
@@ -66,7 +70,5 @@ def need(*packages: str) -> None:
 
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
-        raise ExportError(
-            f"{', '.join(missing)} is not installed: pip install 'hf_prune[onnx]', or 'hf_prune[openvino]' for "
-            f".xml files"
-        )
+        hint = "'hf_prune[onnx]', or 'hf_prune[openvino]' for .xml files" if extra is None else f"'hf_prune[{extra}]'"
+        raise ExportError(f"{', '.join(missing)} is not installed: pip install {hint}")

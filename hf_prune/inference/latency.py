@@ -15,10 +15,12 @@ from hf_prune.errors import ConfigError
 from hf_prune.inference.backends import ExportedModel
 from hf_prune.inference.latency_result import LatencyPoint, LatencyResult
 from hf_prune.inference.speedup import forward
+from hf_prune.inference.subnormals import subnormal_layer, subnormal_note
 from hf_prune.inference.timing import Timings, quantile, speedup, time_together
 from hf_prune.inference.workloads import check_generation, check_runs, device, dtypes, find_workloads
 from hf_prune.pruning.mask_store import warn_regrown
 from hf_prune.utils.forward import eval_mode
+from hf_prune.utils.notices import warn_user
 from hf_prune.utils.wrapping import check_is_model
 
 
@@ -73,8 +75,10 @@ def measure_latency(
         context.enter_context(_threads(threads))
         for model in native.values():
             context.enter_context(eval_mode(model))
-        for workload in workloads:
+        for number, workload in enumerate(workloads):
             check_runs(native, workload)
+            if number == 0:
+                _warn_of_subnormals(native, workload.inputs)
             tasks = {"forward": {name: _forward(model, workload.inputs) for name, model in models.items()}}
             if new_tokens:
                 tasks["generate"] = {
@@ -92,6 +96,12 @@ def measure_latency(
             device=device(first),
             torch=torch.__version__,
         )
+
+
+def _warn_of_subnormals(models: Mapping[str, nn.Module], inputs: Mapping[str, Any]) -> None:
+    for name, model in models.items():
+        if (layer := subnormal_layer(model, inputs)) is not None:
+            warn_user(f"{name}: {subnormal_note(layer)}")
 
 
 def _points(

@@ -8,6 +8,7 @@ from typing import Any
 
 from hf_prune.inference.timing import Ratio
 from hf_prune.utils.formatting import format_table
+from hf_prune.utils.results import Result
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,8 @@ class LatencyPoint:
         return {**vars(self), "against": {**vars(self.against), "high": high, "is_real": self.against.is_real}}
 
 
-@dataclass(frozen=True)
-class LatencyResult:
+@dataclass(frozen=True, repr=False)
+class LatencyResult(Result):
     """Models timed in turns. ``print(result)`` shows them as a table.
 
     Args:
@@ -76,6 +77,8 @@ class LatencyResult:
         device: The device of the models.
         torch: The version of PyTorch.
     """
+
+    bars = ("median", "p95")
 
     points: tuple[LatencyPoint, ...]
     rounds: int

@@ -1,4 +1,4 @@
-"""How many times as fast a smaller model is, measured on the inputs of a workload."""
+"""How many times as fast a smaller model is, measured on a workload."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from hf_prune.errors import PlanError
+from hf_prune.inference.passes import timed, workload_passes
 from hf_prune.inference.timing import speedup, time_together
 from hf_prune.pruning.records import SpeedRecord
-from hf_prune.utils.forward import device_of, eval_mode
+from hf_prune.utils.forward import device_of, eval_mode, is_encoder_decoder
 
 _CHECK_SECONDS = 3.0
 _IMAGE = 224  # pixels in each direction, if the config does not say
@@ -22,7 +23,8 @@ def workload_inputs(model: nn.Module, workload: Mapping[str, int] | None) -> dic
 
     Args:
         model: A transformers model.
-        workload: ``batch_size`` and ``length``.
+        workload: ``batch_size`` and ``length``; or ``batch_size``, ``prompt`` and ``new_tokens``, of which the inputs
+            are the prompt.
 
     Raises:
         PlanError: If the inputs of the model are unknown, or the workload is longer than it allows.
@@ -31,16 +33,17 @@ def workload_inputs(model: nn.Module, workload: Mapping[str, int] | None) -> dic
     config: Any = getattr(model, "config", None)
     if config is None:
         raise PlanError(f"a {type(model).__name__} has no config, so inputs for it are unknown: pass inputs=")
-    batch, length = workload["batch_size"], workload["length"]
+    batch, length = workload["batch_size"], _length(workload)
     device = device_of(model)
     generator = torch.Generator().manual_seed(0)
     name = getattr(model, "main_input_name", "input_ids")
     if name == "input_ids":
         text = config.get_text_config()
         most = getattr(text, "max_position_embeddings", None)
-        if isinstance(most, int) and length > most:
+        total = length + workload.get("new_tokens", 0)
+        if isinstance(most, int) and total > most:
             raise PlanError(
-                f"a workload of length {length} is longer than the {most} positions of the model; use a shorter one"
+                f"a workload of length {total} is longer than the {most} positions of the model; use a shorter one"
             )
         ids = torch.randint(1, text.vocab_size, (batch, length), generator=generator)
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -56,7 +59,7 @@ def workload_inputs(model: nn.Module, workload: Mapping[str, int] | None) -> dic
             f"{type(model).__name__} takes {name!r}, for which no workload can be made: expected a model of text, "
             f"images or sound; use target_params or sparsity to prune it, or inputs= of measure_latency to time it"
         )
-    if getattr(config, "is_encoder_decoder", False):
+    if is_encoder_decoder(model):
         start = torch.full((batch, min(length, 16)), config.decoder_start_token_id or 0)
         inputs["decoder_input_ids"] = start
     dtype = next(model.parameters()).dtype
@@ -72,13 +75,27 @@ def measured_speedup(
         model: The model.
         smaller: The smaller model.
         inputs: Keyword arguments of a forward pass.
-        workload: Their batch size and length, for the record.
+        workload: What is run, see :func:`~hf_prune.inference.passes.workload_passes`.
     """
     assert workload is not None
     with eval_mode(model), eval_mode(smaller):
-        runs = {"dense": forward(model, inputs), "smaller": forward(smaller, inputs)}
+        passes = {
+            name: workload_passes(each, inputs, workload) for name, each in (("dense", model), ("smaller", smaller))
+        }
+        times = {name: one.times for name, one in passes["dense"].items()}
+        runs = {
+            f"{name} {part}": timed(each, passes[name][part].run)
+            for part in times
+            for name, each in (("dense", model), ("smaller", smaller))
+        }
         timings = time_together(runs, rounds=200, warmup=2, seconds=_CHECK_SECONDS)
-    ratio = speedup(timings["dense"].wall, timings["smaller"].wall)
+    by_part = {part: [timings[f"{name} {part}"].wall for name in ("dense", "smaller")] for part in times}
+    dense, short = (
+        [sum(times[part] * by_part[part][who][i] for part in times) for i in range(len(rounds))]
+        for who, rounds in enumerate(next(iter(by_part.values())))
+    )
+    ratio = speedup(dense, short)
+    apart = {part: speedup(*walls).value for part, walls in by_part.items() if len(by_part) > 1}
     parameter = next(model.parameters())
     return SpeedRecord(
         asked=ratio.value,
@@ -86,23 +103,21 @@ def measured_speedup(
         measured=ratio.value,
         low=ratio.low,
         high=ratio.high,
-        rounds=len(timings["dense"].wall),
+        rounds=len(dense),
         batch_size=workload["batch_size"],
-        length=workload["length"],
+        length=_length(workload),
         threads=torch.get_num_threads(),
         dtype=str(parameter.dtype).removeprefix("torch."),
         device=parameter.device.type,
+        new_tokens=workload.get("new_tokens", 0),
+        **apart,
     )
+
+
+def _length(workload: Mapping[str, int]) -> int:
+    return workload["prompt"] if "new_tokens" in workload else workload["length"]
 
 
 def forward(model: nn.Module, inputs: Mapping[str, Any]) -> Callable[[], object]:
     """A function that runs a model once, and waits until it is done."""
-    cuda = device_of(model).type == "cuda"
-
-    def run() -> None:
-        with torch.inference_mode():
-            model(**inputs)
-        if cuda:
-            torch.cuda.synchronize()
-
-    return run
+    return timed(model, lambda: model(**inputs))

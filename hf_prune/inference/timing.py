@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from hf_prune.utils.progress import Bar
+
 SHORTEST = 1e-3  # seconds: shorter runs are repeated within one timing
 
 
@@ -74,7 +76,7 @@ def time_together(
         repeats[name] = max(1, math.ceil(SHORTEST / max(taken, 1e-9)))
     seconds_of: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in runs}
     generator, begin = random.Random(seed), clock()
-    for number in range(rounds):
+    for number in Bar(range(rounds), desc="Timing", unit="round"):
         if number >= min(5, rounds) and clock() - begin > seconds:
             break
         order = list(runs)

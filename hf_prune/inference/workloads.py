@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hf_prune.errors import ConfigError, PlanError
 from hf_prune.inference.speedup import forward, workload_inputs
-from hf_prune.utils.forward import device_of
+from hf_prune.utils.forward import device_of, generates
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def check_generation(models: Mapping[str, Any], workloads: Sequence[Workload], n
     """
     if not new_tokens:
         return
-    unable = [name for name, model in models.items() if not _generates(model)]
+    unable = [name for name, model in models.items() if not generates(model)]
     if unable:
         raise ConfigError(f"new_tokens={new_tokens} is for causal language models, which {', '.join(unable)} is not")
     longest = max(workload.length for workload in workloads)
@@ -115,8 +115,9 @@ def dtypes(model: nn.Module) -> str:
 
 
 def device(model: nn.Module) -> str:
-    """The devices of a model's weights, such as ``"cpu"``."""
-    return "+".join(sorted({str(parameter.device) for parameter in model.parameters()}))
+    """The devices of a model's weights, such as ``"cpu"``; accelerated layers have some on none, as ``"meta"``."""
+    devices = {str(parameter.device) for parameter in model.parameters()}
+    return "+".join(sorted(devices - {"meta"} or devices))
 
 
 def _check_alike(kinds: Mapping[str, object]) -> None:
@@ -147,11 +148,6 @@ def _make(name: str, model: nn.Module, batch_size: int, length: int) -> dict[str
         return workload_inputs(model, {"batch_size": batch_size, "length": length})
     except PlanError as error:
         raise PlanError(f"{name}: {error}") from error
-
-
-def _generates(model: Any) -> bool:
-    can = getattr(model, "can_generate", None)
-    return bool(can and can()) and not model.config.is_encoder_decoder
 
 
 def _vocabulary(model: Any) -> int:

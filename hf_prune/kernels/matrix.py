@@ -109,6 +109,8 @@ class Target:
 def is_finite(tensor: Tensor) -> bool:
     """Whether a tensor is free of NaN and infinity: one fast sum, and every element only if that overflows."""
     if tensor.device.type == "cpu" and tensor.dim() > 1 and tensor.numel() > _CHUNK and tensor.element_size() < 4:
+        if len(tensor) == 1:  # such as one expert of a packed parameter
+            return is_finite(tensor[0])
         rows = max(1, _CHUNK * len(tensor) // tensor.numel())
         return all(is_finite(part) for part in tensor.split(rows))  # the sum makes a copy in float32
     total = tensor.sum(dtype=torch.float32 if tensor.element_size() < 4 else None)

@@ -13,6 +13,7 @@ from hf_prune.errors import ConfigError
 from hf_prune.planning.choices import (
     ALLOCATIONS,
     DEFAULT_SPARSITY,
+    GENERATION_DEFAULTS,
     POLISH_DEFAULTS,
     POLISHES,
     WORKLOAD_DEFAULTS,
@@ -67,10 +68,17 @@ def check_workload(workload: object) -> dict[str, int]:
     if not isinstance(workload, Mapping):
         raise ConfigError(f"workload is {workload!r}: expected a dict such as {dict(WORKLOAD_DEFAULTS)}")
     for key, value in workload.items():
-        if key not in WORKLOAD_DEFAULTS:
-            raise unknown_name("key of workload", key, list(WORKLOAD_DEFAULTS))
+        if key not in {**WORKLOAD_DEFAULTS, **GENERATION_DEFAULTS}:
+            raise unknown_name("key of workload", key, list({**WORKLOAD_DEFAULTS, **GENERATION_DEFAULTS}))
         check_positive(f"workload[{key!r}]", value)
-    return {**WORKLOAD_DEFAULTS, **workload}
+    if not workload.keys() & {"prompt", "new_tokens"}:
+        return {**WORKLOAD_DEFAULTS, **workload}
+    if "length" in workload:
+        raise ConfigError(
+            f"workload is {dict(workload)}: length is of one forward pass, prompt and new_tokens of a generation; "
+            f"leave out one or the other"
+        )
+    return {**GENERATION_DEFAULTS, **workload}
 
 
 def check_positive(name: str, value: object) -> None:
@@ -206,6 +214,32 @@ def _check_pattern(name: str, pattern: str) -> None:
         regex.compile(pattern)
     except (re.error, regex.error, RecursionError, OverflowError) as error:
         raise ConfigError(f"{name}={pattern!r} is not a regular expression: {error}") from error
+
+
+def check_steps(steps: object, learns_nothing: str | None, repair: str | None) -> None:
+    """Check the number of steps of a pruning.
+
+    Args:
+        steps: How many.
+        learns_nothing: The criterion, if it learns nothing from gradients.
+        repair: The repair, if there is one.
+
+    Raises:
+        ConfigError: If it is not a positive integer, or the criterion or the repair makes no use of more than one.
+    """
+    check_positive("steps", steps)
+    if steps == 1:
+        return
+    if learns_nothing is not None:
+        raise ConfigError(
+            f"steps={steps} contradicts criterion {learns_nothing!r}, which learns nothing from gradients: "
+            f"choose another criterion, or leave steps at 1"
+        )
+    if repair is not None:
+        raise ConfigError(
+            f"steps={steps} contradicts repair={repair!r}, which reproduces the outputs of dense layers: "
+            f"leave one of them out"
+        )
 
 
 def check_parts(only: object) -> tuple[str, ...] | None:

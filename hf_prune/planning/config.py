@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
 from typing import Any
 
 from hf_prune.architectures.kinds.registry import kind_named, unit_descriptions
@@ -20,6 +20,7 @@ from hf_prune.planning.checks import (
     check_polish,
     check_positive,
     check_sparsity,
+    check_steps,
     check_workload,
     resolve_sparsity,
     unit_kinds,
@@ -36,10 +37,12 @@ from hf_prune.planning.choices import (
     SCOPES,
     UNIT_SCOPES,
 )
+from hf_prune.planning.presets import METHOD_SETTINGS, resolve_settings, takes_preset
 from hf_prune.planning.schedule import Schedule
 from hf_prune.utils.registry import unknown_name
 
 
+@takes_preset
 @dataclass(frozen=True)
 class PruningConfig:
     """What to remove from a model, and how it is chosen.
@@ -65,7 +68,7 @@ class PruningConfig:
             longest counts; modules not named get ``sparsity``. Two learn from calibration data, without labels:
             ``"fisher"`` minimises the change of the model's predictions that its gradients predict, and ``"owl"``
             (Yin et al. 2024, arXiv:2310.05175) removes less from blocks with many outliers among weights times inputs.
-            Matrices that lie in one parameter, such as packed experts, share one sparsity.
+            ``"fisher"`` gives each packed expert a sparsity of its own; the others give all in a tensor the same.
         target_modules: ``"all-linear"`` (everything that multiplies: Linear, Conv1D, convolutions, recurrent layers,
             the projections of ``nn.MultiheadAttention`` and packed experts, but no output embedding, router, depthwise
             convolution, or convolution of at most 4 channels, which reads pixels or samples), a list of suffixes of
@@ -90,17 +93,20 @@ class PruningConfig:
             default, trains nothing.
         target_params: In place of ``sparsity``, for heads, neurons and layers: the share of the model's parameters that
             remains.
-        target_flops: The same for the operations of one forward pass on the ``workload``.
+        target_flops: The same for the operations of the ``workload``.
         target_speedup: How many times as fast the model is to be on the ``workload``, on this machine: the times of a
             handful of sizes are measured, and the best units that are as fast remain.
         workload: ``{"batch_size": 1, "length": 128}``, the inputs that ``target_flops`` and ``target_speedup`` are for;
-            either may be omitted. ``"length"`` is in tokens. Device, dtype and number of threads are the current ones.
+            either may be omitted. ``"length"`` is in tokens. ``{"prompt": 128, "new_tokens": 64}`` is the generation of
+            a causal language model with a cache. Device, dtype and number of threads are the current ones.
         round_to: The remaining numbers of heads and neurons are multiples of this, which some kernels need to be fast.
         schedule: For a :class:`PruningTrainer`: at which steps it prunes, and how much; a :class:`Schedule`, its name,
             or a mapping of its settings. None prunes everything at once.
         only: The part of a composite model that is pruned, or several, such as ``"language_model"`` or
             ``("vision_tower", "text_model")``: names of modules, whole or without their beginnings. Everything outside
             of them stays. None means all of the model.
+        preset: A method by name, for the settings that are not given: ``"fast"``, ``"balanced"``, ``"best"`` or
+            ``"best+polish"``, see ``hf-prune list presets``. What is recorded is the settings.
 
     Raises:
         ConfigError: If a value is unknown, out of range, or contradicts another one.
@@ -134,11 +140,18 @@ class PruningConfig:
     round_to: int = 1
     schedule: Schedule | Mapping[str, Any] | str | None = None
     only: str | tuple[str, ...] | None = None
+    preset: InitVar[str | None] = None
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, preset: str | None) -> None:
         if self.schedule is not None:
             self._set("schedule", Schedule.parse(self.schedule))
-        if "vocab" in ([self.granularity] if isinstance(self.granularity, str) else self.granularity):
+        named = [self.granularity] if isinstance(self.granularity, str) else self.granularity
+        if "hidden" in named:
+            raise ConfigError(
+                "granularity 'hidden': dimensions of the hidden states are removed everywhere at once, and have no "
+                "masks; call hf_prune.trim_hidden before pruning"
+            )
+        if "vocab" in named:
             raise ConfigError(
                 "granularity 'vocab': tokens are removed by the texts that use them, not by a sparsity; call "
                 "hf_prune.trim_vocabulary (hf-prune trim-vocab), before or after pruning"
@@ -175,7 +188,8 @@ class PruningConfig:
         self._check_calibration()
         if self.objective == "loss":
             self._check_loss_objective()
-        self._check_steps()
+        learns = any(need == "fisher" or need.endswith("gradient") for need in criterion.needs)
+        check_steps(self.steps, self.criterion if not learns else None, self.repair)
         allocates = self.scope == "global" or granularity.fixed_sparsity is not None
         if allocates and self.allocation != "uniform":
             why = "scope='global'" if self.scope == "global" else f"granularity={granularity.spec!r}"
@@ -296,20 +310,6 @@ class PruningConfig:
                 f"after the other; leave objective at 'layer'"
             )
 
-    def _check_steps(self) -> None:
-        check_positive("steps", self.steps)
-        learns = any(need == "fisher" or need.endswith("gradient") for need in CRITERIA.get(self.criterion).needs)
-        if self.steps > 1 and not learns:
-            raise ConfigError(
-                f"steps={self.steps} contradicts criterion {self.criterion!r}, which learns nothing from gradients: "
-                f"choose another criterion, or leave steps at 1"
-            )
-        if self.steps > 1 and self.repair is not None:
-            raise ConfigError(
-                f"steps={self.steps} contradicts repair={self.repair!r}, which reproduces the outputs of dense layers: "
-                f"leave one of them out"
-            )
-
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
 
@@ -353,6 +353,10 @@ class PruningConfig:
 
         If the new granularity or the old one fixes the sparsity, the sparsity is chosen again.
         """
+        if changes.get("preset") is not None:
+            plain = {f.name: f.default for f in dataclasses.fields(self) if f.name in METHOD_SETTINGS - {"schedule"}}
+            row = {**plain, **resolve_settings({"granularity": self.granularity, **changes})}
+            changes = {name: value for name, value in row.items() if name in changes or name != "granularity"}
         units = isinstance(self.granularity, tuple) or bool(unit_kinds(changes.get("granularity")))
         if units and "granularity" in changes:
             changes = {**dict.fromkeys(("scope", "objective", "workload")), "round_to": 1, **changes}
@@ -391,7 +395,7 @@ class PruningConfig:
             raise ConfigError(
                 f"format_version is {version!r}: this version of hf_prune reads {FORMAT_VERSION}; update hf_prune"
             )
-        names = [f.name for f in dataclasses.fields(cls)]
+        names = [*(f.name for f in dataclasses.fields(cls)), "preset"]
         for key in values:
             if key not in names:
                 raise unknown_name("setting", key, names)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from torch import Tensor, nn
 
@@ -19,6 +19,7 @@ from hf_prune.planning.coverage import left_dense, owner_of, parametrized, passe
 from hf_prune.planning.plan import PlannedTensor, PruningPlan, least_weights, percent
 from hf_prune.planning.targets import divisible, resolve_targets
 from hf_prune.utils.notices import CoverageWarning, warn_user
+from hf_prune.utils.offloaded_weights import weight_of
 from hf_prune.utils.wrapping import copied_modules
 
 _MUCH = 0.1  # warn from this share on of weights that a config names and that stay dense
@@ -39,7 +40,8 @@ def make_plan(
     Args:
         model: Any torch module.
         config: The settings.
-        learned: The sparsity of every target, for an allocation that is learned from data.
+        learned: The sparsity of every target, or of each of the matrices in one, by name, for an allocation that is
+            learned from data.
         loaded: Whether the weights are loaded. False for a model on the meta device, whose weights cannot be checked
             for NaN and infinity.
         masks: The masks of earlier prunings, by parameter name.
@@ -67,7 +69,7 @@ def make_plan(
         )
     parameters = dict(model.named_parameters())
     if loaded:
-        refuse_infinite({t.name: parameters[t.name].detach() for t in targets})
+        refuse_infinite((t.name, weight_of(model, t.name).detach()) for t in targets)
     _refuse_wide_units(targets, granularity, config)
     tensors, remove = _count(targets, config, granularity, masks or {}, learned)
     _refuse_regrowth(tensors, remove, config)
@@ -148,13 +150,16 @@ def _largest(sizes: Mapping[str, int]) -> str:
     return ", ".join(f"{name} ({size:,})" for name, size in list(sizes.items())[:3])
 
 
-def refuse_infinite(weights: Mapping[str, Tensor]) -> None:
+def refuse_infinite(weights: Iterable[tuple[str, Tensor]]) -> None:
     """Make sure that weights are finite.
+
+    Args:
+        weights: Names and values, of which one at a time is held.
 
     Raises:
         PlanError: If one is not.
     """
-    bad = [name for name, weight in weights.items() if not is_finite(weight)]
+    bad = [name for name, weight in weights if not is_finite(weight)]
     if bad:
         raise PlanError(f"NaN or infinite values in {_some(bad)}: expected finite weights; check how they were made")
 
@@ -184,12 +189,19 @@ def _count(
     tensors = []
     for target in targets:
         rows, columns = granularity.grid(target)
-        units, sparsity = rows * columns, sparsities[target.name]
+        names = [target.slab(number).name for number in range(target.slabs)]
+        shares = [sparsities[name] for name in names] if names[0] in sparsities else [sparsities[target.name]]
+        units, sparsity = rows * columns, sum(shares) / len(shares)
         mask = masks.get(target.name)
         already = 0 if mask is None else mask.numel() - int(mask.count_nonzero())
         pool = granularity.pool or (columns if config.scope == "row" else units // pools_of(target, config))
-        remove = None if unknown else round(sparsity * pool) * (units // pool)
-        tensors.append(PlannedTensor(target, None if remove is None else sparsity, units, pool, remove, already))
+        each = units // len(shares)
+        counts = tuple(round(share * min(pool, each)) * max(1, each // pool) for share in shares)
+        if unknown:
+            tensors.append(PlannedTensor(target, None, units, pool, None, already))
+        else:
+            by_slab = counts if len(counts) > 1 else ()
+            tensors.append(PlannedTensor(target, sparsity, units, pool, sum(counts), already, by_slab))
     if unknown:
         return tuple(tensors), round(config.sparsity * sum(t.units for t in tensors))
     return tuple(tensors), sum(t.remove or 0 for t in tensors)

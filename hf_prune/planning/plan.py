@@ -13,6 +13,7 @@ from hf_prune.granularities.registry import parse_granularity
 from hf_prune.kernels.matrix import Target
 from hf_prune.planning.config import PruningConfig
 from hf_prune.utils.formatting import format_count, format_table
+from hf_prune.utils.results import Result
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,8 @@ class PlannedTensor:
         pool: How many of them compete with one another; in global scope they also compete with units of other tensors.
         remove: How many units will be removed in all, including those removed earlier; None if ``sparsity`` is None.
         already: How many of its weights were removed earlier.
+        by_slab: How many units will be removed from each of several matrices in it, such as packed experts, where an
+            allocation gives them sparsities of their own; empty where all lose as many.
     """
 
     target: Target
@@ -35,6 +38,7 @@ class PlannedTensor:
     pool: int
     remove: int | None
     already: int
+    by_slab: tuple[int, ...] = ()
 
     def slab(self, number: int) -> PlannedTensor:
         """What the plan removes from one of several experts in the weight; earlier prunings are not counted.
@@ -45,12 +49,20 @@ class PlannedTensor:
         target, slabs = self.target, self.target.slabs
         units = self.units // slabs
         remove = None if self.remove is None else self.remove // slabs
-        pool = min(self.pool, units)
-        return PlannedTensor(target.slab(number), self.sparsity, units, pool, remove, already=0)
+        sparsity, pool = self.sparsity, min(self.pool, units)
+        if self.by_slab:
+            remove = self.by_slab[number]
+            sparsity = remove / units
+        return PlannedTensor(target.slab(number), sparsity, units, pool, remove, already=0)
+
+    @property
+    def grain(self) -> int:
+        """Into how many pools each of several matrices in it is divided, which lose as many units each."""
+        return max(1, self.units // self.target.slabs // self.pool)
 
 
-@dataclass(frozen=True)
-class PruningPlan:
+@dataclass(frozen=True, repr=False)
+class PruningPlan(Result):
     """What a config removes from one model. ``print(plan)`` shows it as a table.
 
     Args:
@@ -65,6 +77,8 @@ class PruningPlan:
         notes: Sentences about matrices that the settings name and that stay dense all the same.
         left_dense: Sizes of weights that are left dense by choice, by name (see ``coverage.left_dense``).
     """
+
+    bars = ("sparsity", "units")
 
     config: PruningConfig
     tensors: tuple[PlannedTensor, ...]

@@ -25,6 +25,7 @@ from hf_prune.planning.config import PruningConfig
 from hf_prune.planning.parts import in_parts, is_chosen
 from hf_prune.planning.prunable import WEIGHT_NORM, PrunableWeight, output_embeddings, prunable_weights, stays_dense
 from hf_prune.utils.number_formats import refuse_quantized
+from hf_prune.utils.offloaded_weights import is_offloaded
 from hf_prune.utils.registry import unknown_name
 from hf_prune.utils.torch_masks import refuse_torch_masks
 from hf_prune.utils.wrapping import adapters, copied_modules, unadapted_name
@@ -89,7 +90,7 @@ def resolve_targets(
         if weight.layout == "linear" and _is_removed(weight):
             continue
         if id(parameter) not in targets:
-            _check_weight(weight.path, parameter, loaded)
+            _check_weight(model, weight.path, parameter, loaded)
             targets[id(parameter)] = weight.target(names[id(parameter)])
     if not targets:
         copied = ", ".join(dict.fromkeys(copied_modules(model).values()))
@@ -160,11 +161,11 @@ def _is_removed(weight: PrunableWeight) -> bool:
     return not weight.called and weight.weight.numel() == 0
 
 
-def _check_weight(name: str, weight: Tensor, loaded: bool) -> None:
-    if weight.is_meta and loaded:
+def _check_weight(model: nn.Module, name: str, weight: Tensor, loaded: bool) -> None:
+    if weight.is_meta and loaded and not is_offloaded(model, name):
         raise PlanError(
-            f"{name} is on the meta device (offloaded or not loaded): load the model without "
-            f"offloading before pruning it"
+            f"{name} is on the meta device, and no hook of accelerate holds its values: load the model's weights "
+            f"before pruning it"
         )
     if weight.numel() == 0:
         raise PlanError(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from hf_prune.criteria.registry import CRITERIA, unit_rankings
 from hf_prune.granularities.registry import parse_granularity
 from hf_prune.planning.config import PruningConfig
+from hf_prune.planning.presets import PRESETS
 
 if TYPE_CHECKING:  # which loads torch, that commands do without until they need it
     from hf_prune.granularities.base import Granularity
@@ -64,3 +65,8 @@ def shrinks_by_default(config: PruningConfig) -> bool:
 def can_shrink(config: PruningConfig) -> bool:
     """Whether ``shrink()`` may find something to cut out."""
     return config.removes_units or config.granularity in _WHOLE_OUTPUTS_OR_INPUTS
+
+
+def preset_of(config: PruningConfig) -> str | None:
+    """The preset whose method a config has, whether it was named or not; None if there is none."""
+    return next((name for name in PRESETS if config.replace(preset=name) == config), None)

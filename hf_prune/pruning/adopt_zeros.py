@@ -14,12 +14,14 @@ from hf_prune.planning.config import PruningConfig
 from hf_prune.planning.coverage import uncovered_matrices
 from hf_prune.planning.targets import resolve_targets
 from hf_prune.pruning.mask_store import MaskStore, warn_regrown
+from hf_prune.utils.offloaded_weights import values_of
+from hf_prune.utils.results import Result
 
 MIN_SPARSITY = 0.01  # below it, zeros are those that rounding leaves
 
 
-@dataclass(frozen=True)
-class AdoptionReport:
+@dataclass(frozen=True, repr=False)
+class AdoptionReport(Result):
     """Which zeros became masks. ``print(report)`` says it in words.
 
     Args:
@@ -29,6 +31,8 @@ class AdoptionReport:
         left: Why other matrices that have zeros got no mask, by parameter name.
     """
 
+    bars = ("zeros",)
+
     adopted: dict[str, float]
     zeros: int
     weights: int
@@ -37,6 +41,10 @@ class AdoptionReport:
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         return dict(vars(self))
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The weights that have a mask now, with their share of zeros."""
+        return [{"weight": name, "zeros": share} for name, share in self.adopted.items()]
 
     def __str__(self) -> str:
         shares = self.adopted.values()
@@ -98,7 +106,7 @@ def adopt_zeros(
     tables |= set() if output is None else set(map(id, output.parameters()))
     shares, left, masks = {}, {}, {}
     for target in targets:
-        weight = parameters[target.name].detach()
+        weight = values_of(model, target.name, parameters[target.name])
         mask = weight != 0
         share = 1 - int(mask.count_nonzero()) / target.size
         if not share:
@@ -119,7 +127,7 @@ def adopt_zeros(
             f"pruned{found}; load the model that the other tool made sparse, or prune this one"
         )
     for name in uncovered_matrices(model) if every else ():
-        share = 1 - int(parameters[name].count_nonzero()) / parameters[name].numel()
+        share = 1 - int(values_of(model, name, parameters[name]).count_nonzero()) / parameters[name].numel()
         if share >= least > 0:
             left[name] = f"of which {100 * share:.2f} % is zero, and which is of no kind that can be pruned"
     store.update(model, masks, {}, store.config, keep_dense=False)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -12,12 +14,14 @@ from hf_prune.criteria.base import INPUTS, Criterion, WeightStats
 from hf_prune.errors import CalibrationError
 from hf_prune.kernels.least_squares import refit, with_output_correction
 from hf_prune.kernels.matrix import Target, is_finite
+from hf_prune.kernels.packed_masks import PackedMasks
 from hf_prune.kernels.selection import CHUNK, Chunks, keep_highest
 from hf_prune.planning.plan import PlannedTensor, PruningPlan
 from hf_prune.planning.targets import bias_names
 from hf_prune.pruning.selector import Selector, checked_units, select_units, spread_units
 from hf_prune.pruning.weight_norm import effective_weight, keeps_values, largest_of_slices, lengths_left
 from hf_prune.utils.distributed import broadcast, fail_together
+from hf_prune.utils.offloaded_weights import weight_of
 
 _LAST = 1e30  # a score above all others, small enough to be added up
 _LEAST_SHARE = 1e-6  # of the mean weight of outputs that the predictions hardly depend on
@@ -30,7 +34,7 @@ def compute_masks_synced(
     previous_masks: Mapping[str, Tensor],
     fixed_masks: Mapping[str, Tensor] | None = None,
     biases: Mapping[str, str] | None = None,
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+) -> tuple[PackedMasks, dict[str, Tensor]]:
     """:func:`compute_masks`, and of several processes that calibrate together each gets what the first one computed.
 
     The statistics are the same in all of them, but nothing promises that two machines round an eigenvalue alike; masks
@@ -39,9 +43,9 @@ def compute_masks_synced(
     if not plan.needs:
         return compute_masks(model, plan, stats, previous_masks, fixed_masks, biases=biases)
     with fail_together():
-        computed = compute_masks(model, plan, stats, previous_masks, fixed_masks, biases=biases)
-    masks, weights = ({name: broadcast(tensor) for name, tensor in tensors.items()} for tensors in computed)
-    return masks, weights
+        masks, weights = compute_masks(model, plan, stats, previous_masks, fixed_masks, biases=biases)
+    agreed = {name: dataclasses.replace(mask, bits=broadcast(mask.bits)) for name, mask in masks.packed.items()}
+    return PackedMasks.sharing(agreed), {name: broadcast(weight) for name, weight in weights.items()}
 
 
 @torch.no_grad()
@@ -53,7 +57,7 @@ def compute_masks(
     fixed_masks: Mapping[str, Tensor] | None = None,
     whole: Mapping[str, Tensor] | None = None,
     biases: Mapping[str, str] | None = None,
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+) -> tuple[PackedMasks, dict[str, Tensor]]:
     """The masks that a plan leads to, without touching the model.
 
     Args:
@@ -69,7 +73,7 @@ def compute_masks(
         Bool masks, and the weights and biases that the criterion or the repair gave new values, and the lengths that
         weight norm gives what is left, all in the parameters' own layouts, by name.
     """
-    parameter = model.get_parameter if whole is None else whole.__getitem__  # often of one target among thousands
+    parameter = partial(weight_of, model) if whole is None else whole.__getitem__  # often of one target of thousands
     criterion, granularity = plan.criterion, plan.granularity
     if biases is None:
         biases = bias_names(model, [t.target for t in plan.tensors]) if plan.config.repair is not None else {}
@@ -78,26 +82,35 @@ def compute_masks(
         by_value = keeps_values(plan)
         return target.matrix(effective_weight(target.name, parameter) if by_value else parameter(target.name).detach())
 
-    def old_matrix(target: Target) -> Tensor | None:
+    def old_matrix(target: Target, weight: Tensor) -> Tensor | None:
         old = previous_masks.get(target.name)
-        return None if old is None else target.matrix(old)
+        return None if old is None else target.matrix(old).to(weight.device)
 
-    def source(target: Target, weight: Tensor) -> Chunks:
-        kept = largest_of_slices(model, target, parameter(target.name).detach())
-        return lambda: unit_chunks(plan, target, weight, stats[target.name], old_matrix(target), kept)
+    def at_home(name: str, tensor: Tensor) -> Tensor:
+        return tensor.cpu() if whole is None and model.get_parameter(name).is_meta else tensor
 
-    masks: dict[str, Tensor] = {}
+    def source(target: Target, weight: Tensor | None = None) -> Chunks:
+        def chunks() -> Iterator[Tensor]:  # offloaded weights are read each time, so that one is in memory at a time
+            kept = largest_of_slices(model, target, parameter(target.name).detach())
+            dense = matrix(target) if weight is None else weight
+            return unit_chunks(plan, target, dense, stats[target.name], old_matrix(target, dense), kept)
+
+        return chunks
+
+    masks = PackedMasks()
     weights: dict[str, Tensor] = {}
 
     if plan.config.scope == "global" and fixed_masks is None:
-        sources = {t.target.name: source(t.target, matrix(t.target)) for t in plan.tensors}
-        masks = {t.target.name: t.target.native(keep) for t, keep in keep_units(plan, plan.tensors, sources)}
+        sources = {t.target.name: source(t.target) for t in plan.tensors}
+        for t, keep in keep_units(plan, plan.tensors, sources):
+            masks[t.target.name] = at_home(t.target.name, t.target.native(keep))
         for name, mask in masks.items():
             weights |= lengths_left(plan, name, mask, previous_masks, parameter)
         return masks, weights
     for tensor in plan.tensors:
         target, name = tensor.target, tensor.target.name
-        dense, old = matrix(target), old_matrix(target)
+        dense = matrix(target)
+        old = old_matrix(target, dense)
         slabs = _slabs(tensor, dense, old, stats[name], criterion)
         repaired: list[Tensor | None] = [None] * len(slabs)
         if fixed_masks is not None:
@@ -134,15 +147,15 @@ def compute_masks(
                     new_biases.append(new_bias)
             if bias is not None and old_bias is not None and new_biases:
                 weights[bias] = torch.cat(new_biases).reshape(old_bias.shape).to(old_bias.dtype)
-        masks[name] = target.native(keep)
-        weights |= lengths_left(plan, name, masks[name], previous_masks, parameter)
+        weights |= lengths_left(plan, name, target.native(keep), previous_masks, parameter)
+        masks[name] = at_home(name, target.native(keep))
         if changed := [weight for weight in repaired if weight is not None]:
             if not all(map(is_finite, changed)):
                 raise CalibrationError(
                     f"the repaired weights of {name} are not finite: calibrate in float32 or bfloat16, and check the "
                     f"batches"
                 )
-            weights[name] = target.native(torch.cat(changed).to(dense.dtype))
+            weights[name] = at_home(name, target.native(torch.cat(changed).to(dense.dtype)))
     return masks, weights
 
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
-import torch
 from torch import Tensor, nn
 
 from hf_prune.errors import MaskError
-from hf_prune.utils.offloaded_weights import refuse_offloaded
+from hf_prune.utils.offloaded_weights import refuse_accelerated, write_weight
 
 
 def can_keep_dense(masks: Collection[str], dense: Collection[str]) -> None:
@@ -38,15 +37,12 @@ def restore_dense(model: nn.Module, masks: Collection[str], dense: Mapping[str, 
 
     Raises:
         MaskError: If dense weights were not kept.
-        PlanError: If weights are offloaded.
     """
     if dense is None or set(masks) - dense.keys():
         raise MaskError(
             "the dense weights were not kept: pass keep_dense=True to prune(), or reload the model; "
             "make_permanent() drops the masks and leaves the zeros"
         )
-    refuse_offloaded(model, "giving dense weights back")
-    parameters = dict(model.named_parameters())
-    with torch.no_grad():
-        for name, weight in dense.items():
-            parameters[name].copy_(weight)
+    refuse_accelerated(model, "giving dense weights back")
+    for name, weight in dense.items():
+        write_weight(model, name, weight)

@@ -22,6 +22,7 @@ from hf_prune.calibration.gradients import differentiable, example_gradients, me
 from hf_prune.criteria.base import FISHER_BLOCK, WeightStats, derived_seed
 from hf_prune.errors import CalibrationError
 from hf_prune.kernels.matrix import is_finite
+from hf_prune.kernels.packed_masks import PackedMasks
 from hf_prune.planning.plan import PlannedTensor, PruningPlan
 from hf_prune.pruning.compute_masks import keep_units
 from hf_prune.pruning.run import CalibrationRun
@@ -116,7 +117,7 @@ def runs(plan: PruningPlan, budget: int = FISHER_BYTES) -> list[list[Piece]]:
 
 
 def gather_blocks(
-    model: nn.Module, pieces: Sequence[Piece], batches: Batches, seed: int = 0, progress: bool = False
+    model: nn.Module, pieces: Sequence[Piece], batches: Batches, seed: int = 0, progress: bool | None = None
 ) -> Iterator[Tensor]:
     """Blocks of the Fisher matrix of some outputs, from one run of the batches.
 
@@ -179,7 +180,7 @@ def _add(
 @torch.no_grad()
 def prune_by_fisher(
     run: CalibrationRun[Any], plan: PruningPlan, previous_masks: Mapping[str, Tensor], weights: OffloadCache
-) -> dict[str, Tensor]:
+) -> PackedMasks:
     """The masks and weights that a criterion finds with blocks of the Fisher matrix; the model is not changed.
 
     Args:
@@ -201,7 +202,7 @@ def prune_by_fisher(
     waiting = OffloadCache(cache_bytes)
     scores: dict[str, list[Tensor]] = {tensor.target.name: [] for tensor in plan.tensors}
     pieces_of: dict[str, list[Piece]] = {tensor.target.name: [] for tensor in plan.tensors}
-    masks: dict[str, Tensor] = {}
+    masks = PackedMasks()
 
     def part(piece: Piece, tensors: Mapping[str, Tensor]) -> Tensor:
         target = piece.tensor.target
@@ -229,14 +230,17 @@ def prune_by_fisher(
             kept = {t.target.name: t.target.native(keep) for t, keep in keep_units(plan, tensors, sources)}
         for tensor in tensors:
             name = tensor.target.name
-            masks[name] = broadcast(kept.pop(name))
+            mask = broadcast(kept.pop(name))
             if name in previous_masks:
-                masks[name] &= previous_masks[name].to(masks[name].device)
+                mask &= previous_masks[name].to(mask.device)
+            masks[name] = mask
             with fail_together():
                 parts = []
                 for piece in pieces_of[name]:
                     fisher = waiting.pop((name, piece.start))
-                    parts.append(criterion.update(part(piece, parameters), part(piece, masks), stats(piece, fisher)))
+                    parts.append(
+                        criterion.update(part(piece, parameters), part(piece, {name: mask}), stats(piece, fisher))
+                    )
                 weight = torch.cat(parts)
                 if not is_finite(weight):
                     raise CalibrationError(

@@ -11,14 +11,17 @@ from __future__ import annotations
 import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
 from hf_prune.errors import MaskError
+from hf_prune.kernels.packed_masks import PackedMask, PackedMasks
 from hf_prune.planning.config import PruningConfig
 from hf_prune.pruning.records import PolishRecord, SpeedRecord
 from hf_prune.utils.wrapping import plain_name
 
+Value = TypeVar("Value")
 ATTRIBUTE = "_hf_prune_masks"  # of modules that hold weights with masks
 _ROSTER = "_hf_prune_roster"  # of modules that were pruned
 
@@ -45,8 +48,14 @@ class HeldMasks:
     """The masks that one module holds, and dense weights, by the names of its own parameters."""
 
     pruning: PruningOrigin
-    masks: dict[str, Tensor] = field(default_factory=dict)
+    masks: PackedMasks = field(default_factory=PackedMasks)
     dense: dict[str, Tensor] = field(default_factory=dict)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Masks that earlier versions pickled are bool tensors."""
+        self.__dict__.update(state)
+        if not isinstance(self.masks, PackedMasks):
+            self.masks = PackedMasks(self.masks)
 
 
 _Holders = list[tuple[HeldMasks, str]]  # of one mask, each with the name that it has for the weight
@@ -63,9 +72,9 @@ class GatheredMasks:
         origins: The prunings that made them, the last one last.
     """
 
-    masks: dict[str, Tensor]
+    masks: PackedMasks
     dense: dict[str, Tensor]
-    lost: dict[str, Tensor]
+    lost: PackedMasks
     origins: list[PruningOrigin]
 
 
@@ -75,17 +84,17 @@ def held_by(module: nn.Module) -> HeldMasks | None:
     return held
 
 
-def mask_of(model: nn.Module, name: str) -> Tensor | None:
-    """The mask of one parameter, without a walk through the whole model."""
+def mask_of(model: nn.Module, name: str) -> PackedMask | None:
+    """The mask of one parameter, as bits, without a walk through the whole model."""
     path, _, key = name.rpartition(".")
     held = held_by(model.get_submodule(path))
-    return None if held is None else held.masks.get(key)
+    return None if held is None else held.masks.packed.get(key)
 
 
 def gather_masks(model: nn.Module) -> GatheredMasks:
     """Collect the masks of all modules inside a model."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    masks: dict[str, Tensor] = {}
+    masks: dict[str, PackedMask] = {}
     dense: dict[str, Tensor] = {}
     origins: dict[int, PruningOrigin] = {}
     rosters: dict[str, _Holders] = {}
@@ -98,23 +107,27 @@ def gather_masks(model: nn.Module) -> GatheredMasks:
         present.add(id(held))
         if held.masks:
             origins[id(held.pruning)] = held.pruning
-        for tensors, gathered in ((held.masks, masks), (held.dense, dense)):
-            for key, tensor in tensors.items():
-                name = names.get(id(module._parameters.get(key)), f"{prefix}.{key}".removeprefix("."))
-                other = gathered.get(name, tensor)  # of a tied weight that was pruned through another module as well
-                gathered[name] = tensor if other is tensor or gathered is dense else tensor & other.to(tensor.device)
-    lost: dict[str, Tensor] = {}
+
+        def name_of(key: str, module: nn.Module = module, prefix: str = prefix) -> str:
+            return names.get(id(module._parameters.get(key)), f"{prefix}.{key}".removeprefix("."))
+
+        dense |= {name_of(key): tensor for key, tensor in held.dense.items()}
+        for key, mask in held.masks.packed.items():
+            other = masks.get(name_of(key), mask)  # of a tied weight that was pruned through another module as well
+            masks[name_of(key)] = mask if other is mask else mask.common(other)
+    lost: dict[str, PackedMask] = {}
     for name, holders in rosters.items():
         held, key = holders[0]
         if name not in masks and key in held.masks and not any(id(holder) in present for holder, _ in holders):
-            lost[name] = held.masks[key]
+            lost[name] = held.masks.packed[key]
             dense |= {name: held.dense[key]} if key in held.dense else {}
-    return GatheredMasks(masks, dense, lost, sorted(origins.values(), key=lambda origin: origin.time))
+    in_order = sorted(origins.values(), key=lambda origin: origin.time)
+    return GatheredMasks(PackedMasks.sharing(masks), dense, PackedMasks.sharing(lost), in_order)
 
 
 def hand_out(
     model: nn.Module,
-    masks: Mapping[str, Tensor],
+    masks: PackedMasks,
     dense: Mapping[str, Tensor],
     replaced: Collection[str],
     origin: PruningOrigin,
@@ -123,7 +136,7 @@ def hand_out(
 
     Args:
         model: The model by whose names the masks go; names may leave out wrappers inside it.
-        masks: Bool masks.
+        masks: Bool masks, as bits.
         dense: Dense weights.
         replaced: Names of masks whose module is not part of the model any more: only the roster keeps them.
         origin: How the masks came about.
@@ -139,18 +152,18 @@ def hand_out(
     roster: dict[str, _Holders] = {}
     for name in (name for name in replaced if name in masks):
         key = name.rpartition(".")[2]
-        roster[name] = [(HeldMasks(origin, {key: masks[name]}), key)]
+        roster[name] = [(HeldMasks(origin, PackedMasks.sharing({key: masks.packed[name]})), key)]
     for module in model.modules():
         for key, parameter in module._parameters.items():
             if (name := names.get(id(parameter), "")) in replaced:
                 continue
-            mask, weight = _by_name(masks, name), _by_name(dense, name)
+            mask, weight = _by_name(masks.packed, name), _by_name(dense, name)
             if mask is None and weight is None:
                 continue
             held: HeldMasks = module.__dict__.setdefault(ATTRIBUTE, HeldMasks(origin))
             held.pruning = origin
             if mask is not None:
-                held.masks[key] = mask
+                held.masks.packed[key] = mask
                 roster.setdefault(name, []).append((held, key))  # several, where a weight is tied
             if weight is not None:
                 held.dense[key] = weight
@@ -173,12 +186,13 @@ def remove_masks(model: nn.Module) -> None:
         module.__dict__.pop(ATTRIBUTE, None)
 
 
-def replace_tensors(model: nn.Module, moved: Mapping[int, Tensor]) -> None:
+def replace_masks(model: nn.Module, moved: Mapping[int, PackedMask]) -> None:
     """Have all modules hold copies of masks on other devices, by the ``id`` of the mask that each one replaces."""
     for module in model.modules() if moved else ():
         if (held := held_by(module)) is not None:
-            held.masks = {key: moved.get(id(mask), mask) for key, mask in held.masks.items()}
+            packed = held.masks.packed
+            held.masks = PackedMasks.sharing({key: moved.get(id(mask), mask) for key, mask in packed.items()})
 
 
-def _by_name(tensors: Mapping[str, Tensor], name: str) -> Tensor | None:
+def _by_name(tensors: Mapping[str, Value], name: str) -> Value | None:
     return tensors.get(name, tensors.get(plain_name(name)))

@@ -9,6 +9,7 @@ import torch
 
 from hf_prune.calibration.statistics import collect_stats
 from hf_prune.criteria.base import CURVATURE
+from hf_prune.kernels.packed_masks import PackedMasks
 from hf_prune.planning.plan import PruningPlan
 from hf_prune.pruning.compute_masks import compute_masks_synced
 from hf_prune.pruning.fisher import prune_by_fisher
@@ -59,7 +60,8 @@ def _scaled(plan: PruningPlan, share: float) -> PruningPlan:
     for tensor in plan.tensors:
         pools = tensor.units // tensor.pool
         remove = None if tensor.remove is None else round(share * (tensor.remove // pools)) * pools
-        tensors.append(dataclasses.replace(tensor, remove=remove))
+        by_slab = tuple(round(share * (number // tensor.grain)) * tensor.grain for number in tensor.by_slab)
+        tensors.append(dataclasses.replace(tensor, remove=sum(by_slab) if by_slab else remove, by_slab=by_slab))
     removed = [tensor.remove for tensor in tensors if tensor.remove is not None]
     total = sum(removed) if removed else round(share * plan.remove)
     return dataclasses.replace(plan, tensors=tuple(tensors), remove=total)
@@ -79,7 +81,7 @@ def prune_iteratively(run: CalibrationRun[PruningPlan], change: Transaction) -> 
     Raises:
         CalibrationError: If batches are unusable.
     """
-    masks = dict(run.previous_masks)
+    masks = PackedMasks(run.previous_masks)
     for part in step_plans(run.plan):
         weights = OffloadCache(0)
         try:
@@ -89,8 +91,10 @@ def prune_iteratively(run: CalibrationRun[PruningPlan], change: Transaction) -> 
                 stats = collect_stats(run.model, part, run.batches, run.progress)
                 step_masks, _ = compute_masks_synced(run.model, part, stats, masks)
             for name, mask in step_masks.items():
-                masks[name] = mask & masks[name].to(mask.device) if name in masks else mask
-                change.overwrite({name: masks[name]}, {name: weights.get(name)} if name in weights else {})
+                mask = mask & masks[name].to(mask.device) if name in masks else mask
+                masks[name] = mask
+                change.overwrite({name: mask}, {name: weights.get(name)} if name in weights else {})
         finally:
             weights.close()
-    return {tensor.target.name: masks[tensor.target.name] for tensor in run.plan.tensors}, {}
+    planned = [tensor.target.name for tensor in run.plan.tensors]
+    return PackedMasks.sharing({name: masks.packed[name] for name in planned}), {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from hf_prune.calibration.accumulators import SlabAccumulators
 from hf_prune.calibration.input_reader import InputReader, check_finite
 from hf_prune.calibration.padding import first_input
-from hf_prune.calibration.sensitivity import Sensitivity, measure_sensitivity
+from hf_prune.calibration.sensitivity import Sensitivity, measure_sensitivity, measured_batches
 from hf_prune.calibration.slabs import slab_number
 from hf_prune.kernels.blocks import spread_blocks
 from hf_prune.kernels.least_squares import damped, layer_errors, least_squares
@@ -23,7 +24,9 @@ from hf_prune.pruning.run import CalibrationRun
 from hf_prune.pruning.selector import unit_scores
 from hf_prune.pruning.weight_norm import effective_weight
 from hf_prune.utils.distributed import broadcast, fail_together
+from hf_prune.utils.offloaded_weights import weight_of
 
+Read = Callable[[str], Tensor]  # a weight by its name
 _SHARES = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98)  # at which the error of a target is estimated
 _ITERATIONS = 3  # of least squares: enough to see what a repair will bring
 _OUTLIER = 5.0  # times the mean of a block
@@ -36,19 +39,48 @@ def learn_sparsities(run: CalibrationRun[PruningPlan]) -> tuple[dict[str, float]
         run: The model, its plan, with sparsities yet unknown, and the data.
 
     Returns:
-        Sparsities by parameter name, and the sensitivity if it was measured on the way; to be closed.
+        Sparsities by parameter name, or by that of each of several matrices in one, and the sensitivity if it was
+        measured on the way; to be closed.
     """
     plan, cache_bytes = run.plan, run.memory.shared
-    with InputReader(run.model, targets_of(plan), run.data, cache_bytes=cache_bytes) as reader:
+    data = run.data if plan.config.allocation == "owl" else measured_batches(run.model, run.data)
+    with InputReader(run.model, targets_of(plan), data, cache_bytes=cache_bytes) as reader:
         steps = reader.order()
-        if plan.config.allocation == "owl":
-            return _owl(reader, steps, plan), None
-        sensitivity = measure_sensitivity(reader, plan.config.seed, run.progress, cache_bytes)
-        try:
-            return _fisher(reader, steps, plan, sensitivity, run.previous_masks), sensitivity
-        except BaseException:
-            sensitivity.close()
-            raise
+        measure = partial(measure_sensitivity, reader, plan.config.seed, run.progress, cache_bytes)
+        sparsities, sensitivity = allocate(
+            reader, steps, plan, measure, run.previous_masks, partial(weight_of, run.model)
+        )
+    if sensitivity is not None and len(data) < len(run.data):
+        sensitivity.forget_tokens()
+    return sparsities, sensitivity
+
+
+def allocate(
+    reader: InputReader,
+    steps: list[list[Target]],
+    plan: PruningPlan,
+    measure: Callable[[], Sensitivity],
+    masks: Mapping[str, Tensor],
+    weight: Read,
+) -> tuple[dict[str, float], Sensitivity | None]:
+    """:func:`learn_sparsities` for a model that somebody else runs.
+
+    Args:
+        reader: Runs it.
+        steps: The targets in the order of their calls.
+        plan: Its plan.
+        measure: Measures the sensitivities, where they are needed.
+        masks: Masks of earlier prunings, by parameter name.
+        weight: Gives a weight by its name.
+    """
+    if plan.config.allocation == "owl":
+        return _owl(reader, steps, plan, weight), None
+    sensitivity = measure()
+    try:
+        return _fisher(reader, steps, plan, sensitivity, masks, weight), sensitivity
+    except BaseException:
+        sensitivity.close()
+        raise
 
 
 def _fisher(
@@ -57,6 +89,7 @@ def _fisher(
     plan: PruningPlan,
     sensitivity: Sensitivity,
     masks: Mapping[str, Tensor],
+    read: Read,
 ) -> dict[str, float]:
     """Sparsities that minimise the change of the predictions, as the Fisher information estimates it.
 
@@ -65,26 +98,39 @@ def _fisher(
     sparsities the best weights by the Optimal Brain Surgeon are kept (Hassibi and Stork 1992) and solved for again; the
     error that remains is a point of the matrix's curve; see :func:`hf_prune.planning.allocation.minimize_total_error`.
     """
-    parameters = dict(reader.model.named_parameters())
-    errors: dict[str, list[tuple[float, float]]] = {}
+    errors: dict[str, list[tuple[float, float]]] = {}  # by the name of each matrix
+    removed_before: dict[str, int] = {}
     for step in steps:
         for target, gram in weighted_grams(reader, step, sensitivity):
             name = target.name
-            weight = target.matrix(effective_weight(name, parameters.__getitem__)).to(gram.dtype)
+            weight = target.matrix(effective_weight(name, read)).to(gram.dtype)
             old = None if name not in masks else target.matrix(masks[name]).to(gram.device)
             outputs = sensitivity.outputs[name].to(gram)
             with fail_together():
                 block = plan.granularity.block_in(target.slab_shape)
-                curves = []
+                curves = {}
                 for number, of_slab in enumerate(gram if target.slabs > 1 else gram[None]):
                     rows = target.rows(number)
                     kept = None if old is None else old[rows]
-                    curves.append(_error_curve(weight[rows], of_slab, outputs[rows], block, kept))
-                errors[name] = [(share, sum(c[i][1] for c in curves)) for i, (share, _) in enumerate(curves[0])]
+                    curve = _error_curve(weight[rows], of_slab, outputs[rows], block, kept)
+                    curves[target.slab(number).name] = curve
+                    removed_before[target.slab(number).name] = 0 if kept is None else int((~kept).sum())
+                if target.layout == "conv" and target.slabs > 1:  # the groups of a convolution are one layer
+                    shares = [share for share, _ in next(iter(curves.values()))]
+                    totals = [sum(error for _, error in points) for points in zip(*curves.values(), strict=True)]
+                    curves = {name: list(zip(shares, totals, strict=True))}
+                    removed_before[name] = sum(removed_before.pop(target.slab(n).name) for n in range(target.slabs))
+                errors |= curves
         reader.finish(step)
-    units = {t.target.name: t.units for t in plan.tensors}
-    removed_before = {t.target.name: t.already // (t.target.size // t.units) for t in plan.tensors}
-    pools = {t.target.name: t.units // t.pool for t in plan.tensors}
+    units: dict[str, int] = {}
+    pools: dict[str, int] = {}
+    for t in plan.tensors:
+        slabs = [t.target.slab(number).name for number in range(t.target.slabs)]
+        names = slabs if slabs[0] in errors else [t.target.name]
+        units |= {name: t.units // len(names) for name in names}
+        pools |= {name: max(1, t.units // len(names) // t.pool) for name in names}
+        for name in names:
+            removed_before[name] //= t.target.size // t.units
     counts = minimize_total_error(errors, units, plan.remove, removed_before, pools=pools)
     agreed = broadcast(torch.tensor(list(counts.values()))).tolist()
     return {name: count / units[name] for name, count in zip(counts, agreed, strict=True)}
@@ -113,8 +159,8 @@ def _weighted_sums(reader: InputReader, step: list[Target], sensitivity: Sensiti
             call = calls[key] = calls.get(key, -1) + 1
             rows = reader.padding.rows(module, first_input(args, kwargs), layout)
             known = name not in sensitivity.misplaced
-            weights = sensitivity.weights(*key, call).to(rows.device) if known else None
-            sums[name].add(rows, weights, slab=slab_number(module))
+            weights = sensitivity.weights(*key, call) if known else None
+            sums[name].add(rows, None if weights is None else weights.to(rows.device), slab=slab_number(module))
 
         return read
 
@@ -148,9 +194,8 @@ def _error_curve(
     return curve
 
 
-def _owl(reader: InputReader, steps: list[list[Target]], plan: PruningPlan) -> dict[str, float]:
+def _owl(reader: InputReader, steps: list[list[Target]], plan: PruningPlan, read: Read) -> dict[str, float]:
     """Sparsities that spare blocks with many outliers among |w| times the norm of its input (Yin et al. 2024)."""
-    parameters = dict(reader.model.named_parameters())
     sizes = {t.target.name: t.target.size for t in plan.tensors}
     blocks: dict[object, list[Target]] = {}
     for target in (t for step in steps for t in step):
@@ -160,7 +205,7 @@ def _owl(reader: InputReader, steps: list[list[Target]], plan: PruningPlan) -> d
         statistics = reader.gather(targets, frozenset({"input_norm"}))
         products = {}
         for t in targets:
-            weight = t.matrix(effective_weight(t.name, parameters.__getitem__)).float()
+            weight = t.matrix(effective_weight(t.name, read)).float()
             norms = statistics[t.name]["input_norm"].view(t.slabs, -1)  # of each expert, in an own row
             products[t.name] = weight.abs() * norms.repeat_interleave(t.slab_shape[0], 0)
         size = sum(sizes[name] for name in products)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from hf_prune.errors import MaskError
+from hf_prune.kernels.packed_masks import PackedMask
 from hf_prune.kernels.zeroing import zero_removed_
 from hf_prune.pruning.held_masks import mask_of
 from hf_prune.pruning.mask_store import MaskStore
@@ -23,7 +24,7 @@ class LocalMasks:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self._parts: dict[str, tuple[Tensor, Tensor]] = {}  # masks, and this process's parts of them
+        self._parts: dict[str, tuple[PackedMask, PackedMask]] = {}  # masks, and this process's parts of them
 
     def parameters(self, others: Set[str] = frozenset()) -> Iterator[tuple[str, nn.Parameter]]:
         """Parameters that have a mask, and others by their names.
@@ -44,8 +45,8 @@ class LocalMasks:
             )
         yield from present.items()
 
-    def of(self, name: str, parameter: nn.Parameter) -> Tensor | None:
-        """This process's part of a mask; None if the parameter has none."""
+    def of(self, name: str, parameter: nn.Parameter) -> PackedMask | None:
+        """This process's part of a mask, as bits; None if the parameter has none."""
         if (mask := mask_of(self.model, name)) is None:
             return None
         local = local_tensor(parameter)
@@ -55,7 +56,10 @@ class LocalMasks:
         if known is not mask or part.shape != local.shape or part.device != local.device:
             if mask.shape != parameter.shape and (store := MaskStore.of(self.model)) is not None:
                 store.check(self.model)
-            part = local_part(mask, parameter)
+            if isinstance(parameter, DTensor):
+                part = PackedMask.of(local_part(mask.unpacked(), parameter))
+            else:
+                part = mask.to(parameter.device)
             self._parts[name] = mask, part
         return part
 

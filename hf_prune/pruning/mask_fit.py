@@ -1,14 +1,16 @@
-"""Whether masks fit the weights of a model, and how they follow weights that are resized."""
+"""Whether masks fit the weights of a model; how they are applied to these, and follow them when they are resized."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, MutableMapping
 
 import torch
 from torch import Tensor, nn
 
 from hf_prune.errors import MaskError
-from hf_prune.utils.offloaded_weights import values_of
+from hf_prune.kernels.packed_masks import PackedMask, mask_shape
+from hf_prune.kernels.zeroing import zero_removed_
+from hf_prune.utils.offloaded_weights import values_of, write_weight
 
 
 def check_fit(model: nn.Module, masks: Mapping[str, Tensor], replaced: Collection[str]) -> None:
@@ -23,10 +25,10 @@ def check_fit(model: nn.Module, masks: Mapping[str, Tensor], replaced: Collectio
         MaskError: If a masked parameter is missing or has another shape.
     """
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-    misfits = [name for name, mask in masks.items() if name in replaced or shapes.get(name) != mask.shape]
+    misfits = [name for name in masks if name in replaced or shapes.get(name) != mask_shape(masks, name)]
     if not misfits:
         return
-    name, shape = misfits[0], tuple(masks[misfits[0]].shape)
+    name, shape = misfits[0], tuple(mask_shape(masks, misfits[0]))
     present = "no parameter" if name not in shapes else f"shape {tuple(shapes[name])}"
     if shapes.get(name) == shape:
         present = "another module"
@@ -36,23 +38,27 @@ def check_fit(model: nn.Module, masks: Mapping[str, Tensor], replaced: Collectio
     )
 
 
-def check_offloaded(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
-    """Make sure that what masks remove of offloaded weights is zero: such weights cannot be written here.
+@torch.no_grad()
+def zero_weight(model: nn.Module, name: str, mask: Tensor | PackedMask) -> None:
+    """Set what a mask removes of a weight to exact zero, wherever accelerate has offloaded it.
 
-    Raises:
-        MaskError: If something is not.
+    Args:
+        model: The model.
+        name: The name of the parameter.
+        mask: Bool or bits, True = keep, on the device of the parameter, or any for an offloaded one.
     """
-    parameters = dict(model.named_parameters())
-    for name, mask in masks.items():
-        if parameters[name].is_meta and bool(values_of(model, name, parameters[name]).cpu()[~mask.cpu()].any()):
-            raise MaskError(
-                f"{name} is offloaded, and has non-zero weights that its mask removes: load the model without "
-                f"offloading, and apply the masks there"
-            )
+    if not (parameter := model.get_parameter(name)).is_meta:
+        zero_removed_(parameter, mask)
+        return
+    values = values_of(model, name, parameter)
+    mask = mask.unpacked() if isinstance(mask, PackedMask) else mask
+    removed = ~mask.to(values.device)
+    if bool((values.ne(0) & removed).any()):  # what is on the disk is written only if it changes
+        write_weight(model, name, values.masked_fill(removed, 0))
 
 
 def resize_like(
-    model: nn.Module, before: Mapping[str, torch.Size], tensors: dict[str, Tensor], is_mask: bool
+    model: nn.Module, before: Mapping[str, torch.Size], tensors: MutableMapping[str, Tensor], is_mask: bool
 ) -> set[str]:
     """Have masks or dense weights follow parameters that grew or shrank at the end, in place.
 
@@ -68,7 +74,7 @@ def resize_like(
     """
     resized = set()
     for name, parameter in model.named_parameters():
-        if name in tensors and tensors[name].shape == before.get(name) != parameter.shape:
+        if name in tensors and mask_shape(tensors, name) == before.get(name) != parameter.shape:
             common = tuple(slice(min(sizes)) for sizes in zip(parameter.shape, before[name], strict=True))
             new = torch.ones_like(parameter, dtype=torch.bool) if is_mask else parameter.detach().clone()
             new[common] = tensors[name][common].to(new.device)

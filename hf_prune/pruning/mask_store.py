@@ -1,8 +1,7 @@
 """MaskStore: the masks of a model in one place, to look at them, to add to them, and to apply them.
 
 Weights stay plain parameters with zeros, and each mask lives beside its weight (see :mod:`.held_masks`), so state-dict
-keys never change, and ``save_pretrained``, ``deepcopy``, tied weights and ``torch.compile`` work as on any model. It
-does not matter by what a model was pruned: itself, a wrapper or holder around it, or a part of it.
+keys never change, and ``save_pretrained``, ``deepcopy``, tied weights and ``torch.compile`` work as on any model.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from hf_prune.architectures.bypass import bypassed_layers, restore
 from hf_prune.architectures.switched_off import switch_all_on
 from hf_prune.errors import MaskError
-from hf_prune.kernels.zeroing import zero_removed_
+from hf_prune.kernels.packed_masks import PackedMask, PackedMasks
 from hf_prune.planning.config import PruningConfig
 from hf_prune.pruning.dense_weights import can_keep_dense, restore_dense
 from hf_prune.pruning.held_masks import (
@@ -27,12 +26,14 @@ from hf_prune.pruning.held_masks import (
     gather_masks,
     hand_out,
     remove_masks,
-    replace_tensors,
+    replace_masks,
 )
-from hf_prune.pruning.mask_fit import check_fit, check_offloaded, resize_like
+from hf_prune.pruning.mask_fit import check_fit, resize_like, zero_weight
+from hf_prune.pruning.optimizer_guard import guard_masks, unguard_masks
 from hf_prune.pruning.records import PolishRecord, SpeedRecord
-from hf_prune.pruning.regrown import warn_of_regrown
+from hf_prune.pruning.regrown import unwatch_state_dict, warn_of_regrown, watch_state_dict
 from hf_prune.utils.interrupts import run_to_the_end
+from hf_prune.utils.offloaded_weights import values_of, write_weight
 from hf_prune.utils.registry import unknown_name
 from hf_prune.utils.wrapping import check_is_model
 
@@ -44,7 +45,7 @@ class MaskStore:
     """The masks of one model, or of a part or a holder of one: what :meth:`of` gathers and :meth:`attach` hands out.
 
     Args:
-        masks: Bool masks shaped like their parameters, by parameter name; True = keep.
+        masks: Bool masks shaped like their parameters, by parameter name; True = keep. Kept as bits.
         dense: The weights as they were before pruning, where they were kept.
         config: The settings of the last pruning, None if the masks came from elsewhere.
         polishes: What each training after a pruning did, the first one first.
@@ -52,12 +53,15 @@ class MaskStore:
         replaced: Names of masks whose module is not part of the model any more; they fit nothing.
     """
 
-    masks: dict[str, Tensor] = field(default_factory=dict)
+    masks: PackedMasks = field(default_factory=PackedMasks)
     dense: dict[str, Tensor] | None = None
     config: PruningConfig | None = None
     polishes: tuple[PolishRecord, ...] = ()
     speed: SpeedRecord | None = None
     replaced: frozenset[str] = frozenset()
+
+    def __post_init__(self) -> None:
+        self.masks = PackedMasks(self.masks)
 
     @staticmethod
     def of(model: nn.Module) -> MaskStore | None:
@@ -93,11 +97,15 @@ class MaskStore:
         _update_old_pickles(model)
         origin = PruningOrigin(self.config, self.polishes, self.speed)
         hand_out(model, self.masks, self.dense or {}, self.replaced, origin)
+        guard_masks(model)
+        watch_state_dict(model)
 
     @staticmethod
     def detach(model: nn.Module) -> None:
         """Leave a model without masks; its weights stay as they are."""
         _update_old_pickles(model)
+        unguard_masks(model)
+        unwatch_state_dict(model)
         remove_masks(model)
 
     def update(
@@ -129,26 +137,24 @@ class MaskStore:
             self.dense = self.dense or {}
             for name in dict.fromkeys([*masks, *weights, *dense]):
                 if name not in self.dense and name not in self.masks:
-                    self.dense[name] = dense[name] if name in dense else parameters[name].detach().clone()
-        for name, mask in masks.items():
-            self.masks[name] = mask & self.masks[name].to(mask.device) if name in self.masks else mask
+                    weight = dense[name] if name in dense else values_of(model, name, parameters[name]).clone()
+                    self.dense[name] = weight
+        for name, mask in PackedMasks(masks).packed.items():
+            before = self.masks.packed.get(name)
+            self.masks.packed[name] = mask if before is None else mask.common(before)
         self.config = config
 
         @torch.no_grad()
         def commit() -> None:
             self.attach(model)
             for name, weight in weights.items():
-                parameters[name].copy_(weight)
+                write_weight(model, name, weight)
             self.apply(model)
 
         run_to_the_end(commit)
 
     def check_dense(self) -> None:
-        """Make sure that dense weights can still be kept.
-
-        Raises:
-            MaskError: If a weight was pruned without keeping its dense values.
-        """
+        """:func:`can_keep_dense` of these masks."""
         can_keep_dense(self.masks, self.dense or {})
 
     def check(self, model: nn.Module) -> None:
@@ -162,22 +168,18 @@ class MaskStore:
     def apply(self, model: nn.Module) -> None:
         """Set every removed weight to exact zero; needed after anything that writes weights, such as a training step.
 
-        Weights that accelerate has offloaded cannot be written, nor does a training reach them; they are only checked.
-
         Raises:
-            MaskError: If a mask does not fit the model, or removes offloaded weights that are not zero.
+            MaskError: If a mask does not fit the model.
         """
         self.check(model)
-        check_offloaded(model, self.masks)
         parameters = dict(model.named_parameters())
-        moved: dict[int, Tensor] = {}
-        for name, mask in self.masks.items():
-            if parameters[name].is_meta:
-                continue
-            if mask.device != parameters[name].device:
-                moved[id(mask)] = self.masks[name] = mask.to(parameters[name].device)
-            zero_removed_(parameters[name], self.masks[name])
-        replace_tensors(model, moved)
+        moved: dict[int, PackedMask] = {}
+        for name, mask in (packed := self.masks.packed).items():
+            device = torch.device("cpu") if parameters[name].is_meta else parameters[name].device
+            if mask.device != device:
+                moved[id(mask)] = packed[name] = mask.to(device)
+            zero_weight(model, name, packed[name])
+        replace_masks(model, moved)
 
     def make_permanent(self, model: nn.Module) -> None:
         """Drop the masks and leave the zeros; warns if some are not zero any more."""
@@ -198,9 +200,9 @@ class MaskStore:
         """
         if unknown := [name for name in names if name not in self.masks]:
             raise unknown_name("mask", unknown[0], self.masks)
-        for tensors in (self.masks, self.dense or {}):
-            for name in names:
-                tensors.pop(name, None)
+        for name in names:
+            del self.masks[name]
+            (self.dense or {}).pop(name, None)
         if self.masks:
             self.attach(model)
         else:
@@ -213,9 +215,8 @@ class MaskStore:
             model: The model.
             before: The shapes of its parameters when the masks fitted them.
         """
-        resized = resize_like(model, before, self.masks, is_mask=True)
-        resized |= resize_like(model, before, self.dense or {}, is_mask=False)
-        self.replaced -= resized
+        self.replaced -= resize_like(model, before, self.masks, is_mask=True)
+        self.replaced -= resize_like(model, before, self.dense or {}, is_mask=False)
         self.attach(model)
 
     def discard(self, model: nn.Module) -> None:
@@ -223,7 +224,6 @@ class MaskStore:
 
         Raises:
             MaskError: If the dense weights were not kept, or the masks no longer fit the model.
-            PlanError: If weights are offloaded.
         """
         self.check(model)
         restore_dense(model, self.masks, self.dense)
@@ -279,9 +279,9 @@ def warn_regrown(model: nn.Module, consequence: str, weights: Mapping[str, Tenso
     """Warn if weights that the masks remove are not zero any more, as after a training that knows nothing of masks.
 
     Args:
-        model: The model; nothing happens if it has no masks.
-        consequence: What that means for what is done to the model now.
-        weights: What to look at in place of the model's own parameters, by their names.
+        model: The model; nothing happens without masks.
+        consequence: What that means for what is done now.
+        weights: In place of the model's own parameters, by their names.
     """
     if (store := MaskStore.of(model)) is not None:
         warn_of_regrown(store.masks, dict(model.named_parameters()) if weights is None else weights, consequence)
@@ -294,6 +294,6 @@ def _update_old_pickles(model: nn.Module) -> None:
     ]
     for module, store in reversed(stores):  # a module comes after those that hold it, and is to be updated before them
         inside = MaskStore.of(module)
-        store.masks = {**(inside.masks if inside is not None else {}), **store.masks}
+        store.masks = (inside.masks if inside is not None else PackedMasks()) | store.masks
         store.replaced = frozenset(store.masks) - {name for name, _ in module.named_parameters()}
         store.attach(module)

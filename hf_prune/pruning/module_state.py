@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from hf_prune.architectures.bypass import is_bypass
+from hf_prune.pruning.optimizer_guard import guard_again
 from hf_prune.utils.interrupts import run_to_the_end
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
@@ -68,7 +69,8 @@ class _ModuleState:
 def _remove_new(module: nn.Module, kind: str, before: set[int]) -> None:
     hooks = getattr(module, kind)
     for key in set(hooks) - before:
-        if not is_bypass(hooks[key]):  # a layer that is switched off stays so once all is done
+        # A layer that is switched off stays so once all is done, and what guards masks goes with these.
+        if not is_bypass(hooks[key]) and hooks[key] is not guard_again:
             for name in _SETTINGS_OF_HOOKS:
                 getattr(module, kind + name, {}).pop(key, None)
             del hooks[key]

@@ -15,15 +15,23 @@ from hf_prune.pruning.mask_store import MaskStore
 def keep_sparse(model: nn.Module, optimizer: Any) -> RemovableHandle:
     """Keep what is removed at zero in a training loop of your own: masks are applied after each step of the optimizer.
 
-    They are those that the model has at that step, so it can be pruned further on the way. A :class:`PruningTrainer`
-    does this by itself, and a ``PruningCallback()`` has any other ``Trainer`` do it.
+    They are those that the model has at that step, so it can be pruned further on the way. Optimizers of torch find
+    weights with masks by themselves, and keep their zeros; this reaches what they do not find:
+
+    - parameters that FSDP has replaced;
+    - gradients that are set by hand: ``torch.autograd.grad``, then ``parameter.grad = …``;
+    - a first step that computes its gradients by a closure, such as LBFGS's;
+    - a copy or a pickle of a plain model, or one whose parameters were replaced, that never runs as a whole, with
+      gradients and not compiled: a forward pass of the module that was pruned is what finds its new parameters.
+
+    :func:`drop_masks` and ``make_permanent`` let zeros be trained.
 
     Args:
         model: A model with masks.
         optimizer: Any ``torch.optim.Optimizer`` of its parameters, also as ``accelerate`` wraps it.
 
     Returns:
-        A handle, whose ``remove()`` ends it.
+        A handle, whose ``remove()`` takes the hook away again.
 
     Raises:
         MaskError: If the model has no masks.

@@ -120,7 +120,7 @@ def _train(
     dense: DenseOutputs,
     order: Sequence[Sequence[int]],
     learning_rate: float,
-    progress: bool,
+    progress: bool | None,
 ) -> Iterator[int]:
     """Steps, after each of which the weights are those to look at; yields its number, from 1."""
     trained = dense.trained
@@ -131,9 +131,7 @@ def _train(
     for step, together in enumerate(Bar(order, desc="Polishing", unit="step", progress=progress)):
         with fail_together():
             for index in together:
-                if index in dense.mine:
-                    with torch.enable_grad(), fast(dense.device, trained.values()):
-                        loss = dense.distance(index) * (len(dense.batches) / len(together))
+                for loss in _losses(dense, index, len(dense.batches) / len(together)):
                     if not torch.isfinite(loss):
                         raise CalibrationError(
                             f"the polish diverged at step {step + 1} of {len(order)}: lower its learning rate, now "
@@ -162,6 +160,17 @@ def _train(
         yield step + 1
 
 
+def _losses(dense: DenseOutputs, index: int, scale: float) -> Iterator[Tensor]:
+    """What a batch of this process adds to the loss of a step, window by window: each before the next one runs."""
+    parts = dense.distances(index) if index in dense.mine else iter(())
+    while True:
+        with torch.enable_grad(), fast(dense.device, dense.trained.values()):
+            if (loss := next(parts, None)) is None:
+                return
+            loss = loss * scale
+        yield loss
+
+
 def _order(batches: Sequence[int], epochs: int, seed: int) -> list[list[int]]:
     """The batches of each step: one of every process, as far as it has any left."""
     generator = torch.Generator().manual_seed(seed)
@@ -175,7 +184,7 @@ def _order(batches: Sequence[int], epochs: int, seed: int) -> list[list[int]]:
 def _distance(dense: DenseOutputs, batches: Sequence[int]) -> float:
     """The mean over some batches, in the units of the whole; the same bits in every process."""
     with fail_together():
-        total = sum(float(dense.distance(index)) for index in batches if index in dense.mine)
+        total = sum(float(part) for index in batches if index in dense.mine for part in dense.distances(index))
     agreed = broadcast(all_reduce_sum(torch.tensor(total, dtype=torch.float64)))
     return float(agreed) * len(dense.batches) / len(batches)
 

@@ -7,6 +7,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from hf_prune.utils.formatting import format_duration
+
 
 @dataclass(frozen=True)
 class PolishRecord:
@@ -43,8 +45,8 @@ class PolishRecord:
         """One sentence."""
         tokens = f" ({self.tokens:,} tokens)" if self.tokens else ""
         what = (
-            f"{self.trained:,} parameters were trained for {self.steps:,} steps and {self.seconds:.0f} s to put out "
-            f"what the model did before this pruning, on {self.examples:,} unlabelled examples{tokens}, "
+            f"{self.trained:,} parameters were trained for {self.steps:,} steps and {format_duration(self.seconds)} to "
+            f"put out what the model did before this pruning, on {self.examples:,} unlabelled examples{tokens}, "
             f"{self.epochs} times"
         )
         if not self.kept:
@@ -52,6 +54,7 @@ class PolishRecord:
         return f"Polished: {what}; on held-out batches the distance fell from {self.before:.3g} to {self.after:.3g}."
 
 
+_OF_GENERATION = ("new_tokens", "prefill", "decode")
 _FAR = 0.1  # share by which a measured speed-up may miss the predicted one before that is said
 
 
@@ -67,10 +70,13 @@ class SpeedRecord:
         high: Upper end.
         rounds: How many rounds.
         batch_size: Of the workload.
-        length: Of the workload, in tokens.
+        length: Of the workload, in tokens; of its prompt, if it generates.
         threads: Of PyTorch.
         dtype: Of the weights.
         device: The kind of device.
+        new_tokens: How many tokens the workload generates.
+        prefill: How many times as fast the prompt is read, if the workload generates.
+        decode: How many times as fast each new token is.
     """
 
     asked: float
@@ -84,14 +90,35 @@ class SpeedRecord:
     threads: int
     dtype: str
     device: str
+    new_tokens: int = 0
+    prefill: float | None = None
+    decode: float | None = None
+
+    @property
+    def missed(self) -> str:
+        """Why this is not the speed-up that was asked for, in a sentence; empty if it is, to within a tenth."""
+        if self.measured >= self.asked * (1 - _FAR):
+            return ""
+        return (
+            f"the model is {self.measured:.2f} times as fast, and {self.asked:g} were asked for: too little of its "
+            f"time is spent in what may be removed, or the machine is busy; ask for less, for a larger workload, or "
+            f"remove layers as well"
+        )
 
     def with_prediction(self, asked: float, predicted: float) -> SpeedRecord:
         """The same record with the speed-up that was asked for and the predicted one."""
         return dataclasses.replace(self, asked=asked, predicted=predicted)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return dataclasses.asdict(self)
+        """Plain values for JSON; without what only a generation has, if it is none."""
+        values = dataclasses.asdict(self)
+        return values if self.new_tokens else {k: v for k, v in values.items() if k not in _OF_GENERATION}
+
+    @property
+    def workload(self) -> str:
+        """What was timed: ``"batch 1 x 128"``, and for a generation the new tokens."""
+        new = f", {self.new_tokens} new tokens" if self.new_tokens else ""
+        return f"batch {self.batch_size} x {self.length}{new}"
 
     def __str__(self) -> str:
         """One or two sentences."""
@@ -99,9 +126,11 @@ class SpeedRecord:
         interval = "too few rounds for an interval" if few else f"{self.low:.2f} to {self.high:.2f}"
         text = (
             f"Speed-up asked for: {self.asked:.2f}; foretold by the table of times: {self.predicted:.2f}; measured: "
-            f"{self.measured:.2f} ({interval}, {self.rounds} rounds in turns, batch "
-            f"{self.batch_size} x {self.length}, {self.dtype}, {self.device}, {self.threads} thread(s))."
+            f"{self.measured:.2f} ({interval}, {self.rounds} rounds in turns, {self.workload}, {self.dtype}, "
+            f"{self.device}, {self.threads} thread(s))."
         )
+        if self.prefill is not None and self.decode is not None:
+            text += f" Apart: the prompt {self.prefill:.2f}, each new token {self.decode:.2f} times as fast."
         if abs(self.measured / self.predicted - 1) > _FAR:
             text += " Foretold and measured differ by more than 10 %: the machine is busy, or sizes add up otherwise."
         return text

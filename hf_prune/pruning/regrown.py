@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from hf_prune.pruning.held_masks import gather_masks
 from hf_prune.utils.notices import warn_user
 
 
@@ -46,4 +47,31 @@ def warn_of_regrown(masks: Mapping[str, Tensor], weights: Mapping[str, Tensor], 
             f"{regrown:,} of the {removed:,} weights that the masks remove ({100 * regrown / removed:.2f} %) are not "
             f"zero any more, since an optimizer or something else wrote to them: {consequence}. apply_masks() sets "
             f"them to zero again; keep_sparse(optimizer) before a training keeps them zero"
+        )
+
+
+def watch_state_dict(model: nn.Module) -> None:
+    """Have a model that transformers saves by itself say so if its state dict holds weights that grew back.
+
+    Args:
+        model: The module that was pruned. One with the methods of hf_prune looks when it is saved.
+    """
+    if not any(hook is _look for hook in model._state_dict_pre_hooks.values()):
+        model.register_state_dict_pre_hook(_look)
+
+
+def unwatch_state_dict(model: nn.Module) -> None:
+    """Undo :func:`watch_state_dict`, at the model and all modules inside it."""
+    for module in model.modules():
+        for key in [key for key, hook in module._state_dict_pre_hooks.items() if hook is _look]:
+            del module._state_dict_pre_hooks[key]
+
+
+def _look(model: nn.Module, *_: object) -> None:
+    if not hasattr(model, "apply_masks"):
+        warn_of_regrown(
+            gather_masks(model).masks,
+            dict(model.named_parameters()),
+            "the state dict holds them as they are; merge_lora(), in place of merge_and_unload(), keeps the zeros of a "
+            "model with adapters",
         )

@@ -58,7 +58,7 @@ class CalibrationRun(Generic[Plan]):
     memory: MemoryBudget
     batches: list[Mapping[str, Any]] | None = None
     previous_masks: Mapping[str, Tensor] = field(default_factory=dict)
-    progress: bool = False
+    progress: bool | None = None
     sensitivity: Sensitivity | None = None
     fixed_masks: Mapping[str, Tensor] | None = None
 

@@ -114,13 +114,16 @@ def checked_units(scores: Tensor, block: tuple[int, int], old: Tensor | None, cr
 def select_units(tensor: PlannedTensor, scores: Chunks) -> Tensor:
     """(units,) bool: which units of one tensor stay, by the pools of its plan."""
     assert tensor.remove is not None
+    if tensor.by_slab:
+        parts = enumerate(regroup(scores(), tensor.units // tensor.target.slabs))
+        return torch.cat([select_units(tensor.slab(number), partial(iter, [part])) for number, part in parts])
     pools = tensor.units // tensor.pool
     if pools == 1:
         return keep_highest([scores], [tensor.units], tensor.remove)[0]
     per_pool = tensor.remove // pools
     if tensor.pool == tensor.units // tensor.target.slabs:
-        parts = regroup(scores(), tensor.pool)
-        return torch.cat([keep_highest([partial(iter, [part])], [tensor.pool], per_pool)[0] for part in parts])
+        each = regroup(scores(), tensor.pool)
+        return torch.cat([keep_highest([partial(iter, [part])], [tensor.pool], per_pool)[0] for part in each])
     return torch.cat([keep_highest_per_row(c.reshape(-1, tensor.pool), per_pool).reshape(-1) for c in scores()])
 
 

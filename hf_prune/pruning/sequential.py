@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from hf_prune.calibration.input_reader import InputReader
 from hf_prune.calibration.output_matching import OutputMatcher
-from hf_prune.calibration.sensitivity import measure_sensitivity
+from hf_prune.calibration.sensitivity import sensitivity_of
 from hf_prune.calibration.statistics import collect_stats
 from hf_prune.calibration.trial import NotAlikeError
 from hf_prune.criteria.base import GRADIENTS, INPUTS, WeightStats, derived_seed
 from hf_prune.kernels.matrix import Target
+from hf_prune.kernels.packed_masks import PackedMasks
 from hf_prune.planning.plan import PlannedTensor, PruningPlan, targets_of
 from hf_prune.planning.targets import bias_names
 from hf_prune.pruning.compute_masks import compute_masks_synced
@@ -51,7 +52,7 @@ def prune_sequentially(run: CalibrationRun[PruningPlan], change: Transaction) ->
         return _prune(run, change, reuse=False), {}
 
 
-def _prune(run: CalibrationRun[PruningPlan], change: Transaction, reuse: bool) -> dict[str, Tensor]:
+def _prune(run: CalibrationRun[PruningPlan], change: Transaction, reuse: bool) -> PackedMasks:
     """:func:`prune_sequentially`, with finished blocks that return recorded outputs (``reuse``), or compute them."""
     model, plan, progress = run.model, run.plan, run.progress
     dense_stats: Mapping[str, WeightStats] = {}
@@ -61,11 +62,11 @@ def _prune(run: CalibrationRun[PruningPlan], change: Transaction, reuse: bool) -
         assert gradients <= plan.criterion.needs
     biases = bias_names(model, targets_of(plan)) if plan.config.repair is not None else {}
     planned = {tensor.target.name: tensor for tensor in plan.tensors}
-    masks: dict[str, Tensor] = {}
+    masks = PackedMasks()
 
     def prune_step(step: list[Target], gathered: dict[str, dict[str, Tensor]], bar: Any) -> None:
         for name in (target.name for target in step):
-            masks[name], weights = prune_tensor(
+            mask, weights = prune_tensor(
                 model,
                 plan,
                 planned[name],
@@ -75,9 +76,10 @@ def _prune(run: CalibrationRun[PruningPlan], change: Transaction, reuse: bool) -
                 run.fixed_masks,
                 biases,
             )
-            removed = {name: masks[name]}
+            masks[name] = mask
+            removed = {name: mask}
             if name in run.previous_masks:
-                removed[name] = masks[name] & run.previous_masks[name].to(masks[name].device)
+                removed[name] = mask & run.previous_masks[name].to(mask.device)
             if run.fixed_masks is not None:  # biases of units that are removed
                 removed |= {bias: run.fixed_masks[bias] for bias in weights.keys() - {name} & run.fixed_masks.keys()}
             change.overwrite(removed, weights)
@@ -98,7 +100,7 @@ def _prune(run: CalibrationRun[PruningPlan], change: Transaction, reuse: bool) -
             return masks
         sensitivity = run.sensitivity
         if sensitivity is None:
-            sensitivity = measure_sensitivity(reader, plan.config.seed, progress, cache_bytes)
+            sensitivity = sensitivity_of(reader, plan.config.seed, progress, cache_bytes)
             context.callback(sensitivity.close)
         matcher = context.enter_context(
             OutputMatcher(model, targets_of(plan), run.data, sensitivity, cache_bytes, reuse)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune as torch_prune
 
 from hf_prune.errors import CheckpointError, MaskError
+from hf_prune.kernels.packed_masks import PackedMasks
 from hf_prune.pruning.mask_store import MaskStore
 from hf_prune.utils.number_formats import refuse_quantized
 
@@ -87,7 +88,7 @@ def from_torch_prune(model: Model, *, keep_dense: bool = False) -> Model:
         found[id(module._parameters[key])] = (keep, dense)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     store = MaskStore(
-        masks={names[key]: keep for key, (keep, _) in found.items()},
+        masks=PackedMasks({names[key]: keep for key, (keep, _) in found.items()}),
         dense={names[key]: dense for key, (_, dense) in found.items()} if keep_dense else None,
     )
     store.attach(model)

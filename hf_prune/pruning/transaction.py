@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -10,14 +10,15 @@ from torch import Tensor, nn
 from hf_prune.architectures.bypass import bypass, is_bypassed, restore
 from hf_prune.architectures.switched_off import switch_off, switch_on, units_that_run
 from hf_prune.architectures.unit_groups import UnitGroup
-from hf_prune.kernels.zeroing import zero_removed_
+from hf_prune.kernels.packed_masks import PackedMasks
 from hf_prune.planning.config import PruningConfig
 from hf_prune.planning.targets import refuse_read_only
+from hf_prune.pruning.mask_fit import zero_weight
 from hf_prune.pruning.mask_store import MaskStore
 from hf_prune.pruning.records import PolishRecord
 from hf_prune.utils.interrupts import run_to_the_end
 from hf_prune.utils.offload_cache import OffloadCache
-from hf_prune.utils.offloaded_weights import refuse_accelerated
+from hf_prune.utils.offloaded_weights import refuse_accelerated, values_of, way_back, write_weight
 
 
 def check_changeable(model: nn.Module, keep_dense: bool) -> None:
@@ -50,24 +51,35 @@ class WeightBackup:
     def __init__(self, in_memory: bool) -> None:
         self.dense: dict[str, Tensor] = {}
         self.names: dict[str, None] = {}  # in the order of the first changes
+        self._saved: dict[int, nn.Parameter] = {}  # by identity: layers that share a weight name it each in their way
         self._in_memory = in_memory
         self._files = OffloadCache(0)
+        self._ways_back: dict[str, Callable[[], None]] = {}
 
-    def save(self, name: str, weight: Tensor) -> None:
-        """Copy a weight before it changes; later calls for the same name do nothing."""
-        if name in self.names:
+    def save(self, model: nn.Module, name: str) -> None:
+        """Copy a weight before it changes; later calls for the same weight do nothing, whatever they call it."""
+        parameter = model.get_parameter(name)
+        if name in self.names or id(parameter) in self._saved:
             return
-        if self._in_memory:
-            self.dense[name] = weight.detach().clone()
-        else:
-            self._files.put(name, weight.detach())
+        if not parameter.is_meta:  # a placeholder stands for one name only, and hooks replace it
+            self._saved[id(parameter)] = parameter
+        if (back := way_back(model, name)) is not None:  # what is on the disk stays there, beside the new values
+            self._ways_back[name] = back
+        if self._in_memory or back is None:
+            weight = values_of(model, name, parameter)
+            if self._in_memory:
+                self.dense[name] = weight.clone()
+            else:
+                self._files.put(name, weight)
         self.names[name] = None
 
-    @torch.no_grad()
-    def restore(self, parameters: Mapping[str, nn.Parameter]) -> None:
+    def restore(self, model: nn.Module) -> None:
         """Give every saved weight its values back, bit for bit; the copies stay."""
         for name in self.names:
-            parameters[name].copy_(self.dense[name] if self._in_memory else self._files.get(name))
+            if (back := self._ways_back.get(name)) is not None:
+                back()
+            else:
+                write_weight(model, name, self.dense[name] if self._in_memory else self._files.get(name))
 
     def close(self) -> None:
         """Remove the copies on the disk."""
@@ -88,7 +100,6 @@ class Transaction:
 
     def __init__(self, model: nn.Module, keep_dense: bool = False) -> None:
         self.model = model
-        self.parameters = dict(model.named_parameters())
         self.store = MaskStore.of(model) or MaskStore()
         self.backup = WeightBackup(in_memory=keep_dense or self.store.dense is not None)
         self._before = MaskStore.of(model)
@@ -103,14 +114,14 @@ class Transaction:
         return self
 
     @property
-    def masks(self) -> dict[str, Tensor]:
+    def masks(self) -> PackedMasks:
         """The masks of the model after the pruning, those of earlier ones included."""
-        earlier = self.store.masks
-        return {**earlier, **{n: m & earlier.get(n, m).to(m.device) for n, m in self._masks.items()}}
+        earlier, own = self.store.masks, PackedMasks(self._masks).packed
+        return earlier | PackedMasks.sharing({n: m.common(earlier.packed.get(n, m)) for n, m in own.items()})
 
     def save(self, name: str) -> None:
         """Copy a weight that is about to change."""
-        self.backup.save(name, self.parameters[name])
+        self.backup.save(self.model, name)
 
     def bypass(self, layer: nn.Module) -> None:
         """Switch a layer off."""
@@ -135,9 +146,9 @@ class Transaction:
         for name in dict.fromkeys([*masks, *weights]):
             self.save(name)
             if name in weights:
-                self.parameters[name].copy_(weights[name])
+                write_weight(self.model, name, weights[name])
             if name in masks:
-                zero_removed_(self.parameters[name], masks[name])
+                zero_weight(self.model, name, masks[name])
                 self._zeroed.add(name)
 
     def write(self, masks: Mapping[str, Tensor], weights: Mapping[str, Tensor], at_once: bool = False) -> None:
@@ -147,9 +158,11 @@ class Transaction:
             masks: Bool masks by parameter name, True = keep.
             weights: New values by parameter name.
             at_once: Write them to the model now, as training goes on from them. Otherwise :meth:`commit` does, which
-                costs no copies; but if anything was changed before, all is written now, so that all can be undone.
+                costs no copies; but if anything was changed before, or lies on the disk, where writing can fail, all
+                is written now, so that all can be undone.
         """
         self._masks, self._weights = masks, weights
+        at_once = at_once or any(self.model.get_parameter(name).is_meta for name in {*masks, *weights})
         if at_once or self.backup.names or self._bypassed or self._switched:
             self.overwrite({name: mask for name, mask in masks.items() if name not in self._zeroed}, weights)
             self._weights = {}
@@ -168,7 +181,7 @@ class Transaction:
 
     def restore_weights(self) -> None:
         """Undo changes of weights, to start over."""
-        self.backup.restore(self.parameters)
+        self.backup.restore(self.model)
         self._zeroed.clear()
 
     def _roll_back(self) -> None:

@@ -86,6 +86,7 @@ def solve_budget(
     sizes: Mapping[str, np.ndarray],
     members: Mapping[str, Sequence[str]] | None = None,
     layer_losses: Mapping[str, float] | None = None,
+    hint: str = "",
 ) -> Choice:
     """The sizes with the least sum of losses among those that cost at most the budget.
 
@@ -100,6 +101,7 @@ def solve_budget(
         sizes: The sizes that each group may have, rising.
         members: The groups in each layer that may be removed as a whole.
         layer_losses: The loss of removing each of these layers.
+        hint: What else to do about a budget that cannot be met.
 
     Raises:
         PlanError: If even the smallest model costs more.
@@ -134,7 +136,7 @@ def solve_budget(
             break
         high *= 4
     else:
-        raise _out_of_reach(budget, cost(best_at(high)), costs.total({}, (), members))
+        raise _out_of_reach(budget, cost(best_at(high)), costs.total({}, (), members), hint)
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2
         low, high = (low, middle) if cost(best_at(middle)) <= budget else (middle, high)
@@ -180,13 +182,14 @@ def _spend(
     return Choice(kept, choice.layers)
 
 
-def uniform_sizes(costs: Costs, budget: float, sizes: Mapping[str, np.ndarray]) -> dict[str, int]:
+def uniform_sizes(costs: Costs, budget: float, sizes: Mapping[str, np.ndarray], hint: str = "") -> dict[str, int]:
     """The same share of every group, as large as the budget allows.
 
     Args:
         costs: See :class:`Costs`.
         budget: In the unit of the costs.
         sizes: The sizes that each group may have, rising.
+        hint: What else to do about a budget that cannot be met.
 
     Raises:
         PlanError: If even the smallest model costs more.
@@ -202,15 +205,15 @@ def uniform_sizes(costs: Costs, budget: float, sizes: Mapping[str, np.ndarray]) 
     if costs.total(at(1.0)) <= budget:
         return at(1.0)
     if costs.total(at(0.0)) > budget:
-        raise _out_of_reach(budget, costs.total(at(0.0)), costs.total({}))
+        raise _out_of_reach(budget, costs.total(at(0.0)), costs.total({}), hint)
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2
         low, high = (middle, high) if costs.total(at(middle)) <= budget else (low, middle)
     return at(low)
 
 
-def _out_of_reach(budget: float, smallest: float, dense: float) -> PlanError:
+def _out_of_reach(budget: float, smallest: float, dense: float, hint: str) -> PlanError:
     return PlanError(
         f"the budget of {budget:g} cannot be met: with all that may be removed gone, the model still costs "
-        f"{smallest:g} of {dense:g}; ask for less, or add 'layer' to the granularity"
+        f"{smallest:g} of {dense:g}; ask for less{hint}"
     )

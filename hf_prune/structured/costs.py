@@ -20,9 +20,11 @@ from hf_prune.architectures.kinds.registry import kind_named
 from hf_prune.architectures.layer_list import LayerList
 from hf_prune.architectures.unit_groups import UnitGroup
 from hf_prune.errors import PlanError
+from hf_prune.inference.passes import workload_passes
 from hf_prune.pruning.mask_store import MaskStore
 from hf_prune.structured.budget import Costs
 from hf_prune.structured.shrink import remove_bypassed_layers
+from hf_prune.structured.shrink_record import holding_layers
 
 #: At how many sizes a cost is measured: those that a kind of unit names for "fine" or "coarse", or, for costs that are
 #: linear in the number of units, only without any.
@@ -44,23 +46,26 @@ def parameter_costs(model: nn.Module, groups: Sequence[UnitGroup], layers: Mappi
         * (group.parameters_per_unit(parameters) if group.units else 0)
         for group in groups
     }
-    packed = [group for group in groups if group.choices]
-    inside = {inner.name: outer.name for inner in packed for outer in groups if _holds(outer, inner)}
+    inside = {inner.name: outer.name for outer in groups for inner in groups if _holds(outer, inner)}
     for inner, outer in inside.items():  # the experts cost what their neurons do not
         experts = by_group[outer]
         by_group[outer] = experts - np.arange(len(experts)) * by_group[inner][-1] / max(1, len(experts) - 1)
-    by_layer = {
-        name: sum(p.numel() for p in model.get_submodule(name).parameters()) - sum(by_group[g][-1] for g in inside)
-        for name, inside in layers.items()
-    }
+    by_layer = {name: -float(sum(by_group[g][-1] for g in inside)) for name, inside in layers.items()}
+    for name, holding in holding_layers(model, layers).items():
+        if len(holding) == 1 and (layer := next(iter(holding))) is not None:  # what layers share stays with the others
+            by_layer[layer] += parameters[name].numel()
     total = sum(p.numel() for p in model.parameters())
     return Costs(total - sum(c[-1] for c in by_group.values()) - sum(by_layer.values()), by_group, by_layer, inside)
 
 
 def _holds(outer: UnitGroup, inner: UnitGroup) -> bool:
-    """Whether the units of one group, such as experts, are slabs of the tensors of the other."""
+    """Whether the units of one group, such as experts, are slabs of the tensors of the other, or modules with them."""
+    if outer is inner or outer.kind == inner.kind:
+        return False
+    names = {piece.name for piece in inner.slices}
     slabs = {piece.name for piece in outer.slices if piece.dim == 0}
-    return outer is not inner and {piece.name for piece in inner.slices} <= slabs
+    lists = tuple(f"{name}." for name in outer.lists)
+    return (bool(inner.choices) and names <= slabs) or all(name.startswith(lists) for name in names)
 
 
 def measured_costs(
@@ -141,7 +146,7 @@ def variant(
         removed_layers: Names of layers to leave out.
     """
     store = MaskStore.of(model) or MaskStore()
-    masks = (*store.masks.values(), *(store.dense or {}).values())
+    masks = (*(mask.bits for mask in store.masks.packed.values()), *(store.dense or {}).values())
     # Everything in the memo is shared instead of copied.
     memo: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers(), *masks)}
     twin = copy.deepcopy(model, memo)
@@ -152,12 +157,15 @@ def variant(
     return twin.eval()
 
 
-def flops(models: Mapping[str, nn.Module], inputs: Mapping[str, Any]) -> dict[str, float]:
-    """Operations of one forward pass, counted by PyTorch: a multiplication and an addition count as two.
+def flops(
+    models: Mapping[str, nn.Module], inputs: Mapping[str, Any], workload: Mapping[str, int] = {}
+) -> dict[str, float]:
+    """Operations of a workload, counted by PyTorch: a multiplication and an addition count as two.
 
     Args:
-        models: Models by name.
-        inputs: Keyword arguments of a forward pass.
+        models: Models by name, in eval mode.
+        inputs: Keyword arguments of a forward pass, or the prompt.
+        workload: What is run, see :func:`~hf_prune.inference.passes.workload_passes`; one forward pass by default.
 
     Raises:
         PlanError: If the model computes nothing that is counted.
@@ -166,9 +174,11 @@ def flops(models: Mapping[str, nn.Module], inputs: Mapping[str, Any]) -> dict[st
 
     operations = {}
     for name, model in models.items():
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            model(**inputs)
-        operations[name] = float(counter.get_total_flops())
+        operations[name] = 0.0
+        for one in workload_passes(model, inputs, workload).values():
+            with torch.no_grad(), FlopCounterMode(display=False) as counter:
+                one.run()
+            operations[name] += float(one.times * counter.get_total_flops())
     if not all(operations.values()):
         raise PlanError("no operations were counted in a forward pass: target_flops needs a model of matrix products")
     return operations

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,18 +14,20 @@ from torch import Tensor, nn
 from hf_prune.architectures.bypass import bypass, restore
 from hf_prune.architectures.unit_groups import UnitGroup
 from hf_prune.calibration.accumulators import accumulate_dtype
-from hf_prune.calibration.batches import Batches, count_examples, without_labels
+from hf_prune.calibration.batches import Batches, count_examples, small_batches, without_labels
 from hf_prune.calibration.gradients import differentiable
 from hf_prune.calibration.hooks import Watcher
+from hf_prune.calibration.output_head import HeadFinder, sampled_by
 from hf_prune.calibration.padding import first_input
-from hf_prune.calibration.predictions import named_logits, sampled_prediction, token_mask
+from hf_prune.calibration.predictions import named_logits, token_mask
 from hf_prune.criteria.base import derived_seed
 from hf_prune.errors import CalibrationError
+from hf_prune.structured.expert_calls import ExpertCalls, sum_by_example
 from hf_prune.utils.distributed import all_reduce_sum, fail_together, rank_items
 from hf_prune.utils.forward import batch_to_device, eval_mode, run_model
 from hf_prune.utils.progress import Bar
 
-MOST_PAIRS = 8192  # units of a group up to which pairs of them are considered
+MOST_PAIRS = 4096  # units of a group up to which pairs of them are considered
 
 
 @dataclass(frozen=True)
@@ -32,21 +35,29 @@ class GateStatistics:
     """Gradients of the predictions with respect to gates of 1 that multiply the outputs of the units of a group.
 
     Args:
-        fisher: (units, units) mean product over the examples; only its diagonal (units,) if there are very many.
-        absolute: (units,) mean absolute value.
+        fisher: (units, units) mean product over the examples; only its diagonal (units,) if there are very many, and
+            (choices, units) for packed experts.
+        absolute: (units,) mean absolute value; (choices, units) for packed experts.
+        missed: Numbers of the experts that no token reached; of a group in a single expert, 0 or none.
     """
 
     fisher: Tensor
     absolute: Tensor
+    missed: tuple[int, ...] = ()
 
 
 def gate_statistics(
-    model: nn.Module, groups: Sequence[UnitGroup], batches: Batches, seed: int = 0, progress: bool = False
+    model: nn.Module,
+    groups: Sequence[UnitGroup],
+    batches: Batches,
+    seed: int = 0,
+    progress: bool | None = None,
+    pairs: bool = True,
 ) -> dict[str, GateStatistics]:
     """Measure the gradients of gates with one backward pass for each batch.
 
-    Each example gets a gradient of its own, since no gate acts on two of them. What is differentiated is
-    :func:`hf_prune.calibration.predictions.sampled_prediction`.
+    Each example gets a gradient of its own, since no gate acts on two of them; in experts, of the tokens that a router
+    sends there. What is differentiated is :func:`hf_prune.calibration.predictions.sampled_prediction`.
 
     Args:
         model: The model; its weights, gradients and modes are as before afterwards.
@@ -54,34 +65,45 @@ def gate_statistics(
         batches: Calibration batches.
         seed: Draws labels and directions.
         progress: Show a progress bar.
+        pairs: Whether to keep the products of pairs of gates, and not only the squares of each.
 
     Returns:
         The statistics of each group, by name, averaged over the examples of all processes.
 
     Raises:
         CalibrationError: If a gradient is not finite, or the predictions depend on none of the groups.
+        PlanError: If packed experts multiply in a way that nobody has told.
     """
+    calls = ExpertCalls(model, groups)
+    packed = {group.name for group in groups if group.choices}
+    tokens = {group.name: torch.zeros(max(1, group.choices)) for group in groups}
     dtype = accumulate_dtype(next(model.parameters()).device)
     products: dict[str, Tensor] = {}
     absolute: dict[str, Tensor] = {}
     examples = 0
-    gradients: dict[str, Tensor] = {}  # (batch, units) of the batch that is running, by group
-    size = [0]  # examples in that batch
+    gradients: dict[str, Tensor] = {}  # (batch, choices * units) of the batch that is running, by group
+    size = [0]  # examples in that batch; 0 while it is only tried how the model works
+    find_head = HeadFinder(model)
 
-    def watch(group: UnitGroup, width: int) -> Any:
+    def watch(group: UnitGroup, width: int, number: int) -> Any:
         def gate(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _: Any) -> Any:
             x = first_input(args, kwargs)
+            if not size[0]:
+                return None
             gated = x if x.requires_grad else x.detach().requires_grad_()
             gated = gated.clone()  # so that a later in-place operation does not change whose gradient this is
             values = gated.detach()
+            examples = calls.examples(group, x, size[0])
+            tokens[group.name][number] += x.numel() // max(1, x.shape[-1])
 
             def read(gradient: Tensor) -> None:
                 # The gradient of a gate of 1 is the sum of gradient times value over what it multiplies.
-                product = gradient.float() * values.float()
-                product = product.reshape(size[0], -1, product.shape[-1]).sum(1)  # some models flatten (batch, seq)
+                product = sum_by_example(gradient.float() * values.float(), examples, size[0])
                 by_unit = product.view(len(product), -1, width).sum(2)  # (batch, units)
+                if group.name not in gradients:
+                    gradients[group.name] = by_unit.new_zeros(len(by_unit), max(1, group.choices), by_unit.shape[1])
                 # Several consumers may read the same units: then one gate acts on all of them.
-                gradients[group.name] = gradients[group.name] + by_unit if group.name in gradients else by_unit
+                gradients[group.name][:, number] += by_unit
 
             gated.register_hook(read)
             return ((gated, *args[1:]), kwargs) if args else (args, {**kwargs, _first_key(kwargs): gated})
@@ -92,40 +114,47 @@ def gate_statistics(
         context.enter_context(differentiable(model, ()))
         for group in groups:
             for consumer in group.consumers:
-                module = model.get_submodule(consumer.name.rpartition(".")[0])
-                Watcher(module, watch(group, consumer.width)).install(context, None)
+                for number, module in enumerate(calls.modules(consumer)):
+                    Watcher(module, watch(group, consumer.width, number)).install(context, None)
         context.enter_context(fail_together())
         numbered = rank_items(list(enumerate(batches)))
         for index, batch in Bar(numbered, desc="Units", progress=progress):
-            gradients.clear()
-            inputs = without_labels(model, batch_to_device(model, batch))
-            size[0] = count_examples(inputs)
             generator = torch.Generator().manual_seed(derived_seed(seed, index))
-            with torch.enable_grad():
-                value = sampled_prediction(run_model(model, inputs), token_mask(model, inputs), generator)
-            if not value.requires_grad:
-                raise CalibrationError(
-                    "the model's output for a calibration batch depends on none of the units to be pruned"
-                )
-            value.backward()
-            for name, gradient in gradients.items():
-                few = gradient.shape[1] <= MOST_PAIRS
-                pairs = gradient.t() @ gradient if few else gradient.square().sum(0)
-                products[name] = products.get(name, 0) + pairs.to(dtype)
-                absolute[name] = absolute.get(name, 0) + gradient.abs().sum(0, dtype=dtype)
-            examples += size[0]
+            for part in small_batches(model, without_labels(model, batch_to_device(model, batch))):
+                size[0] = 0
+                head = find_head(part)
+                gradients.clear()
+                size[0] = count_examples(part)
+                mask = token_mask(model, part)
+                with torch.enable_grad(), calls.watching(part):
+                    value = sampled_by(head, partial(run_model, model), part, mask, generator)
+                if not value.requires_grad:
+                    raise CalibrationError(
+                        "the model's output for a calibration batch depends on none of the units to be pruned"
+                    )
+                value.backward()
+                for name, gradient in gradients.items():  # (batch, choices, units)
+                    gradient = gradient if name in packed else gradient[:, 0]
+                    in_pairs = pairs and gradient.dim() == 2 and gradient.shape[1] <= MOST_PAIRS
+                    product = gradient.t() @ gradient if in_pairs else gradient.square().sum(0)
+                    products[name] = products.get(name, 0) + product.to(dtype)
+                    absolute[name] = absolute.get(name, 0) + gradient.abs().sum(0, dtype=dtype)
+                examples += size[0]
     total = max(1, int(all_reduce_sum(torch.tensor(examples))))
     statistics = {}
     for group in groups:
-        shape = (group.units,) * (2 if group.units <= MOST_PAIRS else 1)
+        each = (group.choices, group.units) if group.choices else (group.units,)
+        shape = (group.units,) * 2 if pairs and len(each) == 1 and group.units <= MOST_PAIRS else each
         fisher = all_reduce_sum(products.get(group.name, torch.zeros(shape, dtype=dtype))) / total
-        mean = all_reduce_sum(absolute.get(group.name, torch.zeros(group.units, dtype=dtype))) / total
+        mean = all_reduce_sum(absolute.get(group.name, torch.zeros(each, dtype=dtype))) / total
         if not bool(torch.isfinite(fisher).all()):
             raise CalibrationError(
                 f"the gradient of the predictions at {group.name} is not finite: expected finite values; calibrate in "
                 f"float32 or bfloat16, and check the batches"
             )
-        statistics[group.name] = GateStatistics(fisher, mean)
+        seen = all_reduce_sum(tokens[group.name])
+        missed = (seen == 0).nonzero().flatten().tolist() if calls.is_in_experts(group) else []
+        statistics[group.name] = GateStatistics(fisher, mean, tuple(missed))
     return statistics
 
 
@@ -135,7 +164,7 @@ def _first_key(kwargs: Mapping[str, Any]) -> str:
 
 @torch.no_grad()
 def layer_losses(
-    model: nn.Module, layers: Mapping[str, nn.Module], batches: Batches, progress: bool = False
+    model: nn.Module, layers: Mapping[str, nn.Module], batches: Batches, progress: bool | None = None
 ) -> dict[str, float]:
     """Measure how much the predictions change when a layer is bypassed, in the units of the gates' Fisher matrix.
 
@@ -149,19 +178,19 @@ def layer_losses(
     examples = 0
     with eval_mode(model), fail_together():
         for batch in Bar(rank_items(list(batches)), desc="Layers", progress=progress):
-            inputs = without_labels(model, batch_to_device(model, batch))
-            mask = token_mask(model, inputs)
-            dense = [y.float().cpu() for y in named_logits(run_model(model, inputs))]
-            examples += len(dense[0])
-            for i, layer in enumerate(layers.values()):
-                bypass(layer)
-                try:
-                    without = named_logits(run_model(model, inputs))
-                finally:
-                    restore(layer)
-                totals[i] += sum(
-                    prediction_change(a, b.float().cpu(), mask) for a, b in zip(dense, without, strict=True)
-                )
+            for inputs in small_batches(model, without_labels(model, batch_to_device(model, batch))):
+                mask = token_mask(model, inputs)
+                dense = [y.float().cpu() for y in named_logits(run_model(model, inputs))]
+                examples += len(dense[0])
+                for i, layer in enumerate(layers.values()):
+                    bypass(layer)
+                    try:
+                        without = named_logits(run_model(model, inputs))
+                    finally:
+                        restore(layer)
+                    totals[i] += sum(
+                        prediction_change(a, b.float().cpu(), mask) for a, b in zip(dense, without, strict=True)
+                    )
     totals = all_reduce_sum(totals) / max(1, int(all_reduce_sum(torch.tensor(examples))))
     return dict(zip(layers, totals.tolist(), strict=True))
 

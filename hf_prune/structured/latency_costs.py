@@ -1,4 +1,4 @@
-"""The time of a forward pass as a function of the sizes."""
+"""The time of a workload as a function of the sizes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 
 from hf_prune.architectures.layer_list import LayerList
 from hf_prune.architectures.unit_groups import UnitGroup
-from hf_prune.inference.speedup import forward
+from hf_prune.inference.passes import timed, workload_passes
 from hf_prune.inference.timing import quantile, time_together
 from hf_prune.structured.budget import Costs
 from hf_prune.structured.costs import measured_costs
@@ -27,25 +27,42 @@ def latency_costs(
     lists: Sequence[LayerList],
     layers: Mapping[str, Sequence[str]],
     inputs: Mapping[str, Any],
+    workload: Mapping[str, int],
 ) -> Costs:
-    """Seconds of a forward pass on this machine as a function of the sizes, measured in turns.
+    """Seconds of a workload on this machine as a function of the sizes, measured in turns.
+
+    Of a generation, prefill and decoding are timed apart, and added up.
 
     Args:
         model: The model.
         groups: The groups that may lose units.
         lists: The stacks of layers of the model.
         layers: The layers that may be removed as a whole, each with the names of the groups in it.
-        inputs: Keyword arguments of a forward pass.
+        inputs: Keyword arguments of a forward pass, or the prompt.
+        workload: What is run, see :func:`~hf_prune.inference.passes.workload_passes`.
+
+    Raises:
+        PlanError: If the workload is a generation, and the model cannot generate.
     """
-    start = time.perf_counter()
     with eval_mode(model):
-        forward(model, inputs)()
-    slow = time.perf_counter() - start > _SLOW
+        first = next(iter(workload_passes(model, inputs, workload).values()))
+        start = time.perf_counter()
+        timed(model, first.run)()
+        slow = time.perf_counter() - start > _SLOW
 
     def measure(models: Mapping[str, nn.Module]) -> dict[str, float]:
         with eval_mode(model):
-            runs = {name: forward(sized, inputs) for name, sized in models.items()}
+            passes = {name: workload_passes(sized, inputs, workload) for name, sized in models.items()}
+            runs = {
+                f"{name}, {part}": timed(models[name], one.run)
+                for name, parts in passes.items()
+                for part, one in parts.items()
+            }
             timings = time_together(runs, rounds=60, warmup=1 if slow else 2, seconds=_TABLE_SECONDS)
-        return {name: quantile(times.wall, _QUANTILE) for name, times in timings.items()}
+        seconds = {key: quantile(times.wall, _QUANTILE) for key, times in timings.items()}
+        return {
+            name: sum(one.times * seconds[f"{name}, {part}"] for part, one in parts.items())
+            for name, parts in passes.items()
+        }
 
     return measured_costs(model, groups, lists, layers, measure, "coarse" if slow else "fine")

@@ -6,6 +6,7 @@ any number of units left is thus one point of its curve, and groups compete by t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -52,6 +53,11 @@ def additive_curve(scores: Tensor, runs: int = 1) -> Curve:
     by_run = scores.double().cpu().view(runs, -1).sort(dim=1, stable=True)
     order = by_run.indices + torch.arange(runs)[:, None] * by_run.indices.shape[1]  # (runs, units of a run)
     return Curve(order.t().reshape(-1), torch.cat([torch.zeros(1).double(), by_run.values.t().reshape(-1).cumsum(0)]))
+
+
+def curves_of_slabs(curves: Sequence[Curve]) -> Curve:
+    """The curve of slabs that lose as many units, but others, from the curves of each."""
+    return Curve(torch.stack([curve.order for curve in curves]), torch.stack([curve.losses for curve in curves]).sum(0))
 
 
 def fisher_curve(fisher: Tensor) -> Curve:

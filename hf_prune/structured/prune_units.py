@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_prune.architectures.kinds.registry import kind_named
+from hf_prune.architectures.unit_groups import staying_mask
 from hf_prune.calibration.batches import Batches, needed_batches
 from hf_prune.errors import PlanError
 from hf_prune.planning.config import PruningConfig
@@ -18,9 +19,12 @@ from hf_prune.pruning.run import CalibrationRun, MemoryBudget, Result
 from hf_prune.pruning.sequential import prune_sequentially
 from hf_prune.pruning.transaction import Transaction
 from hf_prune.structured.choose_units import choose_units
+from hf_prune.structured.close_gaps import close_gaps
 from hf_prune.structured.reconstruction import inner_plan, repaired_weights
 from hf_prune.structured.routing import refuse_unequal_routers
+from hf_prune.structured.shrink_record import holding_layers
 from hf_prune.structured.unit_plan import UnitPlan
+from hf_prune.utils.notices import warn_user
 
 
 def plan_units(
@@ -29,7 +33,7 @@ def plan_units(
     calibration: Batches | None,
     polish_data: Batches | None,
     dry_run: bool,
-    progress: bool,
+    progress: bool | None,
     memory: MemoryBudget,
 ) -> CalibrationRun[UnitPlan]:
     """Choose the heads, neurons and layers that are removed; the model is not changed.
@@ -69,7 +73,8 @@ def prune_units(run: CalibrationRun[UnitPlan], change: Transaction) -> Result:
     """Mask heads, neurons and layers of a model.
 
     All weights and biases of a removed head or neuron are masked. With ``repair="least_squares"`` the remaining weights
-    of the matrices get new values, layer by layer. A removed layer is bypassed as well.
+    of the matrices get new values, layer by layer. A removed layer is bypassed as well; if only layers go, the repair
+    solves for the matrix before each gap.
 
     Args:
         run: The model, its plan and the data.
@@ -87,6 +92,23 @@ def prune_units(run: CalibrationRun[UnitPlan], change: Transaction) -> Result:
         if group.name in plan.kept and not plan.is_gone(group) and not kind_named(group.kind).zeros_suffice:
             change.switch_off(group, plan.kept[group.name])
     change.store.speed = plan.speed
+    if plan.speed is not None and plan.speed.missed:
+        warn_user(plan.speed.missed)
+    if plan.config.repair is not None and not plan.sites:
+        solved = close_gaps(
+            model,
+            plan.choice.layers,
+            run.data,
+            lambda weights: change.overwrite({}, weights),
+            run.progress,
+            run.memory.single,
+        )
+        if not solved:
+            warn_user(
+                f"repair={plan.config.repair!r} changed nothing: in {type(model).__name__}, what the layer before a "
+                f"gap computes is not simply added, as where a norm follows, or nothing stands before the gap"
+            )
+        return masks, {}
     names = repaired_weights(model, plan.config, [group for group in plan.sites if not plan.is_gone(group)])
     if not names:
         return masks, {}
@@ -118,6 +140,8 @@ def trained_plan(run: CalibrationRun[UnitPlan]) -> PruningPlan:
 def unit_masks(model: nn.Module, plan: UnitPlan) -> dict[str, Tensor]:
     """Bool masks by parameter name, True = keep, of everything that belongs to a unit, and of removed layers.
 
+    What a removed layer shares with a module that stays has none.
+
     Args:
         model: The model.
         plan: Its plan, with the units that stay.
@@ -130,21 +154,12 @@ def unit_masks(model: nn.Module, plan: UnitPlan) -> dict[str, Tensor]:
         units = plan.kept.get(site.name, torch.arange(site.units))
         for part in site.slices:
             parameter = model.get_parameter(part.name)
-            index = part.index(units)
-            shape = [1] * parameter.dim()
-            shape[part.dim] = -1
-            along = torch.zeros(parameter.shape[part.dim], dtype=torch.bool)
-            if index.ndim == 2:  # for each slab along the first dimension its own
-                shape[0] = len(index)
-                along = along.repeat(len(index), 1).scatter(1, index, True)
-            else:
-                along[index] = True
-            mask = along.view(shape).expand(parameter.shape).to(parameter.device)
+            mask = staying_mask(parameter, part.dim, part.index(units))
             masks[part.name] = masks[part.name] & mask if part.name in masks else mask.clone()
         removed = sorted(set(range(site.units)) - set(units.tolist())) if site.lists else []
         for name in (name for names in site.own_parameters(model, removed) for name in names):
             masks[name] = torch.zeros_like(model.get_parameter(name), dtype=torch.bool)
-    for layer in plan.choice.layers:
-        for name, parameter in model.get_submodule(layer).named_parameters():
-            masks[f"{layer}.{name}"] = torch.zeros_like(parameter, dtype=torch.bool)
+    for name, holding in holding_layers(model, plan.choice.layers).items():
+        if None not in holding:
+            masks[name] = torch.zeros_like(model.get_parameter(name), dtype=torch.bool)
     return masks

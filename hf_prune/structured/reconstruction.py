@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from hf_prune.architectures.unit_groups import UnitGroup, weight_names
@@ -18,7 +19,15 @@ from hf_prune.planning.plan import PruningPlan, targets_of
 from hf_prune.pruning.held_masks import mask_of
 from hf_prune.pruning.learned_allocation import weighted_grams
 from hf_prune.pruning.mask_store import checked_masks
-from hf_prune.structured.loss_curves import Curve, additive_curve, reconstruction_curve, redundancy_curve
+from hf_prune.structured.expert_calls import ExpertCalls
+from hf_prune.structured.loss_curves import (
+    Curve,
+    additive_curve,
+    curves_of_slabs,
+    reconstruction_curve,
+    redundancy_curve,
+)
+from hf_prune.structured.unit_scores import scores_where_missed, squared_weights, warn_of_missed_experts
 
 
 def reconstruction_curves(
@@ -26,7 +35,7 @@ def reconstruction_curves(
     config: PruningConfig,
     groups: Sequence[UnitGroup],
     batches: Batches,
-    progress: bool,
+    progress: bool | None,
     cache_bytes: int,
 ) -> tuple[dict[str, Curve], Sensitivity]:
     """The :func:`reconstruction_curve` of each group; inputs and outputs are weighted by squared gradients.
@@ -52,11 +61,25 @@ def reconstruction_curves(
                 f"go into {len(group.consumers)}: choose criterion 'fisher'"
             )
 
+    missed: dict[str, list[int]] = {}
+    is_in_experts = ExpertCalls(model, groups).is_in_experts
+
     def curve(group: UnitGroup, target: Target, gram: Tensor, outputs: Tensor) -> Curve:
         weight = target.matrix(model.get_parameter(target.name).detach())
-        return reconstruction_curve(weight, gram, outputs, group.units)
+        curves = []
+        for number, of_expert in enumerate(gram if gram.dim() == 3 else gram[None]):
+            rows = target.rows(number)
+            if bool(outputs[rows].any()) or not is_in_experts(group):
+                curves.append(reconstruction_curve(weight[rows], of_expert, outputs[rows], group.units))
+            else:  # no token came to it: by magnitude, and it costs nothing
+                order = squared_weights(model, group).reshape(-1, group.units)[number].argsort(stable=True)
+                curves.append(Curve(order, torch.zeros(group.units + 1, dtype=torch.float64)))
+                missed.setdefault(group.name, []).append(number)
+        return curves_of_slabs(curves) if group.choices else curves[0]
 
-    return _curves_of_consumers(model, config, groups, batches, progress, cache_bytes, curve)
+    curves, sensitivity = _curves_of_consumers(model, config, groups, batches, progress, cache_bytes, curve)
+    warn_of_missed_experts(missed, sum(max(1, group.choices) for group in groups))
+    return curves, sensitivity
 
 
 def redundancy_curves(
@@ -64,7 +87,7 @@ def redundancy_curves(
     config: PruningConfig,
     groups: Sequence[UnitGroup],
     batches: Batches,
-    progress: bool,
+    progress: bool | None,
     cache_bytes: int,
     fisher: Mapping[str, Tensor],
 ) -> tuple[dict[str, Curve], Sensitivity]:
@@ -84,7 +107,9 @@ def redundancy_curves(
     """
 
     def curve(group: UnitGroup, target: Target, gram: Tensor, outputs: Tensor) -> Curve:
-        return redundancy_curve(fisher[group.name], gram, group.units)
+        if bool(fisher[group.name].any()):
+            return redundancy_curve(fisher[group.name], gram, group.units)
+        return additive_curve(scores_where_missed(model, group, fisher[group.name], [0]))
 
     single = [group for group in groups if len(group.consumers) == 1]
     curves, sensitivity = _curves_of_consumers(model, config, single, batches, progress, cache_bytes, curve, groups)
@@ -97,7 +122,7 @@ def _curves_of_consumers(
     config: PruningConfig,
     groups: Sequence[UnitGroup],
     batches: Batches,
-    progress: bool,
+    progress: bool | None,
     cache_bytes: int,
     curve: Callable[[UnitGroup, Target, Tensor, Tensor], Curve],
     measured: Sequence[UnitGroup] | None = None,
@@ -165,7 +190,7 @@ def inner_plan(model: nn.Module, config: PruningConfig, names: Sequence[str], sp
     """
     masks = [mask for name in names if (mask := mask_of(model, name)) is not None]
     size = sum(model.get_parameter(name).numel() for name in names)
-    sparsity = max(sparsity, sum(int((~mask).sum()) for mask in masks) / max(1, size))
+    sparsity = max(sparsity, sum(mask.numel() - mask.kept() for mask in masks) / max(1, size))
     inner = PruningConfig(
         sparsity,
         target_modules=".*",
@@ -175,4 +200,4 @@ def inner_plan(model: nn.Module, config: PruningConfig, names: Sequence[str], sp
         calibration_order=config.calibration_order,
         polish=config.polish,
     )
-    return make_plan(model, inner, masks=checked_masks(model), only={name.removesuffix(".weight") for name in names})
+    return make_plan(model, inner, masks=checked_masks(model), only={name.rpartition(".")[0] for name in names})

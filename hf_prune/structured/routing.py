@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_prune.architectures.discovery.proven_experts import proven_blocks
 from hf_prune.architectures.modules import base_prefix
 from hf_prune.architectures.moe_block import MoeBlock
-from hf_prune.architectures.moe_blocks import moe_blocks, removable_blocks
+from hf_prune.architectures.moe_blocks import moe_blocks
 from hf_prune.architectures.settings import config_of_setting
 from hf_prune.architectures.switched_off import running_experts, units_that_run
 from hf_prune.architectures.unit_groups import UnitGroup, numbered
@@ -57,7 +58,7 @@ class Routing:
 
 
 def refuse_unequal_routers(model: nn.Module, kept: Mapping[str, Tensor], removed: Collection[str]) -> None:
-    """Refuse a plan that leaves layers with different numbers of experts, if their routers' outputs are put together.
+    """Refuse a plan that leaves layers with different numbers of experts, if the model needs the same in all.
 
     Args:
         model: The model.
@@ -65,10 +66,11 @@ def refuse_unequal_routers(model: nn.Module, kept: Mapping[str, Tensor], removed
         removed: Names of the layers that go as a whole.
 
     Raises:
-        PlanError: If the config asks for the outputs of routers, and with them for the loss that balances these.
+        PlanError: If the code looks their number up in the config, or the config asks for the outputs of routers, and
+            with them for the loss that balances these.
     """
     prefix = base_prefix(model)
-    staying = [b for b in removable_blocks(model) if f"{b.layer[0]}.{b.layer[1]}" not in removed]
+    staying = [b for b in proven_blocks(model)[0] if f"{b.layer[0]}.{b.layer[1]}" not in removed]
     blocks = [block for block in staying if block.name.removeprefix(prefix) in kept]
     settings = {block.config for block in blocks}
     numbers: set[int] = set()
@@ -79,19 +81,22 @@ def refuse_unequal_routers(model: nn.Module, kept: Mapping[str, Tensor], removed
             numbers.add(len(running) if chosen is None else int(torch.isin(running, chosen.cpu()).sum()))
     if len(numbers) < 2:
         return
+    said = f"layers would keep {' or '.join(map(str, sorted(numbers)))} experts, and "
+    alike = "have all layers lose the same share, with scope='layer' and none of them excluded"
+    if reading := next((block.config for block in blocks if block.reads_config), None):
+        raise PlanError(f"{said}the code of {type(model).__name__} looks config.{reading} up while it runs: {alike}")
     for name in ("", *(f"{block.config.rpartition('.')[0]}." for block in blocks if "." in block.config)):
         holder, key = config_of_setting(model.config, f"{name}output_router_logits")
         if getattr(holder, key, False):
             raise PlanError(
-                f"layers would keep {' or '.join(map(str, sorted(numbers)))} experts, and config.{name}{key} is on: "
-                f"the loss that balances routers expects as many in all layers; set it to False, or have all layers "
-                f"lose the same share, with scope='layer' and none of them excluded"
+                f"{said}config.{name}{key} is on: the loss that balances routers expects as many in all layers; set "
+                f"it to False, or {alike}"
             )
 
 
 @torch.no_grad()
 def observe_routing(
-    model: nn.Module, groups: Sequence[UnitGroup], batches: Batches, progress: bool = False
+    model: nn.Module, groups: Sequence[UnitGroup], batches: Batches, progress: bool | None = None
 ) -> dict[str, Routing]:
     """Run a model on batches, and count what its routers do. Padding does not count.
 
@@ -107,23 +112,43 @@ def observe_routing(
     Raises:
         CalibrationError: If no token came to a block, or an output is not finite.
     """
-    prefix = base_prefix(model)
-    blocks = {block.name.removeprefix(prefix): block for block in moe_blocks(model)}
-    sums = {group.name: torch.zeros(2, group.units + 1, dtype=torch.float64) for group in groups}
+    blocks = blocks_by_group(model)
+    sums = {group.name: new_sums(group) for group in groups}
     padding = Padding(model)
     with ExitStack() as context:
         context.enter_context(eval_mode(model))
         for group in groups:
-            _watch(model, group, blocks[group.name], padding, sums[group.name], context)
+            for watcher in routing_watchers(model, group, blocks[group.name], padding, sums[group.name]):
+                watcher.install(context, None)
         context.enter_context(fail_together())
         for batch in Bar(rank_items(list(batches)), desc="Experts", progress=progress):
             inputs = without_labels(model, batch_to_device(model, batch))
             with padding.of(inputs):
                 run_model(model, inputs)
-    return {group.name: _checked(group, all_reduce_sum(sums[group.name])) for group in groups}
+    return {group.name: routing_of(group, all_reduce_sum(sums[group.name])) for group in groups}
 
 
-def _checked(group: UnitGroup, sums: Tensor) -> Routing:
+def blocks_by_group(model: nn.Module) -> dict[str, MoeBlock]:
+    """The mixtures of a model by the names of the groups of their experts."""
+    prefix = base_prefix(model)
+    return {block.name.removeprefix(prefix): block for block in moe_blocks(model)}
+
+
+def new_sums(group: UnitGroup) -> Tensor:
+    """(2, experts + 1) float64: how often each expert is chosen, and the norms of what it adds; then, all tokens."""
+    return torch.zeros(2, group.units + 1, dtype=torch.float64)
+
+
+def routing_of(group: UnitGroup, sums: Tensor) -> Routing:
+    """What was observed in a block.
+
+    Args:
+        group: Its experts.
+        sums: As :func:`new_sums` makes them, after all batches.
+
+    Raises:
+        CalibrationError: If no token came to the block, or an output is not finite.
+    """
     total = int(sums[0, -1])
     if not total:
         raise CalibrationError(
@@ -138,12 +163,20 @@ def _checked(group: UnitGroup, sums: Tensor) -> Routing:
     return Routing(sums[0, :-1], sums[1, :-1], total)
 
 
-def _watch(
-    model: nn.Module, group: UnitGroup, block: MoeBlock, padding: Padding, sums: Tensor, context: ExitStack
-) -> None:
-    """Add up, whenever a block runs, how often each expert is chosen, and the norms of what it adds."""
+def routing_watchers(
+    model: nn.Module, group: UnitGroup, block: MoeBlock, padding: Padding, sums: Tensor
+) -> list[Watcher]:
+    """Hooks that add up, whenever a block runs, how often each expert is chosen, and the norms of what it adds.
+
+    Args:
+        model: The model; while the block runs, all weights in it are there.
+        group: The experts of the block.
+        block: The block.
+        padding: Knows the padding of the batch that is running.
+        sums: Get what is observed, see :func:`new_sums`.
+    """
     experts = model.get_submodule(block.name)
-    whole = model.get_submodule(_around(block))
+    whole = model.get_submodule(module_around(block))
     depth = [0]  # inside a call that is repeated for one expert, nothing is counted
 
     def add(chosen: Tensor, norms: Tensor, x: Tensor) -> None:
@@ -192,12 +225,13 @@ def _watch(
         add(chosen, norms, x)
 
     seen: set[str] = set()
-    Watcher(experts, routed).install(context, None)
-    if _around(block) != f"{block.layer[0]}.{block.layer[1]}":  # a whole layer does more than add up its experts
-        Watcher(whole, isolated, after=True).install(context, None)
+    watchers = [Watcher(experts, routed)]
+    if module_around(block) != f"{block.layer[0]}.{block.layer[1]}":  # a whole layer does more than add up its experts
+        watchers.append(Watcher(whole, isolated, after=True))
+    return watchers
 
 
-def _around(block: MoeBlock) -> str:
+def module_around(block: MoeBlock) -> str:
     """The module that runs the router and the experts."""
     return block.name if f"{block.router}.".startswith(f"{block.name}.") else block.name.rpartition(".")[0]
 

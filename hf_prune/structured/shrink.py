@@ -23,6 +23,8 @@ from hf_prune.architectures.modules import base_prefix
 from hf_prune.architectures.remove_layers import bypassed_names, check_removal, remove_layers
 from hf_prune.architectures.unit_groups import UnitGroup, numbered, selected
 from hf_prune.errors import ArchitectureError
+from hf_prune.kernels.packed_masks import PackedMasks
+from hf_prune.planning.config import PruningConfig
 from hf_prune.pruning.mask_store import MaskStore, warn_regrown
 from hf_prune.structured.shrink_record import RECORD, layer_of, new_name, record_structure, simplify_config
 from hf_prune.utils.offloaded_weights import refuse_offloaded
@@ -76,7 +78,8 @@ def shrink_modules(model: Model, cuts: list[tuple[str, int, Tensor]] | None = No
     if store is not None:
         _cut_masks(store, groups, kept)
         for gone, new in ((removed_units, units_renamed), (removed, renamed)):
-            store.masks = {new_name(name, new): m for name, m in store.masks.items() if layer_of(name, gone) is None}
+            left = {new_name(n, new): m for n, m in store.masks.packed.items() if layer_of(n, gone) is None}
+            store.masks = PackedMasks.sharing(left)
         store.attach(model)
     record_structure(model, before, units, kept, lists, removed, renamed)
     if store is not None and (record := getattr(model.config, RECORD, None)) is not None:
@@ -86,6 +89,33 @@ def shrink_modules(model: Model, cuts: list[tuple[str, int, Tensor]] | None = No
             record["pruning_config"] = store.config.to_dict()
     simplify_config(model, [dataclasses.replace(g, units=_staying(g, kept)) for g in groups])
     return model
+
+
+def shrink_without_weights(
+    model: nn.Module, kept: Mapping[str, Tensor], config: PruningConfig
+) -> tuple[list[tuple[str, int, Tensor]], set[str], dict[str, str]]:
+    """Shrink a model on the meta device, in place, as :func:`shrink_modules` does once its units are masked.
+
+    Args:
+        model: The model, with all its layers.
+        kept: The units that each smaller group keeps, by its name.
+        config: The settings that chose them.
+
+    Returns:
+        What became smaller, as (parameter or buffer, dimension, positions that stay); the modules that are gone; and
+        the new names of others, by the old ones.
+    """
+    lists, groups = layer_lists(model), find_unit_groups(model)
+    before = sum(p.numel() for p in model.parameters())
+    units = {group.name: group.units for group in groups}
+    gone = _modules_of_units(model, groups, kept)
+    cuts = tensor_cuts(groups, kept)
+    renamed = replace_tensors(model, groups, kept, smaller_tensors(model, groups, kept))
+    record_structure(model, before, units, kept, lists, (), {})
+    if (record := getattr(model.config, RECORD, None)) is not None:
+        record["pruning_config"] = config.to_dict()
+    simplify_config(model, [dataclasses.replace(g, units=_staying(g, kept)) for g in groups])
+    return cuts, gone, renamed
 
 
 def _staying(group: UnitGroup, kept: Mapping[str, Tensor]) -> int:
@@ -194,7 +224,12 @@ def _inner_models(model: nn.Module) -> dict[str, tuple[nn.Module, list[UnitGroup
             continue
         if module.config.model_type in list_architectures():
             prefix = f"{name}.".removeprefix(base_prefix(model)) if name else ""
-            inner_models[prefix] = module, find_unit_groups(module)
+            try:
+                inner_models[prefix] = module, find_unit_groups(module)
+            except ArchitectureError:
+                if not name:
+                    raise
+                continue  # such as a backbone with frozen statistics: nothing was taken out of it
             covered.update(module.modules())
     if "" not in inner_models:
         try:
@@ -215,9 +250,9 @@ def _identity(model: nn.Module, group: UnitGroup) -> tuple[str, int]:
 
 def _cut_masks(store: MaskStore, groups: Sequence[UnitGroup], kept: Mapping[str, Tensor]) -> None:
     """Cut the masks as their weights were cut; those that keep everything are dropped."""
-    masks = dict(store.masks)
+    masks = PackedMasks(store.masks)
     for name, dim, index in tensor_cuts(groups, kept):
         if name in masks:
             masks[name] = selected(masks[name], dim, index)
     store.dense = None
-    store.masks = {name: mask for name, mask in masks.items() if not bool(mask.all())}
+    store.masks = PackedMasks.sharing({name: m for name, m in masks.packed.items() if m.kept() < m.numel()})

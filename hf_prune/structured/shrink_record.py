@@ -2,22 +2,40 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from hf_prune.architectures.discovery.holders import native_class
+from hf_prune.architectures.discovery.sample import FAILURES
 from hf_prune.architectures.kinds.registry import kind_named
 from hf_prune.architectures.layer_list import LayerList
 from hf_prune.architectures.modules import base_prefix
+from hf_prune.architectures.settings import config_of_setting, objection_to, set_setting
 from hf_prune.architectures.unit_groups import UnitGroup
 
 RECORD = "pruned_structure"  # the attribute of the config that says what was done
+_ABSENT = object()  # in place of a setting that the config has not
 
 
 def layer_of(name: str, layers: Collection[str]) -> str | None:
     """The one of some layers that a module or parameter is in, by its name; None if it is in none of them."""
     return next((name[:end] for end, sign in enumerate(name) if sign == "." and name[:end] in layers), None)
+
+
+def holding_layers(model: nn.Module, layers: Collection[str]) -> dict[str, set[str | None]]:
+    """Which of some layers hold each parameter, None standing for everything else, by its name in the model.
+
+    Layers that share a parameter hold it under names of their own, of which ``named_parameters()`` gives the first.
+    """
+    first = {id(parameter): name for name, parameter in model.named_parameters()}
+    holding: dict[str, set[str | None]] = {name: set() for name in first.values()}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        holding[first[id(parameter)]].add(layer_of(name, layers))
+    return holding
 
 
 def new_name(name: str, renamed: Mapping[str, str]) -> str:
@@ -74,6 +92,9 @@ def record_structure(
 def simplify_config(model: nn.Module, groups: Iterable[UnitGroup]) -> None:
     """Write sizes into the model's config wherever it can tell them: where all groups that it speaks of are alike.
 
+    Where its class refuses a number, or builds other sizes from it, the config stays as it is, and checkpoints tell the
+    sizes by our record.
+
     Args:
         model: The model, already shrunk.
         groups: Its groups, with the units that they have now.
@@ -82,10 +103,44 @@ def simplify_config(model: nn.Module, groups: Iterable[UnitGroup]) -> None:
     for group in groups:
         if group.config:
             by_attributes.setdefault(group.config, []).append(group)
+    before: list[tuple[list[UnitGroup], dict[str, Any]]] = []
     for alike in by_attributes.values():
         first = alike[0]
         if first.units and len({(group.units, group.per_unit, group.size) for group in alike}) == 1:
-            kind_named(first.kind).write_config(model, first)
+            kind = kind_named(first.kind)
+            values = kind.config_values(first)
+            if objection_to(model.config, values) is None:
+                if first.kind in ("head", "neuron") and all(group.is_found for group in alike):
+                    before.append((alike, {name: _setting(model.config, name) for name in values}))
+                kind.write_config(model, first)
+    for alike, values in before:
+        if not _is_built(model, alike):
+            for name, value in values.items():
+                _restore(model.config, name, value)
+
+
+def _setting(config: Any, name: str) -> Any:
+    holder, key = config_of_setting(config, name)
+    return getattr(holder, key, _ABSENT)
+
+
+def _restore(config: Any, name: str, value: Any) -> None:
+    if value is not _ABSENT:
+        set_setting(config, name, value)
+    else:
+        holder, key = config_of_setting(config, name)
+        delattr(holder, key)
+
+
+def _is_built(model: nn.Module, groups: Iterable[UnitGroup]) -> bool:
+    """Whether the config of a model builds the sizes that groups have; code may have other fields for some layers."""
+    try:
+        with torch.device("meta"):
+            built = native_class(model)(copy.deepcopy(model.config))
+        pieces = [(piece.name, piece.dim) for group in groups for piece in group.slices]
+        return all(built.get_parameter(n).shape[d] == model.get_parameter(n).shape[d] for n, d in pieces)
+    except FAILURES:
+        return False
 
 
 def is_shrunk(model: nn.Module) -> bool:

@@ -18,10 +18,11 @@ from hf_prune.planning.targets import module_matches, quick_pattern
 from hf_prune.pruning.records import SpeedRecord
 from hf_prune.structured.budget import Choice, Costs
 from hf_prune.utils.formatting import format_table
+from hf_prune.utils.results import Result
 
 
-@dataclass(frozen=True)
-class UnitPlan:
+@dataclass(frozen=True, repr=False)
+class UnitPlan(Result):
     """What is removed from one model as whole heads, neurons and layers. ``print(plan)`` shows it as a table.
 
     Args:
@@ -34,6 +35,8 @@ class UnitPlan:
         kept: The units that stay, by group.
         speed: The predicted speed-up, for ``target_speedup``.
     """
+
+    bars = ("kept", "units")
 
     config: PruningConfig
     model_name: str

@@ -12,11 +12,11 @@ from torch import nn
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_prune.architectures.find_unit_groups import find_unit_groups
-from hf_prune.calibration.batches import Batches
+from hf_prune.calibration.read import CalibrationData
 from hf_prune.errors import ConfigError, MaskError
 from hf_prune.mixin import prunable
-from hf_prune.pipeline import resolve_config
 from hf_prune.planning.config import PruningConfig
+from hf_prune.planning.resolve import resolve_config
 from hf_prune.pruning.mask_store import MaskStore
 from hf_prune.training.pruner import TrainingPruner
 from hf_prune.training.run_record import data_facts, model_facts, run_facts
@@ -35,7 +35,8 @@ class PruningCallback(TrainerCallback):
 
     Args:
         pruning_config: The settings, or a sparsity; None keeps the masks that the model has.
-        calibration: Batches for criteria and repairs that look at data whenever masks change, such as ``sparsegpt``.
+        calibration: Data, as for :func:`hf_prune.prune`, for criteria and repairs that look at some whenever masks
+            change, such as ``sparsegpt``. The ``processing_class`` of the Trainer reads it.
         shrink_at: Step, or share of all steps, after which pruned heads, neurons and channels are removed from the
             model, which makes the rest of the training faster; not before the schedule ends.
         threshold: Of ``soft_movement``: a weight is removed if the sigmoid of its score is below.
@@ -52,7 +53,7 @@ class PruningCallback(TrainerCallback):
         self,
         pruning_config: PruningConfig | float | None = None,
         *,
-        calibration: Batches | None = None,
+        calibration: CalibrationData | None = None,
         shrink_at: int | float | None = None,
         threshold: float = 0.1,
         regularization: float = 1.0,
@@ -94,7 +95,8 @@ class PruningCallback(TrainerCallback):
             return
         if isinstance(model, PreTrainedModel):
             prunable(model)
-        self.pruner = TrainingPruner(model, config, state.max_steps, calibration=self._calibration, **self._settings)
+        reading: dict[str, Any] = {"calibration": self._calibration, "tokenizer": kwargs.get("processing_class")}
+        self.pruner = TrainingPruner(model, config, state.max_steps, **reading, **self._settings)
         self.check_shrinking(state)
         folder = Path(self.resume_from or _checkpoint_folder(args, state)) if state.global_step else None
         if self._watches:

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from hf_prune.calibration.batches import IGNORED
 from hf_prune.errors import ConfigError
-
-_IGNORED = -100  # label of tokens without a loss
 
 
 @dataclass(frozen=True)
@@ -119,8 +118,8 @@ def _average(losses: Tensor, inputs: Mapping[str, Tensor], shifts: bool) -> Tens
         return losses.mean()
     labels, mask = inputs.get("labels"), inputs.get("attention_mask")
     if labels is not None and labels.shape == losses.shape:  # a language model
-        labels = F.pad(labels[:, 1:], (0, 1), value=_IGNORED) if shifts else labels
-        counted = (labels != _IGNORED).float()
+        labels = F.pad(labels[:, 1:], (0, 1), value=IGNORED) if shifts else labels
+        counted = (labels != IGNORED).float()
         return (losses * counted).sum() / counted.sum().clamp_min(1)
     counted = mask.float() if mask is not None and mask.shape == losses.shape else torch.ones_like(losses)
     losses, counted = losses.flatten(1), counted.flatten(1)

@@ -12,13 +12,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_prune.errors import MaskError
+from hf_prune.kernels.packed_masks import PackedMasks
 from hf_prune.mixin import prunable
 from hf_prune.pruning.mask_store import MaskStore
+from hf_prune.utils.results import Result
 from hf_prune.utils.wrapping import adapters, unadapted_name, unload_adapters, without_wrappers
 
 
-@dataclass(frozen=True)
-class MergeReport:
+@dataclass(frozen=True, repr=False)
+class MergeReport(Result):
     """What merging adapters into a sparse model cost.
 
     Args:
@@ -29,11 +31,17 @@ class MergeReport:
         after: Score of the merged model.
     """
 
+    bars = ("sparsity", "kept")
+
     model: Any = field(repr=False)
     sparsity: float
     kept: float
     before: float | None = None
     after: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON, without the model."""
+        return {name: value for name, value in vars(self).items() if name != "model"}
 
     def __str__(self) -> str:
         text = (
@@ -83,7 +91,7 @@ def merge_lora(model: Any, *, evaluate: Callable[[Any], float] | None = None) ->
         )
     present.check(base)
     before = None if evaluate is None else float(evaluate(model))
-    store = dataclasses.replace(present, masks={}, dense=None)
+    store = dataclasses.replace(present, masks=PackedMasks(), dense=None)
     for name, mask in present.masks.items():
         name = unadapted_name(name)  # modules_to_save has two masks for one weight: original and copy
         store.masks[name] = mask & store.masks.get(name, mask).to(mask.device)
@@ -106,7 +114,7 @@ def merge_lora(model: Any, *, evaluate: Callable[[Any], float] | None = None) ->
     store.apply(merged)
     if isinstance(merged, PreTrainedModel):
         prunable(merged)  # so that it is saved with its masks
-    total = sum(mask.numel() for mask in store.masks.values())
+    total = sum(mask.numel() for mask in store.masks.packed.values())
     zeros = sum(int((merged.get_parameter(name) == 0).sum()) for name in store.masks)
     return MergeReport(
         model=merged,

@@ -16,8 +16,9 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerContr
 
 from hf_prune.errors import ConfigError
 from hf_prune.mixin import prunable
-from hf_prune.pipeline import prune, resolve_config
+from hf_prune.pipeline import prune
 from hf_prune.planning.config import PruningConfig
+from hf_prune.planning.resolve import resolve_config
 from hf_prune.planning.schedule import Schedule
 from hf_prune.planning.targets import resolve_targets
 from hf_prune.planning.traits import fixed_sparsity, removed_kinds
@@ -26,6 +27,7 @@ from hf_prune.training.callback import PruningCallback
 from hf_prune.training.pruner import count_removed
 from hf_prune.training.trainer import PruningTrainer
 from hf_prune.utils.formatting import format_table
+from hf_prune.utils.results import Result
 
 
 @dataclass(frozen=True)
@@ -41,8 +43,8 @@ class LotteryRound:
     metrics: dict[str, float] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class LotteryResult:
+@dataclass(frozen=True, repr=False)
+class LotteryResult(Result):
     """The result of a search for a lottery ticket.
 
     Args:
@@ -50,6 +52,8 @@ class LotteryResult:
         ticket: The weights that the last round started from: early values, and zeros.
         rounds: The rounds, the dense one first.
     """
+
+    bars = ("sparsity",)
 
     model: Any = field(repr=False)
     ticket: dict[str, Tensor] = field(repr=False)
@@ -125,8 +129,8 @@ def find_ticket(
         store.apply(model)
         ticket = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
         names = {target.name for target in resolve_targets(model, config)}
-        masks = {name: mask for name, mask in store.masks.items() if name in names}
-        sparsity = count_removed(masks) / sum(mask.numel() for mask in masks.values())
+        sizes = [mask.numel() for name, mask in store.masks.packed.items() if name in names]
+        sparsity = count_removed(store.masks, names) / sum(sizes)
         trainer = make_trainer(model)
         _keep_masks(trainer)
         trained.append(_train(trainer, sparsity))

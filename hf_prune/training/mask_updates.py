@@ -104,7 +104,7 @@ def choose_masks(
         raise MaskError(f"the masks remove {removed:,} weights, the plan {plan.removed_parameters:,}: nothing was set")
     if config.granularity == "channel":
         chosen = propagate_channel_masks(chosen, find_channel_groups(model), model)
-    return chosen
+    return dict(chosen)
 
 
 def _choose_unit_masks(

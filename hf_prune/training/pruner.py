@@ -6,14 +6,16 @@ has sharded them, masks are kept whole, and each process works on its own part.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
+from collections.abc import Container, Mapping, Set
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hf_prune.calibration.batches import Batches
+from hf_prune.calibration.read import CalibrationData, read_calibration
+from hf_prune.criteria.base import LABELLED
 from hf_prune.errors import ConfigError, MaskError
+from hf_prune.kernels.packed_masks import PackedMasks
 from hf_prune.kernels.zeroing import zero_removed_
 from hf_prune.pipeline import prune
 from hf_prune.planning.choices import MOVEMENT
@@ -25,8 +27,8 @@ from hf_prune.training.check_settings import averages_gradients, check_settings
 from hf_prune.training.gradient_scores import GradientScores
 from hf_prune.training.mask_updates import choose_masks, config_of_update, exchange_masks, pruned_parameters
 from hf_prune.training.shrink_optimizer import shrink_with_optimizer
-from hf_prune.utils.distributed import broadcast
-from hf_prune.utils.forward import as_batches, eval_mode
+from hf_prune.utils.distributed import broadcast, fail_together
+from hf_prune.utils.forward import eval_mode
 
 _ROUNDING = 0.005  # of a sparsity, in small pools
 _SHRUNK = "sparsity when shrunk"  # key in the state
@@ -40,7 +42,8 @@ class TrainingPruner:
         config: The settings; without a schedule everything is pruned before the first step. None: keep the masks that
             the model has.
         steps: Optimizer steps of the whole training.
-        calibration: Batches for criteria and repairs that look at data.
+        calibration: Data for criteria and repairs that look at some, as for :func:`hf_prune.prune`.
+        tokenizer: What reads it; by default the tokenizer or processor beside the model.
         threshold: Of ``soft_movement``: weights with ``sigmoid(score)`` below it are removed.
         regularization: Of ``soft_movement``: how hard scores are pulled down, relative to the typical size of a
             gradient's pull.
@@ -56,7 +59,8 @@ class TrainingPruner:
         config: PruningConfig | None,
         steps: int,
         *,
-        calibration: Batches | None = None,
+        calibration: CalibrationData | None = None,
+        tokenizer: Any = None,
         threshold: float = 0.1,
         regularization: float = 1.0,
     ) -> None:
@@ -64,7 +68,9 @@ class TrainingPruner:
         self.config = config
         self.steps = steps
         self.schedule = Schedule.parse("one_shot" if config is None or config.schedule is None else config.schedule)
-        self.calibration = None if calibration is None else list(as_batches(calibration))
+        labels = config is not None and bool(config.needs & LABELLED)
+        with fail_together():
+            self.calibration = read_calibration(model, calibration, tokenizer, labels=labels)
         self.threshold = threshold
         #: Names of the parameters that are pruned.
         self.targets: frozenset[str] = frozenset()
@@ -135,7 +141,8 @@ class TrainingPruner:
         if exchanges and name in self.targets:
             self._gradients[name] = gradient.detach().abs()
         if name in self._watched and (scale == 1.0 or bool(gradient.isfinite().all())):
-            self.learned.learn(name, local_tensor(parameter), gradient.float() / scale, mask)
+            kept = None if mask is None else mask.unpacked()
+            self.learned.learn(name, local_tensor(parameter), gradient.float() / scale, kept)
         if mask is not None:
             zero_removed_(gradient, mask)
 
@@ -190,7 +197,7 @@ class TrainingPruner:
             return 0.0
         names = self.targets if self.config is not None else store.masks.keys()
         sizes = {name: p.numel() for name, p in self.model.named_parameters() if name in names}
-        return count_removed({n: m for n, m in store.masks.items() if n in sizes}) / max(1, sum(sizes.values()))
+        return count_removed(store.masks, sizes) / max(1, sum(sizes.values()))
 
     def check(self) -> None:
         """Make sure that every removed weight is zero, and that there are as many as there should be.
@@ -200,7 +207,7 @@ class TrainingPruner:
         """
         for name, parameter in self._masks.parameters():
             mask = self._masks.of(name, parameter)
-            if mask is not None and bool(local_tensor(parameter.detach()).masked_select(~mask).any()):
+            if mask is not None and bool(local_tensor(parameter.detach()).masked_select(~mask.unpacked()).any()):
                 raise MaskError(
                     f"{name} has non-zero weights that its mask removes: something wrote to it after the step"
                 )
@@ -247,7 +254,8 @@ class TrainingPruner:
         for name, mask in masks.items():
             mask = broadcast(mask)
             if self._moves:
-                self.learned.swap_values(name, parameters[name], self._masks.of(name, parameters[name]), mask)
+                old = self._masks.of(name, parameters[name])
+                self.learned.swap_values(name, parameters[name], None if old is None else old.unpacked(), mask)
             store.masks[name] = mask
         store.config = self.config
         store.attach(self.model)
@@ -283,6 +291,7 @@ class TrainingPruner:
         self._expected_removed = None
 
 
-def count_removed(masks: Mapping[str, Tensor]) -> int:
-    """How many weights masks remove."""
-    return sum(int((~mask).sum()) for mask in masks.values())
+def count_removed(masks: PackedMasks, names: Container[str] | None = None) -> int:
+    """How many weights masks remove, of all or of some of them."""
+    counted = (mask for name, mask in masks.packed.items() if names is None or name in names)
+    return sum(mask.numel() - mask.kept() for mask in counted)

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import rotate_checkpoints
 
 from hf_prune.architectures.find_unit_groups import find_unit_groups
-from hf_prune.calibration.batches import Batches
+from hf_prune.calibration.read import CalibrationData
 from hf_prune.errors import ConfigError
 from hf_prune.hub.describe import describe_model
 from hf_prune.mixin import prunable
@@ -29,6 +29,7 @@ from hf_prune.training.callback import PruningCallback, refuse_deepspeed
 from hf_prune.training.distillation import Distillation
 from hf_prune.training.run_record import run_facts
 from hf_prune.training.state import check_training, last_whole_checkpoint
+from hf_prune.utils.forward import is_encoder_decoder
 from hf_prune.utils.front_matter import read_card, split_card
 
 _GENERATED = "<!-- This model card has been generated automatically"  # until the author removes it
@@ -42,7 +43,7 @@ class PruningTrainer(Trainer):
         pruning_config: The settings, or a sparsity; None keeps the masks that the model has.
         teacher: A model for the same task, such as a copy of the dense model; it is frozen and not saved.
         distillation: Weights of the parts of the loss; ``Distillation()`` by default if there is a teacher.
-        calibration: Batches for criteria and repairs that look at data whenever masks change.
+        calibration: Data for criteria and repairs that look at some; see :class:`PruningCallback`.
         shrink_at: See :class:`PruningCallback`.
         threshold: See :class:`PruningCallback`.
         regularization: See :class:`PruningCallback`.
@@ -65,7 +66,7 @@ class PruningTrainer(Trainer):
         pruning_config: PruningConfig | float | None = None,
         teacher: nn.Module | None = None,
         distillation: Distillation | None = None,
-        calibration: Batches | None = None,
+        calibration: CalibrationData | None = None,
         shrink_at: int | float | None = None,
         threshold: float = 0.1,
         regularization: float = 1.0,
@@ -152,7 +153,7 @@ class PruningTrainer(Trainer):
 
     def _for_teacher(self, batch: dict[str, Any]) -> dict[str, Any]:
         """The batch without labels, except for encoder-decoder models, which make the decoder's inputs from them."""
-        if getattr(getattr(self.teacher, "config", None), "is_encoder_decoder", False):
+        if is_encoder_decoder(self.teacher):
             return batch
         return {name: value for name, value in batch.items() if name != "labels"}
 

@@ -12,6 +12,7 @@ from hf_prune.errors import CheckpointError
 # Opening a pickle runs code from it: none is opened, copied or uploaded.
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".dill")
 MARK = ".hf_prune.json"  # in an output: the command that wrote it
+RUN_FILE = "hf_prune_run.yaml"  # in an output: the settings that repeat it
 _NOT_REPORTED = (MARK, "__pycache__")  # left out without being listed as such
 _OTHER_FRAMEWORKS = (".h5", ".msgpack")  # weights of TensorFlow and Flax
 _OF_TRAINING = "checkpoint-"  # how the names of a Trainer's folders begin

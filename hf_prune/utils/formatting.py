@@ -116,3 +116,21 @@ def listing(folder: Path) -> str:
 def display_name(source: str) -> str:
     """The name of a model or data set in tables and plots: that of its folder, or the Hub id."""
     return Path(source).resolve().name if Path(source).exists() else source
+
+
+def format_duration(seconds: float) -> str:
+    """A time as people say it.
+
+    Args:
+        seconds: How long.
+
+    Example:
+        >>> format_duration(9.25), format_duration(119.7), format_duration(5400)
+        ('9.2 s', '2 min 0 s', '1 h 30 min')
+    """
+    if round(seconds, 1) < 60:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import inspect
 import re
-import reprlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -16,10 +15,7 @@ from torch import Tensor, nn
 from hf_prune.errors import CalibrationError, HfPruneError
 from hf_prune.utils.wrapping import check_is_model, sole_model, unwrapped
 
-_MAKE = (
-    "calibration=hf_prune.text_batches(texts, tokenizer) makes a list of batches from texts; put a single batch in a "
-    "list, calibration=[batch]"
-)
+_MAKE = "calibration=hf_prune.text_batches(texts, tokenizer) makes batches from texts"
 _DECODER_KEYS = {"labels", "decoder_input_ids", "decoder_inputs_embeds", "decoder_outputs", "decoder_features"}
 # What models raise on unsuitable inputs. Other exceptions pass, such as one by which a hook stops the forward pass.
 _INPUT_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
@@ -41,27 +37,6 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
-
-
-def as_batches(calibration: object) -> Any:
-    """Make sure that calibration data is iterable and not a single batch, and return it.
-
-    Raises:
-        CalibrationError: If it is not iterable, or a single batch.
-    """
-    if isinstance(calibration, Mapping) and calibration:
-        is_batch = any(isinstance(value, Tensor) for value in calibration.values())
-        what = f"a {'single batch' if is_batch else type(calibration).__name__} of {', '.join(map(str, calibration))}"
-        raise CalibrationError(f"calibration data is {what}: expected a list of batches; {_MAKE}")
-    try:
-        iter(calibration)  # type: ignore[call-overload]
-    except TypeError as error:
-        hint = "call it first, and pass what it returns" if callable(calibration) else _MAKE
-        raise CalibrationError(
-            f"calibration data is {reprlib.repr(calibration)}, of type {type(calibration).__name__}: expected a list "
-            f"of batches; {hint}"
-        ) from error
-    return calibration
 
 
 def batch_to_device(model: nn.Module, batch: object, device: torch.device | None = None) -> dict[str, Any]:
@@ -123,7 +98,7 @@ def run_model(model: nn.Module, inputs: Mapping[str, Any], error_class: type[HfP
             f"{k} {tuple(v.shape)}" if isinstance(v, Tensor) else k for k, v in inputs.items() if not _OPTION.match(k)
         ]
         hint = ""
-        if _decodes(model) and not _DECODER_KEYS & inputs.keys():
+        if is_encoder_decoder(model) and not _DECODER_KEYS & inputs.keys():
             hint = "; it has a decoder, so add labels or decoder_input_ids to each batch"
         holder = unwrapped(model)
         if (inner := sole_model(holder)) is not holder:
@@ -146,15 +121,21 @@ def _takes_features(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
 
 def _lacks_decoder_inputs(model: nn.Module, batch: object) -> bool:
     """Whether a batch has a text for the encoder and no inputs for the decoder."""
-    if not _decodes(model) or not isinstance(batch, Mapping) or _DECODER_KEYS & batch.keys():
+    if not is_encoder_decoder(model) or not isinstance(batch, Mapping) or _DECODER_KEYS & batch.keys():
         return False
     ids = batch.get("input_ids")
     known = inspect.signature(model.forward).parameters
     return isinstance(ids, Tensor) and ids.dim() == 2 and "decoder_input_ids" in known
 
 
-def _decodes(model: nn.Module) -> bool:
+def is_encoder_decoder(model: object) -> bool:
+    """Whether a model has a decoder beside an encoder, as its config says."""
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
+def generates(model: object) -> bool:
+    """Whether a model is a causal language model: one that continues what it reads."""
+    return bool(getattr(model, "can_generate", bool)()) and not is_encoder_decoder(model)
 
 
 def _decoder_inputs(model: Any, inputs: Mapping[str, Any]) -> dict[str, Tensor]:

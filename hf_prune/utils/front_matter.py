@@ -133,8 +133,12 @@ def split_card(text: str, what: str = "the card so far") -> tuple[dict[str, Any]
 
 def join_card(metadata: Mapping[str, Any], body: str) -> str:
     """The inverse of :func:`split_card`."""
-    front = yaml.dump(dict(metadata), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10**6)
-    return f"---\n{front}---\n\n{body.lstrip()}" if metadata else body.lstrip()
+    return f"---\n{dump_yaml(metadata)}---\n\n{body.lstrip()}" if metadata else body.lstrip()
+
+
+def dump_yaml(values: Mapping[str, Any]) -> str:
+    """Plain values as YAML that :func:`read_yaml` reads, in their order."""
+    return yaml.dump(dict(values), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10**6)
 
 
 def read_yaml(text: str, what: str, advice: str) -> Any:

@@ -21,7 +21,8 @@ def local_folder(source: str, what: str) -> Path | None:
         what: What the folder holds, for messages: ``"a model"``.
 
     Raises:
-        DataError: If it is a file, or the path of a folder that does not exist.
+        DataError: If it is a file, or the path of a folder that does not exist, as it is if its first part is a
+            folder.
     """
     if os.path.isdir(source):
         return Path(source)
@@ -30,6 +31,12 @@ def local_folder(source: str, what: str) -> Path | None:
     if not source or source.startswith((".", "/", "~")) or os.path.isabs(source) or source.count("/") > 1:
         home = " (write the home folder in full: '~' is not expanded)" if source.startswith("~") else ""
         raise DataError(f"no such folder: {source!r}{home}. Pass a folder that holds {what}, or a Hub id (owner/name)")
+    first, slash, _ = source.partition("/")
+    if slash and os.path.isdir(first) and not source.startswith("glue/"):  # which is short for a data set of the Hub
+        raise DataError(
+            f"no such folder: {source!r}, though {first!r} is one. Pass a folder that holds {what}; for the Hub "
+            f"id, run this where there is no folder {first!r}"
+        )
     return None
 
 

@@ -14,6 +14,10 @@ class CoverageWarning(UserWarning):
     """The settings ask for weights that stay dense all the same."""
 
 
+class QualityWarning(UserWarning):
+    """The settings are known to cost much more quality than others would."""
+
+
 def warn_user(message: str, category: type[Warning] = UserWarning) -> None:
     """Issue a warning at the innermost line outside of this package and of the libraries that call it back.
 

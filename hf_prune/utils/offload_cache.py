@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from hf_prune.utils.scratch import scratch_folder
+
 
 class OffloadCache:
     """A mapping from keys to tensors, or structures of tensors, that keeps a limited number of bytes in memory.
@@ -20,7 +22,8 @@ class OffloadCache:
 
     Args:
         budget: Most bytes of tensors kept in memory.
-        folder: Where the temporary folder is created; that of the system if None.
+        folder: Where the temporary folder is created; None for one on a disk, see
+            :func:`~hf_prune.utils.scratch.scratch_folder`.
     """
 
     def __init__(self, budget: int, folder: str | os.PathLike[str] | None = None) -> None:
@@ -56,7 +59,7 @@ class OffloadCache:
             return
         leaves, spec = tree_flatten(value)
         if self._folder is None:
-            self._folder = tempfile.TemporaryDirectory(prefix="hf_prune-", dir=self._parent)
+            self._folder = tempfile.TemporaryDirectory(prefix="hf_prune-", dir=self._parent or scratch_folder())
         self._file_count += 1
         path = Path(self._folder.name) / str(self._file_count)
         with path.open("wb") as file:

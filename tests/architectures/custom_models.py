@@ -56,6 +56,23 @@ class Grouped(nn.Module):
         return self.wo(attend(q, k, v, self.sink).transpose(1, 2).reshape(b, t, self.h * self.d))
 
 
+class Sloped(nn.Module):
+    """A slope for each head, which no checkpoint holds, and a gate that starts at zero."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.h = c.nh
+        self.wq, self.wk, self.wv = (nn.Linear(c.width, c.width) for _ in range(3))
+        self.wo, self.alpha = nn.Linear(c.width, c.width), nn.Parameter(torch.tensor(0.0))
+        self.register_buffer("slopes", torch.linspace(0.1, 1, c.nh), persistent=False)
+
+    def forward(self, x):
+        b, t, _ = x.shape
+        q, k, v = (w(x).view(b, t, self.h, -1).transpose(1, 2) for w in (self.wq, self.wk, self.wv))
+        scores = q @ k.mT + self.slopes[:, None, None] * torch.arange(t)
+        return self.alpha * self.wo((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
 class PerHead(nn.Module):
     """One matrix, head by head: query, key and value of a head are neighbours."""
 
@@ -108,6 +125,20 @@ class Interleaved(nn.Module):
         return self.out(nn.functional.gelu(hidden[..., ::2]) * hidden[..., 1::2])
 
 
+class GatedLate(nn.Module):
+    """A gate that starts at zero in every second layer, where gate and value of a neuron are neighbours."""
+
+    def __init__(self, c, number):
+        super().__init__()
+        self.inn, self.out = nn.Linear(c.width, 2 * c.ff), nn.Linear(c.ff, c.width)
+        self.number, self.alpha = number, nn.Parameter(torch.tensor(1.0 - number % 2))
+
+    def forward(self, x):
+        hidden = self.inn(x)
+        gate, up = (hidden[..., ::2], hidden[..., 1::2]) if self.number % 2 else hidden.chunk(2, -1)
+        return self.alpha * self.out(nn.functional.gelu(gate) * up)
+
+
 class Halves(nn.Module):
     """One matrix up, gates first."""
 
@@ -120,17 +151,18 @@ class Halves(nn.Module):
         return self.out(nn.functional.gelu(gate) * up)
 
 
-MIXERS: dict[str, Any] = {"grouped": Grouped, "per_head": PerHead, "thirds": Thirds}
-NETWORKS: dict[str, Any] = {"gated": Gated, "interleaved": Interleaved, "halves": Halves}
+MIXERS: dict[str, Any] = {"grouped": Grouped, "sloped": Sloped, "per_head": PerHead, "thirds": Thirds}
+NETWORKS: dict[str, Any] = {"gated": Gated, "interleaved": Interleaved, "halves": Halves}  # and "late"
 
 
 class OwnBlock(nn.Module):
     """Attention and network side by side."""
 
-    def __init__(self, c):
+    def __init__(self, c, number):
         super().__init__()
         self.n1, self.n2 = nn.LayerNorm(c.width), nn.LayerNorm(c.width)
-        self.mix, self.ffw = MIXERS[c.mixer](c), NETWORKS[c.network](c)
+        self.mix = MIXERS[c.mixer](c)
+        self.ffw = GatedLate(c, number) if c.network == "late" else NETWORKS[c.network](c)
 
     def forward(self, x):
         return x + self.mix(self.n1(x)) + self.ffw(self.n2(x))
@@ -146,7 +178,7 @@ class OwnModel(PreTrainedModel):
     def __init__(self, config):
         super().__init__(config)
         self.tok = nn.Embedding(config.vocab, config.width)
-        self.stack = nn.ModuleList([OwnBlock(config) for _ in range(config.depth)])
+        self.stack = nn.ModuleList([OwnBlock(config, number) for number in range(config.depth)])
         self.fin, self.head = nn.LayerNorm(config.width), nn.Linear(config.width, config.vocab, bias=False)
         self.post_init()
 

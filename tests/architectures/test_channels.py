@@ -151,7 +151,7 @@ def test_command(tmp_path, capsys):
     command = ["prune", str(tmp_path / "dense"), "--granularity", "channel", "--target-modules", "convolution"]
     for option in ("--shrink", "--no-shrink"):
         with pytest.raises(SystemExit) as ended:
-            main([*command, option, "--out", str(tmp_path / option)])
+            main([*command, option, "--details", "--out", str(tmp_path / option)])
         assert ended.value.code == 0
         out = capsys.readouterr().out
         assert ("Shrunk: " in out) == (option == "--shrink")

@@ -4,6 +4,8 @@ import pytest
 import torch
 import transformers
 
+from hf_prune.architectures.discovery.blocks import idle_parts
+from hf_prune.architectures.discovery.sample import Sample
 from hf_prune.architectures.small_configs import small_config
 from hf_prune.architectures.small_models import example_inputs, small_model
 from hf_prune.errors import ArchitectureError
@@ -84,7 +86,37 @@ def test_a_model_without_known_inputs_is_refused():
             self.weight = torch.nn.Parameter(torch.ones(2))
 
         def forward(self, states):
-            return states
+            raise ValueError("nothing will do")
 
     with pytest.raises(ArchitectureError, match="no example inputs are known for Odd"):
         example_inputs(Odd())
+
+
+def _llava() -> transformers.LlavaConfig:
+    """Of which a token that stands for images is among the first ones."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
+    vision = transformers.CLIPVisionConfig(**sizes, image_size=16, patch_size=8)
+    return transformers.LlavaConfig(
+        vision_config=vision, text_config=transformers.LlamaConfig(**sizes, vocab_size=64), image_token_id=63
+    )
+
+
+@pytest.mark.parametrize(
+    ("cls", "config"),
+    [
+        (transformers.LlavaForConditionalGeneration, _llava),
+        (transformers.Gemma3ForConditionalGeneration, transformers.Gemma3Config),
+        (transformers.Qwen2_5_VLForConditionalGeneration, transformers.Qwen2_5_VLConfig),
+        (transformers.PaliGemmaForConditionalGeneration, transformers.PaliGemmaConfig),
+    ],
+)
+def test_models_of_images_and_text_are_tried_on_both(cls, config):
+    assert "pixel_values" in example_inputs(small_model(cls, config()))
+
+
+def test_a_tower_that_inputs_do_not_reach_is_named():
+    model = transformers.LlavaForConditionalGeneration(_llava()).eval()
+    assert idle_parts(Sample(model, example_inputs(model))) == {}
+    reasons = idle_parts(Sample(model, {"input_ids": torch.arange(3, 9)[None]}))
+    assert list(reasons) == ["model.vision_tower"]
+    assert "run on input_ids alone" in reasons["model.vision_tower"]

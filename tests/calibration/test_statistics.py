@@ -236,11 +236,11 @@ class Fixed(nn.Module):
 @pytest.mark.parametrize(
     ("batches", "message"),
     [
-        (None, r"criterion '{}' needs calibration data, and got none: pass calibration=batches, an iterable of dicts"),
+        (None, r"criterion '{}' needs calibration data, and got none: pass calibration=, a list of texts"),
         ([], r"calibration has no batches: expected at least one; a used-up generator yields none"),
         ([{"x": torch.ones(2, 8)}], r"the model returned no loss for a batch with x: expected the labels among them"),
         ([torch.ones(2, 8)], r"a calibration batch is a Tensor: expected a dict of model inputs"),
-        ({"x": torch.ones(2, 8)}, "calibration data is a single batch of x: expected a list of batches"),
+        ({"x": torch.ones(2, 8)}, "the model returned no loss for a batch with x: expected the labels"),
         ([(torch.ones(2, 8), torch.ones(2))], r"a calibration batch is a tuple: expected a dict"),
         (
             [{"x": torch.full((1, 8), float("nan")), "labels": torch.tensor([0])}],

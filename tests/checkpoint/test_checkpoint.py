@@ -640,11 +640,11 @@ def test_missing_checkpoint_is_refused(tmp_path):
 
 
 def test_training_steps_do_not_survive_in_the_checkpoint(tmp_path):
-    """An optimizer moves removed weights; what is saved has them at zero all the same, and loads."""
+    """Something moves removed weights; what is saved has them at zero all the same, and loads."""
     model = prunable(models.tiny_bert()).prune(0.5)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
-    model(input_ids=torch.tensor([[1, 2, 3]]), labels=torch.tensor([1])).loss.backward()
-    optimizer.step()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1)
     name, mask = next(iter(model.masks.items()))
     assert model.get_parameter(name).detach()[~mask].any()
     state = {key: value.clone() for key, value in model.state_dict().items()}

@@ -104,6 +104,21 @@ def test_accuracies_are_those_of_evaluate(bench, folders, capsys):
     assert values["accuracies"]["dense"] != values["accuracies"]["other"]
 
 
+def test_language_models_are_scored_by_perplexity(bench, folders, tmp_path, capsys):
+    (tmp_path / "test.txt").write_text("\n".join(models.tiny_sentences(30)["sentence"]))
+    options, picture = ("--data", tmp_path, *FEW), tmp_path / "speed.png"
+    values = json.loads(bench(folders["gpt2"], folders["gpt2"], *options, "--json"))
+    with pytest.raises(SystemExit):
+        main(["evaluate", folders["gpt2"], "--data", str(tmp_path), "--prompts", "0", "--json"])
+    expected = json.loads(capsys.readouterr().out)["evaluation"]["perplexity"]
+    assert list(values["perplexities"].values()) == [expected, expected]
+    out = bench(folders["gpt2"], *options, "--plot", picture)
+    assert f"gpt2: perplexity {expected:.2f} on test of {tmp_path}" in out
+    assert picture.read_bytes().startswith(PNG)
+    error = bench(folders["gpt2"], folders["dense"], *options, "--json", code=1)
+    assert "expected a …ForCausalLM like the first; leave out --data to time it" in error
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_json_has_every_setting(bench, folders, dtype):
     options = ("--batch", "1,2", "--length", "4,8", "--rounds", 2, "--warmup", 1, "--dtype", dtype, "--json")
@@ -136,7 +151,7 @@ def test_images(bench, folders, tmp_path):
         ("dense", ["--length", "8", "--new-tokens", "2"], "for causal language models, which dense is not"),
         ("gpt2", ["--length", "20", "--new-tokens", "5"], "are more than the 24 positions of gpt2"),
         ("dense", ["--plot", "speed.txt"], "--plot is 'speed.txt': expected a file that ends in .png, .svg, .pdf"),
-        ("gpt2", ["--json", "--data", "DATA"], "is a GPT2LMHeadModel: expected a …ForSequenceClassification"),
+        ("vit", ["--json", "--data", "DATA"], "is a ViTForImageClassification, which learns from images"),
         ("bare", ["--json", "--data", "DATA"], "has no tokenizer, which scoring needs"),
     ],
 )

@@ -73,7 +73,7 @@ def test_pruned_on_texts_and_loaded_by_the_plain_class(name, data, folders, hf_p
         "prune", folders[name], "--sparsity", 0.5, "--criterion", "wanda", "--data", folders[data], "--out", out
     )
     assert code == 0
-    assert f"Saved in {out}." in said
+    assert f"Saved:   {out} (" in said
     pruned, dense = opened(name, out), opened(name, folders[name])
     assert not np.array_equal(answers(pruned), answers(dense))
     assert [type(module).__name__ for module in pruned] == [type(module).__name__ for module in dense]
@@ -183,7 +183,7 @@ def test_a_sweep_of_pairs_knows_their_scores(folders, hf_prune, tmp_path):
             "without modules.json: expected a model",
         ),
         (("evaluate", "encoder", "--against", "plain", "--data", "similar"), "expected two of the same kind"),
-        (("evaluate", "encoder", "--data", "similar", "--window", "8"), "--window and --limit are for language"),
+        (("evaluate", "encoder", "--data", "similar", "--window", "8"), "--window is for language"),
         (
             ("evaluate", "encoder", "--data", "similar", "--metric", "bleu"),
             "metric is 'bleu': expected one of",
@@ -237,3 +237,29 @@ def test_without_the_library_weights_are_pruned_and_texts_refused(folders, hf_pr
     code, _, err = hf_prune("evaluate", folders["encoder"], "--data", folders["similar"])
     assert code != 0
     assert "is a SentenceTransformer of sentence-transformers, which is not installed" in " ".join(err.split())
+
+
+@pytest.mark.parametrize(("data", "metric"), [("similar", "Spearman"), ("searched", "nDCG@10")])
+def test_a_card_shows_the_score_and_is_verified_by_scoring_again(data, metric, folders, hf_prune, tmp_path):
+    out, scores = tmp_path / "out", tmp_path / "scores.json"
+    hf_prune("prune", folders["encoder"], "--sparsity", 0.5, "--out", out)
+    _, said, _ = hf_prune("evaluate", out, "--against", folders["encoder"], "--data", folders[data], "--json")
+    scores.write_text(said)
+    value = json.loads(said)["evaluation"]["value"]
+    code, _, err = hf_prune("card", out, "--evaluation", scores, "--dataset", f"org/{data}", "--write")
+    assert code == 0, err
+    card = (out / "README.md").read_text()
+    assert f"| this model | {value:.4f} ± " in card
+    assert f"type: {metric.lower()}" in card
+    assert "paired p = " in card
+    code, said, err = hf_prune("verify", out, "--evaluate", "--data", folders[data])
+    assert code == 0, said + err
+    (out / "README.md").write_text(card.replace(f"value: {value!r}", "value: 0.987"))
+    code, said, _ = hf_prune("verify", out, "--evaluate", "--data", folders[data])
+    assert code == 1
+    claimed = json.loads(scores.read_text())
+    claimed["evaluation"]["value"] = 0.987
+    scores.write_text(json.dumps(claimed))
+    code, _, err = hf_prune("card", out, "--evaluation", scores)
+    assert code == 1
+    assert "value is 0.987" in err

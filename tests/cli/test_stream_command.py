@@ -31,17 +31,27 @@ def texts(tmp_path) -> list[str]:
     return sentences
 
 
+REPORTS = ("pruning_card", "sparsity_report")
+
+
 def run(*arguments: object) -> int:
     with pytest.raises(SystemExit) as exit_:
         main([str(argument) for argument in arguments])
     return int(exit_.value.code or 0)
 
 
+def without_card(folder):
+    return {k: v for k, v in contents(folder).items() if k not in ("README.md", "pruning_card.json")}
+
+
 def test_without_data(source, tmp_path, capsys):
     assert run("prune", source, "--stream", "--sparsity", "0.3", "--scope", "global", "--out", tmp_path / "out") == 0
-    assert f"Saved in {tmp_path / 'out'}." in capsys.readouterr().out
+    assert f"Saved:   {tmp_path / 'out'} (" in capsys.readouterr().out
     prune_stream(source, 0.3, tmp_path / "expected", scope="global")
-    assert contents(tmp_path / "out") == contents(tmp_path / "expected")
+    assert without_card(tmp_path / "out") == contents(tmp_path / "expected")
+    assert "- pruned\n" in (tmp_path / "out" / "README.md").read_text()
+    facts, report = (json.loads((tmp_path / "out" / f"{name}.json").read_text()) for name in REPORTS)
+    assert facts["report"]["nonzero"] == report["nonzero"]
     assert (tmp_path / "out" / "tokenizer.json").exists()
 
 
@@ -55,12 +65,13 @@ def test_unlabelled_texts(kind, texts, tmp_path, capsys):
     out = tmp_path / "out"
     assert run("prune", source, "--stream", "--criterion", "sparsegpt", *options, "--out", out, "--json") == 0
     report = json.loads(capsys.readouterr().out)
+    assert report.pop("run")["out"] == str(out)
     if kind == "llama":
         batches = token_windows(texts, tokenizer, n=12, length=8)
     else:
         batches = text_batches([texts[i] for i in sample_order(30)[:12]], tokenizer)
     prune_stream(source, PruningConfig(criterion="sparsegpt"), tmp_path / "expected", calibration=batches)
-    assert contents(out) == contents(tmp_path / "expected")
+    assert without_card(out) == contents(tmp_path / "expected")
     assert report == json.loads((out / "sparsity_report.json").read_text())
 
 
@@ -92,7 +103,7 @@ def test_it_resumes_and_restarts(source, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(stream_output, "write_tensor", interrupted)
     arguments = ["prune", source, "--stream", "--out", tmp_path / "out"]
     assert run(*arguments) == 130
-    assert "The same command continues where it was." in capsys.readouterr().err
+    assert "the same command continues where it was." in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     assert run(*arguments, "--sparsity", "0.6") == 1
     assert "differs in settings: repeat that run to finish it" in capsys.readouterr().err
@@ -143,6 +154,5 @@ def test_the_masks_are_those_of_the_command_without_stream(source, tmp_path):
     assert (tmp_path / "a" / "sparsity_report.json").read_text() == (
         tmp_path / "b" / "sparsity_report.json"
     ).read_text()
-    assert {p.name for p in (tmp_path / "b").iterdir()} <= {p.name for p in (tmp_path / "a").iterdir()} | {
-        "model.safetensors"
-    }
+    also = {"model.safetensors", "README.md", "pruning_card.json"}  # a stream writes no card
+    assert {p.name for p in (tmp_path / "b").iterdir()} <= {p.name for p in (tmp_path / "a").iterdir()} | also

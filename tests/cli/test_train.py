@@ -14,7 +14,6 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from hf_prune.cli.main import main
 from hf_prune.training.state import last_whole_checkpoint, save_training
 from hf_prune.utils.locks import output_lock
 from tests import models
@@ -39,16 +38,8 @@ def folders(tmp_path_factory):
 
 
 @pytest.fixture
-def run(capsys):
-    def run(*arguments, code=0):
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main([str(a) for a in arguments])
-        out, err = capsys.readouterr()
-        assert (ended.value.code or 0) == code, err
-        return err if code else out
-
-    return run
+def run(hf_prune):
+    return hf_prune
 
 
 def zeros(model, part):

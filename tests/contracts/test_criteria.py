@@ -269,7 +269,7 @@ def test_random_is_uniform():
 
 def test_criteria_say_how_they_rank_units_and_those_of_a_training_come_last():
     rankings = unit_rankings()
-    names = ["fisher", "frequency", "magnitude", "random", "reap", "reconstruction", "taylor", "movement"]
+    names = ["fisher", "frequency", "greedy", "magnitude", "random", "reap", "reconstruction", "taylor", "movement"]
     assert list(rankings) == names
     assert all(ranking.description and ranking.paper for ranking in rankings.values())
     with pytest.raises(UnknownNameError, match="unknown criterion 'reconstruction': expected one of alps, "):

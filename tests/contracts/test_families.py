@@ -12,6 +12,7 @@ import torch
 from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
+from benchmarks.conformance_checks import SETTINGS
 from hf_prune import shrink
 from hf_prune.architectures.bypass import bypass
 from hf_prune.architectures.discovery.find import discover
@@ -46,12 +47,30 @@ FAMILIES = {
     "moonshine": "neuron layer",
     "albert": "head neuron",
     "bloom": "neuron layer",
+    "llama4_text": "head neuron layer",
+    "qwen3_next": "head neuron layer",
+    "qwen3_5_moe_text": "head neuron layer",
+    "deepseek_v2": "head neuron layer",
+    "deepseek_v3": "head neuron layer",
+    "granitemoehybrid": "neuron layer",
+    "nemotron_h": "head neuron",
+    "falcon_h1": "head neuron",
+    "clip": "head neuron layer",
+    "siglip2": "head neuron layer",
+    "falcon": "head neuron layer",
+    "gpt_bigcode": "head neuron layer",
+    "gemma4_text": "head neuron",
+    "embedding_gemma2_text": "head neuron",
+    "kimi_linear": "head neuron layer",
+    "deepseek_v4": "neuron layer",
+    "sam_vision_model": "head neuron",
+    "sam3_vit_model": "head neuron",
 }
 EVERY_DAY = ("modernbert", "mpnet", "phi3", "qwen3_5_text", "albert")
 
 
 def small(model_type: str) -> Sample:
-    config = AutoConfig.for_model(model_type)
+    config = AutoConfig.for_model(model_type, **SETTINGS.get(model_type, {}))
     classes = MODEL_MAPPING[type(config)]
     return make_sample(classes[0] if isinstance(classes, tuple) else classes, small_config(config))
 
@@ -98,7 +117,7 @@ def test_masked_is_shrunk_is_reloaded(model_type, equally, tmp_path):
     assert all(torch.equal(one, other) for one, other in zip(sample.outputs(loaded), outputs, strict=True))
     assert {g.name: g.units for g in find_unit_groups(loaded)} == {g.name: g.units for g in find_unit_groups(shrunk)}
     config = json.loads((tmp_path / "config.json").read_text())
-    needs_us = any(not group.config for group in groups)
+    needs_us = any(not group.config for group in groups) or model_type == "gemma4_text"  # heads of two widths
     assert ("quantization_config" in config) == (needs_us or (not equally and "quantization_config" in config))
 
 

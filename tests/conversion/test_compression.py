@@ -49,9 +49,11 @@ from hf_prune.checkpoint.files import INDEX, MASK_FILE, SINGLE, file_paths
 from hf_prune.checkpoint.mask_file import StoredMasks
 from hf_prune.checkpoint.packed import files as packed_files
 from hf_prune.checkpoint.packed import quantizer as packed_loading
+from hf_prune.checkpoint.packed import seal
 from hf_prune.checkpoint.packed.files import PackedFiles
-from hf_prune.checkpoint.packed.format import CODECS, HEAD, LAYOUTS, MAGIC, is_packed, read_header
+from hf_prune.checkpoint.packed.format import CODECS, HEAD, LAYOUTS, MAGIC, read_header
 from hf_prune.checkpoint.packed.remote_code import modeling_source
+from hf_prune.checkpoint.packed.seal import is_packed
 from hf_prune.checkpoint.shards import header_bytes
 from hf_prune.cli.main import app
 from hf_prune.conversion.compression import compress_checkpoint
@@ -414,6 +416,32 @@ def test_remote_code_of_other_kinds(tmp_path, kind, run_remote):
     assert run_remote(tmp_path / "small", tmp_path / "dense", auto) == ""
 
 
+@pytest.mark.parametrize("compressed", [False, True])
+def test_remote_code_builds_layers_that_differ(tmp_path, compressed, run_remote):
+    model = prunable(models.tiny_llama())
+    model.prune(0.3, granularity=("head", "neuron"), criterion="magnitude", scope="global").shrink()
+    model.save_pretrained(tmp_path / "shrunk", compressed=compressed, remote_code=True)
+    code = """
+import sys, torch
+from transformers import AutoModelForCausalLM as A
+model = A.from_pretrained(sys.argv[1], trust_remote_code=True)
+assert "hf_prune" not in sys.modules
+torch.save(model.state_dict(), sys.argv[3])
+try:
+    A.from_pretrained(sys.argv[1])
+except RuntimeError as error:
+    assert "pip install hf_prune, and import it first" in str(error)
+else:
+    raise AssertionError
+"""
+    assert run_remote(tmp_path / "shrunk", tmp_path, code=code) == ""
+    found = torch.load(tmp_path / "again")
+    assert found.keys() == model.state_dict().keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in model.state_dict().items())
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "shrunk")  # and with hf_prune as always
+    assert_unchanged(again, snapshot(model))
+
+
 def test_remote_code_and_hf_prune_in_one_process(folders, tmp_path, run_remote):
     """Whoever comes first, the library's own reader is used once it is imported."""
     compress_checkpoint(folders["dense"], tmp_path / "small", remote_code=True)
@@ -443,9 +471,10 @@ def test_remote_code_is_refused_where_it_cannot_work(folders, tmp_path):
     with pytest.raises(ConfigError, match="remote_code=True without compressed=True"):
         model.save_pretrained(tmp_path / "out", remote_code=True)
     with torch.no_grad():
-        model.bert.encoder.layer[0].output.dense.weight[:, :20] = 0
-    with pytest.raises(CheckpointError, match="sizes that only hf_prune can build"):
-        shrink(model).save_pretrained(tmp_path / "out", compressed=True, remote_code=True)
+        for layer in model.bert.encoder.layer:
+            layer.output.dense.weight[:, :20] = 0
+    with pytest.raises(ConfigError, match="whose config tells all its sizes: any transformers loads it"):
+        shrink(model).save_pretrained(tmp_path / "out", remote_code=True)
     source = Path(shutil.copytree(folders["dense"], tmp_path / "dense"))
     config = json_or_bytes(source / "config.json")
     for change, message in (
@@ -561,6 +590,34 @@ def test_one_flipped_bit_anywhere_is_refused(small):
         with pytest.raises(CheckpointError, match="download or save"):
             PackedFiles([small / SINGLE])
     refused(small, "its bytes do not match its checksum")
+
+
+def test_a_flipped_bit_is_found_by_the_checksum_while_the_weights_are_read(small):
+    """Whatever it does to them: to a value, which no other check would find, or to the positions or the header."""
+    data = (small / SINGLE).read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    places = [data.rindex(b"hfp1") + 5, data.rindex(b"hfp1") + 120, *range(start, len(data), (len(data) - start) // 9)]
+    for place in places:
+        (small / SINGLE).write_bytes(data[:place] + bytes([data[place] ^ 16]) + data[place + 1 :])
+        for load in (AutoModelForSequenceClassification, AutoPrunedModelForSequenceClassification):
+            with pytest.raises(CheckpointError, match="download or save"):
+                load.from_pretrained(small)
+
+
+def test_a_file_is_hashed_once(small, monkeypatch):
+    hashed = []
+    check = seal._check_digest
+    monkeypatch.setattr(seal, "_check_digest", lambda *args: (hashed.append(args[0]), check(*args)))
+    AutoPrunedModelForSequenceClassification.from_pretrained(small)
+    assert hashed == [small / SINGLE]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_another_dtype_is_that_of_the_dense_checkpoint_rounded(folders, dtype):
+    dense = AutoModelForSequenceClassification.from_pretrained(folders["dense"], dtype=dtype).state_dict()
+    small = AutoModelForSequenceClassification.from_pretrained(folders["small"], dtype=dtype).state_dict()
+    assert {tensor.dtype for tensor in small.values() if tensor.is_floating_point()} == {dtype}
+    assert all(same_bits(small[name], dense[name]) for name in dense)
 
 
 def test_truncated_files_are_refused(small):
@@ -908,7 +965,7 @@ def watch():
 
 thread = threading.Thread(target=watch)
 thread.start()
-model = load(sys.argv[2])
+model = load(sys.argv[2], dtype=sys.argv[3])
 done.set()
 thread.join()
 print(peak - before)
@@ -927,20 +984,23 @@ def large(tmp_path_factory) -> Path:
 @pytest.mark.matrix
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("kind", ["AutoModelForSequenceClassification", "AutoPrunedModelForSequenceClassification"])
-def test_loading_takes_the_dense_model_and_one_tensor(large, kind):
-    """And the masks, a byte for each weight, where they are kept: read and compared once all weights are there."""
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_loading_takes_the_dense_model_and_one_tensor(large, kind, dtype):
+    """In the dtype that is asked for, and the masks, a bit for each weight, where they are kept."""
     headers = PackedFiles([large / SINGLE]).headers.values()
-    tensors = [header.numel * header.dtype.itemsize for header in headers]
-    plain = sum(entry.size for entry in PackedFiles([large / SINGLE]).plain())
-    masks = sum(header.numel for header in headers if header.masked) if "Pruned" in kind else 0
-    words = [sys.executable, "-c", PEAK, kind, str(large)]
+    size = getattr(torch, dtype).itemsize
+    tensors = [header.numel * size for header in headers]
+    plain = sum(entry.size for entry in PackedFiles([large / SINGLE]).plain()) * size // 4
+    masks = sum(header.numel // 8 for header in headers if header.masked) if "Pruned" in kind else 0
+    words = [sys.executable, "-c", PEAK, kind, str(large), dtype]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(words, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     dense = sum(tensors) + plain
-    assert dense > 90e6
+    assert dense > 22e6 * size
+    spare = max(tensors) if not masks else 8 * max(tensors) // size  # bytes of comparing a mask
     threads = 4 * (2 << 20)  # pieces that each thread works on, and its allocator does not give back
-    assert 0.9 * dense < int(done.stdout) <= dense + masks + (2 if masks else 1) * max(tensors) + threads
+    assert 0.9 * dense < int(done.stdout) <= dense + masks + spare + threads
 
 
 # --- the command line ------------------------------------------------------------------------------
@@ -1050,9 +1110,9 @@ def none_is_large(monkeypatch):
     """An error where memory for more than a million values is asked for."""
 
     def small_only(read: Any) -> Any:
-        def checked(data: Any, header: Any = None) -> Any:
+        def checked(data: Any, *args: Any, **kwargs: Any) -> Any:
             assert read_header(data).numel < 1_000_000, "memory was taken for a weight that the model does not have"
-            return read(data, header)
+            return read(data, *args, **kwargs)
 
         return checked
 

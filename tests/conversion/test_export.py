@@ -1,10 +1,14 @@
 """Exported files do what PyTorch does, masked and shrunk."""
 
+import importlib.util
 import json
 import os
 
+import numpy as np
+import onnx
 import pytest
 import torch
+from onnx import numpy_helper
 
 from hf_prune import ExportError, export_model, measure_latency, prune, shrink
 from hf_prune.architectures.bypass import bypass
@@ -55,6 +59,72 @@ def test_the_commands(tmp_path, capsys):
     assert "its outputs differ from PyTorch's by" in capsys.readouterr().out
 
 
+def test_int8_files_are_smaller_nearly_the_same_and_keep_their_zeros(tmp_path, capsys):
+    model, inputs = tiny("bert")
+    prune(model, 0.5)
+    model.save_pretrained(tmp_path / "model")
+    out = tmp_path / "files" / "m.onnx"
+    with pytest.raises(SystemExit) as ended:
+        main(["export", str(tmp_path / "model"), str(out), "--quantize", "int8", "--json"])
+    assert ended.value.code == 0
+    report = json.loads(capsys.readouterr().out)
+    assert os.listdir(out.parent) == ["m.onnx"]
+    assert report["bytes"] == out.stat().st_size < report["float_bytes"]
+    assert report["difference"] < 1e-5
+    assert 1e-5 < report["quantized_difference"] < 0.1 * report["largest_output"]
+    assert abs(ExportedModel(out)(**inputs()) - logits(model, inputs())).max() < 0.1 * report["largest_output"]
+    graph = onnx.load(out).graph
+    stored = [numpy_helper.to_array(tensor) for tensor in graph.initializer if "word_embeddings" in tensor.name]
+    embedding = tuple(model.bert.embeddings.word_embeddings.weight.shape)
+    assert [array.dtype for array in stored if array.shape == embedding] == [np.uint8]
+    weight = model.bert.encoder.layer[0].intermediate.dense.weight.detach().numpy().T
+    matrices = [numpy_helper.to_array(tensor) for tensor in graph.initializer if list(tensor.dims) == [*weight.shape]]
+    rounded = next(array for array in matrices if not array[weight == 0].any())
+    assert rounded.dtype == np.int8
+    scale = abs(weight).max(0) / 64  # (outputs,); seven bits
+    assert abs(rounded * scale - weight).max() <= 0.51 * scale.max()
+
+
+def test_int8_that_cannot_be_written_is_refused(tmp_path, monkeypatch, capsys):
+    model, _ = tiny("bert")
+    with pytest.raises(ExportError, match=r"quantize is 'int4': expected None or one of 'int8'"):
+        export_model(model, tmp_path / "m.onnx", quantize="int4")
+    model.save_pretrained(tmp_path / "model")
+    with pytest.raises(SystemExit) as ended:
+        main(["export", str(tmp_path / "model"), str(tmp_path / "m.gguf"), "--quantize", "int8"])
+    assert ended.value.code == 1
+    assert "choose --gguf-type q8_0" in capsys.readouterr().err
+    find = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "nncf" else find(name))
+    with pytest.raises(ExportError, match=r"nncf is not installed, .*: pip install nncf, or export to \.onnx"):
+        export_model(model, tmp_path / "m.xml", quantize="int8")
+    monkeypatch.undo()
+
+    def overflowing(source, target):
+        broken = onnx.load(source)
+        for tensor in broken.graph.initializer:
+            if tensor.name.endswith("classifier.bias"):
+                tensor.CopyFrom(numpy_helper.from_array(np.full(tuple(tensor.dims), np.inf, np.float32), tensor.name))
+        onnx.save(broken, target)
+
+    monkeypatch.setattr("hf_prune.conversion.export.write_int8", overflowing)
+    with pytest.raises(
+        ExportError, match="outputs of the int8 model in onnxruntime are not finite: nothing was written"
+    ):
+        export_model(model, tmp_path / "m.onnx", quantize="int8")
+    assert os.listdir(tmp_path) == ["model"]
+
+
+def test_openvino_files_in_int8(tmp_path):
+    pytest.importorskip("nncf", reason="nncf is not installed, which quantizes OpenVINO files")
+    model, inputs = tiny("bert")
+    report = export_model(model, tmp_path / "m.xml", quantize="int8")
+    assert report.bytes < report.float_bytes
+    assert sorted(os.listdir(tmp_path)) == ["m.bin", "m.xml"]
+    assert 1e-6 < report.quantized_difference < 0.1 * report.largest_output
+    assert abs(ExportedModel(report.path)(**inputs()) - logits(model, inputs())).max() < 0.1 * report.largest_output
+
+
 def test_exported_models_are_timed_beside_checkpoints(tmp_path, capsys):
     model, _ = tiny("bert")
     model.save_pretrained(tmp_path / "model")
@@ -90,3 +160,18 @@ def test_refusals_write_nothing(tmp_path, monkeypatch):
     monkeypatch.undo()
     with pytest.raises(DataError, match="does not exist"):
         ExportedModel(tmp_path / "nothing.onnx")
+
+
+def test_what_torch_could_not_do_is_said_and_not_where_to_read_on(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        try:
+            raise ValueError("\naten.nonsense has no decomposition\nMore of it.")
+        except ValueError as inner:
+            raise RuntimeError(
+                "Failed to export.\n\n(Refer to the full stack trace above for more information.)"
+            ) from inner
+
+    monkeypatch.setattr("torch.onnx.export", refuse)
+    with pytest.raises(ExportError, match=r"cannot export this \w+: aten.nonsense has no decomposition$"):
+        export_model(tiny("bert")[0], tmp_path / "m.onnx")
+    assert not os.listdir(tmp_path)

@@ -284,6 +284,7 @@ def test_positions_that_start_after_the_padding(tokenizer):
 def test_progress_bar_is_shown_only_when_asked_and_on_a_terminal(bert, tokenizer, capfd, monkeypatch):
     evaluate_classification(bert, tokenizer, make_data(4), progress=True)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setattr("hf_prune.utils.progress._DELAY", 0)
     evaluate_classification(bert, tokenizer, make_data(4))
     assert capfd.readouterr().err == ""
     evaluate_classification(bert, tokenizer, make_data(4), progress=True)

@@ -13,8 +13,8 @@ from torch import nn
 from hf_prune.calibration.input_reader import InputReader
 from hf_prune.calibration.replay import Replay
 from hf_prune.calibration.statistics import collect_stats
+from hf_prune.calibration.texts import token_windows
 from hf_prune.criteria.base import INPUTS
-from hf_prune.evaluation.data.texts import token_windows
 from hf_prune.evaluation.perplexity import compare_perplexity, evaluate_perplexity
 from hf_prune.evaluation.perplexity_result import Perplexity
 from hf_prune.pipeline import prune

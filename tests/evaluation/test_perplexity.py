@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import BertForMaskedLM, BertForTokenClassification, LlamaModel
 
+from hf_prune.calibration.texts import joined_tokens, token_windows
 from hf_prune.errors import ConfigError, DataError
-from hf_prune.evaluation.data.texts import joined_tokens, token_windows
 from hf_prune.evaluation.perplexity import compare_perplexity, evaluate_perplexity
 from hf_prune.evaluation.perplexity_result import Perplexity
 from hf_prune.evaluation.statistics import student_t
@@ -155,10 +155,36 @@ def test_each_token_is_predicted_at_most_once_and_none_in_the_middle_is_left_out
     assert limit is not None or found.unused_tokens < stride
 
 
+def test_windows_start_with_bos_where_the_tokenizer_starts_texts_with_it():
+    model, tokenizer, texts = sharp(), models.tiny_tokenizer(), [words(60)]
+    assert not evaluate_perplexity(model, tokenizer, texts, window=8).bos_in_every_window
+    tokenizer.bos_token = "w1"  # which it knows, but does not put anywhere
+    assert not evaluate_perplexity(model, tokenizer, texts, window=8).bos_in_every_window
+    tokenizer.bos_token = "[CLS]"
+    found = evaluate_perplexity(model, tokenizer, texts, window=8)
+    assert found.bos_in_every_window
+    explicit = evaluate_perplexity(model, tokenizer, texts, window=8, bos_in_every_window=True)
+    assert found.window_nll == explicit.window_nll
+    assert evaluate_perplexity(model, tokenizer, texts, window=8, bos_in_every_window=False).n == 62 // 8
+
+
+def test_no_text_at_all_is_refused():
+    class Bare:
+        """A tokenizer that puts nothing around texts."""
+
+        bos_token_id = 1
+
+        def __call__(self, text, **options):
+            return {"input_ids": []}
+
+    with pytest.raises(DataError):
+        evaluate_perplexity(sharp(), Bare(), [""], window=8, bos_in_every_window=True)
+
+
 def test_batches_and_pieces_change_nothing(monkeypatch):
     model, tokenizer, texts = sharp(), models.tiny_tokenizer(), [words(100)]
     one = evaluate_perplexity(model, tokenizer, texts, window=10, stride=7)
-    monkeypatch.setattr("hf_prune.evaluation.perplexity._CHUNK", 3 * VOCAB)  # three positions at a time
+    monkeypatch.setattr("hf_prune.evaluation.likelihood._CHUNK", 3 * VOCAB)  # three positions at a time
     other = evaluate_perplexity(model, tokenizer, texts, window=10, stride=7, batch_size=4)
     assert other.window_nll == pytest.approx(one.window_nll, rel=1e-6)
     assert (one.batch_size, other.batch_size) == (1, 4)

@@ -9,14 +9,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from matplotlib.colors import to_rgb
 from matplotlib.container import ErrorbarContainer
+from matplotlib.image import imread
 from torch import nn
 
 from hf_prune import compare, plot_layer_sparsity, plot_tradeoff, plot_weight_histogram, prune, sparsity_report
 from hf_prune.evaluation.accuracy_result import Evaluation
-from hf_prune.evaluation.plots import save_figure
 from hf_prune.evaluation.sweep_point import SweepPoint
 from hf_prune.evaluation.weight_statistics import WeightHistogram, weight_histogram
+from hf_prune.utils.figures import PALETTE, save_figure, save_pair
 from tests import models
 
 N = 100
@@ -161,34 +163,75 @@ def lines(axes: Any) -> dict[str, ErrorbarContainer]:
     return {c.get_label(): c for c in axes.containers if isinstance(c, ErrorbarContainer)}
 
 
-def test_tradeoff_shows_points_intervals_dense_line_and_sweet_spot(tmp_path):
+def texts(axes: Any) -> list[str]:
+    return [text.get_text() for text in axes.texts]
+
+
+def test_tradeoff_shows_points_intervals_the_dense_point_and_the_sweet_spot(tmp_path):
     points = [point(0.8, 60), point(0.3, 89), point(0.5, 85), point(0.3, 70, "random"), point(0.5, 55, "random")]
     figure = tradeoff(points, points[1])
     (axes,) = figure.axes
     assert list(axes.lines[0].get_ydata()) == [90, 90]
     drawn = lines(axes)
     assert list(drawn) == ["magnitude", "random"]
-    assert drawn["magnitude"].lines[0].get_xydata() == pytest.approx(np.array([[30, 89], [50, 85], [80, 60]]))
-    assert drawn["random"].lines[0].get_xydata() == pytest.approx(np.array([[30, 70], [50, 55]]))
+    assert drawn["magnitude"].lines[0].get_xydata() == pytest.approx(np.array([[0, 90], [30, 89], [50, 85], [80, 60]]))
+    assert drawn["random"].lines[0].get_xydata() == pytest.approx(np.array([[0, 90], [30, 70], [50, 55]]))
     assert drawn["magnitude"].lines[0].get_color() != drawn["random"].lines[0].get_color()
-    for (x, low), (_, high) in drawn["magnitude"].lines[2][0].get_segments():
+    for (x, low), (_, high) in drawn["magnitude"].lines[2][0].get_segments()[1:]:
         (p,) = (p for p in points if p.criterion == "magnitude" and p.sparsity == pytest.approx(x / 100))
         best, worst = p.comparison.interval  # of the drop
         assert low == pytest.approx(90 - worst)
         assert high == pytest.approx(90 - best)
         assert low < 100 * p.evaluation.accuracy < high
-    (star,) = (line for line in axes.lines if line.get_marker() == "*")
-    assert star.get_xydata().tolist() == [[30, 89]]
-    assert sorted(labels(axes)) == ["dense: 90.00 %", "magnitude", "random", "sweet spot: 30 % (magnitude)"]
+    (ring,) = (line for line in axes.lines if line.get_markersize() == 15)
+    assert ring.get_xydata().tolist() == [[30, 89]]
+    assert axes.get_legend() is None  # each line has its name at its end, in its colour
+    assert texts(axes) == ["dense 90.00 %", "sweet spot", "magnitude", "random"]
+    assert axes.texts[-1].get_color() == drawn["random"].lines[0].get_color()
     assert axes.get_title() == "model\ndata, n = 100"
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("sparsity of the targets (%)", "accuracy (%)")
     render(figure, tmp_path)
 
 
+def test_names_at_the_ends_of_lines_do_not_overlap(tmp_path):
+    figure = tradeoff([point(0.5, 80 + j % 2, f"criterion {j}") for j in range(6)])
+    render(figure, tmp_path)
+    boxes = [text.get_window_extent() for text in figure.axes[0].texts if text.get_text().startswith("criterion")]
+    assert len(boxes) == 6
+    assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
+    assert all(box.x1 <= figure.bbox.x1 for box in boxes)
+
+
 def test_tradeoff_without_a_sweet_spot():
     (axes,) = tradeoff([point(0.3, 50)]).axes
-    assert not [line for line in axes.lines if line.get_marker() == "*"]
-    assert not [label for label in labels(axes) if "sweet" in label]
+    assert "sweet spot" not in texts(axes)
+
+
+def test_colours_are_told_apart_by_the_colour_blind_and_pictures_are_legible_on_any_page(tmp_path):
+    """As seen without one kind of cone (Machado et al. 2009): no two colours of the palette come close."""
+    blind = {
+        "protan": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+        "deutan": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
+        "tritan": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]],
+    }
+    colours = np.array([to_rgb(colour) for colour in PALETTE])
+    linear = np.where(colours <= 0.04045, colours / 12.92, ((colours + 0.055) / 1.055) ** 2.4)
+    for matrix in blind.values():
+        seen = linear @ np.array(matrix).T
+        apart = [np.linalg.norm(a - b) for a, b in itertools.combinations(seen, 2)]
+        assert min(apart) > 0.1
+    drawn = tradeoff([point(0.3, 80)])
+    light, dark = save_pair(drawn, tmp_path / "plot.png")
+    assert (light.name, dark.name) == ("plot.png", "plot-dark.png")
+    for path, lowest, highest in (
+        (light, 0, 0.3),
+        (dark, 0.7, 1),
+        (save_figure(drawn, tmp_path / "any.png"), 0.3, 0.6),
+    ):
+        pixels = imread(path)
+        assert pixels[2, 2, 3] == 0  # transparent
+        words = pixels[:80][pixels[:80, :, 3] > 0.99][:, :3]  # the title
+        assert lowest <= words.mean() <= highest
 
 
 @pytest.mark.parametrize(
@@ -206,9 +249,9 @@ def test_tradeoff_without_a_sweet_spot():
 def test_tradeoff_of_odd_points_renders(tmp_path, points):
     figure = tradeoff(points, points[0] if points else None)
     drawn = lines(figure.axes[0])
-    assert list(drawn) == list(dict.fromkeys(p.criterion for p in points))
-    styles = {(c.lines[0].get_color(), c.lines[0].get_linestyle()) for c in drawn.values()}
-    assert len(styles) == len(drawn)
+    assert set(drawn) <= {p.criterion for p in points}
+    assert len(drawn) == min(6, len({p.criterion for p in points}))
+    assert len({c.lines[0].get_color() for c in drawn.values()}) == len(drawn)
     render(figure, tmp_path)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_prune import PruningConfig, prunable, prune, sparsity_report, weight_histogram
+from hf_prune import PruningConfig, prunable, prune, shrink, sparsity_report, structure_report, weight_histogram
 from hf_prune.errors import PlanError
 from hf_prune.evaluation.weight_statistics import WeightStatistics
 from tests import models
@@ -375,3 +376,12 @@ def test_statistics_in_parts_are_those_of_the_whole(dtype, monkeypatch):
     assert (found.min, found.max) == (float(values.min()), float(values.max()))
     assert found.mean == pytest.approx(float(mean), rel=1e-14)
     assert found.std == pytest.approx(float(std), rel=1e-12)
+
+
+def test_the_report_of_a_shrunk_model_says_nothing_of_masks_that_are_gone():
+    model = prune(models.tiny_llama(), 0.5, granularity="neuron")
+    report = sparsity_report(model)
+    report = dataclasses.replace(report, structure=structure_report(shrink(model)))
+    assert "are zero" not in str(report)
+    assert str(report).count("Shrunk: ") == 1
+    assert report.summary().startswith("Shrunk: ")

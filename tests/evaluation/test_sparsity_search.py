@@ -47,11 +47,16 @@ def test_a_polish_with_data_of_its_own_needs_no_calibration():
 
 
 def test_polish_data_without_a_polish_is_refused(monkeypatch):
-    monkeypatch.setattr(
-        "hf_prune.evaluation.sparsity_search.evaluate_classification", lambda *_, **__: pytest.fail("measured")
-    )
+    monkeypatch.setattr("hf_prune.evaluation.sparsity_search.score_model", lambda *_, **__: pytest.fail("measured"))
     with pytest.raises(ConfigError, match="polish_data is given, but there is no polish: set polish='distill'"):
         search(models.tiny_classifier(), polish_data=batches(16))
+
+
+@pytest.mark.parametrize("option", ["max_drop", "max_flips"])
+def test_scores_that_are_no_accuracies_are_refused_first(monkeypatch, option):
+    monkeypatch.setattr("hf_prune.evaluation.sparsity_search.score_model", lambda *_, **__: pytest.fail("measured"))
+    with pytest.raises(ConfigError, match=rf"{option} is for accuracies.*, and not for kind='regression': use a sweep"):
+        find_sparsity(models.tiny_classifier(), TOKENIZER, DATA, kind="regression", **{option: 2})
 
 
 def test_nothing_is_searched_for_where_a_drop_says_nothing(monkeypatch):

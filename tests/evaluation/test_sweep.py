@@ -174,7 +174,7 @@ def test_model_is_dense_again_after_an_interruption(model, monkeypatch, tmp_path
     path = {
         "evaluate": "hf_prune.evaluation.sweep.score_model",
         "report": "hf_prune.evaluation.sweep.sparsity_report",
-        "apply": "hf_prune.pruning.mask_store.zero_removed_",
+        "apply": "hf_prune.pruning.mask_store.zero_weight",
         "calibrate": "hf_prune.pruning.one_pass.collect_stats",
     }[where]
     module, name = path.rsplit(".", 1)
@@ -248,6 +248,25 @@ def test_finished_points_are_not_measured_again(model, scored, tmp_path):
     assert scored == [0, 0.3, 0.6]
     assert again.to_dict() == json.loads(json.dumps(first.to_dict()))
     assert {p.name for p in tmp_path.iterdir()} == NAMES
+
+
+def test_resuming_where_distributions_are_too_many_for_the_file(model, scored, tmp_path, monkeypatch):
+    for module in ("divergence", "scores"):
+        monkeypatch.setattr(f"hf_prune.evaluation.{module}.MOST_STORED", 10)
+    first = sweep(model, tmp_path, sparsities=[0.3])
+    values = json.loads((tmp_path / "results.json").read_text())
+    assert values["dense"]["distributions"] == values["points"][0]["evaluation"]["distributions"] == []
+    before = len(scored)
+    assert sweep(model, tmp_path, sparsities=[0.3], max_flips=99).points[0].comparison == first.points[0].comparison
+    assert len(scored) == before
+    more = sweep(model, tmp_path, sparsities=[0.3, 0.9], max_flips=99)
+    assert scored[before:] == [0, 0.9]
+    fresh = sweep(model, sparsities=[0.3, 0.9])
+    assert [p.comparison for p in more.points] == [p.comparison for p in fresh.points]
+    values["points"][0]["comparison"]["divergence"]["kl"] = -1
+    (tmp_path / "results.json").write_text(json.dumps(values))
+    with pytest.raises(SweepError, match="kl is -1: expected a number of 0 or more"):
+        sweep(model, tmp_path, sparsities=[0.3])
 
 
 def test_resuming_after_an_interruption(model, scored, tmp_path, monkeypatch):
@@ -431,7 +450,7 @@ def test_damaged_results_are_refused(model, swept, scored, tmp_path, damage):
     assert "\x1b" not in str(caught.value)
     assert path.read_bytes() == before
     assert not scored
-    sweep(model, tmp_path, restart=True)
+    sweep(model, tmp_path, restart=True, overwrite=True)
     assert len(scored) == 3
 
 
@@ -600,3 +619,12 @@ def test_points_round_trip():
     values = json.loads(json.dumps(point.to_dict()))
     assert SweepPoint.from_dict(values, result.dense, 0.95) == point
     assert SweepPoint.from_dict(values, result.dense, 0.5).comparison.upper_bound < point.comparison.upper_bound
+
+
+@pytest.mark.parametrize("content", ['{"mine": 1}', "not JSON", '{"points": [], "settings": {}}', "[]"])
+def test_a_restart_replaces_only_what_a_sweep_wrote(model, tmp_path, content):
+    (tmp_path / "results.json").write_text(content)
+    with pytest.raises(SweepError, match=r"results.json is not the result of a sweep: .* or pass --overwrite"):
+        sweep(model, tmp_path, restart=True)
+    assert (tmp_path / "results.json").read_text() == content
+    assert sweep(model, tmp_path, restart=True, overwrite=True).points

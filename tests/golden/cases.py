@@ -426,6 +426,7 @@ def _point(point: Any) -> dict[str, Any]:
     del values["prune_seconds"]
     for name in ("evaluation", "dense"):
         values.get(name, {}).pop("seconds", None)
+        values.get(name, {}).pop("distributions", None)  # the last bits differ between machines
     return values
 
 
@@ -507,6 +508,7 @@ def _commands(folder: Path) -> dict[str, Any]:
         "--plots",
     ]
     said["prune"] = json.loads(run_command("prune", folder / "dense", "--out", out, *words, "--json"))
+    said["prune"].pop("run", None)  # folders and times
     scored = json.loads(
         run_command("evaluate", out, "--against", folder / "dense", "--data", folder / "data", "--json")
     )

@@ -51,7 +51,12 @@ def of_weights(state: Mapping[str, Tensor]) -> dict[str, Any]:
 
 def of_model(model: Any, **facts: Any) -> dict[str, Any]:
     """A transformers model with its masks."""
-    found = of_weights(model.state_dict())
+    state = dict(model.named_parameters(remove_duplicate=False))
+    for prefix, module in model.named_modules(remove_duplicate=False):  # a layer that is switched off has no state dict
+        kept = {name: tensor for name, tensor in module.named_buffers(recurse=False)}
+        for name in kept.keys() - module._non_persistent_buffers_set:
+            state[f"{prefix}.{name}".lstrip(".")] = kept[name]
+    found = of_weights(state)
     return {**of_masks(prunable(model).masks), **found, **facts}
 
 

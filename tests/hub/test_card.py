@@ -8,6 +8,7 @@ import re
 import shutil
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -32,10 +33,12 @@ from hf_prune.checkpoint.shards import Shards
 from hf_prune.cli.main import main
 from hf_prune.conversion.compression import compress_checkpoint
 from hf_prune.hub.card import merge_cards, without_facts
-from hf_prune.hub.card_data import load_card_data
+from hf_prune.hub.card_data import _without_examples, load_card_data
 from hf_prune.hub.card_metadata import our_part, read_facts
 from hf_prune.hub.card_renewal import renew_card
 from hf_prune.hub.card_surroundings import BEGIN, END, surroundings
+from hf_prune.hub.card_text import _auto_class
+from hf_prune.hub.card_words import _speed
 from hf_prune.hub.check_card import check_card
 from hf_prune.hub.checksums import checksums, weights_digest
 from hf_prune.hub.describe import describe_model
@@ -55,20 +58,9 @@ def made(tmp_path_factory):
         with pytest.raises(SystemExit) as ended:
             main([str(word) for word in words])
         assert not ended.value.code
+    for card in (*root.glob("*/README.md"), *root.glob("*/pruning_card.json")):  # the tests write their own
+        card.unlink()
     return root
-
-
-@pytest.fixture
-def run(capsys):
-    def run(*words, code=0):
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main([str(word) for word in words])
-        out, err = capsys.readouterr()
-        assert code is None or (ended.value.code or 0) == code, err
-        return out if not code or out else err
-
-    return run
 
 
 @pytest.fixture(scope="module")
@@ -212,6 +204,20 @@ def test_compressed_models_say_how_they_load(made, tmp_path):
         assert "import hf_prune  #" in text
         assert ("trust_remote_code=True" in text) is remote_code
         assert "Criterion magnitude (Han et al. 2015" in text  # the settings are in the weights then
+
+
+def test_the_class_that_loads_a_model_is_named():
+    classes = {"GPT2LMHeadModel": "ForCausalLM", "T5ForConditionalGeneration": "ForSeq2SeqLM", "BertModel": ""}
+    assert {name: _auto_class(name).removeprefix("AutoModel") for name in classes} == classes
+
+
+def test_the_least_speed_up_is_the_headline():
+    points = [{"against": {"value": value, "is_real": True}} for value in (3.0, 2.0, 4.0)]
+    assert _speed(SimpleNamespace(latency={"points": points})) == "2.0× as fast"
+
+
+def test_rows_of_examples_stay_out():
+    assert _without_examples({"value": 0.5, "kept": [[1.0, 0.0]]}) == {"value": 0.5}
 
 
 def test_the_authors_own_words_and_metadata_stay(folder):
@@ -1234,7 +1240,10 @@ def test_cards_of_real_runs_are_what_their_facts_say(folder):
     data = PruningCardData.from_dict(json.loads((folder / "card.json").read_text()))
     assert render_card(data) == (folder / "README.md").read_text()
     assert all((folder / name).is_file() for name in data.pictures)
-    assert data.evaluation["comparison"]["n"] == 872
+    if "sst2" in folder.name:
+        assert data.evaluation["comparison"]["n"] == 872
+    if data.example is not None:
+        assert data.example["output"] in (folder / "README.md").read_text().replace("\n# ", "\n")
 
 
 @pytest.mark.parametrize("model_type", ["bert", "llama", "gpt2"])
@@ -1313,3 +1322,61 @@ def test_dates_and_nan_of_the_author_are_right_and_have_a_place_in_json(folder, 
     found = json.loads(run("verify", folder, "--json", code=None), parse_constant=pytest.fail)
     assert not found["is_right"]
     assert "2024-01-02" in [fact["said"] for fact in found["facts"]]
+
+
+# --- the top of a card -----------------------------------------------------------------------------
+
+
+def facts_of(folder: str = "minilm-sst2-2x", **more: object) -> PruningCardData:
+    values = json.loads((CARDS[0].parent / folder / "card.json").read_text())
+    return PruningCardData.from_dict({**values, **more})
+
+
+def test_the_headline_says_what_was_measured():
+    assert "**2.0× as fast, 71 % of the parameters, 97.8 % of the dense model's accuracy**" in render_card(facts_of())
+    best = facts_of("minilm-sst2-best-80")
+    assert "**80 % of the pruned weights are zero, 98.4 % of the dense model's accuracy**" in render_card(best)
+    packed = dataclasses.replace(best, files={"model.safetensors": best.report["bytes"] // 2})
+    assert "**files 2.0× smaller, 98.4 %" in render_card(packed)
+    alone = {"evaluation": best.evaluation["evaluation"]}
+    assert "dense model's accuracy" not in render_card(dataclasses.replace(best, evaluation=alone))
+
+
+def test_a_speed_that_may_be_noise_is_no_headline():
+    point = {"model": "dense", "batch_size": 1, "length": 64, "task": "forward", "median": 0.02}
+    ratio = {"value": 1.02, "low": 0.98, "high": 1.05, "is_real": False}
+    how = {"rounds": 30, "threads": 1, "dtype": "float32", "device": "cpu", "torch": "2.13.0"}
+    timed = {**how, "points": [{**point, "against": None}, {**point, "model": "pruned", "against": ratio}]}
+    data = facts_of()
+    assert "× as fast" not in render_card(dataclasses.replace(data, latency=timed)).split("## Speed")[0]
+
+
+def test_the_first_lines_name_task_and_labels_and_the_example_has_its_output():
+    example = {"input": 'A "good" film', "output": "[{'label': 'POSITIVE', 'score': 0.9}]"}
+    data = facts_of(
+        labels="NEGATIVE, POSITIVE", language="en", example=example, calibration="512 samples of sst2, train"
+    )
+    card = render_card(data)
+    metadata, body = split_card(card)
+    assert (metadata["pipeline_tag"], metadata["language"]) == ("text-classification", "en")
+    assert "A BertForSequenceClassification for text classification (NEGATIVE, POSITIVE), pruned with" in body
+    code = body.split("```python\n")[1].split("```")[0]
+    assert code.index("import hf_prune") < code.index("from transformers import pipeline")
+    assert "pipe(\"A \\\"good\\\" film\")\n# [{'label': 'POSITIVE', 'score': 0.9}]\n" in code
+    compile(code, "card", "exec")
+    assert "* Calibrated on 512 samples of sst2, train." in body
+    assert "| dense | 22,713,986 |" in body
+    assert body.count("<details>") == body.count("</details>") == 1
+    assert body.index("<details>") < body.index("encoder.layer.0.attention")
+    assert "@software{hf_prune" in body
+    assert "The criterion: Kwon et al. 2022, arXiv:2204.09656." in body
+
+
+def test_the_card_command_runs_the_example(made, tmp_path, run):
+    folder = shutil.copytree(made / "pruned", tmp_path / "pruned")
+    run("card", folder, "--write", "--language", "en", "--example", "w1 w2")
+    data = load_card_data(folder)
+    assert data.example["input"] == "w1 w2"
+    assert data.example["output"].startswith("[{'label': 'LABEL_")
+    assert data.calibration is None  # it learned from nothing
+    assert "What was counted is right." in run("verify", folder)

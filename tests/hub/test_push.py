@@ -466,3 +466,30 @@ def test_a_commit_whose_answer_is_lost_has_arrived(hub, client, folders):
     assert said["commit"] == commits[-1].oid
     assert said["url"].endswith(f"{REPO}/commit/{commits[-1].oid}")
     assert hub.files(REPO)["model.safetensors"] == (folders / "pruned" / "model.safetensors").read_bytes()
+
+
+def test_commands_load_the_revision_that_is_asked_for(hub, client, folders, tmp_path):
+    """Config, weights, masks and tokenizer, all of the same revision; of another checkpoint, the main branch."""
+    dense = tmp_path / "dense"
+    models.tiny_classifier().save_pretrained(dense)
+    models.tiny_tokenizer().save_pretrained(dense)
+    client("push", dense, REPO, "--private")
+    client("push", folders / "pruned", REPO, "--revision", "sparse")
+
+    def sparsity(*options):
+        said = client("report", REPO, "--json", *options)
+        return json.loads(said[said.index("{") : said.rindex("}") + 1])["target_sparsity"]
+
+    assert sparsity() < 0.01
+    assert sparsity("--revision", "sparse") == pytest.approx(0.5, abs=0.001)
+    client("prune", REPO, "--revision", "sparse", "--sparsity", "0.6", "--out", tmp_path / "out")
+    assert "revision: sparse" in (tmp_path / "out" / "hf_prune_run.yaml").read_text()
+    assert "nowhere" in client("report", REPO, "--revision", "nowhere", code=1)
+
+
+def test_weights_quantized_elsewhere_are_refused_as_by_the_other_commands(client, tmp_path):
+    models.tiny_classifier().save_pretrained(tmp_path / "q")
+    path = tmp_path / "q" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": {"quant_method": "gptq"}}))
+    for options in (["--dry-run"], []):
+        assert "is quantized with 'gptq': " in client("push", tmp_path / "q", REPO, *options, code=1)

@@ -8,9 +8,11 @@ import torch
 from hf_prune import ConfigError, explain_speed, measure_latency, prune, shrink
 from hf_prune.cli.main import main
 from hf_prune.cli.workflows.bench import short_names
-from hf_prune.evaluation.plots import plot_latency, save_figure
+from hf_prune.evaluation.plots import plot_latency
+from hf_prune.inference.acceleration.report import AccelerationReport
 from hf_prune.inference.latency_result import LatencyPoint, LatencyResult
-from hf_prune.inference.timing import Timings
+from hf_prune.inference.timing import Ratio, Timings
+from hf_prune.utils.figures import save_figure
 from tests.architecture_models import tiny
 from tests.models import tiny_bert, tiny_llama, tiny_sentences, tiny_tokenizer
 
@@ -231,12 +233,46 @@ def test_explain_times_against_the_dense_one(checkpoints, capsys):
     assert "Nothing was timed" in capsys.readouterr().out
 
 
+def test_explain_says_what_faster_kernels_bring(checkpoints, capsys):
+    (_, pruned), _ = checkpoints
+    threads = torch.get_num_threads()
+    run("explain", pruned, "--accelerate", "--length", "8", "--threads", "1")
+    out = capsys.readouterr().out
+    assert "accelerate() makes the model" in out or "accelerate() finds no kernels" in out
+    assert "Nothing was timed" not in out
+    assert torch.get_num_threads() == threads
+
+
+def test_subnormal_activations_are_warned_of(models, monkeypatch):
+    monkeypatch.setattr("hf_prune.inference.latency.time_together", fake([(1.0,), (1.0,)]))
+    with torch.no_grad():
+        models["pruned"].bert.embeddings.LayerNorm.weight.zero_()
+        models["pruned"].bert.embeddings.LayerNorm.bias.fill_(1e-40)
+    with pytest.warns(UserWarning, match=r"pruned: Inputs of bert\.encoder.* subnormal.*set_flush_denormal") as caught:
+        measure_latency(models, lengths=[4], rounds=6)
+    assert len(caught) == 1
+
+
+def test_what_was_measured_is_a_sentence():
+    ratio = Ratio(2.0, 1.9, 2.1)
+    plain = {"kinds": (), "before": 2.0, "after": 1.0, "difference": 0.0, "bytes_before": 1, "bytes_after": 1}
+    report = AccelerationReport(speedup=ratio, threads=1, machine={"cpu": "a CPU"}, **plain)
+    assert report.sentence == (
+        "accelerate() makes the model 2.00 times as fast (95 % interval 1.90 to 2.10) on a CPU, threads: 1."
+    )
+    text = explain_speed(prune(tiny_bert(), 0.8), acceleration=report)
+    assert report.sentence in text
+    assert "Nothing was timed" not in text
+    nothing = AccelerationReport(speedup=None, threads=1, machine={"cpu": "a CPU"}, **plain)
+    assert nothing.sentence == "accelerate() finds no kernels that make the model faster on a CPU."
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--batch", "x"], "--batch is 'x': expected whole numbers"),
         (["--dtype", "int8"], "unknown dtype 'int8'"),
-        (["--device", "nowhere"], "device 'nowhere' cannot be used"),
+        (["--device", "nowhere"], "unknown device 'nowhere'"),
     ],
 )
 def test_options_that_make_no_sense(checkpoints, arguments, message, capsys):

@@ -36,7 +36,10 @@ def touched(model):
     return {name.split(".")[1] for name, p in model.named_parameters() if bool((p == 0).any())}
 
 
-@pytest.mark.parametrize("settings", [{}, {"criterion": "wanda", "scope": "row"}, {"scope": "global"}])
+@pytest.mark.parametrize(
+    "settings",
+    [{"criterion": "magnitude"}, {"criterion": "wanda", "scope": "row"}, {"criterion": "magnitude", "scope": "global"}],
+)
 @pytest.mark.parametrize(
     ("only", "expected"),
     [

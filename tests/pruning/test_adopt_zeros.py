@@ -196,6 +196,7 @@ def test_the_command_writes_the_masks_beside_the_same_weights(tmp_path, sparse):
     assert {path.name for path in out.iterdir()} == {path.name for path in source.iterdir()} | {
         "pruning_masks.safetensors",
         ".hf_prune.json",
+        "hf_prune_run.yaml",
     }
     again = CliRunner().invoke(app, ["prune", str(out), "--sparsity", "0.7", "--out", str(tmp_path / "more")])
     assert again.exit_code == 0, again.output

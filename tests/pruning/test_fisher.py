@@ -410,7 +410,7 @@ def test_units_wider_than_a_block_may_be_are_refused():
 @pytest.mark.parametrize(
     ("batches", "message"),
     [
-        (None, r"criterion '{}' needs calibration data, and got none: .* dicts with the model's inputs$"),
+        (None, r"criterion '{}' needs calibration data, and got none: .* \(dicts with the model's inputs\)$"),
         ([], r"calibration has no batches: expected at least one"),
         ([torch.ones(2, 8)], r"a calibration batch is a Tensor: expected a dict of model inputs"),
         ([{"x": torch.full((1, 8), float("nan"))}], r"the model's outputs for a calibration batch are not"),

@@ -66,13 +66,14 @@ def test_steps_of_n_m_remove_whole_weights_of_every_pool():
 def seen(monkeypatch):
     """The masks after each step."""
     found = []
-    zero = transaction.zero_removed_
+    zero = transaction.zero_weight
 
-    def watched(weight, mask):
+    def watched(model, name, mask):
+        weight = model.get_parameter(name)
         found.append((id(weight), mask.clone(), weight.detach().clone()))
-        zero(weight, mask)
+        zero(model, name, mask)
 
-    monkeypatch.setattr(transaction, "zero_removed_", watched)
+    monkeypatch.setattr(transaction, "zero_weight", watched)
     return found
 
 
@@ -142,13 +143,13 @@ def test_an_error_in_a_later_step_gives_the_weights_back(criterion, keep_dense, 
     model = models.tiny_bert()
     batches, before, calls = tiny_batches(model), snapshot(model), []
 
-    def fail(weight, mask):
+    def fail(model, name, mask):
         calls.append(mask)
         if len(calls) == 20:  # in the second step: there are 14 weights
             raise CalibrationError("out of luck")
-        weight.masked_fill_(~mask, 0)
+        model.get_parameter(name).data.masked_fill_(~mask, 0)
 
-    monkeypatch.setattr(transaction, "zero_removed_", fail)
+    monkeypatch.setattr(transaction, "zero_weight", fail)
     with pytest.raises(CalibrationError, match="out of luck"):
         prune(model, 0.8, criterion=criterion, calibration=batches, steps=3, keep_dense=keep_dense)
     assert_unchanged(model, before)

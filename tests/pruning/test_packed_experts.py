@@ -85,6 +85,20 @@ def test_like_a_list_of_expert_modules(family, criterion):
     assert_same(family, model, listed, 1e-5)
 
 
+def test_each_expert_gets_its_own_sparsity_where_it_is_learned() -> None:
+    model = tiny_mixture("mixtral")
+    experts = model.model.layers[0].mlp.experts
+    with torch.no_grad():
+        experts.down_proj[2] *= 1e-3  # what it adds hardly counts
+    prune(model, 0.5, allocation="fisher", calibration=batches())
+    zeros = [int((expert == 0).sum()) for expert in experts.down_proj]
+    assert zeros[2] == max(zeros) > min(zeros)
+    plan = prune(tiny_mixture("mixtral"), 0.5, allocation="fisher", calibration=batches(), dry_run=True)
+    tensor = next(t for t in plan.tensors if t.target.name.endswith("experts.down_proj"))
+    assert sum(tensor.by_slab) == tensor.remove
+    assert len(set(tensor.by_slab)) > 1
+
+
 SETTINGS = [
     {"criterion": "alps"},
     {"criterion": "snip"},
@@ -105,6 +119,10 @@ SETTINGS = [
     {"criterion": "wanda", "objective": "loss"},
     {"criterion": "sparsegpt", "objective": "loss", "repair": "least_squares"},
     {"criterion": "wanda", "allocation": "owl"},
+    {"criterion": "magnitude", "allocation": "fisher"},
+    {"criterion": "magnitude", "allocation": "fisher", "scope": "row"},
+    {"criterion": "sparsegpt", "allocation": "fisher"},
+    {"criterion": "fisher", "allocation": "fisher", "steps": 2},
 ]
 
 
@@ -112,7 +130,7 @@ SETTINGS = [
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "llama4"])
 def test_like_a_list_in_every_setting(family, settings):
     model, listed = pruned_pair(family, batches(), **{"sparsity": 0.5, **settings})
-    assert_same(family, model, listed, 1e-3 if "alps" in settings.values() else 1e-4)
+    assert_same(family, model, listed, 5e-3 if "alps" in settings.values() else 1e-4)
 
 
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "llama4", "nemotron_h"])

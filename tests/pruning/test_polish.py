@@ -138,9 +138,9 @@ def test_padding_does_not_count(build):
             for parameter in model.parameters():
                 parameter.mul_(1.2)
             with plain.running():
-                first = plain.distance(1)
+                first = sum(plain.distances(1))
             with wide.running():
-                second = wide.distance(1)
+                second = sum(wide.distances(1))
     assert first > 0.01
     torch.testing.assert_close(second, first, rtol=1e-2, atol=1e-4)
 
@@ -152,7 +152,7 @@ def test_a_language_model_computes_no_logits_and_no_cache(kind):
     seen = []
     with DenseOutputs(model, targets_of(make_plan(model, PruningConfig())), batches) as dense, dense.running():
         handle = model.register_forward_hook(lambda _, args, out: seen.append(out))
-        dense.distance(0)
+        list(dense.distances(0))
         handle.remove()
         assert dense.sizes[0] > 0
     assert seen[0].logits.shape[-1] == 1
@@ -174,7 +174,7 @@ def test_the_tokens_of_a_decoder_are_not_padded_where_the_encoder_is():
             batch["decoder_attention_mask"] = torch.ones_like(batch["labels"])
             batch["decoder_attention_mask"][:, decoder:] = 0
         with DenseOutputs(model, targets_of(plan), [batch, batch]) as dense:
-            sizes.append(len(dense._run(0)[0]) / len(batch["labels"]) / model.config.d_model)
+            sizes.append(len(dense._run(dense._windows(0)[0])[0]) / len(batch["labels"]) / model.config.d_model)
     assert sizes == [5, 2]
 
 
@@ -187,7 +187,7 @@ def test_the_distance_by_hand():
         with DenseOutputs(model, targets_of(make_plan(model, PruningConfig())), batches) as outputs:
             model.fc2.weight[0, :4] = 0
             with outputs.running():
-                found = outputs.distance(1)
+                found = sum(outputs.distances(1))
         now = model(batches[1]["x"]).logits
     centred = [z - z.mean(1, keepdim=True) for z in [*dense, now]]
     expected = (centred[2] - centred[1]).square().sum() / (centred[0].square().sum() + centred[1].square().sum())
@@ -372,7 +372,7 @@ def test_an_exception_midway_leaves_the_model_bit_for_bit(error, settings, monke
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     before, was, store = snapshot(model), state(model), MaskStore.of(model)
-    distance, calls = DenseOutputs.distance, [0]
+    distance, calls = DenseOutputs.distances, [0]
 
     def stop(*args):
         calls[0] += 1
@@ -380,21 +380,21 @@ def test_an_exception_midway_leaves_the_model_bit_for_bit(error, settings, monke
             raise error
         return distance(*args)
 
-    monkeypatch.setattr(DenseOutputs, "distance", stop)
+    monkeypatch.setattr(DenseOutputs, "distances", stop)
     with pytest.raises(error):
         prune(model, 0.5, calibration=tiny_batches(model, sizes=(4,) * 4), polish=QUICK, **settings)
     assert_unchanged(model, before)
     assert state(model) == was
     assert_same_masks(model, store)
     assert all(torch.equal(parameter.grad, torch.ones_like(parameter)) for parameter in model.parameters())
-    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+    assert not models.forward_hooks(model)
 
 
 def test_a_distance_that_is_not_finite_is_refused(monkeypatch):
     model = large("bert")
     before = snapshot(model)
-    distance = DenseOutputs.distance
-    monkeypatch.setattr(DenseOutputs, "distance", lambda *a: distance(*a) * float("nan"))
+    distances = DenseOutputs.distances
+    monkeypatch.setattr(DenseOutputs, "distances", lambda *a: (part * float("nan") for part in distances(*a)))
     with pytest.raises(
         CalibrationError, match=r"the polish diverged at step 1 of 4: lower its learning rate, now 0\.001"
     ):

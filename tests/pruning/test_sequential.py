@@ -8,10 +8,11 @@ from torch import Tensor, nn
 
 from hf_prune.calibration.input_reader import CACHE_BYTES, InputReader
 from hf_prune.calibration.padding import _columns
+from hf_prune.calibration.read import read_calibration
 from hf_prune.calibration.statistics import collect_stats
+from hf_prune.calibration.texts import text_batches
 from hf_prune.criteria.base import INPUTS
 from hf_prune.errors import CalibrationError, ConfigError, DataError
-from hf_prune.evaluation.data.texts import text_batches
 from hf_prune.pipeline import prune
 from hf_prune.planning.config import PruningConfig
 from hf_prune.planning.make_plan import make_plan
@@ -92,7 +93,7 @@ def test_sequential_statistics_are_those_of_the_pruned_prefix(kind, reuse):
     if kind != "albert":
         assert (sum(replayed) > 0) == reuse
     assert all("forward" not in module.__dict__ for module in model.modules())
-    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+    assert not models.forward_hooks(model)
 
 
 def test_the_order_is_that_of_the_calls():
@@ -246,7 +247,7 @@ def test_an_exception_midway_leaves_the_model_bit_for_bit(settings, error, monke
     assert_unchanged(model, before)
     assert state(model) == was
     assert_same_masks(model, store)
-    assert not any(module._forward_pre_hooks for module in model.modules())
+    assert not models.forward_hooks(model)
 
 
 @pytest.mark.parametrize("in_memory", [True, False])
@@ -344,7 +345,7 @@ def test_targets_that_no_batch_reaches_go_by_magnitude_with_a_warning(criterion)
 @pytest.mark.parametrize(
     ("batches", "message"),
     [
-        (None, r"needs calibration data, and got none: pass calibration=batches, .* with the model's inputs$"),
+        (None, r"needs calibration data, and got none: pass calibration=, .* with the model's inputs\)$"),
         ([], r"calibration has no batches: expected at least one"),
         ([torch.ones(2, 8)], r"a calibration batch is a Tensor: expected a dict"),
         ([{"x": torch.full((2, 8), float("nan"))}], r"the inputs of fc1.weight are not finite: expected finite values"),
@@ -386,6 +387,7 @@ def test_text_batches():
     [
         ("one text", {}, DataError, r"texts is 'one text': expected a list"),
         ([], {}, DataError, r"texts is \[\]: expected a list of texts, at least one"),
+        (["", " \n"], {}, DataError, "all 2 texts are blank: expected at least one with words"),
         (["a", 3], {}, DataError, r"text 1 is 3: expected a string"),
         (["a"], {"batch_size": 0}, ConfigError, r"batch_size is 0: expected an integer of at least 1"),
         (["a"], {"max_length": True}, ConfigError, r"max_length is True"),
@@ -394,6 +396,15 @@ def test_text_batches():
 def test_texts_that_are_none(texts, settings, error, message):
     with pytest.raises(error, match=message):
         text_batches(texts, models.tiny_tokenizer(), **settings)
+
+
+def test_blank_texts_are_left_out():
+    tokenizer = models.tiny_tokenizer()
+    (batch,) = text_batches(["", "w1 w2", " \n", "w4"], tokenizer)
+    assert torch.equal(batch["input_ids"], text_batches(["w1 w2", "w4"], tokenizer)[0]["input_ids"])
+    columns = {"text": ["w1 w2", " ", "w4"], "label": [0, 0, 1]}
+    (batch,) = read_calibration(models.tiny_classifier(), columns, tokenizer, labels=True)
+    assert (batch["input_ids"].shape[0], batch["labels"].tolist()) == (2, [1, 0])  # each keeps its label
 
 
 def test_text_batches_need_a_padding_token():

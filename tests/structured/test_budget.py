@@ -5,8 +5,10 @@ import itertools
 import numpy as np
 import pytest
 
+from hf_prune import PruningConfig, prune
 from hf_prune.errors import PlanError
 from hf_prune.structured.budget import Choice, Costs, allowed_sizes, solve_budget, uniform_sizes
+from tests import models
 
 
 def problem(seed, sites=3, units=4, convex=True):
@@ -85,8 +87,16 @@ def test_a_budget_that_cannot_be_met():
     sizes = {name: allowed_sizes(4, 1, 1) for name in losses}
     with pytest.raises(PlanError, match=r"budget of 0\.5 cannot be met.*still costs"):
         solve_budget(losses, costs, 0.5, sizes)
-    with pytest.raises(PlanError, match=r"budget of 0\.5 cannot be met.*still costs"):
-        uniform_sizes(costs, 0.5, sizes)
+    with pytest.raises(PlanError, match=r"budget of 0\.5 cannot be met.*still costs.*ask for less, or pay$"):
+        uniform_sizes(costs, 0.5, sizes, ", or pay")
+
+
+@pytest.mark.parametrize("granularity", [("head",), ("head", "layer")])
+@pytest.mark.parametrize("target", [{"target_params": 0.01}, {"target_speedup": 50.0, "workload": {"length": 8}}])
+def test_layers_are_named_as_a_way_out_only_where_they_may_not_go_yet(granularity, target):
+    with pytest.raises(PlanError, match="ask for less") as refused:
+        prune(models.tiny_classifier(), PruningConfig(granularity=granularity, **target))
+    assert ("add 'layer' to the granularity" in str(refused.value)) is ("layer" not in granularity)
 
 
 def test_uniform_takes_the_same_share_everywhere():

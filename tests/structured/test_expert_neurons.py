@@ -97,7 +97,6 @@ def test_experts_and_the_neurons_of_the_others_go_together(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"criterion": "fisher"}, r"'fisher' cannot watch the neurons of layers\.0\.mlp\.experts\.down_proj"),
         (
             {"repair": "least_squares"},
             r"cannot repair layers\.0\.mlp\.experts\.down_proj, whose experts share a",

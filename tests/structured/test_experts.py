@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import pickle
 import re
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +101,41 @@ def test_a_masked_model_is_copied_pickled_and_trained() -> None:
     assert packed.shape[0] == 8
 
 
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointed_layers_are_trained_without_the_experts_that_are_off(reentrant: bool) -> None:
+    model, inputs = tiny_moe("deepseek_v3")
+    prune(model, 0.5, granularity="expert")
+
+    def gradients() -> dict[str, Tensor]:
+        model.train().zero_grad()
+        model(**inputs(), labels=inputs()["input_ids"], use_cache=False).loss.backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    expected = gradients()
+    model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    found = gradients()
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    model.activation_checkpointing_disable()
+    assert all(torch.equal(g, expected[name]) for name, g in gradients().items())
+    assert {name: p.shape for name, p in model.named_parameters()} == shapes
+
+
+def test_a_masked_model_runs_in_several_threads() -> None:
+    model, inputs = tiny_moe("mixtral")
+    prune(model, 0.5, granularity="expert")
+    masked = logits(model, inputs)
+    for layer in model.model.layers:  # the others come in the meantime
+        layer.mlp.experts.register_forward_pre_hook(lambda *_: time.sleep(0.01))
+    with ThreadPoolExecutor(4) as threads:
+        results = [threads.submit(logits, model, inputs) for _ in range(8)]
+    assert all(torch.equal(result.result(), masked) for result in results)
+    assert torch.equal(logits(model, inputs), masked)
+    assert {len(layer.mlp.experts.down_proj) for layer in model.model.layers} == {8}
+
+
 def test_discarding_the_masks_gives_all_experts_back() -> None:
     model, inputs = tiny_moe("qwen3_moe")
     dense = logits(model, inputs)
@@ -176,7 +213,10 @@ def test_nor_do_others_get_its_weights(tmp_path: Path) -> None:
     MaskStore.of(pickled).discard(pickled)
     dense = tiny_moe("mixtral")[0].state_dict()
     assert all(torch.equal(tensor, dense[name]) for name, tensor in pickled.state_dict().items())
-    assert all(not module._state_dict_pre_hooks for m in (copied, pickled) for module in m.modules())
+    MaskStore.detach(copied)  # of the weights that stayed
+    for module in (*copied.modules(), *pickled.modules()):
+        assert not module._state_dict_pre_hooks
+        assert not module._forward_pre_hooks
 
 
 @torch.no_grad()
@@ -378,7 +418,7 @@ def test_a_model_without_experts_has_none() -> None:
     from tests.architecture_models import tiny
 
     model, _ = tiny("llama")
-    with pytest.raises(PlanError, match="no expert of LlamaForCausalLM may go"):
+    with pytest.raises(PlanError, match="no expert of LlamaForCausalLM may go: it has no layers with experts"):
         prune(model, 0.5, granularity="expert")
     model = torch.nn.Linear(4, 4)
     with pytest.raises(ArchitectureError, match=re.escape("no entry for")):

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import itertools
+import pickle
 import sys
 import zlib
 
@@ -11,17 +12,32 @@ import torch
 from transformers import BitConfig, BitModel
 
 import hf_prune
-from hf_prune import ArchitectureError, CalibrationError, ConfigError, PlanError, PruningConfig, prunable, prune, shrink
-from hf_prune.architectures.bypass import bypassed_layers
+from hf_prune import (
+    ArchitectureError,
+    CalibrationError,
+    CheckpointError,
+    ConfigError,
+    PlanError,
+    PruningConfig,
+    prunable,
+    prune,
+    shrink,
+)
+from hf_prune.architectures.bypass import bypass, bypassed_layers
 from hf_prune.architectures.find_unit_groups import find_unit_groups
 from hf_prune.calibration.predictions import sampled_prediction
 from hf_prune.inference.speedup import workload_inputs
 from hf_prune.inference.timing import Timings
 from hf_prune.pruning.mask_store import MaskStore
+from hf_prune.pruning.records import SpeedRecord
+from hf_prune.pruning.transaction import WeightBackup
 from hf_prune.structured.costs import flops
 from hf_prune.structured.gate_statistics import gate_statistics, layer_losses
-from hf_prune.structured.reconstruction import inner_plan
+from hf_prune.structured.reconstruction import inner_plan, redundancy_curves
+from tests import models
 from tests.architecture_models import MODELS, tiny
+from tests.architectures.custom_mixtures import mixture
+from tests.architectures.custom_models import OwnConfig, OwnModel
 from tests.models import assert_unchanged, snapshot, tiny_resnet
 
 CRITERIA = ("fisher", "magnitude", "random", "reconstruction", "taylor")
@@ -230,10 +246,7 @@ def test_a_budget_of_time_is_met_as_measured(monkeypatch):
         count = sum(p.numel() for p in model.bert.encoder.parameters())
         return 1e-6 * count * (1.2 if count < 15_000 else 1.0)
 
-    for module in ("inference.speedup", "structured.latency_costs"):
-        monkeypatch.setattr(f"hf_prune.{module}.forward", lambda model, inputs: Run(model))
-    for module in ("inference.speedup", "structured.latency_costs"):
-        monkeypatch.setattr(f"hf_prune.{module}.time_together", fake_timings(seconds))
+    on_a_machine_where(monkeypatch, seconds)
     model, inputs = tiny("bert")
     config = PruningConfig(criterion="fisher", granularity=("head", "neuron"), target_speedup=2.0)
     prune(model, config, calibration=batches_for(inputs))
@@ -243,6 +256,41 @@ def test_a_budget_of_time_is_met_as_measured(monkeypatch):
     assert speed.measured == pytest.approx(seconds(masked) / seconds(model))
     assert speed.measured == pytest.approx(2.0, rel=0.05)
     assert "Speed-up asked for: 2.00" in str(speed)
+
+
+def on_a_machine_where(monkeypatch, seconds):
+    """Have models take given seconds."""
+    for module in ("inference.speedup", "structured.latency_costs"):
+        monkeypatch.setattr(f"hf_prune.{module}.timed", lambda model, run: Run(model))
+        monkeypatch.setattr(f"hf_prune.{module}.time_together", fake_timings(seconds))
+
+
+def test_a_speedup_out_of_reach_is_refused_with_the_most_there_is(monkeypatch):
+    model, inputs = tiny("llama")
+    total, inside = model.num_parameters(), sum(p.numel() for p in model.model.layers.parameters() if p.dim() == 2)
+    on_a_machine_where(monkeypatch, lambda one: 1e-6 * one.num_parameters())
+    before = snapshot(model)
+    settings = {"granularity": "neuron", "target_speedup": 50, "workload": {"prompt": 4, "new_tokens": 3}}
+    with pytest.raises(PlanError, match=r"becomes at most (\d\.\d\d) times as fast on the workload") as error:
+        prune(model, criterion="fisher", calibration=batches_for(inputs), **settings)
+    most = float(str(error.value).split("at most ")[1].split()[0])
+    assert 1 < most < total / (total - inside)
+    assert_unchanged(model, before)
+
+
+def test_a_generation_is_timed_by_prefill_and_decoding(monkeypatch):
+    model, inputs = tiny("llama")
+    on_a_machine_where(monkeypatch, lambda one: 1e-6 * one.num_parameters())
+    dense = model.num_parameters()
+    settings = {"granularity": "neuron", "target_speedup": 1.2, "workload": {"prompt": 4, "new_tokens": 3}}
+    prune(model, criterion="fisher", calibration=batches_for(inputs), **settings)
+    shrink(model)
+    speed = model.config.pruned_structure["speed"]
+    assert speed["measured"] == pytest.approx(dense / model.num_parameters())
+    assert speed["prefill"] == speed["decode"] == pytest.approx(speed["measured"])
+    assert (speed["length"], speed["new_tokens"]) == (4, 3)
+    assert "batch 1 x 4, 3 new tokens" in str(SpeedRecord(**speed))
+    assert "Apart: the prompt 1.2" in str(SpeedRecord(**speed))
 
 
 class Run:
@@ -260,8 +308,6 @@ def fake_timings(seconds):
 
 
 def test_a_speedup_that_is_far_from_what_was_foretold_is_said():
-    from hf_prune.pruning.records import SpeedRecord
-
     record = SpeedRecord(2.0, 2.0, 1.7, 1.6, 1.8, 50, 1, 64, 1, "float32", "cpu")
     assert "differ by more than 10 %" in str(record)
     assert "differ" not in str(record.with_prediction(1.7, 1.75))
@@ -277,6 +323,42 @@ def test_a_budget_that_cannot_be_met_changes_nothing():
 
 
 # --- statistics ---------------------------------------------------------------------------------------
+
+
+def test_windows_with_many_logits_are_run_one_by_one_to_the_same_end(monkeypatch):
+    model, inputs = tiny("llama")
+    batches = batches_for(inputs)
+    layers = {name: model.get_submodule(name) for name in ("model.layers.0", "model.layers.1")}
+    sites = find_unit_groups(model)
+    plain = lambda outputs, mask, generator: outputs.logits.square().sum()  # noqa: E731
+    monkeypatch.setattr("hf_prune.calibration.output_head.sampled_prediction", plain)
+
+    def measure():
+        curves, sensitivity = redundancy_curves(
+            model,
+            PruningConfig(criterion="fisher", granularity=("head", "neuron"), repair="least_squares"),
+            sites,
+            batches,
+            False,
+            2**20,
+            {group.name: torch.ones(group.units) for group in sites},
+        )
+        tokens = [sensitivity.weights("model.layers.1.mlp.down_proj.weight", i, 0) for i in range(3)]
+        outputs = [*sensitivity.outputs.values()]
+        sensitivity.close()
+        fisher = [one.fisher for one in gate_statistics(model, sites, batches).values()]
+        return [*layer_losses(model, layers, batches).values()], [*tokens, *outputs, *fisher], curves
+
+    sizes = []
+    model.register_forward_pre_hook(lambda m, args, kw: sizes.append(len(kw["input_ids"])), with_kwargs=True)
+    whole = measure()
+    assert set(sizes) == {2}
+    monkeypatch.setattr("hf_prune.calibration.batches._MOST_LOGITS", 1)
+    apart = measure()
+    assert 1 in sizes
+    assert apart[0] == pytest.approx(whole[0], rel=1e-4)
+    torch.testing.assert_close(apart[1], whole[1], rtol=1e-4, atol=1e-6)
+    assert all(torch.equal(apart[2][name].order, whole[2][name].order) for name in whole[2])
 
 
 def test_gate_gradients_are_those_of_scaled_columns():
@@ -391,13 +473,20 @@ def test_a_polish_follows():
         ({"granularity": "head", "round_to": 0}, "round_to is 0"),
         ({"granularity": "head", "workload": {"size": 1}}, "unknown key of workload 'size'"),
         ({"granularity": "head", "workload": 7}, "workload is 7: expected a dict"),
+        (
+            {"granularity": "head", "workload": {"length": 8, "new_tokens": 8}},
+            "length is of one forward pass, prompt and new_tokens of a generation",
+        ),
         ({"granularity": "head", "workload": {"length": 0}}, r"workload\['length'\] is 0"),
         ({"granularity": "head", "objective": "loss"}, "objective='loss' contradicts criterion 'magnitude' without"),
         (
             {"granularity": "layer", "scope": "global", "objective": "loss", "repair": "least_squares"},
             "objective='loss' contradicts granularity 'layer'",
         ),
-        ({"target_speedup": 2}, "target_speedup=2 contradicts granularity='unstructured'"),
+        (
+            {"target_speedup": 2, "granularity": "unstructured"},
+            "target_speedup=2 contradicts granularity='unstructured'",
+        ),
         ({"round_to": 8}, "round_to=8 is for heads and neurons"),
     ],
 )
@@ -650,3 +739,81 @@ def test_a_dry_run_needs_no_data_for_a_repair_nor_for_a_polish_with_its_own():
     prune(model, 0.5, granularity="head", repair="least_squares", dry_run=True)
     prune(model, 0.5, granularity="head", polish={"epochs": 1}, polish_data=batches_for(inputs, 4))
     assert len(MaskStore.of(model).polishes) == 1
+
+
+@pytest.mark.parametrize(
+    "save", [lambda m, path: m.save_pretrained(path), lambda m, path: torch.save(m.state_dict(), path)]
+)
+def test_a_plain_model_with_layers_switched_off_is_not_saved_as_another_one(save, tmp_path):
+    model = models.tiny_bert()
+    batch = models.tiny_batches(model)[0]
+    prune(model, 0.5, granularity="layer")
+    with pytest.raises(CheckpointError, match=r"encoder\.layer\.\d is switched off.*call hf_prune\.shrink\(model\)"):
+        save(model, tmp_path / "out")
+    with torch.no_grad():
+        masked = model(**batch).logits
+        model = pickle.loads(pickle.dumps(copy.deepcopy(model)))
+        shrink(model).save_pretrained(tmp_path / "out")
+        again = type(model).from_pretrained(tmp_path / "out").eval()
+        assert torch.allclose(again(**batch).logits, masked, atol=1e-6)
+
+
+def sharing_model(share):
+    """Eight layers, of which the last four use the attention, or one matrix, of the first four as well."""
+    torch.manual_seed(0)
+    model = prunable(OwnModel(OwnConfig(depth=8, width=32, ff=48, nh=4, nkv=2)).eval())
+    for former, latter in zip(model.stack[:4], model.stack[4:], strict=True):
+        if share == "module":
+            latter.mix = former.mix
+        else:
+            latter.ffw.w2.weight = former.ffw.w2.weight
+    return model
+
+
+@pytest.mark.parametrize("share", ["module", "weight"])
+@pytest.mark.parametrize("spared", ["later", "none"])
+def test_what_layers_share_goes_with_the_last_of_them(share, spared):
+    model = sharing_model(share)
+    dense, tokens = copy.deepcopy(model), torch.arange(20).view(2, 10)
+    sizes = [p.numel() for p in model.parameters()]
+    excluded = tuple(f"stack.{number}*" for number in (4, 5, 6, 7)) if spared == "later" else ()
+    plan = model.plan(0.4, granularity="layer", criterion="magnitude", exclude_modules=excluded)
+    prune(model, 0.4, granularity="layer", criterion="magnitude", exclude_modules=excluded)
+    gone = bypassed_layers(model)
+    assert gone
+    for name in gone:
+        bypass(dense.get_submodule(name))
+    expected = dense(input_ids=tokens).logits
+    assert torch.equal(model(input_ids=tokens).logits, expected)
+    shrink(model)
+    assert torch.equal(model(input_ids=tokens).logits, expected)
+    assert sum(p.numel() for p in model.parameters()) <= plan.parameters_after < sum(sizes)
+
+
+def test_units_of_shared_weights_are_refused_before_anything_changes():
+    for share, said in (("weight", r"ffw\.w2\.weight"), ("module", r"mix\.\w+(\.weight)?")):
+        model = sharing_model(share)
+        before = snapshot(model)
+        with pytest.raises(ArchitectureError, match=f"{said} cannot be made smaller: it is shared by"):
+            model.plan(0.5, granularity=("head", "neuron"), criterion="magnitude")
+        with pytest.raises(ArchitectureError, match="give each a weight of its own first"):
+            prune(model, 0.5, granularity=("head", "neuron"), criterion="magnitude")
+        assert_unchanged(model, before)
+    model, _ = mixture("listed")
+    for expert in model.stack[0].moe.parts:
+        expert.w1.weight = model.stack[0].moe.parts[0].w1.weight
+    before = snapshot(model)
+    with pytest.raises(ArchitectureError, match=r"moe\.parts\.0\.w1\.weight cannot be made smaller: it is shared by"):
+        prune(model, 0.5, granularity="expert", criterion="magnitude")
+    assert_unchanged(model, before)
+
+
+def test_a_weight_of_two_names_is_backed_up_once():
+    model = sharing_model("module")
+    before = snapshot(model)
+    backup = WeightBackup(in_memory=True)
+    for name in ("stack.0.mix.wo.weight", "stack.4.mix.wo.weight"):
+        backup.save(model, name)
+        model.get_parameter(name).data.zero_()
+    backup.restore(model)
+    assert_unchanged(model, before)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from hf_prune import CalibrationError, ConfigError, MaskStore, PruningConfig, prune, shrink
 from hf_prune.architectures.kinds.registry import kind_named
+from hf_prune.architectures.switched_off import units_that_run
 from hf_prune.cli.main import main
 from hf_prune.structured import routing
 from hf_prune.structured.routing import observe_routing
@@ -74,8 +75,6 @@ def test_one_expert_at_a_time_gives_the_same(model_type: str, monkeypatch: pytes
     alone = observe_routing(model, groups, data)
     for name, observed in seen.items():
         assert observed.tokens.sum() > 0
-        if model_type == "nllb-moe":  # whose experts may be called several times for one token
-            continue
         assert torch.equal(observed.tokens, alone[name].tokens)
         assert torch.allclose(observed.norms, alone[name].norms, rtol=1e-3, atol=1e-5)
 
@@ -116,6 +115,23 @@ def test_a_masked_model_is_observed_by_the_numbers_of_all_experts() -> None:
     assert {group.units for group in kind_named("expert").groups(shrink(model))} == {3}
 
 
+def test_experts_without_tokens_are_named_unless_they_are_switched_off() -> None:
+    model, inputs = tiny_moe("mixtral")
+    prune(model, 1 / 8, granularity="expert")
+    (first, *_) = groups = kind_named("expert").groups(model)
+    running = [units_that_run(model, group).tolist() for group in groups]
+    with pytest.warns(UserWarning, match=r"(\d+) of 14 experts saw no calibration token") as warned:
+        prune(
+            model,
+            0.5,
+            granularity="expert",
+            criterion="reap",
+            calibration=[{"input_ids": inputs()["input_ids"][:1, :1]}],
+        )
+    assert f"{first.name}[" in str(warned[0].message)
+    assert int(str(warned[0].message).split()[0]) == sum(len(units) for units in running) - 2 * len(groups)
+
+
 def test_experts_that_no_forward_pass_calls_are_refused() -> None:
     model, inputs = tiny_moe("jetmoe")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -123,7 +139,8 @@ def test_experts_that_no_forward_pass_calls_are_refused() -> None:
         prune(model, 0.5, granularity="expert", criterion="reap", calibration=batches(inputs))
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     spared = {"exclude_modules": r".*self_attention.*", "calibration": batches(inputs)}
-    prune(model, 0.5, granularity="expert", criterion="reap", **spared)
+    with pytest.warns(UserWarning, match="saw no calibration token"):
+        prune(model, 0.5, granularity="expert", criterion="reap", **spared)
     assert sorted(group.units for group in kind_named("expert").groups(shrink(model))) == [4, 4, 8, 8]
 
 
@@ -137,7 +154,7 @@ def test_reap_needs_texts_and_ranks_experts_only() -> None:
         PruningConfig(granularity=("expert", "neuron"), criterion="frequency")
 
 
-@pytest.mark.filterwarnings("ignore:Token indices sequence length")
+@pytest.mark.filterwarnings("ignore:Token indices sequence length", "ignore:1 of 16 experts saw no calibration token")
 def test_the_command_line_removes_experts_with_texts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model, _ = tiny_moe("qwen3_moe")
     tokenizer = tiny_tokenizer()
@@ -149,7 +166,7 @@ def test_the_command_line_removes_experts_with_texts(tmp_path: Path, capsys: pyt
     options = ["--granularity", "expert", "--criterion", "reap", "--sparsity", "0.5", "--window", "16"]
     data = ["--data", str(tmp_path / "texts.txt"), "--calibration-samples", "4"]
     with pytest.raises(SystemExit) as done:
-        main(["prune", str(tmp_path / "dense"), *options, *data, "--out", str(tmp_path / "pruned")])
+        main(["prune", str(tmp_path / "dense"), *options, *data, "--details", "--out", str(tmp_path / "pruned")])
     output, errors = capsys.readouterr()
     assert done.value.code == 0, errors
     assert re.search(r"layers\.1\.mlp\.experts +experts +8 +4", output)

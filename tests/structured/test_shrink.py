@@ -143,6 +143,18 @@ def test_uniform_sizes_need_no_plugin(tmp_path, fresh_process):
     assert float(done.stdout) == pytest.approx(expected, abs=1e-4)
 
 
+def test_numbers_that_the_class_of_a_config_refuses_are_told_by_the_record(tmp_path):
+    model = prunable(tiny_llama(num_key_value_heads=4))
+    cut(model, lambda site: 1 if site.kind == "head" else 0)
+    shrink(model).save_pretrained(tmp_path)  # LlamaConfig: "The hidden size (16) is not a multiple of ... heads (3)"
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["num_attention_heads"] == 4
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert loaded.model.layers[0].self_attn.q_proj.weight.shape == (12, 16)
+    inputs = torch.arange(3, 9)[None]
+    assert torch.equal(loaded(inputs).logits, model.eval()(inputs).logits)
+
+
 def test_without_the_plugin_a_shrunk_checkpoint_is_refused_and_never_random(tmp_path, fresh_process):
     model, _ = tiny("bert")
     cut(model)

@@ -629,4 +629,10 @@ def test_speed_is_said_as_it_is(make):
         model, tokenizer = make(name)
         lines[name] = str(trim_vocabulary(model, tokenizer, CORPUS)).splitlines()[-1]
     assert lines["bert"].endswith("hardly faster.")
-    assert "except for its output layer" in lines["gpt2"]
+    model, tokenizer = make("gpt2")
+    rows, width = model.lm_head.weight.shape
+    multiplied = sum(p.numel() for p in model.parameters() if p.dim() > 1) - model.transformer.wpe.weight.numel()
+    result = trim_vocabulary(model, tokenizer, CORPUS)  # whose embedding is tied to its output layer
+    assert result.saved_products == pytest.approx(result.removed * width / multiplied)
+    assert rows == result.vocabulary_before
+    assert lines["gpt2"].endswith(f"a token takes {100 * result.saved_products:.1f} % fewer products.")

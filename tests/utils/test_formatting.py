@@ -5,7 +5,7 @@ import io
 
 import pytest
 
-from hf_prune.utils.formatting import format_csv, format_table, in_one_line, printable
+from hf_prune.utils.formatting import format_csv, format_duration, format_table, in_one_line, printable
 
 
 @pytest.mark.parametrize("text", ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1", "\r=1", "\n=1", "  =1", "\uff1d1"])
@@ -34,3 +34,18 @@ def test_what_hides_or_controls_is_spelled_out(hidden):
 
 def test_a_cell_is_one_line():
     assert format_table(["name", "n"], [["a\nerror: b\tc", "1"]]).splitlines()[2:] == [r"a\nerror: b\tc  1"]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.04, "0.0 s"),
+        (59.94, "59.9 s"),
+        (59.96, "1 min 0 s"),
+        (119.7, "2 min 0 s"),
+        (3600, "1 h 0 min"),
+        (9e3, "2 h 30 min"),
+    ],
+)
+def test_times_are_said_as_people_say_them(seconds, text):
+    assert format_duration(seconds) == text

@@ -38,8 +38,8 @@ from hf_prune.cli.main import main
 from hf_prune.cli.workflows.prune import prune_checkpoint
 from hf_prune.cli.workflows.train import train_checkpoint
 from hf_prune.cli.workflows.trim_vocab import trim_checkpoint
-from hf_prune.evaluation.plots import save_figure
 from hf_prune.utils import locks as locks_module
+from hf_prune.utils.figures import save_figure
 from hf_prune.utils.files import write_json
 from hf_prune.utils.folders import MARK, is_left_out, is_never_uploaded
 from hf_prune.utils.output_folder import check_file, check_output
@@ -158,7 +158,10 @@ def test_a_copy_of_an_output_is_one_and_a_damaged_mark_is_none(source, tmp_path)
     prune_checkpoint(str(source), HALF, tmp_path / "out")
     shutil.copytree(tmp_path / "out", tmp_path / "copy", copy_function=shutil.copyfile)
     prune_checkpoint(str(source), HALF, tmp_path / "copy")
-    assert contents(tmp_path / "copy") == contents(tmp_path / "out")
+    before, again = contents(tmp_path / "out"), contents(tmp_path / "copy")
+    named = {"README.md", "pruning_card.json", MARK}  # a card names its folder
+    assert {k: v for k, v in again.items() if k not in named} == {k: v for k, v in before.items() if k not in named}
+    assert again.keys() == before.keys()
     for damage in ("", "[]", '{"kind": "hf_prune.output", "version": 1, "files": {"../x": [1, ""]}}', "[" * 100_000):
         (tmp_path / "copy" / MARK).write_text(damage)
         with pytest.raises(CheckpointError, match="which hf-prune prune did not write"):
@@ -480,7 +483,9 @@ def test_what_a_model_needs_comes_along_or_is_named(command, source, tmp_path, c
     tokenizers = {"spm.model", "source.spm", "bpe.codes", "normalizer.json", "chat_template.jinja"}
     carried = CARRIED - tokenizers if command == "trim-vocab" else CARRIED  # which has a tokenizer of its own
     assert carried <= found
-    assert not found & (LEFT | OURS | {"link.txt"})
+    written = {"README.md", "pruning_card.json"} if command == "prune" else set()  # its own card
+    assert not found & ((LEFT | OURS) - written | {"link.txt"})
+    assert (source / "README.md").read_bytes() not in contents(tmp_path / "out").values()
     assert all((tmp_path / "out" / name).read_bytes() == (source / name).read_bytes() for name in carried)
     assert f"Not copied from {source}: {', '.join(sorted(LEFT | {'link.txt'}))}." in caplog.text
     AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
@@ -505,6 +510,7 @@ def test_links_that_lead_out_are_neither_pushed_nor_written_through(source, tmp_
     out, secret = tmp_path / "out", tmp_path / "secret"
     prune_checkpoint(str(source), HALF, out)
     secret.write_text("secret")
+    (out / "README.md").unlink()
     (out / "README.md").symlink_to(secret)
     before = sorted(contents(out))
     model = AutoPrunedModelForSequenceClassification.from_pretrained(out)
@@ -604,7 +610,7 @@ def test_the_mark_is_neither_copied_nor_uploaded(source, tmp_path):
 def test_pictures_are_known_by_what_drew_them(tmp_path):
     from matplotlib.figure import Figure
 
-    from hf_prune.evaluation.plots import is_drawn
+    from hf_prune.utils.figures import is_drawn
 
     assert is_drawn(save_figure(Figure(), tmp_path / "a.png"))
     Figure().savefig(tmp_path / "b.png")

@@ -1,76 +1,106 @@
-"""Who listens hears of every long loop, and can stop it."""
+"""Progress on a terminal, in a notebook and in a log."""
 
-import copy
-import threading
+from __future__ import annotations
+
+import builtins
+import io
+import itertools
+import sys
+import time
+from types import SimpleNamespace
 
 import pytest
-import torch
-from datasets import Dataset
 
-from hf_prune import evaluate_classification, listen_to_progress, prune, text_batches
-from tests import models
-
-
-@pytest.fixture(scope="module")
-def data():
-    tokenizer = models.tiny_tokenizer()
-    return tokenizer, text_batches(models.tiny_sentences(12, 0)["sentence"], tokenizer, batch_size=4)
+from hf_prune import listen_to_progress
+from hf_prune.utils import progress
+from hf_prune.utils.progress import Bar, is_interactive, showing_progress, working
 
 
-@pytest.mark.parametrize(
-    ("settings", "titles"),
-    [
-        ({"criterion": "wanda"}, {"Pruning": 14}),
-        ({"criterion": "wanda", "calibration_order": "one_pass"}, {"Calibrating": 3}),
-        ({"criterion": "fisher_diagonal"}, {"Calibrating": 3}),
-        ({"criterion": "sparsegpt", "polish": {"epochs": 1}}, {"Dense outputs": 3, "Pruning": 14, "Polishing": None}),
-        ({"criterion": "wanda", "objective": "loss"}, {"Sensitivity": 3, "Pruning": 14}),
-        ({"criterion": "taylor", "granularity": ("head", "neuron")}, {"Units": 3}),
-    ],
-)
-def test_every_loop_tells(data, settings, titles):
-    heard = {}
-    with listen_to_progress(lambda title, done, total: heard.setdefault(title, []).append((done, total))):
-        prune(models.tiny_classifier(), 0.5, calibration=data[1], **settings)
-    for title, total in titles.items():
-        steps = heard[title]
-        assert [done for done, _ in steps] == list(range(1, len(steps) + 1))
-        assert len(steps) == (total or len(steps))
-        assert {each for _, each in steps} <= {len(steps), None}
+class Screen(io.StringIO):
+    def __init__(self, terminal: bool) -> None:
+        super().__init__()
+        self._terminal = terminal
+
+    def isatty(self) -> bool:
+        return self._terminal
 
 
-def test_scoring_tells(data):
+@pytest.fixture
+def log(monkeypatch, capsys):
+    """What is written where there is no terminal, by a clock that goes on by five seconds whenever one looks at it."""
+    clock = itertools.count(0.0, 5.0)
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    return lambda: capsys.readouterr().err
+
+
+def test_a_log_gets_a_line_every_ten_seconds_with_the_time_left(log):
+    list(Bar(range(4), desc="Calibrating", progress=True))
+    assert log().splitlines() == [
+        "Calibrating: 2 of 4 batches, 00:10 so far, 00:10 left",
+        "Calibrating: 4 of 4 batches, 00:20 so far, 00:00 left",
+    ]
+
+
+def test_steps_without_a_total_have_no_time_left(log):
+    with Bar(desc="Pruning", unit="weight", progress=True) as bar:
+        bar.update(3)
+        bar.update(3)
+    assert log() == "Pruning: 6 weights, 00:10 so far\n"
+
+
+def test_nothing_is_shown_in_a_script_unless_asked_for(log):
+    list(Bar(range(9), desc="Calibrating"))
+    list(Bar(range(9), desc="Calibrating", progress=False))
+    with working("Loading"):
+        pass
+    assert not is_interactive()
+    assert log() == ""
+
+
+def test_the_command_line_and_interactive_sessions_show_it(log, monkeypatch):
+    with showing_progress():
+        list(Bar(range(2), desc="Scoring"))
+        list(Bar(range(9), desc="Silent", progress=False))
+    monkeypatch.setattr(sys, "ps1", ">>> ", raising=False)
+    list(Bar(range(2), desc="Timing", unit="round"))
+    assert [line.partition(",")[0] for line in log().splitlines()] == [
+        "Scoring: 2 of 2 batches",
+        "Timing: 2 of 2 rounds",
+    ]
+
+
+def test_a_terminal_gets_a_bar_and_no_lines(monkeypatch):
+    terminal = Screen(terminal=True)
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setattr(progress, "_DELAY", 0)
+    for _ in Bar(range(3), desc="Calibrating", progress=True):
+        time.sleep(0.11)
+    assert "Calibrating:  33%" in terminal.getvalue()
+    assert "\n" not in terminal.getvalue()
+
+
+def test_a_notebook_gets_a_bar_although_its_output_is_no_terminal(monkeypatch):
+    shell = type("ZMQInteractiveShell", (), {})
+    output = Screen(terminal=False)
+    monkeypatch.setattr(sys, "stderr", output)
+    monkeypatch.setattr(builtins, "get_ipython", shell, raising=False)
+    monkeypatch.setattr(progress, "_DELAY", 0)
+    for _ in Bar(range(3), desc="Calibrating"):
+        time.sleep(0.11)
+    assert "Calibrating:  33%" in output.getvalue()
+
+
+def test_work_without_steps_shows_that_it_goes_on(monkeypatch):
+    log = Screen(terminal=False)
+    monkeypatch.setattr(sys, "stderr", log)
+    monkeypatch.setattr(progress, "_EVERY", 0.5)
+    with working("Loading the model", progress=True):
+        time.sleep(1.2)
+    assert log.getvalue() == "Loading the model: 00:01 so far\n"
+
+
+def test_listeners_hear_of_every_step():
     heard = []
-    with listen_to_progress(lambda *told: heard.append(told)):
-        evaluate_classification(
-            models.tiny_classifier(), data[0], Dataset.from_dict(models.tiny_sentences(8, 0)), batch_size=2
-        )
-    assert heard == [("Scoring", i, 4) for i in range(1, 5)]
-
-
-@pytest.mark.parametrize(
-    "settings", [{"criterion": "sparsegpt"}, {"criterion": "fisher", "granularity": ("head", "neuron")}]
-)
-def test_what_the_listener_raises_leaves_the_model_as_it_was(data, settings):
-    model = models.tiny_classifier()
-    before = copy.deepcopy(model.state_dict())
-
-    def stop(title, done, total):
-        if done == 2:
-            raise TimeoutError
-
-    with pytest.raises(TimeoutError), listen_to_progress(stop):
-        prune(model, 0.5, calibration=data[1], **settings)
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    prune(model, 0.5, calibration=data[1], **settings)  # nobody listens any more
-
-
-def test_other_threads_are_not_heard(data):
-    heard = []
-    with listen_to_progress(lambda *told: heard.append(told)):
-        other = threading.Thread(
-            target=prune, args=(models.tiny_classifier(), 0.5), kwargs={"criterion": "wanda", "calibration": data[1]}
-        )
-        other.start()
-        other.join()
-    assert heard == []
+    with listen_to_progress(lambda *step: heard.append(step)):
+        list(Bar("ab", desc="Scoring"))
+    assert heard == [("Scoring", 1, 2), ("Scoring", 2, 2)]

@@ -130,8 +130,8 @@ def test_a_model_has_the_masks_whatever_holds_it(tmp_path, wrap):
     assert len(model.masks) == 14
     assert all(not model.get_parameter(name).detach()[~mask].any() for name, mask in model.masks.items())
     prefix = next(name for name, module in held.named_modules() if module is model)
-    outside = MaskStore.of(held).masks
-    assert all(outside[f"{prefix}.{name}"] is mask for name, mask in model.masks.items())
+    outside, inside = MaskStore.of(held).masks.packed, MaskStore.of(model).masks.packed
+    assert all(outside[f"{prefix}.{name}"] is mask for name, mask in inside.items())
     model.save_pretrained(tmp_path / "m")
     loaded = type(model).from_pretrained(tmp_path / "m")
     assert loaded.masks.keys() == model.masks.keys()
@@ -162,7 +162,8 @@ def test_two_handles_make_one_set_of_masks(tmp_path):
     whole = dict(model.masks)
     name = "model.language_model.layers.0.self_attn.q_proj.weight"
     assert not (whole[name] & ~first[name]).any()  # what is gone stays gone
-    assert MaskStore.of(part).masks["layers.0.self_attn.q_proj.weight"] is whole[name]
+    bits = MaskStore.of(model).masks.packed[name]
+    assert MaskStore.of(part).masks.packed["layers.0.self_attn.q_proj.weight"] is bits
     assert any("vision_tower" in each for each in whole)
     prune(other, 0.9, target_modules=["fc1"])
     assert whole.keys() == model.masks.keys()
@@ -206,7 +207,7 @@ def test_a_tied_weight_has_one_mask():
     (name,) = MaskStore.of(model).masks
     assert name == "model.embed_tokens.weight"
     prune(model, 0.7, target_modules=["lm_head"])
-    assert MaskStore.of(model.lm_head).masks["weight"] is MaskStore.of(model).masks[name]
+    assert MaskStore.of(model.lm_head).masks.packed["weight"] is MaskStore.of(model).masks.packed[name]
     assert float((model.lm_head.weight == 0).float().mean()) == pytest.approx(0.7, abs=0.01)
 
 
@@ -531,6 +532,7 @@ class Pipeline:
         lambda m: hf_prune.export_model(m, "nowhere.onnx"),
         lambda m: hf_prune.keep_sparse(m, torch.optim.SGD([torch.zeros(1)])),
         lambda m: hf_prune.trim_vocabulary(m, models.tiny_tokenizer(), ["a"]),
+        lambda m: hf_prune.trim_hidden(m, 8, calibration=[]),
         lambda m: hf_prune.evaluate_perplexity(m, models.tiny_tokenizer(), ["a b c d"]),
         lambda m: hf_prune.evaluate_classification(m, models.tiny_tokenizer(), Dataset.from_dict({"label": [0]})),
         lambda m: hf_prune.measure_latency({"a": m, "b": m}),

@@ -14,9 +14,15 @@ from torch import nn
 from hf_prune.architectures.base import Stack, Units
 from hf_prune.architectures.cut_units import cut_units
 from hf_prune.architectures.discovery.blocks import kind_of
-from hf_prune.architectures.discovery.proof import differ, groups_in, layer_list, layers_failure
-from hf_prune.architectures.discovery.sample import FAILURES, Sample, build_model
+from hf_prune.architectures.discovery.proof import (
+    computes_the_same,
+    groups_in,
+    layers_failure,
+    rebuilt_model,
+)
+from hf_prune.architectures.discovery.sample import FAILURES, Sample
 from hf_prune.architectures.found_units import find_attribute
+from hf_prune.architectures.layer_list import layer_list, number_places
 from hf_prune.architectures.remove_layers import remove_layers
 from hf_prune.architectures.settings import config_of_setting, set_setting
 from hf_prune.architectures.unit_groups import UnitGroup
@@ -79,10 +85,10 @@ def with_layer_fields(sample: Sample, stack: Stack) -> tuple[Stack, str | None]:
                 remove_layers(twin, [layer_list(twin, counted)], {f"{layers.name}.{fixed}"})
             except FAILURES:
                 break
-            rebuilt = _rebuilt(twin)
+            rebuilt = rebuilt_model(twin)
             if rebuilt is None or len(layer_list(rebuilt, counted).layers) != total - 1:
                 break  # an attribute that gives another number
-            if not _is_same(sample, twin, rebuilt) or not (lists or _is_regular(sample, counted, total)):
+            if not computes_the_same(sample, twin, rebuilt) or not (lists or _is_regular(sample, counted, total)):
                 reason = f"the config tells by the number of a layer what is in it (with {name} lowered)"
                 continue
             failure = layers_failure(type(sample.model), sample.model.config, counted)
@@ -96,10 +102,12 @@ def _is_regular(sample: Sample, stack: Stack, total: int) -> bool:
     """Whether further layers of a longer model would be alike, so that any of them can go."""
     twin = sample.twin()
     set_setting(twin.config, stack.config, total + 3)
-    rebuilt = _rebuilt(twin)
+    rebuilt = rebuilt_model(twin)
     if rebuilt is None:
         return False
-    return len({kind_of(layer) for layer in layer_list(rebuilt, stack).layers[stack.fixed :]}) == 1
+    layers = layer_list(rebuilt, stack).layers
+    numbers = number_places(layers)
+    return len({kind_of(layer, numbers) for layer in layers[stack.fixed :]}) == 1
 
 
 def _changes(
@@ -108,7 +116,7 @@ def _changes(
     """Settings of the config that might halve the number of some units, with what they say of it."""
     group = next(group for group in groups_in(sample.model, replace(stack, units=(units,))) if group.units > 1)
     config, number, fewer = sample.model.config, group.units, max(group.units // 2, 1)
-    own = _own_config(sample.model, layer_list(sample.model, stack).name)
+    own = _own_config(sample.model, layer_list(sample.model, stack).layer_names()[0])
     if units.kind == "neuron":
         for name in _names(config, number, re.compile(r"\w+"), own):
             yield {name: fewer}, (False,), None
@@ -148,8 +156,8 @@ def _own_config(model: Any, name: str) -> str:
 
 def _size(model: nn.Module, group: UnitGroup, units: Units) -> int | None:
     """The size of a head."""
-    (stack, number), *_ = group.layers
-    return find_attribute(model, f"{stack}.{number}.{units.size}")
+    layer = group.consumers[0].name.removesuffix(units.consumers[0].name)
+    return find_attribute(model, f"{layer}{units.size}")
 
 
 def _units_that_follow(sample: Sample, stacks: Sequence[Stack], change: Mapping[str, int]) -> set[tuple[str, Units]]:
@@ -160,7 +168,7 @@ def _units_that_follow(sample: Sample, stacks: Sequence[Stack], change: Mapping[
         for name, value in change.items():
             set_setting(config, name, value)
         twin.config = config
-        rebuilt = _rebuilt(twin)
+        rebuilt = rebuilt_model(twin)
         if rebuilt is None:
             return set()
         followers: set[tuple[str, Units]] = set()
@@ -172,27 +180,9 @@ def _units_that_follow(sample: Sample, stacks: Sequence[Stack], change: Mapping[
                 if groups:
                     followers.add((stack.layers, units))
                     cut_units(twin, groups, {group.name: torch.arange(after[group.name]) for group in groups})
-        return followers if followers and _is_same(sample, twin, rebuilt) else set()
+        return followers if followers and computes_the_same(sample, twin, rebuilt) else set()
     except FAILURES:
         return set()
-
-
-def _rebuilt(model: Any) -> Any:
-    """A model of the same class from the config of a model, with its weights yet to be set; None if it fails."""
-    try:
-        config = type(model.config).from_dict(model.config.to_dict())  # what a checkpoint's config.json would say
-        return build_model(type(model), config)
-    except FAILURES:
-        return None
-
-
-def _is_same(sample: Sample, model: nn.Module, rebuilt: nn.Module) -> bool:
-    """Whether a model that was built from a config computes what a cut model computes, with its weights."""
-    try:
-        rebuilt.load_state_dict(model.state_dict(), strict=True)
-        return not differ(sample.outputs(rebuilt), sample.outputs(model))
-    except FAILURES:
-        return False
 
 
 def _names(config: Any, value: int | None, pattern: re.Pattern[str], own: str = "") -> list[str]:

@@ -7,6 +7,7 @@ norm over all features are not. This tells any layout of projections apart, what
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,8 +17,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers.cache_utils import Cache
 
-from hf_prune.architectures.discovery.blocks import Blocks, first_hidden
+from hf_prune.architectures.discovery.blocks import Blocks, first_hidden, matrix_dims
 from hf_prune.architectures.discovery.sample import FAILURES, Sample
+from hf_prune.architectures.expert_neurons import expert_neuron_groups
 
 _MOST_CALLS = 4  # of one matrix in a forward pass that are looked at
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)  # no derivatives by their running statistics
@@ -41,37 +43,75 @@ class Flow:
     reaches: Mapping[str, Sequence[Tensor]]
 
 
-def matrix_dims(module: nn.Module) -> tuple[int, int] | None:
-    """The dimensions of a module's weight along which outputs and inputs lie; None if it is not a matrix."""
-    from transformers.pytorch_utils import Conv1D
-
-    if isinstance(module, nn.Linear):
-        return 0, 1
-    if isinstance(module, Conv1D):
-        return 1, 0
-    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-        return 0, 1
-    return None
-
-
 def trace_flows(sample: Sample, blocks: Sequence[Blocks]) -> dict[str, list[Flow]]:
-    """What reaches each matrix in the first layer of each kind, by the name of the layer."""
-    layers = {f"{b.name}.{number}": b.layers[number] for b in blocks for number in b.kinds()}
+    """What reaches each matrix in the first layer of each kind, by the name of the layer.
+
+    Layers are run by themselves. What is in no layer, or in one that is not run as a whole, is looked at in a forward
+    pass of the whole model; the name of all that is in no layer is empty.
+    """
+    layers = {f"{b.name}.{number}": b.layers[number] for b in blocks if b.is_called for number in b.kinds()}
     leaves = _leaves(sample.model)
     states = [tensor.requires_grad for tensor in leaves.values()]
+    taken = _matrices_by_place(sample.model, blocks)
     try:
         for tensor in leaves.values():
             tensor.requires_grad_(True)
         with torch.enable_grad(), _NoDeadNeurons():
-            calls = _first_calls(sample, layers)
-            return {name: _flows_in(sample.model, name, call, leaves) for name, call in calls.items()}
+            calls = _first_calls(
+                sample, layers, {name: inputs for place in taken.values() for name, inputs in place.items()}
+            )
+            flows = {name: _flows_in(sample.model, name, call, leaves) for name, call in calls.items()}
+            for place, inputs in taken.items():
+                own = _leaves_of(place, leaves, blocks)
+                if not place:  # what reads pixels or samples is small, and all else rests on it
+                    own = {n: leaf for n, leaf in own.items() if not _is_first(sample.model, inputs, n)}
+                flows[place] = _flows_of(sample.model, inputs, own)
+            return flows
     finally:
         for tensor, state in zip(leaves.values(), states, strict=True):
             tensor.requires_grad_(state)
 
 
-def _first_calls(sample: Sample, layers: Mapping[str, nn.Module]) -> dict[str, Call]:
-    """What each layer is called with first, in a forward pass of the whole model."""
+def _matrices_by_place(model: nn.Module, blocks: Sequence[Blocks]) -> dict[str, dict[str, list[Tensor]]]:
+    """The matrices that only the whole model runs, with room for their inputs, by the name of the layer, or none."""
+    places: dict[str, dict[str, list[Tensor]]] = {"": {}}
+    places |= {f"{b.name}.{number}": {} for b in blocks if not b.is_called for number in b.kinds()}
+    seen: set[Any] = set()
+    for name, module in model.named_modules():
+        if not _may_consume(name, module):
+            continue
+        place = next((place for place in places if place and name.startswith(f"{place}.")), "")
+        if not place and any(name.startswith(f"{b.name}.") for b in blocks):
+            continue  # in a layer that is run by itself, or is like one that is looked at
+        kind = (re.sub(r"\d+", "*", name), tuple(p.shape for p in module.parameters()))
+        if place or kind not in seen:
+            places[place][name] = []
+        seen.add(kind)
+    return {place: inputs for place, inputs in places.items() if inputs}
+
+
+def _leaves_of(place: str, leaves: Mapping[str, Tensor], blocks: Sequence[Blocks]) -> dict[str, Tensor]:
+    """What may hold units of a place: all that is in it, or in no layer."""
+    if place:
+        return {n: leaf for n, leaf in leaves.items() if n.startswith(f"{place}.")}
+    return {n: leaf for n, leaf in leaves.items() if not any(n.startswith(f"{b.name}.") for b in blocks)}
+
+
+def _is_first(model: nn.Module, inputs: Mapping[str, Sequence[Tensor]], name: str) -> bool:
+    """Whether a parameter is of a convolution of which no input was recorded, since none comes from a parameter."""
+    holder = name.rpartition(".")[0]
+    is_convolution = isinstance(model.get_submodule(holder), nn.Conv1d | nn.Conv2d | nn.Conv3d)
+    return is_convolution and not inputs.get(holder, ())
+
+
+def _first_calls(sample: Sample, layers: Mapping[str, nn.Module], taken: Mapping[str, list[Tensor]]) -> dict[str, Call]:
+    """What each layer is called with first, in a forward pass of the whole model.
+
+    Args:
+        sample: The small model.
+        layers: The layers by name.
+        taken: Matrices by name, to which their inputs are added.
+    """
     calls: dict[str, Call] = {}
 
     def hook(name: str) -> Any:
@@ -81,6 +121,9 @@ def _first_calls(sample: Sample, layers: Mapping[str, nn.Module]) -> dict[str, C
         return record
 
     handles = [layer.register_forward_pre_hook(hook(name), with_kwargs=True) for name, layer in layers.items()]
+    handles += [
+        sample.model.get_submodule(name).register_forward_pre_hook(_recorder(inputs)) for name, inputs in taken.items()
+    ]
     try:
         sample.model(**dict(sample.inputs))
     finally:
@@ -92,13 +135,15 @@ def _first_calls(sample: Sample, layers: Mapping[str, nn.Module]) -> dict[str, C
 def _flows_in(model: nn.Module, layer: str, call: Call, leaves: Mapping[str, Tensor]) -> list[Flow]:
     """What reaches each matrix in a layer that is called by itself: with few tokens if it can do with few."""
     module = model.get_submodule(layer)
+    # Which are found in another way, as many as the model has.
+    in_experts = {p.name.rpartition(".")[0] for group in expert_neuron_groups(model) for p in group.consumers}
     for shorten in (True, False):
         args, kwargs = _own_inputs(call, shorten)
         taken: dict[str, list[Tensor]] = {}
         handles = [
             matrix.register_forward_pre_hook(_recorder(taken.setdefault(name, [])))
             for name, matrix in module.named_modules(prefix=layer)
-            if _may_consume(name, matrix)
+            if _may_consume(name, matrix) and name not in in_experts
         ]
         try:
             module(*args, **kwargs)
@@ -110,12 +155,17 @@ def _flows_in(model: nn.Module, layer: str, call: Call, leaves: Mapping[str, Ten
                 for name, leaf in leaves.items()
                 if name.startswith(f"{layer}.") or leaf.numel() <= _LARGEST_SHARED
             }
-            flows = [_flow(name, model, inputs, near) for name, inputs in taken.items()]
-            return [flow for flow in flows if flow is not None]
+            return _flows_of(model, taken, near)
         finally:
             for handle in handles:
                 handle.remove()
     return []
+
+
+def _flows_of(model: nn.Module, taken: Mapping[str, list[Tensor]], leaves: Mapping[str, Tensor]) -> list[Flow]:
+    """What reaches some matrices, of which the inputs are given."""
+    flows = [_flow(name, model, inputs, leaves) for name, inputs in taken.items()]
+    return [flow for flow in flows if flow is not None]
 
 
 def _own_inputs(call: Call, shorten: bool) -> Call:
@@ -190,6 +240,8 @@ def _flow(consumer: str, model: nn.Module, inputs: Sequence[Tensor], leaves: Map
     if features is None:
         return None
     names = [name for name in leaves if not name.startswith(f"{consumer}.")]
+    if not names:
+        return None
     # Most of what lies before a matrix reaches all of its inputs. Two inputs tell, and nothing need be derived by it.
     for one in (features[0], features[-1]):
         tensors = [leaves[name] for name in names]

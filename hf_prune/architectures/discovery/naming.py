@@ -12,6 +12,7 @@ from torch import nn
 from hf_prune.architectures.base import Piece, Units
 from hf_prune.architectures.discovery.flow import BATCH_NORMS
 from hf_prune.architectures.discovery.partition import FoundSlices, FoundUnits
+from hf_prune.architectures.layer_list import inside
 from hf_prune.architectures.modules import base_prefix
 
 _SIZE = re.compile(r"\w*(head_dim|head_size|d_kv|d_head|dim_head|key_value_proj_dim|head_features|dim_per_head)\w*")
@@ -19,13 +20,14 @@ _SIZE_OR_WIDTH = re.compile(r"\w*(dim|size|channels|features|d_k|d_v)\w*")
 _NUMBER = re.compile(r"\w*(heads?|groups?|n_head\w*|h)")
 _QUERIES_PER_KEY = re.compile(r"\w*(key_value_groups|kv_groups|n_rep|queries_per|per_group|kv_repeat)\w*")
 _WIDTH = re.compile(r"\w*(size|dim|width|channels|features|embed|d_model|hidden|inner|total|split|ffn|intermediate)\w*")
+_MOST_ENTRIES = 8  # of a list of sizes, such as those of a split
 _MOST_UNNAMED = 4  # attributes of which every combination is tried
 _HIDDEN = re.compile(r"hidden_size|embed_dim|d_model|dim|embedding_dim|hidden_dim|in_features|out_features|n_embd")
 
 
 def outside_names(layer: str, found: FoundUnits) -> set[str]:
     """The producers that lie outside of a layer, such as a table of position biases that all layers share."""
-    return {piece.name for piece in found.producers + found.buffers if not piece.name.startswith(f"{layer}.")}
+    return {piece.name for piece in found.producers + found.buffers if not piece.name.startswith(inside(layer, ""))}
 
 
 def named_units(model: nn.Module, layer: str, found: FoundUnits, outside: Collection[str]) -> Iterator[Units]:
@@ -45,12 +47,12 @@ def named_units(model: nn.Module, layer: str, found: FoundUnits, outside: Collec
 
     def piece(slices: FoundSlices) -> Piece:
         is_outside = slices.name in outside
-        name = slices.name.removeprefix(prefix) if is_outside else slices.name.removeprefix(f"{layer}.")
+        name = slices.name.removeprefix(prefix) if is_outside else slices.name.removeprefix(inside(layer, ""))
         wide = tuple(width == found.width for width in slices.widths)
-        return Piece(name, slices.dim, wide, is_outside)
+        return Piece(name, slices.dim, wide, is_outside, slices.fixed)
 
     units = Units(
-        kind="head" if head else "neuron",
+        kind=found.kind,
         producers=tuple(map(piece, found.producers)),
         consumers=tuple(map(piece, found.consumers)),
         buffers=tuple(map(piece, found.buffers)),
@@ -67,8 +69,9 @@ def named_units(model: nn.Module, layer: str, found: FoundUnits, outside: Collec
 def _sizes(attributes: dict[str, int], found: FoundUnits, units: Units) -> list[Units]:
     """Ways to tell the number of units: by the size of one, or by an attribute with the number."""
     named = list(zip(units.producers + units.consumers, found.producers + found.consumers, strict=True))
-    named = [(p, s) for p, s in named if len(set(s.widths)) == 1 and not p.outside]
+    named = [(p, s) for p, s in named if len(set(s.widths)) == 1 and not p.outside and p.fixed is None]
     ways = []
+    attributes = {name: value for name, value in attributes.items() if not name.endswith("]")}
     for pattern in (_SIZE, _SIZE_OR_WIDTH):
         for piece, slices in sorted(named, key=lambda pair: pair[1].widths[0]):
             for name, value in attributes.items():
@@ -105,7 +108,7 @@ def _counts(attributes: dict[str, int], found: FoundUnits) -> list[tuple[str, ..
     heads = {found.units, found.units * found.width // narrowest}
     numbers, repeats, widths = [], [], []
     for name, value in attributes.items():
-        word = name.rpartition(".")[2]
+        word = name.rpartition(".")[2].partition("[")[0]  # of an entry, the name of the list
         if _QUERIES_PER_KEY.fullmatch(word):
             repeats += [name] if value == found.units else []
         elif found.width > 1 and value in heads and _NUMBER.fullmatch(word):
@@ -122,9 +125,12 @@ def _counts(attributes: dict[str, int], found: FoundUnits) -> list[tuple[str, ..
         ratios = {found.width // width for piece in pieces for width in piece.widths}
         ratios |= {width for piece in pieces for width in piece.widths if width < found.width}  # a number for each head
         heads |= {found.units * ratio for ratio in ratios}
+        entries = [name for name in inner if name.endswith("]")]  # sizes of a split, all of which have to follow
         same = [name for name, value in attributes.items() if value in heads and not is_in_config(name)]
+        same = [name for name in same if not name.endswith("]")]
         sizes = range(min(len(same), _MOST_UNNAMED), 0, -1)
-        guesses += [list(guess) for size in sizes for guess in itertools.combinations(same[:_MOST_UNNAMED], size)]
+        tries = [[*guess] for size in sizes for guess in itertools.combinations(same[:_MOST_UNNAMED], size)]
+        guesses += tries + ([[*guess, *entries] for guess in tries] if entries else [])
     return list(dict.fromkeys(tuple(guess) for guess in guesses))
 
 
@@ -140,29 +146,30 @@ def _attributes_of_torch(model: nn.Module, layer: str, found: FoundUnits) -> tup
             keys = ("in_channels",) if piece in found.consumers else own
         elif isinstance(module, BATCH_NORMS):
             keys = ("num_features",)
-        names |= dict.fromkeys(f"{module_name}.{key}".removeprefix(f"{layer}.") for key in keys)
+        names |= dict.fromkeys(inside(module_name, key).removeprefix(inside(layer, "")) for key in keys)
     return tuple(names)
 
 
 def _attributes(model: nn.Module, layer: str, names: Sequence[str]) -> dict[str, int]:
     """Whole numbers that modules around some parameters hold, by name relative to the layer."""
-    inside = [name for name in names if name.startswith(f"{layer}.")]
-    paths = [name.split(".")[:-1] for name in inside]
+    own = inside(layer, "")
+    paths = [name.split(".")[:-1] for name in names if name.startswith(own)]
     depth = next((i for i, words in enumerate(zip(*paths, strict=False)) if len(set(words)) > 1), min(map(len, paths)))
     top = ".".join(paths[0][:depth])
     found: dict[str, int] = {}
     for name, module in model.named_modules():
-        is_around = name == layer or ((f"{top}.").startswith(f"{name}.") and name.startswith(f"{layer}."))
-        if not is_around and not name.startswith(f"{top}."):
+        is_around = name == layer or (inside(top, "").startswith(inside(name, "")) and name.startswith(own))
+        if not is_around and not (top and name.startswith(f"{top}.")):
             continue
         if type(module).__module__.startswith("torch.nn"):
             continue
         for key, value in vars(module).items():
-            if _is_size(key, value):
-                found[f"{name}.{key}".removeprefix(f"{layer}.")] = value
-        for key, value in vars(getattr(module, "config", object)).items() if name.startswith(f"{layer}.") else ():
+            entries = value if type(value) in (list, tuple) and len(value) <= _MOST_ENTRIES else ()
+            sizes = {key: value} | ({f"{key}[{i}]": entry for i, entry in enumerate(entries)} if entries else {})
+            found |= {inside(name, k).removeprefix(own): size for k, size in sizes.items() if _is_size(k, size)}
+        for key, value in vars(getattr(module, "config", object)).items() if name and name.startswith(own) else ():
             if _is_size(key, value) and not _HIDDEN.fullmatch(key):
-                found[f"{name}.config.{key}".removeprefix(f"{layer}.")] = value
+                found[inside(name, f"config.{key}").removeprefix(own)] = value
     return found
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from hf_prune.architectures.discovery.flow import BATCH_NORMS, Flow, matrix_dims
+from hf_prune.architectures.discovery.blocks import matrix_dims
+from hf_prune.architectures.discovery.flow import BATCH_NORMS, Flow
+from hf_prune.architectures.discovery.refusals import Refusal
+from hf_prune.architectures.modules import is_saved
 
 
 @dataclass(frozen=True)
@@ -19,11 +22,13 @@ class FoundSlices:
         name: Its name in the model.
         dim: The dimension along which the units lie.
         widths: The width of a unit in each part; parts lie one after another.
+        fixed: Before which part, or behind all, lie positions that belong to no unit; None if there are none.
     """
 
     name: str
     dim: int
     widths: tuple[int, ...]
+    fixed: int | None = None
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,11 @@ class FoundUnits:
     producers: tuple[FoundSlices, ...]
     consumers: tuple[FoundSlices, ...]
     buffers: tuple[FoundSlices, ...]
+
+    @property
+    def kind(self) -> str:
+        """Which kind of unit they are: a neuron is a single feature."""
+        return "head" if self.width > 1 else "neuron"
 
 
 def find_units(model: nn.Module, flows: Iterable[Flow]) -> tuple[list[FoundUnits], dict[str, str]]:
@@ -92,16 +102,22 @@ def _units_of(model: nn.Module, flow: Flow) -> FoundUnits | str | None:
         if whole is not None:
             (producers if name in parameters else buffers).append(whole)
         elif any(piece == "partial" for piece in slices):
-            return f"{name} has rows for these units, and others that do something else"
+            return Refusal(
+                f"{name} has rows for these units, and others that do something else", "head" if width > 1 else ""
+            )
     if not any(_is_matrix(model, piece) for piece in producers):
         return None
     producers = [
         with_bias
         for piece in producers
-        for with_bias in (piece, FoundSlices(piece.name.removesuffix("weight") + "bias", 0, piece.widths))
+        for with_bias in (piece, replace(piece, name=piece.name.removesuffix("weight") + "bias", dim=0))
         if with_bias is piece or (with_bias.name in parameters and _is_matrix(model, piece))
     ]
     buffers += [statistics for piece in producers for statistics in _running_statistics(model, piece)]
+    if (lost := next((piece.name for piece in buffers if not is_saved(model, piece.name)), None)) is not None:
+        return Refusal(
+            f"{lost} has a part for each of these units and is not saved with the model", "head" if width > 1 else ""
+        )
     dims = matrix_dims(model.get_submodule(flow.consumer))
     assert dims is not None
     consumer = FoundSlices(f"{flow.consumer}.weight", dims[1], (width,))
@@ -118,6 +134,9 @@ def _labels(model: nn.Module, flow: Flow) -> Tensor | None:
             touched = by_dim[dims[0]]
             if bool(touched.any(1).all()):
                 partitions.append(_components(touched))
+                if int(partitions[-1].max()) == 0:  # one key and value beside all queries, which reach neighbours only
+                    runs = touched[:, _are_runs(touched) & ~touched.all(0)]
+                    partitions += [_components(runs)] if bool(runs.any(1).all()) else []
     # The coarsest first: heads of queries are joined to those of the key that they share. What then would join all is
     # shared by the units (one key for all queries) and belongs to none.
     partitions = sorted((p for p in partitions if int(p.max()) > 0), key=lambda p: int(p.max()))
@@ -141,6 +160,14 @@ def _components(touched: Tensor) -> Tensor:
     return torch.unique(firsts, return_inverse=True)[1]
 
 
+def _are_runs(touched: Tensor) -> Tensor:
+    """(rows,) whether the inputs that a row reaches are neighbours, from (inputs, rows) bool."""
+    places = torch.arange(len(touched))[:, None].expand_as(touched)
+    first = places.where(touched, len(touched)).amin(0)
+    last = places.where(touched, -1).amax(0)
+    return last - first + 1 == touched.sum(0)
+
+
 def _joined(first: Tensor, second: Tensor) -> Tensor:
     """The finest division that both divisions refine."""
     both = torch.cat([nn.functional.one_hot(first), nn.functional.one_hot(second)], 1)
@@ -155,12 +182,28 @@ def _slices(name: str, dim: int, touched: Tensor, labels: Tensor, units: int) ->
     """
     by_unit = torch.zeros(units, touched.shape[1]).index_add_(0, labels, touched.float()) > 0  # (units, positions)
     owners = by_unit.sum(0)
-    if bool((owners > 1).any()) or not bool(by_unit.any(1).all()):
+    is_fixed = (owners == 0) | (owners == units)
+    if bool((owners[~is_fixed] > 1).any()) or not bool(by_unit[:, ~is_fixed].any(1).all()):
         return None
-    if bool((owners == 0).any()):
-        return "partial"
-    widths = _part_widths(by_unit.float().argmax(0).tolist(), units)
-    return None if widths is None else FoundSlices(name, dim, widths)
+    numbers = by_unit.float().argmax(0)
+    if not bool(is_fixed.any()):
+        widths = _part_widths(numbers.tolist(), units)
+        return None if widths is None else FoundSlices(name, dim, widths)
+    return _beside_others(name, dim, numbers, is_fixed, labels) or ("partial" if bool((owners == 0).any()) else None)
+
+
+def _beside_others(name: str, dim: int, numbers: Tensor, is_fixed: Tensor, labels: Tensor) -> FoundSlices | None:
+    """Slices in a tensor that holds something else in one run: a key that all queries share, another projection."""
+    units = int(labels.max()) + 1
+    runs = torch.nonzero(is_fixed).flatten()
+    start, length = int(runs[0]), len(runs)
+    if not bool(is_fixed[start : start + length].all()):
+        return None
+    widths = _part_widths(numbers[~is_fixed].tolist(), units)
+    size = len(labels)
+    if widths is None or set(widths) != {size // units} or start % size:
+        return None
+    return FoundSlices(name, dim, widths, start // size)
 
 
 def _part_widths(owners: Sequence[int], units: int) -> tuple[int, ...] | None:

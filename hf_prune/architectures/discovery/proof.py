@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import cycle, islice
 from typing import Any
 
@@ -13,22 +13,16 @@ from torch import Tensor, nn
 from hf_prune.architectures.base import Stack
 from hf_prune.architectures.bypass import bypass
 from hf_prune.architectures.cut_units import cut_units
-from hf_prune.architectures.discovery.sample import FAILURES, Sample, make_sample
+from hf_prune.architectures.discovery.sample import FAILURES, Sample, build_model, make_sample
 from hf_prune.architectures.found_units import found_groups
-from hf_prune.architectures.layer_list import LayerList
-from hf_prune.architectures.modules import base_prefix
+from hf_prune.architectures.layer_list import layer_list
 from hf_prune.architectures.remove_layers import remove_layers
 from hf_prune.architectures.settings import config_of_setting, set_setting
 from hf_prune.architectures.unit_groups import UnitGroup
 
 _TOLERANCE = 2e-4  # of outputs, as a share of the largest; errors of float32 stay far below, wrong units far above
+_QUARTERS = (3, 1, 2)  # of the units, from layer to layer
 _MORE_LAYERS = 3  # than the small model has, in which each is tried
-
-
-def layer_list(model: nn.Module, stack: Stack) -> LayerList:
-    """The layers of a stack in a model that has them."""
-    name = base_prefix(model) + stack.layers
-    return LayerList(name, stack, tuple(model.get_submodule(name).children()))
 
 
 def groups_in(model: nn.Module, stack: Stack) -> list[UnitGroup]:
@@ -38,7 +32,9 @@ def groups_in(model: nn.Module, stack: Stack) -> list[UnitGroup]:
     return [group for kind in kinds for group in found_groups(model, layers, kind)]
 
 
-def unit_failure(sample: Sample, groups: Sequence[UnitGroup], dense: Sequence[Tensor]) -> str | None:
+def unit_failure(
+    sample: Sample, groups: Sequence[UnitGroup], dense: Sequence[Tensor], of_all_sizes: bool = False
+) -> str | None:
     """Why units cannot be removed; None if removing them gives the outputs of zeroing them.
 
     Every layer loses another number of units, so the proof also shows that the code runs with unequal layers.
@@ -47,6 +43,7 @@ def unit_failure(sample: Sample, groups: Sequence[UnitGroup], dense: Sequence[Te
         sample: The small model.
         groups: What to remove units from.
         dense: The outputs of the small model.
+        of_all_sizes: Remove a quarter to three quarters of the units, and not one to three.
     """
     generator = torch.Generator().manual_seed(0)
     gone, kept = {}, {}
@@ -54,9 +51,30 @@ def unit_failure(sample: Sample, groups: Sequence[UnitGroup], dense: Sequence[Te
         most = max(group.units - group.minimum, 1)
         order = torch.randperm(group.units, generator=generator)
         count = 1 + number % min(most, 3)
+        if of_all_sizes:
+            count = min(max(group.units * _QUARTERS[number % 3] // 4, 1), most)
         gone[group.name], kept[group.name] = order[:count], order[count:].sort().values
     with sample.zeroed((piece, gone[group.name]) for group in groups for piece in group.consumers):
         expected = sample.outputs()
+    return cut_failure(sample, groups, kept, expected, dense)
+
+
+def cut_failure(
+    sample: Sample,
+    groups: Sequence[UnitGroup],
+    kept: Mapping[str, Tensor],
+    expected: Sequence[Tensor],
+    dense: Sequence[Tensor],
+) -> str | None:
+    """Why units cannot be cut from a small model; None if that gives what zeros in their place gave.
+
+    Args:
+        sample: The small model.
+        groups: What to remove units from.
+        kept: The units that stay, by the name of the group.
+        expected: The outputs with zeros in place of the others.
+        dense: The outputs of the small model.
+    """
     if not differ(expected, dense):
         return "zeroing them changes no output"
     cut = sample.twin()
@@ -65,7 +83,26 @@ def unit_failure(sample: Sample, groups: Sequence[UnitGroup], dense: Sequence[Te
         outputs = sample.outputs(cut)
     except FAILURES as error:
         return f"the code does not run without them ({first_line(error)})"
-    return "outputs are others without them than with zeros" if differ(outputs, expected) else None
+    if differ(outputs, expected):
+        return "outputs are others without them than with zeros"
+    configs: list[Any] = [cut.config, sample.model.config]
+    if configs[0].to_dict() != configs[1].to_dict() and (other := _also_sized(cut, groups)):
+        return f"the number of them in the config is also a size of {other}"
+    return None
+
+
+def _also_sized(cut: Any, groups: Sequence[UnitGroup]) -> str | None:
+    """What else has other sizes in a model that the config of a cut one builds; None if nothing has."""
+    rebuilt = rebuilt_model(cut)
+    if rebuilt is None:
+        return "what it then cannot build"
+    pieces = {(piece.name, piece.dim) for group in groups for piece in group.slices + group.buffers}
+    shapes = {name: tensor.shape for name, tensor in rebuilt.named_parameters()}
+    for name, tensor in cut.named_parameters():
+        for dim, (size, other) in enumerate(zip(tensor.shape, shapes.get(name, ()), strict=False)):
+            if size != other and (name, dim) not in pieces:
+                return name
+    return None
 
 
 def layers_failure(model_class: Any, config: Any, stack: Stack) -> str | None:
@@ -84,7 +121,7 @@ def layers_failure(model_class: Any, config: Any, stack: Stack) -> str | None:
         total = len(layer_list(sample.model, stack).layers)
     except FAILURES as error:
         return f"a small model could not be run to prove that they can go ({first_line(error)})"
-    failures = (_layer_failure(sample, stack, number) for number in range(stack.fixed, total))
+    failures = (layer_failure(sample, stack, number) for number in range(stack.fixed, total))
     return next((failure for failure in failures if failure is not None), None)
 
 
@@ -103,7 +140,7 @@ def _longer_sample(model_class: Any, config: Any, stack: Stack) -> Sample | None
         return None
 
 
-def _layer_failure(sample: Sample, stack: Stack, number: int) -> str | None:
+def layer_failure(sample: Sample, stack: Stack, number: int) -> str | None:
     """Why a layer cannot be removed; None if removing it gives the outputs of bypassing it."""
     bypassed, removed = sample.twin(), sample.twin()
     name = f"{layer_list(bypassed, stack).name}.{number}"
@@ -131,6 +168,24 @@ def differ(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
         if not torch.allclose(one, other, rtol=0, atol=_TOLERANCE * max(scale, 1e-6), equal_nan=True):
             return True
     return False
+
+
+def rebuilt_model(model: Any) -> Any:
+    """A model of the same class from the config of a model, with its weights yet to be set; None if it fails."""
+    try:
+        config = type(model.config).from_dict(model.config.to_dict())  # what a checkpoint's config.json would say
+        return build_model(type(model), config)
+    except FAILURES:
+        return None
+
+
+def computes_the_same(sample: Sample, model: nn.Module, rebuilt: nn.Module) -> bool:
+    """Whether a model that was built from a config computes what a cut model computes, with its weights."""
+    try:
+        rebuilt.load_state_dict(model.state_dict(), strict=True)
+        return not differ(sample.outputs(rebuilt), sample.outputs(model))
+    except FAILURES:
+        return False
 
 
 def zero_values(sample: Sample, group: UnitGroup, consumer: str) -> tuple[str, ...]:

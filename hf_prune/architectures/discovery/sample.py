@@ -31,7 +31,7 @@ FAILURES = (
 )
 
 
-_LARGEST = 60_000_000  # parameters of a small model; nearly all have fewer than a million
+LARGEST = 60_000_000  # parameters of a small model; nearly all have fewer than a million
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,12 @@ class Sample:
     Args:
         model: The model, in eval mode, with weights that all matter.
         inputs: Keyword arguments of its forward pass.
+        replaced: Names of the modules that its forward pass put in the place of others.
     """
 
     model: nn.Module
     inputs: Mapping[str, Any]
+    replaced: frozenset[str] = frozenset()
 
     def outputs(self, model: nn.Module | None = None) -> list[Tensor]:
         """Every tensor of real numbers that the model puts out, in order.
@@ -58,7 +60,15 @@ class Sample:
 
     def twin(self) -> nn.Module:
         """A copy of the model, to cut; it shares what is not cut."""
-        return copy.deepcopy(self.model, {id(tensor): tensor for tensor in self.model.parameters()})
+        memo: dict[int, Any] = {id(tensor): tensor for tensor in self.model.parameters()}
+        # As deepcopy, which spends most of its time on the empty dicts of hooks that every module has.
+        plain = [module for module in self.model.modules() if not hasattr(type(module), "__deepcopy__")]
+        memo |= {id(module): type(module).__new__(type(module)) for module in plain}
+        for module in plain:
+            for name, value in vars(module).items():
+                is_empty = isinstance(value, dict) and not value
+                vars(memo[id(module)])[name] = type(value)() if is_empty else copy.deepcopy(value, memo)
+        return copy.deepcopy(self.model, memo)
 
     @contextmanager
     def zeroed(self, slices: Iterable[tuple[UnitSlice, Tensor]]) -> Iterator[None]:
@@ -79,19 +89,20 @@ class Sample:
                 self.model.get_parameter(name).data.copy_(values)
 
 
-def make_sample(model_class: Any, config: Any) -> Sample:
+def make_sample(model_class: Any, config: Any, most: int = LARGEST) -> Sample:
     """A small model with weights that all matter: random biases, norms and gates too.
 
     Args:
         model_class: A class of transformers' models.
         config: A small config; it is not changed.
+        most: The most parameters that are small.
 
     Raises:
         ArchitectureError: If the model would not be small, since the config names its sizes in words of its own.
     """
     with torch.device("meta"):
         parameters = sum(p.numel() for p in model_class(copy.deepcopy(config)).parameters())
-    if parameters > _LARGEST:
+    if parameters > most:
         raise ArchitectureError(
             f"its config does not tell which of its numbers are sizes, and {parameters:,} parameters are not small"
         )
@@ -99,7 +110,10 @@ def make_sample(model_class: Any, config: Any) -> Sample:
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
         _fill(name, parameter.data, generator)
-    return Sample(model, {**example_inputs(model), **no_cache(model)})
+    built = dict(model.named_modules())
+    inputs = {**example_inputs(model), **no_cache(model)}
+    replaced = {name for name, module in model.named_modules() if built.get(name) is not module}
+    return Sample(model, inputs, frozenset(replaced))
 
 
 def build_model(model_class: Any, config: Any) -> Any:
@@ -135,9 +149,11 @@ def plain_surroundings() -> Iterator[None]:
 
 def _fill(name: str, tensor: Tensor, generator: torch.Generator) -> None:
     """Random values that neither vanish nor explode over a few layers."""
-    if not tensor.is_floating_point() or tensor.dim() == 0:
+    if not tensor.is_floating_point():
         return
-    if tensor.dim() == 1:
+    if tensor.dim() == 0:
+        tensor.fill_(0.9)  # gates often start at zero, behind which nothing that is removed would show
+    elif tensor.dim() == 1:
         is_scale = not name.endswith("bias")  # of a norm, mostly
         tensor.normal_(1.0 if is_scale else 0.0, 0.3, generator=generator)
     else:

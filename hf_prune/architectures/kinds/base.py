@@ -32,6 +32,8 @@ class UnitKind:
         scopes: The scopes in which its units can compete.
         objectives: What a repair after pruning them may minimise.
         criteria: Names of the criteria that rank it; None for all criteria of units.
+        preferred: The criterion that presets choose where there are texts and these are the only units to go; None for
+            that of the preset.
         trained_with_masks: Whether a training can prune its units little by little.
         zeros_suffice: Whether a unit of zero weights does nothing. Where it still does, masked units are also switched
             off, see ``hf_prune.architectures.switched_off``, and those are what ``shrink()`` cuts.
@@ -48,6 +50,7 @@ class UnitKind:
     scopes: ClassVar[frozenset[str]] = frozenset({"layer", "global"})
     objectives: ClassVar[frozenset[str]] = frozenset({"layer", "loss"})
     criteria: ClassVar[frozenset[str] | None] = None
+    preferred: ClassVar[str | None] = None
     trained_with_masks: ClassVar[bool] = True
     zeros_suffice: ClassVar[bool] = True
     repairs: ClassVar[bool] = True

@@ -19,6 +19,7 @@ from hf_prune.architectures.kinds.registry import KINDS
 from hf_prune.architectures.modules import base_prefix, model_type_of
 from hf_prune.architectures.unit_groups import UnitGroup, UnitSlice, plain_weights
 from hf_prune.errors import ArchitectureError
+from hf_prune.kernels.packed_masks import PackedMasks
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -110,9 +111,7 @@ def coupled_parameters(groups: Sequence[UnitGroup]) -> set[str]:
     return {piece.name for group in groups for piece in group.producers[1:]}
 
 
-def propagate_channel_masks(
-    masks: Mapping[str, Tensor], groups: Sequence[UnitGroup], model: nn.Module
-) -> dict[str, Tensor]:
+def propagate_channel_masks(masks: Mapping[str, Tensor], groups: Sequence[UnitGroup], model: nn.Module) -> PackedMasks:
     """Masks, and those of what has to follow.
 
     Args:
@@ -120,7 +119,7 @@ def propagate_channel_masks(
         groups: See :func:`find_channel_groups`.
         model: The model.
     """
-    propagated = dict(masks)
+    propagated = PackedMasks(masks)
     for group in groups:
         if group.producers[0].name in masks:
             kept = masks[group.producers[0].name].flatten(1).any(1)

@@ -7,12 +7,13 @@ from dataclasses import replace
 from torch import nn
 
 from hf_prune.architectures.base import Heads
-from hf_prune.architectures.found_units import found_groups, joined_groups
+from hf_prune.architectures.found_units import found_groups, groups_outside, joined_groups
 from hf_prune.architectures.kinds.base import UnitKind
 from hf_prune.architectures.kinds.registry import KINDS
 from hf_prune.architectures.layer_list import LayerList
-from hf_prune.architectures.layers import layer_lists
+from hf_prune.architectures.layers import layer_lists, modules_outside
 from hf_prune.architectures.modules import base_prefix, expected_module, input_slice, output_count, output_slices
+from hf_prune.architectures.siblings import with_siblings
 from hf_prune.architectures.unit_groups import UnitGroup, UnitSlice, plain_weights
 
 
@@ -35,8 +36,8 @@ class Head(UnitKind):
                         groups.append(_attention(model, layers, number, heads))
                     elif number == 0:
                         groups.append(joined_groups([_attention(model, layers, i, heads) for i in every]))
-            groups += found_groups(model, layers, self.name)
-        return groups
+            groups += found_groups(model, with_siblings(model, layers), self.name)
+        return groups + groups_outside(model, modules_outside(model), self.name)
 
     def config_values(self, group: UnitGroup) -> dict[str, int]:
         """See :meth:`UnitKind.config_values`; most configs derive the size of a head from their number."""

@@ -5,12 +5,12 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from hf_prune.architectures.base import Neurons
-from hf_prune.architectures.expert_neurons import expert_neuron_groups
-from hf_prune.architectures.found_units import found_groups
+from hf_prune.architectures.discovery.proven_experts import proven_neurons
+from hf_prune.architectures.found_units import found_groups, groups_outside
 from hf_prune.architectures.kinds.base import UnitKind, activation_is_zero_at_zero
 from hf_prune.architectures.kinds.registry import KINDS
 from hf_prune.architectures.layer_list import LayerList
-from hf_prune.architectures.layers import layer_lists
+from hf_prune.architectures.layers import layer_lists, modules_outside
 from hf_prune.architectures.modules import (
     base_prefix,
     expected_module,
@@ -19,6 +19,7 @@ from hf_prune.architectures.modules import (
     input_slice,
     output_slices,
 )
+from hf_prune.architectures.siblings import with_siblings
 from hf_prune.architectures.unit_groups import UnitGroup
 from hf_prune.errors import ArchitectureError
 
@@ -39,16 +40,19 @@ class Neuron(UnitKind):
         for layers in layer_lists(model):
             if (neurons := layers.stack.neurons) is not None:
                 groups += [_network(model, layers, number, neurons) for number in range(len(layers.layers))]
-            groups += found_groups(model, layers, self.name)
-        return groups + expert_neuron_groups(model)
+            groups += found_groups(model, with_siblings(model, layers), self.name)
+        groups += groups_outside(model, modules_outside(model), self.name)
+        return groups + proven_neurons(model)[0]
+
+    def obstacles(self, model: nn.Module) -> list[str]:
+        """See :meth:`UnitKind.obstacles`."""
+        return proven_neurons(model)[1]
 
     def silent_units(self, model: nn.Module, group: UnitGroup) -> Tensor:
         """See :meth:`UnitKind.silent_units`; a gated neuron is zero as soon as one of its two factors is."""
         if group.is_found:  # the activation may be another one than the config's
             return super().silent_units(model, group)
         silent = group.is_zero(model, group.consumers)
-        if group.choices:
-            return silent  # how experts join their two factors is their own affair
         if activation_is_zero_at_zero(model):
             for weight in group.producers:
                 if weight.name.endswith(".weight"):

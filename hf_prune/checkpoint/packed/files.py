@@ -25,11 +25,9 @@ from hf_prune.checkpoint.packed.format import (
     SUFFIX,
     UNSEALED,
     Header,
-    check_count,
-    damaged_file,
     read_header,
-    unseal,
 )
+from hf_prune.checkpoint.packed.seal import check_count, damaged_file, read_description, unseal
 from hf_prune.checkpoint.packed.unpack import unpack_mask
 from hf_prune.checkpoint.shards import Entry, Shards, header_bytes, read_tensor, write_all
 from hf_prune.errors import CheckpointError
@@ -130,19 +128,20 @@ class PackedFiles:
 
     Args:
         paths: The files, in one folder.
+        unsealed: Whether their checksums are compared elsewhere, as loading them does.
 
     Raises:
         CheckpointError: If a file is missing, damaged, or of another format or a newer version.
     """
 
-    def __init__(self, paths: Sequence[str | Path]) -> None:
+    def __init__(self, paths: Sequence[str | Path], *, unsealed: bool = False) -> None:
         files = [Path(path) for path in paths]
         index = files[0].parent / INDEX if files[0].name != SINGLE else None
         if index is not None:
             named = sorted(set(read_index(index).values()))
             if named != sorted(path.name for path in files):
                 raise CheckpointError(f"{index} names {named}, and the files are {sorted(p.name for p in files)}")
-        self.header, *_ = [unseal(path) for path in files]
+        self.header, *_ = [read_description(path)[0] if unsealed else unseal(path) for path in files]
         self.shards = Shards(files, index)
         if index is not None and (lost := set(self.shards.entries) - set(read_index(index))):
             raise damaged_file(index, f"it does not name {min(lost)}")

@@ -1,4 +1,4 @@
-"""The headers of packed files and of each packed weight, checked before anything is unpacked.
+"""The headers of packed weights, checked before anything is unpacked.
 
 ``docs/format.md`` is the specification. This module imports nothing else from hf_prune but its error and the method's
 name, since its code is also written into checkpoints, see ``remote_code.py``.
@@ -6,15 +6,11 @@ name, since its code is also written into checkpoints, see ``remote_code.py``.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import json
 import math
 import struct
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -46,100 +42,6 @@ FILE_VERSION = 1
 SUFFIX = "_packed"  # added to a weight's name for the tensor with its bytes
 KEY = "hf_prune"  # of the header in a file's metadata
 UNSEALED = "0" * 64  # in place of the checksum while it is computed
-_READ_BYTES = 1 << 18  # hashed at a time
-
-
-# --- files -----------------------------------------------------------------------------------------
-
-
-def is_packed(path: str | Path) -> bool:
-    """Whether a safetensors file has the header of packed weights; False for a damaged file."""
-    return f'\\"{FORMAT}\\"'.encode() in _first_bytes(Path(path))
-
-
-def check_files(paths: Sequence[str | Path]) -> None:
-    """Make sure that all files of a packed checkpoint are present and unchanged.
-
-    Raises:
-        CheckpointError: If one is missing, damaged, or of another format or a newer version.
-    """
-    dtypes: dict[str, str] = {}
-    for path in map(Path, paths):
-        expected = unseal(path).get("tensors")
-        try:
-            header = json.loads(_first_bytes(path))
-            dtypes |= {name: str(entry["dtype"]) for name, entry in header.items() if name != "__metadata__"}
-        except (KeyError, TypeError) as error:
-            raise damaged_file(path, f"its header does not describe tensors: {error!r}") from error
-    check_count(Path(paths[0]), dtypes, expected)
-
-
-def check_count(path: Path, dtypes: Mapping[str, str], expected: object) -> None:
-    """Make sure that all tensors are there, and no packed weight without its name, or it would be random.
-
-    Args:
-        path: One of the files.
-        dtypes: Of all tensors in all files, by their names.
-        expected: How many weights the files say that they have.
-    """
-    packed = {name for name, dtype in dtypes.items() if name.endswith(SUFFIX) and dtype == "U8"}
-    alone = [name for name in sorted(packed) if name.removesuffix(SUFFIX) not in dtypes]
-    if alone or len(dtypes) - len(packed) != expected:
-        without = f", {alone[0]} without {alone[0].removesuffix(SUFFIX)}" if alone else ""
-        raise damaged_file(path, f"the files have {len(dtypes) - len(packed)} tensors{without}, expected {expected}")
-
-
-def unseal(path: Path) -> dict[str, Any]:
-    """Check the checksum of a file, and return the description of the checkpoint in its header.
-
-    Raises:
-        CheckpointError: If the file was changed, or is of another format or a newer version.
-    """
-    try:
-        text = _first_bytes(path)
-        header = json.loads(json.loads(text)["__metadata__"][KEY])
-        kind = header["format"], header["version"]
-        checksum = str(header["checksum"])
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} is missing: download or save the checkpoint again") from error
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
-        raise damaged_file(path, f"its header does not describe packed weights: {error!r}") from error
-    if kind != (FORMAT, FILE_VERSION):
-        raise CheckpointError(
-            f"{path} has format and version {kind}: expected {(FORMAT, FILE_VERSION)}; update hf_prune, or save "
-            f"it again"
-        )
-    where = text.find(checksum.encode()) if len(checksum) == len(UNSEALED) else -1
-    if where < 0 or _digest(path, 8 + where) != checksum:
-        raise damaged_file(path, "its bytes do not match its checksum")
-    return header
-
-
-def _digest(path: Path, hole: int) -> str:
-    """SHA-256 of a file with zeros in place of the checksum, which begins at ``hole``."""
-    with path.open("rb") as file:
-        digest = hashlib.sha256(file.read(hole))
-        file.seek(len(UNSEALED), 1)
-        digest.update(UNSEALED.encode())
-        part = memoryview(bytearray(_READ_BYTES))  # reused, since allocating new memory for each part is slow
-        while length := file.readinto(part):
-            digest.update(part[:length])
-    return digest.hexdigest()
-
-
-def damaged_file(path: Path, what: str) -> CheckpointError:
-    """The error for a damaged file."""
-    return CheckpointError(f"{path} is damaged: {what}; download or save the checkpoint again")
-
-
-def _first_bytes(path: Path) -> bytes:
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        return file.read(min(length, size))
-
-
-# --- weights ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,7 @@ from hf_prune.checkpoint.packed.format import (
     HEADER_BYTES,
     SPELLED,
     SUFFIX,
-    check_files,
     damaged,
-    damaged_file,
     read_header,
 )
 from hf_prune.checkpoint.packed.quantization_config import (
@@ -37,6 +35,8 @@ from hf_prune.checkpoint.packed.quantization_config import (
     is_structure,
     structure_config,
 )
+from hf_prune.checkpoint.packed.resized import resize_modules
+from hf_prune.checkpoint.packed.seal import check_files, damaged_file, unchanged
 from hf_prune.checkpoint.packed.unpack import unpack
 from hf_prune.errors import CheckpointError
 from hf_prune.utils.quantization_method import METHOD
@@ -89,6 +89,9 @@ class PackedSlice:
     Args:
         packed: Its bytes, a slice from ``get_slice`` of safetensors.
 
+    Attributes:
+        unpacked_dtype: The dtype to unpack it to, its own at first: rounding part by part takes no further memory.
+
     Raises:
         CheckpointError: If they are not a packed weight.
     """
@@ -99,6 +102,7 @@ class PackedSlice:
             raise damaged(f"it is of {packed.get_dtype()} and of shape {packed.get_shape()}, expected a row of U8")
         header = read_header(packed[:HEADER_BYTES].numpy(), packed.get_shape()[0])
         self._shape, self._dtype = header.shape, header.dtype
+        self.unpacked_dtype = header.dtype
 
     def get_shape(self) -> list[int]:
         """The shape of the weight."""
@@ -110,7 +114,7 @@ class PackedSlice:
 
     def __getitem__(self, index: Any) -> torch.Tensor:
         """Unpack the weight, and return a part of it."""
-        return unpack(self._packed[...].numpy())[index]
+        return unpack(self._packed[...].numpy(), dtype=self.unpacked_dtype)[index]
 
 
 def dense_tensors(paths: Sequence[str]) -> dict[str, Any]:
@@ -187,12 +191,13 @@ def take_dense_tensors() -> None:
     ) -> Any:
         make = getattr(load_config.hf_quantizer, "dense_tensors", None)
         misfits: set[Any] = set()
-        if state_dict is None and checkpoint_files and make is not None:
-            state_dict = make(checkpoint_files)
-            if state_dict is not None:
-                checkpoint_files = None  # otherwise offloaded weights would be read from the files
-                misfits = take_misfits(model, state_dict, load_config.weight_mapping or ())
-        info, *others = load(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
+        if state_dict is None and checkpoint_files and make is not None and (found := make(checkpoint_files)):
+            misfits = take_misfits(model, found, load_config.weight_mapping or ())
+            with unchanged(checkpoint_files):
+                # Without the names of the files, or offloaded weights would be read from them.
+                info, *others = load(model, found, None, load_config, *args, **kwargs)
+        else:
+            info, *others = load(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
         info.missing_keys -= {name for name, *_ in misfits}
         info.mismatched_keys |= misfits
         return info, *others
@@ -210,7 +215,9 @@ class PackedQuantizer(HfQuantizer):
         self, model: Any, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
     ) -> Any:
         if self.quantization_config.structure:
-            raise CheckpointError("the checkpoint is of a shrunk model: pip install hf_prune, and import it first")
+            if (changes := getattr(model, "resized_modules", None)) is None:
+                raise CheckpointError("the checkpoint is of a shrunk model: pip install hf_prune, and import it first")
+            resize_modules(model, changes)
         if self.quantization_config.compressed is not None and checkpoint_files is not None:
             check_files(checkpoint_files)
         take_dense_tensors()
@@ -221,7 +228,9 @@ class PackedQuantizer(HfQuantizer):
         return dense_tensors(paths) if self.quantization_config.compressed is not None else None
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
-        """The dtype of the model, as without a quantizer."""
+        """The dtype of the model, as without a quantizer; transformers asks before it reads the weight."""
+        if isinstance(param, PackedSlice) and dtype in SPELLED:
+            param.unpacked_dtype = dtype
         return dtype
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
@@ -241,10 +250,15 @@ class PackedQuantizer(HfQuantizer):
         return True
 
 
-def as_packed(native: Any) -> Any:
-    """A subclass of a transformers class for ``auto_map`` to name; the models that it loads have the native class."""
+def as_packed(native: Any, changes: Mapping[str, Any] | None = None) -> Any:
+    """A subclass of a transformers class for ``auto_map`` to name; the models that it loads have the native class.
+
+    Args:
+        native: The class of transformers.
+        changes: Of a shrunk model, what :func:`resize_modules` changes before weights are loaded.
+    """
     names = {"__module__": __name__, "native_class": native, "is_custom_code": classmethod(lambda cls: False)}
-    return type(native.__name__, (native,), names)
+    return type(native.__name__, (native,), {**names, "resized_modules": changes})
 
 
 def register(config: type, quantizer: Any) -> None:

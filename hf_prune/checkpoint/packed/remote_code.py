@@ -1,4 +1,4 @@
-"""Write a Python file that loads packed weights without hf_prune, for ``trust_remote_code=True``.
+"""Write a Python file that loads packed weights and shrunk models without hf_prune, for ``trust_remote_code=True``.
 
 The file is concatenated from the modules that read the format here, so that there is only one reader. All of them
 share one namespace: no two of them may define the same name.
@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import ast
 import importlib.resources
+import pprint
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from hf_prune import __version__
-from hf_prune.checkpoint.packed.quantization_config import MODELING
+from hf_prune.checkpoint.packed.quantization_config import MODELING, is_ours
 from hf_prune.errors import CheckpointError
 
 FILE = f"{MODELING}.py"
@@ -21,10 +22,13 @@ _MODULES = (
     "utils/quantization_method",
     "checkpoint/packed/quantization_config",
     "checkpoint/packed/format",
+    "checkpoint/packed/seal",
+    "checkpoint/packed/values",
     "checkpoint/packed/unpack",
+    "checkpoint/packed/resized",
     "checkpoint/packed/quantizer",
 )
-_BEGIN = '''"""Loads the packed weights of this checkpoint: AutoModelFor….from_pretrained(path, trust_remote_code=True).
+_BEGIN = '''"""Loads this packed or shrunk checkpoint: AutoModelFor….from_pretrained(path, trust_remote_code=True).
 
 Written by hf_prune {version}, Apache-2.0. With hf_prune installed and imported, nothing of this is needed.
 """
@@ -50,18 +54,13 @@ def auto_classes(config: Mapping[str, Any]) -> dict[str, str]:
         config: The content of ``config.json``.
 
     Raises:
-        CheckpointError: If the checkpoint needs more than a transformers class and its config.
+        CheckpointError: If the checkpoint has code of its own, or no AutoModel class loads it.
     """
     from transformers.models.auto import configuration_auto, modeling_auto
     from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
-    if config.get("auto_map"):
+    if config.get("auto_map") and not is_ours(config["auto_map"]):
         raise CheckpointError("remote_code=True: the checkpoint has its own remote code (auto_map), expected none")
-    if (config.get("quantization_config") or {}).get("structure"):
-        raise CheckpointError(
-            "remote_code=True: the layers of this shrunk model have sizes that only hf_prune can build; leave "
-            "remote_code out"
-        )
     kind = str(config.get("model_type"))
     chosen: dict[str, str] = {}
     if kind in configuration_auto.CONFIG_MAPPING:
@@ -81,30 +80,39 @@ def auto_classes(config: Mapping[str, Any]) -> dict[str, str]:
     return chosen
 
 
-def add_remote_code(folder: Path, config: dict[str, Any], classes: Mapping[str, str]) -> None:
+def add_remote_code(
+    folder: Path, config: dict[str, Any], classes: Mapping[str, str], changes: Mapping[str, Any]
+) -> None:
     """Write the file into a checkpoint, and name it in the config.
 
     Args:
         folder: The checkpoint.
         config: The content of the future ``config.json``; changed in place.
         classes: The result of :func:`auto_classes`.
+        changes: What a shrunk model needs, see :func:`hf_prune.checkpoint.packed.resized.resize_modules`; or empty.
     """
+    # Sizes are of the class that was saved: a base model, or one with another head, has other modules.
+    saved = set(config["architectures"]) if changes else set(classes.values())
+    classes = {auto: name for auto, name in classes.items() if name in saved}
     config["auto_map"] = {auto: f"{MODELING}.{name}" for auto, name in classes.items()}
-    (folder / FILE).write_text(modeling_source(sorted(set(classes.values()))), encoding="utf-8")
+    (folder / FILE).write_text(modeling_source(sorted(set(classes.values())), changes), encoding="utf-8")
 
 
-def modeling_source(classes: list[str]) -> str:
+def modeling_source(classes: list[str], changes: Mapping[str, Any] | None = None) -> str:
     """The source code of the file.
 
     Args:
         classes: Names of transformers classes.
+        changes: As for :func:`add_remote_code`.
     """
     imports, bodies = {"import transformers"}, []
     for name in _MODULES:
-        more, body = _parts(importlib.resources.files("hf_prune").joinpath(f"{name}.py").read_text(encoding="utf-8"))
-        imports |= more
+        found, body = _parts(importlib.resources.files("hf_prune").joinpath(f"{name}.py").read_text(encoding="utf-8"))
+        imports |= found
         bodies.append(body)
-    models = "\n".join(f"{name} = as_packed(transformers.{name})" for name in classes)
+    listed = f"CHANGES = {pprint.pformat(changes, width=120, sort_dicts=False)}\n" if changes else ""
+    more = ", CHANGES" if changes else ""
+    models = listed + "\n".join(f"{name} = as_packed(transformers.{name}{more})" for name in classes)
     begin = _BEGIN.format(version=__version__, imports="\n".join(sorted(imports)))
     return "\n\n".join([begin, *(f"{body}\n" for body in bodies), f"{models}\n{_END}"])
 

@@ -2,54 +2,110 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
-import zstandard
 from torch import Tensor
 
-from hf_prune.checkpoint.packed.format import ESCAPE, TABLE, Header, claim_fits, damaged, pattern_table, read_header
+from hf_prune.checkpoint.packed.format import ESCAPE, Header, damaged, pattern_table, read_header
+from hf_prune.checkpoint.packed.values import (
+    CHUNK,
+    has_operators,
+    int8_reader,
+    integers,
+    read_section,
+    rounded,
+    value_reader,
+)
 
-_CHUNK = 1 << 16  # weights decoded at a time, so that positions stay in the cache
-_AT_ONCE = 1 << 20  # bytes; larger sections are decompressed as a stream, since allocating their memory takes longer
-_WINDOW = 1 << 23  # bytes of history for a stream, as RFC 8878 recommends; ours need half a megabyte
 
-
-def unpack(data: np.ndarray, header: Header | None = None) -> Tensor:
+def unpack(data: np.ndarray, header: Header | None = None, dtype: torch.dtype | None = None) -> Tensor:
     """Unpack a weight that :func:`pack` packed. Besides the result, this takes the memory of small parts only.
 
     Args:
         data: The packed weight, one-dimensional uint8.
         header: Its header, if it was read before.
+        dtype: Of the result, rounded as ``Tensor.to`` does; that of the packed weight by default.
 
     Returns:
-        The weight, in its dtype and shape.
+        The weight, in its shape.
 
     Raises:
         CheckpointError: If it is damaged.
     """
     header = header or read_header(data)
+    dtype = dtype or header.dtype
+    if not data.flags.writeable:  # torch takes no others, although nothing is written
+        data = data.copy()
     # Allocated by numpy, which uses large pages: getting small ones, as torch does, takes longer than filling them.
-    make = np.empty if header.layout == "full" else np.zeros
-    out = make(header.numel, dtype=_integers(header))
-    if header.lossy:
-        read_at = _int8_reader(data, header)
-        for first, where in _chunks(data, header):
-            _put(out, header, first, where, read_at(where + first))
-    elif header.layout == "full":
-        read = _value_reader(data, header)
-        for start in range(0, header.numel, _CHUNK):
-            part = out[start : start + _CHUNK]
-            if (values := read(part)) is not part:
+    by_operators = has_operators() and not header.lossy and not header.transposed
+    fills = header.layout == "full" or (by_operators and header.layout == "bits")
+    out = (np.empty if fills else np.zeros)(header.numel, dtype=f"<u{dtype.itemsize}")
+    if header.layout == "full":
+        read = value_reader(data, header)
+        for start in range(0, header.numel, CHUNK):
+            part = out[start : start + CHUNK]
+            space = part if dtype == header.dtype else np.empty(len(part), dtype=integers(header))
+            if (values := rounded(read(space), header.dtype, dtype)) is not part:
                 part[:] = values
-    else:
-        read = _value_reader(data, header)
-        space = np.empty(min(_CHUNK, header.kept), dtype=out.dtype)
+    elif header.lossy:
+        read_at = int8_reader(data, header)
         for first, where in _chunks(data, header):
-            _put(out, header, first, where, read(space[: len(where)]))
-    return torch.from_numpy(out.view(np.uint8)).view(header.dtype).view(header.shape)
+            _put(out, header, first, where, rounded(read_at(where + first), header.dtype, dtype))
+    else:
+        read = value_reader(data, header)
+        space = np.empty(min(CHUNK, header.kept), dtype=integers(header))
+
+        def next_values(count: int) -> np.ndarray:
+            return rounded(read(space[:count]), header.dtype, dtype)
+
+        if by_operators:
+            _place_compiled(data, header, out, next_values)
+        else:
+            for first, where in _chunks(data, header):
+                _put(out, header, first, where, next_values(len(where)))
+    return torch.from_numpy(out.view(np.uint8)).view(dtype).view(header.shape)
+
+
+def _place_compiled(
+    data: np.ndarray, header: Header, out: np.ndarray, next_values: Callable[[int], np.ndarray]
+) -> None:
+    """What :func:`_chunks` and :func:`_put` do, by compiled operators."""
+    operators, width, lookup = torch.ops.hf_prune, 0, np.empty((0, 0), dtype=np.uint8)
+    if header.layout == "groups":
+        width, lookup = _group_width(header), _group_positions(header).astype(np.uint8)
+    first, remaining = 0, header.kept
+    for part in _positions(data, header):
+        bits, weights = torch.from_numpy(part), out[first:]
+        if header.layout == "bits":
+            weights = weights[: 8 * len(part)]
+            count = operators.count_ones(bits)
+        elif header.layout == "gaps":
+            count = int(np.count_nonzero(part != ESCAPE))
+        else:
+            _check_numbers(part, len(lookup))
+            count = min(remaining, len(part) * lookup.shape[1])
+        remaining -= count
+        if remaining < 0:
+            break
+        values, place = torch.from_numpy(next_values(count)), torch.from_numpy(weights)
+        if header.layout == "bits":
+            fits, step = operators.place_bits(bits, values, place) == count, 8 * len(part)
+        elif header.layout == "gaps":
+            step = operators.place_gaps(bits, values, place)
+            fits = step >= 0
+        else:
+            fits = operators.place_groups(bits, torch.from_numpy(lookup), width, values, place)
+            step = width * len(part)
+        if not fits:
+            break
+        first += step
+    else:
+        if remaining == 0:
+            return
+    raise _wrong_positions(header)
 
 
 def unpack_mask(data: np.ndarray, header: Header | None = None) -> Tensor:
@@ -83,121 +139,6 @@ def _put(out: np.ndarray, header: Header, first: int, where: np.ndarray, values:
         out[first:][where] = values
 
 
-def _section(data: np.ndarray, header: Header, index: int) -> tuple[int, Callable[[int], np.ndarray]]:
-    """The uncompressed size of a section, and a function that reads its next bytes."""
-    start, end = header.sections[index]
-    section = data[start:end]
-    if header.codec == "none" or (index == 0 and header.layout == "full"):
-        return len(section), _slices(section)
-    try:
-        # The frame states its uncompressed size: refuse a wrong one before anything is decompressed.
-        claimed = zstandard.frame_content_size(section.data) if len(section) else -1
-        if not claim_fits(header, index, claimed):
-            raise damaged(f"section {index} claims to hold {claimed} bytes")
-        if claimed <= _AT_ONCE:
-            return claimed, _slices(
-                np.frombuffer(zstandard.ZstdDecompressor().decompress(section.data), dtype=np.uint8)
-            )
-    except zstandard.ZstdError as error:
-        raise damaged(str(error)) from error
-    frame = zstandard.ZstdDecompressor(max_window_size=_WINDOW).stream_reader(section.data)
-
-    def read(count: int) -> np.ndarray:
-        part = np.empty(count, dtype=np.uint8)
-        try:
-            if frame.readinto(part.data) == count:
-                return part
-        except zstandard.ZstdError as error:
-            raise damaged(str(error)) from error
-        raise damaged(f"section {index} ends early")
-
-    return claimed, read
-
-
-def _slices(content: np.ndarray) -> Callable[[int], np.ndarray]:
-    start = 0
-
-    def read(count: int) -> np.ndarray:
-        nonlocal start
-        start += count
-        return content[start - count : start]
-
-    return read
-
-
-def _integers(header: Header) -> np.dtype[Any]:
-    return np.dtype(f"<u{header.dtype.itemsize}")
-
-
-def _plane_reader(data: np.ndarray, header: Header, index: int) -> Callable[[int], np.ndarray]:
-    """A function that reads one byte of each of the next values, from a plain plane or from pairs of numbers."""
-    length, read = _section(data, header, index)
-    if length == header.kept:
-        return read
-    table = read(TABLE)
-    both = np.stack([table[np.arange(256) % 16], table[np.arange(256) // 16]], axis=1).view("<u2").reshape(-1)
-    spare = table[:0]  # the second byte of a pair whose first byte was read already
-
-    def read_pairs(count: int) -> np.ndarray:
-        nonlocal spare
-        pairs = read((count - len(spare) + 1) // 2)
-        plane = np.concatenate([spare, np.take(both, pairs, mode="clip").view(np.uint8)])
-        spare = plane[count:]
-        return plane[:count]
-
-    return read_pairs
-
-
-def _value_reader(data: np.ndarray, header: Header) -> Callable[[np.ndarray], np.ndarray]:
-    """A function that reads the next stored values into an array, or returns them where they are stored unchanged."""
-    kind = _integers(header)
-    if header.codec == "none":
-        _, stored = _section(data, header, 1)
-        return lambda values: stored(values.nbytes).view(kind)
-    planes = [_plane_reader(data, header, 1 + i) for i in range(kind.itemsize)]
-    space = np.empty(min(_CHUNK, header.kept), dtype=kind)
-
-    def join(values: np.ndarray) -> np.ndarray:
-        values[:] = planes[-1](len(values))
-        for plane in planes[-2::-1]:
-            values <<= kind.type(8)
-            values |= plane(len(values))
-        if header.rotated:
-            signs = np.left_shift(values, kind.type(8 * kind.itemsize - 1), out=space[: len(values)])
-            values >>= kind.type(1)
-            values |= signs
-        return values
-
-    return join
-
-
-def _int8_reader(data: np.ndarray, header: Header) -> Callable[[np.ndarray], np.ndarray]:
-    """A function that reads the next stored values, given their positions: steps times the scale of the row."""
-    length, read_scales = _section(data, header, 1)
-    _, read_steps = _section(data, header, 2)
-    count = length // 4
-    scales, end = np.empty(0, dtype="<f4"), 0  # scales of some rows, and the first row after them
-
-    def scales_of(rows: np.ndarray) -> np.ndarray:
-        nonlocal scales, end
-        result, start = np.empty(len(rows), dtype=np.float32), 0
-        while start < len(rows):
-            if rows[start] >= end:
-                scales = read_scales(4 * min(_CHUNK, count - end)).view("<f4")
-                end += len(scales)
-            stop = int(np.searchsorted(rows, end))
-            result[start:stop] = scales[rows[start:stop] - (end - len(scales))]
-            start = stop
-        return result
-
-    def read(positions: np.ndarray) -> np.ndarray:
-        steps = read_steps(len(positions)).view(np.int8).astype(np.float32)
-        values = torch.from_numpy(steps).mul_(torch.from_numpy(scales_of(positions // (header.numel // count))))
-        return values.to(header.dtype).view(torch.uint8).numpy().view(_integers(header))
-
-    return read
-
-
 def _group_width(header: Header) -> int:
     """The number of weights in a byte of patterns."""
     return header.group[1] * len(pattern_table(*header.group))
@@ -212,12 +153,9 @@ def _chunks(data: np.ndarray, header: Header) -> Any:
     Raises:
         CheckpointError: If their number differs from the header, or a position is out of range.
     """
-    length, read = _section(data, header, 0)
-    step = _CHUNK // (_group_width(header) if header.layout == "groups" else {"bits": 8, "gaps": 1}[header.layout])
-    parts = (read(min(step, length - start)) for start in range(0, length, step))
     decode = {"bits": _bit_chunks, "gaps": _gap_chunks, "groups": _group_chunks}[header.layout]
     remaining = header.kept
-    for first, where in decode(parts, header):
+    for first, where in decode(_positions(data, header), header):
         remaining -= len(where)
         if remaining < 0 or (len(where) and first + int(where[-1]) >= header.numel):
             break
@@ -225,7 +163,19 @@ def _chunks(data: np.ndarray, header: Header) -> Any:
     else:
         if remaining == 0:
             return
-    raise damaged(f"its positions are not those of {header.kept} values among {header.numel}")
+    raise _wrong_positions(header)
+
+
+def _positions(data: np.ndarray, header: Header) -> Iterator[np.ndarray]:
+    """The section of positions, in parts that stand for at most ``CHUNK`` values."""
+    length, read = read_section(data, header, 0)
+    step = CHUNK // (_group_width(header) if header.layout == "groups" else {"bits": 8, "gaps": 1}[header.layout])
+    for start in range(0, length, step):
+        yield read(min(step, length - start))
+
+
+def _wrong_positions(header: Header) -> Exception:
+    return damaged(f"its positions are not those of {header.kept} values among {header.numel}")
 
 
 def _bit_chunks(parts: Iterable[np.ndarray], header: Header) -> Any:
@@ -245,19 +195,26 @@ def _gap_chunks(parts: Iterable[np.ndarray], header: Header) -> Any:
         first += int(after[-1])
 
 
-def _group_chunks(parts: Iterable[np.ndarray], header: Header) -> Any:
+def _group_positions(header: Header) -> np.ndarray:
+    """The positions of kept weights for each byte of patterns: (bytes, groups in a byte * n)."""
     table = pattern_table(*header.group)
     groups, patterns, _ = table.shape
     numbers = np.arange(patterns**groups)
-    in_byte = [table[i, numbers // patterns**i % patterns] for i in range(groups)]  # each (bytes, n)
-    lookup = np.concatenate(in_byte, axis=1)  # (bytes, groups * n)
-    width = _group_width(header)
-    starts = np.repeat(width * np.arange(_CHUNK // width), lookup.shape[1])
+    return np.concatenate([table[i, numbers // patterns**i % patterns] for i in range(groups)], axis=1)
+
+
+def _check_numbers(part: np.ndarray, known: int) -> None:
+    if int(part.max()) >= known:
+        raise damaged(f"a byte is {int(part.max())}, expected less than {known}")
+
+
+def _group_chunks(parts: Iterable[np.ndarray], header: Header) -> Any:
+    lookup, width = _group_positions(header), _group_width(header)
+    starts = np.repeat(width * np.arange(CHUNK // width), lookup.shape[1])
     remaining = header.kept
     first = 0
     for part in parts:
-        if int(part.max()) >= len(lookup):
-            raise damaged(f"a byte is {int(part.max())}, expected less than {len(lookup)}")
+        _check_numbers(part, len(lookup))
         # The indices are in range; mode "clip" only saves numpy a buffer.
         where = np.take(lookup, part, axis=0, mode="clip").reshape(-1)
         where += starts[: len(where)]

@@ -9,18 +9,20 @@ from typing import Annotated
 import typer
 
 from hf_prune.cli.console import echo
+from hf_prune.cli.model_options import DTYPE, RUN, SOURCE, loads_model
 from hf_prune.cli.options import AsJson, Model, Overwrite, split_names
 from hf_prune.cli.startup import start
 from hf_prune.cli.timing_options import Threads
 from hf_prune.utils.output_folder import check_file
 
 
+@loads_model(SOURCE, DTYPE, RUN)  # kernels are for the CPU
 def accelerate(
     model: Model,
     batch: Annotated[int, typer.Option(min=1, help="Examples in a batch.")] = 1,
     length: Annotated[int, typer.Option(min=1, help="Tokens of each example; of images and sound, none.")] = 128,
     threads: Threads = None,
-    dtypes: Annotated[str, typer.Option(help="Lower precisions that layers may compute in: bfloat16.")] = "",
+    dtypes: Annotated[str, typer.Option(help="More precisions for layers: bfloat16,float16,int8.")] = "",
     tolerance: Annotated[
         float, typer.Option(min=0, help="The largest change of an output, as a share of the largest output.")
     ] = 1e-4,

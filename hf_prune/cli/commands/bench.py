@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from hf_prune.cli.console import echo
-from hf_prune.cli.options import AsJson, Label, Overwrite, Text, split_names
-from hf_prune.cli.startup import start
+from hf_prune.cli.model_options import Device, loads_model
+from hf_prune.cli.options import CLASSES, LANGUAGE, AnyText, AsJson, Label, Overwrite, read_task, task_kind
+from hf_prune.cli.startup import check_texts, start
 from hf_prune.cli.timing_options import (
     Batches,
-    Device,
     Dtype,
     Lengths,
     Rounds,
@@ -23,7 +23,6 @@ from hf_prune.cli.timing_options import (
     split_whole_numbers,
 )
 from hf_prune.errors import ConfigError
-from hf_prune.evaluation.tasks import ClassificationTask
 from hf_prune.utils.output_folder import check_file, warn_replaced
 
 EXPORTED_SUFFIXES = (".onnx", ".xml")
@@ -37,28 +36,38 @@ Models = Annotated[
 ]
 
 
+@loads_model()
 def bench(
     models: Models,
     batch: Batches = "1",
     length: Lengths = "128",
     dtype: Dtype = "float32",
-    device: Device = "cpu",
+    device: Device = "auto",
     threads: Threads = None,
     rounds: Rounds = 30,
     warmup: Warmup = 3,
     new_tokens: Annotated[
         int, typer.Option(min=0, help="Causal language models: also time the generation of this many tokens.")
     ] = 0,
-    data: Annotated[str | None, typer.Option(help="Labelled data: the plot then shows accuracy against speed.")] = None,
-    split: Annotated[str, typer.Option(help="The split to score.")] = "validation",
-    text_column: Text = "sentence",
-    label_column: Label = "label",
+    data: Annotated[
+        str | None,
+        typer.Option(help="Data to score on: the plot then shows accuracy, or perplexity, against speed."),
+    ] = None,
+    split: Annotated[
+        str | None, typer.Option(help="The split to score. [default: validation, or test for language models]")
+    ] = None,
+    text_column: AnyText = None,
+    label_column: Label = None,
     plot: Annotated[Path | None, typer.Option(help="Plot to write: PNG, SVG or PDF.")] = None,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
     """Time checkpoints in turns, and say which differences are real."""
-    start([name for name in models if not name.endswith(EXPORTED_SUFFIXES)], data)
+    checkpoints = [name for name in models if not name.endswith(EXPORTED_SUFFIXES)]
+    scores_language = data is not None and task_kind(models[0]) == LANGUAGE
+    if scores_language:
+        check_texts(checkpoints, data, labelled=False)
+    start(checkpoints, None if scores_language else data, quantized=True)
     sizes = [split_whole_numbers("--batch", batch), split_whole_numbers("--length", length)]
     if data is not None and plot is None and not as_json:
         raise ConfigError("--data scores the models for the plot: add --plot FILE.png, or leave it out")
@@ -66,9 +75,16 @@ def bench(
         raise ConfigError(f"--plot is {str(plot)!r}: expected a file that ends in {', '.join(PLOT_SUFFIXES)}")
     if plot is not None:
         check_file(plot, overwrite=overwrite)
-    from hf_prune.cli.workflows.bench import load_alike, load_tokenizers, score_all, zero_notes
-    from hf_prune.evaluation.plots import plot_latency, save_figure
+    from hf_prune.cli.workflows.bench import (
+        load_alike,
+        load_tokenizers,
+        of_language_models,
+        score_all,
+        zero_notes,
+    )
+    from hf_prune.evaluation.plots import plot_latency
     from hf_prune.inference.latency import measure_latency
+    from hf_prune.utils.figures import save_figure
 
     check_dtype(dtype)
     loaded = load_alike(models, dtype, device, threads)
@@ -82,23 +98,30 @@ def bench(
         threads=threads,
         new_tokens=new_tokens,
     )
-    accuracies: dict[str, float] = {}
-    if data is not None:
-        labelled = ClassificationTask(data, split_names(text_column), label_column)
-        accuracies = score_all(loaded, tokenizers, labelled, split)
+    scores: dict[str, float] = {}
+    kind, by = (LANGUAGE, "perplexity") if of_language_models(loaded) else (CLASSES, "accuracy (%)")
+    task: Any = read_task(kind, data, text_column, label_column)
+    if task is not None:
+        scores = score_all(loaded, tokenizers, task, split)
     notes = zero_notes(loaded)
     if plot is not None:
         warn_replaced(plot.parent, [plot.name])
-        save_figure(plot_latency(result, accuracies, "hf-prune bench"), plot)
+        save_figure(plot_latency(result, scores, "hf-prune bench", measure=by), plot)
     if as_json:
         from hf_prune.hub.checksums import measured_weights
 
         weights = {name: measured_weights(source) for name, source in zip(loaded, models, strict=True)}
-        values = {**result.to_dict(), "weights": weights, "accuracies": accuracies, "notes": notes}
+        values = {
+            **result.to_dict(),
+            "weights": weights,
+            ("perplexities" if kind == LANGUAGE else "accuracies"): scores,
+            "notes": notes,
+        }
         echo(json.dumps(values, indent=2))
         return
     echo("\n".join([str(result), *notes]))
-    for name, accuracy in accuracies.items():
-        echo(f"{name}: {100 * accuracy:.2f} % right on {split} of {data}")
+    for name, score in scores.items():
+        said = f"perplexity {score:.2f}" if kind == LANGUAGE else f"{100 * score:.2f} % right"
+        echo(f"{name}: {said} on {split or task.default_split} of {data}")
     if plot is not None:
         echo(f"Drawn: {plot}")

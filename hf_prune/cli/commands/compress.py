@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
-from hf_prune.cli.console import echo
-from hf_prune.cli.options import OutFolder, Overwrite
+from hf_prune.cli.console import show
+from hf_prune.cli.options import AsJson, OutFolder, Overwrite
+from hf_prune.cli.panels import one_of
 
 
 def compress(
@@ -16,9 +17,9 @@ def compress(
         Path, typer.Argument(metavar="DIR", help="A folder with a dense checkpoint.", show_default=False)
     ],
     out: OutFolder,
-    codec: Annotated[str, typer.Option(help="zstd, or none for values that are stored as they are.")] = "zstd",
+    codec: Annotated[str, one_of(("zstd", "none"), "How values are packed; none stores them as they are.")] = "zstd",
     values: Annotated[
-        str, typer.Option(help="exact, or int8, which rounds the remaining weights: measure what that costs.")
+        str, one_of(("exact", "int8"), "int8 rounds the remaining weights: measure what that costs.")
     ] = "exact",
     remote_code: Annotated[
         bool,
@@ -28,9 +29,10 @@ def compress(
         ),
     ] = False,
     overwrite: Overwrite = False,
+    as_json: AsJson = False,
 ) -> None:
     """Write a pruned checkpoint in packed form; with hf_prune imported, plain transformers loads it."""
     from hf_prune.conversion.compression import compress_checkpoint
 
     report = compress_checkpoint(folder, out, codec=codec, values=values, remote_code=remote_code, overwrite=overwrite)
-    echo(f"{report}\nSaved: {out}")
+    show(report, as_json, f"Saved: {out}")

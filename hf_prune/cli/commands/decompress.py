@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from hf_prune.cli.console import echo
-from hf_prune.cli.options import OutFolder, Overwrite
+from hf_prune.cli.console import show
+from hf_prune.cli.options import AsJson, OutFolder, Overwrite
 
 
 def decompress(
@@ -17,8 +17,9 @@ def decompress(
     ],
     out: OutFolder,
     overwrite: Overwrite = False,
+    as_json: AsJson = False,
 ) -> None:
     """Write a compressed checkpoint in dense form, which plain transformers loads without hf_prune."""
     from hf_prune.conversion.decompression import decompress_checkpoint
 
-    echo(f"{decompress_checkpoint(folder, out, overwrite=overwrite)}\nSaved: {out}")
+    show(decompress_checkpoint(folder, out, overwrite=overwrite), as_json, f"Saved: {out}")

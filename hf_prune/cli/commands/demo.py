@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 import sys
 import time
@@ -10,50 +11,38 @@ from typing import Annotated
 
 import typer
 
-from hf_prune.cli.console import echo, resumable, say_if_continuing, sweep_files
-from hf_prune.cli.options import Overwrite, Restart
+from hf_prune.cli.console import echo, resumable, show
+from hf_prune.cli.options import AsJson, Overwrite
 from hf_prune.cli.startup import start
-from hf_prune.evaluation.tasks import ClassificationTask
-from hf_prune.planning.config import PruningConfig
+from hf_prune.utils.formatting import format_duration
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for results, plots and the pruned checkpoint.")] = Path(
+    out: Annotated[Path, typer.Option(help="Folder for the pruned checkpoints and the picture.")] = Path(
         "hf-prune-demo"
     ),
-    restart: Restart = False,
     overwrite: Overwrite = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Prune a small sentiment classifier from start to finish; needs neither the Hub nor your data."""
+    """Prune a small sentiment classifier in four ways and compare them; needs neither the Hub nor your data."""
     from hf_prune.cli.demo.assets import prepare_demo
-    from hf_prune.cli.workflows.prune import prune_checkpoint
-    from hf_prune.cli.workflows.sweep import sweep_checkpoint
+    from hf_prune.cli.workflows.demo import run_demo
+    from hf_prune.utils.figures import save_figure
 
-    begin = time.perf_counter()
+    begin, say = time.perf_counter(), functools.partial(echo, err=as_json)
     start([])
-    assets = prepare_demo(echo=echo)
+    assets = prepare_demo(echo=say)
+    with resumable(f"The demo's model is in {assets.model_dir}"):
+        result = run_demo(assets.model_dir, assets.data_dir, out, overwrite=overwrite, say=say)
+        picture = save_figure(result.plot(), out / "demo.png")
+    if not as_json:
+        echo()
     program = "hf-prune" if shutil.which("hf-prune") else sys.argv[0]
-    arguments = [program, "sweep", str(assets.model_dir), "--data", str(assets.data_dir), "--out", str(out)]
-    echo(f"\nScoring it at several sparsities. The same by hand:\n  {' '.join(arguments)}\n")
-    say_if_continuing(out, restart)
-    model, data = str(assets.model_dir), ClassificationTask(str(assets.data_dir))
-    with resumable():
-        result = sweep_checkpoint(
-            model, data, out, restart=restart, name="demo model", data_name="Rotten Tomatoes", overwrite=overwrite
-        )
-    echo(f"{result}\n{sweep_files(out)}")
-    best = result.sweet_spot
-    sparsity = best.sparsity if best is not None else min(p.sparsity for p in result.points)
-    chosen = "the sweet spot" if best is not None else "the smallest of them, since there is no sweet spot"
-    pruned = out / "pruned"
-    echo(f"\nPruning at {100 * sparsity:g} %, {chosen}. The same by hand:")
-    echo(f"  {program} prune {assets.model_dir} --sparsity {sparsity:g} --out {pruned} --plots\n")
-    report = prune_checkpoint(
-        model, PruningConfig(sparsity=sparsity), pruned, plots=True, name="demo model", overwrite=overwrite
-    )
-    echo(report.summary())
-    echo(
-        f"\nSaved, with its report and two plots, in {pruned}. Plain transformers loads it:\n"
-        f"  AutoModelForSequenceClassification.from_pretrained({str(pruned)!r})\n"
-        f"Done in {time.perf_counter() - begin:.0f} s."
+    show(
+        result,
+        as_json,
+        f"\nSaved in {out}, with a picture: {picture}. Done in {format_duration(time.perf_counter() - begin)}.",
+        "Now on your model: several methods tried, the best within one point kept",
+        f"  {program} auto MODEL --data DATA --goal faster --max-drop 1 --out faster",
+        f"  {program} auto MODEL --data DATA --goal smaller --max-drop 1 --out smaller",
     )

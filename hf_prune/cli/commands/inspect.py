@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from hf_prune.cli.console import echo
+from hf_prune.cli.model_options import SOURCE, UNSEEDED, loads_model
 from hf_prune.cli.options import AsJson, Model
 from hf_prune.cli.startup import start
 
 
+@loads_model(SOURCE, UNSEEDED)
 def inspect(model: Model, as_json: AsJson = False) -> None:
     """Show what can be removed as a whole: layers, heads, neurons, experts; and what cannot, and why.
 

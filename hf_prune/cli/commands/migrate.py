@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from hf_prune.cli.console import echo
-from hf_prune.cli.options import OutFolder, Overwrite
+from hf_prune.cli.console import show
+from hf_prune.cli.model_options import CODE, UNSEEDED, loads_model
+from hf_prune.cli.options import AsJson, OutFolder, Overwrite
 from hf_prune.cli.startup import start
 from hf_prune.errors import ConfigError
 
 
+@loads_model(CODE, UNSEEDED)
 def migrate(
     folder: Annotated[
         Path, typer.Argument(metavar="DIR", help="A folder that another tool wrote.", show_default=False)
@@ -30,6 +32,7 @@ def migrate(
         ),
     ] = None,
     overwrite: Overwrite = False,
+    as_json: AsJson = False,
 ) -> None:
     """Convert a checkpoint pruned by torch.nn.utils.prune, parametrize, compressed-tensors or transformers 4."""
     if min_sparsity is not None and not adopt_zeros:
@@ -39,9 +42,9 @@ def migrate(
 
         start([str(folder)])
         settings = {} if min_sparsity is None else {"min_sparsity": min_sparsity}
-        text = str(adopt_checkpoint(folder, out, overwrite=overwrite, **settings))
+        report: Any = adopt_checkpoint(folder, out, overwrite=overwrite, **settings)
     else:
         from hf_prune.conversion.migration import migrate_checkpoint
 
-        text = str(migrate_checkpoint(folder, out, overwrite=overwrite))
-    echo(f"{text}\nSaved: {out}")
+        report = migrate_checkpoint(folder, out, overwrite=overwrite)
+    show(report, as_json, f"Saved: {out}")

@@ -3,28 +3,36 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hf_prune.cli.console import echo, resumable
+from hf_prune.cli.console import echo, note, resumable, show
+from hf_prune.cli.model_options import loads_model
 from hf_prune.cli.options import (
     CLASSES,
-    DATA,
-    AnyData,
+    LANGUAGE,
+    SENTENCES,
+    USEFUL,
     AnyText,
     AsJson,
     BatchSize,
     CalibrationSamples,
     CalibrationSplit,
     Config,
+    Data,
     Label,
+    MaxFlips,
     Model,
     Overwrite,
     read_task,
     task_kind,
 )
+from hf_prune.cli.prune_checks import check_shrink, refuse_contradictions
+from hf_prune.cli.prune_summary import prune_summary, run_facts
+from hf_prune.cli.run_file import shown_command
 from hf_prune.cli.settings import (
     BUDGETS,
     CRITERION,
@@ -33,19 +41,24 @@ from hf_prune.cli.settings import (
     SEED,
     SELECTION,
     SPARSITY,
+    preset_with,
     read_config,
     takes_settings,
 )
-from hf_prune.cli.startup import check_texts, start
+from hf_prune.cli.startup import check_task_data, start
 from hf_prune.errors import ConfigError
-from hf_prune.evaluation.tasks import ClassificationTask
-from hf_prune.evaluation.tasks.classification import POLISH_SAMPLES
-from hf_prune.planning.config import PruningConfig
-from hf_prune.planning.traits import can_shrink
+from hf_prune.evaluation.tasks import ClassificationTask, LanguageModelingTask
+from hf_prune.evaluation.tasks.scored_rows import POLISH_SAMPLES
+from hf_prune.planning.presets import METHOD_SETTINGS, expectation
+from hf_prune.planning.traits import preset_of
+
+if TYPE_CHECKING:
+    from hf_prune.pruning.records import SpeedRecord
 
 
+@loads_model()
 @takes_settings(
-    out=SPARSITY,
+    out={**SPARSITY, **preset_with("balanced with --data, fast without and with --stream")},
     split={**CRITERION, **SELECTION, **METHOD, **SEED},
     dry_run=BUDGETS,
     threads=ROUNDING,
@@ -56,16 +69,30 @@ def prune(
     max_drop: Annotated[
         float | None,
         typer.Option(
-            help="Instead: the largest share whose drop in accuracy is, with 95 % confidence, at most this many "
-            "points, measured on held-out sentences of the calibration split."
+            help="Instead: the largest share that loses, with 95 % confidence, at most this many points of accuracy, "
+            "or of language models per cent of perplexity, measured on held-out texts of the calibration split."
         ),
     ] = None,
-    held_out: Annotated[int, typer.Option(min=1, help="With --max-drop: how many sentences that is.")] = 2000,
-    split: Annotated[str, typer.Option(help="With --max-drop: a split whose score is only reported.")] = "validation",
+    max_flips: MaxFlips = None,
+    target_size: Annotated[
+        str | None,
+        typer.Option(
+            help="Instead: the largest size of the weights' file, such as 30MB. Single weights: of a compressed "
+            "checkpoint, which is what is saved then; heads, neurons, layers: of a plain one."
+        ),
+    ] = None,
+    held_out: Annotated[
+        int,
+        typer.Option(min=1, help="For --max-drop, --max-flips: the most sentences, or windows."),
+    ] = 2000,
+    split: Annotated[
+        str | None,
+        typer.Option(help="For --max-drop, --max-flips: a split that is only reported. [default: validation, or test]"),
+    ] = None,
     config: Config = None,
-    data: AnyData = None,
+    data: Data = None,
     text_column: AnyText = None,
-    label_column: Label = "label",
+    label_column: Label = None,
     calibration_split: CalibrationSplit = "train",
     calibration_samples: CalibrationSamples = 128,
     window: Annotated[
@@ -99,11 +126,14 @@ def prune(
         typer.Option(
             "--stream",
             help="Never hold the model: weight by weight, or block by block on the texts of the calibration split; "
-            "resumes where it was interrupted.",
+            "also removes whole experts; resumes where it was interrupted.",
         ),
     ] = False,
     restart: Annotated[
         bool, typer.Option("--restart", help="With --stream: start from the beginning instead of resuming.")
+    ] = False,
+    details: Annotated[
+        bool, typer.Option("--details", help="Print tables of the layers and their weights, not only the outcome.")
     ] = False,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
@@ -111,13 +141,16 @@ def prune(
     settings: dict[str, Any],
 ) -> None:
     """Prune a checkpoint and save it as one that plain transformers loads."""
-    searches = max_drop is not None
+    begin, searches = time.perf_counter(), max_drop is not None or max_flips is not None
     if out is None and not dry_run:
         raise ConfigError("no --out: name the folder for the pruned checkpoint, or pass --dry-run to see the plan")
-    _refuse_contradictions(
+    refuse_contradictions(
         {
             "--sparsity": "sparsity" in settings,
-            "--max-drop": searches,
+            "--max-drop": max_drop is not None,
+            "--max-flips": max_flips is not None,
+            "--target-size": target_size is not None,
+            **{f"--{name.replace('_', '-')}": name in settings for name in BUDGETS if name != "workload"},
             "--plots": plots,
             "--stream": stream,
             "--dry-run": dry_run,
@@ -127,28 +160,33 @@ def prune(
     if restart and not stream:
         raise ConfigError("--restart is for a streaming run: add --stream, or leave it out")
     start([model])
-    chosen = read_config(config, **settings)
-    _check_shrink(chosen, shrink)
+    chosen = read_config(config, has_data=data is not None and not stream, **settings)
+    check_shrink(chosen, shrink)
     from hf_prune.planning.plan import sparsity_notes
 
-    for note in [] if searches or dry_run else sparsity_notes(chosen):
-        echo(f"note: {note}", err=True)
+    for text in [] if searches or dry_run else sparsity_notes(chosen):
+        note(text)
     if threads is not None:
         import torch
 
         torch.set_num_threads(threads)
     if stream:
-        from hf_prune.conversion.streaming.prune_stream import check_streamable
+        from hf_prune.conversion.streaming.streamable import check_streamable
 
         check_streamable(chosen)
-    kind = CLASSES if searches else task_kind(model)
-    plan_learns = chosen.learns_allocation or chosen.learns_units
+    kind = task_kind(model)
+    kind = CLASSES if searches and kind != LANGUAGE else kind
+    plan_learns = (chosen.learns_allocation or chosen.learns_units) and not stream
     if (plan_learns if dry_run else chosen.needs_data) or searches:
+        from hf_prune.calibration.batches import data_user
         from hf_prune.criteria.base import LABELLED
 
-        with_labels = searches or (kind == CLASSES and bool(chosen.needs & LABELLED))
-        check_texts([model], data or DATA[kind], labelled=with_labels)
-    from hf_prune.cli.workflows.prune import plan_checkpoint, prune_checkpoint, prune_to_budget
+        with_labels = kind not in (LANGUAGE, SENTENCES) and (searches or bool(chosen.needs & LABELLED))
+        budget = f"--max-flips {max_flips:g}" if max_flips is not None else f"--max-drop {max_drop or 0:g}"
+        why = budget if searches else data_user(chosen)
+        check_task_data([model], kind, data, labelled=with_labels, why=why, useful=USEFUL[kind])
+    from hf_prune.cli.workflows.budget import prune_to_budget
+    from hf_prune.cli.workflows.prune import plan_checkpoint, prune_checkpoint
     from hf_prune.cli.workflows.stream import stream_checkpoint
     from hf_prune.conversion.streaming.prune_stream import plan_stream
     from hf_prune.utils.distributed import is_main_process
@@ -156,24 +194,31 @@ def prune(
     seen = (calibration_split, calibration_samples)
     task = read_task(kind, data, text_column, label_column, *seen, window=window)
     if out is None or dry_run:
-        plan = plan_stream(model, chosen) if stream else plan_checkpoint(model, chosen, task=task)
+        plan = (
+            plan_stream(model, chosen) if stream else plan_checkpoint(model, chosen, task=task, target_size=target_size)
+        )
         echo(json.dumps(plan.to_dict(), indent=2) if as_json else str(plan))
+        _fail_if_missed(getattr(plan, "speed", None))
         return
-    if max_drop is not None:
-        assert isinstance(task, ClassificationTask)
+    if searches:
+        assert isinstance(task, ClassificationTask | LanguageModelingTask)
+        split = split or task.default_split
         search, reported, report = prune_to_budget(
             model,
             chosen,
             out,
             task,
             max_drop=max_drop,
+            max_flips=max_flips,
             held_out=held_out,
             split=split,
             batch_size=batch_size,
             plots=plots,
             overwrite=overwrite,
+            command=shown_command(),
         )
-        text = f"{search}\nOn {split}, which had no influence: {reported}\n\n{report}"
+        chosen = search.config
+        scores = f"{search}\nOn {split}, which had no influence: {reported}\n\n"
         values = {
             "search": search.to_dict(),
             "reported": {"split": split, **reported.to_dict()},
@@ -181,8 +226,9 @@ def prune(
         }
     else:
         if stream:
-            with resumable():
-                report = stream_checkpoint(model, chosen, out, task=task, restart=restart, overwrite=overwrite)
+            with resumable(f"What was pruned so far is kept beside {out}"):
+                more: dict[str, Any] = {"restart": restart, "overwrite": overwrite, "command": shown_command()}
+                report = stream_checkpoint(model, chosen, out, task=task, **more)
         else:
             report = prune_checkpoint(
                 model,
@@ -192,29 +238,39 @@ def prune(
                 polish_samples=polish_samples,
                 plots=plots,
                 shrink=shrink,
+                target_size=target_size,
                 overwrite=overwrite,
+                command=shown_command(),
             )
-        text, values = str(report), report.to_dict()
+        scores, values = "", report.to_dict()
     if is_main_process():  # of the processes that accelerate launch started
-        echo(json.dumps(values, indent=2) if as_json else f"{text}\nSaved in {out}.")
+        said: Any = (model, chosen, out, report, time.perf_counter() - begin, data)
+        if as_json or details:
+            show({**values, "run": run_facts(*said)} if as_json else f"{scores}{report}", as_json, f"Saved in {out}.")
+        else:
+            echo(f"{scores}{prune_summary(*said)}")
+            by_name = config is None and not METHOD_SETTINGS & settings.keys() and preset_of(chosen)
+            expected = [expectation(by_name, removes_units=chosen.removes_units)] if by_name else []
+            for text in [*report.notes, *expected]:
+                note(text)
+        if target_size is not None:
+            _check_size(out, target_size)
+    _fail_if_missed(None if report.structure is None else report.structure.speed)
 
 
-def _refuse_contradictions(given: dict[str, bool]) -> None:
-    """Refuse options that contradict one another: ``given`` says of each whether it is there."""
-    for option in ("--sparsity", "--dry-run"):
-        if given["--max-drop"] and given[option]:
-            raise ConfigError(f"--max-drop finds the sparsity by measuring, which contradicts {option}: leave one out")
-    for option in ("--max-drop", "--plots"):
-        if given["--stream"] and given[option]:
-            raise ConfigError(f"--stream never holds the model, which {option} needs: leave one out")
-    for option in ("--max-drop", "--stream", "--dry-run"):
-        if given["--polish-samples"] and given[option]:
-            raise ConfigError(f"--polish-samples has no meaning with {option}: leave one out")
+def _check_size(out: Path, target_size: str) -> None:
+    """Say how large the weights are, and end with exit code 1 if that is more than was asked for."""
+    from hf_prune.checkpoint.target_size import size_in_bytes
+    from hf_prune.conversion.compression import weights_size
+
+    size = weights_size(out)
+    echo(f"The weights take {size / 1e6:.1f} MB on disk; {target_size} were asked for.", err=True)
+    if size > size_in_bytes(target_size):
+        raise typer.Exit(1)
 
 
-def _check_shrink(config: PruningConfig, shrink: bool | None) -> None:
-    if shrink is not None and not can_shrink(config):
-        raise ConfigError(
-            f"--shrink and --no-shrink are for head, neuron, layer, row, column and channel, not for granularity "
-            f"{config.granularity!r}: leave them out"
-        )
+def _fail_if_missed(speed: SpeedRecord | None) -> None:
+    """End with exit code 1 if the speed-up that was asked for was not reached."""
+    if speed is not None and speed.missed:
+        echo(f"error: {speed.missed}", err=True)
+        raise typer.Exit(1)

@@ -8,10 +8,13 @@ from typing import Annotated
 
 import typer
 
+from hf_prune.checkpoint.sources import check_unquantized
 from hf_prune.cli.console import echo
+from hf_prune.cli.model_options import LOCAL, UNSEEDED, loads_model
 from hf_prune.cli.options import AsJson
 
 
+@loads_model(LOCAL, UNSEEDED)
 def push(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder with a checkpoint.", show_default=False)],
     repo: Annotated[str, typer.Argument(metavar="REPO", help="owner/name, or a name of your own.", show_default=False)],
@@ -34,6 +37,8 @@ def push(
     from hf_prune.hub.client import check_repo_id
 
     check_repo_id(repo)
+    if (folder / "config.json").is_file():  # what is missing is said below
+        check_unquantized(folder)
     from hf_prune.hub.folder_facts import has_report
     from hf_prune.hub.push import push_checkpoint
 

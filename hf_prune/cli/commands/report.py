@@ -9,12 +9,14 @@ from typing import Annotated
 import typer
 
 from hf_prune.cli.console import echo
+from hf_prune.cli.model_options import MACHINE, SOURCE, UNSEEDED, loads_model
 from hf_prune.cli.options import AsJson, Model, Overwrite
 from hf_prune.cli.startup import start
 from hf_prune.errors import DataError
 from hf_prune.utils.output_folder import check_output, warn_replaced
 
 
+@loads_model(SOURCE, MACHINE, UNSEEDED)
 def report(
     model: Model,
     dense: Annotated[str | None, typer.Option(help="The dense checkpoint, for statistics before pruning.")] = None,
@@ -24,7 +26,8 @@ def report(
 ) -> None:
     """Count what is zero in a checkpoint, tensor by tensor and in total."""
     start([model, *([dense] if dense else [])])
-    from hf_prune.evaluation.plots import PLOTS, is_drawn, write_plots
+    from hf_prune.evaluation.plots import PLOTS, write_plots
+    from hf_prune.utils.figures import is_drawn
 
     if plots is not None:
         drawn = [path for name in PLOTS if is_drawn(path := plots / name)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import runpy
@@ -12,8 +13,9 @@ from typing import Annotated
 import typer
 
 from hf_prune.checkpoint.sources import check_model_source
-from hf_prune.cli.console import echo
-from hf_prune.errors import DataError
+from hf_prune.cli.console import echo, show
+from hf_prune.cli.options import AsJson
+from hf_prune.errors import ConfigError, DataError
 from hf_prune.evaluation.data.sources import check_data_source
 
 
@@ -31,8 +33,11 @@ def space(
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Also overwrite a Space that holds something else.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="With --push: upload nothing, list the files.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Prune, see, compare and publish in the browser; or push the app as a Space."""
+    if as_json and push is None:
+        raise ConfigError("--json prints what was pushed: add --push, or leave it out")
     if model is None and data is not None:
         raise DataError("--data goes with --model: the demo's model has sentences of its own")
     if model is not None:
@@ -47,7 +52,7 @@ def space(
         if model is None:
             from hf_prune.cli.demo.assets import prepare_demo
 
-            assets = prepare_demo(echo=echo)
+            assets = prepare_demo(echo=functools.partial(echo, err=as_json))
             model, data = str(assets.model_dir), str(assets.data_dir)
             names: dict[str, str] = {}
         else:
@@ -55,7 +60,7 @@ def space(
         result = push_space(
             app_folder(), push, model=model, data=data, names=names, private=private, force=force, dry_run=dry_run
         )
-        echo(str(result))
+        show(result, as_json)
         return
     for package in ("gradio", "plotly"):
         if importlib.util.find_spec(package) is None:

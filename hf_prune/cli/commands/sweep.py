@@ -9,18 +9,20 @@ from typing import Annotated, Any
 import typer
 
 from hf_prune.cli.console import echo, resumable, say_if_continuing, sweep_files
+from hf_prune.cli.model_options import loads_model
 from hf_prune.cli.options import (
-    CLASSES,
-    DATA,
-    SENTENCES,
-    AnyData,
+    LANGUAGE,
+    USEFUL,
     AnyText,
     AsJson,
     BatchSize,
     CalibrationSamples,
     CalibrationSplit,
     Config,
+    Data,
     Label,
+    Limit,
+    MaxFlips,
     Metric,
     Model,
     Overwrite,
@@ -31,30 +33,46 @@ from hf_prune.cli.options import (
     split_numbers,
     task_kind,
 )
-from hf_prune.cli.settings import METHOD, SEED, SELECTION, read_config, takes_settings
-from hf_prune.cli.startup import start
-from hf_prune.evaluation.data.sources import check_data_source
-from hf_prune.evaluation.tasks import LanguageModelingTask
+from hf_prune.cli.panels import criterion_names
+from hf_prune.cli.run_file import remember
+from hf_prune.cli.settings import METHOD, SEED, SELECTION, preset_with, read_config, takes_settings
+from hf_prune.cli.startup import check_task_data, start
+from hf_prune.errors import DataError
+from hf_prune.evaluation.tasks import ClassificationTask, ExampleTask, SentenceTask
+from hf_prune.evaluation.tasks.raw import NO_TASK
 
 
-@takes_settings(tolerance={**SELECTION, **METHOD, **SEED})
+@loads_model()
+@takes_settings(
+    criterion=preset_with("fast, unless --criterion says otherwise"),
+    tolerance={**SELECTION, **METHOD, **SEED},
+)
 def sweep(
     model: Model,
     sparsity: Annotated[
         str | None,
         typer.Option(help="Shares to remove, separated by commas. [default: 0.3,0.5,0.6,0.7,0.8, or what N:M fixes]"),
     ] = None,
-    criterion: Annotated[str, typer.Option(help="Criteria, separated by commas; see: hf-prune list.")] = "magnitude",
-    data: AnyData = None,
+    criterion: Annotated[
+        str | None,
+        typer.Option(
+            help="Criteria, separated by commas; see: hf-prune list. [default: that of --preset or --config, or "
+            "magnitude]",
+            autocompletion=criterion_names,
+        ),
+    ] = None,
+    data: Data = None,
     split: Split = "validation",
     out: Annotated[Path, typer.Option(help="Folder for results.json, results.csv and tradeoff.png.")] = Path(
         "hf-prune-sweep"
     ),
     tolerance: Annotated[float, typer.Option(min=0, help="Largest accepted drop, in points.")] = 2.0,
+    max_flips: MaxFlips = None,
     config: Config = None,
     text_column: AnyText = None,
-    label_column: Label = "label",
+    label_column: Label = None,
     metric: Metric = None,
+    limit: Limit = None,
     batch_size: BatchSize = 32,
     calibration_split: CalibrationSplit = "train",
     calibration_samples: CalibrationSamples = 128,
@@ -66,28 +84,32 @@ def sweep(
 ) -> None:
     """Prune at several sparsities, score each, and name the sweet spot; resumes where it was interrupted."""
     sparsities = None if sparsity is None else split_numbers("--sparsity", sparsity)
-    kind = SENTENCES if task_kind(model, metric) == SENTENCES else CLASSES
-    source = data or DATA[kind]
-    start([model], source if kind == CLASSES else None)
-    if kind == SENTENCES:
-        check_data_source(source)
-    chosen = read_config(config, **settings)
+    kind = task_kind(model, metric)
+    kind = "language-modeling" if kind == LANGUAGE else kind
+    start([model])
+    named = {"why": "a sweep", "useful": USEFUL[kind]}
+    source = check_task_data([model], kind, data, labelled=kind != "language-modeling", **named)
+    chosen = read_config(config, options=("sparsity", "criterion"), **settings)
     from hf_prune.cli.workflows.sweep import sweep_checkpoint
 
     seen = (calibration_split, calibration_samples)
-    task = read_task(kind, source, text_column, label_column, *seen, metric=metric)
-    assert not isinstance(task, LanguageModelingTask)
-    say_if_continuing(out, restart)
-    with resumable():
+    task = read_task(kind, source, text_column, label_column, *seen, metric=metric, limit=limit)
+    if not isinstance(task, ClassificationTask | SentenceTask | ExampleTask):
+        raise DataError(f"{model!r} has no task that is scored: {NO_TASK}")
+    say_if_continuing(out, restart, "dense")
+    criteria = (chosen.criterion,) if criterion is None else split_names(criterion)
+    remember(criterion=",".join(criteria))
+    with resumable(f"The scores so far are in {out}"):
         result = sweep_checkpoint(
             model,
             task,
             out,
             sparsities=sparsities,
-            criteria=split_names(criterion),
+            criteria=criteria,
             config=chosen,
             split=split,
             tolerance=tolerance,
+            max_flips=max_flips,
             batch_size=batch_size,
             restart=restart,
             overwrite=overwrite,

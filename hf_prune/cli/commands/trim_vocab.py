@@ -8,14 +8,15 @@ from typing import Annotated
 
 import typer
 
-from hf_prune.checkpoint.sources import is_language_model, model_class
 from hf_prune.cli.console import echo
+from hf_prune.cli.model_options import MACHINE, SOURCE, UNSEEDED, loads_model
 from hf_prune.cli.options import AnyText, AsJson, Model, Overwrite, split_names
 from hf_prune.cli.startup import start
 from hf_prune.errors import ConfigError, DataError
 from hf_prune.evaluation.data.sources import check_text_source
 
 
+@loads_model(SOURCE, MACHINE, UNSEEDED)
 def trim_vocab(
     model: Model,
     texts: Annotated[
@@ -49,7 +50,7 @@ def trim_vocab(
     keep = [] if keep_tokens is None else _read_lines(keep_tokens)
     from hf_prune.cli.workflows.trim_vocab import read_corpus, trim_checkpoint
 
-    columns = split_names(text_column or ("text" if is_language_model(model_class(model)) else "sentence"))
+    columns = None if text_column is None else split_names(text_column)
     corpus = read_corpus(texts, split_names(split), columns) if texts else None
     target = None if dry_run else out
     result = trim_checkpoint(

@@ -30,6 +30,7 @@ from hf_prune.cli.demo.sentences import clean_examples, read_sentences, split_ex
 from hf_prune.cli.demo.sources import SOURCES, check_sources, file_sha256
 from hf_prune.cli.demo.training import Recipe, bf16_is_faster, train_model
 from hf_prune.errors import DataError
+from hf_prune.utils.formatting import format_duration
 
 __all__ = ["DemoAssets", "default_cache_dir", "prepare_demo"]
 _LAYOUT = "v1"
@@ -107,7 +108,10 @@ def prepare_demo(
             "the environment variable HF_PRUNE_CACHE."
         ) from error
     assets = _assets(folder, trained_now=trained_now, start=start)
-    echo(f"The demo's model and data are ready after {assets.seconds:.0f} s; the next run starts from {folder}.")
+    echo(
+        f"The demo's model and data are ready after {format_duration(assets.seconds)}; the next run starts from "
+        f"{folder}."
+    )
     return assets
 
 

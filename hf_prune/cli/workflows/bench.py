@@ -12,12 +12,17 @@ from hf_prune.auto import load_native
 from hf_prune.checkpoint.companions import has_tokenizer
 from hf_prune.checkpoint.native import load_tokenizer
 from hf_prune.checkpoint.sources import check_model_source
-from hf_prune.errors import ConfigError, DataError, PlanError
+from hf_prune.errors import DataError, PlanError
 from hf_prune.evaluation.accuracy import evaluate_classification
 from hf_prune.evaluation.explain import SOME_ZEROS
 from hf_prune.evaluation.sparsity_report import sparsity_report
-from hf_prune.evaluation.tasks import ClassificationTask
+from hf_prune.evaluation.tasks import ClassificationTask, LanguageModelingTask
+from hf_prune.inference.acceleration.accelerate import accelerate
+from hf_prune.inference.acceleration.install import decelerate
+from hf_prune.inference.acceleration.report import AccelerationReport
 from hf_prune.inference.backends import SUFFIXES, ExportedModel
+from hf_prune.planning.expectations import is_language_model
+from hf_prune.utils.load_options import resolve_device
 
 
 def load_alike(sources: Sequence[str], dtype: str, device: str, threads: int | None = None) -> dict[str, Any]:
@@ -26,18 +31,14 @@ def load_alike(sources: Sequence[str], dtype: str, device: str, threads: int | N
     Args:
         sources: Folders or Hub ids, and exported files.
         dtype: Such as ``"float32"``.
-        device: Such as ``"cpu"``.
+        device: Such as ``"cpu"``, or ``"auto"``.
         threads: Threads of exported models; None for as many as PyTorch uses.
 
     Raises:
         ConfigError: If there is no such device.
         DataError: If a source cannot be found.
     """
-    try:
-        target = torch.device(device)
-        torch.empty(1, device=target)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
+    target = resolve_device(device)
     models: dict[str, Any] = {}
     for name, source in zip(short_names(sources), sources, strict=True):
         if source.endswith(SUFFIXES):
@@ -45,6 +46,24 @@ def load_alike(sources: Sequence[str], dtype: str, device: str, threads: int | N
         else:
             models[name] = load_native(source).to(target, getattr(torch, dtype)).eval()
     return models
+
+
+def measure_acceleration(model: Any, batch: int, length: int, threads: int | None) -> AccelerationReport:
+    """What kernels for its zeros bring to a model, which is plain again afterwards.
+
+    Args:
+        model: A transformers model on the CPU.
+        batch: Examples in a batch.
+        length: Tokens of each example.
+        threads: PyTorch threads; all that it has by default.
+    """
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads or before)
+        return accelerate(model, workload={"batch_size": batch, "length": length}, progress=True)
+    finally:
+        torch.set_num_threads(before)
+        decelerate(model)
 
 
 def short_names(sources: Sequence[str]) -> list[str]:
@@ -66,22 +85,24 @@ def short_names(sources: Sequence[str]) -> list[str]:
 
 
 def load_tokenizers(models: Mapping[str, Any], sources: Sequence[str]) -> dict[str, Any]:
-    """The tokenizer of each classifier.
+    """The tokenizer of each classifier, or of each language model.
 
     Args:
         models: Models by name.
         sources: Where each came from.
 
     Raises:
-        DataError: If one is not a sequence classifier, or has no tokenizer.
+        DataError: If one is neither, or of another kind than the first, or has no tokenizer.
     """
     tokenizers = {}
+    of_language = of_language_models(models)
     for (name, model), source in zip(models.items(), sources, strict=True):
-        if not type(model).__name__.endswith("ForSequenceClassification"):
-            raise DataError(
-                f"{source!r} is a {type(model).__name__}: expected a …ForSequenceClassification to score by accuracy; "
-                f"leave out --data to time it"
+        cls = type(model).__name__
+        if not (is_language_model(cls) if of_language else cls.endswith("ForSequenceClassification")):
+            known = (
+                "a …ForCausalLM like the first" if of_language else "a …ForSequenceClassification to score by accuracy"
             )
+            raise DataError(f"{source!r} is a {cls}: expected {known}; leave out --data to time it")
         offline = check_model_source(source)
         if not has_tokenizer(source, local_files_only=offline):
             raise DataError(f"{source!r} has no tokenizer, which scoring needs: save one beside the model")
@@ -89,17 +110,28 @@ def load_tokenizers(models: Mapping[str, Any], sources: Sequence[str]) -> dict[s
     return tokenizers
 
 
+def of_language_models(models: Mapping[str, Any]) -> bool:
+    """Whether the first of some models is a language model, which is scored by its perplexity."""
+    return is_language_model(type(next(iter(models.values()))).__name__)
+
+
 def score_all(
-    models: Mapping[str, Any], tokenizers: Mapping[str, Any], task: ClassificationTask, split: str
+    models: Mapping[str, Any],
+    tokenizers: Mapping[str, Any],
+    task: ClassificationTask | LanguageModelingTask,
+    split: str | None,
 ) -> dict[str, float]:
-    """Accuracy of each classifier, 0 to 1, on the same examples.
+    """Accuracy of each classifier, 0 to 1, or perplexity of each language model, on the same examples.
 
     Args:
         models: Models by name.
         tokenizers: Theirs.
         task: What to score.
-        split: Which split of it.
+        split: Which split of it; by default the one that such tasks are scored on.
     """
+    split = split or task.default_split
+    if isinstance(task, LanguageModelingTask):
+        return {name: task.score(model, tokenizers[name], split).perplexity for name, model in models.items()}
     dataset = task.load(split)
     return {
         name: evaluate_classification(model, tokenizers[name], dataset, **task.columns).accuracy

@@ -24,20 +24,16 @@ def describe_checkpoint(source: str) -> UnitDescription:
         CheckpointError: If the sizes of a shrunk model are damaged, or do not fit its config.
     """
     import torch
-    import transformers
 
     from hf_prune.checkpoint.building import limited_building
-    from hf_prune.checkpoint.native import explained_loading
+    from hf_prune.checkpoint.native import explained_loading, load_config
     from hf_prune.checkpoint.packed.quantization_config import is_structure
-    from hf_prune.checkpoint.sources import check_model_source
     from hf_prune.evaluation.unit_description import describe_units
     from hf_prune.structured.shrink import resize
     from hf_prune.utils.number_formats import EXPECTED, method_of_config
     from hf_prune.utils.quantization_method import METHOD
 
-    offline = check_model_source(source)
-    with explained_loading(source):
-        config = transformers.AutoConfig.from_pretrained(source, local_files_only=offline, trust_remote_code=False)
+    config = load_config(source)
     ours: Any = getattr(config, "quantization_config", None) or {}
     if (method := method_of_config(config)) is not None:
         raise DataError(f"{source!r} is quantized with {method!r}: {EXPECTED}")

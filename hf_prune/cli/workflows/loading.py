@@ -8,10 +8,11 @@ from typing import Any
 
 from hf_prune.auto import load_native, load_sentence_model
 from hf_prune.checkpoint.companions import has_tokenizer
-from hf_prune.checkpoint.native import load_tokenizer
+from hf_prune.checkpoint.native import load_processor, load_tokenizer
 from hf_prune.checkpoint.sources import check_model_source, class_of_transformers, model_class
 from hf_prune.errors import DataError
-from hf_prune.evaluation.tasks import ClassificationTask, SentenceTask, Task
+from hf_prune.evaluation.examples.kinds import find_kind
+from hf_prune.evaluation.tasks import ClassificationTask, ExampleTask, RawTask, SentenceTask, Task
 from hf_prune.utils.distributed import rank_and_world_size
 
 _OTHER_INPUTS = {
@@ -40,6 +41,10 @@ def load_for_task(source: str, task: Task, *, labelled: bool = True) -> tuple[An
     if isinstance(task, SentenceTask):
         sentence_model = load_sentence_model(source)
         return sentence_model, sentence_model.tokenizer
+    if isinstance(task, RawTask):
+        return load_native(source), None  # its processor is found when something is read
+    if isinstance(task, ExampleTask) and find_kind(task.kind).reads_media:
+        return load_native(source), load_processor(source, local_files_only=check_model_source(source))
     task.check_model_class(source, model_class(source), labelled=labelled)
     model, tokenizer = load_checked(source)
     task.check_model_class(source, type(model).__name__, labelled=labelled)  # configs need not name a class
@@ -79,17 +84,23 @@ def check_reads_texts(source: str, *, labelled: bool) -> None:
 def refuse_other_inputs(source: str) -> None:
     """Check that a model reads texts and nothing else."""
     name = model_class(source)
-    cls = class_of_transformers(name)
-    if cls is None:  # custom code, or no model at all: checked when it is loaded
-        return
-    takes = inspect.signature(cls.forward).parameters
-    others = [f"{what} ({key})" for key, what in _OTHER_INPUTS.items() if key in takes]
-    if others and ("input_ids" not in takes or not name.endswith("ForSequenceClassification")):
+    if others := other_inputs(source):
         raise DataError(
             f"{source!r} is a {name}, which learns from {' and '.join(others)}, and the commands read only texts: "
             f"prune and score it in Python, with calibration=batches, a list of dicts as its processor returns them, "
             f"or choose a criterion without data, such as magnitude"
         )
+
+
+def other_inputs(source: str) -> list[str]:
+    """What a model reads besides texts, or instead of them; empty for one that classifies texts."""
+    name = model_class(source)
+    cls = class_of_transformers(name)
+    if cls is None:  # custom code, or no model at all: checked when it is loaded
+        return []
+    takes = inspect.signature(cls.forward).parameters
+    others = [f"{what} ({key})" for key, what in _OTHER_INPUTS.items() if key in takes]
+    return others if "input_ids" not in takes or not name.endswith("ForSequenceClassification") else []
 
 
 def join_processes() -> None:

@@ -5,15 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig
-
 from hf_prune.checkpoint.companions import has_tokenizer
-from hf_prune.checkpoint.native import load_tokenizer
+from hf_prune.checkpoint.native import load_config, load_tokenizer
 from hf_prune.checkpoint.sources import check_model_source
+from hf_prune.cli.workflows.card import write_run_card
 from hf_prune.cli.workflows.loading import refuse_other_inputs
 from hf_prune.conversion.streaming.journal import Journal
 from hf_prune.conversion.streaming.placing import is_placing
-from hf_prune.conversion.streaming.prune_stream import check_streamable, prune_stream
+from hf_prune.conversion.streaming.prune_stream import prune_stream
+from hf_prune.conversion.streaming.streamable import check_streamable
 from hf_prune.errors import DataError
 from hf_prune.evaluation.sparsity_report import SparsityReport
 from hf_prune.evaluation.tasks import Task
@@ -33,8 +33,11 @@ def stream_checkpoint(
     task: Task | None = None,
     restart: bool = False,
     overwrite: bool = False,
+    command: str | None = None,
 ) -> SparsityReport:
-    """Prune a checkpoint into a folder without holding its model in memory; see :func:`hf_prune.prune_stream`.
+    """Prune a checkpoint into a folder, without holding its model in memory, and write its card.
+
+    See :func:`hf_prune.prune_stream`.
 
     Args:
         source: Folder or Hub id.
@@ -43,12 +46,15 @@ def stream_checkpoint(
         task: Texts, for criteria that learn from inputs; their labels are not looked at.
         restart: Start from the beginning, whatever an interrupted run left.
         overwrite: Replace what is in the way in ``out``.
+        command: The command line, for the card.
     """
     check_streamable(config)
     if not is_placing(Journal(out)):  # else an earlier run has checked it
         check_output(out, "prune", [source], overwrite=overwrite)
-    batches = _streaming_batches(source, task) if config.needs and task is not None else None
-    return prune_stream(source, config, out, calibration=batches, progress=True, restart=restart, overwrite=overwrite)
+    batches = _streaming_batches(source, task) if config.needs_data and task is not None else None
+    report = prune_stream(source, config, out, calibration=batches, progress=True, restart=restart, overwrite=overwrite)
+    write_run_card(out, out, source, config, task if config.needs_data else None, command=command)
+    return report
 
 
 def _streaming_batches(source: str, task: Task) -> list[dict[str, Any]]:
@@ -58,5 +64,6 @@ def _streaming_batches(source: str, task: Task) -> list[dict[str, Any]]:
     if not has_tokenizer(source, local_files_only=offline):
         raise DataError(f"{source!r} has no tokenizer, which calibration on texts needs: save it beside the model")
     tokenizer = load_tokenizer(source, local_files_only=offline)
-    config = AutoConfig.from_pretrained(source, local_files_only=offline, trust_remote_code=False)
-    return task.streaming_batches(tokenizer, getattr(config.get_text_config(), "max_position_embeddings", None))
+    return task.streaming_batches(
+        tokenizer, getattr(load_config(source).get_text_config(), "max_position_embeddings", None)
+    )

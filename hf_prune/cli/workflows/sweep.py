@@ -9,7 +9,7 @@ from hf_prune.cli.workflows.loading import load_for_task
 from hf_prune.evaluation.data.files import refuse_same_split
 from hf_prune.evaluation.sweep import run_sweep
 from hf_prune.evaluation.sweep_result import SweepResult
-from hf_prune.evaluation.tasks import ClassificationTask, SentenceTask
+from hf_prune.evaluation.tasks import ClassificationTask, ExampleTask, SentenceTask
 from hf_prune.planning.config import PruningConfig
 from hf_prune.utils.formatting import display_name
 from hf_prune.utils.locks import writes_alone
@@ -19,7 +19,7 @@ from hf_prune.utils.output_folder import check_output
 @writes_alone("sweep")
 def sweep_checkpoint(
     source: str,
-    task: ClassificationTask | SentenceTask,
+    task: ClassificationTask | SentenceTask | ExampleTask,
     out: Path,
     *,
     sparsities: Sequence[float] | None = None,
@@ -27,6 +27,7 @@ def sweep_checkpoint(
     config: PruningConfig | None = None,
     split: str = "validation",
     tolerance: float = 2.0,
+    max_flips: float | None = None,
     batch_size: int = 32,
     restart: bool = False,
     name: str = "",
@@ -44,6 +45,7 @@ def sweep_checkpoint(
         config: All other settings.
         split: The split to score.
         tolerance: Largest accepted drop, in points.
+        max_flips: Instead, for classifiers: the largest share of answers that may change, in percent.
         batch_size: Examples scored at once.
         restart: Measure everything again.
         name: Name of the model in tables and plots.
@@ -59,13 +61,14 @@ def sweep_checkpoint(
     return run_sweep(
         model,
         tokenizer,
-        task.load(split),
+        task.load_scored(split),
         sparsities=sparsities,
         criteria=criteria,
         config=config,
         calibration=task.calibration_batches(configs, model, tokenizer),
         polish_data=task.polish_batches(configs, model, tokenizer),
         tolerance=tolerance,
+        max_flips=max_flips,
         out=out,
         restart=restart,
         name=name or display_name(source),

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel, TrainingArguments
 
 from hf_prune.calibration.batches import Batches
 from hf_prune.checkpoint.companions import copy_companions
 from hf_prune.checkpoint.staging import staged_checkpoint
+from hf_prune.cli.workflows.card import write_run_card
 from hf_prune.cli.workflows.loading import load_for_task
 from hf_prune.errors import CheckpointError, ConfigError
 from hf_prune.evaluation.data.files import refuse_same_split
@@ -33,8 +33,11 @@ from hf_prune.training.state import check_old_run, last_whole_checkpoint, says_i
 from hf_prune.training.trainer import PruningTrainer
 from hf_prune.utils.digests import examples_digest, tensors_digest
 from hf_prune.utils.files import write_json
+from hf_prune.utils.formatting import format_duration
+from hf_prune.utils.load_options import load_options, resolve_device
 from hf_prune.utils.locks import output_lock, writes_alone
 from hf_prune.utils.output_folder import check_output
+from hf_prune.utils.results import Result
 
 SEEN = "a model looks better than it is on the examples that it was trained on"
 
@@ -52,6 +55,7 @@ class TrainingSettings:
         warmup: Share of the steps in which the learning rate rises; afterwards it falls to zero.
         bf16: Compute in bfloat16.
         seed: Seed of the order of the examples and of dropout.
+        report_to: Where the Trainer of transformers reports: such as ``("wandb",)`` or ``("tensorboard",)``.
     """
 
     split: str = "train"
@@ -62,10 +66,11 @@ class TrainingSettings:
     warmup: float = 0.05
     bf16: bool = False
     seed: int = 0
+    report_to: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class TrainingReport:
+@dataclass(frozen=True, repr=False)
+class TrainingReport(Result):
     """The result of a training with pruning.
 
     Args:
@@ -76,6 +81,8 @@ class TrainingReport:
         steps: Optimizer steps.
         seconds: How long the training took.
     """
+
+    bars = ("pruned.accuracy", "dense.accuracy")
 
     sparsity: SparsityReport
     dense: Any
@@ -91,7 +98,7 @@ class TrainingReport:
 
     def __str__(self) -> str:
         lines = [str(self.sparsity), "", f"before: {self.dense}", f"after:  {self.pruned}", str(self.comparison)]
-        return "\n".join([*lines, f"Trained for {self.steps:,} steps in {self.seconds:.0f} s."])
+        return "\n".join([*lines, f"Trained for {self.steps:,} steps in {format_duration(self.seconds)}."])
 
 
 @writes_alone("train")
@@ -109,8 +116,9 @@ def train_checkpoint(
     checkpoints: Path | None = None,
     allow_changes: bool = False,
     overwrite: bool = False,
+    command: str | None = None,
 ) -> TrainingReport:
-    """Train a checkpoint while pruning it, into a folder: weights, masks, tokenizer, ``training_report.json``.
+    """Train a checkpoint while pruning it, into a folder: weights, masks, tokenizer, ``training_report.json``, card.
 
     Args:
         source: Folder or Hub id of a sequence classifier or a causal language model.
@@ -126,6 +134,7 @@ def train_checkpoint(
         allow_changes: Resume even if the model, the data or the settings of the training have changed; settings of
             the pruning may not.
         overwrite: Replace what is in the way in ``out``.
+        command: The command line, for the card.
 
     Raises:
         CheckpointError: If ``out`` is the source, or something is in the way, or the checkpoints belong to another
@@ -191,6 +200,7 @@ def train_checkpoint(
         trained.save_pretrained(staging)
         copy_companions(source, staging)
         write_json(staging / "training_report.json", training.to_dict())
+        write_run_card(staging, out, source, config, None if calibration is None else task, command=command)
     return training
 
 
@@ -208,7 +218,7 @@ def _old_run(
         "teacher": None if trainer.teacher is None else tensors_digest(trainer.teacher.named_parameters()),
         "distillation": None if distillation is None else dataclasses.asdict(distillation),
         "shrink_at": trainer.pruning.shrink_at,
-        **dataclasses.asdict(settings),
+        **{name: value for name, value in dataclasses.asdict(settings).items() if name != "report_to"},
     }
 
 
@@ -230,11 +240,11 @@ def training_arguments(settings: TrainingSettings, folder: Path, *, saves: bool)
         gradient_accumulation_steps=settings.accumulation,
         warmup_steps=settings.warmup,
         bf16=settings.bf16,
-        use_cpu=not torch.cuda.is_available(),
+        use_cpu=resolve_device(load_options().device).type == "cpu",
         seed=settings.seed,
         logging_steps=0.05,
         save_strategy="steps" if saves else "no",
         save_steps=0.1,
         save_total_limit=2,
-        report_to=[],
+        report_to=list(settings.report_to),
     )

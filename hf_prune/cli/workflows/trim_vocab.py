@@ -11,20 +11,21 @@ from hf_prune.checkpoint.native import load_tokenizer
 from hf_prune.checkpoint.sources import check_model_source
 from hf_prune.checkpoint.staging import staged_checkpoint
 from hf_prune.errors import DataError
-from hf_prune.evaluation.data.loading import load_texts
+from hf_prune.evaluation.data.columns import find_text_columns
+from hf_prune.evaluation.data.loading import column_names, load_texts
 from hf_prune.structured.vocabulary.trim import TrimResult, trim_vocabulary
 from hf_prune.utils.files import write_json
 from hf_prune.utils.locks import writes_alone
 from hf_prune.utils.output_folder import check_output
 
 
-def read_corpus(sources: Sequence[str], splits: Sequence[str], columns: Sequence[str]) -> list[str]:
+def read_corpus(sources: Sequence[str], splits: Sequence[str], columns: Sequence[str] | None) -> list[str]:
     """The texts of several data sets.
 
     Args:
         sources: Files, folders or Hub ids; see :func:`hf_prune.load_texts`.
         splits: Splits of each; a file is a single split.
-        columns: The columns that hold text, where there are columns.
+        columns: The columns that hold text, where there are columns; None for those with usual names.
 
     Raises:
         DataError: If one cannot be found or read.
@@ -33,9 +34,14 @@ def read_corpus(sources: Sequence[str], splits: Sequence[str], columns: Sequence
         text
         for source in sources
         for split in (splits[:1] if Path(source).is_file() else splits)
-        for column in columns
+        for column in columns or _text_columns(source)
         for text in load_texts(source, split, text_column=column)
     ]
+
+
+def _text_columns(source: str) -> tuple[str, ...]:
+    available = column_names(source)
+    return find_text_columns(available, repr(source)) if available else ("text",)
 
 
 @writes_alone("trim-vocab")

@@ -23,7 +23,17 @@ from hf_prune.utils.staging import put_back
 _FORMAT = 3
 _JOURNAL = "journal.jsonl"
 _OWN = ("checkpoint", "checkpoint.old", "scratch", "masks.bits", _JOURNAL)  # what the folder may contain
-_TYPES = {"copied": list, "files": list, "folder": list, "found": list, "kept": dict, "placing": list, "tensors": dict}
+_TYPES = {
+    "copied": list,
+    "files": list,
+    "folder": list,
+    "found": list,
+    "kept": dict,
+    "placing": list,
+    "scores": dict,
+    "sparsities": dict,
+    "tensors": dict,
+}
 
 
 class Journal:

@@ -54,10 +54,16 @@ class LazyWeights:
                 if id(parameter) in self.names:
                     self._places[self.names[id(parameter)]].append((module, attribute))
                     self._of.setdefault(module, []).append(self.names[id(parameter)])
+        for name, module in self.model.named_modules():
+            # What holds modules may be used by the one around it without being called; vectors are read with that one.
+            if name and module in self._of and any(module.children()):
+                vectors = [own for own in self._of[module] if self._empty[own].dim() <= 1]
+                self._of.setdefault(self.model.get_submodule(name.rpartition(".")[0]), []).extend(vectors)
         head = self.model.get_output_embeddings() if hasattr(self.model, "get_output_embeddings") else None
         spare = isinstance(head, nn.Linear) and not set(self._of.get(head, ())) & set(targets)
         self._head = head if skip_head and spare else None
         self._loaded: set[str] = set()
+        self._held: set[str] = set()
         self._users: dict[str, int] = {}
         self._context = ExitStack()
 
@@ -83,8 +89,8 @@ class LazyWeights:
         self._users.clear()
 
     def hold(self, names: Iterable[str]) -> None:
-        """Put exactly these weights into the model, and drop all others."""
-        names = set(names)
+        """Put exactly these weights into the model, and drop all others. These stay when their modules have run."""
+        names = self._held = set(names)
         for name in self._loaded - names:
             self._put(name, self._empty[name])
         self._loaded &= names
@@ -117,7 +123,7 @@ class LazyWeights:
     def _after(self, module: nn.Module, args: Any, output: Any) -> None:
         for name in self._of[module]:
             self._users[name] -= 1
-            if self._users[name] == 0 and name in self._loaded:
+            if self._users[name] == 0 and name in self._loaded - self._held:
                 self._put(name, self._empty[name])
                 self._loaded.discard(name)
 

@@ -7,15 +7,17 @@ the model runs as its author wrote it, in the memory of a few modules.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -27,11 +29,11 @@ from transformers.core_model_loading import (
 
 from hf_prune.checkpoint.files import INDEX, SINGLE, find_file, weight_files
 from hf_prune.checkpoint.load import limited_to_files
-from hf_prune.checkpoint.native import explained_loading, native_class
-from hf_prune.checkpoint.shards import Shards, read_tensor
+from hf_prune.checkpoint.native import explained_loading, load_config, native_class
+from hf_prune.checkpoint.shards import Shards, read_rows, read_tensor
 from hf_prune.checkpoint.sources import check_model_source
 from hf_prune.conversion.streaming.merged import Index, MergedWeights
-from hf_prune.errors import CheckpointError, PlanError
+from hf_prune.errors import CalibrationError, CheckpointError, HfPruneError, PlanError
 from hf_prune.planning.prunable import prunable_weights
 from hf_prune.utils.formatting import first_few
 from hf_prune.utils.notices import warn_user
@@ -65,12 +67,34 @@ class MetaModel:
             if name in self.buffers:
                 buffer.copy_(read_tensor(self.shards.folder, self.shards.entries[self.buffers[name]]))
 
+    def read(self, name: str, folder: Path | None = None) -> Tensor:
+        """Read a parameter, in the dtype of a loaded model.
 
-def load_meta_model(source: str) -> MetaModel:
+        Args:
+            name: Its name in the model.
+            folder: Another folder with files of the same form.
+        """
+        folder, entries = folder or self.shards.folder, self.shards.entries
+        if (parts := self.parts.get(name)) is None:
+            return read_tensor(folder, entries[self.keys[name][0]]).to(self.dtypes[name])
+        shape, dtype = self.model.get_parameter(name).shape, entries[self.keys[name][0]].torch_dtype
+        weight = torch.empty(shape, dtype=dtype)
+        for key, index in parts.items():
+            weight[index] = read_tensor(folder, entries[key])
+        return weight.to(self.dtypes[name])
+
+    def read_rows(self, name: str, rows: Sequence[int], folder: Path | None = None) -> Tensor:
+        """Read some rows of a parameter that is one tensor in the files; see :meth:`read`."""
+        entry = self.shards.entries[self.keys[name][0]]
+        return read_rows(folder or self.shards.folder, entry, rows).to(self.dtypes[name])
+
+
+def load_meta_model(source: str, unknown: str = "copied unchanged") -> MetaModel:
     """Build a checkpoint's model without reading its weights.
 
     Args:
         source: Folder or Hub id, with weights in safetensors files.
+        unknown: What becomes of tensors that do not belong to the model, for a warning.
 
     Raises:
         DataError: If the source cannot be found, or its config names no transformers class.
@@ -78,7 +102,7 @@ def load_meta_model(source: str) -> MetaModel:
     """
     native = native_class(source)
     hub = {"local_files_only": check_model_source(source)}
-    config = AutoConfig.from_pretrained(source, trust_remote_code=False, **hub)
+    config = load_config(source)
     if (method := method_of_config(config)) is not None:
         raise CheckpointError(f"{source!r} is quantized with {method!r}: {EXPECTED}")
     if getattr(config, "quantization_config", None) is not None:
@@ -102,7 +126,7 @@ def load_meta_model(source: str) -> MetaModel:
                 model = native._from_config(config)
         model.tie_weights()
     model.eval()
-    keys, buffers, parts = _match(model, shards, source)
+    keys, buffers, parts = _match(model, shards, source, unknown)
     return MetaModel(model, shards, keys, buffers, _dtypes(model), parts)
 
 
@@ -116,7 +140,7 @@ class _EmptyOnMeta(TorchFunctionMode):
 
 
 def _match(
-    model: Any, shards: Shards, source: str
+    model: Any, shards: Shards, source: str, unknown_are: str
 ) -> tuple[dict[str, tuple[str, ...]], dict[str, str], dict[str, dict[str, Index]]]:
     """Match the tensors in the files with the parameters and buffers of the model, by the rules of transformers."""
     transforms = get_model_conversion_mapping(model)
@@ -133,7 +157,7 @@ def _match(
         name, merged = rename_source_key(key, renamings, converters, prefix, state)
         if name not in state and key in state:
             name, merged = rename_source_key(key, [], [], prefix, state)
-        if merged is not None:
+        if merged is not None and name in state:  # else of layers that the class does not load
             assembled.add(name, merged, key)
             continue
         if name not in state:
@@ -164,7 +188,7 @@ def _match(
     ignored = model._keys_to_ignore_on_load_unexpected or ()
     if strange := [key for key in unknown if not any(re.search(pattern, key) for pattern in ignored)]:
         warn_user(
-            f"{len(strange)} tensors of {source!r} do not belong to {type(model).__name__}, and are copied unchanged: "
+            f"{len(strange)} tensors of {source!r} do not belong to {type(model).__name__}, and are {unknown_are}: "
             f"{first_few(strange)}",
         )
     return {name: tuple(stored) for name, stored in keys.items()}, buffers, parts
@@ -217,6 +241,24 @@ def _dtypes(model: Any) -> dict[str, torch.dtype]:
             if (match := pattern.search(name)) is not None:
                 dtypes[name] = exceptions[patterns[str(match.lastgroup)]]
     return dtypes
+
+
+@contextmanager
+def explaining_meta_errors(model: nn.Module) -> Iterator[None]:
+    """A model runs inside with weights that are read when they are used; explains what it cannot do that way.
+
+    Raises:
+        PlanError: If it uses weights outside of the modules that hold them.
+    """
+    try:
+        yield
+    except (RuntimeError, CalibrationError) as error:
+        cause = error.__cause__ if isinstance(error, CalibrationError) else error
+        if not isinstance(cause, RuntimeError) or isinstance(cause, HfPruneError):
+            raise
+        if (explained := explain_meta_error(model, cause)) is cause:
+            raise
+        raise explained from cause
 
 
 def explain_meta_error(model: nn.Module, error: Exception) -> Exception:

@@ -16,14 +16,14 @@ from torch import Tensor
 from hf_prune.checkpoint.companions import copy_companions
 from hf_prune.checkpoint.files import INDEX, MASK_FILE, SINGLE, SPARSITY_REPORT, find_file
 from hf_prune.checkpoint.mask_file import mask_metadata, pack_mask
-from hf_prune.checkpoint.shards import Entry, header_bytes, read_parts, read_rows, read_tensor, write_all, write_tensor
+from hf_prune.checkpoint.shards import header_bytes, read_parts, read_tensor, write_all, write_tensor
 from hf_prune.checkpoint.sources import check_model_source
 from hf_prune.conversion.streaming.journal import Journal
 from hf_prune.conversion.streaming.meta_model import MetaModel
-from hf_prune.conversion.streaming.placing import COMMAND, place_output, report_of
+from hf_prune.conversion.streaming.placing import COMMAND, place_output, report_entry, report_of
 from hf_prune.errors import CheckpointError
-from hf_prune.evaluation.sparsity_report import SparsityReport, TensorReport
-from hf_prune.evaluation.weight_statistics import WeightStatistics, nm_patterns
+from hf_prune.evaluation.sparsity_report import SparsityReport
+from hf_prune.evaluation.weight_statistics import WeightStatistics
 from hf_prune.kernels.matrix import Target
 from hf_prune.kernels.zeroing import zero_removed_
 from hf_prune.planning.config import PruningConfig
@@ -52,8 +52,8 @@ class Output:
         self, meta_model: MetaModel, plan: PruningPlan, previous_masks: Mapping[str, Tensor], journal: Journal
     ) -> None:
         self.meta_model = meta_model
-        self.plan = plan
-        self.previous_masks = previous_masks
+        self.plan, self.previous_masks = plan, previous_masks
+        self.reads_dense = False  # whether weights are read as the source has them, also those that are pruned already
         self.journal = journal
         self.targets = {tensor.target.name: tensor.target for tensor in plan.tensors}
         self.reports: dict[str, dict[str, Any]] = {}
@@ -70,11 +70,10 @@ class Output:
             self.kept |= record.get("kept", {})
             self._copied |= set(record.get("copied", ()))
         self._bits: dict[str, tuple[int, int]] = {}  # begin and end of each mask in the file of bits
-        end = 0
+        self._bits_size = 0
         for name in sorted({*self.targets, *previous_masks}):
-            start, end = end, end + (self._parameters[name].numel() + 7) // 8
-            self._bits[name] = start, end
-        self._bits_size = end
+            start, self._bits_size = self._bits_size, self._bits_size + (self._parameters[name].numel() + 7) // 8
+            self._bits[name] = start, self._bits_size
 
     def done(self, name: str) -> bool:
         """Whether the final weights of a target are on the disk."""
@@ -99,29 +98,21 @@ class Output:
             PlanError: If a target has values that are not finite.
             CheckpointError: If it has nonzero weights that an earlier mask removes.
         """
-        weight = self._read_stored(name).to(self.meta_model.dtypes[name])
+        weight = self.meta_model.read(name, self._folder(name))
         if name in self.targets and not self.done(name) and name not in self._checked:
-            refuse_infinite({name: weight})
+            refuse_infinite([(name, weight)])
             self._check_old_mask(name, weight)
             self._checked.add(name)
         return weight
 
     def read_rows(self, name: str, rows: Sequence[int]) -> Tensor:
         """Read the current values of some rows of a parameter."""
-        return read_rows(*self._place(name), rows).to(self.meta_model.dtypes[name])
+        return self.meta_model.read_rows(name, rows, self._folder(name))
 
-    def _read_stored(self, name: str) -> Tensor:
-        folder, entry = self._place(name)
-        if (parts := self.meta_model.parts.get(name)) is None:
-            return read_tensor(folder, entry)
-        weight = torch.empty(self._parameters[name].shape, dtype=entry.torch_dtype)
-        for key, index in parts.items():
-            weight[index] = read_tensor(folder, self.meta_model.shards.entries[key])
-        return weight
-
-    def _place(self, name: str) -> tuple[Path, Entry]:
-        folder = self.journal.staging if self.done(self._weights.get(name, name)) else self.meta_model.shards.folder
-        return folder, self.meta_model.shards.entries[self.meta_model.keys[name][0]]
+    def _folder(self, name: str) -> Path:
+        """Where the current values of a parameter are."""
+        pruned = self.done(self._weights.get(name, name)) and not self.reads_dense
+        return self.journal.staging if pruned else self.meta_model.shards.folder
 
     def _check_old_mask(self, name: str, weight: Tensor) -> None:
         old = self.previous_masks.get(name)
@@ -139,11 +130,8 @@ class Output:
         masked = {
             t.name: t for t in _masked_targets(self.meta_model.model, self.previous_masks) if t.name not in self.targets
         }
-        computed = {  # parameters that are in no file
-            name: self._report(name, None, None, int(self._parameters[name].count_nonzero()))
-            for name, keys in self.meta_model.keys.items()
-            if not keys
-        }
+        in_no_file = [name for name, keys in self.meta_model.keys.items() if not keys]
+        computed = {n: self._report(n, None, None, int(self._parameters[n].count_nonzero())) for n in in_no_file}
         bits = self.journal.folder / _BITS
         bits.touch()
         os.truncate(bits, self._bits_size)
@@ -242,27 +230,15 @@ class Output:
         return int(mask.count_nonzero())
 
     def _report(self, name: str, target: Target | None, weight: Tensor | None, nonzero: int = 0) -> dict[str, Any]:
-        parameter = self._parameters[name]
-        patterns = () if target is None or weight is None else nm_patterns(target, weight, self.plan.config)
-        return dataclasses.asdict(
-            TensorReport(
-                name=name,
-                shape=tuple(parameter.shape),
-                is_target=target is not None,
-                parameters=parameter.numel(),
-                nonzero=nonzero if weight is None else int(weight.count_nonzero()),
-                nm_patterns=patterns,
-                bytes=parameter.numel() * self.meta_model.dtypes[name].itemsize,
-                after=None if weight is None else WeightStatistics.of(weight),
-            )
-        )
+        shape, itemsize = tuple(self._parameters[name].shape), self.meta_model.dtypes[name].itemsize
+        return report_entry(name, shape, itemsize, self.plan.config, target, weight, nonzero)
 
     # --- the end ------------------------------------------------------------------------------------
 
     def finish(self, source: str, out: Path, overwrite: bool) -> SparsityReport:
         """Add the other files, and move the checkpoint into its folder."""
         staging = self.journal.staging
-        _clear(staging, self.meta_model.shards.shards)
+        clear(staging, self.meta_model.shards.shards)
         hub = {"local_files_only": check_model_source(source)}
         for name in COPIED[:-1] if SINGLE in self.meta_model.shards.shards else COPIED:
             if (path := find_file(source, name, hub)) is not None:
@@ -284,7 +260,7 @@ class Output:
             shutil.copyfileobj(bits, file)
 
 
-def _clear(folder: Path, kept: Container[str]) -> None:
+def clear(folder: Path, kept: Container[str]) -> None:
     """Remove files other than weights that an interrupted run left, since they may be incomplete."""
     for path in folder.iterdir():
         if path.is_dir():

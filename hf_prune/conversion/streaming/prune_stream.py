@@ -7,9 +7,10 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,30 +22,30 @@ from hf_prune.checkpoint.files import MASK_FILE, find_file
 from hf_prune.checkpoint.mask_file import StoredMasks
 from hf_prune.checkpoint.shards import Shards
 from hf_prune.checkpoint.sources import check_model_source
-from hf_prune.conversion.streaming.blocks import prune_blocks
+from hf_prune.conversion.streaming.blocks import learned_sparsities, prune_blocks
 from hf_prune.conversion.streaming.journal import Journal
 from hf_prune.conversion.streaming.lazy_weights import LazyWeights
 from hf_prune.conversion.streaming.meta_model import MetaModel, load_meta_model
 from hf_prune.conversion.streaming.output import COPIED, Output
 from hf_prune.conversion.streaming.placing import finish_placing, is_placing
-from hf_prune.criteria.base import CURVATURE, GRADIENTS, INPUTS, TRAINED, WeightStats, derived_seed
-from hf_prune.criteria.registry import CRITERIA
-from hf_prune.errors import CalibrationError, CheckpointError, ConfigError
+from hf_prune.conversion.streaming.prune_units_stream import prepare_units, remove_units
+from hf_prune.conversion.streaming.streamable import check_streamable
+from hf_prune.criteria.base import INPUTS, WeightStats, derived_seed
+from hf_prune.errors import CalibrationError, CheckpointError
 from hf_prune.evaluation.sparsity_report import SparsityReport
 from hf_prune.kernels.selection import find_threshold, keep_above
-from hf_prune.pipeline import resolve_config
-from hf_prune.planning.choices import ALLOCATIONS, CALIBRATED_ALLOCATIONS
 from hf_prune.planning.config import PruningConfig
+from hf_prune.planning.expectations import warn_of_magnitude
 from hf_prune.planning.make_plan import make_plan, warn_of
 from hf_prune.planning.plan import PlannedTensor, PruningPlan
-from hf_prune.planning.traits import removed_kinds
+from hf_prune.planning.resolve import resolve_config
 from hf_prune.pruning.compute_masks import unit_chunks
-from hf_prune.pruning.mask_store import MaskStore
+from hf_prune.pruning.mask_fit import check_fit
 from hf_prune.pruning.selector import spread_units
 from hf_prune.pruning.sequential import prune_tensor
 from hf_prune.pruning.weight_norm import effective_weight, largest_of_slices, lengths_left, lengths_name
+from hf_prune.structured.unit_plan import UnitPlan
 from hf_prune.utils.digests import batches_digest
-from hf_prune.utils.distributed import rank_and_world_size
 from hf_prune.utils.folders import refuse_links
 from hf_prune.utils.locks import writes_alone
 from hf_prune.utils.output_folder import check_output
@@ -58,7 +59,7 @@ def prune_stream(
     out: str | os.PathLike[str],
     *,
     calibration: Batches | None = None,
-    progress: bool = False,
+    progress: bool | None = None,
     cache_bytes: int = CACHE_BYTES,
     restart: bool = False,
     overwrite: bool = False,
@@ -69,7 +70,12 @@ def prune_stream(
     The result is the same as loading the model, pruning it and saving it: the same masks, in the same safetensors files
     as those of the source. Criteria without data read one weight at a time. Criteria that learn from inputs run the
     batches through one block at a time, like :func:`hf_prune.prune` with ``calibration_order="sequential"``; that takes
-    the memory of the largest block, of the statistics of one input, and ``cache_bytes``.
+    the memory of the largest block, of the statistics of one input, and ``cache_bytes``. For ``objective="loss"`` and
+    ``allocation="fisher"`` the gradient is carried down from block to block; what every block returns for every batch
+    is then in the hidden folder for a while.
+
+    With ``granularity="expert"`` or ``"neuron"``, units are cut out as by ``shrink()``: the same ones stay as in
+    memory, files have smaller tensors, and the config counts what is left. Each block is observed, or weighed, alone.
 
     Nothing appears at ``out`` before it is complete. An interrupted run leaves a hidden folder beside it, from which
     the same call continues: nothing is pruned twice, and the result has the same bits.
@@ -108,7 +114,7 @@ def prune_stream(
     if not (placing := is_placing(journal)):  # the interrupted run has checked it
         check_output(out, "prune", [source], overwrite=overwrite)
     batches: list[Mapping[str, Any]] = []
-    if config.needs & INPUTS:
+    if config.needs_data:
         batches = _batches(config, calibration)
     key = {
         "path": os.path.abspath(source) if os.path.isdir(source) else source,
@@ -120,8 +126,18 @@ def prune_stream(
         journal.check(key)
         if placing:
             return finish_placing(journal, out, overwrite)
+    if config.removes_units:
+        meta_model, unit_plan = prepare_units(source, config)
+        if placing:
+            finish_placing(journal, out, overwrite)
+        journal.begin({**key, **_fingerprints(source, meta_model)}, restart)
+        return remove_units(
+            source, meta_model, unit_plan, batches, journal, out,
+            cache_bytes=cache_bytes, overwrite=overwrite, progress=progress,
+        )  # fmt: skip
     meta_model, plan, previous_masks = _prepare(source, config)
     warn_of(plan.notes)
+    warn_of_magnitude(plan.model_name, config)
     if placing:
         finish_placing(journal, out, overwrite)
     journal.begin({**key, **_fingerprints(source, meta_model)}, restart)
@@ -129,16 +145,27 @@ def prune_stream(
     if not output.is_sound():  # the files of the interrupted run were changed
         journal.begin(journal.key, restart=True)
         output = Output(meta_model, plan, previous_masks, journal)
-    output.copy_rest()
-    if config.needs & INPUTS:
-        prune_blocks(output, plan, batches, cache_bytes, journal.scratch, progress)
-    else:
-        _prune_tensors(output, plan, progress)
-    return output.finish(source, out, overwrite)
+    with ExitStack() as resources:
+        sensitivity = None
+        if config.learns_allocation:
+            sparsities, sensitivity = learned_sparsities(output, batches, cache_bytes, progress)
+            if sensitivity is not None:
+                resources.callback(sensitivity.close)
+            plan = make_plan(meta_model.model, config, sparsities, loaded=False, masks=previous_masks)
+            output = Output(meta_model, plan, previous_masks, journal)
+        output.copy_rest()
+        if config.needs & INPUTS:
+            prune_blocks(output, plan, batches, cache_bytes, sensitivity, progress)
+        else:
+            _prune_tensors(output, plan, progress)
+        return output.finish(source, out, overwrite)
 
 
-def plan_stream(source: str | os.PathLike[str], config: PruningConfig) -> PruningPlan:
+def plan_stream(source: str | os.PathLike[str], config: PruningConfig) -> PruningPlan | UnitPlan:
     """The plan of :func:`prune_stream`, made without reading any weight.
+
+    Returns:
+        The plan. Of experts and neurons it says how many stay in scope layer, and leaves open which ones.
 
     Raises:
         ConfigError: If a setting needs the whole model at once.
@@ -146,61 +173,9 @@ def plan_stream(source: str | os.PathLike[str], config: PruningConfig) -> Prunin
         CheckpointError: If the source is damaged, or does not fit its config.
     """
     check_streamable(config)
+    if config.removes_units:
+        return prepare_units(os.fspath(source), config)[1]
     return _prepare(os.fspath(source), config)[1]
-
-
-def check_streamable(config: PruningConfig) -> None:
-    """Make sure that the settings do not need the whole model in memory.
-
-    Raises:
-        ConfigError: If they do.
-    """
-    if removed_kinds(config):
-        raise ConfigError(
-            f"granularity {config.granularity} needs the whole model in memory: expected 'unstructured', N:M or "
-            f"'block:RxC', or prune without streaming"
-        )
-    if config.learns_in_training or config.schedule is not None:
-        raise ConfigError(
-            f"criterion {config.criterion!r} and schedule={config.schedule!r}: streaming does not train; expected "
-            f"another criterion and no schedule"
-        )
-    if config.needs & GRADIENTS:
-        supported = [
-            name for name in CRITERIA.names() if not CRITERIA.get(name).needs & (GRADIENTS | CURVATURE | TRAINED)
-        ]
-        raise ConfigError(
-            f"criterion {config.criterion!r} needs gradients, which need the whole model in memory: expected one of "
-            f"{', '.join(supported)}; or prune without streaming"
-        )
-    if config.needs & CURVATURE or config.polish is not None:
-        who = f"criterion {config.criterion!r}" if config.needs & CURVATURE else "polish"
-        raise ConfigError(
-            f"{who} needs gradients, which need the whole model in memory: leave it out, or prune without streaming"
-        )
-    if config.repair is not None and config.scope == "global":
-        raise ConfigError(
-            f"repair={config.repair!r} with scope='global' needs all masks before the first repair: use scope 'layer' "
-            f"or 'row', or prune without streaming"
-        )
-    if config.learns_allocation:
-        supported = [name for name in ALLOCATIONS if name not in CALIBRATED_ALLOCATIONS]
-        raise ConfigError(
-            f"allocation={config.allocation!r} needs the whole model in memory: expected one of "
-            f"{', '.join(supported)}, or a sparsity for each module; or prune without streaming"
-        )
-    if config.objective != "layer":
-        raise ConfigError(
-            f"objective={config.objective!r} needs gradients, which need the whole model in memory: expected 'layer'; "
-            f"or prune without streaming"
-        )
-    if config.needs & INPUTS and config.calibration_order != "sequential":
-        raise ConfigError(
-            f"calibration_order={config.calibration_order!r} needs the statistics of all weights at once: expected "
-            f"'sequential'; or prune without streaming"
-        )
-    if (count := rank_and_world_size()[1]) > 1:
-        raise ConfigError(f"found {count} processes: expected one, since streaming writes one output")
 
 
 def _batches(config: PruningConfig, calibration: Batches | None) -> list[Mapping[str, Any]]:
@@ -223,7 +198,7 @@ def _prepare(source: str, config: PruningConfig) -> tuple[MetaModel, PruningPlan
                 f"the masks of {source} do not fit the model: {name!r} has a mask, and the model has no such "
                 f"parameter; delete {MASK_FILE} to prune without masks"
             )
-    MaskStore(cast("dict[str, Tensor]", masks)).check(meta_model.model)
+    check_fit(meta_model.model, masks, ())
     return meta_model, make_plan(meta_model.model, config, loaded=False, masks=masks), masks
 
 
@@ -242,7 +217,7 @@ def _fingerprints(source: str, meta_model: MetaModel) -> dict[str, str]:
 
 
 @torch.no_grad()
-def _prune_tensors(output: Output, plan: PruningPlan, progress: bool) -> None:
+def _prune_tensors(output: Output, plan: PruningPlan, progress: bool | None) -> None:
     """Prune one weight at a time; in global scope, all weights are first read a few times to find the threshold."""
     model, lazy = output.meta_model.model, LazyWeights(output.meta_model, output.read, output.read_rows)
     threshold = _global_threshold(output, plan) if plan.config.scope == "global" else None

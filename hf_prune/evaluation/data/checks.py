@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from hf_prune.errors import DataError
@@ -25,6 +27,25 @@ def check_columns(dataset: Dataset, columns: Sequence[str], where: str) -> None:
             f"{where} has no column {', '.join(map(repr, missing))} (found: {', '.join(dataset.column_names)}): "
             "name the columns with text_columns and label_column"
         )
+
+
+@contextmanager
+def rows_named(source: str | os.PathLike[str], split: str) -> Iterator[None]:
+    """Within this context, errors that begin with a row say whose it is.
+
+    Args:
+        source: The file, folder or Hub id of the data, whose rows are counted as they are there.
+        split: The split, if it has several.
+    """
+    try:
+        yield
+    except DataError as error:
+        row, colon, rest = str(error).partition(":")
+        if not re.fullmatch(r"row [\d,]+(, \w+ \d+)?", row):
+            raise
+        name = os.fspath(source)
+        where = repr(name) if os.path.isfile(name) else f"split {split!r} of {name!r}"
+        raise DataError(f"{row} of {where}{colon}{rest}") from error
 
 
 def column(dataset: Dataset, name: str) -> list[Any]:

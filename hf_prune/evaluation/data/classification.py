@@ -6,8 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from hf_prune.calibration.labels import label_numbers
+from hf_prune.calibration.texts import context_length
 from hf_prune.errors import ConfigError, DataError
 from hf_prune.evaluation.data.checks import check_columns, column
 from hf_prune.planning.checks import check_positive
@@ -158,6 +160,8 @@ def check_padding(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel | N
         )
     # Models find the last token, or number the positions, by this id: another one changes predictions silently.
     expected = tokenizer.pad_token_id if model is None else getattr(model.config, "pad_token_id", None)
+    if expected is None and model is not None and model.is_custom_code():
+        return  # whose config need not have one: it goes by the attention mask, or by nothing
     if expected != tokenizer.pad_token_id:
         raise DataError(
             f"the model pads with token {expected}, the tokenizer with {tokenizer.pad_token_id} "
@@ -181,17 +185,6 @@ def longest_input(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, re
     return requested
 
 
-def context_length(model: PreTrainedModel) -> int | None:
-    """How many tokens the model has positions for; None if it does not say."""
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if not isinstance(positions, int) or positions < 1:
-        return None
-    for name, module in model.named_modules():
-        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
-            return positions - module.padding_idx - 1  # RoBERTa and its kin count from after the padding
-    return positions
-
-
 def tokenize(
     tokenizer: PreTrainedTokenizerBase, dataset: Dataset, text_columns: Sequence[str], max_length: int
 ) -> list[dict[str, list[int]]]:
@@ -207,30 +200,8 @@ def tokenize(
 
 
 def _label_ids(dataset: Dataset, label_column: str, label2id: Mapping[str, int], num_labels: int | None) -> list[int]:
-    """Class numbers, checked against the model's classes if their number is known; case does not matter in names."""
     check_columns(dataset, [label_column], "the data set")
-    by_folded_name: dict[str, set[int]] = {}
-    for name, number in label2id.items():
-        by_folded_name.setdefault(name.strip().casefold(), set()).add(number)
-    ids = []
-    for row, label in enumerate(column(dataset, label_column), start=1):
-        if isinstance(label, str):
-            matches = by_folded_name.get(label.strip().casefold(), set())
-            if label not in label2id and len(matches) != 1:
-                known = ", ".join(map(repr, label2id)) or "none"
-                raise DataError(
-                    f"row {row}: label {label!r} is not in label2id (known: {known}): use those names, or class "
-                    "numbers, in the data"
-                )
-            label = label2id.get(label, next(iter(matches)))
-        if not isinstance(label, int) or label < 0 or (num_labels is not None and label >= num_labels):
-            limit = "0 or more" if num_labels is None else f"0 to {num_labels - 1}"
-            hint = "; numbers to predict (regression) have no accuracy" if isinstance(label, float) else ""
-            raise DataError(
-                f"row {row}: label {label!r} is not a class, expected {limit}: drop or renumber such rows{hint}"
-            )
-        ids.append(int(label))
-    return ids
+    return label_numbers(column(dataset, label_column), label2id, num_labels)
 
 
 def pad(tokenizer: PreTrainedTokenizerBase, examples: list[dict[str, list[int]]], side: str) -> dict[str, Tensor]:

@@ -6,21 +6,29 @@ import csv
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_prune.errors import ConfigError, DataError
-from hf_prune.utils.formatting import listing
+from hf_prune.evaluation.data.media import read_media
+from hf_prune.evaluation.data.text_format import (
+    SAMPLE,
+    encoding_of,
+    find_quote,
+    find_separator,
+    long_fields,
+    not_decoded,
+)
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-TABLES = (".tsv", ".csv", ".jsonl", ".parquet")
+TABLES = (".tsv", ".csv", ".jsonl", ".json", ".parquet")
 _SUBFOLDERS = ("", "data", "SST-2", "sst2")
 _SPLIT_ALIASES = ("validation", "dev", "val", "valid")
-_DATA_FILE = re.compile(r"(?P<split>\w+?)(-\d{5}-of-(?P<shards>\d{5}))?\.(?P<format>tsv|csv|jsonl|parquet)")
+_DATA_FILE = re.compile(r"(?P<split>\w+?)(-\d{5}-of-(?P<shards>\d{5}))?\.(?P<format>tsv|csv|jsonl|json|parquet)")
+_SETTINGS = re.compile(r".*(config|info|infos|state|report|index|map)\.json")  # JSON files that are no data
 _TEXT_FILE = re.compile(r"(wiki\.)?(?P<split>\w+)\.(txt|raw|tokens)")
 _WIKITEXT_FILE = re.compile(r"wiki\..*\.(raw|tokens)")
 
@@ -33,10 +41,8 @@ def load_folder(folder: Path, split: str) -> Dataset:
     """
     files = data_files(folder)
     if not files:
-        raise DataError(
-            f"no data files in {str(folder)!r} (found: {listing(folder)}): expected one file per split, such as "
-            "train.tsv, with ending .tsv, .csv, .jsonl or .parquet, in it or in data/, SST-2/ or sst2/"
-        )
+        splits = read_media(folder)
+        return splits[resolve_split(split, list(splits), repr(str(folder)))]
     name = resolve_split(split, list(files), repr(str(folder)))
     return read_tables(_one_set(files[name], name))
 
@@ -46,6 +52,8 @@ def data_files(folder: Path) -> dict[str, list[Path]]:
     for subfolder in _SUBFOLDERS:
         files: dict[str, list[Path]] = {}
         for path in sorted((folder / subfolder).glob("*")):
+            if _SETTINGS.fullmatch(path.name):
+                continue
             if (match := _DATA_FILE.fullmatch(path.name)) and path.is_file():
                 files.setdefault(match["split"], []).append(path)
         if files:
@@ -141,9 +149,14 @@ def read_tables(paths: list[Path]) -> Dataset:
     columns: dict[str, list[Any]] = {}
     for path in paths:
         try:
-            part = _read_jsonl(path) if kind == ".jsonl" else _read_table(path, tabs=kind == ".tsv")
-        except (OSError, UnicodeDecodeError, csv.Error) as error:
-            raise DataError(f"{path} cannot be read as UTF-8 {kind[1:].upper()}: {error}") from error
+            read = {".jsonl": _read_jsonl, ".json": _read_json}.get(kind)
+            part = _read_table(path, tabs=kind == ".tsv") if read is None else read(path)
+        except UnicodeError as error:
+            raise not_decoded(path, kind[1:].upper(), error) from error
+        except (OSError, csv.Error) as error:
+            raise DataError(f"{path} cannot be read as {kind[1:].upper()}: {error}") from error
+        if not part and kind != ".json":
+            raise DataError(f"{path} is empty: expected {'objects, one a line' if read else 'a header, and rows'}")
         if columns and list(part) != list(columns):
             raise DataError(f"{path} has the columns {', '.join(part)}, but {paths[0].name} has {', '.join(columns)}")
         columns = {name: columns.get(name, []) + values for name, values in part.items()}
@@ -156,12 +169,14 @@ def read_tables(paths: list[Path]) -> Dataset:
 def read_text(path: Path) -> list[str]:
     """A text file as one text; a file of WikiText line by line."""
     try:
-        with path.open(encoding="utf-8-sig") as file:
+        with path.open(encoding=encoding_of(path)) as file:
             if _WIKITEXT_FILE.fullmatch(path.name):
                 return [line if line.strip() else "" for line in file]
             return [file.read()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read as UTF-8 text: {error}") from error
+    except UnicodeError as error:
+        raise not_decoded(path, "text", error) from error
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
 
 
 def _read_parquet(paths: list[Path]) -> Dataset:
@@ -176,12 +191,16 @@ def _read_parquet(paths: list[Path]) -> Dataset:
 
 
 def _read_table(path: Path, *, tabs: bool) -> dict[str, list[Any]]:
-    """Columns of a TSV file, in which quotes have no meaning, or of a CSV file."""
-    with path.open(encoding="utf-8-sig", newline="") as file, _long_fields():
+    """Columns of a TSV file, in which quotes have no meaning, or of a CSV file, whatever separates its fields."""
+    with path.open(encoding=encoding_of(path), newline="") as file, long_fields():
         if tabs:
             reader = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
         else:
-            reader = csv.reader(file)
+            sample = file.read(SAMPLE)
+            file.seek(0)
+            between = find_separator(sample)
+            quotes = find_quote(sample, between)
+            reader = csv.reader(file, delimiter=between, quotechar=quotes, skipinitialspace=True)
         header = next(reader, [])
         rows: list[list[str]] = []
         lines = list(reader)
@@ -197,20 +216,10 @@ def _read_table(path: Path, *, tabs: bool) -> dict[str, list[Any]]:
     return {name: [fields[i] for fields in rows] for i, name in enumerate(header)}
 
 
-@contextmanager
-def _long_fields() -> Iterator[None]:
-    """Within this context, fields may be longer than the 131,072 characters that ``csv`` allows."""
-    before = csv.field_size_limit(2**31 - 1)
-    try:
-        yield
-    finally:
-        csv.field_size_limit(before)
-
-
 def _read_jsonl(path: Path) -> dict[str, list[Any]]:
     """Columns of a file with one JSON object a line; None where an object lacks a key."""
     rows: list[dict[str, Any]] = []
-    with path.open(encoding="utf-8-sig") as file:
+    with path.open(encoding=encoding_of(path)) as file:
         lines = list(file)
         while lines and not lines[-1].strip():
             lines.pop()
@@ -222,5 +231,27 @@ def _read_jsonl(path: Path) -> dict[str, list[Any]]:
             if not isinstance(row, dict):
                 raise DataError(f"row {number} of {path} is {line.strip()[:40]!r}: expected a JSON object")
             rows.append(row)
+    return _columns(rows)
+
+
+def _read_json(path: Path) -> dict[str, list[Any]]:
+    """Columns of a file with a JSON list of objects, or an object that has one under ``data``; or with JSON lines."""
+    text = path.read_bytes().decode(encoding_of(path))
+    if not text.strip():
+        raise DataError(f"{path} is empty: expected a list of objects, one a row")
+    try:
+        rows = json.loads(text)
+    except (RecursionError, ValueError):
+        return _read_jsonl(path)  # which names the row that is none
+    if isinstance(rows, dict) and isinstance(rows.get("data"), list):
+        rows = rows["data"]
+    if isinstance(rows, dict):
+        return _read_jsonl(path)
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise DataError(f"{path} holds a JSON {type(rows).__name__}: expected a list of objects, one a row")
+    return _columns(rows)
+
+
+def _columns(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
     names = dict.fromkeys(name for row in rows for name in row)
     return {name: [row.get(name) for row in rows] for name in names}

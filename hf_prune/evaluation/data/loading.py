@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hf_prune.errors import DataError
 from hf_prune.evaluation.data.checks import check_columns, check_labels, check_texts, column
@@ -18,9 +18,11 @@ from hf_prune.evaluation.data.files import (
     read_tables,
     read_text,
     resolve_split,
+    same_split,
     text_files,
 )
 from hf_prune.evaluation.data.hub import hub_repository
+from hf_prune.evaluation.data.media import read_media
 from hf_prune.evaluation.data.sources import cached_splits, check_table
 from hf_prune.utils.hub_access import check_hub_reachable, local_folder
 
@@ -137,17 +139,24 @@ def load_texts(source: str | os.PathLike[str], split: str = "train", *, text_col
     content, where = read_split(os.fspath(source), split, texts=True)
     if isinstance(content, Path):
         return read_text(content)
-    dataset = content
-    if text_column not in dataset.column_names:
-        raise DataError(
-            f"{where} has no column {text_column!r} (found: {', '.join(dataset.column_names)}): name it with "
-            "text_column"
-        )
-    texts = column(dataset, text_column)
-    if not texts:
-        raise DataError(f"{where} has no rows: expected at least one")
+    texts = filled_column(content, text_column, where)
     check_texts(texts, text_column, where)
     return texts
+
+
+def filled_column(dataset: Dataset, name: str, where: str) -> list[Any]:
+    """One column of texts or conversations, with at least one row.
+
+    Raises:
+        DataError: If it is missing or has no rows.
+    """
+    if name not in dataset.column_names:
+        raise DataError(
+            f"{where} has no column {name!r} (found: {', '.join(dataset.column_names)}): name it with text_column"
+        )
+    if not (values := column(dataset, name)):
+        raise DataError(f"{where} has no rows: expected at least one")
+    return values
 
 
 def fingerprint(dataset: Dataset, columns: Sequence[str]) -> str:
@@ -202,13 +211,48 @@ def read_split(source: str, split: str, *, texts: bool) -> tuple[Dataset | Path,
     return load_folder(folder, split), where
 
 
+def column_names(source: str) -> list[str] | None:
+    """The columns of a source, as its first split has them; None for texts without columns.
+
+    Raises:
+        DataError: If it cannot be found or read.
+    """
+    if os.path.isfile(source):
+        return read_tables([Path(source)]).column_names if source.endswith(TABLES) else None
+    if (folder := local_folder(source, "data")) is None:
+        return next(iter(_load_splits(source).values())).column_names
+    if files := data_files(folder):
+        return read_tables(sorted(files.items())[0][1][:1]).column_names
+    return None if text_files(folder) else next(iter(read_media(folder).values())).column_names
+
+
+def has_split(source: str, split: str) -> bool:
+    """Whether a source has splits, and this one among them; a file has none.
+
+    Raises:
+        DataError: If it cannot be found or read.
+    """
+    if os.path.isfile(source):
+        return False
+    if (folder := local_folder(source, "data")) is None:
+        names = list(_load_splits(source))
+    else:
+        names = list(data_files(folder) or text_files(folder) or read_media(folder))
+    return any(same_split(split, name) for name in names)
+
+
 def _load_hub(source: str, split: str) -> Dataset:
+    splits = _load_splits(source)
+    return splits[resolve_split(split, list(splits), repr(source))]
+
+
+def _load_splits(source: str) -> Mapping[str, Dataset]:
     repo_id, config = hub_repository(source)
     splits = cached_splits(repo_id, config)
     if splits is None:
         check_hub_reachable(f"data set {source!r}")
         splits = _download(repo_id, config)
-    return splits[resolve_split(split, list(splits), repr(source))]
+    return splits
 
 
 def _download(repo_id: str, config: str | None) -> Mapping[str, Dataset]:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from hf_prune.errors import ConfigError, DataError
-from hf_prune.evaluation.data.checks import column
-from hf_prune.evaluation.data.loading import load_classification
+from hf_prune.evaluation.data.checks import column, rows_named
+from hf_prune.evaluation.data.columns import find_label_column, find_text_columns
+from hf_prune.evaluation.data.loading import column_names, load_classification
 from hf_prune.evaluation.data.overlap import overlapping
+from hf_prune.evaluation.tasks.scored_rows import ScoredRows
 from hf_prune.planning.config import PruningConfig
 
 if TYPE_CHECKING:
@@ -19,33 +21,42 @@ if TYPE_CHECKING:
     from hf_prune.evaluation.accuracy_result import Evaluation
     from hf_prune.evaluation.comparison import Comparison
 
-POLISH_SAMPLES = 4096  # labelled texts that a polish trains on; fewer teach it little
-
 
 @dataclass(frozen=True)
-class ClassificationTask:
+class ClassificationTask(ScoredRows):
     """Labelled texts for a sequence classifier, scored by accuracy.
 
     Args:
         source: A file, a folder or a Hub data set, as for :func:`hf_prune.load_classification`.
-        text_columns: One text column, or two for pairs.
-        label_column: The label column.
+        text_columns: One text column, or two for pairs; None for those with usual names.
+        label_column: The label column; None for the one with a usual name.
         calibration_split: The split that calibrated criteria learn from.
         calibration_samples: How many examples they see.
+        limit: Score only this many examples, the first ones; None for all.
     """
 
-    default_split: ClassVar[str] = "validation"  # to score
-
-    source: str = "glue/sst2"
-    text_columns: tuple[str, ...] = ("sentence",)
-    label_column: str = "label"
+    source: str = ""
+    text_columns: tuple[str, ...] | None = None
+    label_column: str | None = None
     calibration_split: str = "train"
     calibration_samples: int = 128
+    limit: int | None = None
 
     @property
     def columns(self) -> dict[str, Any]:
         """The columns, as keyword arguments of functions that take labelled data."""
-        return {"text_columns": self.text_columns, "label_column": self.label_column}
+        texts = self.texts
+        label = self.label_column or find_label_column(self._available, repr(self.source))
+        return {"text_columns": texts, "label_column": label}
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The columns of the texts."""
+        return self.text_columns or find_text_columns(self._available, repr(self.source))
+
+    @functools.cached_property
+    def _available(self) -> list[str]:
+        return column_names(self.source) or ["text"]  # of lines of text
 
     def load(self, split: str) -> Dataset:
         """One split."""
@@ -53,7 +64,7 @@ class ClassificationTask:
 
     def load_unlabelled(self, split: str) -> Dataset:
         """The texts of one split, without their labels; each line of a text file is a text."""
-        return load_classification(self.source, split, text_columns=self.text_columns, label_column=None)
+        return load_classification(self.source, split, text_columns=self.texts, label_column=None)
 
     def check_model_class(self, source: str, name: str, *, labelled: bool = True) -> None:
         """Make sure that a model is of this task.
@@ -67,9 +78,17 @@ class ClassificationTask:
             DataError: If it is not a sequence classifier.
         """
         if labelled and name and not name.endswith("ForSequenceClassification"):
+            hint = ""
+            if name.endswith("Model"):
+                hint = (
+                    "; a plain encoder is scored on pairs of texts as a model of sentence-transformers: "
+                    f"SentenceTransformer({source!r}).save('encoder') makes it one"
+                )
             raise DataError(
                 f"{source!r} is a {name}: expected a …ForSequenceClassification, which has labels and is scored by "
-                f"accuracy, or a …ForCausalLM, which is scored by perplexity"
+                f"accuracy, or a …ForCausalLM, which is scored by perplexity; evaluate, sweep and prune also take "
+                f"…ForTokenClassification, …ForQuestionAnswering, …ForImageClassification, models that write texts for "
+                f"texts (…ForConditionalGeneration), and models of sentence-transformers{hint}"
             )
 
     def calibration_batches(
@@ -88,30 +107,16 @@ class ClassificationTask:
         from hf_prune.criteria.base import LABELLED
         from hf_prune.evaluation.data.classification import classification_batches
 
-        label_column = self.label_column if any(config.needs & LABELLED for config in configs) else None
-        return classification_batches(
-            (self.load if label_column else self.load_unlabelled)(self.calibration_split),
-            tokenizer,
-            n=n or self.calibration_samples,
-            text_columns=self.text_columns,
-            label_column=label_column,
-            label2id=model.config.label2id,
-        )
-
-    def polish_batches(
-        self, configs: Sequence[PruningConfig], model: Any, tokenizer: Any, n: int | None = None
-    ) -> list[dict[str, Any]] | None:
-        """Batches for a polish, including those of :meth:`calibration_batches`; None if none of the configs has one.
-
-        Args:
-            configs: The configs that will be used.
-            model: The model.
-            tokenizer: Its tokenizer.
-            n: How many examples; by default 4,096 or ``calibration_samples``, whichever is more.
-        """
-        if all(config.polish is None for config in configs):
-            return None
-        return self.calibration_batches(configs, model, tokenizer, n or max(POLISH_SAMPLES, self.calibration_samples))
+        label_column = self.columns["label_column"] if any(config.needs & LABELLED for config in configs) else None
+        with rows_named(self.source, self.calibration_split):
+            return classification_batches(
+                (self.load if label_column else self.load_unlabelled)(self.calibration_split),
+                tokenizer,
+                n=n or self.calibration_samples,
+                text_columns=self.texts,
+                label_column=label_column,
+                label2id=model.config.label2id,
+            )
 
     def streaming_batches(self, tokenizer: Any, positions: int | None) -> list[dict[str, Any]]:
         """Calibration batches for a model that is never loaded as a whole.
@@ -123,14 +128,14 @@ class ClassificationTask:
         Raises:
             ConfigError: If there are two text columns.
         """
+        from hf_prune.calibration.texts import text_batches
         from hf_prune.evaluation.data.classification import sample_order
-        from hf_prune.evaluation.data.texts import text_batches
 
-        if len(self.text_columns) != 1:
-            raise ConfigError(f"found {len(self.text_columns)} text columns: expected one, since streaming reads texts")
+        if len(self.texts) != 1:
+            raise ConfigError(f"found {len(self.texts)} text columns: expected one, since streaming reads texts")
         if tokenizer.pad_token is None:  # any token will do: padding is masked
             tokenizer.pad_token = tokenizer.eos_token
-        texts = column(self.load_unlabelled(self.calibration_split), self.text_columns[0])
+        texts = column(self.load_unlabelled(self.calibration_split), self.texts[0])
         return text_batches([texts[i] for i in sample_order(len(texts))[: self.calibration_samples]], tokenizer)
 
     def samples_seen(self, config: PruningConfig, reserve: int) -> int:
@@ -143,7 +148,7 @@ class ClassificationTask:
         if config.polish is None:
             return self.calibration_samples
         rest = len(self.load(self.calibration_split)) - reserve
-        return max(self.calibration_samples, min(POLISH_SAMPLES, rest))
+        return max(self.calibration_samples, min(self.most_polished(), rest))
 
     def held_out(self, n: int, seen: int | None = None) -> Dataset:
         """Examples of the calibration split that share no five words in a row with those that calibration saw.
@@ -160,7 +165,7 @@ class ClassificationTask:
         from hf_prune.evaluation.data.classification import sample_order
 
         data = self.load(self.calibration_split)
-        columns = [column(data, name) for name in self.text_columns]
+        columns = [column(data, name) for name in self.texts]
         texts = [" ".join(map(str, parts)) for parts in zip(*columns, strict=True)]
         order = sample_order(len(data))
         seen = seen or self.calibration_samples
@@ -178,13 +183,14 @@ class ClassificationTask:
         """All examples of a split as a ``Trainer`` takes them: tokenized, with labels."""
         from hf_prune.evaluation.data.classification import classification_examples, context_length
 
-        return classification_examples(
-            self.load(split),
-            tokenizer,
-            **self.columns,
-            max_length=min(128, context_length(model) or 128),
-            label2id=model.config.label2id,
-        )
+        with rows_named(self.source, split):
+            return classification_examples(
+                self.load(split),
+                tokenizer,
+                **self.columns,
+                max_length=min(128, context_length(model) or 128),
+                label2id=model.config.label2id,
+            )
 
     def data_collator(self, tokenizer: Any) -> Any:
         """What makes batches of :meth:`training_examples`."""
@@ -204,9 +210,10 @@ class ClassificationTask:
         """
         from hf_prune.evaluation.accuracy import evaluate_classification
 
-        split_name = "" if Path(self.source).is_file() else split  # a file is one split by itself
-        named = {"source": source or self.source, "split": split_name, **self.columns}
-        return evaluate_classification(model, tokenizer, self.load(split), **named, **options)
+        with rows_named(self.source, split):
+            return evaluate_classification(
+                model, tokenizer, self.load_scored(split), **self.named(split, source), **options
+            )
 
     def compare(self, dense: Evaluation, pruned: Evaluation) -> Comparison:
         """Two scores on the same examples, compared in pairs."""

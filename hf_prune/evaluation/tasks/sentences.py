@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from hf_prune.errors import ConfigError, DataError
 from hf_prune.evaluation.data.sentences import load_sentences, load_unscored
-from hf_prune.evaluation.tasks.classification import POLISH_SAMPLES
+from hf_prune.evaluation.tasks.scored_rows import ScoredRows
 from hf_prune.planning.config import PruningConfig
 
 if TYPE_CHECKING:
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class SentenceTask:
+class SentenceTask(ScoredRows):
     """Pairs of texts with a score, or queries with documents, for a ``SentenceTransformer`` or a ``CrossEncoder``.
 
     Scored by Spearman's rank correlation, or by nDCG@10 and MRR@10; see :func:`hf_prune.evaluate_sentences`.
@@ -33,9 +32,8 @@ class SentenceTask:
         metric: As there.
         calibration_split: The split that calibrated criteria learn from.
         calibration_samples: How many texts, or pairs of a ``CrossEncoder``, they see.
+        limit: Score only this many rows, the first ones; None for all.
     """
-
-    default_split: ClassVar[str] = "validation"  # to score
 
     source: str
     text_columns: tuple[str, ...] | None = None
@@ -43,6 +41,7 @@ class SentenceTask:
     metric: str | None = None
     calibration_split: str = "train"
     calibration_samples: int = 128
+    limit: int | None = None
 
     @property
     def columns(self) -> dict[str, Any]:
@@ -85,21 +84,6 @@ class SentenceTask:
         chosen = [texts[i] for i in sample_order(len(texts))[: n or self.calibration_samples]]
         return sentence_batches(chosen, model, batch_size=16)
 
-    def polish_batches(
-        self, configs: Sequence[PruningConfig], model: Any, tokenizer: Any, n: int | None = None
-    ) -> list[dict[str, Any]] | None:
-        """Batches for a polish, including those of :meth:`calibration_batches`; None if none of the configs has one.
-
-        Args:
-            configs: The configs that will be used.
-            model: The model of sentence-transformers.
-            tokenizer: Not used.
-            n: How many texts; by default 4,096 or ``calibration_samples``, whichever is more.
-        """
-        if all(config.polish is None for config in configs):
-            return None
-        return self.calibration_batches(configs, model, tokenizer, n or max(POLISH_SAMPLES, self.calibration_samples))
-
     def streaming_batches(self, tokenizer: Any, positions: int | None) -> NoReturn:
         """Refuse: the model of sentence-transformers, which reads texts in its own way, is never loaded.
 
@@ -139,9 +123,7 @@ class SentenceTask:
         """
         from hf_prune.evaluation.sentences import evaluate_sentences
 
-        split_name = "" if Path(self.source).is_file() else split  # a file is one split by itself
-        named = {"source": source or self.source, "split": split_name, **self.columns}
-        return evaluate_sentences(model, self.load(split), **named, **options)
+        return evaluate_sentences(model, self.load_scored(split), **self.named(split, source), **options)
 
     def compare(self, dense: SentenceScore, pruned: SentenceScore) -> SentenceComparison:
         """Two scores on the same data, compared in pairs."""

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import nn
 
-from hf_prune.errors import ConfigError, KernelError
+from hf_prune.calibration.read import CalibrationData, read_calibration
+from hf_prune.errors import CalibrationError, ConfigError, KernelError
 from hf_prune.inference.acceleration.choose import TOKENS, Choice, choose
 from hf_prune.inference.acceleration.install import install
-from hf_prune.inference.acceleration.kernels import DTYPES, sparsity_of
+from hf_prune.inference.acceleration.kernels import PRECISIONS, precision_of, sparsity_of, zeros_of
 from hf_prune.inference.acceleration.layers import is_accelerated
-from hf_prune.inference.acceleration.observe import matrix_of, observe
+from hf_prune.inference.acceleration.observe import bias_of, matrix_of, observe
 from hf_prune.inference.acceleration.report import AccelerationReport, LayerKind, read_choices, this_machine
 from hf_prune.inference.speedup import workload_inputs
 from hf_prune.utils.forward import eval_mode
@@ -28,20 +29,23 @@ _WORKLOAD = {"batch_size": 1, "length": 128}
 
 def accelerate(
     model: nn.Module,
-    inputs: Mapping[str, Any] | None = None,
+    inputs: CalibrationData | None = None,
     *,
     workload: Mapping[str, int] | None = None,
     dtypes: Sequence[str] = (),
     tolerance: float = 1e-4,
     saved: str | os.PathLike[str] | None = None,
-    progress: bool = False,
+    tokenizer: Any = None,
+    progress: bool | None = None,
 ) -> AccelerationReport:
     """Have each linear layer of a model run on the kernel that is fastest on this machine, in place.
 
     For each distinct layer (shape, precision, share of zeros) and several numbers of tokens, these are timed in turns:
-    torch's default, oneDNN, the sparse kernel of hf_prune and torch's CSR matrices, and, where ``dtypes`` allows it,
-    lower precisions. A layer runs on another kernel than torch's default only where that is faster beyond the noise,
-    and the whole model only if it is. The weights that only sparse kernels read are kept in their format alone.
+    torch's default, oneDNN, both without rows and columns of zeros, the sparse kernel of hf_prune in its formats and
+    torch's CSR matrices, and, where ``dtypes`` allows it, lower precisions. A layer runs on another kernel than torch's
+    default only where that is faster beyond the noise, and the whole model only if it is. The weights that only sparse
+    kernels read are kept in their format alone, and a second format of a layer only where that is faster and takes less
+    memory than the dense weight; the report says where memory grows.
 
     The model is then for inference: it has no gradients, and stays in its precision on the CPU. ``save_pretrained``
     saves the plain model, and :func:`decelerate` gives it back bit for bit. Do not write to its weights in between: its
@@ -50,12 +54,18 @@ def accelerate(
 
     Args:
         model: Any torch module on the CPU; pruned ones gain the most.
-        inputs: Keyword arguments of a typical forward pass; None makes them from the config.
+        inputs: A typical batch: keyword arguments of the forward pass, or data as :func:`hf_prune.prune` takes it for
+            calibration, whose first batch is taken; None makes one from the config.
         workload: ``batch_size`` and ``length`` of the inputs that are made; one text of 128 tokens by default.
-        dtypes: Lower precisions that layers may compute in: ``"bfloat16"``.
-        tolerance: The largest change of an output that is accepted, as a share of the largest output.
+        dtypes: Other precisions that layers may compute in: ``"bfloat16"``, ``"float16"`` and ``"int8"``. The last is
+            dense, rounds inputs to 255 steps for each token and weights to 255 for each row, and needs more
+            ``tolerance``.
+        tolerance: The largest change of an output that is accepted, as a share of the largest output: of the model on
+            the inputs, and of each layer for every number of tokens, on random inputs. A kernel that changes a layer's
+            by more is left out.
         saved: The file of an earlier :meth:`AccelerationReport.save` on such a machine: its kernels are taken, and
             only the whole model is timed.
+        tokenizer: The tokenizer or processor that reads ``inputs``; by default the one beside the model.
         progress: Show a progress bar.
 
     Returns:
@@ -70,8 +80,8 @@ def accelerate(
     """
     check_is_model(model)
     model = sole_model(model)
-    if unknown := [name for name in dtypes if name not in DTYPES]:
-        raise ConfigError(f"dtypes names {unknown[0]!r}: expected some of {', '.join(DTYPES)}")
+    if unknown := [name for name in dtypes if name not in PRECISIONS]:
+        raise ConfigError(f"dtypes names {unknown[0]!r}: expected some of {', '.join(PRECISIONS)}")
     if is_accelerated(model):
         raise KernelError("the model is accelerated already: call decelerate() first, to choose anew")
     refuse_quantized(model)
@@ -80,16 +90,23 @@ def accelerate(
         raise KernelError(
             f"the model is on {', '.join(sorted(devices))}: expected it on the CPU, for which kernels are"
         )
-    inputs = dict(inputs) if inputs is not None else workload_inputs(model, {**_WORKLOAD, **(workload or {})})
+    batches = read_calibration(model, inputs, tokenizer)
+    if batches == []:
+        raise CalibrationError(f"inputs is {inputs!r:.80}: expected at least one batch")
+    typical = dict(batches[0]) if batches else workload_inputs(model, {**_WORKLOAD, **(workload or {})})
     with eval_mode(model):
-        seen = observe(model, inputs)
+        seen = observe(model, typical)
         if saved is None:
-            allowed = [DTYPES[name] for name in dtypes]
             groups = Bar(_kinds(seen.layers), desc="Choosing kernels", unit="layer", progress=progress)
-            kinds = [_chosen(group, seen.tokens, allowed) for group in groups]
+            kinds = [_chosen(group, seen.tokens, dtypes, tolerance) for group in groups]
         else:
             kinds = _from_file(saved, seen.layers, dtypes)
-        return install(model, inputs, seen, kinds, tolerance)
+        report = install(model, typical, seen, kinds, tolerance)
+    kernels = [choice.kernel for kind in report.kinds for choice in kind.choices]
+    if dtypes and not any(precision_of(kernel) for kernel in kernels):
+        note = f"No layer computes in {' or '.join(dtypes)}: none is faster in it within tolerance={tolerance:g}."
+        report = dataclasses.replace(report, notes=(*report.notes, note))
+    return report
 
 
 def _kinds(layers: Mapping[str, nn.Module]) -> list[tuple[dict[str, nn.Module], float]]:
@@ -99,17 +116,22 @@ def _kinds(layers: Mapping[str, nn.Module]) -> list[tuple[dict[str, nn.Module], 
         weight = module._parameters["weight"]
         assert weight is not None
         sparsity = round(20 * sparsity_of(weight)) / 20
-        key = (type(module), tuple(weight.shape), weight.dtype, module._parameters.get("bias") is None, sparsity)
+        key = (
+            *(type(module), tuple(weight.shape), weight.dtype, module._parameters.get("bias") is None, sparsity),
+            zeros_of(matrix_of(module)),
+        )
         groups.setdefault(key, ({}, sparsity))[0][name] = module
     return list(groups.values())
 
 
-def _chosen(group: tuple[dict[str, nn.Module], float], tokens: set[int], dtypes: Sequence[torch.dtype]) -> LayerKind:
+def _chosen(
+    group: tuple[dict[str, nn.Module], float], tokens: set[int], dtypes: Sequence[str], tolerance: float
+) -> LayerKind:
     """The choice for layers of one kind, timed on the first."""
     layers, sparsity = group
     first = next(iter(layers.values()))
-    weight, bias = matrix_of(first), first._parameters.get("bias")
-    choices = choose(weight, None if bias is None else bias.detach(), sorted({*TOKENS, *tokens}), dtypes)
+    weight = matrix_of(first)
+    choices = choose(weight, bias_of(first), sorted({*TOKENS, *tokens}), dtypes, tolerance)
     return LayerKind(
         layers=tuple(layers),
         shape=(weight.shape[0], weight.shape[1]),
@@ -135,7 +157,7 @@ def _from_file(
             f"{', '.join(f'{key} {here[key]}' for key in different)}: leave saved out, to choose for this machine"
         )
     for kind in kinds:
-        lower = [choice.kernel for choice in kind.choices if choice.kernel.rpartition(":")[2] in {*DTYPES} - {*dtypes}]
+        lower = [c.kernel for c in kind.choices if precision_of(c.kernel) not in (None, *dtypes)]
         if lower:
             raise KernelError(f"{saved} chose {lower[0]}: allow it with dtypes, or leave saved out, to choose anew")
         for name in kind.layers:

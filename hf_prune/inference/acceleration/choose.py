@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_prune.inference.acceleration.kernels import Kernel, candidates, make_kernel
+from hf_prune.inference.acceleration.dense_kernels import Dense
+from hf_prune.inference.acceleration.kernel import Kernel
+from hf_prune.inference.acceleration.kernels import candidates, make_kernel
+from hf_prune.inference.acceleration.layers import Ranges
+from hf_prune.inference.acceleration.observe import share_of_largest
 from hf_prune.inference.timing import SHORTEST, speedup, time_together
 
 TOKENS = (1, 4, 16, 64, 256)  # that are timed besides those of the workload
@@ -44,37 +49,76 @@ class Choice:
         return dict(vars(self))
 
 
-def choose(weight: Tensor, bias: Tensor | None, tokens: Sequence[int], dtypes: Sequence[torch.dtype]) -> list[Choice]:
+def choose(
+    weight: Tensor, bias: Tensor | None, tokens: Sequence[int], precisions: Sequence[str], tolerance: float
+) -> list[Choice]:
     """Time the kernels of one layer in turns; another than torch's default is chosen where it is faster beyond noise.
 
-    Of the sparse kernel one layout is chosen for all numbers of tokens, so that the weights are kept once.
+    One of those that hold the weight in a format of their own is chosen for all numbers of tokens, so that it is kept
+    once. Others join it where they are faster than what is there, beyond noise, and all take less memory than the dense
+    weight.
 
     Args:
         weight: (out, in) on the CPU.
         bias: (out,) or None.
         tokens: The numbers of tokens to time.
-        dtypes: Precisions that are allowed besides the weight's own.
+        precisions: Those that are allowed besides the weight's own.
+        tolerance: Kernels whose output differs by more, as a share of the largest output, are left out.
 
     Returns:
         A choice for each number of tokens, in rising order.
     """
-    names = candidates(weight, dtypes)
+    names = candidates(weight, precisions)
     if len(names) == 1:
         return [Choice(min(tokens), "dense", 0.0, 0.0, 1.0)]
     kernels = {name: make_kernel(name, weight) for name in names}
-    times = {count: _times(kernels, weight, bias, count) for count in sorted(set(tokens))}
-    kernels = {name: kernels[name] for name in _one_layout(list(kernels), times)}
+    times = {count: _times(kernels, weight, bias, count, tolerance) for count in sorted(set(tokens))}
+    names = _formats(kernels, times, weight)
     choices = []
     for count, of_count in times.items():
-        dense = of_count["dense"]
-        best, ratio = "dense", 1.0
-        for name in sorted(kernels.keys() & of_count.keys() - {"dense"}):
-            gain = speedup(dense, of_count[name])
-            if gain.low > 1 and gain.value > ratio:
-                best, ratio = name, gain.value
-        medians = statistics.median(dense), statistics.median(of_count[best])
+        best, ratio = _best(of_count, names)
+        medians = statistics.median(of_count["dense"]), statistics.median(of_count[best])
         choices.append(Choice(count, best, *medians, ratio))
     return choices
+
+
+def _best(of_count: dict[str, tuple[float, ...]], names: Sequence[str]) -> tuple[str, float]:
+    """The fastest of some kernels and how many times as fast as torch's default it is."""
+    best, ratio = "dense", 1.0
+    for name in sorted({*names} & of_count.keys() - {"dense"}):
+        gain = speedup(of_count["dense"], of_count[name])
+        if gain.low > 1 and gain.value > ratio:
+            best, ratio = name, gain.value
+    return best, ratio
+
+
+def _formats(kernels: dict[str, Kernel], times: dict[int, dict[str, tuple[float, ...]]], weight: Tensor) -> list[str]:
+    """The kernels that read the dense weight, and of the others those whose formats are worth their memory."""
+    names = [name for name, kernel in kernels.items() if kernel.nbytes == 0]
+    others = [name for name in kernels if name not in names]
+
+    def used(allowed: list[str]) -> dict[int, str]:
+        return {count: _best(of_count, allowed)[0] for count, of_count in times.items()}
+
+    def cost(name: str) -> float:
+        best = used([*names, name])
+        return math.prod(statistics.median(times[n][best[n]]) / statistics.median(times[n]["dense"]) for n in times)
+
+    def is_worth_it(name: str) -> bool:
+        before, after = used(names), used([*names, name])
+        changed = [n for n in times if after[n] == name]
+        if not any(speedup(times[n][before[n]], times[n][name]).low > 1 for n in changed):
+            return False
+        return Ranges((), tuple(kernels[one] for one in after.values())).bytes_with(weight) < weight.nbytes
+
+    is_first = True
+    while others:
+        best = min(others, key=cost)
+        others.remove(best)
+        if is_first or is_worth_it(best):
+            names.append(best)
+        is_first = False
+    return names
 
 
 def limits(tokens: Sequence[int]) -> tuple[int, ...]:
@@ -82,10 +126,25 @@ def limits(tokens: Sequence[int]) -> tuple[int, ...]:
     return tuple(int((a * b) ** 0.5) for a, b in itertools.pairwise(tokens))
 
 
-def _times(kernels: dict[str, Kernel], weight: Tensor, bias: Tensor | None, count: int) -> dict[str, tuple[float, ...]]:
-    """Seconds of each kernel in each round; of kernels that are far from the fastest there are none."""
-    x = torch.randn(count, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight.dtype)
-    runs = {name: partial(kernel, x, weight, bias) for name, kernel in kernels.items()}
+def change_of(kernel: Kernel, weight: Tensor, bias: Tensor | None, x: Tensor) -> float:
+    """How much the output of a kernel differs from torch's default, as a share of the largest; NaN where one is NaN."""
+    with torch.inference_mode():
+        expected = Dense()(x, weight, bias)
+        return share_of_largest(expected, kernel(x, weight, bias))
+
+
+def example(weight: Tensor, count: int) -> Tensor:
+    """(count, in): an input of a layer for so many tokens, always the same."""
+    return torch.randn(count, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight.dtype)
+
+
+def _times(
+    kernels: dict[str, Kernel], weight: Tensor, bias: Tensor | None, count: int, tolerance: float
+) -> dict[str, tuple[float, ...]]:
+    """Seconds of each kernel in each round; of kernels that are far from the fastest, or inexact, there are none."""
+    x = example(weight, count)
+    right = [n for n, k in kernels.items() if n == "dense" or change_of(k, weight, bias, x) <= tolerance]
+    runs = {name: partial(kernels[name], x, weight, bias) for name in right}
     with torch.inference_mode():
         first = time_together(runs, rounds=2, warmup=1)
         fastest = min(min(timings.wall) for timings in first.values())
@@ -93,20 +152,3 @@ def _times(kernels: dict[str, Kernel], weight: Tensor, bias: Tensor | None, coun
         slowest = max(SHORTEST, *(min(first[name].wall) for name in close))
         rounds = max(7, min(_ROUNDS, int(_SECONDS / (slowest * len(close)))))
         return {name: timings.wall for name, timings in time_together(close, rounds=rounds, warmup=1).items()}
-
-
-def _one_layout(names: Sequence[str], times: dict[int, dict[str, tuple[float, ...]]]) -> list[str]:
-    """The kernels without those that are another layout of a better one, on the whole."""
-    families: dict[str, list[str]] = {}
-    for name in names:
-        kind, _, rest = name.partition(":")
-        families.setdefault(f"{kind}{rest.partition(':')[1]}{rest.partition(':')[2]}", []).append(name)
-
-    def cost(name: str) -> float:
-        total = 1.0
-        for of_count in times.values():
-            dense = statistics.median(of_count["dense"])
-            total *= min(1.0, statistics.median(of_count[name]) / dense) if name in of_count else 1.0
-        return total
-
-    return [name for names in families.values() for name in ([min(names, key=cost)] if len(names) > 1 else names)]

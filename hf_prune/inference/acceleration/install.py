@@ -10,16 +10,20 @@ from functools import partial
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from hf_prune.errors import KernelError
-from hf_prune.inference.acceleration.choose import Choice, limits
+from hf_prune.inference.acceleration.choose import Choice, change_of, example, limits
+from hf_prune.inference.acceleration.dense_kernels import Dense
+from hf_prune.inference.acceleration.kernel import Kernel
 from hf_prune.inference.acceleration.kernels import make_kernel
 from hf_prune.inference.acceleration.layers import Accelerated, Ranges, drop_weight, switch_off, switch_on
-from hf_prune.inference.acceleration.observe import Seen, difference_to, matrix_of
+from hf_prune.inference.acceleration.observe import Seen, bias_of, difference_to, matrix_of
 from hf_prune.inference.acceleration.report import AccelerationReport, LayerKind, this_machine
 from hf_prune.inference.speedup import forward
+from hf_prune.inference.subnormals import subnormal_note
 from hf_prune.inference.timing import speedup, time_together
+from hf_prune.utils.formatting import format_count
 
 _SECONDS = 5.0  # for timing the whole model
 
@@ -40,12 +44,16 @@ def install(
     model: nn.Module, inputs: Mapping[str, Any], seen: Seen, kinds: Sequence[LayerKind], tolerance: float
 ) -> AccelerationReport:
     """Give layers their kernels if the outputs stay and the model gains, and report."""
-    ranges = {
-        name: _ranges(matrix_of(seen.layers[name]), kind.choices)
-        for kind in kinds
-        if any(choice.kernel != "dense" for choice in kind.choices)
-        for name in kind.layers
-    }
+    ranges: dict[str, Ranges] = {}
+    notes = list(map(subnormal_note, seen.subnormal[:1]))
+    kinds = list(kinds)
+    for number, kind in enumerate(kinds):
+        if kind.gains:
+            of_layers, wrong = _checked({name: seen.layers[name] for name in kind.layers}, kind.choices, tolerance)
+            kinds[number] = dataclasses.replace(kind, choices=tuple(wrong.get(c, c) for c in kind.choices))
+            ranges |= of_layers if kinds[number].gains else {}
+            if wrong:
+                notes.append(_inexact_note(kind, list(wrong), tolerance))
 
     report = AccelerationReport(
         kinds=tuple(kinds),
@@ -57,7 +65,7 @@ def install(
         bytes_after=sum(_nbytes(seen.layers[name]) for name in ranges),
         threads=torch.get_num_threads(),
         machine=this_machine(),
-        notes=_notes(seen),
+        notes=tuple(notes),
     )
     if not ranges:
         return report
@@ -86,24 +94,60 @@ def install(
             f"Layers gain alone, and the model does not: {ratio.value:.2f} times as fast (95 % interval "
             f"{ratio.low:.2f} to {ratio.high:.2f})."
         )
-        return dataclasses.replace(report, notes=(note, *report.notes))
+        return dataclasses.replace(report, notes=(note, *notes))
     first = _first_parameters(model)
     for name in ranges:
         weight = seen.layers[name]._parameters["weight"]
         drop_weight(seen.layers[name], users[id(weight)] > 1 or id(weight) in first)
+    after = sum(_nbytes(seen.layers[name]) for name in ranges)
+    if (more := after - report.bytes_before) > 0:
+        notes.append(
+            f"The weights of these layers take {format_count(more)}B more memory than before: of some, the format of a "
+            f"kernel is kept beside the dense weight."
+        )
     return dataclasses.replace(
         report,
         speedup=ratio,
         before=medians["before"],
         after=medians["after"],
         difference=difference,
-        bytes_after=sum(_nbytes(seen.layers[name]) for name in ranges),
+        bytes_after=after,
+        notes=tuple(notes),
     )
 
 
-def _ranges(weight: Tensor, choices: Sequence[Choice]) -> Ranges:
-    """The kernels of one layer, each made once; neighbouring ranges of the same kernel are one."""
-    made = {name: make_kernel(name, weight) for name in dict.fromkeys(choice.kernel for choice in choices)}
+def _checked(
+    layers: Mapping[str, nn.Module], choices: Sequence[Choice], tolerance: float
+) -> tuple[dict[str, Ranges], dict[Choice, Choice]]:
+    """The kernels of layers of one kind without those that change an output of one of them by more than the tolerance.
+
+    Returns:
+        The kernels by layer, and the choices that were left out, each with torch's default in its place.
+    """
+    made, wrong = {}, {}
+    for name, layer in layers.items():
+        weight, bias = matrix_of(layer), bias_of(layer)
+        made[name] = {kernel: make_kernel(kernel, weight) for kernel in dict.fromkeys(c.kernel for c in choices)}
+        for choice in choices:
+            if choice.kernel != "dense" and choice not in wrong:
+                change = change_of(made[name][choice.kernel], weight, bias, example(weight, choice.tokens))
+                if not change <= tolerance:
+                    wrong[choice] = Choice(choice.tokens, "dense", choice.dense_seconds, choice.dense_seconds, 1.0)
+    left = [wrong.get(choice, choice) for choice in choices]
+    return {name: _ranges({"dense": Dense(), **kernels}, left) for name, kernels in made.items()}, wrong
+
+
+def _inexact_note(kind: LayerKind, wrong: Sequence[Choice], tolerance: float) -> str:
+    kernels = ", ".join(dict.fromkeys(choice.kernel for choice in wrong))
+    counts = ", ".join(str(choice.tokens) for choice in wrong)
+    return (
+        f"Layers like {kind.layers[0]} keep torch's default for {counts} tokens: {kernels} would change an output by "
+        f"more than tolerance={tolerance:g} of the largest."
+    )
+
+
+def _ranges(made: Mapping[str, Kernel], choices: Sequence[Choice]) -> Ranges:
+    """The kernels of one layer by the number of tokens; neighbouring ranges of the same kernel are one."""
     ends = limits([choice.tokens for choice in choices])
     names = [choice.kernel for choice in choices]
     last = [i for i, name in enumerate(names) if i + 1 == len(names) or names[i + 1] != name]
@@ -146,12 +190,3 @@ def _nbytes(module: nn.Module) -> int:
     assert weight is not None
     dense = 0 if weight.is_meta else weight.numel() * weight.element_size()
     return dense + (module.ranges.nbytes if isinstance(module, Accelerated) else 0)
-
-
-def _notes(seen: Seen) -> tuple[str, ...]:
-    if not seen.subnormal:
-        return ()
-    return (
-        f"Inputs of {seen.subnormal[0]} hold subnormal numbers, on which processors are many times slower: "
-        f"torch.set_flush_denormal(True) turns them into zeros.",
-    )

@@ -1,121 +1,22 @@
-"""The ways to compute one linear layer that compete with one another."""
+"""The ways to compute one linear layer that compete with one another: which suit a weight, and each by its name."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
 from hf_prune.errors import KernelError
-from hf_prune.kernels.sparse.build import kernel_problem, load_kernel
-from hf_prune.kernels.sparse.sparse_rows import WIDEST_CHUNK, SparseRows
+from hf_prune.inference.acceleration.dense_kernels import Compact, Dense, Int8, OneDNN, onednn_agrees
+from hf_prune.inference.acceleration.kernel import Kernel
+from hf_prune.inference.acceleration.sparse_kernels import Csr, Sparse, formats_for, in_few_blocks
+from hf_prune.kernels.sparse.build import kernel_problem
+from hf_prune.kernels.sparse.sparse_rows import WIDEST_CHUNK
 
-CHUNKS = (192, 384, WIDEST_CHUNK)  # inputs of a chunk that are tried: for 64 tokens, for 32, and for few
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # of weights, and of computations that may be allowed
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}  # of weights
+PRECISIONS = (*DTYPES, "int8")  # of computations that may be allowed
 _LEAST_SPARSITY = 0.3  # below it no sparse kernel has ever been the fastest
-
-
-class Kernel:
-    """A way to compute ``x @ weight.T + bias``.
-
-    Attributes:
-        name: Its name in reports and records.
-        reads_weight: Whether it reads the dense weight, which then stays in memory.
-    """
-
-    name: str
-    reads_weight: ClassVar[bool] = False
-
-    def __call__(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        """(..., in) -> (..., out)."""
-        raise NotImplementedError
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that it holds besides the dense weight."""
-        return 0
-
-
-class Dense(Kernel):
-    """What torch does by default."""
-
-    name = "dense"
-    reads_weight = True
-
-    def __call__(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        """See :meth:`Kernel.__call__`."""
-        assert weight is not None
-        return linear(x, weight, bias)
-
-
-class OneDNN(Kernel):
-    """The dense product of oneDNN in float32, which torch does not use by itself where MKL is there."""
-
-    name = "onednn"
-    reads_weight = True
-
-    def __call__(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        """See :meth:`Kernel.__call__`."""
-        product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-        return product
-
-
-class Sparse(Kernel):
-    """The sparse kernel of hf_prune."""
-
-    def __init__(self, weight: Tensor, chunk: int) -> None:
-        load_kernel()
-        self.rows = SparseRows.from_dense(weight, chunk)
-        self.name = f"sparse:{chunk}"
-
-    def __call__(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        """See :meth:`Kernel.__call__`."""
-        return self.rows.linear(x, bias)
-
-    @property
-    def nbytes(self) -> int:
-        """See :attr:`Kernel.nbytes`."""
-        return self.rows.nbytes
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Unpickled in a process that may not have loaded the kernel."""
-        load_kernel()
-        self.__dict__.update(state)
-        self.rows.__post_init__()  # the kernel reads where it is told to
-
-
-class Csr(Kernel):
-    """torch's own sparse matrices, ``(W @ Xᵀ)ᵀ``."""
-
-    name = "csr"
-
-    def __init__(self, weight: Tensor) -> None:
-        import warnings
-
-        with warnings.catch_warnings():  # that CSR is in beta
-            warnings.simplefilter("ignore", UserWarning)
-            self.matrix = weight.detach().to_sparse_csr()
-
-    def __call__(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        """See :meth:`Kernel.__call__`."""
-        product = (self.matrix @ x.reshape(-1, x.shape[-1]).t()).t()
-        product = product if bias is None else product + bias
-        return product.reshape(*x.shape[:-1], product.shape[-1])
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Csr:
-        """Torch does not copy sparse matrices that way."""
-        copied = Csr.__new__(Csr)
-        copied.matrix = self.matrix.clone()
-        return copied
-
-    @property
-    def nbytes(self) -> int:
-        """See :attr:`Kernel.nbytes`."""
-        parts = (self.matrix.values(), self.matrix.col_indices(), self.matrix.crow_indices())
-        return sum(part.numel() * part.element_size() for part in parts)
 
 
 class Lower(Kernel):
@@ -126,7 +27,7 @@ class Lower(Kernel):
         self.kernel = make_kernel(name, lower)
         self.weight = lower if self.kernel.reads_weight else None
         self.dtype = dtype
-        self.name = f"{name}:{_text(dtype)}"
+        self.name = f"{name}:{name_of(dtype)}"
 
     def __call__(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         """See :meth:`Kernel.__call__`."""
@@ -143,26 +44,33 @@ def sparsity_of(weight: Tensor) -> float:
     return 1 - int(weight.count_nonzero()) / max(1, weight.numel())
 
 
-def candidates(weight: Tensor, dtypes: Sequence[torch.dtype]) -> list[str]:
+def zeros_of(weight: Tensor) -> tuple[bool, bool]:
+    """Whether the zeros of a weight fill rows or columns, and blocks: other kernels suit it then than another one."""
+    return Compact.suits(weight), in_few_blocks(weight)
+
+
+def candidates(weight: Tensor, precisions: Sequence[str]) -> list[str]:
     """The names of the kernels that may suit a weight, for :func:`make_kernel`.
 
     Args:
         weight: (out, in) on the CPU.
-        dtypes: Precisions that are allowed besides the weight's own.
+        precisions: Of :data:`PRECISIONS`, those that are allowed besides the weight's own.
     """
     single = weight.dtype == torch.float32
     sparse = sparsity_of(weight) >= _LEAST_SPARSITY
-    compiled = sparse and weight.dtype in DTYPES.values() and kernel_problem() is None
-    layouts = [f"sparse:{chunk}" for chunk in _chunks(weight)] if compiled else []
+    layouts = formats_for(weight) if sparse and weight.dtype in DTYPES.values() and kernel_problem() is None else []
+    dense = ["dense", *(["onednn"] if single and onednn_agrees() else [])]
     names = [
-        "dense",
-        *(["onednn"] if single and torch.backends.mkldnn.is_available() else []),
+        *dense,
+        *([f"compact:{name}" for name in dense] if sparse and Compact.suits(weight) else []),
         *layouts,
         *(["csr"] if sparse and single else []),
     ]
-    for dtype in dtypes:
-        if dtype != weight.dtype:
-            names += [f"{name}:{_text(dtype)}" for name in ("dense", *layouts)]
+    for precision in precisions:
+        if precision == "int8":
+            names.append("dense:int8")
+        elif DTYPES[precision] != weight.dtype:
+            names += [f"{name}:{precision}" for name in ("dense", *layouts)]
     return names
 
 
@@ -176,30 +84,31 @@ def make_kernel(name: str, weight: Tensor) -> Kernel:
     Raises:
         KernelError: If there is no such kernel, or not on this machine.
     """
-    kind, _, detail = name.partition(":")
-    chunk, _, lower = detail.partition(":") if kind == "sparse" else ("", "", detail)
-    if lower in DTYPES:
-        return Lower(weight, DTYPES[lower], name.removesuffix(f":{lower}"))
-    if name == f"sparse:{chunk}" and chunk.isdigit() and 1 <= int(chunk) <= WIDEST_CHUNK:
-        return Sparse(weight, int(chunk))
-    if name == "onednn" and not torch.backends.mkldnn.is_available():
-        raise KernelError("torch has no oneDNN here, which the kernel 'onednn' is: choose anew")
-    if name in _PLAIN:
-        return _PLAIN[name](weight)
+    rest, _, last = name.rpartition(":")
+    if rest and last in DTYPES:
+        return Lower(weight, DTYPES[last], rest)
+    if name in ("onednn", "compact:onednn") and not onednn_agrees():
+        raise KernelError(f"torch has no exact oneDNN here, which the kernel {name!r} needs: choose anew")
+    dense = {"dense": Dense, "onednn": OneDNN}
+    if name in dense:
+        return dense[name]()
+    if rest == "compact" and last in dense:
+        return Compact(weight, dense[last]())
+    if name == "dense:int8":
+        return Int8(weight)
+    if name == "csr":
+        return Csr(weight)
+    if name in ("sliced", "bits", "blocks") or (rest == "sparse" and last.isdigit() and 1 <= int(last) <= WIDEST_CHUNK):
+        return Sparse(weight, name)
     raise KernelError(f"there is no kernel {name!r}: choose anew")
 
 
-_PLAIN: dict[str, Callable[[Tensor], Kernel]] = {
-    "dense": lambda _: Dense(),
-    "onednn": lambda _: OneDNN(),
-    "csr": Csr,
-}
+def precision_of(name: str) -> str | None:
+    """The precision that the name of a kernel ends with, if it is one besides the weight's own."""
+    last = name.rpartition(":")[2]
+    return last if last in PRECISIONS else None
 
 
-def _text(dtype: torch.dtype) -> str:
+def name_of(dtype: torch.dtype) -> str:
+    """Such as ``"float32"``."""
     return str(dtype).removeprefix("torch.")
-
-
-def _chunks(weight: Tensor) -> list[int]:
-    """Sizes of chunks that differ for a weight; the last one holds all of its inputs, if 16 bits can number them."""
-    return [chunk for chunk in CHUNKS if chunk == WIDEST_CHUNK or chunk < weight.shape[1]]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_prune.errors import KernelError
-from hf_prune.inference.acceleration.kernels import Kernel, Sparse
+from hf_prune.inference.acceleration.kernel import Kernel
 from hf_prune.utils.notices import warn_user
 
 
@@ -39,14 +39,25 @@ class Ranges:
         """Whether one of them reads the dense weight."""
         return any(kernel.reads_weight for kernel in self.kernels)
 
-    def exact(self) -> Sparse | None:
-        """A kernel that holds every weight of the layer bit for bit, if there is one."""
-        return next((kernel for kernel in self.kernels if isinstance(kernel, Sparse)), None)
+    def exact(self) -> Tensor | None:
+        """(out, in): the weight from a kernel that holds all of it, bit for bit but for negative zeros, if one does."""
+        weights = (kernel.to_dense() for kernel in self.kernels)
+        return next((weight for weight in weights if weight is not None), None)
+
+    def replace(self, weight: Tensor) -> bool:
+        """Whether none of them reads the dense weight, and one holds every bit of it, in which no zero is negative."""
+        if self.reads_weight or bool(((weight == 0) & weight.signbit()).any()):
+            return False
+        return self.exact() is not None
 
     @property
     def nbytes(self) -> int:
         """Bytes that the kernels hold; each is counted once."""
         return sum(kernel.nbytes for kernel in {id(k): k for k in self.kernels}.values())
+
+    def bytes_with(self, weight: Tensor) -> int:
+        """Bytes that the kernels hold, and those of the dense weight if it stays."""
+        return self.nbytes + (0 if self.replace(weight) else weight.nbytes)
 
 
 class _NoGradients(torch.autograd.Function):
@@ -67,15 +78,41 @@ class _NoGradients(torch.autograd.Function):
         raise KernelError("an accelerated model has no gradients: call decelerate() before training it")
 
 
+class WeightWatch:
+    """Notices that a weight was written to, by the count that autograd keeps; writes to ``weight.data`` do not count.
+
+    Copies and pickles of a layer start anew, with the weight that they find.
+    """
+
+    def __init__(self) -> None:
+        self._seen: tuple[int, int] | None = None
+
+    def is_changed(self, weight: Tensor) -> bool:
+        """Whether a weight is another one, or has other values, than at the first call."""
+        if weight.is_inference():  # of which nothing is counted
+            return False
+        now = (id(weight), weight._version)
+        self._seen = self._seen or now
+        return self._seen != now
+
+    def __deepcopy__(self, _: object) -> WeightWatch:
+        return WeightWatch()
+
+    def __reduce__(self) -> tuple[type[WeightWatch], tuple[()]]:
+        return WeightWatch, ()
+
+
 class Accelerated(nn.Module):
     """What an accelerated layer does in place of its class; it holds its weight, a placeholder, or both.
 
     Attributes:
         ranges: The kernels.
+        watch: Notices writes to the weight, of which the kernels would know nothing.
         dense_class: The class of the layer without acceleration.
     """
 
     ranges: Ranges
+    watch: WeightWatch
     dense_class: type[nn.Module]
     weight: Any  # a parameter
     bias: Any  # a parameter or None
@@ -90,17 +127,33 @@ class Accelerated(nn.Module):
         """
         if self.training:
             raise KernelError("an accelerated model is for inference: call decelerate() before training it, or eval()")
-        kernel = self.ranges.kernel_for(input.numel() // max(1, input.shape[-1]))
-
-        def product(x: Tensor) -> Tensor:
-            with torch.autocast("cpu", enabled=False):
-                result = kernel(x.to(self.weight.dtype), self.matrix() if kernel.reads_weight else None, self.bias)
-                return result.to(x.dtype)
-
-        if torch.is_grad_enabled() and input.requires_grad:
-            return _NoGradients.apply(input, product)
+        if not torch.compiler.is_compiling() and self.watch.is_changed(self.weight):
+            if self.weight.is_meta:
+                raise KernelError(
+                    "a weight of an accelerated model was written to, where only a placeholder is, so the new values "
+                    "are lost: call decelerate(), write to it, and call accelerate() again"
+                )
+            self._end("a weight was written to")
+            output: Tensor = self(input)
+            return output
+        if not torch.is_grad_enabled():
+            return self._product(input)
+        if input.requires_grad:
+            return _NoGradients.apply(input, self._product)
         with torch.no_grad():
-            return product(input)
+            return self._product(input)
+
+    def _product(self, x: Tensor) -> Tensor:
+        if torch.is_autocast_enabled("cpu"):  # asked first, since contexts take as long as small products
+            with torch.autocast("cpu", enabled=False):
+                return self._product(x)
+        kernel = self.ranges.kernel_for(x.numel() // max(1, x.shape[-1]))
+        bias, weight = self._parameters["bias"], self._parameters["weight"]
+        assert weight is not None
+        matrix = self.matrix() if kernel.reads_weight else None
+        if x.dtype == weight.dtype:
+            return kernel(x, matrix, bias)
+        return kernel(x.to(weight.dtype), matrix, bias).to(x.dtype)
 
     def matrix(self) -> Tensor:
         """(out, in) of the weight."""
@@ -110,9 +163,9 @@ class Accelerated(nn.Module):
         """The weight in the layout of the layer, bit for bit, whether or not it is in memory."""
         if not self.weight.is_meta:
             return self.weight.detach()
-        sparse = self.ranges.exact()
-        assert sparse is not None
-        return sparse.rows.to_dense()
+        weight = self.ranges.exact()
+        assert weight is not None
+        return weight
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -178,6 +231,15 @@ def switch_on(module: nn.Module, ranges: Ranges) -> None:
     """Have a layer use other kernels; its weight stays until :func:`drop_weight`."""
     module.__class__ = CLASSES[type(module)]
     module.ranges = ranges  # type: ignore[assignment]
+    _watch(module)
+
+
+def _watch(module: nn.Module) -> None:
+    """Notice from now on if the weight of a layer is written to."""
+    watch, weight = WeightWatch(), module._parameters["weight"]
+    assert weight is not None
+    watch.is_changed(weight)
+    module.watch = watch  # type: ignore[assignment]
 
 
 def drop_weight(module: nn.Module, shared: bool) -> None:
@@ -188,12 +250,11 @@ def drop_weight(module: nn.Module, shared: bool) -> None:
         shared: Whether other modules have the same weight.
     """
     assert isinstance(module, Accelerated)
-    if not shared and not module.ranges.reads_weight and module.ranges.exact() is not None:
-        old = module._parameters["weight"]
-        assert old is not None
-        if bool(((old == 0) & old.signbit()).any()):
-            return  # negative zeros, which sparse formats lose
+    old = module._parameters["weight"]
+    assert old is not None
+    if not shared and module.ranges.replace(old):
         module._parameters["weight"] = nn.Parameter(old.detach().to("meta"), requires_grad=old.requires_grad)
+        _watch(module)
 
 
 def switch_off(module: nn.Module) -> None:
@@ -203,5 +264,5 @@ def switch_off(module: nn.Module) -> None:
     assert old is not None
     if old.is_meta:
         module._parameters["weight"] = nn.Parameter(module.dense_weight(), requires_grad=old.requires_grad)
-    del module.ranges
+    del module.ranges, module.watch
     cast(nn.Module, module).__class__ = module.dense_class

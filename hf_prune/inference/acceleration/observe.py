@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from hf_prune.inference.acceleration.kernels import DTYPES
 from hf_prune.inference.acceleration.layers import CLASSES
+from hf_prune.inference.subnormals import has_subnormals
 from hf_prune.utils.forward import tensors_in
 
 
@@ -44,7 +45,7 @@ def observe(model: nn.Module, inputs: Mapping[str, Any]) -> Seen:
                 return
             seen.layers[name] = module
             seen.tokens.add(x.numel() // max(1, x.shape[-1]))
-            if bool(((x != 0) & (x.abs() < torch.finfo(x.dtype).tiny)).any()):
+            if has_subnormals(x):
                 seen.subnormal.append(name)
 
         return hook
@@ -76,13 +77,24 @@ def matrix_of(module: nn.Module) -> Tensor:
     return weight.detach() if isinstance(module, nn.Linear) else weight.detach().t()
 
 
+def bias_of(module: nn.Module) -> Tensor | None:
+    """(out,) of a layer's bias, if it has one."""
+    bias = module._parameters.get("bias")
+    return None if bias is None else bias.detach()
+
+
 def difference_to(before: Sequence[Tensor], model: nn.Module, inputs: Mapping[str, Any]) -> float:
     """The largest change of an output, as a share of the largest one in the same tensor; NaN where one became NaN."""
     shares = [0.0]
     for new, old in zip(_answer(model, inputs), before, strict=True):
         if old.numel():
-            change = torch.where(new == old, 0, (new - old).abs())  # infinities that stay are no change
-            finite = old.abs()[old.isfinite()]
-            largest = float(finite.max()) if finite.numel() else 0.0
-            shares.append(float(torch.where(new.isnan() & old.isnan(), 0, change).max()) / max(largest, 1e-30))
+            shares.append(share_of_largest(old, new))
     return math.nan if any(map(math.isnan, shares)) else max(shares)
+
+
+def share_of_largest(old: Tensor, new: Tensor) -> float:
+    """The largest change of a tensor, as a share of its largest number; NaN where a number became NaN."""
+    change = torch.where(new == old, 0, (new - old).abs())  # infinities that stay are no change
+    finite = old.abs()[old.isfinite()]
+    largest = float(finite.max()) if finite.numel() else 0.0
+    return float(torch.where(new.isnan() & old.isnan(), 0, change).max()) / max(largest, 1e-30)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import platform
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,7 @@ from hf_prune.inference.timing import Ratio
 from hf_prune.utils.files import write_json
 from hf_prune.utils.formatting import format_count, format_table
 from hf_prune.utils.json_files import read_json_object
+from hf_prune.utils.results import Result
 
 FORMAT = 1
 
@@ -49,8 +51,8 @@ class LayerKind:
         return {**vars(self), "choices": [choice.to_dict() for choice in self.choices]}
 
 
-@dataclass(frozen=True)
-class AccelerationReport:
+@dataclass(frozen=True, repr=False)
+class AccelerationReport(Result):
     """Which kernels the layers of a model run on, and what that brought.
 
     Args:
@@ -65,6 +67,8 @@ class AccelerationReport:
         machine: The processor, and what its kernels were chosen for.
         notes: What else there is to know.
     """
+
+    bars = ("ratio", "seconds")
 
     kinds: tuple[LayerKind, ...]
     speedup: Ratio | None
@@ -83,6 +87,16 @@ class AccelerationReport:
         changed = [kind for kind in self.kinds if kind.gains]
         return tuple(name for kind in changed for name in kind.layers) if self.speedup is not None else ()
 
+    @property
+    def sentence(self) -> str:
+        """What came of it, in one sentence."""
+        if self.speedup is None:
+            return f"accelerate() finds no kernels that make the model faster on {self.machine['cpu']}."
+        return (
+            f"accelerate() makes the model {self.speedup.value:.2f} times as fast (95 % interval "
+            f"{self.speedup.low:.2f} to {self.speedup.high:.2f}) on {self.machine['cpu']}, threads: {self.threads}."
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """For JSON: numbers and names, no weights."""
         ratio = None if self.speedup is None else dict(vars(self.speedup))
@@ -93,6 +107,19 @@ class AccelerationReport:
             "speedup": ratio,
             "machine": dict(self.machine),
         }
+
+    def rows(self) -> list[dict[str, Any]]:
+        """A row for each kind of layer and number of tokens."""
+        return [
+            {
+                "layer": f"{kind.shape[1]}→{kind.shape[0]}",
+                "layers": len(kind.layers),
+                "sparsity": kind.sparsity,
+                **{name: value for name, value in choice.to_dict().items() if not isinstance(value, dict)},
+            }
+            for kind in self.kinds
+            for choice in kind.choices
+        ]
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the choices to a file, for ``accelerate(saved=path)`` on the same kind of machine."""
@@ -165,7 +192,7 @@ def read_choices(path: str | os.PathLike[str]) -> tuple[list[LayerKind], dict[st
                 shape=(int(kind["shape"][0]), int(kind["shape"][1])),
                 dtype=str(kind["dtype"]),
                 sparsity=float(kind["sparsity"]),
-                choices=tuple(_choice(choice) for choice in kind["choices"]),
+                choices=_choices(kind["choices"]),
             )
             for kind in saved["kinds"]
         ]
@@ -175,6 +202,14 @@ def read_choices(path: str | os.PathLike[str]) -> tuple[list[LayerKind], dict[st
             f"{path} is not a record of an acceleration ({type(error).__name__}: {error}): expected what "
             f"AccelerationReport.save() or hf-prune accelerate --out writes"
         ) from error
+
+
+def _choices(saved: Sequence[Mapping[str, Any]]) -> tuple[Choice, ...]:
+    choices = tuple(_choice(choice) for choice in saved)
+    tokens = [choice.tokens for choice in choices]
+    if not tokens or tokens[0] < 1 or any(a >= b for a, b in itertools.pairwise(tokens)):
+        raise ValueError(f"choices for {tokens} tokens, expected rising numbers from 1")
+    return choices
 
 
 def _choice(saved: Mapping[str, Any]) -> Choice:

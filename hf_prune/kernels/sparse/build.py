@@ -11,16 +11,19 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch._appdirs import user_cache_dir
 
 from hf_prune.errors import CheckpointError, KernelError
 from hf_prune.utils.locks import output_lock
 from hf_prune.utils.output_folder import SAVE
 
-_SOURCE = Path(__file__).with_name("sparse_linear.cpp")
+_SOURCE = Path(__file__).with_name("operators.cpp")
 _FLAGS = ("-O3", "-std=c++20", "-Wno-psabi")
 _NAME = "hf_prune_sparse"
+_PRODUCTS = ("sparse_linear", "sliced_linear", "bits_linear", "blocks_linear")
 _WAIT = 600.0  # seconds for another process that is compiling
 
 
@@ -47,11 +50,8 @@ def load_kernel() -> None:
     Raises:
         KernelError: If there is no compiler, or it fails.
     """
-    from torch.utils.cpp_extension import get_default_build_root
-
-    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
-    folder = root / f"{_NAME}_{_fingerprint()}"
-    library = folder / f"{_NAME}.so"
+    library = _library()
+    folder, root = library.parent, library.parent.parent
     if not library.is_file():
         try:
             with output_lock(folder, SAVE, wait=_WAIT):
@@ -61,16 +61,41 @@ def load_kernel() -> None:
             raise KernelError(
                 f"the sparse kernel cannot be kept in {root} ({error}): name another folder in TORCH_EXTENSIONS_DIR"
             ) from error
+    _load(library)
+
+
+@functools.cache
+def load_if_compiled() -> None:
+    """Load the kernel if an earlier use has compiled it; otherwise, do nothing.
+
+    Raises:
+        KernelError: If it cannot be loaded.
+    """
+    if (library := _library()).is_file():
+        _load(library)
+
+
+@functools.cache
+def _load(library: Path) -> None:
     try:
         if not hasattr(torch.ops.hf_prune, "sparse_linear"):  # which compiling it has loaded
             torch.ops.load_library(str(library))
     except OSError as error:
         raise KernelError(f"{library} cannot be loaded ({error}): delete its folder, to compile it again") from error
-    torch.library.register_fake("hf_prune::sparse_linear", _fake)
+    for name in _PRODUCTS:
+        torch.library.register_fake(f"hf_prune::{name}", _fake)
+
+
+def _library() -> Path:
+    """Where the library is, or would be: in the folder of torch's extensions, which takes long to ask torch for."""
+    root = os.environ.get("TORCH_EXTENSIONS_DIR") or os.path.realpath(user_cache_dir(appname="torch_extensions"))
+    return Path(root) / f"{_NAME}_{_fingerprint()}" / f"{_NAME}.so"
 
 
 def _fingerprint() -> str:
-    parts = (_SOURCE.read_text(encoding="utf-8"), *_FLAGS, torch.__version__, platform.machine())
+    headers = sorted(_SOURCE.parent.glob("*.h"))
+    code = [path.read_text(encoding="utf-8") for path in (_SOURCE, *headers)]
+    parts = (*code, *_FLAGS, torch.__version__, platform.machine())
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
@@ -122,16 +147,7 @@ def _path_with_interpreter() -> Iterator[None]:
         os.environ["PATH"] = before
 
 
-def _fake(
-    x: torch.Tensor,
-    values: torch.Tensor,
-    columns: torch.Tensor,
-    starts: torch.Tensor,
-    bias: torch.Tensor | None,
-    outputs: int,
-    inputs: int,
-    chunk: int,
-    level: str,
-) -> torch.Tensor:
-    """The shape of a product, for torch.compile and torch.export."""
+def _fake(x: torch.Tensor, *args: Any) -> torch.Tensor:
+    """The shape of a product, for torch.compile and torch.export: their number is the first of the numbers."""
+    outputs = next(arg for arg in args if isinstance(arg, int))
     return x.new_empty((*x.shape[:-1], outputs))

@@ -7,16 +7,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hf_prune.kernels.sparse.entries import Checked, check_tensors, check_weight, unsigned
+
 WIDEST_CHUNK = 1 << 16  # inputs that 16 bits can number
-_DTYPES = (torch.float32, torch.bfloat16)
 
 
 @dataclass(frozen=True, eq=False)
-class SparseRows:
+class SparseRows(Checked):
     """The weights of a matrix that are not zero, row by row in chunks of neighbouring inputs.
 
     Args:
-        values: (nonzero,) float32 or bfloat16.
+        values: (nonzero,) float32, bfloat16 or float16.
         columns: (nonzero,) int16, to be read as unsigned: the number of the input inside its chunk.
         starts: (chunks * outputs + 1,) int32: where each row of each chunk begins.
         outputs: Rows of the matrix.
@@ -39,12 +40,9 @@ class SparseRows:
             ValueError: If an entry does, or a tensor has another shape or dtype.
         """
         chunks = max(1, -(-self.inputs // self.chunk)) if 1 <= self.chunk <= WIDEST_CHUNK else 0
-        tensors = (self.values, self.columns, self.starts)
-        dtypes = tuple(tensor.dtype for tensor in tensors)
-        if not chunks or self.values.dtype not in _DTYPES or dtypes[1:] != (torch.int16, torch.int32):
-            raise ValueError(f"found chunks of {self.chunk} and dtypes {dtypes}: expected what from_dense() gives")
-        if any(t.dim() != 1 or not t.is_contiguous() or t.device.type != "cpu" for t in tensors):
-            raise ValueError("found tensors that are not contiguous vectors on the CPU: expected those of from_dense()")
+        check_tensors(self.values, (self.columns, torch.int16), (self.starts, torch.int32))
+        if not chunks:
+            raise ValueError(f"found chunks of {self.chunk}: expected 1 to {WIDEST_CHUNK}")
         counts = self.starts.diff()
         whole = len(self.starts) == chunks * self.outputs + 1 and int(self.starts[0]) == 0
         if not whole or bool((counts < 0).any()) or not int(self.starts[-1]) == len(self.values) == len(self.columns):
@@ -54,7 +52,7 @@ class SparseRows:
             )
         for number in range(chunks):
             first, last = self.starts[number * self.outputs], self.starts[(number + 1) * self.outputs]
-            inside = _unsigned(self.columns[first:last])
+            inside = unsigned(self.columns[first:last])
             width = min(self.chunk, self.inputs - number * self.chunk)
             if len(inside) and int(inside.max()) >= width:
                 raise ValueError(f"found input {int(inside.max())} in a chunk of {width} inputs: expected less")
@@ -64,17 +62,13 @@ class SparseRows:
         """Take the entries of a matrix that are not zero, of either sign.
 
         Args:
-            weight: (outputs, inputs) float32 or bfloat16, on the CPU.
+            weight: (outputs, inputs) float32, bfloat16 or float16, on the CPU.
             chunk: How many inputs a chunk has.
 
         Raises:
             ValueError: If the weight has another number of dimensions, dtype or device.
         """
-        if weight.dim() != 2 or weight.dtype not in _DTYPES or weight.device.type != "cpu":
-            raise ValueError(
-                f"found a {weight.dtype} weight of shape {tuple(weight.shape)} on {weight.device}: expected a float32 "
-                f"or bfloat16 matrix on the CPU"
-            )
+        check_weight(weight)
         outputs, inputs = weight.shape
         values, columns, counts = [], [], []
         for of_chunk in weight.detach().split(chunk, 1):
@@ -98,7 +92,7 @@ class SparseRows:
         chunks = max(1, -(-self.inputs // self.chunk))
         counts = self.starts.diff().to(torch.int64)
         place = torch.arange(chunks * self.outputs).repeat_interleave(counts)  # chunk * outputs + row
-        columns = place.div(max(1, self.outputs), rounding_mode="floor") * self.chunk + _unsigned(self.columns)
+        columns = place.div(max(1, self.outputs), rounding_mode="floor") * self.chunk + unsigned(self.columns)
         dense = self.values.new_zeros(self.outputs, self.inputs)
         dense[place % max(1, self.outputs), columns] = self.values
         return dense
@@ -122,8 +116,3 @@ class SparseRows:
             x, self.values, self.columns, self.starts, bias, self.outputs, self.inputs, self.chunk, level
         )
         return product
-
-
-def _unsigned(columns: Tensor) -> Tensor:
-    """int64 of int16 that are to be read as unsigned."""
-    return columns.to(torch.int64) & 0xFFFF

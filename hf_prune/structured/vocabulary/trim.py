@@ -10,6 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from hf_prune.errors import ArchitectureError, DataError, PlanError
 from hf_prune.planning.checks import check_positive
 from hf_prune.structured.vocabulary.rows import find_vocabulary, fixed_ids, named_ids, take_rows
@@ -26,11 +28,13 @@ from hf_prune.structured.vocabulary.tokenizer import (
 )
 from hf_prune.utils.formatting import format_table
 from hf_prune.utils.offloaded_weights import refuse_offloaded
+from hf_prune.utils.progress import working
+from hf_prune.utils.results import Result
 from hf_prune.utils.wrapping import check_is_model
 
 
-@dataclass(frozen=True)
-class TrimResult:
+@dataclass(frozen=True, repr=False)
+class TrimResult(Result):
     """What vocabulary pruning did.
 
     Args:
@@ -46,7 +50,10 @@ class TrimResult:
         tokens: How many tokens they have, without the ones that the tokenizer adds to each.
         tokens_changed: How many of these were removed, so that they are spelled with other tokens now.
         has_output_layer: Whether an output layer lost its rows too.
+        saved_products: Share of the weights that each token is multiplied by that went with these rows, 0 to 1.
     """
+
+    bars = ("bytes_before", "bytes")
 
     model: Any = field(repr=False)
     tokenizer: Any = field(repr=False)
@@ -60,6 +67,7 @@ class TrimResult:
     tokens: int
     tokens_changed: int
     has_output_layer: bool
+    saved_products: float = 0.0
 
     @property
     def vocabulary(self) -> int:
@@ -106,12 +114,15 @@ class TrimResult:
         return f"{line}: each text is split as before, which was checked one by one."
 
     def _speed(self) -> str:
-        line = "Embeddings are looked up, not multiplied: the model gets smaller, but hardly faster"
         if self.has_output_layer:
-            return f"{line}, except for its output layer, which has a product less for each row taken out."
-        return f"{line}."
+            return (
+                f"Embeddings are looked up, not multiplied. The output layer is multiplied: without its rows, a token "
+                f"takes {100 * self.saved_products:.1f} % fewer products."
+            )
+        return "Embeddings are looked up, not multiplied: the model gets smaller, but hardly faster."
 
 
+@working("Trimming")
 def trim_vocabulary(
     model: Any,
     tokenizer: Any,
@@ -200,6 +211,7 @@ def trim_vocabulary(
         tokens=counts.total(),
         tokens_changed=changed,
         has_output_layer=vocabulary.has_output_layer,
+        saved_products=_saved_products(model, rows, len(ids)) if vocabulary.has_output_layer else 0.0,
     )
 
 
@@ -249,3 +261,20 @@ def _size(model: Any) -> tuple[int, int]:
     """Parameters, tied ones once, and their bytes."""
     parameters = list(model.parameters())
     return sum(p.numel() for p in parameters), sum(p.numel() * p.element_size() for p in parameters)
+
+
+def _saved_products(model: Any, before: int, now: int) -> float:
+    """The share of the weights that each token is multiplied by that an output layer lost with its rows.
+
+    Args:
+        model: The model, trimmed.
+        before: Rows of its output layer before.
+        now: Rows now.
+    """
+    head = model.get_output_embeddings()
+    looked_up = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
+    if head is None or (width := head.weight.numel() // max(1, now)) == 0:
+        return 0.0
+    looked_up.discard(id(head.weight))  # tied: looked up, and multiplied as well
+    multiplied = sum(p.numel() for p in model.parameters() if p.dim() > 1 and id(p) not in looked_up)
+    return width * (before - now) / (multiplied + width * (before - now))

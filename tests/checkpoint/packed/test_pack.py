@@ -19,17 +19,30 @@ from torch import Tensor
 
 from hf_prune.checkpoint.packed import pack as packing
 from hf_prune.checkpoint.packed import unpack as unpacking
+from hf_prune.checkpoint.packed import values
 from hf_prune.checkpoint.packed.format import CODECS, LAYOUTS, MAGIC, MAX_EXPANSION, VALUES, read_header
 from hf_prune.checkpoint.packed.pack import pack
 from hf_prune.checkpoint.packed.remote_code import modeling_source
 from hf_prune.checkpoint.packed.unpack import unpack, unpack_mask
 from hf_prune.errors import CheckpointError
+from hf_prune.kernels.sparse.build import kernel_problem
 from tests.models import same_bits
 from tests.reference import packing as reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SHAPES = ((0,), (0, 5), (3, 0), (), (1,), (7,), (4, 8), (2, 3, 5), (3, 300))
 HEAD = "<4s10BxxQ"
+
+
+@pytest.fixture(scope="module", autouse=True, params=["numpy", "compiled"])
+def way(request):
+    """Everything is unpacked both ways."""
+    if request.param == "compiled" and (problem := kernel_problem()) is not None:
+        pytest.skip(problem)
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (unpacking, values):
+            patch.setattr(module, "has_operators", lambda: request.param == "compiled")
+        yield request.param
 
 
 def weight(shape: tuple[int, ...], sparsity: float, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -87,8 +100,9 @@ def test_any_weight_comes_back(shape, sparsity, dtype, codec, seed):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_piece_by_piece(monkeypatch, codec, dtype):
     """Large weights are read some at a time: here all are, in pieces so small that each layout has many of them."""
-    monkeypatch.setattr(unpacking, "_CHUNK", 64)
-    monkeypatch.setattr(unpacking, "_AT_ONCE", 0)
+    monkeypatch.setattr(unpacking, "CHUNK", 64)
+    monkeypatch.setattr(values, "CHUNK", 64)
+    monkeypatch.setattr(values, "_AT_ONCE", 0)
     for sparsity in (0.0, 0.04, 0.5, 0.95, 1.0):
         tensor, mask = weight((3, 701), sparsity, dtype)
         assert_reads_back(pack(tensor, mask, codec=codec), tensor, mask)
@@ -103,6 +117,22 @@ def test_piece_by_piece(monkeypatch, codec, dtype):
         unpack(pack(tensor, mask, codec=codec, values="int8")),
         reference.read(pack(tensor, mask, codec=codec, values="int8").tobytes())[0],
     )
+
+
+@pytest.mark.parametrize("stored", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rounded_while_it_is_unpacked(monkeypatch, stored, dtype):
+    monkeypatch.setattr(unpacking, "CHUNK", 64)
+    monkeypatch.setattr(values, "CHUNK", 64)
+    cases = [(weight((3, 701), sparsity, stored), "exact") for sparsity in (0.0, 0.5, 0.95)]
+    cases += [(nm_weight(2, 4, (7, 80), stored), kind) for kind in VALUES]
+    for (tensor, mask), kind in cases:
+        for form in (tensor, tensor.t().contiguous()):
+            data = pack(form, mask if form is tensor else mask.t().contiguous(), values=kind)
+            found, expected = unpack(data, dtype=dtype), unpack(data).to(dtype)
+            assert found.dtype == dtype
+            torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+            assert torch.equal(found.signbit() & ~found.isnan(), expected.signbit() & ~expected.isnan())
 
 
 @pytest.mark.parametrize(("n", "m"), [(1, 2), (2, 4), (1, 4), (3, 4), (4, 8), (2, 8), (2, 16)])
@@ -246,7 +276,10 @@ PEAK = """
 import sys, torch
 from hf_prune.checkpoint.packed.pack import pack
 from hf_prune.checkpoint.packed.unpack import unpack
-kind, values = sys.argv[1:]
+from hf_prune.kernels.sparse.build import load_if_compiled
+kind, values, way = sys.argv[1:]
+if way == "compiled":
+    load_if_compiled()
 mask = torch.zeros((1 << 21, 4), dtype=torch.bool)
 mask[:, ::2] = True
 tensor = mask.bfloat16()
@@ -273,10 +306,10 @@ assert torch.equal(found, tensor)
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("values", VALUES)
 @pytest.mark.parametrize("kind", ["rows", "columns", "one column"])
-def test_unpacking_takes_the_dense_weight_and_no_more(kind, values):
+def test_unpacking_takes_the_dense_weight_and_no_more(kind, values, way):
     """Neither for int8, nor to transpose, nor for scales that take twice the memory of the weight."""
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}  # what is freed is given back
-    words = [sys.executable, "-c", PEAK, kind, values]
+    words = [sys.executable, "-c", PEAK, kind, values, way]
     done = subprocess.run(words, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     peak, dense = map(int, done.stdout.split())
@@ -411,13 +444,13 @@ def test_a_frame_that_would_become_larger_is_not_unpacked(layout):
         unpack(np.frombuffer(bytes(changed), dtype=np.uint8))
 
 
-@pytest.mark.parametrize(("at_once", "message"), [(0, "ends early"), (1 << 20, "decompress")])
+@pytest.mark.parametrize("at_once", [0, 1 << 20])
 @pytest.mark.parametrize("layout", SIZES)
-def test_a_frame_that_breaks_off_is_refused(monkeypatch, layout, at_once, message):
-    monkeypatch.setattr(unpacking, "_AT_ONCE", at_once)
+def test_a_frame_that_breaks_off_is_refused(monkeypatch, layout, at_once):
+    monkeypatch.setattr(values, "_AT_ONCE", at_once)
     data = packed(layout)
     *before, (start, end) = read_header(data).sections
-    with pytest.raises(CheckpointError, match=f"is damaged: .*{message}"):
+    with pytest.raises(CheckpointError, match=r"is damaged: .*ends early"):
         unpack(head(data, 24 + 16 + 8 * len(before), end - start - 5, "Q"))
 
 

@@ -29,7 +29,7 @@ def test_held_out_examples_are_no_parts_of_those_that_calibration_sees(monkeypat
     texts = [text for i, text in enumerate(long) for text in (text, f"of many {i} long sentences", f"short {i}")]
     data = Dataset.from_dict({"sentence": texts, "label": [0] * len(texts)})
     monkeypatch.setattr(classification, "load_classification", lambda *_, **__: data)
-    task = ClassificationTask(calibration_samples=30)
+    task = ClassificationTask("glue/sst2", ("sentence",), "label", calibration_samples=30)
     seen = {texts[i] for i in sample_order(len(texts))[:30]}
     found = list(task.held_out(1000)["sentence"])
     numbers = [i for i, text in enumerate(long) if seen & {text, f"of many {i} long sentences"}]

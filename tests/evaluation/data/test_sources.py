@@ -15,12 +15,13 @@ from pathlib import Path
 import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 
-from hf_prune.checkpoint.sources import check_model_source, is_language_model, model_class
+from hf_prune.checkpoint.sources import check_model_source, model_class
 from hf_prune.errors import ConfigError, DataError
+from hf_prune.evaluation.data.checks import rows_named
 from hf_prune.evaluation.data.files import refuse_same_split
 from hf_prune.evaluation.data.loading import fingerprint, load_classification, load_sst2, load_texts
 from hf_prune.evaluation.data.sources import check_data_source, check_text_source
-from hf_prune.utils.hub_access import check_hub_reachable
+from hf_prune.utils.hub_access import check_hub_reachable, local_folder
 
 ROWS = [("a charming film", 1), ('he said " no', 0), ("dull", 0)]
 BOUND = 1.5  # seconds: the promise is one, the rest is for a busy machine
@@ -211,7 +212,7 @@ def test_model_folder_without_config(tmp_path):
 
 @pytest.mark.parametrize("path", ["./gone", "/gone", "a/b/c", "../gone", "", "~/gone"])
 def test_missing_folder(path):
-    with pytest.raises(DataError, match=f"no such folder: '{re.escape(path)}'.*Pass a folder that holds a model"):
+    with pytest.raises(DataError, match=f"no such folder: '{re.escape(path)}'.*Pass a folder"):
         check_model_source(path)
 
 
@@ -403,6 +404,70 @@ def test_malformed_data_id():
 
 
 # --- other data ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "sentences"),
+    [
+        ("'sentence','label'\n'good, really',1\n'it''s bad',0\n", ["good, really", "it's bad"]),
+        ("sentence;label\n'good; really';'1'\n'bad';'0'\n", ["good; really", "bad"]),
+        ("sentence,label\n'good' film,1\n'tis bad,0\n", ["'good' film", "'tis bad"]),
+        ("sentence,label\n'good',1\nbad,0\nnot 'bad',1\n", ["'good'", "bad", "not 'bad'"]),
+        ("sentence,label\n\"'good', really\",1\n\"'bad'\",0\n", ["'good', really", "'bad'"]),
+    ],
+)
+def test_single_quotes_are_quotes_where_they_are_around_fields_of_all_rows(tmp_path, text, sentences):
+    (tmp_path / "train.csv").write_text(text)
+    assert load_classification(tmp_path, "train")["sentence"][:] == sentences
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-8-sig"])
+@pytest.mark.parametrize("suffix", ["tsv", "csv", "jsonl", "json"])
+def test_files_with_a_mark_of_their_encoding(tmp_path, encoding, suffix):
+    mark = "" if encoding in ("utf-16", "utf-32", "utf-8-sig") else "\ufeff"
+    texts = {"tsv": "sentence\tlabel\ncafé\t1\n", "csv": "sentence,label\ncafé,1\n"}
+    row = '{"sentence": "café", "label": 1}'
+    text = {**texts, "jsonl": f"{row}\n", "json": f"[{row}]"}[suffix]
+    (tmp_path / f"train.{suffix}").write_bytes((mark + text).encode(encoding))
+    assert load_classification(tmp_path, "train")[0] == {"sentence": "café", "label": 1}
+
+
+def test_another_encoding_is_named_and_how_to_convert_it(tmp_path):
+    (tmp_path / "train.csv").write_bytes("sentence,label\ncafé,1\n".encode("latin-1"))
+    with pytest.raises(DataError, match=r"train.csv cannot be read as UTF-8 CSV: .*Latin-1.* iconv -f WINDOWS-1252"):
+        load_classification(tmp_path, "train")
+
+
+@pytest.mark.parametrize("suffix", ["tsv", "csv", "jsonl", "json"])
+def test_an_empty_file_is_called_empty(tmp_path, suffix):
+    (tmp_path / f"train.{suffix}").touch()
+    with pytest.raises(DataError, match=rf"train.{suffix} is empty: expected"):
+        load_classification(tmp_path, "train")
+
+
+def test_rows_in_errors_say_whose_they_are(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.touch()
+    for message, said in (
+        ("row 3: label 7 is none", f"row 3 of '{path}': label 7 is none"),
+        ("row 1, word 2: no label", f"row 1, word 2 of '{path}': no label"),
+        ("row 3 of x: no label", "row 3 of x: no label"),
+    ):
+        with pytest.raises(DataError) as caught, rows_named(path, "train"):
+            raise DataError(message)
+        assert str(caught.value) == said
+    with pytest.raises(DataError, match="row 3 of split 'train' of 'a/b': no"), rows_named("a/b", "train"):
+        raise DataError("row 3: no")
+
+
+def test_a_folder_that_is_not_there_is_no_hub_id(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "m").mkdir()
+    with pytest.raises(
+        DataError, match=r"no such folder: 'm/nosuch', though 'm' is one\. Pass a folder that holds a mod"
+    ):
+        local_folder("m/nosuch", "a model")
+    assert local_folder("n/nosuch", "a model") is None
 
 
 def test_csv_with_quoting_and_pairs(tmp_path):
@@ -655,8 +720,11 @@ def test_columns_of_text(tmp_path):
 
 
 def test_texts_that_cannot_be_read(tmp_path):
-    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "binary.txt").write_bytes(b"\xff\x00")
     with pytest.raises(DataError, match=r"binary.txt cannot be read as UTF-8 text: .*0xff"):
+        load_texts(tmp_path / "binary.txt")
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(DataError, match=r"binary.txt begins as UTF-16 text does, and cannot be read as such"):
         load_texts(tmp_path / "binary.txt")
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=r"no data files in .*empty"):
@@ -697,9 +765,3 @@ def test_model_class_is_read_from_the_config(tmp_path, closed_port):
     with pytest.raises(DataError, match=r"no such folder: '\./nothing'"):
         model_class("./nothing")
     fails_fast(lambda: model_class("owner/name"), "cannot get model 'owner/name'")
-
-
-def test_language_models_are_known_by_their_class():
-    assert is_language_model("LlamaForCausalLM")
-    assert is_language_model("GPT2LMHeadModel")
-    assert not any(map(is_language_model, ("BertForMaskedLM", "T5ForConditionalGeneration", "GPT2Model", "")))

@@ -23,6 +23,7 @@ from hf_prune import prune
 from hf_prune.calibration import batch_runner, gradients
 from hf_prune.criteria.fisher import Fisher
 from hf_prune.errors import CalibrationError
+from hf_prune.kernels.packed_masks import PackedMasks
 from hf_prune.pruning import compute_masks as scoring
 from hf_prune.pruning.mask_store import MaskStore
 from tests import models
@@ -141,7 +142,7 @@ def main(rank: int, size: int, folder: str) -> None:
     batches = tiny_batches(models.tiny_bert(), sizes=SIZES)
     with failing(rank, batch_runner, "batch_to_device", 12):
         found["in a batch"] = message(lambda m: prune(m, criterion="alps", calibration=batches))
-    with failing(rank, gradients, "_loss", 1):
+    with failing(rank, gradients, "_loss_gradients", 1):
         found["in a gradient"] = message(lambda m: prune(m, criterion="taylor", calibration=batches))
     with failing(rank, gradients, "_example_loss", 2):
         found["in an example"] = message(lambda m: prune(m, criterion="fisher", calibration=batches))
@@ -165,9 +166,9 @@ def main(rank: int, size: int, folder: str) -> None:
     model = models.tiny_bert()
     compute = scoring.compute_masks
 
-    def opinion(*arguments: Any, **keywords: Any) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    def opinion(*arguments: Any, **keywords: Any) -> tuple[PackedMasks, dict[str, torch.Tensor]]:
         masks, weights = compute(*arguments, **keywords)
-        return {name: mask ^ (rank == 1) for name, mask in masks.items()}, weights
+        return PackedMasks({name: mask ^ (rank == 1) for name, mask in masks.items()}), weights
 
     with mock.patch.object(scoring, "compute_masks", opinion):
         prune(model, criterion="wanda", calibration=batches)

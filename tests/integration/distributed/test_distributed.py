@@ -57,8 +57,8 @@ def test_masks_and_weights_are_those_of_one_process(said, case):
         ("in the iterable", "the reader broke"),
         (
             "no batches",
-            "criterion 'snip' needs calibration data, and got none: pass calibration=batches, an iterable of dicts "
-            "with the model's inputs and labels",
+            "criterion 'snip' needs calibration data, and got none: pass calibration=, a list of texts, a "
+            "datasets.Dataset, a DataLoader or batches (dicts with the model's inputs and labels)",
         ),
     ],
 )

@@ -71,21 +71,24 @@ def test_every_action_has_an_endpoint_that_the_readme_lists(app):
 
 def test_all_of_it_by_a_program(app, hub, tmp_path):
     visitor = client(app)
-    said, numbers, sizes, weights, units, layers, times, words = prune(visitor, HEADS, "fisher", True)
+    said, numbers, panel, sizes, weights, units, layers, times, words = prune(visitor, HEADS, "fisher", True)
     assert "It is really smaller" in said
     assert numbers["parameters"] < numbers["parameters_before"] == 5970
-    assert sizes["data"][0][:3] == ["Parameters", "5,970", f"{numbers['parameters']:,}"]
+    assert f"<td data-of='dense'>5,970</td><td data-of='pruned'>{numbers['parameters']:,}</td>" in sizes
     assert all(picture["type"] == "plotly" for picture in (weights, units, layers))
-    assert times["data"] == []
+    assert "Not timed yet" in times
     assert "Nothing was timed yet" in words
-    times, words = visitor.predict(api_name="/measure")
-    assert [row[0] for row in times["data"]] == ["dense", "pruned"]
+    assert panel.count("not measured yet") == 2
+    _, numbers, panel, times, words = visitor.predict(api_name="/measure")
+    assert numbers["evaluation"]["dense"]["n"] == 30
+    assert numbers["plain"]["low"] <= numbers["plain"]["value"] <= numbers["plain"]["high"]
+    assert "not measured" not in panel
+    assert re.findall("<th scope='row'>(\\w+)</th>", times) == ["dense", "pruned"]
     assert "30 rounds in turns" in words
     assert "<strong>LABEL_" in visitor.predict("w1 <b>w2</b>", api_name="/compare")
     assert "&lt;b&gt;" in visitor.predict("w1 <b>w2</b>", api_name="/compare")
-    said, rows = visitor.predict("w1 w2\n\nw3 w4", api_name="/disagreements")
-    assert f"**{len(rows['data'])} of 2**" in said
-    assert "On 30 held-out sentences" in visitor.predict(api_name="/score")
+    rows = visitor.predict("w1 w2\n\nw3 w4", api_name="/disagreements")
+    assert re.search(r"<strong>\d of 2</strong>", rows)
     card = visitor.predict("mine", api_name="/card")
     assert card.count("data:image/png;base64,") == 1  # weights; no matrix of it has zeros
     assert "Timed in turns" in card
@@ -96,31 +99,46 @@ def test_all_of_it_by_a_program(app, hub, tmp_path):
     assert "Pushed" in visitor.predict("mine", True, api_name="/push")
     assert hub.repos["model", f"{USER}/mine"].private
     assert "Timed in turns" in hub.files(f"{USER}/mine")["README.md"].decode()
-    spot, _, table, file = visitor.predict("size", 2, ["magnitude, single weights"], api_name="/tradeoff")
+    one = ["magnitude, single weights"]
+    spot, _, table, file = visitor.predict("size", 2, one, api_name="/tradeoff")
     results = json.loads((SPACE / "results.json").read_text())
-    mine = [p for p in results["points"] if p["method"] == "magnitude, single weights"]
-    assert len(table["data"]) == len(mine) == Path(file).read_text().count("\n") - 1
+    mine = [p for p in results["points"] if p["method"] in one]
+    assert table.count("<tr>") - 1 == len(mine) == Path(file).read_text().count("\n") - 1
     assert "magnitude, single weights at 30 %" in spot
-    visitor.predict(["magnitude, single weights"], ["50 %", "90 %"], api_name="/sweep")
-    _, _, table, _ = visitor.predict("sparsity", 2, ["magnitude, single weights"], api_name="/tradeoff")
-    assert [row[1] for row in table["data"]] == ["50 %", "90 %"]
+    visitor.predict(one, ["50 %", "90 %"], api_name="/sweep")  # of another model than the demo's: not beside its points
+    _, _, table, _ = visitor.predict("sparsity", 2, one, api_name="/tradeoff")
+    assert re.findall("<tr class='here'>.*?sparsity'>(\\d+ %)<.*?sentences'>(\\d+)<", table) == [
+        ("50 %", "30"),
+        ("90 %", "30"),
+    ]
+    assert "before" not in table
+    visitor.predict(one, ["50 %", "70 %"], api_name="/sweep")  # those of before stay
+    _, _, table, _ = visitor.predict("sparsity", 2, one, api_name="/tradeoff")
+    assert re.findall("<tr class='here'>.*?sparsity'>(\\d+ %)<", table) == ["90 %", "50 %", "70 %"]
     visitor.predict(api_name="/earlier")
-    _, _, table, _ = visitor.predict("sparsity", 2, ["magnitude, single weights"], api_name="/tradeoff")
-    assert len(table["data"]) == len(mine)
+    _, _, table, _ = visitor.predict("sparsity", 2, one, api_name="/tradeoff")
+    assert table.count("<tr>") - 1 == len(mine)
     assert visitor.predict(api_name="/cancel") == "Nothing of yours is running."
 
 
 def test_what_is_offered_together(app):
     visitor = client(app)
-    how, repair, sparsity = visitor.predict("Two of every four weights (2:4)", "fisher", True, api_name="/choices")
-    assert how["value"] == "magnitude"
+    goal, preset, _, how, repair, sparsity = visitor.predict(
+        "Two of every four weights (2:4)", "fisher", True, api_name="/choices"
+    )
+    assert goal["value"] is None
+    assert preset["value"] == how["value"] == "balanced"
     assert {choice[0] for choice in how["choices"]} >= {"wanda", "alps"}
     assert sparsity["value"] == 0.5
     assert not sparsity["interactive"]
-    _, repair, sparsity = visitor.predict("Whole layers", "fisher", True, api_name="/choices")
+    _, preset, _, _, repair, sparsity = visitor.predict("Whole layers", "fisher", True, api_name="/choices")
+    assert preset["value"] is None
     assert not repair["value"]
     assert not repair["interactive"]
     assert sparsity["interactive"]
+    goal, preset, *_ = visitor.predict(HEADS, "fast", True, api_name="/choices")
+    assert goal["value"] == "A faster model"
+    assert [choice[0] for choice in preset["choices"]] == ["fast", "balanced"]  # best comes to the same as balanced
 
 
 @pytest.mark.parametrize(
@@ -135,8 +153,8 @@ def test_what_is_offered_together(app):
         ("/prune", ["../../etc/passwd", WEIGHTS, "magnitude", False, 0.5], "is not a model on the Hub"),
         ("/prune", ["me/nothing", WEIGHTS, "magnitude", False, 0.5], "is not on the Hub, or is private"),
         ("/prune", [OWN, WEIGHTS, "alps", False, 7], "expected a number from 0 to 0.95"),
-        ("/prune", [OWN, WEIGHTS, ["alps"], False, 0.5], "expected one of alps"),
-        ("/prune", [OWN, HEADS, "wanda", False, 0.5], "expected one of fisher"),
+        ("/prune", [OWN, WEIGHTS, ["alps"], False, 0.5], "expected one of fast"),
+        ("/prune", [OWN, HEADS, "wanda", False, 0.5], "expected one of fast"),
         ("/sweep", [["magnitude, single weights"], []], "choose 1 to 6"),
     ],
 )
@@ -282,9 +300,15 @@ def test_all_five_parts(app, visit, hub, tmp_path, size, scheme):
     page = visit(app, size, color_scheme=scheme)
     assert page.evaluate("document.body.classList.contains('dark')") == (scheme == "dark")
     no_wider_than_the_page(page)
-    page.get_by_label("Heads and neurons").check()
+    best = page.locator("#preset label").filter(has_text=re.compile(r"^\s*best\s*$"))  # for units it is `balanced`
+    page.get_by_label("A smaller file").check()
+    best.wait_for()
+    page.get_by_label("A faster model").check()
+    best.wait_for(state="hidden")
     page.locator("#start").click()
     page.locator("#said", has_text="It is really smaller").wait_for()
+    page.locator("#numbers", has_text="95 % interval").wait_for()  # measured at once
+    assert re.search(r"Accuracy\s+[\d.]+ ± [\d.]+ %\s+dense [\d.]+ %", page.locator("#numbers").inner_text())
     assert re.search(r"[\d,]+ of 5,970 parameters are left and not zero", page.locator("#said").inner_text())
 
     tab(page, "2 See")
@@ -307,9 +331,7 @@ def test_all_five_parts(app, visit, hub, tmp_path, size, scheme):
     page.get_by_role("button", name="The plot is thin").or_(page.get_by_text("The plot is thin")).first.click()
     page.locator("#many textarea").fill("w1 w2\nw3 w4\nw5")
     page.locator("#find").click()
-    page.locator("#disagreed", has_text="of 3").wait_for()
-    page.locator("#score").click()
-    page.locator("#disagreed", has_text="On 30 held-out sentences").wait_for()
+    page.locator("#rows", has_text="of 3").wait_for()
     no_wider_than_the_page(page)
 
     tab(page, "4 Trade-off")
@@ -353,6 +375,7 @@ def test_settings_that_exclude_one_another(app, visit):
     page = visit(app)
     slider = page.locator("#sparsity input[type=range]")
     assert slider.is_enabled()
+    page.get_by_text("More: other units and methods").click()
     page.get_by_label("Two of every four weights").check()
     page.locator("#sparsity", has_text="Follows from 2:4").wait_for()
     assert slider.is_disabled()
@@ -360,6 +383,7 @@ def test_settings_that_exclude_one_another(app, visit):
     page.keyboard.press("Enter")
     page.locator("#start").click()
     page.get_by_text("is not on the Hub, or is private").wait_for()
+    page.locator("#said", has_text="Not done").wait_for()
     assert "Nothing is pruned yet" in page.locator("#said").inner_text()
 
 

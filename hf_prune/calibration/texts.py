@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from hf_prune.calibration.conversations import conversation_tokens, is_conversation
 from hf_prune.errors import DataError
 from hf_prune.planning.checks import check_positive
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+_log = logging.getLogger(__name__)
 
 
 def text_batches(
@@ -29,6 +33,7 @@ def text_batches(
         tokenizer: A tokenizer with a padding token.
         batch_size: Texts per batch; the last batch may be smaller.
         max_length: Longer texts are cut to this many tokens, or to what the tokenizer allows if that is less.
+            Blank texts, such as the blank lines of WikiText, are left out.
 
     Returns:
         Batches on the CPU with what the tokenizer makes: ``input_ids`` and ``attention_mask`` (batch, seq), int64.
@@ -36,7 +41,7 @@ def text_batches(
 
     Raises:
         ConfigError: If ``batch_size`` or ``max_length`` is below 1.
-        DataError: If there are no texts, one is not a string, or the tokenizer has no padding token.
+        DataError: If there are no texts, all are blank, one is not a string, or the tokenizer has no padding token.
 
     Example:
         >>> batches = text_batches(["a good film", "a bad one"], tokenizer)  # doctest: +SKIP
@@ -49,17 +54,59 @@ def text_batches(
         raise DataError(
             "the tokenizer has no padding token: set one, for instance tokenizer.pad_token = tokenizer.eos_token"
         )
-    checked.sort(key=len)
     length = min(max_length, tokenizer.model_max_length)
+    return [batch for batch, _ in padded_texts(checked, tokenizer, batch_size=batch_size, max_length=length)]
 
-    def encode(part: Sequence[str]) -> dict[str, Tensor]:
-        return dict(tokenizer(part, padding=True, truncation=True, max_length=length, return_tensors="pt"))
 
-    return [encode(checked[start : start + batch_size]) for start in range(0, len(checked), batch_size)]
+def padded_texts(
+    texts: Sequence[Any], tokenizer: PreTrainedTokenizerBase, *, batch_size: int, max_length: int
+) -> Iterator[tuple[dict[str, Tensor], list[int]]]:
+    """Texts, or pairs of texts, as padded batches, the short ones first; those that are blank are left out.
+
+    Args:
+        texts: Texts, or tuples of two.
+        tokenizer: A tokenizer with a padding token.
+        batch_size: Texts per batch; the last batch may be smaller.
+        max_length: Longer texts are cut to this many tokens.
+
+    Yields:
+        A batch, and which of the texts it holds.
+
+    Raises:
+        DataError: If all are blank.
+    """
+
+    def size(row: int) -> int:
+        text = texts[row]
+        return len(text) if isinstance(text, str) else sum(map(len, text))
+
+    order = sorted((row for row, text in enumerate(texts) if "".join(text).strip()), key=size)
+    if not order:
+        raise DataError(f"all {len(texts):,} texts are blank: expected at least one with words")
+    if len(order) < len(texts):
+        _log.info("%d of %d texts are blank, and are left out.", len(texts) - len(order), len(texts))
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        part = [texts[row] for row in rows]
+        sides = [part] if isinstance(part[0], str) else [list(side) for side in zip(*part, strict=True)]
+        encoded = tokenizer(*sides, padding=True, truncation=True, max_length=max_length, return_tensors="pt")
+        yield dict(encoded), rows
+
+
+def context_length(model: nn.Module) -> int | None:
+    """How many tokens the model has positions for; None if it does not say."""
+    config: Any = getattr(model, "config", None)
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None) if config is not None else None
+    if not isinstance(positions, int) or positions < 1:
+        return None
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            return positions - module.padding_idx - 1  # RoBERTa and its kin count from after the padding
+    return positions
 
 
 def token_windows(
-    texts: Iterable[str],
+    texts: Iterable[Any],
     tokenizer: PreTrainedTokenizerBase,
     *,
     n: int = 128,
@@ -75,7 +122,7 @@ def token_windows(
     of 2048 tokens.
 
     Args:
-        texts: A list of texts, or a column of a data set.
+        texts: A list of texts, or a column of a data set; or conversations, which the chat template writes out.
         tokenizer: The model's tokenizer.
         n: How many windows, drawn without replacement; all if there are fewer.
         length: Tokens of a window; what the tokenizer allows if that is less.
@@ -87,6 +134,7 @@ def token_windows(
         Batches on the CPU: ``input_ids`` and ``attention_mask`` (batch, length), int64, the latter all 1.
 
     Raises:
+        CalibrationError: If there is no chat template for conversations, or it does not take one.
         ConfigError: If ``n``, ``length`` or ``batch_size`` is below 1.
         DataError: If there are no texts, one is not a string, or they are too short for one window.
 
@@ -113,23 +161,31 @@ def token_windows(
     return batches
 
 
-def joined_tokens(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Tensor:
+def joined_tokens(texts: Iterable[Any], tokenizer: PreTrainedTokenizerBase) -> Tensor:
     r"""Texts as one row of tokens, as for published perplexities on WikiText-2.
 
     The texts are joined by ``"\n\n"`` and tokenized once, so a beginning-of-sequence token occurs only at the start.
+    Conversations are written out by the chat template, which has the special tokens, and follow one another.
 
     Args:
-        texts: A list of texts, or a column of a data set.
-        tokenizer: Any tokenizer.
+        texts: A list of texts, or a column of a data set; or conversations, lists of messages with ``role`` and
+            ``content``.
+        tokenizer: Any tokenizer; for conversations, one with a chat template.
 
     Returns:
         (tokens,) int64, on the CPU.
 
     Raises:
+        CalibrationError: If the tokenizer has no chat template for conversations, or it does not take one.
         DataError: If there are no texts, or one is not a string.
     """
-    joined = "\n\n".join(_checked_texts(texts))
-    return torch.tensor(tokenizer(joined, truncation=False, verbose=False)["input_ids"], dtype=torch.int64)
+    given = [] if isinstance(texts, str) else list(texts)
+    if given and is_conversation(given[0]):
+        tokens = [token for row in conversation_tokens(given, tokenizer) for token in row]
+    else:
+        joined = "\n\n".join(_checked_texts(given or texts))
+        tokens = tokenizer(joined, truncation=False, verbose=False)["input_ids"]
+    return torch.tensor(tokens, dtype=torch.int64)
 
 
 def _checked_texts(texts: Iterable[str]) -> list[str]:

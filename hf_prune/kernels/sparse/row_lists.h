@@ -1,61 +1,18 @@
-// y = x Wᵀ + bias for a sparse W on the CPU.
+// The product with lists of the values of each row, in chunks of neighbouring inputs.
 //
 // W lies in chunks of neighbouring inputs, and in a chunk row by row: the values that are not zero, and for each the
 // number of its input inside the chunk (16 bits). x is first copied into panels, input by input, with the tokens of a
 // tile side by side: a value then multiplies a whole vector of tokens, and the part of a panel that belongs to one chunk
 // stays in the first-level cache while all rows pass over it. Sums are in float32. 16 rows at a time are turned back
 // into the layout of y.
-//
-// The code is written once, with vector extensions, and compiled for several instruction sets; which one runs is decided
-// at run time.
 
-#include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <torch/library.h>
+#pragma once
 
-#include <algorithm>
-#include <cstdint>
-#include <cstring>
-#include <optional>
-#include <string>
-
-#define INLINE inline __attribute__((always_inline))
+#include "vectors.h"
 
 namespace {
 
 constexpr int kRows = 16;  // of a block that is transposed together
-constexpr int64_t kLeastWork = 1 << 17;  // multiplications that are worth a second thread
-
-template <int N>
-struct VectorOf {
-  typedef float type __attribute__((vector_size(4 * N), aligned(4), may_alias));
-};
-template <>
-struct VectorOf<1> {
-  typedef float type;
-};
-template <int N>
-using Vector = typename VectorOf<N>::type;
-
-struct Bfloat16 {
-  uint16_t bits;
-};
-
-INLINE float to_float(float value) { return value; }
-INLINE float to_float(Bfloat16 value) {
-  uint32_t bits = static_cast<uint32_t>(value.bits) << 16;
-  float result;
-  std::memcpy(&result, &bits, 4);
-  return result;
-}
-INLINE void assign(float& place, float value) { place = value; }
-INLINE void assign(Bfloat16& place, float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, 4);
-  // Round to nearest, ties to even; NaN stays NaN.
-  place.bits = value != value ? 0x7fc0 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-}
 
 struct Matrix {
   int64_t outputs, inputs, chunk;
@@ -65,42 +22,6 @@ struct Matrix {
   const float* bias;        // (outputs,) or null
   int64_t chunks() const { return std::max<int64_t>(1, (inputs + chunk - 1) / chunk); }
 };
-
-// --- transposition -------------------------------------------------------------------------------------------
-
-// Interleaves two vectors: one step of a transposition. Four of them move the number of a row to the place of a lane.
-INLINE void interleave(Vector<16> a, Vector<16> b, Vector<16>& low, Vector<16>& high) {
-  low = __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-  high = __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
-}
-
-INLINE void transpose(Vector<16> (&rows)[16]) {
-  Vector<16> other[16];
-  for (int i = 0; i < 8; i++) interleave(rows[i], rows[i + 8], other[2 * i], other[2 * i + 1]);
-  for (int i = 0; i < 8; i++) interleave(other[i], other[i + 8], rows[2 * i], rows[2 * i + 1]);
-  for (int i = 0; i < 8; i++) interleave(rows[i], rows[i + 8], other[2 * i], other[2 * i + 1]);
-  for (int i = 0; i < 8; i++) interleave(other[i], other[i + 8], rows[2 * i], rows[2 * i + 1]);
-}
-
-template <class T>
-INLINE Vector<16> load16(const T* from) {
-  Vector<16> result;
-  if constexpr (std::is_same_v<T, float>) {
-    std::memcpy(&result, from, 64);
-  } else {
-    for (int i = 0; i < 16; i++) result[i] = to_float(from[i]);
-  }
-  return result;
-}
-
-template <class T>
-INLINE void store16(T* to, Vector<16> values) {
-  if constexpr (std::is_same_v<T, float>) {
-    std::memcpy(to, &values, 64);
-  } else {
-    for (int i = 0; i < 16; i++) assign(to[i], values[i]);
-  }
-}
 
 // Copies inputs [begin, end) of up to `width` tokens into panel[input][token]; tokens that are missing become zero.
 template <int width, class T>
@@ -292,33 +213,19 @@ struct Level {
   }
 
 #if defined(__x86_64__)
-DEFINE_LEVEL(avx512, __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,fma"))), 16, 2, 2)
-DEFINE_LEVEL(avx2, __attribute__((target("avx2,fma"))), 8, 2, 1)
+DEFINE_LEVEL(avx512, AVX512, 16, 2, 2)
+DEFINE_LEVEL(avx2, AVX2, 8, 2, 1)
 #endif
 DEFINE_LEVEL(portable, , 4, 1, 1)
-
-std::string best_level() {
-#if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512dq"))
-    return "avx512";
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return "avx2";
-#endif
-  return "portable";
-}
 
 template <class T>
 Level<T> level_named(const std::string& name) {
 #if defined(__x86_64__)
-  const std::string best = best_level();
-  if (name == "avx512" && best == "avx512") return {fill_avx512<T>, multiply_avx512<T>};
-  if (name == "avx2" && best != "portable") return {fill_avx2<T>, multiply_avx2<T>};
+  if (name == "avx512") return {fill_avx512<T>, multiply_avx512<T>};
+  if (name == "avx2") return {fill_avx2<T>, multiply_avx2<T>};
 #endif
-  TORCH_CHECK(name == "portable", "this processor has no ", name, ": expected ", best_level(), " or a lower level");
   return {fill_portable<T>, multiply_portable<T>};
 }
-
-// --- operators -----------------------------------------------------------------------------------------------
 
 int tile_width(int64_t tokens) {
   for (int width : {1, 4, 8, 16, 32})
@@ -326,95 +233,4 @@ int tile_width(int64_t tokens) {
   return 64;
 }
 
-template <class T>
-void run(const Matrix& w, const T* x, T* y, int64_t tokens, int64_t nonzero, const Level<T>& level) {
-  const int widest = tile_width(tokens);
-  const int64_t tiles = (tokens + widest - 1) / widest;
-  // The last tile may be narrower than the others.
-  const auto width_of = [&](int64_t tile) { return tile_width(std::min<int64_t>(widest, tokens - tile * widest)); };
-  const int64_t panel_size = w.inputs * widest;
-  const bool is_panel = widest == 1 && std::is_same_v<T, float>;  // one token lies as its panel would
-  at::Tensor panels = at::empty({is_panel ? 0 : tiles * panel_size}, at::kFloat);
-  float* panel = panels.data_ptr<float>();
-  const int64_t threads = nonzero * tokens < kLeastWork ? 1 : at::get_num_threads();
-  const int64_t splits = std::max<int64_t>(1, std::min<int64_t>((threads + tiles - 1) / tiles, w.outputs / kRows));
-  const int64_t rows = ((w.outputs + splits - 1) / splits + kRows - 1) / kRows * kRows;
-  at::Tensor partials = at::empty({w.chunks() == 1 ? 0 : tiles * splits * rows * widest}, at::kFloat);
-  float* partial = partials.data_ptr<float>();
-  const auto for_each = [&](int64_t tasks, const auto& task) {
-    if (threads == 1) {
-      for (int64_t i = 0; i < tasks; i++) task(i);
-    } else {
-      at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; i++) task(i);
-      });
-    }
-  };
-  if (!is_panel) {
-    const int64_t parts = std::min<int64_t>(splits, std::max<int64_t>(1, w.inputs / kRows));
-    const int64_t inputs = ((w.inputs + parts - 1) / parts + kRows - 1) / kRows * kRows;
-    for_each(tiles * parts, [&](int64_t i) {
-      const int64_t tile = i / parts, begin = i % parts * inputs, end = std::min(w.inputs, begin + inputs);
-      if (begin < end)
-        level.fill(width_of(tile), x + tile * widest * w.inputs, w.inputs, tokens - tile * widest,
-                   panel + tile * panel_size, begin, end);
-    });
-  }
-  for_each(tiles * splits, [&](int64_t i) {
-    const int64_t tile = i / splits, begin = i % splits * rows, end = std::min(w.outputs, begin + rows);
-    const float* of_tile = is_panel ? reinterpret_cast<const float*>(x) : panel + tile * panel_size;
-    if (begin < end)
-      level.multiply(width_of(tile), w, of_tile, partial + i * rows * widest, y + tile * widest * w.outputs,
-                     tokens - tile * widest, begin, end);
-  });
-}
-
-at::Tensor sparse_linear(const at::Tensor& x, const at::Tensor& values, const at::Tensor& columns,
-                         const at::Tensor& starts, const std::optional<at::Tensor>& bias, int64_t outputs,
-                         int64_t inputs, int64_t chunk, const std::string& level) {
-  TORCH_CHECK(x.dim() >= 1 && x.size(-1) == inputs, "x has ", x.dim() ? x.size(-1) : 0, " features: expected ", inputs);
-  TORCH_CHECK(x.scalar_type() == values.scalar_type(), "x has dtype ", x.scalar_type(), ": expected ",
-              values.scalar_type(), ", as the weight");
-  TORCH_CHECK(values.is_contiguous() && columns.is_contiguous() && starts.is_contiguous(),
-              "the weight is not contiguous");
-  TORCH_CHECK(columns.scalar_type() == at::kShort && starts.scalar_type() == at::kInt,
-              "expected columns of int16 and starts of int32");
-  Matrix w{outputs, inputs, chunk, starts.const_data_ptr<int32_t>(),
-           reinterpret_cast<const uint16_t*>(columns.const_data_ptr<int16_t>()), values.const_data_ptr(), nullptr};
-  TORCH_CHECK(chunk >= 1 && chunk <= 1 << 16 && starts.numel() == w.chunks() * outputs + 1,
-              "starts has ", starts.numel(), " entries: expected one for each chunk and output, and one more");
-  TORCH_CHECK(columns.numel() == values.numel() && w.starts[starts.numel() - 1] == values.numel(),
-              "the weight has ", values.numel(), " values and ", columns.numel(), " columns: expected as many");
-  at::Tensor float_bias;
-  if (bias.has_value()) {
-    float_bias = bias->to(at::kFloat).contiguous();
-    TORCH_CHECK(float_bias.numel() == outputs, "bias has ", float_bias.numel(), " entries: expected ", outputs);
-    w.bias = float_bias.const_data_ptr<float>();
-  }
-  auto shape = x.sizes().vec();
-  shape.back() = outputs;
-  at::Tensor y = at::empty(shape, x.options());
-  const at::Tensor rows = x.contiguous();
-  const int64_t tokens = outputs == 0 ? 0 : y.numel() / outputs;
-  if (tokens == 0) return y;
-  const std::string name = level.empty() ? best_level() : level;
-  if (x.scalar_type() == at::kFloat) {
-    run<float>(w, rows.const_data_ptr<float>(), y.data_ptr<float>(), tokens, values.numel(), level_named<float>(name));
-  } else {
-    TORCH_CHECK(x.scalar_type() == at::kBFloat16, "x has dtype ", x.scalar_type(), ": expected float32 or bfloat16");
-    run<Bfloat16>(w, static_cast<const Bfloat16*>(rows.const_data_ptr()), static_cast<Bfloat16*>(y.data_ptr()), tokens,
-                  values.numel(), level_named<Bfloat16>(name));
-  }
-  return y;
-}
-
 }  // namespace
-
-TORCH_LIBRARY(hf_prune, m) {
-  m.def(
-      "sparse_linear(Tensor x, Tensor values, Tensor columns, Tensor starts, Tensor? bias, int outputs, int inputs, "
-      "int chunk, str level) -> Tensor");
-  m.def("sparse_level() -> str", [] { return best_level(); });
-}
-
-TORCH_LIBRARY_IMPL(hf_prune, CPU, m) { m.impl("sparse_linear", sparse_linear); }

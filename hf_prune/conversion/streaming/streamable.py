@@ -1,0 +1,79 @@
+"""Which settings can be streamed: those that never need the whole model at once."""
+
+from __future__ import annotations
+
+from hf_prune.criteria.base import CURVATURE, GRADIENTS, INPUTS, TRAINED
+from hf_prune.criteria.registry import CRITERIA
+from hf_prune.errors import ConfigError
+from hf_prune.planning.config import PruningConfig
+from hf_prune.planning.traits import removed_kinds
+from hf_prune.utils.distributed import rank_and_world_size
+
+_KINDS = ("expert", "neuron")  # of units that go without the whole model
+_UNIT_CRITERIA = ("frequency", "magnitude", "random", "reap")
+
+
+def check_streamable(config: PruningConfig) -> None:
+    """Make sure that the settings do not need the whole model in memory.
+
+    Raises:
+        ConfigError: If they do.
+    """
+    if config.learns_in_training or config.schedule is not None:
+        raise ConfigError(
+            f"criterion {config.criterion!r} and schedule={config.schedule!r}: streaming does not train; expected "
+            f"another criterion and no schedule"
+        )
+    if config.removes_units:
+        _check_units(config)
+    else:
+        _check_weights(config)
+    if (count := rank_and_world_size()[1]) > 1:
+        raise ConfigError(f"found {count} processes: expected one, since streaming writes one output")
+
+
+def _check_units(config: PruningConfig) -> None:
+    """Refuse kinds of units that need more than one layer at a time, and what has to run the model as a whole."""
+    if not set(removed_kinds(config)) <= set(_KINDS):
+        raise ConfigError(
+            f"granularity {config.granularity} needs the whole model in memory: expected 'expert', 'neuron', "
+            f"'unstructured', N:M or 'block:RxC', or prune without streaming"
+        )
+    if config.criterion not in _UNIT_CRITERIA:
+        raise ConfigError(
+            f"criterion {config.criterion!r} ranks {'s and '.join(removed_kinds(config))}s with the whole model in "
+            f"memory: expected magnitude or random, or for experts reap or frequency; or prune without streaming"
+        )
+    for name in ("target_flops", "target_speedup", "repair", "polish"):
+        if (value := getattr(config, name)) is not None:
+            raise ConfigError(
+                f"{name}={value!r} runs the whole model, which streaming never holds: leave it out, and give sparsity "
+                f"or target_params, or prune without streaming"
+            )
+
+
+def _check_weights(config: PruningConfig) -> None:
+    """Refuse gradients, and statistics or masks of all weights at once."""
+    if config.needs & GRADIENTS:
+        supported = [
+            name for name in CRITERIA.names() if not CRITERIA.get(name).needs & (GRADIENTS | CURVATURE | TRAINED)
+        ]
+        raise ConfigError(
+            f"criterion {config.criterion!r} needs gradients, which need the whole model in memory: expected one of "
+            f"{', '.join(supported)}; or prune without streaming"
+        )
+    if config.needs & CURVATURE or config.polish is not None:
+        who = f"criterion {config.criterion!r}" if config.needs & CURVATURE else "polish"
+        raise ConfigError(
+            f"{who} needs gradients, which need the whole model in memory: leave it out, or prune without streaming"
+        )
+    if config.repair is not None and config.scope == "global":
+        raise ConfigError(
+            f"repair={config.repair!r} with scope='global' needs all masks before the first repair: use scope 'layer' "
+            f"or 'row', or prune without streaming"
+        )
+    if config.needs & INPUTS and config.calibration_order != "sequential":
+        raise ConfigError(
+            f"calibration_order={config.calibration_order!r} needs the statistics of all weights at once: expected "
+            f"'sequential'; or prune without streaming"
+        )

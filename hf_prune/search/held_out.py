@@ -1,0 +1,140 @@
+"""What a search scores on, and what its candidates learn from: data of one split that does not overlap."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from hf_prune.calibration.batches import Batches
+from hf_prune.calibration.texts import token_windows
+from hf_prune.errors import ConfigError
+from hf_prune.evaluation.accuracy import evaluate_classification
+from hf_prune.evaluation.allowed_loss import AllowedLoss, Loss
+from hf_prune.evaluation.comparison import compare, reason_to_doubt
+from hf_prune.evaluation.perplexity import compare_perplexity, evaluate_perplexity
+from hf_prune.evaluation.tasks import ClassificationTask, LanguageModelingTask, Task
+from hf_prune.planning.config import PruningConfig
+from hf_prune.utils.formatting import display_name
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """How a search scores a model of one kind.
+
+    Args:
+        score: Scores a model, with a title for the progress bar.
+        loss: What a pruned model lost against the dense one, from their two scores.
+        calibration: Batches for a config, None if it needs none.
+        polish_data: Batches for its polish, if others.
+        doubt: Why a loss says nothing, from the score of the dense model; empty if it does.
+        unit: What is lost, in words.
+        description: What was scored, in words.
+        texts: What was scored, of a language model.
+        recipe: By what it can be held out again, for a card.
+    """
+
+    score: Callable[[Any, str], Any]
+    loss: Callable[[Any, Any], Loss]
+    calibration: Callable[[PruningConfig], Batches | None]
+    polish_data: Callable[[PruningConfig], Batches | None]
+    doubt: Callable[[Any], str]
+    unit: str
+    description: str
+    texts: Sequence[str] = ()
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+
+
+def held_out_data(
+    task: Task,
+    model: Any,
+    tokenizer: Any,
+    configs: Sequence[PruningConfig],
+    n: int,
+    *,
+    allowed: AllowedLoss,
+    **options: Any,
+) -> HeldOut:
+    """Split the data of a task into what is scored and what is learned from.
+
+    Args:
+        task: Labelled texts for a classifier, or texts for a causal language model.
+        model: The dense model.
+        tokenizer: Its tokenizer.
+        configs: All settings that may be tried.
+        n: The most examples, or windows of tokens, that are scored.
+        allowed: What is counted as lost.
+        **options: Of the evaluation, such as ``batch_size``.
+
+    Raises:
+        ConfigError: If models of the task are not searched, or not by answers that change.
+        DataError: If too little data remains to score.
+    """
+    if isinstance(task, ClassificationTask):
+        return _sentences(task, model, tokenizer, configs, n, allowed, options)
+    if isinstance(task, LanguageModelingTask):
+        if allowed.flips:
+            raise ConfigError(
+                f"max_flips is {allowed.most:g}, and {type(model).__name__} is a language model, whose loss is in per "
+                f"cent of perplexity: use max_drop"
+            )
+        return _windows(task, model, tokenizer, n, options)
+    raise ConfigError(
+        f"{type(model).__name__} is a sentence encoder: expected a sequence classifier or a causal language model; "
+        f"hf-prune sweep compares sentence encoders"
+    )
+
+
+def _sentences(
+    task: ClassificationTask,
+    model: Any,
+    tokenizer: Any,
+    configs: Sequence[PruningConfig],
+    n: int,
+    allowed: AllowedLoss,
+    options: dict[str, Any],
+) -> HeldOut:
+    seen = max(task.samples_seen(config, n) for config in configs)
+    data = task.held_out(n, seen)
+    named = {"source": display_name(task.source), "split": task.calibration_split, **task.columns, **options}
+
+    def loss(dense: Any, pruned: Any) -> Loss:
+        return allowed.loss(compare(dense, pruned))
+
+    return HeldOut(
+        score=lambda scored, title: evaluate_classification(scored, tokenizer, data, **named, progress=title),
+        loss=loss,
+        calibration=lambda config: task.calibration_batches([config], model, tokenizer),
+        polish_data=lambda config: task.polish_batches([config], model, tokenizer, seen),
+        doubt=reason_to_doubt,
+        unit="% of answers changed" if allowed.flips else "points of accuracy",
+        description=f"{len(data):,} held-out examples of {display_name(task.source)} {task.calibration_split}",
+        recipe={"n": n, "seen": seen},
+    )
+
+
+def _windows(task: LanguageModelingTask, model: Any, tokenizer: Any, n: int, options: dict[str, Any]) -> HeldOut:
+    learned, scored = task.learned_and_held_out()
+    length = task.window_of(model)
+    windows = token_windows(learned, tokenizer, length=length, n=task.calibration_samples)
+    named = {"source": display_name(task.source), "split": task.calibration_split, **options}
+
+    def loss(dense: Any, pruned: Any) -> Loss:
+        found = compare_perplexity(dense, pruned)
+        high = found.ratio if found.interval is None else found.interval[1]
+        return Loss(100 * (found.ratio - 1), 100 * (found.ratio_standard_error or 0.0), 100 * (high - 1))
+
+    return HeldOut(
+        score=lambda model, title: evaluate_perplexity(
+            model, tokenizer, scored, window=length, limit=n, progress=title, **named
+        ),
+        loss=loss,
+        calibration=lambda config: windows if config.needs_data else None,
+        polish_data=lambda config: None,
+        doubt=lambda score: "",
+        unit="per cent of perplexity",
+        description=f"at most {n:,} windows of {length} tokens from the last quarter of the texts of "
+        f"{display_name(task.source)} {task.calibration_split}",
+        texts=scored,
+        recipe={"n": n, "window": length},
+    )

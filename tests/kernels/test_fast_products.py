@@ -1,0 +1,90 @@
+"""float32 products through oneDNN: only where it is faster and exact, and the setting comes back."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hf_prune import prune
+from hf_prune.kernels import fast_products as module
+from hf_prune.kernels.fast_products import fast_products, onednn_is_faster
+from tests import models
+
+LARGE = torch.zeros(512, 512)
+
+
+@pytest.fixture
+def faster(monkeypatch):
+    monkeypatch.setattr(module, "onednn_is_faster", lambda: True)
+
+
+@pytest.fixture
+def measured():
+    onednn_is_faster.cache_clear()
+    yield
+    onednn_is_faster.cache_clear()
+
+
+def precision_within(tensors):
+    with fast_products(tensors):
+        return torch.get_float32_matmul_precision()
+
+
+@pytest.mark.usefixtures("faster")
+def test_large_matrices_are_multiplied_by_onednn_and_the_setting_comes_back():
+    assert precision_within([torch.zeros(3), LARGE]) == "medium"
+    assert torch.get_float32_matmul_precision() == "highest"
+    with pytest.raises(ZeroDivisionError), fast_products([LARGE]):
+        raise ZeroDivisionError
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+@pytest.mark.usefixtures("faster")
+@pytest.mark.parametrize(
+    "tensors",
+    [[], [torch.zeros(8, 8)], [torch.zeros(1 << 19)], [LARGE.bfloat16()], [LARGE, LARGE.half()], [LARGE.to("meta")]],
+)
+def test_nothing_changes_without_large_matrices_of_float32(tensors):
+    assert precision_within(tensors) == "highest"
+
+
+@pytest.mark.usefixtures("faster")
+def test_what_the_user_has_set_stays():
+    torch.set_float32_matmul_precision("high")
+    try:
+        assert precision_within([LARGE]) == "high"
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.usefixtures("measured")
+def test_it_must_be_faster_and_exact(monkeypatch):
+    monkeypatch.setattr(module, "_gain", lambda product: 2.0)
+    assert onednn_is_faster() == torch.backends.mkldnn.is_available()  # exact everywhere but with AMX
+    monkeypatch.setattr(module, "_gain", lambda product: 1.1)
+    onednn_is_faster.cache_clear()
+    assert not onednn_is_faster()
+    monkeypatch.setattr(module, "_gain", lambda product: 2.0)
+    monkeypatch.setattr(module, "_AGREES", 0.0)
+    onednn_is_faster.cache_clear()
+    assert not onednn_is_faster()
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_both_are_timed():
+    seen = []
+    gain = module._gain(lambda: seen.append(torch.get_float32_matmul_precision()))
+    assert gain > 0
+    assert set(seen) == {"highest", "medium"}
+
+
+@pytest.mark.usefixtures("faster")
+def test_pruning_with_data_uses_it(monkeypatch):
+    monkeypatch.setattr(module, "_LARGE", 1)
+    seen = []
+    model = models.tiny_bert()
+    model.bert.register_forward_hook(lambda *_: seen.append(torch.get_float32_matmul_precision()))
+    prune(model, 0.5, criterion="wanda", calibration=models.tiny_batches(model))
+    assert set(seen) == {"medium"}
+    assert torch.get_float32_matmul_precision() == "highest"
