@@ -8,7 +8,7 @@ layer is removed if it is bypassed.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import TypeVar
 
 import torch
@@ -75,9 +75,10 @@ def shrink_modules(model: Model, cuts: list[tuple[str, int, Tensor]] | None = No
     if cuts is not None:
         cuts += tensor_cuts(groups, kept)
     renamed = remove_layers(model, lists, removed)
+    moves = [(removed_units, units_renamed), (removed, renamed)]
     if store is not None:
         _cut_masks(store, groups, kept)
-        for gone, new in ((removed_units, units_renamed), (removed, renamed)):
+        for gone, new in moves:
             left = {new_name(n, new): m for n, m in store.masks.packed.items() if layer_of(n, gone) is None}
             store.masks = PackedMasks.sharing(left)
         store.attach(model)
@@ -87,7 +88,7 @@ def shrink_modules(model: Model, cuts: list[tuple[str, int, Tensor]] | None = No
             record["speed"] = store.speed.to_dict()
         if store.config is not None:
             record["pruning_config"] = store.config.to_dict()
-    simplify_config(model, [dataclasses.replace(g, units=_staying(g, kept)) for g in groups])
+    simplify_config(model, [_as_it_is_now(group, kept, moves) for group in groups])
     return model
 
 
@@ -114,13 +115,28 @@ def shrink_without_weights(
     record_structure(model, before, units, kept, lists, (), {})
     if (record := getattr(model.config, RECORD, None)) is not None:
         record["pruning_config"] = config.to_dict()
-    simplify_config(model, [dataclasses.replace(g, units=_staying(g, kept)) for g in groups])
+    simplify_config(model, [_as_it_is_now(group, kept, [(gone, renamed)]) for group in groups])
     return cuts, gone, renamed
 
 
-def _staying(group: UnitGroup, kept: Mapping[str, Tensor]) -> int:
-    """How many units a group has without those that were cut."""
-    return int(kept[group.name].shape[-1]) if group.name in kept else group.units
+def _as_it_is_now(
+    group: UnitGroup, kept: Mapping[str, Tensor], moves: Iterable[tuple[Collection[str], Mapping[str, str]]]
+) -> UnitGroup:
+    """A group after units and layers were cut: with as many units as stay, where they are now.
+
+    Args:
+        group: The group before.
+        kept: The units that each smaller group keeps, by its name.
+        moves: Modules that were removed, and the new names of others by the old ones; one after the other.
+    """
+    producers, consumers = group.producers, group.consumers
+    for gone, renamed in moves:
+        producers, consumers = (
+            tuple(dataclasses.replace(p, name=new_name(p.name, renamed)) for p in pieces if not layer_of(p.name, gone))
+            for pieces in (producers, consumers)
+        )
+    units = int(kept[group.name].shape[-1]) if group.name in kept else group.units
+    return dataclasses.replace(group, units=units, producers=producers, consumers=consumers)
 
 
 def surviving_units(model: nn.Module, group: UnitGroup) -> Tensor | None:

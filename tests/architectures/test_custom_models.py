@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from transformers import (
 )
 
 from hf_prune import describe_units, prunable
+from hf_prune.architectures.bypass import bypass
 from hf_prune.architectures.find_unit_groups import find_unit_groups
 from hf_prune.architectures.small_models import small_config
 from hf_prune.errors import ArchitectureError, PlanError
@@ -197,6 +199,17 @@ def test_three_heads_are_left_and_the_config_is_written_from_what_was_known(tmp_
     reloaded = prunable(Phi3ForCausalLM.from_pretrained(tmp_path).eval())
     torch.testing.assert_close(reloaded(**INPUTS).logits, masked, atol=1e-6, rtol=1e-5)
     assert "heads" in str(describe_units(reloaded))
+
+
+@pytest.mark.parametrize("gone", [0, 2])
+def test_the_config_tells_sizes_also_when_layers_were_removed(gone, tmp_path):
+    torch.manual_seed(0)
+    pruned = prunable(OwnModel(OwnConfig()).eval()).prune(0.5, granularity="neuron")
+    bypass(pruned.stack[gone])
+    pruned.shrink()
+    assert (pruned.config.depth, pruned.config.ff) == (2, 48)
+    pruned.save_pretrained(tmp_path)
+    assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
 
 
 def test_a_config_in_words_of_its_own_builds_nothing_large():
