@@ -52,10 +52,10 @@ def with_values(config: Any, values: Mapping[str, Any]) -> Any:
         # A size that follows from others does so in the old config as well; a word or a switch has to stay as it is.
         is_handled = name in old and _is_same(again, name, old[name])
         is_kept = not _has_number(value) and _is_same(config, name, value)
-        if hasattr(made, name) and (_is_config(value) or (is_handled and not is_kept)):
+        if hasattr(made, name) and (is_config(value) or (is_handled and not is_kept)):
             continue
         setattr(made, name, value)
-        if not _is_config(value) and not _is_same(made, name, value):
+        if not is_config(value) and not _is_same(made, name, value):
             raise ValueError(f"its {name} would be {getattr(made, name, None)!r} in place of {value!r}")
     return made
 
@@ -79,8 +79,11 @@ def _is_same(config: Any, name: str, value: Any) -> bool:
         return False
 
 
-def _is_config(value: Any) -> bool:
-    return hasattr(value, "model_type") and hasattr(value, "to_dict")
+def is_config(value: Any) -> bool:
+    """Whether a value is a config, such as that of one part of a model."""
+    from transformers import PreTrainedConfig
+
+    return isinstance(value, PreTrainedConfig)
 
 
 def _has_number(value: Any) -> bool:

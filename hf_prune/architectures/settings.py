@@ -6,6 +6,8 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
+_ABSENT = object()  # in place of a setting that the config has not
+
 
 def config_of_setting(config: Any, name: str) -> tuple[Any, str]:
     """The config that holds a setting, and its attribute there.
@@ -24,6 +26,21 @@ def set_setting(config: Any, name: str, value: Any) -> None:
     """Set a setting; arguments as :func:`config_of_setting`."""
     holder, key = config_of_setting(config, name)
     setattr(holder, key, value)
+
+
+def setting(config: Any, name: str) -> Any:
+    """The value of a setting, for :func:`restore_setting`; arguments as :func:`config_of_setting`."""
+    holder, key = config_of_setting(config, name)
+    return getattr(holder, key, _ABSENT)
+
+
+def restore_setting(config: Any, name: str, value: Any) -> None:
+    """Set a setting to what :func:`setting` gave, or remove it if there was none."""
+    holder, key = config_of_setting(config, name)
+    if value is not _ABSENT:
+        setattr(holder, key, value)
+    else:
+        delattr(holder, key)
 
 
 def objection_to(config: Any, values: Mapping[str, Any]) -> str | None:

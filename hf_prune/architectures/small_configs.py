@@ -10,7 +10,7 @@ import copy
 from typing import Any
 
 from hf_prune.architectures.config_sizes import hidden_size, whole_number
-from hf_prune.architectures.config_values import values_of, with_values
+from hf_prune.architectures.config_values import is_config, values_of, with_values
 from hf_prune.architectures.model_inputs import text_config
 from hf_prune.architectures.small_numbers import Scale, Shared
 
@@ -79,26 +79,18 @@ def _join_towers(config: Any, shared: Shared, widths: bool) -> None:
 
 def _parts(config: Any) -> list[Any]:
     """A config and all configs in it."""
-    inner = [v for v in vars(config).values() if _is_config(v)]
+    inner = [v for v in vars(config).values() if is_config(v)]
     return [config, *(part for child in inner for part in _parts(child))]
-
-
-def _is_config(value: Any) -> bool:
-    from transformers import PreTrainedConfig
-
-    return isinstance(value, PreTrainedConfig)
 
 
 def _shrunk(config: Any, shared: Shared, most_layers: int | None, widths: bool) -> Any:
     if any(name.endswith(("block_configs", "stage_configs")) for name in vars(config)):
         return copy.deepcopy(config)  # small, and of a structure of its own
-    values = {
-        name: value for name, value in values_of(config).items() if not _is_config(value) and name not in _DERIVED
-    }
+    values = {name: value for name, value in values_of(config).items() if not is_config(value) and name not in _DERIVED}
     scale = Scale.of(config, values, shared, most_layers, widths)
     small = {name: scale.value(name, value) for name, value in values.items()}
     inner = {
-        name: _shrunk(value, shared, most_layers, widths) for name, value in vars(config).items() if _is_config(value)
+        name: _shrunk(value, shared, most_layers, widths) for name, value in vars(config).items() if is_config(value)
     }
     if shared.joined is not None and "out_hidden_size" in small:
         small["out_hidden_size"] = shared.joined

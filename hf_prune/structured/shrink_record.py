@@ -14,11 +14,10 @@ from hf_prune.architectures.discovery.sample import FAILURES
 from hf_prune.architectures.kinds.registry import kind_named
 from hf_prune.architectures.layer_list import LayerList
 from hf_prune.architectures.modules import base_prefix
-from hf_prune.architectures.settings import config_of_setting, objection_to, set_setting
+from hf_prune.architectures.settings import objection_to, restore_setting, setting
 from hf_prune.architectures.unit_groups import UnitGroup
 
 RECORD = "pruned_structure"  # the attribute of the config that says what was done
-_ABSENT = object()  # in place of a setting that the config has not
 
 
 def layer_of(name: str, layers: Collection[str]) -> str | None:
@@ -111,25 +110,12 @@ def simplify_config(model: nn.Module, groups: Iterable[UnitGroup]) -> None:
             values = kind.config_values(first)
             if objection_to(model.config, values) is None:
                 if first.kind in ("head", "neuron") and all(group.is_found for group in alike):
-                    before.append((alike, {name: _setting(model.config, name) for name in values}))
+                    before.append((alike, {name: setting(model.config, name) for name in values}))
                 kind.write_config(model, first)
     for alike, values in before:
         if not _is_built(model, alike):
             for name, value in values.items():
-                _restore(model.config, name, value)
-
-
-def _setting(config: Any, name: str) -> Any:
-    holder, key = config_of_setting(config, name)
-    return getattr(holder, key, _ABSENT)
-
-
-def _restore(config: Any, name: str, value: Any) -> None:
-    if value is not _ABSENT:
-        set_setting(config, name, value)
-    else:
-        holder, key = config_of_setting(config, name)
-        delattr(holder, key)
+                restore_setting(model.config, name, value)
 
 
 def _is_built(model: nn.Module, groups: Iterable[UnitGroup]) -> bool:

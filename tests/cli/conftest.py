@@ -2,7 +2,7 @@
 
 import pytest
 
-from hf_prune.cli.main import main
+from tests.support.command_line import run_command
 
 
 @pytest.fixture
@@ -10,11 +10,8 @@ def hf_prune(capsys):
     """Run the command line; returns what it printed, to stderr if it was to fail with a code."""
 
     def run(*arguments, code=0):
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as exit_:
-            main([str(a) for a in arguments])
-        out, err = capsys.readouterr()
-        assert int(exit_.value.code or 0) == code, err
-        return err if code else out
+        done = run_command(capsys, *arguments)
+        assert done.code == code, done.err
+        return done.err if code else done.out
 
     return run

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import json
 import math
 import os
@@ -15,7 +16,7 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -41,7 +42,7 @@ from hf_prune import (
 )
 from hf_prune.architectures.kinds.registry import unit_descriptions
 from hf_prune.checkpoint.native import load_tokenizer
-from hf_prune.cli.main import app, main
+from hf_prune.cli.main import app
 from hf_prune.cli.panels import OTHER, PANELS
 from hf_prune.cli.workflows import budget as budget_workflow
 from hf_prune.cli.workflows import prune as prune_workflow
@@ -55,6 +56,7 @@ from hf_prune.planning.presets import PRESETS, preset_settings
 from hf_prune.utils.files import write_json
 from hf_prune.utils.formatting import format_count, printable
 from tests import models
+from tests.support.command_line import Done, run_command
 
 COMMANDS = (
     "demo",
@@ -78,12 +80,6 @@ COMMANDS = (
     "list",
 )
 PNG = b"\x89PNG"
-
-
-class Done(NamedTuple):
-    code: int
-    out: str
-    err: str
 
 
 @pytest.fixture(scope="module")
@@ -116,15 +112,7 @@ def folders(tmp_path_factory) -> dict[str, str]:
 @pytest.fixture
 def hf_prune(capsys) -> Callable[..., Done]:
     """Run a command as the console script does, in this process."""
-
-    def run(*arguments: object) -> Done:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as exit_:
-            main([str(a) for a in arguments])
-        code = exit_.value.code
-        return Done(int(code or 0), *capsys.readouterr())
-
-    return run
+    return functools.partial(run_command, capsys)
 
 
 def in_process(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
@@ -1173,7 +1161,9 @@ def test_plan_of_units(hf_prune, bert):
     assert [site["kept"] for site in values["sites"]] == [16, 16]
     speed = ("--target-speedup", "1.1", "--workload", "2x8", "--threads", "1", "--criterion", "magnitude")
     timed = hf_prune("prune", folder, "--granularity", "neuron", *speed, "--dry-run")
-    assert timed.code == 0 or "were asked for" in timed.err  # so small a model hardly gains
+    assert (
+        timed.code == 0 or "were asked for" in timed.err or "cannot be met" in timed.err
+    )  # so small a model hardly gains
     learned = hf_prune("prune", folder, "--granularity", "neuron", "--criterion", "fisher", "--data", data, "--dry-run")
     assert "by data" not in learned.out
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from hf_prune.checkpoint.custom_code import is_trusted
-from hf_prune.cli.main import main
 from tests import models
+from tests.support.command_line import run_command
 
 CONFIGURATION = """
 from transformers import PretrainedConfig
@@ -99,15 +99,8 @@ def folders(tmp_path_factory) -> tuple[str, str]:
 
 
 @pytest.fixture
-def hf_prune(capsys, monkeypatch):
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["hf-prune", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        out, err = capsys.readouterr()
-        return int(ended.value.code or 0), out, err
-
-    return run
+def hf_prune(capsys):
+    return functools.partial(run_command, capsys)
 
 
 def loaded(folder: Path):

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 
 import pytest
 
 from hf_prune.checkpoint import native
-from hf_prune.cli.main import main
 from tests import models
+from tests.support.command_line import run_command
 
 METHODS = {
     "fp8": {"quant_method": "fp8"},
@@ -53,13 +52,6 @@ def quantize(folder, method):
     path.write_text(json.dumps({**described, "quantization_config": METHODS[method]}))
 
 
-def run(monkeypatch, capsys, *arguments):
-    monkeypatch.setattr(sys, "argv", ["hf-prune", *map(str, arguments)])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    return int(ended.value.code or 0), capsys.readouterr().err
-
-
 @pytest.mark.parametrize("command", COMMANDS)
 @pytest.mark.parametrize("method", ["fp8", "bitsandbytes"])
 def test_refused_before_weights_are_read(command, method, folder, monkeypatch, capsys, tmp_path):
@@ -67,7 +59,7 @@ def test_refused_before_weights_are_read(command, method, folder, monkeypatch, c
     monkeypatch.setattr(native, "load_pruned", None)  # which would be called with the weights
     places = {"OUT": tmp_path / "out.onnx", "DATA": folder / "data"}
     more = [places.get(word, word) for word in COMMANDS[command]]
-    code, err = run(monkeypatch, capsys, command.split()[0], folder / "model", *more)
+    code, _, err = run_command(capsys, command.split()[0], folder / "model", *more)
     assert code == 1
     assert f"is quantized with '{method}': expected" in err
     assert err.count("\n") == 1
@@ -79,7 +71,7 @@ def test_refused_before_weights_are_read(command, method, folder, monkeypatch, c
 def test_what_cannot_be_loaded_here_is_said_in_a_sentence(command, method, folder, monkeypatch, capsys):
     quantize(folder, method)
     name, *more = [folder / "data" if word == "DATA" else word for word in command]
-    code, err = run(monkeypatch, capsys, name, folder / "model", *more)
+    code, _, err = run_command(capsys, name, folder / "model", *more)
     assert code == 1
     assert "cannot be loaded: " in err
     assert method in err.lower() or "optimum" in err

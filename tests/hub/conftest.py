@@ -2,7 +2,7 @@
 
 import pytest
 
-from hf_prune.cli.main import main
+from tests.support.command_line import run_command
 
 
 @pytest.fixture
@@ -10,11 +10,8 @@ def run(capsys):
     """Run the command line; returns what it printed. A code of None is any."""
 
     def run(*words, code=0):
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main([str(word) for word in words])
-        out, err = capsys.readouterr()
-        assert code is None or (ended.value.code or 0) == code, err
-        return out if not code or out else err
+        done = run_command(capsys, *words)
+        assert code in (None, done.code), done.err
+        return done.out if not code or done.out else done.err
 
     return run

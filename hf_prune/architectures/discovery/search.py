@@ -61,9 +61,9 @@ def search(sample: Sample) -> Discovery | str:
             why = "a layer is run several times, or changes the shape of hidden states"
             refused[block_list.name] = Refusal(why, "layer")
             continue
-        if replaced := [name for name in sample.replaced if name.startswith(f"{block_list.name}.")]:
-            why = f"its layers stay: the code makes another {replaced[0]} from the config when it runs"
-            refused[block_list.name] = Refusal(why, "layer")
+        inside = (name for name in sample.replaced if name.startswith(f"{block_list.name}."))
+        if (name := next(inside, None)) is not None:
+            refused[block_list.name] = Refusal(f"its layers stay: {_made_anew(name)}", "layer")
             continue
         stacks[number], reason = with_layer_fields(sample, stacks[number])
         if reason is not None:
@@ -178,10 +178,15 @@ def _failure(sample: Sample, stack: Stack, found: FoundUnits, dense: Sequence[Te
         return str(error)
     if not groups or any(group.units != found.units for group in groups if group.consumers[0].width == found.width):
         return "their sizes differ between layers"
-    for piece in (piece for group in groups for piece in group.slices):
-        if replaced := [name for name in sample.replaced if piece.name.startswith(f"{name}.")]:
-            return f"the code makes another {replaced[0]} from the config when it runs"
+    names = [piece.name for group in groups for piece in group.slices]
+    around = (name for name in sample.replaced if any(piece.startswith(f"{name}.") for piece in names))
+    if (name := next(around, None)) is not None:
+        return _made_anew(name)
     return unit_failure(sample, groups, dense)
+
+
+def _made_anew(name: str) -> str:
+    return f"the code makes another {name} from the config when it runs"
 
 
 def _describes(sample: Sample, stack: Stack, units: Units, found: FoundUnits) -> bool:
