@@ -39,6 +39,14 @@ import ruler
 
 ENCODER = r".*\b(layer|layers|h|block)\.\d+\..*"
 BEST = {"criterion": "alps", "repair": "least_squares", "objective": "loss", "allocation": "fisher"}
+DRAWN = (
+    "magnitude",
+    "wanda + least squares",
+    "sparsegpt",
+    "alps",
+    "best: alps, fisher allocation, loss",
+    "best + polish",
+)
 METHODS: dict[str, dict[str, Any]] = {
     "torch L1": {},
     "magnitude": {},
@@ -262,7 +270,7 @@ class Table:
         curves: dict[str, list[tuple[float, float, float]]] = {}
         for method, amount in self.cells():
             scored = self.scored(method, amount, "dev") if amount.startswith("0.") else None
-            if scored is not None and method in METHODS:
+            if scored is not None and method in DRAWN:
                 curves.setdefault(method, []).append((100 * float(amount), *scored.mean("drop")))
         harness.draw_curves(
             path,

@@ -194,44 +194,46 @@ def draw_curves(
     x_label: str,
     y_label: str,
 ) -> None:
-    """Draw accuracies, a line for each method; those whose name begins with "best" are bold.
+    """Draw accuracies, a line for each method, for light and for dark pages; those named "best" are bold.
 
     Args:
-        path: The picture.
+        path: The picture; the one for dark pages stands beside it.
         dense: Accuracy of the dense model, in percent.
-        curves: Points (x, drop, standard error) by method; methods with fewer than two are left out.
+        curves: Points (x, drop, standard error) by method, at most six methods; those with fewer than two points are
+            left out.
         x_label: What x is.
         y_label: What the accuracy is of.
     """
-    from matplotlib import colormaps
-    from matplotlib.figure import Figure
+    from hf_prune.utils.figures import GREY, MARKERS, PALETTE, figure, save_pair, spread_labels
 
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.subplots()
-    axes.axhline(dense, color="black", linewidth=1, linestyle=":", label=f"dense, {dense:.2f} %")
-    for i, (method, points) in enumerate(curves.items()):
-        if len(points) < 2:
-            continue
+    lines = {method: sorted(points) for method, points in curves.items() if len(points) > 1}
+    drawn, axes = figure(8.0, 4.6)
+    axes.axhline(dense, color=GREY, linewidth=1, linestyle=":")
+    for (method, points), color, marker in zip(lines.items(), PALETTE, MARKERS, strict=False):
         x, drops, errors = zip(*points, strict=True)
         is_best = method.startswith("best")
         axes.errorbar(
             x,
             [dense - drop for drop in drops],
             errors,
-            label=method,
-            color=colormaps["tab20"](i),
-            marker="o",
-            markersize=4,
-            linewidth=2.5 if is_best else 1.2,
+            color=color,
+            marker=marker,
+            markersize=5,
+            linewidth=2.5 if is_best else 1.4,
             capsize=2,
             zorder=3 if is_best else 2,
         )
-    axes.set_xlabel(x_label)
-    axes.set_ylabel(y_label)
-    axes.grid(alpha=0.3)
-    axes.legend(loc="lower left", fontsize=8)
+    low, high = axes.get_ylim()
+    last = max(points[-1][0] for points in lines.values())
+    ends = [dense, *(dense - points[-1][1] for points in lines.values())]
+    names, colors = [f"dense, {dense:.2f} %", *lines], [GREY, *PALETTE]
+    for name, color, height in zip(names, colors, spread_labels(ends, (high - low) / 24), strict=False):
+        weight = "bold" if name.startswith("best") else "normal"
+        place = {"xy": (last, height), "xytext": (10, 0), "textcoords": "offset points", "va": "center"}
+        axes.annotate(name.partition(":")[0], **place, color=color, fontsize=9, weight=weight, annotation_clip=False)
+    axes.set(xlabel=x_label, ylabel=y_label)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    save_pair(drawn, path)
     print(f"Drawn: {path}")
 
 

@@ -45,6 +45,11 @@ SECTIONS = (
     ),
     ("Errors and progress", "What is raised, and who listens.", ("errors", "utils", "quantizer")),
 )
+#: A picture with a variant for dark pages, as GitHub shows it.
+_PICTURE = re.compile(
+    r'<picture>\s*<source media="[^"]*dark[^"]*" srcset="(?P<dark>[^"]+)">\s*'
+    r'<img src="(?P<light>[^"]+)" alt="(?P<alt>[^"]*)">\s*</picture>'
+)
 _LINK = re.compile(r"(?P<text>!?\[[^\]]*\])\((?P<target>[^)#\s]*)(?P<anchor>#[^)\s]*)?\)")
 
 
@@ -75,7 +80,9 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
             return text[1:-1] if text.startswith("[") else match[0]
         return f"{text}({posixpath.relpath(inside, posixpath.dirname(page.file.src_uri) or '.')}{anchor})"
 
-    return _LINK.sub(relink, markdown)
+    # The theme switches between two pictures by the ends of their addresses, also by its own button.
+    pair = r"![\g<alt>](\g<light>#only-light) ![\g<alt>](\g<dark>#only-dark)"
+    return _LINK.sub(relink, _PICTURE.sub(pair, markdown))
 
 
 def _reference() -> str:

@@ -17,7 +17,7 @@ from tests.docs.pages import PAGES, ROOT, page_name
 
 METHODS = ROOT / "docs" / "methods"
 SCHEDULES = schedule_names()  # before examples register theirs
-_LINK = re.compile(r"\]\(([^)\s]+)\)")
+_LINK = re.compile(r"""(?:\]\(|\bsrc(?:set)?=")([^)"\s]+)""")
 
 
 def headings(text: str) -> list[str]:
