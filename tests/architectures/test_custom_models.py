@@ -212,6 +212,28 @@ def test_the_config_tells_sizes_also_when_layers_were_removed(gone, tmp_path):
     assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
 
 
+class LetterConfig(OwnConfig):
+    model_type = "in_letters"
+    depth = property(lambda self: self.L, lambda self, value: None)
+
+    def __init__(self, L=3, **kwargs):
+        self.L = L
+        super().__init__(**kwargs)
+
+
+class LetterModel(OwnModel):
+    config_class = LetterConfig
+
+
+def test_any_attribute_of_the_config_may_count_the_layers():
+    torch.manual_seed(0)
+    pruned = prunable(LetterModel(LetterConfig(num_labels=3)).eval()).prune(0.33, granularity="layer")
+    masked = pruned(**INPUTS).logits
+    pruned.shrink()
+    assert (pruned.config.L, pruned.config.num_labels) == (2, 3)
+    torch.testing.assert_close(pruned(**INPUTS).logits, masked)
+
+
 def test_a_config_in_words_of_its_own_builds_nothing_large():
     class Vast(OwnModel):
         def __init__(self, config):

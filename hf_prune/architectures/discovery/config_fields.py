@@ -27,6 +27,7 @@ from hf_prune.architectures.remove_layers import remove_layers
 from hf_prune.architectures.settings import config_of_setting, set_setting
 from hf_prune.architectures.unit_groups import UnitGroup
 
+_ANY = re.compile(r"\w+")
 _LAYERS = re.compile(r"\w*(layer|depth|block|n_blocks)\w*")
 _HEADS = re.compile(r"\w*(head|group|n_kv)\w*")
 _SIZES = re.compile(r"\w*(head_dim|head_size|d_kv|d_head|dim_head|head_features)\w*")
@@ -74,8 +75,13 @@ def with_layer_fields(sample: Sample, stack: Stack) -> tuple[Stack, str | None]:
     total = len(layers.layers)
     if total < 2:
         return stack, "the small model has one layer only, so removing it proves nothing"
-    reason = "no attribute of the config gives their number"
-    for name in _names(sample.model.config, total, _LAYERS, _own_config(sample.model, layers.name)):
+    unknown = reason = "no attribute of the config gives their number"
+    own = _own_config(sample.model, layers.name)
+    usual = _names(sample.model.config, total, _LAYERS, own)
+    others = [name for name in _names(sample.model.config, total, _ANY, own) if name not in usual]
+    for name in [*usual, *others]:
+        if name in others and reason != unknown:
+            break  # a usual name counts them, and they stay for the reason that was found
         holder, _ = config_of_setting(sample.model.config, name)
         lists = tuple(key for key, value in vars(holder).items() if isinstance(value, list) and len(value) == total)
         for fixed in (0, 1):
@@ -118,7 +124,7 @@ def _changes(
     config, number, fewer = sample.model.config, group.units, max(group.units // 2, 1)
     own = _own_config(sample.model, layer_list(sample.model, stack).layer_names()[0])
     if units.kind == "neuron":
-        for name in _names(config, number, re.compile(r"\w+"), own):
+        for name in _names(config, number, _ANY, own):
             yield {name: fewer}, (False,), None
         for name in _names(config, None, re.compile(r"\w*(inner|ffn|intermediate|mlp)\w*"), own):
             yield {name: fewer}, (False,), None
