@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from hf_prune import CheckpointError, ConfigError, PlanError, PruningConfig, plan_stream, prune_stream
+from hf_prune import CheckpointError, ConfigError, PlanError, PruningConfig, plan_stream, prune, prune_stream
 from hf_prune.auto import load_native
 from hf_prune.checkpoint.files import MASK_FILE, SPARSITY_REPORT
 from hf_prune.cli.workflows.prune import pruned_into
@@ -127,6 +127,16 @@ def test_an_interrupted_stream_goes_on(tmp_path: Path, monkeypatch: pytest.Monke
     for path in (tmp_path / "expected").iterdir():
         if not path.name.startswith("."):
             assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes()
+
+
+def test_experts_that_saw_no_token_are_named_as_in_memory(tmp_path: Path) -> None:
+    source, config = saved("mixtral", tmp_path / "source"), PruningConfig(criterion="reap", **EXPERTS)
+    few = [{"input_ids": torch.tensor([[5]])}]
+    with pytest.warns(UserWarning, match="experts saw no calibration token") as expected:
+        prune(load_native(str(source)), config, calibration=few)
+    with pytest.warns(UserWarning, match="experts saw no calibration token") as found:
+        prune_stream(source, config, tmp_path / "out", calibration=few)
+    assert [str(warning.message) for warning in found] == [str(warning.message) for warning in expected]
 
 
 def test_what_the_class_does_not_load_is_left_out(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ from hf_prune.structured.routing import (
     routing_watchers,
 )
 from hf_prune.structured.unit_plan import UnitPlan
-from hf_prune.structured.unit_scores import random_scores, squared_weights
+from hf_prune.structured.unit_scores import random_scores, squared_weights, warn_of_unused_experts
 from hf_prune.utils.progress import Bar
 
 Batches = Sequence[Mapping[str, Any]]
@@ -66,18 +66,24 @@ def score_units(
     if config.criterion == "random":
         return {group.name: random_scores(model, group, config.seed) for group in plan.sites}
     scores: dict[str, Tensor] = {}
+    tokens: dict[str, Tensor] = {}
     for record in journal.records:
-        scores |= {name: torch.tensor(values).double() for name, values in record.get("scores", {}).items()}
+        for kept, found in (("scores", scores), ("tokens", tokens)):
+            found |= {name: torch.tensor(values).double() for name, values in record.get(kept, {}).items()}
 
-    def add(group: UnitGroup, values: Tensor) -> None:
+    def add(group: UnitGroup, values: Tensor, seen: Tensor | None = None) -> None:
+        record = {"scores": {group.name: values.tolist()}}
         scores[group.name] = values.double()
-        journal.add({"scores": {group.name: values.tolist()}})
+        if seen is not None:
+            tokens[group.name] = seen
+            record["tokens"] = {group.name: seen.tolist()}
+        journal.add(record)
 
     groups = [group for group in plan.sites if group.name not in scores]
     if config.learns_units and groups:
         observe = _observe_by_blocks(meta_model, plan, batches, cache_bytes, journal.scratch, set(scores), progress)
         for group, routing in observe:
-            add(group, routing.reap if config.criterion == "reap" else routing.frequency)
+            add(group, routing.reap if config.criterion == "reap" else routing.frequency, routing.tokens)
     elif groups:
         lazy = LazyWeights(meta_model, _finite(meta_model, groups), meta_model.read_rows)
         for group in Bar(groups, desc="Experts", progress=progress):
@@ -85,6 +91,8 @@ def score_units(
             lazy.hold([*(piece.name for piece in group.slices), *(name for names in own for name in names)])
             add(group, squared_weights(model, group))
         lazy.release()
+    if config.criterion == "reap":
+        warn_of_unused_experts(model, plan.sites, tokens)
     return scores
 
 
