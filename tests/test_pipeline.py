@@ -1,6 +1,5 @@
 """The whole story: reference values, torch's own pruning, and pruning again and again."""
 
-import itertools
 import sys
 from pathlib import Path
 
@@ -394,49 +393,75 @@ def test_compiled_model_is_pruned_itself():
 _WRITING = ("pipeline.py", "transaction.py", "mask_store.py", "held_masks.py", "interrupts.py")
 
 
+def lines_of_writing(do, at=None):
+    """The lines of the steps that write, in order, as (file, number); Ctrl-C comes before the one numbered ``at``."""
+    lines = []
+
+    def trace(frame, event, _):
+        if not frame.f_code.co_filename.endswith(_WRITING):
+            return None
+        if event == "line" and (at is None or len(lines) <= at):
+            lines.append((frame.f_code.co_filename, frame.f_lineno))
+            if len(lines) - 1 == at:
+                raise KeyboardInterrupt
+        return trace
+
+    sys.settrace(trace)
+    try:
+        do()
+    finally:
+        sys.settrace(None)
+    return lines
+
+
+INTERRUPTED = [  # settings, and whether the model has masks before
+    ({}, False),
+    ({"criterion": "magnitude"}, True),
+    ({"repair": "least_squares"}, True),
+    ({"criterion": "wanda", "keep_dense": True}, True),
+]
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # a folder goes when it is forgotten
-@pytest.mark.parametrize(
-    ("settings", "again"), [({}, False), ({}, True), ({"repair": "least_squares"}, True), ({"keep_dense": True}, True)]
-)
-def test_ctrl_c_leaves_a_model_before_or_after_and_never_between(settings, again):
-    """Interrupted at every other line of the steps that write, in turn: either nothing has happened, or all of it."""
+@pytest.mark.parametrize("case", range(len(INTERRUPTED)))
+def test_ctrl_c_leaves_a_model_before_or_after_and_never_between(case):
+    """Interrupted at every line of the steps that write, the first time that it runs and the last time.
+
+    Lines that run with several settings are interrupted with two of them, in turn.
+    """
     batches = [{"x": torch.randn(4, 6, generator=torch.Generator().manual_seed(0))}]
 
-    def build():
+    def build(number):
+        settings, again = INTERRUPTED[number]
         model = models.mlp(inputs=6, hidden=4, labels=2)
         return prune(model, 0.2, keep_dense="keep_dense" in settings) if again else model
+
+    def lines_with(number, model, at=None):
+        return lines_of_writing(lambda: prune(model, 0.5, calibration=batches, **INTERRUPTED[number][0]), at)
 
     def state(model):
         store = MaskStore.of(model)
         masks = {} if store is None else {name: mask.tolist() for name, mask in store.masks.items()}
         return {name: p.tolist() for name, p in model.named_parameters()}, masks, store and store.config
 
-    before, done = build(), prune(build(), 0.5, calibration=batches, **settings)
+    before, done = build(case), build(case)
+    runs = [lines_with(number, done if number == case else build(number)) for number in range(len(INTERRUPTED))]
     allowed = (state(before), state(done))
     assert allowed[0] != allowed[1]
+    own, points = runs[case], set()
+    for turn, line in enumerate(dict.fromkeys(line for lines in runs for line in lines)):
+        cases = [number for number, lines in enumerate(runs) if line in lines]
+        if cases[turn % len(cases)] == case:
+            points.add(own.index(line))
+        if cases[(turn + 1) % len(cases)] == case:
+            points.add(len(own) - 1 - own[::-1].index(line))
     seen = set()
-    for number in itertools.count(step=2):
-        model, left = build(), [number]
-
-        def interrupt(frame, event, _, left=left):
-            if not frame.f_code.co_filename.endswith(_WRITING):
-                return None
-            if event == "line" and left is not None:
-                left[0] -= 1
-                if left[0] == -1:
-                    raise KeyboardInterrupt
-            return interrupt
-
-        sys.settrace(interrupt)
-        try:
-            prune(model, 0.5, calibration=batches, **settings)
-        except KeyboardInterrupt:
-            seen.add(state(model)[1] == allowed[1][1])
-        else:
-            break
-        finally:
-            sys.settrace(None)
-        assert state(model) in allowed, number
+    for point in sorted(points):
+        model = build(case)
+        with pytest.raises(KeyboardInterrupt):
+            lines_with(case, model, point)
+        assert state(model) in allowed, own[point]
+        seen.add(state(model)[1] == allowed[1][1])
     assert seen == {False, True}
 
 
