@@ -88,6 +88,18 @@ def test_experts(tmp_path):
     assert AutoModelForCausalLM.from_pretrained(tmp_path).num_parameters() == model.num_parameters()
 
 
+def test_compressed_experts_are_rounded_as_others(tmp_path):
+    model = prunable(moe_models.tiny_mixture("qwen3_moe")).prune(0.5)
+    for compressed in (False, True):
+        model.save_pretrained(tmp_path / str(compressed), compressed=compressed)
+    expected, found = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.bfloat16).state_dict()
+        for name in ("False", "True")
+    )
+    assert {tensor.dtype for tensor in found.values()} == {torch.bfloat16}
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
 def test_train(folder):
     model = AutoPrunedModelForSequenceClassification.from_pretrained(folder / "dense")
     tokenizer = models.tiny_tokenizer()

@@ -193,9 +193,12 @@ def take_dense_tensors() -> None:
         misfits: set[Any] = set()
         if state_dict is None and checkpoint_files and make is not None and (found := make(checkpoint_files)):
             misfits = take_misfits(model, found, load_config.weight_mapping or ())
+            dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
             with unchanged(checkpoint_files):
                 # Without the names of the files, or offloaded weights would be read from them.
                 info, *others = load(model, found, None, load_config, *args, **kwargs)
+            if not hasattr(HfQuantizer, "get_new_dtype"):
+                round_renamed(model, dtypes, load_config.dtype_plan or {})
         else:
             info, *others = load(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
         info.missing_keys -= {name for name, *_ in misfits}
@@ -204,6 +207,24 @@ def take_dense_tensors() -> None:
 
     load_dense.takes_dense_tensors = True  # type: ignore[attr-defined]
     PreTrainedModel._load_pretrained_model = staticmethod(load_dense)  # type: ignore[method-assign]
+
+
+def round_renamed(model: Any, dtypes: Mapping[str, torch.dtype], plan: Mapping[str, torch.dtype]) -> None:
+    """Round what early releases of transformers 5 load in the dtype of the files: tensors with another name in a model.
+
+    Args:
+        model: The model, with its weights.
+        dtypes: The dtypes that it was built with, by name.
+        plan: Other dtypes for some of them, by pattern.
+    """
+    from transformers.core_model_loading import build_glob_alternation
+
+    policy, by_group, _ = build_glob_alternation(list(plan)) if plan else (None, {}, None)
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        planned = policy.search(name) if policy is not None else None
+        dtype = dtypes.get(name, tensor.dtype) if planned is None else plan[by_group[str(planned.lastgroup)]]
+        if tensor.is_floating_point() and dtype.is_floating_point and not tensor.is_meta and tensor.dtype != dtype:
+            tensor.data = tensor.data.to(dtype)
 
 
 class PackedQuantizer(HfQuantizer):
