@@ -902,6 +902,7 @@ def state(child):
     return "old" if found == before else "new" if found == after else "broken", code
 
 before = contents(old)
+write()  # so that no fork imports anything
 began = time.perf_counter()
 child = start(-1)
 os.waitpid(child, 0)

@@ -28,7 +28,7 @@ def clients(tmp_path_factory):
     home = tmp_path_factory.mktemp("home")
     with listening() as renew:
         settings = {**client_environment(renew(), home), "HF_TOKEN": TOKEN, "XDG_CACHE_HOME": str(home / "cache")}
-        with ForkServer(**settings, HF_MODULES_CACHE=str(home / "modules"), MPLBACKEND="agg") as processes:
+        with ForkServer("hf_prune", **settings, HF_MODULES_CACHE=str(home / "modules"), MPLBACKEND="agg") as processes:
             yield renew, processes
 
 

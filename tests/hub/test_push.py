@@ -30,7 +30,8 @@ REPO = f"{USER}/pruned"
 def clients(tmp_path_factory):
     """A function that renews the hub, the home of its clients, and where their processes are forked."""
     home = tmp_path_factory.mktemp("clients") / "home"
-    with listening() as renew, ForkServer(**client_environment(renew(), home)) as processes:
+    imported = ("hf_prune", "pydantic.main", "typer.main", "transformers.pipelines", "transformers.trainer")
+    with listening() as renew, ForkServer(*imported, **client_environment(renew(), home)) as processes:
         yield renew, home, processes
 
 

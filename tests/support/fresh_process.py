@@ -7,8 +7,10 @@ interpreter does from its first import on starts one itself.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
+import pkgutil
 import signal
 import subprocess
 import sys
@@ -26,13 +28,14 @@ class ForkServer:
     """A context in which :meth:`run` is ``subprocess.run([sys.executable, "-c", code, ...])`` without the imports.
 
     What libraries read from the environment while they are imported is what the server has: ``env`` sets it, and
-    ``None`` takes a variable out.
+    ``None`` takes a variable out. ``modules`` are imported as well, with all that is in them, for processes
+    that need not import them themselves.
     """
 
-    def __init__(self, **env: str | None) -> None:
+    def __init__(self, *modules: str, **env: str | None) -> None:
         settings = {**os.environ, "PYTHONPATH": ROOT, "OMP_NUM_THREADS": "1", **env}
         self._server = subprocess.Popen(
-            [sys.executable, "-m", "tests.support.fresh_process"],
+            [sys.executable, "-m", "tests.support.fresh_process", *modules],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -90,6 +93,11 @@ def _serve() -> None:
 
     assert all((AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, modeling_bert))
     assert "hf_prune" not in sys.modules
+    for name in sys.argv[1:]:
+        found = importlib.import_module(name)
+        for each in pkgutil.walk_packages(getattr(found, "__path__", []), f"{name}."):
+            if not each.name.endswith("__main__"):
+                importlib.import_module(each.name)
     requests, replies = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     for line in requests:
