@@ -777,9 +777,9 @@ def test_exit_codes_of_the_process(folders, tmp_path):
     done = in_process("prune", folders["text"], "--sparsity", 7, "--dry-run")
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == "error: sparsity is 7.0: expected a share from 0 to 1; did you mean 0.07?\n"
-    done = in_process("report", folders["text"], "--json")
+    done = in_process("list", "--json")
     assert done.returncode == 0
-    assert json.loads(done.stdout)["model"] == "BertForSequenceClassification"
+    assert "magnitude" in json.dumps(json.loads(done.stdout))
     assert "Traceback" not in done.stderr
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import filecmp
+import itertools
 import json
 import os
 import shutil
@@ -96,9 +97,19 @@ def nothing_hidden(folder: Path) -> bool:
 # --- the same as in memory --------------------------------------------------------------------------
 
 
-@pytest.mark.covering(1)
-@pytest.mark.parametrize("settings", DATA_FREE.values(), ids=DATA_FREE)
-@pytest.mark.parametrize("kind", BUILDERS)
+def pairs(settings: dict[str, dict[str, Any]], *thorough: str) -> list[Any]:
+    """Each kind of model with one of the settings in turn, and the thorough kinds with all (``make test-rest``)."""
+    in_turn = list(zip(BUILDERS, itertools.cycle(settings)))
+    rest = [pair for pair in itertools.product(thorough, settings) if pair not in in_turn]
+    return [
+        pytest.param(
+            kind, settings[name], id=f"{kind}-{name}", marks=() if number < len(in_turn) else pytest.mark.matrix
+        )
+        for number, (kind, name) in enumerate([*in_turn, *rest])
+    ]
+
+
+@pytest.mark.parametrize(("kind", "settings"), pairs(DATA_FREE, "llama", "bart"))
 def test_without_data_everything_is_bit_equal(kind, settings, tmp_path):
     source, config = saved(BUILDERS[kind](), tmp_path / "source"), PruningConfig(**settings)
     expected, expected_report = pruned_in_memory(source, config, tmp_path / "expected", None)
@@ -112,10 +123,8 @@ def test_without_data_everything_is_bit_equal(kind, settings, tmp_path):
     assert nothing_hidden(tmp_path)
 
 
-@pytest.mark.covering(1)
 @pytest.mark.filterwarnings("ignore:.*are experts that saw fewer")  # so few tokens are all that a test has time for
-@pytest.mark.parametrize("settings", CALIBRATED.values(), ids=CALIBRATED)
-@pytest.mark.parametrize("kind", BUILDERS)
+@pytest.mark.parametrize(("kind", "settings"), pairs(CALIBRATED, "llama", "bart"))
 def test_calibrated_masks_are_bit_equal(kind, settings, tmp_path):
     model = BUILDERS[kind]()
     source, config = saved(model, tmp_path / "source"), PruningConfig(**settings)

@@ -437,11 +437,17 @@ DAMAGE |= {
 }  # fmt: skip
 
 
+def damaged(swept, folder, damage):
+    """The results of a sweep, changed."""
+    shutil.copytree(swept, folder, dirs_exist_ok=True)
+    path = folder / "results.json"
+    path.write_text(DAMAGE[damage](path.read_text()))
+    return path
+
+
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damaged_results_are_refused(model, swept, scored, tmp_path, damage):
-    shutil.copytree(swept, tmp_path, dirs_exist_ok=True)
-    path = tmp_path / "results.json"
-    path.write_text(DAMAGE[damage](path.read_text()))
+    path = damaged(swept, tmp_path, damage)
     before = path.read_bytes()
     with pytest.raises(
         SweepError, match=r"results.json (is not a sweep|holds results of other|has other labels)"
@@ -450,6 +456,11 @@ def test_damaged_results_are_refused(model, swept, scored, tmp_path, damage):
     assert "\x1b" not in str(caught.value)
     assert path.read_bytes() == before
     assert not scored
+
+
+@pytest.mark.parametrize("damage", ["deep", "no settings", "accuracy"])  # no JSON, no sweep, wrong numbers
+def test_damaged_results_can_be_replaced(model, swept, scored, tmp_path, damage):
+    damaged(swept, tmp_path, damage)
     sweep(model, tmp_path, restart=True, overwrite=True)
     assert len(scored) == 3
 

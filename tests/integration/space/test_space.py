@@ -25,7 +25,8 @@ from hf_prune import (
 )
 from tests import models
 from tests.integration.space.space_server import ROOT, SPACE, at_once, write_tiny
-from tests.loopback_hub import TOKEN, USER, run_client, serving
+from tests.loopback_hub import USER, client_environment, listening, run_client
+from tests.support.fresh_process import ForkServer
 
 
 @pytest.fixture(scope="module")
@@ -495,13 +496,20 @@ def test_the_front_matter_is_as_the_hub_wants_it():
 # --- the Hub ----------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def clients(tmp_path_factory):
+    """A function that renews the hub, and one that runs a process whose Hub it is."""
+    home = tmp_path_factory.mktemp("clients") / "home"
+    with listening() as renew, ForkServer("hf_prune", "typer.main", **client_environment(renew(), home)) as processes:
+        yield renew, lambda hub, *command, **options: run_client(hub, home, *command, processes=processes, **options)
+
+
 @pytest.fixture
-def hub():
-    with serving() as found:
-        yield found
+def hub(clients):
+    return clients[0]()
 
 
-def test_models_of_the_hub(hub, tiny, tmp_path):
+def test_models_of_the_hub(hub, clients, tiny, tmp_path):
     """One good model, and all that must not be loaded; strangers do not get what the machine's token could read."""
     files = {p.name: p.read_bytes() for p in tiny[0].iterdir()}
     config = json.loads(files["config.json"])
@@ -532,7 +540,8 @@ from limits import Limits
 from sessions import Sessions
 from hf_prune import PruningConfig
 said = {{}}
-sessions = Sessions(Path("out"), demo=None, data=None, sentences=["w1"], limits=Limits(download_bytes=100_000))
+out = Path({str(tmp_path / "out")!r})
+sessions = Sessions(out, demo=None, data=None, sentences=["w1"], limits=Limits(download_bytes=100_000))
 def load(sessions, name):
     sessions.prune("a", name, PruningConfig(0.5), lambda *_: None)
     return sessions.of("a").name
@@ -546,11 +555,11 @@ for name in ("../../etc/passwd", "/etc", "a/../b", "me", "me/x y", "https://x/y"
         load(sessions, name)
     except Exception as error:
         said[name] = f"{{type(error).__name__}}: {{error}}"
-private = Sessions(Path("out"), demo=None, data=None, sentences=["w1"], public=False)
+private = Sessions(out, demo=None, data=None, sentences=["w1"], public=False)
 said["own"] = load(private, "{USER}/secret")
 print("SAID" + json.dumps(said) + "END")
 """
-    out = run_client(hub, tmp_path / "home", script, token=TOKEN)
+    out = clients[1](hub, script)
     said = json.loads(out[out.index("SAID") + 4 : out.index("END")])
     for name, found in (("good", "good"), ("remote", "remote"), ("own", "secret")):
         assert said[name] == f"{USER}/{found}"
@@ -812,9 +821,9 @@ def test_what_was_measured_before_the_time_is_up_is_kept(make, space):
     assert {"evaluation", "plain"} <= set(sessions.of("a").measured)
 
 
-def test_push_of_the_space(hub, tiny, tmp_path):
+def test_push_of_the_space(hub, clients, tiny):
     def client(*words, **options):
-        return run_client(hub, tmp_path / "home", "space", *words, **options)
+        return clients[1](hub, "space", *words, **options)
 
     options = ["--model", str(tiny[0]), "--data", str(tiny[1])]
     (tiny[0] / ".env").write_text("secret")
