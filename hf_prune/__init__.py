@@ -170,7 +170,9 @@ _MODULES = {
     ),
     "evaluation.tasks": (
         "ClassificationTask",
+        "ExampleTask",
         "LanguageModelingTask",
+        "SentenceTask",
     ),
     "evaluation.weight_statistics": ("weight_histogram",),
     "granularities.base": ("Granularity",),

@@ -21,7 +21,7 @@ class Loss:
     """What a pruned model lost against the dense one on the same data.
 
     Args:
-        value: Points of accuracy, per cent of changed answers, or per cent of perplexity.
+        value: Points of the metric, per cent of changed answers, or per cent of perplexity.
         standard_error: Of it, paired.
         bound: With 95 % confidence it is at most this.
     """

@@ -9,11 +9,19 @@ from typing import Any
 from hf_prune.calibration.batches import Batches
 from hf_prune.calibration.texts import token_windows
 from hf_prune.errors import ConfigError
-from hf_prune.evaluation.accuracy import evaluate_classification
 from hf_prune.evaluation.allowed_loss import AllowedLoss, Loss
-from hf_prune.evaluation.comparison import compare, reason_to_doubt
 from hf_prune.evaluation.perplexity import compare_perplexity, evaluate_perplexity
-from hf_prune.evaluation.tasks import ClassificationTask, LanguageModelingTask, Task
+from hf_prune.evaluation.scores import score_doubt, score_model
+from hf_prune.evaluation.tasks import (
+    ClassificationTask,
+    ExampleTask,
+    LanguageModelingTask,
+    RawTask,
+    SentenceTask,
+    Task,
+)
+from hf_prune.evaluation.tasks.examples import LANGUAGE
+from hf_prune.evaluation.tasks.raw import NO_TASK
 from hf_prune.planning.config import PruningConfig
 from hf_prune.utils.formatting import display_name
 
@@ -32,6 +40,7 @@ class HeldOut:
         description: What was scored, in words.
         texts: What was scored, of a language model.
         recipe: By what it can be held out again, for a card.
+        identity: What results must agree on to stand in one table, besides the description.
     """
 
     score: Callable[[Any, str], Any]
@@ -43,6 +52,7 @@ class HeldOut:
     description: str
     texts: Sequence[str] = ()
     recipe: Mapping[str, Any] = field(default_factory=dict)
+    identity: Mapping[str, Any] = field(default_factory=dict)
 
 
 def held_out_data(
@@ -58,20 +68,18 @@ def held_out_data(
     """Split the data of a task into what is scored and what is learned from.
 
     Args:
-        task: Labelled texts for a classifier, or texts for a causal language model.
+        task: Texts for a causal language model, or examples with what a model should say of them.
         model: The dense model.
-        tokenizer: Its tokenizer.
+        tokenizer: Its tokenizer or processor.
         configs: All settings that may be tried.
         n: The most examples, or windows of tokens, that are scored.
         allowed: What is counted as lost.
         **options: Of the evaluation, such as ``batch_size``.
 
     Raises:
-        ConfigError: If models of the task are not searched, or not by answers that change.
+        ConfigError: If models of the task are not searched, or not by answers that change, or there is no such metric.
         DataError: If too little data remains to score.
     """
-    if isinstance(task, ClassificationTask):
-        return _sentences(task, model, tokenizer, configs, n, allowed, options)
     if isinstance(task, LanguageModelingTask):
         if allowed.flips:
             raise ConfigError(
@@ -79,14 +87,17 @@ def held_out_data(
                 f"cent of perplexity: use max_drop"
             )
         return _windows(task, model, tokenizer, n, options)
-    raise ConfigError(
-        f"{type(model).__name__} is a sentence encoder: expected a sequence classifier or a causal language model; "
-        f"hf-prune sweep compares sentence encoders"
-    )
+    if isinstance(task, RawTask):
+        raise ConfigError(f"{type(model).__name__} has no task that is scored: {NO_TASK}")
+    if isinstance(task, ExampleTask) and task.kind == LANGUAGE:
+        raise ConfigError(
+            f"the task is an ExampleTask of {LANGUAGE}, which holds out no texts: pass a LanguageModelingTask"
+        )
+    return _examples(task, model, tokenizer, configs, n, allowed, options)
 
 
-def _sentences(
-    task: ClassificationTask,
+def _examples(
+    task: ClassificationTask | ExampleTask | SentenceTask,
     model: Any,
     tokenizer: Any,
     configs: Sequence[PruningConfig],
@@ -94,22 +105,32 @@ def _sentences(
     allowed: AllowedLoss,
     options: dict[str, Any],
 ) -> HeldOut:
-    seen = max(task.samples_seen(config, n) for config in configs)
-    data = task.held_out(n, seen)
-    named = {"source": display_name(task.source), "split": task.calibration_split, **task.columns, **options}
+    seen = max(task.samples_seen(config, n, model) for config in configs)
+    data = task.held_out(n, seen, model)
+    metric, source = task.metric_label(data), display_name(task.source)
+    if allowed.flips and not task.has_answers:
+        raise ConfigError(
+            f"max_flips is {allowed.most:g}, a share of answers that are classes, which {type(model).__name__} does "
+            f"not give: it is scored by {metric}; use max_drop, in points of it"
+        )
+    units = "rows" if isinstance(task, SentenceTask) else "examples"
+    named = {"source": source, "split": task.calibration_split, **task.columns, **options}
+    columns = {name: list(value) if isinstance(value, tuple) else value for name, value in task.columns.items()}
+    identity = {} if isinstance(task, ClassificationTask) else {"task": {**columns, "metric": metric}}
 
     def loss(dense: Any, pruned: Any) -> Loss:
-        return allowed.loss(compare(dense, pruned))
+        return allowed.loss(task.compare(dense, pruned))
 
     return HeldOut(
-        score=lambda scored, title: evaluate_classification(scored, tokenizer, data, **named, progress=title),
+        score=lambda scored, title: score_model(scored, tokenizer, data, **named, progress=title),
         loss=loss,
         calibration=lambda config: task.calibration_batches([config], model, tokenizer),
         polish_data=lambda config: task.polish_batches([config], model, tokenizer, seen),
-        doubt=reason_to_doubt,
-        unit="% of answers changed" if allowed.flips else "points of accuracy",
-        description=f"{len(data):,} held-out examples of {display_name(task.source)} {task.calibration_split}",
+        doubt=score_doubt,
+        unit="% of answers changed" if allowed.flips else f"points of {metric}",
+        description=f"{len(data):,} held-out {units} of {source} {task.calibration_split}",
         recipe={"n": n, "seen": seen},
+        identity=identity,
     )
 
 

@@ -17,6 +17,7 @@ from hf_prune.planning.config import PruningConfig
 from hf_prune.pruning.mask_store import MaskStore
 from hf_prune.search.held_out import HeldOut
 from hf_prune.search.point import SearchPoint
+from hf_prune.utils.wrapping import sole_model
 
 
 def measure_candidate(
@@ -50,7 +51,8 @@ def measure_candidate(
     Raises:
         HfPruneError: As :func:`hf_prune.prune` does.
     """
-    pruned = prunable(copy.deepcopy(model))
+    whole = prunable(copy.deepcopy(model))
+    pruned: Any = sole_model(whole)  # the transformers model in one of sentence-transformers
     before = sparsity_report(pruned, config)
     start = time.perf_counter()
     batches = data.calibration(config)
@@ -64,21 +66,26 @@ def measure_candidate(
         structure = structure_report(pruned.shrink())
         plain, sparsity = not structure.needs_plugin, 1 - structure.parameters / structure.parameters_before
         report = dataclasses.replace(report, structure=structure)
-    size = saved_size(pruned, folder, compressed=compressed)
-    score = data.score(pruned, f"{name}: scoring" if progress else "")
+    size = saved_size(whole, folder, compressed=compressed)
+    score = data.score(whole, f"{name}: scoring" if progress else "")
     point = SearchPoint(
         name=name,
         preset=preset,
         config=config,
         plain=plain and not compressed,
         loss=data.loss(dense, score),
-        score=float(score.perplexity if hasattr(score, "perplexity") else score.accuracy),
+        score=value_of(score),
         size=size,
         speedup=1.0 if speed is None else speed.measured,
         sparsity=sparsity,
         seconds=round(seconds, 1),
     )
-    return point, pruned, report
+    return point, whole, report
+
+
+def value_of(score: Any) -> float:
+    """The number that a score is: a perplexity, or the value of its metric."""
+    return float(score.perplexity if hasattr(score, "perplexity") else score.value)
 
 
 def saved_size(model: Any, folder: Path, *, compressed: bool) -> int:

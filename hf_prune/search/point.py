@@ -23,7 +23,7 @@ class SearchPoint(Result):
         config: The settings that it stands for.
         plain: Whether plain transformers loads it, without hf_prune.
         loss: Against the dense model, on held-out data.
-        score: Accuracy, 0 to 1, or perplexity.
+        score: The value of the metric, or the perplexity.
         size: Bytes of the weights' files.
         speedup: How many times as fast, measured; 1 where only zeros were made.
         sparsity: Share of the weights that are zero or gone, of all parameters.

@@ -6,13 +6,13 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from hf_prune.auto import load_native
+from hf_prune.auto import load_native, load_sentence_model
 from hf_prune.checkpoint.staging import staged_checkpoint
 from hf_prune.errors import DataError
 from hf_prune.evaluation.generation import compare_generation, evaluate_generation
 from hf_prune.evaluation.saved_scores import scores_to_dict
 from hf_prune.evaluation.sparsity_report import SparsityReport
-from hf_prune.evaluation.tasks import LanguageModelingTask, Task
+from hf_prune.evaluation.tasks import LanguageModelingTask, SentenceTask, Task
 from hf_prune.hub.card import write_card
 from hf_prune.hub.card_data import read_card_data
 from hf_prune.hub.checksums import measured_weights
@@ -23,6 +23,7 @@ from hf_prune.search.held_out import HeldOut
 from hf_prune.search.result import SearchResult
 from hf_prune.utils.files import write_text
 from hf_prune.utils.notices import warn_user
+from hf_prune.utils.wrapping import is_sentence_model, sole_model
 
 
 def save_winner(
@@ -32,7 +33,7 @@ def save_winner(
 
     Args:
         model: The pruned model.
-        tokenizer: Its tokenizer.
+        tokenizer: Its tokenizer or processor; not used of a model of sentence-transformers, which has its own.
         report: What is zero or gone.
         folder: The folder of the winner.
         goal: Whose checkpoints are compressed or not.
@@ -43,8 +44,11 @@ def save_winner(
         CheckpointError: If such files are in the way.
     """
     with staged_checkpoint(folder, "auto", overwrite=overwrite, announce=announce) as staging:
-        model.save_pretrained(staging, compressed=goal.compressed)
-        tokenizer.save_pretrained(staging)
+        if is_sentence_model(model):  # without the card that it would write
+            model.save_pretrained(staging, compressed=goal.compressed, create_model_card=False)
+        else:
+            model.save_pretrained(staging, compressed=goal.compressed)
+            tokenizer.save_pretrained(staging)
         write_text(staging / "sparsity_report.json", report.to_json())
 
 
@@ -77,7 +81,7 @@ def publish(
     Returns:
         The result, with the comparison on the split.
     """
-    winner: Any = load_native(str(folder))
+    winner: Any = (load_sentence_model if isinstance(task, SentenceTask) else load_native)(str(folder))
     best = result.best
     assert best is not None
     facts = dict(facts)
@@ -107,7 +111,7 @@ def publish(
         load = best.config.workload
         assert load is not None
         timed = measure_latency(
-            {"dense": model, "pruned": winner},
+            {"dense": sole_model(model), "pruned": sole_model(winner)},
             batch_sizes=[load["batch_size"]],
             lengths=[load.get("length", load.get("prompt", 0))],
             new_tokens=load.get("new_tokens", 0),

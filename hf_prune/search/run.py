@@ -17,14 +17,14 @@ import torch
 from hf_prune.errors import BudgetError, ConfigError, PlanError
 from hf_prune.evaluation.allowed_loss import AllowedLoss
 from hf_prune.evaluation.data.files import refuse_same_split
-from hf_prune.evaluation.tasks import ClassificationTask, LanguageModelingTask, Task
+from hf_prune.evaluation.tasks import LanguageModelingTask, RawTask, Task
 from hf_prune.mixin import prunable
 from hf_prune.planning.checks import check_positive
 from hf_prune.planning.config import PruningConfig
 from hf_prune.search.earlier import check_folders
 from hf_prune.search.goals import PRESETS_TRIED, Goal, goal_named
 from hf_prune.search.held_out import held_out_data
-from hf_prune.search.measure import measure_candidate, saved_size
+from hf_prune.search.measure import measure_candidate, saved_size, value_of
 from hf_prune.search.point import SearchPoint
 from hf_prune.search.publish import publish, save_winner
 from hf_prune.search.result import SearchResult, best_of
@@ -70,28 +70,30 @@ def auto_prune(
     A preset is tried at ever higher levels (2x, 3x as fast; 70 %, 80 % zeros) until it loses too much; the next, more
     accurate one begins where the one before it failed; settings that several presets share are tried once. Each
     candidate is pruned from the dense weights and scored on data that it did not learn from, of the same split: for
-    classifiers, texts that share no five words in a row with what was learned from; for language models, the last
-    quarter of the texts, which may repeat phrases of the others. The winner is scored once more on a split that had no
-    influence.
+    language models, the last quarter of the texts, which may repeat phrases of the others; for other models, texts that
+    share no five words in a row with what was learned from, or other images. The winner is scored once more on a split
+    that had no influence.
 
     ``out`` gets ``results.json`` after every candidate, so that the same call continues an interrupted search, at the
     end ``results.csv`` and ``tradeoff.png``, and in ``model/`` the best checkpoint so far, with a card at the end.
 
     Args:
-        model: A dense sequence classifier or causal language model; it is not changed.
-        tokenizer: Its tokenizer.
-        task: Its data: a ``ClassificationTask`` or ``LanguageModelingTask``.
+        model: A dense model that does the task; it is not changed.
+        tokenizer: Its tokenizer or processor; not used of a model of sentence-transformers, which has its own.
+        task: Its data: a ``ClassificationTask``, ``LanguageModelingTask`` or ``SentenceTask``, or an ``ExampleTask`` of
+            any other kind and metric.
         out: The folder to write.
         goal: ``"faster"``: heads and neurons go, timed on the ``workload``. ``"smaller"``: zeros, saved compressed.
             ``"sparser"``: zeros.
-        max_drop: The largest accepted loss that is shown with 95 % confidence: in points of accuracy, or in per cent of
-            perplexity. By default 1, without ``max_flips``.
+        max_drop: The largest accepted loss that is shown with 95 % confidence: in points of the metric, which are
+            hundredths (from an F1 of 0.91 to 0.90 is one), or in per cent of perplexity. By default 1, without
+            ``max_flips``.
         max_flips: Instead, for classifiers: the largest share of answers that may change, right or not, in percent.
         time_limit: Seconds after which no further candidate is begun; None for no limit.
         presets: Those that are tried, cheapest first.
         uniform: Also try to keep equal sizes in all layers, which plain transformers loads: they win where they lose at
             most 0.3 more. For the goal ``"faster"``.
-        held_out: The most examples, or windows of tokens, that candidates are scored on.
+        held_out: The most examples, queries or windows of tokens that candidates are scored on.
         split: The split on which the winner is scored; None for no such score: then its card has the held-out one.
         workload: For the goal ``"faster"``: ``{"batch_size": 1, "length": 128}``.
         seed: Seed of everything that is random while pruning.
@@ -133,8 +135,8 @@ def auto_prune(
     configs = [aim.config(preset, level, **more) for preset in presets for level in aim.levels]
     data = held_out_data(task, model, tokenizer, configs, held_out, allowed=allowed, **evaluation)
     if split is not None:
-        assert isinstance(task, ClassificationTask | LanguageModelingTask)
-        task.load(split)  # raises before the first candidate
+        assert not isinstance(task, RawTask)  # of which nothing is held out
+        (task.load if isinstance(task, LanguageModelingTask) else task.load_scored)(split)  # raises before the first
     settings = {
         "model": name or type(model).__name__,
         "weights": tensors_digest(model.named_parameters()),
@@ -145,6 +147,7 @@ def auto_prune(
         "lost": data.unit if allowed.flips else None,  # None as in searches before there was a choice
         "threads": torch.get_num_threads() if aim.name == "faster" else None,  # which times depend on
         "evaluation": evaluation,
+        **data.identity,
     }
     if restart:
         earlier = None
@@ -160,7 +163,7 @@ def auto_prune(
         unit=data.unit,
         data=data.description,
         settings=settings,
-        dense_score=float(dense.perplexity if hasattr(dense, "perplexity") else dense.accuracy),
+        dense_score=value_of(dense),
         dense_size=saved_size(prunable(model), folder, compressed=aim.compressed),
         points=() if earlier is None else earlier.points,
         saved=earlier.saved if earlier is not None and (folder / MODEL).is_dir() else None,

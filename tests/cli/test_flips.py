@@ -40,13 +40,15 @@ def run(capsys, folders):
 
 def test_prune_searches_within_a_share_of_changed_answers(run, folders, tmp_path):
     options = ("--max-flips", 40, "--held-out", 24, "--calibration-samples", 8, "--criterion", "magnitude")
-    said = run("prune", folders[0], *options, "--out", tmp_path / "out")
+    said = run("prune", folders[0], *options, "--limit", 20, "--out", tmp_path / "out")
     assert "within 40 % of the answers" in said
     search = json.loads((tmp_path / "out" / "sparsity_search.json").read_text())
     assert (search["max_flips"], search["max_drop"]) == (40, None)
     chosen = next(p for p in search["points"] if p["sparsity"] == search["sparsity"])
     assert chosen["comparison"]["divergence"]["flips_upper_bound"] <= 40
     assert chosen["within"] is True
+    assert search["reported"]["n"] == 20
+    assert "What was counted is right." in run("verify", tmp_path / "out", "--evaluate")  # on as many
 
 
 def test_the_budgets_of_prune_exclude_each_other(run, folders, tmp_path):
@@ -54,6 +56,9 @@ def test_the_budgets_of_prune_exclude_each_other(run, folders, tmp_path):
     assert "--max-drop finds the sparsity by measuring, which contradicts --max-flips" in both
     assert "--max-flips finds the sparsity by measuring, which contradicts --dry-run" in run(
         "prune", folders[0], "--max-flips", 2, "--dry-run", code=1
+    )
+    assert "--limit is of the split that --max-drop and --max-flips report on" in run(
+        "prune", folders[0], "--limit", 2, "--out", tmp_path / "out", code=1
     )
     assert not (tmp_path / "out").exists()
 

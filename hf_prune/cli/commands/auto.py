@@ -13,9 +13,9 @@ import typer
 from hf_prune.cli.console import echo, note, resumable, say_if_continuing
 from hf_prune.cli.model_options import Seed, loads_model
 from hf_prune.cli.options import (
-    CLASSES,
     LANGUAGE,
-    SENTENCES,
+    RAW,
+    USEFUL,
     AnyText,
     AsJson,
     BatchSize,
@@ -23,6 +23,7 @@ from hf_prune.cli.options import (
     CalibrationSplit,
     Label,
     MaxFlips,
+    Metric,
     Model,
     Overwrite,
     Restart,
@@ -33,8 +34,9 @@ from hf_prune.cli.options import (
 from hf_prune.cli.panels import one_of
 from hf_prune.cli.run_file import shown_command
 from hf_prune.cli.settings import read_workload
-from hf_prune.cli.startup import check_texts, start
-from hf_prune.errors import ConfigError
+from hf_prune.cli.startup import check_task_data, start
+from hf_prune.errors import ConfigError, DataError
+from hf_prune.evaluation.tasks.raw import NO_TASK
 
 _UNITS = {"": 1, "s": 1, "m": 60, "h": 3600}
 
@@ -44,7 +46,7 @@ def auto(
     model: Model,
     data: Annotated[
         str,
-        typer.Option(help="A folder with train/dev files, a file, or a Hub data set.", show_default=False),
+        typer.Option(help="A folder with train/dev files or images, a file, or a Hub data set.", show_default=False),
     ],
     goal: Annotated[
         str,
@@ -59,8 +61,8 @@ def auto(
     max_drop: Annotated[
         float | None,
         typer.Option(
-            help="The largest accepted loss, shown with 95 % confidence: points of accuracy, or per cent of "
-            "perplexity. [default: 1, or 5 for language models]"
+            help="The largest accepted loss, shown with 95 % confidence: points of the metric, which are hundredths, "
+            "or per cent of perplexity. [default: 1, or 5 for language models]"
         ),
     ] = None,
     max_flips: MaxFlips = None,
@@ -80,7 +82,9 @@ def auto(
             "--uniform", help="Also try equal sizes in all layers, which plain transformers loads; for --goal faster."
         ),
     ] = False,
-    held_out: Annotated[int, typer.Option(min=1, help="The most examples, or windows, to score candidates on.")] = 4000,
+    held_out: Annotated[
+        int, typer.Option(min=1, help="The most examples, queries or windows to score candidates on.")
+    ] = 4000,
     split: Annotated[
         str | None,
         typer.Option(help="A split whose score is only reported. [default: validation, or test, if there is one]"),
@@ -90,6 +94,7 @@ def auto(
     ] = None,
     text_column: AnyText = None,
     label_column: Label = None,
+    metric: Metric = None,
     calibration_split: CalibrationSplit = "train",
     calibration_samples: CalibrationSamples = 128,
     window: Annotated[int, typer.Option(min=2, help="Language models: tokens of a window.")] = 512,
@@ -105,12 +110,14 @@ def auto(
     """Find the best pruning for a goal: try presets, cheapest first, measure each, save the best within a drop."""
     seconds = None if time_limit is None else _seconds(time_limit)
     start([model])
-    kind = task_kind(model)
-    if kind == SENTENCES:
-        raise ConfigError(f"{model!r} is a sentence encoder: hf-prune sweep compares what pruning costs it")
-    if kind not in (CLASSES, LANGUAGE):
-        raise ConfigError(f"{model!r} is for {kind}, which this command does not try: hf-prune sweep compares it")
-    check_texts([model], data, labelled=kind == CLASSES)
+    kind = task_kind(model, metric)
+    if kind == RAW:
+        raise DataError(f"{model!r} has no task that is scored: {NO_TASK}")
+    if kind == LANGUAGE and metric is not None:
+        raise ConfigError(
+            f"--metric is {metric!r}, and {model!r} is a language model, scored by perplexity: leave it out"
+        )
+    check_task_data([model], kind, data, labelled=kind != LANGUAGE, why="a search", useful=USEFUL[kind])
     logging.getLogger("hf_prune").setLevel(logging.INFO)
     from hf_prune.cli.workflows.loading import load_for_task
     from hf_prune.evaluation.data.loading import has_split
@@ -122,7 +129,8 @@ def auto(
         import torch
 
         torch.set_num_threads(threads)
-    task: Any = read_task(kind, data, text_column, label_column, calibration_split, calibration_samples, window=window)
+    seen = (calibration_split, calibration_samples)
+    task: Any = read_task(kind, data, text_column, label_column, *seen, window=window, metric=metric)
     check_output(out, "auto", [model], overwrite=True)  # auto_prune checks what is in it
     say_if_continuing(out, restart, "goal")
     if split is None and has_split(task.source, task.default_split):

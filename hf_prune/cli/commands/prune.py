@@ -89,6 +89,10 @@ def prune(
         str | None,
         typer.Option(help="For --max-drop, --max-flips: a split that is only reported. [default: validation, or test]"),
     ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(min=1, help="Of that split, score only this many sentences, or windows: the first ones."),
+    ] = None,
     config: Config = None,
     data: Data = None,
     text_column: AnyText = None,
@@ -157,6 +161,11 @@ def prune(
             "--polish-samples": polish_samples is not None,
         }
     )
+    if limit is not None and not searches:
+        raise ConfigError(
+            "--limit is of the split that --max-drop and --max-flips report on, and nothing else is scored here: add "
+            "one of them, or leave it out"
+        )
     if restart and not stream:
         raise ConfigError("--restart is for a streaming run: add --stream, or leave it out")
     start([model])
@@ -212,6 +221,7 @@ def prune(
             max_flips=max_flips,
             held_out=held_out,
             split=split,
+            limit=limit,
             batch_size=batch_size,
             plots=plots,
             overwrite=overwrite,

@@ -41,7 +41,7 @@ def verify(
 
     def score(folder: str) -> dict[str, Any]:
         from hf_prune.cli.workflows.evaluate import evaluate_checkpoint, measure_again, measure_held_out
-        from hf_prune.evaluation.sentence_result import METRICS
+        from hf_prune.evaluation.sentence_result import METRICS, NDCG
         from hf_prune.hub.card_metadata import read_facts
         from hf_prune.utils.front_matter import read_card
 
@@ -51,7 +51,8 @@ def verify(
         kind = task_kind(folder, metric)
         source = check_data(data or claimed.get("dataset"), labelled=False, why="--evaluate", useful=USEFUL[kind])
         calibrated = {"calibration_split": claimed["split"]} if claimed.get("held_out") and claimed.get("split") else {}
-        task: Any = read_task(kind, source, text_column, label_column, metric=metric, **calibrated)
+        first = None if claimed.get("metric") == NDCG else claimed.get("n")  # of queries, not rows
+        task: Any = read_task(kind, source, text_column, label_column, metric=metric, limit=first, **calibrated)
         assert task is not None
         part = split or claimed.get("split") or task.default_split
         if claimed.get("held_out"):

@@ -44,6 +44,7 @@ def prune_to_budget(
     max_flips: float | None = None,
     held_out: int = 2000,
     split: str | None = None,
+    limit: int | None = None,
     batch_size: int = 32,
     plots: bool = False,
     name: str = "",
@@ -65,6 +66,7 @@ def prune_to_budget(
         max_flips: Instead, for classifiers: the largest share of answers that may change, in percent.
         held_out: The most sentences, or windows, that the search scores.
         split: The split whose score is reported; by default the one that such tasks are scored on.
+        limit: Score only this many sentences, or windows, of that split, the first ones; None for all.
         batch_size: Examples scored at once.
         plots: Also write ``weights.png`` and ``layers.png``.
         name: Name of the model in plots.
@@ -86,9 +88,11 @@ def prune_to_budget(
     join_processes()
     model, tokenizer = load_for_task(source, task)
     data = (
-        _windows_to_search(task, model, tokenizer, config, held_out, split)
+        _windows_to_search(task, model, tokenizer, config, held_out, split, limit)
         if isinstance(task, LanguageModelingTask)
-        else _sentences_to_search(task, model, tokenizer, config, held_out, split, batch_size)
+        else _sentences_to_search(
+            dataclasses.replace(task, limit=limit), model, tokenizer, config, held_out, split, batch_size
+        )
     )
     search = find_sparsity(
         model,
@@ -156,7 +160,7 @@ def _sentences_to_search(
     split: str,
     batch_size: int,
 ) -> _SearchData:
-    final_data = task.load(split)
+    final_data = task.load_scored(split)
     check_columns(final_data, [*task.texts, task.columns["label_column"]], f"the split {split!r}")
     labels = task.load(task.calibration_split)
     with rows_named(task.source, task.calibration_split):
@@ -179,7 +183,13 @@ def _sentences_to_search(
 
 
 def _windows_to_search(
-    task: LanguageModelingTask, model: Any, tokenizer: Any, config: PruningConfig, held_out: int, split: str
+    task: LanguageModelingTask,
+    model: Any,
+    tokenizer: Any,
+    config: PruningConfig,
+    held_out: int,
+    split: str,
+    limit: int | None,
 ) -> _SearchData:
     from datasets import Dataset
 
@@ -197,5 +207,7 @@ def _windows_to_search(
         task.learned_windows(learned, [config], model, tokenizer),
         None,
         {"kind": "language-modeling", "max_length": window},
-        lambda title: task.score(model, tokenizer, split, window=window, progress=is_main_process() and title),
+        lambda title: task.score(
+            model, tokenizer, split, window=window, limit=limit, progress=is_main_process() and title
+        ),
     )

@@ -8,14 +8,15 @@ from typing import Any
 
 from hf_prune.cli.workflows.loading import load_for_task
 from hf_prune.errors import DataError
-from hf_prune.evaluation.accuracy import evaluate_classification
 from hf_prune.evaluation.accuracy_result import Evaluation
 from hf_prune.evaluation.benchmarks import compare_benchmarks, evaluate_benchmarks
 from hf_prune.evaluation.examples.score import ExampleScore
 from hf_prune.evaluation.generation import compare_generation
 from hf_prune.evaluation.perplexity_result import Perplexity
+from hf_prune.evaluation.scores import score_model
 from hf_prune.evaluation.sentence_result import SentenceScore
-from hf_prune.evaluation.tasks import ClassificationTask, LanguageModelingTask, Task
+from hf_prune.evaluation.tasks import LanguageModelingTask, RawTask, Task
+from hf_prune.evaluation.tasks.raw import NO_TASK
 from hf_prune.utils.formatting import display_name
 
 Score = Evaluation | Perplexity | SentenceScore | ExampleScore
@@ -97,12 +98,12 @@ def measure_held_out(folder: str, task: Task, claimed: Mapping[str, Any]) -> dic
         held_out = HeldOutTexts(task.source, task.text_column, texts=tuple(task.learned_and_held_out()[1]))
         again = {**claimed, "window": recipe["window"], "n": recipe["n"]}
         return {**measure_again(folder, held_out, task.calibration_split, again), "split": task.calibration_split}
-    if not isinstance(task, ClassificationTask):
-        raise DataError(f"the score of {folder} is of held-out data, which there is of classifiers and language models")
+    if isinstance(task, RawTask):
+        raise DataError(f"the score of {folder} is of held-out data, and of this model none is: {NO_TASK}")
     model, tokenizer = load_for_task(folder, task)
-    data = task.held_out(recipe["n"], recipe["seen"])
+    data = task.held_out(recipe["n"], recipe["seen"], model)
     named = {"split": task.calibration_split, **task.columns}
-    return evaluate_classification(model, tokenizer, data, progress=progress, **named).to_dict()
+    return score_model(model, tokenizer, data, progress=progress, **named).to_dict()
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ from hf_prune.errors import ConfigError, DataError
 from hf_prune.evaluation.data.checks import column, rows_named
 from hf_prune.evaluation.data.columns import find_label_column, find_text_columns
 from hf_prune.evaluation.data.loading import column_names, load_classification
-from hf_prune.evaluation.data.overlap import overlapping
 from hf_prune.evaluation.tasks.scored_rows import ScoredRows
 from hf_prune.planning.config import PruningConfig
 
@@ -138,19 +137,16 @@ class ClassificationTask(ScoredRows):
         texts = column(self.load_unlabelled(self.calibration_split), self.texts[0])
         return text_batches([texts[i] for i in sample_order(len(texts))[: self.calibration_samples]], tokenizer)
 
-    def samples_seen(self, config: PruningConfig, reserve: int) -> int:
-        """How many examples calibration and a polish may see when others are held out.
+    @property
+    def has_answers(self) -> bool:
+        """True: a class for each example."""
+        return True
 
-        Args:
-            config: The config.
-            reserve: How many examples to hold out, if there are that many; a polish makes do with the rest.
-        """
-        if config.polish is None:
-            return self.calibration_samples
-        rest = len(self.load(self.calibration_split)) - reserve
-        return max(self.calibration_samples, min(self.most_polished(), rest))
+    def metric_label(self, data: Dataset) -> str:
+        """Accuracy, always."""
+        return "accuracy"
 
-    def held_out(self, n: int, seen: int | None = None) -> Dataset:
+    def held_out(self, n: int, seen: int | None = None, model: Any = None) -> Dataset:
         """Examples of the calibration split that share no five words in a row with those that calibration saw.
 
         Data sets contain some texts more than once, and parts of texts: those of SST-2 are cut from longer ones.
@@ -158,26 +154,14 @@ class ClassificationTask(ScoredRows):
         Args:
             n: How many; all that remain if there are fewer.
             seen: How many examples calibration and a polish see; by default ``calibration_samples``.
+            model: Not used.
 
         Raises:
             DataError: If none remains.
         """
-        from hf_prune.evaluation.data.classification import sample_order
-
         data = self.load(self.calibration_split)
         columns = [column(data, name) for name in self.texts]
-        texts = [" ".join(map(str, parts)) for parts in zip(*columns, strict=True)]
-        order = sample_order(len(data))
-        seen = seen or self.calibration_samples
-        unseen = order[seen:]
-        overlaps = overlapping([texts[i] for i in unseen], [texts[i] for i in order[:seen]])
-        rows = [i for i, overlaps_seen in zip(unseen, overlaps, strict=True) if not overlaps_seen][:n]
-        if not rows:
-            raise DataError(
-                f"the split {self.calibration_split!r} of {self.source!r} has {len(data):,} examples, and calibration "
-                f"may see {seen:,}: none remains to score; calibrate on fewer, or pass more data"
-            )
-        return data.select(rows)
+        return self._unseen(data, [" ".join(map(str, parts)) for parts in zip(*columns, strict=True)], n, seen)
 
     def training_examples(self, split: str, model: Any, tokenizer: Any) -> list[dict[str, Any]]:
         """All examples of a split as a ``Trainer`` takes them: tokenized, with labels."""

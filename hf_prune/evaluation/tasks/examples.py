@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from hf_prune.errors import ConfigError, DataError
-from hf_prune.evaluation.data.checks import rows_named
+from hf_prune.evaluation.data.checks import column, rows_named
 from hf_prune.evaluation.data.loading import column_names, read_split
 from hf_prune.evaluation.tasks.classification import ClassificationTask
 from hf_prune.evaluation.tasks.language_modeling import LanguageModelingTask
@@ -19,7 +19,7 @@ from hf_prune.planning.config import PruningConfig
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from hf_prune.evaluation.examples.base import ExampleKind
+    from hf_prune.evaluation.examples.base import Columns, ExampleKind
     from hf_prune.evaluation.examples.score import ExampleScore
     from hf_prune.evaluation.sentence_result import SentenceComparison
 
@@ -71,6 +71,59 @@ class ExampleTask(ScoredRows):
             raise DataError(f"{where} has no rows: expected at least one")
         return content
 
+    def load_scored(self, split: str) -> Dataset:
+        """The rows of one split that are scored, which has the columns.
+
+        Raises:
+            DataError: If a column is missing.
+        """
+        data = super().load_scored(split)
+        self._columns_of(data)
+        return data
+
+    @property
+    def has_answers(self) -> bool:
+        """Whether an example has one answer, a class or a set of labels, and not words or a number."""
+        from hf_prune.evaluation.examples.kinds import find_kind
+
+        return find_kind(self.kind).has_distributions
+
+    def metric_label(self, data: Dataset) -> str:
+        """What the metric is called in results."""
+        from hf_prune.evaluation.examples.kinds import find_kind
+
+        return find_kind(self.kind).metric(self.metric).label
+
+    def held_out(self, n: int, seen: int | None = None, model: Any = None) -> Dataset:
+        """Examples of the calibration split that calibration did not see, in a fixed random order.
+
+        Texts, and lists of words, share no five words in a row with what it saw, as those of a ``ClassificationTask``.
+        Images are other rows, and that is all: the same picture in two rows may be on both sides.
+
+        Args:
+            n: How many; all that remain if there are fewer.
+            seen: How many examples calibration and a polish see; by default ``calibration_samples``.
+            model: Not used.
+
+        Raises:
+            DataError: If a column is missing, or none remains.
+        """
+        from hf_prune.evaluation.examples.kinds import find_kind
+
+        data = self.load(self.calibration_split)
+        inputs = self._columns_of(data).inputs
+        if find_kind(self.kind).reads_media:
+            return self._unseen(data, None, n, seen)
+        rows = zip(*(column(data, name) for name in inputs), strict=True)
+        texts = [" ".join(" ".join(part) if isinstance(part, list) else str(part) for part in row) for row in rows]
+        return self._unseen(data, texts, n, seen)
+
+    def _columns_of(self, data: Dataset) -> Columns:
+        from hf_prune.evaluation.examples.kinds import find_kind
+
+        named = (self.columns["text_columns"], self.label_column)
+        return find_kind(self.kind).columns(data.column_names, "the data set", *named)
+
     def _has_columns(self, kind: ExampleKind) -> bool:
         try:
             kind.columns(column_names(self.source) or [], "", self.text_columns, self.label_column)
@@ -116,7 +169,7 @@ class ExampleTask(ScoredRows):
         if not labels and not kind.reads_media and not self._has_columns(kind):
             return self._texts().calibration_batches(configs, model, tokenizer, n)
         data = self.load(self.calibration_split)
-        columns = kind.columns(data.column_names, "the data set", self.text_columns, self.label_column)
+        columns = self._columns_of(data)
         kind.check(model, tokenizer)
         chosen = data.select(sample_order(len(data))[: n or self.calibration_samples])
         examples = encoded_examples(kind, model, tokenizer, chosen, columns)

@@ -7,7 +7,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from hf_prune.errors import ConfigError, DataError
-from hf_prune.evaluation.data.sentences import load_sentences, load_unscored
+from hf_prune.evaluation.data.checks import column
+from hf_prune.evaluation.data.overlap import overlapping
+from hf_prune.evaluation.data.sentences import SentenceColumns, load_sentences, load_unscored, sentence_columns
+from hf_prune.evaluation.sentence_result import NDCG
 from hf_prune.evaluation.tasks.scored_rows import ScoredRows
 from hf_prune.planning.config import PruningConfig
 
@@ -80,9 +83,87 @@ class SentenceTask(ScoredRows):
                 f"criterion {needing[0]!r} needs labels, and the scores of texts are none: choose one that learns from "
                 f"texts alone, such as wanda, sparsegpt or fisher"
             )
-        texts = load_unscored(self.source, self.calibration_split, self.text_columns, pairs=hasattr(model, "predict"))
+        texts = self._unscored(model)
         chosen = [texts[i] for i in sample_order(len(texts))[: n or self.calibration_samples]]
         return sentence_batches(chosen, model, batch_size=16)
+
+    @property
+    def has_answers(self) -> bool:
+        """False: similarities are no classes."""
+        return False
+
+    def metric_label(self, data: Dataset) -> str:
+        """``"Spearman"`` or ``"nDCG@10"``."""
+        return self._columns_of(data).metric
+
+    def samples_seen(self, config: PruningConfig, reserve: int, model: Any = None) -> int:
+        """How many texts, or pairs of a ``CrossEncoder``, calibration and a polish may see when others are held out.
+
+        A polish sees as many as leave ``reserve`` pairs, or whole queries, unseen on average.
+
+        Args:
+            config: The config.
+            reserve: How many pairs or queries to hold out, if there are that many.
+            model: The model, which reads texts or pairs.
+        """
+        if config.polish is None:
+            return self.calibration_samples
+        samples = len(self._unscored(model))
+        data = self.load(self.calibration_split)
+        units = len(self._units(data, self._columns_of(data)))
+        each = max(1.0, samples / units)  # of a unit, all unseen with probability (1 - share) ** each
+        share = 1 - min(1.0, reserve / units) ** (1 / each)
+        return max(self.calibration_samples, min(self.most_polished(), int(share * samples)))
+
+    def held_out(self, n: int, seen: int | None = None, model: Any = None) -> Dataset:
+        """Pairs, or queries with all their documents, that calibration did not see, in a fixed random order.
+
+        The texts of a pair share no five words in a row with any text that was seen; neither do queries, and none of
+        their documents was seen as a whole. (Long documents share some words with others almost always.)
+
+        Args:
+            n: How many pairs or queries; all that remain if there are fewer.
+            seen: How many texts, or pairs of a ``CrossEncoder``, calibration and a polish see; by default
+                ``calibration_samples``.
+            model: The model, which reads texts or pairs.
+
+        Raises:
+            DataError: If none remains.
+        """
+        from hf_prune.evaluation.data.classification import sample_order
+
+        data, seen = self.load(self.calibration_split), seen or self.calibration_samples
+        samples = self._unscored(model)
+        drawn = [samples[i] for i in sample_order(len(samples))[:seen]]
+        known = {text for sample in drawn for text in ([sample] if isinstance(sample, str) else sample)}
+        columns = self._columns_of(data)
+        ranks = columns.metric == NDCG
+        first, second = (column(data, name) for name in columns.texts)
+        second_seen = [text in known for text in second] if ranks else overlapping(second, known)
+        was_seen = [a or b for a, b in zip(overlapping(first, known), second_seen, strict=True)]
+        units = self._units(data, columns)
+        shuffled = [units[i] for i in sample_order(len(units))]
+        unseen = [unit for unit in shuffled if not any(was_seen[row] for row in unit)]
+        if not unseen:
+            raise self._nothing_remains(f"{len(units):,} {'queries' if ranks else 'pairs'}", seen, True)
+        return data.select([row for unit in unseen[:n] for row in unit])
+
+    def _unscored(self, model: Any) -> list[Any]:
+        """The texts, or pairs of a ``CrossEncoder``, from which calibration draws."""
+        return load_unscored(self.source, self.calibration_split, self.text_columns, pairs=hasattr(model, "predict"))
+
+    def _columns_of(self, data: Dataset) -> SentenceColumns:
+        return sentence_columns(data.column_names, "the data set", **self.columns)
+
+    @staticmethod
+    def _units(data: Dataset, columns: SentenceColumns) -> list[list[int]]:
+        """The rows that are scored together: those of a query, or each pair alone."""
+        if columns.metric != NDCG:
+            return [[i] for i in range(len(data))]
+        units: dict[str, list[int]] = {}
+        for i, query in enumerate(column(data, columns.texts[0])):
+            units.setdefault(query, []).append(i)
+        return list(units.values())
 
     def streaming_batches(self, tokenizer: Any, positions: int | None) -> NoReturn:
         """Refuse: the model of sentence-transformers, which reads texts in its own way, is never loaded.
