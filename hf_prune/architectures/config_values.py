@@ -15,6 +15,7 @@ _INTERNAL = {
     "_attn_implementation_internal",
     "_experts_implementation_internal",
     "_heterogeneity_spec",
+    "per_layer_config",
     "_post_init_done",
 }
 
@@ -65,7 +66,8 @@ def _made(config: Any, values: Mapping[str, Any]) -> Any:
     parameters = inspect.signature(type(config).__init__).parameters
     own = {f.name for f in dataclasses.fields(config)} | parameters.keys()
     takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    given = {n: v for n, v in values.items() if n in own or n == "out_indices" or (takes_all and not n.startswith("_"))}
+    own |= {"out_indices", "per_layer_config"}  # which classes take that do not name them
+    given = {n: v for n, v in values.items() if n in own or (takes_all and not n.startswith("_"))}
     return type(config)(**given)
 
 

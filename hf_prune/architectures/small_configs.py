@@ -7,6 +7,7 @@ the ratios between widths. Fields are recognized by their names, since transform
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hf_prune.architectures.config_sizes import hidden_size, whole_number
@@ -97,4 +98,24 @@ def _shrunk(config: Any, shared: Shared, most_layers: int | None, widths: bool) 
     small |= _EXCEPTIONS.get(config.model_type, {})
     if "_out_indices" in small:
         small["out_indices"] = small.pop("_out_indices")
+    if getattr(config, "is_heterogeneous", False):
+        small["per_layer_config"] = _own_sizes(config, scale.kept, values, small)
     return with_values(config, {**small, **inner})
+
+
+def _own_sizes(
+    config: Any, kept: Sequence[int], values: Mapping[str, Any], small: Mapping[str, Any]
+) -> dict[int, dict[str, Any]]:
+    """What some of the kept layers have in another size, by their new number; in the same ratio to the other layers."""
+
+    def scaled(name: str, value: Any) -> Any:
+        base = values.get(name)
+        is_size = isinstance(value, int) and not isinstance(value, bool) and isinstance(base, int) and base > 0
+        return max(1, small[name] * value // base) if is_size else value
+
+    own = {int(number): sizes for number, sizes in config.to_dict()["per_layer_config"].items()}
+    return {
+        new: {name: scaled(name, value) for name, value in own[old].items()}
+        for new, old in enumerate(kept)
+        if old in own
+    }

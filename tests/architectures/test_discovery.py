@@ -189,8 +189,11 @@ def test_it_is_found_once_for_each_architecture_of_any_size(monkeypatch):
         ratio = {"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072}
         config = transformers.GPTNeoXConfig(num_hidden_layers=2, **ratio)
         groups = find_unit_groups(transformers.GPTNeoXForCausalLM(config))
-    assert [(group.kind, group.units) for group in groups] == [("head", 12), ("neuron", 3072)] * 2
-    assert [piece.width for piece in groups[0].slices] == [192, 192, 64]
+        assert [(group.kind, group.units) for group in groups] == [("head", 12), ("neuron", 3072)] * 2
+        assert [piece.width for piece in groups[0].slices] == [192, 192, 64]
+        config.architectures, config.dtype, config.name_or_path = ["GPTNeoXForCausalLM"], torch.float16, "saved"
+        monkeypatch.setattr(find, "_discovered", pytest.fail)
+        assert find_unit_groups(transformers.GPTNeoXForCausalLM(config)) == groups  # as if it had been saved and loaded
 
 
 def test_nothing_around_matters_and_nothing_is_left(monkeypatch):

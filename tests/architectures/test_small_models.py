@@ -76,6 +76,19 @@ def test_every_kind_of_layer_stays():
     assert len(small.layer_types) == small.num_hidden_layers < config.num_hidden_layers
 
 
+def test_layers_of_another_size_keep_the_ratio():
+    """Every sixth layer of Gemma 4 has heads that are twice as wide."""
+    config = transformers.CONFIG_MAPPING["gemma4_text"]()
+    small = small_config(config)
+    model = transformers.Gemma4TextModel(small)
+    assert small.layer_types == ["sliding_attention", "full_attention"]
+    assert [layer.self_attn.head_dim for layer in model.layers] == [32, 64]
+    wide = small_config(config, widths=True)
+    assert [wide.per_layer_config[number].head_dim for number in (0, 1)] == [256, 512]
+    alike = small_config(transformers.CONFIG_MAPPING["gemma4_text"](global_head_dim=256))
+    assert [alike.per_layer_config[number].head_dim for number in (0, 1)] == [32, 32]
+
+
 def test_a_model_without_known_inputs_is_refused():
     class Odd(torch.nn.Module):
         main_input_name = "states"

@@ -29,6 +29,8 @@ MOST_LAYERS = 64
 _ANY = 10**6
 _AT_DEPTH: dict[tuple[Any, ...], tuple[tuple[Stack, ...], Mapping[str, str]]] = {}
 _MOST_REMEMBERED = 64  # classes and configs
+# What says nothing of the modules: a model that was saved and loaded is remembered as what it was before.
+_RECORDS = {"_name_or_path", "architectures", "dtype", "quantization_config", "torch_dtype", "transformers_version"}
 _NOISE = 1e-6  # of weights, as a share: rounding errors are smaller
 
 
@@ -44,8 +46,15 @@ def deep_config(config: Any) -> tuple[Any, str] | None:
 
 
 def text_of(config: Any) -> str:
-    """A config in words, to remember by."""
-    return json.dumps(config.to_dict(), sort_keys=True, default=str)
+    """A config in words, to remember by: all that may say how a model is built."""
+    return json.dumps(_without_records(config.to_dict()), sort_keys=True, default=str)
+
+
+def _without_records(value: Any) -> Any:
+    """A config, and all configs in it, without what says nothing of the modules."""
+    if not isinstance(value, Mapping):
+        return value
+    return {key: _without_records(inner) for key, inner in value.items() if key not in _RECORDS}
 
 
 def running_sample(model_class: Any, config: Any, most: int = LARGEST) -> Sample | None:
