@@ -38,10 +38,12 @@ def close(a: Tensor, b: Tensor) -> bool:
 
 @pytest.mark.parametrize("model_type", MODELS)
 def test_half_of_the_experts_go(model_type: str, tmp_path: Path) -> None:
+    """Those that stay keep their weights, rows and corrections, in order."""
     model, inputs = tiny_moe(model_type)
     dense, before, groups = logits(model, inputs), model.num_parameters(), experts_of(model)
     assert groups
     assert {group.units for group in groups} == {8}
+    tensors = {name: tensor.detach().clone() for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
     prune(model, 0.5, granularity="expert")
     masked = logits(model, inputs)
     assert not torch.equal(masked, dense)
@@ -49,8 +51,25 @@ def test_half_of_the_experts_go(model_type: str, tmp_path: Path) -> None:
     assert all((model.get_parameter(name)[~mask] == 0).all() for name, mask in masks.items())
     shrunk = shrink(copy.deepcopy(model))
     assert torch.equal(logits(shrunk, inputs), masked)
-    assert {group.units for group in experts_of(shrunk)} == {4}
+    left = experts_of(shrunk)
+    assert {group.units for group in left} == {4}
     assert shrunk.num_parameters() == before - sum(int((~mask).sum()) for mask in masks.values())
+    for group, after in zip(groups, left, strict=True):
+        piece = group.slices[0]
+        kept = piece.by_unit(masks[piece.name], 8).all(1).nonzero().reshape(-1)
+        assert len(kept) == 4
+        if group.runs > 1:
+            counts = torch.bincount(kept // (8 // group.runs), minlength=group.runs)
+            assert counts.tolist() == [4 // group.runs] * group.runs
+        for piece in (*after.slices, *after.buffers):
+            found = dict([*shrunk.named_parameters(), *shrunk.named_buffers()])[piece.name]
+            assert torch.equal(piece.by_unit(found, 4), piece.by_unit(tensors[piece.name], 8)[kept])
+        if group.lists:
+            for names, old in zip(
+                after.own_parameters(shrunk, range(4)), group.own_parameters(model, kept.tolist()), strict=True
+            ):
+                assert names
+                assert all(torch.equal(shrunk.get_parameter(n), tensors[o]) for n, o in zip(names, old, strict=True))
     shrunk.save_pretrained(tmp_path)
     loaded = type(model).from_pretrained(tmp_path).eval()
     assert getattr(loaded.config, "quantization_config", None) is None  # plain transformers builds it
@@ -58,34 +77,6 @@ def test_half_of_the_experts_go(model_type: str, tmp_path: Path) -> None:
     assert {name: tuple(p.shape) for name, p in loaded.named_parameters()} == {
         name: tuple(p.shape) for name, p in shrunk.named_parameters()
     }
-
-
-@pytest.mark.parametrize("model_type", MODELS)
-def test_removed_experts_are_those_that_shrink_takes_out(model_type: str) -> None:
-    """The experts that stay keep their weights, rows and corrections, in order."""
-    model, _ = tiny_moe(model_type)
-    group = experts_of(model)[-1]
-    rows = {p.name: p.by_unit(model.get_parameter(p.name).detach(), 8).clone() for p in group.slices}
-    corrections = {p.name: p.by_unit(model.get_buffer(p.name), 8).clone() for p in group.buffers}
-    units = range(8) if group.lists else ()
-    own = [[model.get_parameter(name).detach() for name in names] for names in group.own_parameters(model, units)]
-    prune(model, 0.5, granularity="expert", criterion="random", seed=3)
-    piece = group.slices[0]
-    kept = piece.by_unit(MaskStore.of(model).masks[piece.name], 8).all(1).nonzero().reshape(-1)
-    assert len(kept) == 4
-    if group.runs > 1:
-        assert sorted(int(unit) // (8 // group.runs) for unit in kept) == sorted(
-            [*range(group.runs)] * (4 // group.runs)
-        )
-    staying = [[tensor.clone() for tensor in own[unit]] for unit in kept.tolist()] if own else []
-    shrink(model)
-    (after,) = [g for g in experts_of(model) if g.name == group.name]
-    for piece in after.slices:
-        assert torch.equal(piece.by_unit(model.get_parameter(piece.name).detach(), 4), rows[piece.name][kept])
-    for piece in after.buffers:
-        assert torch.equal(piece.by_unit(model.get_buffer(piece.name), 4), corrections[piece.name][kept])
-    for names, expected in zip(after.own_parameters(model, range(4) if own else ()), staying, strict=True):
-        assert all(torch.equal(model.get_parameter(n), t) for n, t in zip(names, expected, strict=True))
 
 
 def test_a_masked_model_is_copied_pickled_and_trained() -> None:
