@@ -325,7 +325,7 @@ def test_pruning_again_leaves_removed_weights_out_of_the_blocks():
 @pytest.mark.parametrize("kind", ["bert", "gpt2", "llama"])
 def test_transformers_are_pruned_exactly_and_the_same_each_time(criterion, granularity, kind):
     found = []
-    for labels in (True, True, False):  # which change nothing
+    for labels in (True, False):  # which change nothing
         model = build(kind)
         narrow = ["classifier", *(["k_proj", "v_proj"] if granularity == "block:16x1" else [])]
         excluded = [name for name in narrow if any(m.endswith(name) for m, _ in model.named_modules())]

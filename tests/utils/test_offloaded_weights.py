@@ -157,10 +157,8 @@ def test_masks_are_applied_where_the_weights_are(offloaded):
 
 
 SETTINGS = [
-    {"criterion": "magnitude"},
     {"criterion": "magnitude", "scope": "global"},
     {"criterion": "magnitude", "granularity": "2:4"},
-    {"criterion": "wanda", "scope": "row"},
     {"criterion": "sparsegpt"},
     {"criterion": "magnitude", "repair": "least_squares"},
     {"criterion": "wanda", "scope": "row", "allocation": "owl", "calibration_order": "one_pass"},
