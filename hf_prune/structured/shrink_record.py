@@ -11,11 +11,13 @@ from torch import Tensor, nn
 
 from hf_prune.architectures.discovery.holders import native_class
 from hf_prune.architectures.discovery.sample import FAILURES
+from hf_prune.architectures.find_unit_groups import find_unit_groups
 from hf_prune.architectures.kinds.registry import kind_named
 from hf_prune.architectures.layer_list import LayerList
 from hf_prune.architectures.modules import base_prefix
 from hf_prune.architectures.settings import objection_to, restore_setting, setting
 from hf_prune.architectures.unit_groups import UnitGroup
+from hf_prune.errors import ArchitectureError
 
 RECORD = "pruned_structure"  # the attribute of the config that says what was done
 
@@ -88,11 +90,11 @@ def record_structure(
     setattr(model.config, RECORD, {**record, "units": recorded_units, "layers": recorded_layers})
 
 
-def simplify_config(model: nn.Module, groups: Iterable[UnitGroup]) -> None:
+def simplify_config(model: nn.Module, groups: Sequence[UnitGroup]) -> None:
     """Write sizes into the model's config wherever it can tell them: where all groups that it speaks of are alike.
 
-    Where its class refuses a number, or builds other sizes from it, the config stays as it is, and checkpoints tell the
-    sizes by our record.
+    Where its class refuses a number, or builds other sizes from it, or the groups are not found by it again, the config
+    stays as it is, and checkpoints tell the sizes by our record.
 
     Args:
         model: The model, already shrunk.
@@ -112,10 +114,30 @@ def simplify_config(model: nn.Module, groups: Iterable[UnitGroup]) -> None:
                 if first.kind in ("head", "neuron") and all(group.is_found for group in alike):
                     before.append((alike, {name: setting(model.config, name) for name in values}))
                 kind.write_config(model, first)
+    changed = []
     for alike, values in before:
-        if not _is_built(model, alike):
-            for name, value in values.items():
-                restore_setting(model.config, name, value)
+        if _is_built(model, alike):
+            changed.append(values)
+        else:
+            _restore(model, values)
+    found = [group for group in groups if group.is_found and group.kind in ("head", "neuron") and group.units]
+    if changed and not _are_found_again(model, found):
+        for values in changed:
+            _restore(model, values)
+
+
+def _restore(model: nn.Module, values: Mapping[str, Any]) -> None:
+    for name, value in values.items():
+        restore_setting(model.config, name, value)
+
+
+def _are_found_again(model: nn.Module, groups: Iterable[UnitGroup]) -> bool:
+    """Whether groups are found by the config as it is now, by which a checkpoint is loaded."""
+    try:
+        units = {piece.name: group.units for group in find_unit_groups(model) for piece in group.consumers}
+    except ArchitectureError:
+        return False
+    return all(units.get(piece.name) == group.units for group in groups for piece in group.consumers)
 
 
 def _is_built(model: nn.Module, groups: Iterable[UnitGroup]) -> bool:

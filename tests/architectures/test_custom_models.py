@@ -27,6 +27,7 @@ from hf_prune.architectures.bypass import bypass
 from hf_prune.architectures.find_unit_groups import find_unit_groups
 from hf_prune.architectures.small_models import small_config
 from hf_prune.errors import ArchitectureError, PlanError
+from hf_prune.structured import shrink_record
 from tests.architectures.custom_models import OwnConfig, OwnModel
 from tests.architectures.custom_places import (
     PLACED,
@@ -210,6 +211,18 @@ def test_the_config_tells_sizes_also_when_layers_were_removed(gone, tmp_path):
     assert (pruned.config.depth, pruned.config.ff) == (2, 48)
     pruned.save_pretrained(tmp_path)
     assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
+
+
+@torch.no_grad()
+def test_sizes_stay_out_of_a_config_by_which_the_units_are_not_found_again(monkeypatch, tmp_path):
+    torch.manual_seed(0)
+    pruned = prunable(OwnModel(OwnConfig()).eval()).prune(0.5, granularity="neuron")
+    masked = pruned(**INPUTS).logits
+    monkeypatch.setattr(shrink_record, "find_unit_groups", lambda model: [])
+    pruned.shrink()
+    assert pruned.config.ff == OwnConfig().ff
+    pruned.save_pretrained(tmp_path)
+    assert torch.equal(OwnModel.from_pretrained(tmp_path).eval()(**INPUTS).logits, masked)
 
 
 class LetterConfig(OwnConfig):
