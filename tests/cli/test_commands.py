@@ -9,10 +9,8 @@ import math
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -773,40 +771,42 @@ def test_user_errors_are_one_line_and_exit_code_1(hf_prune, folders, tmp_path, m
     assert list(tmp_path.iterdir()) == []
 
 
-def test_exit_codes_of_the_process(folders, tmp_path):
+def test_exit_codes_of_the_process(folders, fresh_process):
     done = in_process("prune", folders["text"], "--sparsity", 7, "--dry-run")
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == "error: sparsity is 7.0: expected a share from 0 to 1; did you mean 0.07?\n"
-    done = in_process("list", "--json")
+    done = fresh_process.run("from hf_prune.cli.main import main; main()", "report", folders["text"], "--json")
     assert done.returncode == 0
-    assert "magnitude" in json.dumps(json.loads(done.stdout))
+    assert json.loads(done.stdout)["model"] == "BertForSequenceClassification"
     assert "Traceback" not in done.stderr
 
 
-def test_ctrl_c_is_exit_code_130_and_the_sweep_resumes(hf_prune, folders, tmp_path):
+INTERRUPTED = """
+import json, os, signal, sys, threading, time
+from pathlib import Path
+
+def interrupt():
+    while not results.exists() or not json.loads(results.read_text())["points"]:
+        time.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGINT)
+
+results = Path(sys.argv.pop(1), "results.json")
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background is deaf to Ctrl-C
+threading.Thread(target=interrupt, daemon=True).start()
+from hf_prune.cli.main import main
+main()
+"""
+
+
+def test_ctrl_c_is_exit_code_130_and_the_sweep_resumes(hf_prune, folders, tmp_path, fresh_process):
     arguments = ["sweep", folders["text"], "--data", folders["data"], "--out", str(tmp_path), "--batch-size", "1"]
     many = ",".join(f"{i / 400:g}" for i in range(1, 400))
-    # A shell starts what it runs in the background deaf to Ctrl-C, and children inherit that: tests may run there.
-    listen = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
-    code = f"{listen}from hf_prune.cli.main import main; main()"
-    command = [sys.executable, "-c", code, *arguments, "--sparsity", many]
-    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
-    results, deadline = tmp_path / "results.json", time.monotonic() + 90
-    while time.monotonic() < deadline and process.poll() is None:
-        if results.exists() and json.loads(results.read_text())["points"]:
-            break
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    try:
-        out, err = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    assert process.returncode == 130
-    assert out == ""
-    assert "Traceback" not in err
+    done = fresh_process.run(INTERRUPTED, tmp_path, *arguments, "--sparsity", many)
+    assert done.returncode == 130
+    assert done.stdout == ""
+    assert "Traceback" not in done.stderr
     assert [p.name for p in tmp_path.iterdir()] == ["results.json"]
-    points = json.loads(results.read_text())["points"]
+    points = json.loads((tmp_path / "results.json").read_text())["points"]
     assert 0 < len(points) < 399
     done = hf_prune(*arguments, "--sparsity", f"{points[0]['sparsity']}", "--json")
     assert json.loads(done.out)["points"] == points
