@@ -17,7 +17,7 @@ from torch import nn
 
 from hf_prune.architectures.experts import PackedWeight, packed_weights
 from hf_prune.architectures.growth import Growth, built, growth
-from hf_prune.architectures.memory import remembered
+from hf_prune.architectures.memory import remembered, text_of
 from hf_prune.architectures.modules import base_prefix, find_tensor, output_and_input_dim
 from hf_prune.architectures.moe_block import MoeBlock
 from hf_prune.architectures.moe_blocks import moe_blocks
@@ -64,7 +64,7 @@ def expert_neuron_groups(model: nn.Module) -> list[UnitGroup]:
     if not blocks:
         return []
     config: Any = model.config
-    key = type(model), config.to_json_string(use_diff=False), tuple(blocks)
+    key = type(model), text_of(config), tuple(blocks)
     neurons = remembered(_CACHE, key, lambda: list(_neurons(model, blocks)))
     prefix = base_prefix(model)
     return [

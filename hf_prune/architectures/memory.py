@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
-from typing import TypeVar
+import json
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any, TypeVar
 
 Key = TypeVar("Key", bound=Hashable)
 Value = TypeVar("Value")
+# What says nothing of the modules: a model that was cut, saved and loaded is remembered as one that its config builds.
+_RECORDS = {
+    "_name_or_path",
+    "architectures",
+    "dtype",
+    "pruned_structure",
+    "quantization_config",
+    "torch_dtype",
+    "transformers_version",
+}
 
 
-def remembered(memory: dict[Key, Value], key: Key, find_out: Callable[[], Value], most: int = 32) -> Value:
+def remembered(memory: dict[Key, Value], key: Key, find_out: Callable[[], Value], most: int = 128) -> Value:
     """What is remembered under a key; found out and remembered where it is not.
 
     Args:
@@ -24,3 +35,15 @@ def remembered(memory: dict[Key, Value], key: Key, find_out: Callable[[], Value]
             del memory[next(iter(memory))]
         memory[key] = value
     return memory[key]
+
+
+def text_of(config: Any) -> str:
+    """A config in words, to remember by: all that may say how a model is built."""
+    return json.dumps(_without_records(config.to_dict()), sort_keys=True, default=str)
+
+
+def _without_records(value: Any) -> Any:
+    """A config, and all configs in it, without what says nothing of the modules."""
+    if not isinstance(value, Mapping):
+        return value
+    return {key: _without_records(inner) for key, inner in value.items() if key not in _RECORDS}

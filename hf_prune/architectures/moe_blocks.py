@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from hf_prune.architectures.growth import Growth, built, growth
-from hf_prune.architectures.memory import remembered
+from hf_prune.architectures.memory import remembered, text_of
 from hf_prune.architectures.modules import is_saved
 from hf_prune.architectures.moe_block import MoeBlock, misfit
 from hf_prune.architectures.moe_settings import expert_settings, is_named
@@ -109,7 +109,7 @@ def _look(model: nn.Module) -> tuple[list[MoeBlock], list[str]]:
     config: Any = getattr(model, "config", None)
     if not isinstance(model, PreTrainedModel) or not (settings := expert_settings(model)):
         return [], []
-    key = type(model), config.to_json_string(use_diff=False)
+    key = type(model), text_of(config)
     blocks, reasons = remembered(_CACHE, key, lambda: _compare(type(model), config, settings))
     misfits = {block.config: said for block in reversed(blocks) if (said := misfit(model, block))}
     return [block for block in blocks if block.config not in misfits], [*reasons, *misfits.values()]

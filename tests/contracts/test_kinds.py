@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import json
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -28,8 +26,8 @@ from tests.architecture_models import tiny
 from tests.architectures.test_channels import tiny as tiny_convnet
 from tests.contracts import toy_kinds
 from tests.moe_families import tiny_moe
+from tests.support.fresh_process import ForkServer
 
-ROOT = Path(hf_prune.__file__).parents[1]
 ALL = sorted({*KINDS.names(), *(kind.name for kind in toy_kinds.TOYS)})
 GRANULARITIES = [name for name in ALL if name != "channel"]  # which is a granularity of single weights
 WORKLOAD = {"batch_size": 2, "length": 16}
@@ -228,7 +226,7 @@ def test_every_criterion_ranks_it(kind: str, criterion: str) -> None:
     assert shrink(prune(model, 0.4, calibration=batches, **settings)).num_parameters() < before
 
 
-def test_toys_load_in_a_new_process(tmp_path: Path) -> None:
+def test_toys_load_in_a_new_process(tmp_path: Path, fresh_process: ForkServer) -> None:
     """Pairs of neurons at once, since neurons were cut; pooled features once their kind is registered."""
     expected = {}
     for kind in ("neuron_pair", "pooled_feature"):
@@ -255,7 +253,7 @@ def test_toys_load_in_a_new_process(tmp_path: Path) -> None:
         toy_kinds.register()
         print(json.dumps({"neuron_pair": pairs, "pooled_feature": run("pooled_feature")}))
     """
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    done = fresh_process.run(code, tmp_path)
     assert done.returncode == 0, done.stderr
     loaded = json.loads(done.stdout.splitlines()[-1])
     assert loaded == {kind: pytest.approx(values, abs=1e-5) for kind, values in expected.items()}

@@ -180,7 +180,7 @@ def test_under_sanitizers(tmp_path):
     script = (
         "from pathlib import Path\n"
         "from hf_prune.kernels.sparse import build\n"
-        "build._FLAGS = ('-O1', '-std=c++20', '-Wno-psabi', '-fsanitize=address,undefined',\n"
+        "build._FLAGS = ('-O0', '-std=c++20', '-Wno-psabi', '-fsanitize=address,undefined',\n"
         "                '-fno-sanitize-recover=all')\n"
         "build.load_kernel()\n"  # not within the time of a test
         "import pytest, sys\n"

@@ -6,7 +6,6 @@ Code may differ from layer to layer by their numbers, in ways that a model of tw
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -21,7 +20,7 @@ from hf_prune.architectures.discovery.refusals import Refusal
 from hf_prune.architectures.discovery.sample import FAILURES, LARGEST, Sample, make_sample
 from hf_prune.architectures.growth import built
 from hf_prune.architectures.layer_list import layer_list
-from hf_prune.architectures.memory import remembered
+from hf_prune.architectures.memory import remembered, text_of
 from hf_prune.architectures.small_models import small_config
 from hf_prune.errors import ArchitectureError
 
@@ -29,8 +28,6 @@ MOST_LAYERS = 64
 _ANY = 10**6
 _AT_DEPTH: dict[tuple[Any, ...], tuple[tuple[Stack, ...], Mapping[str, str]]] = {}
 _MOST_REMEMBERED = 64  # classes and configs
-# What says nothing of the modules: a model that was saved and loaded is remembered as what it was before.
-_RECORDS = {"_name_or_path", "architectures", "dtype", "quantization_config", "torch_dtype", "transformers_version"}
 _NOISE = 1e-6  # of weights, as a share: rounding errors are smaller
 
 
@@ -43,18 +40,6 @@ def deep_config(config: Any) -> tuple[Any, str] | None:
     deep = small_config(config, MOST_LAYERS)
     text = text_of(deep)
     return None if text == text_of(small_config(config)) else (deep, text)
-
-
-def text_of(config: Any) -> str:
-    """A config in words, to remember by: all that may say how a model is built."""
-    return json.dumps(_without_records(config.to_dict()), sort_keys=True, default=str)
-
-
-def _without_records(value: Any) -> Any:
-    """A config, and all configs in it, without what says nothing of the modules."""
-    if not isinstance(value, Mapping):
-        return value
-    return {key: _without_records(inner) for key, inner in value.items() if key not in _RECORDS}
 
 
 def running_sample(model_class: Any, config: Any, most: int = LARGEST) -> Sample | None:

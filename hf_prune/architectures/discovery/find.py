@@ -11,14 +11,14 @@ from torch import nn
 
 from hf_prune.architectures.base import Stack
 from hf_prune.architectures.discovery.blocks import idle_parts
-from hf_prune.architectures.discovery.depth import stacks_at_depth, text_of
+from hf_prune.architectures.discovery.depth import stacks_at_depth
 from hf_prune.architectures.discovery.holders import model_holders, native_class
 from hf_prune.architectures.discovery.proof import first_line, layers_failure
 from hf_prune.architectures.discovery.refusals import Refusal
 from hf_prune.architectures.discovery.sample import FAILURES, Sample, make_sample, plain_surroundings
 from hf_prune.architectures.discovery.search import Discovery, search, summary
 from hf_prune.architectures.discovery.width import stacks_at_width
-from hf_prune.architectures.memory import remembered
+from hf_prune.architectures.memory import remembered, text_of
 from hf_prune.architectures.small_models import small_config
 from hf_prune.errors import ArchitectureError
 

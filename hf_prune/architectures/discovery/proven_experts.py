@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from hf_prune.architectures.discovery.depth import deep_config, is_steady, running_sample, text_of
+from hf_prune.architectures.discovery.depth import deep_config, is_steady, running_sample
 from hf_prune.architectures.discovery.expert_neuron_proof import kind_of_neurons
 from hf_prune.architectures.discovery.expert_proof import (
     ExpertProof,
@@ -20,7 +20,7 @@ from hf_prune.architectures.discovery.proof import first_line
 from hf_prune.architectures.discovery.sample import FAILURES, make_sample, plain_surroundings
 from hf_prune.architectures.expert_neurons import expert_neuron_groups
 from hf_prune.architectures.growth import built
-from hf_prune.architectures.memory import remembered
+from hf_prune.architectures.memory import remembered, text_of
 from hf_prune.architectures.moe_block import MoeBlock
 from hf_prune.architectures.moe_blocks import moe_blocks, removable_blocks, tokens_per_choice
 from hf_prune.architectures.settings import set_setting
@@ -99,7 +99,7 @@ def _proof(model_class: Any, config: Any) -> ExpertProof | str:
         return made, text_of(made)
 
     try:
-        made, text = remembered(_SMALL, (model_class, config.to_json_string(use_diff=False)), small)
+        made, text = remembered(_SMALL, (model_class, text_of(config)), small)
     except FAILURES as error:
         return first_line(error)
     proof = remembered(_PROOFS, (model_class, text), lambda: _proven_on_small(model_class, made, config))

@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from hf_prune.architectures.base import Stack
-from hf_prune.architectures.discovery.depth import MOST_LAYERS, deep_config, held, is_steady, running_sample, text_of
+from hf_prune.architectures.discovery.depth import MOST_LAYERS, deep_config, held, is_steady, running_sample
 from hf_prune.architectures.discovery.sample import FAILURES
-from hf_prune.architectures.memory import remembered
+from hf_prune.architectures.memory import remembered, text_of
 from hf_prune.architectures.small_models import small_config
 
 MOST_PARAMETERS = 32_000_000  # of the model that is tried: two layers of 1,024 features, or a small model as a whole
