@@ -793,14 +793,14 @@ def read_all(path: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("sealed", [pytest.param(False, marks=pytest.mark.crash), True])
-def test_thousands_of_damaged_files_are_refused_or_harmless(tiny_file, tmp_path, sealed):
+def test_many_damaged_files_are_refused_or_harmless(tiny_file, tmp_path, sealed):
     """Damage is refused. With a checksum that is made right again, it is refused or gives weights of that size."""
     data = tiny_file.read_bytes()
     length = 8 + int.from_bytes(data[:8], "little")
     rng = random.Random(0)
     path = tmp_path / SINGLE
     outcomes = {"refused": 0, "read": 0}
-    for _ in range(3000):
+    for _ in range(1500):
         if sealed:  # the contents are damaged, the header with the checksum is not
             body = mutate(data[length:], rng)[: len(data) - length].ljust(len(data) - length, b"\0")
             changed = reseal(data[:length] + body)
@@ -815,8 +815,8 @@ def test_thousands_of_damaged_files_are_refused_or_harmless(tiny_file, tmp_path,
         outcomes["read"] += 1
         assert sealed or changed == data
         assert sum(tensor.nbytes for tensor in tensors.values()) <= 1024 * len(changed)
-    assert outcomes["refused"] > 1000
-    assert (outcomes["read"] > 100) == sealed
+    assert outcomes["refused"] > 500
+    assert (outcomes["read"] > 50) == sealed
 
 
 def test_damaged_masks_are_refused_or_harmless(folders, tmp_path):
@@ -984,8 +984,10 @@ def large(tmp_path_factory) -> Path:
 
 @pytest.mark.matrix
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("kind", ["AutoModelForSequenceClassification", "AutoPrunedModelForSequenceClassification"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [("AutoModelForSequenceClassification", "float32"), ("AutoPrunedModelForSequenceClassification", "bfloat16")],
+)
 def test_loading_takes_the_dense_model_and_one_tensor(large, kind, dtype):
     """In the dtype that is asked for, and the masks, a bit for each weight, where they are kept."""
     headers = PackedFiles([large / SINGLE]).headers.values()

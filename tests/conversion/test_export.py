@@ -50,15 +50,6 @@ def test_masked_and_shrunk_models_do_the_same_there(model_type, suffix, tmp_path
     assert model.config._attn_implementation == "sdpa"
 
 
-def test_the_commands(tmp_path, capsys):
-    model, _ = tiny("bert")
-    model.save_pretrained(tmp_path / "model")
-    with pytest.raises(SystemExit) as ended:
-        main(["export", str(tmp_path / "model"), str(tmp_path / "m.onnx")])
-    assert ended.value.code == 0
-    assert "its outputs differ from PyTorch's by" in capsys.readouterr().out
-
-
 def test_int8_files_are_smaller_nearly_the_same_and_keep_their_zeros(tmp_path, capsys):
     model, inputs = tiny("bert")
     prune(model, 0.5)
@@ -125,10 +116,14 @@ def test_openvino_files_in_int8(tmp_path):
     assert abs(ExportedModel(report.path)(**inputs()) - logits(model, inputs())).max() < 0.1 * report.largest_output
 
 
-def test_exported_models_are_timed_beside_checkpoints(tmp_path, capsys):
+def test_models_exported_by_the_command_are_timed_beside_checkpoints(tmp_path, capsys):
     model, _ = tiny("bert")
     model.save_pretrained(tmp_path / "model")
-    exported = ExportedModel(export_model(model, tmp_path / "m.onnx").path)
+    with pytest.raises(SystemExit) as ended:
+        main(["export", str(tmp_path / "model"), str(tmp_path / "m.onnx")])
+    assert ended.value.code == 0
+    assert "its outputs differ from PyTorch's by" in capsys.readouterr().out
+    exported = ExportedModel(tmp_path / "m.onnx")
     result = measure_latency({"torch": model, "onnx": exported}, lengths=[8], rounds=6, warmup=1)
     assert [point.model for point in result.points] == ["torch", "onnx"]
     with pytest.raises(ConfigError, match="name a checkpoint first"):
