@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import itertools
 import pickle
 import sys
 import zlib
@@ -554,18 +553,20 @@ TRACED = ("pipeline.py", "prune_units.py", "transaction.py", "contextlib.py")
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # a folder goes when it is forgotten
 def test_ctrl_c_at_the_end_never_leaves_a_layer_switched_off_whose_weights_are_back():
-    """Interrupted at each of the last lines in turn: either nothing has happened, or all of it."""
+    """Interrupted at each of the last lines, the last time that it runs: nothing has happened, or all of it."""
     settings = {"granularity": "layer", "scope": "global"}
 
     def prune_until(model, line):
-        """Raise KeyboardInterrupt before a line, of those of the pruning and of its contexts; how many there were."""
-        count = itertools.count()
+        """Raise KeyboardInterrupt before a line, of those of the pruning and of its contexts; which there were."""
+        lines = []
 
         def trace(frame, event, _):
             if not frame.f_code.co_filename.endswith(TRACED):
                 return None
-            if event == "line" and next(count) == line:
-                raise KeyboardInterrupt
+            if event == "line":
+                lines.append((frame.f_code.co_filename, frame.f_lineno))
+                if len(lines) - 1 == line:
+                    raise KeyboardInterrupt
             return trace
 
         sys.settrace(trace)
@@ -573,11 +574,12 @@ def test_ctrl_c_at_the_end_never_leaves_a_layer_switched_off_whose_weights_are_b
             prune(model, 0.5, **settings)
         finally:
             sys.settrace(None)
-        return next(count)
+        return lines
 
     outcomes = []
-    last = prune_until(tiny("bert")[0], None)
-    for line in range(last - 90, last):
+    lines = prune_until(tiny("bert")[0], None)
+    lasts = {where: number for number, where in enumerate(lines)}
+    for line in (number for number in lasts.values() if number >= len(lines) - 90):
         model = tiny("bert")[0]
         before = snapshot(model)
         with contextlib.suppress(KeyboardInterrupt):
