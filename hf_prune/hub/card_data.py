@@ -59,6 +59,7 @@ class PruningCardData:
         remote_code: Whether it also loads without hf_prune, with ``trust_remote_code=True``.
         pictures: Caption of each picture, by file name.
         tokens: Whether it is a language model.
+        sentences: The class of sentence-transformers that loads it; empty for one of transformers.
         rounded: Whether the remaining values were rounded when they were saved.
         versions: Versions of the packages that made it, by name.
     """
@@ -85,6 +86,7 @@ class PruningCardData:
     remote_code: bool = False
     pictures: Mapping[str, str] = field(default_factory=dict)
     tokens: bool = False
+    sentences: str = ""
     rounded: bool = False
     versions: Mapping[str, str] = field(default_factory=dict)
 

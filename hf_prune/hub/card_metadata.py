@@ -20,6 +20,8 @@ from hf_prune.utils.front_matter import split_card
 #: What the facts say of how far predictions moved, which ``verify`` can measure again beside the dense model.
 DIVERGENCE = ("kl", "kl_standard_error", "flips", "flips_standard_error", "n")
 
+_SENTENCES = {"SentenceTransformer": "sentence-similarity", "CrossEncoder": "text-ranking"}  # what the Hub calls them
+
 
 def read_metadata(text: str) -> dict[str, Any]:
     """The metadata of a card; empty if it has none."""
@@ -89,8 +91,8 @@ def card_metadata(data: PruningCardData, text: str) -> dict[str, Any]:
         license_link=data.license_link,
         datasets=[data.dataset] if data.dataset else None,
         language=data.language,
-        library_name="transformers",
-        pipeline_tag=(task_of(str(data.report["model"])) or (None,))[0],
+        library_name="sentence-transformers" if data.sentences else "transformers",
+        pipeline_tag=_SENTENCES.get(data.sentences) or (task_of(str(data.report["model"])) or (None,))[0],
         tags=["pruned", "sparse", "hf_prune"],
         model_name=data.name if results else None,
         eval_results=results or None,

@@ -223,6 +223,13 @@ def _layers(report: Mapping[str, Any]) -> list[list[str]]:
 def _loading(data: PruningCardData) -> str:
     name = re.sub(r"[^\w./-]", "_", data.name)
     blocks = ["import hf_prune  # pip install hf_prune: tells transformers how to read it"] if data.needs_plugin else []
+    if data.sentences:
+        by = re.sub(r"\W", "", data.sentences)
+        use = 'predict([("…", "…")])' if by == "CrossEncoder" else 'encode(["…"])'
+        trust = ", trust_remote_code=True" if data.remote_code else ""
+        blocks = [] if data.remote_code else blocks  # one way suffices
+        loads = [f"from sentence_transformers import {by}", "", f'model = {by}("{name}"{trust})', f"model.{use}"]
+        return "\n".join([*blocks, *loads])
     if (task := task_of(str(data.report["model"]))) is not None:
         text = json.dumps((data.example or {}).get("input", "…"), ensure_ascii=False)
         blocks += ["from transformers import pipeline", "", f'pipe = pipeline("{task[0]}", model="{name}")']

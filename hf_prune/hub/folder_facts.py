@@ -10,6 +10,7 @@ from hf_prune.checkpoint.files import INDEX, MASK_FILE, REPORTS, SINGLE, file_pa
 from hf_prune.checkpoint.mask_file import StoredMasks, read_pruning
 from hf_prune.checkpoint.packed.quantization_config import is_ours
 from hf_prune.checkpoint.packed.seal import is_packed, unseal
+from hf_prune.checkpoint.sources import sentence_class
 from hf_prune.errors import DataError
 from hf_prune.hub.checksums import checksums
 from hf_prune.planning.config import PruningConfig
@@ -41,6 +42,7 @@ def counted_facts(folder: Path) -> dict[str, Any]:
         "checksums": checksums(folder),
         "labels": _labels(config),
         "tokens": any(name.endswith("ForCausalLM") for name in config.get("architectures") or []),
+        "sentences": sentence_class(folder),
     }
 
 

@@ -252,6 +252,8 @@ def test_a_card_shows_the_score_and_is_verified_by_scoring_again(data, metric, f
     assert f"| this model | {value:.4f} ± " in card
     assert f"type: {metric.lower()}" in card
     assert "paired p = " in card
+    assert "library_name: sentence-transformers\npipeline_tag: sentence-similarity" in card
+    assert 'from sentence_transformers import SentenceTransformer\n\nmodel = SentenceTransformer("out")' in card
     code, said, err = hf_prune("verify", out, "--evaluate", "--data", folders[data])
     assert code == 0, said + err
     (out / "README.md").write_text(card.replace(f"value: {value!r}", "value: 0.987"))
