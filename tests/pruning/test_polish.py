@@ -41,7 +41,7 @@ def large(kind, seed=0):
 @pytest.mark.parametrize("kind", sorted(BUILD))
 def test_it_comes_closer_and_keeps_the_masks(kind):
     dense = large(kind)
-    batches = tiny_batches(dense, sizes=(4,) * 20)
+    batches = tiny_batches(dense, sizes=(4,) * 10)
     model = copy.deepcopy(dense)
     modules = ".*convolution" if kind == "resnet" else "all-linear"
     plain = prune(copy.deepcopy(dense), 0.6, target_modules=modules)
@@ -54,7 +54,7 @@ def test_it_comes_closer_and_keeps_the_masks(kind):
     record = store.polishes[-1]
     assert record.kept
     assert record.after < 0.9 * record.before
-    assert (record.steps, record.epochs, record.examples) == (4 * 19, 4, 4 * 19)
+    assert (record.steps, record.epochs, record.examples) == (4 * 9, 4, 4 * 9)
     assert not all(torch.equal(p, q) for p, q in zip(plain.parameters(), model.parameters(), strict=True))
 
 
@@ -333,7 +333,7 @@ def test_a_polish_that_makes_it_worse_is_given_up():
 def test_dense_weights_come_back(settings):
     model = large("bert")
     before = snapshot(model)
-    prune(model, 0.5, calibration=tiny_batches(model, sizes=(8,) * 20), polish=QUICK, keep_dense=True, **settings)
+    prune(model, 0.5, calibration=tiny_batches(model, sizes=(4,) * 8), polish=QUICK, keep_dense=True, **settings)
     assert MaskStore.of(model).polishes[-1].kept
     assert any(not same_bits(p, before[n]) for n, p in model.named_parameters() if "LayerNorm" in n)
     MaskStore.of(model).discard(model)
