@@ -212,9 +212,17 @@ def test_padding_changes_nothing():
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4, msg=name)
 
 
-@pytest.mark.covering(1)
-@pytest.mark.parametrize("kind", ["bert", "gpt2", "llama", "t5", "vit"])
-@pytest.mark.parametrize("criterion", ["magnitude", "wanda", "sparsegpt", "alps"])
+@pytest.mark.parametrize(
+    ("kind", "criterion"),
+    [
+        ("bert", "alps"),
+        ("gpt2", "magnitude"),
+        ("gpt2", "wanda"),
+        ("llama", "wanda"),
+        ("t5", "sparsegpt"),
+        ("vit", "magnitude"),
+    ],
+)
 def test_outputs_come_closer_to_those_of_the_dense_model(kind, criterion):
     """Than with the objective of each layer by itself; on the calibration batches, over several models."""
     totals = {"layer": 0.0, "loss": 0.0}

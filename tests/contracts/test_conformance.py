@@ -10,37 +10,31 @@ from benchmarks.conformance_table import count, share, write_tables
 # Encoders, decoders, both; experts packed and in lists; state spaces, delta-nets; vision, sound, towers; convolutions.
 SAMPLE = (
     "bert",
-    "distilbert",
     "modernbert",
     "deberta-v2",
-    "mpnet",
     "gpt2",
     "opt",
     "llama",
     "gemma3_text",
     "qwen3",
-    "phi3",
     "big_bird",
     "t5",
     "bart",
     "mixtral",
-    "qwen3_moe",
     "gpt_oss",
     "deepseek_v3",
     "detr",
     "mamba2",
     "qwen3_next",
     "vit",
-    "dinov2",
     "swin",
     "clip",
-    "llava",
     "glm4v",
     "whisper",
     "wav2vec2",
     "resnet",
 )
-STRUCTURED = ("bert", "distilbert", "gpt2", "opt", "llama", "qwen3", "t5", "vit", "whisper")
+STRUCTURED = ("bert", "gpt2", "opt", "llama", "qwen3", "t5", "vit", "whisper")
 
 
 @pytest.mark.matrix
@@ -56,7 +50,7 @@ def test_a_type_is_pruned_saved_loaded_and_trained(model_type):
     assert (share(result) or 0) >= 0.95
     if model_type in STRUCTURED:
         assert [checks[kind] for kind in ("head", "neuron", "layer")] == ["passed"] * 3
-    if model_type in ("mixtral", "qwen3_moe", "gpt_oss"):
+    if model_type in ("mixtral", "gpt_oss"):
         assert checks["expert"] == "passed"
 
 

@@ -16,6 +16,7 @@ from hf_prune.architectures.cut_units import cut_units
 from hf_prune.architectures.discovery.sample import FAILURES, Sample, build_model, make_sample
 from hf_prune.architectures.found_units import found_groups
 from hf_prune.architectures.layer_list import layer_list
+from hf_prune.architectures.memory import remembered
 from hf_prune.architectures.remove_layers import remove_layers
 from hf_prune.architectures.settings import config_of_setting, set_setting
 from hf_prune.architectures.unit_groups import UnitGroup
@@ -33,7 +34,11 @@ def groups_in(model: nn.Module, stack: Stack) -> list[UnitGroup]:
 
 
 def unit_failure(
-    sample: Sample, groups: Sequence[UnitGroup], dense: Sequence[Tensor], of_all_sizes: bool = False
+    sample: Sample,
+    groups: Sequence[UnitGroup],
+    dense: Sequence[Tensor],
+    of_all_sizes: bool = False,
+    zeroed: dict[Any, list[Tensor]] | None = None,
 ) -> str | None:
     """Why units cannot be removed; None if removing them gives the outputs of zeroing them.
 
@@ -44,6 +49,7 @@ def unit_failure(
         groups: What to remove units from.
         dense: The outputs of the small model.
         of_all_sizes: Remove a quarter to three quarters of the units, and not one to three.
+        zeroed: Remembers the outputs with zeros, which are the same however the units are named.
     """
     generator = torch.Generator().manual_seed(0)
     gone, kept = {}, {}
@@ -54,8 +60,13 @@ def unit_failure(
         if of_all_sizes:
             count = min(max(group.units * _QUARTERS[number % 3] // 4, 1), most)
         gone[group.name], kept[group.name] = order[:count], order[count:].sort().values
-    with sample.zeroed((piece, gone[group.name]) for group in groups for piece in group.consumers):
-        expected = sample.outputs()
+
+    def with_zeros() -> list[Tensor]:
+        with sample.zeroed((piece, gone[group.name]) for group in groups for piece in group.consumers):
+            return sample.outputs()
+
+    key = tuple((tuple(gone[group.name].tolist()), group.consumers) for group in groups)
+    expected = remembered({} if zeroed is None else zeroed, key, with_zeros)
     return cut_failure(sample, groups, kept, expected, dense)
 
 

@@ -6,6 +6,7 @@ import itertools
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -146,12 +147,12 @@ def _proven(
     dense: Sequence[Tensor],
 ) -> Units | str:
     """Units in words that removing proves, or why none do."""
-    reason = ""
+    reason, zeroed = "", dict[Any, list[Tensor]]()
     for units in named_units(sample.model, layer, found, outside):
         is_global = any(map(is_in_config, units.counts))
         joined = replace(units, shared=True)
         for candidate in [joined] if units.shared or is_global else [units, joined]:
-            failure = _failure(sample, replace(stack, units=(candidate,)), found, dense)
+            failure = _failure(sample, replace(stack, units=(candidate,)), found, dense, zeroed)
             if failure is None:
                 return _with_values(sample, stack, candidate, found)
             reason = reason or failure  # of the plainest guess
@@ -170,7 +171,9 @@ def _kind_refused(model: nn.Module, found: FoundUnits) -> str:
     return found.kind if found.width > 1 or is_alone else ""
 
 
-def _failure(sample: Sample, stack: Stack, found: FoundUnits, dense: Sequence[Tensor]) -> str | None:
+def _failure(
+    sample: Sample, stack: Stack, found: FoundUnits, dense: Sequence[Tensor], zeroed: dict[Any, list[Tensor]]
+) -> str | None:
     """Why units named in a way do not fit the small model; None if they do."""
     try:
         groups = groups_in(sample.model, stack)
@@ -182,7 +185,7 @@ def _failure(sample: Sample, stack: Stack, found: FoundUnits, dense: Sequence[Te
     around = (name for name in sample.replaced if any(piece.startswith(f"{name}.") for piece in names))
     if (name := next(around, None)) is not None:
         return _made_anew(name)
-    return unit_failure(sample, groups, dense)
+    return unit_failure(sample, groups, dense, zeroed=zeroed)
 
 
 def _made_anew(name: str) -> str:
