@@ -170,6 +170,10 @@ class SentenceComparison(Result):
     ) -> SentenceComparison:
         """The comparison of two scores by the same metric, whose drop is taken as normally distributed.
 
+        Where no example changes, the spread of the examples is 0, and says nothing of those that were not seen.
+        Interval and bound are therefore those with half an example more that loses everything, and half a one that wins
+        as much, as in :func:`hf_prune.compare`.
+
         Args:
             dense: The score of the dense model.
             pruned: That of the pruned model.
@@ -179,7 +183,8 @@ class SentenceComparison(Result):
             divergence: How far the predictions are from each other, if that is known.
         """
         drop = 100 * (dense.value - pruned.value)
-        two_sided = NormalDist().inv_cdf((1 + confidence) / 2) * error
+        spread = math.hypot(error, 100 / (dense.n + 2))
+        two_sided = NormalDist().inv_cdf((1 + confidence) / 2) * spread
         return cls(
             metric=dense.metric,
             dense_value=dense.value,
@@ -187,7 +192,7 @@ class SentenceComparison(Result):
             drop=drop,
             drop_standard_error=error,
             interval=(drop - two_sided, drop + two_sided),
-            upper_bound=drop + NormalDist().inv_cdf(confidence) * error,
+            upper_bound=drop + NormalDist().inv_cdf(confidence) * spread,
             p_value=2 * NormalDist().cdf(-abs(drop) / error) if error else float(drop == 0),
             n=dense.n,
             confidence=confidence,

@@ -209,7 +209,8 @@ def test_a_model_is_scored_by_its_kind(kind):
     assert ExampleScore.from_dict(score.to_dict()) == score
     assert label in str(score)
     same = compare_examples(score, score)
-    assert (same.drop, same.p_value, same.interval) == (0, 1, (0, 0))
+    assert (same.drop, same.p_value, same.drop_standard_error) == (0, 1, 0)
+    assert same.upper_bound == pytest.approx(1.645 * 100 / (score.n + 2), rel=1e-3)  # of what was not seen
 
 
 @pytest.mark.parametrize("kind", CASES)
@@ -358,18 +359,23 @@ def test_a_sweep_and_its_continuation(kind, tmp_path):
 
 
 def test_a_comparison_sees_what_pruning_costs():
-    rows = tuple((float(i % 10 != 0), 1.0) for i in range(200))
+    def answers(wrong):
+        """One in so many is wrong; half of the true classes are 1."""
+        return tuple((float(i // 10 % 2 if i % wrong else 1 - i // 10 % 2), float(i // 10 % 2)) for i in range(200))
+
     facts = {"split": "", "source": "", "data_fingerprint": "x", "seconds": 1.0, "dtype": "float32"}
     facts |= {"kind": "classification", "metric": "accuracy", "name": "accuracy", "max_length": 1, "batch_size": 1}
-    dense = ExampleScore(**facts, value=0.9, n=200, standard_error=0.02, kept=rows)
-    worse = tuple((float(i % 5 != 0), 1.0) for i in range(200))
-    pruned = dataclasses.replace(dense, value=0.8, kept=worse)
+    dense = ExampleScore(**facts, value=0.9, n=200, standard_error=0.02, kept=answers(10))
+    pruned = dataclasses.replace(dense, value=0.8, kept=answers(5))
     found = compare_examples(dense, pruned)
     assert found.drop == pytest.approx(10)
     assert found.p_value < 0.001
     assert found.interval[0] > 0
     assert found.drop_standard_error == pytest.approx(100 * math.sqrt(0.1 * 0.9 / 200), rel=0.1)  # paired
-    assert "not shown to be above 0" in example_doubt(dataclasses.replace(dense, value=0.01))
+    assert example_doubt(dense) == ""
+    chance = dataclasses.replace(dense, value=0.5, kept=answers(2))
+    assert "not shown to be above 0.5000, which one answer for all of them has" in example_doubt(chance)
+    assert "not shown to be above 0, so" in example_doubt(dataclasses.replace(dense, value=0.01, kept=()))
     with pytest.raises(DataError, match=r"the results differ in n \(200 and 3\)"):
         compare_examples(dense, dataclasses.replace(pruned, n=3))
 

@@ -60,6 +60,17 @@ class ExampleKind:
             raise ConfigError(f"metric is {name!r}: of {self.name}, expected one of {', '.join(self.metrics)}")
         return self.metrics[name]
 
+    def guesses(self, rows: Any) -> list[Any]:
+        """What would be kept of the examples from models that give the same answer whatever they read.
+
+        Args:
+            rows: (n, columns) what is kept.
+
+        Returns:
+            Arrays like it; empty where such a model scores nothing.
+        """
+        return []
+
     def columns(self, available: Sequence[str], where: str, texts: Sequence[str] | None, label: str | None) -> Columns:
         """The columns, as named or by their usual names.
 

@@ -12,7 +12,7 @@ from hf_prune.calibration.columns import is_image
 from hf_prune.calibration.labels import label_numbers
 from hf_prune.errors import DataError
 from hf_prune.evaluation.examples.base import Columns, ExampleKind, choose_column, class_distributions, logits_of
-from hf_prune.evaluation.examples.metrics import CLASSES, Metric
+from hf_prune.evaluation.examples.metrics import CLASSES, Metric, constant_answers
 from hf_prune.utils.column_names import LABELS
 
 
@@ -22,6 +22,10 @@ class ImageClassification(ExampleKind):
     name = "image-classification"
     metrics: ClassVar[Mapping[str, Metric]] = CLASSES
     reads_media = True
+
+    def guesses(self, rows: Any) -> list[Any]:
+        """Each of the commonest classes."""
+        return constant_answers(rows)
 
     def columns(self, available: Sequence[str], where: str, texts: Sequence[str] | None, label: str | None) -> Columns:
         """One column of images and one of labels."""

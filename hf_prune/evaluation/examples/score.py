@@ -148,7 +148,8 @@ def compare_examples(dense: ExampleScore, pruned: ExampleScore, *, confidence: f
     """Compare two models on the same examples: the drop, and how sure it is.
 
     The standard error of the drop is that of 1,000 bootstrap samples of examples, the same for both models (Efron
-    1979). Interval, bound and test take the drop as normally distributed.
+    1979). Interval, bound and test take the drop as normally distributed; interval and bound allow for examples that
+    were not seen, see :meth:`SentenceComparison.of`.
 
     Args:
         dense: Result of the dense model.
@@ -175,15 +176,27 @@ def compare_examples(dense: ExampleScore, pruned: ExampleScore, *, confidence: f
 def example_doubt(dense: ExampleScore, confidence: float = 0.95) -> str:
     """Why a drop from a score says nothing about what pruning costs; empty if it does.
 
+    A model that does not do the task has nothing to lose: one that is not better than the best answer that looks at
+    nothing, such as the commonest class, or where that scores nothing, whose score is not above 0.
+
     Args:
         dense: The score of the dense model.
-        confidence: How sure it must be that the score is above 0, between 0 and 1.
+        confidence: How sure it must be that it is, between 0 and 1.
     """
-    if dense.name == "log_likelihood" or dense.value - NormalDist().inv_cdf(confidence) * dense.standard_error > 0:
+    kind, rows = find_kind(dense.kind), np.asarray(dense.kept, dtype=np.float64)
+    metric = kind.metric(dense.name)
+    best = max(kind.guesses(rows), key=metric.of, default=None) if len(rows) else None
+    guessed, error = 0.0, dense.standard_error
+    if best is not None:
+        guessed = metric.of(best)
+        error = math.hypot(float((resampled(metric, rows) - resampled(metric, best)).std(ddof=1)), 1 / (dense.n + 2))
+    if dense.name == "log_likelihood" or dense.value - guessed > NormalDist().inv_cdf(confidence) * error:
         return ""
+    least = "0" if best is None else f"{guessed:.4f}, which one answer for all of them has"
     return (
         f"the dense model has {dense.metric} {dense.value:.4f} ± {dense.standard_error:.4f} (n = {dense.n:,}), which "
-        f"is not shown to be above 0, so a drop says nothing; check that the labels are the model's, or score more"
+        f"is not shown to be above {least}, so a drop says nothing; check that the labels are the model's, or score "
+        f"more"
     )
 
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+import numpy as np
 from torch import Tensor
 
 from hf_prune.calibration.labels import label_numbers, label_rows
@@ -13,7 +14,7 @@ from hf_prune.errors import DataError
 from hf_prune.evaluation.data.checks import check_texts
 from hf_prune.evaluation.data.columns import find_text_columns
 from hf_prune.evaluation.examples.base import Columns, ExampleKind, choose_column, class_distributions, logits_of
-from hf_prune.evaluation.examples.metrics import CLASSES, LABELS, NUMBERS, Metric
+from hf_prune.evaluation.examples.metrics import CLASSES, LABELS, NUMBERS, Metric, constant_answers
 from hf_prune.utils.column_names import LABELS as USUAL
 
 
@@ -69,6 +70,10 @@ class Classification(_Sequences):
     name = "classification"
     metrics: ClassVar[Mapping[str, Metric]] = CLASSES
 
+    def guesses(self, rows: Any) -> list[Any]:
+        """Each of the commonest classes."""
+        return constant_answers(rows)
+
     def read_labels(self, model: Any, labels: Sequence[Any]) -> list[int]:
         """Class numbers."""
         return label_numbers(labels, model.config.label2id or {}, model.config.num_labels)
@@ -88,6 +93,12 @@ class MultiLabel(_Sequences):
     name = "multi-label-classification"
     metrics: ClassVar[Mapping[str, Metric]] = LABELS
     several_labels = True
+
+    def guesses(self, rows: Any) -> list[Any]:
+        """The commonest label, the two commonest, and so on; and none."""
+        true = rows[:, rows.shape[1] // 2 :]
+        places = np.argsort(np.argsort(-true.mean(0), kind="stable"))
+        return [np.hstack([np.tile(places < number, (len(true), 1)), true]) for number in range(true.shape[1] + 1)]
 
     def read_labels(self, model: Any, labels: Sequence[Any]) -> list[list[float]]:
         """For each label 0 or 1."""
