@@ -1,7 +1,7 @@
 # Each target makes the virtual environment it needs: Python 3.10 or newer, pip and make are enough to start.
 #
 #   make demo                         prune a small model, offline, and print what came of it
-#   make test WORKERS=4 ARGS="-k nm"  the everyday tests, with more workers or fewer tests
+#   make test WORKERS=1 ARGS="-k nm"  the everyday tests, with fewer workers or fewer tests
 #   make test-all                     every test
 #   make check PYTHON=python3.12 VENV=.venv312
 

@@ -42,8 +42,9 @@ def text_of(config: Any) -> str:
     return json.dumps(_without_records(config.to_dict()), sort_keys=True, default=str)
 
 
-def _without_records(value: Any) -> Any:
+def _without_records(value: Any, is_config: bool = True) -> Any:
     """A config, and all configs in it, without what says nothing of the modules."""
     if not isinstance(value, Mapping):
         return value
-    return {key: _without_records(inner) for key, inner in value.items() if key not in _RECORDS}
+    left_out = _RECORDS if is_config or "model_type" in value else ()
+    return {key: _without_records(inner, False) for key, inner in value.items() if key not in left_out}

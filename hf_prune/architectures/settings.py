@@ -39,7 +39,7 @@ def restore_setting(config: Any, name: str, value: Any) -> None:
     holder, key = config_of_setting(config, name)
     if value is not _ABSENT:
         setattr(holder, key, value)
-    else:
+    elif key in vars(holder):
         delattr(holder, key)
 
 

@@ -64,7 +64,7 @@ class AllowedLoss:
             value = default
         number = isinstance(value, numbers.Real) and not isinstance(value, bool)
         if not number or not 0 < float(value) < 100:  # type: ignore[arg-type]
-            what = "points of accuracy, or per cent of perplexity,"
+            what = "points of the metric, or per cent of perplexity,"
             if name == "max_flips":
                 what = "percent of the answers"
             raise ConfigError(f"{name} is {value!r}: expected {what} between 0 and 100, such as 1.0")

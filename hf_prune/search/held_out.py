@@ -38,9 +38,9 @@ class HeldOut:
         doubt: Why a loss says nothing, from the score of the dense model; empty if it does.
         unit: What is lost, in words.
         description: What was scored, in words.
+        identity: What results must agree on to stand in one table, besides the description.
         texts: What was scored, of a language model.
         recipe: By what it can be held out again, for a card.
-        identity: What results must agree on to stand in one table, besides the description.
     """
 
     score: Callable[[Any, str], Any]
@@ -50,9 +50,9 @@ class HeldOut:
     doubt: Callable[[Any], str]
     unit: str
     description: str
+    identity: Mapping[str, Any]
     texts: Sequence[str] = ()
     recipe: Mapping[str, Any] = field(default_factory=dict)
-    identity: Mapping[str, Any] = field(default_factory=dict)
 
 
 def held_out_data(
@@ -116,7 +116,6 @@ def _examples(
     units = "rows" if isinstance(task, SentenceTask) else "examples"
     named = {"source": source, "split": task.calibration_split, **task.columns, **options}
     columns = {name: list(value) if isinstance(value, tuple) else value for name, value in task.columns.items()}
-    identity = {} if isinstance(task, ClassificationTask) else {"task": {**columns, "metric": metric}}
 
     def loss(dense: Any, pruned: Any) -> Loss:
         return allowed.loss(task.compare(dense, pruned))
@@ -130,7 +129,7 @@ def _examples(
         unit="% of answers changed" if allowed.flips else f"points of {metric}",
         description=f"{len(data):,} held-out {units} of {source} {task.calibration_split}",
         recipe={"n": n, "seen": seen},
-        identity=identity,
+        identity={"task": {**columns, "metric": metric}},
     )
 
 
@@ -158,4 +157,5 @@ def _windows(task: LanguageModelingTask, model: Any, tokenizer: Any, n: int, opt
         f"{display_name(task.source)} {task.calibration_split}",
         texts=scored,
         recipe={"n": n, "window": length},
+        identity={"task": {"text_column": task.text_column}},
     )

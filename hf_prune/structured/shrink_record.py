@@ -104,7 +104,8 @@ def simplify_config(model: nn.Module, groups: Sequence[UnitGroup]) -> None:
     for group in groups:
         if group.config:
             by_attributes.setdefault(group.config, []).append(group)
-    before: list[tuple[list[UnitGroup], dict[str, Any]]] = []
+    proven: list[list[UnitGroup]] = []  # groups that were found, whose sizes are written
+    before: dict[str, Any] = {}
     for alike in by_attributes.values():
         first = alike[0]
         if first.units and len({(group.units, group.per_unit, group.size) for group in alike}) == 1:
@@ -112,23 +113,21 @@ def simplify_config(model: nn.Module, groups: Sequence[UnitGroup]) -> None:
             values = kind.config_values(first)
             if objection_to(model.config, values) is None:
                 if first.kind in ("head", "neuron") and all(group.is_found for group in alike):
-                    before.append((alike, {name: setting(model.config, name) for name in values}))
+                    before = {name: setting(model.config, name) for name in values} | before
+                    proven.append(alike)
                 kind.write_config(model, first)
-    changed = []
-    for alike, values in before:
-        if _is_built(model, alike):
-            changed.append(values)
-        else:
-            _restore(model, values)
     found = [group for group in groups if group.is_found and group.kind in ("head", "neuron") and group.units]
-    if changed and not _are_found_again(model, found):
-        for values in changed:
-            _restore(model, values)
-
-
-def _restore(model: nn.Module, values: Mapping[str, Any]) -> None:
-    for name, value in values.items():
-        restore_setting(model.config, name, value)
+    while proven:
+        built = [alike for alike in proven if _is_built(model, alike)]
+        if len(built) == len(proven):
+            if _are_found_again(model, found):
+                return
+            built = []
+        for name, value in before.items():
+            restore_setting(model.config, name, value)
+        for alike in built:
+            kind_named(alike[0].kind).write_config(model, alike[0])
+        proven = built
 
 
 def _are_found_again(model: nn.Module, groups: Iterable[UnitGroup]) -> bool:

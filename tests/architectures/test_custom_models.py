@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 
 import pytest
@@ -25,6 +26,7 @@ from transformers import (
 from hf_prune import describe_units, prunable
 from hf_prune.architectures.bypass import bypass
 from hf_prune.architectures.find_unit_groups import find_unit_groups
+from hf_prune.architectures.memory import text_of
 from hf_prune.architectures.small_models import small_config
 from hf_prune.errors import ArchitectureError, PlanError
 from hf_prune.structured import shrink_record
@@ -223,6 +225,22 @@ def test_sizes_stay_out_of_a_config_by_which_the_units_are_not_found_again(monke
     assert pruned.config.ff == OwnConfig().ff
     pruned.save_pretrained(tmp_path)
     assert torch.equal(OwnModel.from_pretrained(tmp_path).eval()(**INPUTS).logits, masked)
+
+
+def test_a_setting_of_two_kinds_of_units_is_what_it_was_where_neither_is_built(monkeypatch):
+    model = OwnModel(OwnConfig())
+    (group, *_) = [group for group in find_unit_groups(model) if group.kind == "neuron"]
+    groups = [dataclasses.replace(group, units=48), dataclasses.replace(group, units=24, config=("ff", "vocab"))]
+    groups[1] = dataclasses.replace(groups[1], per_unit=(1, 1))
+    monkeypatch.setattr(shrink_record, "_is_built", lambda *_: False)
+    shrink_record.simplify_config(model, groups)
+    assert (model.config.ff, model.config.vocab) == (96, 100)
+
+
+def test_configs_that_say_something_else_inside_are_told_apart():
+    plain, other = (OwnConfig(parts={"dtype": dtype}) for dtype in ("a", "b"))
+    assert text_of(plain) != text_of(other)
+    assert text_of(OwnConfig(dtype="float32")) == text_of(OwnConfig(dtype="bfloat16"))
 
 
 class LetterConfig(OwnConfig):

@@ -20,6 +20,7 @@ from hf_prune import CheckpointError, compress_checkpoint, decompress_checkpoint
 from hf_prune.checkpoint.files import MASK_FILE
 from hf_prune.checkpoint.mask_file import load_masks, save_masks
 from hf_prune.checkpoint.packed.files import PackedFiles
+from hf_prune.checkpoint.packed.quantizer import round_renamed
 from hf_prune.conversion.streaming.meta_model import load_meta_model
 from hf_prune.hub.folder_facts import counted_facts
 from hf_prune.mixin import pruned_class
@@ -227,3 +228,14 @@ def test_weights_that_the_config_says_are_elsewhere_are_refused_by_all(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
     (source / "config.json").write_text(json.dumps({**config, "transformers_weights": SINGLE}))
     assert bits(load(source).masks) == bits(model.masks)
+
+
+def test_what_early_releases_rename_is_rounded_as_the_rest():
+    """They load it in the dtype of the files; what is planned in another dtype stays in that."""
+    model = torch.nn.ModuleDict({"inner": torch.nn.Linear(2, 2), "kept": torch.nn.Linear(2, 2)})
+    values = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    round_renamed(model, dict.fromkeys(values, torch.bfloat16), {"kept": torch.float32})
+    for name, tensor in model.state_dict().items():
+        expected = values[name] if name.startswith("kept") else values[name].bfloat16()
+        assert tensor.dtype == expected.dtype
+        assert torch.equal(tensor, expected)

@@ -1159,11 +1159,10 @@ def test_plan_of_units(hf_prune, bert):
     assert "encoder.layer.0.attention.output.dense" in done.out
     values = json.loads(hf_prune("prune", folder, "--granularity", "neuron", "--dry-run", "--json").out)
     assert [site["kept"] for site in values["sites"]] == [16, 16]
-    speed = ("--target-speedup", "1.1", "--workload", "2x8", "--threads", "1", "--criterion", "magnitude")
+    speed = ("--target-speedup", "50", "--workload", "2x8", "--threads", "1", "--criterion", "magnitude")
     timed = hf_prune("prune", folder, "--granularity", "neuron", *speed, "--dry-run")
-    assert (
-        timed.code == 0 or "were asked for" in timed.err or "cannot be met" in timed.err
-    )  # so small a model hardly gains
+    assert timed.code == 1
+    assert "with all neurons gone that may go, and 50 were asked for" in timed.err
     learned = hf_prune("prune", folder, "--granularity", "neuron", "--criterion", "fisher", "--data", data, "--dry-run")
     assert "by data" not in learned.out
 

@@ -279,7 +279,7 @@ def test_budgets_that_cannot_be_met_or_understood() -> None:
         find_sparsity(models.tiny_classifier(), TOKENIZER, few, max_flips=1.0)
     for options, message in (
         ({"max_drop": 1.0, "max_flips": 1.0}, "max_drop is 1.0 and max_flips 1.0: expected one of them"),
-        ({}, "max_drop is None: expected points of accuracy, or per cent"),
+        ({}, "max_drop is None: expected points of the metric, or per cent"),
         ({"max_flips": 100}, "max_flips is 100: expected percent of the answers between 0 and 100"),
         ({"max_flips": True}, "max_flips is True"),
     ):

@@ -79,8 +79,8 @@ def with_layer_fields(sample: Sample, stack: Stack) -> tuple[Stack, str | None]:
     own = _own_config(sample.model, layers.name)
     usual = _names(sample.model.config, total, _LAYERS, own)
     others = [name for name in _names(sample.model.config, total, _ANY, own) if name not in usual]
-    for name in [*usual, *others]:
-        if name in others and reason != unknown:
+    for number, name in enumerate([*usual, *others]):
+        if number == len(usual) and reason != unknown:
             break  # a usual name counts them, and they stay for the reason that was found
         holder, _ = config_of_setting(sample.model.config, name)
         lists = tuple(key for key, value in vars(holder).items() if isinstance(value, list) and len(value) == total)

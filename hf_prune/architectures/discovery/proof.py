@@ -109,11 +109,15 @@ def _also_sized(cut: Any, groups: Sequence[UnitGroup]) -> str | None:
         return "what it then cannot build"
     pieces = {(piece.name, piece.dim) for group in groups for piece in group.slices + group.buffers}
     # With a row for each head, a tensor has the size of a head beside it, which many configs divide out of the rest.
-    by_head = {p.name for g in groups if g.consumers[0].width > 1 for p in g.slices + g.buffers if p.width == 1}
+    head_sizes: dict[str, set[int]] = {}
+    for group in groups:
+        widths = {piece.width for piece in group.slices if piece.width > 1}
+        rows = (piece.name for piece in group.slices + group.buffers if piece.width == 1)
+        head_sizes |= dict.fromkeys(rows, widths) if group.consumers[0].width > 1 else {}
     shapes = {name: tensor.shape for name, tensor in rebuilt.named_parameters()}
     for name, tensor in cut.named_parameters():
         for dim, (size, other) in enumerate(zip(tensor.shape, shapes.get(name, ()), strict=False)):
-            if size != other and (name, dim) not in pieces and name not in by_head:
+            if size != other and (name, dim) not in pieces and size not in head_sizes.get(name, ()):
                 return name
     return None
 

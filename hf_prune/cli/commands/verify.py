@@ -20,7 +20,12 @@ from hf_prune.evaluation.tasks import LanguageModelingTask
 def verify(
     source: Annotated[str, typer.Argument(metavar="MODEL", help="A folder or a Hub id.", show_default=False)],
     revision: Annotated[str | None, typer.Option(help="Revision of the repository.")] = None,
-    evaluate: Annotated[bool, typer.Option("--evaluate", help="Also score it again, on --data.")] = False,
+    evaluate: Annotated[
+        bool,
+        typer.Option(
+            "--evaluate", help="Also score it again, on --data: on its first examples, as many as the card says."
+        ),
+    ] = False,
     against: Annotated[
         str | None,
         typer.Option(help="With --evaluate: the dense model, to measure again how far the predictions are from its."),
@@ -51,7 +56,8 @@ def verify(
         kind = task_kind(folder, metric)
         source = check_data(data or claimed.get("dataset"), labelled=False, why="--evaluate", useful=USEFUL[kind])
         calibrated = {"calibration_split": claimed["split"]} if claimed.get("held_out") and claimed.get("split") else {}
-        first = None if claimed.get("metric") == NDCG else claimed.get("n")  # of queries, not rows
+        is_another = split not in (None, claimed.get("split"))
+        first = None if is_another or claimed.get("metric") == NDCG else claimed.get("n")  # of queries, not rows
         task: Any = read_task(kind, source, text_column, label_column, metric=metric, limit=first, **calibrated)
         assert task is not None
         part = split or claimed.get("split") or task.default_split
