@@ -11,7 +11,7 @@ from hf_prune.checkpoint.mask_file import StoredMasks, read_pruning
 from hf_prune.checkpoint.packed.quantization_config import is_ours
 from hf_prune.checkpoint.packed.seal import is_packed, unseal
 from hf_prune.checkpoint.sources import sentence_class
-from hf_prune.errors import DataError
+from hf_prune.errors import CheckpointError, DataError
 from hf_prune.hub.checksums import checksums
 from hf_prune.planning.config import PruningConfig
 from hf_prune.structured.shrink_record import RECORD
@@ -42,8 +42,15 @@ def counted_facts(folder: Path) -> dict[str, Any]:
         "checksums": checksums(folder),
         "labels": _labels(config),
         "tokens": any(name.endswith("ForCausalLM") for name in config.get("architectures") or []),
-        "sentences": sentence_class(folder),
+        "sentences": _class_for_sentences(folder),
     }
+
+
+def _class_for_sentences(folder: Path) -> str:
+    try:
+        return sentence_class(folder)
+    except CheckpointError:  # with what it cannot read, sentence-transformers loads it no more
+        return ""
 
 
 def _labels(config: Mapping[str, Any]) -> str:

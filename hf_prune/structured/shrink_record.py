@@ -93,8 +93,8 @@ def record_structure(
 def simplify_config(model: nn.Module, groups: Sequence[UnitGroup]) -> None:
     """Write sizes into the model's config wherever it can tell them: where all groups that it speaks of are alike.
 
-    Where its class refuses a number, or builds other sizes from it, or the groups are not found by it again, the config
-    stays as it is, and checkpoints tell the sizes by our record.
+    Where its class refuses a number, or builds other sizes from it, or groups of which it tells nothing are not found by
+    it again, the config stays as it is, and checkpoints tell the sizes by our record.
 
     Args:
         model: The model, already shrunk.
@@ -120,7 +120,8 @@ def simplify_config(model: nn.Module, groups: Sequence[UnitGroup]) -> None:
     while proven:
         built = [alike for alike in proven if _is_built(model, alike)]
         if len(built) == len(proven):
-            if _are_found_again(model, found):
+            told = {group.name for alike in proven for group in alike}
+            if _are_found_again(model, [group for group in found if group.name not in told]):
                 return
             built = []
         for name, value in before.items():
@@ -130,8 +131,10 @@ def simplify_config(model: nn.Module, groups: Sequence[UnitGroup]) -> None:
         proven = built
 
 
-def _are_found_again(model: nn.Module, groups: Iterable[UnitGroup]) -> bool:
+def _are_found_again(model: nn.Module, groups: Sequence[UnitGroup]) -> bool:
     """Whether groups are found by the config as it is now, by which a checkpoint is loaded."""
+    if not groups:
+        return True
     try:
         units = {piece.name: group.units for group in find_unit_groups(model) for piece in group.consumers}
     except ArchitectureError:

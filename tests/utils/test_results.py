@@ -44,8 +44,8 @@ from hf_prune.utils.results import Result
 from tests import models
 
 NO_TABLES = set(
-    "Channels ClassificationTask Distillation Heads LanguageModelingTask LatencyPoint LotteryRound MaskStore Neurons "
-    "Preset PruningCardData PruningConfig Schedule Stack UnitsOfKind WeightStats".split()
+    "Channels ClassificationTask Distillation ExampleTask Heads LanguageModelingTask LatencyPoint LotteryRound "
+    "MaskStore Neurons Preset PruningCardData PruningConfig Schedule SentenceTask Stack UnitsOfKind WeightStats".split()
 )
 
 
