@@ -93,8 +93,8 @@ def record_structure(
 def simplify_config(model: nn.Module, groups: Sequence[UnitGroup]) -> None:
     """Write sizes into the model's config wherever it can tell them: where all groups that it speaks of are alike.
 
-    Where its class refuses a number, or builds other sizes from it, or groups of which it tells nothing are not found by
-    it again, the config stays as it is, and checkpoints tell the sizes by our record.
+    Where its class refuses a number, or builds other sizes from it, or groups of which it tells nothing are not found
+    by it again, the config stays as it is, and checkpoints tell the sizes by our record.
 
     Args:
         model: The model, already shrunk.
