@@ -84,6 +84,8 @@ def with_layer_fields(sample: Sample, stack: Stack) -> tuple[Stack, str | None]:
             break  # a usual name counts them, and they stay for the reason that was found
         holder, _ = config_of_setting(sample.model.config, name)
         lists = tuple(key for key, value in vars(holder).items() if isinstance(value, list) and len(value) == total)
+        if number >= len(usual) and lists:
+            continue  # these may count them alone, and the attribute something else
         for fixed in (0, 1):
             counted = replace(stack, config=name, per_layer=lists, fixed=fixed)
             twin = sample.twin()
