@@ -41,7 +41,7 @@ def plot_search(
     if best is not None:
         place = scale * getattr(best, goal.measured), best.loss.value
         axes.plot(*place, marker="*", markersize=18, color=PALETTE[4], markeredgecolor="black", zorder=5)
-        axes.annotate("chosen", place, xytext=(0, 12), textcoords="offset points", ha="center")
+        axes.annotate("chosen", place, xytext=(0, -20), textcoords="offset points", ha="center")
     axes.set(xlabel=_MEASURES[goal.measured], ylabel=f"lost, {unit}")
     axes.set_title(title, fontsize=10)
     return literal(drawn)
