@@ -167,6 +167,7 @@ class SentenceComparison(Result):
         confidence: float,
         doubt: str,
         divergence: Divergence | None = None,
+        at_stake: float = 100.0,
     ) -> SentenceComparison:
         """The comparison of two scores by the same metric, whose drop is taken as normally distributed.
 
@@ -181,9 +182,10 @@ class SentenceComparison(Result):
             confidence: Of the two-sided interval and of the one-sided bound, between 0 and 1.
             doubt: Why the drop means nothing; empty if it does.
             divergence: How far the predictions are from each other, if that is known.
+            at_stake: How many points one example can lose; 0 where there is no limit, and the spread has to do.
         """
         drop = 100 * (dense.value - pruned.value)
-        spread = math.hypot(error, 100 / (dense.n + 2))
+        spread = math.hypot(error, at_stake / (dense.n + 2))
         two_sided = NormalDist().inv_cdf((1 + confidence) / 2) * spread
         return cls(
             metric=dense.metric,

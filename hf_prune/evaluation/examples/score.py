@@ -170,7 +170,9 @@ def compare_examples(dense: ExampleScore, pruned: ExampleScore, *, confidence: f
     divergence = saved_divergence(
         dense.distributions, pruned.distributions, labels=find_kind(dense.kind).several_labels, confidence=confidence
     )
-    return SentenceComparison.of(dense, pruned, error, confidence, example_doubt(dense, confidence), divergence)
+    at_stake = 0.0 if dense.name == "log_likelihood" else 100.0
+    doubt = example_doubt(dense, confidence)
+    return SentenceComparison.of(dense, pruned, error, confidence, doubt, divergence, at_stake)
 
 
 def example_doubt(dense: ExampleScore, confidence: float = 0.95) -> str:
