@@ -9,7 +9,7 @@ from typing import Any
 
 from hf_prune.errors import DataError
 from hf_prune.evaluation.divergence import read_distributions, stored_rows
-from hf_prune.evaluation.saved_scores import check_fields, data_name
+from hf_prune.evaluation.saved_scores import check_counted, check_fields, data_name
 from hf_prune.utils.results import Result
 
 _TYPES: dict[str, tuple[type, ...]] = {
@@ -100,12 +100,7 @@ class Evaluation(Result):
         if not 0 < len(labels) == len(predictions):
             raise DataError(f"not a saved evaluation: {len(predictions)} predictions of {len(labels)} labels")
         counted = share_correct(predictions, labels)
-        for name, number in counted.items():
-            if not _is_near(values[name], number):
-                raise DataError(
-                    f"{name} is {values[name]!r}, but the predictions that are saved with it give {number!r}: the file "
-                    f"was edited; measure again"
-                )
+        check_counted(values, counted, "the predictions that are saved with it give", 1e-9)
         distributions = read_distributions(values, len(labels), predictions)
         lists = {"predictions": predictions, "labels": labels, "distributions": distributions}
         return cls(**{**values, **counted, **lists})
@@ -116,7 +111,3 @@ def share_correct(predictions: Sequence[int], labels: Sequence[int]) -> dict[str
     n = len(labels)
     p = sum(a == b for a, b in zip(predictions, labels, strict=True)) / n
     return {"accuracy": p, "n": n, "standard_error": math.sqrt(p * (1 - p) / n)}
-
-
-def _is_near(claimed: Any, counted: float) -> bool:
-    return type(claimed) in (int, float) and math.isclose(claimed, counted, rel_tol=1e-9, abs_tol=1e-9)

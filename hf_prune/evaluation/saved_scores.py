@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import fields
 from typing import Any
@@ -33,6 +34,44 @@ def check_fields(score: type[Any], values: Mapping[str, Any], name: str, optiona
             f"not a saved {name}: missing {sorted(missing)}, unknown {sorted(unknown)}: pass what "
             f"{score.__name__}.to_dict returned"
         )
+
+
+def is_finite_number(number: object) -> bool:
+    """Whether a value read from a file is an int or a float, no bool, and finite."""
+    return type(number) in (int, float) and math.isfinite(number)  # type: ignore[arg-type]
+
+
+def check_counted(values: Mapping[str, Any], counted: Mapping[str, Any], source: str, tolerance: float) -> None:
+    """Make sure that values are those that are counted again.
+
+    Args:
+        values: What was saved.
+        counted: What is counted, by the same names: numbers, or words.
+        source: What they were counted from, with its verb, for messages.
+        tolerance: Relative and absolute, of numbers.
+
+    Raises:
+        DataError: If one differs.
+    """
+    for name, right in counted.items():
+        claimed = values[name]
+        if isinstance(right, str):
+            same = claimed == right
+        else:
+            same = is_finite_number(claimed) and math.isclose(claimed, right, rel_tol=tolerance, abs_tol=tolerance)
+        if not same:
+            raise DataError(f"{name} is {claimed!r}, but {source} {right!r}: the file was edited; measure again")
+
+
+def check_error(values: Mapping[str, Any]) -> None:
+    """Make sure that the standard error and the number of examples of a score can be true.
+
+    Raises:
+        DataError: If they cannot.
+    """
+    error, n = values["standard_error"], values["n"]
+    if not is_finite_number(error) or error < 0 or type(n) is not int or n < 1:
+        raise DataError(f"standard_error is {error!r} and n {n!r}: expected 0 or more, and a whole number above 0")
 
 
 def scores_to_dict(score: Mapping[str, Any], dense: Mapping[str, Any], compared: Mapping[str, Any]) -> dict[str, Any]:

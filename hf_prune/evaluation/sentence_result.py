@@ -10,7 +10,7 @@ from typing import Any
 
 from hf_prune.errors import DataError
 from hf_prune.evaluation.divergence import Divergence
-from hf_prune.evaluation.saved_scores import check_fields, data_name
+from hf_prune.evaluation.saved_scores import check_counted, check_error, check_fields, data_name, is_finite_number
 from hf_prune.evaluation.statistics import check_confidence, spearman, standard_error_of_mean
 from hf_prune.utils.results import Result
 
@@ -85,7 +85,7 @@ class SentenceScore(Result):
         lists: dict[str, Any] = {}
         for name in ("values", "references"):
             numbers = values[name]
-            if not isinstance(numbers, list | tuple) or not all(_is_finite(number) for number in numbers):
+            if not isinstance(numbers, list | tuple) or not all(is_finite_number(number) for number in numbers):
                 raise DataError(f"not a saved score of sentences: {name} is no list of finite numbers")
             lists[name] = tuple(map(float, numbers))
         if not 0 < len(lists["values"]) == len(lists["references"]) == values["n"]:
@@ -94,12 +94,7 @@ class SentenceScore(Result):
                 f"{len(lists['references'])} references"
             )
         counted = summarise(values["metric"], lists["values"], lists["references"])
-        for name, number in counted.items():
-            if not _is_finite(values[name]) or not math.isclose(values[name], number, rel_tol=1e-6, abs_tol=1e-6):
-                raise DataError(
-                    f"{name} is {values[name]!r}, but the values that are saved with it give {number!r}: the file was "
-                    f"edited; measure again"
-                )
+        check_counted(values, counted, "the values that are saved with it give", 1e-6)
         return cls(**{**values, **counted, **lists})
 
 
@@ -112,14 +107,13 @@ def check_sentences(values: Mapping[str, Any]) -> None:
     Raises:
         DataError: If it cannot.
     """
-    metric, value, error, n = (values[name] for name in ("metric", "value", "standard_error", "n"))
+    metric, value = values["metric"], values["value"]
     if metric not in METRICS.values():
         raise DataError(f"metric is {metric!r:.60}: expected one of {', '.join(METRICS.values())}")
     least = -1 if metric == SPEARMAN else 0
-    if not _is_finite(value) or not least <= value <= 1:
+    if not is_finite_number(value) or not least <= value <= 1:
         raise DataError(f"value is {value!r}: expected a number from {least} to 1")
-    if not _is_finite(error) or error < 0 or type(n) is not int or n < 1:
-        raise DataError(f"standard_error is {error!r} and n {n!r}: expected 0 or more, and a whole number above 0")
+    check_error(values)
     if values.get("values") is not None or values.get("references") is not None:
         SentenceScore.from_dict(values)
 
@@ -294,7 +288,3 @@ def resampled_spearman(values: Any, references: Any, samples: int = 1000) -> Any
         norm = math.sqrt(float((ranks[0] ** 2).sum() * (ranks[1] ** 2).sum()))
         found[i] = (ranks[0] * ranks[1]).sum() / norm if norm else 0.0
     return found
-
-
-def _is_finite(number: object) -> bool:
-    return type(number) in (int, float) and math.isfinite(number)  # type: ignore[arg-type]

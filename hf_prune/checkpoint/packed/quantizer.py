@@ -193,11 +193,12 @@ def take_dense_tensors() -> None:
         misfits: set[Any] = set()
         if state_dict is None and checkpoint_files and make is not None and (found := make(checkpoint_files)):
             misfits = take_misfits(model, found, load_config.weight_mapping or ())
-            dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+            rounds_all = hasattr(HfQuantizer, "get_new_dtype")
+            dtypes = {} if rounds_all else {name: tensor.dtype for name, tensor in model.state_dict().items()}
             with unchanged(checkpoint_files):
                 # Without the names of the files, or offloaded weights would be read from them.
                 info, *others = load(model, found, None, load_config, *args, **kwargs)
-            if not hasattr(HfQuantizer, "get_new_dtype"):
+            if not rounds_all:
                 round_renamed(model, dtypes, load_config.dtype_plan or {})
         else:
             info, *others = load(model, state_dict, checkpoint_files, load_config, *args, **kwargs)

@@ -21,11 +21,13 @@ class Metric:
         label: What it is called in results.
         of: The value, 1 or 0 at best, of rows (n, columns).
         choose: The function whose values on samples of some rows can be compared, where ``of`` depends on what occurs.
+        is_bounded: Whether it lies between -1 and 1, so that 0 is what chance gives and one example loses 1 at most.
     """
 
     label: str
     of: Callable[[Any], float]
     choose: Callable[[Any], Callable[[Any], float]] | None = None
+    is_bounded: bool = True
 
 
 def accuracy(rows: Any) -> float:
@@ -139,7 +141,7 @@ TEXTS: Mapping[str, Metric] = {
     "rouge_l": Metric("ROUGE-L", mean_of(1)),
     "exact_match": Metric("exact match", mean_of(0)),
 }
-TOKENS: Mapping[str, Metric] = {"log_likelihood": Metric("log-likelihood", log_likelihood)}
+TOKENS: Mapping[str, Metric] = {"log_likelihood": Metric("log-likelihood", log_likelihood, is_bounded=False)}
 
 
 def constant_answers(rows: Any) -> list[Any]:

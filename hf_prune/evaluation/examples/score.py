@@ -14,7 +14,7 @@ from hf_prune.errors import DataError
 from hf_prune.evaluation.divergence import read_distributions, saved_divergence, stored_rows
 from hf_prune.evaluation.examples.kinds import find_kind
 from hf_prune.evaluation.examples.metrics import resampled
-from hf_prune.evaluation.saved_scores import check_fields, data_name
+from hf_prune.evaluation.saved_scores import check_counted, check_error, check_fields, data_name, is_finite_number
 from hf_prune.evaluation.sentence_result import SentenceComparison
 from hf_prune.evaluation.statistics import check_confidence
 from hf_prune.utils.results import Result
@@ -85,20 +85,14 @@ class ExampleScore(Result):
         if (
             not rows
             or len(widths) != 1
-            or not all(_is_finite(x) for row in rows for x in row)
+            or not all(is_finite_number(x) for row in rows for x in row)
             or values["n"] != len(rows)
         ):
             raise DataError(
                 f"not a saved score of examples: n is {values['n']!r}, and what is kept is not as many rows"
             )
         counted = summarise(str(values["kind"]), str(values["name"]), rows)
-        for name, number in counted.items():
-            same = values[name] == number if isinstance(number, str) else _is_near(values[name], number)
-            if not same:
-                raise DataError(
-                    f"{name} is {values[name]!r}, but what is kept of the examples gives {number!r}: the file was "
-                    f"edited; measure again"
-                )
+        check_counted(values, counted, "what is kept of the examples gives", 1e-6)
         kind = find_kind(str(values["kind"]))
         predictions = None if kind.several_labels else [row[0] for row in rows]
         lists = {
@@ -117,12 +111,10 @@ def check_examples(values: Mapping[str, Any]) -> None:
     Raises:
         DataError: If it cannot.
     """
-    find_kind(str(values["kind"])).metric(str(values["name"]))
-    value, error, n = (values[name] for name in ("value", "standard_error", "n"))
-    if not _is_finite(value) or value > 1 or (value < -1 and values["name"] != "log_likelihood"):
+    metric, value = find_kind(str(values["kind"])).metric(str(values["name"])), values["value"]
+    if not is_finite_number(value) or value > 1 or (value < -1 and metric.is_bounded):
         raise DataError(f"value is {value!r}: expected a number of at most 1")
-    if not _is_finite(error) or error < 0 or type(n) is not int or n < 1:
-        raise DataError(f"standard_error is {error!r} and n {n!r}: expected 0 or more, and a whole number above 0")
+    check_error(values)
     if values.get("kept") is not None:
         ExampleScore.from_dict(values)
 
@@ -170,7 +162,7 @@ def compare_examples(dense: ExampleScore, pruned: ExampleScore, *, confidence: f
     divergence = saved_divergence(
         dense.distributions, pruned.distributions, labels=find_kind(dense.kind).several_labels, confidence=confidence
     )
-    at_stake = 0.0 if dense.name == "log_likelihood" else 100.0
+    at_stake = 100.0 if metric.is_bounded else 0.0
     doubt = example_doubt(dense, confidence)
     return SentenceComparison.of(dense, pruned, error, confidence, doubt, divergence, at_stake)
 
@@ -187,12 +179,14 @@ def example_doubt(dense: ExampleScore, confidence: float = 0.95) -> str:
     """
     kind, rows = find_kind(dense.kind), np.asarray(dense.kept, dtype=np.float64)
     metric = kind.metric(dense.name)
+    if not metric.is_bounded:
+        return ""
     best = max(kind.guesses(rows), key=metric.of, default=None) if len(rows) else None
     guessed, error = 0.0, dense.standard_error
     if best is not None:
         guessed = metric.of(best)
         error = math.hypot(float((resampled(metric, rows) - resampled(metric, best)).std(ddof=1)), 1 / (dense.n + 2))
-    if dense.name == "log_likelihood" or dense.value - guessed > NormalDist().inv_cdf(confidence) * error:
+    if dense.value - guessed > NormalDist().inv_cdf(confidence) * error:
         return ""
     least = "0" if best is None else f"{guessed:.4f}, which one answer for all of them has"
     return (
@@ -200,11 +194,3 @@ def example_doubt(dense: ExampleScore, confidence: float = 0.95) -> str:
         f"is not shown to be above {least}, so a drop says nothing; check that the labels are the model's, or score "
         f"more"
     )
-
-
-def _is_finite(number: object) -> bool:
-    return type(number) in (int, float) and math.isfinite(number)  # type: ignore[arg-type]
-
-
-def _is_near(claimed: Any, counted: float) -> bool:
-    return _is_finite(claimed) and math.isclose(claimed, counted, rel_tol=1e-6, abs_tol=1e-6)
