@@ -30,7 +30,6 @@ from hf_prune import (
 )
 from hf_prune.architectures.find_unit_groups import find_unit_groups
 from hf_prune.checkpoint.shards import Shards
-from hf_prune.cli.main import main
 from hf_prune.conversion.compression import compress_checkpoint
 from hf_prune.hub.card import merge_cards, without_facts
 from hf_prune.hub.card_data import _without_examples, load_card_data
@@ -44,6 +43,7 @@ from hf_prune.hub.checksums import checksums, weights_digest
 from hf_prune.hub.describe import describe_model
 from hf_prune.utils.front_matter import MOST_OF_A_CARD, join_card, split_card
 from tests import models
+from tests.support.command_line import exit_code
 
 
 @pytest.fixture(scope="module")
@@ -55,9 +55,7 @@ def made(tmp_path_factory):
         ["prune", root / "dense", "--granularity", "2:4", "--out", root / "pruned", "--plots"],
         ["prune", root / "dense", "--granularity", "head,neuron", "--scope", "global", "--out", root / "small"],
     ):
-        with pytest.raises(SystemExit) as ended:
-            main([str(word) for word in words])
-        assert not ended.value.code
+        assert exit_code(*words) == 0
     for card in (*root.glob("*/README.md"), *root.glob("*/pruning_card.json")):  # the tests write their own
         card.unlink()
     return root

@@ -4,8 +4,8 @@ import re
 
 import pytest
 
-from hf_prune.cli.main import main
 from tests import models
+from tests.support.command_line import exit_code
 
 #: How each is made: the options of prune, and whether it is then packed; and whether it needs hf_prune to load.
 KINDS = {
@@ -24,9 +24,7 @@ def test_the_first_block_of_a_card_loads_it(kind, tmp_path, fresh_process):
     if packs:
         commands.append(["compress", tmp_path / "out", tmp_path / "packed"])
     for words in commands:
-        with pytest.raises(SystemExit) as ended:
-            main([str(word) for word in words])
-        assert not ended.value.code
+        assert exit_code(*words) == 0
     card = (tmp_path / ("packed" if packs else "out") / "README.md").read_text()
     block = re.search(r"```python\n(.*?)```", card, re.DOTALL)
     assert ("import hf_prune" in block[1]) == needs

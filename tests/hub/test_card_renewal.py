@@ -9,11 +9,11 @@ from huggingface_hub import RepoCard
 from safetensors.torch import load_file, save_file
 
 from hf_prune import compress_checkpoint, decompress_checkpoint, read_card_data, verify_checkpoint, write_card
-from hf_prune.cli.main import main
 from hf_prune.hub.card_metadata import read_facts
 from hf_prune.hub.card_surroundings import BEGIN, END
 from hf_prune.hub.checksums import checksums, weights_digest
 from tests import models
+from tests.support.command_line import exit_code
 
 SCORE = {"accuracy": 0.7, "standard_error": 0.07, "n": 40, "split": "validation", "data_fingerprint": "f"}
 SCORES = {"evaluation": SCORE}
@@ -39,9 +39,7 @@ def made(tmp_path_factory):
 
 
 def command(words):
-    with pytest.raises(SystemExit) as ended:
-        main([str(word) for word in words])
-    assert not ended.value.code
+    assert exit_code(*words) == 0
 
 
 @pytest.fixture

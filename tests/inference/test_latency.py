@@ -15,6 +15,7 @@ from hf_prune.inference.timing import Ratio, Timings
 from hf_prune.utils.figures import save_figure
 from tests.architecture_models import tiny
 from tests.models import tiny_bert, tiny_llama, tiny_sentences, tiny_tokenizer
+from tests.support.command_line import exit_code
 
 
 def fake(seconds):
@@ -202,9 +203,7 @@ def checkpoints(tmp_path):
 
 
 def run(*arguments):
-    with pytest.raises(SystemExit) as ended:
-        main(arguments)
-    assert ended.value.code == 0
+    assert exit_code(*arguments) == 0
 
 
 def test_bench_prints_draws_and_scores(checkpoints, tmp_path, capsys):

@@ -24,7 +24,6 @@ from hf_prune import (
     UnknownNameError,
     auto_prune,
 )
-from hf_prune.cli.main import main
 from hf_prune.search import run as run_module
 from hf_prune.search.goals import GOALS
 from hf_prune.search.point import Loss, SearchPoint
@@ -33,6 +32,7 @@ from hf_prune.search.run import _ladder
 from tests import models
 from tests.evaluation.test_generation import lines
 from tests.models import assert_unchanged, snapshot
+from tests.support.command_line import exit_code
 
 QUICK = {"presets": ("fast", "balanced"), "held_out": 24}
 
@@ -323,9 +323,7 @@ def test_language_models_lose_perplexity(tmp_path):
 
 def _check_held_out_again(folder, data):
     """Verify measures the score of the card again on what the search held out."""
-    with pytest.raises(SystemExit) as ended:
-        main(["verify", str(folder), "--evaluate", "--data", str(data)])
-    assert ended.value.code == 0
+    assert exit_code("verify", folder, "--evaluate", "--data", data) == 0
 
 
 def test_the_held_out_score_of_a_classifier_is_measured_again(data, tmp_path, capsys):
@@ -334,9 +332,7 @@ def test_the_held_out_score_of_a_classifier_is_measured_again(data, tmp_path, ca
     result = auto_prune(model, models.tiny_tokenizer(), task, tmp_path / "out", presets=("fast",), **options)
     _check_held_out_again(result.folder, data)
     assert "accuracy" in capsys.readouterr().out
-    with pytest.raises(SystemExit) as ended:
-        main(["verify", str(result.folder), "--evaluate", "--data", str(data), "--split", "train"])
-    assert ended.value.code == 1
+    assert exit_code("verify", result.folder, "--evaluate", "--data", data, "--split", "train") == 1
     assert "is of data that was held out, as it is again" in capsys.readouterr().err
 
 

@@ -17,9 +17,14 @@ class Done(NamedTuple):
     err: str
 
 
-def run_command(capsys: Any, *words: object) -> Done:
-    """Run a command as the console script does."""
-    capsys.readouterr()
+def exit_code(*words: object) -> int:
+    """Run a command as the console script does; returns its exit code."""
     with pytest.raises(SystemExit) as ended:
         main([str(word) for word in words])
-    return Done(int(ended.value.code or 0), *capsys.readouterr())
+    return int(ended.value.code or 0)
+
+
+def run_command(capsys: Any, *words: object) -> Done:
+    """Run a command and catch what it prints."""
+    capsys.readouterr()
+    return Done(exit_code(*words), *capsys.readouterr())
