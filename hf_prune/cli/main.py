@@ -28,6 +28,7 @@ from hf_prune.cli.commands.report import report
 from hf_prune.cli.commands.space import space
 from hf_prune.cli.commands.sweep import sweep
 from hf_prune.cli.commands.train import train
+from hf_prune.cli.commands.trim_hidden import trim_hidden
 from hf_prune.cli.commands.trim_vocab import trim_vocab
 from hf_prune.cli.commands.verify import verify
 from hf_prune.cli.console import echo, is_quiet, prints_json
@@ -64,6 +65,7 @@ _add(
 _add(train, _PRUNE, "hf-prune train MODEL --sparsity 0.8 --teacher self --data glue/sst2 --out pruned")
 _add(lottery, _PRUNE, "hf-prune lottery MODEL --sparsity 0.8 --rounds 5 --data glue/sst2 --out ticket")
 _add(trim_vocab, _PRUNE, "hf-prune trim-vocab MODEL --texts glue/sst2 --out smaller")
+_add(trim_hidden, _PRUNE, "hf-prune trim-hidden MODEL --size 0.9 --data glue/sst2 --out narrower")
 _add(
     evaluate,
     _MEASURE,

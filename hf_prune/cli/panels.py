@@ -11,7 +11,7 @@ OTHER = "Output"  # the panel of options that no panel names, and of --help
 #: Panels in the order of the help, with the parameters that they show, whichever command takes them.
 PANELS = {
     "What is removed": "preset presets goal sparsity criterion granularity scope allocation target_modules "
-    "exclude_modules only keep_masks adopt_zeros min_sparsity texts keep_tokens min_count round_to",
+    "exclude_modules only keep_masks adopt_zeros min_sparsity texts keep_tokens min_count round_to size",
     "Instead of a sparsity": "target_params target_flops target_speedup target_size workload max_drop max_flips "
     "held_out time_limit uniform",
     "Models": "against dense model",

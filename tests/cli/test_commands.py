@@ -64,6 +64,7 @@ COMMANDS = (
     "report",
     "bench",
     "explain",
+    "trim-hidden",
     "trim-vocab",
     "train",
     "lottery",

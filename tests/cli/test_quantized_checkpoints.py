@@ -27,6 +27,7 @@ COMMANDS = {
     "lottery": ["--sparsity", 0.5, "--data", "DATA", "--out", "OUT"],
     "export": ["OUT"],
     "accelerate": [],
+    "trim-hidden": ["--size", 0.5, "--data", "DATA", "--out", "OUT"],
     "trim-vocab": ["--texts", "DATA", "--out", "OUT"],
     "card": [],
     "verify": [],

@@ -20,7 +20,8 @@ from hf_prune import (
 )
 from hf_prune.cli.main import main
 from tests.architecture_models import tiny
-from tests.models import assert_unchanged, snapshot
+from tests.models import assert_unchanged, snapshot, tiny_tokenizer
+from tests.support.command_line import run_command
 
 SIZE = 32  # of the hidden states of tiny models
 
@@ -236,3 +237,24 @@ def test_what_cannot_be_told_is_refused():
 def test_it_is_no_granularity():
     with pytest.raises(ConfigError, match=r"granularity 'hidden': .* call hf_prune\.trim_hidden"):
         PruningConfig(0.5, granularity="hidden")
+
+
+def test_the_command_writes_what_the_function_leaves(capsys, tmp_path):
+    model, _ = tiny("qwen3")
+    model.config.vocab_size = model.get_input_embeddings().num_embeddings
+    model.save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "texts.txt").write_text("w1 w2 w3 w4 w5 w6 w7 w8\n" * 4)
+    data = ("--data", tmp_path / "texts.txt", "--window", 8, "--calibration-samples", 2)
+    command = ("trim-hidden", tmp_path / "model", "--size", 0.5, *data)
+    done = run_command(capsys, *command, "--out", tmp_path / "out")
+    assert done.code == 0, done.err
+    assert f"16 of {SIZE} dimensions of the hidden states stay" in done.out
+    texts = [torch.tensor([tiny_tokenizer()("w1 w2 w3 w4 w5 w6 w7 w8\n" * 4)["input_ids"][:8]])]
+    result = trim_hidden(model, 0.5, calibration=[{"input_ids": ids} for ids in texts])
+    report = json.loads((tmp_path / "out" / "hidden_report.json").read_text())
+    assert report["size"] == 16 and len(result.kept) == 16
+    loaded = type(model).from_pretrained(tmp_path / "out")
+    assert loaded.config.hidden_size == 16 and loaded.num_parameters() == report["parameters"] == result.parameters
+    again = run_command(capsys, *command, "--out", tmp_path / "model")
+    assert again.code == 1 and "error: " in again.err
