@@ -128,7 +128,7 @@ ONE_SHOT: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "alps, loss, fisher shares, repair": (
         "bert",
-        {"sparsity": 0.7, "criterion": "alps", "objective": "loss", "allocation": "fisher", **LEAST_SQUARES},
+        {"sparsity": 0.8, "criterion": "alps", "objective": "loss", "allocation": "fisher", **LEAST_SQUARES},
     ),
     "magnitude, fisher shares": ("gpt2", {"sparsity": 0.6, "allocation": "fisher"}),
     "magnitude, global, repair": ("bert", {"sparsity": 0.6, "scope": "global", **LEAST_SQUARES}),
