@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +19,8 @@ from tests.support.selection import keep_modules_together, mark_beyond_sample
 settings.register_profile("hf_prune", deadline=None, derandomize=True, print_blob=False, database=None)
 settings.load_profile("hf_prune")
 
+_FILE = pytest.StashKey[Path]()  # whose tests run
+
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects by the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -26,10 +29,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     keep_modules_together(items)
 
 
-def pytest_collection_finish() -> None:
-    """Spare the garbage collector, which trainings call at their end, the million objects of what was imported."""
-    gc.collect()
-    gc.freeze()
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Spare the garbage collector, which trainings call at their end, all that is there before the tests of a file."""
+    if item.config.stash.get(_FILE, None) != item.path:
+        item.config.stash[_FILE] = item.path
+        gc.collect()
+        gc.freeze()
 
 
 @pytest.fixture(autouse=True)
