@@ -29,6 +29,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     keep_modules_together(items)
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Make sure that pytest-xdist groups: with a pytest that it does not know, it silently does not."""
+    if getattr(session.config.option, "loadgroup", False):
+        grouped = [item for item in session.items if item.get_closest_marker("xdist_group")]
+        assert all("@" in item.nodeid for item in grouped)
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Spare the garbage collector, which trainings call at their end, all that is there before the tests of a file."""
