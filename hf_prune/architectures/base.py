@@ -99,8 +99,8 @@ class Units:
         consumers: The weights that read them.
         buffers: Buffers with a slice for each unit.
         size: The attribute, relative to the layer, that holds the width of one slice of ``sized``; None if each of the
-            features that the consumer reads is a unit, or if ``number`` is given.
-        sized: The name of the producer or consumer that ``size`` speaks of.
+            features that the consumer reads is a unit, or if nothing holds it.
+        sized: The name of the producer or consumer that ``size`` speaks of; None if ``number`` is given.
         number: The attribute, relative to the layer, that holds the number of units.
         counts: Attributes, relative to the layer, that are proportional to the number of units.
         values: Names of producers; a unit computes zero once its slices of all of them are zero.

@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 
-from hf_prune import ArchitectureError, shrink
+from hf_prune import ArchitectureError, prunable, prune, shrink
 from hf_prune.architectures.bypass import bypass
 from hf_prune.architectures.discovery import find
 from hf_prune.architectures.discovery.partition import _components, _part_widths
@@ -231,3 +231,20 @@ def test_components_by_hand():
 )
 def test_part_widths_by_hand(owners, widths):
     assert _part_widths(owners, 2) == widths
+
+
+def test_fused_grouped_queries_keep_the_size_of_a_head_in_the_config(tmp_path):
+    """As in Phi-4: a number of queries for each key is no number of heads, and fewer heads are not wider ones."""
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 8, "num_key_value_heads": 2}
+    model = transformers.Phi3ForCausalLM(
+        transformers.Phi3Config(vocab_size=50, num_hidden_layers=2, pad_token_id=0, **sizes)
+    ).eval()
+    prune(model, 0.5, granularity="head")
+    shrink(model)
+    names = ("num_attention_heads", "num_key_value_heads", "head_dim")
+    assert [getattr(model.config, name) for name in names] == [4, 1, 8]
+    ids = torch.arange(10)[None]
+    expected = model(ids).logits
+    prunable(model).save_pretrained(tmp_path)
+    loaded = transformers.Phi3ForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(loaded(ids).logits, expected)

@@ -78,10 +78,16 @@ def _sizes(attributes: dict[str, int], found: FoundUnits, units: Units) -> list[
                 word = name.rpartition(".")[2]
                 if value == slices.widths[0] > 1 and pattern.fullmatch(word) and not is_in_config(name):
                     ways.append(replace(units, size=name, sized=piece.name))
-    numbers = [
-        replace(units, number=name)
+    narrowest = min(width for slices in found.producers + found.consumers for width in slices.widths)
+    named_sizes = [
+        name
         for name, value in attributes.items()
-        if value == found.units and _NUMBER.fullmatch(name.rpartition(".")[2]) and not is_in_config(name)
+        if value == narrowest > 1 and _SIZE.fullmatch(name.rpartition(".")[2]) and not is_in_config(name)
+    ]
+    numbers = [
+        replace(units, number=name, size=next(iter(named_sizes), None))
+        for name, value in attributes.items()
+        if value == found.units and _is_number(name.rpartition(".")[2]) and not is_in_config(name)
     ]
     if not ways and not numbers:  # code that reads the config while it runs
         ways = [
@@ -97,6 +103,11 @@ def _sizes(attributes: dict[str, int], found: FoundUnits, units: Units) -> list[
         if value == found.units and not is_in_config(name) and not _NUMBER.fullmatch(name.rpartition(".")[2])
     ]
     return sizes[:1] + numbers[:1] + [way for way in ways if way not in sizes][:1] + unnamed[:1]
+
+
+def _is_number(word: str) -> bool:
+    """Whether an attribute is named like a number of heads, and not like that of queries which share keys."""
+    return bool(_NUMBER.fullmatch(word)) and not _QUERIES_PER_KEY.fullmatch(word)
 
 
 def _counts(attributes: dict[str, int], found: FoundUnits) -> list[tuple[str, ...]]:
