@@ -142,6 +142,9 @@ class PruningConfig:
     only: str | tuple[str, ...] | None = None
     preset: InitVar[str | None] = None
 
+    # Not a field: whether the caller chose a method, or has that of the defaults because none was named.
+    names_method = True
+
     def __post_init__(self, preset: str | None) -> None:
         if self.schedule is not None:
             self._set("schedule", Schedule.parse(self.schedule))

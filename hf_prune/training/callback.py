@@ -18,6 +18,8 @@ from hf_prune.mixin import prunable
 from hf_prune.planning.config import PruningConfig
 from hf_prune.planning.resolve import resolve_config
 from hf_prune.pruning.mask_store import MaskStore
+from hf_prune.training.check_settings import refuse_deepspeed
+from hf_prune.training.default_method import with_method
 from hf_prune.training.pruner import TrainingPruner
 from hf_prune.training.run_record import data_facts, model_facts, run_facts
 from hf_prune.training.state import check_same_run, check_training, load_training, save_training
@@ -33,10 +35,13 @@ class PruningCallback(TrainerCallback):
     change as the config's schedule says. Checkpoints hold all that is needed to resume bit for bit. Every entry of
     ``trainer.state.log_history`` contains the sparsity.
 
+    Settings that name no method have that of preset ``"best"``, calibrated on examples of the training. Such methods
+    decide at the first update what is gone in the end; the schedule says how fast the masks close over these zeros.
+
     Args:
         pruning_config: The settings, or a sparsity; None keeps the masks that the model has.
-        calibration: Data, as for :func:`hf_prune.prune`, for criteria and repairs that look at some whenever masks
-            change, such as ``sparsegpt``. The ``processing_class`` of the Trainer reads it.
+        calibration: Data, as for :func:`hf_prune.prune`, for criteria and repairs that look at some, such as
+            ``sparsegpt``. The ``processing_class`` of the Trainer reads it.
         shrink_at: Step, or share of all steps, after which pruned heads, neurons and channels are removed from the
             model, which makes the rest of the training faster; not before the schedule ends.
         threshold: Of ``soft_movement``: a weight is removed if the sigmoid of its score is below.
@@ -96,6 +101,10 @@ class PruningCallback(TrainerCallback):
         if isinstance(model, PreTrainedModel):
             prunable(model)
         reading: dict[str, Any] = {"calibration": self._calibration, "tokenizer": kwargs.get("processing_class")}
+        if config is not None and not config.names_method:
+            config, reading["calibration"] = with_method(
+                config, self._calibration, kwargs.get("train_dataloader"), model
+            )
         self.pruner = TrainingPruner(model, config, state.max_steps, **reading, **self._settings)
         self.check_shrinking(state)
         folder = Path(self.resume_from or _checkpoint_folder(args, state)) if state.global_step else None
@@ -214,10 +223,10 @@ class PruningCallback(TrainerCallback):
             return
         assert self.pruner is not None
         end = self.pruner.schedule.span(state.max_steps)[1]
-        if not max(1, end) <= step <= state.max_steps:
+        if not (first := max(1, end)) <= step <= state.max_steps:
             raise ConfigError(
-                f"shrink_at={self.shrink_at!r} is step {step}: expected one from {max(1, end)}, where the schedule "
-                f"ends, to {state.max_steps}, where the training does"
+                f"shrink_at={self.shrink_at!r} is step {step}: expected one from {first}, where the schedule ends, to "
+                f"{state.max_steps}, where the training does"
             )
         if rank_and_world_size()[1] > 1:
             raise ConfigError(
@@ -289,12 +298,3 @@ class PruningCallback(TrainerCallback):
 
 def _checkpoint_folder(args: TrainingArguments, state: TrainerState) -> str:
     return os.path.join(str(args.output_dir), f"checkpoint-{state.global_step}")
-
-
-def refuse_deepspeed(args: TrainingArguments) -> None:
-    """Raises :class:`ConfigError` for a training with DeepSpeed."""
-    if getattr(args, "deepspeed", None) or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
-        raise ConfigError(
-            "DeepSpeed is not supported, since it holds parameters and gradients where masks do not reach them: use "
-            "DDP or FSDP2 (accelerate launch --use_fsdp --fsdp_version 2)"
-        )

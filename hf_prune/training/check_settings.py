@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from typing import TYPE_CHECKING
+
 from hf_prune.architectures.kinds.registry import kind_named
 from hf_prune.criteria.base import LABELLED, TRAINED
 from hf_prune.errors import ConfigError
@@ -9,6 +12,9 @@ from hf_prune.planning.choices import MOVEMENT
 from hf_prune.planning.config import PruningConfig
 from hf_prune.planning.schedule import Schedule
 from hf_prune.planning.traits import removed_kinds
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
 
 def check_settings(config: PruningConfig, schedule: Schedule, steps: int, *, calibrates: bool) -> None:
@@ -76,4 +82,13 @@ def _check_data(config: PruningConfig, calibrates: bool) -> None:
         raise ConfigError(
             f"criterion {config.criterion!r} keeps the values of the training: leave out repair, and allocations that "
             f"are learned from data"
+        )
+
+
+def refuse_deepspeed(args: TrainingArguments) -> None:
+    """Raises :class:`ConfigError` for a training with DeepSpeed."""
+    if getattr(args, "deepspeed", None) or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        raise ConfigError(
+            "DeepSpeed is not supported, since it holds parameters and gradients where masks do not reach them: use "
+            "DDP or FSDP2 (accelerate launch --use_fsdp --fsdp_version 2)"
         )

@@ -17,18 +17,17 @@ from hf_prune.criteria.base import LABELLED
 from hf_prune.errors import ConfigError, MaskError
 from hf_prune.kernels.packed_masks import PackedMasks
 from hf_prune.kernels.zeroing import zero_removed_
-from hf_prune.pipeline import prune
 from hf_prune.planning.choices import MOVEMENT
 from hf_prune.planning.config import PruningConfig
 from hf_prune.planning.schedule import Schedule
 from hf_prune.pruning.local_masks import LocalMasks, local_tensor
 from hf_prune.pruning.mask_store import MaskStore
 from hf_prune.training.check_settings import averages_gradients, check_settings
+from hf_prune.training.goal import Goal
 from hf_prune.training.gradient_scores import GradientScores
 from hf_prune.training.mask_updates import choose_masks, config_of_update, exchange_masks, pruned_parameters
 from hf_prune.training.shrink_optimizer import shrink_with_optimizer
 from hf_prune.utils.distributed import broadcast, fail_together
-from hf_prune.utils.forward import eval_mode
 
 _ROUNDING = 0.005  # of a sparsity, in small pools
 _SHRUNK = "sparsity when shrunk"  # key in the state
@@ -42,7 +41,9 @@ class TrainingPruner:
         config: The settings; without a schedule everything is pruned before the first step. None: keep the masks that
             the model has.
         steps: Optimizer steps of the whole training.
-        calibration: Data for criteria and repairs that look at some, as for :func:`hf_prune.prune`.
+        calibration: Data for criteria and repairs that look at some, as for :func:`hf_prune.prune`. Such a method
+            decides once, at the first update, what is gone in the end, and gives the weights that stay their new
+            values; the schedule then says how fast the masks close.
         tokenizer: What reads it; by default the tokenizer or processor beside the model.
         threshold: Of ``soft_movement``: weights with ``sigmoid(score)`` below it are removed.
         regularization: Of ``soft_movement``: how hard scores are pulled down, relative to the typical size of a
@@ -79,6 +80,7 @@ class TrainingPruner:
         self._gradients: dict[str, Tensor] = {}  # absolute ones of the last step, where an update exchanges weights
         self._min_sparsity = 0.0  # what an earlier pruning left
         self._expected_removed: int | None = None  # weights that the last update left masked
+        self._goal = Goal(model)  # of a calibrated method
         self._moves = config is not None and config.criterion in MOVEMENT
         averages = averages_gradients(config, calibrates=calibration is not None)
         if config is not None:
@@ -232,13 +234,13 @@ class TrainingPruner:
         sparsity = 0.0
         if self.config.sparsity is not None:
             sparsity = max(self._min_sparsity, self.schedule.sparsity(step, self.steps, self.config.sparsity))
+        if self.calibration is not None and self.config.needs_data:
+            share = sparsity / self.config.sparsity if self.config.sparsity else 1.0
+            masks = self._goal.masks_at(share, self.config, self.calibration, self.learned.whole_weight)
+            self._set_masks(MaskStore.of(self.model) or store, masks)
+            return
         config = config_of_update(self.config, sparsity)
         if config.sparsity == 0:
-            return
-        if self.calibration is not None and config.needs_data:
-            with eval_mode(self.model), torch.enable_grad():
-                prune(self.model, config, calibration=self.calibration)
-            self._expect_masks()
             return
         masks = choose_masks(self.model, config, store.masks, self.learned, self._watched)
         if self.config.criterion == "soft_movement" and self.schedule.progress(step, self.steps) < 1:
@@ -273,7 +275,7 @@ class TrainingPruner:
         state = self.learned.state()
         if self._sparsity_when_shrunk is not None:
             state[_SHRUNK] = torch.tensor(self._sparsity_when_shrunk, dtype=torch.float64)
-        return state
+        return state | self._goal.state()
 
     def restore(self, state: Mapping[str, Tensor], store: MaskStore | None) -> None:
         """Go on from a checkpoint.
@@ -282,7 +284,8 @@ class TrainingPruner:
             state: What :meth:`state` returned.
             store: The masks; None if nothing was pruned yet.
         """
-        self.learned.restore({key: tensor for key, tensor in state.items() if key != _SHRUNK})
+        others = self._goal.restore(state)
+        self.learned.restore({key: tensor for key, tensor in others.items() if key != _SHRUNK})
         self._sparsity_when_shrunk = float(state[_SHRUNK]) if _SHRUNK in state else None
         if store is None:
             MaskStore.detach(self.model)

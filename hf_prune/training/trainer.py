@@ -25,7 +25,8 @@ from hf_prune.planning.config import PruningConfig
 from hf_prune.pruning.mask_store import MaskStore
 from hf_prune.structured.shrink import resize
 from hf_prune.structured.shrink_record import RECORD, simplify_config
-from hf_prune.training.callback import PruningCallback, refuse_deepspeed
+from hf_prune.training.callback import PruningCallback
+from hf_prune.training.check_settings import refuse_deepspeed
 from hf_prune.training.distillation import Distillation
 from hf_prune.training.run_record import run_facts
 from hf_prune.training.state import check_training, last_whole_checkpoint

@@ -55,7 +55,7 @@ def test_a_seed_is_shown_where_something_is_random():
 
 
 def test_the_preset_that_help_names_is_the_one_that_holds():
-    for command, text in (("prune", "balanced with --data"), ("train", "fast"), ("sweep", "fast")):
+    for command, text in (("prune", "balanced with --data"), ("train", "best, calibrated"), ("sweep", "fast")):
         options = {option.name: option for option in typer.main.get_command(app).commands[command].params}
         assert f"[default: {text}" in options["preset"].help
 

@@ -315,7 +315,8 @@ def _no_dropout() -> Any:
 
 def _pruning(**settings: Any) -> PruningConfig:
     schedule = Schedule("cubic", begin=2, end=14, every=3)
-    return PruningConfig(**{"sparsity": 0.75, "target_modules": ("query", "dense"), "schedule": schedule, **settings})
+    plain = {"sparsity": 0.75, "criterion": "magnitude", "target_modules": ("query", "dense"), "schedule": schedule}
+    return PruningConfig(**{**plain, **settings})
 
 
 TRAINED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {

@@ -29,6 +29,7 @@ from hf_prune.training.state import STATE_FILE, save_training
 from tests import models
 
 STEPS = 12
+CALIBRATION = [{"input_ids": torch.arange(4, 28).view(4, 6), "attention_mask": torch.ones(4, 6, dtype=torch.long)}]
 
 
 class Sentences(torch.utils.data.Dataset):
@@ -66,7 +67,15 @@ def arguments(folder, **settings):
 
 def config(**settings):
     schedule = Schedule("cubic", begin=2, end=8, every=2)
-    return PruningConfig(**{"sparsity": 0.75, "target_modules": ("query", "dense"), "schedule": schedule, **settings})
+    return PruningConfig(
+        **{
+            "sparsity": 0.75,
+            "criterion": "magnitude",
+            "target_modules": ("query", "dense"),
+            "schedule": schedule,
+            **settings,
+        }
+    )
 
 
 def trainer(folder, model=None, pruning=None, training=None, **settings):
@@ -349,6 +358,7 @@ VARIANTS = {
     "taylor": ({"criterion": "taylor"}, {}, {}),
     "rigl": ({"schedule": Schedule("rigl", end=10, every=2)}, {}, {}),
     "heads": ({"granularity": ("head", "neuron"), "target_modules": "all-linear"}, {}, {}),
+    "calibrated": ({"criterion": "sparsegpt"}, {}, {"calibration": CALIBRATION}),
     "best": ({}, {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 1}, {}),
 }
 

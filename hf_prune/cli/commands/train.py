@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -44,6 +45,7 @@ from hf_prune.cli.training_options import (
 from hf_prune.errors import ConfigError
 from hf_prune.planning.config import PruningConfig
 from hf_prune.planning.expectations import is_language_model
+from hf_prune.planning.presets import METHOD_SETTINGS, TRAINING_EXAMPLES, TRAINING_PRESET
 from hf_prune.planning.schedule import Schedule, schedule_names
 
 
@@ -51,11 +53,11 @@ from hf_prune.planning.schedule import Schedule, schedule_names
 @takes_settings(
     out={
         "sparsity": Sparsity,
-        **preset_with("fast, which is magnitude, also with --data"),
+        **preset_with("best, calibrated on the training split"),
         "criterion": Annotated[
             str | None,
             typer.Option(
-                help="How weights are scored, such as magnitude, movement, taylor. [default: magnitude]",
+                help="How weights are scored, such as magnitude, movement, taylor. [default: of the preset]",
                 autocompletion=criterion_names,
             ),
         ],
@@ -135,6 +137,9 @@ def train(
         raise ConfigError("--allow-changes is for a training that goes on: add --checkpoints, or leave it out")
     if distilled and teacher is None:
         raise ConfigError(f"--{', --'.join(distilled)} need a teacher: add --teacher self, or leave them out")
+    named = (METHOD_SETTINGS - {"schedule"} | {"preset"}) & (in_file | settings).keys()
+    if not keep_masks and not named and not _exchanges(schedule, in_file):
+        settings["preset"] = TRAINING_PRESET
     pruning = None if keep_masks else _with_schedule(read_config(config, **settings), curve)
     start([model, *([teacher] if teacher not in (None, "self") else [])])
     kind = LANGUAGE if is_language_model(model_class(model)) else CLASSES
@@ -144,7 +149,8 @@ def train(
     from hf_prune.cli.workflows.train import TrainingSettings, train_checkpoint
     from hf_prune.training.distillation import Distillation
 
-    model_task = read_task(kind, data, text_column, label_column, split, window=window, limit=limit)
+    samples = TRAINING_EXAMPLES if kind == CLASSES else TRAINING_EXAMPLES // 4  # windows are longer
+    model_task = read_task(kind, data, text_column, label_column, split, samples, window=window, limit=limit)
     assert model_task is not None
     keeps = f"The last checkpoint of the training is in {checkpoints}"
     with contextlib.nullcontext() if checkpoints is None else resumable(keeps):
@@ -173,6 +179,12 @@ def train(
             command=shown_command(),
         )
     echo(json.dumps(report.to_dict(), indent=2) if as_json else f"{report}\nSaved in {out}.")
+
+
+def _exchanges(name: str | None, in_file: Mapping[str, Any]) -> bool:
+    """Whether the schedule of the options, or of a file, exchanges weights by magnitude and gradient."""
+    schedule = name or in_file.get("schedule")
+    return schedule is not None and Schedule.parse(schedule).exchanges
 
 
 def _with_schedule(config: PruningConfig, curve: dict[str, Any]) -> PruningConfig:
