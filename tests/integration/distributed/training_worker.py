@@ -29,8 +29,9 @@ BATCH, STEPS = 8, 10
 SCHEDULE = Schedule("cubic", begin=2, end=8, every=2)
 TARGETS = {"target_modules": ("query", "dense"), "sparsity": 0.75}
 CASES = {
-    "magnitude": {"schedule": SCHEDULE},
-    "2:4": {"schedule": SCHEDULE, "granularity": "2:4", "sparsity": None},
+    "magnitude": {"schedule": SCHEDULE, "criterion": "magnitude"},
+    "2:4": {"schedule": SCHEDULE, "criterion": "magnitude", "granularity": "2:4", "sparsity": None},
+    "no method": {"schedule": SCHEDULE},
     "movement": {"schedule": SCHEDULE, "criterion": "movement"},
     "taylor": {"schedule": SCHEDULE, "criterion": "taylor", "scope": "global"},
     "rigl": {"schedule": Schedule("rigl", begin=0, end=8, every=2)},
