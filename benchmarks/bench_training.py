@@ -1,12 +1,13 @@
-"""Pruning while training: what is lost after at most one epoch of training, and what a step costs.
+"""Pruning while training: what is lost after some steps, at most one epoch, and what a step costs.
 
-A classifier is pruned and trained for one epoch on its training sentences, but for those that share five words in a row
-with the held-out ones: by our recipe (calibrated pruning first, then distillation from the dense model, with fixed
-masks; or a cubic schedule with distillation), and by plain magnitude pruning and fine-tuning with the same budget. It
-is scored on dev and on held-out training sentences; drops are paired with the dense model. Every run has a process of
-its own and is written to OUT/results.jsonl at once: an interrupted benchmark continues.
+A classifier is pruned and trained on its training sentences, but for those that share five words in a row with the
+held-out ones: by our recipe (calibrated pruning first, then distillation from the dense model, with fixed masks), by
+schedules with distillation (our default, magnitude, movement, RigL), and by plain magnitude pruning and fine-tuning
+with the same budget. It is scored on dev and on held-out training sentences; drops are paired with the dense model.
+Every run has a process of its own and is written to OUT/results.jsonl at once: an interrupted benchmark continues.
 
     python benchmarks/bench_training.py MODEL DATA --out training
+    python benchmarks/bench_training.py MODEL DATA --out short --steps 400 --learning-rate 5e-5 --amounts 0.8
     python benchmarks/bench_training.py MODEL DATA --cost      # a step of ours beside one of the plain Trainer
 """
 
@@ -25,7 +26,14 @@ from typing import Any
 import harness
 from bench_accuracy import BEST, ENCODER
 
-METHODS = ("magnitude + fine-tuning", "cubic + distillation", "calibrated + distillation")
+#: Settings of trainings that prune by a schedule, with distillation; the first one names no method.
+SCHEDULED: dict[str, dict[str, Any]] = {
+    "cubic": {},
+    "cubic, magnitude": {"criterion": "magnitude"},
+    "cubic, movement": {"criterion": "movement", "begin": 0.05},
+    "rigl": {"criterion": "magnitude", "name": "rigl"},
+}
+METHODS = ("magnitude + fine-tuning", "calibrated + distillation", *SCHEDULED)
 AMOUNTS = ("0.8", "0.9", "0.95", "2:4", "3x")
 WORKLOAD = {"batch_size": 1, "length": 64}
 
@@ -36,6 +44,8 @@ def main() -> None:
     parser.add_argument("--amounts", nargs="+", default=list(AMOUNTS), help="a sparsity, N:M, or a speed-up such as 3x")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--epochs", type=float, default=1.0)
+    parser.add_argument("--steps", type=int, default=-1, help="instead of epochs")
+    parser.add_argument("--every", type=int, default=20, help="steps from one update of a schedule to the next")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--learning-rate", type=float, default=1e-4)
     parser.add_argument("--float32", action="store_true", help="do not train in bfloat16")
@@ -53,13 +63,13 @@ def main() -> None:
 
 def jobs(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """What identifies each run."""
-    keys = ("sentences", "min_words", "held_out", "epochs", "batch_size", "learning_rate", "float32")
+    keys = ("sentences", "min_words", "held_out", "epochs", "steps", "every", "batch_size", "learning_rate", "float32")
     base = {"model": Path(args.model).resolve().name, **{key: getattr(args, key) for key in keys}}
     yield {**base, "method": "dense", "amount": "0", "seed": 0}
     for seed in range(args.seeds):
         for amount in args.amounts:
             for method in args.methods:
-                if not (amount.endswith("x") and method.startswith("cubic")):  # schedules have no target speed-up
+                if not (amount.endswith("x") and method in SCHEDULED):  # which have no target speed-up
                     yield {**base, "method": method, "amount": amount, "seed": seed}
 
 
@@ -91,7 +101,7 @@ def measure(args: argparse.Namespace, job: harness.Job) -> harness.Result:
         examples = train.select(harness.without_overlap(train["sentence"], held_out))
         start = time.perf_counter()
         settings: dict[str, Any] | None = settings_of(job)
-        if job["method"] != "cubic + distillation":
+        if job["method"] not in SCHEDULED:
             batches = text_batches([train[i]["sentence"] for i in rows], tokenizer)
             prune(model, seed=job["seed"], calibration=batches, **(settings or {}))
             if job["amount"].endswith("x"):
@@ -116,12 +126,16 @@ def settings_of(job: harness.Job) -> dict[str, Any]:
     amount, plain = job["amount"], job["method"].startswith("magnitude")
     if amount.endswith("x"):
         units = {"granularity": ("head", "neuron"), "target_speedup": float(amount[:-1]), "workload": WORKLOAD}
-        return {**units, **({} if plain else {"criterion": "fisher", "repair": "least_squares"})}
-    size = {"granularity": amount} if ":" in amount else {"sparsity": float(amount)}
+        return {
+            **units,
+            **({"criterion": "magnitude"} if plain else {"criterion": "fisher", "repair": "least_squares"}),
+        }
+    size: dict[str, Any] = {"granularity": amount} if ":" in amount else {"sparsity": float(amount)}
     if job["method"] == "calibrated + distillation":
         best = {key: value for key, value in BEST.items() if ":" not in amount or key != "allocation"}
         return {**best, **size, "target_modules": ENCODER}
-    return {**size, "target_modules": ENCODER}
+    own = {key: value for key, value in SCHEDULED.get(job["method"], {}).items() if key == "criterion"}
+    return {**size, **({"criterion": "magnitude"} if plain else own), "target_modules": ENCODER}
 
 
 def train_it(
@@ -134,8 +148,10 @@ def train_it(
 
     data = rows.map(lambda batch: tokenizer(batch["sentence"], truncation=True, max_length=128), batched=True)
     data = data.rename_column("label", "labels").remove_columns("sentence")
-    distills = "distillation" in job["method"]
-    config = None if settings is None else PruningConfig(schedule=Schedule("cubic", end=0.6, every=20), **settings)
+    distills = job["method"] != "magnitude + fine-tuning"
+    curve = {key: value for key, value in SCHEDULED.get(job["method"], {}).items() if key != "criterion"}
+    schedule = Schedule(**{"name": "cubic", "begin": 0, "end": 0.6, "every": args.every, **curve})
+    config = None if settings is None else PruningConfig(schedule=schedule, **settings)
     with tempfile.TemporaryDirectory() as folder:
         common = {
             "model": model,
@@ -163,6 +179,7 @@ def arguments(args: argparse.Namespace, folder: str, seed: int, **more: Any) -> 
     settings: dict[str, Any] = {
         "output_dir": folder,
         "num_train_epochs": args.epochs,
+        "max_steps": args.steps,
         "per_device_train_batch_size": args.batch_size,
         "learning_rate": args.learning_rate,
         "warmup_steps": 0.05,
@@ -227,7 +244,7 @@ def cost(args: argparse.Namespace) -> None:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(1000, 20000, (args.batch_size, 64), generator=generator)
     rows = [{"input_ids": row, "attention_mask": torch.ones_like(row), "labels": i % 2} for i, row in enumerate(ids)]
-    settings = {"target_modules": ENCODER, "sparsity": 0.8}
+    settings = {"target_modules": ENCODER, "sparsity": 0.8, "criterion": "magnitude"}
     kinds: dict[str, Any] = {
         "plain Trainer": None,
         "ours, masks from the start": PruningConfig(**settings),
@@ -235,7 +252,7 @@ def cost(args: argparse.Namespace) -> None:
             schedule=Schedule("cubic", end=1.0, every=50), **settings
         ),
         "ours, movement, an update every 50 steps": PruningConfig(
-            criterion="movement", schedule=Schedule("cubic", begin=10, end=1.0, every=50), **settings
+            schedule=Schedule("cubic", begin=10, end=1.0, every=50), **{**settings, "criterion": "movement"}
         ),
     }
     first, steps = 10, 111  # the steps before are not counted
