@@ -181,7 +181,7 @@ def test_a_training_is_repeated(hf_prune, folder, data, tmp_path):
     assert json.loads((first / "training_report.json").read_text())["pruned"]["n"] == 8
     written = yaml.safe_load((first / "hf_prune_run.yaml").read_text())
     moments = {"schedule": "cubic", "begin": "0.0", "end": "2", "every": "1"}
-    expected = {"sparsity": 0.5, "criterion": "magnitude", "preset": "fast", "seed": 0, **moments}
+    expected = {"sparsity": 0.5, "criterion": "alps", "preset": "best", "seed": 0, **moments}
     assert {name: written[name] for name in expected} == expected
     code, _, err = hf_prune("train", "--config", first / "hf_prune_run.yaml", "--out", again)
     assert code == 0, err

@@ -63,7 +63,7 @@ def test_what_was_measured_and_learned_from_is_on_it(command, folders, tmp_path)
     card, found = (out / "README.md").read_text(), facts(out)
     assert f"| this model | {100 * found['evaluation']['evaluation']['accuracy']:.2f} %" in card
     assert found["evaluation"]["evaluation"]["n"] == 24
-    assert found["calibration"] == (None if command == "train" else "up to 8 samples of data, train")
+    assert found["calibration"] == f"up to {512 if command == 'train' else 8} samples of data, train"
     assert found["base_model"] is None  # a folder is no name that others know
     assert verify_checkpoint(out).is_right
 
