@@ -68,8 +68,8 @@ def test_two_processes_end_where_one_does(trained, way, case):
         if name in masks:
             assert torch.equal(ranks[0][name], value), name
         else:
-            solved = case == "no method"  # equations, whose sums over the examples are rounded in another order
-            torch.testing.assert_close(ranks[0][name], value, rtol=1e-3, atol=2e-4 if solved else 2e-5)
+            solved = case == "no method"  # equations, which answer to the order of sums, and the steps to them
+            torch.testing.assert_close(ranks[0][name], value, rtol=1e-3, atol=5e-3 if solved else 2e-5)
 
 
 def test_one_process_writes_the_checkpoints(trained):
