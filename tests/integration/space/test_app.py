@@ -324,8 +324,7 @@ def test_all_five_parts(app, visit, hub, tmp_path, size, scheme):
     tab(page, "3 Compare")
     page.get_by_role("textbox", name="A sentence").fill("w1 <img src=x onerror=document.title='hacked'> w2")
     page.locator("#ask").click()
-    page.locator("#answer .answer").wait_for()
-    assert "<img src=x" in page.locator("#answer").inner_text()
+    page.locator("#answer", has_text="<img src=x").wait_for()  # the one before was to a sentence of ours
     assert page.title() != "hacked"
     assert page.locator("#answer .bar").count() == 4
     page.get_by_role("button", name="The plot is thin").or_(page.get_by_text("The plot is thin")).first.click()
