@@ -165,7 +165,7 @@ def tradeoff(points: Sequence[Mapping[str, Any]], axis: str, best: Mapping[str, 
     title, value = {
         "sparsity": ("sparsity of what may go, %", lambda p: 100 * p["sparsity"]),
         "size": ("compressed file, MB", lambda p: p["file_bytes"] / 1e6),
-        "time": ("time of a sentence, % of the dense model's", lambda p: 100 / p["speedup"]),
+        "time": ("time of a sentence, % of dense", lambda p: 100 / p["speedup"]),
     }[axis]
     figure = go.Figure()
     numbers = {method: i % len(PALETTE) for i, method in enumerate(dict.fromkeys(p["method"] for p in points))}
