@@ -102,7 +102,8 @@ def _meet_speedup(
     costs = latency_costs(model, plan.sites, lists, plan.layers, inputs, config.workload)
     dense = costs.total({}, (), plan.layers)
     budget = dense / config.target_speedup
-    most = dense / costs.total({g.name: int(sizes_of(config, g)[0]) for g in plan.sites}, plan.layers, plan.layers)
+    least = costs.total({g.name: int(sizes_of(config, g)[0]) for g in plan.sites}, plan.layers, plan.layers)
+    most = dense / least if least > 0 else math.inf  # errors of many sizes add up; what is chosen is timed itself
     if not broadcast(torch.tensor(most >= config.target_speedup)):
         raise PlanError(
             f"the model becomes at most {most:.2f} times as fast on the workload {dict(config.workload)}, with all "

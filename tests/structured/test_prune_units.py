@@ -257,6 +257,20 @@ def test_a_budget_of_time_is_met_as_measured(monkeypatch):
     assert "Speed-up asked for: 2.00" in str(speed)
 
 
+def test_savings_that_do_not_add_up_are_no_reason_to_refuse(monkeypatch):
+    """A group alone saves half of the time: what the sum of all foretells would be less than none."""
+    model, inputs = tiny("bert")
+    whole = sum(p.numel() for p in model.bert.encoder.parameters())
+
+    def seconds(one):
+        return 1e-3 * max(0.45, 1 - 3 * (1 - sum(p.numel() for p in one.bert.encoder.parameters()) / whole))
+
+    on_a_machine_where(monkeypatch, seconds)
+    config = PruningConfig(criterion="fisher", granularity=("head", "neuron"), target_speedup=2.0)
+    prune(model, config, calibration=batches_for(inputs))
+    assert MaskStore.of(model).speed.measured == pytest.approx(2.0, rel=0.15)
+
+
 def on_a_machine_where(monkeypatch, seconds):
     """Have models take given seconds."""
     for module in ("inference.speedup", "structured.latency_costs"):
