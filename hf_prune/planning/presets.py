@@ -25,6 +25,8 @@ Config = TypeVar("Config", bound=type)
 METHOD_SETTINGS = frozenset(
     {"criterion", "scope", "allocation", "calibration_order", "repair", "objective", "steps", "polish", "schedule"}
 )
+#: The same of a training, whose schedule says when to prune, and not by what.
+TRAINING_METHOD_SETTINGS = METHOD_SETTINGS - {"schedule"} | {"preset"}
 TRAINING_PRESET = "best"  # of a training whose settings name no method, calibrated on its own examples
 TRAINING_EXAMPLES = 512  # of them, at most
 UNITS_FOR_SPEED = ("head", "neuron")  # what a target_… removes if no granularity is named
@@ -194,8 +196,7 @@ def takes_preset(cls: Config) -> Config:
         given = dict(signature.bind(self, *args, **settings).arguments)
         del given["self"]
         plain(self, **resolve_settings(given))
-        # a schedule says when to prune, and not by what
-        named = (METHOD_SETTINGS - {"schedule"} | {"preset"}) & {name for name in given if given[name] is not None}
+        named = TRAINING_METHOD_SETTINGS & {name for name in given if given[name] is not None}
         object.__setattr__(self, "names_method", bool(named))
 
     cls.__init__ = __init__  # type: ignore[misc]

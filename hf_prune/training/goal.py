@@ -56,7 +56,8 @@ class Goal:
         found = store.masks.packed.items()
         chosen = {n: mask for n, mask in found if n not in before or not mask.equals(before.packed[n])}
         for name, mask in chosen.items():
-            store.masks[name] = before[name] if name in before else torch.ones(mask.shape, dtype=torch.bool)
+            whole = torch.ones(mask.shape, dtype=torch.bool, device=mask.device)
+            store.masks[name] = before[name] if name in before else whole
         store.attach(self.model)
         return chosen
 

@@ -79,13 +79,14 @@ def _sizes(attributes: dict[str, int], found: FoundUnits, units: Units) -> list[
                 if value == slices.widths[0] > 1 and pattern.fullmatch(word) and not is_in_config(name):
                     ways.append(replace(units, size=name, sized=piece.name))
     narrowest = min(width for slices in found.producers + found.consumers for width in slices.widths)
-    named_sizes = [
+    named_sizes = (
         name
         for name, value in attributes.items()
         if value == narrowest > 1 and _SIZE.fullmatch(name.rpartition(".")[2]) and not is_in_config(name)
-    ]
+    )
+    head_size = next(named_sizes, None)
     numbers = [
-        replace(units, number=name, size=next(iter(named_sizes), None))
+        replace(units, number=name, size=head_size)
         for name, value in attributes.items()
         if value == found.units and _is_number(name.rpartition(".")[2]) and not is_in_config(name)
     ]

@@ -45,7 +45,7 @@ from hf_prune.cli.training_options import (
 from hf_prune.errors import ConfigError
 from hf_prune.planning.config import PruningConfig
 from hf_prune.planning.expectations import is_language_model
-from hf_prune.planning.presets import METHOD_SETTINGS, TRAINING_EXAMPLES, TRAINING_PRESET
+from hf_prune.planning.presets import TRAINING_EXAMPLES, TRAINING_METHOD_SETTINGS, TRAINING_PRESET
 from hf_prune.planning.schedule import Schedule, schedule_names
 
 
@@ -137,7 +137,7 @@ def train(
         raise ConfigError("--allow-changes is for a training that goes on: add --checkpoints, or leave it out")
     if distilled and teacher is None:
         raise ConfigError(f"--{', --'.join(distilled)} need a teacher: add --teacher self, or leave them out")
-    named = (METHOD_SETTINGS - {"schedule"} | {"preset"}) & (in_file | settings).keys()
+    named = TRAINING_METHOD_SETTINGS & (in_file | settings).keys()
     if not keep_masks and not named and not _exchanges(schedule, in_file):
         settings["preset"] = TRAINING_PRESET
     pruning = None if keep_masks else _with_schedule(read_config(config, **settings), curve)
