@@ -12,7 +12,7 @@ ARGS    ?=
 
 PY    := "$(VENV)/bin/python"
 STAMP := $(VENV)/.installed
-TESTS  = OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist loadgroup
+TESTS  = OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist loadgroup --max-worker-restart 0
 REST  := browser or crash or distributed or matrix
 PIP   := $(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
