@@ -21,7 +21,7 @@ PANELS = {
     "quantize remote_code rounds rewind_to schedule begin end every shrink_at config",
     "Training": "epochs learning_rate accumulation bf16 teacher temperature hidden task checkpoints "
     "allow_changes report_to",
-    "Where it runs": "accelerated device dtype dtypes threads revision token trust_remote_code",
+    "Where it runs": "accelerate device dtype dtypes threads revision token trust_remote_code",
     "Repository": "private create_pr force message base_model license_ language example command name push",
     OTHER: "",
 }

@@ -14,6 +14,11 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 Batches = Annotated[str, typer.Option(help="Batch sizes, separated by commas.")]
 Lengths = Annotated[str, typer.Option(help="Tokens of each example, separated by commas.")]
+Batch = Annotated[int | None, typer.Option(min=1, help="How many examples the timed batch has. [default: 1]")]
+Length = Annotated[
+    int | None,
+    typer.Option(min=1, help="Tokens of each example that is timed; of images and sound, none. [default: 128]"),
+]
 Dtype = Annotated[str, one_of(DTYPES, "What all models compute in.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads of PyTorch. [default: its own]")]
 Rounds = Annotated[int, typer.Option(min=1, help="How many times each is timed, in turns.")]
@@ -30,6 +35,12 @@ def split_whole_numbers(option: str, text: str) -> list[int]:
     if not all(part.isdigit() and int(part) > 0 for part in parts):
         raise ConfigError(f"{option} is {text!r}: expected whole numbers separated by commas, such as 1,32")
     return [int(part) for part in parts]
+
+
+def given_workload(batch: int | None, length: int | None, threads: int | None) -> dict[str, int]:
+    """The workload that options name, without those that were not given."""
+    given = {"batch_size": batch, "length": length, "threads": threads}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def check_dtype(dtype: str) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hf_prune.inference.timing import Ratio
-from hf_prune.utils.formatting import format_table
+from hf_prune.utils.formatting import format_table, format_workload
 from hf_prune.utils.results import Result
 
 
@@ -45,8 +45,7 @@ class LatencyPoint:
     @property
     def workload(self) -> str:
         """The task and its size, such as ``"forward, 1 x 128 tokens"``."""
-        size = f"{self.batch_size} x {self.length} tokens" if self.length else f"batch of {self.batch_size}"
-        return f"{self.task}, {size}"
+        return f"{self.task}, {format_workload(self.batch_size, self.length)}"
 
     @property
     def verdict(self) -> str:

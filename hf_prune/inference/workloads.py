@@ -109,6 +109,14 @@ def check_generation(models: Mapping[str, Any], workloads: Sequence[Workload], n
             )
 
 
+def size_of(inputs: Mapping[str, Any]) -> tuple[int, int]:
+    """Examples in a batch and tokens of each; 0 tokens of images and sound, and 0 examples where nothing tells."""
+    tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor) and value.ndim}
+    ids = tensors.get("input_ids")
+    length = 0 if ids is None or ids.ndim < 2 else ids.shape[1]
+    return len(next(iter(tensors.values()), ())), length
+
+
 def dtypes(model: nn.Module) -> str:
     """The dtypes of a model's weights, such as ``"float32"``."""
     return "+".join(sorted({str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters()}))
@@ -129,14 +137,11 @@ def _check_alike(kinds: Mapping[str, object]) -> None:
 
 
 def _from_inputs(inputs: Mapping[str, Any], model: nn.Module) -> Workload:
-    tensors = {k: v for k, v in inputs.items() if isinstance(v, Tensor) and v.ndim}
-    if not tensors:
+    if not any(isinstance(value, Tensor) and value.ndim for value in inputs.values()):
         raise ConfigError(f"inputs= holds no tensor: found {dict(inputs)}, expected keyword arguments of the models")
     where = device_of(model)
-    ids = tensors.get("input_ids")
     return Workload(
-        batch_size=len(next(iter(tensors.values()))),
-        length=0 if ids is None or ids.ndim < 2 else ids.shape[1],
+        *size_of(inputs),
         inputs={k: v.to(where) if isinstance(v, Tensor) else v for k, v in inputs.items()},
     )
 

@@ -74,6 +74,11 @@ def format_csv(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str
     return text.getvalue()
 
 
+def format_workload(batch_size: int, length: int) -> str:
+    """What is timed: ``"1 x 128 tokens"``, or of images and sound, whose length is 0, ``"batch of 1"``."""
+    return f"{batch_size} x {length} tokens" if length else f"batch of {batch_size}"
+
+
 def format_count(number: float) -> str:
     """A number with three significant digits and a decimal unit prefix: 54037406 -> '54.0 M'."""
     for unit in ("", "k", "M", "G", "T"):

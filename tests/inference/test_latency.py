@@ -255,6 +255,7 @@ def test_subnormal_activations_are_warned_of(models, monkeypatch):
 def test_what_was_measured_is_a_sentence():
     ratio = Ratio(2.0, 1.9, 2.1)
     plain = {"kinds": (), "before": 2.0, "after": 1.0, "difference": 0.0, "bytes_before": 1, "bytes_after": 1}
+    plain |= {"batch_size": 1, "length": 8}
     report = AccelerationReport(speedup=ratio, threads=1, machine={"cpu": "a CPU"}, **plain)
     assert report.sentence == (
         "accelerate() makes the model 2.00 times as fast (95 % interval 1.90 to 2.10) on a CPU, threads: 1."

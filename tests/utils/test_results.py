@@ -129,7 +129,7 @@ def results() -> dict[str, Any]:
         candidate,
         SearchResult("smaller", 1.0, "points", "here", {"model": "$m$"}, 0.9, 100, (candidate,)),
         LotteryResult(None, {}, rounds),
-        AccelerationReport((kind,), Ratio(2.0, 1.9, 2.1), 2.0, 1.0, 0.0, 100, 20, 1, {"cpu": "x"}),
+        AccelerationReport((kind,), Ratio(2.0, 1.9, 2.1), 2.0, 1.0, 0.0, 100, 20, 1, 8, 1, {"cpu": "x"}),
     ]
     return {type(result).__name__: result for result in found}
 

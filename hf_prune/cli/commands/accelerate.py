@@ -12,15 +12,15 @@ from hf_prune.cli.console import echo
 from hf_prune.cli.model_options import DTYPE, RUN, SOURCE, loads_model
 from hf_prune.cli.options import AsJson, Model, Overwrite, split_names
 from hf_prune.cli.startup import start
-from hf_prune.cli.timing_options import Threads
+from hf_prune.cli.timing_options import Batch, Length, Threads, given_workload
 from hf_prune.utils.output_folder import check_file
 
 
 @loads_model(SOURCE, DTYPE, RUN)  # kernels are for the CPU
 def accelerate(
     model: Model,
-    batch: Annotated[int, typer.Option(min=1, help="Examples in a batch.")] = 1,
-    length: Annotated[int, typer.Option(min=1, help="Tokens of each example; of images and sound, none.")] = 128,
+    batch: Batch = None,
+    length: Length = None,
     threads: Threads = None,
     dtypes: Annotated[str, typer.Option(help="More precisions for layers: bfloat16,float16,int8.")] = "",
     tolerance: Annotated[
@@ -43,7 +43,7 @@ def accelerate(
         torch.set_num_threads(threads)
     report = choose_kernels(
         load_native(model),
-        workload={"batch_size": batch, "length": length},
+        workload=given_workload(batch, length, None),
         dtypes=split_names(dtypes) if dtypes else (),
         tolerance=tolerance,
         progress=True,

@@ -18,6 +18,7 @@ from hf_prune.cli.timing_options import (
     Threads,
     Warmup,
     check_dtype,
+    given_workload,
     split_whole_numbers,
 )
 
@@ -33,7 +34,7 @@ def explain(
     threads: Threads = None,
     rounds: Rounds = 30,
     warmup: Warmup = 3,
-    accelerated: Annotated[
+    accelerate: Annotated[
         bool,
         typer.Option("--accelerate", help="Measure what faster kernels bring, at the first batch and length."),
     ] = False,
@@ -42,8 +43,9 @@ def explain(
     """Say whether a checkpoint is faster than the dense one, where, and why not."""
     start([model, *([against] if against else [])], quantized=True)
     sizes = [split_whole_numbers("--batch", batch), split_whole_numbers("--length", length)]
-    from hf_prune.cli.workflows.bench import load_alike, measure_acceleration
+    from hf_prune.cli.workflows.bench import load_alike
     from hf_prune.evaluation.explain import explain_speed, speed_reasons
+    from hf_prune.inference.acceleration.accelerate import measure_acceleration
     from hf_prune.inference.latency import measure_latency
 
     check_dtype(dtype)
@@ -56,8 +58,9 @@ def explain(
         )
     explained = list(loaded.values())[-1]
     acceleration = None
-    if accelerated:
-        acceleration = measure_acceleration(explained, sizes[0][0], sizes[1][0], threads)
+    if accelerate:
+        workload = given_workload(sizes[0][0], sizes[1][0], threads)
+        acceleration = measure_acceleration(explained, workload, progress=True)
     if as_json:
         found = {"measured": measured and measured.to_dict(), "acceleration": acceleration and acceleration.to_dict()}
         show({"reasons": speed_reasons(explained), **found}, as_json)

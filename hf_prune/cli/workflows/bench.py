@@ -17,9 +17,6 @@ from hf_prune.evaluation.accuracy import evaluate_classification
 from hf_prune.evaluation.explain import SOME_ZEROS
 from hf_prune.evaluation.sparsity_report import sparsity_report
 from hf_prune.evaluation.tasks import ClassificationTask, LanguageModelingTask
-from hf_prune.inference.acceleration.accelerate import accelerate
-from hf_prune.inference.acceleration.install import decelerate
-from hf_prune.inference.acceleration.report import AccelerationReport
 from hf_prune.inference.backends import SUFFIXES, ExportedModel
 from hf_prune.planning.expectations import is_language_model
 from hf_prune.utils.load_options import resolve_device
@@ -46,24 +43,6 @@ def load_alike(sources: Sequence[str], dtype: str, device: str, threads: int | N
         else:
             models[name] = load_native(source).to(target, getattr(torch, dtype)).eval()
     return models
-
-
-def measure_acceleration(model: Any, batch: int, length: int, threads: int | None) -> AccelerationReport:
-    """What kernels for its zeros bring to a model, which is plain again afterwards.
-
-    Args:
-        model: A transformers model on the CPU.
-        batch: Examples in a batch.
-        length: Tokens of each example.
-        threads: PyTorch threads; all that it has by default.
-    """
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(threads or before)
-        return accelerate(model, workload={"batch_size": batch, "length": length}, progress=True)
-    finally:
-        torch.set_num_threads(before)
-        decelerate(model)
 
 
 def short_names(sources: Sequence[str]) -> list[str]:

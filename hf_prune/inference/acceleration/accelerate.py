@@ -7,12 +7,13 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from hf_prune.calibration.read import CalibrationData, read_calibration
 from hf_prune.errors import CalibrationError, ConfigError, KernelError
 from hf_prune.inference.acceleration.choose import TOKENS, Choice, choose
-from hf_prune.inference.acceleration.install import install
+from hf_prune.inference.acceleration.install import decelerate, install
 from hf_prune.inference.acceleration.kernels import PRECISIONS, precision_of, sparsity_of, zeros_of
 from hf_prune.inference.acceleration.layers import is_accelerated
 from hf_prune.inference.acceleration.observe import bias_of, matrix_of, observe
@@ -24,7 +25,7 @@ from hf_prune.utils.offloaded_weights import refuse_offloaded
 from hf_prune.utils.progress import Bar
 from hf_prune.utils.wrapping import check_is_model, sole_model
 
-_WORKLOAD = {"batch_size": 1, "length": 128}
+WORKLOAD = {"batch_size": 1, "length": 128}  # of the inputs that are made
 
 
 def accelerate(
@@ -88,12 +89,13 @@ def accelerate(
     refuse_offloaded(model, "accelerate()")
     if devices := {p.device.type for p in model.parameters()} - {"cpu"}:
         raise KernelError(
-            f"the model is on {', '.join(sorted(devices))}: expected it on the CPU, for which kernels are"
+            f"the model is on {', '.join(sorted(devices))}: expected it on the CPU, for which kernels are; move it "
+            f"there (--device cpu)"
         )
     batches = read_calibration(model, inputs, tokenizer)
     if batches == []:
         raise CalibrationError(f"inputs is {inputs!r:.80}: expected at least one batch")
-    typical = dict(batches[0]) if batches else workload_inputs(model, {**_WORKLOAD, **(workload or {})})
+    typical = dict(batches[0]) if batches else workload_inputs(model, {**WORKLOAD, **(workload or {})})
     with eval_mode(model):
         seen = observe(model, typical)
         if saved is None:
@@ -106,6 +108,34 @@ def accelerate(
     if dtypes and not any(precision_of(kernel) for kernel in kernels):
         note = f"No layer computes in {' or '.join(dtypes)}: none is faster in it within tolerance={tolerance:g}."
         report = dataclasses.replace(report, notes=(*report.notes, note))
+    return report
+
+
+def measure_acceleration(
+    model: nn.Module, workload: Mapping[str, int] | None = None, progress: bool | None = None
+) -> AccelerationReport:
+    """Measure what :func:`accelerate` brings a model, which has its plain layers and the same parameters afterwards.
+
+    Args:
+        model: A transformers model on the CPU.
+        workload: ``batch_size`` and ``length``, as for :func:`accelerate`, and ``threads`` of PyTorch; by default all
+            that it has.
+        progress: Show a progress bar.
+
+    Raises:
+        HfPruneError: As :func:`accelerate` does.
+    """
+    workload = dict(workload or {})
+    before = torch.get_num_threads()
+    parameters = {module: dict(module._parameters) for module in model.modules()}
+    try:
+        torch.set_num_threads(workload.pop("threads", before))
+        report = accelerate(model, workload=workload, progress=progress)
+    finally:
+        torch.set_num_threads(before)
+    decelerate(model)
+    for module, own in parameters.items():
+        module._parameters.update(own)
     return report
 
 

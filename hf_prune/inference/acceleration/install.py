@@ -23,6 +23,7 @@ from hf_prune.inference.acceleration.report import AccelerationReport, LayerKind
 from hf_prune.inference.speedup import forward
 from hf_prune.inference.subnormals import subnormal_note
 from hf_prune.inference.timing import speedup, time_together
+from hf_prune.inference.workloads import size_of
 from hf_prune.utils.formatting import format_count
 
 _SECONDS = 5.0  # for timing the whole model
@@ -55,6 +56,7 @@ def install(
             if wrong:
                 notes.append(_inexact_note(kind, list(wrong), tolerance))
 
+    batch_size, length = size_of(inputs)
     report = AccelerationReport(
         kinds=tuple(kinds),
         speedup=None,
@@ -63,6 +65,8 @@ def install(
         difference=0.0,
         bytes_before=sum(_nbytes(seen.layers[name]) for name in ranges),
         bytes_after=sum(_nbytes(seen.layers[name]) for name in ranges),
+        batch_size=batch_size,
+        length=length,
         threads=torch.get_num_threads(),
         machine=this_machine(),
         notes=tuple(notes),

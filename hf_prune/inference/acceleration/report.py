@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import math
 import os
 import platform
 from collections.abc import Mapping, Sequence
@@ -12,11 +14,11 @@ from typing import Any
 
 import torch
 
-from hf_prune.errors import CheckpointError
+from hf_prune.errors import CheckpointError, DataError
 from hf_prune.inference.acceleration.choose import Choice
 from hf_prune.inference.timing import Ratio
 from hf_prune.utils.files import write_json
-from hf_prune.utils.formatting import format_count, format_table
+from hf_prune.utils.formatting import format_count, format_table, format_workload
 from hf_prune.utils.json_files import read_json_object
 from hf_prune.utils.results import Result
 
@@ -63,6 +65,8 @@ class AccelerationReport(Result):
         difference: The largest change of an output, as a share of the largest output.
         bytes_before: Bytes of the layers' weights before.
         bytes_after: Bytes of what is kept in their place.
+        batch_size: Examples of the inputs.
+        length: Tokens of each example; 0 for images and sound.
         threads: PyTorch threads.
         machine: The processor, and what its kernels were chosen for.
         notes: What else there is to know.
@@ -77,6 +81,8 @@ class AccelerationReport(Result):
     difference: float
     bytes_before: int
     bytes_after: int
+    batch_size: int
+    length: int
     threads: int
     machine: Mapping[str, str]
     notes: tuple[str, ...] = ()
@@ -86,6 +92,11 @@ class AccelerationReport(Result):
         """Names of the layers that run on another kernel than torch's default."""
         changed = [kind for kind in self.kinds if kind.gains]
         return tuple(name for kind in changed for name in kind.layers) if self.speedup is not None else ()
+
+    @property
+    def gain(self) -> Ratio:
+        """The speed-up, which is 1 where no layer gains."""
+        return self.speedup or Ratio(1.0, 1.0, 1.0)
 
     @property
     def sentence(self) -> str:
@@ -107,6 +118,19 @@ class AccelerationReport(Result):
             "speedup": ratio,
             "machine": dict(self.machine),
         }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> AccelerationReport:
+        """The inverse of :meth:`to_dict`.
+
+        Raises:
+            DataError: If a number is missing, or cannot be true.
+        """
+        try:
+            return _checked(cls(**{f.name: _read(f.name, values[f.name]) for f in dataclasses.fields(cls)}))
+        except (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError) as error:
+            reason = error if isinstance(error, DataError) else f"found {error!r}"
+            raise DataError(f"an acceleration cannot be read: {reason}; measure it again") from error
 
     def rows(self) -> list[dict[str, Any]]:
         """A row for each kind of layer and number of tokens."""
@@ -148,8 +172,8 @@ class AccelerationReport(Result):
         if (ratio := self.speedup) is not None:
             lines += [
                 f"End to end: {ratio.value:.2f} times as fast (95 % interval {ratio.low:.2f} to {ratio.high:.2f}), "
-                f"{1e3 * self.before:.2f} ms -> {1e3 * self.after:.2f} ms, threads: {self.threads}, "
-                f"{self.machine['cpu']}.",
+                f"{1e3 * self.before:.2f} ms -> {1e3 * self.after:.2f} ms, "
+                f"{format_workload(self.batch_size, self.length)}, threads: {self.threads}, {self.machine['cpu']}.",
                 f"Largest change of an output: {self.difference:.1e} of the largest output.",
                 f"Weights of these layers in memory: {format_count(self.bytes_before)}B -> "
                 f"{format_count(self.bytes_after)}B.",
@@ -186,22 +210,29 @@ def read_choices(path: str | os.PathLike[str]) -> tuple[list[LayerKind], dict[st
     try:
         if saved["format"] != FORMAT:
             raise KeyError(f"format {saved['format']}")
-        kinds = [
-            LayerKind(
-                layers=tuple(map(str, kind["layers"])),
-                shape=(int(kind["shape"][0]), int(kind["shape"][1])),
-                dtype=str(kind["dtype"]),
-                sparsity=float(kind["sparsity"]),
-                choices=_choices(kind["choices"]),
-            )
-            for kind in saved["kinds"]
-        ]
-        return kinds, {str(key): str(value) for key, value in saved["machine"].items()}
+        return _kinds(saved["kinds"]), _machine(saved["machine"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(
             f"{path} is not a record of an acceleration ({type(error).__name__}: {error}): expected what "
             f"AccelerationReport.save() or hf-prune accelerate --out writes"
         ) from error
+
+
+def _kinds(saved: Sequence[Mapping[str, Any]]) -> list[LayerKind]:
+    return [
+        LayerKind(
+            layers=tuple(map(str, kind["layers"])),
+            shape=(int(kind["shape"][0]), int(kind["shape"][1])),
+            dtype=str(kind["dtype"]),
+            sparsity=float(kind["sparsity"]),
+            choices=_choices(kind["choices"]),
+        )
+        for kind in saved
+    ]
+
+
+def _machine(saved: Mapping[str, Any]) -> dict[str, str]:
+    return {str(key): str(value) for key, value in saved.items()}
 
 
 def _choices(saved: Sequence[Mapping[str, Any]]) -> tuple[Choice, ...]:
@@ -215,3 +246,42 @@ def _choices(saved: Sequence[Mapping[str, Any]]) -> tuple[Choice, ...]:
 def _choice(saved: Mapping[str, Any]) -> Choice:
     numbers: Sequence[float] = [float(saved[key]) for key in ("dense_seconds", "seconds", "ratio")]
     return Choice(int(saved["tokens"]), str(saved["kernel"]), *numbers)
+
+
+_NUMBERS = ("before", "after", "difference", "bytes_before", "bytes_after", "batch_size", "length", "threads")
+_MOST = 1e15  # of any number
+_NOISE = 1.5  # factor by which a speed-up, a median of ratios, may differ from the ratio of the medians
+
+
+def _read(name: str, value: Any) -> Any:
+    """The value of a field from what JSON has for it."""
+    if name == "kinds":
+        return tuple(_kinds(value))
+    if name == "speedup":
+        return None if value is None else Ratio(*(float(value[end]) for end in ("value", "low", "high")))
+    if name == "machine":
+        return _machine({"cpu": value["cpu"], **value})
+    return tuple(map(str, value)) if name == "notes" else value
+
+
+def _checked(report: AccelerationReport) -> AccelerationReport:
+    """The same report, if it can be true.
+
+    Raises:
+        DataError: If it cannot.
+    """
+    for name in _NUMBERS:
+        value = getattr(report, name)
+        types = (int, float) if name in ("before", "after", "difference") else (int,)
+        least, most = int(name in ("batch_size", "threads")), 1 if name == "difference" else _MOST
+        if type(value) not in types or not least <= value <= most:
+            raise DataError(f"{name} is {value!r:.60}: expected a number from {least} to {most:g}")
+    if (ratio := report.speedup) is not None:
+        if not 1 < ratio.low <= ratio.value <= ratio.high < math.inf:
+            raise DataError(f"speedup is {vars(ratio)}: expected an interval above 1 around its value")
+        if not (report.before > 0 < report.after):
+            raise DataError(f"before is {report.before!r} and after {report.after!r}: expected seconds above 0")
+        if not 1 / _NOISE <= ratio.value / (report.before / report.after) <= _NOISE:
+            times = f"{report.before / report.after:.3g}"
+            raise DataError(f"the speed-up is {ratio.value!r}, and the times give {times}: they contradict each other")
+    return report
