@@ -139,7 +139,6 @@ _MODULES = {
     "evaluation.plots": (
         "plot_latency",
         "plot_layer_sparsity",
-        "plot_tradeoff",
         "plot_weight_histogram",
     ),
     "evaluation.sentence_result": (
@@ -163,6 +162,7 @@ _MODULES = {
     "evaluation.sweep": ("run_sweep",),
     "evaluation.sweep_point": ("SweepPoint",),
     "evaluation.sweep_result": ("SweepResult",),
+    "evaluation.tradeoff_plots": ("plot_tradeoff",),
     "evaluation.unit_description": (
         "UnitDescription",
         "UnitsOfKind",

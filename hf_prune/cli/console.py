@@ -141,8 +141,3 @@ def say_if_continuing(out: Path, restart: bool, key: str) -> None:
         return
     if isinstance(values.get("points"), list) and key in values:
         echo(f"Continuing with what {out} has; --restart measures everything again.", err=True)
-
-
-def sweep_files(out: Path) -> str:
-    """One line that names the files of a sweep."""
-    return "Saved: " + ", ".join(str(out / name) for name in ("results.json", "results.csv", "tradeoff.png"))

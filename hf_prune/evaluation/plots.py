@@ -1,10 +1,9 @@
-"""Plots: histograms of weights, sparsity per layer, trade-off curves, latency."""
+"""Plots: histograms of weights, sparsity per layer, latency."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,17 +14,14 @@ from hf_prune.utils.figures import (
     MARKERS,
     PALETTE,
     figure,
-    lines_of,
     literal,
     panels,
     save_figure,
-    spread_labels,
 )
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from hf_prune.evaluation.sweep_point import SweepPoint
     from hf_prune.inference.latency_result import LatencyPoint, LatencyResult
 
 
@@ -85,94 +81,6 @@ def plot_layer_sparsity(report: SparsityReport, title: str) -> Figure:
     axes.grid(axis="y", visible=False)
     drawn.legend(frameon=False, loc="outside lower center")
     return literal(drawn)
-
-
-def plot_tradeoff(
-    dense_accuracy: float,
-    points: Sequence[SweepPoint],
-    sweet_spot: SweepPoint | None,
-    title: str,
-    subtitle: str,
-    metric: str = "accuracy",
-) -> Figure:
-    """Plot a score against sparsity, a line per criterion, with the intervals of the paired drop and the sweet spot.
-
-    Args:
-        dense_accuracy: Accuracy or other score of the dense model, 0 to 1.
-        points: The measured points.
-        sweet_spot: The point to mark, or None.
-        title: The model.
-        subtitle: Data, n, tolerance.
-        metric: What the score is.
-    """
-    drawn, axes = figure(8.0, 5.0)
-    lines = _tradeoff_lines(dense_accuracy, points)
-    sign = " %" if metric == "accuracy" else ""
-    dense = 100 * dense_accuracy
-    axes.axhline(dense, color=GREY, linestyle="--", linewidth=1.0, zorder=1)
-    axes.plot(0, dense, marker="o", markersize=8, color=GREY, zorder=4)
-    axes.annotate(f"dense {dense:.2f}{sign}", (0, dense), (6, 6), textcoords="offset points", fontsize=9, color=GREY)
-    for i, line in enumerate(lines):
-        axes.errorbar(
-            line.sparsity,
-            line.score,
-            label=line.name,
-            yerr=[line.below, line.above],
-            color=PALETTE[i],
-            marker=MARKERS[i],
-            markersize=5,
-            capsize=3,
-            zorder=3,
-        )
-    if sweet_spot is not None:
-        x, y = 100 * sweet_spot.sparsity, 100 * sweet_spot.evaluation.value
-        axes.plot(x, y, marker="o", markersize=15, color="none", markeredgecolor=GREY, markeredgewidth=2, zorder=5)
-        axes.annotate("sweet spot", (x, y), (0, 13), textcoords="offset points", fontsize=9, ha="center")
-    axes.set(xlabel="sparsity of the targets (%)", ylabel="accuracy (%)" if sign else f"{metric} × 100")
-    axes.set_title(f"{title}\n{subtitle}", fontsize=10)
-    low, high = axes.get_ylim()
-    ends = spread_labels([line.score[-1] for line in lines], 0.05 * (high - low))
-    for i, (line, height) in enumerate(zip(lines, ends, strict=True)):
-        axes.annotate(
-            line.name,
-            (line.sparsity[-1], line.score[-1]),
-            (line.sparsity[-1] + 1.5, height),
-            textcoords="data",
-            color=PALETTE[i],
-            va="center",
-            annotation_clip=False,
-        )
-    if lines:  # room for the names at the ends
-        longest = max(len(line.name) for line in lines)
-        axes.set_xlim(-3, max(line.sparsity[-1] for line in lines) * (1.03 + 0.018 * longest))
-    return literal(drawn)
-
-
-@dataclass(frozen=True)
-class _Line:
-    """One line of a trade-off, in per cent."""
-
-    name: str
-    sparsity: list[float]
-    score: list[float]
-    below: list[float]
-    above: list[float]
-
-
-def _tradeoff_lines(dense_value: float, points: Sequence[SweepPoint]) -> list[_Line]:
-    """The lines of a trade-off, each from the dense model on, with their intervals."""
-    pruned = [p for p in points if p.sparsity > 0]
-    lines = lines_of(pruned, lambda p: p.criterion, lambda p: p.sparsity, lambda p: p.evaluation.value)
-    return [
-        _Line(
-            name,
-            [0.0, *(100 * p.sparsity for p in line)],
-            [100 * dense_value, *(100 * p.evaluation.value for p in line)],
-            [0.0, *(max(0.0, p.comparison.interval[1] - p.comparison.drop) for p in line)],
-            [0.0, *(max(0.0, p.comparison.drop - p.comparison.interval[0]) for p in line)],
-        )
-        for name, line in lines.items()
-    ]
 
 
 def plot_latency(

@@ -6,9 +6,11 @@ never mixed in.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +30,8 @@ from hf_prune.evaluation.statistics import check_confidence
 from hf_prune.evaluation.sweep_files import check_is_sweep, read_results, sweep_settings
 from hf_prune.evaluation.sweep_point import SweepPoint
 from hf_prune.evaluation.sweep_result import FILES, SweepResult
+from hf_prune.evaluation.sweep_speed import check_same_workload, timed_workload
+from hf_prune.inference.acceleration.accelerate import measure_acceleration
 from hf_prune.pipeline import prune
 from hf_prune.planning.config import PruningConfig
 from hf_prune.planning.plan import PruningPlan
@@ -61,6 +65,7 @@ def run_sweep(
     tolerance: float = 2.0,
     max_flips: float | None = None,
     confidence: float = 0.95,
+    accelerate: bool | Mapping[str, int] = False,
     out: str | os.PathLike[str] | None = None,
     restart: bool = False,
     overwrite: bool = False,
@@ -86,8 +91,11 @@ def run_sweep(
         tolerance: Largest accepted drop, in points: hundredths of the score.
         max_flips: Instead, for classifiers: the largest share of answers that may change, right or not, in percent.
         confidence: Of intervals and sweet spot.
-        out: Folder for ``results.json``, ``results.csv`` and ``tradeoff.png``; points that it already has are
-            not measured again.
+        accelerate: Also measure how many times as fast the dense model and every point are on the kernels that
+            :func:`hf_prune.accelerate` chooses, on this machine's CPU: True, or a workload with ``batch_size``,
+            ``length`` and ``threads``.
+        out: Folder for ``results.json``, ``results.csv``, ``tradeoff.png`` and, with ``accelerate``, ``speed.png``;
+            what it already has is not measured again.
         restart: Ignore what ``out`` has.
         overwrite: Write into ``out`` also if there is something else in it; files of other names stay.
         name: What to call the model in results.
@@ -100,8 +108,11 @@ def run_sweep(
         The result.
 
     Raises:
-        ConfigError: If ``max_flips`` is out of range, or the model's answers are not classes.
-        SweepError: If the model is already pruned, or ``out`` holds results of other settings, or edited ones.
+        ConfigError: If ``max_flips`` is out of range, or the model's answers are not classes; or ``accelerate`` is no
+            workload.
+        KernelError: If ``accelerate`` is asked for, and the model is not on the CPU.
+        SweepError: If the model is already pruned, or ``out`` holds results of other settings, edited ones, or
+            speed-ups of another workload or machine.
         CheckpointError: If ``out`` holds something else.
         HfPruneError: As :func:`hf_prune.prune` does, for any of the points and before the first is measured.
     """
@@ -120,6 +131,7 @@ def run_sweep(
     configs = [base.replace(criterion=c, sparsity=float(s)) for c in criteria for s in sparsities if s != 0]
     plans = check_points(model, configs, calibration, polish_data)
     check_confidence(confidence)
+    workload = timed_workload(accelerate)
     if max_flips is not None:
         AllowedLoss.of(None, max_flips)  # refuses what is out of range
     parameters = sum(p.numel() for p in model.parameters())
@@ -139,14 +151,19 @@ def run_sweep(
             return known[key]
 
         earlier_results = read_results(results, settings, confidence, model, truth, fresh, plan_of)
+    dense_acceleration = None
     if earlier_results is not None:
-        dense, points, calibrated = earlier_results
+        dense, points, calibrated, dense_acceleration = earlier_results
         settings = {**settings, "calibration": settings["calibration"] or calibrated}
         missing = {(c.criterion, c.sparsity) for c in configs} - {(p.criterion, p.sparsity) for p in points}
         if missing and left_out_distributions(dense, int(model.config.num_labels or 0)):
             dense = score_model(model, tokenizer, dataset, **score, progress=progress and "dense")
     else:
         points = []
+    if workload is not None:
+        check_same_workload(results, [dense_acceleration, *(p.acceleration for p in points)], model, workload)
+        dense_acceleration = dense_acceleration or measure_acceleration(model, workload, progress)
+    if earlier_results is None:
         dense = score_model(model, tokenizer, dataset, **score, progress=progress and "dense")
 
     scored_by_classes = bool(points or getattr(dense, "distributions", ()))
@@ -161,30 +178,29 @@ def run_sweep(
     def result() -> SweepResult:
         order = {(p.config.criterion, p.config.sparsity): i for i, p in enumerate(plans)}
         ranked = sorted(points, key=lambda p: order.get((p.criterion, p.sparsity), len(order)))
-        return SweepResult(settings, parameters, dense, tuple(ranked), tolerance, confidence, max_flips)
+        shown = (tolerance, confidence, max_flips, dense_acceleration)
+        return SweepResult(settings, parameters, dense, tuple(ranked), *shown)
 
-    done = {(p.criterion, p.sparsity) for p in points}
+    done = {(p.criterion, p.sparsity): p for p in points}
     if results is not None:
         if earlier_results is None:
             warn_replaced(results.parent, FILES)
         write_json(results, result().to_dict())
     for point_config in configs:
-        if (point_config.criterion, point_config.sparsity) in done:
-            continue
-        points.append(
-            measure_point(
-                model,
-                tokenizer,
-                dataset,
-                point_config,
-                calibration,
-                dense,
-                confidence,
-                score,
-                progress,
-                polish_data=polish_data,
+        point = done.get((point_config.criterion, point_config.sparsity or 0.0))
+        if point is None:
+            seen = (calibration, dense, confidence, score, progress)
+            points.append(
+                measure_point(
+                    model, tokenizer, dataset, point_config, *seen, polish_data=polish_data, workload=workload
+                )
             )
-        )
+        elif workload is not None and point.acceleration is None:
+            with _pruned(model, point_config, calibration, polish_data, progress):
+                timed = measure_acceleration(model, workload, progress)
+            points[points.index(point)] = dataclasses.replace(point, acceleration=timed)
+        else:
+            continue
         if results is not None:
             write_json(results, result().to_dict())
     if folder is not None:
@@ -223,6 +239,7 @@ def measure_point(
     score: Mapping[str, Any],
     progress: bool | None,
     polish_data: Batches | None = None,
+    workload: Mapping[str, int] | None = None,
 ) -> SweepPoint:
     """Prune from the dense weights, score, and restore the dense weights.
 
@@ -237,18 +254,16 @@ def measure_point(
         score: Options of :func:`hf_prune.evaluate_classification` or :func:`hf_prune.evaluate_sentences`.
         progress: Show progress bars.
         polish_data: Batches for a polish, if others than ``calibration``.
+        workload: What to time on the fastest kernels, see :func:`run_sweep`; None times nothing.
     """
     assert config.sparsity is not None
     start = time.perf_counter()
-    try:
-        prune(model, config, calibration=calibration, polish_data=polish_data, keep_dense=True, progress=progress)
+    with _pruned(model, config, calibration, polish_data, progress):
         seconds = time.perf_counter() - start
         report = sparsity_report(model)
         title = f"{config.criterion} {100 * config.sparsity:g} %"
         evaluation = score_model(model, tokenizer, dataset, **score, progress=progress and title)
-    finally:
-        if (store := MaskStore.of(model)) is not None:
-            store.discard(model)
+        acceleration = None if workload is None else measure_acceleration(model, workload, progress)
     return SweepPoint(
         criterion=config.criterion,
         sparsity=config.sparsity,
@@ -258,4 +273,22 @@ def measure_point(
         prune_seconds=round(seconds, 3),
         evaluation=evaluation,
         comparison=compare_scores(dense, evaluation, confidence=confidence),
+        acceleration=acceleration,
     )
+
+
+@contextmanager
+def _pruned(
+    model: PreTrainedModel,
+    config: PruningConfig,
+    calibration: Batches | None,
+    polish_data: Batches | None,
+    progress: bool | None,
+) -> Iterator[None]:
+    """Within this context, the model is pruned; afterwards it has its dense weights again."""
+    try:
+        prune(model, config, calibration=calibration, polish_data=polish_data, keep_dense=True, progress=progress)
+        yield
+    finally:
+        if (store := MaskStore.of(model)) is not None:
+            store.discard(model)

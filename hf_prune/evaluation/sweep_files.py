@@ -19,6 +19,7 @@ from hf_prune.evaluation.accuracy_result import Evaluation
 from hf_prune.evaluation.scores import Score, data_identity, read_score
 from hf_prune.evaluation.sweep_point import SweepPoint
 from hf_prune.evaluation.sweep_result import FORMAT_VERSION
+from hf_prune.inference.acceleration.report import AccelerationReport
 from hf_prune.planning.config import PruningConfig
 from hf_prune.planning.plan import PruningPlan
 from hf_prune.structured.unit_plan import UnitPlan
@@ -100,7 +101,7 @@ def read_results(
     truth: Mapping[str, Any],
     fresh: Mapping[str, Any],
     plan_of: Callable[[SweepPoint], PruningPlan | UnitPlan],
-) -> tuple[Score, list[SweepPoint], str | None]:
+) -> tuple[Score, list[SweepPoint], str | None, AccelerationReport | None]:
     """Read the results of an earlier sweep with the same settings.
 
     The file may have been edited: what can be counted is counted again, and texts in it are replaced by ``fresh``.
@@ -115,7 +116,7 @@ def read_results(
         plan_of: Makes the plan of a point.
 
     Returns:
-        The dense score, the points, and the digest of their calibration data.
+        The dense score, the points, the digest of their calibration data, and what kernels bring the dense model.
 
     Raises:
         SweepError: If the results are of other settings, or damaged or edited.
@@ -143,7 +144,8 @@ def read_results(
         points = [dataclasses.replace(p, evaluation=dataclasses.replace(p.evaluation, **fresh)) for p in points]
         _check_classes([dense, *(p.evaluation for p in points)], model)
         _check_counts(points, model, plan_of)
-        return dense, points, calibrated
+        saved = values.get("dense_acceleration")
+        return dense, points, calibrated, None if saved is None else AccelerationReport.from_dict(saved)
     except SweepError:
         raise
     except (AttributeError, HfPruneError, KeyError, OverflowError, RecursionError, TypeError, ValueError) as error:

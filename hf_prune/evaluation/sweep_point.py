@@ -19,6 +19,7 @@ from hf_prune.evaluation.scores import (
     has_distributions,
     read_score,
 )
+from hf_prune.inference.acceleration.report import AccelerationReport
 from hf_prune.utils.results import Result
 
 _LARGEST = 1e15  # of any number in a result
@@ -37,6 +38,7 @@ class SweepPoint(Result):
         prune_seconds: How long pruning took, calibration included.
         evaluation: The score.
         comparison: The paired comparison with the dense model.
+        acceleration: What the fastest kernels bring it on this machine, if that was measured.
     """
 
     bars = ("sparsity", "model_sparsity")
@@ -49,11 +51,14 @@ class SweepPoint(Result):
     prune_seconds: float
     evaluation: Score
     comparison: ScoreComparison
+    acceleration: AccelerationReport | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return {**values, "evaluation": self.evaluation.to_dict(), "comparison": self.comparison.to_dict()}
+        values |= {"evaluation": self.evaluation.to_dict(), "comparison": self.comparison.to_dict()}
+        del values["acceleration"]
+        return values if self.acceleration is None else {**values, "acceleration": self.acceleration.to_dict()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], dense: Score, confidence: float) -> SweepPoint:
@@ -69,7 +74,7 @@ class SweepPoint(Result):
         if not isinstance(values["criterion"], str):
             raise DataError(f"criterion is {values['criterion']!r}: expected a name")
         evaluation = read_score(values["evaluation"])
-        fields = {f.name: values[f.name] for f in dataclasses.fields(cls)}
+        fields = {f.name: values[f.name] for f in dataclasses.fields(cls) if f.name != "acceleration"}
         for name in ("sparsity", "target_sparsity", "model_sparsity", "remaining", "prune_seconds"):
             value, most = fields[name], 1 if name.endswith("sparsity") else math.inf
             types = (int,) if name == "remaining" else (int, float)
@@ -81,4 +86,6 @@ class SweepPoint(Result):
             moved = read_divergence(saved, changed_answers(dense, evaluation), dense.n, confidence)
             comparison = dataclasses.replace(comparison, divergence=moved)
         fields |= {"evaluation": evaluation, "comparison": comparison}
+        if (acceleration := values.get("acceleration")) is not None:
+            fields["acceleration"] = AccelerationReport.from_dict(acceleration)
         return cls(**fields)

@@ -7,20 +7,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hf_prune.errors import SweepError
 from hf_prune.evaluation.allowed_loss import AllowedLoss
 from hf_prune.evaluation.divergence import Divergence
-from hf_prune.evaluation.plots import plot_tradeoff
 from hf_prune.evaluation.scores import Score, score_doubt
 from hf_prune.evaluation.sweep_point import SweepPoint
-from hf_prune.utils.figures import save_figure
+from hf_prune.evaluation.sweep_speed import speed_cells, speed_columns
+from hf_prune.evaluation.tradeoff_plots import plot_speed, plot_tradeoff
+from hf_prune.inference.acceleration.report import AccelerationReport
+from hf_prune.utils.figures import is_drawn, save_figure
 from hf_prune.utils.files import write_json, write_text
-from hf_prune.utils.formatting import format_csv, format_table
+from hf_prune.utils.formatting import format_csv, format_table, format_workload
 from hf_prune.utils.results import Result
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-FILES = ("results.json", "results.csv", "tradeoff.png")
+FILES = ("results.json", "results.csv", "tradeoff.png", "speed.png")
 FORMAT_VERSION = 1
 
 
@@ -36,6 +39,7 @@ class SweepResult(Result):
         tolerance: Largest accepted drop, in points: hundredths of the score.
         confidence: Confidence of the intervals and of the sweet spot.
         max_flips: Where the sweet spot is named by it: the largest accepted share of changed answers, in percent.
+        dense_acceleration: What the fastest kernels bring the dense model on this machine, if that was measured.
     """
 
     bars = ("accuracy", "spearman", "ndcg", "drop")
@@ -47,6 +51,7 @@ class SweepResult(Result):
     tolerance: float
     confidence: float
     max_flips: float | None = None
+    dense_acceleration: AccelerationReport | None = None
 
     @property
     def allowed(self) -> AllowedLoss:
@@ -86,12 +91,14 @@ class SweepResult(Result):
             "sweet_spot": None if best is None else {"criterion": best.criterion, "sparsity": best.sparsity},
             "dense": self.dense.to_dict(),
             "points": [p.to_dict() for p in self.points],
+            **({} if (timed := self.dense_acceleration) is None else {"dense_acceleration": timed.to_dict()}),
         }
 
     def rows(self) -> list[dict[str, Any]]:
         """The table as flat rows, the dense model first; scores times 100, in a column named like the metric."""
         metric = self.dense.metric
         moved = any(p.comparison.divergence is not None for p in self.points)  # not of kinds without distributions
+        timed = self.speeds
         dense = {
             "criterion": "dense",
             "sparsity": 0.0,
@@ -107,6 +114,7 @@ class SweepResult(Result):
             **(_moved(None, 0.0) if moved else {}),
             "p_value": 1.0,
             "prune_seconds": 0.0,
+            **(speed_columns(self.dense_acceleration) if timed else {}),
         }
         return [dense] + [
             {
@@ -124,6 +132,7 @@ class SweepResult(Result):
                 **(_moved(p.comparison.divergence) if moved else {}),
                 "p_value": p.comparison.p_value,
                 "prune_seconds": p.prune_seconds,
+                **(speed_columns(p.acceleration) if timed else {}),
             }
             for p in self.points
         ]
@@ -147,13 +156,14 @@ class SweepResult(Result):
                 "-" if row["criterion"] == "dense" else f"{row['drop_low']:.2f} to {row['drop_high']:.2f}",
                 *_moved_cells(row),
                 "-" if row["criterion"] == "dense" else f"{row['p_value']:.2g}",
+                *speed_cells(row),
             ]
             for row in self.rows()
         ]
         percent = f"{100 * self.confidence:g} %"
         header = ["criterion", "target", "of all weights", "remaining", metric, "drop ± s.e.", percent]
         moved = "kl" in self.rows()[0]
-        header += [*(["KL ± s.e.", "changed ± s.e."] if moved else []), "p"]
+        header += [*(["KL ± s.e.", "changed ± s.e."] if moved else []), "p", *(["speed-up"] if self.speeds else [])]
         where = " ".join(filter(None, [self.dense.source, self.dense.split]))
         test = "McNemar's exact test" if metric == "accuracy" else "a normal test of the drop"
         note = (
@@ -162,6 +172,11 @@ class SweepResult(Result):
         )
         if moved:
             note += " KL: mean divergence from the dense model's predictions, in nats; changed: answers, in per cent."
+        if self.speeds:
+            note += (
+                f" Speed-up: end to end on the kernels that accelerate() chooses, against torch's own, and its 95 % "
+                f"interval; {self._workload}."
+            )
         warning = [f"Warning: {self.doubt}."] if self.doubt else []
         return "\n".join([*warning, format_table(header, cells), note, self.verdict()])
 
@@ -194,8 +209,39 @@ class SweepResult(Result):
         name, dense = str(self.settings["model"]), self.dense
         return plot_tradeoff(dense.value, self.points, self.sweet_spot, name, subtitle, dense.metric)
 
+    def plot_speed(self) -> Figure:
+        """The score against the measured speed-up, with the intervals of both.
+
+        Raises:
+            SweepError: If no speed-up was measured.
+        """
+        if not self.speeds:
+            raise SweepError("no speed-up was measured: sweep again with --accelerate (accelerate=True)")
+        where = " ".join(filter(None, [self.dense.source, self.dense.split]))
+        subtitle = f"{where}, n = {self.dense.n}; bars: {100 * self.confidence:g} % intervals\n{self._workload}"
+        shown = (self.dense.value, self.dense_acceleration, self.points, self.sweet_spot)
+        return plot_speed(*shown, str(self.settings["model"]), subtitle, self.dense.metric)
+
+    @property
+    def speeds(self) -> tuple[AccelerationReport, ...]:
+        """What was measured of kernels: of the dense model first, and of the points."""
+        every = (self.dense_acceleration, *(p.acceleration for p in self.points))
+        return tuple(report for report in every if report is not None)
+
+    @property
+    def _workload(self) -> str:
+        """What the speed-ups were measured on."""
+        report = self.speeds[0]
+        size = format_workload(report.batch_size, report.length)
+        return f"{size}, threads: {report.threads}, {report.machine['cpu']}"
+
+    @property
+    def file_names(self) -> tuple[str, ...]:
+        """The files that :meth:`write` writes."""
+        return FILES if self.speeds else FILES[:-1]
+
     def write(self, folder: Path) -> list[Path]:
-        """Write ``results.json``, ``results.csv`` and ``tradeoff.png``, each atomically.
+        """Write ``results.json``, ``results.csv``, ``tradeoff.png``, and ``speed.png`` if there are speeds, atomically.
 
         Args:
             folder: Where to.
@@ -206,6 +252,11 @@ class SweepResult(Result):
         files = [write_json(folder / "results.json", self.to_dict())]
         files.append(write_text(folder / "results.csv", self.to_csv()))
         files.append(save_figure(self.plot(), folder / "tradeoff.png"))
+        speed = folder / "speed.png"
+        if self.speeds:
+            files.append(save_figure(self.plot_speed(), speed))
+        elif is_drawn(speed):  # of results that these replace
+            speed.unlink()
         return files
 
 

@@ -684,6 +684,21 @@ def test_sweep_end_to_end_and_resume(hf_prune, folders, tmp_path):
     assert len(json.loads((tmp_path / "results.json").read_text())["points"]) == 2
 
 
+def test_a_sweep_measures_speeds(hf_prune, folders, tmp_path):
+    arguments = ["sweep", folders["text"], "--data", folders["data"], "--sparsity", 0.9, "--out", tmp_path]
+    error = error_of(hf_prune(*arguments, "--batch", 2))
+    assert error == "--batch, --length and --threads say what --accelerate times: add it, or leave them out"
+    done = hf_prune(*arguments, "--accelerate", "--batch", 2, "--length", 8, "--threads", 1)
+    assert done.code == 0
+    assert "2 x 8 tokens, threads: 1" in done.out
+    assert f"Saved: {tmp_path / 'results.json'}, " in done.out
+    assert str(tmp_path / "speed.png") in done.out
+    values = json.loads((tmp_path / "results.json").read_text())
+    for measured in (values["dense_acceleration"], values["points"][0]["acceleration"]):
+        assert (measured["batch_size"], measured["length"], measured["threads"]) == (2, 8, 1)
+    assert "accelerate: true" in (tmp_path / "hf_prune_run.yaml").read_text()
+
+
 # --- report ----------------------------------------------------------------------------------------
 
 

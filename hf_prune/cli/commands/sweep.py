@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from hf_prune.cli.console import echo, resumable, say_if_continuing, sweep_files
+from hf_prune.cli.console import echo, resumable, say_if_continuing
 from hf_prune.cli.model_options import loads_model
 from hf_prune.cli.options import (
     LANGUAGE,
@@ -37,7 +37,8 @@ from hf_prune.cli.panels import criterion_names
 from hf_prune.cli.run_file import remember
 from hf_prune.cli.settings import METHOD, SEED, SELECTION, preset_with, read_config, takes_settings
 from hf_prune.cli.startup import check_task_data, start
-from hf_prune.errors import DataError
+from hf_prune.cli.timing_options import Batch, Length, Threads, given_workload
+from hf_prune.errors import ConfigError, DataError
 from hf_prune.evaluation.tasks import ClassificationTask, ExampleTask, SentenceTask
 from hf_prune.evaluation.tasks.raw import NO_TASK
 
@@ -63,11 +64,20 @@ def sweep(
     ] = None,
     data: Data = None,
     split: Split = "validation",
-    out: Annotated[Path, typer.Option(help="Folder for results.json, results.csv and tradeoff.png.")] = Path(
+    out: Annotated[Path, typer.Option(help="Folder for results.json, results.csv and pictures.")] = Path(
         "hf-prune-sweep"
     ),
     tolerance: Annotated[float, typer.Option(min=0, help="Largest accepted drop, in points.")] = 2.0,
     max_flips: MaxFlips = None,
+    accelerate: Annotated[
+        bool,
+        typer.Option(
+            "--accelerate", help="Also measure how many times as fast each is on the fastest CPU kernels; speed.png."
+        ),
+    ] = False,
+    batch: Batch = None,
+    length: Length = None,
+    threads: Threads = None,
     config: Config = None,
     text_column: AnyText = None,
     label_column: Label = None,
@@ -84,6 +94,9 @@ def sweep(
 ) -> None:
     """Prune at several sparsities, score each, and name the sweet spot; resumes where it was interrupted."""
     sparsities = None if sparsity is None else split_numbers("--sparsity", sparsity)
+    workload = given_workload(batch, length, threads)
+    if workload and not accelerate:
+        raise ConfigError("--batch, --length and --threads say what --accelerate times: add it, or leave them out")
     kind = task_kind(model, metric)
     kind = "language-modeling" if kind == LANGUAGE else kind
     start([model])
@@ -110,8 +123,10 @@ def sweep(
             split=split,
             tolerance=tolerance,
             max_flips=max_flips,
+            accelerate=workload if accelerate else False,
             batch_size=batch_size,
             restart=restart,
             overwrite=overwrite,
         )
-    echo(json.dumps(result.to_dict(), indent=2) if as_json else f"{result}\n{sweep_files(out)}")
+    saved = ", ".join(str(out / name) for name in result.file_names)
+    echo(json.dumps(result.to_dict(), indent=2) if as_json else f"{result}\nSaved: {saved}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from hf_prune.cli.workflows.loading import load_for_task
@@ -28,6 +28,7 @@ def sweep_checkpoint(
     split: str = "validation",
     tolerance: float = 2.0,
     max_flips: float | None = None,
+    accelerate: bool | Mapping[str, int] = False,
     batch_size: int = 32,
     restart: bool = False,
     name: str = "",
@@ -46,6 +47,7 @@ def sweep_checkpoint(
         split: The split to score.
         tolerance: Largest accepted drop, in points.
         max_flips: Instead, for classifiers: the largest share of answers that may change, in percent.
+        accelerate: Also measure speed-ups on the fastest kernels; see :func:`hf_prune.run_sweep`.
         batch_size: Examples scored at once.
         restart: Measure everything again.
         name: Name of the model in tables and plots.
@@ -69,6 +71,7 @@ def sweep_checkpoint(
         polish_data=task.polish_batches(configs, model, tokenizer),
         tolerance=tolerance,
         max_flips=max_flips,
+        accelerate=accelerate,
         out=out,
         restart=restart,
         name=name or display_name(source),
