@@ -98,6 +98,67 @@ def test_a_sentence_encoder_whose_card_has_the_held_out_score(hf_prune, tmp_path
     assert "What was counted is right." in hf_prune("verify", out / "model", "--evaluate", "--data", data)
 
 
+def save_cross_encoder(root):
+    """A model that reads pairs, and queries with documents that it scores, one of four relevant: that of its highest score."""
+    from tests.sentence_models import texts, tiny_cross_encoder
+
+    cross = tiny_cross_encoder(root / "bert")
+    (root / "data").mkdir()
+    for seed, split in ((1, "train"), (5, "validation")):
+        rows = [(f"w{i // 4} w{i // 4 + 1}", text) for i, text in enumerate(texts(160, seed))]
+        scores = cross.predict(rows)
+        lines = [
+            f"{query}\t{text}\t{int(score == max(scores[i // 4 * 4 : i // 4 * 4 + 4]))}"
+            for i, ((query, text), score) in enumerate(zip(rows, scores, strict=True))
+        ]
+        (root / "data" / f"{split}.tsv").write_text("\n".join(["query\tdocument\tscore", *lines]) + "\n")
+    cross.save(str(root / "model"))
+    return root / "model", root / "data"
+
+
+def test_a_cross_encoder_that_ranks(hf_prune, tmp_path):
+    pytest.importorskip("sentence_transformers", reason="needs sentence-transformers")
+    from sentence_transformers import CrossEncoder
+
+    model, data = save_cross_encoder(tmp_path)
+    out = tmp_path / "out"
+    said = hf_prune("auto", model, "--data", data, *OPTIONS, "--out", out, "--max-drop", 99)
+    results = json.loads((out / "results.json").read_text())
+    assert results["dense_score"] == 1.0
+    assert "On a split that had no influence: validation: nDCG@10" in said
+    pruned = CrossEncoder(str(out / "model"), device="cpu", local_files_only=True)
+    zeros = sum(int((p == 0).sum()) for p in pruned.parameters())
+    assert zeros / sum(p.numel() for p in pruned.parameters()) > 0.2
+    assert "What was counted is right." in hf_prune("verify", out / "model", "--evaluate", "--data", data)
+
+
+@pytest.mark.parametrize(("kind", "metric"), [("question-answering", "answer F1"), ("text-generation", "ROUGE-L")])
+def test_questions_and_texts_to_write(hf_prune, tmp_path, kind, metric):
+    model, reader, data = CASES[kind][0]()
+    model.save_pretrained(tmp_path / "model")
+    reader.save_pretrained(tmp_path / "model")
+    (tmp_path / "data").mkdir()
+    for seed, split in ((1, "train"), (2, "validation")):
+        texts = models.tiny_sentences(40, seed)["sentence"]
+        key = "question" if kind == "question-answering" else "document"
+        rows = [{**data[i % len(data)], key: text} for i, text in enumerate(texts)]
+        for row in rows if kind == "text-generation" else ():  # the truth is what the dense model writes
+            said = model.generate(**reader(row[key], return_tensors="pt"), do_sample=False)[0]
+            row["summary"] = reader.decode(said, skip_special_tokens=True)
+        (tmp_path / "data" / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    out = tmp_path / "out"
+    arguments = ("--data", tmp_path / "data")
+    said = hf_prune("auto", tmp_path / "model", *arguments, *OPTIONS, "--out", out, "--max-drop", 99)
+    assert f"Scored on 24 held-out examples of data train; lost in points of {metric}." in said
+    results = json.loads((out / "results.json").read_text())
+    [point] = results["points"]
+    assert point["loss"]["value"] == pytest.approx(100 * (results["dense_score"] - point["score"]))
+    score = json.loads(hf_prune("evaluate", out / "model", *arguments, "--json"))["evaluation"]
+    assert score["metric"] == metric
+    assert f"| this model | {score['value']:.4f} ±" in (out / "model" / "README.md").read_text()
+    assert "What was counted is right." in hf_prune("verify", out / "model", "--evaluate", *arguments)
+
+
 def test_changed_answers_count_whatever_the_metric_of_classes(hf_prune, tmp_path):
     classifier = models.tiny_classifier(seed=4)
     rows = models.answered_sentences(60, 1, classifier)
