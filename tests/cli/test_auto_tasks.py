@@ -99,7 +99,7 @@ def test_a_sentence_encoder_whose_card_has_the_held_out_score(hf_prune, tmp_path
 
 
 def save_cross_encoder(root):
-    """A model that reads pairs, and queries with documents that it scores, one of four relevant: that of its highest score."""
+    """A model that reads pairs, and queries, of whose four documents the one is relevant that it scores highest."""
     from tests.sentence_models import texts, tiny_cross_encoder
 
     cross = tiny_cross_encoder(root / "bert")

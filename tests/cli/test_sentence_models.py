@@ -239,13 +239,15 @@ def test_without_the_library_weights_are_pruned_and_texts_refused(folders, hf_pr
     assert "is a SentenceTransformer of sentence-transformers, which is not installed" in " ".join(err.split())
 
 
+@pytest.mark.parametrize("limit", [(), ("--limit", 18)])  # not the whole of the last query
 @pytest.mark.parametrize(("data", "metric"), [("similar", "Spearman"), ("searched", "nDCG@10")])
-def test_a_card_shows_the_score_and_is_verified_by_scoring_again(data, metric, folders, hf_prune, tmp_path):
+def test_a_card_shows_the_score_and_is_verified_by_scoring_again(data, metric, limit, folders, hf_prune, tmp_path):
     out, scores = tmp_path / "out", tmp_path / "scores.json"
     hf_prune("prune", folders["encoder"], "--sparsity", 0.5, "--out", out)
-    _, said, _ = hf_prune("evaluate", out, "--against", folders["encoder"], "--data", folders[data], "--json")
+    scored = ("evaluate", out, "--against", folders["encoder"], "--data", folders[data], *limit)
+    _, said, _ = hf_prune(*scored, "--json")
     scores.write_text(said)
-    value = json.loads(said)["evaluation"]["value"]
+    report, value = said, json.loads(said)["evaluation"]["value"]
     code, _, err = hf_prune("card", out, "--evaluation", scores, "--dataset", f"org/{data}", "--write")
     assert code == 0, err
     card = (out / "README.md").read_text()
@@ -265,3 +267,9 @@ def test_a_card_shows_the_score_and_is_verified_by_scoring_again(data, metric, f
     code, _, err = hf_prune("card", out, "--evaluation", scores)
     assert code == 1
     assert "value is 0.987" in err
+    claimed = json.loads(report)
+    claimed["evaluation"] |= {"rows": 2, "values": None, "references": None}
+    scores.write_text(json.dumps(claimed))
+    code, _, err = hf_prune("card", out, "--evaluation", scores)
+    assert code == 1
+    assert "rows is 2: expected a whole number, at least n" in err

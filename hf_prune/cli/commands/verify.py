@@ -57,7 +57,8 @@ def verify(
         source = check_data(data or claimed.get("dataset"), labelled=False, why="--evaluate", useful=USEFUL[kind])
         calibrated = {"calibration_split": claimed["split"]} if claimed.get("held_out") and claimed.get("split") else {}
         is_another = split not in (None, claimed.get("split"))
-        first = None if is_another or claimed.get("metric") == NDCG else claimed.get("n")  # of queries, not rows
+        rows = claimed.get("rows", None if claimed.get("metric") == NDCG else claimed.get("n"))  # n is of queries there
+        first = None if is_another else rows
         task: Any = read_task(kind, source, text_column, label_column, metric=metric, limit=first, **calibrated)
         assert task is not None
         part = split or claimed.get("split") or task.default_split
