@@ -237,7 +237,7 @@ READ_WHOLE = {
     "cli.commands.trim_vocab",
     "cli.demo.assets",
     "hub.card_text",
-    "inference.acceleration.report",
+    "inference.acceleration.machine",
     "kernels.sparse.build",
     "planning.targets",
     "structured.vocabulary.tokenizer",

@@ -11,7 +11,8 @@ from torch import nn
 
 from hf_prune.errors import ConfigError, SweepError
 from hf_prune.inference.acceleration.accelerate import WORKLOAD
-from hf_prune.inference.acceleration.report import AccelerationReport, this_machine
+from hf_prune.inference.acceleration.machine import this_machine
+from hf_prune.inference.acceleration.report import AccelerationReport
 from hf_prune.inference.speedup import workload_inputs
 from hf_prune.inference.workloads import size_of
 from hf_prune.utils.wrapping import sole_model

@@ -26,7 +26,7 @@ from hf_prune.utils.front_matter import read_yaml
 from hf_prune.utils.json_files import read_json_object
 
 # What a card keeps from an earlier card of the same files, whatever else is counted again.
-KEPT = ("base_model", "dataset", "language", "calibration", "example", "command", "evaluation", "latency")
+KEPT = ("base_model", "dataset", "language", "calibration", "example", "command", *MEASURED)
 # Fields of scores with an entry for each example: too long for a card.
 _PER_EXAMPLE = ("predictions", "labels", "distributions", "values", "references", "kept", *PER_PROMPT, "by_example")
 _SCORES = {"evaluation": ("evaluation", "dense"), "training": ("dense", "pruned")}
@@ -44,6 +44,7 @@ class PruningCardData:
         config: The pruning settings.
         evaluation: The output of ``hf-prune evaluate --json``, with or without ``--against``.
         latency: The output of ``hf-prune bench --json``, the dense model first.
+        acceleration: The output of ``hf-prune accelerate --json``.
         training: The content of ``training_report.json``.
         base_model: Hub id of the dense model.
         dataset: Hub id of the data that the scores were measured on.
@@ -71,6 +72,7 @@ class PruningCardData:
     config: PruningConfig | None = None
     evaluation: Mapping[str, Any] | None = None
     latency: Mapping[str, Any] | None = None
+    acceleration: Mapping[str, Any] | None = None
     training: Mapping[str, Any] | None = None
     base_model: str | None = None
     dataset: str | None = None
@@ -127,8 +129,9 @@ def read_card_data(folder: str | Path, **more: Any) -> PruningCardData:
 
     Args:
         folder: A folder that ``hf-prune prune`` or ``train`` wrote.
-        **more: Other fields of :class:`PruningCardData`. ``evaluation`` and ``latency`` may be paths of JSON files. If
-            no license is given, that of ``base_model`` is taken; a folder as ``base_model`` gives only its license.
+        **more: Other fields of :class:`PruningCardData`. ``evaluation``, ``latency`` and ``acceleration`` may be paths
+            of JSON files. If no license is given, that of ``base_model`` is taken; a folder as ``base_model`` gives
+            only its license.
 
     Raises:
         CheckpointError: If neither the folder nor ``more`` has a report.

@@ -15,6 +15,7 @@ from hf_prune.hub.card_data import KEPT, PruningCardData, read_card_data, stored
 from hf_prune.hub.card_surroundings import BEGIN, FACTS
 from hf_prune.hub.checksums import PICTURES, checksums, weights_digest
 from hf_prune.hub.licenses import LICENSE_FIELDS
+from hf_prune.hub.measurements import MEASURED
 from hf_prune.utils.files import write_text
 from hf_prune.utils.front_matter import read_card
 
@@ -68,7 +69,7 @@ def _renamed_weights(old: PruningCardData, kept: dict[str, Any], folder: Path) -
     """The measurements, with the digest of the new files, which hold the same values, in place of the old one."""
     before, now = weights_digest(old.checksums), weights_digest(checksums(folder))
     renamed = {}
-    for key in ("evaluation", "latency"):
+    for key in MEASURED:
         weights = (kept[key] or {}).get("weights")
         if isinstance(weights, dict):
             digests = {name: now if digest == before else digest for name, digest in weights.items()}

@@ -17,14 +17,11 @@ import jinja2
 
 from hf_prune.hub.card_data import PruningCardData
 from hf_prune.hub.card_language import benchmark_rows, perplexity_ratio, written
+from hf_prune.hub.card_speed import speed_text
 from hf_prune.hub.card_words import headline, task_of
 from hf_prune.planning.config import PruningConfig
 from hf_prune.planning.traits import criterion_paper, granularity_text
 from hf_prune.utils.formatting import format_count
-
-_NO_SPEED = (
-    "Zeros alone bring no speed-up: a dense kernel multiplies by zero like by any other number. Nothing was timed."
-)
 
 
 def card_text(data: PruningCardData) -> str:
@@ -47,7 +44,7 @@ def card_text(data: PruningCardData) -> str:
         size=_size(report, data.files),
         dense=_dense_size(report),
         is_shrunk=bool(structure),
-        speed=_speed(data),
+        speed=speed_text(data, _plain),
         layers=_layers(report),
         pictures=[{"file": name, "text": _plain(text)} for name, text in data.pictures.items()],
         loading=_loading(data),
@@ -166,38 +163,6 @@ def _figures(score: Mapping[str, Any]) -> list[str]:
     if "metric" in score:
         return [f"{score['value']:.4f} ± {score['standard_error']:.4f}", f"{score['n']:,}"]
     return [f"{100 * score['accuracy']:.2f} % ± {100 * score['standard_error']:.2f}", f"{score['n']:,}"]
-
-
-def _speed(data: PruningCardData) -> str:
-    structure = data.report.get("structure") or {}
-    if data.latency is not None:
-        lines = ["| model | batch x length | median | speed-up |", "|---|---|---|---|"]
-        for point in data.latency["points"]:
-            against = point.get("against")
-            faster = "" if against is None else f"{against['value']:.2f}x" + ("" if against["is_real"] else " (noise)")
-            size = f"{point['batch_size']} x {point['length']}" + (
-                ", generating" if point.get("task") == "generate" else ""
-            )
-            lines.append(
-                f"| {_plain(Path(point['model']).name)} | {size} | {1000 * point['median']:.1f} ms | {faster} |"
-            )
-        how = data.latency
-        lines.append("")
-        lines.append(
-            _plain(
-                f"Timed in turns, {how['rounds']} rounds, {how['threads']} thread(s), {how['dtype']}, {how['device']}, "
-                f"torch {how['torch']}."
-            )
-        )
-        return "\n".join(lines)
-    if (speed := structure.get("speed")) is not None:
-        new = f" and {speed['new_tokens']} generated" if speed.get("new_tokens") else ""
-        return _plain(
-            f"{speed['measured']:.2f} times as fast as the dense model (batch {speed['batch_size']} x "
-            f"{speed['length']} tokens{new}, {speed['dtype']}, {speed['device']}, {speed['threads']} thread(s), "
-            f"{speed['rounds']} rounds in turns)."
-        )
-    return "Nothing was timed. Its matrices are smaller than those of the dense model." if structure else _NO_SPEED
 
 
 def _layers(report: Mapping[str, Any]) -> list[list[str]]:

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from hf_prune.hub.card_data import PruningCardData
+from hf_prune.hub.card_speed import kernels_of
+from hf_prune.inference.acceleration.report import AccelerationReport
 
 #: What models with these endings are for: the task on the Hub, and in words.
 TASKS = {
@@ -43,9 +45,14 @@ def _speed(data: PruningCardData) -> str:
     ratios = [p["against"] for p in points if p.get("against") is not None]
     if ratios:
         least = min(ratios, key=lambda ratio: ratio["value"])
-        return f"{least['value']:.1f}× as fast" if least["is_real"] and least["value"] > 1 else ""
-    speed = (data.report.get("structure") or {}).get("speed")
-    return f"{speed['measured']:.1f}× as fast" if speed is not None and speed["low"] > 1 else ""
+        if least["is_real"] and least["value"] > 1:
+            return f"{least['value']:.1f}× as fast"
+    elif (speed := (data.report.get("structure") or {}).get("speed")) is not None and speed["low"] > 1:
+        return f"{speed['measured']:.1f}× as fast"
+    report = None if data.acceleration is None else AccelerationReport.from_dict(data.acceleration)
+    if report is None or report.speedup is None:
+        return ""
+    return f"{report.speedup.value:.1f}× as fast on {kernels_of(report)}"
 
 
 def _size(data: PruningCardData) -> str:

@@ -35,7 +35,8 @@ def check_card(folder: Path, model: Any = None) -> None:
     text = read_card(path) if path.is_file() else ""
     if not read_facts(text) and our_part(text) is None:
         return
-    advice = f"edit it, or run hf-prune card {folder} --write, with new --evaluation or --latency where those are wrong"
+    new = "with new --evaluation, --latency or --acceleration where those are wrong"
+    advice = f"edit it, or run hf-prune card {folder} --write, {new}"
     claimed = read_facts(text).get("sha256")
     # First, since files other than those of the card may not even load.
     if changed := differing(claimed if isinstance(claimed, dict) else {}, checksums(folder)):

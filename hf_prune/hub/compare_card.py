@@ -23,7 +23,7 @@ from hf_prune.hub.checksums import differing, weights_digest
 from hf_prune.hub.describe import full_report
 from hf_prune.hub.folder_facts import counted_facts
 from hf_prune.hub.licenses import inherited_license
-from hf_prune.hub.measurements import measured_digests
+from hf_prune.hub.measurements import MEASURED, measured_digests
 from hf_prune.hub.verification import Difference
 from hf_prune.structured.shrink_record import RECORD
 from hf_prune.utils.front_matter import split_card
@@ -171,7 +171,8 @@ def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 def _compare_measured_weights(data: PruningCardData, counted: Mapping[str, Any]) -> Iterator[Difference]:
     """Whether scores and timings were measured on these weights, if they say on which."""
     weights = weights_digest(counted["checksums"])
-    for name, measured in (("evaluation", data.evaluation), ("latency", data.latency)):
+    for name in MEASURED:
+        measured = getattr(data, name)
         if measured is None or (name == "evaluation" and is_score_of_training(data)):
             continue
         digests = measured_digests(measured) or ["none"]
@@ -192,6 +193,7 @@ def _claims(data: PruningCardData, folder: Path, text: str) -> tuple[str, ...]:
         "what the dense model writes": ((data.evaluation or {}).get("generation") or {}).get("dense"),
         "benchmarks": (data.evaluation or {}).get("benchmarks"),
         "timings": data.latency or (structure or {}).get("speed"),
+        "timings on other kernels": data.acceleration,
         "what training did": data.training,
         "the name": data.name,
         "versions": data.versions or None,

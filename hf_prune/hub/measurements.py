@@ -11,7 +11,11 @@ from hf_prune.hub.plausibility import check_fact
 from hf_prune.utils.json_files import read_json_object
 
 # By field of PruningCardData: the key that must be there, and the command that prints it.
-MEASURED = {"evaluation": ("evaluation", "hf-prune evaluate"), "latency": ("points", "hf-prune bench")}
+MEASURED = {
+    "evaluation": ("evaluation", "hf-prune evaluate"),
+    "latency": ("points", "hf-prune bench"),
+    "acceleration": ("kinds", "hf-prune accelerate"),
+}
 
 # By a field that only one kind of score has: the numbers that it must have.
 _NUMBERS = {
@@ -25,7 +29,7 @@ def read_measurement(key: str, value: Any, weights: str | None, folder: Path) ->
     """Scores or timings that a card can show, measured on the weights beside it.
 
     Args:
-        key: ``"evaluation"`` or ``"latency"``.
+        key: One of ``MEASURED``.
         value: What the command printed with ``--json``, or the path of a file with it.
         weights: The digest of the folder's weights; None if it has none.
         folder: The checkpoint, for messages.
@@ -42,7 +46,7 @@ def read_measurement(key: str, value: Any, weights: str | None, folder: Path) ->
         numbers = next((names for kind, names in _NUMBERS.items() if kind in part), _NUMBERS["accuracy"])
         complete = all(isinstance(part.get(name), int | float) for name in numbers)
     else:
-        complete = key == "latency" and isinstance(part, list)
+        complete = key != "evaluation" and isinstance(part, list | tuple)
     where = value if is_file else f"{key}={str(value)[:60]}"
     if not complete:
         raise DataError(f"{where} is not what {command} --json printed: it has no {inner!r} with its numbers")

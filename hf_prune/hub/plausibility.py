@@ -10,9 +10,11 @@ from hf_prune.errors import DataError
 from hf_prune.evaluation.comparison import interval_of, mcnemar
 from hf_prune.evaluation.examples.score import check_examples
 from hf_prune.evaluation.sentence_result import check_sentences
+from hf_prune.hub.plausible_acceleration import check_acceleration
 from hf_prune.hub.plausible_divergence import check_divergence
 from hf_prune.hub.plausible_language import check_benchmarks, check_generation, check_perplexity_ratio
 from hf_prune.hub.plausible_numbers import ROUNDING, are_texts, is_same, real, whole
+from hf_prune.inference.timing import MEDIAN_NOISE
 
 # What is measured of language models beside their perplexity: a score, that of the dense model, and both compared.
 BESIDE_SCORES: Mapping[str, Callable[[Mapping[str, Any]], None]] = {
@@ -20,7 +22,6 @@ BESIDE_SCORES: Mapping[str, Callable[[Mapping[str, Any]], None]] = {
     "benchmarks": check_benchmarks,
 }
 _MOST = 10**12  # examples and tokens
-_NOISE = 1.5  # factor by which a speed-up, a median of ratios, may differ from the ratio of the medians
 
 
 def check_report(report: Mapping[str, Any]) -> None:
@@ -188,7 +189,7 @@ def check_latency(latency: Mapping[str, Any]) -> None:
                 raise DataError(f"the speed-up is {value!r}, and the model that it is against has no time: time both")
             if type(against["is_real"]) is not bool:
                 raise DataError(f"is_real is {against['is_real']!r}: expected true or false")
-            if not 1 / _NOISE <= value / (dense / median) <= _NOISE:
+            if not 1 / MEDIAN_NOISE <= value / (dense / median) <= MEDIAN_NOISE:
                 raise DataError(f"the speed-up is {value!r}, and the times give {dense / median:.3g}: measure again")
 
 
@@ -207,6 +208,7 @@ CHECKS: dict[str, Callable[[Mapping[str, Any]], None]] = {  # by field of Prunin
     "files": check_sizes,
     "evaluation": check_evaluation,
     "latency": check_latency,
+    "acceleration": check_acceleration,
     "training": check_training,
 }
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from hf_prune.utils.progress import Bar
 
+MEDIAN_NOISE = 1.5  # factor by which a speed-up, a median of ratios, may differ from the ratio of the medians
 SHORTEST = 1e-3  # seconds: shorter runs are repeated within one timing
 
 

@@ -16,7 +16,7 @@ from hf_prune import AccelerationReport, SweepPoint, SweepResult, run_sweep, spa
 from hf_prune.errors import ConfigError, SweepError
 from hf_prune.evaluation import sweep as sweep_module
 from hf_prune.evaluation.tradeoff_plots import plot_speed
-from hf_prune.inference.acceleration.report import this_machine
+from hf_prune.inference.acceleration.machine import this_machine
 from hf_prune.inference.timing import Ratio
 from tests import models
 from tests.models import assert_unchanged, snapshot

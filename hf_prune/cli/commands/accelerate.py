@@ -37,7 +37,9 @@ def accelerate(
     import torch
 
     from hf_prune.auto import load_native
+    from hf_prune.hub.checksums import measured_weights
     from hf_prune.inference.acceleration.accelerate import accelerate as choose_kernels
+    from hf_prune.utils.files import write_json
 
     if threads is not None:
         torch.set_num_threads(threads)
@@ -48,8 +50,9 @@ def accelerate(
         tolerance=tolerance,
         progress=True,
     )
-    echo(json.dumps(report.to_dict(), indent=2) if as_json else str(report))
+    values = {**report.to_dict(), "weights": measured_weights(model)}  # for hf-prune card
+    echo(json.dumps(values, indent=2) if as_json else str(report))
     if out is not None:
-        report.save(out)
+        write_json(out, values)
         if not as_json:
             echo(f"Saved: {out}; in Python: model.accelerate(saved={str(out)!r})")

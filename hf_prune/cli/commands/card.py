@@ -22,6 +22,9 @@ def card(
         Path | None, typer.Option(help="What hf-prune evaluate DIR --against MODEL --json printed.")
     ] = None,
     latency: Annotated[Path | None, typer.Option(help="What hf-prune bench MODEL DIR --json printed.")] = None,
+    acceleration: Annotated[
+        Path | None, typer.Option(help="What hf-prune accelerate DIR --json printed: its time on sparse kernels.")
+    ] = None,
     base_model: Annotated[
         str | None, typer.Option(help="Hub id of the dense model; or its folder, from which only the license is taken.")
     ] = None,
@@ -59,6 +62,7 @@ def card(
         report=report,
         evaluation=evaluation,
         latency=latency,
+        acceleration=acceleration,
         base_model=base_model,
         dataset=dataset,
         license=license_,

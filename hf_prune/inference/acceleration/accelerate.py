@@ -16,8 +16,9 @@ from hf_prune.inference.acceleration.choose import TOKENS, Choice, choose
 from hf_prune.inference.acceleration.install import decelerate, install
 from hf_prune.inference.acceleration.kernels import PRECISIONS, precision_of, sparsity_of, zeros_of
 from hf_prune.inference.acceleration.layers import is_accelerated
+from hf_prune.inference.acceleration.machine import this_machine
 from hf_prune.inference.acceleration.observe import bias_of, matrix_of, observe
-from hf_prune.inference.acceleration.report import AccelerationReport, LayerKind, read_choices, this_machine
+from hf_prune.inference.acceleration.report import AccelerationReport, LayerKind, read_choices
 from hf_prune.inference.speedup import workload_inputs
 from hf_prune.utils.forward import eval_mode
 from hf_prune.utils.number_formats import refuse_quantized
@@ -103,7 +104,7 @@ def accelerate(
             kinds = [_chosen(group, seen.tokens, dtypes, tolerance) for group in groups]
         else:
             kinds = _from_file(saved, seen.layers, dtypes)
-        report = install(model, typical, seen, kinds, tolerance)
+        report = dataclasses.replace(install(model, typical, seen, kinds, tolerance), dtypes=tuple(dtypes))
     kernels = [choice.kernel for kind in report.kinds for choice in kind.choices]
     if dtypes and not any(precision_of(kernel) for kernel in kernels):
         note = f"No layer computes in {' or '.join(dtypes)}: none is faster in it within tolerance={tolerance:g}."

@@ -6,17 +6,15 @@ import dataclasses
 import itertools
 import math
 import os
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from hf_prune.errors import CheckpointError, DataError
 from hf_prune.inference.acceleration.choose import Choice
-from hf_prune.inference.timing import Ratio
+from hf_prune.inference.acceleration.kernels import PRECISIONS
+from hf_prune.inference.timing import MEDIAN_NOISE, Ratio
 from hf_prune.utils.files import write_json
 from hf_prune.utils.formatting import format_count, format_table, format_workload
 from hf_prune.utils.json_files import read_json_object
@@ -70,6 +68,8 @@ class AccelerationReport(Result):
         threads: PyTorch threads.
         machine: The processor, and what its kernels were chosen for.
         notes: What else there is to know.
+        tolerance: The largest change of an output that was allowed.
+        dtypes: Precisions besides that of each layer that were allowed.
     """
 
     bars = ("ratio", "seconds")
@@ -86,12 +86,20 @@ class AccelerationReport(Result):
     threads: int
     machine: Mapping[str, str]
     notes: tuple[str, ...] = ()
+    tolerance: float = 1e-4
+    dtypes: tuple[str, ...] = ()
 
     @property
     def accelerated(self) -> tuple[str, ...]:
         """Names of the layers that run on another kernel than torch's default."""
         changed = [kind for kind in self.kinds if kind.gains]
         return tuple(name for kind in changed for name in kind.layers) if self.speedup is not None else ()
+
+    @property
+    def kernels(self) -> tuple[str, ...]:
+        """Names of the kernels that layers run on besides torch's default, each once."""
+        chosen = [choice.kernel for kind in self.kinds for choice in kind.choices if choice.kernel != "dense"]
+        return tuple(dict.fromkeys(chosen)) if self.speedup is not None else ()
 
     @property
     def gain(self) -> Ratio:
@@ -181,25 +189,6 @@ class AccelerationReport(Result):
         return "\n".join([*lines, *self.notes])
 
 
-def this_machine() -> dict[str, str]:
-    """What choices of kernels depend on, besides the model."""
-    return {
-        "cpu": _processor(),
-        "instructions": torch.backends.cpu.get_cpu_capability(),
-        "torch": torch.__version__,
-        "threads": str(torch.get_num_threads()),
-    }
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
 def read_choices(path: str | os.PathLike[str]) -> tuple[list[LayerKind], dict[str, str]]:
     """The layers and the machine of a saved report.
 
@@ -248,9 +237,10 @@ def _choice(saved: Mapping[str, Any]) -> Choice:
     return Choice(int(saved["tokens"]), str(saved["kernel"]), *numbers)
 
 
-_NUMBERS = ("before", "after", "difference", "bytes_before", "bytes_after", "batch_size", "length", "threads")
+_REALS = ("before", "after", "difference", "tolerance")
+_NUMBERS = (*_REALS, "bytes_before", "bytes_after", "batch_size", "length", "threads")
 _MOST = 1e15  # of any number
-_NOISE = 1.5  # factor by which a speed-up, a median of ratios, may differ from the ratio of the medians
+_BEYOND = 2.0  # factor by which a model may gain more than its layers did alone, where caches are warm
 
 
 def _read(name: str, value: Any) -> Any:
@@ -261,7 +251,7 @@ def _read(name: str, value: Any) -> Any:
         return None if value is None else Ratio(*(float(value[end]) for end in ("value", "low", "high")))
     if name == "machine":
         return _machine({"cpu": value["cpu"], **value})
-    return tuple(map(str, value)) if name == "notes" else value
+    return tuple(map(str, value)) if name in ("notes", "dtypes") else value
 
 
 def _checked(report: AccelerationReport) -> AccelerationReport:
@@ -272,16 +262,25 @@ def _checked(report: AccelerationReport) -> AccelerationReport:
     """
     for name in _NUMBERS:
         value = getattr(report, name)
-        types = (int, float) if name in ("before", "after", "difference") else (int,)
+        types = (int, float) if name in _REALS else (int,)
         least, most = int(name in ("batch_size", "threads")), 1 if name == "difference" else _MOST
         if type(value) not in types or not least <= value <= most:
             raise DataError(f"{name} is {value!r:.60}: expected a number from {least} to {most:g}")
+    if unknown := [name for name in report.dtypes if name not in PRECISIONS]:
+        raise DataError(f"dtypes has {unknown[0]!r:.60}: expected some of {', '.join(PRECISIONS)}")
     if (ratio := report.speedup) is not None:
+        if report.difference > report.tolerance:
+            raise DataError(
+                f"difference is {report.difference!r}: expected at most the tolerance, {report.tolerance!r}"
+            )
         if not 1 < ratio.low <= ratio.value <= ratio.high < math.inf:
             raise DataError(f"speedup is {vars(ratio)}: expected an interval above 1 around its value")
         if not (report.before > 0 < report.after):
             raise DataError(f"before is {report.before!r} and after {report.after!r}: expected seconds above 0")
-        if not 1 / _NOISE <= ratio.value / (report.before / report.after) <= _NOISE:
+        if not 1 / MEDIAN_NOISE <= ratio.value / (report.before / report.after) <= MEDIAN_NOISE:
             times = f"{report.before / report.after:.3g}"
             raise DataError(f"the speed-up is {ratio.value!r}, and the times give {times}: they contradict each other")
+        layers = max([1.0, *(choice.ratio for kind in report.kinds for choice in kind.choices)])
+        if not ratio.value <= _BEYOND * layers:
+            raise DataError(f"the speed-up is {ratio.value!r}, and no layer gains more than {layers:.3g} times")
     return report
