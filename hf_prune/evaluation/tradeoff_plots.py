@@ -79,7 +79,7 @@ def plot_speed(
     for i, line in enumerate(lines):
         for x, y, sparsity in list(zip(line.x, line.score, line.sparsity, strict=True))[1:]:
             beside = {"textcoords": "offset points", "fontsize": 8, "color": PALETTE[i]}
-            axes.annotate(f"{sparsity:g} %", (x, y), (4, -11), **beside)
+            axes.annotate(f"{sparsity:g} %", (x, y), (9, 4), **beside)
     return literal(drawn)
 
 
