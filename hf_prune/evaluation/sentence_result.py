@@ -38,7 +38,7 @@ class SentenceScore(Result):
         dtype: Of the weights, such as ``float32``.
         max_length: Longer texts were cut to this many tokens.
         batch_size: Texts per forward pass.
-        rows: Number of rows of the data, several of a query; None if an earlier version scored it.
+        n_rows: Number of rows of the data, several of a query; None if an earlier version scored it.
     """
 
     bars = ("value",)
@@ -56,7 +56,7 @@ class SentenceScore(Result):
     dtype: str
     max_length: int
     batch_size: int
-    rows: int | None = None
+    n_rows: int | None = None
 
     @property
     def mrr(self) -> float | None:
@@ -81,7 +81,7 @@ class SentenceScore(Result):
         Raises:
             DataError: If a field is missing or unknown, or the score is not what the values give.
         """
-        check_fields(cls, values, "score of sentences", optional=("rows",))
+        check_fields(cls, values, "score of sentences", optional=("n_rows",))
         if values["metric"] not in METRICS.values():
             raise DataError(f"metric is {values['metric']!r}: expected one of {', '.join(METRICS.values())}")
         lists: dict[str, Any] = {}
@@ -116,9 +116,9 @@ def check_sentences(values: Mapping[str, Any]) -> None:
     if not is_finite_number(value) or not least <= value <= 1:
         raise DataError(f"value is {value!r}: expected a number from {least} to 1")
     check_error(values)
-    rows = values.get("rows")
+    rows = values.get("n_rows")
     if rows is not None and (type(rows) is not int or rows < values["n"]):
-        raise DataError(f"rows is {rows!r:.60}: expected a whole number, at least n, {values['n']!r}")
+        raise DataError(f"n_rows is {rows!r:.60}: expected a whole number, at least n, {values['n']!r}")
     if values.get("values") is not None or values.get("references") is not None:
         SentenceScore.from_dict(values)
 

@@ -96,7 +96,7 @@ def evaluate_sentences(
         dtype=str(model.dtype).removeprefix("torch."),
         max_length=model.max_seq_length or 0,
         batch_size=batch_size,
-        rows=len(dataset),
+        n_rows=len(dataset),
     )
 
 

@@ -121,7 +121,7 @@ def _facts(data: PruningCardData, text: str) -> dict[str, Any]:
             "value",
             "standard_error",
             "n",
-            "rows",
+            "n_rows",
             "window",
             "split",
             "data_fingerprint",

@@ -268,8 +268,8 @@ def test_a_card_shows_the_score_and_is_verified_by_scoring_again(data, metric, l
     assert code == 1
     assert "value is 0.987" in err
     claimed = json.loads(report)
-    claimed["evaluation"] |= {"rows": 2, "values": None, "references": None}
+    claimed["evaluation"] |= {"n_rows": 2, "values": None, "references": None}
     scores.write_text(json.dumps(claimed))
     code, _, err = hf_prune("card", out, "--evaluation", scores)
     assert code == 1
-    assert "rows is 2: expected a whole number, at least n" in err
+    assert "n_rows is 2: expected a whole number, at least n" in err
