@@ -53,6 +53,8 @@ class Clock:
         self._since = now
 
     def wrapped(self, function: Callable[..., Any], step: str) -> Callable[..., Any]:
+        """The same function, whose time counts for a step."""
+
         @functools.wraps(function)
         def timed(*args: Any, **kwargs: Any) -> Any:
             self._book()
@@ -67,6 +69,7 @@ class Clock:
         return timed
 
     def stop(self) -> None:
+        """Count what came last."""
         self._book()
 
 

@@ -45,11 +45,16 @@ class PruningOrigin:
 
 @dataclass(eq=False)
 class HeldMasks:
-    """The masks that one module holds, and dense weights, by the names of its own parameters."""
+    """The masks that one module holds, and dense weights, by the names of its own parameters.
+
+    ``trained_by`` is the optimizer, by the name of its class, whose steps would have filled the zeros in a training
+    that nobody told of masks; empty once that was said.
+    """
 
     pruning: PruningOrigin
     masks: PackedMasks = field(default_factory=PackedMasks)
     dense: dict[str, Tensor] = field(default_factory=dict)
+    trained_by: str = ""
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Masks that earlier versions pickled are bool tensors."""
@@ -161,7 +166,7 @@ def hand_out(
             if mask is None and weight is None:
                 continue
             held: HeldMasks = module.__dict__.setdefault(ATTRIBUTE, HeldMasks(origin))
-            held.pruning = origin
+            held.pruning, held.trained_by = origin, ""
             if mask is not None:
                 held.masks.packed[key] = mask
                 roster.setdefault(name, []).append((held, key))  # several, where a weight is tied
@@ -184,6 +189,15 @@ def remove_masks(model: nn.Module) -> None:
     clear_masks(model)
     for module in model.modules():
         module.__dict__.pop(ATTRIBUTE, None)
+
+
+def take_trained_by(model: nn.Module) -> set[str]:
+    """The optimizers that trained weights with masks unasked, which are forgotten with that."""
+    found = {held for module in model.modules() if (held := held_by(module)) is not None and held.trained_by}
+    names = {held.trained_by for held in found}
+    for held in found:
+        held.trained_by = ""
+    return names
 
 
 def replace_masks(model: nn.Module, moved: Mapping[int, PackedMask]) -> None:

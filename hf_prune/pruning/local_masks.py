@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from hf_prune.errors import MaskError
 from hf_prune.kernels.packed_masks import PackedMask
 from hf_prune.kernels.zeroing import zero_removed_
-from hf_prune.pruning.held_masks import mask_of
+from hf_prune.pruning.held_masks import mask_of, take_trained_by
 from hf_prune.pruning.mask_store import MaskStore
 from hf_prune.utils.offloaded_weights import refuse_offloaded
 
@@ -64,11 +64,12 @@ class LocalMasks:
         return part
 
     def apply(self) -> None:
-        """Set every removed weight to zero."""
+        """Set every removed weight to zero, in a training that knows of masks."""
         for name, parameter in self.parameters():
             mask = self.of(name, parameter)
             if mask is not None:
                 zero_removed_(local_tensor(parameter.detach()), mask)
+        take_trained_by(self.model)
 
 
 def local_tensor(tensor: Tensor) -> Tensor:

@@ -276,7 +276,7 @@ def drop_masks(model: nn.Module, *names: str) -> None:
 
 
 def warn_regrown(model: nn.Module, consequence: str, weights: Mapping[str, Tensor] | None = None) -> None:
-    """Warn if weights that the masks remove are not zero any more, as after a training that knows nothing of masks.
+    """Warn of what a training that knows nothing of masks did: see :func:`hf_prune.pruning.regrown.warn_of_regrown`.
 
     Args:
         model: The model; nothing happens without masks.
@@ -284,7 +284,7 @@ def warn_regrown(model: nn.Module, consequence: str, weights: Mapping[str, Tenso
         weights: In place of the model's own parameters, by their names.
     """
     if (store := MaskStore.of(model)) is not None:
-        warn_of_regrown(store.masks, dict(model.named_parameters()) if weights is None else weights, consequence)
+        warn_of_regrown(model, store.masks, weights, consequence)
 
 
 def _update_old_pickles(model: nn.Module) -> None:

@@ -147,6 +147,7 @@ def _after_step(optimizer: Optimizer, *_: Any) -> None:
                 continue
             if (mask := guard.mask_for(parameter)) is not None and not parameter.is_meta:
                 zero_removed_(parameter.detach(), mask)
+                guard.held.trained_by = type(optimizer).__name__
             if (keys := _waiting.get(reference := weakref.ref(guard.held, _forget))) is not None:
                 keys.discard(guard.key)
                 if not keys:

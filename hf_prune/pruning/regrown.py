@@ -1,4 +1,4 @@
-"""Removed weights that are not zero any more, as after a training that knows nothing of masks."""
+"""Trainings that know nothing of masks: what masks remove is not zero any more, or only since masks were applied."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from hf_prune.pruning.held_masks import gather_masks
+from hf_prune.pruning.held_masks import gather_masks, take_trained_by
 from hf_prune.utils.notices import warn_user
 
 
@@ -33,20 +33,30 @@ def count_regrown(masks: Mapping[str, Tensor], weights: Mapping[str, Tensor]) ->
     return regrown, removed
 
 
-def warn_of_regrown(masks: Mapping[str, Tensor], weights: Mapping[str, Tensor], consequence: str) -> None:
-    """Warn if weights that masks remove are not zero any more.
+def warn_of_regrown(
+    model: nn.Module, masks: Mapping[str, Tensor], weights: Mapping[str, Tensor] | None, consequence: str
+) -> None:
+    """Warn if weights that masks remove are not zero any more; once, if they are only since masks were applied unasked.
 
     Args:
+        model: The model.
         masks: Bool masks by parameter name.
-        weights: Weights by parameter name.
-        consequence: What that means for what is done to the model now.
+        weights: Weights by parameter name; None for the model's parameters.
+        consequence: What regrown weights mean for what is done to the model now.
     """
-    regrown, removed = count_regrown(masks, weights)
+    regrown, removed = count_regrown(masks, dict(model.named_parameters()) if weights is None else weights)
+    trained_by = " and ".join(sorted(take_trained_by(model)))
     if regrown:
         warn_user(
             f"{regrown:,} of the {removed:,} weights that the masks remove ({100 * regrown / removed:.2f} %) are not "
             f"zero any more, since an optimizer or something else wrote to them: {consequence}. apply_masks() sets "
             f"them to zero again; keep_sparse(optimizer) before a training keeps them zero"
+        )
+    elif trained_by:
+        warn_user(
+            f"{trained_by} trained weights with masks, and the masks were applied after each step: what they remove is "
+            f"zero as before. drop_masks() before a training lets it grow back; keep_sparse(optimizer) says that it is "
+            f"to stay"
         )
 
 
@@ -70,8 +80,9 @@ def unwatch_state_dict(model: nn.Module) -> None:
 def _look(model: nn.Module, *_: object) -> None:
     if not hasattr(model, "apply_masks"):
         warn_of_regrown(
+            model,
             gather_masks(model).masks,
-            dict(model.named_parameters()),
+            None,
             "the state dict holds them as they are; merge_lora(), in place of merge_and_unload(), keeps the zeros of a "
             "model with adapters",
         )

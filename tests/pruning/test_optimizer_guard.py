@@ -4,6 +4,7 @@ import copy
 import gc
 import io
 import pickle
+import warnings
 import weakref
 from functools import partial
 
@@ -14,7 +15,7 @@ from torch.optim import SGD, Adafactor, Adagrad, AdamW, RMSprop
 from torch.optim import optimizer as torch_optimizers
 from transformers import Trainer
 
-from hf_prune import MaskStore, drop_masks, keep_sparse, prunable, prune
+from hf_prune import MaskStore, drop_masks, keep_sparse, prunable, prune, sparsity_report
 from hf_prune.pruning import optimizer_guard
 from hf_prune.pruning.held_masks import held_by
 from tests import models
@@ -211,6 +212,30 @@ def test_a_plain_trainer(tmp_path):
     assert not same_bits(weight, model.get_parameter(next(iter(before))).detach())
     assert not grown(model)
     assert all(torch.equal(mask, before[name]) for name, mask in MaskStore.of(model).masks.items())
+
+
+@pytest.mark.parametrize("look", ["report", "save", "state dict of a plain model"])
+def test_that_masks_were_applied_unasked_is_said_once(look, tmp_path):
+    model = prune(models.tiny_bert(), 0.5) if "plain" in look else prunable(models.tiny_bert()).prune(0.5)
+    looks = {
+        "report": lambda: sparsity_report(model),
+        "save": lambda: model.save_pretrained(tmp_path),
+        "state dict of a plain model": model.state_dict,
+    }
+    batch = models.tiny_batches(model)[0]
+    optimizer = AdamW(model.parameters(), 0.1)
+    model(**batch).loss.backward()
+    optimizer.step()
+    assert grown(model) == 0
+    with pytest.warns(UserWarning, match="AdamW trained weights with masks, and the masks were applied after each"):
+        looks[look]()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        looks[look]()
+        keep_sparse(model, optimizer)  # which asks for it
+        model(**batch).loss.backward()
+        optimizer.step()
+        looks[look]()
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # by peft

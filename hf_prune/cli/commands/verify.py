@@ -57,7 +57,7 @@ def verify(
         source = check_data(data or claimed.get("dataset"), labelled=False, why="--evaluate", useful=USEFUL[kind])
         calibrated = {"calibration_split": claimed["split"]} if claimed.get("held_out") and claimed.get("split") else {}
         is_another = split not in (None, claimed.get("split"))
-        rows = claimed.get("n_rows", None if claimed.get("metric") == NDCG else claimed.get("n"))  # n is of queries there
+        rows = claimed.get("n_rows", None if claimed.get("metric") == NDCG else claimed.get("n"))  # n counts queries
         first = None if is_another else rows
         task: Any = read_task(kind, source, text_column, label_column, metric=metric, limit=first, **calibrated)
         assert task is not None
