@@ -39,7 +39,7 @@ from hf_prune import ExportedModel, accelerate, export_model, prune
 from hf_prune.inference.acceleration.dense_kernels import Dense, OneDNN
 from hf_prune.inference.acceleration.kernel import Kernel
 from hf_prune.inference.acceleration.layers import Ranges, switch_on
-from hf_prune.inference.acceleration.report import this_machine
+from hf_prune.inference.acceleration.machine import this_machine
 from hf_prune.inference.acceleration.sparse_kernels import Csr, Sparse, formats_for
 from hf_prune.inference.timing import Ratio, speedup, time_together
 from hf_prune.utils.formatting import format_table
@@ -188,21 +188,29 @@ def best_format(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def draw(results: Sequence[dict[str, Any]], path: Path) -> None:
-    from matplotlib.figure import Figure
+    """Speed-up of the whole model against its zeros, a line for each number of tokens, for light and dark pages."""
+    from hf_prune.utils.figures import GREY, MARKERS, PALETTE, figure, save_pair, spread_labels
 
-    figure = Figure(figsize=(6.4, 4), layout="constrained")
-    axes = figure.subplots()
-    for tokens in dict.fromkeys(result["tokens"] for result in results):
-        points = [r for r in results if r["tokens"] == tokens]
-        x = [100 * r["sparsity"] for r in points]
-        ratios = [r["found"]["ratios"]["accelerated"] for r in points]
-        (line,) = axes.plot(x, [r[0] for r in ratios], marker="o", label=f"{tokens} tokens")
-        axes.fill_between(x, [r[1] for r in ratios], [r[2] for r in ratios], color=line.get_color(), alpha=0.2)
-    axes.axhline(1, color="grey", linewidth=1)
-    axes.set_xlabel("zeros in every Linear, %")
-    axes.set_ylabel("times as fast as the better dense model")
-    axes.legend()
-    figure.savefig(path, dpi=150)
+    drawn, axes = figure(8.0, 4.6)
+    axes.axhline(1, color=GREY, linewidth=1, linestyle=":")
+    lines: dict[int, list[tuple[float, float, float, float]]] = {}
+    for result in results:
+        ratio = result["found"]["ratios"]["accelerated"]
+        lines.setdefault(result["tokens"], []).append((100 * result["sparsity"], *ratio[:3]))
+    for points, color, marker in zip(lines.values(), PALETTE, MARKERS, strict=False):
+        x, value, low, high = (list(each) for each in zip(*points, strict=True))
+        below, above = ([abs(a - b) for a, b in zip(value, end, strict=True)] for end in (low, high))
+        axes.errorbar(x, value, [below, above], color=color, marker=marker, markersize=5, linewidth=2, capsize=2)
+    bottom, top = axes.get_ylim()
+    last = max(points[-1][0] for points in lines.values())
+    ends = [1.0, *(points[-1][1] for points in lines.values())]
+    names = ["dense", *(f"{tokens} token{'s' * (tokens > 1)}" for tokens in lines)]
+    for name, color, height in zip(names, [GREY, *PALETTE], spread_labels(ends, (top - bottom) / 24), strict=False):
+        place = {"xy": (last, height), "xytext": (10, 0), "textcoords": "offset points", "va": "center"}
+        axes.annotate(name, **place, color=color, fontsize=9, annotation_clip=False)
+    axes.set(xlabel="zeros in every linear layer (%)", ylabel="times as fast as the better dense model")
+    save_pair(drawn, path)
+    print(f"Drawn: {path}")
 
 
 def main() -> None:
