@@ -6,7 +6,7 @@ import copy
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from hf_prune.architectures.base import Stack
 from hf_prune.architectures.bypass import is_bypassed
@@ -81,12 +81,15 @@ def _check_rebuilt(model: nn.Module, layers: LayerList, numbers: Sequence[int]) 
 
 
 def _contents(layer: nn.Module) -> set[Any]:
-    """What is in a layer, whatever its sizes: modules, parameters, flags and words."""
+    """What is in a layer, whatever its sizes: modules, parameters, flags and words.
+
+    A tensor that is an attribute is what a pass has left there, such as the state of a recurrence: None without one.
+    """
     return {(name, type(module)) for name, module in layer.named_modules()} | {
-        (name, key, value)
+        (name, key, None if isinstance(value, Tensor) else value)
         for name, module in layer.named_modules()
         for key, value in (vars(module) | dict.fromkeys(module._parameters)).items()
-        if isinstance(value, bool | str | type(None)) and key != "training" and not key.startswith("_")
+        if isinstance(value, bool | str | Tensor | type(None)) and key != "training" and not key.startswith("_")
     }
 
 

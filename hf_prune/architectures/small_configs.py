@@ -35,6 +35,7 @@ _EXCEPTIONS: dict[str, dict[str, Any]] = {  # by model_type: sizes that the rule
     "align_vision_model": {**_EFFICIENTNET, "hidden_dim": 640, "width_coefficient": 1.0},
     "efficientnet": _EFFICIENTNET,
     "depth_pro": {"patch_size": 56},
+    "dots3_note_text": {"head_dim": 20},  # of sliding layers the sum of two sizes that become 12 and 8
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2},
     "seggpt": {"num_hidden_layers": 4, "merge_index": 0, "intermediate_hidden_state_indices": [1, 2, 3]},
     "tvp": {"max_img_size": 64, "visual_prompt_size": 16},
