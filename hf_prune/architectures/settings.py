@@ -58,7 +58,10 @@ def objection_to(config: Any, values: Mapping[str, Any]) -> str | None:
     for name, value in values.items():
         set_setting(changed, name, value)
     try:
-        for part in (changed, *(config_of_setting(changed, name)[0] for name in values)):  # a config tells none inside it
+        for part in (
+            changed,
+            *(config_of_setting(changed, name)[0] for name in values),
+        ):
             getattr(part, "validate", bool)()
     except StrictDataclassError as error:
         return str(error.__cause__ or error).strip().splitlines()[-1].strip().rstrip(".")

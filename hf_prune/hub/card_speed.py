@@ -73,7 +73,8 @@ def _accelerated(report: AccelerationReport, plain: Callable[[str], str]) -> str
     where = f"{report.machine['cpu']}, {report.threads} thread(s), torch {report.machine.get('torch', 'unknown')}"
     size = format_workload(report.batch_size, report.length)
     if (ratio := report.speedup) is None:
-        return plain(f"No other kernels make this model faster on {where} ({size}).")
+        without = f" Sparse kernels could not be used there: {report.without_sparse}." if report.without_sparse else ""
+        return plain(f"No other kernels make this model faster on {where} ({size}).{without}")
     faster = f"{ratio.value:.2f}x ({ratio.low:.2f} to {ratio.high:.2f})"
     how = (
         f"Timed in turns, end to end, with the 95 % interval: {where}. Kernels: {', '.join(report.kernels)}. The "

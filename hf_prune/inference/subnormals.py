@@ -11,8 +11,12 @@ from torch import Tensor, nn
 
 
 def has_subnormals(x: Tensor) -> bool:
-    """Whether a floating-point tensor holds numbers that are not zero and below the smallest normal one."""
-    return bool(((x != 0) & (x.abs() < torch.finfo(x.dtype).tiny)).any())
+    """Whether a floating-point tensor holds numbers that are not zero and below the smallest normal one.
+
+    Those of float16 do not count: processors compute with them in float32, where they are normal.
+    """
+    smallest = min(torch.finfo(x.dtype).tiny, torch.finfo(torch.float32).tiny)
+    return bool(((x != 0) & (x.abs() < smallest)).any())
 
 
 def subnormal_note(layer: str) -> str:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import pytest
+from transformers import LlavaConfig
 from transformers.configuration_utils import PreTrainedConfig
 
 from hf_prune import describe_units
 from hf_prune.architectures.config_sizes import number_of_layers
 from hf_prune.architectures.config_values import with_values
+from hf_prune.architectures.settings import objection_to
 from hf_prune.architectures.small_configs import small_config
 from tests.architectures.custom_models import OwnConfig, OwnModel
 
@@ -75,6 +77,14 @@ def test_what_a_class_does_not_take_at_all_is_refused():
     with pytest.raises(ValueError, match="its word would be 'else' in place of 'kept'"):
         with_values(config, dict(vars(config)))
     assert config.word == "kept"
+
+
+def test_a_config_inside_another_objects_too():
+    text = {"model_type": "llama", "hidden_size": 64, "num_attention_heads": 4}
+    config = LlavaConfig(text_config=text)
+    assert objection_to(config, {"text_config.num_attention_heads": 2}) is None
+    assert "not a multiple" in (objection_to(config, {"text_config.num_attention_heads": 3}) or "")
+    assert config.text_config.num_attention_heads == 4
 
 
 def test_a_model_is_not_proven_on_another_one():

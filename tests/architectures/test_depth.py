@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import RecurrentGemmaConfig, RecurrentGemmaModel
 from transformers.modeling_outputs import CausalLMOutput
 
 from hf_prune import PlanError, prunable, prune
@@ -124,3 +125,19 @@ def test_mixtures_that_differ_in_later_layers_stay(block, granularity):
     with pytest.raises(PlanError, match="in a model with 4 layers of them, outputs are others"):
         prune(model, 0.5, granularity=granularity, criterion="magnitude")
     prune(LateExperts(MixConfig(block=block, depth=2)).eval(), 0.5, granularity=granularity, criterion="magnitude")
+
+
+def test_layers_that_hold_the_state_of_a_recurrence_can_be_removed():
+    """Which a pass leaves there, and a layer that has not run has not."""
+    config = RecurrentGemmaConfig(
+        vocab_size=48, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=64, lru_width=32,
+        attention_window_size=16,
+    )  # fmt: skip
+    model = prunable(RecurrentGemmaModel(config)).eval()
+    prune(model, 0.3, granularity="layer", criterion="magnitude")
+    tokens = torch.arange(12).view(2, 6)
+    with torch.no_grad():
+        expected = model(tokens, use_cache=False).last_hidden_state
+        model.shrink()
+        assert len(model.layers) == 2
+        torch.testing.assert_close(model(tokens, use_cache=False).last_hidden_state, expected)

@@ -89,6 +89,13 @@ def test_layers_of_another_size_keep_the_ratio():
     assert [alike.per_layer_config[number].head_dim for number in (0, 1)] == [32, 32]
 
 
+def test_sizes_of_some_layers_that_add_up_do_so_in_the_small_model():
+    """Of sliding layers, the size of a head is that of its two parts together, which the class checks."""
+    small = small_config(transformers.CONFIG_MAPPING["dots3_note"]()).get_text_config()
+    own = small.per_layer_config["sliding_attention"]
+    assert own.head_dim == own.qk_nope_head_dim + own.qk_rope_head_dim < 64
+
+
 def test_a_model_without_known_inputs_is_refused():
     class Odd(torch.nn.Module):
         main_input_name = "states"

@@ -6,9 +6,11 @@ import copy
 import json
 import math
 import pickle
+from collections import OrderedDict
 
 import pytest
 import torch
+from torch import nn
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -19,16 +21,18 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from hf_prune import accelerate, decelerate, measure_latency, prunable, shrink, sparsity_report
-from hf_prune.errors import CheckpointError, ConfigError, KernelError, PlanError
+from hf_prune import accelerate, decelerate, measure_latency, prunable, prune, shrink, sparsity_report
+from hf_prune.errors import CheckpointError, ConfigError, DataError, KernelError, PlanError
 from hf_prune.inference.acceleration import accelerate as module
-from hf_prune.inference.acceleration import choose, dense_kernels, install, layers
+from hf_prune.inference.acceleration import choose, dense_kernels, install, kernels, layers
 from hf_prune.inference.acceleration.choose import Choice, limits
 from hf_prune.inference.acceleration.dense_kernels import Compact, Dense, OneDNN, onednn_agrees
 from hf_prune.inference.acceleration.kernels import Lower, candidates, make_kernel, zeros_of
 from hf_prune.inference.acceleration.layers import Accelerated, Ranges, is_accelerated, switch_on
 from hf_prune.inference.acceleration.observe import difference_to
+from hf_prune.inference.acceleration.report import AccelerationReport
 from hf_prune.inference.acceleration.sparse_kernels import Csr, Sparse
+from hf_prune.inference.subnormals import has_subnormals
 from hf_prune.inference.timing import Timings
 from hf_prune.kernels.sparse.build import kernel_problem
 
@@ -64,6 +68,11 @@ def bert(sparsity=0.8):
 
 def weights(model):
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def pruned_linear(inputs, outputs, sparsity):
+    torch.manual_seed(0)
+    return prune(nn.Linear(inputs, outputs), sparsity).eval()
 
 
 def same(before, after):
@@ -344,12 +353,60 @@ def test_bfloat16_models_and_lower_precision(quick, monkeypatch):
     assert not is_accelerated(model)
     half = copy.deepcopy(model).bfloat16()
     outputs = half(**INPUTS).logits
-    half.accelerate(INPUTS, tolerance=0.05)
+    half.accelerate(INPUTS)
     torch.testing.assert_close(half(**INPUTS).logits, outputs, atol=0.05, rtol=0.1)
     lower = Lower(torch.eye(4), torch.bfloat16, "dense")
     assert lower.nbytes == 32
     with pytest.raises(ConfigError, match="bfloat16"):
         model.accelerate(INPUTS, dtypes=["float8"])
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [("float32", 1e-4), ("float16", 2**-9), ("bfloat16", 2**-6)])
+def test_the_tolerance_is_twice_the_rounding_of_the_precision(dtype, expected):
+    model = pruned_linear(256, 384, sparsity=0.8).to(getattr(torch, dtype))
+    report = accelerate(model, {"input": torch.randn(32, 256).to(getattr(torch, dtype))})
+    assert report.tolerance == expected
+
+
+def test_without_a_compiler_nobody_is_told_that_no_layer_gains(monkeypatch):
+    def missing() -> str:
+        return "there is no C++ compiler"
+
+    for place in (kernels, module):
+        monkeypatch.setattr(place, "kernel_problem", missing)
+    report = accelerate(pruned_linear(256, 384, sparsity=0.8), {"input": torch.randn(32, 256)})
+    said = "could not be used, and were not timed: there is no C++ compiler."
+    assert said in str(report)
+    assert "could not be used: there is no C++ compiler." in report.sentence
+    assert AccelerationReport.from_dict(report.to_dict()) == report
+    with pytest.raises(DataError, match="without_sparse is"):
+        AccelerationReport.from_dict({**report.to_dict(), "without_sparse": "x" * 2000})
+    dense = accelerate(nn.Linear(256, 384), {"input": torch.randn(32, 256)})
+    assert not dense.without_sparse  # which sparse kernels could not have helped
+
+
+def test_int8_keeps_what_is_no_number():
+    layer = nn.Linear(64, 48)
+    x = torch.randn(3, 64)
+    x[1, 5] = float("nan")
+    x[2, 7] = float("inf")
+    found = make_kernel("dense:int8", layer.weight)(x, None, layer.bias)
+    assert found[0].isfinite().all()
+    assert found[1:].isnan().all()
+
+
+def test_a_training_in_eval_mode_is_refused(quick):
+    """Also where the inputs of the accelerated layer need no gradient."""
+    model = nn.Sequential(OrderedDict(a=pruned_linear(768, 3072, sparsity=0.9), norm=nn.LayerNorm(3072))).eval()
+    inputs = {"input": torch.randn(32, 768)}
+    accelerate(model, inputs)
+    assert is_accelerated(model)
+    with pytest.raises(KernelError, match=r"call decelerate\(\) before training it"):
+        model(**inputs).sum().backward()
+    for parameter in model.a.parameters():
+        parameter.requires_grad_(False)
+    model(**inputs).sum().backward()  # what is trained comes after it
+    assert model.norm.weight.grad is not None
 
 
 def test_a_saved_choice_is_taken_without_timing(quick, tmp_path, monkeypatch):
@@ -433,6 +490,13 @@ def test_subnormal_activations_are_noticed(quick):
     model.forward = lambda x: model[0](x)  # takes its input by name
     report = accelerate(model, {"x": torch.full((2, 4), 1e-40)})
     assert "set_flush_denormal" in str(report)
+
+
+def test_subnormal_numbers_of_float16_are_normal_in_float32():
+    small = torch.full((2, 4), 1e-6, dtype=torch.float16)
+    assert not has_subnormals(small)
+    assert has_subnormals(torch.full((2, 4), 1e-39, dtype=torch.bfloat16))
+    assert has_subnormals(torch.full((2, 4), 1e-39))
 
 
 def test_csr_does_not_warn():

@@ -24,8 +24,13 @@ def accelerate(
     threads: Threads = None,
     dtypes: Annotated[str, typer.Option(help="More precisions for layers: bfloat16,float16,int8.")] = "",
     tolerance: Annotated[
-        float, typer.Option(min=0, help="The largest change of an output, as a share of the largest output.")
-    ] = 1e-4,
+        float | None,
+        typer.Option(
+            min=0,
+            help="The largest change of an output, as a share of the largest output. [default: 1e-4, or twice the "
+            "rounding of the model's precision]",
+        ),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Write the choice of kernels to this JSON file.")] = None,
     overwrite: Overwrite = False,
     as_json: AsJson = False,

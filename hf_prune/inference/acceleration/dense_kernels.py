@@ -58,14 +58,14 @@ class Int8(Kernel):
 
     def __init__(self, weight: Tensor) -> None:
         scales = weight.detach().float().abs().amax(1) / 127  # (out,)
-        self.scales = scales.where(scales > 0, 1.0)
+        self.scales = scales.where(scales != 0, 1.0)  # one of NaN stays, and makes the output NaN
         self.steps = (weight.detach().float() / self.scales.unsqueeze(1)).round_().to(torch.int8)
 
     def __call__(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         """See :meth:`Kernel.__call__`."""
         tokens = x.reshape(-1, x.shape[-1]).float()  # (tokens, in)
         scales = tokens.abs().amax(1, keepdim=True) / 127
-        scales = scales.where(scales > 0, 1.0)
+        scales = scales.where(scales != 0, 1.0)
         sums = torch._int_mm((tokens / scales).round_().to(torch.int8), self.steps.t())
         product = sums.float().mul_(scales).mul_(self.scales)
         if bias is not None:

@@ -86,7 +86,7 @@ def install(
         if not difference <= tolerance:
             raise KernelError(
                 f"the outputs of the accelerated model differ by {difference:.1e} of the largest output: expected at "
-                f"most tolerance={tolerance:g}; allow more, or fewer dtypes"
+                f"most tolerance={tolerance:g}; allow more, or leave dtypes out"
             )
         timings = _time(model, inputs, [seen.layers[name] for name in ranges])
     except BaseException:
@@ -145,7 +145,7 @@ def _checked(
 
 def _inexact_note(kind: LayerKind, wrong: Sequence[Choice], tolerance: float) -> str:
     kernels = ", ".join(dict.fromkeys(choice.kernel for choice in wrong))
-    counts = ", ".join(str(choice.tokens) for choice in wrong)
+    counts = ", ".join(map(str, sorted(choice.tokens for choice in wrong)))
     return (
         f"Layers like {kind.layers[0]} keep torch's default for {counts} tokens: {kernels} would change an output by "
         f"more than tolerance={tolerance:g} of the largest."

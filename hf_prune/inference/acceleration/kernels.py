@@ -16,7 +16,7 @@ from hf_prune.kernels.sparse.sparse_rows import WIDEST_CHUNK
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}  # of weights
 PRECISIONS = (*DTYPES, "int8")  # of computations that may be allowed
-_LEAST_SPARSITY = 0.3  # below it no sparse kernel has ever been the fastest
+LEAST_SPARSITY = 0.3  # below it no sparse kernel has ever been the fastest
 
 
 class Lower(Kernel):
@@ -57,7 +57,7 @@ def candidates(weight: Tensor, precisions: Sequence[str]) -> list[str]:
         precisions: Of :data:`PRECISIONS`, those that are allowed besides the weight's own.
     """
     single = weight.dtype == torch.float32
-    sparse = sparsity_of(weight) >= _LEAST_SPARSITY
+    sparse = sparsity_of(weight) >= LEAST_SPARSITY
     layouts = formats_for(weight) if sparse and weight.dtype in DTYPES.values() and kernel_problem() is None else []
     dense = ["dense", *(["onednn"] if single and onednn_agrees() else [])]
     names = [

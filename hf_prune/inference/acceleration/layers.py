@@ -64,12 +64,12 @@ class _NoGradients(torch.autograd.Function):
     """A product through which no gradients flow: trying to is an error, not a wrong training."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, product: Callable[[Tensor], Tensor]) -> Tensor:
-        """The product."""
+    def forward(ctx: Any, product: Callable[[Tensor], Tensor], x: Tensor, *parameters: Tensor | None) -> Tensor:
+        """The product; of the parameters it counts only whether they are trained."""
         return product(x)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> None:
         """Refuse.
 
         Raises:
@@ -138,10 +138,10 @@ class Accelerated(nn.Module):
             return output
         if not torch.is_grad_enabled():
             return self._product(input)
-        if input.requires_grad:
-            return _NoGradients.apply(input, self._product)
-        with torch.no_grad():
-            return self._product(input)
+        parameters = (self._parameters["weight"], self._parameters["bias"])
+        if any(tensor is not None and tensor.requires_grad for tensor in (input, *parameters)):
+            return _NoGradients.apply(self._product, input, *parameters)
+        return self._product(input)
 
     def _product(self, x: Tensor) -> Tensor:
         if torch.is_autocast_enabled("cpu"):  # asked first, since contexts take as long as small products

@@ -70,6 +70,8 @@ class AccelerationReport(Result):
         notes: What else there is to know.
         tolerance: The largest change of an output that was allowed.
         dtypes: Precisions besides that of each layer that were allowed.
+        without_sparse: Why no sparse kernel could be timed, such as no compiler; empty if they were, or nothing is
+            sparse.
     """
 
     bars = ("ratio", "seconds")
@@ -88,6 +90,7 @@ class AccelerationReport(Result):
     notes: tuple[str, ...] = ()
     tolerance: float = 1e-4
     dtypes: tuple[str, ...] = ()
+    without_sparse: str = ""
 
     @property
     def accelerated(self) -> tuple[str, ...]:
@@ -109,11 +112,13 @@ class AccelerationReport(Result):
     @property
     def sentence(self) -> str:
         """What came of it, in one sentence."""
+        without = f" Its sparse kernels could not be used: {self.without_sparse}." if self.without_sparse else ""
         if self.speedup is None:
-            return f"accelerate() finds no kernels that make the model faster on {self.machine['cpu']}."
+            return f"accelerate() finds no kernels that make the model faster on {self.machine['cpu']}.{without}"
         return (
             f"accelerate() makes the model {self.speedup.value:.2f} times as fast (95 % interval "
             f"{self.speedup.low:.2f} to {self.speedup.high:.2f}) on {self.machine['cpu']}, threads: {self.threads}."
+            f"{without}"
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -186,6 +191,8 @@ class AccelerationReport(Result):
                 f"Weights of these layers in memory: {format_count(self.bytes_before)}B -> "
                 f"{format_count(self.bytes_after)}B.",
             ]
+        if self.without_sparse:
+            lines.append(f"The sparse kernels could not be used, and were not timed: {self.without_sparse}.")
         return "\n".join([*lines, *self.notes])
 
 
@@ -240,6 +247,7 @@ def _choice(saved: Mapping[str, Any]) -> Choice:
 _REALS = ("before", "after", "difference", "tolerance")
 _NUMBERS = (*_REALS, "bytes_before", "bytes_after", "batch_size", "length", "threads")
 _MOST = 1e15  # of any number
+_LONGEST = 1000  # characters of a text
 _BEYOND = 2.0  # factor by which a model may gain more than its layers did alone, where caches are warm
 
 
@@ -266,6 +274,8 @@ def _checked(report: AccelerationReport) -> AccelerationReport:
         least, most = int(name in ("batch_size", "threads")), 1 if name == "difference" else _MOST
         if type(value) not in types or not least <= value <= most:
             raise DataError(f"{name} is {value!r:.60}: expected a number from {least} to {most:g}")
+    if not isinstance(report.without_sparse, str) or len(report.without_sparse) > _LONGEST:
+        raise DataError(f"without_sparse is {report.without_sparse!r:.60}: expected a short text")
     if unknown := [name for name in report.dtypes if name not in PRECISIONS]:
         raise DataError(f"dtypes has {unknown[0]!r:.60}: expected some of {', '.join(PRECISIONS)}")
     if (ratio := report.speedup) is not None:
