@@ -75,7 +75,10 @@ def read_run_file(path: Path) -> dict[str, Any]:
     """
     try:
         if path.suffix == ".json":
-            return {_as_name(name): value for name, value in read_json_object(path, ConfigError).items()}
+            return {
+                _as_name(name): value
+                for name, value in read_json_object(path, ConfigError, "a file of settings").items()
+            }
         values = read_yaml(read_text(path), str(path), "correct it, or leave --config out") or {}
     except (DataError, OSError) as error:
         raise ConfigError(f"--config {path} cannot be read: {error}") from error

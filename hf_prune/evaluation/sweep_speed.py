@@ -9,15 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_prune.errors import ConfigError, SweepError
-from hf_prune.inference.acceleration.accelerate import WORKLOAD
+from hf_prune.errors import SweepError
 from hf_prune.inference.acceleration.machine import this_machine
 from hf_prune.inference.acceleration.report import AccelerationReport
+from hf_prune.inference.acceleration.workload import WITH_THREADS, WORKLOAD, check_workload
 from hf_prune.inference.speedup import workload_inputs
 from hf_prune.inference.workloads import size_of
 from hf_prune.utils.wrapping import sole_model
-
-_KEYS = ("batch_size", "length", "threads")
 
 
 def timed_workload(accelerate: bool | Mapping[str, int]) -> dict[str, int] | None:
@@ -31,12 +29,7 @@ def timed_workload(accelerate: bool | Mapping[str, int]) -> dict[str, int] | Non
     """
     if isinstance(accelerate, bool):
         return {} if accelerate else None
-    values = dict(accelerate) if isinstance(accelerate, Mapping) else {"": 0}
-    if not all(name in _KEYS and type(value) is int and value > 0 for name, value in values.items()):
-        raise ConfigError(
-            f"accelerate is {accelerate!r}: expected True, or whole numbers from 1 on of {', '.join(_KEYS)}"
-        )
-    return values
+    return check_workload(accelerate, WITH_THREADS, "accelerate", "True, or ")
 
 
 def check_same_workload(

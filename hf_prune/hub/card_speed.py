@@ -20,6 +20,12 @@ def kernels_of(report: AccelerationReport) -> str:
     return "sparse kernels" if sparse else "other kernels"
 
 
+def allowed_text(report: AccelerationReport) -> str:
+    """What was allowed beyond the defaults, as more arguments of ``accelerate()``."""
+    dtypes = f", dtypes={list(report.dtypes)}" if report.dtypes else ""
+    return dtypes + (f", tolerance={report.tolerance:g}" if report.tolerance != AccelerationReport.tolerance else "")
+
+
 def speed_text(data: PruningCardData, plain: Callable[[str], str]) -> str:
     """What was timed, as Markdown; or that nothing was.
 
@@ -83,8 +89,6 @@ def _accelerated(report: AccelerationReport, plain: Callable[[str], str]) -> str
     )
     size = f"{report.batch_size} x {report.length}"
     workload = f'"batch_size": {report.batch_size}' + (f', "length": {report.length}' if report.length else "")
-    options = f", dtypes={list(report.dtypes)}" if report.dtypes else ""
-    options += f", tolerance={report.tolerance:g}" if report.tolerance != AccelerationReport.tolerance else ""
     return "\n".join(
         [
             "| this model | batch x length | median | speed-up |",
@@ -97,7 +101,7 @@ def _accelerated(report: AccelerationReport, plain: Callable[[str], str]) -> str
             "```python",
             'import hf_prune  # pip install "hf_prune[kernel]"',
             "",
-            f"print(hf_prune.accelerate(model, workload={{{workload}}}{options}))",
+            f"print(hf_prune.accelerate(model, workload={{{workload}}}{allowed_text(report)}))",
             "```",
         ]
     )

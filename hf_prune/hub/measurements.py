@@ -39,8 +39,8 @@ def read_measurement(key: str, value: Any, weights: str | None, folder: Path) ->
             not say on which.
     """
     is_file = isinstance(value, str | Path)
-    measured = read_json_object(value, DataError) if is_file else value
     inner, command = MEASURED[key]
+    measured = read_json_object(value, DataError, f"what {command} --json printed") if is_file else value
     part = measured.get(inner) if isinstance(measured, Mapping) else None
     if key == "evaluation" and isinstance(part, Mapping):
         numbers = next((names for kind, names in _NUMBERS.items() if kind in part), _NUMBERS["accuracy"])

@@ -20,12 +20,17 @@ _CONFIG_TYPES = {
 }
 
 
-def read_json_object(path: str | os.PathLike[str], error: type[HfPruneError] = CheckpointError) -> dict[str, Any]:
+def read_json_object(
+    path: str | os.PathLike[str],
+    error: type[HfPruneError] = CheckpointError,
+    expected: str = "a whole checkpoint, as save_pretrained writes it",
+) -> dict[str, Any]:
     """Read a JSON object from a file that others may have written.
 
     Args:
         path: The file.
         error: The class of the error to raise.
+        expected: What should have been there, for the message about a file that is missing.
 
     Raises:
         HfPruneError: An ``error``, if the file is missing, unreadable, too large, nested too deeply, or holds anything
@@ -38,8 +43,11 @@ def read_json_object(path: str | os.PathLike[str], error: type[HfPruneError] = C
             raise ValueError(f"it has more than {_LARGEST_JSON:,} bytes")
         values = json.loads(text.decode())
     except FileNotFoundError as missing:
-        raise error(f"{path} is missing: expected a whole checkpoint, as save_pretrained writes it") from missing
-    except (OSError, RecursionError, ValueError) as problem:
+        raise error(f"{path} is missing: expected {expected}") from missing
+    except OSError as problem:
+        why = "is a folder" if Path(path).is_dir() else f"cannot be read ({problem.strerror or problem})"
+        raise error(f"{path} {why}: expected a JSON file; give one that can be read") from problem
+    except (RecursionError, ValueError) as problem:
         raise error(f"{path} is damaged and not valid JSON: {problem}; download or save it again") from problem
     if not isinstance(values, dict):
         raise error(

@@ -33,8 +33,16 @@ def test_it_prints_what_it_measured_and_writes_the_choice(folder, tmp_path, caps
     assert any(answer in printed for answer in ("End to end", "the model does not", "No layer gains"))
     saved = json.loads(out.read_text())
     assert saved["threads"] == 1
+    assert f"in Python: torch.set_num_threads(1); model.accelerate(saved='{out}')\n" in printed
     run(folder, "--length", 8, "--out", out, code=1)
     assert "exists" in capsys.readouterr().err
+
+
+def test_the_next_step_allows_what_the_command_allowed(folder, tmp_path, capsys):
+    out = tmp_path / "acceleration.json"
+    run(folder, "--length", 8, "--dtypes", "bfloat16", "--tolerance", 0.5, "--out", out)
+    printed = capsys.readouterr().out
+    assert f"in Python: model.accelerate(saved='{out}', dtypes=['bfloat16'], tolerance=0.5)\n" in printed
 
 
 def test_json(folder, capsys):

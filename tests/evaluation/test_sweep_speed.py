@@ -148,7 +148,9 @@ def test_a_restart_without_speeds_deletes_our_picture_alone(timed, tmp_path):
     assert (tmp_path / "speed.png").read_bytes() == b"mine"
 
 
-@pytest.mark.parametrize("wrong", [{"batch": 1}, {"length": 0}, {"threads": True}, {"length": 8.0}, "yes", None])
+@pytest.mark.parametrize(
+    "wrong", [{"batch": 1}, {"prompt": 8}, {"length": 0}, {"threads": True}, {"length": 8.0}, "yes", None]
+)
 def test_what_is_no_workload_is_refused(scored, tmp_path, wrong):
     with pytest.raises(ConfigError, match=r"accelerate is .*: expected True, or whole numbers from 1 on of batch_size"):
         sweep(tmp_path / "out", accelerate=wrong)

@@ -14,7 +14,8 @@ from hf_prune.checkpoint.files import CARD_DATA
 from hf_prune.hub.card_data import PruningCardData, load_card_data
 from hf_prune.hub.checksums import measured_weights
 from hf_prune.inference.acceleration.choose import Choice
-from hf_prune.inference.acceleration.report import AccelerationReport, LayerKind
+from hf_prune.inference.acceleration.layer_kinds import LayerKind
+from hf_prune.inference.acceleration.report import AccelerationReport
 from hf_prune.inference.timing import Ratio
 from tests import models
 from tests.support.command_line import exit_code
@@ -136,6 +137,16 @@ def test_a_file_of_another_model_is_refused(folder, tmp_path, changed, message):
     (tmp_path / "other.json").write_text(json.dumps(values(**changed)))
     with pytest.raises(DataError, match=message):
         read_card_data(folder, acceleration=tmp_path / "other.json")
+
+
+@pytest.mark.parametrize(
+    ("option", "command"), [("acceleration", "accelerate"), ("latency", "bench"), ("evaluation", "evaluate")]
+)
+def test_a_folder_and_a_missing_file_are_named(folder, tmp_path, option, command):
+    with pytest.raises(DataError, match=rf"^{tmp_path} is a folder: expected a JSON file"):
+        read_card_data(folder, **{option: tmp_path})
+    with pytest.raises(DataError, match=rf"nothing is missing: expected what hf-prune {command} --json printed$"):
+        read_card_data(folder, **{option: tmp_path / "nothing"})
 
 
 def test_verify_takes_it_as_a_claim_about_these_weights(folder):

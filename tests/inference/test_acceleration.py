@@ -27,7 +27,7 @@ from hf_prune.inference.acceleration import accelerate as module
 from hf_prune.inference.acceleration import choose, dense_kernels, install, kernels, layers
 from hf_prune.inference.acceleration.choose import Choice, limits
 from hf_prune.inference.acceleration.dense_kernels import Compact, Dense, OneDNN, onednn_agrees
-from hf_prune.inference.acceleration.kernels import Lower, candidates, make_kernel, zeros_of
+from hf_prune.inference.acceleration.kernels import Lower, candidates, is_kernel, make_kernel, zeros_of
 from hf_prune.inference.acceleration.layers import Accelerated, Ranges, is_accelerated, switch_on
 from hf_prune.inference.acceleration.observe import difference_to
 from hf_prune.inference.acceleration.report import AccelerationReport
@@ -430,15 +430,162 @@ def test_a_saved_choice_is_taken_without_timing(quick, tmp_path, monkeypatch):
     with pytest.raises(KernelError, match="cpu another"):
         model.accelerate(INPUTS, saved=path)
     path.write_text(json.dumps(saved).replace("encoder.layer.1", "encoder.layer.7"))
+    with pytest.raises(KernelError, match=r"another model: it has a layer .* of shape .*, and here there is none"):
+        model.accelerate(INPUTS, saved=path)
+    assert not is_accelerated(model)
+
+
+@pytest.fixture
+def choice(quick, tmp_path):
+    """A model, and a choice of kernels for it in a file."""
+    model = bert()
+    model.accelerate(INPUTS).save(tmp_path / "choice.json")
+    return model.decelerate(), tmp_path / "choice.json"
+
+
+def edit(path, *, machine=(), **kind):
+    """Write other values into a saved choice, of its machine and of its first kind of layer."""
+    saved = json.loads(path.read_text())
+    saved["machine"].update(machine)
+    saved["kinds"][0].update(kind)
+    path.write_text(json.dumps(saved))
+
+
+RISING = [{"tokens": n, "kernel": "dense", "dense_seconds": 1, "seconds": 1, "ratio": 1} for n in (1, 4)]
+
+
+@pytest.mark.parametrize(
+    ("changed", "found"),
+    [
+        ({"layers": 3}, "TypeError"),
+        ({"choices": []}, r"choices for \[\] tokens"),
+        ({"choices": RISING[::-1]}, r"choices for \[4, 1\] tokens, expected rising numbers from 1"),
+        ({"choices": [{**RISING[0], "tokens": 10**400}]}, "expected rising numbers from 1 to 16777216"),
+        ({"choices": [{**RISING[0], "tokens": math.inf}]}, "OverflowError"),
+        ({"shape": [384]}, r"shape is \[384\], expected two numbers"),
+        ({"shape": [32, 32, 1]}, r"shape is \[32, 32, 1\], expected two numbers"),
+        ({"shape": [math.inf, 1]}, "OverflowError"),
+        ({"sparsity": None}, "TypeError"),
+    ],
+)
+def test_a_damaged_choice_is_refused(choice, changed, found):
+    model, path = choice
+    edit(path, **changed)
+    with pytest.raises(CheckpointError, match=rf"choice.json is not a record of an acceleration \(.*{found}"):
+        model.accelerate(INPUTS, saved=path)
+    assert not is_accelerated(model)
+
+
+def test_what_is_no_choice_is_refused(choice):
+    model, path = choice
+    for text, found in (("[]", "holds a JSON list"), ("{}", "KeyError: 'format'"), ("no", "not valid JSON")):
+        path.write_text(text)
+        with pytest.raises(CheckpointError, match=found):
+            model.accelerate(INPUTS, saved=path)
+    with pytest.raises(CheckpointError, match=rf"^{path.parent} is a folder: expected a JSON file"):
+        model.accelerate(INPUTS, saved=path.parent)
+    path.unlink()
+    with pytest.raises(CheckpointError, match=r"choice.json is missing: expected what AccelerationReport.save\(\) or"):
+        model.accelerate(INPUTS, saved=path)
+
+
+@pytest.mark.parametrize(
+    "name", ["sparse:²", "sparse:٣", "sparse:99999999999", "onednn:float16", "csr:float16", "compact:dense:float16",
+             "dense:float32", "dense:float16:float16", "x", ""],
+)  # fmt: skip
+def test_a_choice_of_a_kernel_that_is_never_offered_is_refused(choice, name):
+    model, path = choice
+    edit(path, choices=[{**RISING[0], "kernel": name}])
+    with pytest.raises(KernelError, match=r"choice.json chose '.*', and float32 has no such kernel: leave saved out"):
+        model.accelerate(INPUTS, saved=path, dtypes=["float16", "float32"])
+    with pytest.raises(KernelError, match=r"there is no kernel '.*' for float32: choose anew"):
+        make_kernel(name, torch.eye(4))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_choice_may_name_every_kernel_that_is_offered(dtype):
+    weight = torch.eye(600).to(dtype)
+    weight[:, 64:] = 0
+    names = candidates(weight, ["float32", "bfloat16", "float16", "int8"])
+    assert {"compact:dense", "sparse:384", "sliced", "bits", "dense:int8"} <= {*names}
+    assert all(is_kernel(name, str(dtype).removeprefix("torch.")) for name in names)
+
+
+def test_a_choice_of_a_precision_that_is_not_allowed_is_refused(choice):
+    model, path = choice
+    edit(path, choices=[{**RISING[0], "kernel": "dense:float16"}])
+    with pytest.raises(KernelError, match="chose dense:float16: allow it with dtypes, or leave saved out"):
+        model.accelerate(INPUTS, saved=path)
+
+
+@pytest.mark.parametrize(
+    ("other", "found"),
+    [
+        (lambda: bert(0), r"in float32 with 80 % zeros, and here it is .* in float32 with 0 %; leave saved out"),
+        (lambda: bert(0.9), "with 80 % zeros, and here it is .* with 90 %"),
+        (lambda: bert().bfloat16(), "in float32 .*, and here it is .* in bfloat16 with 80 %"),
+    ],
+)
+def test_a_choice_of_another_checkpoint_is_refused(choice, other, found):
+    _, path = choice
+    model = other()
+    with pytest.raises(KernelError, match=rf"choice.json is for another model: its layer .* {found}"):
+        accelerate(model, INPUTS, saved=path)
+    assert not is_accelerated(model)
+
+
+def test_the_report_of_a_choice_says_what_is_counted_here(choice):
+    model, path = choice
+    first = json.loads(path.read_text())["kinds"][0]
+    with torch.no_grad():  # one layer is one step apart
+        module_of = dict(model.named_modules())
+        weight = module_of[first["layers"][0]].weight
+        weight.view(-1)[: round(0.85 * weight.numel())] = 0
+        weight.view(-1)[round(0.85 * weight.numel()) :] = 1
+    report = model.accelerate(INPUTS, saved=path)
+    counted = {name: kind.sparsity for kind in report.kinds for name in kind.layers}
+    assert [counted[name] for name in first["layers"]] == [0.85, *[0.8] * (len(first["layers"]) - 1)]
+    model.decelerate()
+    edit(path, sparsity=math.nan)
     with pytest.raises(KernelError, match="another model"):
         model.accelerate(INPUTS, saved=path)
-    kind = saved["kinds"][0]
-    kinds = [{"layers": 3}, {**kind, "choices": []}, {**kind, "choices": kind["choices"][::-1]}]
-    for damaged in ("[]", "{}", "not json", *(json.dumps({**saved, "kinds": [kind]}) for kind in kinds)):
-        path.write_text(damaged)
-        with pytest.raises(CheckpointError):
+
+
+def test_a_choice_for_other_threads_says_how_to_have_them(choice):
+    model, path = choice
+    edit(path, machine={"threads": "77"})
+    with pytest.raises(KernelError, match=r"for threads 77, and .*: call torch.set_num_threads\(77\) first, or leave"):
+        model.accelerate(INPUTS, saved=path)
+    for machine in ({"threads": "77", "cpu": "another"}, {"threads": "7²"}):
+        edit(path, machine=machine)
+        with pytest.raises(KernelError, match=r"and this is [^:]*: leave saved out, to choose for this machine"):
             model.accelerate(INPUTS, saved=path)
-    assert not is_accelerated(model)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"batch": 1}, {"seq_length": 8}, {"threads": 1}, {"batch_size": 0}, {"length": -3}, {"length": 3.5},
+     {"length": True}, [("length", 8)], "long", 8],
+)  # fmt: skip
+def test_what_is_no_workload_is_refused(wrong):
+    message = "workload is .*: expected whole numbers from 1 on of batch_size, length, such as {'batch_size': 1"
+    with pytest.raises(ConfigError, match=message):
+        bert(0).accelerate(workload=wrong)
+    if wrong != {"threads": 1}:
+        with pytest.raises(ConfigError, match="of batch_size, length, threads, such as"):
+            module.measure_acceleration(bert(0), wrong)
+
+
+def test_a_generation_is_no_workload():
+    with pytest.raises(ConfigError, match=r"one forward pass is timed, and measure_latency\(new_tokens=...\) times"):
+        bert(0).accelerate(workload={"prompt": 8, "new_tokens": 8})
+
+
+def test_inputs_have_a_size_of_their_own(quick):
+    model = bert()
+    with pytest.raises(ConfigError, match=r"workload is {'length': 8} beside inputs, .*: leave one of them out"):
+        model.accelerate(INPUTS, workload={"length": 8})
+    assert model.accelerate(INPUTS, workload={}).length == 6
 
 
 def test_no_layer_gains_is_an_answer(monkeypatch):

@@ -348,7 +348,9 @@ def test_json_of_others_is_an_object_of_bounded_size_or_our_error(tmp_path, monk
             read(path, error)
     with pytest.raises(error, match="is missing: expected a whole checkpoint"):
         json_files_module.read_json_object(tmp_path / "nothing.json", error)
-    with pytest.raises(error, match="not valid JSON"):
+    with pytest.raises(error, match=r"nothing\.json is missing: expected scores$"):
+        json_files_module.read_json_object(tmp_path / "nothing.json", error, "scores")
+    with pytest.raises(error, match=rf"^{tmp_path} is a folder: expected a JSON file"):
         json_files_module.read_json_object(tmp_path, error)
 
 

@@ -31,7 +31,8 @@ from hf_prune.evaluation.sweep_result import SweepResult
 from hf_prune.hub.upload import PushResult
 from hf_prune.hub.verification import Difference, Verification
 from hf_prune.inference.acceleration.choose import Choice
-from hf_prune.inference.acceleration.report import AccelerationReport, LayerKind
+from hf_prune.inference.acceleration.layer_kinds import LayerKind
+from hf_prune.inference.acceleration.report import AccelerationReport
 from hf_prune.inference.timing import Ratio
 from hf_prune.pruning.adopt_zeros import AdoptionReport
 from hf_prune.search.point import Loss, SearchPoint

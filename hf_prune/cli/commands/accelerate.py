@@ -42,6 +42,7 @@ def accelerate(
     import torch
 
     from hf_prune.auto import load_native
+    from hf_prune.hub.card_speed import allowed_text
     from hf_prune.hub.checksums import measured_weights
     from hf_prune.inference.acceleration.accelerate import accelerate as choose_kernels
     from hf_prune.utils.files import write_json
@@ -60,4 +61,6 @@ def accelerate(
     if out is not None:
         write_json(out, values)
         if not as_json:
-            echo(f"Saved: {out}; in Python: model.accelerate(saved={str(out)!r})")
+            first = f"torch.set_num_threads({threads}); " if threads is not None else ""
+            call = f"{first}model.accelerate(saved={str(out)!r}{allowed_text(report)})"
+            echo(f"Saved: {out}; in Python: {call}")

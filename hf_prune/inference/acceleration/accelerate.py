@@ -14,11 +14,21 @@ from hf_prune.calibration.read import CalibrationData, read_calibration
 from hf_prune.errors import CalibrationError, ConfigError, KernelError
 from hf_prune.inference.acceleration.choose import TOKENS, Choice, choose
 from hf_prune.inference.acceleration.install import decelerate, install
-from hf_prune.inference.acceleration.kernels import LEAST_SPARSITY, PRECISIONS, precision_of, sparsity_of, zeros_of
+from hf_prune.inference.acceleration.kernels import (
+    LEAST_SPARSITY,
+    PRECISIONS,
+    name_of,
+    precision_of,
+    sparsity_of,
+    stepped_sparsity_of,
+    zeros_of,
+)
+from hf_prune.inference.acceleration.layer_kinds import LayerKind
 from hf_prune.inference.acceleration.layers import is_accelerated
-from hf_prune.inference.acceleration.machine import this_machine
 from hf_prune.inference.acceleration.observe import bias_of, matrix_of, observe
-from hf_prune.inference.acceleration.report import AccelerationReport, LayerKind, read_choices
+from hf_prune.inference.acceleration.report import AccelerationReport
+from hf_prune.inference.acceleration.saved import saved_kinds
+from hf_prune.inference.acceleration.workload import WITH_THREADS, WORKLOAD, check_workload
 from hf_prune.inference.speedup import workload_inputs
 from hf_prune.kernels.sparse.build import kernel_problem
 from hf_prune.utils.forward import eval_mode
@@ -28,7 +38,6 @@ from hf_prune.utils.progress import Bar
 from hf_prune.utils.wrapping import check_is_model, sole_model
 
 _TOLERANCE = 1e-4
-WORKLOAD = {"batch_size": 1, "length": 128}  # of the inputs that are made
 
 
 def accelerate(
@@ -77,7 +86,7 @@ def accelerate(
         What was chosen and what it brought. "No layer gains" is an answer too; the model is then as before.
 
     Raises:
-        ConfigError: If a dtype is unknown.
+        ConfigError: If a dtype is unknown, or ``workload`` has something else, or stands beside ``inputs``.
         PlanError: If the model is quantized or offloaded, or inputs for it cannot be made.
         KernelError: If the model is accelerated already, not on the CPU, its outputs change by more than ``tolerance``,
             or ``saved`` is for another machine or model; the model is as before.
@@ -96,10 +105,13 @@ def accelerate(
             f"the model is on {', '.join(sorted(devices))}: expected it on the CPU, for which kernels are; move it "
             f"there (--device cpu)"
         )
+    sizes = check_workload({} if workload is None else workload)
+    if inputs is not None and sizes:
+        raise ConfigError(f"workload is {sizes} beside inputs, which have a size of their own: leave one of them out")
     batches = read_calibration(model, inputs, tokenizer)
     if batches == []:
         raise CalibrationError(f"inputs is {inputs!r:.80}: expected at least one batch")
-    typical = dict(batches[0]) if batches else workload_inputs(model, {**WORKLOAD, **(workload or {})})
+    typical = dict(batches[0]) if batches else workload_inputs(model, {**WORKLOAD, **sizes})
     with eval_mode(model):
         seen = observe(model, typical)
         weights = [matrix_of(layer) for layer in seen.layers.values()]
@@ -109,7 +121,7 @@ def accelerate(
             groups = Bar(_kinds(seen.layers), desc="Choosing kernels", unit="layer", progress=progress)
             kinds = [_chosen(group, seen.tokens, dtypes, tolerance) for group in groups]
         else:
-            kinds = _from_file(saved, seen.layers, dtypes)
+            kinds = saved_kinds(saved, seen.layers, dtypes)
         report = dataclasses.replace(install(model, typical, seen, kinds, tolerance), dtypes=tuple(dtypes))
     if any(sparsity_of(weight) >= LEAST_SPARSITY for weight in weights) and (problem := kernel_problem()) is not None:
         report = dataclasses.replace(report, without_sparse=problem)
@@ -134,7 +146,7 @@ def measure_acceleration(
     Raises:
         HfPruneError: As :func:`accelerate` does.
     """
-    workload = dict(workload or {})
+    workload = check_workload({} if workload is None else workload, WITH_THREADS)
     before = torch.get_num_threads()
     parameters = {module: dict(module._parameters) for module in model.modules()}
     try:
@@ -154,7 +166,7 @@ def _kinds(layers: Mapping[str, nn.Module]) -> list[tuple[dict[str, nn.Module], 
     for name, module in layers.items():
         weight = module._parameters["weight"]
         assert weight is not None
-        sparsity = round(20 * sparsity_of(weight)) / 20
+        sparsity = stepped_sparsity_of(weight)
         key = (
             *(type(module), tuple(weight.shape), weight.dtype, module._parameters.get("bias") is None, sparsity),
             zeros_of(matrix_of(module)),
@@ -174,7 +186,7 @@ def _chosen(
     return LayerKind(
         layers=tuple(layers),
         shape=(weight.shape[0], weight.shape[1]),
-        dtype=str(weight.dtype).removeprefix("torch."),
+        dtype=name_of(weight.dtype),
         sparsity=sparsity,
         choices=tuple(_merged(choices)),
     )
@@ -183,27 +195,3 @@ def _chosen(
 def _merged(choices: Sequence[Choice]) -> list[Choice]:
     """Choices without those that the default would make: all of them if another kernel is chosen anywhere."""
     return list(choices) if any(choice.kernel != "dense" for choice in choices) else list(choices[:1])
-
-
-def _from_file(
-    saved: str | os.PathLike[str], layers: Mapping[str, nn.Module], dtypes: Sequence[str]
-) -> list[LayerKind]:
-    kinds, machine = read_choices(saved)
-    here = this_machine()
-    if different := [key for key in here if machine.get(key) != here[key]]:
-        raise KernelError(
-            f"{saved} is for {', '.join(f'{key} {machine.get(key)}' for key in different)}, and this is "
-            f"{', '.join(f'{key} {here[key]}' for key in different)}: leave saved out, to choose for this machine"
-        )
-    for kind in kinds:
-        lower = [c.kernel for c in kind.choices if precision_of(c.kernel) not in (None, *dtypes)]
-        if lower:
-            raise KernelError(f"{saved} chose {lower[0]}: allow it with dtypes, or leave saved out, to choose anew")
-        for name in kind.layers:
-            shape = tuple(matrix_of(layers[name]).shape) if name in layers else None
-            if shape != kind.shape:
-                raise KernelError(
-                    f"{saved} is for another model: it has a layer {name} of shape {kind.shape}, and here "
-                    f"{'there is none' if shape is None else f'it is {shape}'}; leave saved out, to choose anew"
-                )
-    return kinds

@@ -17,10 +17,11 @@ from hf_prune.inference.acceleration.choose import Choice, change_of, example, l
 from hf_prune.inference.acceleration.dense_kernels import Dense
 from hf_prune.inference.acceleration.kernel import Kernel
 from hf_prune.inference.acceleration.kernels import make_kernel
+from hf_prune.inference.acceleration.layer_kinds import LayerKind
 from hf_prune.inference.acceleration.layers import Accelerated, Ranges, drop_weight, switch_off, switch_on
 from hf_prune.inference.acceleration.machine import this_machine
 from hf_prune.inference.acceleration.observe import Seen, bias_of, difference_to, matrix_of
-from hf_prune.inference.acceleration.report import AccelerationReport, LayerKind
+from hf_prune.inference.acceleration.report import AccelerationReport
 from hf_prune.inference.speedup import forward
 from hf_prune.inference.subnormals import subnormal_note
 from hf_prune.inference.timing import speedup, time_together

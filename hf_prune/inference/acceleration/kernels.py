@@ -16,6 +16,7 @@ from hf_prune.kernels.sparse.sparse_rows import WIDEST_CHUNK
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}  # of weights
 PRECISIONS = (*DTYPES, "int8")  # of computations that may be allowed
+SPARSITY_STEPS = 20  # shares of zeros are rounded to 1 / 20
 LEAST_SPARSITY = 0.3  # below it no sparse kernel has ever been the fastest
 
 
@@ -42,6 +43,11 @@ class Lower(Kernel):
 def sparsity_of(weight: Tensor) -> float:
     """The share of zeros in a weight."""
     return 1 - int(weight.count_nonzero()) / max(1, weight.numel())
+
+
+def stepped_sparsity_of(weight: Tensor) -> float:
+    """The share of zeros in a weight, rounded to 5 %."""
+    return round(SPARSITY_STEPS * sparsity_of(weight)) / SPARSITY_STEPS
 
 
 def zeros_of(weight: Tensor) -> tuple[bool, bool]:
@@ -84,6 +90,8 @@ def make_kernel(name: str, weight: Tensor) -> Kernel:
     Raises:
         KernelError: If there is no such kernel, or not on this machine.
     """
+    if not is_kernel(name, name_of(weight.dtype)):
+        raise KernelError(f"there is no kernel {name!r} for {name_of(weight.dtype)}: choose anew")
     rest, _, last = name.rpartition(":")
     if rest and last in DTYPES:
         return Lower(weight, DTYPES[last], rest)
@@ -92,15 +100,30 @@ def make_kernel(name: str, weight: Tensor) -> Kernel:
     dense = {"dense": Dense, "onednn": OneDNN}
     if name in dense:
         return dense[name]()
-    if rest == "compact" and last in dense:
+    if rest == "compact":
         return Compact(weight, dense[last]())
     if name == "dense:int8":
         return Int8(weight)
     if name == "csr":
         return Csr(weight)
-    if name in ("sliced", "bits", "blocks") or (rest == "sparse" and last.isdigit() and 1 <= int(last) <= WIDEST_CHUNK):
-        return Sparse(weight, name)
-    raise KernelError(f"there is no kernel {name!r}: choose anew")
+    return Sparse(weight, name)
+
+
+def is_kernel(name: str, dtype: str) -> bool:
+    """Whether :func:`candidates` may give a name for some weight of a dtype, such as ``"float32"``."""
+    rest, _, last = name.rpartition(":")
+    if rest and last in DTYPES:
+        return last != dtype and (rest == "dense" or _is_format(rest))
+    if name in ("onednn", "compact:onednn", "csr"):
+        return dtype == "float32"
+    return name in ("dense", "compact:dense", "dense:int8") or _is_format(name)
+
+
+def _is_format(name: str) -> bool:
+    first, _, chunk = name.partition(":")
+    if first == "sparse" and chunk.isascii() and chunk.isdecimal():
+        return len(chunk) < 9 and 1 <= int(chunk) <= WIDEST_CHUNK
+    return name in ("sliced", "bits", "blocks")
 
 
 def precision_of(name: str) -> str | None:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hf_prune.errors import CheckpointError, DataError
-from hf_prune.inference.acceleration.choose import Choice
 from hf_prune.inference.acceleration.kernels import PRECISIONS
+from hf_prune.inference.acceleration.layer_kinds import LayerKind, read_kinds
 from hf_prune.inference.timing import MEDIAN_NOISE, Ratio
 from hf_prune.utils.files import write_json
 from hf_prune.utils.formatting import format_count, format_table, format_workload
@@ -21,34 +20,7 @@ from hf_prune.utils.json_files import read_json_object
 from hf_prune.utils.results import Result
 
 FORMAT = 1
-
-
-@dataclass(frozen=True)
-class LayerKind:
-    """Layers that were timed as one: of one shape, precision and sparsity.
-
-    Args:
-        layers: Their names.
-        shape: (out, in).
-        dtype: Such as ``"float32"``.
-        sparsity: The share of zeros, rounded to 5 %.
-        choices: The kernels, by numbers of tokens in rising order.
-    """
-
-    layers: tuple[str, ...]
-    shape: tuple[int, int]
-    dtype: str
-    sparsity: float
-    choices: tuple[Choice, ...]
-
-    @property
-    def gains(self) -> bool:
-        """Whether another kernel than torch's default is the fastest for some number of tokens."""
-        return any(choice.kernel != "dense" for choice in self.choices)
-
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return {**vars(self), "choices": [choice.to_dict() for choice in self.choices]}
+_UNREADABLE = (AttributeError, KeyError, OverflowError, TypeError, ValueError)  # what values of others raise
 
 
 @dataclass(frozen=True, repr=False)
@@ -141,7 +113,7 @@ class AccelerationReport(Result):
         """
         try:
             return _checked(cls(**{f.name: _read(f.name, values[f.name]) for f in dataclasses.fields(cls)}))
-        except (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError) as error:
+        except _UNREADABLE as error:
             reason = error if isinstance(error, DataError) else f"found {error!r}"
             raise DataError(f"an acceleration cannot be read: {reason}; measure it again") from error
 
@@ -202,46 +174,20 @@ def read_choices(path: str | os.PathLike[str]) -> tuple[list[LayerKind], dict[st
     Raises:
         CheckpointError: If the file is missing, damaged, or of another format.
     """
-    saved = read_json_object(Path(path))
+    expected = "what AccelerationReport.save() or hf-prune accelerate --out writes"
+    saved = read_json_object(Path(path), expected=expected)
     try:
         if saved["format"] != FORMAT:
             raise KeyError(f"format {saved['format']}")
-        return _kinds(saved["kinds"]), _machine(saved["machine"])
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        return read_kinds(saved["kinds"]), _machine(saved["machine"])
+    except _UNREADABLE as error:
         raise CheckpointError(
-            f"{path} is not a record of an acceleration ({type(error).__name__}: {error}): expected what "
-            f"AccelerationReport.save() or hf-prune accelerate --out writes"
+            f"{path} is not a record of an acceleration ({type(error).__name__}: {error}): expected {expected}"
         ) from error
-
-
-def _kinds(saved: Sequence[Mapping[str, Any]]) -> list[LayerKind]:
-    return [
-        LayerKind(
-            layers=tuple(map(str, kind["layers"])),
-            shape=(int(kind["shape"][0]), int(kind["shape"][1])),
-            dtype=str(kind["dtype"]),
-            sparsity=float(kind["sparsity"]),
-            choices=_choices(kind["choices"]),
-        )
-        for kind in saved
-    ]
 
 
 def _machine(saved: Mapping[str, Any]) -> dict[str, str]:
     return {str(key): str(value) for key, value in saved.items()}
-
-
-def _choices(saved: Sequence[Mapping[str, Any]]) -> tuple[Choice, ...]:
-    choices = tuple(_choice(choice) for choice in saved)
-    tokens = [choice.tokens for choice in choices]
-    if not tokens or tokens[0] < 1 or any(a >= b for a, b in itertools.pairwise(tokens)):
-        raise ValueError(f"choices for {tokens} tokens, expected rising numbers from 1")
-    return choices
-
-
-def _choice(saved: Mapping[str, Any]) -> Choice:
-    numbers: Sequence[float] = [float(saved[key]) for key in ("dense_seconds", "seconds", "ratio")]
-    return Choice(int(saved["tokens"]), str(saved["kernel"]), *numbers)
 
 
 _REALS = ("before", "after", "difference", "tolerance")
@@ -254,7 +200,7 @@ _BEYOND = 2.0  # factor by which a model may gain more than its layers did alone
 def _read(name: str, value: Any) -> Any:
     """The value of a field from what JSON has for it."""
     if name == "kinds":
-        return tuple(_kinds(value))
+        return tuple(read_kinds(value))
     if name == "speedup":
         return None if value is None else Ratio(*(float(value[end]) for end in ("value", "low", "high")))
     if name == "machine":
