@@ -45,13 +45,12 @@ def _timed(data: PruningCardData, plain: Callable[[str], str]) -> str:
     """The timings against the dense model; empty if there are none."""
     structure = data.report.get("structure") or {}
     if data.latency is not None:
-        lines = ["| model | batch x length | median | speed-up |", "|---|---|---|---|"]
+        lines = ["| model | workload | median | speed-up |", "|---|---|---|---|"]
         for point in data.latency["points"]:
             against = point.get("against")
             faster = "" if against is None else f"{against['value']:.2f}x" + ("" if against["is_real"] else " (noise)")
-            size = f"{point['batch_size']} x {point['length']}" + (
-                ", generating" if point.get("task") == "generate" else ""
-            )
+            size = format_workload(point["batch_size"], point["length"])
+            size += ", generating" if point.get("task") == "generate" else ""
             lines.append(
                 f"| {plain(Path(point['model']).name)} | {size} | {1000 * point['median']:.1f} ms | {faster} |"
             )
@@ -87,11 +86,10 @@ def _accelerated(report: AccelerationReport, plain: Callable[[str], str]) -> str
         f"largest change of an output is {report.difference:.1e} of the largest output. Kernels are chosen and timed "
         f"on the machine that runs them, so to have them on yours:"
     )
-    size = f"{report.batch_size} x {report.length}"
     workload = f'"batch_size": {report.batch_size}' + (f', "length": {report.length}' if report.length else "")
     return "\n".join(
         [
-            "| this model | batch x length | median | speed-up |",
+            "| this model | workload | median | speed-up |",
             "|---|---|---|---|",
             f"| on torch's own kernels | {size} | {1000 * report.before:.1f} ms | |",
             f"| on {kernels_of(report)} | {size} | {1000 * report.after:.1f} ms | {faster} |",

@@ -54,8 +54,8 @@ def text_of(folder, report: AccelerationReport) -> str:
 def test_the_card_says_what_was_measured_and_how_to_have_it(folder):
     text = text_of(folder, REPORT)
     speed = text.partition("## Speed")[2].partition("<details>")[0]
-    assert "| on torch's own kernels | 1 x 128 | 45.0 ms | |" in speed
-    assert "| on sparse kernels | 1 x 128 | 24.0 ms | 1.87x (1.80 to 2.01) |" in speed
+    assert "| on torch's own kernels | 1 x 128 tokens | 45.0 ms | |" in speed
+    assert "| on sparse kernels | 1 x 128 tokens | 24.0 ms | 1.87x (1.80 to 2.01) |" in speed
     assert "A CPU, 2 thread(s), torch 2.9. Kernels: sparse:384." in speed
     assert "The largest change of an output is 1.9e-07 of the largest output." in speed
     assert 'import hf_prune  # pip install "hf_prune[kernel]"' in speed
@@ -72,9 +72,19 @@ def test_the_line_that_a_reader_runs_says_what_else_was_allowed(folder):
     assert line in text_of(folder, lower)
 
 
+def test_images_have_no_length(folder):
+    speed = text_of(folder, dataclasses.replace(REPORT, length=0))
+    assert "| on torch's own kernels | batch of 1 | 45.0 ms | |" in speed
+    assert "| on sparse kernels | batch of 1 | 24.0 ms |" in speed
+    point = {"model": "dense", "batch_size": 2, "length": 0, "median": 0.1, "against": None}
+    how = {"rounds": 9, "threads": 1, "dtype": "float32", "device": "cpu", "torch": "2"}
+    timed = read_card_data(folder, latency={"points": [point, {**point, "model": "pruned"}], **how})
+    assert "| pruned | batch of 2 | 100.0 ms |" in render_card(timed)
+
+
 def test_kernels_that_multiply_by_zeros_are_not_called_sparse(folder):
     text = text_of(folder, dataclasses.replace(REPORT, kinds=(kind("compact:onednn"),)))
-    assert "| on other kernels | 1 x 128 |" in text
+    assert "| on other kernels | 1 x 128 tokens |" in text
     assert "sparse kernels" not in text
 
 
@@ -93,7 +103,7 @@ def test_the_speed_against_the_dense_model_comes_first(folder):
     how = {"rounds": 9, "threads": 1, "dtype": "float32", "device": "cpu", "torch": "2"}
     data = read_card_data(folder, acceleration=values(), latency={"points": points, **how})
     text = render_card(data)
-    assert text.index("| pruned | 1 x 8 |") < text.index("| on sparse kernels |")
+    assert text.index("| pruned | 1 x 8 tokens |") < text.index("| on sparse kernels |")
     assert "**1.5× as fast," in text
     points[1]["against"]["is_real"] = False
     assert "**1.9× as fast on sparse kernels," in render_card(
@@ -188,7 +198,7 @@ def test_from_measuring_to_the_card(folder, tmp_path, capsys):
     (tmp_path / "printed.json").write_text(json.dumps(measured))
     assert exit_code("card", folder, "--acceleration", tmp_path / "printed.json", "--write") == 0
     text = (folder / "README.md").read_text()
-    assert ("| 1 x 8 |" in text) == (measured["speedup"] is not None)
+    assert ("| 1 x 8 tokens |" in text) == (measured["speedup"] is not None)
     assert measured["machine"]["cpu"].split()[0] in text
     assert exit_code("verify", folder) == 0
 
