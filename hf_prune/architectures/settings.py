@@ -55,13 +55,17 @@ def objection_to(config: Any, values: Mapping[str, Any]) -> str | None:
     from huggingface_hub.errors import StrictDataclassError
 
     changed = copy.deepcopy(config)
+    parts = [changed]  # whose classes are asked: none asks those of the configs inside it
     for name, value in values.items():
-        set_setting(changed, name, value)
+        holder, key = config_of_setting(changed, name)
+        try:
+            getattr(holder, key, None)
+        except RuntimeError as error:  # of transformers: layers have it in different sizes
+            return str(error).partition(". ")[0]
+        setattr(holder, key, value)
+        parts.append(holder)
     try:
-        for part in (
-            changed,
-            *(config_of_setting(changed, name)[0] for name in values),
-        ):
+        for part in parts:
             getattr(part, "validate", bool)()
     except StrictDataclassError as error:
         return str(error.__cause__ or error).strip().splitlines()[-1].strip().rstrip(".")

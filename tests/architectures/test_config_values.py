@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import transformers
 from transformers import LlavaConfig
 from transformers.configuration_utils import PreTrainedConfig
 
@@ -85,6 +86,12 @@ def test_a_config_inside_another_objects_too():
     assert objection_to(config, {"text_config.num_attention_heads": 2}) is None
     assert "not a multiple" in (objection_to(config, {"text_config.num_attention_heads": 3}) or "")
     assert config.text_config.num_attention_heads == 4
+
+
+def test_a_config_objects_to_a_size_that_layers_have_for_themselves():
+    config = small_config(transformers.CONFIG_MAPPING["dots3_note"]())
+    said = objection_to(config, {"text_config.num_attention_heads": 1})
+    assert said == "'num_attention_heads' is a per-layer attribute and may vary across layers"
 
 
 def test_a_model_is_not_proven_on_another_one():
