@@ -21,6 +21,9 @@ Length = Annotated[
 ]
 Dtype = Annotated[str, one_of(DTYPES, "What all models compute in.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads of PyTorch. [default: its own]")]
+Accelerate = Annotated[
+    bool, typer.Option("--accelerate", help="Measure what faster kernels bring, at the first batch and length.")
+]
 Rounds = Annotated[int, typer.Option(min=1, help="How many times each is timed, in turns.")]
 Warmup = Annotated[int, typer.Option(min=1, help="Untimed runs before that.")]
 

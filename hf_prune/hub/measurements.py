@@ -57,7 +57,7 @@ def read_measurement(key: str, value: Any, weights: str | None, folder: Path) ->
         if not digests:
             problem = f"does not say that it was measured on the weights of {folder}"
         raise DataError(f"{where} {problem}: run {command} again, on this folder")
-    return dict(measured)
+    return {name: part for name, part in measured.items() if name != "accelerations"}  # which no card shows
 
 
 def measured_digests(measured: Mapping[str, Any]) -> list[str]:

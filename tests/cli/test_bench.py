@@ -7,8 +7,10 @@ import pytest
 
 from hf_prune import prune, shrink
 from hf_prune.cli.main import main
-from hf_prune.cli.workflows.bench import zero_notes
-from hf_prune.inference.timing import Timings
+from hf_prune.cli.workflows.bench import measure_accelerations, zero_notes
+from hf_prune.errors import ConfigError
+from hf_prune.inference.acceleration.report import AccelerationReport
+from hf_prune.inference.timing import Ratio, Timings
 from tests import models
 from tests.architecture_models import tiny
 
@@ -74,6 +76,7 @@ def test_what_is_real_and_what_is_noise(bench, folders, seconds):
     assert "More rounds, or a quieter machine, may tell." in out
     (note,) = [line for line in out.splitlines() if "zeros alone bring no speed" in line]
     assert re.match(r"In sparse, 50\.0 % of the weights that can be pruned are zero, and it is no smaller", note)
+    assert note.endswith("; hf-prune accelerate measures what sparse ones bring on a CPU.")
 
 
 def test_zeros_in_a_smaller_model_get_no_note():
@@ -82,6 +85,46 @@ def test_zeros_in_a_smaller_model_get_no_note():
     assert zero_notes({"dense": dense, "smaller": smaller}) == []
     assert len(zero_notes({"smaller": smaller})) == 1
     assert zero_notes({"exported": object()}) == []
+
+
+def test_few_zeros_are_not_sent_to_sparse_kernels():
+    (note,) = zero_notes({"sparse": prune(models.tiny_classifier(4), 0.4)})
+    assert note.endswith("zeros alone bring no speed on dense kernels.")
+    (note,) = zero_notes({"sparse": prune(models.tiny_classifier(4), 0.9)}, measured=True)
+    assert note.endswith("zeros alone bring no speed on dense kernels.")
+
+
+def test_what_the_fastest_kernels_bring_each(bench, folders, monkeypatch):
+    asked = []
+
+    def measure(model, workload, progress):
+        asked.append(workload)
+        ratio = Ratio(2.0, 1.9, 2.1) if len(asked) % 2 == 0 else None
+        return AccelerationReport((), ratio, 2.0, 1.0, 1e-7, 9, 5, 2, 8, 1, {"cpu": "a CPU"})
+
+    monkeypatch.setattr("hf_prune.cli.workflows.bench.measure_acceleration", measure)
+    options = ("--accelerate", "--batch", "2,1", "--threads", 1, *FEW)
+    out = bench(folders["dense"], folders["sparse"], *options)
+    assert asked == [{"batch_size": 2, "length": 8, "threads": 1}] * 2
+    assert "dense, 2 x 8 tokens: accelerate() finds no kernels that make the model faster on a CPU." in out
+    assert "sparse, 2 x 8 tokens: accelerate() makes the model 2.00 times as fast (95 % interval 1.90 to 2.10)" in out
+    assert "hf-prune accelerate measures" not in out
+    values = json.loads(bench(folders["dense"], folders["sparse"], *options, "--json"))
+    assert [report["speedup"] for report in values["accelerations"].values()] == [
+        None, {"value": 2.0, "low": 1.9, "high": 2.1},
+    ]  # fmt: skip
+    assert json.loads(bench(folders["dense"], *FEW, "--json"))["accelerations"] == {}
+
+
+def test_acceleration_is_measured_on_the_plain_models(bench, folders):
+    """Nothing is faked here: the kernels are taken off again before the timing in turns."""
+    out = bench(folders["dense"], folders["sparse"], "--accelerate", "--threads", 1, *FEW)
+    assert len(re.findall(r"(?m)^(dense|sparse), 1 x 8 tokens: accelerate\(\) ", out)) == 2
+
+
+def test_exported_files_alone_have_no_layers_to_choose_for():
+    with pytest.raises(ConfigError, match=r"--accelerate is for checkpoints: found exported files alone, model.onnx"):
+        measure_accelerations({"model.onnx": object()}, {})
 
 
 def test_accuracies_and_picture(bench, folders, tmp_path):

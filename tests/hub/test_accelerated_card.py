@@ -111,6 +111,13 @@ def test_the_speed_against_the_dense_model_comes_first(folder):
     )
 
 
+def test_a_card_keeps_of_a_benchmark_what_it_shows(folder):
+    point = {"model": "dense", "batch_size": 1, "length": 8, "median": 0.1, "against": None}
+    how = {"rounds": 9, "threads": 1, "dtype": "float32", "device": "cpu", "torch": "2"}
+    latency = {"points": [point, {**point, "model": "pruned"}], **how}
+    assert read_card_data(folder, latency={**latency, "accelerations": {"pruned": values()}}).latency == latency
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [

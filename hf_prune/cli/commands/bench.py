@@ -13,6 +13,7 @@ from hf_prune.cli.model_options import Device, loads_model
 from hf_prune.cli.options import CLASSES, LANGUAGE, AnyText, AsJson, Label, Overwrite, read_task, task_kind
 from hf_prune.cli.startup import check_texts, start
 from hf_prune.cli.timing_options import (
+    Accelerate,
     Batches,
     Dtype,
     Lengths,
@@ -20,6 +21,7 @@ from hf_prune.cli.timing_options import (
     Threads,
     Warmup,
     check_dtype,
+    given_workload,
     split_whole_numbers,
 )
 from hf_prune.errors import ConfigError
@@ -49,6 +51,7 @@ def bench(
     new_tokens: Annotated[
         int, typer.Option(min=0, help="Causal language models: also time the generation of this many tokens.")
     ] = 0,
+    accelerate: Accelerate = False,
     data: Annotated[
         str | None,
         typer.Option(help="Data to score on: the plot then shows accuracy, or perplexity, against speed."),
@@ -78,6 +81,7 @@ def bench(
     from hf_prune.cli.workflows.bench import (
         load_alike,
         load_tokenizers,
+        measure_accelerations,
         of_language_models,
         score_all,
         zero_notes,
@@ -85,10 +89,13 @@ def bench(
     from hf_prune.evaluation.plots import plot_latency
     from hf_prune.inference.latency import measure_latency
     from hf_prune.utils.figures import save_figure
+    from hf_prune.utils.formatting import format_workload
 
     check_dtype(dtype)
     loaded = load_alike(models, dtype, device, threads)
     tokenizers = {} if data is None else load_tokenizers(loaded, models)  # raises before minutes of timing
+    workload = given_workload(sizes[0][0], sizes[1][0], threads)
+    accelerations = measure_accelerations(loaded, workload) if accelerate else {}  # first, since it may refuse a model
     result = measure_latency(
         loaded,
         batch_sizes=sizes[0],
@@ -103,7 +110,7 @@ def bench(
     task: Any = read_task(kind, data, text_column, label_column)
     if task is not None:
         scores = score_all(loaded, tokenizers, task, split)
-    notes = zero_notes(loaded)
+    notes = zero_notes(loaded, accelerate)
     if plot is not None:
         warn_replaced(plot.parent, [plot.name])
         save_figure(plot_latency(result, scores, "hf-prune bench", measure=by), plot)
@@ -115,11 +122,16 @@ def bench(
             **result.to_dict(),
             "weights": weights,
             ("perplexities" if kind == LANGUAGE else "accuracies"): scores,
+            "accelerations": {name: report.to_dict() for name, report in accelerations.items()},
             "notes": notes,
         }
         echo(json.dumps(values, indent=2))
         return
-    echo("\n".join([str(result), *notes]))
+    brought = [
+        f"{name}, {format_workload(report.batch_size, report.length)}: {report.sentence}"
+        for name, report in accelerations.items()
+    ]
+    echo("\n".join([str(result), *brought, *notes]))
     for name, score in scores.items():
         said = f"perplexity {score:.2f}" if kind == LANGUAGE else f"{100 * score:.2f} % right"
         echo(f"{name}: {said} on {split or task.default_split} of {data}")

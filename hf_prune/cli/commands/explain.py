@@ -11,6 +11,7 @@ from hf_prune.cli.model_options import Device, loads_model
 from hf_prune.cli.options import AsJson, Model
 from hf_prune.cli.startup import start
 from hf_prune.cli.timing_options import (
+    Accelerate,
     Batches,
     Dtype,
     Lengths,
@@ -34,10 +35,7 @@ def explain(
     threads: Threads = None,
     rounds: Rounds = 30,
     warmup: Warmup = 3,
-    accelerate: Annotated[
-        bool,
-        typer.Option("--accelerate", help="Measure what faster kernels bring, at the first batch and length."),
-    ] = False,
+    accelerate: Accelerate = False,
     as_json: AsJson = False,
 ) -> None:
     """Say whether a checkpoint is faster than the dense one, where, and why not."""

@@ -12,14 +12,18 @@ from hf_prune.auto import load_native
 from hf_prune.checkpoint.companions import has_tokenizer
 from hf_prune.checkpoint.native import load_tokenizer
 from hf_prune.checkpoint.sources import check_model_source
-from hf_prune.errors import DataError, PlanError
+from hf_prune.errors import ConfigError, DataError, PlanError
 from hf_prune.evaluation.accuracy import evaluate_classification
-from hf_prune.evaluation.explain import SOME_ZEROS
+from hf_prune.evaluation.explain import MANY_ZEROS, SOME_ZEROS
 from hf_prune.evaluation.sparsity_report import sparsity_report
 from hf_prune.evaluation.tasks import ClassificationTask, LanguageModelingTask
+from hf_prune.inference.acceleration.accelerate import measure_acceleration
+from hf_prune.inference.acceleration.report import AccelerationReport
 from hf_prune.inference.backends import SUFFIXES, ExportedModel
 from hf_prune.planning.expectations import is_language_model
 from hf_prune.utils.load_options import resolve_device
+
+_ELSEWHERE = "; hf-prune accelerate measures what sparse ones bring on a CPU"
 
 
 def load_alike(sources: Sequence[str], dtype: str, device: str, threads: int | None = None) -> dict[str, Any]:
@@ -118,11 +122,29 @@ def score_all(
     }
 
 
-def zero_notes(models: Mapping[str, Any]) -> list[str]:
+def measure_accelerations(models: Mapping[str, Any], workload: Mapping[str, int]) -> dict[str, AccelerationReport]:
+    """What the fastest kernels bring each model, which keeps its own; exported files have no layers to choose for.
+
+    Args:
+        models: Models by name.
+        workload: As for :func:`~hf_prune.inference.acceleration.accelerate.measure_acceleration`.
+
+    Raises:
+        ConfigError: If all are exported files.
+        HfPruneError: As :func:`hf_prune.accelerate` does.
+    """
+    native = {name: model for name, model in models.items() if isinstance(model, torch.nn.Module)}
+    if not native:
+        raise ConfigError(f"--accelerate is for checkpoints: found exported files alone, {', '.join(models)}")
+    return {name: measure_acceleration(model, workload, progress=True) for name, model in native.items()}
+
+
+def zero_notes(models: Mapping[str, Any], measured: bool = False) -> list[str]:
     """A sentence for each model that has many zeros and no fewer parameters than the first one.
 
     Args:
         models: Models by name; exported and quantized ones get no sentence.
+        measured: Whether it was measured what other kernels bring; otherwise a sentence says how to.
     """
     counted: dict[str, Any] = {name: model for name, model in models.items() if isinstance(model, torch.nn.Module)}
     size = next((model.num_parameters() for model in counted.values()), 0)
@@ -132,7 +154,7 @@ def zero_notes(models: Mapping[str, Any]) -> list[str]:
             shares[name] = sparsity_report(model).target_sparsity
     return [
         f"In {name}, {100 * share:.1f} % of the weights that can be pruned are zero, and it is no smaller: zeros alone "
-        f"bring no speed on dense kernels."
+        f"bring no speed on dense kernels{_ELSEWHERE if share >= MANY_ZEROS and not measured else ''}."
         for name, share in shares.items()
         if share >= SOME_ZEROS and models[name].num_parameters() >= size
     ]
