@@ -55,7 +55,7 @@ def by_trainer(case: str, folder: Path, teacher: bool) -> torch.nn.Module:
             gradient_accumulation_steps=2,
             max_steps=STEPS,
             optim="sgd",
-            learning_rate=0.2,
+            learning_rate=0.02 if case == "no method" else 0.2,  # equations are solved: large steps magnify rounding
             save_strategy="steps",
             save_steps=5,
         ),
