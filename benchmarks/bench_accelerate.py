@@ -25,6 +25,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import harness
 import torch
 from torch import nn
 from transformers import (
@@ -189,7 +190,7 @@ def best_format(found: dict[str, Any]) -> dict[str, Any]:
 
 def draw(results: Sequence[dict[str, Any]], path: Path) -> None:
     """Speed-up of the whole model against its zeros, a line for each number of tokens, for light and dark pages."""
-    from hf_prune.utils.figures import GREY, MARKERS, PALETTE, figure, save_pair, spread_labels
+    from hf_prune.utils.figures import GREY, MARKERS, PALETTE, figure, save_pair
 
     drawn, axes = figure(8.0, 4.6)
     axes.axhline(1, color=GREY, linewidth=1, linestyle=":")
@@ -201,13 +202,8 @@ def draw(results: Sequence[dict[str, Any]], path: Path) -> None:
         x, value, low, high = (list(each) for each in zip(*points, strict=True))
         below, above = ([abs(a - b) for a, b in zip(value, end, strict=True)] for end in (low, high))
         axes.errorbar(x, value, [below, above], color=color, marker=marker, markersize=5, linewidth=2, capsize=2)
-    bottom, top = axes.get_ylim()
-    last = max(points[-1][0] for points in lines.values())
-    ends = [1.0, *(points[-1][1] for points in lines.values())]
-    names = ["dense", *(f"{tokens} token{'s' * (tokens > 1)}" for tokens in lines)]
-    for name, color, height in zip(names, [GREY, *PALETTE], spread_labels(ends, (top - bottom) / 24), strict=False):
-        place = {"xy": (last, height), "xytext": (10, 0), "textcoords": "offset points", "va": "center"}
-        axes.annotate(name, **place, color=color, fontsize=9, annotation_clip=False)
+    ends = {f"{tokens} token{'s' * (tokens > 1)}": points[-1][1] for tokens, points in lines.items()}
+    harness.name_lines(axes, max(points[-1][0] for points in lines.values()), {"dense": 1.0, **ends})
     axes.set(xlabel="zeros in every linear layer (%)", ylabel="times as fast as the better dense model")
     save_pair(drawn, path)
     print(f"Drawn: {path}")

@@ -47,7 +47,8 @@ class Clock:
         self._running = [REST]
         self._since = time.process_time()
 
-    def _book(self) -> None:
+    def book(self) -> None:
+        """Count what came last for the step that is running."""
         now = time.process_time()
         self.seconds[self._running[-1]] += now - self._since
         self._since = now
@@ -57,20 +58,16 @@ class Clock:
 
         @functools.wraps(function)
         def timed(*args: Any, **kwargs: Any) -> Any:
-            self._book()
+            self.book()
             self._running.append(step)
             self.calls[step] += 1
             try:
                 return function(*args, **kwargs)
             finally:
-                self._book()
+                self.book()
                 self._running.pop()
 
         return timed
-
-    def stop(self) -> None:
-        """Count what came last."""
-        self._book()
 
 
 def main() -> None:
@@ -99,9 +96,8 @@ def main() -> None:
     for owner, name, step in STEPS:
         if hasattr(owner, name):
             setattr(owner, name, clock.wrapped(getattr(owner, name), step))
-    clock._since = time.process_time()
     prune(model, args.sparsity, criterion=args.criterion, calibration=windows, progress=False)
-    clock.stop()
+    clock.book()
     total = sum(clock.seconds.values())
     rows = [
         [step, f"{clock.calls[step] or '':}", f"{seconds:.1f}", f"{100 * seconds / total:.0f} %"]

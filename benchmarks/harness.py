@@ -204,7 +204,7 @@ def draw_curves(
         x_label: What x is.
         y_label: What the accuracy is of.
     """
-    from hf_prune.utils.figures import GREY, MARKERS, PALETTE, figure, save_pair, spread_labels
+    from hf_prune.utils.figures import GREY, MARKERS, PALETTE, figure, save_pair
 
     lines = {method: sorted(points) for method, points in curves.items() if len(points) > 1}
     drawn, axes = figure(8.0, 4.6)
@@ -223,18 +223,30 @@ def draw_curves(
             capsize=2,
             zorder=3 if is_best else 2,
         )
-    low, high = axes.get_ylim()
-    last = max(points[-1][0] for points in lines.values())
-    ends = [dense, *(dense - points[-1][1] for points in lines.values())]
-    names, colors = [f"dense, {dense:.2f} %", *lines], [GREY, *PALETTE]
-    for name, color, height in zip(names, colors, spread_labels(ends, (high - low) / 24), strict=False):
-        weight = "bold" if name.startswith("best") else "normal"
-        place = {"xy": (last, height), "xytext": (10, 0), "textcoords": "offset points", "va": "center"}
-        axes.annotate(name.partition(":")[0], **place, color=color, fontsize=9, weight=weight, annotation_clip=False)
+    ends = {f"dense, {dense:.2f} %": dense, **{name: dense - points[-1][1] for name, points in lines.items()}}
+    name_lines(axes, max(points[-1][0] for points in lines.values()), ends)
     axes.set(xlabel=x_label, ylabel=y_label)
     path.parent.mkdir(parents=True, exist_ok=True)
     save_pair(drawn, path)
     print(f"Drawn: {path}")
+
+
+def name_lines(axes: Any, last: float, ends: Mapping[str, float]) -> None:
+    """Write the names of lines at their ends, in their colors, apart from each other; those named "best" are bold.
+
+    Args:
+        axes: Where the lines are drawn.
+        last: The largest x.
+        ends: The last y of each line by its name, the dense model first.
+    """
+    from hf_prune.utils.figures import GREY, PALETTE, spread_labels
+
+    low, high = axes.get_ylim()
+    heights = spread_labels(list(ends.values()), (high - low) / 24)
+    for name, color, height in zip(ends, [GREY, *PALETTE], heights, strict=False):
+        weight = "bold" if name.startswith("best") else "normal"
+        place = {"xy": (last, height), "xytext": (10, 0), "textcoords": "offset points", "va": "center"}
+        axes.annotate(name.partition(":")[0], **place, color=color, fontsize=9, weight=weight, annotation_clip=False)
 
 
 # --- memory (Linux) -------------------------------------------------------------------------------------

@@ -55,7 +55,7 @@ def objection_to(config: Any, values: Mapping[str, Any]) -> str | None:
     from huggingface_hub.errors import StrictDataclassError
 
     changed = copy.deepcopy(config)
-    parts = [changed]  # whose classes are asked: none asks those of the configs inside it
+    parts = {id(changed): changed}  # whose classes are asked: none asks those of the configs inside it
     for name, value in values.items():
         holder, key = config_of_setting(changed, name)
         try:
@@ -63,9 +63,9 @@ def objection_to(config: Any, values: Mapping[str, Any]) -> str | None:
         except RuntimeError as error:  # of transformers: layers have it in different sizes
             return str(error).partition(". ")[0]
         setattr(holder, key, value)
-        parts.append(holder)
+        parts[id(holder)] = holder
     try:
-        for part in parts:
+        for part in parts.values():
             getattr(part, "validate", bool)()
     except StrictDataclassError as error:
         return str(error.__cause__ or error).strip().splitlines()[-1].strip().rstrip(".")

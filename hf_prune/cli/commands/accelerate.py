@@ -56,8 +56,13 @@ def accelerate(
         tolerance=tolerance,
         progress=True,
     )
+    if not as_json:
+        echo(str(report))
+        if out is None:
+            return
     values = {**report.to_dict(), "weights": measured_weights(model)}  # for hf-prune card
-    echo(json.dumps(values, indent=2) if as_json else str(report))
+    if as_json:
+        echo(json.dumps(values, indent=2))
     if out is not None:
         write_json(out, values)
         if not as_json:

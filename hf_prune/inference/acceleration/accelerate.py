@@ -37,8 +37,6 @@ from hf_prune.utils.offloaded_weights import refuse_offloaded
 from hf_prune.utils.progress import Bar
 from hf_prune.utils.wrapping import check_is_model, sole_model
 
-_TOLERANCE = 1e-4
-
 
 def accelerate(
     model: nn.Module,
@@ -116,7 +114,7 @@ def accelerate(
         seen = observe(model, typical)
         weights = [matrix_of(layer) for layer in seen.layers.values()]
         if tolerance is None:
-            tolerance = max((_TOLERANCE, *(2 * torch.finfo(weight.dtype).eps for weight in weights)))
+            tolerance = max((AccelerationReport.tolerance, *(2 * torch.finfo(weight.dtype).eps for weight in weights)))
         if saved is None:
             groups = Bar(_kinds(seen.layers), desc="Choosing kernels", unit="layer", progress=progress)
             kinds = [_chosen(group, seen.tokens, dtypes, tolerance) for group in groups]
