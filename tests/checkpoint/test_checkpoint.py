@@ -45,6 +45,7 @@ from hf_prune.utils.folders import MARK
 from hf_prune.utils.locks import output_lock
 from tests import models
 from tests.models import assert_unchanged, same_bits, snapshot
+from tests.support.damaged_files import replace_bytes
 
 CONFIG = PruningConfig(sparsity=0.3, scope="global", exclude_modules=["classifier"], seed=5)
 
@@ -407,7 +408,7 @@ def test_equal_masks_are_equal_bytes(pruned, tmp_path):
 def test_side_file_that_is_no_safetensors(saved, content):
     data = (saved / MASK_FILE).read_bytes()
     broken = {"empty": b"", "truncated": data[:-7], "text": b"not at all", "header": data[:20] + b"\xff" + data[21:]}
-    (saved / MASK_FILE).write_bytes(broken[content])
+    replace_bytes(saved / MASK_FILE, broken[content])
     with pytest.raises(CheckpointError, match=r"pruning_masks.safetensors cannot be read as safetensors"):
         load(saved)
 
@@ -436,7 +437,7 @@ def test_any_flipped_byte_is_noticed_or_harmless(saved, pruned):
     data = (saved / MASK_FILE).read_bytes()
     refused = 0
     for position in range(0, len(data), 41):
-        (saved / MASK_FILE).write_bytes(data[:position] + bytes([data[position] ^ 0x10]) + data[position + 1 :])
+        replace_bytes(saved / MASK_FILE, data[:position] + bytes([data[position] ^ 0x10]) + data[position + 1 :])
         try:
             store = load_masks(saved / MASK_FILE)
         except CheckpointError:
@@ -450,7 +451,7 @@ def test_any_flipped_byte_is_noticed_or_harmless(saved, pruned):
 
 def test_damaged_weights_are_refused(saved):
     data = (saved / "model.safetensors").read_bytes()
-    (saved / "model.safetensors").write_bytes(data[: len(data) // 2])
+    replace_bytes(saved / "model.safetensors", data[: len(data) // 2])
     with pytest.raises(CheckpointError, match=r"model.safetensors cannot be read as safetensors.*download or save"):
         load(saved)
 

@@ -67,6 +67,7 @@ from hf_prune.hub.verify import verify_checkpoint
 from hf_prune.utils.folders import MARK
 from tests import models
 from tests.models import assert_unchanged, same_bits, snapshot, tiny_batches
+from tests.support.damaged_files import replace_bytes
 
 SETTINGS: Any = {"sparsity": 0.7, "scope": "global"}
 
@@ -399,7 +400,7 @@ def test_remote_code_loads_it_without_hf_prune(folders, tmp_path, run_remote):
     assert names(tmp_path / "dense") == names(folders["dense"])
     assert json_or_bytes(tmp_path / "dense" / "config.json") == json_or_bytes(folders["dense"] / "config.json")
     shard = max((tmp_path / "small").glob("model-*.safetensors"))
-    shard.write_bytes(shard.read_bytes()[:-1] + b"?")
+    replace_bytes(shard, shard.read_bytes()[:-1] + b"?")
     said = run_remote(tmp_path / "small", folders["dense"], *autos)
     assert "CheckpointError" in said
     assert "its bytes do not match its checksum" in said
@@ -577,7 +578,7 @@ def reseal(data: bytes, **changes: Any) -> bytes:
 
 
 def test_a_resealed_file_is_accepted(small):
-    (small / SINGLE).write_bytes(reseal((small / SINGLE).read_bytes()))
+    replace_bytes(small / SINGLE, reseal((small / SINGLE).read_bytes()))
     PackedFiles([small / SINGLE])
 
 
@@ -586,7 +587,7 @@ def test_one_flipped_bit_anywhere_is_refused(small):
     length = 8 + int.from_bytes(data[:8], "little")
     places = [8, 100, length - 1, length, length + 1, len(data) // 2, len(data) - 1]
     for place in places:
-        (small / SINGLE).write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
+        replace_bytes(small / SINGLE, data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
         with pytest.raises(CheckpointError, match="download or save"):
             PackedFiles([small / SINGLE])
     refused(small, "its bytes do not match its checksum")
@@ -598,7 +599,7 @@ def test_a_flipped_bit_is_found_by_the_checksum_while_the_weights_are_read(small
     start = 8 + int.from_bytes(data[:8], "little")
     places = [data.rindex(b"hfp1") + 5, data.rindex(b"hfp1") + 120, *range(start, len(data), (len(data) - start) // 9)]
     for place in places:
-        (small / SINGLE).write_bytes(data[:place] + bytes([data[place] ^ 16]) + data[place + 1 :])
+        replace_bytes(small / SINGLE, data[:place] + bytes([data[place] ^ 16]) + data[place + 1 :])
         for load in (AutoModelForSequenceClassification, AutoPrunedModelForSequenceClassification):
             with pytest.raises(CheckpointError, match="download or save"):
                 load.from_pretrained(small)
@@ -623,18 +624,18 @@ def test_another_dtype_is_that_of_the_dense_checkpoint_rounded(folders, dtype):
 def test_truncated_files_are_refused(small):
     data = (small / SINGLE).read_bytes()
     for length in (0, 7, 8, 100, len(data) // 2, len(data) - 1):
-        (small / SINGLE).write_bytes(data[:length])
+        replace_bytes(small / SINGLE, data[:length])
         with pytest.raises(CheckpointError):
             PackedFiles([small / SINGLE])
 
 
 def test_other_versions_are_refused(small):
     data = (small / SINGLE).read_bytes()
-    (small / SINGLE).write_bytes(reseal(data, version=2))
+    replace_bytes(small / SINGLE, reseal(data, version=2))
     refused(small, r"has format and version \('hf_prune.packed', 2\): expected \('hf_prune.packed', 1\); update")
-    (small / SINGLE).write_bytes(reseal(data, tensors=7))
+    replace_bytes(small / SINGLE, reseal(data, tensors=7))
     refused(small, "the files have 41 tensors, expected 7")
-    (small / SINGLE).write_bytes(data)
+    replace_bytes(small / SINGLE, data)
     config = json_or_bytes(small / "config.json")
     config["quantization_config"]["compressed"] = 2
     (small / "config.json").write_text(json.dumps(config))
@@ -646,7 +647,7 @@ def test_a_packed_weight_that_lies_is_named(small):
     data = (small / SINGLE).read_bytes()
     place = data.index(b"hfp1", 8 + int.from_bytes(data[:8], "little"))
     changed = data[: place + 24] + (1 << 50).to_bytes(8, "little") + data[place + 32 :]
-    (small / SINGLE).write_bytes(reseal(changed))
+    replace_bytes(small / SINGLE, reseal(changed))
     refused(small, r"weight in model\.safetensors: a packed weight is damaged: .* claim to be a weight of shape")
 
 
@@ -671,7 +672,7 @@ def test_a_header_that_is_none_of_safetensors_is_refused(small, monkeypatch, cha
     change(header)
     text = json.dumps(header).encode()
     changes = {"tensors": 42} if b"F8" in text else {}
-    (small / SINGLE).write_bytes(reseal(len(text).to_bytes(8, "little") + text + data[length:], **changes))
+    replace_bytes(small / SINGLE, reseal(len(text).to_bytes(8, "little") + text + data[length:], **changes))
     refused(small, message)
     reader = ModuleType("modeling_of_a_checkpoint")
     monkeypatch.setitem(sys.modules, reader.__name__, reader)  # where dataclasses look
@@ -806,7 +807,7 @@ def test_many_damaged_files_are_refused_or_harmless(tiny_file, tmp_path, sealed)
             changed = reseal(data[:length] + body)
         else:
             changed = mutate(data, rng)
-        path.write_bytes(changed)
+        replace_bytes(path, changed)
         try:
             tensors = read_all(path)
         except CheckpointError:
@@ -828,7 +829,7 @@ def test_damaged_masks_are_refused_or_harmless(folders, tmp_path):
     refused = 0
     for number in range(1500):
         head = data[:length] if number % 3 else mutate(data[:length], rng)  # at times only the bits are damaged
-        path.write_bytes(head + (mutate(data[length:], rng) if number % 3 else data[length:]))
+        replace_bytes(path, head + (mutate(data[length:], rng) if number % 3 else data[length:]))
         try:
             masks = dict(StoredMasks(path))
         except CheckpointError:
@@ -1098,7 +1099,7 @@ def with_claims(folder: Path, claims: dict[str, tuple[int, ...]]) -> None:
         }
     whole = header_bytes(tensors, metadata) + b"".join(parts[name] for name in tensors)
     count = len(tensors) - sum(name.endswith("_packed") for name in tensors)
-    (folder / SINGLE).write_bytes(reseal(whole, tensors=count))
+    replace_bytes(folder / SINGLE, reseal(whole, tensors=count))
 
 
 def offsets(header: dict[str, Any]) -> dict[str, tuple[int, int]]:
