@@ -1,8 +1,8 @@
-"""Which implementation multiplies the packed experts of transformers: one by one while calibration watches."""
+"""Which implementation multiplies the packed experts of transformers."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,11 +10,13 @@ from torch import nn
 
 
 @contextmanager
-def eager_experts(owners: Sequence[nn.Module]) -> Iterator[None]:
-    """Inside, experts of transformers are multiplied one by one, as their class is written; afterwards as before.
+def experts_by(implementation: str, owners: Iterable[nn.Module]) -> Iterator[None]:
+    """Inside, experts of transformers are multiplied in another way; afterwards as before.
 
     Args:
-        owners: The modules that hold them.
+        implementation: ``"eager"``, one by one, as their class is written, which calibration can watch; or
+            ``"batched_mm"``, each token by copies of the weights of its experts, which can be traced.
+        owners: The modules that hold them, or all modules of a model.
     """
     attribute = "_experts_implementation_internal"
     configs: dict[int, Any] = {}
@@ -25,7 +27,7 @@ def eager_experts(owners: Sequence[nn.Module]) -> Iterator[None]:
     previous: Mapping[int, Any] = {key: vars(config)[attribute] for key, config in configs.items()}
     try:
         for config in configs.values():
-            vars(config)[attribute] = "eager"
+            vars(config)[attribute] = implementation
         yield
     finally:
         for key, config in configs.items():

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from hf_prune.calibration.expert_implementation import eager_experts
+from hf_prune.calibration.expert_implementation import experts_by
 from hf_prune.calibration.routed_rows import RoutedRows
 from hf_prune.errors import CalibrationError
 from hf_prune.kernels.matrix import Target
@@ -169,7 +169,7 @@ class SlabCalls(TorchFunctionMode):
                 context.callback(owner.register_forward_pre_hook(self._look_up).remove)
             for attention in self._attentions:
                 context.callback(attention.register_forward_pre_hook(self._look_up_projection).remove)
-            context.enter_context(eager_experts(list(self._by_owner)))
+            context.enter_context(experts_by("eager", list(self._by_owner)))
             context.enter_context(self)
             try:
                 yield

@@ -18,7 +18,7 @@ PANELS = {
     "Data": "data text_column label_column split score_split calibration_split calibration_samples window metric limit "
     "batch_size prompts batch length new_tokens lm_eval include_path evaluate evaluation latency acceleration dataset",
     "How": "objective repair steps polish polish_samples shrink stream seed tolerance warmup codec values gguf_type "
-    "quantize remote_code rounds rewind_to schedule begin end every shrink_at config",
+    "quantize cache remote_code rounds rewind_to schedule begin end every shrink_at config",
     "Training": "epochs learning_rate accumulation bf16 teacher temperature hidden task checkpoints "
     "allow_changes report_to",
     "Where it runs": "accelerate device dtype dtypes threads revision token trust_remote_code",

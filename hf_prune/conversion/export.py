@@ -13,11 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from hf_prune.architectures.bypass import bypassed_layers
 from hf_prune.architectures.switched_off import layers_without_units
+from hf_prune.calibration.expert_implementation import experts_by
+from hf_prune.conversion.exported_graphs import Graph, cached_graph, first_output, logits_graph
 from hf_prune.conversion.int8 import check_quantizer, write_int8
 from hf_prune.errors import ExportError
 from hf_prune.inference.backends import SUFFIXES, ExportedModel, need
@@ -78,39 +81,24 @@ class ExportReport(Result):
         )
 
 
-class _Logits(nn.Module):
-    """A model as a function that takes tensors in a fixed order and returns one tensor."""
-
-    def __init__(self, model: nn.Module, names: tuple[str, ...]) -> None:
-        super().__init__()
-        self.model = model
-        self.names = names
-
-    def forward(self, *values: Tensor) -> Tensor:
-        """The logits, or else the first output."""
-        return first_output(self.model(**dict(zip(self.names, values, strict=True))))
-
-
-def first_output(outputs: Any) -> Any:
-    """The logits of a model's outputs, or else the first output."""
-    logits = getattr(outputs, "logits", None)
-    return logits if logits is not None else outputs[0]
-
-
 @working("Exporting")
 def export_model(
-    model: nn.Module, path: str | Path, *, quantize: str | None = None, overwrite: bool = False
+    model: nn.Module, path: str | Path, *, quantize: str | None = None, cache: bool = False, overwrite: bool = False
 ) -> ExportReport:
     """Export a model to ONNX (``.onnx``) or OpenVINO (``.xml``, with a ``.bin`` beside it), and check the file.
 
-    The batch size and the number of tokens are free dimensions, and the logits are the only output. Before the file is
-    put in place, it is run once and compared with PyTorch. A masked model keeps its zeros, and a shrunk model its size.
+    The batch size and the number of tokens are free dimensions, and the logits are the only output, but for ``cache``.
+    Before the file is put in place, it is run and compared with PyTorch. A masked model keeps its zeros, and a shrunk
+    model its size.
 
     Args:
         model: A transformers model for text, images or sound, in float32.
         path: The file.
         quantize: ``"int8"`` for int8 matrices of linear layers and embeddings (ONNX by ONNX Runtime's dynamic
             quantization, OpenVINO by NNCF), which changes the outputs: the report says by how much. None for float32.
+        cache: For causal language models: the file takes keys and values of earlier tokens, and returns them with those
+            of the new tokens, so that :meth:`ExportedModel.generate` reads each token once. Their names are those of
+            Optimum and transformers.js, ``past_key_values.0.key`` and ``present.0.key``.
         overwrite: Replace an existing file and the files that belong to it.
 
     Returns:
@@ -118,8 +106,9 @@ def export_model(
 
     Raises:
         CheckpointError: If the file exists already.
-        ExportError: If a package is missing, the suffix is unknown, the model cannot be exported, or the outputs of the
-            float32 file differ from PyTorch's, or those of the int8 file are not finite.
+        ExportError: If a package is missing, the suffix is unknown, the model cannot be exported, or keeps no keys and
+            values for ``cache``, or the outputs of the float32 file differ from PyTorch's, or those of the int8 file
+            are not finite.
         PlanError: If weights are offloaded or quantized.
     """
     path = Path(path)
@@ -144,7 +133,7 @@ def export_model(
     inputs = workload_inputs(model, {"batch_size": 2, "length": 8})
     other = workload_inputs(model, {"batch_size": 3, "length": 6})
     with _exportable(model):
-        program = _program(model, inputs)
+        program = _program(model, (cached_graph if cache else logits_graph)(model, inputs))
         with torch.no_grad():
             expected = first_output(model(**other))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -156,7 +145,8 @@ def export_model(
 
             openvino.save_model(openvino.convert_model(str(written.with_suffix(".onnx"))), str(written), False)
             written.with_suffix(".onnx").unlink()
-        actual = ExportedModel(written)(**other)
+        exported = ExportedModel(written)
+        actual = _in_two_steps(exported, other) if cache else exported(**other)
         difference = float((torch.from_numpy(actual) - expected).abs().max())
         runtime = "openvino" if path.suffix == ".xml" else "onnxruntime"
         if not difference <= _TOLERANCE * max(1.0, float(expected.abs().max())):
@@ -198,21 +188,28 @@ def _quantized(
     return target, changed
 
 
-def _program(model: Any, inputs: Mapping[str, Tensor]) -> Any:
-    names = tuple(inputs)
-    free = torch.export.Dim.DYNAMIC
-    shapes = tuple({0: free, 1: free} if t.dim() == 2 else {0: free} for t in inputs.values())
+def _in_two_steps(exported: ExportedModel, inputs: Mapping[str, Tensor]) -> Any:
+    """The logits of a batch, of which the second half is read with the cache of the first."""
+    halves = inputs["input_ids"].chunk(2, dim=1)
+    cache, found = exported.empty_cache(len(halves[0])), []
+    for half in halves:
+        logits, cache = exported.step({"input_ids": half.numpy()}, cache)
+        found.append(logits)
+    return np.concatenate(found, axis=1)
+
+
+def _program(model: Any, graph: Graph) -> Any:
     errors = []
     for attention in (None, "eager"):  # fused attention of some models computes shapes that cannot be traced
-        with _attention(model, attention), _quiet():
+        with _attention(model, attention), experts_by("batched_mm", model.modules()), _quiet():
             try:
                 return torch.onnx.export(
-                    _Logits(model, names).eval(),
-                    tuple(inputs.values()),
+                    graph.module.eval(),
+                    graph.inputs,
                     dynamo=True,
-                    input_names=list(names),
-                    output_names=["logits"],
-                    dynamic_shapes=(shapes,),
+                    input_names=list(graph.input_names),
+                    output_names=list(graph.output_names),
+                    dynamic_shapes=(graph.free,),
                     verbose=False,
                 )
             except Exception as error:  # torch raises many kinds
@@ -226,7 +223,8 @@ def _reason(error: BaseException) -> str:
         error = inner
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     told = [line for line in lines if not re.search("stack trace|report|verbose=|TORCH_", line, re.IGNORECASE)]
-    return (told or lines or [type(error).__name__])[0]
+    first, *others = told or lines or [type(error).__name__]
+    return f"{first} {others[0]}" if first.endswith(":") and others else first
 
 
 @contextlib.contextmanager

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from hf_prune.errors import DataError, ExportError
 
 SUFFIXES = (".onnx", ".xml")
+PAST = "past_key_values."  # how the names of a cache's inputs begin: past_key_values.0.key, past_key_values.0.value, …
+PRESENT = "present."  # and those of the outputs that hold the longer cache
+
+_Arrays = dict[str, Any]
 
 
 class ExportedModel:
     """An exported model on the CPU, called with tensors by name; returns an array.
+
+    A file with a key-value cache starts from an empty one when it is called.
 
     Args:
         path: An ``.onnx`` or ``.xml`` file.
@@ -28,32 +36,101 @@ class ExportedModel:
         self.path = Path(path)
         if not self.path.exists():
             raise DataError(f"{path} does not exist: expected an exported model")
-        self._run = self._openvino(threads) if self.path.suffix == ".xml" else self._onnx(threads)
+        start = _openvino if self.path.suffix == ".xml" else _onnx
+        self._run, self._inputs = start(self.path, threads)
 
     def __call__(self, **inputs: Tensor) -> Any:
         """The logits, a NumPy array."""
-        return self._run({name: value.cpu().numpy() for name, value in inputs.items()})
+        arrays = {name: value.cpu().numpy() for name, value in inputs.items()}
+        return self.step(arrays, self.empty_cache(len(next(iter(arrays.values())))))[0]
 
-    def _onnx(self, threads: int | None) -> Any:
-        need("onnxruntime")
-        import onnxruntime
+    @property
+    def has_cache(self) -> bool:
+        """Whether the file takes and returns keys and values of earlier tokens."""
+        return any(name.startswith(PAST) for name in self._inputs)
 
-        options = onnxruntime.SessionOptions()
-        if threads is not None:
-            options.intra_op_num_threads = threads
-        session = onnxruntime.InferenceSession(str(self.path), options, providers=["CPUExecutionProvider"])
-        names = {value.name for value in session.get_inputs()}
-        return lambda inputs: session.run(None, {k: v for k, v in inputs.items() if k in names})[0]
+    def empty_cache(self, batch_size: int) -> _Arrays:
+        """Keys and values of no tokens, by the names of the inputs."""
+        return {
+            name: np.zeros((batch_size, shape[1], 0, shape[3]), np.float32)
+            for name, shape in self._inputs.items()
+            if name.startswith(PAST)
+        }
 
-    def _openvino(self, threads: int | None) -> Any:
-        need("openvino")
-        import openvino
+    def step(self, inputs: Mapping[str, Any], cache: Mapping[str, Any]) -> tuple[Any, _Arrays]:
+        """Run tokens that follow those of a cache.
 
-        settings: dict[str, Any] = {} if threads is None else {"INFERENCE_NUM_THREADS": threads}
-        settings["INFERENCE_PRECISION_HINT"] = "f32"
-        compiled = openvino.Core().compile_model(str(self.path), "CPU", settings)
-        names = {name for value in compiled.inputs for name in value.names}
-        return lambda inputs: compiled({k: v for k, v in inputs.items() if k in names})[0]
+        Args:
+            inputs: Arrays by name. An attention mask has the tokens of the cache as well; it is of ones, and positions
+                follow those of the cache, where they are left out.
+            cache: From :meth:`empty_cache`, or of the step before.
+
+        Returns:
+            The logits, and the cache with the new tokens.
+        """
+        given = {**inputs, **cache}
+        if cache:
+            batch, new = given["input_ids"].shape
+            past = next(iter(cache.values())).shape[2]
+            given.setdefault("attention_mask", np.ones((batch, past + new), np.int64))
+            given.setdefault("position_ids", np.arange(past, past + new)[None].repeat(batch, 0))
+        logits, *present = self._run({name: value for name, value in given.items() if name in self._inputs})
+        return logits, dict(zip(cache, present, strict=True))
+
+    def generate(self, input_ids: Tensor, new_tokens: int) -> Any:
+        """Continue prompts of one length, always with the likeliest token, and without an end.
+
+        Args:
+            input_ids: Prompts, of shape (batch, tokens).
+            new_tokens: How many tokens to add to each.
+
+        Returns:
+            Prompts and new tokens, a NumPy array of shape (batch, tokens + new_tokens).
+
+        Raises:
+            ExportError: If the file has no key-value cache.
+        """
+        if not self.has_cache:
+            raise ExportError(
+                f"{self.path} has no key-value cache, so it cannot generate: write it with export_model(cache=True), "
+                f"or hf-prune export --cache"
+            )
+        tokens = [input_ids.cpu().numpy()]
+        cache = self.empty_cache(len(input_ids))
+        for _ in range(new_tokens):
+            logits, cache = self.step({"input_ids": tokens[-1]}, cache)
+            tokens.append(logits[:, -1:].argmax(-1))
+        return np.concatenate(tokens, axis=1)
+
+
+_Started = tuple[Callable[[_Arrays], Sequence[Any]], dict[str, Sequence[Any]]]
+
+
+def _onnx(path: Path, threads: int | None) -> _Started:
+    """How to run a file, and the shapes of its inputs."""
+    need("onnxruntime")
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return lambda inputs: session.run(None, inputs), {value.name: value.shape for value in session.get_inputs()}
+
+
+def _openvino(path: Path, threads: int | None) -> _Started:
+    need("openvino")
+    import openvino
+
+    settings: dict[str, Any] = {} if threads is None else {"INFERENCE_NUM_THREADS": threads}
+    settings["INFERENCE_PRECISION_HINT"] = "f32"
+    compiled = openvino.Core().compile_model(str(path), "CPU", settings)
+    shapes: dict[str, Sequence[Any]] = {
+        name: [dim.get_length() if dim.is_static else str(dim) for dim in value.partial_shape]
+        for value in compiled.inputs
+        for name in value.names
+    }
+    return lambda inputs: list(compiled(inputs).values()), shapes
 
 
 def need(*packages: str, extra: str | None = None) -> None:

@@ -51,7 +51,8 @@ def measure_latency(
         rounds: How many timings of each model.
         warmup: How many runs before the first timing.
         threads: PyTorch threads while timing; None leaves the number as it is.
-        new_tokens: For causal language models: also time the greedy generation of so many tokens.
+        new_tokens: For causal language models: also time the greedy generation of so many tokens; of exported ones, by
+            those with a key-value cache.
 
     Raises:
         ConfigError: If there are no models, they differ in dtype, device or inputs, or a number is too small or too
@@ -82,7 +83,9 @@ def measure_latency(
             tasks = {"forward": {name: _forward(model, workload.inputs) for name, model in models.items()}}
             if new_tokens:
                 tasks["generate"] = {
-                    name: _generation(model, workload.inputs, new_tokens) for name, model in native.items()
+                    name: _generation(model, workload.inputs, new_tokens)
+                    for name, model in models.items()
+                    if isinstance(model, nn.Module) or model.has_cache
                 }
             for task, runs in tasks.items():
                 timings = time_together(runs, rounds=rounds, warmup=warmup)
@@ -131,6 +134,8 @@ def _forward(model: nn.Module | ExportedModel, inputs: Mapping[str, Any]) -> Cal
 
 
 def _generation(model: Any, inputs: Mapping[str, Any], new_tokens: int) -> Any:
+    if isinstance(model, ExportedModel):
+        return partial(model.generate, inputs["input_ids"], new_tokens)
     settings = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False, "num_beams": 1}
 
     def run() -> None:

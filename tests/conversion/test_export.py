@@ -9,6 +9,7 @@ import onnx
 import pytest
 import torch
 from onnx import numpy_helper
+from transformers import MambaConfig, MambaForCausalLM
 
 from hf_prune import ExportError, export_model, measure_latency, prune, shrink
 from hf_prune.architectures.bypass import bypass
@@ -16,6 +17,7 @@ from hf_prune.cli.main import main
 from hf_prune.errors import ConfigError, DataError
 from hf_prune.inference.backends import ExportedModel
 from tests.architecture_models import tiny
+from tests.moe_models import tiny_mixture
 
 
 def logits(model, inputs):
@@ -132,6 +134,87 @@ def test_models_exported_by_the_command_are_timed_beside_checkpoints(tmp_path, c
         main(["bench", str(tmp_path / "model"), str(tmp_path / "m.onnx"), "--length", "8", "--rounds", "3", "--json"])
     assert ended.value.code == 0
     assert [p["model"] for p in json.loads(capsys.readouterr().out)["points"]] == ["model", "m.onnx"]
+
+
+def greedy(model, ids, new_tokens):
+    """Each token from all before it, without a cache; generate() would leave out the token that ends a text."""
+    for _ in range(new_tokens):
+        ids = torch.cat([ids, torch.from_numpy(logits(model, {"input_ids": ids})[:, -1:].argmax(-1))], 1)
+    return ids.numpy()
+
+
+@pytest.mark.parametrize("suffix", [".onnx", pytest.param(".xml", marks=pytest.mark.matrix)])
+def test_a_key_value_cache_generates_what_pytorch_does(suffix, tmp_path):
+    """Of a model whose layers have different numbers of heads; prompts may be of other sizes than in the export."""
+    model, inputs = tiny("llama", num_key_value_heads=4)
+    prune(model, 0.4, granularity=("head", "neuron"), scope="global")
+    shrink(model)
+    heads = [layer.self_attn.k_proj.out_features for layer in model.model.layers]
+    assert len(set(heads)) > 1
+    report = export_model(model, tmp_path / f"m{suffix}", cache=True)
+    assert report.difference < 1e-5
+    exported = ExportedModel(report.path, threads=1)
+    assert exported.has_cache
+    ids = inputs()["input_ids"][:, 2:]
+    for prompts in (ids, ids[:1, :3]):
+        assert (exported.generate(prompts, 7) == greedy(model, prompts, 7)).all()
+    assert abs(exported(input_ids=ids) - logits(model, {"input_ids": ids})).max() < 1e-5  # a whole batch at once
+
+
+def test_the_tensors_of_a_cache_have_the_names_of_optimum_and_padding_on_the_left_is_masked(tmp_path):
+    model, inputs = tiny("llama")
+    export_model(model, tmp_path / "m.onnx", cache=True)
+    graph = onnx.load(tmp_path / "m.onnx").graph
+    tokens = ["input_ids", "attention_mask", "position_ids"]
+    sides = [f"{i}.{side}" for i in range(len(model.model.layers)) for side in ("key", "value")]
+    assert [value.name for value in graph.input] == [*tokens, *(f"past_key_values.{side}" for side in sides)]
+    assert [value.name for value in graph.output] == ["logits", *(f"present.{side}" for side in sides)]
+    exported = ExportedModel(tmp_path / "m.onnx")
+    ids = inputs()["input_ids"][:, 2:]
+    padded = {
+        "input_ids": torch.cat([torch.zeros_like(ids[:, :2]), ids], 1),
+        "attention_mask": torch.tensor([[0, 0] + [1] * ids.shape[1]] * len(ids)),
+        "position_ids": torch.tensor([[0, 0, *range(ids.shape[1])]] * len(ids)),
+    }
+    assert abs(exported(**padded)[:, 2:] - logits(model, {"input_ids": ids})).max() < 1e-5
+
+
+def test_experts_are_exported(tmp_path):
+    model = tiny_mixture("mixtral")
+    assert export_model(model, tmp_path / "m.onnx", cache=True).difference < 1e-5
+    assert model.config._experts_implementation != "batched_mm"
+
+
+def test_models_without_keys_and_values_are_refused_a_cache(tmp_path, capsys):
+    with pytest.raises(ExportError, match=r"does not continue a text.*leave cache=True \(--cache\) out"):
+        export_model(tiny("bert")[0], tmp_path / "m.onnx", cache=True)
+    config = MambaConfig(vocab_size=99, hidden_size=16, state_size=4, num_hidden_layers=2)
+    with pytest.raises(ExportError, match="MambaForCausalLM keeps something else than keys and values of each layer"):
+        export_model(MambaForCausalLM(config), tmp_path / "m.onnx", cache=True)
+    tiny("llama")[0].save_pretrained(tmp_path / "model")
+    with pytest.raises(SystemExit):
+        main(["export", str(tmp_path / "model"), str(tmp_path / "m.gguf"), "--cache"])
+    assert "--cache is for FILE.onnx and FILE.xml" in capsys.readouterr().err
+    assert os.listdir(tmp_path) == ["model"]
+
+
+def test_generation_with_a_cache_is_timed_and_without_one_refused(tmp_path, capsys):
+    model, inputs = tiny("llama")
+    model.save_pretrained(tmp_path / "model")
+    for name, options in (("with", ["--cache"]), ("without", [])):
+        with pytest.raises(SystemExit) as ended:
+            main(["export", str(tmp_path / "model"), str(tmp_path / f"{name}.onnx"), *options])
+        assert ended.value.code == 0
+    capsys.readouterr()
+    files = [str(tmp_path / name) for name in ("model", "with.onnx", "without.onnx")]
+    with pytest.raises(SystemExit) as ended:
+        main(["bench", *files, "--length", "8", "--rounds", "3", "--new-tokens", "4", "--json"])
+    assert ended.value.code == 0
+    timed = [(p["model"], p["task"]) for p in json.loads(capsys.readouterr().out)["points"]]
+    assert ("with.onnx", "generate") in timed
+    assert ("without.onnx", "generate") not in timed
+    with pytest.raises(ExportError, match=r"without\.onnx has no key-value cache.*hf-prune export --cache"):
+        ExportedModel(tmp_path / "without.onnx").generate(inputs()["input_ids"], 2)
 
 
 def test_refusals_write_nothing(tmp_path, monkeypatch):

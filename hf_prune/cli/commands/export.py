@@ -32,6 +32,12 @@ def export(
         str | None,
         one_of(("int8",), "Write an ONNX or OpenVINO file with int8 weights. [default: float32]", show_default=False),
     ] = None,
+    cache: Annotated[
+        bool,
+        typer.Option(
+            "--cache", help="ONNX and OpenVINO: with a key-value cache, for generation, as inputs and outputs."
+        ),
+    ] = False,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
@@ -43,6 +49,8 @@ def export(
     if out.suffix == ".gguf":
         if quantize is not None:
             raise ExportError(f"--quantize is for FILE.onnx and FILE.xml: for {out}, choose --gguf-type q8_0")
+        if cache:
+            raise ExportError("--cache is for FILE.onnx and FILE.xml: llama.cpp has one with any file, so leave it out")
         from hf_prune.checkpoint.companions import has_tokenizer
         from hf_prune.checkpoint.native import load_tokenizer
         from hf_prune.checkpoint.sources import check_model_source
@@ -58,4 +66,4 @@ def export(
         raise ExportError(f"--gguf-type is for FILE.gguf, and {out} ends in {out.suffix!r}")
     from hf_prune.conversion.export import export_model
 
-    show(export_model(load_native(model).float(), out, quantize=quantize, overwrite=overwrite), as_json)
+    show(export_model(load_native(model).float(), out, quantize=quantize, cache=cache, overwrite=overwrite), as_json)
