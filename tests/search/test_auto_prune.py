@@ -329,10 +329,17 @@ def _check_held_out_again(folder, data):
 def test_the_held_out_score_of_a_classifier_is_measured_again(data, tmp_path, capsys):
     task = ClassificationTask(str(data), calibration_samples=8)
     model, options = models.tiny_classifier(seed=4), {"goal": "sparser", "max_drop": 100.0, "held_out": 24}
+    for name, each in (("dense", model), ("other", models.tiny_classifier(seed=5))):
+        each.save_pretrained(tmp_path / name)
+        models.tiny_tokenizer().save_pretrained(tmp_path / name)
     result = auto_prune(model, models.tiny_tokenizer(), task, tmp_path / "out", presets=("fast",), **options)
     _check_held_out_again(result.folder, data)
     assert "accuracy" in capsys.readouterr().out
-    assert exit_code("verify", result.folder, "--evaluate", "--data", data, "--split", "train") == 1
+    again = ("verify", result.folder, "--evaluate", "--data", data)
+    assert exit_code(*again, "--against", tmp_path / "dense") == 0
+    assert exit_code(*again, "--against", tmp_path / "other") == 1
+    assert "of the divergence" in capsys.readouterr().out
+    assert exit_code(*again, "--split", "train") == 1
     assert "is of data that was held out, as it is again" in capsys.readouterr().err
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -45,7 +46,12 @@ def verify(
     scored: dict[str, Any] = {}
 
     def score(folder: str) -> dict[str, Any]:
-        from hf_prune.cli.workflows.evaluate import evaluate_checkpoint, measure_again, measure_held_out
+        from hf_prune.cli.workflows.evaluate import (
+            evaluate_checkpoint,
+            measure_again,
+            measure_held_out_texts,
+            score_held_out,
+        )
         from hf_prune.evaluation.sentence_result import METRICS, NDCG
         from hf_prune.hub.card_metadata import read_facts
         from hf_prune.utils.front_matter import read_card
@@ -62,19 +68,21 @@ def verify(
         task: Any = read_task(kind, source, text_column, label_column, metric=metric, limit=first, **calibrated)
         assert task is not None
         part = split or claimed.get("split") or task.default_split
-        if claimed.get("held_out"):
-            if against is not None:
-                raise ConfigError("--against compares on a split, and the score of this card is of data held out")
-            if split is not None:
-                raise ConfigError(
-                    f"--split {split}: the score of this card is of data that was held out, as it is again: leave "
-                    f"--split out"
-                )
-            return measure_held_out(folder, task, claimed)
+        held_out = bool(claimed.get("held_out"))
+        if held_out and split is not None:
+            raise ConfigError(
+                f"--split {split}: the score of this card is of data that was held out, as it is again: leave --split "
+                f"out"
+            )
         if isinstance(task, LanguageModelingTask):
-            return measure_again(folder, task, part, claimed)
-        score = evaluate_checkpoint(folder, task, part)
-        scored["compare"] = lambda: task.compare(evaluate_checkpoint(str(against), task, part), score)
+            measure = measure_held_out_texts if held_out else partial(measure_again, split=part)
+            return measure(folder, task, claimed=claimed)
+
+        def score_of(model: str) -> Any:
+            return score_held_out(model, task, claimed) if held_out else evaluate_checkpoint(model, task, part)
+
+        score = score_of(folder)
+        scored["compare"] = lambda: task.compare(score_of(str(against)), score)
         values: dict[str, Any] = score.to_dict()
         return values
 

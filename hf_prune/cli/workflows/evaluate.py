@@ -82,28 +82,38 @@ def evaluate_language_model(
     return scores
 
 
-def measure_held_out(folder: str, task: Task, claimed: Mapping[str, Any]) -> dict[str, Any]:
-    """Measure a model again on what a search held out of the data that it learned from.
+def score_held_out(folder: str, task: Task, claimed: Mapping[str, Any]) -> Any:
+    """Score a model again on what a search held out of the data that it learned from.
 
     Args:
         folder: Its checkpoint.
-        task: The data.
+        task: The data; of a language model, :func:`measure_held_out_texts` does it.
         claimed: The score among the facts of the card, with ``"held_out"``, by what it was held out.
 
     Raises:
         DataError: If the task has nothing of the kind.
     """
-    recipe, progress = claimed["held_out"], display_name(folder)
-    if isinstance(task, LanguageModelingTask):
-        held_out = HeldOutTexts(task.source, task.text_column, texts=tuple(task.learned_and_held_out()[1]))
-        again = {**claimed, "window": recipe["window"], "n": recipe["n"]}
-        return {**measure_again(folder, held_out, task.calibration_split, again), "split": task.calibration_split}
-    if isinstance(task, RawTask):
+    if isinstance(task, RawTask | LanguageModelingTask):
         raise DataError(f"the score of {folder} is of held-out data, and of this model none is: {NO_TASK}")
+    recipe = claimed["held_out"]
     model, tokenizer = load_for_task(folder, task)
     data = task.held_out(recipe["n"], recipe["seen"], model)
     named = {"split": task.calibration_split, **task.columns}
-    return score_model(model, tokenizer, data, progress=progress, **named).to_dict()
+    return score_model(model, tokenizer, data, progress=display_name(folder), **named)
+
+
+def measure_held_out_texts(folder: str, task: LanguageModelingTask, claimed: Mapping[str, Any]) -> dict[str, Any]:
+    """Measure a language model again on what a search held out of the texts that it learned from.
+
+    Args:
+        folder: Its checkpoint.
+        task: The texts.
+        claimed: The score among the facts of the card, with ``"held_out"``.
+    """
+    recipe = claimed["held_out"]
+    held_out = HeldOutTexts(task.source, task.text_column, texts=tuple(task.learned_and_held_out()[1]))
+    again = {**claimed, "window": recipe["window"], "n": recipe["n"]}
+    return {**measure_again(folder, held_out, task.calibration_split, again), "split": task.calibration_split}
 
 
 @dataclass(frozen=True)
