@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from hf_prune.errors import MaskError
 from hf_prune.kernels.packed_masks import PackedMask, mask_shape
 from hf_prune.kernels.zeroing import zero_removed_
+from hf_prune.utils.number_formats import is_wrapped
 from hf_prune.utils.offloaded_weights import values_of, write_weight
 
 
@@ -22,9 +23,17 @@ def check_fit(model: nn.Module, masks: Mapping[str, Tensor], replaced: Collectio
         replaced: Names of masks whose module is not part of the model any more.
 
     Raises:
-        MaskError: If a masked parameter is missing or has another shape.
+        MaskError: If a masked parameter is missing, has another shape, or was quantized.
     """
-    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    parameters = dict(model.named_parameters())
+    shapes = {name: parameter.shape for name, parameter in parameters.items()}
+    for name in masks:
+        if name in shapes and is_wrapped(weight := parameters[name]):
+            raise MaskError(
+                f"{name} has become a {type(weight).__name__}, and masks are of plain weights: save the pruned model "
+                f"before quantizing, and quantize what is loaded; drop_masks({name!r}) leaves its zeros, and the other "
+                f"masks"
+            )
     misfits = [name for name in masks if name in replaced or shapes.get(name) != mask_shape(masks, name)]
     if not misfits:
         return

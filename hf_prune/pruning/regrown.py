@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor
 
 from hf_prune.pruning.held_masks import gather_masks, take_trained_by
 from hf_prune.utils.notices import warn_user
+from hf_prune.utils.number_formats import plain_values
 
 
 @torch.no_grad()
@@ -29,7 +30,7 @@ def count_regrown(masks: Mapping[str, Tensor], weights: Mapping[str, Tensor]) ->
         if mask is None or mask.shape != weight.shape or weight.is_meta or isinstance(weight, DTensor):
             continue
         removed += mask.numel() - int(mask.count_nonzero())
-        regrown += int((weight.detach().ne(0) > mask.to(weight.device)).count_nonzero())
+        regrown += int((plain_values(weight.detach()).ne(0) > mask.to(weight.device)).count_nonzero())
     return regrown, removed
 
 

@@ -72,13 +72,25 @@ def _method_of_model(module: nn.Module) -> str | None:
     return method
 
 
-def _foreign_format(weight: Tensor, is_factor: bool) -> str | None:
-    """The format of a weight that is not plain; integers and booleans are plain if nothing is multiplied by them."""
+def is_wrapped(weight: Tensor) -> bool:
+    """Whether a weight is of a tensor class of its own, such as those of quanto and torchao, for numbers of another kind."""
     for kind in type(weight).__mro__:
         if kind in (Tensor, nn.Parameter, DTensor):
             break
         if "__torch_dispatch__" in vars(kind) or "__torch_function__" in vars(kind):
-            return f"a {type(weight).__name__}, which says {weight.dtype}"
+            return True
+    return False
+
+
+def plain_values(weight: Tensor) -> Tensor:
+    """The numbers that a weight stands for."""
+    return weight.dequantize() if is_wrapped(weight) else weight
+
+
+def _foreign_format(weight: Tensor, is_factor: bool) -> str | None:
+    """The format of a weight that is not plain; integers and booleans are plain if nothing is multiplied by them."""
+    if is_wrapped(weight):
+        return f"a {type(weight).__name__}, which says {weight.dtype}"
     if hasattr(weight, "quant_state") or hasattr(weight, "SCB"):  # bitsandbytes, in any dtype
         return f"a {type(weight).__name__} of {weight.dtype}"
     narrow = weight.dtype != torch.bool and weight.element_size() == 1

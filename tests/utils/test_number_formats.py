@@ -12,8 +12,10 @@ from hf_prune import (
     AutoPrunedModelForSequenceClassification,
     CheckpointError,
     DataError,
+    MaskError,
     PlanError,
     PruningConfig,
+    evaluate_perplexity,
     explain_speed,
     export_model,
     from_torch_prune,
@@ -227,3 +229,17 @@ def test_quantized_models_are_timed_without_a_word_on_zeros():
     sparse, quantized = prunable(models.tiny_llama()).prune(0.5), with_dtype(torch.float8_e4m3fn)(models.tiny_llama())
     (note,) = zero_notes({"sparse": sparse, "quantized": quantized})
     assert note.startswith("In sparse, 50.0 % of the weights")
+
+
+def test_a_model_that_was_quantized_after_pruning_is_scored_and_keeps_its_zeros_and_is_not_saved_with_masks(tmp_path):
+    model = rounded(prunable(models.tiny_llama()).prune(0.5))
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert not (model.get_parameter(name).dequantize()[~model.masks[name]] != 0).any()
+    windows = ["a few words that are read", "and some more of them"] * 8
+    assert evaluate_perplexity(model, models.tiny_tokenizer(), windows, window=8).perplexity > 1
+    for call in (lambda: model.save_pretrained(tmp_path), model.apply_masks, model.make_permanent):
+        with pytest.raises(
+            MaskError, match=r"up_proj\.weight has become a Rounded.*save the pruned model before quantizing"
+        ):
+            call()
+    assert not list(tmp_path.iterdir())
