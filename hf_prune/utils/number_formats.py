@@ -73,7 +73,7 @@ def _method_of_model(module: nn.Module) -> str | None:
 
 
 def is_wrapped(weight: Tensor) -> bool:
-    """Whether a weight is of a tensor class of its own, such as those of quanto and torchao, for numbers of another kind."""
+    """Whether a weight is of a tensor class of its own, such as those of quanto and torchao for other numbers."""
     for kind in type(weight).__mro__:
         if kind in (Tensor, nn.Parameter, DTensor):
             break
