@@ -58,6 +58,7 @@ def find_match_point(reader: InputReader, name: str) -> MatchPoint | None:
     norms = [m for m in block.modules() if "norm" in type(m).__name__.lower() and id(m) in reader.once]
     candidates = [*(MatchPoint(norm, output=False) for norm in norms), MatchPoint(block, output=True)]
     noise: list[Tensor] = []
+    shapes: list[torch.Size] = []
 
     def disturb(output: Tensor) -> Tensor:
         generator = torch.Generator().manual_seed(0)
@@ -65,8 +66,12 @@ def find_match_point(reader: InputReader, name: str) -> MatchPoint | None:
         noise[:] = [(torch.randn(output.shape, generator=generator).to(output.device) * size).to(output.dtype)]
         return output + noise[0]
 
-    plain = _seen_after(reader, module, candidates, None)
-    disturbed = _seen_after(reader, module, candidates, disturb)
+    def look(output: Tensor) -> None:
+        shapes.append(output.shape)
+
+    plain = _seen_after(reader, module, candidates, look)
+    fits = bool(broadcast(torch.tensor(any(seen.shape in shapes for seen in plain.values()))))
+    disturbed = _seen_after(reader, module, candidates, disturb) if fits else {}
     chosen = next((i for i in plain if i in disturbed and noise and _arrives(plain[i], disturbed[i], noise[0])), -1)
     chosen = int(broadcast(torch.tensor(chosen)))
     return None if chosen < 0 else candidates[chosen]
@@ -84,7 +89,7 @@ def _seen_after(
     reader: InputReader,
     module: nn.Module,
     candidates: Sequence[MatchPoint],
-    change: Callable[[Tensor], Tensor] | None,
+    change: Callable[[Tensor], Tensor | None],
 ) -> dict[int, Tensor]:
     """The tensors at some places after a module's call, on this process's first batch, in the order of the calls.
 
@@ -92,14 +97,14 @@ def _seen_after(
         reader: Runs the model.
         module: Places count from its call on.
         candidates: The places.
-        change: Replaces the module's output; None to leave it.
+        change: Replaces the module's output; returns None to leave it.
     """
     tensors: dict[int, Tensor] = {}
     called: list[bool] = []
 
     def at_module(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         called.append(True)
-        return None if change is None else change(output)
+        return change(output)
 
     def at_candidate(i: int) -> Callable[[Tensor], None]:
         def keep(x: Tensor) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from hf_prune.calibration.padding import first_tensor
 from hf_prune.errors import CalibrationError
-from hf_prune.kernels.chunked_logits import rows_of_chunk
+from hf_prune.kernels.chunked_logits import draw, rows_of_chunk
 from hf_prune.kernels.matrix import is_finite
 from hf_prune.utils.forward import is_encoder_decoder
 
@@ -62,7 +62,7 @@ class _SampledLogProbability(torch.autograd.Function):
         drawn, logs = [], []
         for part in rows.split(rows_of_chunk(rows.shape[1])):
             log_softmax = part.log_softmax(-1)
-            drawn.append(torch.multinomial(log_softmax.exp().cpu(), 1, generator=generator).to(rows.device))
+            drawn.append(draw(log_softmax.exp(), generator))
             logs.append(log_softmax.gather(1, drawn[-1]))
         labels = torch.cat(drawn)
         ctx.save_for_backward(logits, labels)

@@ -118,12 +118,27 @@ def sampled_likelihood(weights: Tensor, generator: torch.Generator) -> Term:
     def term(logits: Tensor, rows: slice) -> Tensor:
         _, total = _exponentials_(logits)
         logits.div_(total)
-        chosen = torch.multinomial(logits.cpu(), 1, generator=generator).to(logits.device)
+        chosen = draw(logits, generator)
         log_likelihoods = logits.gather(1, chosen).log_()[:, 0]
         logits.neg_().scatter_add_(1, chosen, logits.new_ones(()).expand_as(chosen)).mul_(weights[rows, None])
         return (log_likelihoods * weights[rows]).sum(dtype=_sum_dtype(logits))
 
     return term
+
+
+def draw(probabilities: Tensor, generator: torch.Generator) -> Tensor:
+    """A class number for each row (rows, 1), drawn by its probabilities.
+
+    ``torch.multinomial`` would draw a random number for each class; one for each row is enough.
+
+    Args:
+        probabilities: (rows, classes); each row sums to about 1.
+        generator: Of random numbers, on the CPU.
+    """
+    sums = probabilities.cumsum(1)
+    points = torch.rand(len(sums), 1, generator=generator).to(sums) * sums[:, -1:]
+    found = torch.searchsorted(sums, points, right=True)  # right, or a class of probability 0 could be drawn
+    return found.clamp_max_(probabilities.shape[1] - 1)
 
 
 def _softmax_(logits: Tensor, chosen: Tensor) -> Tensor:

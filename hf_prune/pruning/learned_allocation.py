@@ -29,6 +29,8 @@ from hf_prune.utils.offloaded_weights import weight_of
 Read = Callable[[str], Tensor]  # a weight by its name
 _SHARES = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98)  # at which the error of a target is estimated
 _ITERATIONS = 3  # of least squares: enough to see what a repair will bring
+_ROWS = 128  # of a matrix whose errors are computed; they stand for the others
+_TOGETHER = 2**29  # bytes of the Gram matrices of a block, up to which they are gathered in one pass
 _OUTLIER = 5.0  # times the mean of a block
 
 
@@ -100,7 +102,7 @@ def _fisher(
     """
     errors: dict[str, list[tuple[float, float]]] = {}  # by the name of each matrix
     removed_before: dict[str, int] = {}
-    for step in steps:
+    for step in _gathered_together(reader, steps):
         for target, gram in weighted_grams(reader, step, sensitivity):
             name = target.name
             weight = target.matrix(effective_weight(name, read)).to(gram.dtype)
@@ -134,6 +136,23 @@ def _fisher(
     counts = minimize_total_error(errors, units, plan.remove, removed_before, pools=pools)
     agreed = broadcast(torch.tensor(list(counts.values()))).tolist()
     return {name: count / units[name] for name, count in zip(counts, agreed, strict=True)}
+
+
+def _gathered_together(reader: InputReader, steps: list[list[Target]]) -> Iterator[list[Target]]:
+    """The steps of a block as one, as far as their Gram matrices are small: a pass through the block less for each."""
+    block: int | None = None
+    step: list[Target] = []
+    size = 0
+    for following in steps:
+        blocks = {id(reader.block_of(target.name)) for target in following}
+        its = blocks.pop() if len(blocks) == 1 and reader.block_of(following[0].name) is not None else None
+        more = sum(8 * target.slabs * target.slab_shape[1] ** 2 for target in following)
+        if step and (its is None or its != block or size + more > _TOGETHER):
+            yield step
+            step, size = [], 0
+        block, step, size = its, step + following, size + more
+    if step:
+        yield step
 
 
 def weighted_grams(
@@ -175,6 +194,9 @@ def _error_curve(
 ) -> list[tuple[float, float]]:
     """(share removed, error) of one matrix.
 
+    Of a large matrix, only some rows are solved for, evenly spaced among all in the order of how much they are worth.
+    What the others lose is taken to be the same share of what their removed weights are worth.
+
     Args:
         weight: (out, in).
         gram: (in, in).
@@ -184,13 +206,20 @@ def _error_curve(
     """
     gram = damped(gram)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram.double())).diagonal().to(gram.dtype)
-    scores = unit_scores((weight.square() * outputs[:, None] / inverse).float(), block, old)
+    worth = weight.square() * outputs[:, None] / inverse
+    scores = unit_scores(worth.float(), block, old)
+    by_worth, count = worth.sum(1).argsort(), min(_ROWS, len(weight))
+    rows = by_worth[(torch.arange(count) * len(weight) + len(weight) // 2) // count]
+    weight, outputs, of_rows = weight[rows], outputs[rows], worth[rows]
     curve = [(0.0, 0.0)]
     for share in _SHARES:
         kept = keep_highest([lambda: [scores]], [scores.numel()], round(share * scores.numel()))[0]
         keep = spread_blocks(kept.view(scores.shape), block)
-        repaired = least_squares(weight, keep if old is None else keep & old, gram, iterations=_ITERATIONS)
-        curve.append((share, float((layer_errors(weight, repaired, gram) * outputs).sum())))
+        keep = keep if old is None else keep & old
+        lost, lost_by_rows = float(worth[~keep].sum()), float(of_rows[~keep[rows]].sum())
+        repaired = least_squares(weight, keep[rows], gram, iterations=_ITERATIONS)
+        error = float((layer_errors(weight, repaired, gram) * outputs).sum())
+        curve.append((share, error * lost / lost_by_rows if lost_by_rows else lost))
     return curve
 
 

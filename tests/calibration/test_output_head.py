@@ -219,3 +219,13 @@ def test_infinite_logits_are_refused(monkeypatch):
         model.lm_head.weight.data[3, 3] = torch.inf
         with pytest.raises(CalibrationError, match="outputs for a calibration batch are not finite"):
             head.sampled(partial(run_model, model), data, None, torch.Generator())
+
+
+def test_classes_are_drawn_by_their_probabilities():
+    probabilities = torch.tensor([0.0, 0.5, 0.1, 0.0, 0.4, 0.0]).repeat(20_000, 1)
+    drawn = chunked_logits.draw(probabilities, torch.Generator().manual_seed(0))
+    assert drawn.shape == (20_000, 1)
+    counts = drawn[:, 0].bincount(minlength=6) / 20_000
+    assert counts[[0, 3, 5]].tolist() == [0, 0, 0]
+    assert torch.allclose(counts, probabilities[0], atol=0.02)  # four standard deviations and more
+    assert torch.equal(drawn, chunked_logits.draw(probabilities, torch.Generator().manual_seed(0)))

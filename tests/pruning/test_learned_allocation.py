@@ -121,6 +121,19 @@ def test_pruning_again_keeps_what_is_gone():
 
 
 @pytest.mark.parametrize("seed", range(3))
+def test_some_rows_stand_for_all(seed, monkeypatch):
+    """Also where a few outputs matter far more than the others."""
+    weight, _, gram = problem(rows=600, columns=24, tokens=400, seed=seed)
+    outputs = torch.randn(600, generator=torch.Generator().manual_seed(seed)).mul(2).exp().double()
+    estimated = _error_curve(weight, gram, outputs, (1, 1), None)
+    monkeypatch.setattr("hf_prune.pruning.learned_allocation._ROWS", 600)
+    exact = _error_curve(weight, gram, outputs, (1, 1), None)
+    assert estimated != exact
+    for (_, found), (_, expected) in zip(estimated[1:], exact[1:], strict=True):
+        assert found == pytest.approx(expected, rel=0.1)
+
+
+@pytest.mark.parametrize("seed", range(3))
 def test_error_curves_lie_between_no_repair_and_exact_least_squares(seed):
     weight, inputs, gram = problem(rows=6, columns=12, tokens=200, seed=seed)
     outputs = torch.rand(6).double()
