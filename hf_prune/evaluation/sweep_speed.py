@@ -13,8 +13,7 @@ from hf_prune.errors import SweepError
 from hf_prune.inference.acceleration.machine import this_machine
 from hf_prune.inference.acceleration.report import AccelerationReport
 from hf_prune.inference.acceleration.workload import WITH_THREADS, WORKLOAD, check_workload
-from hf_prune.inference.speedup import workload_inputs
-from hf_prune.inference.workloads import size_of
+from hf_prune.inference.speedup import size_of, workload_inputs
 from hf_prune.utils.wrapping import sole_model
 
 

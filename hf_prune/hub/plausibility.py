@@ -87,6 +87,7 @@ def check_structure(structure: Mapping[str, Any]) -> None:
         real(speed, "measured", 0, open_=True)
         for name in ("rounds", "batch_size", "threads"):
             whole(speed, name, 1)
+        whole(speed, "length", 0)
 
 
 def check_evaluation(evaluation: Mapping[str, Any]) -> None:

@@ -66,6 +66,14 @@ def workload_inputs(model: nn.Module, workload: Mapping[str, int] | None) -> dic
     return {k: v.to(device, dtype if v.is_floating_point() else v.dtype) for k, v in inputs.items()}
 
 
+def size_of(inputs: Mapping[str, Any]) -> tuple[int, int]:
+    """Examples in a batch and tokens of each; 0 tokens of images and sound, and 0 examples where nothing tells."""
+    tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor) and value.ndim}
+    ids = tensors.get("input_ids")
+    length = 0 if ids is None or ids.ndim < 2 else ids.shape[1]
+    return len(next(iter(tensors.values()), ())), length
+
+
 def measured_speedup(
     model: nn.Module, smaller: nn.Module, inputs: Mapping[str, Any], workload: Mapping[str, int] | None
 ) -> SpeedRecord:
@@ -105,7 +113,7 @@ def measured_speedup(
         high=ratio.high,
         rounds=len(dense),
         batch_size=workload["batch_size"],
-        length=_length(workload),
+        length=size_of(inputs)[1],
         threads=torch.get_num_threads(),
         dtype=str(parameter.dtype).removeprefix("torch."),
         device=parameter.device.type,

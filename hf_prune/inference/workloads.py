@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from hf_prune.errors import ConfigError, PlanError
-from hf_prune.inference.speedup import forward, workload_inputs
+from hf_prune.inference.speedup import forward, size_of, workload_inputs
 from hf_prune.utils.forward import device_of, generates
 
 
@@ -107,14 +107,6 @@ def check_generation(models: Mapping[str, Any], workloads: Sequence[Workload], n
                 f"a prompt of {longest} tokens and {new_tokens} new ones are more than the {most} positions of {name}: "
                 f"expected at most {most} together"
             )
-
-
-def size_of(inputs: Mapping[str, Any]) -> tuple[int, int]:
-    """Examples in a batch and tokens of each; 0 tokens of images and sound, and 0 examples where nothing tells."""
-    tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor) and value.ndim}
-    ids = tensors.get("input_ids")
-    length = 0 if ids is None or ids.ndim < 2 else ids.shape[1]
-    return len(next(iter(tensors.values()), ())), length
 
 
 def dtypes(model: nn.Module) -> str:

@@ -70,7 +70,7 @@ class SpeedRecord:
         high: Upper end.
         rounds: How many rounds.
         batch_size: Of the workload.
-        length: Of the workload, in tokens; of its prompt, if it generates.
+        length: Of the workload, in tokens; of its prompt, if it generates; 0 for images and sound.
         threads: Of PyTorch.
         dtype: Of the weights.
         device: The kind of device.
@@ -116,9 +116,9 @@ class SpeedRecord:
 
     @property
     def workload(self) -> str:
-        """What was timed: ``"batch 1 x 128"``, and for a generation the new tokens."""
+        """What was timed: ``"batch 1 x 128"``, for a generation also the new tokens; ``"batch of 1"`` of images."""
         new = f", {self.new_tokens} new tokens" if self.new_tokens else ""
-        return f"batch {self.batch_size} x {self.length}{new}"
+        return f"batch {self.batch_size} x {self.length}{new}" if self.length else f"batch of {self.batch_size}"
 
     def __str__(self) -> str:
         """One or two sentences."""

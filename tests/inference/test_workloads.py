@@ -1,12 +1,15 @@
 """What models are timed on: made up or given, the same for all, or refused before anything is timed."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from hf_prune import ConfigError, PlanError, measure_latency
+from hf_prune.hub.card_speed import speed_text
 from hf_prune.inference.backends import ExportedModel
+from hf_prune.inference.speedup import measured_speedup, workload_inputs
 from hf_prune.inference.timing import Timings
 from hf_prune.inference.workloads import find_workloads
 from tests import models as tiny
@@ -43,6 +46,16 @@ def test_images_have_no_tokens(build):
     result = measure_latency({"a": build()}, batch_sizes=[1, 2], lengths=[4, 8], rounds=2)
     assert [(p.batch_size, p.length, p.tokens_per_second) for p in result.points] == [(1, 0, None), (2, 0, None)]
     assert [p.workload for p in result.points] == ["forward, batch of 1", "forward, batch of 2"]
+
+
+@pytest.mark.parametrize(("build", "size"), [(tiny.tiny_vit, "batch of 2"), (tiny.tiny_bert, "batch 2 x 8")])
+def test_the_record_of_a_speed_up_names_tokens_only_where_there_are_some(build, size, monkeypatch):
+    monkeypatch.setattr("hf_prune.inference.speedup.time_together", no_timing)
+    model, workload = build().eval(), {"batch_size": 2, "length": 8}
+    record = measured_speedup(model, build().eval(), workload_inputs(model, workload), workload)
+    assert record.workload == size
+    facts = SimpleNamespace(report={"structure": {"speed": record.to_dict()}}, latency=None, acceleration=None)
+    assert f" ({size}{' tokens' if 'x' in size else ''}, float32, cpu, " in speed_text(facts, str)
 
 
 def test_inputs_of_ones_own():

@@ -22,10 +22,9 @@ from hf_prune.inference.acceleration.layers import Accelerated, Ranges, drop_wei
 from hf_prune.inference.acceleration.machine import this_machine
 from hf_prune.inference.acceleration.observe import Seen, bias_of, difference_to, matrix_of
 from hf_prune.inference.acceleration.report import AccelerationReport
-from hf_prune.inference.speedup import forward
+from hf_prune.inference.speedup import forward, size_of
 from hf_prune.inference.subnormals import subnormal_note
 from hf_prune.inference.timing import speedup, time_together
-from hf_prune.inference.workloads import size_of
 from hf_prune.utils.formatting import format_count
 
 _SECONDS = 5.0  # for timing the whole model
