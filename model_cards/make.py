@@ -1,8 +1,9 @@
 """Make the cards in this folder: prune, score, time, and keep what was measured as card.json and the card itself.
 
-    python model_cards/make.py CLASSIFIER DATA LANGUAGE_MODEL TEXTS [NAME ...]
+    python model_cards/make.py CLASSIFIER DATA LANGUAGE_MODEL TEXTS [NAME ...] [--smollm2 FOLDER]
 
-CLASSIFIER is a classifier's folder, DATA a folder with train and dev files, TEXTS one with train and test files.
+CLASSIFIER is a classifier's folder, DATA a folder with train and dev files, TEXTS one with train and test files. The
+card of SmolLM2-135M-Instruct is made only with its folder.
 Weights are not kept. A test renders each card.json again and compares.
 """
 
@@ -25,6 +26,7 @@ UNITS = ["--granularity", "head,neuron", "--criterion", "fisher", "--repair", "l
 TWICE = [*UNITS, "--target-speedup", "2", "--workload", "1x64", "--calibration-samples", "512"]
 FILM, STORY = "A moving and very funny film.", "Once upon a time, there was a little"
 WINDOWS = ["--criterion", "alps", "--calibration-samples", "64", "--window", "256"]
+SMOLLM2 = ["--preset", "balanced", "--calibration-samples", "32", "--window", "512"]
 #: The options of prune, the example, and whether the result is compressed, by name.
 RUNS = {
     "minilm-sst2-magnitude-30": (["--sparsity", "0.3", "--criterion", "magnitude"], FILM, False),
@@ -33,7 +35,10 @@ RUNS = {
     "minilm-sst2-packed-80": (["--sparsity", "0.8", *BEST, "--calibration-samples", "512"], FILM, True),
     "minilm-sst2-2x": (TWICE, FILM, False),
     "stories260k-alps-50": (["--sparsity", "0.5", *WINDOWS], STORY, False),
+    "smollm2-135m-balanced-50": (["--sparsity", "0.5", *SMOLLM2], "The city of Paris is", False),
 }
+#: How language models are scored.
+SCORED = {"stories260k": ["--window", "256"], "smollm2": ["--window", "512", "--limit", "32"]}
 
 
 def run(*words: str) -> str:
@@ -55,7 +60,7 @@ def make(name: str, model: str, data: str) -> None:
         if packs:
             run("compress", str(folder), f"{folder}-packed")
             folder, command = Path(f"{folder}-packed"), f"{command}; hf-prune compress {name} {name}-packed"
-        window = ["--window", "256"] if name.startswith("stories") else []
+        window = SCORED.get(name.split("-")[0], [])
         scores = json.loads(run("evaluate", str(folder), "--against", model, "--data", data, *window, "--json"))
         facts = read_card_data(
             folder,
@@ -90,11 +95,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for argument in ("model", "data", "language_model", "texts"):
         parser.add_argument(argument)
-    parser.add_argument("names", nargs="*", default=list(RUNS))
+    parser.add_argument("names", nargs="*", help="all by default")
+    parser.add_argument("--smollm2", help="folder of SmolLM2-135M-Instruct")
     args = parser.parse_args()
-    for name in args.names:
-        of_language = name.startswith("stories")
-        make(name, *((args.language_model, args.texts) if of_language else (args.model, args.data)))
+    models = {"minilm": (args.model, args.data), "stories260k": (args.language_model, args.texts)}
+    if args.smollm2:
+        models["smollm2"] = args.smollm2, args.texts
+    for name in args.names or [name for name in RUNS if name.split("-")[0] in models]:
+        make(name, *models[name.split("-")[0]])
         print(f"{HERE / name}/README.md")
 
 
