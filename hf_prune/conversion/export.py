@@ -8,8 +8,9 @@ import logging
 import re
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,7 @@ def export_model(
 ) -> ExportReport:
     """Export a model to ONNX (``.onnx``) or OpenVINO (``.xml``, with a ``.bin`` beside it), and check the file.
 
-    The batch size and the number of tokens are free dimensions, and the logits are the only output, but for ``cache``.
+    The batch size and the number of tokens are free dimensions. The logits are the only output, except with ``cache``.
     Before the file is put in place, it is run and compared with PyTorch. A masked model keeps its zeros, and a shrunk
     model its size.
 
@@ -143,10 +144,16 @@ def export_model(
         if path.suffix == ".xml":
             import openvino
 
-            openvino.save_model(openvino.convert_model(str(written.with_suffix(".onnx"))), str(written), False)
+            try:
+                converted = openvino.convert_model(str(written.with_suffix(".onnx")))
+            except Exception as error:  # OpenVINO has kinds of its own, with many lines
+                empty = any(parameter.numel() == 0 for parameter in model.parameters())
+                why = "a layer has no heads or neurons left, for which it has no matrices" if empty else _reason(error)
+                raise ExportError(f"OpenVINO cannot convert this model: {why}; export it to .onnx") from error
+            openvino.save_model(converted, str(written), False)
             written.with_suffix(".onnx").unlink()
-        exported = ExportedModel(written)
-        actual = _in_two_steps(exported, other) if cache else exported(**other)
+        run = partial(_in_two_steps if cache else _at_once, inputs=other)
+        actual = run(ExportedModel(written))
         difference = float((torch.from_numpy(actual) - expected).abs().max())
         runtime = "openvino" if path.suffix == ".xml" else "onnxruntime"
         if not difference <= _TOLERANCE * max(1.0, float(expected.abs().max())):
@@ -156,7 +163,7 @@ def export_model(
             )
         report = ExportReport(path, runtime, difference)
         if quantize is not None:
-            written, report = _quantized(written, quantize, report, other, expected)
+            written, report = _quantized(written, quantize, report, run, expected)
         files = [file for file in written.parent.iterdir() if file.is_file()]
         warn_replaced(path.parent, (file.name for file in files))
         for file in sorted(files, key=lambda file: file == written):  # the files that it refers to first
@@ -166,14 +173,14 @@ def export_model(
 
 
 def _quantized(
-    written: Path, kind: str, report: ExportReport, inputs: Mapping[str, Tensor], expected: Tensor
+    written: Path, kind: str, report: ExportReport, run: Callable[[ExportedModel], Any], expected: Tensor
 ) -> tuple[Path, ExportReport]:
     """A file beside the exported one in a folder of its own, with smaller weights, and what it does."""
     target = written.parent / kind / written.name
     target.parent.mkdir()
     with _quiet():
         write_int8(written, target)
-    actual = torch.from_numpy(ExportedModel(target)(**inputs))
+    actual = torch.from_numpy(run(ExportedModel(target)))
     if not actual.isfinite().all():
         raise ExportError(f"the outputs of the {kind} model in {report.runtime} are not finite: nothing was written")
     sizes = [sum(file.stat().st_size for file in each.parent.iterdir() if file.is_file()) for each in (written, target)]
@@ -186,6 +193,10 @@ def _quantized(
         bytes=sizes[1],
     )
     return target, changed
+
+
+def _at_once(exported: ExportedModel, inputs: Mapping[str, Tensor]) -> Any:
+    return exported(**inputs)
 
 
 def _in_two_steps(exported: ExportedModel, inputs: Mapping[str, Tensor]) -> Any:
@@ -203,7 +214,7 @@ def _program(model: Any, graph: Graph) -> Any:
     for attention in (None, "eager"):  # fused attention of some models computes shapes that cannot be traced
         with _attention(model, attention), experts_by("batched_mm", model.modules()), _quiet():
             try:
-                return torch.onnx.export(
+                program = torch.onnx.export(
                     graph.module.eval(),
                     graph.inputs,
                     dynamo=True,
@@ -214,7 +225,20 @@ def _program(model: Any, graph: Graph) -> Any:
                 )
             except Exception as error:  # torch raises many kinds
                 errors.append(error)
+            else:
+                if not all(parameter.numel() for parameter in model.parameters()):
+                    _keep_empty_dimensions(program)
+                return program
     raise ExportError(f"torch cannot export this {type(model).__name__}: {_reason(errors[-1])}") from errors[-1]
+
+
+def _keep_empty_dimensions(program: Any) -> None:
+    """Let a 0 in the shape of a Reshape be a dimension of a layer without heads, and not a copy of the input's."""
+    import onnx_ir
+
+    for node in program.model.graph.all_nodes():
+        if node.op_type == "Reshape":
+            node.attributes["allowzero"] = onnx_ir.AttrInt64("allowzero", 1)
 
 
 def _reason(error: BaseException) -> str:

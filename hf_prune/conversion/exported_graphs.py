@@ -47,7 +47,7 @@ def cached_graph(model: nn.Module, inputs: Mapping[str, Tensor]) -> Graph:
     """The logits of tokens that follow those of a cache, and the longer cache.
 
     Keys and values are inputs and outputs of shape (batch, heads, tokens, size of a head), under the names that Optimum
-    and transformers.js use: ``past_key_values.0.key`` and ``present.0.key``. A layer without heads has none.
+    and transformers.js use: ``past_key_values.0.key`` and ``present.0.key``; those of a layer without heads are empty.
 
     Raises:
         ExportError: If the model is not a causal language model whose layers keep keys and values.
@@ -87,7 +87,7 @@ def _keys_and_values(model: nn.Module, ids: Tensor) -> dict[int, tuple[Tensor, T
         cause, reason = error, f" ({type(error).__name__}: {next(iter(str(error).splitlines()), '')})"
     if not pairs or any(value.dim() != 4 for pair in pairs.values() for value in pair):
         raise ExportError(
-            f"{type(model).__name__} keeps something else than keys and values of each layer{reason}, which is all "
+            f"{type(model).__name__} keeps something other than keys and values of each layer{reason}, which is all "
             f"that a file can take: leave cache=True (--cache) out"
         ) from cause
     return pairs

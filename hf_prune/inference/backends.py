@@ -37,12 +37,13 @@ class ExportedModel:
         if not self.path.exists():
             raise DataError(f"{path} does not exist: expected an exported model")
         start = _openvino if self.path.suffix == ".xml" else _onnx
-        self._run, self._inputs = start(self.path, threads)
+        self._run, self._inputs, self._outputs = start(self.path, threads)
 
     def __call__(self, **inputs: Tensor) -> Any:
         """The logits, a NumPy array."""
         arrays = {name: value.cpu().numpy() for name, value in inputs.items()}
-        return self.step(arrays, self.empty_cache(len(next(iter(arrays.values())))))[0]
+        cache = self.empty_cache(len(arrays["input_ids"])) if self.has_cache else {}
+        return self.step(arrays, cache)[0]
 
     @property
     def has_cache(self) -> bool:
@@ -66,7 +67,7 @@ class ExportedModel:
             cache: From :meth:`empty_cache`, or of the step before.
 
         Returns:
-            The logits, and the cache with the new tokens.
+            The first output, which are the logits, and the cache with the new tokens.
         """
         given = {**inputs, **cache}
         if cache:
@@ -74,8 +75,9 @@ class ExportedModel:
             past = next(iter(cache.values())).shape[2]
             given.setdefault("attention_mask", np.ones((batch, past + new), np.int64))
             given.setdefault("position_ids", np.arange(past, past + new)[None].repeat(batch, 0))
-        logits, *present = self._run({name: value for name, value in given.items() if name in self._inputs})
-        return logits, dict(zip(cache, present, strict=True))
+        results = self._run({name: value for name, value in given.items() if name in self._inputs})
+        by_name = dict(zip(self._outputs, results, strict=True))
+        return results[0], {name: by_name[PRESENT + name.removeprefix(PAST)] for name in cache}
 
     def generate(self, input_ids: Tensor, new_tokens: int) -> Any:
         """Continue prompts of one length, always with the likeliest token, and without an end.
@@ -103,11 +105,11 @@ class ExportedModel:
         return np.concatenate(tokens, axis=1)
 
 
-_Started = tuple[Callable[[_Arrays], Sequence[Any]], dict[str, Sequence[Any]]]
+_Started = tuple[Callable[[_Arrays], Sequence[Any]], dict[str, Sequence[Any]], list[str]]
 
 
 def _onnx(path: Path, threads: int | None) -> _Started:
-    """How to run a file, and the shapes of its inputs."""
+    """How to run a file, the shapes of its inputs by name, and the names of its outputs."""
     need("onnxruntime")
     import onnxruntime
 
@@ -115,7 +117,8 @@ def _onnx(path: Path, threads: int | None) -> _Started:
     if threads is not None:
         options.intra_op_num_threads = threads
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    return lambda inputs: session.run(None, inputs), {value.name: value.shape for value in session.get_inputs()}
+    shapes = {value.name: value.shape for value in session.get_inputs()}
+    return lambda inputs: session.run(None, inputs), shapes, [value.name for value in session.get_outputs()]
 
 
 def _openvino(path: Path, threads: int | None) -> _Started:
@@ -130,7 +133,8 @@ def _openvino(path: Path, threads: int | None) -> _Started:
         for value in compiled.inputs
         for name in value.names
     }
-    return lambda inputs: list(compiled(inputs).values()), shapes
+    names = [next(iter(value.names), "") for value in compiled.outputs]
+    return lambda inputs: list(compiled(inputs).values()), shapes, names
 
 
 def need(*packages: str, extra: str | None = None) -> None:

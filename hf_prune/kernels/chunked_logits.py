@@ -132,13 +132,14 @@ def draw(probabilities: Tensor, generator: torch.Generator) -> Tensor:
     ``torch.multinomial`` would draw a random number for each class; one for each row is enough.
 
     Args:
-        probabilities: (rows, classes); each row sums to about 1.
-        generator: Of random numbers, on the CPU.
+        probabilities: (rows, classes) float32; each row sums to about 1.
+        generator: Of random numbers, on the CPU, where the sums are taken as well: the same ones on every device.
     """
-    sums = probabilities.cumsum(1)
-    points = torch.rand(len(sums), 1, generator=generator).to(sums) * sums[:, -1:]
-    found = torch.searchsorted(sums, points, right=True)  # right, or a class of probability 0 could be drawn
-    return found.clamp_max_(probabilities.shape[1] - 1)
+    sums = probabilities.cpu().cumsum(1)
+    total = sums[:, -1:]
+    points = torch.rand(total.shape, generator=generator) * total
+    points = torch.minimum(points, total.nextafter(torch.zeros(())))  # below the total: never a class of probability 0
+    return torch.searchsorted(sums, points, right=True).clamp_max_(sums.shape[1] - 1).to(probabilities.device)
 
 
 def _softmax_(logits: Tensor, chosen: Tensor) -> Tensor:

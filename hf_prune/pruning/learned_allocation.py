@@ -30,7 +30,7 @@ Read = Callable[[str], Tensor]  # a weight by its name
 _SHARES = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98)  # at which the error of a target is estimated
 _ITERATIONS = 3  # of least squares: enough to see what a repair will bring
 _ROWS = 128  # of a matrix whose errors are computed; they stand for the others
-_TOGETHER = 2**29  # bytes of the Gram matrices of a block, up to which they are gathered in one pass
+_TOGETHER = 2**27  # bytes of the Gram matrices of a block, up to which they are gathered in one pass
 _OUTLIER = 5.0  # times the mean of a block
 
 

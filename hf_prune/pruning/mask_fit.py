@@ -23,17 +23,17 @@ def check_fit(model: nn.Module, masks: Mapping[str, Tensor], replaced: Collectio
         replaced: Names of masks whose module is not part of the model any more.
 
     Raises:
-        MaskError: If a masked parameter is missing, has another shape, or was quantized.
+        MaskError: If a masked parameter is missing, has another shape, or is of a tensor class such as torchao's.
     """
     parameters = dict(model.named_parameters())
     shapes = {name: parameter.shape for name, parameter in parameters.items()}
-    for name in masks:
-        if name in shapes and is_wrapped(weight := parameters[name]):
-            raise MaskError(
-                f"{name} has become a {type(weight).__name__}, and masks are of plain weights: save the pruned model "
-                f"before quantizing, and quantize what is loaded; drop_masks({name!r}) leaves its zeros, and the other "
-                f"masks"
-            )
+    wrapped = [name for name in masks if name in parameters and is_wrapped(parameters[name])]
+    if wrapped:
+        raise MaskError(
+            f"{wrapped[0]} has become a {type(parameters[wrapped[0]]).__name__}, as {len(wrapped)} of {len(masks)} "
+            f"weights with masks have, and masks are of plain weights: save the pruned model before quantizing, and "
+            f"quantize what is loaded; or drop_masks(*model.masks), which leaves the zeros as they are"
+        )
     misfits = [name for name in masks if name in replaced or shapes.get(name) != mask_shape(masks, name)]
     if not misfits:
         return

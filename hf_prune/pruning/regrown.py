@@ -56,8 +56,8 @@ def warn_of_regrown(
     elif trained_by:
         warn_user(
             f"{trained_by} trained weights with masks, and the masks were applied after each step: what they remove is "
-            f"zero as before. drop_masks() before a training lets it grow back; keep_sparse(optimizer) says that it is "
-            f"to stay"
+            f"zero as before. make_permanent() before a training drops the masks, so that it grows back; "
+            f"keep_sparse(optimizer) says that it is to stay"
         )
 
 

@@ -229,3 +229,9 @@ def test_classes_are_drawn_by_their_probabilities():
     assert counts[[0, 3, 5]].tolist() == [0, 0, 0]
     assert torch.allclose(counts, probabilities[0], atol=0.02)  # four standard deviations and more
     assert torch.equal(drawn, chunked_logits.draw(probabilities, torch.Generator().manual_seed(0)))
+
+
+def test_a_class_of_probability_zero_is_never_drawn(monkeypatch):
+    """Not even by the largest random number, which rounding may take to the sum of all."""
+    monkeypatch.setattr("torch.rand", lambda *shape, **_: torch.ones(shape[0]) - 2**-24)
+    assert chunked_logits.draw(torch.tensor([[0.25, 0.25, 0.0, 0.0]]), torch.Generator()).tolist() == [[1]]

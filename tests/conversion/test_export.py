@@ -3,12 +3,13 @@
 import importlib.util
 import json
 import os
+from functools import partial
 
 import numpy as np
 import onnx
 import pytest
 import torch
-from onnx import numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 from transformers import MambaConfig, MambaForCausalLM
 
 from hf_prune import ExportError, export_model, measure_latency, prune, shrink
@@ -185,11 +186,52 @@ def test_experts_are_exported(tmp_path):
     assert model.config._experts_implementation != "batched_mm"
 
 
+def test_windows_that_slide_and_int8(tmp_path):
+    """The prompt is longer than the window, and so is what follows."""
+    model, inputs = tiny("mistral", sliding_window=3)
+    report = export_model(model, tmp_path / "m.onnx", cache=True)
+    ids = inputs()["input_ids"][:, 2:]
+    assert ids.shape[1] > 3
+    assert (ExportedModel(report.path).generate(ids, 6) == greedy(model, ids, 6)).all()
+    small = export_model(model, tmp_path / "small.onnx", cache=True, quantize="int8")
+    assert small.difference < 1e-5
+    assert 1e-5 < small.quantized_difference < 0.1 * small.largest_output
+    assert ExportedModel(small.path).generate(ids, 6).shape == (len(ids), ids.shape[1] + 6)
+
+
+def test_a_layer_without_heads_is_exported_to_onnx_and_refused_by_openvino(tmp_path):
+    model, inputs = tiny("llama", num_key_value_heads=4)
+    attention = model.model.layers[1].self_attn
+    with torch.no_grad():
+        for linear in (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj):
+            linear.weight.mul_(1e-6)
+    prune(model, 0.34, granularity="head", scope="global", criterion="magnitude")
+    shrink(model)
+    assert attention.k_proj.out_features == 0
+    report = export_model(model, tmp_path / "m.onnx", cache=True)
+    ids = inputs()["input_ids"][:, 2:]
+    assert (ExportedModel(report.path).generate(ids, 4) == greedy(model, ids, 4)).all()
+    with pytest.raises(
+        ExportError, match=r"OpenVINO cannot convert this model: a layer has no heads.*export it to \.onnx"
+    ):
+        export_model(model, tmp_path / "m.xml")
+    assert os.listdir(tmp_path) == ["m.onnx"]
+
+
+def test_files_of_others_with_several_outputs_give_their_first(tmp_path):
+    value = partial(helper.make_tensor_value_info, elem_type=TensorProto.INT64, shape=["batch", "tokens"])
+    nodes = [helper.make_node("Abs", ["input_ids"], ["a"]), helper.make_node("Neg", ["input_ids"], ["b"])]
+    graph = helper.make_graph(nodes, "two", [value("input_ids")], [value("a"), value("b")])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), tmp_path / "m.onnx")
+    ids = torch.ones(2, 3, dtype=torch.long)
+    assert (ExportedModel(tmp_path / "m.onnx")(input_ids=ids) == 1).all()
+
+
 def test_models_without_keys_and_values_are_refused_a_cache(tmp_path, capsys):
     with pytest.raises(ExportError, match=r"does not continue a text.*leave cache=True \(--cache\) out"):
         export_model(tiny("bert")[0], tmp_path / "m.onnx", cache=True)
     config = MambaConfig(vocab_size=99, hidden_size=16, state_size=4, num_hidden_layers=2)
-    with pytest.raises(ExportError, match="MambaForCausalLM keeps something else than keys and values of each layer"):
+    with pytest.raises(ExportError, match="MambaForCausalLM keeps something other than keys and values of each layer"):
         export_model(MambaForCausalLM(config), tmp_path / "m.onnx", cache=True)
     tiny("llama")[0].save_pretrained(tmp_path / "model")
     with pytest.raises(SystemExit):

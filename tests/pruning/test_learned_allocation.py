@@ -10,6 +10,7 @@ from hf_prune.kernels.least_squares import damped
 from hf_prune.pipeline import prune
 from hf_prune.planning.config import PruningConfig
 from hf_prune.planning.make_plan import make_plan
+from hf_prune.pruning import learned_allocation
 from hf_prune.pruning.learned_allocation import _error_curve
 from hf_prune.pruning.mask_store import MaskStore
 from tests import models
@@ -121,16 +122,37 @@ def test_pruning_again_keeps_what_is_gone():
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_some_rows_stand_for_all(seed, monkeypatch):
-    """Also where a few outputs matter far more than the others."""
-    weight, _, gram = problem(rows=600, columns=24, tokens=400, seed=seed)
-    outputs = torch.randn(600, generator=torch.Generator().manual_seed(seed)).mul(2).exp().double()
-    estimated = _error_curve(weight, gram, outputs, (1, 1), None)
-    monkeypatch.setattr("hf_prune.pruning.learned_allocation._ROWS", 600)
-    exact = _error_curve(weight, gram, outputs, (1, 1), None)
+@pytest.mark.parametrize(("block", "pruned"), [((1, 1), False), ((16, 1), False), ((1, 1), True)])
+def test_some_rows_stand_for_all(seed, block, pruned, monkeypatch):
+    """Also where a few outputs matter far more than the others, and where weights are gone already."""
+    weight, _, gram = problem(rows=640, columns=24, tokens=400, seed=seed)
+    outputs = torch.randn(640, generator=torch.Generator().manual_seed(seed)).mul(2).exp().double()
+    old = torch.rand(640, 24, generator=torch.Generator().manual_seed(seed)) > 0.4 if pruned else None
+    weight = weight if old is None else weight * old
+    estimated = _error_curve(weight, gram, outputs, block, old)
+    monkeypatch.setattr("hf_prune.pruning.learned_allocation._ROWS", 640)
+    exact = _error_curve(weight, gram, outputs, block, old)
     assert estimated != exact
-    for (_, found), (_, expected) in zip(estimated[1:], exact[1:], strict=True):
-        assert found == pytest.approx(expected, rel=0.1)
+    for (share, found), (_, expected) in zip(estimated[1:], exact[1:], strict=True):
+        assert found == pytest.approx(expected, rel=0.15, abs=1e-9 if pruned and share < 0.4 else 0)
+
+
+@pytest.mark.parametrize(("limit", "passes"), [(2**27, 2), (0, 8)])
+def test_the_inputs_of_a_block_are_gathered_in_one_pass_if_they_are_small(limit, passes, monkeypatch):
+    """BERT has two blocks of four steps each; the pruning is the same."""
+    monkeypatch.setattr("hf_prune.pruning.learned_allocation._TOGETHER", limit)
+    gathered = []
+    weighted = learned_allocation.weighted_grams
+    monkeypatch.setattr(
+        learned_allocation,
+        "weighted_grams",
+        lambda reader, step, *more: gathered.append(step) or weighted(reader, step, *more),
+    )
+    model = models.tiny_bert()
+    targets = r".*encoder\.layer.*"
+    prune(model, 0.5, allocation="fisher", target_modules=targets, calibration=tiny_batches(model))
+    assert len(gathered) == passes
+    assert sum(map(len, gathered)) == 12
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -75,8 +74,13 @@ def verify(
                 f"out"
             )
         if isinstance(task, LanguageModelingTask):
-            measure = measure_held_out_texts if held_out else partial(measure_again, split=part)
-            return measure(folder, task, claimed=claimed)
+            if against is not None:
+                raise ConfigError(
+                    "--against measures how far predictions are apart, which cards of language models leave out"
+                )
+            if held_out:
+                return measure_held_out_texts(folder, task, claimed)
+            return measure_again(folder, task, part, claimed)
 
         def score_of(model: str) -> Any:
             return score_held_out(model, task, claimed) if held_out else evaluate_checkpoint(model, task, part)

@@ -87,13 +87,14 @@ def score_held_out(folder: str, task: Task, claimed: Mapping[str, Any]) -> Any:
 
     Args:
         folder: Its checkpoint.
-        task: The data; of a language model, :func:`measure_held_out_texts` does it.
+        task: The data; of language models see :func:`measure_held_out_texts`.
         claimed: The score among the facts of the card, with ``"held_out"``, by what it was held out.
 
     Raises:
         DataError: If the task has nothing of the kind.
     """
-    if isinstance(task, RawTask | LanguageModelingTask):
+    assert not isinstance(task, LanguageModelingTask)
+    if isinstance(task, RawTask):
         raise DataError(f"the score of {folder} is of held-out data, and of this model none is: {NO_TASK}")
     recipe = claimed["held_out"]
     model, tokenizer = load_for_task(folder, task)
