@@ -101,7 +101,7 @@ def main() -> None:
     models = {"minilm": (args.model, args.data), "stories260k": (args.language_model, args.texts)}
     if args.smollm2:
         models["smollm2"] = args.smollm2, args.texts
-    if not args.smollm2 and any(name.startswith("smollm2") for name in args.names):
+    elif any(name.startswith("smollm2") for name in args.names):
         parser.error("the card of SmolLM2 is made from its folder: name it with --smollm2")
     for name in args.names or [name for name in RUNS if name.split("-")[0] in models]:
         make(name, *models[name.split("-")[0]])

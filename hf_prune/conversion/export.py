@@ -147,8 +147,8 @@ def export_model(
             try:
                 converted = openvino.convert_model(str(written.with_suffix(".onnx")))
             except Exception as error:  # OpenVINO has kinds of its own, with many lines
-                empty = any(parameter.numel() == 0 for parameter in model.parameters())
-                why = "a layer has no heads or neurons left, for which it has no matrices" if empty else _reason(error)
+                empty = "a layer has no heads or neurons left, for which it has no matrices"
+                why = empty if _has_empty_weights(model) else _reason(error)
                 raise ExportError(f"OpenVINO cannot convert this model: {why}; export it to .onnx") from error
             openvino.save_model(converted, str(written), False)
             written.with_suffix(".onnx").unlink()
@@ -226,10 +226,15 @@ def _program(model: Any, graph: Graph) -> Any:
             except Exception as error:  # torch raises many kinds
                 errors.append(error)
             else:
-                if not all(parameter.numel() for parameter in model.parameters()):
+                if _has_empty_weights(model):
                     _keep_empty_dimensions(program)
                 return program
     raise ExportError(f"torch cannot export this {type(model).__name__}: {_reason(errors[-1])}") from errors[-1]
+
+
+def _has_empty_weights(model: nn.Module) -> bool:
+    """Whether a layer lost all its heads or neurons."""
+    return any(parameter.numel() == 0 for parameter in model.parameters())
 
 
 def _keep_empty_dimensions(program: Any) -> None:

@@ -65,8 +65,7 @@ def _timed(data: PruningCardData, plain: Callable[[str], str]) -> str:
         return "\n".join(lines)
     if (speed := structure.get("speed")) is not None:
         new = f" and {speed['new_tokens']} generated" if speed.get("new_tokens") else ""
-        size = format_workload(speed["batch_size"], speed["length"])
-        size = f"batch {size}" if speed["length"] else size
+        size = ("batch " if speed["length"] else "") + format_workload(speed["batch_size"], speed["length"])
         return plain(
             f"{speed['measured']:.2f} times as fast as the dense model ({size}{new}, {speed['dtype']}, "
             f"{speed['device']}, {speed['threads']} thread(s), {speed['rounds']} rounds in turns)."

@@ -140,14 +140,14 @@ def _fisher(
 
 def _gathered_together(reader: InputReader, steps: list[list[Target]]) -> Iterator[list[Target]]:
     """The steps of a block as one, as far as their Gram matrices are small: a pass through the block less for each."""
-    block: int | None = None
+    block: nn.Module | None = None
     step: list[Target] = []
     size = 0
     for following in steps:
-        blocks = {id(reader.block_of(target.name)) for target in following}
-        its = blocks.pop() if len(blocks) == 1 and reader.block_of(following[0].name) is not None else None
+        blocks = {reader.block_of(target.name) for target in following}
+        its = blocks.pop() if len(blocks) == 1 else None
         more = sum(8 * target.slabs * target.slab_shape[1] ** 2 for target in following)
-        if step and (its is None or its != block or size + more > _TOGETHER):
+        if step and (its is None or its is not block or size + more > _TOGETHER):
             yield step
             step, size = [], 0
         block, step, size = its, step + following, size + more

@@ -14,11 +14,11 @@ from transformers import MambaConfig, MambaForCausalLM
 
 from hf_prune import ExportError, export_model, measure_latency, prune, shrink
 from hf_prune.architectures.bypass import bypass
-from hf_prune.cli.main import main
 from hf_prune.errors import ConfigError, DataError
 from hf_prune.inference.backends import ExportedModel
 from tests.architecture_models import tiny
 from tests.moe_models import tiny_mixture
+from tests.support.command_line import exit_code
 
 
 def logits(model, inputs):
@@ -58,9 +58,7 @@ def test_int8_files_are_smaller_nearly_the_same_and_keep_their_zeros(tmp_path, c
     prune(model, 0.5)
     model.save_pretrained(tmp_path / "model")
     out = tmp_path / "files" / "m.onnx"
-    with pytest.raises(SystemExit) as ended:
-        main(["export", str(tmp_path / "model"), str(out), "--quantize", "int8", "--json"])
-    assert ended.value.code == 0
+    assert exit_code("export", tmp_path / "model", out, "--quantize", "int8", "--json") == 0
     report = json.loads(capsys.readouterr().out)
     assert os.listdir(out.parent) == ["m.onnx"]
     assert report["bytes"] == out.stat().st_size < report["float_bytes"]
@@ -84,9 +82,7 @@ def test_int8_that_cannot_be_written_is_refused(tmp_path, monkeypatch, capsys):
     with pytest.raises(ExportError, match=r"quantize is 'int4': expected None or one of 'int8'"):
         export_model(model, tmp_path / "m.onnx", quantize="int4")
     model.save_pretrained(tmp_path / "model")
-    with pytest.raises(SystemExit) as ended:
-        main(["export", str(tmp_path / "model"), str(tmp_path / "m.gguf"), "--quantize", "int8"])
-    assert ended.value.code == 1
+    assert exit_code("export", tmp_path / "model", tmp_path / "m.gguf", "--quantize", "int8") == 1
     assert "choose --gguf-type q8_0" in capsys.readouterr().err
     find = importlib.util.find_spec
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "nncf" else find(name))
@@ -122,18 +118,14 @@ def test_openvino_files_in_int8(tmp_path):
 def test_models_exported_by_the_command_are_timed_beside_checkpoints(tmp_path, capsys):
     model, _ = tiny("bert")
     model.save_pretrained(tmp_path / "model")
-    with pytest.raises(SystemExit) as ended:
-        main(["export", str(tmp_path / "model"), str(tmp_path / "m.onnx")])
-    assert ended.value.code == 0
+    assert exit_code("export", tmp_path / "model", tmp_path / "m.onnx") == 0
     assert "its outputs differ from PyTorch's by" in capsys.readouterr().out
     exported = ExportedModel(tmp_path / "m.onnx")
     result = measure_latency({"torch": model, "onnx": exported}, lengths=[8], rounds=6, warmup=1)
     assert [point.model for point in result.points] == ["torch", "onnx"]
     with pytest.raises(ConfigError, match="name a checkpoint first"):
         measure_latency({"onnx": exported})
-    with pytest.raises(SystemExit) as ended:
-        main(["bench", str(tmp_path / "model"), str(tmp_path / "m.onnx"), "--length", "8", "--rounds", "3", "--json"])
-    assert ended.value.code == 0
+    assert exit_code("bench", tmp_path / "model", tmp_path / "m.onnx", "--length", "8", "--rounds", "3", "--json") == 0
     assert [p["model"] for p in json.loads(capsys.readouterr().out)["points"]] == ["model", "m.onnx"]
 
 
@@ -234,8 +226,7 @@ def test_models_without_keys_and_values_are_refused_a_cache(tmp_path, capsys):
     with pytest.raises(ExportError, match="MambaForCausalLM keeps something other than keys and values of each layer"):
         export_model(MambaForCausalLM(config), tmp_path / "m.onnx", cache=True)
     tiny("llama")[0].save_pretrained(tmp_path / "model")
-    with pytest.raises(SystemExit):
-        main(["export", str(tmp_path / "model"), str(tmp_path / "m.gguf"), "--cache"])
+    assert exit_code("export", tmp_path / "model", tmp_path / "m.gguf", "--cache") == 1
     assert "--cache is for FILE.onnx and FILE.xml" in capsys.readouterr().err
     assert os.listdir(tmp_path) == ["model"]
 
@@ -244,14 +235,10 @@ def test_generation_with_a_cache_is_timed_and_without_one_refused(tmp_path, caps
     model, inputs = tiny("llama")
     model.save_pretrained(tmp_path / "model")
     for name, options in (("with", ["--cache"]), ("without", [])):
-        with pytest.raises(SystemExit) as ended:
-            main(["export", str(tmp_path / "model"), str(tmp_path / f"{name}.onnx"), *options])
-        assert ended.value.code == 0
+        assert exit_code("export", tmp_path / "model", tmp_path / f"{name}.onnx", *options) == 0
     capsys.readouterr()
-    files = [str(tmp_path / name) for name in ("model", "with.onnx", "without.onnx")]
-    with pytest.raises(SystemExit) as ended:
-        main(["bench", *files, "--length", "8", "--rounds", "3", "--new-tokens", "4", "--json"])
-    assert ended.value.code == 0
+    files = [tmp_path / name for name in ("model", "with.onnx", "without.onnx")]
+    assert exit_code("bench", *files, "--length", 8, "--rounds", 3, "--new-tokens", 4, "--json") == 0
     timed = [(p["model"], p["task"]) for p in json.loads(capsys.readouterr().out)["points"]]
     assert ("with.onnx", "generate") in timed
     assert ("without.onnx", "generate") not in timed

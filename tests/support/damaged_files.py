@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
+
+from hf_prune.utils.files import atomic_path
 
 
 def replace_bytes(path: Path, data: bytes) -> None:
@@ -12,6 +13,5 @@ def replace_bytes(path: Path, data: bytes) -> None:
     ``Path.write_bytes`` would shorten the file itself. After a failed loading the threads of transformers go on
     copying from their mapping of it for a moment, and a mapping that has lost its file ends the process (SIGBUS).
     """
-    new = path.with_name(path.name + ".new")
-    new.write_bytes(data)
-    os.replace(new, path)
+    with atomic_path(path) as new:
+        new.write_bytes(data)
