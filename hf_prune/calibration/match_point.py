@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,7 +38,7 @@ class MatchPoint:
         return Watcher(self.module, see, after=self.output)
 
 
-def find_match_point(reader: InputReader, name: str) -> MatchPoint | None:
+def find_match_points(reader: InputReader, names: Iterable[str]) -> dict[str, MatchPoint | None]:
     """The first norm's input, or the block's output, that is the output of a target plus something else.
 
     No table says where the residual stream of an architecture is. So it is found by trying: noise is added to the
@@ -47,74 +47,101 @@ def find_match_point(reader: InputReader, name: str) -> MatchPoint | None:
 
     Args:
         reader: Runs the dense model.
-        name: The target.
+        names: The targets.
 
     Returns:
-        The place, the same in all processes, or None to compare the target's own output.
+        By target the place, the same in all processes, or None to compare the target's own output.
     """
-    holders, block = reader.holders[name], reader.block_of(name)
-    if block is None or len(holders) != 1 or id(module := holders[0]) not in reader.once:
-        return None
-    norms = [m for m in block.modules() if "norm" in type(m).__name__.lower() and id(m) in reader.once]
-    candidates = [*(MatchPoint(norm, output=False) for norm in norms), MatchPoint(block, output=True)]
-    noise: list[Tensor] = []
-    shapes: list[torch.Size] = []
+    points: dict[str, MatchPoint | None] = dict.fromkeys(names)
+    blocks: dict[nn.Module, dict[str, nn.Module]] = {}
+    for name in points:
+        holders, block = reader.holders[name], reader.block_of(name)
+        if block is not None and len(holders) == 1 and id(holders[0]) in reader.once:
+            blocks.setdefault(block, {})[name] = holders[0]
+    for block, modules in blocks.items():
+        norms = [m for m in block.modules() if "norm" in type(m).__name__.lower() and id(m) in reader.once]
+        candidates = [*(MatchPoint(norm, output=False) for norm in norms), MatchPoint(block, output=True)]
+        plain = _seen(reader, modules, candidates)
+        for name, module in modules.items():
+            places = plain.after(name)
+            fits = any(places[i].shape == plain.shapes[name] for i in places)
+            chosen = -1
+            if bool(broadcast(torch.tensor(fits))):
+                disturbed = _seen(reader, {name: module}, candidates, disturb=True)
+                after = disturbed.after(name)
+                noise = disturbed.noise
+                arrives = (i for i in places if i in after and noise is not None)
+                chosen = next((i for i in arrives if _arrives(places[i], after[i], noise)), -1)
+            chosen = int(broadcast(torch.tensor(chosen)))
+            points[name] = None if chosen < 0 else candidates[chosen]
+    return points
 
-    def disturb(output: Tensor) -> Tensor:
-        generator = torch.Generator().manual_seed(0)
-        size = output.float().std() if output.numel() > 1 else torch.ones(())
-        noise[:] = [(torch.randn(output.shape, generator=generator).to(output.device) * size).to(output.dtype)]
-        return output + noise[0]
 
-    def look(output: Tensor) -> None:
-        shapes.append(output.shape)
-
-    plain = _seen_after(reader, module, candidates, look)
-    fits = bool(broadcast(torch.tensor(any(seen.shape in shapes for seen in plain.values()))))
-    disturbed = _seen_after(reader, module, candidates, disturb) if fits else {}
-    chosen = next((i for i in plain if i in disturbed and noise and _arrives(plain[i], disturbed[i], noise[0])), -1)
-    chosen = int(broadcast(torch.tensor(chosen)))
-    return None if chosen < 0 else candidates[chosen]
-
-
-def _arrives(plain: Tensor, disturbed: Tensor, noise: Tensor) -> bool:
+def _arrives(plain: Tensor, disturbed: Tensor, noise: Tensor | None) -> bool:
     """Whether two runs differ by the noise, up to rounding."""
-    if not plain.shape == disturbed.shape == noise.shape:
+    if noise is None or not plain.shape == disturbed.shape == noise.shape:
         return False
     change, expected = (disturbed - plain).float(), noise.float()
     return bool((change - expected).abs().mean() <= _CLOSE * expected.abs().mean()) and bool(expected.any())
 
 
-def _seen_after(
-    reader: InputReader,
-    module: nn.Module,
-    candidates: Sequence[MatchPoint],
-    change: Callable[[Tensor], Tensor | None],
-) -> dict[int, Tensor]:
-    """The tensors at some places after a module's call, on this process's first batch, in the order of the calls.
+class _Seen:
+    """What this process's first batch has at some places, in the order in which it comes to them.
+
+    Attributes:
+        noise: What was added to the output of a target.
+        shapes: By target, that of its output.
+    """
+
+    def __init__(self) -> None:
+        self.noise: Tensor | None = None
+        self.shapes: dict[str, torch.Size] = {}
+        self._tensors: dict[str | int, Tensor | None] = {}  # of the places by number; targets have none
+
+    def note(self, key: str | int, tensor: Tensor | None = None) -> None:
+        """Note a place, or a target; the last call of several counts."""
+        self._tensors.pop(key, None)
+        self._tensors[key] = None if tensor is None else tensor.detach().clone()
+
+    def after(self, name: str) -> dict[int, Tensor]:
+        """The tensors at the places that came after a target."""
+        keys = list(self._tensors)
+        later = keys[keys.index(name) :] if name in self._tensors else []
+        return {key: tensor for key in later if isinstance(key, int) and (tensor := self._tensors[key]) is not None}
+
+
+def _seen(
+    reader: InputReader, modules: Mapping[str, nn.Module], candidates: Sequence[MatchPoint], disturb: bool = False
+) -> _Seen:
+    """Run this process's first batch, and look at some places.
 
     Args:
         reader: Runs the model.
-        module: Places count from its call on.
+        modules: The modules of targets, by name.
         candidates: The places.
-        change: Replaces the module's output; returns None to leave it.
+        disturb: Add noise to the outputs of the modules.
     """
-    tensors: dict[int, Tensor] = {}
-    called: list[bool] = []
+    seen = _Seen()
 
-    def at_module(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        called.append(True)
-        return change(output)
+    def at_module(name: str) -> Callable[..., Tensor | None]:
+        def see(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor | None:
+            seen.note(name)
+            seen.shapes[name] = output.shape
+            return add_noise(output) if disturb else None
+
+        return see
+
+    def add_noise(output: Tensor) -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        size = output.float().std() if output.numel() > 1 else torch.ones(())
+        seen.noise = (torch.randn(output.shape, generator=generator).to(output.device) * size).to(output.dtype)
+        return output + seen.noise
 
     def at_candidate(i: int) -> Callable[[Tensor], None]:
-        def keep(x: Tensor) -> None:
-            if called and isinstance(x, Tensor):
-                tensors[i] = x.detach().clone()
+        return lambda x: seen.note(i, x) if isinstance(x, Tensor) else None
 
-        return keep
-
-    watchers = [Watcher(module, at_module, after=True)]
+    watchers = [Watcher(module, at_module(name), after=True, waits=False) for name, module in modules.items()]
     watchers += [point.watcher(at_candidate(i)) for i, point in enumerate(candidates)]
     firsts = range(min(rank_and_world_size()[1], len(reader.batches)))
     reader.run(watchers, firsts, record=False)
-    return tensors
+    return seen

@@ -25,7 +25,7 @@ from hf_prune.calibration.batches import Batches
 from hf_prune.calibration.hooks import Watcher
 from hf_prune.calibration.input_matching import gather_changes, is_plain_linear
 from hf_prune.calibration.input_reader import InputReader, Statistics, check_finite
-from hf_prune.calibration.match_point import MatchPoint, find_match_point
+from hf_prune.calibration.match_point import MatchPoint, find_match_points
 from hf_prune.calibration.padding import first_input
 from hf_prune.calibration.sensitivity import Sensitivity
 from hf_prune.calibration.slabs import slab_number
@@ -113,8 +113,8 @@ class OutputMatcher:
         names = {t.name for t in targets} & self._dense.inputs.keys() - self._sensitivity.misplaced
         known = [t for t in targets if t.name in names]
         self._outputs.close()
+        self._points |= find_match_points(self._dense, [t.name for t in known])
         for t in known:
-            self._points[t.name] = find_match_point(self._dense, t.name)
             if self._points[t.name] is None and self._sensitivity.tokens_alike and self._is_plain(t):
                 same = (name for name in self._sources if self._dense.inputs[name] == self._dense.inputs[t.name])
                 self._sources[t.name] = next(same, t.name)
