@@ -19,7 +19,7 @@ PANELS = {
     "batch_size prompts batch length new_tokens lm_eval include_path evaluate evaluation latency acceleration dataset",
     "How": "objective repair steps polish polish_samples shrink stream seed tolerance warmup codec values gguf_type "
     "quantize cache remote_code rounds rewind_to schedule begin end every shrink_at config",
-    "Training": "epochs learning_rate accumulation bf16 teacher temperature hidden task checkpoints "
+    "Training": "epochs learning_rate accumulation bf16 teacher temperature hidden task dropout checkpoints "
     "allow_changes report_to",
     "Where it runs": "accelerate device dtype dtypes threads revision token trust_remote_code",
     "Repository": "private create_pr force message base_model license_ language example command name push",

@@ -28,6 +28,8 @@ class Distillation:
         temperature: T, by which logits are divided.
         layers: Which hidden state of the student learns from which hidden state of the teacher: 0 is the output of the
             embeddings, -1 that of the last layer. If layers were removed from the student, its own numbers count.
+        dropout: Whether the student's dropout stays on. A pruned student that learns what its dense teacher returns
+            does not overfit, and loses less without it: ``docs/guides/train.md`` has the numbers.
 
     Raises:
         ConfigError: If a number is negative, all weights are zero, or the temperature is not above zero.
@@ -38,6 +40,7 @@ class Distillation:
     hidden: float = 1.0
     temperature: float = 2.0
     layers: Mapping[int, int] = field(default_factory=lambda: {-1: -1})
+    dropout: bool = False
 
     def __post_init__(self) -> None:
         weights = {"task": self.task, "logits": self.logits, "hidden": self.hidden}

@@ -28,6 +28,7 @@ from hf_prune.structured.shrink_record import RECORD, simplify_config
 from hf_prune.training.callback import PruningCallback
 from hf_prune.training.check_settings import refuse_deepspeed
 from hf_prune.training.distillation import Distillation
+from hf_prune.training.dropout import Setting, dropout_settings, without_dropout
 from hf_prune.training.run_record import run_facts
 from hf_prune.training.state import check_training, last_whole_checkpoint
 from hf_prune.utils.forward import is_encoder_decoder
@@ -82,6 +83,7 @@ class PruningTrainer(Trainer):
         refuse_deepspeed(self.args)
         self.teacher = None if teacher is None else teacher.eval().requires_grad_(False).to(self.args.device)
         self.distillation = distillation or Distillation()
+        self._dropout: list[Setting] | None = None  # what is zero in each step, once it has been looked for
         self.pruning = PruningCallback(
             pruning_config,
             calibration=calibration,
@@ -103,7 +105,11 @@ class PruningTrainer(Trainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Train on one batch; once the gradients of a step are complete, clear those of removed weights."""
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self._dropout is None:
+            learns = self.teacher is not None and not self.distillation.dropout
+            self._dropout = dropout_settings(model) if learns else []
+        with without_dropout(self._dropout):
+            loss = super().training_step(model, inputs, num_items_in_batch)
         if self.pruning.pruner is not None and self.accelerator.sync_gradients:
             scale = 1.0 if self.accelerator.scaler is None else self.accelerator.scaler.get_scale()
             self.pruning.pruner.after_backward(self.state.global_step + 1, scale)

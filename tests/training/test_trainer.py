@@ -25,6 +25,7 @@ from hf_prune import (
 )
 from hf_prune.checkpoint.files import MASK_FILE
 from hf_prune.checkpoint.mask_file import load_masks
+from hf_prune.training.dropout import dropout_settings, without_dropout
 from hf_prune.training.state import STATE_FILE, save_training
 from tests import models
 
@@ -726,6 +727,43 @@ def test_a_teacher_teaches(tmp_path):
     assert not teacher.training
     assert not any(p.requires_grad for p in teacher.parameters())
     assert not any("teacher" in name for name, _ in run.model.named_parameters())
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_student_of_a_teacher_has_no_dropout_unless_it_is_asked_for(tmp_path, keep):
+    """Its steps are those of a model that has none."""
+    found = []
+    for rate in (0.4, 0.0):
+        student = models.tiny_bert(hidden_dropout_prob=rate, attention_probs_dropout_prob=rate)
+        run = trainer(tmp_path / str(rate), student, teacher=still(seed=9), distillation=Distillation(dropout=keep))
+        run.train()
+        found.append({name: p.detach().clone() for name, p in student.named_parameters()})
+        probabilities = {module.p for module in student.modules() if isinstance(module, nn.Dropout)}
+        assert probabilities == {rate} and student.config.hidden_dropout_prob == rate
+    assert all(models.same_bits(found[0][name], found[1][name]) for name in found[0]) != keep
+
+
+@pytest.mark.parametrize("build", [models.tiny_bart, models.tiny_llama, models.tiny_vit, models.tiny_gpt2])
+def test_without_dropout_a_model_in_training_returns_what_it_returns_in_evaluation(build):
+    model = build()
+    for owner, name in dropout_settings(model):
+        vars(owner)[name] = 0.5
+    settings = dropout_settings(model)
+    assert settings
+    batch = models.tiny_batches(model)[0]
+    with torch.no_grad():
+        expected = model.eval()(**batch).logits
+        assert not torch.equal(model.train()(**batch).logits, expected)
+        with without_dropout(settings):
+            torch.testing.assert_close(model(**batch).logits, expected)
+    assert {vars(owner)[name] for owner, name in settings} == {0.5}
+
+
+def test_dropout_is_back_after_a_step_that_failed():
+    model = models.tiny_bert(hidden_dropout_prob=0.3)
+    with pytest.raises(RuntimeError, match="out of memory"), without_dropout(dropout_settings(model)):
+        raise RuntimeError("out of memory")
+    assert {module.p for module in model.modules() if isinstance(module, nn.Dropout)} >= {0.3}
 
 
 def test_a_shrunk_student_learns_by_a_map_of_layers(tmp_path):

@@ -92,6 +92,9 @@ def train(
     task: Annotated[
         float | None, typer.Option(min=0.0, help="Weight of the labels beside a teacher. [default: 0.1]")
     ] = None,
+    dropout: Annotated[
+        bool, typer.Option("--dropout", help="Keep the dropout of the model beside a teacher, which costs accuracy.")
+    ] = False,
     data: Data = None,
     text_column: AnyText = None,
     label_column: Label = None,
@@ -127,6 +130,8 @@ def train(
         curve["name"] = schedule
     weights = {"temperature": temperature, "hidden": hidden, "task": task}
     distilled: dict[str, Any] = {key: value for key, value in weights.items() if value is not None}
+    if dropout:
+        distilled["dropout"] = True
     in_file = {} if config is None else pruning_settings(read_run_file(config))
     if keep_masks and (curve or (in_file | settings).keys() - SEED.keys()):
         raise ConfigError(
