@@ -62,10 +62,20 @@ def score(model: Any, tokenizer: Any, **splits: Any) -> dict[str, Any]:
     with fast_products(model.parameters()):
         for name, data in splits.items():
             scored = evaluate_classification(model, tokenizer, data, batch_size=64)
-            right = "".join(str(int(p == y)) for p, y in zip(scored.predictions, scored.labels, strict=True))
-            rows = unpack_rows(scored.distributions).astype("<f4")
-            found[name] = {"right": right, "log_probabilities": base64.b64encode(rows.tobytes()).decode()}
+            found[name] = predictions(unpack_rows(scored.distributions), scored.labels)
     return found
+
+
+def predictions(rows: Any, labels: Sequence[int]) -> dict[str, Any]:
+    """What :func:`score` returns for a split.
+
+    Args:
+        rows: (n, classes) log-probabilities.
+        labels: The right classes.
+    """
+    rows = np.asarray(rows, dtype="<f4")
+    right = "".join(str(int(row.argmax() == label)) for row, label in zip(rows, labels, strict=True))
+    return {"right": right, "log_probabilities": base64.b64encode(rows.tobytes()).decode()}
 
 
 class Scored:

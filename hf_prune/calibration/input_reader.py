@@ -24,7 +24,7 @@ from hf_prune.calibration.call_order import find_users, observe_calls, split_sha
 from hf_prune.calibration.hooks import Watcher
 from hf_prune.calibration.input_groups import group_by_input
 from hf_prune.calibration.reach import report_unreached, warn_of_few_tokens
-from hf_prune.calibration.replay import Replay
+from hf_prune.calibration.replay import Replay, Trials
 from hf_prune.calibration.trial import NotAlikeError, Tracer
 from hf_prune.errors import CalibrationError
 from hf_prune.kernels.matrix import Target, is_finite
@@ -48,6 +48,7 @@ class InputReader(BatchRunner):
         reuse: Whether finished blocks may return what they returned before.
         cache_bytes: How much of that is kept in memory; the rest goes to a temporary folder.
         folder: Where that folder is made; None for the system's.
+        trials: What another reader of the same model, targets and batches has found out; None for nothing.
 
     Attributes:
         holders: By target, the modules that multiply with it; of packed parameters, one that stands for each matrix.
@@ -68,9 +69,11 @@ class InputReader(BatchRunner):
         reuse: bool = True,
         cache_bytes: int = CACHE_BYTES,
         folder: str | os.PathLike[str] | None = None,
+        trials: Trials | None = None,
     ) -> None:
         self.targets = tuple(targets)
-        super().__init__(model, batches, self.targets, Replay(self._tracer, reuse))
+        batches = list(batches)
+        super().__init__(model, batches, self.targets, Replay(self._tracer, batches, reuse, trials))
         holders, self.users = find_users(model, self.targets)
         self.places = {**holders, **{name: [entry.owner] for name, entry in self.packed.items()}}
         self.holders = {**holders, **{name: list(entry.slabs) for name, entry in self.packed.items()}}

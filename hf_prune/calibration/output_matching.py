@@ -27,6 +27,7 @@ from hf_prune.calibration.input_matching import gather_changes, is_plain_linear
 from hf_prune.calibration.input_reader import InputReader, Statistics, check_finite
 from hf_prune.calibration.match_point import MatchPoint, find_match_points
 from hf_prune.calibration.padding import first_input
+from hf_prune.calibration.replay import Trials
 from hf_prune.calibration.sensitivity import Sensitivity
 from hf_prune.calibration.slabs import slab_number
 from hf_prune.errors import CalibrationError
@@ -49,6 +50,7 @@ class OutputMatcher:
             goes to a temporary folder.
         reuse: Whether finished blocks may return what they returned before.
         folder: Where that temporary folder is made; None for the system's.
+        trials: See :class:`InputReader`.
     """
 
     def __init__(
@@ -60,10 +62,11 @@ class OutputMatcher:
         cache_bytes: int,
         reuse: bool = True,
         folder: str | os.PathLike[str] | None = None,
+        trials: Trials | None = None,
     ) -> None:
         self._batches = list(batches)
         self._sensitivity = sensitivity
-        self._dense = InputReader(model, targets, self._batches, reuse=reuse, cache_bytes=cache_bytes, folder=folder)
+        self._dense = InputReader(model, targets, self._batches, reuse, cache_bytes, folder, trials)
         self._dense.order(warn=False)
         self._dense.replay.enabled = reuse and self._dense.verify()
         self._outputs = OffloadCache(cache_bytes, folder)  # of the dense model, by target and batch

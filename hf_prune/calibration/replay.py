@@ -8,6 +8,7 @@ modules see nothing of the finished blocks but the output of the last one. It is
 * Before a sequence is replayed, on the first, the smallest and the largest batch of each kind, for each of its blocks:
   all inputs of later targets and all outputs of later blocks must be what they are when every block is computed. Before
   that, the sequence runs once on other inputs, so that anything that blocks leave behind for others is out of date.
+  That is tried once for a model and its batches, however many readers run them one after the other.
 * In every run, for every batch: the finished blocks are called once each, in order, nothing fails, no branch depends on
   a tainted value, and nothing tainted reaches a module that is watched.
 
@@ -16,10 +17,10 @@ Blocks that do not pass are computed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import ExitStack
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -30,19 +31,46 @@ from hf_prune.utils.distributed import all_reduce_sum, broadcast, fail_together
 from hf_prune.utils.offload_cache import OffloadCache
 
 
+class Trial(NamedTuple):
+    """What was found for a sequence.
+
+    Args:
+        safe: For each block whether it and those before it may be replayed.
+        called: By target, the first block that returns after its call.
+        first_use: See :class:`BlockSequence`.
+    """
+
+    safe: list[bool]
+    called: dict[str, int]
+    first_use: dict[str, int]
+
+
+Trials = dict[Hashable, Trial]  # by the blocks and the samples that they were tried on
+
+
 class Replay:
     """The sequences of blocks of a model, whose finished blocks return what they returned before.
 
     Args:
         tracer: Makes what runs batches to try it, for all sequences.
+        batches: The batches.
         enabled: False to compute every block in every run.
+        trials: What was found before for the same model, batches and targets, and is from now on.
 
     Attributes:
         sequences: The sequences, whether their blocks can be replayed or not.
     """
 
-    def __init__(self, tracer: Callable[[Sequence[BlockSequence]], Tracer], enabled: bool = True) -> None:
+    def __init__(
+        self,
+        tracer: Callable[[Sequence[BlockSequence]], Tracer],
+        batches: Sequence[object],
+        enabled: bool = True,
+        trials: Trials | None = None,
+    ) -> None:
         self.enabled = enabled
+        self._batches = batches
+        self._trials: Trials = {} if trials is None else trials
         self.sequences: list[BlockSequence] = []
         self._tracer = tracer
         self._finished: set[str] = set()
@@ -92,11 +120,16 @@ class Replay:
             For each block whether it and those before it may be, the same in all processes.
         """
         if sequence.safe is None:
-            with fail_together():
-                safe, called = try_replay(sequence, self._tracer(self.sequences))
-                sequence.wait_for(called)
-                sequence.finish(self._finished)
-            sequence.safe = broadcast(torch.tensor(safe)).tolist()
+            key = (*map(id, sequence.blocks), *(id(self._batches[index]) for index in sequence.samples))
+            if key not in self._trials:
+                with fail_together():
+                    safe, called = try_replay(sequence, self._tracer(self.sequences))
+                self._trials[key] = Trial(broadcast(torch.tensor(safe)).tolist(), called, sequence.first_use)
+            found = self._trials[key]
+            sequence.first_use = found.first_use
+            sequence.wait_for(found.called)
+            sequence.finish(self._finished)
+            sequence.safe = list(found.safe)
         return sequence.safe
 
     def install(self, hooks: ExitStack, current: Callable[[], int]) -> None:

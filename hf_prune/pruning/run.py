@@ -8,6 +8,7 @@ from typing import Any, Generic, TypeVar
 
 from torch import Tensor, nn
 
+from hf_prune.calibration.replay import Trials
 from hf_prune.calibration.sensitivity import Sensitivity
 from hf_prune.planning.config import PruningConfig
 from hf_prune.pruning.transaction import Transaction
@@ -40,7 +41,8 @@ class MemoryBudget:
 
 @dataclass(frozen=True)
 class CalibrationRun(Generic[Plan]):
-    """A model, the plan for it, and the data that it is pruned with. Nothing in it changes but the model's weights.
+    """A model, the plan for it, and the data that it is pruned with. Only the model's weights change, and what is
+    known of it grows.
 
     Args:
         model: The model.
@@ -51,6 +53,7 @@ class CalibrationRun(Generic[Plan]):
         progress: Whether to show progress bars.
         sensitivity: How much the predictions depend on the outputs of targets, if planning measured it.
         fixed_masks: Masks that are known already, by parameter name, so that only a repair is left to do.
+        trials: Which blocks may be replayed, as far as it was tried.
     """
 
     model: nn.Module
@@ -61,6 +64,7 @@ class CalibrationRun(Generic[Plan]):
     progress: bool | None = None
     sensitivity: Sensitivity | None = None
     fixed_masks: Mapping[str, Tensor] | None = None
+    trials: Trials = field(default_factory=dict)
 
     @property
     def data(self) -> list[Mapping[str, Any]]:

@@ -88,7 +88,7 @@ def _prune(run: CalibrationRun[PruningPlan], change: Transaction, reuse: bool) -
     by_loss = plan.config.objective == "loss"
     cache_bytes = run.memory.shared if by_loss else run.memory.single
     with ExitStack() as context:
-        reader = context.enter_context(InputReader(model, targets_of(plan), run.data, reuse, cache_bytes))
+        reader = context.enter_context(InputReader(model, targets_of(plan), run.data, reuse, cache_bytes, None, run.trials))
         bar: Bar[object] = context.enter_context(
             Bar(total=len(plan.tensors), desc="Pruning", unit="weight", progress=progress)
         )
@@ -103,7 +103,7 @@ def _prune(run: CalibrationRun[PruningPlan], change: Transaction, reuse: bool) -
             sensitivity = sensitivity_of(reader, plan.config.seed, progress, cache_bytes)
             context.callback(sensitivity.close)
         matcher = context.enter_context(
-            OutputMatcher(model, targets_of(plan), run.data, sensitivity, cache_bytes, reuse)
+            OutputMatcher(model, targets_of(plan), run.data, sensitivity, cache_bytes, reuse, None, run.trials)
         )
         for segment in matcher.segments(steps):
             for step in segment:

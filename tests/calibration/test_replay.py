@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from hf_prune.calibration import replay
 from hf_prune.calibration.input_reader import InputReader
 from hf_prune.calibration.replay import Replay
 from hf_prune.calibration.tainted import Tainted, TaintedError, tainted
@@ -588,3 +589,17 @@ def test_an_output_layer_tied_to_an_embedding_sees_hidden_states(criterion, leng
         prune(each, 0.5, criterion=criterion, target_modules=["lm_head"], calibration=batches)
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert torch.equal(model.lm_head.weight, apart.lm_head.weight)
+
+
+@pytest.mark.parametrize("settings", [{"preset": "best"}, {"criterion": "sparsegpt"}])
+def test_what_may_be_replayed_is_tried_once_for_a_pruning(settings, monkeypatch):
+    tried, try_replay = [], replay.try_replay
+
+    def noted(sequence, trace):
+        tried.append(sequence)
+        return try_replay(sequence, trace)
+
+    monkeypatch.setattr(replay, "try_replay", noted)
+    model = models.tiny_bert(num_hidden_layers=3)
+    prune(model, sparsity=0.5, calibration=tiny_batches(model, sizes=(4, 2)), **settings)
+    assert len(tried) == 1
