@@ -88,7 +88,9 @@ def _prune(run: CalibrationRun[PruningPlan], change: Transaction, reuse: bool) -
     by_loss = plan.config.objective == "loss"
     cache_bytes = run.memory.shared if by_loss else run.memory.single
     with ExitStack() as context:
-        reader = context.enter_context(InputReader(model, targets_of(plan), run.data, reuse, cache_bytes, None, run.trials))
+        reader = context.enter_context(
+            InputReader(model, targets_of(plan), run.data, reuse, cache_bytes, None, run.trials)
+        )
         bar: Bar[object] = context.enter_context(
             Bar(total=len(plan.tensors), desc="Pruning", unit="weight", progress=progress)
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,7 +17,9 @@ from hf_prune.pruning.local_masks import is_sharded
 from hf_prune.utils.notices import QualityWarning, warn_user
 
 _MOST_TOKENS = 1 << 15
+_IMAGES = 128  # or sounds
 _BATCH = 32
+_DRAWN = 4  # times as many texts are drawn as are taken
 _LOG = logging.getLogger(__name__)
 
 
@@ -56,6 +59,9 @@ def with_method(
 def training_batches(loader: Any, seed: int) -> list[Any] | None:
     """Some of the examples that a training reads, in batches as it makes them.
 
+    Of texts the longest of a few thousand are taken: a data set may consist of phrases of some words, and calibration
+    learns from tokens.
+
     Args:
         loader: A ``DataLoader``; its own random numbers are not touched.
         seed: Of the choice.
@@ -68,13 +74,24 @@ def training_batches(loader: Any, seed: int) -> list[Any] | None:
     collate = getattr(loader, "collate_fn", None)
     if collate is None or not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
         return None
-    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)).tolist()[:TRAINING_EXAMPLES]
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)).tolist()
     batches, tokens = [], 0
     with torch.random.fork_rng(devices=[]):
-        for start in range(0, len(order), _BATCH):
-            batches.append(collate([data[number] for number in order[start : start + _BATCH]]))
+        examples = _longest(data, order)
+        for start in range(0, len(examples), _BATCH):
+            batches.append(collate(examples[start : start + _BATCH]))
             ids = batches[-1].get("input_ids")
-            tokens += _MOST_TOKENS // 4 if ids is None else ids.numel()  # 128 images or sounds
+            tokens += 0 if ids is None else ids.numel()
             if tokens >= _MOST_TOKENS:
                 break
     return batches
+
+
+def _longest(data: Any, order: list[int]) -> list[Any]:
+    """The first images in an order; of texts, the longest of the first ones, in the same order."""
+    first = [data[number] for number in order[:_BATCH]]
+    if not all(isinstance(example, Mapping) and "input_ids" in example for example in first):
+        return first + [data[number] for number in order[_BATCH:_IMAGES]]
+    drawn = first + [data[number] for number in order[_BATCH : _DRAWN * TRAINING_EXAMPLES]]
+    by_length = sorted(range(len(drawn)), key=lambda i: len(drawn[i]["input_ids"]), reverse=True)
+    return [drawn[i] for i in sorted(by_length[:TRAINING_EXAMPLES])]

@@ -115,6 +115,38 @@ def test_long_texts_are_fewer():
     assert sum(len(b["input_ids"]) for b in training_batches(torch.utils.data.DataLoader(Sentences(n=900)), 0)) == 512
 
 
+class Numbered(torch.utils.data.Dataset):
+    """Examples that note which of them were read."""
+
+    def __init__(self, n, example):
+        self.n, self.example, self.read = n, example, []
+
+    def __len__(self):
+        return self.n
+
+    def __getitem__(self, number):
+        self.read.append(number)
+        return self.example(number)
+
+
+def test_of_many_texts_the_longest_of_those_that_are_drawn_are_taken():
+    data = Numbered(3000, lambda number: {"input_ids": [number] * (3 + number % 17)})
+    loader = torch.utils.data.DataLoader(
+        data, collate_fn=lambda rows: {"input_ids": torch.tensor([len(r["input_ids"]) for r in rows])}
+    )
+    lengths = torch.cat([batch["input_ids"] for batch in training_batches(loader, seed=0)]).tolist()
+    drawn = sorted((3 + number % 17 for number in data.read), reverse=True)
+    assert len(set(data.read)) == len(data.read) == 2048
+    assert sorted(lengths, reverse=True) == drawn[:512]
+    assert lengths != drawn[:512]  # but in the order in which they were drawn
+
+
+def test_no_more_images_are_read_than_are_taken():
+    data = Numbered(3000, lambda number: {"pixel_values": torch.full((1,), float(number))})
+    batches = training_batches(torch.utils.data.DataLoader(data), seed=0)
+    assert sum(len(batch["pixel_values"]) for batch in batches) == len(data.read) == 128
+
+
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.5, 1.0])
 def test_masks_close_by_size_among_what_goes(share):
     """Against a loop over the weights."""

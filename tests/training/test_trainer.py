@@ -739,7 +739,8 @@ def test_a_student_of_a_teacher_has_no_dropout_unless_it_is_asked_for(tmp_path, 
         run.train()
         found.append({name: p.detach().clone() for name, p in student.named_parameters()})
         probabilities = {module.p for module in student.modules() if isinstance(module, nn.Dropout)}
-        assert probabilities == {rate} and student.config.hidden_dropout_prob == rate
+        assert probabilities == {rate}
+        assert student.config.hidden_dropout_prob == rate
     assert all(models.same_bits(found[0][name], found[1][name]) for name in found[0]) != keep
 
 
