@@ -41,8 +41,7 @@ class MemoryBudget:
 
 @dataclass(frozen=True)
 class CalibrationRun(Generic[Plan]):
-    """A model, the plan for it, and the data that it is pruned with. Only the model's weights change, and what is
-    known of it grows.
+    """A model, the plan for it, and the data that it is pruned with; only its weights change, and what was tried.
 
     Args:
         model: The model.

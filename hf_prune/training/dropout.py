@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
-Setting = tuple[object, str]  # an attribute with a probability: of a module, or of the config that its forward reads
+Setting = tuple[object, str]  # an attribute with a probability, of a module or of the config that it reads
 
 
 def dropout_settings(model: nn.Module) -> list[Setting]:
