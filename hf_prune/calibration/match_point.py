@@ -39,7 +39,7 @@ class MatchPoint:
 
 
 def find_match_points(reader: InputReader, names: Iterable[str]) -> dict[str, MatchPoint | None]:
-    """The first norm's input, or the block's output, that is the output of a target plus something else.
+    """For each target the first norm's input, or the block's output, that is its output plus something else.
 
     No table says where the residual stream of an architecture is. So it is found by trying: noise is added to the
     output of the target on the first batch, and the place is right where exactly that noise arrives. A norm in between,
@@ -63,18 +63,20 @@ def find_match_points(reader: InputReader, names: Iterable[str]) -> dict[str, Ma
         candidates = [*(MatchPoint(norm, output=False) for norm in norms), MatchPoint(block, output=True)]
         plain = _seen(reader, modules, candidates)
         for name, module in modules.items():
-            places = plain.after(name)
-            fits = any(places[i].shape == plain.shapes[name] for i in places)
-            chosen = -1
-            if bool(broadcast(torch.tensor(fits))):
-                disturbed = _seen(reader, {name: module}, candidates, disturb=True)
-                after = disturbed.after(name)
-                noise = disturbed.noise
-                arrives = (i for i in places if i in after and noise is not None)
-                chosen = next((i for i in arrives if _arrives(places[i], after[i], noise)), -1)
-            chosen = int(broadcast(torch.tensor(chosen)))
+            chosen = int(broadcast(torch.tensor(_arrival(reader, name, module, candidates, plain))))
             points[name] = None if chosen < 0 else candidates[chosen]
     return points
+
+
+def _arrival(reader: InputReader, name: str, module: nn.Module, candidates: Sequence[MatchPoint], plain: _Seen) -> int:
+    """The number of the first place where noise at a target's output arrives unchanged; -1 if there is none."""
+    places = plain.after(name)
+    fits = any(tensor.shape == plain.shapes[name] for tensor in places.values())
+    if not bool(broadcast(torch.tensor(fits))):
+        return -1
+    disturbed = _seen(reader, {name: module}, candidates, disturb=True)
+    after = disturbed.after(name)
+    return next((i for i in places if i in after and _arrives(places[i], after[i], disturbed.noise)), -1)
 
 
 def _arrives(plain: Tensor, disturbed: Tensor, noise: Tensor | None) -> bool:

@@ -8,7 +8,7 @@ modules see nothing of the finished blocks but the output of the last one. It is
 * Before a sequence is replayed, on the first, the smallest and the largest batch of each kind, for each of its blocks:
   all inputs of later targets and all outputs of later blocks must be what they are when every block is computed. Before
   that, the sequence runs once on other inputs, so that anything that blocks leave behind for others is out of date.
-  That is tried once for a model and its batches, however many readers run them one after the other.
+  Readers of the same model, targets and batches may share what one of them has found (``trials``).
 * In every run, for every batch: the finished blocks are called once each, in order, nothing fails, no branch depends on
   a tainted value, and nothing tainted reaches a module that is watched.
 

@@ -46,7 +46,7 @@ def learn_sparsities(run: CalibrationRun[PruningPlan]) -> tuple[dict[str, float]
     """
     plan, cache_bytes = run.plan, run.memory.shared
     data = run.data if plan.config.allocation == "owl" else measured_batches(run.model, run.data)
-    with InputReader(run.model, targets_of(plan), data, True, cache_bytes, None, run.trials) as reader:
+    with InputReader(run.model, targets_of(plan), data, cache_bytes=cache_bytes, trials=run.trials) as reader:
         steps = reader.order()
         measure = partial(measure_sensitivity, reader, plan.config.seed, run.progress, cache_bytes)
         sparsities, sensitivity = allocate(

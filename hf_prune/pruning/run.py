@@ -41,7 +41,7 @@ class MemoryBudget:
 
 @dataclass(frozen=True)
 class CalibrationRun(Generic[Plan]):
-    """A model, the plan for it, and the data that it is pruned with; only its weights change, and what was tried.
+    """A model, the plan for it, and the data that it is pruned with. Only the model's weights and ``trials`` change.
 
     Args:
         model: The model.

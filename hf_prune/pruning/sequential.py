@@ -89,7 +89,7 @@ def _prune(run: CalibrationRun[PruningPlan], change: Transaction, reuse: bool) -
     cache_bytes = run.memory.shared if by_loss else run.memory.single
     with ExitStack() as context:
         reader = context.enter_context(
-            InputReader(model, targets_of(plan), run.data, reuse, cache_bytes, None, run.trials)
+            InputReader(model, targets_of(plan), run.data, reuse, cache_bytes, trials=run.trials)
         )
         bar: Bar[object] = context.enter_context(
             Bar(total=len(plan.tensors), desc="Pruning", unit="weight", progress=progress)
@@ -105,7 +105,7 @@ def _prune(run: CalibrationRun[PruningPlan], change: Transaction, reuse: bool) -
             sensitivity = sensitivity_of(reader, plan.config.seed, progress, cache_bytes)
             context.callback(sensitivity.close)
         matcher = context.enter_context(
-            OutputMatcher(model, targets_of(plan), run.data, sensitivity, cache_bytes, reuse, None, run.trials)
+            OutputMatcher(model, targets_of(plan), run.data, sensitivity, cache_bytes, reuse, trials=run.trials)
         )
         for segment in matcher.segments(steps):
             for step in segment:

@@ -17,7 +17,6 @@ from hf_prune.pruning.local_masks import is_sharded
 from hf_prune.utils.notices import QualityWarning, warn_user
 
 _MOST_TOKENS = 1 << 15
-_IMAGES = 128  # or sounds
 _BATCH = 32
 _DRAWN = 4  # times as many texts are drawn as are taken
 _LOG = logging.getLogger(__name__)
@@ -59,8 +58,8 @@ def with_method(
 def training_batches(loader: Any, seed: int) -> list[Any] | None:
     """Some of the examples that a training reads, in batches as it makes them.
 
-    Of texts the longest of a few thousand are taken: a data set may consist of phrases of some words, and calibration
-    learns from tokens.
+    Of examples with token ids, the longest of four times as many are taken: a data set may consist of phrases of some
+    words, and calibration learns from tokens.
 
     Args:
         loader: A ``DataLoader``; its own random numbers are not touched.
@@ -77,21 +76,38 @@ def training_batches(loader: Any, seed: int) -> list[Any] | None:
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)).tolist()
     batches, tokens = [], 0
     with torch.random.fork_rng(devices=[]):
-        examples = _longest(data, order)
-        for start in range(0, len(examples), _BATCH):
-            batches.append(collate(examples[start : start + _BATCH]))
+        chosen = _longest(data, order)
+        for start in range(0, len(chosen), _BATCH):
+            batches.append(collate([data[number] for number in chosen[start : start + _BATCH]]))
             ids = batches[-1].get("input_ids")
-            tokens += 0 if ids is None else ids.numel()
+            tokens += _MOST_TOKENS // 4 if ids is None else ids.numel()  # 128 images or sounds
             if tokens >= _MOST_TOKENS:
                 break
     return batches
 
 
-def _longest(data: Any, order: list[int]) -> list[Any]:
-    """The first images in an order; of texts, the longest of the first ones, in the same order."""
-    first = [data[number] for number in order[:_BATCH]]
-    if not all(isinstance(example, Mapping) and "input_ids" in example for example in first):
-        return first + [data[number] for number in order[_BATCH:_IMAGES]]
-    drawn = first + [data[number] for number in order[_BATCH : _DRAWN * TRAINING_EXAMPLES]]
-    by_length = sorted(range(len(drawn)), key=lambda i: len(drawn[i]["input_ids"]), reverse=True)
-    return [drawn[i] for i in sorted(by_length[:TRAINING_EXAMPLES])]
+def _longest(data: Any, order: list[int]) -> list[int]:
+    """The numbers of the longest texts among the first in an order, in that order; of other examples, the first."""
+    lengths: dict[int, int] = {}
+    total = 0
+    for number in order[: _DRAWN * TRAINING_EXAMPLES]:
+        length = _tokens(data[number])
+        if length is None:
+            return order[:TRAINING_EXAMPLES]
+        lengths[number] = length
+        total += length
+        if total >= _DRAWN * _MOST_TOKENS:
+            break
+    longest = set(sorted(lengths, key=lengths.__getitem__, reverse=True)[:TRAINING_EXAMPLES])
+    return [number for number in lengths if number in longest]
+
+
+def _tokens(example: Any) -> int | None:
+    """How many tokens an example has, without padding; None if it is no plain text, or not tokenized yet."""
+    if not isinstance(example, Mapping) or "input_ids" not in example:
+        return None
+    values = [value for value in example.values() if hasattr(value, "__len__") and not isinstance(value, str)]
+    if any(getattr(value, "ndim", 1) > 1 or (len(value) and hasattr(value[0], "__len__")) for value in values):
+        return None  # images beside the text, or several texts
+    mask = example.get("attention_mask")
+    return len(example["input_ids"]) if mask is None else int(torch.as_tensor(mask).sum())

@@ -2,49 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
-Setting = tuple[object, str]  # an attribute with a probability, of a module or of the config that it reads
 
+@contextmanager
+def without_dropout(model: nn.Module) -> Iterator[None]:
+    """Inside, every probability of dropout in a model is zero; afterwards it is what it was.
 
-def dropout_settings(model: nn.Module) -> list[Setting]:
-    """Every probability of dropout in a model, layers that are skipped at random (LayerDrop, stochastic depth) included.
+    That is ``p`` of dropout modules, and every attribute of a module or its config that is named so: also the
+    probability with which layers are skipped (LayerDrop, stochastic depth).
 
     Args:
         model: The model.
     """
-    found: list[Setting] = []
-    configs: dict[int, object] = {}
+    before: list[tuple[dict[str, Any], str, float]] = []
+    seen: set[int] = set()
     for module in model.modules():
-        if isinstance(module, _DropoutNd):
-            found.append((module, "p"))
-        config = module.__dict__.get("config")
-        if hasattr(config, "__dict__"):
-            configs[id(config)] = config
-        found += _named_so(module)
-    return found + [setting for config in configs.values() for setting in _named_so(config)]
-
-
-def _named_so(owner: object) -> list[Setting]:
-    return [(owner, name) for name, value in vars(owner).items() if "drop" in name and isinstance(value, float)]
-
-
-@contextmanager
-def without_dropout(settings: Sequence[Setting]) -> Iterator[None]:
-    """Inside, the probabilities are zero; afterwards they are what they were.
-
-    Args:
-        settings: From :func:`dropout_settings`.
-    """
-    before = [vars(owner)[name] for owner, name in settings]
+        for owner in (module, module.__dict__.get("config")):
+            values = getattr(owner, "__dict__", None)
+            if values is None or id(values) in seen:
+                continue
+            seen.add(id(values))
+            for name, value in values.items():
+                if isinstance(value, float) and value and _is_dropout(owner, name):
+                    before.append((values, name, value))
     try:
-        for owner, name in settings:
-            vars(owner)[name] = 0.0
+        for values, name, _ in before:
+            values[name] = 0.0
         yield
     finally:
-        for (owner, name), value in zip(settings, before, strict=True):
-            vars(owner)[name] = value
+        for values, name, value in before:
+            values[name] = value
+
+
+def _is_dropout(owner: object, name: str) -> bool:
+    if name == "p":
+        return isinstance(owner, _DropoutNd)
+    return "drop" in name and "prenet" not in name  # SpeechT5's is on in evaluation as well

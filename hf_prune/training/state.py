@@ -123,7 +123,7 @@ def check_old_run(folder: Path, run: Callable[[], Mapping[str, Any]]) -> bool:
         before = read_json_object(path)
     except CheckpointError as error:
         raise CheckpointError(f"{error}; {_ADVICE}") from error
-    _refuse_other_run(path, differences(before, json.loads(json.dumps(dict(run())))))
+    _refuse_other_run(path, differences(_as_it_was(before), json.loads(json.dumps(dict(run())))))
     return True
 
 
@@ -154,8 +154,16 @@ def check_same_run(folder: Path, facts: Mapping[str, Any], run: Mapping[str, Any
     compared = before | reached if now["weights"] == reached.get("weights") else before
     if None in (now["weights"], compared.get("weights")):  # unknown, as of weights that are spread over processes
         now, compared = {**now, "weights": None}, {**compared, "weights": None}
-    _refuse_other_run(folder, differences(compared, now))
+    _refuse_other_run(folder, differences(_as_it_was(compared), now))
     return before
+
+
+def _as_it_was(facts: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Facts of a training with what earlier versions do not say: beside a teacher they had dropout."""
+    distillation = facts.get("distillation")
+    if not isinstance(distillation, dict):
+        return facts
+    return {**facts, "distillation": {"dropout": True, **distillation}}
 
 
 def says_its_run(folder: Path) -> bool:

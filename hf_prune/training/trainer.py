@@ -8,6 +8,7 @@ checkpoints only when the new one is complete.
 from __future__ import annotations
 
 import dataclasses
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from hf_prune.structured.shrink_record import RECORD, simplify_config
 from hf_prune.training.callback import PruningCallback
 from hf_prune.training.check_settings import refuse_deepspeed
 from hf_prune.training.distillation import Distillation
-from hf_prune.training.dropout import Setting, dropout_settings, without_dropout
+from hf_prune.training.dropout import without_dropout
 from hf_prune.training.run_record import run_facts
 from hf_prune.training.state import check_training, last_whole_checkpoint
 from hf_prune.utils.forward import is_encoder_decoder
@@ -83,7 +84,6 @@ class PruningTrainer(Trainer):
         refuse_deepspeed(self.args)
         self.teacher = None if teacher is None else teacher.eval().requires_grad_(False).to(self.args.device)
         self.distillation = distillation or Distillation()
-        self._dropout: list[Setting] | None = None  # what is zero in each step, once it has been looked for
         self.pruning = PruningCallback(
             pruning_config,
             calibration=calibration,
@@ -105,10 +105,8 @@ class PruningTrainer(Trainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Train on one batch; once the gradients of a step are complete, clear those of removed weights."""
-        if self._dropout is None:
-            learns = self.teacher is not None and not self.distillation.dropout
-            self._dropout = dropout_settings(model) if learns else []
-        with without_dropout(self._dropout):
+        learns = self.teacher is not None and not self.distillation.dropout
+        with without_dropout(model) if learns else nullcontext():
             loss = super().training_step(model, inputs, num_items_in_batch)
         if self.pruning.pruner is not None and self.accelerator.sync_gradients:
             scale = 1.0 if self.accelerator.scaler is None else self.accelerator.scaler.get_scale()

@@ -129,22 +129,51 @@ class Numbered(torch.utils.data.Dataset):
         return self.example(number)
 
 
-def test_of_many_texts_the_longest_of_those_that_are_drawn_are_taken():
-    data = Numbered(3000, lambda number: {"input_ids": [number] * (3 + number % 17)})
-    loader = torch.utils.data.DataLoader(
-        data, collate_fn=lambda rows: {"input_ids": torch.tensor([len(r["input_ids"]) for r in rows])}
-    )
-    lengths = torch.cat([batch["input_ids"] for batch in training_batches(loader, seed=0)]).tolist()
-    drawn = sorted((3 + number % 17 for number in data.read), reverse=True)
-    assert len(set(data.read)) == len(data.read) == 2048
-    assert sorted(lengths, reverse=True) == drawn[:512]
-    assert lengths != drawn[:512]  # but in the order in which they were drawn
+def padded(number):
+    """A text of 3 to 19 tokens in 32 places."""
+    size = 3 + number % 17
+    return {"input_ids": [number] * 32, "attention_mask": [1] * size + [0] * (32 - size)}
 
 
-def test_no_more_images_are_read_than_are_taken():
-    data = Numbered(3000, lambda number: {"pixel_values": torch.full((1,), float(number))})
-    batches = training_batches(torch.utils.data.DataLoader(data), seed=0)
-    assert sum(len(batch["pixel_values"]) for batch in batches) == len(data.read) == 128
+@pytest.mark.parametrize("example", [padded, lambda number: {"input_ids": [number] * (3 + number % 17)}])
+def test_of_many_texts_the_longest_of_those_that_are_drawn_are_taken(example):
+    data = Numbered(3000, example)
+    numbers = lambda rows: {"input_ids": torch.tensor([row["input_ids"][0] for row in rows])}  # noqa: E731
+    batches = training_batches(torch.utils.data.DataLoader(data, collate_fn=numbers), seed=0)
+    taken = torch.cat([batch["input_ids"] for batch in batches]).tolist()
+    drawn = list(dict.fromkeys(data.read))
+    assert len(drawn) == 2048
+    assert sorted(3 + n % 17 for n in taken) == sorted(3 + n % 17 for n in drawn)[-512:]
+    assert taken == [number for number in drawn if number in set(taken)]  # in the order in which they were drawn
+
+
+def test_no_more_long_texts_are_read_than_the_tokens_ask_for():
+    data = Numbered(3000, lambda number: {"input_ids": [number] * 512})
+    collate = lambda rows: {"input_ids": torch.tensor([row["input_ids"] for row in rows])}  # noqa: E731
+    batches = training_batches(torch.utils.data.DataLoader(data, collate_fn=collate), seed=0)
+    assert sum(len(batch["input_ids"]) for batch in batches) == 64
+    assert len(set(data.read)) == 256
+
+
+@pytest.mark.parametrize(
+    "example",
+    [
+        lambda number: {"pixel_values": torch.full((3, 2, 2), float(number))},
+        lambda number: {"input_ids": [number] * 400, "pixel_values": torch.full((3, 2, 2), float(number))},
+    ],
+)
+def test_images_are_not_read_to_choose_among_them(example):
+    data = Numbered(3000, example)
+    collate = lambda rows: {"pixel_values": torch.stack([row["pixel_values"] for row in rows])}  # noqa: E731
+    batches = training_batches(torch.utils.data.DataLoader(data, collate_fn=collate), seed=0)
+    assert sum(len(batch["pixel_values"]) for batch in batches) == len(set(data.read)) == 128
+
+
+def test_texts_that_the_collator_tokenizes_are_drawn_as_they_come():
+    data = Numbered(3000, lambda number: {"text": "a " * number})
+    collate = lambda rows: {"input_ids": torch.ones(len(rows), 4, dtype=torch.long)}  # noqa: E731
+    batches = training_batches(torch.utils.data.DataLoader(data, collate_fn=collate), seed=0)
+    assert sum(len(batch["input_ids"]) for batch in batches) == len(set(data.read)) == 512
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.5, 1.0])

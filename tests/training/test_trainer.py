@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 from transformers import BertForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
 
@@ -25,7 +27,7 @@ from hf_prune import (
 )
 from hf_prune.checkpoint.files import MASK_FILE
 from hf_prune.checkpoint.mask_file import load_masks
-from hf_prune.training.dropout import dropout_settings, without_dropout
+from hf_prune.training.dropout import without_dropout
 from hf_prune.training.state import STATE_FILE, save_training
 from tests import models
 
@@ -744,26 +746,63 @@ def test_a_student_of_a_teacher_has_no_dropout_unless_it_is_asked_for(tmp_path, 
     assert all(models.same_bits(found[0][name], found[1][name]) for name in found[0]) != keep
 
 
+def test_each_of_several_trainings_is_without_dropout(tmp_path):
+    """As in a search for hyperparameters, where every trial has a new model."""
+    seen = []
+    built = []
+
+    def new():
+        built.append(models.tiny_bert(hidden_dropout_prob=0.4))
+        drop = next(module for module in built[-1].modules() if isinstance(module, nn.Dropout) and module.p == 0.4)
+        drop.register_forward_hook(lambda module, *_: seen.append((len(built), module.p)) if module.training else None)
+        return built[-1]
+
+    run = PruningTrainer(
+        model_init=new,
+        args=arguments(tmp_path),
+        train_dataset=Sentences(),
+        pruning_config=config(),
+        teacher=still(seed=9),
+    )
+    run.train()
+    run.train()
+    assert {p for _, p in seen} == {0.0}
+    assert len({number for number, _ in seen}) == 2
+
+
+def drop_rates(model):
+    """Every probability of dropout that is not zero, by hand."""
+    names = ("p", "dropout", "attention_dropout", "activation_dropout", "attention_probs_dropout_prob", "resid_pdrop")
+    owners = [*model.modules(), model.config]
+    return [(vars(owner), name) for owner in owners for name in names if isinstance(vars(owner).get(name), float)]
+
+
 @pytest.mark.parametrize("build", [models.tiny_bart, models.tiny_llama, models.tiny_vit, models.tiny_gpt2])
 def test_without_dropout_a_model_in_training_returns_what_it_returns_in_evaluation(build):
     model = build()
-    for owner, name in dropout_settings(model):
-        vars(owner)[name] = 0.5
-    settings = dropout_settings(model)
-    assert settings
+    rates = drop_rates(model)
+    assert rates
+    for values, name in rates:
+        values[name] = 0.5
     batch = models.tiny_batches(model)[0]
     with torch.no_grad():
         expected = model.eval()(**batch).logits
         assert not torch.equal(model.train()(**batch).logits, expected)
-        with without_dropout(settings):
+        with without_dropout(model):
             torch.testing.assert_close(model(**batch).logits, expected)
-    assert {vars(owner)[name] for owner, name in settings} == {0.5}
+    assert {values[name] for values, name in rates} == {0.5}
 
 
 def test_dropout_is_back_after_a_step_that_failed():
     model = models.tiny_bert(hidden_dropout_prob=0.3)
-    with pytest.raises(RuntimeError, match="out of memory"), without_dropout(dropout_settings(model)):
-        raise RuntimeError("out of memory")
+
+    def step():
+        with without_dropout(model):
+            assert {module.p for module in model.modules() if isinstance(module, nn.Dropout)} == {0.0}
+            raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        step()
     assert {module.p for module in model.modules() if isinstance(module, nn.Dropout)} >= {0.3}
 
 
@@ -1055,3 +1094,20 @@ def test_distillation_settings():
 def test_the_config_with_its_schedule_is_in_the_checkpoint(begun):
     assert load_masks(Path(begun.args.output_dir) / "checkpoint-10" / MASK_FILE).config == config()
     assert json.loads(json.dumps(config().to_dict()))["schedule"]["name"] == "cubic"
+
+
+def test_a_distillation_that_an_earlier_version_began_goes_on_with_dropout(tmp_path):
+    def going_on(folder, **settings):
+        more = {"teacher": models.tiny_bert(seed=9), "distillation": Distillation(**settings)}
+        return trainer(tmp_path / folder, callbacks=[SaveAt(10)], **more)
+
+    going_on("begun", dropout=True).train()
+    checkpoint = tmp_path / "begun" / "checkpoint-10"
+    with safe_open(checkpoint / STATE_FILE, "pt") as file:
+        tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()
+    [(key, header)] = [(key, json.loads(text)) for key, text in metadata.items() if "facts" in text]
+    del header["facts"]["run"]["distillation"]["dropout"]
+    save_file(tensors, checkpoint / STATE_FILE, {**metadata, key: json.dumps(header)})
+    with pytest.raises(CheckpointError, match="distillation: dropout was True, now False"):
+        going_on("again").train(resume_from_checkpoint=str(checkpoint))
+    going_on("as it was", dropout=True).train(resume_from_checkpoint=str(checkpoint))

@@ -93,7 +93,7 @@ def train(
         float | None, typer.Option(min=0.0, help="Weight of the labels beside a teacher. [default: 0.1]")
     ] = None,
     dropout: Annotated[
-        bool, typer.Option("--dropout", help="Keep the dropout of the model beside a teacher, which costs accuracy.")
+        bool, typer.Option("--dropout", help="With --teacher: keep the model's own dropout on, which costs accuracy.")
     ] = False,
     data: Data = None,
     text_column: AnyText = None,
