@@ -104,10 +104,16 @@ def _longest(data: Any, order: list[int]) -> list[int]:
 
 def _tokens(example: Any) -> int | None:
     """How many tokens an example has, without padding; None if it is no plain text, or not tokenized yet."""
-    if not isinstance(example, Mapping) or "input_ids" not in example:
+    if not isinstance(example, Mapping) or "input_ids" not in example or not all(map(_is_flat, example.values())):
         return None
-    values = [value for value in example.values() if hasattr(value, "__len__") and not isinstance(value, str)]
-    if any(getattr(value, "ndim", 1) > 1 or (len(value) and hasattr(value[0], "__len__")) for value in values):
-        return None  # images beside the text, or several texts
-    mask = example.get("attention_mask")
-    return len(example["input_ids"]) if mask is None else int(torch.as_tensor(mask).sum())
+    ids, mask = example["input_ids"], example.get("attention_mask")
+    return len(ids) if mask is None else int(torch.as_tensor(mask).sum())
+
+
+def _is_flat(value: Any) -> bool:
+    """Whether a value is a number, a text or a row of numbers: no image, and not several texts."""
+    if isinstance(value, list | tuple):
+        return not (value and isinstance(value[0], list | tuple))
+    if hasattr(value, "ndim"):  # an array
+        return bool(value.ndim <= 1)
+    return value is None or isinstance(value, str | int | float)

@@ -135,7 +135,12 @@ def padded(number):
     return {"input_ids": [number] * 32, "attention_mask": [1] * size + [0] * (32 - size)}
 
 
-@pytest.mark.parametrize("example", [padded, lambda number: {"input_ids": [number] * (3 + number % 17)}])
+def tensors(number):
+    """The same, as a data set with ``with_format("torch")`` returns it."""
+    return {name: torch.tensor(value) for name, value in {**padded(number), "label": number % 2}.items()}
+
+
+@pytest.mark.parametrize("example", [padded, tensors, lambda number: {"input_ids": [number] * (3 + number % 17)}])
 def test_of_many_texts_the_longest_of_those_that_are_drawn_are_taken(example):
     data = Numbered(3000, example)
     numbers = lambda rows: {"input_ids": torch.tensor([row["input_ids"][0] for row in rows])}  # noqa: E731
@@ -160,6 +165,7 @@ def test_no_more_long_texts_are_read_than_the_tokens_ask_for():
     [
         lambda number: {"pixel_values": torch.full((3, 2, 2), float(number))},
         lambda number: {"input_ids": [number] * 400, "pixel_values": torch.full((3, 2, 2), float(number))},
+        lambda number: {"input_ids": [[number] * 9] * 4, "pixel_values": torch.zeros(3)},
     ],
 )
 def test_images_are_not_read_to_choose_among_them(example):
