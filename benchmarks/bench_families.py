@@ -78,7 +78,7 @@ def describe(job: harness.Job, result: harness.Result) -> str:
 
 
 def measure(args: argparse.Namespace, job: harness.Job) -> harness.Result:
-    """Prune once, and score; the dense model is trained if its folder is not there."""
+    """Prune once, and score; the job of the dense model trains it first, and writes it for the others."""
     import torch
 
     from hf_prune import PruningConfig, prune

@@ -771,7 +771,7 @@ def test_each_of_several_trainings_is_without_dropout(tmp_path):
 
 
 def drop_rates(model):
-    """Every probability of dropout that is not zero, by hand."""
+    """Every probability of dropout, by the names of these models."""
     names = ("p", "dropout", "attention_dropout", "activation_dropout", "attention_probs_dropout_prob", "resid_pdrop")
     owners = [*model.modules(), model.config]
     return [(vars(owner), name) for owner in owners for name in names if isinstance(vars(owner).get(name), float)]

@@ -128,10 +128,8 @@ def train(
     curve: dict[str, Any] = {key: _read_moment(f"--{key}", text) for key, text in moments.items() if text is not None}
     if schedule is not None:
         curve["name"] = schedule
-    weights = {"temperature": temperature, "hidden": hidden, "task": task}
+    weights = {"temperature": temperature, "hidden": hidden, "task": task, "dropout": dropout or None}
     distilled: dict[str, Any] = {key: value for key, value in weights.items() if value is not None}
-    if dropout:
-        distilled["dropout"] = True
     in_file = {} if config is None else pruning_settings(read_run_file(config))
     if keep_masks and (curve or (in_file | settings).keys() - SEED.keys()):
         raise ConfigError(

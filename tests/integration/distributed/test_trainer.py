@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import default_data_collator
 
 from hf_prune import AutoPrunedModelForSequenceClassification, MaskStore
 from hf_prune.training.state import STATE_FILE
@@ -82,10 +83,10 @@ def hidden_states(tensors):
     model.load_state_dict({name: value for name, value in tensors.items() if not name.startswith("mask ")})
     assert not all(map(torch.equal, before, model.parameters()))
     data = Sentences()
-    rows = [data[i] for i in range(len(data))]
     with torch.no_grad():
-        batch = {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
-        return model(**batch, output_hidden_states=True).hidden_states
+        return model(
+            **default_data_collator([data[i] for i in range(len(data))]), output_hidden_states=True
+        ).hidden_states
 
 
 def test_one_process_writes_the_checkpoints(trained):
