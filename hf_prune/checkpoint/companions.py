@@ -36,7 +36,7 @@ _PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_prepr
 # The tokenizers and processors whose checksums are in a card.
 COMPANIONS = (*_VOCABULARIES, "merges.txt", *_TOKENIZER_SETTINGS, *_PROCESSORS)
 # Weights in formats that are not written here: after pruning they would still be those of the dense model.
-_OTHER_FORMATS = (".gguf", ".ggml", ".onnx", ".onnx_data", ".ot", ".safetensors", ".tflite", ".xml")
+_OTHER_FORMATS = (".gguf", ".ggml", ".onnx", ".onnx_data", ".ot", ".pte", ".safetensors", ".tflite", ".xml")
 _LARGEST_COMPANION = 100_000_000  # bytes; a vocabulary has a few tens of millions
 
 

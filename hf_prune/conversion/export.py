@@ -1,13 +1,10 @@
-"""Export masked and shrunk models to other runtimes: ONNX, by ``torch.export``, and OpenVINO."""
+"""Export masked and shrunk models to other runtimes by ``torch.export``: ONNX, OpenVINO and ExecuTorch."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import logging
-import re
 import tempfile
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -21,10 +18,11 @@ from torch import Tensor, nn
 from hf_prune.architectures.bypass import bypassed_layers
 from hf_prune.architectures.switched_off import layers_without_units
 from hf_prune.calibration.expert_implementation import experts_by
-from hf_prune.conversion.exported_graphs import Graph, cached_graph, first_output, logits_graph
+from hf_prune.conversion.executorch import executorch_program
+from hf_prune.conversion.exported_graphs import Graph, cached_graph, first_output, logits_graph, quiet, reason_of
 from hf_prune.conversion.int8 import check_quantizer, write_int8
 from hf_prune.errors import ExportError
-from hf_prune.inference.backends import SUFFIXES, ExportedModel, need
+from hf_prune.inference.backends import SUFFIXES, ExportedModel, names_file, need
 from hf_prune.inference.speedup import workload_inputs
 from hf_prune.pruning.mask_store import warn_regrown
 from hf_prune.utils.files import sync
@@ -44,7 +42,7 @@ class ExportReport(Result):
 
     Args:
         path: The file.
-        runtime: The runtime that checked it: ``"onnxruntime"`` or ``"openvino"``.
+        runtime: The runtime that checked it: ``"onnxruntime"``, ``"openvino"`` or ``"executorch"``.
         difference: Largest difference of an output from PyTorch's, on inputs of another size than those of the export;
             of the float32 file, also where another one was written.
         quantized: ``"int8"`` if such a file was written, or None.
@@ -86,9 +84,13 @@ class ExportReport(Result):
 def export_model(
     model: nn.Module, path: str | Path, *, quantize: str | None = None, cache: bool = False, overwrite: bool = False
 ) -> ExportReport:
-    """Export a model to ONNX (``.onnx``) or OpenVINO (``.xml``, with a ``.bin`` beside it), and check the file.
+    """Export a model to ONNX, OpenVINO or ExecuTorch, and check the file.
 
-    The batch size and the number of tokens are free dimensions. The logits are the only output, except with ``cache``.
+    The suffix of the file decides: ``.onnx``, ``.xml`` (with a ``.bin`` beside it) or ``.pte`` (with a ``.pte.json``
+    that names the inputs). The batch size and the number of tokens are free dimensions; in ExecuTorch, which plans its
+    memory ahead, up to 8 examples of 512 tokens, or of as many as the model can read. The logits are the first output,
+    and without ``cache`` the only one of ONNX and OpenVINO files.
+
     Before the file is put in place, it is run and compared with PyTorch. A masked model keeps its zeros, and a shrunk
     model its size.
 
@@ -97,9 +99,9 @@ def export_model(
         path: The file.
         quantize: ``"int8"`` for int8 matrices of linear layers and embeddings (ONNX by ONNX Runtime's dynamic
             quantization, OpenVINO by NNCF), which changes the outputs: the report says by how much. None for float32.
-        cache: For causal language models: the file takes keys and values of earlier tokens, and returns them with those
-            of the new tokens, so that :meth:`ExportedModel.generate` reads each token once. Their names are those of
-            Optimum and transformers.js, ``past_key_values.0.key`` and ``present.0.key``.
+        cache: For causal language models in ONNX and OpenVINO: the file takes keys and values of earlier tokens, and
+            returns them with those of the new tokens, so that :meth:`ExportedModel.generate` reads each token once.
+            Their names are those of Optimum and transformers.js, ``past_key_values.0.key`` and ``present.0.key``.
         overwrite: Replace an existing file and the files that belong to it.
 
     Returns:
@@ -116,13 +118,22 @@ def export_model(
     refuse_quantized(model)
     if path.suffix not in SUFFIXES:
         raise ExportError(
-            f"{path} ends in {path.suffix!r}: expected .onnx, or .xml for OpenVINO; export_gguf() writes .gguf"
+            f"{path} ends in {path.suffix!r}: expected .onnx, .xml for OpenVINO, or .pte for ExecuTorch; export_gguf() "
+            f"writes .gguf"
         )
-    data = path.with_suffix(".bin") if path.suffix == ".xml" else path.with_name(f"{path.name}.data")
+    beside = {".onnx": path.with_name(f"{path.name}.data"), ".xml": path.with_suffix(".bin"), ".pte": names_file(path)}
+    data = beside[path.suffix]
     check_quantizer(path, quantize)
+    if cache and path.suffix == ".pte":
+        raise ExportError(
+            f"{path} cannot have a key-value cache: leave cache=True (--cache) out, or choose .onnx or .xml"
+        )
     for file in (path, data):
         check_file(file, overwrite=overwrite)
-    need("onnx", "onnxscript", *(("openvino",) if path.suffix == ".xml" else ("onnxruntime",)))
+    if path.suffix == ".pte":
+        need("executorch", extra="executorch")
+    else:
+        need("onnx", "onnxscript", *(("openvino",) if path.suffix == ".xml" else ("onnxruntime",)))
     if any(p.dtype != torch.float32 for p in model.parameters()):
         raise ExportError("the model is not in float32, as exported files must be: call model.float() first")
     if bypassed := bypassed_layers(model):
@@ -134,28 +145,21 @@ def export_model(
     inputs = workload_inputs(model, {"batch_size": 2, "length": 8})
     other = workload_inputs(model, {"batch_size": 3, "length": 6})
     with _exportable(model):
-        program = _program(model, (cached_graph if cache else logits_graph)(model, inputs))
+        if path.suffix == ".pte":
+            save = executorch_program(model, inputs)
+        else:
+            program = _program(model, (cached_graph if cache else logits_graph)(model, inputs))
+            save = partial(_save, model, program)
         with torch.no_grad():
             expected = first_output(model(**other))
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".export-") as name:
         written = Path(name) / path.name
-        program.save(str(written.with_suffix(".onnx")))
-        if path.suffix == ".xml":
-            import openvino
-
-            try:
-                converted = openvino.convert_model(str(written.with_suffix(".onnx")))
-            except Exception as error:  # OpenVINO has kinds of its own, with many lines
-                empty = "a layer has no heads or neurons left, for which it has no matrices"
-                why = empty if _has_empty_weights(model) else _reason(error)
-                raise ExportError(f"OpenVINO cannot convert this model: {why}; export it to .onnx") from error
-            openvino.save_model(converted, str(written), False)
-            written.with_suffix(".onnx").unlink()
+        save(written)
         run = partial(_in_two_steps if cache else _at_once, inputs=other)
         actual = run(ExportedModel(written))
         difference = float((torch.from_numpy(actual) - expected).abs().max())
-        runtime = "openvino" if path.suffix == ".xml" else "onnxruntime"
+        runtime = {".onnx": "onnxruntime", ".xml": "openvino", ".pte": "executorch"}[path.suffix]
         if not difference <= _TOLERANCE * max(1.0, float(expected.abs().max())):
             raise ExportError(
                 f"the outputs of the exported model in {runtime} differ from PyTorch's by {difference:.2g}: nothing "
@@ -172,13 +176,30 @@ def export_model(
     return report
 
 
+def _save(model: nn.Module, program: Any, path: Path) -> None:
+    """Write a traced model to a file for ONNX Runtime or OpenVINO."""
+    program.save(str(path.with_suffix(".onnx")))
+    if path.suffix == ".onnx":
+        return
+    import openvino
+
+    try:
+        converted = openvino.convert_model(str(path.with_suffix(".onnx")))
+    except Exception as error:  # OpenVINO has kinds of its own, with many lines
+        empty = "a layer has no heads or neurons left, for which it has no matrices"
+        why = empty if _has_empty_weights(model) else reason_of(error)
+        raise ExportError(f"OpenVINO cannot convert this model: {why}; export it to .onnx") from error
+    openvino.save_model(converted, str(path), False)
+    path.with_suffix(".onnx").unlink()
+
+
 def _quantized(
     written: Path, kind: str, report: ExportReport, run: Callable[[ExportedModel], Any], expected: Tensor
 ) -> tuple[Path, ExportReport]:
     """A file beside the exported one in a folder of its own, with smaller weights, and what it does."""
     target = written.parent / kind / written.name
     target.parent.mkdir()
-    with _quiet():
+    with quiet():
         write_int8(written, target)
     actual = torch.from_numpy(run(ExportedModel(target)))
     if not actual.isfinite().all():
@@ -212,7 +233,7 @@ def _in_two_steps(exported: ExportedModel, inputs: Mapping[str, Tensor]) -> Any:
 def _program(model: Any, graph: Graph) -> Any:
     errors = []
     for attention in (None, "eager"):  # fused attention of some models computes shapes that cannot be traced
-        with _attention(model, attention), experts_by("batched_mm", model.modules()), _quiet():
+        with _attention(model, attention), experts_by("batched_mm", model.modules()), quiet():
             try:
                 program = torch.onnx.export(
                     graph.module.eval(),
@@ -229,7 +250,7 @@ def _program(model: Any, graph: Graph) -> Any:
                 if _has_empty_weights(model):
                     _keep_empty_dimensions(program)
                 return program
-    raise ExportError(f"torch cannot export this {type(model).__name__}: {_reason(errors[-1])}") from errors[-1]
+    raise ExportError(f"torch cannot export this {type(model).__name__}: {reason_of(errors[-1])}") from errors[-1]
 
 
 def _has_empty_weights(model: nn.Module) -> bool:
@@ -244,16 +265,6 @@ def _keep_empty_dimensions(program: Any) -> None:
     for node in program.model.graph.all_nodes():
         if node.op_type == "Reshape":
             node.attributes["allowzero"] = onnx_ir.AttrInt64("allowzero", 1)
-
-
-def _reason(error: BaseException) -> str:
-    """What went wrong at first, in a line: what torch says around it only points to its stack trace."""
-    while (inner := error.__cause__ or error.__context__) is not None:
-        error = inner
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    told = [line for line in lines if not re.search("stack trace|report|verbose=|TORCH_", line, re.IGNORECASE)]
-    first, *others = told or lines or [type(error).__name__]
-    return f"{first} {others[0]}" if first.endswith(":") and others else first
 
 
 @contextlib.contextmanager
@@ -283,17 +294,3 @@ def _attention(model: Any, implementation: str | None) -> Iterator[None]:
         yield
     finally:
         model.set_attn_implementation(before)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence the exporter's warnings, since its result is checked."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)

@@ -1,9 +1,13 @@
-"""What an exported file computes: the logits of a batch, with or without a key-value cache."""
+"""What an exported file computes: the logits of a batch, with or without a key-value cache; and tracing it quietly."""
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Mapping
+import logging
+import re
+import warnings
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +17,7 @@ from transformers import DynamicCache
 
 from hf_prune.errors import ExportError
 from hf_prune.inference.backends import PAST, PRESENT
-from hf_prune.utils.forward import generates
+from hf_prune.utils.forward import cache_argument, generates
 
 _FREE = torch.export.Dim.DYNAMIC
 
@@ -80,7 +84,8 @@ def _keys_and_values(model: nn.Module, ids: Tensor) -> dict[int, tuple[Tensor, T
     cache, cause, reason, pairs = DynamicCache(), None, "", {}
     try:
         with torch.no_grad():
-            kept = model(input_ids=ids, past_key_values=cache, use_cache=True).past_key_values
+            name = cache_argument(model)
+            kept = getattr(model(input_ids=ids, use_cache=True, **{name: cache}), name)
         layers = enumerate(cache.layers if kept is cache else ())
         pairs = {i: (layer.keys, layer.values) for i, layer in layers if getattr(layer, "keys", None) is not None}
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
@@ -99,6 +104,30 @@ def first_output(outputs: Any) -> Any:
     return logits if logits is not None else outputs[0]
 
 
+def reason_of(error: BaseException) -> str:
+    """What went wrong at first, in a line: what torch says around it only points to its stack trace."""
+    while (inner := error.__cause__ or error.__context__) is not None:
+        error = inner
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    told = [line for line in lines if not re.search("stack trace|report|verbose=|TORCH_", line, re.IGNORECASE)]
+    first, *others = told or lines or [type(error).__name__]
+    return f"{first} {others[0]}" if first.endswith(":") and others else first
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silence the exporter's warnings, since its result is checked."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
 class _Logits(nn.Module):
     def __init__(self, model: nn.Module, names: tuple[str, ...]) -> None:
         super().__init__()
@@ -115,6 +144,7 @@ class _Step(nn.Module):
         self.model = model
         self.names = names
         self.layers = layers
+        self.cache = cache_argument(model)
 
     def forward(self, *values: Tensor) -> tuple[Tensor, ...]:
         count = len(self.names)
@@ -122,6 +152,6 @@ class _Step(nn.Module):
         for i, layer in enumerate(self.layers):
             cache.update(values[count + 2 * i], values[count + 2 * i + 1], layer)
         tokens = dict(zip(self.names, values[:count], strict=True))
-        logits = self.model(**tokens, past_key_values=cache, use_cache=True).logits
+        logits = self.model(**tokens, use_cache=True, **{self.cache: cache}).logits
         kept: list[Any] = [cache.layers[layer] for layer in self.layers]
         return (logits, *(value for layer in kept for value in (layer.keys, layer.values)))

@@ -23,6 +23,10 @@ def check_quantizer(path: Path, quantize: str | None) -> None:
         return
     if quantize not in CHOICES:
         raise ExportError(f"quantize is {quantize!r}: expected None or one of {', '.join(map(repr, CHOICES))}")
+    if path.suffix == ".pte":
+        raise ExportError(
+            f"{path} cannot be written with int8 weights: leave quantize (--quantize) out, or export to .onnx or .xml"
+        )
     if path.suffix == ".xml":
         try:
             need("nncf")

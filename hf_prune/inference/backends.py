@@ -1,4 +1,4 @@
-"""Run exported models with ONNX Runtime or OpenVINO."""
+"""Run exported models with ONNX Runtime, OpenVINO or ExecuTorch."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from hf_prune.errors import DataError, ExportError
+from hf_prune.utils.json_files import read_json_object
 
-SUFFIXES = (".onnx", ".xml")
+SUFFIXES = (".onnx", ".xml", ".pte")
 PAST = "past_key_values."  # how the names of a cache's inputs begin: past_key_values.0.key, past_key_values.0.value, …
 PRESENT = "present."  # and those of the outputs that hold the longer cache
 
@@ -24,11 +26,11 @@ class ExportedModel:
     A file with a key-value cache starts from an empty one when it is called.
 
     Args:
-        path: An ``.onnx`` or ``.xml`` file.
-        threads: How many threads it uses; None leaves that to the runtime.
+        path: An ``.onnx``, ``.xml`` or ``.pte`` file.
+        threads: How many threads it uses; None leaves that to the runtime. ExecuTorch has one number for all models.
 
     Raises:
-        DataError: If the file does not exist.
+        DataError: If the file does not exist, or that with the names of its inputs.
         ExportError: If the runtime is not installed.
     """
 
@@ -36,7 +38,7 @@ class ExportedModel:
         self.path = Path(path)
         if not self.path.exists():
             raise DataError(f"{path} does not exist: expected an exported model")
-        start = _openvino if self.path.suffix == ".xml" else _onnx
+        start = {".xml": _openvino, ".pte": _executorch}.get(self.path.suffix, _onnx)
         self._run, self._inputs, self._outputs = start(self.path, threads)
 
     def __call__(self, **inputs: Tensor) -> Any:
@@ -135,6 +137,30 @@ def _openvino(path: Path, threads: int | None) -> _Started:
     }
     names = [next(iter(value.names), "") for value in compiled.outputs]
     return lambda inputs: list(compiled(inputs).values()), shapes, names
+
+
+def names_file(path: Path) -> Path:
+    """The file beside an ExecuTorch program that names its inputs, which the program knows by their order alone."""
+    return path.with_name(f"{path.name}.json")
+
+
+def _executorch(path: Path, threads: int | None) -> _Started:
+    need("executorch", extra="executorch")
+    from executorch.extension.pybindings.portable_lib import _unsafe_reset_threadpool
+    from executorch.runtime import Runtime
+
+    names = read_json_object(names_file(path), DataError, "what export_model() writes beside a .pte file")
+    shapes = names.get("inputs")
+    if not isinstance(shapes, dict) or not shapes:
+        raise DataError(f"{names_file(path)} has no names of inputs: write {path.name} again with export_model()")
+    if threads is not None:  # of the whole process; nothing of it runs in the meantime
+        _unsafe_reset_threadpool(threads)
+    method = Runtime.get().load_program(path).load_method("forward")
+
+    def run(inputs: _Arrays) -> list[Any]:
+        return [output.numpy() for output in method.execute([torch.from_numpy(inputs[name]) for name in shapes])]
+
+    return run, shapes, ["logits"]
 
 
 def need(*packages: str, extra: str | None = None) -> None:

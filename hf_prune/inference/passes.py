@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from hf_prune.errors import PlanError
-from hf_prune.utils.forward import device_of, generates
+from hf_prune.utils.forward import cache_argument, device_of, generates
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,8 @@ def workload_passes(model: nn.Module, inputs: Mapping[str, Any], workload: Mappi
     if "new_tokens" not in workload:
         return {"forward": Pass(lambda: model(**inputs))}
     parameters = inspect.signature(model.forward).parameters
-    if not generates(model) or "past_key_values" not in parameters:
+    name = cache_argument(model)
+    if not generates(model) or name not in parameters:
         raise PlanError(
             f"a workload with new_tokens is for causal language models with a cache, which {type(model).__name__} is "
             f"not: expected a workload such as {{'batch_size': 1, 'length': 128}}"
@@ -56,7 +57,7 @@ def workload_passes(model: nn.Module, inputs: Mapping[str, Any], workload: Mappi
     tokens = prompt.repeat(1, -(-workload["new_tokens"] // prompt.shape[1]) + 1)
     with torch.no_grad():
         middle = tokens[:, : prompt.shape[1] + workload["new_tokens"] // 2]
-        cache = model(input_ids=middle, use_cache=True, **last_only).past_key_values
+        cache = getattr(model(input_ids=middle, use_cache=True, **last_only), name)
     if not getattr(cache, "layers", None):
         raise PlanError(
             f"{type(model).__name__} keeps a {type(cache).__name__} and no cache of keys and values by layer, so the "
@@ -66,7 +67,7 @@ def workload_passes(model: nn.Module, inputs: Mapping[str, Any], workload: Mappi
     def decode() -> object:
         grown = copy.copy(cache)  # its layers replace their tensors as they grow, so that the cache stays as it is
         grown.layers = [copy.copy(layer) for layer in cache.layers]
-        return model(input_ids=prompt[:, -1:], past_key_values=grown, use_cache=True, **last_only)
+        return model(input_ids=prompt[:, -1:], use_cache=True, **{name: grown}, **last_only)
 
     return {
         "prefill": Pass(lambda: model(input_ids=prompt, use_cache=True, **last_only)),

@@ -19,7 +19,7 @@ _MAKE = "calibration=hf_prune.text_batches(texts, tokenizer) makes batches from 
 _DECODER_KEYS = {"labels", "decoder_input_ids", "decoder_inputs_embeds", "decoder_outputs", "decoder_features"}
 # What models raise on unsuitable inputs. Other exceptions pass, such as one by which a hook stops the forward pass.
 _INPUT_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
-_OPTION = re.compile(r"output_.*|return_.*|use_cache|kwargs|args|logits_to_keep|past_key_values|cache_position")
+_OPTION = re.compile(r"output_.*|return_.*|use_cache|kwargs|args|logits_to_keep|past_key_values|cache|cache_position")
 
 
 @contextmanager
@@ -182,6 +182,11 @@ def device_of(model: nn.Module) -> torch.device:
 def no_cache(model: nn.Module) -> dict[str, Any]:
     """Arguments that keep a language model from caching keys and values."""
     return {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+
+
+def cache_argument(model: nn.Module) -> str:
+    """What a model calls the cache that it continues, as an argument and an output: it differs in transformers 5."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def no_logits(model: nn.Module, targets: set[str]) -> dict[str, Any]:

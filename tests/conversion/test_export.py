@@ -14,7 +14,7 @@ from transformers import MambaConfig, MambaForCausalLM
 
 from hf_prune import ExportError, export_model, measure_latency, prune, shrink
 from hf_prune.architectures.bypass import bypass
-from hf_prune.errors import ConfigError, DataError
+from hf_prune.errors import CheckpointError, ConfigError, DataError
 from hf_prune.inference.backends import ExportedModel
 from tests.architecture_models import tiny
 from tests.moe_models import tiny_mixture
@@ -282,3 +282,46 @@ def test_what_torch_could_not_do_is_said_and_not_where_to_read_on(tmp_path, monk
     with pytest.raises(ExportError, match=r"cannot export this \w+: aten.nonsense has no decomposition$"):
         export_model(tiny("bert")[0], tmp_path / "m.onnx")
     assert not os.listdir(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # of what ExecuTorch imports
+@pytest.mark.parametrize("model_type", ["bert", *(pytest.param(k, marks=pytest.mark.matrix) for k in ("llama", "vit"))])
+def test_executorch_programs_do_what_pytorch_does(model_type, tmp_path, capsys):
+    pytest.importorskip("executorch", reason="executorch is not installed, which writes and runs .pte files")
+    model, inputs = tiny(model_type)
+    prune(model, 0.5, granularity=("head", "neuron"))
+    shrink(model)
+    model.save_pretrained(tmp_path / "model")
+    assert exit_code("export", tmp_path / "model", tmp_path / "m.pte", "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["runtime"] == "executorch"
+    assert report["difference"] < 1e-5
+    names = json.loads((tmp_path / "m.pte.json").read_text())["inputs"]
+    assert {name: sizes[0] for name, sizes in names.items()} == dict.fromkeys(inputs(), 8)
+    exported = ExportedModel(tmp_path / "m.pte", threads=1)
+    given = {k: v[:1, 2:] if model_type == "llama" else v[:1] for k, v in inputs().items()}
+    turned = dict(reversed(given.items()))  # by name, in any order
+    assert abs(exported(**turned) - logits(model, given)).max() < 1e-5
+    if model_type == "bert":
+        command = ("bench", tmp_path / "model", tmp_path / "m.pte", "--length", "8", "--rounds", "3", "--json")
+        assert exit_code(*command) == 0
+        assert [p["model"] for p in json.loads(capsys.readouterr().out)["points"]] == ["model", "m.pte"]
+    (tmp_path / "m.pte.json").unlink()
+    with pytest.raises(DataError, match=r"m\.pte\.json.*what export_model\(\) writes beside a \.pte file"):
+        ExportedModel(tmp_path / "m.pte")
+
+
+def test_executorch_programs_without_int8_caches_and_their_package(tmp_path, monkeypatch):
+    model, _ = tiny("llama")
+    with pytest.raises(ExportError, match=r"m\.pte cannot be written with int8 weights: leave quantize"):
+        export_model(model, tmp_path / "m.pte", quantize="int8")
+    with pytest.raises(ExportError, match=r"m\.pte cannot have a key-value cache: leave cache=True"):
+        export_model(model, tmp_path / "m.pte", cache=True)
+    find = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "executorch" else find(name))
+    with pytest.raises(ExportError, match=r"executorch is not installed: pip install 'hf_prune\[executorch\]'"):
+        export_model(model, tmp_path / "m.pte")
+    (tmp_path / "m.pte.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"m\.pte\.json"):
+        export_model(model, tmp_path / "m.pte")
+    assert os.listdir(tmp_path) == ["m.pte.json"]

@@ -27,13 +27,14 @@ from hf_prune.cli.timing_options import (
 from hf_prune.errors import ConfigError
 from hf_prune.utils.output_folder import check_file, warn_replaced
 
-EXPORTED_SUFFIXES = (".onnx", ".xml")
+EXPORTED_SUFFIXES = (".onnx", ".xml", ".pte")
 PLOT_SUFFIXES = (".png", ".svg", ".pdf")
 
 Models = Annotated[
     list[str],
     typer.Argument(
-        metavar="MODEL...", help="Checkpoints, Hub ids, .onnx or .xml files; the others are compared with the first."
+        metavar="MODEL...",
+        help="Checkpoints, Hub ids, .onnx, .xml or .pte files; the others are compared with the first.",
     ),
 ]
 

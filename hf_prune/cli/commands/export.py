@@ -22,7 +22,7 @@ _TYPES = ("f32", "f16", "bf16", "q8_0")
 def export(
     model: Model,
     out: Annotated[
-        Path, typer.Argument(metavar="FILE", help="FILE.onnx, FILE.xml for OpenVINO, or FILE.gguf for llama.cpp.")
+        Path, typer.Argument(metavar="FILE", help="FILE.onnx, or for OpenVINO .xml, ExecuTorch .pte, llama.cpp .gguf.")
     ],
     gguf_type: Annotated[
         str | None,
@@ -41,7 +41,7 @@ def export(
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write a checkpoint, masked or shrunk, as ONNX, for OpenVINO or as GGUF, and compare it with PyTorch."""
+    """Write a checkpoint, masked or shrunk, for ONNX Runtime, OpenVINO, ExecuTorch or llama.cpp, and check the file."""
     start([model])
     check_file(out, overwrite=overwrite)
     from hf_prune.auto import load_native
