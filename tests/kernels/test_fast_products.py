@@ -58,6 +58,43 @@ def test_what_the_user_has_set_stays():
         torch.set_float32_matmul_precision("highest")
 
 
+@pytest.mark.usefixtures("faster")
+@pytest.mark.parametrize(("tokens", "expected"), [(8, "highest"), (256, "medium")])
+def test_attention_of_short_texts_is_left_out_forwards_and_backwards(monkeypatch, tokens, expected):
+    seen = []
+    fused = torch.nn.functional.scaled_dot_product_attention
+
+    def watched(*args, **kwargs):
+        seen.append(torch.get_float32_matmul_precision())
+        return fused(*args, **kwargs)
+
+    watched.__name__ = fused.__name__
+    monkeypatch.setattr("torch.nn.functional.scaled_dot_product_attention", watched)
+    q, k, v = (torch.randn(1, 2, tokens, 8, requires_grad=True) for _ in range(3))
+    expected_output = fused(q, k, v)
+    (expected_gradient,) = torch.autograd.grad(expected_output.sum(), q)
+    with fast_products([LARGE]):
+        output = torch.nn.functional.scaled_dot_product_attention(query=q, key=k, value=v)
+        assert torch.get_float32_matmul_precision() == "medium"
+        output.grad_fn.register_prehook(lambda _: seen.append(torch.get_float32_matmul_precision()))
+        (gradient,) = torch.autograd.grad(output.sum(), q, retain_graph=True)
+        assert torch.get_float32_matmul_precision() == "medium"
+    assert seen == [expected] * 2
+    assert torch.nn.functional.scaled_dot_product_attention is watched
+    torch.testing.assert_close(output, expected_output)
+    torch.testing.assert_close(gradient, expected_gradient)
+    output.sum().backward()  # of what was computed inside, after it
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+@pytest.mark.usefixtures("faster")
+def test_an_attention_that_fails_leaves_the_setting():
+    with fast_products([LARGE]):
+        with pytest.raises(RuntimeError):
+            torch.nn.functional.scaled_dot_product_attention(torch.zeros(1, 2, 8, 8), LARGE, LARGE)
+        assert torch.get_float32_matmul_precision() == "medium"
+
+
 @pytest.mark.usefixtures("measured")
 def test_it_must_be_faster_and_exact(monkeypatch):
     monkeypatch.setattr(module, "_gain", lambda product: 2.0)
