@@ -20,10 +20,12 @@ from hf_prune import (
     compare,
     describe_units,
     evaluate_classification,
+    export_model,
     load_classification,
     prunable,
     text_batches,
 )
+from hf_prune.inference.passes import workload_passes
 from tests import models, moe_models
 
 
@@ -73,6 +75,18 @@ def test_shrink_and_reload(make, tmp_path):
     loaded = type(model).from_pretrained(tmp_path).eval()
     with torch.no_grad():
         torch.testing.assert_close(loaded(**batch).logits, before, rtol=1e-4, atol=1e-5)
+
+
+def test_generation_continues_a_cache(tmp_path):
+    model, ids = models.tiny_llama().eval(), torch.tensor([[5, 6, 7, 8]])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)  # what caches are called has changed once
+        passes = workload_passes(model, {"input_ids": ids}, {"batch_size": 1, "prompt": 4, "new_tokens": 2})
+        decoded = passes["decode"].run()
+        report = export_model(model, tmp_path / "llama.onnx", cache=True)
+    whole = model(input_ids=torch.cat([ids, ids[:, :1], ids[:, -1:]], 1))  # the middle of the generation, and a token
+    torch.testing.assert_close(decoded.logits[:, -1], whole.logits[:, -1])
+    assert report.difference < 1e-5
 
 
 def test_units_are_found():
