@@ -102,7 +102,8 @@ def _fisher(
     """
     errors: dict[str, list[tuple[float, float]]] = {}  # by the name of each matrix
     removed_before: dict[str, int] = {}
-    for step in _gathered_together(reader, steps):
+    for step in gathered_together(reader, steps):
+        reader.finish(step)  # nothing changes here, so what a block returns is recorded in the pass that looks into it
         for target, gram in weighted_grams(reader, step, sensitivity):
             name = target.name
             weight = target.matrix(effective_weight(name, read)).to(gram.dtype)
@@ -123,7 +124,6 @@ def _fisher(
                     curves = {name: list(zip(shares, totals, strict=True))}
                     removed_before[name] = sum(removed_before.pop(target.slab(n).name) for n in range(target.slabs))
                 errors |= curves
-        reader.finish(step)
     units: dict[str, int] = {}
     pools: dict[str, int] = {}
     for t in plan.tensors:
@@ -138,8 +138,13 @@ def _fisher(
     return {name: count / units[name] for name, count in zip(counts, agreed, strict=True)}
 
 
-def _gathered_together(reader: InputReader, steps: list[list[Target]]) -> Iterator[list[Target]]:
-    """The steps of a block as one, as far as their Gram matrices are small: a pass through the block less for each."""
+def gathered_together(reader: InputReader, steps: list[list[Target]]) -> Iterator[list[Target]]:
+    """The steps of a block as one, as far as their Gram matrices are small: a pass through the block less for each.
+
+    Args:
+        reader: Runs the model, which does not change in between.
+        steps: The targets in the order of their calls.
+    """
     block: nn.Module | None = None
     step: list[Target] = []
     size = 0

@@ -17,7 +17,7 @@ from hf_prune.planning.config import PruningConfig
 from hf_prune.planning.make_plan import make_plan
 from hf_prune.planning.plan import PruningPlan, targets_of
 from hf_prune.pruning.held_masks import mask_of
-from hf_prune.pruning.learned_allocation import weighted_grams
+from hf_prune.pruning.learned_allocation import gathered_together, weighted_grams
 from hf_prune.pruning.mask_store import checked_masks
 from hf_prune.structured.expert_calls import ExpertCalls
 from hf_prune.structured.loss_curves import (
@@ -148,12 +148,12 @@ def _curves_of_consumers(
         steps = reader.order()
         sensitivity = measure_sensitivity(reader, config.seed, progress, cache_bytes)
         try:
-            for step in steps:
+            for step in gathered_together(reader, steps):
+                reader.finish(step)
                 consumers = [target for target in step if target.name in by_weight]
                 for target, gram in weighted_grams(reader, consumers, sensitivity) if consumers else ():
                     group = by_weight[target.name]
                     curves[group.name] = curve(group, target, gram, sensitivity.outputs[target.name])
-                reader.finish(step)
         except BaseException:
             sensitivity.close()
             raise
