@@ -44,6 +44,7 @@ from hf_prune.inference.acceleration.machine import this_machine
 from hf_prune.inference.acceleration.sparse_kernels import Csr, Sparse, formats_for
 from hf_prune.inference.timing import Ratio, speedup, time_together
 from hf_prune.utils.formatting import format_table
+from hf_prune.utils.forward import cache_argument
 
 SPARSITIES = (0.5, 0.7, 0.8, 0.9, 0.95)
 INPUTS, OUTPUTS = 768, 3072
@@ -141,12 +142,12 @@ def generation(sparsity: float, dtype: torch.dtype, seconds: float) -> dict[str,
     report = accelerate(faster, {"input_ids": token, "use_cache": False}, tolerance=1e-2)
 
     def decoding(model: nn.Module) -> Callable[[], object]:
-        cache = DynamicCache(config=config)
+        cache, name = DynamicCache(config=config), cache_argument(model)
         with torch.inference_mode():
-            model(torch.arange(64).view(1, 64), past_key_values=cache)
+            model(torch.arange(64).view(1, 64), **{name: cache})
 
         def run() -> None:
-            model(token, past_key_values=cache)
+            model(token, **{name: cache})
             cache.crop(-1)
 
         return run

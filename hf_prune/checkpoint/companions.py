@@ -37,6 +37,7 @@ _PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_prepr
 COMPANIONS = (*_VOCABULARIES, "merges.txt", *_TOKENIZER_SETTINGS, *_PROCESSORS)
 # Weights in formats that are not written here: after pruning they would still be those of the dense model.
 _OTHER_FORMATS = (".gguf", ".ggml", ".onnx", ".onnx_data", ".ot", ".pte", ".safetensors", ".tflite", ".xml")
+_BESIDE_OTHERS = (".onnx.data", ".pte.json")  # weights and names of inputs beside such files
 _LARGEST_COMPANION = 100_000_000  # bytes; a vocabulary has a few tens of millions
 
 
@@ -152,7 +153,8 @@ def _stays_behind(name: Path, size: int, modules: Collection[str]) -> bool:
     """Whether a file describes or holds the weights before pruning, outside the modules of sentence-transformers."""
     if name.parts[0] in modules and len(name.parts) > 1:
         return False
-    return name.as_posix() == "README.md" or name.suffix.lower() in _OTHER_FORMATS or size > _LARGEST_COMPANION
+    is_foreign = name.suffix.lower() in _OTHER_FORMATS or name.name.lower().endswith(_BESIDE_OTHERS)
+    return name.as_posix() == "README.md" or is_foreign or size > _LARGEST_COMPANION
 
 
 def _module_folders(root: Path) -> set[str]:

@@ -2,33 +2,44 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import __version__ as transformers_version
 
-from hf_prune.conversion.exported_graphs import quiet, reason_of
+from hf_prune.calibration.texts import context_length
+from hf_prune.conversion.exported_graphs import first_output, quiet, reason_of
 from hf_prune.errors import ExportError
 from hf_prune.inference.backends import names_file
 from hf_prune.utils.files import write_text
+from hf_prune.utils.forward import generates
 
-MOST_EXAMPLES = 8  # of a batch, for which memory is planned
+MOST_EXAMPLES = (
+    8  # of a batch, for which memory is planned; one where the model continues a text, whose logits are large
+)
 MOST_TOKENS = 512  # of an example, or what the model can read if that is less
 
 
-def executorch_program(model: Any, inputs: Mapping[str, Tensor]) -> Callable[[Path], None]:
+def most_examples(model: nn.Module) -> int:
+    """How many examples a program of a model may read at once."""
+    return 1 if generates(model) else MOST_EXAMPLES
+
+
+def executorch_program(model: nn.Module, inputs: Mapping[str, Tensor]) -> Callable[[Path], None]:
     """Trace a model, and return a function that writes the ``.pte`` file, and beside it the names of its inputs.
 
-    The program knows its inputs by their order. The first two dimensions of texts are free, and the first one of other
-    inputs, up to the sizes that memory is planned for: :data:`MOST_EXAMPLES` and :data:`MOST_TOKENS`.
+    The program returns the logits, or else the first output, and knows its inputs by their order. The first two
+    dimensions of texts are free, and the first one of other inputs, up to the sizes that memory is planned for.
 
     Args:
-        model: The model, in eval mode.
-        inputs: Keyword arguments of a forward pass, to trace it with.
+        model: The model, in eval mode, which is not changed.
+        inputs: Keyword arguments of a forward pass, to trace it with, of at most :func:`most_examples`.
 
     Raises:
         ExportError: If transformers is too old, or the model cannot be exported.
@@ -36,25 +47,25 @@ def executorch_program(model: Any, inputs: Mapping[str, Tensor]) -> Callable[[Pa
     try:
         with quiet():  # what ExecuTorch imports warns of itself
             from transformers.exporters.exporter_executorch import ExecutorchConfig, ExecutorchExporter
-    except ImportError as error:
+
+            export = ExecutorchExporter().export_program
+    except (AttributeError, ImportError) as error:
         raise ExportError(
-            f"transformers {transformers_version} has no exporter for ExecuTorch, or one for another version of it "
+            f"transformers {transformers_version} cannot export to the ExecuTorch that is installed "
             f"({reason_of(error)}): pip install --upgrade transformers 'hf_prune[executorch]'"
         ) from error
 
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    tokens = min(MOST_TOKENS, positions) if isinstance(positions, int) and positions > 1 else MOST_TOKENS
-    free = {0: torch.export.Dim("examples", min=1, max=MOST_EXAMPLES)}
+    examples, tokens = most_examples(model), min(MOST_TOKENS, context_length(model) or MOST_TOKENS)
+    free = {} if examples == 1 else {0: torch.export.Dim("examples", min=1, max=examples)}
     of_texts = {**free, 1: torch.export.Dim("tokens", min=1, max=tokens)}
     shapes = {name: of_texts if value.dim() == 2 else free for name, value in inputs.items()}
     largest = {
-        name: [MOST_EXAMPLES, tokens] if value.dim() == 2 else [MOST_EXAMPLES, *value.shape[1:]]
-        for name, value in inputs.items()
+        name: [examples, tokens] if value.dim() == 2 else [examples, *value.shape[1:]] for name, value in inputs.items()
     }
     try:
         with quiet():
             config = ExecutorchConfig(backend="xnnpack", dynamic=True, dynamic_shapes=shapes)
-            program, _ = ExecutorchExporter().export_program(model, dict(inputs), config)
+            program, _ = export(_twin(model), dict(inputs), config)
     except Exception as error:  # torch and ExecuTorch raise many kinds
         raise ExportError(
             f"ExecuTorch cannot take this {type(model).__name__}: {reason_of(error)}; export it to .onnx"
@@ -65,3 +76,19 @@ def executorch_program(model: Any, inputs: Mapping[str, Tensor]) -> Callable[[Pa
         write_text(names_file(path), json.dumps({"inputs": largest}, indent=2) + "\n")
 
     return save
+
+
+def _twin(model: Any) -> Any:
+    """A model of the same weights that returns one tensor, and that the exporter may change as it likes."""
+    memo: dict[int, Any] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
+    memo |= {id(buffer): buffer for buffer in model.buffers()}
+    twin = copy.deepcopy(model, memo)
+    forward = twin.forward
+
+    @functools.wraps(forward)
+    def first(**inputs: Tensor) -> Tensor:
+        output: Tensor = first_output(forward(**inputs))
+        return output
+
+    twin.forward = first
+    return twin

@@ -18,8 +18,16 @@ from torch import Tensor, nn
 from hf_prune.architectures.bypass import bypassed_layers
 from hf_prune.architectures.switched_off import layers_without_units
 from hf_prune.calibration.expert_implementation import experts_by
-from hf_prune.conversion.executorch import executorch_program
-from hf_prune.conversion.exported_graphs import Graph, cached_graph, first_output, logits_graph, quiet, reason_of
+from hf_prune.conversion.executorch import executorch_program, most_examples
+from hf_prune.conversion.exported_graphs import (
+    Graph,
+    attention_by,
+    cached_graph,
+    first_output,
+    logits_graph,
+    quiet,
+    reason_of,
+)
 from hf_prune.conversion.int8 import check_quantizer, write_int8
 from hf_prune.errors import ExportError
 from hf_prune.inference.backends import SUFFIXES, ExportedModel, names_file, need
@@ -88,8 +96,8 @@ def export_model(
 
     The suffix of the file decides: ``.onnx``, ``.xml`` (with a ``.bin`` beside it) or ``.pte`` (with a ``.pte.json``
     that names the inputs). The batch size and the number of tokens are free dimensions; in ExecuTorch, which plans its
-    memory ahead, up to 8 examples of 512 tokens, or of as many as the model can read. The logits are the first output,
-    and without ``cache`` the only one of ONNX and OpenVINO files.
+    memory ahead, up to 8 examples of 512 tokens, or of as many as the model can read, and one example where the model
+    continues a text. The logits are the only output, except with ``cache``.
 
     Before the file is put in place, it is run and compared with PyTorch. A masked model keeps its zeros, and a shrunk
     model its size.
@@ -144,6 +152,8 @@ def export_model(
     warn_regrown(model, "the exported model is not the one that save_pretrained() writes, in which they are zero")
     inputs = workload_inputs(model, {"batch_size": 2, "length": 8})
     other = workload_inputs(model, {"batch_size": 3, "length": 6})
+    if path.suffix == ".pte":
+        inputs, other = ({k: v[: most_examples(model)] for k, v in batch.items()} for batch in (inputs, other))
     with _exportable(model):
         if path.suffix == ".pte":
             save = executorch_program(model, inputs)
@@ -157,7 +167,13 @@ def export_model(
         written = Path(name) / path.name
         save(written)
         run = partial(_in_two_steps if cache else _at_once, inputs=other)
-        actual = run(ExportedModel(written))
+        try:
+            actual = run(ExportedModel(written))
+        except RuntimeError as error:  # of the runtime, which has codes of its own
+            raise ExportError(
+                f"the exported {type(model).__name__} does not run on a batch of another size than it was traced with "
+                f"({reason_of(error)}): nothing was written; export it to another format"
+            ) from error
         difference = float((torch.from_numpy(actual) - expected).abs().max())
         runtime = {".onnx": "onnxruntime", ".xml": "openvino", ".pte": "executorch"}[path.suffix]
         if not difference <= _TOLERANCE * max(1.0, float(expected.abs().max())):
@@ -233,7 +249,7 @@ def _in_two_steps(exported: ExportedModel, inputs: Mapping[str, Tensor]) -> Any:
 def _program(model: Any, graph: Graph) -> Any:
     errors = []
     for attention in (None, "eager"):  # fused attention of some models computes shapes that cannot be traced
-        with _attention(model, attention), experts_by("batched_mm", model.modules()), quiet():
+        with attention_by(model, attention), experts_by("batched_mm", model.modules()), quiet():
             try:
                 program = torch.onnx.export(
                     graph.module.eval(),
@@ -280,17 +296,3 @@ def _exportable(model: Any) -> Iterator[None]:
         finally:
             if cached is not None:
                 config.use_cache = cached
-
-
-@contextlib.contextmanager
-def _attention(model: Any, implementation: str | None) -> Iterator[None]:
-    """Another implementation of attention, inside the context; None changes nothing."""
-    before = model.config._attn_implementation
-    if implementation is None:
-        yield
-        return
-    model.set_attn_implementation(implementation)
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)

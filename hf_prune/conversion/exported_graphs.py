@@ -104,6 +104,20 @@ def first_output(outputs: Any) -> Any:
     return logits if logits is not None else outputs[0]
 
 
+@contextlib.contextmanager
+def attention_by(model: Any, implementation: str | None) -> Iterator[None]:
+    """Another implementation of attention, inside the context; None changes nothing."""
+    before = model.config._attn_implementation
+    if implementation is None:
+        yield
+        return
+    model.set_attn_implementation(implementation)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
 def reason_of(error: BaseException) -> str:
     """What went wrong at first, in a line: what torch says around it only points to its stack trace."""
     while (inner := error.__cause__ or error.__context__) is not None:

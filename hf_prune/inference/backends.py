@@ -18,6 +18,12 @@ PAST = "past_key_values."  # how the names of a cache's inputs begin: past_key_v
 PRESENT = "present."  # and those of the outputs that hold the longer cache
 
 _Arrays = dict[str, Any]
+_DTYPES = {
+    "i": np.int64,
+    "u": np.int64,
+    "b": np.int64,
+    "f": np.float32,
+}  # of what a traced model reads, by NumPy's kind
 
 
 class ExportedModel:
@@ -158,9 +164,18 @@ def _executorch(path: Path, threads: int | None) -> _Started:
     method = Runtime.get().load_program(path).load_method("forward")
 
     def run(inputs: _Arrays) -> list[Any]:
-        return [output.numpy() for output in method.execute([torch.from_numpy(inputs[name]) for name in shapes])]
+        found = {name: [*value.shape] for name, value in inputs.items()}
+        if found.keys() != shapes.keys() or any(not _fits(found[name], most) for name, most in shapes.items()):
+            raise DataError(f"{path.name} was given inputs of shapes {found}: expected at most {dict(shapes)}")
+        given = [np.ascontiguousarray(inputs[name], _DTYPES.get(inputs[name].dtype.kind)) for name in shapes]
+        return [output.numpy() for output in method.execute([torch.from_numpy(value) for value in given])]
 
     return run, shapes, ["logits"]
+
+
+def _fits(shape: Sequence[int], most: Sequence[int]) -> bool:
+    """Whether an array is of a shape that memory was planned for."""
+    return len(shape) == len(most) and all(size <= limit for size, limit in zip(shape, most, strict=True))
 
 
 def need(*packages: str, extra: str | None = None) -> None:

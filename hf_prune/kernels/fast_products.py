@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -100,33 +101,36 @@ def _through_onednn() -> Iterator[None]:
 
 @contextmanager
 def _short_attention_by_default() -> Iterator[None]:
-    """Inside, fused attention of few queries multiplies as outside, also on the way back."""
-    attention = nn.functional.scaled_dot_product_attention
+    """Inside, fused attention of few queries multiplies as outside, also on the way back.
+
+    There it has a node of its own, except with dropout.
+    """
+    attention, thread, inside = nn.functional.scaled_dot_product_attention, threading.get_ident(), True
+
+    def begin(*_: Any) -> None:
+        if inside and threading.get_ident() == thread:
+            torch.set_float32_matmul_precision("highest")
+
+    def end(*_: Any) -> None:
+        if inside and threading.get_ident() == thread:
+            torch.set_float32_matmul_precision("medium")
 
     def attend(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if query.shape[-2] >= _SHORT or torch.compiler.is_compiling():
             return attention(query, *args, **kwargs)
-        before: list[str] = []
-
-        def begin(*_: Any) -> None:
-            before.append(torch.get_float32_matmul_precision())
-            torch.set_float32_matmul_precision("highest")
-
-        def end(*_: Any) -> None:
-            torch.set_float32_matmul_precision(before.pop())
-
         begin()
         try:
             output = attention(query, *args, **kwargs)
         finally:
             end()
-        if (node := output.grad_fn) is not None:
+        if (node := output.grad_fn) is not None and "ScaledDotProduct" in node.name():
             node.register_prehook(begin)
             node.register_hook(end)
         return output
 
-    setattr(nn.functional, attention.__name__, attend)
+    nn.functional.scaled_dot_product_attention = attend
     try:
         yield
     finally:
-        setattr(nn.functional, attention.__name__, attention)
+        inside = False  # what is computed backwards later, or by another thread, leaves the setting alone
+        nn.functional.scaled_dot_product_attention = attention

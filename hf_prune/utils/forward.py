@@ -95,7 +95,9 @@ def run_model(model: nn.Module, inputs: Mapping[str, Any], error_class: type[HfP
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
         takes = [name for name in inspect.signature(model.forward).parameters if not _OPTION.fullmatch(name)]
         contents = [
-            f"{k} {tuple(v.shape)}" if isinstance(v, Tensor) else k for k, v in inputs.items() if not _OPTION.match(k)
+            f"{k} {tuple(v.shape)}" if isinstance(v, Tensor) else k
+            for k, v in inputs.items()
+            if not _OPTION.fullmatch(k)
         ]
         hint = ""
         if is_encoder_decoder(model) and not _DECODER_KEYS & inputs.keys():

@@ -10,7 +10,7 @@ import onnx
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
-from transformers import MambaConfig, MambaForCausalLM
+from transformers import MambaConfig, MambaForCausalLM, RobertaConfig, RobertaForSequenceClassification
 
 from hf_prune import ExportError, export_model, measure_latency, prune, shrink
 from hf_prune.architectures.bypass import bypass
@@ -297,11 +297,17 @@ def test_executorch_programs_do_what_pytorch_does(model_type, tmp_path, capsys):
     assert report["runtime"] == "executorch"
     assert report["difference"] < 1e-5
     names = json.loads((tmp_path / "m.pte.json").read_text())["inputs"]
-    assert {name: sizes[0] for name, sizes in names.items()} == dict.fromkeys(inputs(), 8)
+    assert {name: sizes[0] for name, sizes in names.items()} == dict.fromkeys(
+        inputs(), 1 if model_type == "llama" else 8
+    )
     exported = ExportedModel(tmp_path / "m.pte", threads=1)
     given = {k: v[:1, 2:] if model_type == "llama" else v[:1] for k, v in inputs().items()}
     turned = dict(reversed(given.items()))  # by name, in any order
     assert abs(exported(**turned) - logits(model, given)).max() < 1e-5
+    with pytest.raises(DataError, match=r"m\.pte was given inputs of shapes .*\[9, .*: expected at most .*\[[18], "):
+        exported(**{name: value.repeat(9, *[1] * (value.dim() - 1))[:9] for name, value in given.items()})
+    with pytest.raises(DataError, match=r"shapes \{\}: expected at most"):
+        exported()
     if model_type == "bert":
         command = ("bench", tmp_path / "model", tmp_path / "m.pte", "--length", "8", "--rounds", "3", "--json")
         assert exit_code(*command) == 0
@@ -309,6 +315,31 @@ def test_executorch_programs_do_what_pytorch_does(model_type, tmp_path, capsys):
     (tmp_path / "m.pte.json").unlink()
     with pytest.raises(DataError, match=r"m\.pte\.json.*what export_model\(\) writes beside a \.pte file"):
         ExportedModel(tmp_path / "m.pte")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("model_type", ["t5", pytest.param("gpt2", marks=pytest.mark.matrix)])
+def test_executorch_programs_leave_the_model_and_return_the_first_output(model_type, tmp_path):
+    pytest.importorskip("executorch", reason="executorch is not installed, which writes and runs .pte files")
+    model, _ = tiny(model_type)
+    before = [p.requires_grad for p in model.parameters()]
+    attributes = vars(model).keys() - {"training"}
+    report = export_model(model, tmp_path / "m.pte")
+    assert report.difference < 1e-5
+    assert [p.requires_grad for p in model.parameters()] == before
+    assert vars(model).keys() - {"training"} == attributes
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_executorch_programs_read_as_many_tokens_as_the_model(tmp_path):
+    pytest.importorskip("executorch", reason="executorch is not installed, which writes and runs .pte files")
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = RobertaConfig(vocab_size=30, max_position_embeddings=20, pad_token_id=1, **sizes)  # two before the first
+    model = RobertaForSequenceClassification(config).eval()
+    export_model(model, tmp_path / "m.pte")
+    ids = torch.randint(3, 30, (8, 18))
+    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    assert abs(ExportedModel(tmp_path / "m.pte")(**given) - logits(model, given)).max() < 1e-5
 
 
 def test_executorch_programs_without_int8_caches_and_their_package(tmp_path, monkeypatch):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 
@@ -68,7 +70,6 @@ def test_attention_of_short_texts_is_left_out_forwards_and_backwards(monkeypatch
         seen.append(torch.get_float32_matmul_precision())
         return fused(*args, **kwargs)
 
-    watched.__name__ = fused.__name__
     monkeypatch.setattr("torch.nn.functional.scaled_dot_product_attention", watched)
     q, k, v = (torch.randn(1, 2, tokens, 8, requires_grad=True) for _ in range(3))
     expected_output = fused(q, k, v)
@@ -84,6 +85,27 @@ def test_attention_of_short_texts_is_left_out_forwards_and_backwards(monkeypatch
     torch.testing.assert_close(output, expected_output)
     torch.testing.assert_close(gradient, expected_gradient)
     output.sum().backward()  # of what was computed inside, after it
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+@pytest.mark.usefixtures("faster")
+def test_attention_that_another_thread_is_in_leaves_the_setting():
+    entered, ended = threading.Event(), threading.Event()
+
+    def slow(query, *_):
+        entered.set()
+        assert ended.wait(10)
+        return query
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch.nn.functional.scaled_dot_product_attention", slow)
+        with fast_products([LARGE]):
+            inside = torch.nn.functional.scaled_dot_product_attention
+            other = threading.Thread(target=inside, args=[torch.zeros(1, 1, 4, 4)] * 3)
+            other.start()
+            assert entered.wait(10)
+        ended.set()
+        other.join()
     assert torch.get_float32_matmul_precision() == "highest"
 
 
