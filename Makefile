@@ -56,23 +56,27 @@ dist: $(STAMP)  ## wheel and sdist, in dist
 	rm -rf dist
 	$(PY) -m build --no-isolation --outdir dist .
 
-# Other releases in front of everything else that is installed.
-compat: $(STAMP)  ## a short test with the oldest and the newest transformers and datasets
-	@for end in oldest newest; do \
-	    venv="$(VENV)-$$end"; \
+# Other releases, or more packages, in front of everything else that is installed.
+compat: $(STAMP)  ## a short test with the oldest and the newest transformers and datasets; ExecuTorch's tests
+	@for name in oldest newest executorch; do \
+	    venv="$(VENV)-$$name"; \
+	    case "$$name" in \
+	        executorch) tests="-n $(WORKERS) -k executorch tests/conversion/test_export.py" ;; \
+	        *) tests="tests/test_compatibility.py" ;; \
+	    esac; \
 	    $(PY) -m venv --clear --without-pip "$$venv" && \
-	    $(PY) -m pip --python "$$venv/bin/python" install --quiet --no-deps --requirement "tests/$$end.txt" && \
+	    $(PY) -m pip --python "$$venv/bin/python" install --quiet --no-deps --requirement "tests/$$name.txt" && \
 	    $(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > "$$venv/dependencies.pth" && \
 	    mv "$$venv/dependencies.pth" \
 	        "$$("$$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" && \
-	    echo "With the $$end: $$(grep == "tests/$$end.txt" | paste -sd ' ')" && \
-	    OMP_NUM_THREADS=1 "$$venv/bin/python" -m pytest -q -W default tests/test_compatibility.py || exit 1; \
+	    echo "With $$name: $$(grep == "tests/$$name.txt" | paste -sd ' ')" && \
+	    OMP_NUM_THREADS=1 "$$venv/bin/python" -m pytest -q -W default $$tests || exit 1; \
 	done
 
 check: lint types test  ## lint, types and test
 
 clean:  ## remove .venv, caches and build products
-	rm -rf .venv .venv-oldest .venv-newest .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info
+	rm -rf .venv .venv-oldest .venv-newest .venv-executorch .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info
 	find . -name .git -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # `make -j clean test` must not delete what it is installing.
