@@ -37,6 +37,7 @@ from hf_prune.pruning.transaction import Transaction, check_changeable
 from hf_prune.structured.prune_units import plan_units, prune_units, trained_plan
 from hf_prune.structured.unit_plan import UnitPlan
 from hf_prune.utils.distributed import fail_together, is_main_process
+from hf_prune.utils.forward import without_autocast
 from hf_prune.utils.offloaded_weights import is_offloaded
 from hf_prune.utils.wrapping import sole_model, uncompiled, unwrapped
 
@@ -165,6 +166,7 @@ def prune(
     with ExitStack() as resources:
         resources.enter_context(uncompiled())
         if config.needs_data and not dry_run:
+            resources.enter_context(without_autocast())
             resources.enter_context(fast_products(inner.parameters()))
         plan = plan_units if config.removes_units else _plan_weights
         memory = MemoryBudget.split(cache_bytes, config)

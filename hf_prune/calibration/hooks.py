@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from hf_prune.utils.forward import without_autocast
+
 
 @dataclass(frozen=True, eq=False)
 class Watcher:
@@ -36,7 +38,8 @@ class Watcher:
         """
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any = None) -> Any:
-            replacement = self.call(module, args, kwargs, output)
+            with without_autocast():  # a Trainer wraps forward in one, and sums of products are for float32
+                replacement = self.call(module, args, kwargs, output)
             if remaining is not None and self.waits:
                 remaining.discard(self)
                 if not remaining:

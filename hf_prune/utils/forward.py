@@ -19,6 +19,7 @@ _MAKE = "calibration=hf_prune.text_batches(texts, tokenizer) makes batches from 
 _DECODER_KEYS = {"labels", "decoder_input_ids", "decoder_inputs_embeds", "decoder_outputs", "decoder_features"}
 # What models raise on unsuitable inputs. Other exceptions pass, such as one by which a hook stops the forward pass.
 _INPUT_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+_AUTOCASTS = ("cpu", "cuda", "mps", "xpu")  # kinds of devices that have one
 _OPTION = re.compile(r"output_.*|return_.*|use_cache|kwargs|args|logits_to_keep|past_key_values|cache|cache_position")
 
 
@@ -37,6 +38,15 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+@contextmanager
+def without_autocast() -> Iterator[None]:
+    """Inside, products have the precision of what is multiplied, whatever autocast is on outside."""
+    with contextlib.ExitStack() as stack:
+        for device in filter(torch.is_autocast_enabled, _AUTOCASTS):
+            stack.enter_context(torch.autocast(device, enabled=False))
+        yield
 
 
 def batch_to_device(model: nn.Module, batch: object, device: torch.device | None = None) -> dict[str, Any]:

@@ -47,6 +47,7 @@ from hf_prune.pruning.weight_norm import effective_weight, largest_of_slices, le
 from hf_prune.structured.unit_plan import UnitPlan
 from hf_prune.utils.digests import batches_digest
 from hf_prune.utils.folders import refuse_links
+from hf_prune.utils.forward import without_autocast
 from hf_prune.utils.locks import writes_alone
 from hf_prune.utils.output_folder import check_output
 from hf_prune.utils.progress import Bar
@@ -146,6 +147,7 @@ def prune_stream(
         journal.begin(journal.key, restart=True)
         output = Output(meta_model, plan, previous_masks, journal)
     with ExitStack() as resources:
+        resources.enter_context(without_autocast())
         sensitivity = None
         if config.learns_allocation:
             sparsities, sensitivity = learned_sparsities(output, batches, cache_bytes, progress)
