@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import functools
 import math
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from hf_prune.utils.distributed import broadcast
 
 _LARGE = 1 << 18  # values of a matrix whose products take long enough to matter
+_FAST = ContextVar("fast products", default=False)  # of the thread that is inside, while it is
 _ROUNDS = 7
 _FASTER = 1.5  # times; a smaller gain is near enough to the noise that two runs might decide differently
 _AGREES = 1e-5  # the largest difference to the exact product, as a share of the largest value
@@ -44,7 +45,26 @@ def fast_products(tensors: Iterable[Tensor]) -> Iterator[None]:
         yield
         return
     with _through_onednn(), _short_attention_by_default():
+        token = _FAST.set(True)
+        try:
+            yield
+        finally:
+            _FAST.reset(token)
+
+
+@contextmanager
+def ordinary_products() -> Iterator[None]:
+    """Inside, everything multiplies as it does outside of :func:`fast_products`: for timing what people will run."""
+    if not _FAST.get():
         yield
+        return
+    token = _FAST.set(False)
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision("medium")
+        _FAST.reset(token)
 
 
 def _decided_by_the_first_process() -> bool:
@@ -105,14 +125,14 @@ def _short_attention_by_default() -> Iterator[None]:
 
     There it has a node of its own, except with dropout.
     """
-    attention, thread, inside = nn.functional.scaled_dot_product_attention, threading.get_ident(), True
+    attention = nn.functional.scaled_dot_product_attention
 
     def begin(*_: Any) -> None:
-        if inside and threading.get_ident() == thread:
+        if _FAST.get():
             torch.set_float32_matmul_precision("highest")
 
     def end(*_: Any) -> None:
-        if inside and threading.get_ident() == thread:
+        if _FAST.get():
             torch.set_float32_matmul_precision("medium")
 
     def attend(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -132,5 +152,4 @@ def _short_attention_by_default() -> Iterator[None]:
     try:
         yield
     finally:
-        inside = False  # what is computed backwards later, or by another thread, leaves the setting alone
         nn.functional.scaled_dot_product_attention = attention

@@ -14,6 +14,7 @@ from hf_prune.architectures.layer_list import LayerList
 from hf_prune.architectures.unit_groups import UnitGroup
 from hf_prune.errors import PlanError
 from hf_prune.inference.speedup import measured_speedup, workload_inputs
+from hf_prune.kernels.fast_products import ordinary_products
 from hf_prune.planning.config import PruningConfig
 from hf_prune.pruning.records import SpeedRecord
 from hf_prune.structured.budget import Choice, Costs, allowed_sizes
@@ -68,7 +69,8 @@ def meet_budget(
     costs, layers = plan.parameters, plan.layers
     dense = costs.total({}, (), layers)
     if config.target_speedup is not None:
-        return _meet_speedup(model, config, plan, lists, solve)
+        with ordinary_products():
+            return _meet_speedup(model, config, plan, lists, solve)
     if config.target_flops is not None:
         inputs = workload_inputs(model, config.workload)
         workload = config.workload or {}

@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from hf_prune import prune
+from hf_prune.inference.timing import time_together
 from hf_prune.kernels import fast_products as module
 from hf_prune.kernels.fast_products import fast_products, onednn_is_faster
+from hf_prune.structured.gate_statistics import gate_statistics
 from tests import models
 
 LARGE = torch.zeros(512, 512)
@@ -106,6 +108,33 @@ def test_attention_that_another_thread_is_in_leaves_the_setting():
             assert entered.wait(10)
         ended.set()
         other.join()
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+@pytest.mark.usefixtures("faster")
+def test_a_speed_up_is_timed_on_products_as_people_will_run_them(monkeypatch):
+    seen = set()
+
+    def watched(models, *args, **kwargs):
+        fused = torch.nn.functional.scaled_dot_product_attention
+        fused(*[torch.zeros(1, 1, 4, 4)] * 3)  # which would leave another setting behind
+        seen.add(torch.get_float32_matmul_precision())
+        return time_together(models, *args, **kwargs)
+
+    for module_name in ("structured.latency_costs", "inference.speedup"):
+        monkeypatch.setattr(f"hf_prune.{module_name}.time_together", watched)
+    model = models.tiny_bert()
+    workload = {"batch_size": 1, "length": 8}
+    settings = {"granularity": ("head", "neuron"), "criterion": "fisher", "repair": "least_squares"}
+    inside = []
+    monkeypatch.setattr(module, "_LARGE", 1)
+    monkeypatch.setattr(
+        "hf_prune.structured.choose_units.gate_statistics",
+        lambda *args: inside.append(torch.get_float32_matmul_precision()) or gate_statistics(*args),
+    )
+    prune(model, target_speedup=1.01, workload=workload, calibration=models.tiny_batches(model), **settings)
+    assert inside == ["medium"]
+    assert seen == {"highest"}
     assert torch.get_float32_matmul_precision() == "highest"
 
 
