@@ -20,9 +20,8 @@ from hf_prune.inference.backends import names_file
 from hf_prune.utils.files import write_text
 from hf_prune.utils.forward import generates
 
-MOST_EXAMPLES = (
-    8  # of a batch, for which memory is planned; one where the model continues a text, whose logits are large
-)
+# What memory is planned for. Where a model continues a text, whose logits are large, that is one example.
+MOST_EXAMPLES = 8  # of a batch
 MOST_TOKENS = 512  # of an example, or what the model can read if that is less
 
 
