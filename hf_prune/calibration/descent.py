@@ -41,8 +41,8 @@ class Call:
     Args:
         part: Its number in the batch.
         window: The model inputs.
-        run: Runs it forwards and backwards. It takes a function that runs the whole model on the window and the gradient
-            of what it computes backwards, which is called at the top alone.
+        run: Runs it forwards and backwards. It takes a function that runs the whole model on the window, and the
+            gradient of what it computes backwards; only the top calls it.
     """
 
     part: int
@@ -189,7 +189,7 @@ def _sequence(reader: InputReader) -> tuple[BlockSequence, list[Target]]:
     """The one sequence of a model, and the targets after it."""
     sequences = reader.replay.sequences
     what = f"gradients of {type(reader.model).__name__} cannot be carried down from block to block"
-    how = "choose settings without gradients (another criterion or allocation, objective 'layer'), or prune without streaming"
+    how = "choose settings that need none (another criterion or allocation, objective 'layer'), or do not stream"
     if len(sequences) != 1 or not set(reader.kinds) <= sequences[0].kinds:
         raise PlanError(f"{what}: found {len(sequences)} lists of blocks, expected one that every batch uses; {how}")
     sequence = sequences[0]
