@@ -87,7 +87,8 @@ class Descent:
         folder: str | os.PathLike[str] | None = None,
         windows: Callable[[Window], Sequence[Window]] | None = None,
     ) -> None:
-        self._sequence, self.outside = _sequence(reader)
+        self._sequence = sequence_of(reader)
+        self.outside = [t for t in reader.targets if reader.block_of(t.name) is None]
         self._reader, self._windows = reader, windows or partial(_windows, reader.model)
         self._outputs = OffloadCache(cache_bytes, folder)
 
@@ -130,7 +131,8 @@ class Descent:
     @torch.no_grad()
     def _record(self, number: int, key: Hashable, window: Window) -> None:
         """Run a block on what the one before it returned."""
-        self._outputs.put((number, key), self._run(number, window, lambda: self._outputs.get((number - 1, key))))
+        before = partial(self._outputs.get, (number - 1, key))
+        self._outputs.put((number, key), run_block(self._reader, self._sequence, number, window, before))
 
     def _from_top(self, key: Hashable, window: Window, backwards: Callable[[], object]) -> None:
         """Run what comes after the last block, and take the gradient of what it computes."""
@@ -144,7 +146,7 @@ class Descent:
         """Run a block with gradients, from those of what it returns to those of what the one before it returned."""
         leaves, output = self._leaves(number - 1, key) if number else ([], None)
         with torch.enable_grad():
-            returned = _floating(self._run(number, window, output))
+            returned = _floating(run_block(self._reader, self._sequence, number, window, output))
         above = zip(returned, self._outputs.pop((number, key)), strict=True)
         pairs = [(value, gradient) for value, gradient in above if gradient is not None and value.requires_grad]
         if pairs:
@@ -162,43 +164,63 @@ class Descent:
 
         return leaves, output
 
-    def _run(self, number: int, window: Window, output: Callable[[], Any] | None) -> Any:
-        """What a block returns when the one before it returns something that is known."""
-        returned: list[Any] = []
 
-        def keep(module: nn.Module, args: Any, kwargs: Any, value: Any) -> None:
-            returned.append(value)
-            raise Stop
+def run_block(
+    reader: InputReader, sequence: BlockSequence, number: int, window: Window, output: Callable[[], Any] | None
+) -> Any:
+    """What a block returns when the one before it returns something that is known.
 
-        block = self._sequence.blocks[number]
-        with ExitStack() as context:
-            Watcher(block, keep, after=True).install(context, None)
-            if number and output is not None:
-                context.enter_context(self._sequence.replaying(number, output))
-            with suppress(Stop):
-                self._reader.forward(window)
-        if not returned:
-            raise PlanError(
-                f"{type(self._reader.model).__name__} does not run its blocks alike for every batch, so gradients "
-                f"cannot be carried down from block to block: prune without streaming"
-            )
-        return returned[0]
+    Args:
+        reader: Runs the model.
+        sequence: Its blocks.
+        number: The block.
+        window: The model inputs.
+        output: Returns what the block before it returns; not asked for the first one.
+
+    Raises:
+        PlanError: If the window does not come to the block.
+    """
+    returned: list[Any] = []
+
+    def keep(module: nn.Module, args: Any, kwargs: Any, value: Any) -> None:
+        returned.append(value)
+        raise Stop
+
+    with ExitStack() as context:
+        Watcher(sequence.blocks[number], keep, after=True).install(context, None)
+        if number and output is not None:
+            context.enter_context(sequence.replaying(number, output))
+        with suppress(Stop):
+            reader.forward(window)
+    if not returned:
+        raise PlanError(
+            f"{type(reader.model).__name__} does not run its blocks alike for every batch, so it cannot be run block "
+            f"by block: prune without streaming"
+        )
+    return returned[0]
 
 
-def _sequence(reader: InputReader) -> tuple[BlockSequence, list[Target]]:
-    """The one sequence of a model, and the targets after it."""
+def sequence_of(reader: InputReader) -> BlockSequence:
+    """The one sequence of blocks of a model.
+
+    Args:
+        reader: As of :class:`Descent`.
+
+    Raises:
+        PlanError: If there is none, or a block reads more than what the one before it returned.
+    """
     sequences = reader.replay.sequences
-    what = f"gradients of {type(reader.model).__name__} cannot be carried down from block to block"
-    how = "choose settings that need none (another criterion or allocation, objective 'layer'), or do not stream"
+    what = f"{type(reader.model).__name__} cannot be run and differentiated block by block"
+    how = "choose settings without gradients (another criterion or allocation, objective 'layer'), or do not stream"
     if len(sequences) != 1 or not set(reader.kinds) <= sequences[0].kinds:
         raise PlanError(f"{what}: found {len(sequences)} lists of blocks, expected one that every batch uses; {how}")
     sequence = sequences[0]
     if not all(reader.replay.check(sequence)):
         raise PlanError(f"{what}, since some of them read more than what the one before returned; {how}")
-    outside = [t for t in reader.targets if reader.block_of(t.name) is None]
-    if early := [t.name for t in outside if t.name in sequence.first_use]:
+    outside = [t.name for t in reader.targets if reader.block_of(t.name) is None]
+    if early := [name for name in outside if name in sequence.first_use]:
         raise PlanError(f"{what}, since {early[0]} is used before the last block returns; {how}, or leave it out")
-    return sequence, outside
+    return sequence
 
 
 def _windows(model: nn.Module, batch: Window) -> Sequence[Window]:

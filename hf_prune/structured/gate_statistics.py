@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -24,7 +24,7 @@ from hf_prune.criteria.base import derived_seed
 from hf_prune.errors import CalibrationError
 from hf_prune.structured.expert_calls import ExpertCalls, sum_by_example
 from hf_prune.utils.distributed import all_reduce_sum, fail_together, rank_items
-from hf_prune.utils.forward import batch_to_device, eval_mode, run_model
+from hf_prune.utils.forward import batch_to_device, device_of, eval_mode, run_model
 from hf_prune.utils.progress import Bar
 
 MOST_PAIRS = 4096  # units of a group up to which pairs of them are considered
@@ -74,88 +74,132 @@ def gate_statistics(
         CalibrationError: If a gradient is not finite, or the predictions depend on none of the groups.
         PlanError: If packed experts multiply in a way that nobody has told.
     """
-    calls = ExpertCalls(model, groups)
-    packed = {group.name for group in groups if group.choices}
-    tokens = {group.name: torch.zeros(max(1, group.choices)) for group in groups}
-    dtype = accumulate_dtype(next(model.parameters()).device)
-    products: dict[str, Tensor] = {}
-    absolute: dict[str, Tensor] = {}
+    gates = Gates(model, groups, pairs)
     examples = 0
-    gradients: dict[str, Tensor] = {}  # (batch, choices * units) of the batch that is running, by group
-    size = [0]  # examples in that batch; 0 while it is only tried how the model works
     find_head = HeadFinder(model)
+    with ExitStack() as context:
+        context.enter_context(differentiable(model, ()))
+        gates.install(groups, context)
+        context.enter_context(fail_together())
+        numbered = rank_items(list(enumerate(batches)))
+        for index, batch in Bar(numbered, desc="Units", progress=progress):
+            generator = torch.Generator().manual_seed(derived_seed(seed, index))
+            for part in small_batches(model, without_labels(model, batch_to_device(model, batch))):
+                head = find_head(part)
+                mask = token_mask(model, part)
+                with gates.reading(part):
+                    with torch.enable_grad():
+                        value = sampled_by(head, partial(run_model, model), part, mask, generator)
+                    if not value.requires_grad:
+                        raise CalibrationError(
+                            "the model's output for a calibration batch depends on none of the units to be pruned"
+                        )
+                    value.backward()
+                examples += count_examples(part)
+    return gates.statistics(groups, examples)
 
-    def watch(group: UnitGroup, width: int, number: int) -> Any:
+
+class Gates:
+    """Gates of 1 that multiply the outputs of units, and the sums of their gradients.
+
+    Args:
+        model: The model.
+        groups: Groups of it.
+        pairs: As for :func:`gate_statistics`.
+
+    Raises:
+        PlanError: If packed experts multiply in a way that nobody has told.
+    """
+
+    def __init__(self, model: nn.Module, groups: Sequence[UnitGroup], pairs: bool) -> None:
+        self._calls = ExpertCalls(model, groups)
+        self._pairs = pairs
+        self._packed = {group.name for group in groups if group.choices}
+        self._tokens = {group.name: torch.zeros(max(1, group.choices)) for group in groups}
+        self._dtype = accumulate_dtype(device_of(model))
+        self._products: dict[str, Tensor] = {}
+        self._absolute: dict[str, Tensor] = {}
+        self._gradients: dict[str, Tensor] = {}  # (batch, choices, units) of the batch that is running, by group
+        self._size = 0  # examples in that batch; 0 where nobody reads
+
+    def install(self, groups: Sequence[UnitGroup], hooks: ExitStack) -> None:
+        """Put the gates of some groups before what consumes their units, until the end of a context."""
+        for group in groups:
+            for consumer in group.consumers:
+                for number, module in enumerate(self._calls.modules(consumer)):
+                    Watcher(module, self._gate(group, consumer.width, number)).install(hooks, None)
+
+    def _gate(self, group: UnitGroup, width: int, number: int) -> Any:
         def gate(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _: Any) -> Any:
             x = first_input(args, kwargs)
-            if not size[0]:
+            if not self._size:
                 return None
+            size = self._size
             gated = x if x.requires_grad else x.detach().requires_grad_()
             gated = gated.clone()  # so that a later in-place operation does not change whose gradient this is
             values = gated.detach()
-            examples = calls.examples(group, x, size[0])
-            tokens[group.name][number] += x.numel() // max(1, x.shape[-1])
+            examples = self._calls.examples(group, x, size)
+            self._tokens[group.name][number] += x.numel() // max(1, x.shape[-1])
 
             def read(gradient: Tensor) -> None:
                 # The gradient of a gate of 1 is the sum of gradient times value over what it multiplies.
-                product = sum_by_example(gradient.float() * values.float(), examples, size[0])
+                product = sum_by_example(gradient.float() * values.float(), examples, size)
                 by_unit = product.view(len(product), -1, width).sum(2)  # (batch, units)
-                if group.name not in gradients:
-                    gradients[group.name] = by_unit.new_zeros(len(by_unit), max(1, group.choices), by_unit.shape[1])
+                if group.name not in self._gradients:
+                    shape = (len(by_unit), max(1, group.choices), by_unit.shape[1])
+                    self._gradients[group.name] = by_unit.new_zeros(shape)
                 # Several consumers may read the same units: then one gate acts on all of them.
-                gradients[group.name][:, number] += by_unit
+                self._gradients[group.name][:, number] += by_unit
 
             gated.register_hook(read)
             return ((gated, *args[1:]), kwargs) if args else (args, {**kwargs, _first_key(kwargs): gated})
 
         return gate
 
-    with ExitStack() as context:
-        context.enter_context(differentiable(model, ()))
+    @contextmanager
+    def reading(self, part: Mapping[str, Any]) -> Iterator[None]:
+        """The model runs a part of a batch inside, forwards and backwards; what its gates got is added up."""
+        self._gradients.clear()
+        self._size = count_examples(part)
+        try:
+            with self._calls.watching(part):
+                yield
+        finally:
+            self._size = 0
+        for name, gradient in self._gradients.items():  # (batch, choices, units)
+            gradient = gradient if name in self._packed else gradient[:, 0]
+            in_pairs = self._pairs and gradient.dim() == 2 and gradient.shape[1] <= MOST_PAIRS
+            product = gradient.t() @ gradient if in_pairs else gradient.square().sum(0)
+            self._products[name] = self._products.get(name, 0) + product.to(self._dtype)
+            self._absolute[name] = self._absolute.get(name, 0) + gradient.abs().sum(0, dtype=self._dtype)
+
+    def statistics(self, groups: Sequence[UnitGroup], examples: int) -> dict[str, GateStatistics]:
+        """The statistics of some groups, which are forgotten.
+
+        Args:
+            groups: The groups.
+            examples: How many examples this process has run.
+
+        Raises:
+            CalibrationError: If a gradient is not finite.
+        """
+        total = max(1, int(all_reduce_sum(torch.tensor(examples))))
+        statistics = {}
         for group in groups:
-            for consumer in group.consumers:
-                for number, module in enumerate(calls.modules(consumer)):
-                    Watcher(module, watch(group, consumer.width, number)).install(context, None)
-        context.enter_context(fail_together())
-        numbered = rank_items(list(enumerate(batches)))
-        for index, batch in Bar(numbered, desc="Units", progress=progress):
-            generator = torch.Generator().manual_seed(derived_seed(seed, index))
-            for part in small_batches(model, without_labels(model, batch_to_device(model, batch))):
-                size[0] = 0
-                head = find_head(part)
-                gradients.clear()
-                size[0] = count_examples(part)
-                mask = token_mask(model, part)
-                with torch.enable_grad(), calls.watching(part):
-                    value = sampled_by(head, partial(run_model, model), part, mask, generator)
-                if not value.requires_grad:
-                    raise CalibrationError(
-                        "the model's output for a calibration batch depends on none of the units to be pruned"
-                    )
-                value.backward()
-                for name, gradient in gradients.items():  # (batch, choices, units)
-                    gradient = gradient if name in packed else gradient[:, 0]
-                    in_pairs = pairs and gradient.dim() == 2 and gradient.shape[1] <= MOST_PAIRS
-                    product = gradient.t() @ gradient if in_pairs else gradient.square().sum(0)
-                    products[name] = products.get(name, 0) + product.to(dtype)
-                    absolute[name] = absolute.get(name, 0) + gradient.abs().sum(0, dtype=dtype)
-                examples += size[0]
-    total = max(1, int(all_reduce_sum(torch.tensor(examples))))
-    statistics = {}
-    for group in groups:
-        each = (group.choices, group.units) if group.choices else (group.units,)
-        shape = (group.units,) * 2 if pairs and len(each) == 1 and group.units <= MOST_PAIRS else each
-        fisher = all_reduce_sum(products.get(group.name, torch.zeros(shape, dtype=dtype))) / total
-        mean = all_reduce_sum(absolute.get(group.name, torch.zeros(each, dtype=dtype))) / total
-        if not bool(torch.isfinite(fisher).all()):
-            raise CalibrationError(
-                f"the gradient of the predictions at {group.name} is not finite: expected finite values; calibrate in "
-                f"float32 or bfloat16, and check the batches"
-            )
-        seen = all_reduce_sum(tokens[group.name])
-        missed = (seen == 0).nonzero().flatten().tolist() if calls.is_in_experts(group) else []
-        statistics[group.name] = GateStatistics(fisher, mean, tuple(missed))
-    return statistics
+            each = (group.choices, group.units) if group.choices else (group.units,)
+            in_pairs = self._pairs and len(each) == 1 and group.units <= MOST_PAIRS
+            nothing = torch.zeros((group.units,) * 2 if in_pairs else each, dtype=self._dtype)
+            fisher = all_reduce_sum(self._products.pop(group.name, nothing)) / total
+            mean = all_reduce_sum(self._absolute.pop(group.name, torch.zeros(each, dtype=self._dtype))) / total
+            if not bool(torch.isfinite(fisher).all()):
+                raise CalibrationError(
+                    f"the gradient of the predictions at {group.name} is not finite: expected finite values; calibrate "
+                    f"in float32 or bfloat16, and check the batches"
+                )
+            seen = all_reduce_sum(self._tokens[group.name])
+            missed = (seen == 0).nonzero().flatten().tolist() if self._calls.is_in_experts(group) else []
+            statistics[group.name] = GateStatistics(fisher, mean, tuple(missed))
+        return statistics
 
 
 def _first_key(kwargs: Mapping[str, Any]) -> str:

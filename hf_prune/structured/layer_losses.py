@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -53,45 +53,85 @@ def greedy_layer_losses(
         By layer, what its removal adds to the change, in the units of the gates' Fisher matrix. It never falls in the
         order of removal, and is larger for layers that stay. Of layers that are bypassed already it is 0.
     """
-    losses = {name: 0.0 for name, layer in layers.items() if is_bypassed(layer)}
-    tried = [name for name in layers if name not in losses]
-    rounds = max(1, min(most - len(losses), len(tried) - 1))
+    gone = [name for name, layer in layers.items() if is_bypassed(layer)]
     dense = OffloadCache(cache_bytes)
-    added, total = 0.0, 0.0
-    changes: dict[str, float] = {}  # of each layer, when it was last tried
     with eval_mode(model), fail_together(), ExitStack() as undo:
         undo.callback(dense.close)
-        sample = list(enumerate(_sample(model, batches)))
-        examples = max(1, sum(count_examples(part) for _, part in sample))
+        sample = list(enumerate(sample_batches(model, batches)))
         parts = list(rank_items(sample))
         for number, part in parts:
             dense.put(number, [y.float().cpu() for y in named_logits(run_model(model, {**no_cache(model), **part}))])
-        candidates = [len(tried), *(min(_SHORTLIST, len(tried) - turn) for turn in range(1, rounds))]
-        steps = sum(candidates) * len(parts)
+        steps = sum(candidates(len(layers) - len(gone), most - len(gone))) * len(parts)
         bar = undo.enter_context(Bar[object](total=steps, desc="Layers", progress=progress))
         reuses = True
-        for turn in range(rounds):
+
+        def changes(tried: Sequence[str], removed: Sequence[str]) -> dict[str, float]:
+            nonlocal reuses
+            for name in removed[-1:]:
+                undo.callback(restore, layers[name])
+                bypass(layers[name])
             among = {name: layers[name] for name in tried}
             new = _changes(model, among, layers, parts, dense, reuses, bar)
-            if turn == 0:  # the last but one tells whether the last layer reads more than what its neighbour returns
-                seen = {name: layers[name] for name in tried[-2:-1] or tried}
-                plain = _changes(model, seen, layers, parts, dense, False)
-                if any(not math.isclose(plain[name], new[name], rel_tol=_CLOSE, abs_tol=1e-7) for name in seen):
-                    reuses, new = False, _changes(model, among, layers, parts, dense, False)
-            changes |= new
-            least = min(tried, key=changes.__getitem__)
-            # Strictly rising, so that a budget removes the first layers of the order and no more.
-            added, total = max(1.001 * added + 1e-12, (changes[least] - total) / examples), changes[least]
-            losses[least] = added
-            undo.callback(restore, layers[least])
-            bypass(layers[least])
-            staying = sorted((name for name in changes if name not in losses), key=changes.__getitem__)
-            tried = [name for name in layers if name in staying[:_SHORTLIST]]
-    worst = max([added, *(change / examples for change in changes.values())])
-    return {name: losses.get(name, worst + changes.get(name, 0.0) / examples) for name in layers}
+            if removed:
+                return new
+            # The last but one tells whether the last layer reads more than what its neighbour returns.
+            seen = {name: layers[name] for name in list(tried)[-2:-1] or tried}
+            plain = _changes(model, seen, layers, parts, dense, False)
+            if any(not math.isclose(plain[name], new[name], rel_tol=_CLOSE, abs_tol=1e-7) for name in seen):
+                reuses, new = False, _changes(model, among, layers, parts, dense, False)
+            return new
+
+        examples = max(1, sum(count_examples(part) for _, part in sample))
+        return greedy_losses(list(layers), gone, most, examples, changes)
 
 
-def _sample(model: nn.Module, batches: Batches) -> Iterator[dict[str, Any]]:
+def candidates(layers: int, most: int) -> list[int]:
+    """How many layers are tried in each turn of a greedy search.
+
+    Args:
+        layers: How many may go.
+        most: How many of them to remove.
+    """
+    turns = max(1, min(most, layers - 1))
+    return [layers, *(min(_SHORTLIST, layers - turn) for turn in range(1, turns))]
+
+
+def greedy_losses(
+    layers: Sequence[str],
+    gone: Collection[str],
+    most: int,
+    examples: int,
+    changes: Callable[[Sequence[str], Sequence[str]], dict[str, float]],
+) -> dict[str, float]:
+    """The order of a greedy search, as :func:`greedy_layer_losses` returns it.
+
+    Args:
+        layers: Names of the layers that may go.
+        gone: Those of them that are gone before the search.
+        most: How many to remove, these included.
+        examples: How many there are in the sample.
+        changes: Takes the layers that are tried and those that the search has removed, in its order, and returns how
+            much the predictions change without each of the first and all of the second, summed over the examples.
+    """
+    losses = dict.fromkeys(gone, 0.0)
+    removed: list[str] = []
+    tried = [name for name in layers if name not in losses]
+    added, total = 0.0, 0.0
+    latest: dict[str, float] = {}  # of each layer, when it was last tried
+    for _ in candidates(len(tried), most - len(losses)):
+        latest |= changes(tried, removed)
+        least = min(tried, key=latest.__getitem__)
+        # Strictly rising, so that a budget removes the first layers of the order and no more.
+        added, total = max(1.001 * added + 1e-12, (latest[least] - total) / examples), latest[least]
+        losses[least] = added
+        removed.append(least)
+        staying = sorted((name for name in latest if name not in losses), key=latest.__getitem__)
+        tried = [name for name in layers if name in staying[:_SHORTLIST]]
+    worst = max([added, *(change / examples for change in latest.values())])
+    return {name: losses.get(name, worst + latest.get(name, 0.0) / examples) for name in layers}
+
+
+def sample_batches(model: nn.Module, batches: Batches) -> Iterator[dict[str, Any]]:
     """About :data:`TOKENS` tokens of calibration batches, or :data:`EXAMPLES` examples, evenly drawn."""
     batches = list(batches)
     first = next(iter(small_batches(model, without_labels(model, batch_to_device(model, batches[0])))))

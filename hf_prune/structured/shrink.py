@@ -30,6 +30,8 @@ from hf_prune.structured.shrink_record import RECORD, layer_of, new_name, record
 from hf_prune.utils.offloaded_weights import refuse_offloaded
 
 Model = TypeVar("Model", bound=nn.Module)
+Move = tuple[set[str], dict[str, str]]
+"""Modules that were taken out, and the new names of others by the old ones."""
 
 
 @torch.no_grad()
@@ -57,11 +59,7 @@ def shrink_modules(model: Model, cuts: list[tuple[str, int, Tensor]] | None = No
     lists = layer_lists(model)
     removed = bypassed_names(lists)
     check_removal(model, lists, removed)
-    groups = [
-        group
-        for group in find_unit_groups(model)
-        if not group.layers or not all(f"{name}.{number}" in removed for name, number in group.layers)
-    ]
+    groups = _groups_that_stay(model, removed)
     before = sum(p.numel() for p in model.parameters())
     units = {group.name: group.units for group in groups}
     kept = {group.name: index for group in groups if (index := surviving_units(model, group)) is not None}
@@ -75,7 +73,7 @@ def shrink_modules(model: Model, cuts: list[tuple[str, int, Tensor]] | None = No
     if cuts is not None:
         cuts += tensor_cuts(groups, kept)
     renamed = remove_layers(model, lists, removed)
-    moves = [(removed_units, units_renamed), (removed, renamed)]
+    moves: list[Move] = [(removed_units, units_renamed), (removed, renamed)]
     if store is not None:
         _cut_masks(store, groups, kept)
         for gone, new in moves:
@@ -93,35 +91,51 @@ def shrink_modules(model: Model, cuts: list[tuple[str, int, Tensor]] | None = No
 
 
 def shrink_without_weights(
-    model: nn.Module, kept: Mapping[str, Tensor], config: PruningConfig
-) -> tuple[list[tuple[str, int, Tensor]], set[str], dict[str, str]]:
+    model: nn.Module, kept: Mapping[str, Tensor], removed: Collection[str], config: PruningConfig
+) -> tuple[list[tuple[str, int, Tensor]], list[Move]]:
     """Shrink a model on the meta device, in place, as :func:`shrink_modules` does once its units are masked.
 
     Args:
         model: The model, with all its layers.
         kept: The units that each smaller group keeps, by its name.
+        removed: Names of the layers that go.
         config: The settings that chose them.
 
     Returns:
-        What became smaller, as (parameter or buffer, dimension, positions that stay); the modules that are gone; and
-        the new names of others, by the old ones.
+        What became smaller, as (parameter or buffer, dimension, positions that stay); and the modules that are gone
+        with the new names of others by the old ones, for units and then for layers.
+
+    Raises:
+        ArchitectureError: If other layers need one that goes; the model is then as it was.
     """
-    lists, groups = layer_lists(model), find_unit_groups(model)
+    lists = layer_lists(model)
+    check_removal(model, lists, removed)
+    groups = _groups_that_stay(model, removed)
     before = sum(p.numel() for p in model.parameters())
     units = {group.name: group.units for group in groups}
+    kept = {name: index for name, index in kept.items() if name in units}
     gone = _modules_of_units(model, groups, kept)
     cuts = tensor_cuts(groups, kept)
-    renamed = replace_tensors(model, groups, kept, smaller_tensors(model, groups, kept))
-    record_structure(model, before, units, kept, lists, (), {})
+    units_renamed = replace_tensors(model, groups, kept, smaller_tensors(model, groups, kept))
+    renamed = remove_layers(model, lists, removed)
+    moves: list[Move] = [(gone, units_renamed), (set(removed), renamed)]
+    record_structure(model, before, units, kept, lists, removed, renamed)
     if (record := getattr(model.config, RECORD, None)) is not None:
         record["pruning_config"] = config.to_dict()
-    simplify_config(model, [_as_it_is_now(group, kept, [(gone, renamed)]) for group in groups])
-    return cuts, gone, renamed
+    simplify_config(model, [_as_it_is_now(group, kept, moves) for group in groups])
+    return cuts, moves
 
 
-def _as_it_is_now(
-    group: UnitGroup, kept: Mapping[str, Tensor], moves: Iterable[tuple[Collection[str], Mapping[str, str]]]
-) -> UnitGroup:
+def _groups_that_stay(model: nn.Module, removed: Collection[str]) -> list[UnitGroup]:
+    """The groups of units that are not in removed layers alone."""
+    return [
+        group
+        for group in find_unit_groups(model)
+        if not group.layers or not all(f"{name}.{number}" in removed for name, number in group.layers)
+    ]
+
+
+def _as_it_is_now(group: UnitGroup, kept: Mapping[str, Tensor], moves: Iterable[Move]) -> UnitGroup:
     """A group after units and layers were cut: with as many units as stay, where they are now.
 
     Args:

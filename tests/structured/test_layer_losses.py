@@ -77,9 +77,9 @@ def test_many_layers_are_chosen_among_the_twelve_that_cost_least(monkeypatch):
 def test_classifiers_are_judged_by_many_examples(monkeypatch):
     model, inputs = tiny("bert")
     batch = {name: value[:1].repeat(40, 1) for name, value in inputs().items()}
-    assert sum(len(part["input_ids"]) for part in searched._sample(model, [batch] * 8)) == 160
+    assert sum(len(part["input_ids"]) for part in searched.sample_batches(model, [batch] * 8)) == 160
     monkeypatch.setattr(searched, "EXAMPLES", 10**6)
-    assert sum(len(part["input_ids"]) for part in searched._sample(model, [batch] * 8)) == 320
+    assert sum(len(part["input_ids"]) for part in searched.sample_batches(model, [batch] * 8)) == 320
 
 
 def deeper(model_type, number=5):
@@ -114,7 +114,7 @@ def test_a_sample_of_the_batches_is_looked_at(monkeypatch):
     batches = [inputs() for _ in range(6)]
     tokens = batches[0]["input_ids"].shape[1]
     monkeypatch.setattr(searched, "TOKENS", 3 * tokens)
-    parts = list(searched._sample(model, batches))
+    parts = list(searched.sample_batches(model, batches))
     assert [len(part["input_ids"]) for part in parts] == [1, 1, 1]
 
 

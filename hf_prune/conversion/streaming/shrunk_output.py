@@ -55,12 +55,14 @@ class ShrunkOutput:
     def __init__(self, meta_model: MetaModel, plan: UnitPlan, journal: Journal) -> None:
         self.meta_model, self.plan, self.journal = meta_model, plan, journal
         self.model: Any = copy.deepcopy(meta_model.model)
-        cuts, self._gone, renamed = shrink_without_weights(self.model, plan.kept, plan.config)
+        assert plan.choice is not None
+        cuts, moves = shrink_without_weights(self.model, plan.kept, plan.choice.layers, plan.config)
+        self._gone = set[str]().union(*(gone for gone, _ in moves))
         self._cuts: dict[str, list[Cut]] = {}
         for name, dim, index in cuts:
             self._cuts.setdefault(name, []).append((dim, index))
         self._tensors: dict[str, list[SmallerTensor]] = {}  # by file
-        for tensor in tensors_that_stay(meta_model, self._cuts, self._gone, renamed):
+        for tensor in tensors_that_stay(meta_model, self._cuts, moves):
             self._tensors.setdefault(tensor.source.shard, []).append(tensor)
         self._reports: dict[str, dict[str, Any]] = {}
         self._copied: set[str] = set()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +13,8 @@ from hf_prune.architectures.unit_groups import selected
 from hf_prune.checkpoint.shards import Entry, read_rows, read_tensor
 from hf_prune.conversion.streaming.merged import Index
 from hf_prune.conversion.streaming.meta_model import MetaModel
+from hf_prune.errors import PlanError
+from hf_prune.structured.shrink import Move
 from hf_prune.structured.shrink_record import layer_of, new_name
 
 Cut = tuple[int, Tensor]
@@ -64,37 +66,44 @@ class SmallerTensor:
 def tensors_that_stay(
     meta_model: MetaModel,
     cuts: Mapping[str, Sequence[Cut]],
-    gone: Collection[str],
-    renamed: Mapping[str, str],
+    moves: Sequence[Move],
 ) -> list[SmallerTensor]:
     """The tensors that the files of a shrunk model have. What does not belong to the model is left out.
 
     Args:
         meta_model: The dense model.
         cuts: What stays of parameters and buffers, by name.
-        gone: Modules that were taken out.
-        renamed: New names of modules that moved up, by the old ones.
+        moves: Modules that were taken out, and those that moved up.
+
+    Raises:
+        PlanError: If a module moves up into the place of one that has no such tensor.
     """
     entries, tensors = meta_model.shards.entries, []
     keys = {**meta_model.keys, **{name: (key,) for name, key in meta_model.buffers.items()}}
     for name, of_tensor in keys.items():
-        if layer_of(name, gone) is not None:
+        if any(layer_of(name, gone) is not None for gone, _ in moves):
             continue
+        name_now = name
+        for _, renamed in moves:
+            name_now = new_name(name_now, renamed)
+        if len(keys.get(name_now, ())) != len(of_tensor):
+            raise PlanError(
+                f"{name} becomes {name_now}, of which {type(meta_model.model).__name__} has no tensor in its files, "
+                f"since its layers are not alike: prune without streaming"
+            )
         if name in meta_model.parts and name in cuts:
-            tensors += _parts_that_stay(meta_model, name, cuts[name])
+            tensors += _parts_that_stay(meta_model, name, name_now, cuts[name])
             continue
-        for key, new in zip(of_tensor, keys[new_name(name, renamed)], strict=True):
+        for key, new in zip(of_tensor, keys[name_now], strict=True):
             tensors.append(SmallerTensor(new, name, entries[key], tuple(cuts.get(name, ()))))
     return tensors
 
 
-def _parts_that_stay(meta_model: MetaModel, name: str, cuts: Sequence[Cut]) -> list[SmallerTensor]:
+def _parts_that_stay(meta_model: MetaModel, name: str, name_now: str, cuts: Sequence[Cut]) -> list[SmallerTensor]:
     """Of a parameter that is merged from tensors, the tensors of the experts that stay, numbered without gaps."""
-    by_place: dict[tuple[int, int] | None, dict[int, str]] = {}  # by rows of an expert's matrix, the keys by number
-    for key, place in meta_model.parts[name].items():
-        by_place.setdefault(_rows(place), {})[_number(place)] = key
+    new_keys = _by_place(meta_model.parts[name_now])
     tensors = []
-    for rows, keys in by_place.items():
+    for rows, keys in _by_place(meta_model.parts[name]).items():
         staying = next((index.tolist() for dim, index in cuts if dim == 0), sorted(keys))
         for new, old in enumerate(staying):
             inside = []
@@ -106,8 +115,16 @@ def _parts_that_stay(meta_model: MetaModel, name: str, cuts: Sequence[Cut]) -> l
                     positions = positions[(positions >= rows[0]) & (positions < rows[1])] - rows[0]
                 inside.append((dim - 1, positions))
             source = meta_model.shards.entries[keys[old]]
-            tensors.append(SmallerTensor(keys[new], name, source, tuple(inside)))
+            tensors.append(SmallerTensor(new_keys[rows][new], name, source, tuple(inside)))
     return tensors
+
+
+def _by_place(parts: Mapping[str, Index]) -> dict[tuple[int, int] | None, dict[int, str]]:
+    """By the rows of an expert's matrix, the tensors of the files by the number of the expert."""
+    by_place: dict[tuple[int, int] | None, dict[int, str]] = {}
+    for key, place in parts.items():
+        by_place.setdefault(_rows(place), {})[_number(place)] = key
+    return by_place
 
 
 def _number(index: Index) -> int:
