@@ -27,7 +27,7 @@ from hf_prune.planning.targets import module_matches, quick_pattern
 from hf_prune.structured.budget import Choice, Costs, solve_budget, uniform_sizes
 from hf_prune.structured.costs import parameter_costs
 from hf_prune.structured.gate_statistics import gate_statistics, layer_losses
-from hf_prune.structured.layer_losses import greedy_layer_losses
+from hf_prune.structured.layer_losses import greedy_layer_losses, losses_without_data
 from hf_prune.structured.loss_curves import Curve
 from hf_prune.structured.meet_budget import layer_hint, meet_budget, most_layers, sizes_of
 from hf_prune.structured.reconstruction import reconstruction_curves, redundancy_curves
@@ -261,9 +261,4 @@ def _layer_losses(
         return greedy_layer_losses(model, modules, batches, most_layers(plan), progress, cache_bytes)
     if config.learns_units:
         return layer_losses(model, modules, batches, progress)
-    if config.criterion == "random":
-        generator = torch.Generator().manual_seed(config.seed)
-        draws = torch.rand(len(modules), generator=generator).tolist()
-        sizes = [sum(p.numel() for p in module.parameters()) for module in modules.values()]
-        return {name: draw * size for name, draw, size in zip(modules, draws, sizes, strict=True)}
-    return {name: sum(map(sum_of_squares, module.parameters())) for name, module in modules.items()}
+    return losses_without_data(config, modules, sum_of_squares)

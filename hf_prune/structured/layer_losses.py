@@ -14,6 +14,7 @@ from hf_prune.architectures.bypass import bypass, is_bypassed, restore
 from hf_prune.calibration.batches import Batches, count_examples, small_batches, without_labels
 from hf_prune.calibration.block_sequence import replaced_forward
 from hf_prune.calibration.predictions import named_logits, token_mask
+from hf_prune.planning.config import PruningConfig
 from hf_prune.structured.gate_statistics import prediction_change
 from hf_prune.utils.distributed import all_reduce_sum, fail_together, rank_items
 from hf_prune.utils.forward import batch_to_device, eval_mode, no_cache, run_model
@@ -24,6 +25,24 @@ TOKENS = 2048  # that the search looks at: it runs the model once for each layer
 EXAMPLES = 128  # that it looks at where the model predicts one thing for each
 _SHORTLIST = 12  # layers that may be the next, after the first: those that cost least when last tried
 _CLOSE = 1e-3  # share by which a change may differ where layers return what they returned before
+
+
+def losses_without_data(
+    config: PruningConfig, layers: Mapping[str, nn.Module], squares: Callable[[nn.Parameter], float]
+) -> dict[str, float]:
+    """What removing each layer costs by the criterion "random", or by the size of its weights.
+
+    Args:
+        config: The settings.
+        layers: The layers, by name.
+        squares: The sum of squares of a parameter.
+    """
+    if config.criterion == "random":
+        generator = torch.Generator().manual_seed(config.seed)
+        draws = torch.rand(len(layers), generator=generator).tolist()
+        sizes = [sum(p.numel() for p in layer.parameters()) for layer in layers.values()]
+        return {name: draw * size for name, draw, size in zip(layers, draws, sizes, strict=True)}
+    return {name: sum(map(squares, layer.parameters())) for name, layer in layers.items()}
 
 
 @torch.no_grad()

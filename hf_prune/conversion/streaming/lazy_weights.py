@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from types import TracebackType
@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
 
 from hf_prune.calibration.block_sequence import replaced_forward
 from hf_prune.conversion.streaming.meta_model import MetaModel
 
 _DEVICE = Tensor.device.__get__  # the function that a TorchFunctionMode sees for ``tensor.device``
+_SHAPES = ("expand_as", "reshape_as", "type_as", "view_as")  # functions that look at the shape or dtype of an argument
 
 
 class LazyWeights:
@@ -23,8 +25,9 @@ class LazyWeights:
 
     The weights of a module are read when it is called and dropped afterwards, so that a batch takes the memory of one
     module; the operating system's cache makes it cheap to read them again for the next batch. Of an embedding only the
-    rows that are looked up are read. An output embedding that is not pruned is not read at all: its output is a tensor
-    on the meta device.
+    rows that are looked up are read. A weight that is used outside of the module that holds it, as that of the
+    convolution in a Mamba layer, is read for each use. An output embedding that is not pruned is not read at all: its
+    output is a tensor on the meta device.
 
     Args:
         meta_model: The model.
@@ -74,7 +77,7 @@ class LazyWeights:
             elif not isinstance(module, nn.Embedding):
                 self._context.callback(module.register_forward_pre_hook(self._before, with_kwargs=True).remove)
                 self._context.callback(module.register_forward_hook(self._after).remove)
-        self._context.enter_context(_Rows(self))
+        self._context.enter_context(_Absent(self))
         return self
 
     def __exit__(
@@ -104,6 +107,14 @@ class LazyWeights:
         assert parameter is not None
         return parameter.detach()
 
+    def weight_of(self, x: Tensor) -> Tensor | None:
+        """Read what a tensor on the meta device stands for; None unless it is a weight, or a view of one."""
+        base = x if x._base is None else x._base
+        if (name := self.names.get(id(base))) is None or self._empty[name] is not base:
+            return None
+        weight = self._read(name)
+        return weight if base is x else weight.as_strided(x.size(), x.stride(), x.storage_offset())
+
     def _load(self, name: str) -> None:
         if name not in self._loaded:
             self._put(name, nn.Parameter(self._read(name), requires_grad=False))
@@ -132,18 +143,43 @@ def _shape_only(outputs: int, x: Tensor) -> Tensor:
     return x.new_empty((*x.shape[:-1], outputs), device="meta")
 
 
-class _Rows(TorchFunctionMode):
-    """Read only the rows that an embedding looks up, and report the CPU as the device of its absent weights."""
+class _Absent(TorchFunctionMode):
+    """Reads weights that are used outside of the modules that hold them; of an embedding only rows that it looks up.
+
+    Some functions of torch take a tensor on the meta device together with one that is there, and return memory that
+    nobody has written. So a weight is read before it is used that way, and anything else on the meta device is refused.
+    """
 
     def __init__(self, lazy: LazyWeights) -> None:
         super().__init__()
         self._lazy = lazy
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
         if func == _DEVICE and id(args[0]) in self._lazy.names:
             return torch.device("cpu")
         if func is nn.functional.embedding and len(args) > 1 and id(args[1]) in self._lazy.names and args[1].is_meta:
             ids, weight = args[:2]
             rows, where = ids.unique(return_inverse=True)
             return self._lazy.read_rows(self._lazy.names[id(weight)], rows.tolist())[where]
-        return func(*args, **(kwargs or {}))
+        given = list(_tensors((*args, *kwargs.values())))
+        absent = {id(x): x for x in given if x.is_meta}
+        if not absent or all(x.is_meta for x in given):
+            return func(*args, **kwargs)
+        found = {key: weight for key, x in absent.items() if (weight := self._lazy.weight_of(x)) is not None}
+        if found:
+            args, kwargs = tree_map(lambda x: found.get(id(x), x), (args, kwargs))
+        result = func(*args, **kwargs)
+        name = getattr(func, "__name__", "")
+        if len(found) < len(absent) and name not in _SHAPES and not all(x.is_meta for x in _tensors((result,))):
+            raise NotImplementedError(f"an input of {name} is on the meta device")
+        return result
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    """The tensors among some values, and in lists among them."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from (x for x in value if isinstance(x, Tensor))

@@ -61,6 +61,11 @@ class MetaModel:
     dtypes: Mapping[str, torch.dtype]
     parts: Mapping[str, Mapping[str, Index]]
 
+    def stand_ins(self) -> Iterator[Tensor]:
+        """Tensors with the shapes and dtypes of the parameters, which take no memory."""
+        for name, parameter in self.model.named_parameters():
+            yield torch.empty((), dtype=self.dtypes[name]).expand(parameter.shape)
+
     def load_buffers(self) -> None:
         """Read the buffers that are in the files, such as the running statistics of a batch norm."""
         for name, buffer in self.model.named_buffers():

@@ -33,6 +33,7 @@ from hf_prune.conversion.streaming.streamable import check_streamable
 from hf_prune.criteria.base import INPUTS, WeightStats, derived_seed
 from hf_prune.errors import CalibrationError, CheckpointError
 from hf_prune.evaluation.sparsity_report import SparsityReport
+from hf_prune.kernels.fast_products import fast_products
 from hf_prune.kernels.selection import find_threshold, keep_above
 from hf_prune.planning.config import PruningConfig
 from hf_prune.planning.expectations import warn_of_magnitude
@@ -132,10 +133,11 @@ def prune_stream(
         if placing:
             finish_placing(journal, out, overwrite)
         journal.begin({**key, **_fingerprints(source, meta_model)}, restart)
-        return remove_units(
-            source, meta_model, unit_plan, batches, journal, out,
-            cache_bytes=cache_bytes, overwrite=overwrite, progress=progress,
-        )  # fmt: skip
+        with without_autocast(), fast_products(meta_model.stand_ins()):
+            return remove_units(
+                source, meta_model, unit_plan, batches, journal, out,
+                cache_bytes=cache_bytes, overwrite=overwrite, progress=progress,
+            )  # fmt: skip
     meta_model, plan, previous_masks = _prepare(source, config)
     warn_of(plan.notes)
     warn_of_magnitude(plan.model_name, config)
@@ -147,7 +149,9 @@ def prune_stream(
         journal.begin(journal.key, restart=True)
         output = Output(meta_model, plan, previous_masks, journal)
     with ExitStack() as resources:
-        resources.enter_context(without_autocast())
+        if config.needs_data:  # as in memory, for the same bits
+            resources.enter_context(without_autocast())
+            resources.enter_context(fast_products(meta_model.stand_ins()))
         sensitivity = None
         if config.learns_allocation:
             sparsities, sensitivity = learned_sparsities(output, batches, cache_bytes, progress)

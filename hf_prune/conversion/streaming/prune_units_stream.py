@@ -1,27 +1,29 @@
-"""Remove whole experts, or neurons, from a checkpoint that is larger than the memory: plan, score, choose, cut."""
+"""Remove heads, neurons, experts or layers from a checkpoint larger than the memory: plan, score, choose, cut."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from hf_prune.checkpoint.files import MASK_FILE, find_file
 from hf_prune.checkpoint.sources import check_model_source
 from hf_prune.conversion.streaming.journal import Journal
+from hf_prune.conversion.streaming.layer_losses import layer_losses_by_blocks
 from hf_prune.conversion.streaming.meta_model import MetaModel, load_meta_model
 from hf_prune.conversion.streaming.shrunk_output import ShrunkOutput
-from hf_prune.conversion.streaming.unit_scores import score_units
-from hf_prune.errors import CheckpointError
+from hf_prune.conversion.streaming.unit_scores import unit_curves
+from hf_prune.errors import CheckpointError, PlanError
 from hf_prune.evaluation.sparsity_report import SparsityReport
 from hf_prune.planning.config import PruningConfig
 from hf_prune.structured.choose_units import open_plan, with_choice
 from hf_prune.structured.routing import refuse_unequal_routers
+from hf_prune.structured.shrink_record import holding_layers
 from hf_prune.structured.unit_plan import UnitPlan
-from hf_prune.structured.unit_scores import curve_of_scores
 
 
 def prepare_units(source: str, config: PruningConfig) -> tuple[MetaModel, UnitPlan]:
@@ -41,6 +43,8 @@ def prepare_units(source: str, config: PruningConfig) -> tuple[MetaModel, UnitPl
             f"{'s and '.join(config.granularity)}s before single weights, prune without streaming, or delete the file"
         )
     plan = open_plan(meta_model.model, config)
+    if plan.layers:  # how many units go depends on which layers do
+        return meta_model, plan
     # In scope layer sizes do not depend on scores; in scope global, this still tells a budget that is out of reach.
     uniform = dataclasses.replace(plan, config=config.replace(scope="layer"))
     uniform = with_choice(meta_model.model, uniform, {}, {})
@@ -85,14 +89,27 @@ def remove_units(
         PlanError: If a weight is not finite, or layers would keep different numbers of experts and must not.
     """
     model = meta_model.model
-    scores = score_units(meta_model, plan, batches, journal, cache_bytes, progress)
-    curves = {group.name: curve_of_scores(model, group, scores[group.name]) for group in plan.sites}
-    plan = with_choice(model, plan, curves, {})
-    refuse_unequal_routers(model, plan.kept, ())
+    curves = unit_curves(meta_model, plan, batches, journal, cache_bytes, progress)
+    losses = layer_losses_by_blocks(meta_model, plan, batches, journal, cache_bytes, progress)
+    plan = with_choice(model, plan, curves, losses)
+    assert plan.choice is not None
+    refuse_unequal_routers(model, plan.kept, plan.choice.layers)
+    _refuse_shared(model, plan.choice.layers)
     output = ShrunkOutput(meta_model, plan, journal)
     if not output.is_sound():  # the files of the interrupted run were changed
+        found = [record for record in journal.records if not record.keys() & {"copied", "tensors"}]
         journal.begin(journal.key, restart=True)
-        journal.add({"scores": {name: values.tolist() for name, values in scores.items()}})
+        for record in found:
+            journal.add(record)
         output = ShrunkOutput(meta_model, plan, journal)
     output.write(progress)
     return output.finish(source, out, overwrite)
+
+
+def _refuse_shared(model: nn.Module, layers: Collection[str]) -> None:
+    """Refuse layers that share a weight with what stays: it would have to stay, and its name goes."""
+    for name, holding in holding_layers(model, layers).items():
+        if None in holding and len(holding) > 1:
+            raise PlanError(
+                f"{name} is in a removed layer of {type(model).__name__} and elsewhere: prune without streaming"
+            )

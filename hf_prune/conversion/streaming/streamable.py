@@ -9,8 +9,8 @@ from hf_prune.planning.config import PruningConfig
 from hf_prune.planning.traits import removed_kinds
 from hf_prune.utils.distributed import rank_and_world_size
 
-_KINDS = ("expert", "neuron")  # of units that go without the whole model
-_UNIT_CRITERIA = ("frequency", "magnitude", "random", "reap")
+_KINDS = ("expert", "head", "layer", "neuron")  # of units that go without the whole model
+_UNIT_CRITERIA = ("fisher", "frequency", "greedy", "magnitude", "random", "reap", "taylor")
 
 
 def check_streamable(config: PruningConfig) -> None:
@@ -36,13 +36,14 @@ def _check_units(config: PruningConfig) -> None:
     """Refuse kinds of units that need more than one layer at a time, and what has to run the model as a whole."""
     if not set(removed_kinds(config)) <= set(_KINDS):
         raise ConfigError(
-            f"granularity {config.granularity} needs the whole model in memory: expected 'expert', 'neuron', "
-            f"'unstructured', N:M or 'block:RxC', or prune without streaming"
+            f"granularity {config.granularity} needs the whole model in memory: expected 'expert', 'head', "
+            f"'layer', 'neuron', 'unstructured', N:M or 'block:RxC', or prune without streaming"
         )
     if config.criterion not in _UNIT_CRITERIA:
         raise ConfigError(
             f"criterion {config.criterion!r} ranks {'s and '.join(removed_kinds(config))}s with the whole model in "
-            f"memory: expected magnitude or random, or for experts reap or frequency; or prune without streaming"
+            f"memory: expected magnitude, random, fisher or taylor, for layers also greedy, for experts reap or "
+            f"frequency; or prune without streaming"
         )
     for name in ("target_flops", "target_speedup", "repair", "polish"):
         if (value := getattr(config, name)) is not None:

@@ -1,4 +1,4 @@
-"""Score the units of a checkpoint with one block in memory at a time: by what its routers do, or by its weights."""
+"""Score the units of a checkpoint with one block in memory at a time: by gradients, routers or weights."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from hf_prune.architectures.moe_block import MoeBlock
 from hf_prune.architectures.unit_groups import UnitGroup
 from hf_prune.calibration.batches import without_labels
 from hf_prune.calibration.input_reader import InputReader
+from hf_prune.conversion.streaming.gate_curves import gate_curves
 from hf_prune.conversion.streaming.journal import Journal
 from hf_prune.conversion.streaming.lazy_weights import LazyWeights
 from hf_prune.conversion.streaming.meta_model import MetaModel, explaining_meta_errors
-from hf_prune.kernels.fast_products import fast_products
 from hf_prune.kernels.matrix import Target
 from hf_prune.planning.make_plan import refuse_infinite
+from hf_prune.structured.loss_curves import Curve
 from hf_prune.structured.routing import (
     Routing,
     blocks_by_group,
@@ -30,38 +31,52 @@ from hf_prune.structured.routing import (
     routing_watchers,
 )
 from hf_prune.structured.unit_plan import UnitPlan
-from hf_prune.structured.unit_scores import random_scores, squared_weights, warn_of_unused_experts
+from hf_prune.structured.unit_scores import curve_of_scores, random_scores, squared_weights, warn_of_unused_experts
 from hf_prune.utils.progress import Bar
 
 Batches = Sequence[Mapping[str, Any]]
 
 
 @torch.no_grad()
-def score_units(
+def unit_curves(
     meta_model: MetaModel,
     plan: UnitPlan,
     batches: Batches,
     journal: Journal,
     cache_bytes: int,
     progress: bool | None = None,
-) -> dict[str, Tensor]:
-    """The scores of the units of each group, the same as with the whole model in memory.
+) -> dict[str, Curve]:
+    """What removing units of each group costs, the same as with the whole model in memory.
 
     Args:
         meta_model: The model.
         plan: Its plan, with nothing chosen yet.
         batches: Mappings of model inputs, for criteria that learn from them.
-        journal: Keeps the scores of each group, for a run that goes on.
+        journal: Keeps what was found, for a run that goes on.
         cache_bytes: Most bytes of block outputs that are kept in memory; the others go to the folder of the journal.
         progress: Show a progress bar.
-
-    Returns:
-        (units,) by group, or (choices, units).
 
     Raises:
         CalibrationError: If the batches are unusable, or no token comes to a block.
         PlanError: If the model cannot run block by block, or a weight is not finite.
     """
+    if not plan.sites:
+        return {}
+    if plan.config.criterion in ("fisher", "taylor"):
+        return gate_curves(meta_model, plan, batches, journal, cache_bytes, progress)
+    scores = _scores(meta_model, plan, batches, journal, cache_bytes, progress)
+    return {group.name: curve_of_scores(meta_model.model, group, scores[group.name]) for group in plan.sites}
+
+
+def _scores(
+    meta_model: MetaModel,
+    plan: UnitPlan,
+    batches: Batches,
+    journal: Journal,
+    cache_bytes: int,
+    progress: bool | None,
+) -> dict[str, Tensor]:
+    """(units,) by group, or (choices, units): the scores of units by routers, weights or chance."""
     model, config = meta_model.model, plan.config
     if config.criterion == "random":
         return {group.name: random_scores(model, group, config.seed) for group in plan.sites}
@@ -172,15 +187,8 @@ def _observe_by_blocks(
         reader.run(watchers, range(len(inputs)), progress=False, record=not is_last)
         return routing_of(group, sums)
 
-    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     with ExitStack() as context:
         context.enter_context(explaining_meta_errors(model))
-        # As in memory, where the weights are there: these stand for them, and take no memory.
-        context.enter_context(
-            fast_products(
-                torch.empty((), dtype=meta_model.dtypes[name]).expand(shape) for name, shape in shapes.items()
-            )
-        )
         context.enter_context(reader)
         lazy = context.enter_context(weights)
         targets = [target for step in reader.order(warn=False) for target in step]

@@ -1,0 +1,186 @@
+"""Heads, neurons and layers go from a checkpoint that is never loaded: the files are those of shrink and save."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from hf_prune import PlanError, PruningConfig, prune_stream
+from hf_prune.auto import load_native
+from hf_prune.checkpoint.files import SPARSITY_REPORT
+from hf_prune.cli.workflows.prune import pruned_into
+from hf_prune.conversion.streaming.journal import Journal
+from hf_prune.conversion.streaming.lazy_weights import LazyWeights
+from hf_prune.conversion.streaming.meta_model import load_meta_model
+from tests import models
+from tests.moe_families import tiny_moe
+
+LAYERS: dict[str, Any] = {"granularity": "layer", "sparsity": 0.4}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "heads by magnitude": {"granularity": "head", "criterion": "magnitude", "scope": "global", "sparsity": 0.5},
+    "heads and neurons at random": {"granularity": ("head", "neuron"), "criterion": "random", "target_params": 0.8},
+    "heads and neurons by fisher": {"granularity": ("head", "neuron"), "criterion": "fisher", "sparsity": 0.5},
+    "neurons by taylor, layer": {"granularity": "neuron", "criterion": "taylor", "scope": "layer", "sparsity": 0.5},
+    "layers by magnitude": {**LAYERS, "criterion": "magnitude"},
+    "layers greedily": {**LAYERS, "criterion": "greedy"},
+    "layers at random": {**LAYERS, "criterion": "random"},
+    "all by fisher": {"granularity": ("head", "neuron", "layer"), "criterion": "fisher", "target_params": 0.6},
+}
+
+
+def deeper(kind: str) -> Any:
+    """A tiny model of four layers."""
+    model = models.TRANSFORMERS[kind]()
+    config = model.config
+    counts = [name for name in ("num_hidden_layers", "n_layer", "n_layers") if hasattr(config, name)]
+    setattr(config, counts[0], 4)
+    if getattr(config, "layer_types", None):
+        config.layer_types = [config.layer_types[0]] * 4
+    return models.fill(type(model)(config))
+
+
+def in_memory(source: Path, config: PruningConfig, batches: list[dict[str, Tensor]], out: Path) -> None:
+    """What the command writes without ``--stream``."""
+    data = batches if config.needs_data else None
+    with pruned_into(out, load_native(str(source)), config, data, None, source=str(source), plots=False, name=""):
+        pass
+
+
+def tensors(folder: Path) -> dict[str, Tensor]:
+    return {name: tensor for path in folder.glob("model*.safetensors") for name, tensor in load_file(path).items()}
+
+
+@pytest.mark.covering(1)
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "bert", "distilbert"])
+def test_the_files_are_those_of_a_pruning_in_memory(kind: str, settings: dict[str, Any], tmp_path: Path) -> None:
+    model, config = deeper(kind), PruningConfig(**settings)
+    model.save_pretrained(tmp_path / "source")
+    batches = models.tiny_batches(model)
+    in_memory(tmp_path / "source", config, batches, tmp_path / "expected")
+    data = batches if config.needs_data else None
+    prune_stream(tmp_path / "source", config, tmp_path / "out", calibration=data, cache_bytes=0)
+    names = {path.name for path in (tmp_path / "expected").iterdir()}
+    assert names == {path.name for path in (tmp_path / "out").iterdir()}
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "expected" / name).read_bytes()
+    expected, found = (json.loads((tmp_path / f / SPARSITY_REPORT).read_text()) for f in ("expected", "out"))
+    for tensor in expected["tensors"]:
+        if not tensor["is_target"]:
+            tensor["before"] = None  # in memory, all weights are described before pruning
+    assert found == expected
+    assert load_native(str(tmp_path / "out")).num_parameters() < model.num_parameters()
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("criterion", ["fisher", "greedy"])
+def test_an_interrupted_stream_goes_on(criterion: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = deeper("llama")
+    model.save_pretrained(tmp_path / "source", max_shard_size="5KB")
+    kinds = ("head", "layer") if criterion == "fisher" else ("layer",)
+    config = PruningConfig(granularity=kinds, criterion=criterion, sparsity=0.5)
+    batches = models.tiny_batches(model)
+    prune_stream(tmp_path / "source", config, tmp_path / "expected", calibration=batches)
+    add, left, records = Journal.add, [0], list[dict[str, Any]]()
+
+    def counted(self: Journal, record: dict[str, Any], *written: Path) -> None:
+        if left[0] == 0:
+            raise Stop
+        left[0] -= 1
+        records.append(record)
+        add(self, record, *written)
+
+    monkeypatch.setattr(Journal, "add", counted)
+    for steps in (1, 1, 3):  # after the first scores, after the next ones, and while files are written
+        left[0] = steps
+        with pytest.raises(Stop):
+            prune_stream(tmp_path / "source", config, tmp_path / "out", calibration=batches)
+        assert not (tmp_path / "out").exists()
+    left[0] = -1
+    prune_stream(tmp_path / "source", config, tmp_path / "out", calibration=batches)
+    found = [json.dumps(record, sort_keys=True) for record in records]
+    assert len(found) == len(set(found))  # nothing was done twice
+    for path in (tmp_path / "expected").iterdir():
+        if not path.name.startswith("."):
+            assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes()
+
+
+@pytest.mark.parametrize("settings", [SETTINGS["heads and neurons by fisher"], SETTINGS["layers greedily"]])
+def test_no_more_than_the_weights_of_one_block_are_read(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = deeper("llama")
+    model.save_pretrained(tmp_path / "source")
+    load, most = LazyWeights._load, [0]
+
+    def watched(self: LazyWeights, name: str) -> None:
+        load(self, name)
+        layers = {part.split(".")[2] for part in self._loaded if ".layers." in part}
+        most[0] = max(most[0], len(layers))
+
+    monkeypatch.setattr(LazyWeights, "_load", watched)
+    prune_stream(
+        tmp_path / "source", PruningConfig(**settings), tmp_path / "out", calibration=models.tiny_batches(model)
+    )
+    assert most == [1]
+
+
+@pytest.mark.filterwarnings("ignore:.*experts that saw no calibration token")
+def test_neurons_of_packed_experts_are_ranked_by_gradients(tmp_path: Path) -> None:
+    model, inputs = tiny_moe("mixtral")
+    model.save_pretrained(tmp_path / "source")
+    config = PruningConfig(granularity="neuron", criterion="fisher", scope="layer", sparsity=0.5)
+    in_memory(tmp_path / "source", config, [inputs()] * 2, tmp_path / "expected")
+    prune_stream(tmp_path / "source", config, tmp_path / "out", calibration=[inputs()] * 2)
+    expected, found = tensors(tmp_path / "expected"), tensors(tmp_path / "out")
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
+
+
+def test_models_without_one_row_of_blocks_are_refused(tmp_path: Path) -> None:
+    model = models.tiny_t5()
+    model.save_pretrained(tmp_path / "source")
+    config = PruningConfig(granularity="neuron", criterion="fisher", sparsity=0.5)
+    with pytest.raises(PlanError, match="found 2 lists of blocks, expected one that every batch uses"):
+        prune_stream(tmp_path / "source", config, tmp_path / "out", calibration=models.tiny_batches(model))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.filterwarnings("ignore:.*experts that saw")
+@pytest.mark.parametrize("family", ["lfm2_moe", "granitemoehybrid", "nemotron_h"])
+def test_weights_that_are_used_outside_of_their_modules_are_read(family: str, tmp_path: Path) -> None:
+    """Mamba layers and short convolutions pass the weight of a convolution to a function of their own."""
+    model, inputs = tiny_moe(family)
+    model.save_pretrained(tmp_path / "source")
+    batches = [inputs()] * 2
+    for settings in ({"criterion": "wanda", "scope": "row"}, {"criterion": "alps", "allocation": "fisher"}):
+        config = PruningConfig(0.5, **settings)
+        expected = load_native(str(tmp_path / "source")).prune(config, calibration=batches)
+        prune_stream(tmp_path / "source", config, tmp_path / "out", calibration=batches, overwrite=True)
+        found = load_native(str(tmp_path / "out"))
+        assert expected.masks.keys() == found.masks.keys()
+        assert all(torch.equal(mask, found.masks[name]) for name, mask in expected.masks.items())
+
+
+def test_what_is_computed_from_absent_weights_is_refused(tmp_path: Path) -> None:
+    """Torch returns memory that nobody has written for some functions of a tensor on the meta device."""
+    model = models.tiny_llama()
+    model.save_pretrained(tmp_path)
+    meta_model = load_meta_model(str(tmp_path))
+    weight = meta_model.model.get_parameter("model.layers.0.mlp.up_proj.weight")
+    x = torch.ones(2, 3, weight.shape[1])
+    with LazyWeights(meta_model, meta_model.read, meta_model.read_rows), torch.no_grad():
+        expected = meta_model.read("model.layers.0.mlp.up_proj.weight")
+        assert torch.equal(x @ weight.t(), x @ expected.t())
+        assert torch.equal(torch.cat([x[0], weight]), torch.cat([x[0], expected]))
+        with pytest.raises(NotImplementedError, match="an input of conv1d is on the meta device"):
+            torch.nn.functional.conv1d(x.mT, (weight * 2)[:, :, None])
