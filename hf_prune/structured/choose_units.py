@@ -30,7 +30,7 @@ from hf_prune.structured.gate_statistics import gate_statistics, layer_losses
 from hf_prune.structured.layer_losses import greedy_layer_losses, losses_without_data
 from hf_prune.structured.loss_curves import Curve
 from hf_prune.structured.meet_budget import layer_hint, meet_budget, most_layers, sizes_of
-from hf_prune.structured.reconstruction import reconstruction_curves, redundancy_curves
+from hf_prune.structured.reconstruction import Reading, reconstruction_curves, redundancy_curves
 from hf_prune.structured.routing import observe_routing
 from hf_prune.structured.unit_plan import UnitPlan, unit_groups_of
 from hf_prune.structured.unit_scores import (
@@ -223,8 +223,9 @@ def _curves(
     """The removal order and losses of each group, and the sensitivity if it was measured on the way."""
     if not groups:
         return {}, None
+    reading = Reading.in_memory(model, config, batches, progress, cache_bytes)
     if config.criterion == "reconstruction":
-        return reconstruction_curves(model, config, groups, batches, progress, cache_bytes)
+        return reconstruction_curves(model, config, groups, reading)
     if config.criterion in ("fisher", "taylor"):
         pairs = config.criterion == "fisher" and config.repair is None
         statistics = gate_statistics(model, groups, batches, config.seed, progress, pairs)
@@ -235,7 +236,7 @@ def _curves(
                 group.name: gate_curve(model, group, statistics[group.name], config.criterion) for group in groups
             }, None
         diagonals = {name: gates.fisher for name, gates in statistics.items()}
-        return redundancy_curves(model, config, groups, batches, progress, cache_bytes, diagonals)
+        return redundancy_curves(model, config, groups, reading, diagonals)
     if config.criterion in ("reap", "frequency"):
         routing = observe_routing(model, groups, batches, progress)
         if config.criterion == "reap":

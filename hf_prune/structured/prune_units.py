@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -137,7 +137,7 @@ def trained_plan(run: CalibrationRun[UnitPlan]) -> PruningPlan:
     return inner_plan(run.model, run.plan.config, names)
 
 
-def unit_masks(model: nn.Module, plan: UnitPlan) -> dict[str, Tensor]:
+def unit_masks(model: nn.Module, plan: UnitPlan, only: Collection[str] | None = None) -> dict[str, Tensor]:
     """Bool masks by parameter name, True = keep, of everything that belongs to a unit, and of removed layers.
 
     What a removed layer shares with a module that stays has none.
@@ -145,21 +145,29 @@ def unit_masks(model: nn.Module, plan: UnitPlan) -> dict[str, Tensor]:
     Args:
         model: The model.
         plan: Its plan, with the units that stay.
+        only: The parameters that are asked for; None for all.
     """
     assert plan.choice is not None
     masks: dict[str, Tensor] = {}
+
+    def is_asked(name: str) -> bool:
+        return only is None or name in only
+
+    def nothing(name: str) -> Tensor:
+        parameter = model.get_parameter(name)
+        return torch.zeros(parameter.shape, dtype=torch.bool, device="cpu" if parameter.is_meta else parameter.device)
+
     for site in plan.sites:
         if plan.is_gone(site):
             continue
         units = plan.kept.get(site.name, torch.arange(site.units))
-        for part in site.slices:
-            parameter = model.get_parameter(part.name)
-            mask = staying_mask(parameter, part.dim, part.index(units))
+        for part in filter(lambda part: is_asked(part.name), site.slices):
+            mask = staying_mask(nothing(part.name), part.dim, part.index(units))
             masks[part.name] = masks[part.name] & mask if part.name in masks else mask.clone()
         removed = sorted(set(range(site.units)) - set(units.tolist())) if site.lists else []
-        for name in (name for names in site.own_parameters(model, removed) for name in names):
-            masks[name] = torch.zeros_like(model.get_parameter(name), dtype=torch.bool)
+        for name in (name for names in site.own_parameters(model, removed) for name in names if is_asked(name)):
+            masks[name] = nothing(name)
     for name, holding in holding_layers(model, plan.choice.layers).items():
-        if None not in holding:
-            masks[name] = torch.zeros_like(model.get_parameter(name), dtype=torch.bool)
+        if None not in holding and is_asked(name):
+            masks[name] = nothing(name)
     return masks

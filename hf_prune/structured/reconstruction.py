@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -30,23 +32,50 @@ from hf_prune.structured.loss_curves import (
 from hf_prune.structured.unit_scores import scores_where_missed, squared_weights, warn_of_missed_experts
 
 
+@dataclass(frozen=True)
+class Reading:
+    """How a model is read, in memory or block by block.
+
+    Args:
+        open: Makes a reader of the inputs of some weights.
+        measure: Measures how much the predictions depend on the outputs of a reader's targets.
+        holding: Inside, the model has the values of some parameters.
+    """
+
+    open: Callable[[Sequence[Target]], InputReader]
+    measure: Callable[[InputReader], Sensitivity]
+    holding: Callable[[Iterable[str]], AbstractContextManager[object]]
+
+    @classmethod
+    def in_memory(
+        cls, model: nn.Module, config: PruningConfig, batches: Batches, progress: bool | None, cache_bytes: int
+    ) -> Reading:
+        """Of a model that is loaded.
+
+        Args:
+            model: The model.
+            config: Its ``seed`` draws labels and directions.
+            batches: Calibration batches.
+            progress: Show progress bars.
+            cache_bytes: See :func:`hf_prune.prune`.
+        """
+        return cls(
+            lambda targets: InputReader(model, targets, batches, cache_bytes=cache_bytes),
+            lambda reader: measure_sensitivity(reader, config.seed, progress, cache_bytes),
+            lambda names: nullcontext(),
+        )
+
+
 def reconstruction_curves(
-    model: nn.Module,
-    config: PruningConfig,
-    groups: Sequence[UnitGroup],
-    batches: Batches,
-    progress: bool | None,
-    cache_bytes: int,
+    model: nn.Module, config: PruningConfig, groups: Sequence[UnitGroup], reading: Reading
 ) -> tuple[dict[str, Curve], Sensitivity]:
     """The :func:`reconstruction_curve` of each group; inputs and outputs are weighted by squared gradients.
 
     Args:
         model: The model, which is not changed.
-        config: The settings; its ``seed`` draws labels and directions.
+        config: The settings.
         groups: Groups with one consumer each.
-        batches: Calibration batches.
-        progress: Show progress bars.
-        cache_bytes: See :func:`hf_prune.prune`.
+        reading: How the model is read.
 
     Returns:
         The curves by group, and the sensitivity of the predictions, which a repair uses too; close it after use.
@@ -65,19 +94,20 @@ def reconstruction_curves(
     is_in_experts = ExpertCalls(model, groups).is_in_experts
 
     def curve(group: UnitGroup, target: Target, gram: Tensor, outputs: Tensor) -> Curve:
-        weight = target.matrix(model.get_parameter(target.name).detach())
-        curves = []
-        for number, of_expert in enumerate(gram if gram.dim() == 3 else gram[None]):
-            rows = target.rows(number)
-            if bool(outputs[rows].any()) or not is_in_experts(group):
-                curves.append(reconstruction_curve(weight[rows], of_expert, outputs[rows], group.units))
-            else:  # no token came to it: by magnitude, and it costs nothing
-                order = squared_weights(model, group).reshape(-1, group.units)[number].argsort(stable=True)
-                curves.append(Curve(order, torch.zeros(group.units + 1, dtype=torch.float64)))
-                missed.setdefault(group.name, []).append(number)
+        with reading.holding(piece.name for piece in group.slices):
+            weight = target.matrix(model.get_parameter(target.name).detach())
+            curves = []
+            for number, of_expert in enumerate(gram if gram.dim() == 3 else gram[None]):
+                rows = target.rows(number)
+                if bool(outputs[rows].any()) or not is_in_experts(group):
+                    curves.append(reconstruction_curve(weight[rows], of_expert, outputs[rows], group.units))
+                else:  # no token came to it: by magnitude, and it costs nothing
+                    order = squared_weights(model, group).reshape(-1, group.units)[number].argsort(stable=True)
+                    curves.append(Curve(order, torch.zeros(group.units + 1, dtype=torch.float64)))
+                    missed.setdefault(group.name, []).append(number)
         return curves_of_slabs(curves) if group.choices else curves[0]
 
-    curves, sensitivity = _curves_of_consumers(model, config, groups, batches, progress, cache_bytes, curve)
+    curves, sensitivity = _curves_of_consumers(model, config, groups, reading, curve, groups)
     warn_of_missed_experts(missed, sum(max(1, group.choices) for group in groups))
     return curves, sensitivity
 
@@ -86,20 +116,16 @@ def redundancy_curves(
     model: nn.Module,
     config: PruningConfig,
     groups: Sequence[UnitGroup],
-    batches: Batches,
-    progress: bool | None,
-    cache_bytes: int,
+    reading: Reading,
     fisher: Mapping[str, Tensor],
 ) -> tuple[dict[str, Curve], Sensitivity]:
     """The :func:`redundancy_curve` of each group; of its gates alone if several matrices consume its units.
 
     Args:
         model: The model, which is not changed.
-        config: The settings; its ``seed`` draws labels and directions.
+        config: The settings.
         groups: Groups of it.
-        batches: Calibration batches.
-        progress: Show progress bars.
-        cache_bytes: See :func:`hf_prune.prune`.
+        reading: How the model is read.
         fisher: (units,) mean squared gradients of the gates, by group.
 
     Returns:
@@ -109,23 +135,28 @@ def redundancy_curves(
     def curve(group: UnitGroup, target: Target, gram: Tensor, outputs: Tensor) -> Curve:
         if bool(fisher[group.name].any()):
             return redundancy_curve(fisher[group.name], gram, group.units)
-        return additive_curve(scores_where_missed(model, group, fisher[group.name], [0]))
+        with reading.holding(piece.name for piece in group.slices):
+            return additive_curve(scores_where_missed(model, group, fisher[group.name], [0]))
 
     single = [group for group in groups if len(group.consumers) == 1]
-    curves, sensitivity = _curves_of_consumers(model, config, single, batches, progress, cache_bytes, curve, groups)
+    curves, sensitivity = _curves_of_consumers(model, config, single, reading, curve, groups)
     by_group = {group.name: curves.get(group.name) or additive_curve(fisher[group.name]) for group in groups}
     return by_group, sensitivity
+
+
+def measured_targets(model: nn.Module, config: PruningConfig, groups: Sequence[UnitGroup]) -> Sequence[Target]:
+    """The weights of groups on whose outputs it is measured how much the predictions depend."""
+    names = repaired_weights(model, config, groups) or [p.name for group in groups for p in group.consumers]
+    return targets_of(inner_plan(model, config, names))
 
 
 def _curves_of_consumers(
     model: nn.Module,
     config: PruningConfig,
     groups: Sequence[UnitGroup],
-    batches: Batches,
-    progress: bool | None,
-    cache_bytes: int,
+    reading: Reading,
     curve: Callable[[UnitGroup, Target, Tensor, Tensor], Curve],
-    measured: Sequence[UnitGroup] | None = None,
+    measured: Sequence[UnitGroup],
 ) -> tuple[dict[str, Curve], Sensitivity]:
     """The curve of each group from the inputs of its consumer in the dense model.
 
@@ -133,20 +164,15 @@ def _curves_of_consumers(
         model: The model.
         config: The settings.
         groups: Groups with one consumer each.
-        batches: Calibration batches.
-        progress: Show progress bars.
-        cache_bytes: See :func:`hf_prune.prune`.
+        reading: How the model is read.
         curve: Makes a curve of a group, its consumer, the gram of the inputs, and how much each output counts.
-        measured: Groups for whose weights the sensitivity is measured; None for the same groups.
+        measured: Groups for whose weights the sensitivity is measured.
     """
     by_weight = {group.consumers[0].name: group for group in groups}
     curves: dict[str, Curve] = {}
-    measured = measured or groups
-    names = repaired_weights(model, config, measured) or [p.name for group in measured for p in group.consumers]
-    plan = inner_plan(model, config, names)
-    with InputReader(model, targets_of(plan), batches, cache_bytes=cache_bytes) as reader:
+    with reading.open(measured_targets(model, config, measured)) as reader:
         steps = reader.order()
-        sensitivity = measure_sensitivity(reader, config.seed, progress, cache_bytes)
+        sensitivity = reading.measure(reader)
         try:
             for step in gathered_together(reader, steps):
                 reader.finish(step)
@@ -200,4 +226,6 @@ def inner_plan(model: nn.Module, config: PruningConfig, names: Sequence[str], sp
         calibration_order=config.calibration_order,
         polish=config.polish,
     )
-    return make_plan(model, inner, masks=checked_masks(model), only={name.rpartition(".")[0] for name in names})
+    only = {name.rpartition(".")[0] for name in names}
+    loaded = not any(model.get_parameter(name).is_meta for name in names)
+    return make_plan(model, inner, loaded=loaded, masks=checked_masks(model), only=only)

@@ -30,6 +30,31 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "layers by magnitude": {**LAYERS, "criterion": "magnitude"},
     "layers greedily": {**LAYERS, "criterion": "greedy"},
     "layers at random": {**LAYERS, "criterion": "random"},
+    "heads and neurons by the default": {"granularity": ("head", "neuron"), "preset": "balanced", "sparsity": 0.5},
+    "repaired by layer": {
+        "granularity": ("head", "neuron"),
+        "criterion": "taylor",
+        "repair": "least_squares",
+        "target_params": 0.7,
+    },
+    "repaired by loss": {
+        "granularity": ("head", "neuron"),
+        "criterion": "fisher",
+        "repair": "least_squares",
+        "objective": "loss",
+    },
+    "neurons by reconstruction": {
+        "granularity": "neuron",
+        "criterion": "reconstruction",
+        "repair": "least_squares",
+        "scope": "layer",
+    },
+    "repaired without layers": {
+        "granularity": ("neuron", "layer"),
+        "criterion": "fisher",
+        "repair": "least_squares",
+        "target_params": 0.6,
+    },
     "all by fisher": {"granularity": ("head", "neuron", "layer"), "criterion": "fisher", "target_params": 0.6},
 }
 
@@ -62,7 +87,7 @@ def tensors(folder: Path) -> dict[str, Tensor]:
 def test_the_files_are_those_of_a_pruning_in_memory(kind: str, settings: dict[str, Any], tmp_path: Path) -> None:
     model, config = deeper(kind), PruningConfig(**settings)
     model.save_pretrained(tmp_path / "source")
-    batches = models.tiny_batches(model)
+    batches = [{name: x for name, x in batch.items() if name != "labels"} for batch in models.tiny_batches(model)]
     in_memory(tmp_path / "source", config, batches, tmp_path / "expected")
     data = batches if config.needs_data else None
     prune_stream(tmp_path / "source", config, tmp_path / "out", calibration=data, cache_bytes=0)
@@ -82,12 +107,10 @@ class Stop(Exception):
     pass
 
 
-@pytest.mark.parametrize("criterion", ["fisher", "greedy"])
-def test_an_interrupted_stream_goes_on(criterion: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = deeper("llama")
+@pytest.mark.parametrize("name", ["all by fisher", "layers greedily", "repaired by loss"])
+def test_an_interrupted_stream_goes_on(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, config = deeper("llama"), PruningConfig(**SETTINGS[name])
     model.save_pretrained(tmp_path / "source", max_shard_size="5KB")
-    kinds = ("head", "layer") if criterion == "fisher" else ("layer",)
-    config = PruningConfig(granularity=kinds, criterion=criterion, sparsity=0.5)
     batches = models.tiny_batches(model)
     prune_stream(tmp_path / "source", config, tmp_path / "expected", calibration=batches)
     add, left, records = Journal.add, [0], list[dict[str, Any]]()
@@ -100,7 +123,7 @@ def test_an_interrupted_stream_goes_on(criterion: str, tmp_path: Path, monkeypat
         add(self, record, *written)
 
     monkeypatch.setattr(Journal, "add", counted)
-    for steps in (1, 1, 3):  # after the first scores, after the next ones, and while files are written
+    for steps in (1, 1, 3, 5):  # after some scores, while weights are repaired, and while files are written
         left[0] = steps
         with pytest.raises(Stop):
             prune_stream(tmp_path / "source", config, tmp_path / "out", calibration=batches)
@@ -114,7 +137,7 @@ def test_an_interrupted_stream_goes_on(criterion: str, tmp_path: Path, monkeypat
             assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes()
 
 
-@pytest.mark.parametrize("settings", [SETTINGS["heads and neurons by fisher"], SETTINGS["layers greedily"]])
+@pytest.mark.parametrize("settings", [SETTINGS["repaired by loss"], SETTINGS["layers greedily"]])
 def test_no_more_than_the_weights_of_one_block_are_read(
     settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

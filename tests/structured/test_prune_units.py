@@ -32,7 +32,7 @@ from hf_prune.pruning.records import SpeedRecord
 from hf_prune.pruning.transaction import WeightBackup
 from hf_prune.structured.costs import flops
 from hf_prune.structured.gate_statistics import gate_statistics, layer_losses
-from hf_prune.structured.reconstruction import inner_plan, redundancy_curves
+from hf_prune.structured.reconstruction import Reading, inner_plan, redundancy_curves
 from tests import models
 from tests.architecture_models import MODELS, tiny
 from tests.architectures.custom_mixtures import mixture
@@ -347,13 +347,12 @@ def test_windows_with_many_logits_are_run_one_by_one_to_the_same_end(monkeypatch
     monkeypatch.setattr("hf_prune.calibration.output_head.sampled_prediction", plain)
 
     def measure():
+        config = PruningConfig(criterion="fisher", granularity=("head", "neuron"), repair="least_squares")
         curves, sensitivity = redundancy_curves(
             model,
-            PruningConfig(criterion="fisher", granularity=("head", "neuron"), repair="least_squares"),
+            config,
             sites,
-            batches,
-            False,
-            2**20,
+            Reading.in_memory(model, config, batches, False, 2**20),
             {group.name: torch.ones(group.units) for group in sites},
         )
         tokens = [sensitivity.weights("model.layers.1.mlp.down_proj.weight", i, 0) for i in range(3)]

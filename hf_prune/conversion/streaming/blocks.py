@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from hf_prune.calibration.batches import without_labels
 from hf_prune.calibration.blockwise_sensitivity import measure_by_blocks
@@ -39,6 +40,7 @@ def prune_blocks(
     cache_bytes: int,
     sensitivity: Sensitivity | None = None,
     progress: bool | None = None,
+    fixed_masks: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Prune targets in the order of their calls, each with inputs from the pruned ones before it.
 
@@ -53,6 +55,7 @@ def prune_blocks(
         cache_bytes: Most bytes of block outputs that are kept in memory; the others go to the folder of the journal.
         sensitivity: How much the predictions depend on the outputs of targets, if planning measured it.
         progress: Show a progress bar.
+        fixed_masks: Masks that are known already, by parameter name, so that only a repair is left to do.
 
     Raises:
         CalibrationError: If the batches are unusable.
@@ -89,7 +92,7 @@ def prune_blocks(
                 reader.advance()
                 remaining = [planned[target.name] for target in step if not output.done(target.name)]
                 bar.update(len(step) - len(remaining))
-                for tensor in _prune_step(output, plan, gather, lazy, remaining):
+                for tensor in _prune_step(output, plan, gather, lazy, remaining, fixed_masks):
                     bar.note(tensor.target.module)
                     bar.update()
                 reader.finish(step)
@@ -233,7 +236,12 @@ def _running(output: Output, batches: Batches, cache_bytes: int) -> Iterator[_Ru
 
 
 def _prune_step(
-    output: Output, plan: PruningPlan, gather: Gather, lazy: LazyWeights, step: Sequence[PlannedTensor]
+    output: Output,
+    plan: PruningPlan,
+    gather: Gather,
+    lazy: LazyWeights,
+    step: Sequence[PlannedTensor],
+    fixed_masks: Mapping[str, Tensor] | None,
 ) -> list[PlannedTensor]:
     """Gather the statistics of targets that share a pass over the batches, and prune them one by one."""
     if not step:
@@ -244,7 +252,7 @@ def _prune_step(
         beside = (output.biases.get(name), lengths_name(name))
         lazy.hold([name, *(other for other in beside if other is not None)])
         mask, new = prune_tensor(
-            lazy.model, plan, tensor, gathered.pop(name), output.previous_masks, None, None, output.biases
+            lazy.model, plan, tensor, gathered.pop(name), output.previous_masks, None, fixed_masks, output.biases
         )
         output.write(tensor, lazy[name], mask, new)
     lazy.release()

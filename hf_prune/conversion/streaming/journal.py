@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +22,21 @@ from hf_prune.utils.staging import put_back
 
 _FORMAT = 3
 _JOURNAL = "journal.jsonl"
-_OWN = ("checkpoint", "checkpoint.old", "scratch", "masks.bits", _JOURNAL)  # what the folder may contain
+_OWN = ("checkpoint", "checkpoint.old", "scratch", "repaired", "masks.bits", _JOURNAL)  # what the folder may contain
 _TYPES = {
+    "changes": dict,
     "copied": list,
+    "curves": dict,
     "files": list,
     "folder": list,
     "found": list,
     "kept": dict,
     "placing": list,
+    "repaired": dict,
     "scores": dict,
     "sparsities": dict,
     "tensors": dict,
+    "without": list,
 }
 
 
@@ -149,11 +153,20 @@ class Journal:
         self.records.append(record)
 
     def _append(self, record: Mapping[str, Any]) -> None:
-        text = json.dumps(record).encode()
         with (self.folder / _JOURNAL).open("ab") as file:
-            file.write(text + b" " + _checksum(text))
+            file.write(_line(record))
             file.flush()
             os.fsync(file.fileno())
+
+    def forget(self, kinds: Collection[str]) -> None:
+        """Start the steps of some kinds again, and keep the others."""
+        left = [record for record in self.records if not record.keys() & kinds]
+        path = self.folder / _JOURNAL
+        new = path.with_suffix(".new")
+        new.write_bytes(b"".join(_line(record) for record in ({"format": _FORMAT, **self.key}, *left)))
+        sync(new)
+        os.replace(new, path)
+        self.records = left
 
     def remove(self) -> None:
         """Delete the hidden folder, after putting back files that were moved out of the output folder."""
@@ -161,6 +174,11 @@ class Journal:
             put_back(self.staging, self.out)
             shutil.rmtree(self.folder)
         self.key, self.records = {}, []
+
+
+def _line(record: Mapping[str, Any]) -> bytes:
+    text = json.dumps(record).encode()
+    return text + b" " + _checksum(text)
 
 
 def _checksum(text: bytes) -> bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from hf_prune.conversion.streaming.journal import Journal
 from hf_prune.conversion.streaming.layer_losses import layer_losses_by_blocks
 from hf_prune.conversion.streaming.meta_model import MetaModel, load_meta_model
 from hf_prune.conversion.streaming.shrunk_output import ShrunkOutput
-from hf_prune.conversion.streaming.unit_scores import unit_curves
+from hf_prune.conversion.streaming.unit_curves import unit_curves
+from hf_prune.conversion.streaming.unit_repair import repair_units
 from hf_prune.errors import CheckpointError, PlanError
 from hf_prune.evaluation.sparsity_report import SparsityReport
 from hf_prune.planning.config import PruningConfig
@@ -89,19 +91,20 @@ def remove_units(
         PlanError: If a weight is not finite, or layers would keep different numbers of experts and must not.
     """
     model = meta_model.model
-    curves = unit_curves(meta_model, plan, batches, journal, cache_bytes, progress)
-    losses = layer_losses_by_blocks(meta_model, plan, batches, journal, cache_bytes, progress)
-    plan = with_choice(model, plan, curves, losses)
-    assert plan.choice is not None
-    refuse_unequal_routers(model, plan.kept, plan.choice.layers)
-    _refuse_shared(model, plan.choice.layers)
-    output = ShrunkOutput(meta_model, plan, journal)
+    curves, sensitivity = unit_curves(meta_model, plan, batches, journal, cache_bytes, progress)
+    with ExitStack() as resources:
+        if sensitivity is not None:
+            resources.callback(sensitivity.close)
+        losses = layer_losses_by_blocks(meta_model, plan, batches, journal, cache_bytes, progress)
+        plan = with_choice(model, plan, curves, losses)
+        assert plan.choice is not None
+        refuse_unequal_routers(model, plan.kept, plan.choice.layers)
+        _refuse_shared(model, plan.choice.layers)
+        repaired = repair_units(meta_model, plan, batches, sensitivity, journal, cache_bytes, progress)
+    output = ShrunkOutput(meta_model, plan, journal, repaired)
     if not output.is_sound():  # the files of the interrupted run were changed
-        found = [record for record in journal.records if not record.keys() & {"copied", "tensors"}]
-        journal.begin(journal.key, restart=True)
-        for record in found:
-            journal.add(record)
-        output = ShrunkOutput(meta_model, plan, journal)
+        journal.forget({"copied", "tensors"})
+        output = ShrunkOutput(meta_model, plan, journal, repaired)
     output.write(progress)
     return output.finish(source, out, overwrite)
 

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,13 +48,14 @@ class ShrunkOutput:
         meta_model: The dense model.
         plan: What stays of it.
         journal: The journal, with the folder of the checkpoint.
+        repaired: New values of parameters in their dense shapes, by name.
 
     Attributes:
         model: The shrunk model, on the meta device.
     """
 
-    def __init__(self, meta_model: MetaModel, plan: UnitPlan, journal: Journal) -> None:
-        self.meta_model, self.plan, self.journal = meta_model, plan, journal
+    def __init__(self, meta_model: MetaModel, plan: UnitPlan, journal: Journal, repaired: Mapping[str, Tensor]) -> None:
+        self.meta_model, self.plan, self.journal, self._repaired = meta_model, plan, journal, repaired
         self.model: Any = copy.deepcopy(meta_model.model)
         assert plan.choice is not None
         cuts, moves = shrink_without_weights(self.model, plan.kept, plan.choice.layers, plan.config)
@@ -104,6 +106,7 @@ class ShrunkOutput:
             weight = self.meta_model.read(name)
             refuse_infinite([(name, weight)])
             before = WeightStatistics.of(weight) if name in covered else None
+            weight = self._repaired.get(name, weight)
             if layer_of(name, self._gone) is not None:
                 weight.zero_()
             for dim, index in self._cuts.get(name, ()):
@@ -119,13 +122,19 @@ class ShrunkOutput:
         with path.open("wb", buffering=0) as file:
             write_all(file, self._header(shard))
             for tensor in self._of(shard):
-                if tensor.cuts:
-                    write_all(file, raw_bytes(tensor.read(folder)))
-                    continue
                 nonzero = 0
-                for part in read_parts(folder, tensor.source):
-                    write_all(file, part)
-                    nonzero += int(torch.frombuffer(part, dtype=tensor.source.torch_dtype).count_nonzero())
+                if tensor.name in self._repaired:
+                    values = tensor.of(self._repaired[tensor.name])
+                    write_all(file, raw_bytes(values))
+                    nonzero = int(values.count_nonzero())
+                elif tensor.cuts:
+                    write_all(file, raw_bytes(tensor.read(folder)))
+                else:
+                    for part in read_parts(folder, tensor.source):
+                        write_all(file, part)
+                        nonzero += int(torch.frombuffer(part, dtype=tensor.source.torch_dtype).count_nonzero())
+                if tensor.cuts:
+                    continue
                 self._count(tensor, nonzero, reports)
         self._add(reports, path)
 

@@ -58,9 +58,17 @@ class SmallerTensor:
             cuts = cuts[1:]
         else:
             tensor = read_tensor(folder, self.source)
-        for dim, index in cuts:
-            tensor = selected(tensor, dim, index)
-        return tensor.contiguous()
+        return _cut(tensor, cuts)
+
+    def of(self, values: Tensor) -> Tensor:
+        """What stays of new values of the parameter, in the dtype of the file."""
+        return _cut(values, self.cuts).to(self.source.torch_dtype)
+
+
+def _cut(tensor: Tensor, cuts: Sequence[Cut]) -> Tensor:
+    for dim, index in cuts:
+        tensor = selected(tensor, dim, index)
+    return tensor.contiguous()
 
 
 def tensors_that_stay(

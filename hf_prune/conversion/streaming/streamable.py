@@ -10,7 +10,11 @@ from hf_prune.planning.traits import removed_kinds
 from hf_prune.utils.distributed import rank_and_world_size
 
 _KINDS = ("expert", "head", "layer", "neuron")  # of units that go without the whole model
-_UNIT_CRITERIA = ("fisher", "frequency", "greedy", "magnitude", "random", "reap", "taylor")
+_UNIT_CRITERIA = ("fisher", "frequency", "greedy", "magnitude", "random", "reap", "reconstruction", "taylor")
+_ONE_PASS = (
+    "calibration_order={!r} needs the statistics of all weights at once: expected 'sequential'; or prune without "
+    "streaming"
+)
 
 
 def check_streamable(config: PruningConfig) -> None:
@@ -42,10 +46,16 @@ def _check_units(config: PruningConfig) -> None:
     if config.criterion not in _UNIT_CRITERIA:
         raise ConfigError(
             f"criterion {config.criterion!r} ranks {'s and '.join(removed_kinds(config))}s with the whole model in "
-            f"memory: expected magnitude, random, fisher or taylor, for layers also greedy, for experts reap or "
-            f"frequency; or prune without streaming"
+            f"memory: expected one of {', '.join(_UNIT_CRITERIA)}; or prune without streaming"
         )
-    for name in ("target_flops", "target_speedup", "repair", "polish"):
+    if config.repair is not None and {"head", "neuron"}.isdisjoint(removed_kinds(config)):
+        raise ConfigError(
+            f"repair={config.repair!r} without heads or neurons needs the whole model in memory: leave it out, or "
+            f"prune without streaming"
+        )
+    if config.repair is not None and config.calibration_order != "sequential":
+        raise ConfigError(_ONE_PASS.format(config.calibration_order))
+    for name in ("target_flops", "target_speedup", "polish"):
         if (value := getattr(config, name)) is not None:
             raise ConfigError(
                 f"{name}={value!r} runs the whole model, which streaming never holds: leave it out, and give sparsity "
@@ -74,7 +84,4 @@ def _check_weights(config: PruningConfig) -> None:
             f"or 'row', or prune without streaming"
         )
     if config.needs & INPUTS and config.calibration_order != "sequential":
-        raise ConfigError(
-            f"calibration_order={config.calibration_order!r} needs the statistics of all weights at once: expected "
-            f"'sequential'; or prune without streaming"
-        )
+        raise ConfigError(_ONE_PASS.format(config.calibration_order))

@@ -1,4 +1,4 @@
-"""Score the units of a checkpoint with one block in memory at a time: by gradients, routers or weights."""
+"""Score the units of a checkpoint with one block in memory at a time: by what its routers do, or by its weights."""
 
 from __future__ import annotations
 
@@ -15,13 +15,11 @@ from hf_prune.architectures.moe_block import MoeBlock
 from hf_prune.architectures.unit_groups import UnitGroup
 from hf_prune.calibration.batches import without_labels
 from hf_prune.calibration.input_reader import InputReader
-from hf_prune.conversion.streaming.gate_curves import gate_curves
 from hf_prune.conversion.streaming.journal import Journal
 from hf_prune.conversion.streaming.lazy_weights import LazyWeights
 from hf_prune.conversion.streaming.meta_model import MetaModel, explaining_meta_errors
 from hf_prune.kernels.matrix import Target
 from hf_prune.planning.make_plan import refuse_infinite
-from hf_prune.structured.loss_curves import Curve
 from hf_prune.structured.routing import (
     Routing,
     blocks_by_group,
@@ -31,52 +29,37 @@ from hf_prune.structured.routing import (
     routing_watchers,
 )
 from hf_prune.structured.unit_plan import UnitPlan
-from hf_prune.structured.unit_scores import curve_of_scores, random_scores, squared_weights, warn_of_unused_experts
+from hf_prune.structured.unit_scores import random_scores, squared_weights, warn_of_unused_experts
 from hf_prune.utils.progress import Bar
 
 Batches = Sequence[Mapping[str, Any]]
 
 
-@torch.no_grad()
-def unit_curves(
+def score_units(
     meta_model: MetaModel,
     plan: UnitPlan,
     batches: Batches,
     journal: Journal,
     cache_bytes: int,
     progress: bool | None = None,
-) -> dict[str, Curve]:
-    """What removing units of each group costs, the same as with the whole model in memory.
+) -> dict[str, Tensor]:
+    """The scores of the units of each group by routers, weights or chance, as with the whole model in memory.
 
     Args:
         meta_model: The model.
         plan: Its plan, with nothing chosen yet.
         batches: Mappings of model inputs, for criteria that learn from them.
-        journal: Keeps what was found, for a run that goes on.
+        journal: Keeps the scores of each group, for a run that goes on.
         cache_bytes: Most bytes of block outputs that are kept in memory; the others go to the folder of the journal.
         progress: Show a progress bar.
+
+    Returns:
+        (units,) by group, or (choices, units).
 
     Raises:
         CalibrationError: If the batches are unusable, or no token comes to a block.
         PlanError: If the model cannot run block by block, or a weight is not finite.
     """
-    if not plan.sites:
-        return {}
-    if plan.config.criterion in ("fisher", "taylor"):
-        return gate_curves(meta_model, plan, batches, journal, cache_bytes, progress)
-    scores = _scores(meta_model, plan, batches, journal, cache_bytes, progress)
-    return {group.name: curve_of_scores(meta_model.model, group, scores[group.name]) for group in plan.sites}
-
-
-def _scores(
-    meta_model: MetaModel,
-    plan: UnitPlan,
-    batches: Batches,
-    journal: Journal,
-    cache_bytes: int,
-    progress: bool | None,
-) -> dict[str, Tensor]:
-    """(units,) by group, or (choices, units): the scores of units by routers, weights or chance."""
     model, config = meta_model.model, plan.config
     if config.criterion == "random":
         return {group.name: random_scores(model, group, config.seed) for group in plan.sites}
@@ -100,7 +83,7 @@ def _scores(
         for group, routing in observe:
             add(group, routing.reap if config.criterion == "reap" else routing.frequency, routing.tokens)
     elif groups:
-        lazy = LazyWeights(meta_model, _finite(meta_model, groups), meta_model.read_rows)
+        lazy = LazyWeights(meta_model, finite_weights(meta_model, groups), meta_model.read_rows)
         for group in Bar(groups, desc="Experts", progress=progress):
             own = group.own_parameters(model, range(group.units)) if group.lists else []
             lazy.hold([*(piece.name for piece in group.slices), *(name for names in own for name in names)])
@@ -111,7 +94,7 @@ def _scores(
     return scores
 
 
-def _finite(meta_model: MetaModel, groups: Sequence[UnitGroup]) -> Callable[[str], Tensor]:
+def finite_weights(meta_model: MetaModel, groups: Sequence[UnitGroup]) -> Callable[[str], Tensor]:
     """Reads parameters, and refuses those of some groups if they are not finite, once for each."""
     unchecked = {piece.name for group in groups for piece in group.slices}
 
@@ -179,7 +162,7 @@ def _observe_by_blocks(
     inputs = [without_labels(model, batch) if isinstance(batch, Mapping) else batch for batch in batches]
     meta_model.load_buffers()
     reader = _MixtureReader(model, [blocks[group.name] for group in plan.sites], inputs, cache_bytes, folder)
-    weights = LazyWeights(meta_model, _finite(meta_model, plan.sites), meta_model.read_rows, skip_head=True)
+    weights = LazyWeights(meta_model, finite_weights(meta_model, plan.sites), meta_model.read_rows, skip_head=True)
 
     def observe(group: UnitGroup, is_last: bool) -> Routing:
         sums = new_sums(group)

@@ -1,0 +1,160 @@
+"""Repair the matrices of units that go from a checkpoint, with one block in memory at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from hf_prune.architectures.bypass import bypass, restore
+from hf_prune.calibration.sensitivity import Sensitivity
+from hf_prune.conversion.streaming.blocks import prune_blocks
+from hf_prune.conversion.streaming.journal import Journal
+from hf_prune.conversion.streaming.meta_model import MetaModel
+from hf_prune.conversion.streaming.output import Output
+from hf_prune.kernels.zeroing import zero_removed_
+from hf_prune.planning.plan import PlannedTensor, PruningPlan
+from hf_prune.structured.prune_units import unit_masks
+from hf_prune.structured.reconstruction import inner_plan, repaired_weights
+from hf_prune.structured.unit_plan import UnitPlan
+
+Batches = Sequence[Mapping[str, Any]]
+
+
+@torch.no_grad()
+def repair_units(
+    meta_model: MetaModel,
+    plan: UnitPlan,
+    batches: Batches,
+    sensitivity: Sensitivity | None,
+    journal: Journal,
+    cache_bytes: int,
+    progress: bool | None = None,
+) -> Mapping[str, Tensor]:
+    """New values for the remaining weights of some matrices, the same as with the whole model in memory.
+
+    Args:
+        meta_model: The dense model.
+        plan: What stays of it.
+        batches: Mappings of model inputs.
+        sensitivity: How much the predictions depend on the outputs of matrices, if planning measured it.
+        journal: Keeps what was found, for a run that goes on.
+        cache_bytes: Most bytes of block outputs that are kept in memory; the others go to the folder of the journal.
+        progress: Show a progress bar.
+
+    Returns:
+        Parameters in their dense shapes, zero where units go, by name; read from the disk one at a time.
+
+    Raises:
+        CalibrationError: If the batches are unusable.
+        PlanError: If the model cannot run block by block.
+    """
+    model, config = meta_model.model, plan.config
+    names = repaired_weights(model, config, [group for group in plan.sites if not plan.is_gone(group)])
+    if not names:
+        return {}
+    masks = _UnitMasks(model, plan)
+    removed = sum(int((~masks[name]).sum()) for name in names)
+    inner = inner_plan(model, config, names, removed / sum(model.get_parameter(name).numel() for name in names))
+    output = _RepairedUnits(meta_model, inner, journal, masks)
+    assert plan.choice is not None
+    with ExitStack() as undo:
+        for layer in map(model.get_submodule, sorted(plan.choice.layers)):
+            undo.callback(restore, layer)
+            bypass(layer)
+        prune_blocks(output, inner, batches, cache_bytes, sensitivity, progress, masks)
+    return output.values
+
+
+class _UnitMasks(Mapping[str, Tensor]):
+    """What :func:`unit_masks` returns, one mask at a time."""
+
+    def __init__(self, model: Any, plan: UnitPlan) -> None:
+        self._model, self._plan = model, plan
+        self._names = dict.fromkeys(piece.name for group in plan.sites for piece in group.slices)
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        return unit_masks(self._model, self._plan, {name})[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+class _Values(Mapping[str, Tensor]):
+    """Parameters that a run has written, each in a file of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self._files = folder, dict[str, str]()
+
+    def add(self, files: Mapping[str, str]) -> None:
+        """Say in which file each of some parameters is."""
+        self._files |= files
+
+    def __getitem__(self, name: str) -> Tensor:
+        return load_file(self.folder / self._files[name])[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._files
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+
+class _RepairedUnits(Output):
+    """The matrices that a repair has solved again, in their dense shapes; nothing is written to the checkpoint yet.
+
+    Args:
+        meta_model: The model.
+        plan: Of the matrices that are repaired.
+        journal: The journal.
+        masks: By parameter, what stays.
+    """
+
+    def __init__(self, meta_model: MetaModel, plan: PruningPlan, journal: Journal, masks: Mapping[str, Tensor]) -> None:
+        super().__init__(meta_model, plan, {}, journal)
+        self._unit_masks = masks
+        self.values = _Values(journal.folder / "repaired")
+        self.values.folder.mkdir(exist_ok=True)
+        for record in journal.records:
+            self.values.add(record.get("repaired", {}))
+
+    def done(self, name: str) -> bool:
+        """Whether the final weights of a target are on the disk."""
+        return name in self.values
+
+    def read(self, name: str) -> Tensor:
+        """Read the current values of a parameter, in the dtype of a loaded model."""
+        return self.values[name] if name in self.values and not self.reads_dense else super().read(name)
+
+    def write(
+        self, tensor: PlannedTensor, weight: Tensor, mask: Tensor, new: Mapping[str, Tensor] = MappingProxyType({})
+    ) -> None:
+        """Keep the new values of one target, and of its bias."""
+        tensors = {tensor.target.name: weight, **new}
+        for name, values in tensors.items():
+            tensors[name] = values.to(self.meta_model.dtypes[name]).contiguous()
+            removed = mask if name == tensor.target.name else self._unit_masks.get(name)
+            if removed is not None:
+                zero_removed_(tensors[name], removed)
+        path = self.values.folder / f"{len(self.values)}.safetensors"
+        save_file(tensors, path)
+        files = dict.fromkeys(tensors, path.name)
+        self.journal.add({"repaired": files}, path)
+        self.values.add(files)
