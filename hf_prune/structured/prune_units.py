@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor, nn
 
+from hf_prune.architectures.cut_units import tensor_cuts
 from hf_prune.architectures.kinds.registry import kind_named
 from hf_prune.architectures.unit_groups import staying_mask
 from hf_prune.calibration.batches import Batches, needed_batches
@@ -161,9 +162,11 @@ def unit_masks(model: nn.Module, plan: UnitPlan, only: Collection[str] | None = 
         if plan.is_gone(site):
             continue
         units = plan.kept.get(site.name, torch.arange(site.units))
-        for part in filter(lambda part: is_asked(part.name), site.slices):
-            mask = staying_mask(nothing(part.name), part.dim, part.index(units))
-            masks[part.name] = masks[part.name] & mask if part.name in masks else mask.clone()
+        parameters = {piece.name for piece in site.slices}
+        for name, dim, index in tensor_cuts([site], {site.name: units}):  # all parts of a matrix that hold its units
+            if name in parameters and is_asked(name):
+                mask = staying_mask(nothing(name), dim, index)
+                masks[name] = masks[name] & mask if name in masks else mask.clone()
         removed = sorted(set(range(site.units)) - set(units.tolist())) if site.lists else []
         for name in (name for names in site.own_parameters(model, removed) for name in names if is_asked(name)):
             masks[name] = nothing(name)

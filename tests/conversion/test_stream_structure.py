@@ -179,9 +179,9 @@ def test_models_without_one_row_of_blocks_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*experts that saw")
-@pytest.mark.parametrize("family", ["lfm2_moe", "granitemoehybrid", "nemotron_h"])
+@pytest.mark.parametrize("family", ["lfm2_moe", "granitemoehybrid", "nemotron_h", "dbrx"])
 def test_weights_that_are_used_outside_of_their_modules_are_read(family: str, tmp_path: Path) -> None:
-    """Mamba layers and short convolutions pass the weight of a convolution to a function of their own."""
+    """Mamba layers and short convolutions pass the weight of a convolution to a function, DBRX those of experts."""
     model, inputs = tiny_moe(family)
     model.save_pretrained(tmp_path / "source")
     batches = [inputs()] * 2

@@ -8,7 +8,14 @@ import zlib
 
 import pytest
 import torch
-from transformers import BitConfig, BitModel
+from transformers import (
+    BitConfig,
+    BitModel,
+    GPTBigCodeConfig,
+    GPTBigCodeForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+)
 
 import hf_prune
 from hf_prune import (
@@ -30,14 +37,17 @@ from hf_prune.inference.timing import Timings
 from hf_prune.pruning.mask_store import MaskStore
 from hf_prune.pruning.records import SpeedRecord
 from hf_prune.pruning.transaction import WeightBackup
+from hf_prune.structured.choose_units import choose_units
 from hf_prune.structured.costs import flops
 from hf_prune.structured.gate_statistics import gate_statistics, layer_losses
+from hf_prune.structured.prune_units import unit_masks
 from hf_prune.structured.reconstruction import Reading, inner_plan, redundancy_curves
 from tests import models
 from tests.architecture_models import MODELS, tiny
 from tests.architectures.custom_mixtures import mixture
 from tests.architectures.custom_models import OwnConfig, OwnModel
 from tests.models import assert_unchanged, snapshot, tiny_resnet
+from tests.moe_families import tiny_moe
 
 CRITERIA = ("fisher", "magnitude", "random", "reconstruction", "taylor")
 KINDS = (("head",), ("neuron",), ("layer",), ("head", "neuron"), ("head", "neuron", "layer"))
@@ -163,6 +173,34 @@ def test_groups_of_queries_go_together():
     shrink(model)
     assert (model.config.num_attention_heads, model.config.num_key_value_heads) == (4, 2)
     assert model.config.head_dim == 4
+
+
+SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+GROUPED = {"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0, "eos_token_id": 2}
+MULTI_QUERY = {"vocab_size": 64, "n_embd": 32, "n_head": 4, "n_layer": 2, "n_inner": 48, "eos_token_id": 2}
+SHARED_MATRIX = {
+    "phi3": lambda: Phi3ForCausalLM(Phi3Config(**SMALL, **GROUPED)),
+    "gpt_bigcode": lambda: GPTBigCodeForCausalLM(GPTBigCodeConfig(**MULTI_QUERY)),
+    "dbrx": lambda: tiny_moe("dbrx")[0],
+}
+
+
+@pytest.mark.parametrize("family", SHARED_MATRIX)
+def test_nothing_but_the_heads_that_go_is_masked_in_a_matrix_of_queries_keys_and_values(family):
+    """Of a matrix with fewer keys than queries, or with one key for all heads, which belongs to no head."""
+    model = models.fill(SHARED_MATRIX[family]()).eval()
+    config = PruningConfig(0.5, granularity="head", criterion="magnitude")
+    plan, _ = choose_units(model, config, None)
+    masks = unit_masks(model, plan)
+    removed = sum(int((~mask).sum()) for mask in masks.values())
+    assert removed == plan.parameters_before - plan.parameters_after > 0
+    prune(model, config)
+    x = {"input_ids": torch.arange(12).view(2, 6) + 3}
+    with torch.no_grad():
+        masked = model(**x).logits
+        shrunk = shrink(model)(**x).logits
+    torch.testing.assert_close(shrunk, masked, rtol=1e-5, atol=1e-6)
+    assert sum(p.numel() for p in model.parameters()) == plan.parameters_after
 
 
 def test_sizes_are_multiples():

@@ -58,7 +58,7 @@ if TYPE_CHECKING:
 
 @loads_model()
 @takes_settings(
-    out={**SPARSITY, **preset_with("balanced with --data, fast without and with --stream")},
+    out={**SPARSITY, **preset_with("balanced with --data, fast without")},
     split={**CRITERION, **SELECTION, **METHOD, **SEED},
     dry_run=BUDGETS,
     threads=ROUNDING,
@@ -130,7 +130,7 @@ def prune(
         typer.Option(
             "--stream",
             help="Never hold the model: weight by weight, or block by block on the texts of the calibration split; "
-            "also removes whole experts; resumes where it was interrupted.",
+            "also heads, neurons, experts and layers; resumes where it was interrupted.",
         ),
     ] = False,
     restart: Annotated[
@@ -169,7 +169,7 @@ def prune(
     if restart and not stream:
         raise ConfigError("--restart is for a streaming run: add --stream, or leave it out")
     start([model])
-    chosen = read_config(config, has_data=data is not None and not stream, **settings)
+    chosen = read_config(config, has_data=data is not None, **settings)
     check_shrink(chosen, shrink)
     from hf_prune.planning.plan import sparsity_notes
 

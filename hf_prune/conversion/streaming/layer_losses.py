@@ -149,7 +149,9 @@ class _Variants:
                 f"without it: choose criterion 'magnitude', or do not stream"
             )
         self._place = {name: places[id(layer)] for name, layer in layers.items()}
-        self._names = {id(parameter): name for name, parameter in reader.model.named_parameters()}
+        self._inside = [lazy.names_in(block) for block in self._sequence.blocks]
+        head: Any = getattr(reader.model, "get_output_embeddings", lambda: None)()
+        self._head = [] if head is None else lazy.names_in(head)
 
     def changes(self, tried: Sequence[str], removed: Collection[str]) -> dict[str, float]:
         """How much the predictions change without some layers and one more, for each that is tried.
@@ -187,8 +189,8 @@ class _Variants:
         gone = {self._place[name] for name in removed}
         last = max((self._place[name] for name in tried), default=0)
         with Bar[object](total=len(blocks) + 1, desc="Layers", unit="block", progress=self._progress) as bar:
-            for number, block in enumerate(blocks):
-                self._lazy.hold(self._names[id(parameter)] for parameter in block.parameters() if parameter.is_meta)
+            for number in range(len(blocks)):
+                self._lazy.hold(self._inside[number])
                 begun = [name for name in tried if self._place[name] <= number]
                 for index in range(len(reader.batches)):
                     for name in begun:
@@ -197,9 +199,7 @@ class _Variants:
                     if with_base or number < last:  # last, since the others read what it returned before
                         self._run(number, index, None, None, number in gone)
                 bar.update()
-            head: Any = getattr(reader.model, "get_output_embeddings", lambda: None)()
-            own = [] if head is None else list(head.parameters())
-            self._lazy.hold(self._names[id(parameter)] for parameter in own if parameter.is_meta)
+            self._lazy.hold(self._head)
             for index, window in enumerate(reader.batches):
                 for variant in [*([None] if with_base else []), *tried]:
                     output = partial(self._outputs.get, (index, variant))

@@ -26,8 +26,8 @@ class LazyWeights:
     The weights of a module are read when it is called and dropped afterwards, so that a batch takes the memory of one
     module; the operating system's cache makes it cheap to read them again for the next batch. Of an embedding only the
     rows that are looked up are read. A weight that is used outside of the module that holds it, as that of the
-    convolution in a Mamba layer, is read for each use. An output embedding that is not pruned is not read at all: its
-    output is a tensor on the meta device.
+    convolution in a Mamba layer, is read when it is used. An output embedding that is not pruned is not read at all:
+    its output is a tensor on the meta device.
 
     Args:
         meta_model: The model.
@@ -67,6 +67,7 @@ class LazyWeights:
         self._head = head if skip_head and spare else None
         self._loaded: set[str] = set()
         self._held: set[str] = set()
+        self._lent: set[str] = set()  # to others than the modules that hold them
         self._users: dict[str, int] = {}
         self._context = ExitStack()
 
@@ -94,6 +95,7 @@ class LazyWeights:
     def hold(self, names: Iterable[str]) -> None:
         """Put exactly these weights into the model, and drop all others. These stay when their modules have run."""
         names = self._held = set(names)
+        self._lent.clear()
         for name in self._loaded - names:
             self._put(name, self._empty[name])
         self._loaded &= names
@@ -107,12 +109,28 @@ class LazyWeights:
         assert parameter is not None
         return parameter.detach()
 
+    def names_in(self, module: nn.Module) -> list[str]:
+        """Names of the weights inside a module, whether they are there or not."""
+        return list(dict.fromkeys(name for inner in module.modules() for name in self._of.get(inner, ())))
+
     def weight_of(self, x: Tensor) -> Tensor | None:
-        """Read what a tensor on the meta device stands for; None unless it is a weight, or a view of one."""
+        """What a tensor on the meta device stands for, read if need be; None unless it is a weight, or a view of one.
+
+        The weights stay in the model until those of another module are asked for.
+        """
         base = x if x._base is None else x._base
         if (name := self.names.get(id(base))) is None or self._empty[name] is not base:
             return None
-        weight = self._read(name)
+        owner = name.rpartition(".")[0]
+        if any(other.rpartition(".")[0] != owner for other in self._lent):
+            lent, self._lent = self._lent, set()
+            for other in lent:
+                self._drop(other)
+        self._load(name)
+        self._lent.add(name)
+        module, attribute = self._places[name][0]
+        weight = module._parameters[attribute]
+        assert weight is not None
         return weight if base is x else weight.as_strided(x.size(), x.stride(), x.storage_offset())
 
     def _load(self, name: str) -> None:
@@ -134,9 +152,13 @@ class LazyWeights:
     def _after(self, module: nn.Module, args: Any, output: Any) -> None:
         for name in self._of[module]:
             self._users[name] -= 1
-            if self._users[name] == 0 and name in self._loaded - self._held:
-                self._put(name, self._empty[name])
-                self._loaded.discard(name)
+            self._drop(name)
+
+    def _drop(self, name: str) -> None:
+        """Drop a weight that nobody needs any more."""
+        if not self._users.get(name) and name in self._loaded - self._held - self._lent:
+            self._put(name, self._empty[name])
+            self._loaded.discard(name)
 
 
 def _shape_only(outputs: int, x: Tensor) -> Tensor:

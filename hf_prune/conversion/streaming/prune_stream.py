@@ -76,15 +76,16 @@ def prune_stream(
     ``allocation="fisher"`` the gradient is carried down from block to block; what every block returns for every batch
     is then in the hidden folder for a while.
 
-    With ``granularity="expert"`` or ``"neuron"``, units are cut out as by ``shrink()``: the same ones stay as in
-    memory, files have smaller tensors, and the config counts what is left. Each block is observed, or weighed, alone.
+    Heads, neurons, experts and layers are cut out as by ``shrink()``: the same ones stay as in memory, files have
+    smaller tensors, and the config counts what is left. Each block is observed, weighed, or repaired, alone.
 
     Nothing appears at ``out`` before it is complete. An interrupted run leaves a hidden folder beside it, from which
     the same call continues: nothing is pruned twice, and the result has the same bits.
 
     Args:
         source: Folder or Hub id of a checkpoint in safetensors files. Masks of an earlier pruning are kept.
-        config: The settings, or just the sparsity.
+        config: The settings, or just the sparsity. As in :func:`hf_prune.prune`, the preset is ``"balanced"`` where
+            there is ``calibration`` and nothing names a method.
         out: The folder to write: new, empty, or an earlier output.
         calibration: Batches for criteria and repairs that learn from inputs; see :func:`hf_prune.text_batches`.
             Labels are not needed.
@@ -109,7 +110,7 @@ def prune_stream(
     Example:
         >>> prune_stream("large-model", 0.5, "pruned", criterion="magnitude")  # doctest: +SKIP
     """
-    config = resolve_config(config, settings)
+    config = resolve_config(config, settings, has_data=calibration is not None)
     source, out = os.fspath(source), Path(out)
     check_streamable(config)
     journal = Journal(out)
