@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from hf_prune.calibration.predictions import token_mask
 from hf_prune.kernels.least_squares import cholesky_factor
 from hf_prune.utils.distributed import all_reduce_sum, broadcast, fail_together, rank_items
 from hf_prune.utils.forward import batch_to_device, eval_mode, no_cache, run_model
+from hf_prune.utils.notices import warn_user
 from hf_prune.utils.offload_cache import OffloadCache
 from hf_prune.utils.progress import Bar
 
@@ -110,7 +112,7 @@ def close_gaps(
         try:
             for number, inputs in mine:
                 states = _outputs(model, inputs, [gap.last for gap in gaps])
-                dense.put(number, [_rows(model, inputs, first_tensor(states[gap.last])) for gap in gaps])
+                dense.put(number, [token_rows(model, inputs, first_tensor(states[gap.last])) for gap in gaps])
                 bar.update()
         finally:
             for layer in layers:
@@ -133,35 +135,71 @@ def _solution(
 ) -> Tensor | None:
     """The weight with which the layer before a gap gives what the dense model has behind it; None if that cannot be."""
     linear = model.get_submodule(gap.weight.rpartition(".")[0])
-    is_transposed = type(linear) is Conv1D  # (in, out)
-    stored = model.get_parameter(gap.weight)
-    weight = stored.t() if is_transposed else stored
-    gram = torch.zeros(weight.shape[1], weight.shape[1], dtype=torch.float64)
-    products = torch.zeros(weight.shape[1], weight.shape[0], dtype=torch.float64)
-    adds = torch.tensor(True)
+    sums = GapSums(linear)
     for number, inputs in parts:
         states = _outputs(model, inputs, [gap.before], linear)
+        before = first_tensor(states[gap.before])
         if number == parts[0][0]:
-            adds = torch.tensor(_adds(model, inputs, gap.before, linear, states))
-        x = _rows(model, inputs, states[linear]).double().cpu()
-        missing = dense.get(number)[place].double().cpu()
-        missing = missing - _rows(model, inputs, first_tensor(states[gap.before])).double().cpu()
-        gram += x.t() @ x
-        products += x.t() @ missing
+            sums.adds = adds_only(before, linear, partial(_output, model, inputs, gap.before))
+        x, returned = token_rows(model, inputs, states[linear]), token_rows(model, inputs, before)
+        sums.add(x, dense.get(number)[place], returned)
         bar.update()
-    if int(all_reduce_sum((~adds).long())):
-        return None
-    gram, products = all_reduce_sum(gram), all_reduce_sum(products)
-    change = torch.cholesky_solve(products, cholesky_factor(gram, _RIDGE)).t()  # (out, in)
-    new = broadcast((weight.double().cpu() + change).to(weight))
-    return new.t().contiguous() if is_transposed else new
+    return sums.solution(model.get_parameter(gap.weight))
 
 
-def _adds(
-    model: nn.Module, inputs: Mapping[str, Any], layer: nn.Module, linear: nn.Module, states: Mapping[nn.Module, Any]
-) -> bool:
-    """Whether a layer adds what its last matrix computes to its output, and does nothing else with it."""
-    before, offset = first_tensor(states[layer]), []
+class GapSums:
+    """Sums over the tokens from which the weight before a gap is solved for.
+
+    Args:
+        linear: The Linear or Conv1D that has the weight.
+
+    Attributes:
+        adds: Whether the layer adds what the weight computes to its output, and does nothing else with it.
+    """
+
+    def __init__(self, linear: Any) -> None:
+        self._is_transposed = type(linear) is Conv1D  # (in, out)
+        out, inputs = reversed(linear.weight.shape) if self._is_transposed else linear.weight.shape
+        self._gram = torch.zeros(inputs, inputs, dtype=torch.float64)
+        self._products = torch.zeros(inputs, out, dtype=torch.float64)
+        self.adds = True
+
+    def add(self, x: Tensor, wanted: Tensor, returned: Tensor) -> None:
+        """Add the tokens of a batch.
+
+        Args:
+            x: (tokens, in) what the weight reads.
+            wanted: (tokens, out) what the dense model has behind the gap.
+            returned: (tokens, out) what the layer returns.
+        """
+        x = x.double().cpu()
+        self._gram += x.t() @ x
+        self._products += x.t() @ (wanted.double().cpu() - returned.double().cpu())
+
+    def solution(self, stored: Tensor) -> Tensor | None:
+        """The new weight; None where the layer does more than to add what it computes.
+
+        Args:
+            stored: The weight as it is.
+        """
+        if int(all_reduce_sum(torch.tensor(int(not self.adds)))):
+            return None
+        weight = stored.t() if self._is_transposed else stored
+        gram, products = all_reduce_sum(self._gram), all_reduce_sum(self._products)
+        change = torch.cholesky_solve(products, cholesky_factor(gram, _RIDGE)).t()  # (out, in)
+        new = broadcast((weight.double().cpu() + change).to(weight))
+        return new.t().contiguous() if self._is_transposed else new
+
+
+def adds_only(before: Tensor, linear: nn.Module, run: Callable[[], Tensor]) -> bool:
+    """Whether a layer adds what its last matrix computes to its output, and does nothing else with it.
+
+    Args:
+        before: What it returns.
+        linear: Has the matrix.
+        run: Runs the layer once more, and gives what it returns.
+    """
+    offset = []
 
     def shift(module: nn.Module, args: Any, output: Tensor) -> Tensor:
         offset.append(output * torch.linspace(-0.5, 0.5, output.shape[-1], device=output.device, dtype=output.dtype))
@@ -169,13 +207,18 @@ def _adds(
 
     handle = linear.register_forward_hook(shift)
     try:
-        after = first_tensor(_outputs(model, inputs, [layer])[layer])
+        after = run()
     finally:
         handle.remove()
     if len(offset) != 1 or offset[0].numel() != after.numel():
         return False
     error = (after - before).reshape(-1) - offset[0].reshape(-1)
     return float(error.abs().max()) <= _CLOSE * float(offset[0].abs().max()) + 1e-6 * float(before.abs().max())
+
+
+def _output(model: nn.Module, inputs: Mapping[str, Any], layer: nn.Module) -> Tensor:
+    """What a layer returns for a batch."""
+    return first_tensor(_outputs(model, inputs, [layer])[layer])
 
 
 def _outputs(
@@ -199,11 +242,24 @@ def _outputs(
     return seen
 
 
+def warn_of_open_gaps(model: nn.Module, repair: str | None) -> None:
+    """Warn that no gap could be closed.
+
+    Args:
+        model: The model.
+        repair: What was asked for.
+    """
+    warn_user(
+        f"repair={repair!r} changed nothing: in {type(model).__name__}, what the layer before a gap computes is not "
+        f"simply added, as where a norm follows, or nothing stands before the gap"
+    )
+
+
 class _DoneError(Exception):
     """All that is looked at was computed."""
 
 
-def _rows(model: nn.Module, inputs: Mapping[str, Any], states: Tensor) -> Tensor:
+def token_rows(model: nn.Module, inputs: Mapping[str, Any], states: Tensor) -> Tensor:
     """(tokens, features), without padding."""
     mask = token_mask(model, inputs)
     if mask is not None and states.dim() == 3 and mask.shape == states.shape[:2]:

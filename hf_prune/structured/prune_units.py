@@ -20,7 +20,7 @@ from hf_prune.pruning.run import CalibrationRun, MemoryBudget, Result
 from hf_prune.pruning.sequential import prune_sequentially
 from hf_prune.pruning.transaction import Transaction
 from hf_prune.structured.choose_units import choose_units
-from hf_prune.structured.close_gaps import close_gaps
+from hf_prune.structured.close_gaps import close_gaps, warn_of_open_gaps
 from hf_prune.structured.reconstruction import inner_plan, repaired_weights
 from hf_prune.structured.routing import refuse_unequal_routers
 from hf_prune.structured.shrink_record import holding_layers
@@ -105,10 +105,7 @@ def prune_units(run: CalibrationRun[UnitPlan], change: Transaction) -> Result:
             run.memory.single,
         )
         if not solved:
-            warn_user(
-                f"repair={plan.config.repair!r} changed nothing: in {type(model).__name__}, what the layer before a "
-                f"gap computes is not simply added, as where a norm follows, or nothing stands before the gap"
-            )
+            warn_of_open_gaps(model, plan.config.repair)
         return masks, {}
     names = repaired_weights(model, plan.config, [group for group in plan.sites if not plan.is_gone(group)])
     if not names:

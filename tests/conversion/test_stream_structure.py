@@ -29,6 +29,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "neurons by taylor, layer": {"granularity": "neuron", "criterion": "taylor", "scope": "layer", "sparsity": 0.5},
     "layers by magnitude": {**LAYERS, "criterion": "magnitude"},
     "layers greedily": {**LAYERS, "criterion": "greedy"},
+    "layers by the default": {**LAYERS, "preset": "balanced"},
     "layers at random": {**LAYERS, "criterion": "random"},
     "heads and neurons by the default": {"granularity": ("head", "neuron"), "preset": "balanced", "sparsity": 0.5},
     "repaired by layer": {
@@ -81,6 +82,7 @@ def tensors(folder: Path) -> dict[str, Tensor]:
     return {name: tensor for path in folder.glob("model*.safetensors") for name, tensor in load_file(path).items()}
 
 
+@pytest.mark.filterwarnings("ignore:repair='least_squares' changed nothing")  # of BERT: a norm follows the sum
 @pytest.mark.covering(1)
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "bert", "distilbert"])
@@ -107,7 +109,7 @@ class Stop(Exception):
     pass
 
 
-@pytest.mark.parametrize("name", ["all by fisher", "layers greedily", "repaired by loss"])
+@pytest.mark.parametrize("name", ["all by fisher", "layers by the default", "repaired by loss"])
 def test_an_interrupted_stream_goes_on(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, config = deeper("llama"), PruningConfig(**SETTINGS[name])
     model.save_pretrained(tmp_path / "source", max_shard_size="5KB")
@@ -137,7 +139,7 @@ def test_an_interrupted_stream_goes_on(name: str, tmp_path: Path, monkeypatch: p
             assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes()
 
 
-@pytest.mark.parametrize("settings", [SETTINGS["repaired by loss"], SETTINGS["layers greedily"]])
+@pytest.mark.parametrize("settings", [SETTINGS["repaired by loss"], SETTINGS["layers by the default"]])
 def test_no_more_than_the_weights_of_one_block_are_read(
     settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

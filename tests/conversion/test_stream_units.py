@@ -164,7 +164,6 @@ def test_the_plan_says_how_many_stay_and_nothing_is_written_beyond_the_budget(tm
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"granularity": "layer", "criterion": "fisher", "repair": "least_squares"}, "without heads or neurons needs"),
         (
             {"granularity": "head", "criterion": "fisher", "repair": "least_squares", "calibration_order": "one_pass"},
             "calibration_order='one_pass' needs the statistics of all weights at once",

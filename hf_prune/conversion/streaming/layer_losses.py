@@ -80,7 +80,7 @@ def layer_losses_by_blocks(
                 for window in small_batches(model, without_labels(model, batch_to_device(model, batch)))
             ]
         examples = max(1, sum(map(count_examples, windows)))
-        with InputReader(model, _one_target_each(model, modules), windows) as reader, ExitStack() as context:
+        with InputReader(model, one_target_each(model, modules), windows) as reader, ExitStack() as context:
             reader.order(warn=False)
             outputs, dense = (OffloadCache(cache_bytes, journal.scratch) for _ in range(2))
             context.callback(outputs.close)
@@ -101,7 +101,7 @@ def layer_losses_by_blocks(
             return {name: change / examples for name, change in changes(list(modules), ()).items()}
 
 
-def _one_target_each(model: nn.Module, layers: Mapping[str, nn.Module]) -> list[Target]:
+def one_target_each(model: nn.Module, layers: Mapping[str, nn.Module]) -> list[Target]:
     """A weight in each layer, by whose calls the reader finds the blocks."""
     every = resolve_targets(model, PruningConfig(target_modules=".*"), loaded=False)
     own = {id(parameter): name for name, layer in layers.items() for parameter in layer.parameters()}
@@ -219,13 +219,14 @@ class _Variants:
             is_gone: Whether it is bypassed.
         """
         output = partial(self._outputs.get, (index, before))
-        with _without(self._sequence.blocks[number]) if is_gone else nullcontext():
+        with switched_off(self._sequence.blocks[number]) if is_gone else nullcontext():
             returned = run_block(self._reader, self._sequence, number, self._reader.batches[index], output)
         self._outputs.put((index, name), returned)
 
 
 @contextmanager
-def _without(layer: nn.Module) -> Iterator[None]:
+def switched_off(layer: nn.Module) -> Iterator[None]:
+    """Inside, a layer returns what it gets. Never while others replay it: they would get what it gets."""
     bypass(layer)
     try:
         yield

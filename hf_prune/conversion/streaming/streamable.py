@@ -48,11 +48,6 @@ def _check_units(config: PruningConfig) -> None:
             f"criterion {config.criterion!r} ranks {'s and '.join(removed_kinds(config))}s with the whole model in "
             f"memory: expected one of {', '.join(_UNIT_CRITERIA)}; or prune without streaming"
         )
-    if config.repair is not None and {"head", "neuron"}.isdisjoint(removed_kinds(config)):
-        raise ConfigError(
-            f"repair={config.repair!r} without heads or neurons needs the whole model in memory: leave it out, or "
-            f"prune without streaming"
-        )
     if config.repair is not None and config.calibration_order != "sequential":
         raise ConfigError(_ONE_PASS.format(config.calibration_order))
     for name in ("target_flops", "target_speedup", "polish"):

@@ -15,11 +15,13 @@ from torch import Tensor
 from hf_prune.architectures.bypass import bypass, restore
 from hf_prune.calibration.sensitivity import Sensitivity
 from hf_prune.conversion.streaming.blocks import prune_blocks
+from hf_prune.conversion.streaming.gaps import close_gaps_by_blocks
 from hf_prune.conversion.streaming.journal import Journal
 from hf_prune.conversion.streaming.meta_model import MetaModel
 from hf_prune.conversion.streaming.output import Output
 from hf_prune.kernels.zeroing import zero_removed_
 from hf_prune.planning.plan import PlannedTensor, PruningPlan
+from hf_prune.structured.close_gaps import warn_of_open_gaps
 from hf_prune.structured.prune_units import unit_masks
 from hf_prune.structured.reconstruction import inner_plan, repaired_weights
 from hf_prune.structured.unit_plan import UnitPlan
@@ -56,6 +58,8 @@ def repair_units(
         PlanError: If the model cannot run block by block.
     """
     model, config = meta_model.model, plan.config
+    if config.repair is not None and not plan.sites:
+        return _closed_gaps(meta_model, plan, batches, journal, cache_bytes, progress)
     names = repaired_weights(model, config, [group for group in plan.sites if not plan.is_gone(group)])
     if not names:
         return {}
@@ -70,6 +74,18 @@ def repair_units(
             bypass(layer)
         prune_blocks(output, inner, batches, cache_bytes, sensitivity, progress, masks)
     return output.values
+
+
+def _closed_gaps(
+    meta_model: MetaModel, plan: UnitPlan, batches: Batches, journal: Journal, cache_bytes: int, progress: bool | None
+) -> Mapping[str, Tensor]:
+    values = _Values(journal.folder / "repaired", journal)
+    if not any("repaired" in record for record in journal.records):
+        solved = close_gaps_by_blocks(meta_model, plan, batches, journal, cache_bytes, progress)
+        if not solved:
+            warn_of_open_gaps(meta_model.model, plan.config.repair)
+        values.write(solved)
+    return values
 
 
 class _UnitMasks(Mapping[str, Tensor]):
@@ -95,17 +111,24 @@ class _UnitMasks(Mapping[str, Tensor]):
 
 
 class _Values(Mapping[str, Tensor]):
-    """Parameters that a run has written, each in a file of its own."""
+    """Parameters that a run has found new values for, in files; those of an interrupted run are among them."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self._files = folder, dict[str, str]()
+    def __init__(self, folder: Path, journal: Journal) -> None:
+        self._folder, self._journal, self._files = folder, journal, dict[str, str]()
+        folder.mkdir(exist_ok=True)
+        for record in journal.records:
+            self._files |= record.get("repaired", {})
 
-    def add(self, files: Mapping[str, str]) -> None:
-        """Say in which file each of some parameters is."""
+    def write(self, tensors: Mapping[str, Tensor]) -> None:
+        """Write new values into a file, and say so in the journal."""
+        path = self._folder / f"{len(self._files)}.safetensors"
+        save_file(dict(tensors), path)
+        files = dict.fromkeys(tensors, path.name)
+        self._journal.add({"repaired": files}, path)
         self._files |= files
 
     def __getitem__(self, name: str) -> Tensor:
-        return load_file(self.folder / self._files[name])[name]
+        return load_file(self._folder / self._files[name])[name]
 
     def __contains__(self, name: object) -> bool:
         return name in self._files
@@ -130,10 +153,7 @@ class _RepairedUnits(Output):
     def __init__(self, meta_model: MetaModel, plan: PruningPlan, journal: Journal, masks: Mapping[str, Tensor]) -> None:
         super().__init__(meta_model, plan, {}, journal)
         self._unit_masks = masks
-        self.values = _Values(journal.folder / "repaired")
-        self.values.folder.mkdir(exist_ok=True)
-        for record in journal.records:
-            self.values.add(record.get("repaired", {}))
+        self.values = _Values(journal.folder / "repaired", journal)
 
     def done(self, name: str) -> bool:
         """Whether the final weights of a target are on the disk."""
@@ -153,8 +173,4 @@ class _RepairedUnits(Output):
             removed = mask if name == tensor.target.name else self._unit_masks.get(name)
             if removed is not None:
                 zero_removed_(tensors[name], removed)
-        path = self.values.folder / f"{len(self.values)}.safetensors"
-        save_file(tensors, path)
-        files = dict.fromkeys(tensors, path.name)
-        self.journal.add({"repaired": files}, path)
-        self.values.add(files)
+        self.values.write(tensors)

@@ -1,0 +1,160 @@
+"""Make up for removed layers with one block in memory at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_prune.calibration.batches import without_labels
+from hf_prune.calibration.descent import run_block, sequence_of
+from hf_prune.calibration.hooks import Watcher
+from hf_prune.calibration.input_reader import InputReader
+from hf_prune.calibration.padding import first_tensor
+from hf_prune.conversion.streaming.journal import Journal
+from hf_prune.conversion.streaming.layer_losses import one_target_each, switched_off
+from hf_prune.conversion.streaming.lazy_weights import LazyWeights
+from hf_prune.conversion.streaming.meta_model import MetaModel, explaining_meta_errors
+from hf_prune.structured.close_gaps import Gap, GapSums, adds_only, find_gaps, token_rows
+from hf_prune.structured.unit_plan import UnitPlan
+from hf_prune.utils.forward import batch_to_device
+from hf_prune.utils.offload_cache import OffloadCache
+from hf_prune.utils.progress import Bar
+
+Batches = Sequence[Mapping[str, Any]]
+
+
+@torch.no_grad()
+def close_gaps_by_blocks(
+    meta_model: MetaModel,
+    plan: UnitPlan,
+    batches: Batches,
+    journal: Journal,
+    cache_bytes: int,
+    progress: bool | None = None,
+) -> dict[str, Tensor]:
+    """What :func:`~hf_prune.structured.close_gaps.close_gaps` solves for, with one block in memory at a time.
+
+    Args:
+        meta_model: The dense model.
+        plan: What stays of it.
+        batches: Mappings of model inputs.
+        journal: Its scratch folder gets what blocks return.
+        cache_bytes: Most bytes of that which are kept in memory.
+        progress: Show a progress bar.
+
+    Returns:
+        The new weights before gaps, by name.
+
+    Raises:
+        CalibrationError: If the batches are unusable.
+        PlanError: If the model cannot run block by block.
+    """
+    model = meta_model.model
+    assert plan.choice is not None
+    removed = {name: model.get_submodule(name) for name in plan.choice.layers}
+    gaps = find_gaps(model, removed)
+    if not gaps:
+        return {}
+    meta_model.load_buffers()
+    new: dict[str, Tensor] = {}
+    inputs = [without_labels(model, batch_to_device(model, batch)) for batch in batches]
+    with ExitStack() as context:
+        context.enter_context(explaining_meta_errors(model))
+        lazy = LazyWeights(
+            meta_model, lambda name: new[name] if name in new else meta_model.read(name), meta_model.read_rows, (), True
+        )
+        context.enter_context(lazy)
+        targets = one_target_each(model, {name: model.get_submodule(name) for name in plan.layers})
+        reader = context.enter_context(InputReader(model, targets, inputs))
+        reader.order(warn=False)
+        runs = _Runs(reader, lazy, cache_bytes, journal)
+        context.callback(runs.close)
+        last = runs.place(gaps[-1].last)
+        bar = context.enter_context(Bar[object](total=2 * last, desc="Gaps", unit="block", progress=progress))
+        for number in range(last + 1):
+            runs.record(number, gaps)
+            bar.update()
+        runs.gone = {runs.place(layer) for layer in removed.values()}
+        by_place = {runs.place(gap.before): (place, gap) for place, gap in enumerate(gaps)}
+        for number in range(max(by_place) + 1):
+            if number in by_place and (solved := runs.solution(number, *by_place[number])) is not None:
+                new[by_place[number][1].weight] = solved
+            if number < max(by_place):
+                runs.record(number)
+            bar.update()
+    return new
+
+
+class _Runs:
+    """Runs all batches through one block after another.
+
+    Attributes:
+        gone: Numbers of the blocks that return what they get.
+    """
+
+    def __init__(self, reader: InputReader, lazy: LazyWeights, cache_bytes: int, journal: Journal) -> None:
+        self._reader, self._lazy, self._sequence = reader, lazy, sequence_of(reader)
+        self.gone: set[int] = set()
+        self._outputs, self._wanted = (OffloadCache(cache_bytes, journal.scratch) for _ in range(2))
+
+    def close(self) -> None:
+        """Forget what blocks returned."""
+        self._outputs.close()
+        self._wanted.close()
+
+    def place(self, block: nn.Module) -> int:
+        """The number of a block."""
+        return next(number for number, other in enumerate(self._sequence.blocks) if other is block)
+
+    def record(self, number: int, gaps: Sequence[Gap] = ()) -> None:
+        """Run a block on what the one before it returned.
+
+        Args:
+            number: The block.
+            gaps: Those behind which what the block returns is wanted.
+        """
+        self._lazy.hold(self._lazy.names_in(self._sequence.blocks[number]))
+        places = [place for place, gap in enumerate(gaps) if gap.last is self._sequence.blocks[number]]
+        for index, window in enumerate(self._reader.batches):
+            returned = self._run(number, index)
+            for place in places:
+                self._wanted.put((place, index), token_rows(self._reader.model, window, first_tensor(returned)))
+            self._outputs.put((index, number % 2), returned)
+        self._lazy.release()
+
+    def solution(self, number: int, place: int, gap: Gap) -> Tensor | None:
+        """The weight before a gap, solved for again; None if that cannot be.
+
+        Args:
+            number: The block before the gap.
+            place: The number of the gap.
+            gap: The gap.
+        """
+        model, linear = self._reader.model, self._reader.model.get_submodule(gap.weight.rpartition(".")[0])
+        self._lazy.hold(self._lazy.names_in(self._sequence.blocks[number]))
+        sums, read = GapSums(linear), []
+
+        def keep(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            read.append(args[0])
+
+        for index, window in enumerate(self._reader.batches):
+            with ExitStack() as hooks:
+                Watcher(linear, keep, after=True).install(hooks, None)
+                returned = first_tensor(self._run(number, index))
+            if index == 0:
+                sums.adds = adds_only(returned, linear, lambda: first_tensor(self._run(number, 0)))
+            rows = token_rows(model, window, read.pop())
+            sums.add(rows, self._wanted.get((place, index)), token_rows(model, window, returned))
+        solved = sums.solution(self._lazy[gap.weight])
+        self._lazy.release()
+        return solved
+
+    def _run(self, number: int, index: int) -> Any:
+        output = partial(self._outputs.get, (index, (number - 1) % 2))
+        with switched_off(self._sequence.blocks[number]) if number in self.gone else nullcontext():
+            return run_block(self._reader, self._sequence, number, self._reader.batches[index], output)
