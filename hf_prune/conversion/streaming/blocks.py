@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from hf_prune.calibration.batches import without_labels
+from hf_prune.calibration.blockwise_gradients import gradients_by_blocks
 from hf_prune.calibration.blockwise_sensitivity import measure_by_blocks
 from hf_prune.calibration.input_reader import InputReader, Statistics
 from hf_prune.calibration.output_matching import OutputMatcher
@@ -18,6 +19,7 @@ from hf_prune.calibration.trial import NotAlikeError
 from hf_prune.conversion.streaming.lazy_weights import LazyWeights
 from hf_prune.conversion.streaming.meta_model import explaining_meta_errors
 from hf_prune.conversion.streaming.output import Output
+from hf_prune.conversion.streaming.weight_gradients import WeightGradients
 from hf_prune.criteria.base import INPUTS
 from hf_prune.errors import PlanError
 from hf_prune.kernels.matrix import Target
@@ -38,6 +40,7 @@ def prune_blocks(
     batches: Batches,
     cache_bytes: int,
     sensitivity: Sensitivity | None = None,
+    gradients: WeightGradients | None = None,
     progress: bool | None = None,
 ) -> None:
     """Prune targets in the order of their calls, each with inputs from the pruned ones before it.
@@ -52,6 +55,7 @@ def prune_blocks(
         batches: Mappings of model inputs.
         cache_bytes: Most bytes of block outputs that are kept in memory; the others go to the folder of the journal.
         sensitivity: How much the predictions depend on the outputs of targets, if planning measured it.
+        gradients: Those of the dense model's weights, if the criterion needs them.
         progress: Show a progress bar.
 
     Raises:
@@ -89,7 +93,7 @@ def prune_blocks(
                 reader.advance()
                 remaining = [planned[target.name] for target in step if not output.done(target.name)]
                 bar.update(len(step) - len(remaining))
-                for tensor in _prune_step(output, plan, gather, lazy, remaining):
+                for tensor in _prune_step(output, plan, gather, lazy, remaining, gradients):
                     bar.note(tensor.target.module)
                     bar.update()
                 reader.finish(step)
@@ -143,6 +147,38 @@ def _measured(
     if len(some) < len(batches):
         sensitivity.forget_tokens()
     return sensitivity
+
+
+@torch.no_grad()
+def measure_gradients(
+    output: Output, plan: PruningPlan, batches: Batches, cache_bytes: int, progress: bool | None = None
+) -> WeightGradients:
+    """The gradients that a criterion needs, of all weights of the dense model, one block at a time.
+
+    Args:
+        output: The checkpoint that weights are read from.
+        plan: Its plan.
+        batches: Mappings of model inputs, with labels if the criterion needs them.
+        cache_bytes: Most bytes of block outputs that are kept in memory.
+        progress: Show a progress bar.
+
+    Raises:
+        CalibrationError: If the batches are unusable.
+        PlanError: If the model cannot run block by block.
+    """
+    gradients = WeightGradients(plan, output.journal.scratch)
+    try:
+        with _running(output, batches, cache_bytes) as runner, runner.dense(with_head=True) as lazy:
+            gradients.fill(
+                gradients_by_blocks(
+                    runner.reader, batches, gradients.needs, plan.config.seed, lazy.hold_for_gradients, progress,
+                    cache_bytes, output.journal.scratch,
+                )
+            )  # fmt: skip
+    except BaseException:
+        gradients.close()
+        raise
+    return gradients
 
 
 Gather = Callable[[Sequence[Target]], Statistics]
@@ -200,10 +236,10 @@ class _Runner:
             self._output.reads_dense = False
 
     @contextmanager
-    def dense(self, with_head: bool = False) -> Iterator[None]:
+    def dense(self, with_head: bool = False) -> Iterator[LazyWeights]:
         """The weights of the source are read inside."""
-        with self.reading_dense(), self.weights(with_head):
-            yield
+        with self.reading_dense(), self.weights(with_head) as lazy:
+            yield lazy
 
     def recorded(self, lazy: LazyWeights, segments: Iterator[list[list[Target]]]) -> Iterator[list[list[Target]]]:
         """Segments of which each is recorded with the weights of the source."""
@@ -233,7 +269,12 @@ def _running(output: Output, batches: Batches, cache_bytes: int) -> Iterator[_Ru
 
 
 def _prune_step(
-    output: Output, plan: PruningPlan, gather: Gather, lazy: LazyWeights, step: Sequence[PlannedTensor]
+    output: Output,
+    plan: PruningPlan,
+    gather: Gather,
+    lazy: LazyWeights,
+    step: Sequence[PlannedTensor],
+    gradients: WeightGradients | None,
 ) -> list[PlannedTensor]:
     """Gather the statistics of targets that share a pass over the batches, and prune them one by one."""
     if not step:
@@ -243,8 +284,9 @@ def _prune_step(
         name = tensor.target.name
         beside = (output.biases.get(name), lengths_name(name))
         lazy.hold([name, *(other for other in beside if other is not None)])
+        stats = None if gradients is None else gradients.stats(name)
         mask, new = prune_tensor(
-            lazy.model, plan, tensor, gathered.pop(name), output.previous_masks, None, None, output.biases
+            lazy.model, plan, tensor, gathered.pop(name), output.previous_masks, stats, None, output.biases
         )
         output.write(tensor, lazy[name], mask, new)
     lazy.release()

@@ -22,7 +22,7 @@ from hf_prune.checkpoint.files import MASK_FILE, find_file
 from hf_prune.checkpoint.mask_file import StoredMasks
 from hf_prune.checkpoint.shards import Shards
 from hf_prune.checkpoint.sources import check_model_source
-from hf_prune.conversion.streaming.blocks import learned_sparsities, prune_blocks
+from hf_prune.conversion.streaming.blocks import learned_sparsities, measure_gradients, prune_blocks
 from hf_prune.conversion.streaming.journal import Journal
 from hf_prune.conversion.streaming.lazy_weights import LazyWeights
 from hf_prune.conversion.streaming.meta_model import MetaModel, load_meta_model
@@ -30,7 +30,8 @@ from hf_prune.conversion.streaming.output import COPIED, Output
 from hf_prune.conversion.streaming.placing import finish_placing, is_placing
 from hf_prune.conversion.streaming.prune_units_stream import prepare_units, remove_units
 from hf_prune.conversion.streaming.streamable import check_streamable
-from hf_prune.criteria.base import INPUTS, WeightStats, derived_seed
+from hf_prune.conversion.streaming.weight_gradients import WeightGradients
+from hf_prune.criteria.base import GRADIENTS, INPUTS, WeightStats, derived_seed
 from hf_prune.errors import CalibrationError, CheckpointError
 from hf_prune.evaluation.sparsity_report import SparsityReport
 from hf_prune.kernels.selection import find_threshold, keep_above
@@ -43,7 +44,7 @@ from hf_prune.pruning.compute_masks import unit_chunks
 from hf_prune.pruning.mask_fit import check_fit
 from hf_prune.pruning.selector import spread_units
 from hf_prune.pruning.sequential import prune_tensor
-from hf_prune.pruning.weight_norm import effective_weight, largest_of_slices, lengths_left, lengths_name
+from hf_prune.pruning.weight_norm import effective_weight, keeps_values, largest_of_slices, lengths_left, lengths_name
 from hf_prune.structured.unit_plan import UnitPlan
 from hf_prune.utils.digests import batches_digest
 from hf_prune.utils.folders import refuse_links
@@ -155,11 +156,15 @@ def prune_stream(
                 resources.callback(sensitivity.close)
             plan = make_plan(meta_model.model, config, sparsities, loaded=False, masks=previous_masks)
             output = Output(meta_model, plan, previous_masks, journal)
+        gradients = None
+        if config.needs & GRADIENTS:
+            gradients = measure_gradients(output, plan, batches, cache_bytes, progress)
+            resources.callback(gradients.close)
         output.copy_rest()
         if config.needs & INPUTS:
-            prune_blocks(output, plan, batches, cache_bytes, sensitivity, progress)
+            prune_blocks(output, plan, batches, cache_bytes, sensitivity, gradients, progress)
         else:
-            _prune_tensors(output, plan, progress)
+            _prune_tensors(output, plan, gradients, progress)
         return output.finish(source, out, overwrite)
 
 
@@ -215,14 +220,14 @@ def _fingerprints(source: str, meta_model: MetaModel) -> dict[str, str]:
     }
 
 
-# --- without data ----------------------------------------------------------------------------------
+# --- weight by weight -------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def _prune_tensors(output: Output, plan: PruningPlan, progress: bool | None) -> None:
+def _prune_tensors(output: Output, plan: PruningPlan, gradients: WeightGradients | None, progress: bool | None) -> None:
     """Prune one weight at a time; in global scope, all weights are first read a few times to find the threshold."""
     model, lazy = output.meta_model.model, LazyWeights(output.meta_model, output.read, output.read_rows)
-    threshold = _global_threshold(output, plan) if plan.config.scope == "global" else None
+    threshold = _global_threshold(output, plan, gradients) if plan.config.scope == "global" else None
     for i, tensor in enumerate(Bar(plan.tensors, desc="Pruning", unit="weight", progress=progress)):
         target = tensor.target
         if output.done(target.name):
@@ -231,9 +236,10 @@ def _prune_tensors(output: Output, plan: PruningPlan, progress: bool | None) -> 
         lazy.hold([target.name] if lengths is None else [target.name, lengths])
         new: Mapping[str, Tensor] = {}
         if threshold is None:
-            mask, new = prune_tensor(model, plan, tensor, {}, output.previous_masks, biases=output.biases)
+            stats = _stats(plan, tensor, gradients)
+            mask, new = prune_tensor(model, plan, tensor, {}, output.previous_masks, stats, biases=output.biases)
         else:
-            scores = functools.partial(_scores, output, plan, tensor)
+            scores = functools.partial(_scores, output, plan, gradients, tensor)
             keep = keep_above(scores, tensor.units, threshold[0], threshold[1][i])
             mask = target.native(spread_units(plan, target, keep))
             new = lengths_left(plan, target.name, mask, output.previous_masks, lazy.__getitem__)
@@ -241,24 +247,31 @@ def _prune_tensors(output: Output, plan: PruningPlan, progress: bool | None) -> 
     lazy.release()
 
 
-def _global_threshold(output: Output, plan: PruningPlan) -> tuple[float, list[int]]:
+def _global_threshold(output: Output, plan: PruningPlan, gradients: WeightGradients | None) -> tuple[float, list[int]]:
     """The score above which units are kept, and for each weight the number of kept units with exactly that score."""
     for record in output.journal.records:
         if "cut" in record:
             return record["cut"], record["ties"]
-    scores = [functools.partial(_scores, output, plan, tensor) for tensor in plan.tensors]
+    scores = [functools.partial(_scores, output, plan, gradients, tensor) for tensor in plan.tensors]
     threshold, ties = find_threshold(scores, [tensor.units for tensor in plan.tensors], plan.remove)
     output.journal.add({"cut": threshold, "ties": ties})
     return threshold, ties
 
 
-def _scores(output: Output, plan: PruningPlan, tensor: PlannedTensor) -> Iterator[Tensor]:
+def _scores(
+    output: Output, plan: PruningPlan, gradients: WeightGradients | None, tensor: PlannedTensor
+) -> Iterator[Tensor]:
     """Read one weight, and compute the scores of its units in chunks."""
     target = tensor.target
     old = output.previous_masks.get(target.name)
-    weight = output.read(target.name)
+    weight = values = output.read(target.name)
     last = largest_of_slices(output.meta_model.model, target, weight)
-    stats = WeightStats(seed=derived_seed(plan.config.seed, target.name))
     kept = None if old is None else target.matrix(old)
-    values = effective_weight(target.name, lambda name: weight if name == target.name else output.read(name))
-    return unit_chunks(plan, target, target.matrix(values), stats, kept, last)
+    if keeps_values(plan):
+        values = effective_weight(target.name, lambda name: weight if name == target.name else output.read(name))
+    return unit_chunks(plan, target, target.matrix(values), _stats(plan, tensor, gradients), kept, last)
+
+
+def _stats(plan: PruningPlan, tensor: PlannedTensor, gradients: WeightGradients | None) -> WeightStats:
+    name = tensor.target.name
+    return WeightStats(seed=derived_seed(plan.config.seed, name)) if gradients is None else gradients.stats(name)
