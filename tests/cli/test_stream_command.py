@@ -75,6 +75,27 @@ def test_unlabelled_texts(kind, texts, tmp_path, capsys):
     assert report == json.loads((out / "sparsity_report.json").read_text())
 
 
+@pytest.mark.parametrize("kind", ["llama", "bert"])
+def test_labels_are_read_where_the_criterion_needs_them(kind, tmp_path):
+    """The same batches, and so the same masks, as without --stream; two text columns are no obstacle."""
+    models.tiny_tokenizer().save_pretrained(tmp_path / "source")
+    source = saved(models.TRANSFORMERS[kind](), tmp_path / "source")
+    rows = models.tiny_sentences(30)
+    lines = [
+        json.dumps({"text": text, "other": text[::-1], "label": label})
+        for text, label in zip(rows["sentence"], rows["label"], strict=True)
+    ]
+    (tmp_path / "train.jsonl").write_text("\n".join(lines))
+    columns = (
+        ["--text-column", "text"] if kind == "llama" else ["--text-column", "text,other", "--label-column", "label"]
+    )
+    options = ["--data", tmp_path / "train.jsonl", *columns, "--calibration-samples", 12, "--criterion", "taylor"]
+    assert run("prune", source, *options, "--sparsity", 0.5, "--out", tmp_path / "expected") == 0
+    assert run("prune", source, *options, "--sparsity", 0.5, "--out", tmp_path / "out", "--stream") == 0
+    masks = [(tmp_path / name / "pruning_masks.safetensors").read_bytes() for name in ("expected", "out")]
+    assert masks[0] == masks[1]
+
+
 def test_a_tokenizer_without_padding_pads_with_what_it_has(source, texts, tmp_path):
     path = source / "tokenizer_config.json"
     values = {key: value for key, value in json.loads(path.read_text()).items() if key != "pad_token"}
