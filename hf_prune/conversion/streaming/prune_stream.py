@@ -23,6 +23,8 @@ from hf_prune.checkpoint.mask_file import StoredMasks
 from hf_prune.checkpoint.shards import Shards
 from hf_prune.checkpoint.sources import check_model_source
 from hf_prune.conversion.streaming.blocks import learned_sparsities, measure_gradients, prune_blocks
+from hf_prune.conversion.streaming.fisher_stream import find_by_fisher
+from hf_prune.conversion.streaming.global_threshold import global_threshold
 from hf_prune.conversion.streaming.journal import Journal
 from hf_prune.conversion.streaming.lazy_weights import LazyWeights
 from hf_prune.conversion.streaming.meta_model import MetaModel, load_meta_model
@@ -31,10 +33,10 @@ from hf_prune.conversion.streaming.placing import finish_placing, is_placing
 from hf_prune.conversion.streaming.prune_units_stream import prepare_units, remove_units
 from hf_prune.conversion.streaming.streamable import check_streamable
 from hf_prune.conversion.streaming.weight_gradients import WeightGradients
-from hf_prune.criteria.base import GRADIENTS, INPUTS, WeightStats, derived_seed
+from hf_prune.criteria.base import CURVATURE, GRADIENTS, INPUTS, WeightStats, derived_seed
 from hf_prune.errors import CalibrationError, CheckpointError
 from hf_prune.evaluation.sparsity_report import SparsityReport
-from hf_prune.kernels.selection import find_threshold, keep_above
+from hf_prune.kernels.selection import keep_above
 from hf_prune.planning.config import PruningConfig
 from hf_prune.planning.expectations import warn_of_magnitude
 from hf_prune.planning.make_plan import make_plan, warn_of
@@ -72,9 +74,10 @@ def prune_stream(
     The result is the same as loading the model, pruning it and saving it: the same masks, in the same safetensors files
     as those of the source. Criteria without data read one weight at a time. Criteria that learn from inputs run the
     batches through one block at a time, like :func:`hf_prune.prune` with ``calibration_order="sequential"``; that takes
-    the memory of the largest block, of the statistics of one input, and ``cache_bytes``. For ``objective="loss"`` and
-    ``allocation="fisher"`` the gradient is carried down from block to block; what every block returns for every batch
-    is then in the hidden folder for a while.
+    the memory of the largest block, of the statistics of one input, and ``cache_bytes``. For ``objective="loss"``,
+    ``allocation="fisher"`` and criteria that need gradients of weights, the gradient is carried down from block to
+    block; what every block returns for every batch is then in the hidden folder for a while, and for such criteria the
+    gradients of all weights.
 
     With ``granularity="expert"`` or ``"neuron"``, units are cut out as by ``shrink()``: the same ones stay as in
     memory, files have smaller tensors, and the config counts what is left. Each block is observed, or weighed, alone.
@@ -86,8 +89,8 @@ def prune_stream(
         source: Folder or Hub id of a checkpoint in safetensors files. Masks of an earlier pruning are kept.
         config: The settings, or just the sparsity.
         out: The folder to write: new, empty, or an earlier output.
-        calibration: Batches for criteria and repairs that learn from inputs; see :func:`hf_prune.text_batches`.
-            Labels are not needed.
+        calibration: Batches for criteria and repairs that learn from data; see :func:`hf_prune.text_batches`. Only
+            ``taylor`` and ``snip`` need labels.
         progress: Show a progress bar.
         cache_bytes: Most bytes of block outputs kept in memory; the others go to the hidden folder.
         restart: Start again, and discard what an interrupted run left.
@@ -161,9 +164,12 @@ def prune_stream(
             gradients = measure_gradients(output, plan, batches, cache_bytes, progress)
             resources.callback(gradients.close)
         output.copy_rest()
+        masks = None
+        if config.needs & CURVATURE:
+            masks = find_by_fisher(output, plan, batches, cache_bytes, progress)
         if config.needs & INPUTS:
-            prune_blocks(output, plan, batches, cache_bytes, sensitivity, gradients, progress)
-        else:
+            prune_blocks(output, plan, batches, cache_bytes, sensitivity, gradients, masks, progress)
+        elif masks is None:
             _prune_tensors(output, plan, gradients, progress)
         return output.finish(source, out, overwrite)
 
@@ -227,7 +233,10 @@ def _fingerprints(source: str, meta_model: MetaModel) -> dict[str, str]:
 def _prune_tensors(output: Output, plan: PruningPlan, gradients: WeightGradients | None, progress: bool | None) -> None:
     """Prune one weight at a time; in global scope, all weights are first read a few times to find the threshold."""
     model, lazy = output.meta_model.model, LazyWeights(output.meta_model, output.read, output.read_rows)
-    threshold = _global_threshold(output, plan, gradients) if plan.config.scope == "global" else None
+    threshold = None
+    if plan.config.scope == "global":
+        sources = [functools.partial(_scores, output, plan, gradients, tensor) for tensor in plan.tensors]
+        threshold = global_threshold(output.journal, plan, sources)
     for i, tensor in enumerate(Bar(plan.tensors, desc="Pruning", unit="weight", progress=progress)):
         target = tensor.target
         if output.done(target.name):
@@ -239,23 +248,11 @@ def _prune_tensors(output: Output, plan: PruningPlan, gradients: WeightGradients
             stats = _stats(plan, tensor, gradients)
             mask, new = prune_tensor(model, plan, tensor, {}, output.previous_masks, stats, biases=output.biases)
         else:
-            scores = functools.partial(_scores, output, plan, gradients, tensor)
-            keep = keep_above(scores, tensor.units, threshold[0], threshold[1][i])
+            keep = keep_above(sources[i], tensor.units, threshold[0], threshold[1][i])
             mask = target.native(spread_units(plan, target, keep))
             new = lengths_left(plan, target.name, mask, output.previous_masks, lazy.__getitem__)
         output.write(tensor, lazy[target.name], mask, new)
     lazy.release()
-
-
-def _global_threshold(output: Output, plan: PruningPlan, gradients: WeightGradients | None) -> tuple[float, list[int]]:
-    """The score above which units are kept, and for each weight the number of kept units with exactly that score."""
-    for record in output.journal.records:
-        if "cut" in record:
-            return record["cut"], record["ties"]
-    scores = [functools.partial(_scores, output, plan, gradients, tensor) for tensor in plan.tensors]
-    threshold, ties = find_threshold(scores, [tensor.units for tensor in plan.tensors], plan.remove)
-    output.journal.add({"cut": threshold, "ties": ties})
-    return threshold, ties
 
 
 def _scores(

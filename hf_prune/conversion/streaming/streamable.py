@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hf_prune.criteria.base import CURVATURE, INPUTS
+from hf_prune.criteria.base import INPUTS
 from hf_prune.errors import ConfigError
 from hf_prune.planning.config import PruningConfig
 from hf_prune.planning.traits import removed_kinds
@@ -52,11 +52,10 @@ def _check_units(config: PruningConfig) -> None:
 
 
 def _check_weights(config: PruningConfig) -> None:
-    """Refuse what needs gradients of a pruned model, and statistics or masks of all weights at once."""
-    if config.needs & CURVATURE or config.polish is not None:
-        who = f"criterion {config.criterion!r}" if config.needs & CURVATURE else "polish"
+    """Refuse what trains, gradients of a pruned model, and statistics or masks of all weights at once."""
+    if config.polish is not None:
         raise ConfigError(
-            f"{who} needs gradients, which need the whole model in memory: leave it out, or prune without streaming"
+            "a polish trains the whole model, which streaming never holds: leave it out, or prune without streaming"
         )
     if config.steps > 1:
         raise ConfigError(
