@@ -90,7 +90,7 @@ class Descent:
         windows: Callable[[Window], Sequence[Window]] | None = None,
         batches: Sequence[Window] | None = None,
     ) -> None:
-        self._sequence, self.outside = _sequence(reader)
+        self._sequence, self._before, self.outside = _sequence(reader)
         self._every = reader.batches if batches is None else batches
         self._reader, self._windows = reader, windows or partial(_windows, reader.model)
         self._outputs = OffloadCache(cache_bytes, folder)
@@ -106,6 +106,7 @@ class Descent:
         """
         reader, blocks = self._reader, self._sequence.blocks
         inside = [[t for t in reader.targets if reader.block_of(t.name) is block] for block in blocks]
+        inside[0] = [*self._before, *inside[0]]
         lowest = next((number for number, targets in enumerate(inside) if targets), len(blocks))
         total = 2 * len(blocks) + 1 - lowest
         try:
@@ -191,8 +192,8 @@ class Descent:
         return returned[0]
 
 
-def _sequence(reader: InputReader) -> tuple[BlockSequence, list[Target]]:
-    """The one sequence of a model, and the targets after it."""
+def _sequence(reader: InputReader) -> tuple[BlockSequence, list[Target], list[Target]]:
+    """The one sequence of a model, and the targets before and after it."""
     sequences = reader.replay.sequences
     what = f"gradients of {type(reader.model).__name__} cannot be carried down from block to block"
     how = "choose settings that need none (another criterion or allocation, objective 'layer'), or do not stream"
@@ -202,9 +203,17 @@ def _sequence(reader: InputReader) -> tuple[BlockSequence, list[Target]]:
     if not all(reader.replay.check(sequence)):
         raise PlanError(f"{what}, since some of them read more than what the one before returned; {how}")
     outside = [t for t in reader.targets if reader.block_of(t.name) is None]
-    if early := [t.name for t in outside if t.name in sequence.first_use]:
-        raise PlanError(f"{what}, since {early[0]} is used before the last block returns; {how}, or leave it out")
-    return sequence, outside
+    early = [t for t in outside if t.name in sequence.first_use]
+    before = [t for t in early if sequence.first_use[t.name] == 0 and _used_once(reader, t)]
+    if between := [t.name for t in early if t not in before]:
+        raise PlanError(f"{what}, since {between[0]} is used before the last block returns; {how}, or leave it out")
+    return sequence, before, [t for t in outside if t not in early]
+
+
+def _used_once(reader: InputReader, target: Target) -> bool:
+    """Whether a target has no other use than its first one."""
+    users = reader.users[target.name]
+    return len(users) == 1 and id(users[0]) in reader.once
 
 
 def _windows(model: nn.Module, batch: Window) -> Sequence[Window]:

@@ -200,8 +200,10 @@ def test_an_interrupted_run_takes_gradients_of_the_dense_weights_again(criterion
     monkeypatch.setattr(Output, "write", stop)
     with pytest.raises(KeyboardInterrupt):
         prune_stream(source, config, tmp_path / "out", calibration=batches)
-    monkeypatch.undo()
+    again: list[str] = []
+    monkeypatch.setattr(Output, "write", lambda self, tensor, *rest: (again.append(tensor), write(self, tensor, *rest)))
     prune_stream(source, config, tmp_path / "out", calibration=batches)
+    assert len(again) == 14 - 8
     assert filecmp.cmp(tmp_path / "whole" / MASK_FILE, tmp_path / "out" / MASK_FILE, False)
     whole, resumed = (load_native(str(tmp_path / name)).state_dict() for name in ("whole", "out"))
     for name, weight in whole.items():
@@ -244,6 +246,16 @@ def test_models_without_one_row_of_blocks_are_refused(kind, message, tmp_path):
     with pytest.raises(PlanError, match=message):
         prune_stream(source, 0.5, tmp_path / "out", criterion="taylor", calibration=models.tiny_batches(model))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_weight_before_the_blocks_and_after_them_is_refused(tmp_path):
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = models.fill(LlamaForCausalLM(LlamaConfig(vocab_size=96, tie_word_embeddings=True, **sizes)))
+    source, batches = saved(model, tmp_path / "source"), models.tiny_batches(model)
+    settings = {"criterion": "snip", "target_modules": ["lm_head", "q_proj"]}
+    load_native(str(source)).prune(0.5, calibration=batches, **settings)  # which the whole model in memory can do
+    with pytest.raises(PlanError, match=r"since .* is used before the last block returns; .*, or leave it out"):
+        prune_stream(source, 0.5, tmp_path / "out", calibration=batches, **settings)
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,7 @@ def find_by_fisher(
                     blocks.forget(tensor)
                     return
                 new = blocks.update(tensor, mask)
-                output.write(tensor, lazy[name].clone(), mask, {name: new})  # the model stays dense
+                output.write(tensor, lazy[name], mask, {name: new})
 
             losses = ExampleLosses(runner.reader, plan.config.seed)
             descent = Descent(runner.reader, cache_bytes, scratch, losses.windows, batches)
