@@ -9,9 +9,10 @@ import torch
 from hf_prune import PruningConfig, prune_stream, text_batches, token_windows
 from hf_prune.auto import load_native
 from hf_prune.cli.main import main
-from hf_prune.errors import DataError
+from hf_prune.errors import ConfigError, DataError
 from hf_prune.evaluation.data.classification import sample_order
 from hf_prune.evaluation.data.loading import load_texts
+from hf_prune.evaluation.tasks import ExampleTask
 from tests import models
 from tests.conversion.test_stream import contents, saved
 
@@ -94,6 +95,12 @@ def test_labels_are_read_where_the_criterion_needs_them(kind, tmp_path):
     assert run("prune", source, *options, "--sparsity", 0.5, "--out", tmp_path / "out", "--stream") == 0
     masks = [(tmp_path / name / "pruning_masks.safetensors").read_bytes() for name in ("expected", "out")]
     assert masks[0] == masks[1]
+
+
+def test_labels_of_other_tasks_are_not_streamed():
+    task = ExampleTask("token-classification", "data")
+    with pytest.raises(ConfigError, match="--stream reads labels of sequence classifiers and language models alone"):
+        task.streaming_batches(models.tiny_tokenizer(), None, {"O": 0})
 
 
 def test_a_tokenizer_without_padding_pads_with_what_it_has(source, texts, tmp_path):
