@@ -56,11 +56,12 @@ class Stage:
 
     Args:
         targets: The targets in it.
-        batches: The number of each batch, and its windows.
+        batches: The number of each batch, and its windows. Takes whether they run once more afterwards; the last run
+            leaves the gradient for the stage below.
     """
 
     targets: list[Target]
-    batches: Callable[[], Iterator[tuple[int, list[Call]]]]
+    batches: Callable[..., Iterator[tuple[int, list[Call]]]]
 
 
 class Descent:
@@ -72,6 +73,7 @@ class Descent:
         cache_bytes: How much of what blocks return is kept in memory.
         folder: Where the rest goes; None for the system's temporary folder.
         windows: Divides a batch, on the model's device, into what runs at once; None for its windows without labels.
+        batches: What is divided, such as the reader's batches with labels; None for those of the reader.
 
     Attributes:
         outside: The targets that come after all blocks.
@@ -86,9 +88,11 @@ class Descent:
         cache_bytes: int = 0,
         folder: str | os.PathLike[str] | None = None,
         windows: Callable[[Window], Sequence[Window]] | None = None,
+        batches: Sequence[Window] | None = None,
     ) -> None:
         self._sequence = sequence_of(reader)
-        self.outside = [t for t in reader.targets if reader.block_of(t.name) is None]
+        self._before, self.outside = _outside(reader, self._sequence)
+        self._every = reader.batches if batches is None else batches
         self._reader, self._windows = reader, windows or partial(_windows, reader.model)
         self._outputs = OffloadCache(cache_bytes, folder)
 
@@ -103,6 +107,7 @@ class Descent:
         """
         reader, blocks = self._reader, self._sequence.blocks
         inside = [[t for t in reader.targets if reader.block_of(t.name) is block] for block in blocks]
+        inside[0] = [*self._before, *inside[0]]
         lowest = next((number for number, targets in enumerate(inside) if targets), len(blocks))
         total = 2 * len(blocks) + 1 - lowest
         try:
@@ -121,12 +126,12 @@ class Descent:
             self._outputs.close()
 
     def _batches(self) -> Iterator[tuple[int, Sequence[Window]]]:
-        for index, batch in enumerate(self._reader.batches):
+        for index, batch in enumerate(self._every):
             yield index, self._windows(batch_to_device(self._reader.model, batch, self._reader.device))
 
-    def _calls(self, run: Callable[[Hashable, Window, Callable[[], object]], None]) -> Iterator[tuple[int, list[Call]]]:
+    def _calls(self, run: Callable[..., None], again: bool = False) -> Iterator[tuple[int, list[Call]]]:
         for index, windows in self._batches():
-            yield index, [Call(p, window, partial(run, (index, p), window)) for p, window in enumerate(windows)]
+            yield index, [Call(p, window, partial(run, again, (index, p), window)) for p, window in enumerate(windows)]
 
     @torch.no_grad()
     def _record(self, number: int, key: Hashable, window: Window) -> None:
@@ -134,24 +139,26 @@ class Descent:
         before = partial(self._outputs.get, (number - 1, key))
         self._outputs.put((number, key), run_block(self._reader, self._sequence, number, window, before))
 
-    def _from_top(self, key: Hashable, window: Window, backwards: Callable[[], object]) -> None:
+    def _from_top(self, again: bool, key: Hashable, window: Window, backwards: Callable[[], object]) -> None:
         """Run what comes after the last block, and take the gradient of what it computes."""
         last = len(self._sequence.blocks) - 1
         leaves, output = self._leaves(last, key)
         with self._sequence.replaying(last + 1, output):
             backwards()
-        self._outputs.put((last, key), [leaf.grad for leaf in leaves])
+        if not again:
+            self._outputs.put((last, key), [leaf.grad for leaf in leaves])
 
-    def _down(self, number: int, key: Hashable, window: Window, _: Callable[[], object]) -> None:
+    def _down(self, number: int, again: bool, key: Hashable, window: Window, _: Callable[[], object]) -> None:
         """Run a block with gradients, from those of what it returns to those of what the one before it returned."""
         leaves, output = self._leaves(number - 1, key) if number else ([], None)
         with torch.enable_grad():
             returned = _floating(run_block(self._reader, self._sequence, number, window, output))
-        above = zip(returned, self._outputs.pop((number, key)), strict=True)
+        from_above = (self._outputs.get if again else self._outputs.pop)((number, key))
+        above = zip(returned, from_above, strict=True)
         pairs = [(value, gradient) for value, gradient in above if gradient is not None and value.requires_grad]
         if pairs:
             torch.autograd.backward([value for value, _ in pairs], [gradient for _, gradient in pairs])
-        if number:
+        if number and not again:
             self._outputs.put((number - 1, key), [leaf.grad for leaf in leaves])
 
     def _leaves(self, number: int, key: Hashable) -> tuple[list[Tensor], Callable[[], Any]]:
@@ -217,10 +224,26 @@ def sequence_of(reader: InputReader) -> BlockSequence:
     sequence = sequences[0]
     if not all(reader.replay.check(sequence)):
         raise PlanError(f"{what}, since some of them read more than what the one before returned; {how}")
-    outside = [t.name for t in reader.targets if reader.block_of(t.name) is None]
-    if early := [name for name in outside if name in sequence.first_use]:
-        raise PlanError(f"{what}, since {early[0]} is used before the last block returns; {how}, or leave it out")
     return sequence
+
+
+def _outside(reader: InputReader, sequence: BlockSequence) -> tuple[list[Target], list[Target]]:
+    """The targets before the first block and after the last one."""
+    outside = [t for t in reader.targets if reader.block_of(t.name) is None]
+    early = [t for t in outside if t.name in sequence.first_use]
+    before = [t for t in early if sequence.first_use[t.name] == 0 and _used_once(reader, t)]
+    if between := [t.name for t in early if t not in before]:
+        raise PlanError(
+            f"gradients of {type(reader.model).__name__} cannot be carried down from block to block, since "
+            f"{between[0]} is used before the last block returns; choose settings without gradients, or leave it out"
+        )
+    return before, [t for t in outside if t not in early]
+
+
+def _used_once(reader: InputReader, target: Target) -> bool:
+    """Whether a target has no other use than its first one."""
+    users = reader.users[target.name]
+    return len(users) == 1 and id(users[0]) in reader.once
 
 
 def _windows(model: nn.Module, batch: Window) -> Sequence[Window]:

@@ -12,17 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from hf_prune.calibration.accumulators import accumulate_dtype
-from hf_prune.calibration.batches import IGNORED, NO_BATCHES, Batches, count_examples, small_batches, without_labels
-from hf_prune.calibration.output_head import HeadFinder, sampled_by
-from hf_prune.calibration.predictions import token_mask
+from hf_prune.calibration.batches import IGNORED, NO_BATCHES, Batches
+from hf_prune.calibration.losses import NOT_FINITE, LabelledLoss, example_loss, split_examples
+from hf_prune.calibration.output_head import HeadFinder
 from hf_prune.criteria.base import derived_seed
 from hf_prune.errors import CalibrationError
 from hf_prune.kernels.matrix import is_finite
 from hf_prune.utils.distributed import all_reduce_sum, fail_together, rank_items
 from hf_prune.utils.forward import batch_to_device, eval_mode, run_model
 from hf_prune.utils.progress import Bar
-
-_NOT_FINITE = "the loss of a calibration batch is {}: expected a finite number"
 
 
 def mean_gradients(
@@ -44,30 +42,68 @@ def mean_gradients(
         CalibrationError: If there are no batches, or one gives no loss, or no label counts in any (all are -100), or a
             gradient is not finite.
     """
-    parameters = dict(model.named_parameters())
-    dtype = accumulate_dtype(parameters[names[0]].device)
-    totals = {need: {name: torch.zeros_like(parameters[name], dtype=dtype) for name in names} for need in needs}
-    examples = ignored = 0
+    by_name = dict(model.named_parameters())
+    parameters = {name: by_name[name] for name in names}
+    sums = GradientSums(parameters, needs)
+    sizes = []
     find_head = HeadFinder(model)
     with differentiable(model, names), fail_together():
         for batch in Bar(rank_items(batches), desc="Calibrating", progress=progress):
-            size, gradients = _loss_gradients(model, batch, [parameters[name] for name in names], find_head)
-            examples += size
-            ignored += size == 0
-            for name, gradient in zip(names, gradients, strict=True):
-                if gradient is None:
-                    continue
-                if "gradient" in totals:
-                    totals["gradient"][name].add_(gradient, alpha=size)
-                if "absolute_gradient" in totals:
-                    totals["absolute_gradient"][name].add_(gradient.abs(), alpha=size)
-    labelled, unlabelled = all_reduce_sum(torch.tensor([examples, ignored])).tolist()
+            size, gradients = _loss_gradients(model, batch, list(parameters.values()), find_head)
+            sizes.append(size)
+            sums.add(gradients, size)
+    return sums.means(count_labelled(sizes))
+
+
+def count_labelled(sizes: Collection[int]) -> int:
+    """The number of examples of this process, given those of each of its batches: 0 where no label counts.
+
+    Raises:
+        CalibrationError: If no label counts in any batch of any process.
+    """
+    examples = sum(sizes)
+    labelled, unlabelled = all_reduce_sum(torch.tensor([examples, sum(size == 0 for size in sizes)])).tolist()
     if unlabelled and not labelled:
         raise CalibrationError(
-            f"{_NOT_FINITE.format(math.nan)}, and no label counts in any of the {unlabelled} batches: expected token "
+            f"{NOT_FINITE.format(math.nan)}, and no label counts in any of the {unlabelled} batches: expected token "
             f"ids as labels, and {IGNORED} only where a token is not to be predicted"
         )
-    return {need: mean_over_examples(tensors, examples) for need, tensors in totals.items()}
+    return examples
+
+
+class GradientSums:
+    """Sums of the gradients of some parameters.
+
+    Args:
+        parameters: The parameters by name.
+        needs: What is added up: ``"gradient"``, ``"absolute_gradient"``, ``"squared_gradient"`` or several of them.
+    """
+
+    def __init__(self, parameters: Mapping[str, Tensor], needs: Collection[str]) -> None:
+        self._totals = {
+            need: {name: torch.zeros_like(p, dtype=accumulate_dtype(p.device)) for name, p in parameters.items()}
+            for need in needs
+        }
+
+    def add(self, gradients: Sequence[Tensor | None], size: int = 1) -> None:
+        """Add gradients, in the order of the parameters, None where there is none.
+
+        Args:
+            gradients: Of one batch, or of one example.
+            size: How many examples they stand for.
+        """
+        for need, totals in self._totals.items():
+            for total, gradient in zip(totals.values(), gradients, strict=True):
+                if gradient is None:
+                    continue
+                if need == "squared_gradient":
+                    total.add_(gradient.float() ** 2)
+                else:
+                    total.add_(gradient if need == "gradient" else gradient.abs(), alpha=size)
+
+    def means(self, examples: int) -> dict[str, dict[str, Tensor]]:
+        """By what is needed, :func:`mean_over_examples`; the sums are gone then."""
+        return {need: mean_over_examples(totals, examples) for need, totals in self._totals.items()}
 
 
 @contextmanager
@@ -142,17 +178,14 @@ def squared_gradients(
     Raises:
         CalibrationError: As :func:`example_gradients`, or if there are no batches.
     """
-    parameters = dict(model.named_parameters())
-    dtype = accumulate_dtype(parameters[names[0]].device)
-    totals = {name: torch.zeros_like(parameters[name], dtype=dtype) for name in names}
+    by_name = dict(model.named_parameters())
+    sums = GradientSums({name: by_name[name] for name in names}, ["squared_gradient"])
     examples = 0
     with differentiable(model, names), fail_together():
         for _, gradients in example_gradients(model, names, batches, seed, progress):
             examples += 1
-            for name, gradient in zip(names, gradients, strict=True):
-                if gradient is not None:
-                    totals[name].add_(gradient.float() ** 2)
-    return mean_over_examples(totals, examples)
+            sums.add(gradients)
+    return sums.means(examples)["squared_gradient"]
 
 
 def example_gradients(
@@ -184,80 +217,23 @@ def example_gradients(
     find_head = HeadFinder(model)
     numbered = rank_items(enumerate(batches))
     for number, batch in Bar(numbered, desc="Calibrating", progress=progress):
-        for i, example in enumerate(_examples(batch_to_device(model, batch))):
+        for i, example in enumerate(split_examples(model, batch_to_device(model, batch))):
             generator = torch.Generator().manual_seed(derived_seed(seed, number, i))
-            loss = _example_loss(model, example, generator, find_head)
+            loss = example_loss(model, partial(run_model, model), example, generator, find_head(example))
             yield number, torch.autograd.grad(loss, parameters, allow_unused=True)
-
-
-def _examples(batch: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """A batch as batches of one example each."""
-    size = count_examples(batch)
-    for key, value in batch.items():
-        if size > 1 and isinstance(value, Tensor) and value.dim() > 0 and len(value) != size:
-            raise CalibrationError(
-                f"a calibration batch of {size} examples holds {key!r} of shape {tuple(value.shape)}, and gradients "
-                f"are needed of each example: expected {size} as the first dimension of every tensor; pass batches of "
-                f"one example"
-            )
-    for i in range(size):
-        split = slice(i, i + 1) if size > 1 else slice(None)
-        yield {k: v[split] if isinstance(v, Tensor) and v.dim() > 0 else v for k, v in batch.items()}
-
-
-def _example_loss(
-    model: nn.Module, batch: Mapping[str, Any], generator: torch.Generator, find_head: HeadFinder
-) -> Tensor:
-    inputs = without_labels(model, batch)
-    mask, head = token_mask(model, inputs), find_head(inputs)
-    with torch.enable_grad():
-        return _checked(sampled_by(head, partial(run_model, model), inputs, mask, generator))
 
 
 def _loss_gradients(
     model: nn.Module, batch: Mapping[str, Any], parameters: Sequence[Tensor], find_head: HeadFinder
 ) -> tuple[int, Sequence[Tensor | None]]:
-    """The number of examples in a batch, and the gradients of the loss that the model computes from its labels.
-
-    A batch in which no label counts has no loss, and therefore no weight: 0 examples.
-    """
-    nothing: list[Tensor | None] = [None] * len(parameters)
+    """The number of examples in a batch, 0 if no label counts, and the gradients of the loss."""
     inputs = batch_to_device(model, batch)
-    size = count_examples(inputs)
-    if (head := find_head(inputs)) is None or "labels" not in inputs:
-        with torch.enable_grad():
-            loss = getattr(run_model(model, inputs), "loss", None)
-        if loss is None:
-            raise CalibrationError(
-                f"the model returned no loss for a batch with {', '.join(sorted(inputs))}: "
-                f"expected the labels among them, usually under 'labels'"
-            )
-        if loss.isnan().all() and _all_ignored(inputs.get("labels")):
-            return 0, nothing
-        return size, torch.autograd.grad(_checked(loss), parameters, allow_unused=True)
-    if (counted := int((inputs["labels"][:, 1:] != IGNORED).sum())) == 0:
-        return 0, nothing
-    gradients = nothing
-    for window in small_batches(model, inputs):
-        with torch.enable_grad():
-            loss = _checked(head.cross_entropy(partial(run_model, model), window)[0] / counted)
-        for i, part in enumerate(torch.autograd.grad(loss, parameters, allow_unused=True)):
+    loss = LabelledLoss(model, inputs, find_head(inputs))
+    gradients: list[Tensor | None] = [None] * len(parameters)
+    for window in loss.windows:
+        if (value := loss.of(partial(run_model, model), window)) is None:
+            return 0, gradients
+        for i, part in enumerate(torch.autograd.grad(value, parameters, allow_unused=True)):
             if part is not None:
                 gradients[i] = part if (total := gradients[i]) is None else total.add_(part)
-    return size, gradients
-
-
-def _all_ignored(labels: Any) -> bool:
-    """Whether no label is one that a token is to be predicted for; the first of a causal language model is not."""
-    return isinstance(labels, Tensor) and labels.dim() == 2 and bool((labels[:, 1:] == IGNORED).all())
-
-
-def _checked(loss: Tensor) -> Tensor:
-    if not torch.isfinite(loss):
-        raise CalibrationError(_NOT_FINITE.format(loss.item()))
-    if not loss.requires_grad:
-        raise CalibrationError(
-            "the loss of a calibration batch depends on none of the weights to be pruned: check target_modules, and "
-            "that the model computes with gradients"
-        )
-    return loss
+    return loss.examples, gradients

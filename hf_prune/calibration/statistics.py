@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Set
+from itertools import chain
 from typing import Any
 
 from torch import Tensor, nn
@@ -56,7 +57,7 @@ def collect_stats(
             for need, tensors in gradients.items():
                 fields[t.name][need] = t.matrix(tensors[t.name])
         if labelled and plan.config.scope != "global":
-            _rank_unreached_by_magnitude(targets, fields, labelled)
+            warn_of_unreached(chain.from_iterable(fill_unreached(t, fields[t.name], labelled) for t in targets))
         if inputs := needs & INPUTS:
             with InputReader(model, targets, batches) as reader:
                 reader.order()
@@ -65,28 +66,33 @@ def collect_stats(
     return {name: WeightStats(seed=derived_seed(plan.config.seed, name), **values) for name, values in fields.items()}
 
 
-def _rank_unreached_by_magnitude(
-    targets: Sequence[Target], fields: Mapping[str, dict[str, Any]], needs: Set[str]
-) -> None:
+def fill_unreached(target: Target, gradients: Mapping[str, Tensor], needs: Set[str]) -> list[str]:
     """Have gradients of 1 stand for those that are 0 in a whole matrix, such as that of an expert without tokens.
 
     All its scores would be equal, and its first weights would go.
 
     Args:
-        targets: The targets.
-        fields: Their statistics, by name; changed in place.
-        needs: The statistics that are gradients.
+        target: The target.
+        gradients: Its statistics, (out, in); changed in place.
+        needs: Those of them that are gradients.
+
+    Returns:
+        The names of such matrices.
     """
     without = []
-    for t in targets:
-        for number in range(t.slabs if t.layout != "conv" else 1):
-            rows = t.rows(number) if t.layout != "conv" else slice(None)
-            parts = [fields[t.name][need][rows] for need in needs]
-            if not any(bool(part.any()) for part in parts):
-                without.append(t.slab(number).name if t.layout != "conv" else t.name)
-                for part in parts:
-                    part.fill_(1)
-    if without:
+    for number in range(target.slabs if target.layout != "conv" else 1):
+        rows = target.rows(number) if target.layout != "conv" else slice(None)
+        parts = [gradients[need][rows] for need in needs]
+        if not any(bool(part.any()) for part in parts):
+            without.append(target.slab(number).name if target.layout != "conv" else target.name)
+            for part in parts:
+                part.fill_(1)
+    return without
+
+
+def warn_of_unreached(matrices: Iterable[str]) -> None:
+    """Say which matrices :func:`fill_unreached` has found, if any."""
+    if without := list(matrices):
         warn_user(
             f"the predictions depend on no weight of {len(without)} matrices on these batches ({first_few(without)}): "
             f"they are pruned by magnitude"

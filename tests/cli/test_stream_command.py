@@ -9,9 +9,10 @@ import torch
 from hf_prune import PruningConfig, prune_stream, text_batches, token_windows
 from hf_prune.auto import load_native
 from hf_prune.cli.main import main
-from hf_prune.errors import DataError
+from hf_prune.errors import ConfigError, DataError
 from hf_prune.evaluation.data.classification import sample_order
 from hf_prune.evaluation.data.loading import load_texts
+from hf_prune.evaluation.tasks import ExampleTask
 from tests import models
 from tests.conversion.test_stream import contents, saved
 
@@ -75,6 +76,33 @@ def test_unlabelled_texts(kind, texts, tmp_path, capsys):
     assert report == json.loads((out / "sparsity_report.json").read_text())
 
 
+@pytest.mark.parametrize("kind", ["llama", "bert"])
+def test_labels_are_read_where_the_criterion_needs_them(kind, tmp_path):
+    """The same batches, and so the same masks, as without --stream; two text columns are no obstacle."""
+    models.tiny_tokenizer().save_pretrained(tmp_path / "source")
+    source = saved(models.TRANSFORMERS[kind](), tmp_path / "source")
+    rows = models.tiny_sentences(30)
+    lines = [
+        json.dumps({"text": text, "other": text[::-1], "label": label})
+        for text, label in zip(rows["sentence"], rows["label"], strict=True)
+    ]
+    (tmp_path / "train.jsonl").write_text("\n".join(lines))
+    columns = (
+        ["--text-column", "text"] if kind == "llama" else ["--text-column", "text,other", "--label-column", "label"]
+    )
+    options = ["--data", tmp_path / "train.jsonl", *columns, "--calibration-samples", 12, "--criterion", "taylor"]
+    assert run("prune", source, *options, "--sparsity", 0.5, "--out", tmp_path / "expected") == 0
+    assert run("prune", source, *options, "--sparsity", 0.5, "--out", tmp_path / "out", "--stream") == 0
+    masks = [(tmp_path / name / "pruning_masks.safetensors").read_bytes() for name in ("expected", "out")]
+    assert masks[0] == masks[1]
+
+
+def test_labels_of_other_tasks_are_not_streamed():
+    task = ExampleTask("token-classification", "data")
+    with pytest.raises(ConfigError, match="--stream reads labels of sequence classifiers and language models alone"):
+        task.streaming_batches(models.tiny_tokenizer(), None, {"O": 0})
+
+
 def test_a_tokenizer_without_padding_pads_with_what_it_has(source, texts, tmp_path):
     path = source / "tokenizer_config.json"
     values = {key: value for key, value in json.loads(path.read_text()).items() if key != "pad_token"}
@@ -118,9 +146,9 @@ def test_it_resumes_and_restarts(source, tmp_path, monkeypatch, capsys):
         (["--stream", "--plots"], "--stream never holds the model, which --plots needs: leave one out"),
         (["--stream", "--max-drop", "1"], "--stream never holds the model, which --max-drop needs"),
         (["--restart"], "--restart is for a streaming run: add --stream"),
-        (["--stream", "--criterion", "taylor", "--data", "."], "criterion 'taylor' needs gradients"),
-        (["--stream", "--polish", "distill"], "polish needs gradients, which need the whole model in memory"),
-        (["--stream", "--criterion", "fisher"], "criterion 'fisher' needs gradients, which need the whole model"),
+        (["--stream", "--criterion", "taylor", "--steps", "3"], "steps=3 takes gradients of a model that is pruned"),
+        (["--stream", "--polish", "distill"], "a polish trains the whole model, which streaming never holds"),
+        (["--stream", "--criterion", "fisher"], "criterion 'fisher' needs"),
         (["--stream", "--criterion", "wanda", "--data", "data", "--text-column", "x"], "has no column 'x'"),
     ],
 )

@@ -610,8 +610,12 @@ def test_a_full_disk_leaves_no_output(settings, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"criterion": "taylor"}, "criterion 'taylor' needs gradients.*expected one of alps, magnitude, random, sp"),
-        ({"criterion": "snip", "repair": "least_squares"}, "criterion 'snip' needs gradients"),
+        ({"polish": "distill"}, "a polish trains the whole model, which streaming never holds"),
+        (
+            {"criterion": "snip", "scope": "global", "repair": "least_squares"},
+            "needs all masks before the first repair",
+        ),
+        ({"criterion": "taylor", "steps": 3}, "steps=3 takes gradients of a model that is pruned already.*expected 1"),
         ({"criterion": "wanda", "calibration_order": "one_pass"}, "calibration_order='one_pass' needs the statistics"),
     ],
 )

@@ -43,6 +43,25 @@ def test_like_in_memory_and_what_stays_keeps_its_values(settings, tmp_path):
     assert_unchanged(load_native(str(tmp_path / "out")), snapshot(model))
 
 
+@pytest.mark.parametrize("scope", ["layer", "global"])
+@pytest.mark.parametrize("criterion", ["fisher_diagonal", "taylor"])
+def test_gradients_are_those_of_the_directions(criterion, scope, tmp_path):
+    """The convolution before the blocks learns with the first one, and lengths stay as they are."""
+    source = saved(tmp_path / "source")
+    some = ["original1", "projection", "k_proj", "output_dense", "classifier"]
+    config = PruningConfig(0.5, criterion=criterion, scope=scope, target_modules=some)
+    batches = [{"input_values": torch.randn(2, 400, generator=torch.Generator().manual_seed(0))}]
+    batches[0]["labels"] = torch.tensor([0, 1])
+    model = load_native(str(source))
+    model.prune(config, calibration=batches)
+    prune_stream(source, config, tmp_path / "out", calibration=batches)
+    found = load_native(str(tmp_path / "out")).state_dict()
+    assert f"{POSITIONS}.original1" in model.masks
+    for name, weight in model.state_dict().items():
+        assert torch.equal(found[name] == 0, weight == 0), name
+        torch.testing.assert_close(found[name], weight, rtol=1e-4, atol=1e-6)
+
+
 def test_nothing_left_of_a_slice_is_refused(tmp_path):
     source = saved(tmp_path / "source")
     config = PruningConfig(1.0, scope="global", target_modules=["pos_conv_embed.conv"])

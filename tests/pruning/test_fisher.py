@@ -16,7 +16,8 @@ from hf_prune.pipeline import prune
 from hf_prune.planning.config import PruningConfig
 from hf_prune.planning.make_plan import make_plan
 from hf_prune.pruning import fisher as fisher_module
-from hf_prune.pruning.fisher import Piece, block_size, gather_blocks, runs
+from hf_prune.pruning.fisher import gather_blocks
+from hf_prune.pruning.fisher_pieces import Piece, block_size, runs
 from hf_prune.pruning.mask_store import MaskStore
 from tests import models
 from tests.models import assert_unchanged, mlp, same_bits, snapshot, tiny_batches

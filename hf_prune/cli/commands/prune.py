@@ -129,7 +129,7 @@ def prune(
         bool,
         typer.Option(
             "--stream",
-            help="Never hold the model: weight by weight, or block by block on the texts of the calibration split; "
+            help="Never hold the model: weight by weight, or block by block on the data of the calibration split; "
             "also heads, neurons, experts and layers; resumes where it was interrupted.",
         ),
     ] = False,

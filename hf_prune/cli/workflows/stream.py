@@ -14,6 +14,7 @@ from hf_prune.conversion.streaming.journal import Journal
 from hf_prune.conversion.streaming.placing import is_placing
 from hf_prune.conversion.streaming.prune_stream import prune_stream
 from hf_prune.conversion.streaming.streamable import check_streamable
+from hf_prune.criteria.base import LABELLED
 from hf_prune.errors import DataError
 from hf_prune.evaluation.sparsity_report import SparsityReport
 from hf_prune.evaluation.tasks import Task
@@ -43,7 +44,7 @@ def stream_checkpoint(
         source: Folder or Hub id.
         config: The settings.
         out: The folder: new, empty, or an earlier output.
-        task: Texts, for criteria that learn from inputs; their labels are not looked at.
+        task: Texts, for criteria that learn from data; their labels are only read where the criterion needs them.
         restart: Start from the beginning, whatever an interrupted run left.
         overwrite: Replace what is in the way in ``out``.
         command: The command line, for the card.
@@ -51,19 +52,22 @@ def stream_checkpoint(
     check_streamable(config)
     if not is_placing(Journal(out)):  # else an earlier run has checked it
         check_output(out, "prune", [source], overwrite=overwrite)
-    batches = _streaming_batches(source, task) if config.needs_data and task is not None else None
+    batches = _streaming_batches(source, config, task) if config.needs_data and task is not None else None
     report = prune_stream(source, config, out, calibration=batches, progress=True, restart=restart, overwrite=overwrite)
     write_run_card(out, out, source, config, task if config.needs_data else None, command=command)
     return report
 
 
-def _streaming_batches(source: str, task: Task) -> list[dict[str, Any]]:
+def _streaming_batches(source: str, config: PruningConfig, task: Task) -> list[dict[str, Any]]:
     """Calibration batches for a model that is never loaded."""
     offline = check_model_source(source)
     refuse_other_inputs(source)
     if not has_tokenizer(source, local_files_only=offline):
         raise DataError(f"{source!r} has no tokenizer, which calibration on texts needs: save it beside the model")
     tokenizer = load_tokenizer(source, local_files_only=offline)
+    model = load_config(source)
     return task.streaming_batches(
-        tokenizer, getattr(load_config(source).get_text_config(), "max_position_embeddings", None)
+        tokenizer,
+        getattr(model.get_text_config(), "max_position_embeddings", None),
+        model.label2id if config.needs & LABELLED else None,
     )

@@ -102,12 +102,21 @@ class LazyWeights:
         for name in names:
             self._load(name)
 
+    def hold_for_gradients(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """:meth:`hold` these weights, and return them by name: the parameters in the model, which require gradients."""
+        names = list(names)
+        self.hold(names)
+        return {name: self._parameter(name).requires_grad_() for name in names}
+
     def __getitem__(self, name: str) -> Tensor:
         """A weight that is in the model."""
+        return self._parameter(name).detach()
+
+    def _parameter(self, name: str) -> Tensor:
         module, attribute = self._places[name][0]
         parameter = module._parameters[attribute]
         assert parameter is not None
-        return parameter.detach()
+        return parameter
 
     def names_in(self, module: nn.Module) -> list[str]:
         """Names of the weights inside a module, whether they are there or not."""

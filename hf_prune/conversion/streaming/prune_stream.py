@@ -22,7 +22,9 @@ from hf_prune.checkpoint.files import MASK_FILE, find_file
 from hf_prune.checkpoint.mask_file import StoredMasks
 from hf_prune.checkpoint.shards import Shards
 from hf_prune.checkpoint.sources import check_model_source
-from hf_prune.conversion.streaming.blocks import learned_sparsities, prune_blocks
+from hf_prune.conversion.streaming.blocks import learned_sparsities, measure_gradients, prune_blocks
+from hf_prune.conversion.streaming.fisher_stream import find_by_fisher
+from hf_prune.conversion.streaming.global_threshold import global_threshold
 from hf_prune.conversion.streaming.journal import Journal
 from hf_prune.conversion.streaming.lazy_weights import LazyWeights
 from hf_prune.conversion.streaming.meta_model import MetaModel, load_meta_model
@@ -30,11 +32,12 @@ from hf_prune.conversion.streaming.output import COPIED, Output
 from hf_prune.conversion.streaming.placing import finish_placing, is_placing
 from hf_prune.conversion.streaming.prune_units_stream import prepare_units, remove_units
 from hf_prune.conversion.streaming.streamable import check_streamable
-from hf_prune.criteria.base import INPUTS, WeightStats, derived_seed
+from hf_prune.conversion.streaming.weight_gradients import WeightGradients
+from hf_prune.criteria.base import CURVATURE, GRADIENTS, INPUTS, WeightStats, derived_seed
 from hf_prune.errors import CalibrationError, CheckpointError
 from hf_prune.evaluation.sparsity_report import SparsityReport
 from hf_prune.kernels.fast_products import fast_products
-from hf_prune.kernels.selection import find_threshold, keep_above
+from hf_prune.kernels.selection import keep_above
 from hf_prune.planning.config import PruningConfig
 from hf_prune.planning.expectations import warn_of_magnitude
 from hf_prune.planning.make_plan import make_plan, warn_of
@@ -44,7 +47,7 @@ from hf_prune.pruning.compute_masks import unit_chunks
 from hf_prune.pruning.mask_fit import check_fit
 from hf_prune.pruning.selector import spread_units
 from hf_prune.pruning.sequential import prune_tensor
-from hf_prune.pruning.weight_norm import effective_weight, largest_of_slices, lengths_left, lengths_name
+from hf_prune.pruning.weight_norm import effective_weight, keeps_values, largest_of_slices, lengths_left, lengths_name
 from hf_prune.structured.unit_plan import UnitPlan
 from hf_prune.utils.digests import batches_digest
 from hf_prune.utils.folders import refuse_links
@@ -72,9 +75,10 @@ def prune_stream(
     The result is the same as loading the model, pruning it and saving it: the same masks, in the same safetensors files
     as those of the source. Criteria without data read one weight at a time. Criteria that learn from inputs run the
     batches through one block at a time, like :func:`hf_prune.prune` with ``calibration_order="sequential"``; that takes
-    the memory of the largest block, of the statistics of one input, and ``cache_bytes``. For ``objective="loss"`` and
-    ``allocation="fisher"`` the gradient is carried down from block to block; what every block returns for every batch
-    is then in the hidden folder for a while.
+    the memory of the largest block, of the statistics of one input, and ``cache_bytes``. For ``objective="loss"``,
+    ``allocation="fisher"`` and criteria that need gradients of weights, the gradient is carried down from block to
+    block; what every block returns for every batch is then in the hidden folder for a while, and for such criteria the
+    gradients of all weights.
 
     Heads, neurons, experts and layers are cut out as by ``shrink()``: the same ones stay as in memory, files have
     smaller tensors, and the config counts what is left. Each block is observed, weighed, or repaired, alone.
@@ -87,8 +91,8 @@ def prune_stream(
         config: The settings, or just the sparsity. As in :func:`hf_prune.prune`, the preset is ``"balanced"`` where
             there is ``calibration`` and nothing names a method.
         out: The folder to write: new, empty, or an earlier output.
-        calibration: Batches for criteria and repairs that learn from inputs; see :func:`hf_prune.text_batches`.
-            Labels are not needed.
+        calibration: Batches for criteria and repairs that learn from data; see :func:`hf_prune.text_batches`. Only
+            ``taylor`` and ``snip`` need labels.
         progress: Show a progress bar.
         cache_bytes: Most bytes of block outputs kept in memory; the others go to the hidden folder.
         restart: Start again, and discard what an interrupted run left.
@@ -160,11 +164,18 @@ def prune_stream(
                 resources.callback(sensitivity.close)
             plan = make_plan(meta_model.model, config, sparsities, loaded=False, masks=previous_masks)
             output = Output(meta_model, plan, previous_masks, journal)
+        gradients = None
+        if config.needs & GRADIENTS:
+            gradients = measure_gradients(output, plan, batches, cache_bytes, progress)
+            resources.callback(gradients.close)
         output.copy_rest()
+        masks = None
+        if config.needs & CURVATURE:
+            masks = find_by_fisher(output, plan, batches, cache_bytes, progress)
         if config.needs & INPUTS:
-            prune_blocks(output, plan, batches, cache_bytes, sensitivity, progress)
-        else:
-            _prune_tensors(output, plan, progress)
+            prune_blocks(output, plan, batches, cache_bytes, sensitivity, gradients, masks, progress)
+        elif masks is None:
+            _prune_tensors(output, plan, gradients, progress)
         return output.finish(source, out, overwrite)
 
 
@@ -220,14 +231,17 @@ def _fingerprints(source: str, meta_model: MetaModel) -> dict[str, str]:
     }
 
 
-# --- without data ----------------------------------------------------------------------------------
+# --- weight by weight -------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def _prune_tensors(output: Output, plan: PruningPlan, progress: bool | None) -> None:
+def _prune_tensors(output: Output, plan: PruningPlan, gradients: WeightGradients | None, progress: bool | None) -> None:
     """Prune one weight at a time; in global scope, all weights are first read a few times to find the threshold."""
     model, lazy = output.meta_model.model, LazyWeights(output.meta_model, output.read, output.read_rows)
-    threshold = _global_threshold(output, plan) if plan.config.scope == "global" else None
+    threshold = None
+    if plan.config.scope == "global":
+        sources = [functools.partial(_scores, output, plan, gradients, tensor) for tensor in plan.tensors]
+        threshold = global_threshold(output.journal, plan, sources)
     for i, tensor in enumerate(Bar(plan.tensors, desc="Pruning", unit="weight", progress=progress)):
         target = tensor.target
         if output.done(target.name):
@@ -236,34 +250,30 @@ def _prune_tensors(output: Output, plan: PruningPlan, progress: bool | None) -> 
         lazy.hold([target.name] if lengths is None else [target.name, lengths])
         new: Mapping[str, Tensor] = {}
         if threshold is None:
-            mask, new = prune_tensor(model, plan, tensor, {}, output.previous_masks, biases=output.biases)
+            stats = _stats(plan, tensor, gradients)
+            mask, new = prune_tensor(model, plan, tensor, {}, output.previous_masks, stats, biases=output.biases)
         else:
-            scores = functools.partial(_scores, output, plan, tensor)
-            keep = keep_above(scores, tensor.units, threshold[0], threshold[1][i])
+            keep = keep_above(sources[i], tensor.units, threshold[0], threshold[1][i])
             mask = target.native(spread_units(plan, target, keep))
             new = lengths_left(plan, target.name, mask, output.previous_masks, lazy.__getitem__)
         output.write(tensor, lazy[target.name], mask, new)
     lazy.release()
 
 
-def _global_threshold(output: Output, plan: PruningPlan) -> tuple[float, list[int]]:
-    """The score above which units are kept, and for each weight the number of kept units with exactly that score."""
-    for record in output.journal.records:
-        if "cut" in record:
-            return record["cut"], record["ties"]
-    scores = [functools.partial(_scores, output, plan, tensor) for tensor in plan.tensors]
-    threshold, ties = find_threshold(scores, [tensor.units for tensor in plan.tensors], plan.remove)
-    output.journal.add({"cut": threshold, "ties": ties})
-    return threshold, ties
-
-
-def _scores(output: Output, plan: PruningPlan, tensor: PlannedTensor) -> Iterator[Tensor]:
+def _scores(
+    output: Output, plan: PruningPlan, gradients: WeightGradients | None, tensor: PlannedTensor
+) -> Iterator[Tensor]:
     """Read one weight, and compute the scores of its units in chunks."""
     target = tensor.target
     old = output.previous_masks.get(target.name)
-    weight = output.read(target.name)
+    weight = values = output.read(target.name)
     last = largest_of_slices(output.meta_model.model, target, weight)
-    stats = WeightStats(seed=derived_seed(plan.config.seed, target.name))
     kept = None if old is None else target.matrix(old)
-    values = effective_weight(target.name, lambda name: weight if name == target.name else output.read(name))
-    return unit_chunks(plan, target, target.matrix(values), stats, kept, last)
+    if keeps_values(plan):
+        values = effective_weight(target.name, lambda name: weight if name == target.name else output.read(name))
+    return unit_chunks(plan, target, target.matrix(values), _stats(plan, tensor, gradients), kept, last)
+
+
+def _stats(plan: PruningPlan, tensor: PlannedTensor, gradients: WeightGradients | None) -> WeightStats:
+    name = tensor.target.name
+    return WeightStats(seed=derived_seed(plan.config.seed, name)) if gradients is None else gradients.stats(name)

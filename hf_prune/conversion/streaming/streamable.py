@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from hf_prune.criteria.base import CURVATURE, GRADIENTS, INPUTS, TRAINED
-from hf_prune.criteria.registry import CRITERIA
+from hf_prune.criteria.base import INPUTS
 from hf_prune.errors import ConfigError
 from hf_prune.planning.config import PruningConfig
 from hf_prune.planning.traits import removed_kinds
@@ -59,19 +58,15 @@ def _check_units(config: PruningConfig) -> None:
 
 
 def _check_weights(config: PruningConfig) -> None:
-    """Refuse gradients, and statistics or masks of all weights at once."""
-    if config.needs & GRADIENTS:
-        supported = [
-            name for name in CRITERIA.names() if not CRITERIA.get(name).needs & (GRADIENTS | CURVATURE | TRAINED)
-        ]
+    """Refuse what trains, gradients of a pruned model, and statistics or masks of all weights at once."""
+    if config.polish is not None:
         raise ConfigError(
-            f"criterion {config.criterion!r} needs gradients, which need the whole model in memory: expected one of "
-            f"{', '.join(supported)}; or prune without streaming"
+            "a polish trains the whole model, which streaming never holds: leave it out, or prune without streaming"
         )
-    if config.needs & CURVATURE or config.polish is not None:
-        who = f"criterion {config.criterion!r}" if config.needs & CURVATURE else "polish"
+    if config.steps > 1:
         raise ConfigError(
-            f"{who} needs gradients, which need the whole model in memory: leave it out, or prune without streaming"
+            f"steps={config.steps} takes gradients of a model that is pruned already: streaming takes those of the "
+            f"dense one; expected 1, or prune without streaming"
         )
     if config.repair is not None and config.scope == "global":
         raise ConfigError(

@@ -72,7 +72,7 @@ def repair_units(
         for layer in map(model.get_submodule, sorted(plan.choice.layers)):
             undo.callback(restore, layer)
             bypass(layer)
-        prune_blocks(output, inner, batches, cache_bytes, sensitivity, progress, masks)
+        prune_blocks(output, inner, batches, cache_bytes, sensitivity, fixed_masks=masks, progress=progress)
     return output.values
 
 

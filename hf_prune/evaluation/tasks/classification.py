@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -104,29 +104,40 @@ class ClassificationTask(ScoredRows):
         if not any(config.needs_data for config in configs):
             return None
         from hf_prune.criteria.base import LABELLED
-        from hf_prune.evaluation.data.classification import classification_batches
 
         label_column = self.columns["label_column"] if any(config.needs & LABELLED for config in configs) else None
+        return self._batches(tokenizer, n or self.calibration_samples, label_column, model.config.label2id)
+
+    def _batches(
+        self, tokenizer: Any, n: int, label_column: str | None, label2id: Mapping[str, int]
+    ) -> list[dict[str, Any]]:
+        from hf_prune.evaluation.data.classification import classification_batches
+
         with rows_named(self.source, self.calibration_split):
             return classification_batches(
                 (self.load if label_column else self.load_unlabelled)(self.calibration_split),
                 tokenizer,
-                n=n or self.calibration_samples,
+                n=n,
                 text_columns=self.texts,
                 label_column=label_column,
-                label2id=model.config.label2id,
+                label2id=label2id,
             )
 
-    def streaming_batches(self, tokenizer: Any, positions: int | None) -> list[dict[str, Any]]:
+    def streaming_batches(
+        self, tokenizer: Any, positions: int | None, label2id: Mapping[str, int] | None = None
+    ) -> list[dict[str, Any]]:
         """Calibration batches for a model that is never loaded as a whole.
 
         Args:
             tokenizer: The model's tokenizer; gets a padding token if it has none.
             positions: How many tokens the model has positions for; not used here.
+            label2id: The model's labels, if the batches need some: they are then those of a model in memory.
 
         Raises:
-            ConfigError: If there are two text columns.
+            ConfigError: If there are two text columns, and no labels.
         """
+        if label2id is not None:
+            return self._batches(tokenizer, self.calibration_samples, self.columns["label_column"], label2id)
         from hf_prune.calibration.texts import text_batches
         from hf_prune.evaluation.data.classification import sample_order
 

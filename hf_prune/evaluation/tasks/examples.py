@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -176,18 +176,26 @@ class ExampleTask(ScoredRows):
         parts = (examples[start : start + _BATCH] for start in range(0, len(examples), _BATCH))
         return [kind.collate(model, tokenizer, part, labels) for part in parts]
 
-    def streaming_batches(self, tokenizer: Any, positions: int | None) -> list[dict[str, Any]]:
+    def streaming_batches(
+        self, tokenizer: Any, positions: int | None, label2id: Mapping[str, int] | None = None
+    ) -> list[dict[str, Any]]:
         """Calibration batches of texts for a model that is never loaded as a whole.
 
         Args:
             tokenizer: The model's tokenizer.
             positions: How many tokens the model has positions for.
+            label2id: The model's labels, if the batches need some.
 
         Raises:
-            ConfigError: If the model reads images.
+            ConfigError: If the model reads images, or labels are needed.
         """
         from hf_prune.evaluation.examples.kinds import find_kind
 
+        if label2id is not None:
+            raise ConfigError(
+                f"--stream reads labels of sequence classifiers and language models alone, and this is data for "
+                f"{self.kind}: leave it out, or choose a criterion without labels, such as fisher_diagonal"
+            )
         if not find_kind(self.kind).reads_media:
             return self._texts().streaming_batches(tokenizer, positions)
         raise ConfigError(

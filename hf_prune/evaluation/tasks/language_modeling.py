@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -135,14 +135,18 @@ class LanguageModelingTask:
             return None
         return self.calibration_batches(configs, model, tokenizer, n)
 
-    def streaming_batches(self, tokenizer: Any, positions: int | None) -> list[dict[str, Any]]:
+    def streaming_batches(
+        self, tokenizer: Any, positions: int | None, label2id: Mapping[str, int] | None = None
+    ) -> list[dict[str, Any]]:
         """Calibration batches for a model that is never loaded as a whole.
 
         Args:
             tokenizer: The model's tokenizer.
             positions: How many tokens the model has positions for, if it says so.
+            label2id: Not None if the batches need labels, which are the tokens themselves.
         """
-        return self._windows(self.calibration_split, tokenizer, positions, n=self.calibration_samples)
+        labels = label2id is not None
+        return self._windows(self.calibration_split, tokenizer, positions, n=self.calibration_samples, labels=labels)
 
     def training_examples(self, split: str, model: Any, tokenizer: Any) -> list[dict[str, Any]]:
         """All full windows of a split as a ``Trainer`` takes them, with labels."""

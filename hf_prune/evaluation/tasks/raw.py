@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn
@@ -73,7 +73,9 @@ class RawTask:
             return None
         return self.calibration_batches(configs, model, tokenizer, n)
 
-    def streaming_batches(self, tokenizer: Any, positions: int | None) -> NoReturn:
+    def streaming_batches(
+        self, tokenizer: Any, positions: int | None, label2id: Mapping[str, int] | None = None
+    ) -> NoReturn:
         """Refuse: streaming reads texts.
 
         Raises:

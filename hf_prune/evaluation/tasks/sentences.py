@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -165,7 +165,9 @@ class SentenceTask(ScoredRows):
             units.setdefault(query, []).append(i)
         return list(units.values())
 
-    def streaming_batches(self, tokenizer: Any, positions: int | None) -> NoReturn:
+    def streaming_batches(
+        self, tokenizer: Any, positions: int | None, label2id: Mapping[str, int] | None = None
+    ) -> NoReturn:
         """Refuse: the model of sentence-transformers, which reads texts in its own way, is never loaded.
 
         Raises:

@@ -144,7 +144,7 @@ def main(rank: int, size: int, folder: str) -> None:
         found["in a batch"] = message(lambda m: prune(m, criterion="alps", calibration=batches))
     with failing(rank, gradients, "_loss_gradients", 1):
         found["in a gradient"] = message(lambda m: prune(m, criterion="taylor", calibration=batches))
-    with failing(rank, gradients, "_example_loss", 2):
+    with failing(rank, gradients, "example_loss", 2):
         found["in an example"] = message(lambda m: prune(m, criterion="fisher", calibration=batches))
     with failing(rank, Fisher, "update", 3):
         found["in an update"] = message(lambda m: prune(m, criterion="fisher", calibration=batches))
