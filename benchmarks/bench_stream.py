@@ -12,9 +12,12 @@ less what it was before. Files are read, not mapped, so nothing of the checkpoin
 freed memory of up to twice the largest tensor for later; MALLOC_MMAP_THRESHOLD_ makes it return that, so that the
 numbers are what is held.
 
+    python benchmarks/bench_stream.py --layers 16 --ffn 5632 --vocab 32000 --limit 1.5      # a billion parameters
+
 "statistics" is what the criterion keeps of the widest input of a block: for wanda its mean squares; for sparsegpt its
 Gram matrix in float32 (4 bytes) and the factor of its inverse, computed in float64 (8) and used in float32 (4). The
-bound is the largest block and its statistics plus 10 %. Finished blocks write their outputs to disk.
+bound is the largest block and its statistics plus 10 %; it does not count what else is kept where gradients, dense
+outputs or units are looked at. Finished blocks write their outputs to disk.
 """
 
 from __future__ import annotations
@@ -43,6 +46,9 @@ RUNS = {
     "sparsegpt": {"criterion": "sparsegpt"},
     "sparsegpt by loss": {"criterion": "sparsegpt", "objective": "loss"},
     "alps by loss": {"criterion": "alps", "objective": "loss"},
+    "fisher_diagonal": {"criterion": "fisher_diagonal"},
+    "heads and neurons": {"granularity": ("head", "neuron"), "preset": "balanced", "sparsity": 0.2, "scope": "layer"},
+    "layers": {"granularity": "layer", "preset": "balanced", "sparsity": 0.2},
 }
 IN_MEMORY = {
     "magnitude, in memory": {"criterion": "magnitude"},
@@ -105,7 +111,7 @@ def measure(args: argparse.Namespace, job: harness.Job) -> harness.Result:
     resource.setrlimit(resource.RLIMIT_DATA, (harness.memory("VmData") + int(args.limit * 1e9),) * 2)
     before = harness.start_of_peak()
     start, cpu = time.perf_counter(), time.process_time()
-    calibration = batches(args.vocab, args.texts, args.length, args.batch) if config.needs else None
+    calibration = batches(args.vocab, args.texts, args.length, args.batch) if config.needs_data else None
     if run in IN_MEMORY:
         model = load_native(source).prune(config, calibration=calibration, cache_bytes=0)
         sparsity = model.sparsity_report().target_sparsity
