@@ -169,14 +169,15 @@ class _Variants:
                 self._dense.put(index, logits)
         totals = dict.fromkeys(tried, 0.0)
         expected: list[Tensor] = []
+        window = -1
         for index, name, logits in self._predictions(tried, removed, with_base=not removed):
             if name is None:
-                expected = logits
+                window, expected = index, logits
                 if self._keeps_dense:
                     self._dense.put(index, logits)
                 continue
-            if removed:
-                expected = self._dense.get(index)
+            if window != index:
+                window, expected = index, self._dense.get(index)
             mask = token_mask(reader.model, reader.batches[index])
             totals[name] += sum(prediction_change(a, b, mask) for a, b in zip(expected, logits, strict=True))
         return totals
