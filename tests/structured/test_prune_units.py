@@ -203,6 +203,15 @@ def test_nothing_but_the_heads_that_go_is_masked_in_a_matrix_of_queries_keys_and
     assert sum(p.numel() for p in model.parameters()) == plan.parameters_after
 
 
+@pytest.mark.parametrize("kinds", [("head",), ("neuron",)])
+@pytest.mark.parametrize("model_type", MODELS)
+def test_as_many_weights_are_masked_as_the_plan_says(model_type, kinds):
+    model, _ = tiny(model_type)
+    plan, _ = choose_units(model, PruningConfig(0.5, granularity=kinds, criterion="magnitude"), None)
+    removed = sum(int((~mask).sum()) for mask in unit_masks(model, plan).values())
+    assert removed == plan.parameters_before - plan.parameters_after
+
+
 def test_sizes_are_multiples():
     model, inputs = tiny("bert")
     config = PruningConfig(0.45, granularity="neuron", criterion="fisher", scope="global", round_to=8)
