@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -143,7 +143,7 @@ class Descent:
         """Run what comes after the last block, and take the gradient of what it computes."""
         last = len(self._sequence.blocks) - 1
         leaves, output = self._leaves(last, key)
-        with self._sequence.replaying(last + 1, output):
+        with self._sequence.replaying(last + 1, output), self._read_by_the_first_block_alone():
             backwards()
         if not again:
             self._outputs.put((last, key), [leaf.grad for leaf in leaves])
@@ -151,6 +151,15 @@ class Descent:
     def _down(self, number: int, again: bool, key: Hashable, window: Window, _: Callable[[], object]) -> None:
         """Run a block with gradients, from those of what it returns to those of what the one before it returned."""
         leaves, output = self._leaves(number - 1, key) if number else ([], None)
+        alone = self._read_by_the_first_block_alone() if number else nullcontext()
+        with alone:
+            self._run_down(number, again, key, window, output)
+        if number and not again:
+            self._outputs.put((number - 1, key), [leaf.grad for leaf in leaves])
+
+    def _run_down(
+        self, number: int, again: bool, key: Hashable, window: Window, output: Callable[[], Any] | None
+    ) -> None:
         with torch.enable_grad():
             returned = _floating(run_block(self._reader, self._sequence, number, window, output))
         from_above = (self._outputs.get if again else self._outputs.pop)((number, key))
@@ -158,8 +167,28 @@ class Descent:
         pairs = [(value, gradient) for value, gradient in above if gradient is not None and value.requires_grad]
         if pairs:
             torch.autograd.backward([value for value, _ in pairs], [gradient for _, gradient in pairs])
-        if number and not again:
-            self._outputs.put((number - 1, key), [leaf.grad for leaf in leaves])
+
+    @contextmanager
+    def _read_by_the_first_block_alone(self) -> Iterator[None]:
+        """Make sure that what runs inside depends on no target before the blocks, but by what blocks return."""
+        leaves: list[Tensor] = []
+
+        def cut(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
+            leaves.append(output.detach().requires_grad_())
+            return leaves[-1]
+
+        with ExitStack() as hooks:
+            for target in self._before:
+                for module in self._reader.holders[target.name]:
+                    Watcher(module, cut, after=True).install(hooks, None)
+            yield
+        if any(leaf.grad is not None for leaf in leaves):
+            names = ", ".join(target.name for target in self._before)
+            raise PlanError(
+                f"gradients of {type(self._reader.model).__name__} cannot be carried down from block to block, since "
+                f"several blocks read what {names} gives: name it in exclude_modules, choose settings without "
+                f"gradients, or prune without streaming"
+            )
 
     def _leaves(self, number: int, key: Hashable) -> tuple[list[Tensor], Callable[[], Any]]:
         """What a block returned, as tensors that get gradients, and a function that gives it to the model."""
@@ -235,7 +264,8 @@ def _outside(reader: InputReader, sequence: BlockSequence) -> tuple[list[Target]
     if between := [t.name for t in early if t not in before]:
         raise PlanError(
             f"gradients of {type(reader.model).__name__} cannot be carried down from block to block, since "
-            f"{between[0]} is used before the last block returns; choose settings without gradients, or leave it out"
+            f"{between[0]} is used between the blocks, or before and after them: name it in exclude_modules, choose "
+            f"settings without gradients, or prune without streaming"
         )
     return before, [t for t in outside if t not in early]
 

@@ -262,6 +262,7 @@ class _DoneError(Exception):
 def token_rows(model: nn.Module, inputs: Mapping[str, Any], states: Tensor) -> Tensor:
     """(tokens, features), without padding."""
     mask = token_mask(model, inputs)
-    if mask is not None and states.dim() == 3 and mask.shape == states.shape[:2]:
-        return states[mask.bool()]
-    return states.reshape(-1, states.shape[-1])
+    rows = states.reshape(-1, states.shape[-1])
+    if mask is None or states.dim() not in (2, 3) or len(rows) != mask.numel():
+        return rows
+    return rows[mask.bool().flatten()]  # some models have flattened (batch, seq)

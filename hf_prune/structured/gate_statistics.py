@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -27,6 +27,7 @@ from hf_prune.utils.distributed import all_reduce_sum, fail_together, rank_items
 from hf_prune.utils.forward import batch_to_device, device_of, eval_mode, run_model
 from hf_prune.utils.progress import Bar
 
+NO_UNITS = "the model's output for a calibration batch depends on none of the units to be pruned"
 MOST_PAIRS = 4096  # units of a group up to which pairs of them are considered
 
 
@@ -91,9 +92,7 @@ def gate_statistics(
                     with torch.enable_grad():
                         value = sampled_by(head, partial(run_model, model), part, mask, generator)
                     if not value.requires_grad:
-                        raise CalibrationError(
-                            "the model's output for a calibration batch depends on none of the units to be pruned"
-                        )
+                        raise CalibrationError(NO_UNITS)
                     value.backward()
                 examples += count_examples(part)
     return gates.statistics(groups, examples)
@@ -106,6 +105,9 @@ class Gates:
         model: The model.
         groups: Groups of it.
         pairs: As for :func:`gate_statistics`.
+
+    Attributes:
+        reached: Whether any gate got a gradient.
 
     Raises:
         PlanError: If packed experts multiply in a way that nobody has told.
@@ -120,7 +122,9 @@ class Gates:
         self._products: dict[str, Tensor] = {}
         self._absolute: dict[str, Tensor] = {}
         self._gradients: dict[str, Tensor] = {}  # (batch, choices, units) of the batch that is running, by group
+        self._earlier: dict[tuple[str, Hashable], Tensor] = {}  # of stages before, by group and part
         self._size = 0  # examples in that batch; 0 where nobody reads
+        self.reached = False
 
     def install(self, groups: Sequence[UnitGroup], hooks: ExitStack) -> None:
         """Put the gates of some groups before what consumes their units, until the end of a context."""
@@ -157,8 +161,16 @@ class Gates:
         return gate
 
     @contextmanager
-    def reading(self, part: Mapping[str, Any]) -> Iterator[None]:
-        """The model runs a part of a batch inside, forwards and backwards; what its gates got is added up."""
+    def reading(
+        self, part: Mapping[str, Any], key: Hashable = None, unfinished: Collection[str] = ()
+    ) -> Iterator[None]:
+        """The model, or a stage of it, runs a part of a batch inside, forwards and backwards; gradients are added up.
+
+        Args:
+            part: The part.
+            key: Tells it from others, where the model runs in stages.
+            unfinished: Names of groups whose gates get more of the same part in a later stage.
+        """
         self._gradients.clear()
         self._size = count_examples(part)
         try:
@@ -166,7 +178,13 @@ class Gates:
                 yield
         finally:
             self._size = 0
+        self.reached = self.reached or bool(self._gradients)
         for name, gradient in self._gradients.items():  # (batch, choices, units)
+            if (earlier := self._earlier.pop((name, key), None)) is not None:
+                gradient = earlier + gradient
+            if name in unfinished:
+                self._earlier[name, key] = gradient
+                continue
             gradient = gradient if name in self._packed else gradient[:, 0]
             in_pairs = self._pairs and gradient.dim() == 2 and gradient.shape[1] <= MOST_PAIRS
             product = gradient.t() @ gradient if in_pairs else gradient.square().sum(0)

@@ -143,7 +143,7 @@ def unit_masks(model: nn.Module, plan: UnitPlan, only: Collection[str] | None = 
     Args:
         model: The model.
         plan: Its plan, with the units that stay.
-        only: The parameters that are asked for; None for all.
+        only: Parameters of units; None for all, and those of removed layers.
     """
     assert plan.choice is not None
     masks: dict[str, Tensor] = {}
@@ -167,7 +167,7 @@ def unit_masks(model: nn.Module, plan: UnitPlan, only: Collection[str] | None = 
         removed = sorted(set(range(site.units)) - set(units.tolist())) if site.lists else []
         for name in (name for names in site.own_parameters(model, removed) for name in names if is_asked(name)):
             masks[name] = nothing(name)
-    for name, holding in holding_layers(model, plan.choice.layers).items():
-        if None not in holding and is_asked(name):
+    for name, holding in holding_layers(model, plan.choice.layers).items() if only is None else ():
+        if None not in holding:
             masks[name] = nothing(name)
     return masks

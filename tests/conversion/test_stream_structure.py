@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import Phi3Config, Phi3ForCausalLM
 
 from hf_prune import PlanError, PruningConfig, prune_stream
 from hf_prune.auto import load_native
@@ -18,6 +19,8 @@ from hf_prune.cli.workflows.prune import pruned_into
 from hf_prune.conversion.streaming.journal import Journal
 from hf_prune.conversion.streaming.lazy_weights import LazyWeights
 from hf_prune.conversion.streaming.meta_model import load_meta_model
+from hf_prune.conversion.streaming.shrunk_output import ShrunkOutput
+from hf_prune.conversion.streaming.unit_curves import parsed
 from tests import models
 from tests.moe_families import tiny_moe
 
@@ -157,6 +160,66 @@ def test_no_more_than_the_weights_of_one_block_are_read(
         tmp_path / "source", PruningConfig(**settings), tmp_path / "out", calibration=models.tiny_batches(model)
     )
     assert most == [1]
+
+
+@pytest.mark.parametrize("name", ["heads and neurons by fisher", "repaired by loss", "neurons by taylor, layer"])
+def test_one_group_of_heads_for_all_layers(name: str, tmp_path: Path) -> None:
+    """Phi-3 tells the heads of all layers by one number: one gate acts on all layers."""
+    sizes = {"num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": models.VOCAB}
+    more = {"hidden_size": 32, "intermediate_size": 48, "pad_token_id": 0, "eos_token_id": 2}
+    model = models.fill(Phi3ForCausalLM(Phi3Config(**sizes, **more)))
+    model.save_pretrained(tmp_path / "source")
+    config = PruningConfig(**{**SETTINGS[name], "granularity": ("head", "neuron"), "scope": "layer"})
+    batches = models.tiny_batches(model)
+    in_memory(tmp_path / "source", config, batches, tmp_path / "expected")
+    prune_stream(tmp_path / "source", config, tmp_path / "out", calibration=batches)
+    expected, found = tensors(tmp_path / "expected"), tensors(tmp_path / "out")
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
+
+
+def test_what_every_block_reads_cannot_learn_block_by_block(tmp_path: Path) -> None:
+    """Gemma 4 projects an input for every layer before the first one."""
+    model, inputs = tiny_moe("gemma4_text", hidden_size_per_layer_input=8, vocab_size_per_layer_input=64)
+    model.save_pretrained(tmp_path / "source")
+    config = PruningConfig(0.5, criterion="fisher_diagonal", target_modules=r".*(per_layer_model_projection|o_proj)")
+    with pytest.raises(PlanError, match=r"since several blocks read what .*per_layer_model_projection.weight gives"):
+        prune_stream(tmp_path / "source", config, tmp_path / "out", calibration=[inputs()])
+
+
+def test_curves_are_the_same_after_a_journal() -> None:
+    losses = torch.rand(50, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).mul(1e-60).cumsum(0)
+    record = json.loads(json.dumps({"a": [list(range(49)), losses.tolist()]}))
+    assert torch.equal(parsed(record)["a"].losses, losses)
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:-8])])
+def test_gaps_are_closed_one_by_one_and_damaged_files_are_made_again(
+    damage: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = deeper("llama")
+    model.save_pretrained(tmp_path / "source")
+    config = PruningConfig(granularity="layer", criterion="random", repair="least_squares", sparsity=0.5, seed=1)
+    batches = models.tiny_batches(model)
+    prune_stream(tmp_path / "source", config, tmp_path / "expected", calibration=batches)
+    write = ShrunkOutput.write
+
+    def stop(*_: Any) -> None:
+        raise Stop
+
+    monkeypatch.setattr(ShrunkOutput, "write", stop)
+    with pytest.raises(Stop):
+        prune_stream(tmp_path / "source", config, tmp_path / "out", calibration=batches)
+    monkeypatch.setattr(ShrunkOutput, "write", write)
+    journal = Journal(tmp_path / "out")
+    solved = [record["repaired"] for record in journal.records if record.get("repaired")]
+    assert solved
+    assert all(len(weights) == 1 for weights in solved)
+    damage(journal.folder / "repaired" / "0.safetensors")
+    (journal.folder / "journal.new").touch()  # of a journal that was about to be replaced
+    prune_stream(tmp_path / "source", config, tmp_path / "out", calibration=batches)
+    expected, found = tensors(tmp_path / "expected"), tensors(tmp_path / "out")
+    assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
 
 
 @pytest.mark.filterwarnings("ignore:.*experts that saw no calibration token")

@@ -254,7 +254,9 @@ def test_a_weight_before_the_blocks_and_after_them_is_refused(tmp_path):
     source, batches = saved(model, tmp_path / "source"), models.tiny_batches(model)
     settings = {"criterion": "snip", "target_modules": ["lm_head", "q_proj"]}
     load_native(str(source)).prune(0.5, calibration=batches, **settings)  # which the whole model in memory can do
-    with pytest.raises(PlanError, match=r"since .* is used before the last block returns; .*, or leave it out"):
+    with pytest.raises(
+        PlanError, match=r"since .* is used between the blocks, or before and after them: name it in exclude"
+    ):
         prune_stream(source, 0.5, tmp_path / "out", calibration=batches, **settings)
 
 

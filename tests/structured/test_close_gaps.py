@@ -5,9 +5,10 @@ import copy
 import pytest
 import torch
 
-from hf_prune import prune, shrink
+from hf_prune import PruningConfig, prune, shrink
 from hf_prune.architectures.bypass import bypass
 from hf_prune.structured.close_gaps import close_gaps, find_gaps
+from tests.architecture_models import tiny
 from tests.models import assert_unchanged, snapshot
 from tests.structured.test_layer_losses import deeper
 
@@ -114,3 +115,13 @@ def test_an_error_gives_the_weights_back(monkeypatch):
             calibration=[inputs()],
         )
     assert_unchanged(model, before)
+
+
+def test_padding_is_left_out_where_a_model_flattens_its_tokens():
+    model, inputs = tiny("opt")
+    batch = inputs()
+    batch["attention_mask"][0, -3:] = 0
+    config = PruningConfig(granularity="layer", criterion="random", repair="least_squares", sparsity=0.34)
+    dense = {name: weight.clone() for name, weight in model.state_dict().items()}
+    prune(model, config, calibration=[batch])
+    assert any(not torch.equal(p, dense[name]) for name, p in model.named_parameters() if name.endswith("fc2.weight"))

@@ -19,6 +19,7 @@ from hf_prune.conversion.streaming.journal import Journal
 from hf_prune.conversion.streaming.layer_losses import one_target_each, switched_off
 from hf_prune.conversion.streaming.lazy_weights import LazyWeights
 from hf_prune.conversion.streaming.meta_model import MetaModel, explaining_meta_errors
+from hf_prune.conversion.streaming.repaired_values import RepairedValues
 from hf_prune.structured.close_gaps import Gap, GapSums, adds_only, find_gaps, token_rows
 from hf_prune.structured.unit_plan import UnitPlan
 from hf_prune.utils.forward import batch_to_device
@@ -33,22 +34,21 @@ def close_gaps_by_blocks(
     meta_model: MetaModel,
     plan: UnitPlan,
     batches: Batches,
+    values: RepairedValues,
     journal: Journal,
     cache_bytes: int,
     progress: bool | None = None,
-) -> dict[str, Tensor]:
+) -> None:
     """What :func:`~hf_prune.structured.close_gaps.close_gaps` solves for, with one block in memory at a time.
 
     Args:
         meta_model: The dense model.
         plan: What stays of it.
         batches: Mappings of model inputs.
+        values: Gets the new weights before gaps; those that it has are not solved for again.
         journal: Its scratch folder gets what blocks return.
         cache_bytes: Most bytes of that which are kept in memory.
         progress: Show a progress bar.
-
-    Returns:
-        The new weights before gaps, by name.
 
     Raises:
         CalibrationError: If the batches are unusable.
@@ -59,15 +59,17 @@ def close_gaps_by_blocks(
     removed = {name: model.get_submodule(name) for name in plan.choice.layers}
     gaps = find_gaps(model, removed)
     if not gaps:
-        return {}
+        return
     meta_model.load_buffers()
-    new: dict[str, Tensor] = {}
     inputs = [without_labels(model, batch_to_device(model, batch)) for batch in batches]
     with ExitStack() as context:
         context.enter_context(explaining_meta_errors(model))
-        lazy = LazyWeights(
-            meta_model, lambda name: new[name] if name in new else meta_model.read(name), meta_model.read_rows, (), True
-        )
+        is_dense = True
+
+        def read(name: str) -> Tensor:
+            return values[name] if name in values and not is_dense else meta_model.read(name)
+
+        lazy = LazyWeights(meta_model, read, meta_model.read_rows, skip_head=True)
         context.enter_context(lazy)
         targets = one_target_each(model, {name: model.get_submodule(name) for name in plan.layers})
         reader = context.enter_context(InputReader(model, targets, inputs))
@@ -79,15 +81,17 @@ def close_gaps_by_blocks(
         for number in range(last + 1):
             runs.record(number, gaps)
             bar.update()
+        is_dense = False
         runs.gone = {runs.place(layer) for layer in removed.values()}
         by_place = {runs.place(gap.before): (place, gap) for place, gap in enumerate(gaps)}
         for number in range(max(by_place) + 1):
-            if number in by_place and (solved := runs.solution(number, *by_place[number])) is not None:
-                new[by_place[number][1].weight] = solved
+            place, gap = by_place.get(number, (0, None))
+            if gap is not None and gap.weight not in values:
+                if (solved := runs.solution(number, place, gap)) is not None:
+                    values.write({gap.weight: solved})
             if number < max(by_place):
                 runs.record(number)
             bar.update()
-    return new
 
 
 class _Runs:

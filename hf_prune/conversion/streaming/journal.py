@@ -21,8 +21,16 @@ from hf_prune.utils.formatting import first_few
 from hf_prune.utils.staging import put_back
 
 _FORMAT = 3
-_JOURNAL = "journal.jsonl"
-_OWN = ("checkpoint", "checkpoint.old", "scratch", "repaired", "masks.bits", _JOURNAL)  # what the folder may contain
+_JOURNAL, _NEW = "journal.jsonl", "journal.new"
+_OWN = (
+    "checkpoint",
+    "checkpoint.old",
+    "scratch",
+    "repaired",
+    "masks.bits",
+    _JOURNAL,
+    _NEW,
+)  # what the folder may contain
 _TYPES = {
     "changes": dict,
     "copied": list,
@@ -33,6 +41,7 @@ _TYPES = {
     "kept": dict,
     "placing": list,
     "repaired": dict,
+    "sizes": dict,
     "scores": dict,
     "sparsities": dict,
     "tensors": dict,
@@ -162,7 +171,7 @@ class Journal:
         """Start the steps of some kinds again, and keep the others."""
         left = [record for record in self.records if not record.keys() & kinds]
         path = self.folder / _JOURNAL
-        new = path.with_suffix(".new")
+        new = self.folder / _NEW
         new.write_bytes(b"".join(_line(record) for record in ({"format": _FORMAT, **self.key}, *left)))
         sync(new)
         os.replace(new, path)

@@ -253,7 +253,7 @@ def explaining_meta_errors(model: nn.Module) -> Iterator[None]:
     """A model runs inside with weights that are read when they are used; explains what it cannot do that way.
 
     Raises:
-        PlanError: If it uses weights outside of the modules that hold them.
+        PlanError: If it computes something from weights that are not there.
     """
     try:
         yield
@@ -272,6 +272,6 @@ def explain_meta_error(model: nn.Module, error: Exception) -> Exception:
         return error
     line = next((line for line in str(error).splitlines() if line.strip()), repr(error))
     return PlanError(
-        f"{type(model).__name__} uses weights outside of the modules that hold them, so they cannot be read when they "
-        f"are needed ({line}): prune it without streaming"
+        f"{type(model).__name__} computes something from weights before they are read ({line}): prune it without "
+        f"streaming"
     )

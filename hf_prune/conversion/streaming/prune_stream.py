@@ -183,7 +183,7 @@ def plan_stream(source: str | os.PathLike[str], config: PruningConfig) -> Prunin
     """The plan of :func:`prune_stream`, made without reading any weight.
 
     Returns:
-        The plan. Of experts and neurons it says how many stay in scope layer, and leaves open which ones.
+        The plan. Of heads, neurons and experts it says how many stay in scope layer, and leaves open which ones.
 
     Raises:
         ConfigError: If a setting needs the whole model at once.

@@ -32,7 +32,7 @@ def prepare_units(source: str, config: PruningConfig) -> tuple[MetaModel, UnitPl
     """A checkpoint's model on the meta device, and a plan without the scores of units. No weight is read.
 
     Returns:
-        The model; and the plan, in scope layer with the number of units that each group keeps.
+        The model; and the plan, in scope layer without layers with the number of units that each group keeps.
 
     Raises:
         CheckpointError: If the source is damaged, does not fit its config, or has masks.

@@ -23,9 +23,10 @@ from hf_prune.conversion.streaming.lazy_weights import LazyWeights
 from hf_prune.conversion.streaming.meta_model import MetaModel, explaining_meta_errors
 from hf_prune.conversion.streaming.unit_scores import finite_weights, score_units
 from hf_prune.criteria.base import derived_seed
+from hf_prune.errors import CalibrationError, PlanError
 from hf_prune.planning.config import PruningConfig
 from hf_prune.planning.targets import resolve_targets
-from hf_prune.structured.gate_statistics import Gates, GateStatistics
+from hf_prune.structured.gate_statistics import NO_UNITS, Gates, GateStatistics
 from hf_prune.structured.loss_curves import Curve
 from hf_prune.structured.reconstruction import (
     Reading,
@@ -76,17 +77,21 @@ def unit_curves(
         return {group.name: curve_of_scores(meta_model.model, group, scores[group.name]) for group in groups}, None
     found = next((record["curves"] for record in journal.records if "curves" in record), None)
     if found is not None and config.repair is None:
-        return _parsed(found), None
+        return parsed(found), None
     with _Stream(meta_model, plan, batches, journal, cache_bytes, progress) as stream:
         if found is not None:
-            return _parsed(found), stream.sensitivity() if by_sensitivity else None
+            return parsed(found), stream.sensitivity() if by_sensitivity else None
         curves, sensitivity = stream.curves(by_sensitivity)
     journal.add({"curves": {name: [c.order.tolist(), c.losses.tolist()] for name, c in curves.items()}})
     return curves, sensitivity
 
 
-def _parsed(record: Mapping[str, Any]) -> dict[str, Curve]:
-    return {name: Curve(torch.tensor(order), torch.tensor(losses).double()) for name, (order, losses) in record.items()}
+def parsed(record: Mapping[str, Any]) -> dict[str, Curve]:
+    """Curves as the journal keeps them: by group, the order and the losses."""
+    return {
+        name: Curve(torch.tensor(order), torch.tensor(losses, dtype=torch.float64))
+        for name, (order, losses) in record.items()
+    }
 
 
 class _Stream:
@@ -157,9 +162,13 @@ class _Stream:
         with no_parameter_gradients(model), self._open([t for t in every if t.name in consumers]) as reader:
             reader.order(warn=False)
             find_head = HeadFinder(model, reader.forward)
+            waiting = {group.name: {piece.name for piece in group.consumers} for group in self._groups}
             for stage in Descent(reader, self._cache_bytes, self._folder).stages(self._progress, "Units"):
                 names = {target.name for target in stage.targets}
-                groups = [group for group in self._groups if any(piece.name in names for piece in group.consumers)]
+                groups = [group for group in self._groups if not waiting[group.name].isdisjoint(names)]
+                for group in groups:
+                    waiting[group.name] -= names
+                unfinished = {group.name for group in groups if waiting[group.name]}  # such as one for all layers
                 examples = 0
                 with ExitStack() as hooks:
                     gates.install(groups, hooks)
@@ -167,11 +176,19 @@ class _Stream:
                         generator = torch.Generator().manual_seed(derived_seed(self._config.seed, index))
                         for call in calls:
                             head = find_head(call.window)
-                            with gates.reading(call.window):
+                            with gates.reading(call.window, (index, call.part), unfinished):
                                 call.run(partial(run_backwards, reader, call.window, head, generator))
                             examples += count_examples(call.window)
-                found = gates.statistics(groups, examples)
-                yield from ((group, found[group.name]) for group in groups)
+                finished = [group for group in groups if group.name not in unfinished]
+                found = gates.statistics(finished, examples)
+                yield from ((group, found[group.name]) for group in finished)
+        if left := [name for name, consumers in waiting.items() if consumers]:
+            raise PlanError(
+                f"what reads the units of {left[0]} cannot be found block by block: spare it with exclude_modules, or "
+                f"prune without streaming"
+            )
+        if not gates.reached:
+            raise CalibrationError(NO_UNITS)
 
     def _open(self, targets: Sequence[Any]) -> InputReader:
         return InputReader(self._model, targets, self._batches, cache_bytes=self._cache_bytes, folder=self._folder)

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hf_prune.architectures.bypass import bypass, restore
+from hf_prune.architectures.unit_groups import UnitGroup
 from hf_prune.calibration.sensitivity import Sensitivity
 from hf_prune.conversion.streaming.blocks import prune_blocks
 from hf_prune.conversion.streaming.gaps import close_gaps_by_blocks
 from hf_prune.conversion.streaming.journal import Journal
 from hf_prune.conversion.streaming.meta_model import MetaModel
 from hf_prune.conversion.streaming.output import Output
+from hf_prune.conversion.streaming.repaired_values import RepairedValues
 from hf_prune.kernels.zeroing import zero_removed_
 from hf_prune.planning.plan import PlannedTensor, PruningPlan
 from hf_prune.structured.close_gaps import warn_of_open_gaps
@@ -79,12 +80,12 @@ def repair_units(
 def _closed_gaps(
     meta_model: MetaModel, plan: UnitPlan, batches: Batches, journal: Journal, cache_bytes: int, progress: bool | None
 ) -> Mapping[str, Tensor]:
-    values = _Values(journal.folder / "repaired", journal)
-    if not any("repaired" in record for record in journal.records):
-        solved = close_gaps_by_blocks(meta_model, plan, batches, journal, cache_bytes, progress)
-        if not solved:
+    values = RepairedValues(journal)
+    if not values.complete:
+        close_gaps_by_blocks(meta_model, plan, batches, values, journal, cache_bytes, progress)
+        if not values:
             warn_of_open_gaps(meta_model.model, plan.config.repair)
-        values.write(solved)
+        values.write({})
     return values
 
 
@@ -93,51 +94,23 @@ class _UnitMasks(Mapping[str, Tensor]):
 
     def __init__(self, model: Any, plan: UnitPlan) -> None:
         self._model, self._plan = model, plan
-        self._names = dict.fromkeys(piece.name for group in plan.sites for piece in group.slices)
+        self._groups: dict[str, dict[str, UnitGroup]] = {}
+        for group in plan.sites:
+            for piece in group.slices:
+                self._groups.setdefault(piece.name, {})[group.name] = group
 
     def __getitem__(self, name: str) -> Tensor:
-        if name not in self._names:
-            raise KeyError(name)
-        return unit_masks(self._model, self._plan, {name})[name]
+        plan = dataclasses.replace(self._plan, sites=tuple(self._groups[name].values()))
+        return unit_masks(self._model, plan, {name})[name]
 
     def __contains__(self, name: object) -> bool:
-        return name in self._names
+        return name in self._groups
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
+        return iter(self._groups)
 
     def __len__(self) -> int:
-        return len(self._names)
-
-
-class _Values(Mapping[str, Tensor]):
-    """Parameters that a run has found new values for, in files; those of an interrupted run are among them."""
-
-    def __init__(self, folder: Path, journal: Journal) -> None:
-        self._folder, self._journal, self._files = folder, journal, dict[str, str]()
-        folder.mkdir(exist_ok=True)
-        for record in journal.records:
-            self._files |= record.get("repaired", {})
-
-    def write(self, tensors: Mapping[str, Tensor]) -> None:
-        """Write new values into a file, and say so in the journal."""
-        path = self._folder / f"{len(self._files)}.safetensors"
-        save_file(dict(tensors), path)
-        files = dict.fromkeys(tensors, path.name)
-        self._journal.add({"repaired": files}, path)
-        self._files |= files
-
-    def __getitem__(self, name: str) -> Tensor:
-        return load_file(self._folder / self._files[name])[name]
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._files
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._files)
-
-    def __len__(self) -> int:
-        return len(self._files)
+        return len(self._groups)
 
 
 class _RepairedUnits(Output):
@@ -153,7 +126,7 @@ class _RepairedUnits(Output):
     def __init__(self, meta_model: MetaModel, plan: PruningPlan, journal: Journal, masks: Mapping[str, Tensor]) -> None:
         super().__init__(meta_model, plan, {}, journal)
         self._unit_masks = masks
-        self.values = _Values(journal.folder / "repaired", journal)
+        self.values = RepairedValues(journal)
 
     def done(self, name: str) -> bool:
         """Whether the final weights of a target are on the disk."""
