@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from hf_prune import prune
-from hf_prune.inference.timing import time_together
 from hf_prune.kernels import fast_products as module
 from hf_prune.kernels.fast_products import fast_products, onednn_is_faster
 from hf_prune.structured.gate_statistics import gate_statistics
 from tests import models
+from tests.structured.test_prune_units import fake_timings, on_a_machine_where
 
 LARGE = torch.zeros(512, 512)
 
@@ -119,8 +119,13 @@ def test_a_speed_up_is_timed_on_products_as_people_will_run_them(monkeypatch):
         fused = torch.nn.functional.scaled_dot_product_attention
         fused(*[torch.zeros(1, 1, 4, 4)] * 3)  # which would leave another setting behind
         seen.add(torch.get_float32_matmul_precision())
-        return time_together(models, *args, **kwargs)
+        return timings(models, *args, **kwargs)
 
+    def seconds(model):
+        return 1e-6 * model.num_parameters()
+
+    on_a_machine_where(monkeypatch, seconds)
+    timings = fake_timings(seconds)
     for module_name in ("structured.latency_costs", "inference.speedup"):
         monkeypatch.setattr(f"hf_prune.{module_name}.time_together", watched)
     model = models.tiny_bert()
@@ -132,7 +137,7 @@ def test_a_speed_up_is_timed_on_products_as_people_will_run_them(monkeypatch):
         "hf_prune.structured.choose_units.gate_statistics",
         lambda *args: inside.append(torch.get_float32_matmul_precision()) or gate_statistics(*args),
     )
-    prune(model, target_speedup=1.01, workload=workload, calibration=models.tiny_batches(model), **settings)
+    prune(model, target_speedup=1.1, workload=workload, calibration=models.tiny_batches(model), **settings)
     assert inside == ["medium"]
     assert seen == {"highest"}
     assert torch.get_float32_matmul_precision() == "highest"
