@@ -57,7 +57,7 @@ class Preset:
 
 MEASURED_HOW = (
     "Points of accuracy lost (± standard error), and CPU time: MiniLM with 6 layers on SST-2, 80 % zeros, or 60 % of "
-    "all parameters left; 4,000 held-out training sentences, calibrated on 128 others, seed 0, one thread. "
+    "all parameters left; 10,000 held-out training sentences, calibrated on 128 others, seed 0, one thread. "
     "docs/presets.md has more."
 )
 _SOLVED = {"allocation": "fisher", "objective": "loss"}
@@ -69,21 +69,21 @@ PRESETS: Mapping[str, Preset] = {
         needs="no data",
         weights={"criterion": "magnitude"},
         units={"criterion": "magnitude"},
-        measured={"zeros": "16.6 ± 0.6 points, 0 s", "heads and neurons": "37.6 ± 0.8 points, 0 s"},
+        measured={"zeros": "19.8 ± 0.4 points, 0 s", "heads and neurons": "39.1 ± 0.5 points, 0 s"},
     ),
     "balanced": Preset(
         summary="the default with data: close to the best, in less time",
         needs="texts",
         weights={"criterion": "sparsegpt", **_SOLVED},
         units=_REPAIRED,
-        measured={"zeros": "2.8 ± 0.3 points, 36 s", "heads and neurons": "6.2 ± 0.4 points, 32 s"},
+        measured={"zeros": "2.5 ± 0.2 points, 15 s", "heads and neurons": "7.5 ± 0.3 points, 18 s"},
     ),
     "best": Preset(
         summary="the most accurate without training",
         needs="texts",
         weights={"criterion": "alps", "repair": "least_squares", **_SOLVED},
         units=_REPAIRED,
-        measured={"zeros": "2.3 ± 0.3 points, 68 s", "heads and neurons": "6.2 ± 0.4 points, 32 s"},
+        measured={"zeros": "1.6 ± 0.2 points, 32 s", "heads and neurons": "7.5 ± 0.3 points, 18 s"},
     ),
     "best+polish": Preset(
         summary="best, then a short training on the same kind of texts, without labels: for high sparsities",
