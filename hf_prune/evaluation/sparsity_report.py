@@ -16,7 +16,7 @@ from hf_prune.evaluation.weight_statistics import WeightStatistics, nm_patterns
 from hf_prune.kernels.matrix import Target
 from hf_prune.planning.config import PruningConfig
 from hf_prune.planning.make_plan import coverage_notes
-from hf_prune.planning.targets import divisible, resolve_targets
+from hf_prune.planning.targets import divisible, every_target, resolve_targets
 from hf_prune.planning.traits import weight_granularity
 from hf_prune.pruning.mask_store import MaskStore, warn_regrown
 from hf_prune.utils.formatting import format_count, format_table
@@ -290,7 +290,7 @@ def sparsity_report(model: nn.Module, config: PruningConfig | None = None) -> Sp
 
 def _targets(model: nn.Module, config: PruningConfig | None, store: MaskStore | None) -> dict[str, Target]:
     if config is None and store is not None:
-        everything = resolve_targets(model, PruningConfig(target_modules=".*"), loaded=False)
+        everything = every_target(model)
         return {t.name: t for t in everything if t.name in store.masks}
     try:
         return {t.name: t for t in resolve_targets(model, config or PruningConfig(), loaded=False)}

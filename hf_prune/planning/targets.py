@@ -34,6 +34,11 @@ ALL_LINEAR = "all-linear"
 _MATCH_SECONDS = 1.0  # time limit for matching a regular expression with one name
 
 
+def every_target(model: nn.Module) -> list[Target]:
+    """All weights of a model that can be pruned, whether they are loaded or not."""
+    return resolve_targets(model, PruningConfig(target_modules=".*"), loaded=False)
+
+
 def resolve_targets(
     model: nn.Module, config: PruningConfig, *, loaded: bool = True, only: Collection[str] | None = None
 ) -> list[Target]:

@@ -17,12 +17,12 @@ from hf_prune.calibration.blockwise_sensitivity import measure_by_blocks
 from hf_prune.calibration.input_reader import InputReader
 from hf_prune.calibration.sensitivity import measure_sensitivity
 from hf_prune.checkpoint.files import MASK_FILE
-from hf_prune.conversion.streaming.output import Output
 from hf_prune.errors import CalibrationError, PlanError
 from hf_prune.kernels import chunked_logits
 from hf_prune.planning.make_plan import make_plan
 from hf_prune.planning.plan import targets_of
 from tests import models
+from tests.support.streams import stop_at_weight
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "alps by loss": {"criterion": "alps", "objective": "loss", "sparsity": 0.6},
@@ -116,15 +116,7 @@ def test_an_interrupted_run_goes_on_with_dense_outputs(tmp_path, monkeypatch):
     source, batches = saved(model, tmp_path / "source"), models.tiny_batches(model)
     config = PruningConfig(0.6, criterion="alps", objective="loss", allocation="fisher", repair="least_squares")
     prune_stream(source, config, tmp_path / "whole", calibration=batches)
-    write, left = Output.write, [9]
-
-    def stop(*args: Any) -> None:
-        left[0] -= 1
-        if left[0] == 0:
-            raise KeyboardInterrupt
-        write(*args)
-
-    monkeypatch.setattr(Output, "write", stop)
+    stop_at_weight(monkeypatch, 9)
     with pytest.raises(KeyboardInterrupt):
         prune_stream(source, config, tmp_path / "out", calibration=batches)
     monkeypatch.undo()

@@ -8,14 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from torch import Tensor
 from transformers import Phi3Config, Phi3ForCausalLM
 
 from hf_prune import PlanError, PruningConfig, prune_stream
 from hf_prune.auto import load_native
-from hf_prune.checkpoint.files import SPARSITY_REPORT
-from hf_prune.cli.workflows.prune import pruned_into
 from hf_prune.conversion.streaming.journal import Journal
 from hf_prune.conversion.streaming.lazy_weights import LazyWeights
 from hf_prune.conversion.streaming.meta_model import load_meta_model
@@ -23,6 +19,7 @@ from hf_prune.conversion.streaming.shrunk_output import ShrunkOutput
 from hf_prune.conversion.streaming.unit_curves import parsed
 from tests import models
 from tests.moe_families import tiny_moe
+from tests.support.streams import Stop, assert_same_files, prune_in_memory, stop_at_record, tensors
 
 LAYERS: dict[str, Any] = {"granularity": "layer", "sparsity": 0.4}
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -74,17 +71,6 @@ def deeper(kind: str) -> Any:
     return models.fill(type(model)(config))
 
 
-def in_memory(source: Path, config: PruningConfig, batches: list[dict[str, Tensor]], out: Path) -> None:
-    """What the command writes without ``--stream``."""
-    data = batches if config.needs_data else None
-    with pruned_into(out, load_native(str(source)), config, data, None, source=str(source), plots=False, name=""):
-        pass
-
-
-def tensors(folder: Path) -> dict[str, Tensor]:
-    return {name: tensor for path in folder.glob("model*.safetensors") for name, tensor in load_file(path).items()}
-
-
 @pytest.mark.filterwarnings("ignore:repair='least_squares' changed nothing")  # of BERT: a norm follows the sum
 @pytest.mark.covering(1)
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
@@ -93,23 +79,11 @@ def test_the_files_are_those_of_a_pruning_in_memory(kind: str, settings: dict[st
     model, config = deeper(kind), PruningConfig(**settings)
     model.save_pretrained(tmp_path / "source")
     batches = [{name: x for name, x in batch.items() if name != "labels"} for batch in models.tiny_batches(model)]
-    in_memory(tmp_path / "source", config, batches, tmp_path / "expected")
+    prune_in_memory(tmp_path / "source", config, batches, tmp_path / "expected")
     data = batches if config.needs_data else None
     prune_stream(tmp_path / "source", config, tmp_path / "out", calibration=data, cache_bytes=0)
-    names = {path.name for path in (tmp_path / "expected").iterdir()}
-    assert names == {path.name for path in (tmp_path / "out").iterdir()}
-    for name in ("model.safetensors", "config.json"):
-        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "expected" / name).read_bytes()
-    expected, found = (json.loads((tmp_path / f / SPARSITY_REPORT).read_text()) for f in ("expected", "out"))
-    for tensor in expected["tensors"]:
-        if not tensor["is_target"]:
-            tensor["before"] = None  # in memory, all weights are described before pruning
-    assert found == expected
+    assert_same_files(tmp_path / "expected", tmp_path / "out")
     assert load_native(str(tmp_path / "out")).num_parameters() < model.num_parameters()
-
-
-class Stop(Exception):
-    pass
 
 
 @pytest.mark.parametrize("name", ["all by fisher", "layers by the default", "repaired by loss"])
@@ -118,16 +92,7 @@ def test_an_interrupted_stream_goes_on(name: str, tmp_path: Path, monkeypatch: p
     model.save_pretrained(tmp_path / "source", max_shard_size="5KB")
     batches = models.tiny_batches(model)
     prune_stream(tmp_path / "source", config, tmp_path / "expected", calibration=batches)
-    add, left, records = Journal.add, [0], list[dict[str, Any]]()
-
-    def counted(self: Journal, record: dict[str, Any], *written: Path) -> None:
-        if left[0] == 0:
-            raise Stop
-        left[0] -= 1
-        records.append(record)
-        add(self, record, *written)
-
-    monkeypatch.setattr(Journal, "add", counted)
+    left, records = stop_at_record(monkeypatch)
     for steps in (1, 1, 3, 5):  # after some scores, while weights are repaired, and while files are written
         left[0] = steps
         with pytest.raises(Stop):
@@ -171,7 +136,7 @@ def test_one_group_of_heads_for_all_layers(name: str, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "source")
     config = PruningConfig(**{**SETTINGS[name], "granularity": ("head", "neuron"), "scope": "layer"})
     batches = models.tiny_batches(model)
-    in_memory(tmp_path / "source", config, batches, tmp_path / "expected")
+    prune_in_memory(tmp_path / "source", config, batches, tmp_path / "expected")
     prune_stream(tmp_path / "source", config, tmp_path / "out", calibration=batches)
     expected, found = tensors(tmp_path / "expected"), tensors(tmp_path / "out")
     assert expected.keys() == found.keys()
@@ -227,7 +192,7 @@ def test_neurons_of_packed_experts_are_ranked_by_gradients(tmp_path: Path) -> No
     model, inputs = tiny_moe("mixtral")
     model.save_pretrained(tmp_path / "source")
     config = PruningConfig(granularity="neuron", criterion="fisher", scope="layer", sparsity=0.5)
-    in_memory(tmp_path / "source", config, [inputs()] * 2, tmp_path / "expected")
+    prune_in_memory(tmp_path / "source", config, [inputs()] * 2, tmp_path / "expected")
     prune_stream(tmp_path / "source", config, tmp_path / "out", calibration=[inputs()] * 2)
     expected, found = tensors(tmp_path / "expected"), tensors(tmp_path / "out")
     assert expected.keys() == found.keys()

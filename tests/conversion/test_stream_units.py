@@ -15,9 +15,8 @@ from transformers import AutoModelForCausalLM
 from hf_prune import CheckpointError, ConfigError, PlanError, PruningConfig, plan_stream, prune, prune_stream
 from hf_prune.auto import load_native
 from hf_prune.checkpoint.files import MASK_FILE, SPARSITY_REPORT
-from hf_prune.cli.workflows.prune import pruned_into
-from hf_prune.conversion.streaming.journal import Journal
 from tests.moe_families import tiny_moe
+from tests.support.streams import Stop, assert_same_files, prune_in_memory, stop_at_record, tensors
 
 EXPERTS: dict[str, Any] = {"granularity": "expert", "sparsity": 0.5}
 SMALL = "12KB"  # of a file: the experts of a layer lie in several
@@ -36,23 +35,12 @@ def saved(family: str, folder: Path, **options: Any) -> Path:
     return folder
 
 
-def in_memory(source: Path, config: PruningConfig, out: Path) -> Any:
-    """What the command writes without ``--stream``."""
-    data = batches() if config.needs_data else None
-    with pruned_into(out, load_native(str(source)), config, data, None, source=str(source), plots=False, name="") as (
-        report,
-        _,
-    ):
-        pass
-    return report
+def in_memory(source: Path, config: PruningConfig, out: Path) -> None:
+    prune_in_memory(source, config, batches(), out)
 
 
 def streamed(source: Path, config: PruningConfig, out: Path) -> Any:
     return prune_stream(source, config, out, calibration=batches() if config.needs_data else None)
-
-
-def tensors(folder: Path) -> dict[str, Tensor]:
-    return {name: tensor for path in folder.glob("model*.safetensors") for name, tensor in load_file(path).items()}
 
 
 @pytest.mark.parametrize("criterion", ["magnitude", "reap"])
@@ -61,16 +49,9 @@ def test_the_files_are_those_of_a_pruning_in_memory(family: str, criterion: str,
     source, config = saved(family, tmp_path / "source"), PruningConfig(criterion=criterion, **EXPERTS)
     in_memory(source, config, tmp_path / "expected")
     streamed(source, config, tmp_path / "out")
-    names = {path.name for path in (tmp_path / "expected").iterdir()}
-    assert names == {path.name for path in (tmp_path / "out").iterdir()}
-    for name in ("model.safetensors", "config.json"):
-        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "expected" / name).read_bytes()
-    expected, found = (json.loads((tmp_path / f / SPARSITY_REPORT).read_text()) for f in ("expected", "out"))
-    for tensor in expected["tensors"]:
-        if not tensor["is_target"]:
-            tensor["before"] = None  # in memory, all weights are described before pruning
-    assert found == expected
-    assert found["structure"]["needs_plugin"] is False
+    assert_same_files(tmp_path / "expected", tmp_path / "out")
+    report = json.loads((tmp_path / "out" / SPARSITY_REPORT).read_text())
+    assert report["structure"]["needs_plugin"] is False
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     experts = [module for name, module in loaded.named_modules() if name.endswith(".mlp.experts")]
     assert {len(module.down_proj) for module in experts} == {4}
@@ -100,29 +81,17 @@ def test_other_settings_and_several_files(settings: dict[str, Any], options: dic
     assert files == set(index["weight_map"].values())
 
 
-class Stop(Exception):
-    pass
-
-
 def test_an_interrupted_stream_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = saved("mixtral", tmp_path / "source", max_shard_size=SMALL)
     config = PruningConfig(criterion="reap", **EXPERTS)
     streamed(source, config, tmp_path / "expected")
-    add, left = Journal.add, [0]
-
-    def counted(self: Journal, record: dict[str, Any], *written: Path) -> None:
-        if left[0] == 0:
-            raise Stop
-        left[0] -= 1
-        add(self, record, *written)
-
-    monkeypatch.setattr(Journal, "add", counted)
+    left, _ = stop_at_record(monkeypatch)
     for steps in (1, 4, 3):  # while blocks are observed, while tensors are counted, and while files are written
         left[0] = steps
         with pytest.raises(Stop):
             streamed(source, config, tmp_path / "out")
         assert not (tmp_path / "out").exists()
-    monkeypatch.setattr(Journal, "add", add)
+    left[0] = -1
     streamed(source, config, tmp_path / "out")
     for path in (tmp_path / "expected").iterdir():
         if not path.name.startswith("."):

@@ -24,6 +24,7 @@ from hf_prune.mixin import prunable
 from tests import models
 from tests.moe_models import tiny_mixture
 from tests.pruning.test_packed_experts import batches as mixture_batches
+from tests.support.streams import stop_at_weight
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "taylor": {"criterion": "taylor"},
@@ -189,15 +190,8 @@ def test_an_interrupted_run_takes_gradients_of_the_dense_weights_again(criterion
     source, batches = saved(model, tmp_path / "source"), models.tiny_batches(model)
     config = PruningConfig(0.6, criterion=criterion, **settings)
     prune_stream(source, config, tmp_path / "whole", calibration=batches)
-    write, left = Output.write, [9]
-
-    def stop(*args: Any) -> None:
-        left[0] -= 1
-        if left[0] == 0:
-            raise KeyboardInterrupt
-        write(*args)
-
-    monkeypatch.setattr(Output, "write", stop)
+    write = Output.write
+    stop_at_weight(monkeypatch, 9)
     with pytest.raises(KeyboardInterrupt):
         prune_stream(source, config, tmp_path / "out", calibration=batches)
     again: list[str] = []

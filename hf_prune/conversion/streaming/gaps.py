@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
 from functools import partial
 from typing import Any
@@ -20,13 +20,12 @@ from hf_prune.conversion.streaming.layer_losses import one_target_each, switched
 from hf_prune.conversion.streaming.lazy_weights import LazyWeights
 from hf_prune.conversion.streaming.meta_model import MetaModel, explaining_meta_errors
 from hf_prune.conversion.streaming.repaired_values import RepairedValues
+from hf_prune.conversion.streaming.runner import Batches
 from hf_prune.structured.close_gaps import Gap, GapSums, adds_only, find_gaps, token_rows
 from hf_prune.structured.unit_plan import UnitPlan
 from hf_prune.utils.forward import batch_to_device
 from hf_prune.utils.offload_cache import OffloadCache
 from hf_prune.utils.progress import Bar
-
-Batches = Sequence[Mapping[str, Any]]
 
 
 @torch.no_grad()
@@ -77,19 +76,21 @@ def close_gaps_by_blocks(
         runs = _Runs(reader, lazy, cache_bytes, journal)
         context.callback(runs.close)
         last = runs.place(gaps[-1].last)
-        bar = context.enter_context(Bar[object](total=2 * last, desc="Gaps", unit="block", progress=progress))
+        by_place = {runs.place(gap.before): (place, gap) for place, gap in enumerate(gaps)}
+        highest = max(by_place)  # nothing above it is solved for
+        total = last + highest + 2
+        bar = context.enter_context(Bar[object](total=total, desc="Gaps", unit="block", progress=progress))
         for number in range(last + 1):
             runs.record(number, gaps)
             bar.update()
         is_dense = False
         runs.gone = {runs.place(layer) for layer in removed.values()}
-        by_place = {runs.place(gap.before): (place, gap) for place, gap in enumerate(gaps)}
-        for number in range(max(by_place) + 1):
+        for number in range(highest + 1):
             place, gap = by_place.get(number, (0, None))
             if gap is not None and gap.weight not in values:
                 if (solved := runs.solution(number, place, gap)) is not None:
                     values.write({gap.weight: solved})
-            if number < max(by_place):
+            if number < highest:
                 runs.record(number)
             bar.update()
 

@@ -18,10 +18,10 @@ from hf_prune.calibration.predictions import named_logits, token_mask
 from hf_prune.conversion.streaming.journal import Journal
 from hf_prune.conversion.streaming.lazy_weights import LazyWeights
 from hf_prune.conversion.streaming.meta_model import MetaModel, explaining_meta_errors
+from hf_prune.conversion.streaming.runner import Batches
 from hf_prune.errors import PlanError
 from hf_prune.kernels.matrix import Target
-from hf_prune.planning.config import PruningConfig
-from hf_prune.planning.targets import resolve_targets
+from hf_prune.planning.targets import every_target
 from hf_prune.structured.gate_statistics import prediction_change
 from hf_prune.structured.layer_losses import greedy_losses, losses_without_data, sample_batches
 from hf_prune.structured.meet_budget import most_layers
@@ -30,8 +30,6 @@ from hf_prune.structured.unit_scores import sum_of_squares
 from hf_prune.utils.forward import batch_to_device
 from hf_prune.utils.offload_cache import OffloadCache
 from hf_prune.utils.progress import Bar
-
-Batches = Sequence[Mapping[str, Any]]
 
 
 @torch.no_grad()
@@ -71,7 +69,8 @@ def layer_losses_by_blocks(
     meta_model.load_buffers()
     lazy = LazyWeights(meta_model, meta_model.read, meta_model.read_rows)
     with explaining_meta_errors(model), lazy:
-        if config.criterion == "greedy":
+        greedy = config.criterion == "greedy"
+        if greedy:
             windows = list(sample_batches(model, batches))
         else:
             windows = [
@@ -85,7 +84,6 @@ def layer_losses_by_blocks(
             outputs, dense = (OffloadCache(cache_bytes, journal.scratch) for _ in range(2))
             context.callback(outputs.close)
             context.callback(dense.close)
-            greedy = config.criterion == "greedy"
             runs = _Variants(reader, lazy, modules, outputs, dense, greedy, progress)
 
             def changes(tried: Sequence[str], removed: Sequence[str]) -> dict[str, float]:
@@ -96,14 +94,14 @@ def layer_losses_by_blocks(
                 journal.add({"without": list(removed), "changes": found})
                 return found
 
-            if config.criterion == "greedy":
+            if greedy:
                 return greedy_losses(list(modules), (), most_layers(plan), examples, changes)
             return {name: change / examples for name, change in changes(list(modules), ()).items()}
 
 
 def one_target_each(model: nn.Module, layers: Mapping[str, nn.Module]) -> list[Target]:
     """A weight in each layer, by whose calls the reader finds the blocks."""
-    every = resolve_targets(model, PruningConfig(target_modules=".*"), loaded=False)
+    every = every_target(model)
     own = {id(parameter): name for name, layer in layers.items() for parameter in layer.parameters()}
     by_layer: dict[str, Target] = {}
     for target in every:

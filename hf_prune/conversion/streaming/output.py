@@ -26,10 +26,9 @@ from hf_prune.evaluation.sparsity_report import SparsityReport
 from hf_prune.evaluation.weight_statistics import WeightStatistics
 from hf_prune.kernels.matrix import Target
 from hf_prune.kernels.zeroing import zero_removed_
-from hf_prune.planning.config import PruningConfig
 from hf_prune.planning.make_plan import refuse_infinite
 from hf_prune.planning.plan import PlannedTensor, PruningPlan
-from hf_prune.planning.targets import bias_names, resolve_targets
+from hf_prune.planning.targets import bias_names, every_target
 from hf_prune.pruning.weight_norm import lengths_name
 from hf_prune.utils.files import write_text
 from hf_prune.utils.output_folder import check_output
@@ -272,5 +271,5 @@ def clear(folder: Path, kept: Container[str]) -> None:
 def _masked_targets(model: Any, masks: Mapping[str, Tensor]) -> list[Target]:
     if not masks:
         return []
-    targets = resolve_targets(model, PruningConfig(target_modules=".*"), loaded=False)
+    targets = every_target(model)
     return [target for target in targets if target.name in masks]

@@ -28,9 +28,8 @@ from hf_prune.evaluation.sparsity_report import SparsityReport
 from hf_prune.evaluation.structure_report import structure_report
 from hf_prune.evaluation.weight_statistics import WeightStatistics
 from hf_prune.kernels.zeroing import zero_removed_
-from hf_prune.planning.config import PruningConfig
 from hf_prune.planning.make_plan import refuse_infinite
-from hf_prune.planning.targets import resolve_targets
+from hf_prune.planning.targets import every_target, resolve_targets
 from hf_prune.structured.shrink import shrink_without_weights
 from hf_prune.structured.shrink_record import layer_of
 from hf_prune.structured.unit_plan import UnitPlan
@@ -96,7 +95,7 @@ class ShrunkOutput:
     def _report_removed(self, progress: bool | None) -> None:
         """Report what may lose units as it is in a masked model: in its old shape, with zeros."""
         dense = self.meta_model.model
-        targets = {t.name: t for t in resolve_targets(dense, PruningConfig(target_modules=".*"), loaded=False)}
+        targets = {t.name: t for t in every_target(dense)}
         covered = {t.name for t in resolve_targets(dense, self.plan.config, loaded=False)}
         names = list(dict.fromkeys(piece.name for group in self.plan.sites for piece in group.slices))
         names += [name for name in self.meta_model.keys if layer_of(name, self._gone) is not None]

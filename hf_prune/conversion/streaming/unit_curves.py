@@ -21,11 +21,11 @@ from hf_prune.calibration.sensitivity import Sensitivity, run_backwards
 from hf_prune.conversion.streaming.journal import Journal
 from hf_prune.conversion.streaming.lazy_weights import LazyWeights
 from hf_prune.conversion.streaming.meta_model import MetaModel, explaining_meta_errors
+from hf_prune.conversion.streaming.runner import Batches
 from hf_prune.conversion.streaming.unit_scores import finite_weights, score_units
 from hf_prune.criteria.base import derived_seed
 from hf_prune.errors import CalibrationError, PlanError
-from hf_prune.planning.config import PruningConfig
-from hf_prune.planning.targets import resolve_targets
+from hf_prune.planning.targets import every_target
 from hf_prune.structured.gate_statistics import NO_UNITS, Gates, GateStatistics
 from hf_prune.structured.loss_curves import Curve
 from hf_prune.structured.reconstruction import (
@@ -36,8 +36,6 @@ from hf_prune.structured.reconstruction import (
 )
 from hf_prune.structured.unit_plan import UnitPlan
 from hf_prune.structured.unit_scores import curve_of_scores, gate_curve, warn_of_missed_experts
-
-Batches = Sequence[Mapping[str, Any]]
 
 
 @torch.no_grad()
@@ -157,7 +155,7 @@ class _Stream:
         """The statistics of each group, from the last block to the first."""
         model = self._model
         consumers = {piece.name for group in self._groups for piece in group.consumers}
-        every = resolve_targets(model, PruningConfig(target_modules=".*"), loaded=False)
+        every = every_target(model)
         gates = Gates(model, self._groups, pairs)
         with no_parameter_gradients(model), self._open([t for t in every if t.name in consumers]) as reader:
             reader.order(warn=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from types import MappingProxyType
 from typing import Any
@@ -20,14 +20,13 @@ from hf_prune.conversion.streaming.journal import Journal
 from hf_prune.conversion.streaming.meta_model import MetaModel
 from hf_prune.conversion.streaming.output import Output
 from hf_prune.conversion.streaming.repaired_values import RepairedValues
+from hf_prune.conversion.streaming.runner import Batches
 from hf_prune.kernels.zeroing import zero_removed_
 from hf_prune.planning.plan import PlannedTensor, PruningPlan
 from hf_prune.structured.close_gaps import warn_of_open_gaps
 from hf_prune.structured.prune_units import unit_masks
 from hf_prune.structured.reconstruction import inner_plan, repaired_weights
 from hf_prune.structured.unit_plan import UnitPlan
-
-Batches = Sequence[Mapping[str, Any]]
 
 
 @torch.no_grad()

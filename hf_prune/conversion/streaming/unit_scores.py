@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +17,7 @@ from hf_prune.calibration.input_reader import InputReader
 from hf_prune.conversion.streaming.journal import Journal
 from hf_prune.conversion.streaming.lazy_weights import LazyWeights
 from hf_prune.conversion.streaming.meta_model import MetaModel, explaining_meta_errors
+from hf_prune.conversion.streaming.runner import Batches
 from hf_prune.kernels.matrix import Target
 from hf_prune.planning.make_plan import refuse_infinite
 from hf_prune.structured.routing import (
@@ -31,8 +31,6 @@ from hf_prune.structured.routing import (
 from hf_prune.structured.unit_plan import UnitPlan
 from hf_prune.structured.unit_scores import random_scores, squared_weights, warn_of_unused_experts
 from hf_prune.utils.progress import Bar
-
-Batches = Sequence[Mapping[str, Any]]
 
 
 def score_units(
